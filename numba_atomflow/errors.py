@@ -1,0 +1,36 @@
+"""What can go wrong for a user. Each message is one sentence: what is at fault, and what to do about it.
+
+The command line prints the sentence and leaves with exit code 2; nothing here ever reaches a user as a traceback.
+"""
+
+
+class AtomFlowError(Exception):
+    """Base of every error that a user's input or machine can cause."""
+
+
+class GeometryError(AtomFlowError):
+    """A model description is incomplete, contradictory, or of a family that is not supported."""
+
+
+class SourceError(AtomFlowError):
+    """The weights to convert are missing, damaged, or do not fit their own description."""
+
+
+class CheckpointError(AtomFlowError):
+    """An FP8 checkpoint is missing, damaged, or of another format version."""
+
+
+class DestinationError(AtomFlowError):
+    """A file could not be written: read-only folder, full disk, or it exists already."""
+
+
+class OptionError(AtomFlowError):
+    """An option has a value outside its range."""
+
+
+class ContextError(AtomFlowError):
+    """A prompt does not fit into the context."""
+
+
+class BackendError(AtomFlowError):
+    """The backend that was asked for cannot run on this machine."""

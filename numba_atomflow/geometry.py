@@ -1,0 +1,138 @@
+"""The shape of a Llama-family model: one frozen record, read from any description of it.
+
+`ModelGeometry` is the only thing that kernels, plans and sources need to know about a model. `parameters` lists every
+tensor that such a model must hold, under the names that Hugging Face gives them; `rope_inverse_frequencies` is the one
+place where rotary frequencies are computed.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.errors import GeometryError
+
+GROUP = 128  # weights along K that share one scale
+HEAD_DIMS = (64, 80, 96, 128)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency-dependent RoPE scaling (``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """Sizes and constants of a Llama-family decoder.
+
+    Raises:
+        GeometryError: the numbers contradict each other or no kernel supports them.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    max_positions: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "max_positions"):
+            if getattr(self, field) < 1:
+                raise GeometryError(f"The model's {field} is {getattr(self, field)}; it must be at least 1.")
+        if self.heads % self.kv_heads:
+            raise GeometryError(
+                f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly; check the config."
+            )
+        if self.head_dim not in HEAD_DIMS:
+            raise GeometryError(f"head_dim {self.head_dim} is not supported; supported are {HEAD_DIMS}.")
+
+    @property
+    def q_dim(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key (or value) heads together: one row of the KV cache."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def gqa_ratio(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model: Hugging Face name to shape, projections as [rows N, columns K]."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        for i in range(self.layers):
+            layer = f"model.layers.{i}."
+            shapes |= {
+                layer + "input_layernorm.weight": (self.hidden,),
+                layer + "self_attn.q_proj.weight": (self.q_dim, self.hidden),
+                layer + "self_attn.k_proj.weight": (self.kv_dim, self.hidden),
+                layer + "self_attn.v_proj.weight": (self.kv_dim, self.hidden),
+                layer + "self_attn.o_proj.weight": (self.hidden, self.q_dim),
+                layer + "post_attention_layernorm.weight": (self.hidden,),
+                layer + "mlp.gate_proj.weight": (self.ffn, self.hidden),
+                layer + "mlp.up_proj.weight": (self.ffn, self.hidden),
+                layer + "mlp.down_proj.weight": (self.hidden, self.ffn),
+            }
+        shapes["model.norm.weight"] = (self.hidden,)
+        if not self.tied_embeddings:
+            shapes["lm_head.weight"] = (self.vocabulary, self.hidden)
+        return shapes
+
+    def parameter_count(self) -> int:
+        """Number of weights; tied embeddings count once."""
+        return sum(math.prod(shape) for shape in self.parameters().values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "ModelGeometry":
+        """The inverse of `to_dict`.
+
+        Raises:
+            GeometryError: a field is missing, unknown or out of range.
+        """
+        fields = dict(record)
+        scaling = fields.pop("rope_scaling", None)
+        try:
+            return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
+        except TypeError as error:
+            raise GeometryError(f"The checkpoint's geometry record cannot be read ({error}); convert it again.") from error
+
+
+def rope_inverse_frequencies(geometry: ModelGeometry) -> NDArray[np.float64]:
+    """Rotation angle per position of each rotary pair: float64 [head_dim / 2], radians.
+
+    Pair ``i`` is (i, i + head_dim / 2), the Hugging Face order. With Llama 3 scaling, long wavelengths are divided by
+    ``factor``, short ones are kept, and those between are blended (as `transformers` does for ``rope_type: llama3``).
+    """
+    pairs = np.arange(0, geometry.head_dim, 2, dtype=np.float64)
+    frequencies: NDArray[np.float64] = geometry.rope_theta ** (-pairs / geometry.head_dim)
+    scaling = geometry.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # full turns over the original context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    scaled: NDArray[np.float64] = frequencies * (blend + (1.0 - blend) / scaling.factor)
+    return scaled
