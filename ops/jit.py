@@ -1,0 +1,89 @@
+"""How kernels are compiled for the CPU, and where the compiled code is kept.
+
+`cpu_kernel` is numba's ``njit`` with this project's flags and an on-disk cache. Numba's own cache looks only at the file
+of the compiled function: it would miss an edit in a function that the kernel *calls*. So the cache folder carries a hash
+of every file in ``ops/``: any edit there starts an empty folder, and everything is compiled afresh.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import config
+
+from numba_atomflow import home
+
+_KEPT_CACHES = 4  # older folders, left behind by edits of ops/, are deleted
+
+# numba's OpenMP layer keeps its threads spinning between parallel loops: starting a loop costs 2 us. The TBB and
+# workqueue layers put them to sleep, and waking one costs 20-130 us; a decode step has 150 parallel loops.
+if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+    config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+def source_hash() -> str:
+    """Hash of every source file of ``ops/`` (names and contents): 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@cache
+def cache_folder() -> Path | None:
+    """Folder of compiled code for this very state of ``ops/``; None where it cannot be written."""
+    folder = home.compiled() / f"cpu-{source_hash()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.touch()  # marks it as in use: pruning goes by age
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    _prune(folder)
+    return folder
+
+
+def _prune(current: Path) -> None:
+    """Delete all but the most recently used cache folders."""
+    others = [path for path in current.parent.glob("cpu-*") if path != current]
+    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for stale in others[_KEPT_CACHES - 1 :]:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def cpu_kernel(*, parallel: bool = True, inline: bool = False, exact: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: compile a function with numba for the CPU.
+
+    ``fastmath`` lets LLVM reorder float32 sums into SIMD lanes and multiply by reciprocals, but keeps NaN and infinity
+    (a NaN must be seen, not optimised away). ``error_model="numpy"`` drops the zero checks of divisions.
+
+    Args:
+        parallel: run ``prange`` loops on all cores.
+        inline: the function is a building block of kernels: it is compiled into its callers and needs no cache.
+        exact: plain IEEE arithmetic in the order written, for results that must be the same bit for bit everywhere.
+    """
+    flags: dict[str, Any] = {
+        "fastmath": set() if exact else {"reassoc", "contract", "nsz", "arcp", "afn"},
+        "error_model": "numpy",
+        "boundscheck": False,
+    }
+
+    def compile_it(function: Callable[..., Any]) -> Any:
+        if inline:
+            return numba.njit(**flags)(function)
+        folder = cache_folder()
+        if folder is None:
+            return numba.njit(parallel=parallel, nogil=True, **flags)(function)
+        previous, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+        try:
+            return numba.njit(parallel=parallel, nogil=True, cache=True, **flags)(function)
+        finally:
+            config.CACHE_DIR = previous
+
+    return compile_it
