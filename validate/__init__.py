@@ -1,0 +1,1 @@
+"""Ground truth, probes and comparison: how the engine is held against a reference implementation."""
