@@ -34,3 +34,7 @@ class ContextError(AtomFlowError):
 
 class BackendError(AtomFlowError):
     """The backend that was asked for cannot run on this machine."""
+
+
+class TextError(AtomFlowError):
+    """A tokenizer, a chat template or a chat message is missing, damaged, or of a kind that is not supported."""
