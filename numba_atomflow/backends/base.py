@@ -1,0 +1,46 @@
+"""What the engine asks of a backend."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.decode import Head, Op
+from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.sampling import Sampler
+
+Progress = Callable[[str, int, int], None]  # what is being done, steps finished, steps in all
+
+
+class Backend(Protocol):
+    """A device that holds weights, KV cache and activations of one model, and runs its ops."""
+
+    name: str
+    device: str
+    plan: MemoryPlan
+    block: int  # most tokens of one prefill step
+
+    def prepare(self, progress: Progress | None) -> None:
+        """Compile every kernel, or load it from the cache."""
+
+    def step(self, tokens: int, head: Head) -> Sequence[Op]:
+        """The ops of a step over `tokens` tokens."""
+
+    def seek(self, position: int) -> None:
+        """Set the position at which the next token will be written."""
+
+    def start(self, sampler: Sampler) -> None:
+        """Use this sampler for the following steps."""
+
+    def prefill(self, tokens: Sequence[int], head: Head) -> None:
+        """Take up to `block` tokens through the model at the current position, and advance it."""
+
+    def decode(self) -> None:
+        """Take the token that was sampled last through the model, sample the next one, and advance."""
+
+    def sampled_token(self) -> int:
+        """The token that was sampled last."""
+
+    def logits(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Logits [stop - start, V] of these rows of the last prefill (a copy)."""

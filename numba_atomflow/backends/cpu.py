@@ -1,0 +1,266 @@
+"""The CPU backend: every op as numba kernels over host memory, weights read straight from the mapped checkpoint.
+
+It is the default on a machine without a GPU, and the oracle for the one with: everything but the weights is float32, the
+KV cache included.
+"""
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+from numba_atomflow.backends.base import Progress
+from numba_atomflow.decode import (
+    Advance,
+    Attention,
+    Embed,
+    FinalNorm,
+    GateUp,
+    Head,
+    Op,
+    ProjectAdd,
+    Qkv,
+    Sample,
+    Vocabulary,
+    build_head,
+    build_step,
+    step_buffers,
+)
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
+from numba_atomflow.memory.view import View, view_of
+from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
+from numba_atomflow.sampling import Sampler, SamplingParams
+
+BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it
+HEAD_ROWS = 16  # positions whose logits are computed at once when all are asked for
+FEW = 4  # up to here, reading the weights once per token is faster than decoding them into scratch for BLAS
+
+Action = Callable[[], None]
+
+
+def cpu_plan(geometry: ModelGeometry, max_seq_len: int) -> MemoryPlan:
+    """What the CPU backend allocates; the weights stay in the mapped file."""
+    block = min(BLOCK, max_seq_len)
+    widest = max(geometry.hidden, geometry.q_dim, geometry.ffn)
+    threads = numba.config.NUMBA_NUM_THREADS
+    scratch = max(projection.TILE_ROWS * (widest + block), attention.block_scratch(geometry.head_dim))
+    return plan_memory(
+        [
+            *step_buffers(geometry, max_seq_len, block, HEAD_ROWS, "float32"),
+            Buffer("workspace", "block_scratch", (threads, scratch), "float32"),
+            Buffer("workspace", "gate_up", (block, 2 * geometry.ffn), "float32"),
+            Buffer("workspace", "scores", (geometry.heads, max_seq_len), "float32"),
+        ]
+    )
+
+
+class CpuBackend:
+    """Runs a checkpoint's ops on the CPU.
+
+    Args:
+        geometry: of the model.
+        weights: the checkpoint's arrays by name, kept mapped while the backend lives.
+        max_seq_len: positions of the KV cache.
+    """
+
+    name = "cpu"
+
+    def __init__(self, geometry: ModelGeometry, weights: Mapping[str, NDArray[Any]], max_seq_len: int) -> None:
+        self.device = f"{platform.processor() or platform.machine()}, {numba.config.NUMBA_NUM_THREADS} threads"
+        self.geometry = geometry
+        self.plan = cpu_plan(geometry, max_seq_len)
+        self.block = min(BLOCK, max_seq_len)
+        self._weight_arrays = weights
+        self._weights = {
+            name: view_of(name, array.view(np.int8) if array.dtype == np.uint8 else array)
+            for name, array in weights.items()
+        }
+        self._arena = HostArena(self.plan)
+        self._buffers = {buffer.name: self._arena[buffer.name] for buffer in self.plan.buffers}
+        self._position = self._array("position")
+        self._tokens = self._array("tokens")
+        self._logits = self._array("logits")
+        self._sampler = Sampler(SamplingParams(), geometry.vocabulary, ())
+        self._blas: ThreadpoolController | None = None
+        cosines, sines = rope.rope_table(rope_inverse_frequencies(geometry), max_seq_len)
+        self._array("rope.cosines")[:] = cosines
+        self._array("rope.sines")[:] = sines
+        self._bound_step = lru_cache(maxsize=8)(self._bind_step)
+
+    def _array(self, name: str) -> NDArray[Any]:
+        return self._buffers[name].host_array()
+
+    # --- what the engine calls -----------------------------------------------------------------------------------
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Run one op of every kind, for one token and for a block: all that numba must compile."""
+        self.seek(0)
+        steps = [op for tokens in (1, FEW + 1) for op in self.step(tokens, "logits")]
+        kinds = {(type(op), getattr(op, "tokens", None) or op.writes[0].shape[0]): op for op in reversed(steps)}
+        for done, ((kind, _), op) in enumerate(sorted(kinds.items(), key=lambda item: item[1].name)):
+            if progress:
+                progress(f"compiling {kind.__name__}", done, len(kinds))
+            with self._single_threaded_blas():
+                self._bind(op)()
+        if progress:
+            progress("compiled", len(kinds), len(kinds))
+        self.seek(0)
+
+    def step(self, tokens: int, head: Head) -> list[Op]:
+        """The ops of a step over `tokens` tokens."""
+        return build_step(self.geometry, self._weights, self._buffers, tokens, head)
+
+    def seek(self, position: int) -> None:
+        """Set the position at which the next token will be written."""
+        self._position[0] = position
+
+    def start(self, sampler: Sampler) -> None:
+        """Use this sampler for the following steps."""
+        self._sampler = sampler
+
+    def prefill(self, tokens: Sequence[int], head: Head) -> None:
+        """Take up to `block` tokens through the model at the current position, and advance it."""
+        self._tokens[: len(tokens)] = tokens
+        self._run(self._bound_step(len(tokens), head), len(tokens))
+
+    def decode(self) -> None:
+        """Take the token that was sampled last through the model, sample the next one, and advance."""
+        self._run(self._bound_step(1, "sample"), 1)
+
+    def sampled_token(self) -> int:
+        """The token that was sampled last."""
+        return int(self._tokens[0])
+
+    def logits(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
+        out = np.empty((stop - start, self.geometry.vocabulary), np.float32)
+        for first in range(start, stop, HEAD_ROWS):
+            last = min(first + HEAD_ROWS, stop)
+            head = build_head(self.geometry, self._weights, self._buffers, first, last)
+            self._run([self._bind(op) for op in head], last - first)
+            out[first - start : last - start] = self._logits[: last - first]
+        return out
+
+    # --- how ops become kernels ----------------------------------------------------------------------------------
+
+    def _run(self, actions: Sequence[Action], tokens: int) -> None:
+        if tokens <= FEW:
+            for action in actions:
+                action()
+        else:
+            with self._single_threaded_blas():
+                for action in actions:
+                    action()
+
+    def _single_threaded_blas(self) -> Any:
+        """Kernels call BLAS from inside their parallel loops, where its own threads would only get in the way."""
+        if self._blas is None:
+            import scipy.linalg.cython_blas  # noqa: F401, PLC0415  the BLAS that compiled code calls; slow to import
+
+            self._blas = ThreadpoolController()
+        return self._blas.limit(limits=1, user_api="blas")
+
+    def _bind_step(self, tokens: int, head: Head) -> list[Action]:
+        return [self._bind(op) for op in self.step(tokens, head)]
+
+    def _bind(self, op: Op) -> Action:
+        """The kernels of an op, with their arguments in place."""
+        match op:
+            case Embed():
+                codes, scales = op.embedding.codes.host_array(), op.embedding.scales.host_array()
+                return partial(embedding.embed, op.tokens.host_array(), codes, scales, op.residual.host_array())
+            case Qkv():
+                return self._bind_qkv(op)
+            case Attention():
+                return self._bind_attention(op)
+            case ProjectAdd():
+                return self._project(op.weight.codes, op.weight.scales, op.x, op.residual, accumulate=True)
+            case GateUp():
+                return self._bind_gate_up(op)
+            case FinalNorm():
+                return self._norm(op.residual, op.norm, op.normed)
+            case Vocabulary():
+                return self._project(op.weight.codes, op.weight.scales, op.x, op.logits, accumulate=False)
+            case Sample():
+                return partial(self._sample, op.logits.host_array()[0], op.token.host_array())
+            case Advance():
+                return partial(self._advance, op.tokens)
+        raise NotImplementedError(f"the CPU backend has no kernel for {op.name}")
+
+    def _bind_qkv(self, op: Qkv) -> Action:
+        rotate = partial(
+            rope.rope_and_store,
+            op.qkv.host_array(),
+            op.position.host_array(),
+            op.cosines.host_array(),
+            op.sines.host_array(),
+            op.q.host_array(),
+            op.keys.host_array(),
+            op.values.host_array(),
+        )
+        project = self._project(op.weight.codes, op.weight.scales, op.normed, op.qkv, accumulate=False)
+        return _in_order(self._norm(op.residual, op.norm, op.normed), project, rotate)
+
+    def _bind_attention(self, op: Attention) -> Action:
+        q, out = op.q.host_array(), op.attended.host_array()
+        keys, values, position = op.keys.host_array(), op.values.host_array(), op.position.host_array()
+        head_dim = self.geometry.head_dim
+        if len(q) == 1:
+            scores = self._array("scores")
+            return partial(attention.attend_token, q[0], keys, values, position, head_dim, scores, out[0])
+        scratch = self._array("block_scratch")
+        return partial(attention.attend_block, q, keys, values, position, head_dim, scratch, out)
+
+    def _bind_gate_up(self, op: GateUp) -> Action:
+        normed, y = op.normed.host_array(), op.y.host_array()
+        codes, scales = op.weight.codes.host_array(), op.weight.scales.host_array()
+        norm = self._norm(op.residual, op.norm, op.normed)
+        if len(y) <= FEW:
+            rows = [
+                partial(projection.project_token_swiglu, codes, scales, normed[t], y[t]) for t in range(len(y))
+            ]
+            return _in_order(norm, *rows)
+        gate_up = self._buffers["gate_up"].rows(0, len(y))
+        project = self._project(op.weight.codes, op.weight.scales, op.normed, gate_up, accumulate=False)
+        return _in_order(norm, project, partial(projection.swiglu, gate_up.host_array(), y))
+
+    def _project(self, codes: View, scales: View, x: View, y: View, *, accumulate: bool) -> Action:
+        inputs, outputs = x.host_array(), y.host_array()
+        weight = codes.host_array(), scales.host_array()
+        if len(inputs) <= FEW:
+            return _in_order(
+                *(
+                    partial(projection.project_token, *weight, inputs[t], outputs[t], accumulate)
+                    for t in range(len(inputs))
+                )
+            )
+        scratch = self._array("block_scratch")
+        return partial(projection.project_block, *weight, inputs, outputs, accumulate, scratch)
+
+    def _norm(self, x: View, weight: View, y: View) -> Action:
+        eps = np.float32(self.geometry.norm_eps)
+        return partial(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())
+
+    def _sample(self, logits: NDArray[np.float32], token: NDArray[np.int32]) -> None:
+        token[0] = self._sampler.choose(logits)
+
+    def _advance(self, tokens: int) -> None:
+        self._position[0] += tokens
+
+
+def _in_order(*actions: Action) -> Action:
+    if len(actions) == 1:
+        return actions[0]
+
+    def run() -> None:
+        for action in actions:
+            action()
+
+    return run

@@ -1,0 +1,356 @@
+"""The engine: a checkpoint, a backend and a tokenizer, made into text.
+
+Two levels. `Engine.generate` and `Engine.chat` yield text as it is made. Below them, for research, `feed` takes token ids
+through the model and returns logits, `position` says how many tokens the KV cache holds, and `rewind` drops the last ones.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow import home
+from numba_atomflow.backends.base import Backend, Progress
+from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.decode import Head
+from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.stop_strings import StopStrings
+from numba_atomflow.text import TextCodec
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
+
+BackendName = Literal["auto", "cpu"]
+FinishReason = Literal["eos", "stop", "max_tokens", "context", "interrupted"]
+Message = Mapping[str, str]
+
+
+@dataclass
+class GenerationStats:
+    """What a reply cost. Times in seconds."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, still in the KV cache from before
+    tokens: int = 0  # generated, the end-of-sequence token included
+    ttft: float = 0.0  # from the call to the first token
+    decode_seconds: float = 0.0  # spent on the tokens after the first
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed: tokens after the first, per second; 0 if there were none."""
+        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 else 0.0
+
+    @property
+    def tpot(self) -> float:
+        """Mean time per output token after the first, in seconds; 0 if there were none."""
+        return self.decode_seconds / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+
+class Generation:
+    """A reply in the making: iterate over it to get its text piece by piece.
+
+    Attributes:
+        text: all text so far.
+        token_ids: all generated tokens so far.
+        finish_reason: None while it goes on, then "eos", "stop" (a stop string), "max_tokens", "context" (the context is
+            full) or "interrupted" (closed early).
+        stats: counts and times.
+    """
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces = pieces
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stats = GenerationStats()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    def close(self) -> None:
+        """Stop here. What was generated stays in the KV cache, so that a chat can go on."""
+        if self.finish_reason is None:
+            self.finish_reason = "interrupted"
+        self._pieces = iter(())
+
+    def finish(self) -> "Generation":
+        """Generate to the end without looking at the pieces."""
+        for _ in self:
+            pass
+        return self
+
+
+class Engine:
+    """One model on one backend, with one KV cache. Not for use by several threads at once."""
+
+    def __init__(self, checkpoint: Checkpoint, backend: Backend, max_seq_len: int) -> None:
+        self.checkpoint = checkpoint
+        self.backend = backend
+        self.max_seq_len = max_seq_len
+        self.load_seconds = 0.0
+        self._tokens: list[int] = []  # what the KV cache holds, in order
+
+    @classmethod
+    def load(
+        cls,
+        path_or_name: str | Path = DEFAULT_MODEL,
+        backend: BackendName = "auto",
+        max_seq_len: int | None = None,
+        progress: Progress | None = None,
+    ) -> "Engine":
+        """Open a checkpoint and make its backend ready to run.
+
+        Args:
+            path_or_name: a checkpoint file, or the name of one in the models folder.
+            backend: "auto" takes the best one that this machine can run.
+            max_seq_len: positions of the KV cache; by default 4,096 or what the model was made for, if that is less.
+            progress: called with what is being done, steps finished and steps in all.
+
+        Raises:
+            CheckpointError: no such checkpoint, or a damaged one.
+            OptionError: `max_seq_len` is outside 1 .. the model's own limit.
+            BackendError: the backend cannot run here.
+        """
+        started = time.perf_counter()
+        if backend not in ("auto", "cpu"):
+            raise BackendError(f"There is no backend {backend!r}; choose auto or cpu.")
+        checkpoint = Checkpoint.open(find_checkpoint(path_or_name))
+        try:
+            positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
+            from numba_atomflow.backends.cpu import CpuBackend  # numba is slow to import: not before it is needed
+
+            weights = {name: checkpoint.array(name) for name in checkpoint.names() if name != "tokenizer.json"}
+            device = CpuBackend(checkpoint.geometry, weights, positions)
+            device.prepare(progress)
+        except BaseException:
+            checkpoint.close()
+            raise
+        engine = cls(checkpoint, device, positions)
+        engine.load_seconds = time.perf_counter() - started
+        return engine
+
+    def close(self) -> None:
+        """Release the backend's memory and the mapped checkpoint; the engine cannot be used afterwards."""
+        del self.backend
+        self.checkpoint.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """The model's shape."""
+        return self.checkpoint.geometry
+
+    @cached_property
+    def text(self) -> TextCodec:
+        """The model's tokenizer and chat template."""
+        return TextCodec(self.checkpoint.text)
+
+    @cached_property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights that one decode step must read."""
+        return sum(op.weight_bytes for op in self.backend.step(1, "sample"))
+
+    # --- tokens and logits ---------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Tokens that the KV cache holds: the next one is written here."""
+        return len(self._tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens that the KV cache holds (a copy)."""
+        return list(self._tokens)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.rewind(0)
+
+    def rewind(self, position: int) -> None:
+        """Forget every token from `position` on.
+
+        Raises:
+            ContextError: the KV cache holds fewer tokens.
+        """
+        if not 0 <= position <= self.position:
+            raise ContextError(f"The context holds {self.position} tokens; it cannot be rewound to {position}.")
+        del self._tokens[position:]
+        self.backend.seek(position)
+
+    def feed(self, token_ids: Sequence[int], all_logits: bool = False) -> NDArray[np.float32]:
+        """Take tokens through the model and keep them in the KV cache.
+
+        Args:
+            token_ids: at least one.
+            all_logits: return the logits of every position, not only of the last.
+
+        Returns:
+            float32 [V], or [len(token_ids), V] for all of them: row i predicts the token after token_ids[i].
+
+        Raises:
+            ContextError: they do not fit behind what the KV cache holds.
+            OptionError: there are none, or one is not a token of this model.
+        """
+        self._check_tokens(token_ids)
+        if all_logits:
+            rows = []
+            for start in range(0, len(token_ids), self.backend.block):
+                block = token_ids[start : start + self.backend.block]
+                self._prefill(block, "none")
+                rows.append(self.backend.logits(0, len(block)))
+            return np.concatenate(rows)
+        self._prefill(token_ids, "logits")
+        last = (len(token_ids) - 1) % self.backend.block
+        return self.backend.logits(last, last + 1)[0]
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise OptionError("The prompt is empty; give at least one token.")
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < self.geometry.vocabulary:
+                raise OptionError(f"Token {token} does not exist; the vocabulary has {self.geometry.vocabulary} tokens.")
+        room = self.max_seq_len - self.position
+        if len(token_ids) > room:
+            behind = f", of which {self.position} are taken" if self.position else ""
+            raise ContextError(
+                f"The prompt has {len(token_ids)} tokens, but the context holds {self.max_seq_len}{behind}; "
+                f"shorten it or raise --max-seq-len (the model allows {self.geometry.max_positions})."
+            )
+
+    def _prefill(self, token_ids: Sequence[int], head: Head) -> None:
+        """Feed in blocks; only the last one needs a head."""
+        for start in range(0, len(token_ids), self.backend.block):
+            block = token_ids[start : start + self.backend.block]
+            last = start + len(block) == len(token_ids)
+            self.backend.prefill(block, head if last else "none")
+            self._tokens.extend(block)
+
+    # --- text ----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
+        """Continue a text, or a list of token ids. What the KV cache already holds of it is not computed again.
+
+        Raises:
+            ContextError: the prompt leaves no room for a token.
+            OptionError: the prompt is empty, or holds an unknown token id.
+        """
+        started = time.perf_counter()
+        token_ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        params = params or SamplingParams()
+        reused = self._rewind_to_common_prefix(token_ids)
+        self._check_tokens(token_ids[reused:])
+        generation = Generation(iter(()))
+        generation.stats.prompt_tokens = len(token_ids)
+        generation.stats.reused_tokens = reused
+        generation._pieces = self._pieces(generation, token_ids[reused:], token_ids, params, started)
+        return generation
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
+        """Reply to a conversation: a list of ``{"role": ..., "content": ...}``.
+
+        Raises:
+            TextError: the model has no chat template, or the template refuses the messages.
+            ContextError: the conversation leaves no room for a token.
+        """
+        return self.generate(self.text.encode_chat(messages), params)
+
+    def _rewind_to_common_prefix(self, token_ids: Sequence[int]) -> int:
+        """Keep what the KV cache and the prompt share; at least one token is left to be fed."""
+        shared = 0
+        for held, wanted in zip(self._tokens, token_ids[:-1], strict=False):
+            if held != wanted:
+                break
+            shared += 1
+        self.rewind(shared)
+        return shared
+
+    def _pieces(
+        self, generation: Generation, new: Sequence[int], prompt: Sequence[int], params: SamplingParams, started: float
+    ) -> Iterator[str]:
+        """Generate token by token, yielding text that is sure to belong to the reply."""
+        stats = generation.stats
+        decoder, stops = self.text.stream(), StopStrings(params.stop)
+        eos_ids = frozenset() if params.ignore_eos else self.text.eos_ids
+        self.backend.start(Sampler(params, self.geometry.vocabulary, prompt))
+        self._prefill(new, "sample")
+        stats.ttft = time.perf_counter() - started
+        while True:
+            token = self.backend.sampled_token()
+            generation.token_ids.append(token)
+            stats.tokens += 1
+            if token in eos_ids:
+                generation.finish_reason = "eos"
+                break
+            piece = stops.push(decoder.push(token))
+            if stops.found:
+                generation.finish_reason = "stop"
+            elif params.max_tokens is not None and stats.tokens >= params.max_tokens:
+                generation.finish_reason = "max_tokens"
+            elif self.position >= self.max_seq_len:
+                generation.finish_reason = "context"
+            if piece:
+                yield piece
+            if generation.finish_reason:
+                break
+            before = time.perf_counter()
+            self.backend.decode()
+            self._tokens.append(token)
+            stats.decode_seconds += time.perf_counter() - before
+        if not stops.found:
+            rest = stops.push(decoder.flush()) + stops.flush()
+            if rest:
+                yield rest
+
+
+def find_checkpoint(path_or_name: str | Path) -> Path:
+    """The checkpoint file that a user means: a path, or a name in the models folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.exists():
+        return path
+    named = home.models() / f"{path_or_name}.safetensors"
+    if path.name == str(path_or_name) and named.exists():
+        return named
+    if path.name != str(path_or_name) or path.suffix:
+        raise CheckpointError(f"There is no checkpoint {path}; check the path, or make one with `numba-atomflow convert`.")
+    known = ", ".join(sorted(p.stem for p in home.models().glob("*.safetensors"))) or "none yet"
+    raise CheckpointError(
+        f"There is no model {path_or_name!r} in {home.models()} (there: {known}); "
+        "run `bash scripts/bootstrap.sh` for the default one, or `numba-atomflow convert SOURCE DEST`."
+    )
+
+
+def choose_max_seq_len(geometry: ModelGeometry, wanted: int | None) -> int:
+    """Positions of the KV cache.
+
+    Raises:
+        OptionError: `wanted` is not between 1 and the model's limit.
+    """
+    if wanted is None:
+        return min(geometry.max_positions, DEFAULT_MAX_SEQ_LEN)
+    if not 1 <= wanted <= geometry.max_positions:
+        raise OptionError(f"max_seq_len is {wanted}; this model allows 1 to {geometry.max_positions} positions.")
+    return wanted

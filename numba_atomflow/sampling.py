@@ -1,0 +1,166 @@
+"""Sampling: which token comes next, given logits. The options, and what each one means.
+
+Filters apply in this order, as in Hugging Face's ``generate``: repetition penalty, temperature, top-k, top-p, min-p.
+Randomness is a counter-based generator: the same seed, prompt and options give the same text, and the n-th draw can be
+computed without the n - 1 before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.errors import OptionError
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop.
+
+    Attributes:
+        temperature: 0 takes the most likely token every time (greedy); 1 samples the model's own distribution.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probabilities reach p; the token that crosses the
+            threshold is kept. 1 keeps all.
+        min_p: drop tokens less likely than min_p times the most likely one; 0 keeps all.
+        repetition_penalty: logits of tokens already in the context are divided by it if positive, multiplied if
+            negative; 1 changes nothing. Source: Keskar et al., "CTRL" (2019).
+        seed: of the random draws; None takes a fresh one for every reply.
+        max_tokens: most tokens to generate; None goes on to the end of the context.
+        stop: strings that end the reply; they are not part of the text.
+        ignore_eos: go on after an end-of-sequence token (for benchmarks).
+
+    Raises:
+        OptionError: a value is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = (
+            (0.0 <= self.temperature <= 100.0, "temperature", "between 0 (greedy) and 100"),
+            (self.top_k >= 0, "top_k", "0 (all tokens) or a positive number of tokens"),
+            (0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
+            (0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1"),
+            (0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100"),
+            (self.seed is None or 0 <= self.seed <= _MASK, "seed", "between 0 and 2^64 - 1"),
+            (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
+        )
+        for fine, name, allowed in checks:
+            if not fine:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if any(not text for text in self.stop):
+            raise OptionError("a stop string is empty; give at least one character.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+def uniform(seed: int, counter: int) -> float:
+    """Draw number `counter` of the stream `seed`, in [0, 1) with 53 bits.
+
+    The SplitMix64 finaliser applied to a Weyl sequence: integer arithmetic only, the same on every backend. Source: Steele,
+    Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (2014).
+    """
+    z = (seed + (counter + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return float((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+def penalise(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: float) -> NDArray[np.float32]:
+    """Logits [V] with those of the tokens in `seen` [V] made less likely."""
+    if penalty == 1.0:
+        return logits
+    weaker = np.where(logits > 0, logits / penalty, logits * penalty)
+    return np.where(seen, weaker, logits).astype(np.float32)
+
+
+def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Tokens that may be drawn and their probabilities, most likely first (ties: lower token id first).
+
+    Only as much of the vocabulary is sorted as the filters let through.
+    """
+    scaled = logits.astype(np.float64) / params.temperature
+    wanted = min(params.top_k or len(scaled), len(scaled))
+    weights = np.exp(scaled - scaled.max())
+    if params.top_k and wanted < len(scaled):
+        threshold = np.partition(scaled, -wanted)[-wanted]
+        kept = _sorted_prefix(scaled, np.flatnonzero(scaled >= threshold))[:wanted]
+    elif params.top_p < 1.0 or params.min_p > 0.0:
+        kept = _nucleus_candidates(scaled, weights, params)
+    else:
+        kept = np.arange(len(scaled))
+    total = weights[kept].sum() if params.top_k else weights.sum()
+    probabilities = weights[kept] / total
+    if params.top_p < 1.0:
+        before = np.cumsum(probabilities) - probabilities  # mass of the more likely ones: the crossing token stays
+        inside = before < params.top_p
+        kept, probabilities = kept[inside], probabilities[inside]
+    if params.min_p > 0.0:
+        likely = probabilities >= params.min_p * probabilities.max()
+        kept, probabilities = kept[likely], probabilities[likely]
+    return kept, probabilities / probabilities.sum()
+
+
+def _sorted_prefix(scaled: NDArray[np.float64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`tokens` (ascending), most likely first."""
+    return tokens[np.argsort(-scaled[tokens], kind="stable")]
+
+
+def _nucleus_candidates(
+    scaled: NDArray[np.float64], weights: NDArray[np.float64], params: SamplingParams
+) -> NDArray[np.int64]:
+    """A sorted set of most likely tokens that is sure to hold everything that top-p and min-p keep."""
+    total = weights.sum()
+    for size in (256, 4096):
+        if size >= len(scaled):
+            break
+        threshold = np.partition(scaled, -size)[-size]
+        inside = np.flatnonzero(scaled >= threshold)
+        enough_mass = params.top_p < 1.0 and weights[inside].sum() >= params.top_p * total
+        below_min_p = params.min_p > 0.0 and np.exp(threshold - scaled.max()) < params.min_p
+        if enough_mass or below_min_p:
+            return _sorted_prefix(scaled, inside)
+    return _sorted_prefix(scaled, np.arange(len(scaled)))
+
+
+class Sampler:
+    """Draws tokens for one reply: remembers what the context holds and how many draws were made."""
+
+    def __init__(self, params: SamplingParams, vocabulary: int, context: Sequence[int]) -> None:
+        self.params = params
+        self._seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if params.seed is None else params.seed
+        self._draws = 0
+        self._seen = np.zeros(vocabulary, np.bool_)
+        self._seen[np.asarray(context, np.int64)] = True
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """The next token, from logits float32 [V]."""
+        token = self._choose(penalise(logits, self._seen, self.params.repetition_penalty))
+        self._seen[token] = True
+        return token
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        if self.params.greedy:
+            return int(np.argmax(logits))
+        kept, probabilities = candidates(logits, self.params)
+        draw = uniform(self._seed, self._draws)
+        self._draws += 1
+        index = int(np.searchsorted(np.cumsum(probabilities), draw, side="right"))
+        return int(kept[min(index, len(kept) - 1)])

@@ -1,0 +1,1 @@
+"""Kernel families, one file each: cost model, NumPy reference, CPU kernel."""

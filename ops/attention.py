@@ -1,0 +1,161 @@
+"""Grouped-query attention over a static, contiguous KV cache.
+
+One layer's cache is two arrays [positions, kv_heads * head_dim]: the address of a key is plain arithmetic. Query head h
+reads key/value head h // ratio. Softmax is taken in float32 with the maximum subtracted.
+
+Cost model, one token at length S: 8 * S * kv_dim bytes (float32 cache). A block of T tokens: 4 * T * S * q_dim operations,
+done by BLAS on tiles, with the running maximum and sum of online softmax (Milakov and Gimelshein, 2018).
+"""
+
+import math
+
+import numpy as np
+from numba import get_thread_id, prange
+from numpy.typing import NDArray
+
+from numba_atomflow.ops.activation import exp
+from numba_atomflow.ops.jit import cpu_kernel
+
+QUERY_TILE = 64  # queries of one head that share a pass over the keys
+KEY_TILE = 256  # keys copied together into contiguous scratch
+_LOWEST = np.float32(-3.0e38)
+
+
+def block_scratch(head_dim: int) -> int:
+    """Floats of scratch per thread that `attend_block` needs."""
+    return (2 * QUERY_TILE + KEY_TILE) * head_dim + QUERY_TILE * (KEY_TILE + head_dim + 2)
+
+
+def attend_reference(
+    q: NDArray[np.float64], keys: NDArray[np.float64], values: NDArray[np.float64], position: int, head_dim: int
+) -> NDArray[np.float64]:
+    """q [T, heads * head_dim] at positions position .. position + T - 1 -> [T, heads * head_dim]."""
+    tokens, heads, kv_heads = len(q), q.shape[1] // head_dim, keys.shape[1] // head_dim
+    out = np.empty_like(q)
+    for t in range(tokens):
+        length = position + t + 1
+        for h in range(heads):
+            kv = slice(h * kv_heads // heads * head_dim, (h * kv_heads // heads + 1) * head_dim)
+            own = slice(h * head_dim, (h + 1) * head_dim)
+            scores = keys[:length, kv] @ q[t, own] / math.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            out[t, own] = weights @ values[:length, kv] / weights.sum()
+    return out
+
+
+@cpu_kernel()
+def attend_token(q, keys, values, position, head_dim, scores, out):  # type: ignore[no-untyped-def]
+    """Attention of one token.
+
+    Args:
+        q: float32 [heads * head_dim]. out: the same shape.
+        keys, values: float32 [positions, kv_heads * head_dim]; rows 0 .. position[0] are read.
+        position: int64 [1], the token's own position.
+        scores: float32 [heads, positions], scratch.
+    """
+    heads = q.shape[0] // head_dim
+    ratio = heads // (keys.shape[1] // head_dim)
+    length = position[0] + 1
+    scale = np.float32(1.0 / math.sqrt(head_dim))
+    for h in prange(heads):
+        query = q[h * head_dim : (h + 1) * head_dim]
+        start = h // ratio * head_dim
+        largest = _LOWEST
+        for s in range(length):
+            key = keys[s, start : start + head_dim]
+            dot = np.float32(0.0)
+            for d in range(head_dim):
+                dot += query[d] * key[d]
+            scores[h, s] = dot * scale
+            largest = max(largest, dot * scale)
+        total = np.float32(0.0)
+        for s in range(length):
+            weight = exp(scores[h, s] - largest)
+            scores[h, s] = weight
+            total += weight
+        result = out[h * head_dim : (h + 1) * head_dim]
+        result[:] = np.float32(0.0)
+        for s in range(length):
+            value = values[s, start : start + head_dim]
+            weight = scores[h, s]
+            for d in range(head_dim):
+                result[d] += weight * value[d]
+        for d in range(head_dim):
+            result[d] /= total
+
+
+@cpu_kernel()
+def attend_block(q, keys, values, position, head_dim, scratch, out):  # type: ignore[no-untyped-def]
+    """Causal attention of T tokens at positions position[0] .. position[0] + T - 1.
+
+    Args:
+        q, out: float32 [T, heads * head_dim].
+        keys, values: float32 [positions, kv_heads * head_dim].
+        scratch: float32 [threads, at least block_scratch(head_dim)].
+    """
+    tokens = q.shape[0]
+    heads = q.shape[1] // head_dim
+    ratio = heads // (keys.shape[1] // head_dim)
+    query_tiles = (tokens + QUERY_TILE - 1) // QUERY_TILE
+    scale = np.float32(1.0 / math.sqrt(head_dim))
+    for item in prange(heads * query_tiles):  # head-major: every thread gets short and long tiles alike
+        h, first = item // query_tiles, item % query_tiles * QUERY_TILE
+        count = min(QUERY_TILE, tokens - first)
+        start = h // ratio * head_dim
+        own = scratch[get_thread_id()]
+        query = own[: count * head_dim].reshape((count, head_dim))
+        used = QUERY_TILE * head_dim
+        sums = own[used : used + count * head_dim].reshape((count, head_dim))
+        used += QUERY_TILE * head_dim
+        kv_tile = own[used : used + KEY_TILE * head_dim]
+        used += KEY_TILE * head_dim
+        weights_tile = own[used : used + QUERY_TILE * KEY_TILE]
+        used += QUERY_TILE * KEY_TILE
+        product = own[used : used + count * head_dim].reshape((count, head_dim))
+        used += QUERY_TILE * head_dim
+        largest = own[used : used + count]
+        totals = own[used + QUERY_TILE : used + QUERY_TILE + count]
+
+        for i in range(count):
+            for d in range(head_dim):
+                query[i, d] = q[first + i, h * head_dim + d] * scale
+                sums[i, d] = np.float32(0.0)
+            largest[i] = _LOWEST
+            totals[i] = np.float32(0.0)
+
+        length = position[0] + first + count  # keys that the last query of the tile sees
+        for key_start in range(0, length, KEY_TILE):
+            width = min(KEY_TILE, length - key_start)
+            tile = kv_tile[: width * head_dim].reshape((width, head_dim))
+            weights = weights_tile[: count * width].reshape((count, width))
+            for s in range(width):
+                for d in range(head_dim):
+                    tile[s, d] = keys[key_start + s, start + d]
+            np.dot(query, tile.T, weights)
+            for i in range(count):
+                visible = min(width, position[0] + first + i + 1 - key_start)  # at most 0: nothing in this tile
+                peak = largest[i]
+                for s in range(visible):
+                    peak = max(peak, weights[i, s])
+                shrink = exp(largest[i] - peak)
+                total = np.float32(0.0)
+                for s in range(visible):
+                    weights[i, s] = exp(weights[i, s] - peak)
+                    total += weights[i, s]
+                for s in range(max(visible, 0), width):
+                    weights[i, s] = np.float32(0.0)
+                totals[i] = totals[i] * shrink + total
+                largest[i] = peak
+                for d in range(head_dim):
+                    sums[i, d] *= shrink
+            for s in range(width):
+                for d in range(head_dim):
+                    tile[s, d] = values[key_start + s, start + d]
+            np.dot(weights, tile, product)
+            for i in range(count):
+                for d in range(head_dim):
+                    sums[i, d] += product[i, d]
+
+        for i in range(count):
+            for d in range(head_dim):
+                out[first + i, h * head_dim + d] = sums[i, d] / totals[i]

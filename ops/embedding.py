@@ -1,0 +1,26 @@
+"""Embedding lookup: one row of the FP8 embedding per token.
+
+Cost model: hidden bytes and hidden / 32 bytes of scales read per token, 4 * hidden written: nothing beside a projection.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, dequantize_groups
+from numba_atomflow.ops.jit import cpu_kernel
+
+
+def embed_reference(
+    tokens: NDArray[np.int32], codes: NDArray[np.uint8], scales: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Rows ``tokens`` [T] of the embedding (codes [V, H], scales [V, groups]): [T, H]."""
+    return dequantize_groups(codes[tokens], scales[tokens]).astype(np.float64)
+
+
+@cpu_kernel(parallel=False)
+def embed(tokens, codes, scales, residual):  # type: ignore[no-untyped-def]
+    """residual[t] = embedding[tokens[t]]. tokens int32 [T], codes int8 [V, H], scales [V, groups], residual [T, H]."""
+    for t in range(tokens.shape[0]):
+        row = tokens[t]
+        for k in range(codes.shape[1]):
+            residual[t, k] = decode_biased(codes[row, k]) * (scales[row, k // GROUP] * UNBIAS)

@@ -1,0 +1,128 @@
+"""Projections: y = x W^T with FP8 weights W [N, K] in groups of 128 along K, float32 everywhere else.
+
+Two regimes. One token (decode) is bound by reading the weights once: N * K bytes of codes and N * K / 32 of scales, so
+each weight is decoded in registers on its way into a multiply-add. Many tokens (a prompt) are bound by arithmetic:
+2 * N * K * T operations; there a tile of weights is decoded once into a scratch that stays in the second-level cache, and
+BLAS multiplies it with all tokens. Inside the parallel loop BLAS must be single-threaded (the caller sees to it).
+
+Accumulation is float32: within a group of 128, then over groups.
+"""
+
+import numpy as np
+from numba import get_thread_id, prange
+from numpy.typing import NDArray
+
+from numba_atomflow.ops.activation import silu
+from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, dequantize_groups
+from numba_atomflow.ops.jit import cpu_kernel
+
+TILE_ROWS = 192  # weight rows decoded at a time: with K = 1536, 1.2 MB of scratch per thread
+
+# x is multiplied by 2^64 before it meets a weight that decodes to its value times 2^-120: their products then stay far
+# from float32's subnormal range, where arithmetic is slow and inexact.
+_LIFT = np.float32(2.0**64)
+_UNLIFT = np.float32(2.0**56)
+
+
+def project_reference(
+    x: NDArray[np.float64], codes: NDArray[np.uint8], scales: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """x [T, K], codes [N, K], scales [N, groups] -> [T, N]."""
+    return x @ dequantize_groups(codes, scales).astype(np.float64).T
+
+
+# --- one token ---------------------------------------------------------------------------------------------------
+
+
+@cpu_kernel(inline=True)
+def _row_dot(codes, scales, n, x):  # type: ignore[no-untyped-def]
+    """Row n of the weights times x, still lifted: callers multiply by _UNLIFT."""
+    columns = codes.shape[1]
+    whole_groups = columns // GROUP
+    total = np.float32(0.0)
+    for g in range(whole_groups):  # a constant trip count lets LLVM unroll the group
+        partial = np.float32(0.0)
+        for k in range(g * GROUP, g * GROUP + GROUP):
+            partial += decode_biased(codes[n, k]) * x[k]
+        total += partial * scales[n, g]
+    if whole_groups * GROUP < columns:
+        partial = np.float32(0.0)
+        for k in range(whole_groups * GROUP, columns):
+            partial += decode_biased(codes[n, k]) * x[k]
+        total += partial * scales[n, whole_groups]
+    return total
+
+
+@cpu_kernel()
+def project_token(codes, scales, x, y, accumulate):  # type: ignore[no-untyped-def]
+    """y = W x, or y += W x. codes int8 [N, K], scales float32 [N, groups], x float32 [K], y float32 [N]."""
+    lifted = x * _LIFT
+    for n in prange(codes.shape[0]):
+        value = _row_dot(codes, scales, n, lifted) * _UNLIFT
+        if accumulate:
+            y[n] += value
+        else:
+            y[n] = value
+
+
+@cpu_kernel()
+def project_token_swiglu(codes, scales, x, y):  # type: ignore[no-untyped-def]
+    """y = silu(W_gate x) * (W_up x). codes int8 [2F, K]: F gate rows, then F up rows. y float32 [F]."""
+    lifted = x * _LIFT
+    rows = y.shape[0]
+    for n in prange(rows):
+        gate = _row_dot(codes, scales, n, lifted) * _UNLIFT
+        up = _row_dot(codes, scales, rows + n, lifted) * _UNLIFT
+        y[n] = silu(gate) * up
+
+
+# --- many tokens -------------------------------------------------------------------------------------------------
+
+
+@cpu_kernel(inline=True)
+def _decode_rows(codes, scales, first, rows, tile):  # type: ignore[no-untyped-def]
+    """Weights of rows first .. first + rows - 1 as float32 into tile [rows, K]."""
+    columns = codes.shape[1]
+    for r in range(rows):
+        n = first + r
+        for g in range(scales.shape[1]):
+            scale = scales[n, g] * UNBIAS
+            for k in range(g * GROUP, min(columns, (g + 1) * GROUP)):
+                tile[r, k] = decode_biased(codes[n, k]) * scale
+
+
+@cpu_kernel()
+def project_block(codes, scales, x, y, accumulate, scratch):  # type: ignore[no-untyped-def]
+    """y = x W^T, or y += x W^T, for many tokens.
+
+    Args:
+        codes: int8 [N, K]. scales: float32 [N, groups].
+        x: float32 [T, K], contiguous. y: float32 [T, N].
+        scratch: float32 [threads, at least TILE_ROWS * (K + T)].
+    """
+    rows, columns = codes.shape
+    tokens = x.shape[0]
+    for tile_index in prange((rows + TILE_ROWS - 1) // TILE_ROWS):
+        first = tile_index * TILE_ROWS
+        count = min(TILE_ROWS, rows - first)
+        own = scratch[get_thread_id()]
+        tile = own[: count * columns].reshape((count, columns))
+        _decode_rows(codes, scales, first, count, tile)
+        product = own[count * columns : count * (columns + tokens)].reshape((tokens, count))
+        np.dot(x, tile.T, product)
+        for t in range(tokens):
+            if accumulate:
+                for r in range(count):
+                    y[t, first + r] += product[t, r]
+            else:
+                for r in range(count):
+                    y[t, first + r] = product[t, r]
+
+
+@cpu_kernel()
+def swiglu(gate_up, y):  # type: ignore[no-untyped-def]
+    """y[t] = silu(gate[t]) * up[t]. gate_up float32 [T, 2F]: gate, then up. y float32 [T, F]."""
+    tokens, width = y.shape
+    for t in prange(tokens):
+        for f in range(width):
+            y[t, f] = silu(gate_up[t, f]) * gate_up[t, width + f]

@@ -1,0 +1,64 @@
+"""Rotary position embedding, and the write of new keys and values into the cache.
+
+Element i of a head is rotated together with element i + head_dim / 2 (Hugging Face's pairing) by position * frequency[i].
+Sines and cosines come from a table computed once in float64: [positions, head_dim / 2] each.
+Cost model: 8 bytes per element of q, k and v; the table rows of a few positions stay in cache.
+Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
+"""
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from numba_atomflow.ops.jit import cpu_kernel
+
+
+def rope_table(
+    inverse_frequencies: NDArray[np.float64], positions: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and sines for positions 0 .. positions - 1: two float32 arrays [positions, head_dim / 2]."""
+    angles = np.arange(positions, dtype=np.float64)[:, None] * inverse_frequencies[None, :]
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rope_reference(
+    heads: NDArray[np.float64], cosines: NDArray[np.float64], sines: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Rotate heads [T, n, head_dim] by the table rows of their positions, [T, head_dim / 2] each."""
+    half = heads.shape[-1] // 2
+    low, high = heads[..., :half], heads[..., half:]
+    c, s = cosines[:, None, :], sines[:, None, :]
+    return np.concatenate([low * c - high * s, high * c + low * s], axis=-1)
+
+
+@cpu_kernel(inline=True)
+def _rotate(source, start, cosines, sines, out, out_start, half):  # type: ignore[no-untyped-def]
+    """One head: source[start : start + 2 * half] rotated into out[out_start : ...]."""
+    for i in range(half):
+        low, high = source[start + i], source[start + half + i]
+        out[out_start + i] = low * cosines[i] - high * sines[i]
+        out[out_start + half + i] = high * cosines[i] + low * sines[i]
+
+
+@cpu_kernel()
+def rope_and_store(qkv, position, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
+    """Split qkv, rotate q and k, and append k and v to one layer's cache.
+
+    Args:
+        qkv: float32 [T, q_dim + 2 * kv_dim], the projection's output.
+        position: int64 [1], cache slot and rotary position of the first of the T tokens.
+        cosines, sines: float32 [positions, head_dim / 2].
+        q: float32 [T, q_dim], out.
+        keys, values: float32 [positions, kv_dim], written at rows position .. position + T - 1.
+    """
+    tokens = qkv.shape[0]
+    q_dim, kv_dim = q.shape[1], keys.shape[1]
+    half = cosines.shape[1]
+    for t in prange(tokens):
+        slot = position[0] + t
+        for start in range(0, q_dim, 2 * half):
+            _rotate(qkv[t], start, cosines[slot], sines[slot], q[t], start, half)
+        for start in range(0, kv_dim, 2 * half):
+            _rotate(qkv[t], q_dim + start, cosines[slot], sines[slot], keys[slot], start, half)
+        for k in range(kv_dim):
+            values[slot, k] = qkv[t, q_dim + kv_dim + k]
