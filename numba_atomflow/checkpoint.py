@@ -1,0 +1,224 @@
+"""The FP8 checkpoint: one safetensors file that this engine maps and any safetensors reader opens.
+
+Tensors, with V vocabulary, H hidden and weights row-major [N, K] in codes F8_E4M3 and scales F32 [N, ceil(K / 128)]:
+
+    embedding.weight, embedding.scale            [V, H]
+    layer.{i}.attention_norm                     F32 [H]
+    layer.{i}.qkv.weight, .scale                 [(heads + 2 kv_heads) * head_dim, H]: rows of q, of k, of v
+    layer.{i}.o.weight, .scale                   [H, heads * head_dim]
+    layer.{i}.ffn_norm                           F32 [H]
+    layer.{i}.gate_up.weight, .scale             [2 * ffn, H]: rows of gate, of up
+    layer.{i}.down.weight, .scale                [H, ffn]
+    final_norm                                   F32 [H]
+    vocabulary.weight, .scale                    [V, H], only if embeddings are not tied
+    tokenizer.json                               U8 [bytes], if there is one
+
+All F32 tensors come first, then the codes, then the tokenizer; spaces at the end of the header make the codes start at
+a multiple of 128 bytes. The metadata holds JSON records: geometry, quantiser, source and its SHA-256, text.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.errors import CheckpointError, GeometryError
+from numba_atomflow.geometry import GROUP, ModelGeometry
+from numba_atomflow.tensor_file import TensorEntry, TensorFile, read_tensor_file
+from numba_atomflow.text import TextAssets
+
+FORMAT = "numba-atomflow"
+FORMAT_VERSION = "1"
+TOKENIZER = "tokenizer.json"
+CODES, SCALES, BYTES = "F8_E4M3", "F32", "U8"
+
+_DTYPES: dict[str, np.dtype[Any]] = {CODES: np.dtype(np.uint8), SCALES: np.dtype("<f4"), BYTES: np.dtype(np.uint8)}
+_VERIFIED_AT_ONCE = 1 << 24  # bytes
+
+
+def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
+    """Each part of the checkpoint, and the Hugging Face tensors that it holds, one below the other.
+
+    A part made of matrices becomes two tensors, ``<part>.weight`` and ``<part>.scale``; a norm keeps its name.
+    """
+    parts: dict[str, tuple[str, ...]] = {"embedding": ("model.embed_tokens.weight",)}
+    for i in range(geometry.layers):
+        theirs = f"model.layers.{i}."
+        parts |= {
+            f"layer.{i}.attention_norm": (theirs + "input_layernorm.weight",),
+            f"layer.{i}.qkv": tuple(f"{theirs}self_attn.{name}_proj.weight" for name in "qkv"),
+            f"layer.{i}.o": (theirs + "self_attn.o_proj.weight",),
+            f"layer.{i}.ffn_norm": (theirs + "post_attention_layernorm.weight",),
+            f"layer.{i}.gate_up": (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
+            f"layer.{i}.down": (theirs + "mlp.down_proj.weight",),
+        }
+    parts["final_norm"] = ("model.norm.weight",)
+    if not geometry.tied_embeddings:
+        parts["vocabulary"] = ("lm_head.weight",)
+    return parts
+
+
+def tensor_layout(geometry: ModelGeometry) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of the checkpoint but the tokenizer: name to safetensors dtype and shape."""
+    shapes = geometry.parameters()
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for part, theirs in fusion(geometry).items():
+        shape = shapes[theirs[0]]
+        if len(shape) == 1:
+            layout[part] = (SCALES, shape)
+            continue
+        rows, columns = sum(shapes[name][0] for name in theirs), shape[1]
+        layout[part + ".weight"] = (CODES, (rows, columns))
+        layout[part + ".scale"] = (SCALES, (rows, -(-columns // GROUP)))
+    return layout
+
+
+class Checkpoint:
+    """An FP8 checkpoint, mapped read-only. Use as a context manager, or `close` it.
+
+    Opening reads the header alone and checks it against the geometry and the size of the file; `verify` reads the rest.
+    """
+
+    path: Path
+    geometry: ModelGeometry
+    text: TextAssets
+    metadata: dict[str, str]
+    payload_bytes: int  # weights, scales and norms: what a model takes in memory
+
+    def __init__(self, file: TensorFile) -> None:
+        self.path, self.metadata = file.path, file.metadata
+        self._entries = file.entries
+        self.geometry = _geometry(file)
+        _check_tensors(file, self.geometry)
+        self.payload_bytes = sum(entry.nbytes for name, entry in file.entries.items() if name != TOKENIZER)
+        try:
+            with file.path.open("rb") as opened:
+                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"{file.path} cannot be mapped ({error.strerror}).") from error
+        try:
+            tokenizer = self.array(TOKENIZER).tobytes() if TOKENIZER in self._entries else None
+            self.text = TextAssets.from_dict(_record(file, "text"), tokenizer)
+        except BaseException:
+            self._map.close()
+            raise
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Map the checkpoint at `path`.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, of another version, or no checkpoint of this project.
+        """
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; give an FP8 checkpoint, or convert the folder first.")
+        return cls(read_tensor_file(path, CheckpointError))
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._entries)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view into the mapped file: codes and tokenizer as uint8, scales and norms as float32."""
+        entry = self._entries[name]
+        view = np.frombuffer(self._map, _DTYPES[entry.dtype], math.prod(entry.shape), entry.offset)
+        return view.reshape(entry.shape)
+
+    def verify(self) -> None:
+        """Read every tensor: no NaN among the codes, scales positive and finite, norms finite.
+
+        Reads the file in pieces and not through the mapping, which would make all of it resident.
+
+        Raises:
+            CheckpointError: naming the tensor at fault.
+        """
+        for name, entry in self._entries.items():
+            for values in self._pieces(entry):
+                if entry.dtype == CODES:
+                    sound = not np.any((values & 0x7F) == 0x7F)
+                elif name.endswith(".scale"):
+                    sound = bool(np.all(np.isfinite(values) & (values > 0)))
+                else:
+                    sound = bool(np.all(np.isfinite(values)))
+                if not sound:
+                    raise CheckpointError(f"Tensor {name} of {self.path} is damaged; convert the model again.")
+
+    def _pieces(self, entry: TensorEntry) -> Iterator[NDArray[Any]]:
+        dtype = _DTYPES[entry.dtype]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(entry.offset)
+                left = entry.nbytes
+                while left:
+                    piece = np.fromfile(file, dtype, min(left, _VERIFIED_AT_ONCE) // dtype.itemsize)
+                    if not piece.size:
+                        raise CheckpointError(f"{self.path} became shorter while it was read; convert the model again.")
+                    left -= piece.nbytes
+                    yield piece
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error.strerror}).") from error
+
+    def close(self) -> None:
+        """Unmap the file, unless arrays from it are still in use: then the mapping goes with the last of them."""
+        with suppress(BufferError):
+            self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _geometry(file: TensorFile) -> ModelGeometry:
+    found = file.metadata.get("format")
+    if found != FORMAT:
+        raise CheckpointError(f"{file.path} is not a {FORMAT} checkpoint; make one with `numba-atomflow convert`.")
+    version = file.metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file.path} has format version {version}, this program reads {FORMAT_VERSION}; convert the model again."
+        )
+    try:
+        return ModelGeometry.from_dict(_record(file, "geometry"))
+    except GeometryError as error:
+        raise CheckpointError(f"{file.path} describes a model that cannot be run: {error}") from error
+
+
+def _record(file: TensorFile, key: str) -> dict[str, Any]:
+    try:
+        record = json.loads(file.metadata.get(key, ""))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"The {key} record of {file.path} is not JSON; convert the model again.") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"The {key} record of {file.path} is not a JSON object; convert the model again.")
+    return record
+
+
+def _check_tensors(file: TensorFile, geometry: ModelGeometry) -> None:
+    if geometry.layers > len(file.entries):  # before a layout is made for an absurd number of layers
+        raise CheckpointError(f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} tensors.")
+    layout = tensor_layout(geometry)
+    for name, (dtype, shape) in layout.items():
+        entry = file.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{file.path} lacks the tensor {name}; convert the model again.")
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise CheckpointError(
+                f"Tensor {name} of {file.path} is {entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}; "
+                "convert the model again."
+            )
+        if entry.offset % _DTYPES[dtype].itemsize:
+            raise CheckpointError(f"Tensor {name} of {file.path} is misaligned; convert the model again.")
+    for name, entry in file.entries.items():
+        if name not in layout and (name != TOKENIZER or entry.dtype != BYTES):
+            raise CheckpointError(f"{file.path} holds an unknown tensor {name}; convert the model again.")

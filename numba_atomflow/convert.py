@@ -1,0 +1,95 @@
+"""Source to FP8 checkpoint, a few megabytes at a time."""
+
+import hashlib
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba_atomflow.checkpoint import fusion
+from numba_atomflow.checkpoint_writer import CheckpointWriter
+from numba_atomflow.errors import DestinationError, SourceError
+from numba_atomflow.quantize import rtn
+from numba_atomflow.sources import WeightSource, open_source
+
+Progress = Callable[[str, int, int], None]
+
+VALUES_AT_ONCE = 1 << 21  # weights dequantised at once: 8 MB in float32
+
+
+def convert(source: Path, destination: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Path:
+    """Quantise the model at `source` to FP8 and write it to `destination`.
+
+    Memory does not grow with the model: weights pass through in slabs of rows. The destination appears under its name
+    complete or not at all.
+
+    Args:
+        source: a GGUF file or a Hugging Face folder.
+        destination: the checkpoint file; missing folders are made.
+        overwrite: replace an existing checkpoint.
+        progress: called before each step with its name, bytes done and bytes in all: first hashing, then writing.
+
+    Returns:
+        `destination`.
+
+    Raises:
+        SourceError, GeometryError: the source cannot be used.
+        DestinationError: the destination exists, or cannot be written.
+    """
+    _check_destination(destination, overwrite)
+    weights = open_source(source)
+    if destination.exists() and any(destination.samefile(file) for file in weights.files):
+        raise DestinationError(f"{destination} is part of the source; choose another name.")
+    report: Progress = progress or (lambda *_: None)
+    writer = CheckpointWriter(destination, weights.geometry, weights.text, rtn.RECORD, _describe(weights, report))
+    with writer:
+        for part, names in fusion(weights.geometry).items():
+            report(part, writer.written_bytes, writer.total_bytes)
+            for name in names:
+                _convert_tensor(weights, name, writer, part)
+        report("verifying", writer.written_bytes, writer.total_bytes)
+    return destination
+
+
+def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str) -> None:
+    shape = weights.shape(name)
+    if len(shape) == 1:
+        writer.write(part, weights.read(name))
+        return
+    rows, columns = shape
+    slab = max(1, VALUES_AT_ONCE // columns)
+    for start in range(0, rows, slab):
+        codes, scales = rtn.quantize(weights.read(name, start, min(rows, start + slab)))
+        writer.write(part + ".weight", codes)
+        writer.write(part + ".scale", scales)
+
+
+def _check_destination(destination: Path, overwrite: bool) -> None:
+    try:
+        mode = destination.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise DestinationError(f"{destination} cannot be written ({error.strerror}); choose another name.") from error
+    if stat.S_ISDIR(mode):
+        raise DestinationError(f"{destination} is a folder; give the name of a file in it.")
+    if not stat.S_ISREG(mode):
+        raise DestinationError(f"{destination} is a device or a pipe; give the name of a file.")
+    if not overwrite:
+        raise DestinationError(f"{destination} exists; choose another name, or ask to overwrite it.")
+
+
+def _describe(weights: WeightSource, report: Progress) -> dict[str, Any]:
+    """Name, kind and SHA-256 of everything that a source was read from."""
+    digests: dict[str, str] = {}
+    done = 0
+    for path in weights.files:
+        try:
+            total = sum(file.stat().st_size for file in weights.files)
+            report(f"hashing {path.name}", done, total)
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                done += file.tell()
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    return {"path": weights.path.resolve().name, "kind": weights.kind, "sha256": digests}

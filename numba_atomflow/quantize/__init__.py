@@ -1,0 +1,1 @@
+"""Ways to turn weights into FP8 codes and group scales."""

@@ -1,0 +1,99 @@
+"""What every source of weights offers, and the checks that all of them share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.errors import GeometryError, SourceError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.text import TextAssets
+
+
+class WeightSource(Protocol):
+    """A model on disk, whatever its format: geometry, text assets, and its tensors one at a time.
+
+    Names, shapes and the order of rows are those of `ModelGeometry.parameters`, that is of Hugging Face.
+    """
+
+    path: Path
+    kind: str  # "gguf" or "hf"
+    geometry: ModelGeometry
+    text: TextAssets
+    files: tuple[Path, ...]  # everything that the source was read from
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Rows [start, stop) of one tensor (elements, if it is a vector), read now and dequantised.
+
+        Raises:
+            SourceError: the file cannot be read, or the tensor holds a NaN or an infinity.
+        """
+
+
+def make_geometry(described_by: Path, **fields: Any) -> ModelGeometry:
+    """A `ModelGeometry`, whose errors name the file that described it."""
+    try:
+        return ModelGeometry(**fields)
+    except GeometryError as error:
+        raise GeometryError(f"{described_by} describes a model that cannot be run: {error}") from error
+
+
+def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every parameter of `geometry` is in `shapes`, with its shape, and nothing else is.
+
+    Raises:
+        SourceError: naming the first tensor that is missing, misshapen or unknown.
+    """
+    if geometry.layers > len(shapes):  # before a list of parameters is made for an absurd number of layers
+        raise SourceError(f"{path} describes {geometry.layers} layers but holds only {len(shapes)} tensors.")
+    expected = geometry.parameters()
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        hint = ""
+        if missing == ["lm_head.weight"]:
+            hint = " (if the embeddings are shared, config.json must say tie_word_embeddings: true)"
+        raise SourceError(f"{path} lacks the tensor {missing[0]}{more}{hint}; get the complete model.")
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise SourceError(
+                f"Tensor {name} of {path} has shape {tuple(shapes[name])}, but the model's description says {shape}."
+            )
+    for name in shapes:
+        if name not in expected:
+            raise SourceError(
+                f"{path} holds the tensor {name}, which is not part of a Llama model of this description."
+            )
+
+
+def check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:
+    """A NaN or an infinity in weights is refused: nothing sensible can be computed from it.
+
+    Raises:
+        SourceError: naming file and tensor.
+    """
+    if not np.isfinite(values).all():
+        raise SourceError(f"Tensor {name} of {path} holds a NaN or an infinity; the file is damaged, get it again.")
+
+
+def read_bytes(path: Path, offset: int, count: int) -> NDArray[np.uint8]:
+    """`count` bytes of a file from `offset`, by a plain read: a mapping would keep the whole source resident.
+
+    Raises:
+        SourceError: the file cannot be read or has become shorter than its header said.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = np.fromfile(file, np.uint8, count)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
+    if data.size != count:
+        raise SourceError(f"{path} ended at byte {offset + data.size} while it was read; get the file again.")
+    return data

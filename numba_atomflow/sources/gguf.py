@@ -1,0 +1,207 @@
+"""A Llama-architecture GGUF file as a source of weights.
+
+Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Two things differ from Hugging Face:
+rows of q and k are stored so that rotary pairs are neighbours (2i, 2i + 1), not half a head apart, and Llama 3's RoPE
+scaling is a tensor of divisors, not four numbers.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from numba_atomflow.errors import SourceError
+from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_frequencies
+from numba_atomflow.sources.base import check_finite, check_parameters, make_geometry, read_bytes
+from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor, read_gguf_file
+from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
+
+ROPE_FACTORS = "rope_freqs.weight"
+# What Llama 3.1, 3.2 and 3.3 were trained with; a GGUF file does not say.
+LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR, LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
+
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTER_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+class GgufSource:
+    """A GGUF file; see `WeightSource`."""
+
+    kind = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: tuple[Path, ...] = (path,)
+        file = read_gguf_file(path)
+        self.geometry = _geometry(file)
+        self._tensors = {_hugging_face_name(n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
+        check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
+        self.text = assets_from_gguf(file.fields)
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        rows = self.shape(name)[0]
+        start, stop, _ = slice(start, stop).indices(rows)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            values = self._read_rotary(name, start, stop)
+        else:
+            values = _read_rows(self.path, name, self._tensors[name], start, stop)
+        check_finite(self.path, name, values)
+        return values
+
+    def _read_rotary(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows of q or k in Hugging Face order: whole heads are read, each with its pairs taken apart."""
+        width = self.geometry.head_dim
+        first, last = start // width, -(-stop // width)
+        stored = _read_rows(self.path, name, self._tensors[name], first * width, last * width)
+        pairs = stored.reshape(last - first, width // 2, 2, -1)
+        rows = pairs.swapaxes(1, 2).reshape(stored.shape)
+        return rows[start - first * width : stop - first * width]
+
+
+def _hugging_face_name(name: str) -> str:
+    if name in _OUTER_NAMES:
+        return _OUTER_NAMES[name]
+    match name.split("."):
+        case ["blk", layer, part, "weight"] if part in _LAYER_NAMES:
+            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
+    return name  # unknown: `check_parameters` will name it
+
+
+def _read_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
+    if len(tensor.shape) == 1:  # a vector is one row of blocks
+        return _read_block_rows(path, name, tensor, 0, 1)[0, start:stop]
+    return _read_block_rows(path, name, tensor, start, stop)
+
+
+def _read_block_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
+    raw = read_bytes(path, tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
+    try:
+        # Damaged scales overflow into infinities, which are refused by name afterwards.
+        with np.errstate(all="ignore"):
+            values = dequantize(raw.reshape(stop - start, tensor.row_bytes), tensor.type)
+    except NotImplementedError as error:
+        raise SourceError(
+            f"Tensor {name} of {path} has type {tensor.type.name}, which the gguf package cannot dequantise; "
+            "take a file in another quantisation."
+        ) from error
+    return np.asarray(values, np.float32)
+
+
+def _geometry(file: GgufFile) -> ModelGeometry:
+    fields = _Fields(file)
+    _refuse_other_models(file, fields)
+    hidden, heads = fields.integer("llama.embedding_length"), fields.integer("llama.attention.head_count")
+    if heads < 1 or hidden % heads:
+        raise SourceError(f"{file.path} has hidden size {hidden} and {heads} attention heads, which do not fit.")
+    head_dim = fields.integer("llama.attention.key_length", hidden // heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if fields.integer(key, head_dim) != head_dim:
+            raise SourceError(f"{file.path} has {key} {file.fields[key]}, but heads of {head_dim}; they must be equal.")
+    geometry = make_geometry(
+        file.path,
+        layers=fields.integer("llama.block_count"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=fields.integer("llama.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        ffn=fields.integer("llama.feed_forward_length"),
+        vocabulary=fields.integer("llama.vocab_size", fields.length("tokenizer.ggml.tokens")),
+        max_positions=fields.integer("llama.context_length"),
+        rope_theta=fields.number("llama.rope.freq_base", 10000.0),
+        norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
+        tied_embeddings="output.weight" not in file.tensors,
+    )
+    if ROPE_FACTORS not in file.tensors:
+        return geometry
+    return _with_llama3_scaling(file, fields, geometry)
+
+
+def _refuse_other_models(file: GgufFile, fields: "_Fields") -> None:
+    architecture = file.fields.get("general.architecture")
+    if architecture != "llama":
+        raise SourceError(f"{file.path} is of the architecture {architecture!r}; only 'llama' is supported.")
+    if fields.integer("split.count", 1) > 1:
+        raise SourceError(f"{file.path} is one part of a split model; merge the parts with gguf-split first.")
+    if fields.integer("llama.expert_count", 0) > 0:
+        raise SourceError(f"{file.path} is a mixture of experts, which is not supported.")
+    scaling = file.fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise SourceError(f"{file.path} uses RoPE scaling of type {scaling!r}, which is not supported.")
+    if fields.number("llama.rope.scale_linear", 1.0) != 1.0:
+        raise SourceError(f"{file.path} uses linear RoPE scaling, which is not supported.")
+
+
+def _with_llama3_scaling(file: GgufFile, fields: "_Fields", geometry: ModelGeometry) -> ModelGeometry:
+    """`geometry` with the RopeScaling that divides its plain frequencies by the stored factors [head_dim / 2]."""
+    tensor = file.tensors[ROPE_FACTORS]
+    if tensor.shape != (geometry.head_dim // 2,):
+        raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} has shape {tensor.shape}, not one factor per pair.")
+    factors = _read_rows(file.path, ROPE_FACTORS, tensor, 0, geometry.head_dim // 2)
+    check_finite(file.path, ROPE_FACTORS, factors)
+    scaling = RopeScaling(
+        factor=_shortest(factors.max()),
+        low_freq_factor=LLAMA3_LOW_FREQ_FACTOR,
+        high_freq_factor=LLAMA3_HIGH_FREQ_FACTOR,
+        original_max_positions=fields.integer("llama.rope.scaling.original_context_length", LLAMA3_ORIGINAL_POSITIONS),
+    )
+    scaled = replace(geometry, rope_scaling=scaling)
+    plain = rope_inverse_frequencies(geometry)
+    if factors.min() < 1 or not np.allclose(rope_inverse_frequencies(scaled), plain / factors, rtol=1e-4, atol=0.0):
+        raise SourceError(f"{file.path} scales RoPE by factors ({ROPE_FACTORS}) that are not those of Llama 3.")
+    return scaled
+
+
+def _shortest(value: Any) -> float:
+    """A float32 as the shortest decimal that rounds to it: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+class _Fields:
+    """Typed access to metadata; errors name the file and the key."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._file.fields.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self._unusable(key, value)
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._file.fields.get(key, default)
+        if not isinstance(value, float) or not np.isfinite(value) or value <= 0:
+            raise self._unusable(key, value)
+        return _shortest(value)
+
+    def length(self, key: str) -> int | None:
+        value = self._file.fields.get(key)
+        return len(value) if isinstance(value, list) else None
+
+    def _unusable(self, key: str, value: Any) -> SourceError:
+        if value is None:
+            return SourceError(f"{self._file.path} lacks the metadata field {key}; get the complete model.")
+        return SourceError(f"{self._file.path} has an unusable value in the metadata field {key}: {str(value)[:60]!r}.")

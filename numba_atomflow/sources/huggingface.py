@@ -1,0 +1,140 @@
+"""A Hugging Face model folder as a source of weights: config.json and one or several safetensors files.
+
+Formats: https://huggingface.co/docs/transformers/model_doc/llama (config) and
+https://huggingface.co/docs/safetensors (weights; sharded ones have model.safetensors.index.json beside them).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.errors import SourceError
+from numba_atomflow.sources.base import check_finite, check_parameters, read_bytes
+from numba_atomflow.sources.huggingface_config import config_geometry
+from numba_atomflow.sources.huggingface_text import folder_text
+from numba_atomflow.sources.json_file import read_json
+from numba_atomflow.tensor_file import TensorEntry, TensorFile, read_tensor_file
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer of constants, which old checkpoints store
+
+
+class HuggingFaceSource:
+    """A model folder; see `WeightSource`."""
+
+    kind = "hf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config_path = path / CONFIG
+        if not config_path.is_file():
+            raise SourceError(f"{path} holds no {CONFIG}; {_what_else(path)}.")
+        config = read_json(config_path)
+        self.geometry = config_geometry(config_path, config)
+        index_files, shards = _weight_files(path)
+        self._entries = {
+            name: (shard.path, entry)
+            for shard in shards
+            for name, entry in shard.entries.items()
+            if not name.endswith(IGNORED_SUFFIX)
+        }
+        # Some tied models store the shared matrix under both names: allowed if the two are equal, see `read`.
+        shapes = {name: entry.shape for name, (_, entry) in self._entries.items()}
+        self._stored_twice = self.geometry.tied_embeddings and shapes.get(HEAD, ()) == shapes.get(EMBEDDING)
+        if self._stored_twice:
+            del shapes[HEAD]
+        check_parameters(path, self.geometry, shapes)
+        self._names = list(shapes)
+        self.text, text_files = folder_text(path, config, self.geometry.vocabulary)
+        self.files: tuple[Path, ...] = (config_path, *index_files, *(shard.path for shard in shards), *text_files)
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][1].shape
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        values = self._read(name, start, stop)
+        if name == EMBEDDING and self._stored_twice and not np.array_equal(values, self._read(HEAD, start, stop)):
+            raise SourceError(
+                f"{self.path / CONFIG} says that embeddings are tied, but {HEAD} differs from {EMBEDDING}; "
+                "set tie_word_embeddings to false if both are meant."
+            )
+        return values
+
+    def _read(self, name: str, start: int, stop: int | None) -> NDArray[np.float32]:
+        path, entry = self._entries[name]
+        start, stop, _ = slice(start, stop).indices(entry.shape[0])
+        row_bytes = entry.nbytes // entry.shape[0]
+        raw = read_bytes(path, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+        values = _to_float32(path, name, entry, raw).reshape(stop - start, *entry.shape[1:])
+        check_finite(path, name, values)
+        return values
+
+
+def _to_float32(path: Path, name: str, entry: TensorEntry, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    match entry.dtype:
+        case "F32":
+            return raw.view("<f4").astype(np.float32, copy=False)
+        case "F16":
+            return raw.view("<f2").astype(np.float32)
+        case "BF16":  # the upper half of a float32
+            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    raise SourceError(f"Tensor {name} of {path} has dtype {entry.dtype}; supported are F32, F16 and BF16.")
+
+
+def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:
+    """The index, if there is one, and the headers of all weight files."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+        return (), [read_tensor_file(single, SourceError)]
+    if not index.exists():
+        raise SourceError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; {_what_else(folder)}.")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_file_name(value) for value in weight_map.values()):
+        raise SourceError(f"{index} has no weight_map from tensor names to files in the same folder.")
+    shards = []
+    for file_name in sorted(set(weight_map.values())):
+        if not (folder / file_name).exists():
+            raise SourceError(f"{index} names {file_name}, which is not in {folder}; get the complete model.")
+        shards.append(read_tensor_file(folder / file_name, SourceError))
+    _check_index(index, weight_map, shards)
+    return (index,), shards
+
+
+def _check_index(index: Path, weight_map: dict[str, str], shards: list[TensorFile]) -> None:
+    """Every tensor is in one shard, the one that the index says."""
+    found: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.entries:
+            if name in found:
+                raise SourceError(f"Tensor {name} is both in {found[name]} and in {shard.path.name} of {index.parent}.")
+            found[name] = shard.path.name
+    for name, file_name in weight_map.items():
+        if found.get(name) != file_name:
+            raise SourceError(f"{index} says that {file_name} holds the tensor {name}, but it does not.")
+
+
+def _is_file_name(value: Any) -> bool:
+    """Whether `value` is a bare name: an index must not lead out of its folder."""
+    return isinstance(value, str) and value not in {"", ".", ".."} and not {"/", "\\", "\0"} & set(value)
+
+
+def _what_else(folder: Path) -> str:
+    """What the user may have meant, from what lies in a folder that cannot be used."""
+    for pattern, advice in (
+        ("*.gguf", "give the GGUF file in it instead: {}"),
+        ("pytorch_model*.bin", "convert {} to safetensors first"),
+        (SINGLE, "add the model's config.json beside {}"),
+        ("*.safetensors", "rename {} to " + SINGLE + ", or give another folder"),
+    ):
+        for found in sorted(folder.glob(pattern)):
+            return advice.format(found.name)
+    return "give a folder with config.json and safetensors weights"

@@ -1,0 +1,69 @@
+"""Reading the JSON files of a model folder, with errors that name the file and the key."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numba_atomflow.errors import SourceError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        SourceError: the file is missing, unreadable, malformed, or holds something else.
+    """
+    return parse_json(path, read_file(path))
+
+
+def read_file(path: Path) -> bytes:
+    """A whole small file.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """Contents of a JSON file that must hold an object; `path` is for the message.
+
+    Raises:
+        SourceError: the contents are malformed or something else than an object.
+    """
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not valid JSON ({error}); get the file again.") from error
+    if not isinstance(record, dict):
+        raise SourceError(f"{path} holds a JSON {type(record).__name__}, not an object; get the file again.")
+    return record
+
+
+def integer(path: Path, record: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """`record[key]`, which must be an integer; null and absent are `default`."""
+    value = record.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _unusable(path, key, value)
+    return value
+
+
+def number(path: Path, record: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """`record[key]`, which must be a finite positive number; null and absent are `default`."""
+    value = record.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise _unusable(path, key, value)
+    return float(value)
+
+
+def _unusable(path: Path, key: str, value: Any) -> SourceError:
+    if value is None:
+        return SourceError(f"{path} lacks {key}; get the complete model.")
+    return SourceError(f"{path} has an unusable value for {key}: {str(value)[:60]!r}.")
