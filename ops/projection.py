@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from numba_atomflow.ops.activation import silu
 from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, dequantize_groups
 from numba_atomflow.ops.jit import cpu_kernel
+from numba_atomflow.ops.simd import fp8_row_dot
 
 TILE_ROWS = 192  # weight rows decoded at a time: with K = 1536, 1.2 MB of scratch per thread
 
@@ -34,31 +35,12 @@ def project_reference(
 # --- one token ---------------------------------------------------------------------------------------------------
 
 
-@cpu_kernel(inline=True)
-def _row_dot(codes, scales, n, x):  # type: ignore[no-untyped-def]
-    """Row n of the weights times x, still lifted: callers multiply by _UNLIFT."""
-    columns = codes.shape[1]
-    whole_groups = columns // GROUP
-    total = np.float32(0.0)
-    for g in range(whole_groups):  # a constant trip count lets LLVM unroll the group
-        partial = np.float32(0.0)
-        for k in range(g * GROUP, g * GROUP + GROUP):
-            partial += decode_biased(codes[n, k]) * x[k]
-        total += partial * scales[n, g]
-    if whole_groups * GROUP < columns:
-        partial = np.float32(0.0)
-        for k in range(whole_groups * GROUP, columns):
-            partial += decode_biased(codes[n, k]) * x[k]
-        total += partial * scales[n, whole_groups]
-    return total
-
-
 @cpu_kernel()
 def project_token(codes, scales, x, y, accumulate):  # type: ignore[no-untyped-def]
     """y = W x, or y += W x. codes int8 [N, K], scales float32 [N, groups], x float32 [K], y float32 [N]."""
     lifted = x * _LIFT
     for n in prange(codes.shape[0]):
-        value = _row_dot(codes, scales, n, lifted) * _UNLIFT
+        value = fp8_row_dot(codes, scales, n, lifted) * _UNLIFT
         if accumulate:
             y[n] += value
         else:
@@ -71,8 +53,8 @@ def project_token_swiglu(codes, scales, x, y):  # type: ignore[no-untyped-def]
     lifted = x * _LIFT
     rows = y.shape[0]
     for n in prange(rows):
-        gate = _row_dot(codes, scales, n, lifted) * _UNLIFT
-        up = _row_dot(codes, scales, rows + n, lifted) * _UNLIFT
+        gate = fp8_row_dot(codes, scales, n, lifted) * _UNLIFT
+        up = fp8_row_dot(codes, scales, rows + n, lifted) * _UNLIFT
         y[n] = silu(gate) * up
 
 
