@@ -53,6 +53,9 @@ class GgufSource:
         self.geometry = _geometry(file)
         self._tensors = {_hugging_face_name(n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
+        tokens = _Fields(file).length("tokenizer.ggml.tokens") or 0
+        if tokens > self.geometry.vocabulary:
+            raise SourceError(f"{path} has {tokens} tokens, but embeddings for {self.geometry.vocabulary} only.")
         self.text = assets_from_gguf(file.fields)
 
     def names(self) -> list[str]:

@@ -1,0 +1,276 @@
+"""Tiny random models on disk, made without torch: Hugging Face folders and GGUF files of the same weights."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+
+Weights = dict[str, NDArray[np.float32]]
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # ids 0, 1, 2; the 256 bytes follow
+SMALLEST_VOCABULARY = 3 + 256
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def tiny_geometry(**changes: Any) -> ModelGeometry:
+    """Two layers whose hidden (192) and FFN (320) sizes are no multiples of the group of 128."""
+    fields: dict[str, Any] = {
+        "layers": 2,
+        "hidden": 192,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "ffn": 320,
+        "vocabulary": 288,
+        "max_positions": 512,
+    }
+    return ModelGeometry(**(fields | changes))
+
+
+def random_weights(geometry: ModelGeometry, seed: int = 0) -> Weights:
+    """Weights of a size that keeps activations near 1 through the layers."""
+    rng = np.random.default_rng(seed)
+    weights: Weights = {}
+    for name, shape in geometry.parameters().items():
+        values = rng.standard_normal(shape, np.float32)
+        if len(shape) == 1:
+            weights[name] = (1 + 0.1 * values).astype(np.float32)
+        else:
+            weights[name] = (values / np.sqrt(shape[1])).astype(np.float32)
+    return weights
+
+
+def as_stored(values: NDArray[np.float32], dtype: str) -> tuple[bytes, NDArray[np.float32]]:
+    """The bytes of `values` in a safetensors dtype, and what they stand for."""
+    match dtype:
+        case "F32":
+            return values.tobytes(), values
+        case "F16":
+            half = values.astype(np.float16)
+            return half.tobytes(), half.astype(np.float32)
+        case "BF16":
+            bits = values.view(np.uint32)
+            upper = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # round to nearest even
+            return upper.tobytes(), (upper.astype(np.uint32) << 16).view(np.float32)
+    raise ValueError(dtype)
+
+
+def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
+    """A safetensors file with any header, sound or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray[np.float32]], dtype: str = "F32") -> Weights:
+    """A sound safetensors file; returns what its values stand for."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data, stored = b"", {}
+    for name, values in tensors.items():
+        raw, stored[name] = as_stored(values, dtype)
+        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    path.write_bytes(safetensors_bytes(header, data))
+    return stored
+
+
+def write_hf_folder(
+    folder: Path,
+    geometry: ModelGeometry | None = None,
+    *,
+    weights: Weights | None = None,
+    dtype: str = "F32",
+    shards: int = 1,
+    seed: int = 0,
+) -> Weights:
+    """A complete model folder; returns its weights as float32, rounded to `dtype`."""
+    geometry = geometry or tiny_geometry()
+    weights = random_weights(geometry, seed) if weights is None else weights
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", hf_config(geometry))
+    write_json(folder / "generation_config.json", {"eos_token_id": 1})
+    (folder / "tokenizer.json").write_text(tiny_tokenizer().to_str())
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    if shards == 1:
+        return write_safetensors(folder / "model.safetensors", weights, dtype)
+    stored: Weights = {}
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {key: weights[key] for key in list(weights)[i::shards]}
+        stored |= write_safetensors(folder / name, part, dtype)
+        weight_map |= dict.fromkeys(part, name)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    return stored
+
+
+def hf_config(geometry: ModelGeometry) -> dict[str, Any]:
+    """config.json as transformers 4 wrote it."""
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "num_hidden_layers": geometry.layers,
+        "hidden_size": geometry.hidden,
+        "num_attention_heads": geometry.heads,
+        "num_key_value_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+        "intermediate_size": geometry.ffn,
+        "vocab_size": geometry.vocabulary,
+        "max_position_embeddings": geometry.max_positions,
+        "rope_theta": geometry.rope_theta,
+        "rms_norm_eps": geometry.norm_eps,
+        "tie_word_embeddings": geometry.tied_embeddings,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    scaling = geometry.rope_scaling
+    if scaling is not None:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return config
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Byte-level BPE without merges: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([BOS, EOS, PAD, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, PAD)])
+    return tokenizer
+
+
+def write_json(path: Path, record: Any) -> None:
+    path.write_text(json.dumps(record))
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------------
+
+_GGUF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GGUF_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(
+    path: Path,
+    geometry: ModelGeometry | None = None,
+    *,
+    weights: Weights | None = None,
+    matrices: GGMLQuantizationType = GGMLQuantizationType.F32,
+    seed: int = 0,
+    tokenizer: bool = False,
+    fields: Mapping[str, Any] | None = None,
+    architecture: str = "llama",
+) -> Weights:
+    """A GGUF file as llama.cpp's converter lays it out; returns its weights as float32, in Hugging Face order.
+
+    Args:
+        path: the file.
+        geometry: of the model.
+        weights: in Hugging Face names and order.
+        matrices: type of all matrices; norms are F32.
+        seed: of the weights, if none are given.
+        tokenizer: store a byte-level tokenizer of 260 tokens.
+        fields: integer metadata to add or to override; None drops a field.
+        architecture: what general.architecture says.
+    """
+    geometry = geometry or tiny_geometry()
+    weights = random_weights(geometry, seed) if weights is None else weights
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in (_gguf_integers(geometry) | dict(fields or {})).items():
+        if value is not None:
+            writer.add_uint32(key, value)
+    writer.add_layer_norm_rms_eps(geometry.norm_eps)
+    writer.add_rope_freq_base(geometry.rope_theta)
+    if tokenizer:
+        _add_gguf_tokenizer(writer)
+    if geometry.rope_scaling is not None:
+        plain = rope_inverse_frequencies(ModelGeometry.from_dict(geometry.to_dict() | {"rope_scaling": None}))
+        writer.add_tensor("rope_freqs.weight", (plain / rope_inverse_frequencies(geometry)).astype(np.float32))
+    stored: Weights = {}
+    for name, values in weights.items():
+        kind = GGMLQuantizationType.F32 if values.ndim == 1 else matrices
+        stored[name] = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+        if "q_proj" in name or "k_proj" in name:
+            values = _interleaved(values, geometry.head_dim)
+        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
+
+
+def _gguf_integers(geometry: ModelGeometry) -> dict[str, Any]:
+    return {
+        "llama.block_count": geometry.layers,
+        "llama.context_length": geometry.max_positions,
+        "llama.embedding_length": geometry.hidden,
+        "llama.feed_forward_length": geometry.ffn,
+        "llama.attention.head_count": geometry.heads,
+        "llama.attention.head_count_kv": geometry.kv_heads,
+        "llama.attention.key_length": geometry.head_dim,
+        "llama.attention.value_length": geometry.head_dim,
+        "llama.rope.dimension_count": geometry.head_dim,
+        "llama.vocab_size": geometry.vocabulary,
+    }
+
+
+def _add_gguf_tokenizer(writer: gguf.GGUFWriter) -> None:
+    tokens = [BOS, EOS, PAD, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _gguf_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in _GGUF_OUTER:
+        return _GGUF_OUTER[stem] + ".weight"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{_GGUF_LAYER[part]}.weight"
+
+
+def _interleaved(values: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+    """Rows of each head from halves (i, i + d/2) to neighbours (2i, 2i + 1), row by row."""
+    order = [half * head_dim // 2 + pair for pair in range(head_dim // 2) for half in range(2)]
+    heads = values.shape[0] // head_dim
+    rows = [head * head_dim + row for head in range(heads) for row in order]
+    return np.ascontiguousarray(values[rows])
