@@ -89,12 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = existing()
     else:
         columns = (TextColumn("    {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("converting to FP8", visible=False)
             try:
                 path = prepare(lambda _name, done, total: bar.update(task, completed=done, total=total, visible=True))
             except AtomFlowError as error:
-                bar.console.print(str(error), soft_wrap=True, markup=False, highlight=False)
+                console.print(str(error), soft_wrap=True, markup=False, highlight=False)
                 return 2
     if path is None:
         return 1

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=.venv
 STATE=$VENV/.bootstrap # "making" while the venv is half made, "made" without the project, then what was installed
-NEEDED_MB=2500         # 1 GB of packages without CUDA libraries, 250 MB of model, and room for pip to unpack
+NEEDED_MB=2500         # 700 MB of packages, as much again of CUDA libraries, 250 MB of model, room for pip to unpack
 PROMPT="The capital of France is"
 
 usage() {
@@ -209,5 +209,5 @@ fi
 note "$checkpoint"
 
 stage 4 "Generating (the first time, kernels are compiled: half a minute)"
-"$VENV/bin/numba-atomflow" generate "$checkpoint" "$PROMPT" --max-tokens 48
-printf '\nNext: source %s/bin/activate, then numba-atomflow chat %q. The tests: bash scripts/test.sh\n' "$VENV" "$checkpoint"
+"$VENV/bin/numba-atomflow" generate "$PROMPT" --max-tokens 48 # the demo model is its default
+printf '\nNext: source %s/bin/activate, then numba-atomflow chat. The tests: bash scripts/test.sh\n' "$VENV"
