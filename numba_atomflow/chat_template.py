@@ -1,14 +1,14 @@
 """A model's chat template: Jinja source that came with the weights, and is not trusted.
 
-Templates are written for `transformers`, so the environment offers what it offers there: trimmed blocks, loop controls,
-``generation`` blocks, ``raise_exception``, ``strftime_now`` and a ``tojson`` that escapes nothing. Jinja's sandbox keeps
-a template away from Python's internals; it sees plain strings, copied from the messages, and nothing else.
+Templates are written for `transformers`, so the environment offers what it offers there: trimmed blocks, loop
+controls, ``generation`` blocks, ``raise_exception``, ``strftime_now`` and a ``tojson`` that escapes nothing. Jinja's
+sandbox keeps a template away from Python's internals; it sees plain strings, copied from the messages, nothing else.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -75,7 +75,7 @@ class _Refusal(jinja2.TemplateError):
 class _Generation(Extension):
     """``{% generation %}``: marks the assistant's text for training; here it only lets its body through."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: set[str] = {"generation"}  # noqa: RUF012 - how Jinja declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

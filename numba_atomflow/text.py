@@ -155,6 +155,6 @@ class TextCodec:
         bos_id: int | None = self._tokenizer.token_to_id(self.assets.bos_token) if self.assets.bos_token else None
         if bos_id is None:
             raise TextError(
-                f"The model wants a BOS in front of every text, but its tokenizer has no token {self.assets.bos_token!r}."
+                f"The model wants a BOS in front of every text, but its tokenizer lacks {self.assets.bos_token!r}."
             )
         return bos_id

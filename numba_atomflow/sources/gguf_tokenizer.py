@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from numba_atomflow.errors import SourceError
 from numba_atomflow.text import TextAssets
 
-_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 
 # A file names one end-of-sequence token, but a chat model may end a turn with another. Control tokens of these names
 # end a reply wherever they come from.
@@ -35,12 +35,14 @@ class _PreTokenizer:
 
 _GPT2 = _PreTokenizer()
 _LLAMA3 = _PreTokenizer(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     whole_words=True,
     adds_bos=True,
 )
 _QWEN2 = _PreTokenizer(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PRE_TOKENIZERS = {
     "default": _GPT2,
@@ -69,7 +71,7 @@ def assets_from_gguf(fields: Mapping[str, Any]) -> TextAssets:
         SourceError: the tokenizer is of a kind that is not supported, or its description contradicts itself.
     """
     kind = fields.get("tokenizer.ggml.model")
-    chat_template = fields.get("tokenizer.chat_template")
+    chat_template = fields.get("tokenizer.chat_template") or None
     if kind is None or kind == "no_vocab":
         return TextAssets(chat_template=chat_template)
     tokens = _required(fields, "tokenizer.ggml.tokens")
@@ -179,10 +181,10 @@ def _tokenizer_json(body: dict[str, Any], tokens: list[str], types: list[int]) -
         SourceError: merges that name no token, and whatever else the tokenizers library refuses.
     """
     added = [
-        {"id": i, "content": token, "special": types[i] == _CONTROL}
+        {"id": i, "content": token, "special": types[i] != _USER_DEFINED}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for i, token in enumerate(tokens)
-        if types[i] in (_CONTROL, _USER_DEFINED)
+        if types[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
     common = {
         "version": "1.0",
@@ -226,7 +228,7 @@ def _token(fields: Mapping[str, Any], name: str, tokens: list[str]) -> str | Non
         raise SourceError(
             f"The GGUF's {name}_token_id is {token_id}, outside its {len(tokens)} tokens; fetch the file again."
         )
-    return tokens[token_id]
+    return str(tokens[token_id])
 
 
 def _required(fields: Mapping[str, Any], key: str) -> list[Any]:

@@ -1,0 +1,115 @@
+"""Small tokenizers trained on the spot, with the GGUF metadata that describes them: no download, no transformers."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from text_samples import SAMPLES
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
+
+# How the models themselves cut text, written in the parts of the tokenizers library.
+PRE_TOKENIZERS: Mapping[str, pre_tokenizers.PreTokenizer] = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "qwen2": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+def byte_level(pre: str = "gpt-2") -> tuple[Tokenizer, dict[str, Any]]:
+    """A byte-level BPE tokenizer of some 900 tokens, and the same as GGUF fields.
+
+    Tokens 0 to 2 are ``<s>``, ``<|endoftext|>`` and ``<|im_end|>``; the last is ``<think>``, which is user-defined.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    control = ["<s>", "<|endoftext|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(
+        SAMPLES,
+        trainers.BpeTrainer(
+            vocab_size=900,
+            min_frequency=2,
+            special_tokens=control,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_tokens(["<think>"])
+    spellings = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": spellings,
+        "tokenizer.ggml.token_type": [CONTROL] * 3 + [NORMAL] * (len(spellings) - 4) + [USER_DEFINED],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    return tokenizer, fields
+
+
+def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
+    """A Llama-2-like tokenizer of some 600 tokens, 256 of them bytes, and the same as GGUF fields.
+
+    Tokens 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``; scores fall from token to token, as sentencepiece writes them.
+    """
+    latin = [text for text in SAMPLES if text.isascii()]  # every other script falls back to bytes
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    learner.train_from_iterator(latin, trainers.BpeTrainer(vocab_size=800, min_frequency=2, show_progress=False))
+    model = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    merged = [left + right for left, right in merges]
+    letters = sorted(set(model["vocab"]) - set(merged))
+    control = ["<unk>", "<s>", "</s>"]
+    spellings = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *letters]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {spelling: i for i, spelling in enumerate(spellings)},
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.add_special_tokens(control)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    plain = len(merged) + len(letters)
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": spellings,
+        "tokenizer.ggml.token_type": [2, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * plain,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(plain)],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    return tokenizer, fields
