@@ -126,7 +126,6 @@ class StreamDecoder:
         The decoder is then ready for another reply.
         """
         rest = self._strip_start(self._utf8.decode(b"", final=True))
-        self._utf8.reset()
         self._first = True
         self._to_strip = self._token_bytes.rules.strip_count
         return rest

@@ -76,7 +76,7 @@ def byte_level(pre: str = "gpt-2") -> tuple[Tokenizer, dict[str, Any]]:
 def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
     """A Llama-2-like tokenizer of some 600 tokens, 256 of them bytes, and the same as GGUF fields.
 
-    Tokens 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``; scores fall from token to token, as sentencepiece writes them.
+    Tokens 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``. Ids say nothing of the order of merging, only scores do.
     """
     latin = [text for text in SAMPLES if text.isascii()]  # every other script falls back to bytes
     learner = Tokenizer(models.BPE())
@@ -87,7 +87,7 @@ def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
     merged = [left + right for left, right in merges]
     letters = sorted(set(model["vocab"]) - set(merged))
     control = ["<unk>", "<s>", "</s>"]
-    spellings = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *letters]
+    spellings = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *reversed(merged)]
     tokenizer = Tokenizer(
         models.BPE(
             {spelling: i for i, spelling in enumerate(spellings)},
@@ -102,12 +102,13 @@ def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    plain = len(merged) + len(letters)
     fields = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": spellings,
-        "tokenizer.ggml.token_type": [2, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * plain,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(plain)],
+        "tokenizer.ggml.token_type": [2, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(letters) + len(merged)),
+        "tokenizer.ggml.scores": [0.0] * 259
+        + [-1000.0] * len(letters)
+        + [-float(rank) for rank in reversed(range(len(merged)))],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
