@@ -17,7 +17,10 @@ Weights = dict[str, NDArray[np.float32]]
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # ids 0, 1, 2; the 256 bytes follow
 SMALLEST_VOCABULARY = 3 + 256
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def tiny_geometry(**changes: Any) -> ModelGeometry:
@@ -161,6 +164,11 @@ def tiny_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, PAD)])
     return tokenizer
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds, sorted."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -95,5 +95,5 @@ def read_bytes(path: Path, offset: int, count: int) -> NDArray[np.uint8]:
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
     if data.size != count:
-        raise SourceError(f"{path} ended at byte {offset + data.size} while it was read; get the file again.")
+        raise SourceError(f"{path} became shorter while it was read; get the file again.")
     return data

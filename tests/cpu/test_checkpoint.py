@@ -1,0 +1,432 @@
+"""The FP8 checkpoint: what other readers see in it, what ours refuses, and writing all or nothing."""
+
+import errno
+import io
+import json
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tiny_models import names_in, safetensors_bytes, tiny_geometry, tiny_tokenizer
+
+from numba_atomflow.checkpoint import Checkpoint, tensor_layout
+from numba_atomflow.checkpoint_writer import CheckpointWriter
+from numba_atomflow.errors import CheckpointError, DestinationError
+from numba_atomflow.geometry import RopeScaling
+from numba_atomflow.text import TextAssets
+
+TEXT = TextAssets(
+    tiny_tokenizer().to_str().encode(), "{{ messages }}", "<|bos|>", "<|eos|>", eos_ids=(1, 2), add_bos=True
+)
+SOURCE = {"path": "model.gguf", "kind": "gguf", "sha256": {"model.gguf": "00" * 32}}
+SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
+
+
+def writer_for(path: Path, text: TextAssets = TEXT, **changes: Any) -> CheckpointWriter:
+    return CheckpointWriter(path, tiny_geometry(**changes), text, {"method": "rtn", "group_size": 128}, SOURCE)
+
+
+def contents(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
+    """Random codes without NaN, positive scales, norms."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for name, (dtype, shape) in tensor_layout(tiny_geometry(**changes)).items():
+        if dtype == "F32":
+            tensors[name] = rng.uniform(0.5, 2.0, shape).astype(np.float32)
+        else:
+            codes = rng.integers(0, 256, shape, np.uint8)
+            tensors[name] = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8)
+    return tensors
+
+
+def write(path: Path, tensors: dict[str, np.ndarray] | None = None, text: TextAssets = TEXT, **changes: Any) -> Path:
+    with writer_for(path, text, **changes) as writer:
+        for name, values in (tensors or contents(**changes)).items():
+            writer.write(name, values)
+    return path
+
+
+# --- what is in the file -------------------------------------------------------------------------------------------
+
+
+def test_layout_of_a_layer() -> None:
+    layout = tensor_layout(tiny_geometry(layers=1))
+    assert layout == {
+        "embedding.weight": ("F8_E4M3", (288, 192)),
+        "embedding.scale": ("F32", (288, 2)),
+        "layer.0.attention_norm": ("F32", (192,)),
+        "layer.0.qkv.weight": ("F8_E4M3", (512, 192)),
+        "layer.0.qkv.scale": ("F32", (512, 2)),
+        "layer.0.o.weight": ("F8_E4M3", (192, 256)),
+        "layer.0.o.scale": ("F32", (192, 2)),
+        "layer.0.ffn_norm": ("F32", (192,)),
+        "layer.0.gate_up.weight": ("F8_E4M3", (640, 192)),
+        "layer.0.gate_up.scale": ("F32", (640, 2)),
+        "layer.0.down.weight": ("F8_E4M3", (192, 320)),
+        "layer.0.down.scale": ("F32", (192, 3)),
+        "final_norm": ("F32", (192,)),
+        "vocabulary.weight": ("F8_E4M3", (288, 192)),
+        "vocabulary.scale": ("F32", (288, 2)),
+    }
+    assert not [name for name in tensor_layout(tiny_geometry(tied_embeddings=True)) if name.startswith("vocabulary")]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tied_embeddings": True, "rope_scaling": SCALING}, {"hidden": 200, "ffn": 99}]
+)
+def test_what_is_written_is_read_back(tmp_path: Path, changes: dict[str, Any]) -> None:
+    tensors = contents(**changes)
+    path = write(tmp_path / "model.safetensors", tensors, **changes)
+    assert names_in(tmp_path) == ["model.safetensors"]
+    with Checkpoint.open(path) as checkpoint:
+        checkpoint.verify()
+        assert checkpoint.geometry == tiny_geometry(**changes)
+        assert checkpoint.text == TEXT
+        assert json.loads(checkpoint.metadata["source"]) == SOURCE
+        assert json.loads(checkpoint.metadata["quantiser"]) == {"method": "rtn", "group_size": 128}
+        assert sorted(checkpoint.names()) == sorted([*tensors, "tokenizer.json"])
+        assert checkpoint.payload_bytes == sum(values.nbytes for values in tensors.values())
+        for name, values in tensors.items():
+            read = checkpoint.array(name)
+            assert (read.dtype, read.flags.writeable, read.flags.aligned) == (values.dtype, False, True)
+            np.testing.assert_array_equal(read, values, err_msg=name)
+
+
+def test_a_model_without_tokenizer(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", text=TextAssets())
+    with Checkpoint.open(path) as checkpoint:
+        assert checkpoint.text == TextAssets()
+        assert "tokenizer.json" not in checkpoint.names()
+
+
+def test_rows_may_come_in_pieces_and_tensors_in_any_order(tmp_path: Path) -> None:
+    tensors = contents()
+    with writer_for(tmp_path / "pieces.safetensors") as writer:
+        for name in reversed(tensors):
+            for rows in np.array_split(tensors[name], 5):
+                writer.write(name, rows)
+    whole = write(tmp_path / "whole.safetensors", tensors)
+    assert (tmp_path / "pieces.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_safetensors_reads_it(tmp_path: Path) -> None:
+    tensors = contents()
+    path = write(tmp_path / "model.safetensors", tensors)
+    with safe_open(path, "numpy") as file:
+        assert file.metadata()["format"] == "numba-atomflow"
+        assert sorted(file.keys()) == sorted([*tensors, "tokenizer.json"])
+        np.testing.assert_array_equal(file.get_tensor("layer.0.down.scale"), tensors["layer.0.down.scale"])
+        assert file.get_tensor("tokenizer.json").tobytes() == TEXT.tokenizer_json
+        assert file.get_slice("layer.0.down.weight").get_dtype() == "F8_E4M3"
+
+
+def test_torch_sees_the_same_fp8_values(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    from numba_atomflow.ops.fp8 import decode_e4m3
+
+    path = write(tmp_path / "model.safetensors")
+    loaded = load_file(path)
+    with Checkpoint.open(path) as checkpoint:
+        name = "layer.1.gate_up.weight"
+        assert loaded[name].dtype == torch.float8_e4m3fn
+        np.testing.assert_array_equal(loaded[name].to(torch.float32).numpy(), decode_e4m3(checkpoint.array(name)))
+
+
+def test_codes_start_at_a_multiple_of_128_after_all_floats(tmp_path: Path) -> None:
+    data = write(tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    del header["__metadata__"]
+    order = [record["dtype"] for record in sorted(header.values(), key=lambda record: record["data_offsets"][0])]
+    assert order == sorted(order, key=["F32", "F8_E4M3", "U8"].index)
+    assert (start + min(r["data_offsets"][0] for r in header.values() if r["dtype"] == "F8_E4M3")) % 128 == 0
+    assert start % 4 == 0
+
+
+def test_arrays_outlive_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write(tmp_path / "model.safetensors"))
+    norm = checkpoint.array("final_norm")
+    checkpoint.close()
+    assert norm.sum() > 0
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def refused(path: Path, *fragments: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(path)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(tmp_path / "none.safetensors", "none.safetensors does not exist")
+    refused(tmp_path, "is a folder")
+    (tmp_path / "gguf").write_bytes(b"GGUF" + bytes(100))
+    refused(tmp_path / "gguf", "is not a safetensors file")
+    (tmp_path / "other").write_bytes(safetensors_bytes({"__metadata__": {"format": "pt"}}))
+    refused(tmp_path / "other", "is not a numba-atomflow checkpoint", "convert")
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    refused(tmp_path / "other", "other cannot be read (Permission denied)")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, 3000, -1])
+def test_truncation(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path / "model.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(path, "model.safetensors")
+
+
+def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 128)
+    path.write_bytes(safetensors_bytes(text, data[8 + length :]))
+
+
+def metadata(**changes: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda header: header["__metadata__"].update(changes)
+
+
+def changed_geometry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return metadata(geometry=json.dumps(tiny_geometry().to_dict() | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (metadata(format_version="2"), "format version 2, this program reads 1"),
+        (lambda header: header["__metadata__"].pop("format_version"), "format version None"),
+        (metadata(geometry="{"), "geometry record"),
+        (metadata(geometry="[]"), "geometry record"),
+        (lambda header: header["__metadata__"].pop("geometry"), "geometry record"),
+        (changed_geometry(head_dim=63), "head_dim 63"),
+        (changed_geometry(colour="red"), "cannot be read"),
+        (changed_geometry(layers=10**12), "1000000000000 layers"),
+        (changed_geometry(layers=3), "lacks the tensor layer.2.attention_norm"),
+        (changed_geometry(layers=1), "unknown tensor layer.1."),
+        (changed_geometry(ffn=256), "layer.0.gate_up.weight"),
+        (changed_geometry(tied_embeddings=True), "unknown tensor vocabulary."),
+        (metadata(text="nonsense"), "text record"),
+        (metadata(text='{"eos_ids": 5}'), "text record"),
+        (lambda header: header["layer.0.qkv.weight"].update(dtype="F8_E5M2"), "layer.0.qkv.weight"),
+        (lambda header: header["layer.0.qkv.weight"].update(shape=[192, 512]), "layer.0.qkv.weight"),
+        (lambda header: header.update(extra=header.pop("final_norm")), "lacks the tensor final_norm"),
+        (lambda header: header["tokenizer.json"].update(dtype="I8"), "unknown tensor tokenizer.json"),
+    ],
+)
+def test_headers_that_contradict_themselves(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], fragment: str
+) -> None:
+    path = write(tmp_path / "model.safetensors")
+    edit_header(path, change)
+    refused(path, fragment)
+
+
+def test_a_file_of_another_writer_with_misaligned_floats(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors")
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes(safetensors_bytes(data[8 : 8 + length] + b" ", data[8 + length :]))
+    refused(path, "misaligned")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("embedding.weight", 0x7F),
+        ("layer.1.down.weight", 0xFF),
+        ("layer.0.o.scale", 0.0),
+        ("layer.0.o.scale", -1.0),
+        ("layer.0.o.scale", np.nan),
+        ("vocabulary.scale", np.inf),
+        ("final_norm", np.nan),
+        ("layer.1.ffn_norm", -np.inf),
+    ],
+)
+def test_verify_finds_values_that_cannot_be(tmp_path: Path, name: str, value: float) -> None:
+    path = write(tmp_path / "model.safetensors")
+    with Checkpoint.open(path) as checkpoint:
+        view = checkpoint.array(name)
+        base = checkpoint.array("embedding.scale")
+        data = bytearray(path.read_bytes())
+        at = data.index(base.tobytes()) + view.ctypes.data - base.ctypes.data
+        del view, base
+    item = np.array(value, np.uint8 if name.endswith("weight") else np.float32).tobytes()
+    data[at + 4 * len(item) : at + 5 * len(item)] = item
+    path.write_bytes(data)
+    with Checkpoint.open(path) as checkpoint, pytest.raises(CheckpointError, match=f"Tensor {name} of .* is damaged"):
+        checkpoint.verify()
+
+
+def test_damaged_values_are_not_published(tmp_path: Path) -> None:
+    tensors = contents()
+    tensors["layer.0.o.scale"][3, 1] = np.inf
+    with pytest.raises(CheckpointError, match=r"layer\.0\.o\.scale"):
+        write(tmp_path / "model.safetensors", tensors)
+    assert names_in(tmp_path) == []
+
+
+# --- writing all or nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((192, 2), np.float64),
+        np.zeros((192, 3), np.float32),
+        np.zeros((193, 2), np.float32),
+        np.zeros(384, np.float32),
+    ],
+)
+def test_values_that_do_not_fit(tmp_path: Path, wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"layer\.0\.o\.scale"), writer_for(tmp_path / "model.safetensors") as writer:
+        writer.write("layer.0.o.scale", wrong)
+    assert names_in(tmp_path) == []
+
+
+def test_every_tensor_must_be_filled_once(tmp_path: Path) -> None:
+    tensors = contents()
+    twice = {"final_norm": np.concatenate([tensors["final_norm"]] * 2)}
+    with pytest.raises(ValueError, match="final_norm"):
+        write(tmp_path / "model.safetensors", tensors | twice)
+    last = tensors.pop("vocabulary.scale")
+    with pytest.raises(ValueError, match=r"vocabulary\.scale and 0 other"):
+        write(tmp_path / "model.safetensors", tensors | {"vocabulary.scale": last[:-1]})
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, RuntimeError])
+def test_any_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), writer_for(tmp_path / "model.safetensors") as writer:  # noqa: PT012
+        writer.write("final_norm", contents()["final_norm"])
+        assert len(names_in(tmp_path)) == 1
+        raise error
+    assert names_in(tmp_path) == []
+
+
+def test_an_exception_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt), writer_for(path):
+        raise KeyboardInterrupt
+    assert path.read_bytes() == before
+    assert names_in(tmp_path) == ["model.safetensors"]
+
+
+class FailingDisk(io.FileIO):
+    """A file on a disk that has room for 10,000 bytes more."""
+
+    def __init__(self, path: Path, code: int) -> None:
+        super().__init__(path, "x+b")
+        self.room, self.code = 10_000, code
+
+    def write(self, data: Any) -> int:
+        taken = bytes(data)[: self.room]
+        if not taken:
+            raise OSError(self.code, os.strerror(self.code))
+        self.room -= len(taken)
+        return super().write(taken)
+
+
+@pytest.mark.parametrize(
+    ("code", "fragment"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EIO, "Input/output error")],
+)
+def test_disk_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fragment: str) -> None:
+    plain = Path.open
+
+    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+        return FailingDisk(path, code) if mode == "xb" else plain(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(DestinationError, match=rf"model\.safetensors could not be written.*{fragment}"):
+        write(tmp_path / "model.safetensors")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_disk_full_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), full)
+    with pytest.raises(DestinationError, match="the disk is full"):
+        write(tmp_path / "model.safetensors")
+    assert names_in(tmp_path) == []
+
+
+def test_too_little_room_is_known_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100_000))
+    with pytest.raises(DestinationError, match=r"needs 1 MB, but only 0 MB are free"):
+        write(tmp_path / "model.safetensors")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_read_only_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str) -> None:
+    plain = Path.open
+
+    def denied(path: Path, *args: Any, **options: Any) -> Any:
+        if call == "open" and args[:1] == ("rb",):
+            return plain(path, *args, **options)
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, call, denied)
+    with pytest.raises(DestinationError, match=rf"could not be written: {tmp_path}.* is read-only for you"):
+        write(tmp_path / "model.safetensors")
+
+
+def test_a_destination_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "model.safetensors", tmp_path / "file" / "deeper" / "model.safetensors"):
+        with pytest.raises(DestinationError, match=r"file.* is in the way"):
+            write(path)
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    assert write(tmp_path / "a" / "b" / "model.safetensors").is_file()
+
+
+def test_two_writers_in_one_process_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = contents()
+    with writer_for(path) as first:
+        with pytest.raises(DestinationError, match="is in the way"), writer_for(path):
+            pass
+        for name, values in tensors.items():
+            first.write(name, values)
+    with Checkpoint.open(path) as checkpoint:
+        checkpoint.verify()
+
+
+def test_partial_files_of_dead_processes_go_and_others_stay(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    dead, own_number = (
+        tmp_path / "model.safetensors.partial-999999",
+        tmp_path / f"model.safetensors.partial-{os.getpid()}",
+    )
+    other = tmp_path / "model2.safetensors.partial-999999"
+    for left_behind in (dead, own_number, other):
+        left_behind.write_bytes(b"half")
+    write(path)
+    assert names_in(tmp_path) == [path.name, other.name]
