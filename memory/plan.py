@@ -45,7 +45,7 @@ def plan_memory(buffers: Iterable[Buffer]) -> MemoryPlan:
     ordered = sorted(buffers, key=lambda buffer: POOLS.index(buffer.pool))  # stable: order within a pool is kept
     names = [buffer.name for buffer in ordered]
     if len(set(names)) != len(names):
-        raise ValueError(f"two buffers of a plan share a name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+        raise ValueError(f"two buffers of a plan share a name: {min(n for n in names if names.count(n) > 1)}")
     offsets, end = [], 0
     for buffer in ordered:
         offsets.append(end)

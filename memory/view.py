@@ -50,7 +50,7 @@ class View:
     def host_array(self) -> NDArray[Any]:
         """The tensor as a NumPy array over the same memory; only for views in host memory, while their owner lives."""
         buffer = (ctypes.c_byte * self.nbytes).from_address(self.address)
-        array = np.frombuffer(buffer, dtype=self.dtype).reshape(self.shape)
+        array: NDArray[Any] = np.ndarray(self.shape, self.dtype, memoryview(buffer))
         array.flags.writeable = not self.readonly
         return array
 

@@ -6,8 +6,8 @@ single fused kernel.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
@@ -31,39 +31,36 @@ class Fp8Weight:
         return self.codes.nbytes + self.scales.nbytes
 
 
-def _read() -> View:
-    return field(metadata={"role": "read"})
-
-
-def _write() -> View:
-    return field(metadata={"role": "write"})
-
-
 @dataclass(frozen=True)
 class Op:
-    """One stage of the step. The fields of its subclasses name every tensor that it touches."""
+    """One stage of the step. The fields of its subclasses name every tensor that it touches.
+
+    Attributes:
+        READS: fields with activations that the op reads (the KV cache and tables not counted).
+        WRITES: fields with activations that it writes, in the order in which it makes them.
+        WEIGHTS: fields with weights that it reads.
+    """
 
     name: str
 
-    def _views(self, role: str) -> tuple[View, ...]:
-        return tuple(getattr(self, f.name) for f in fields(self) if f.metadata.get("role") == role)
+    READS: ClassVar[tuple[str, ...]] = ()
+    WRITES: ClassVar[tuple[str, ...]] = ()
+    WEIGHTS: ClassVar[tuple[str, ...]] = ()
 
     @property
     def reads(self) -> tuple[View, ...]:
-        """Activations that the op reads (the KV cache not counted)."""
-        return self._views("read")
+        """The activations that it reads."""
+        return tuple(getattr(self, field) for field in self.READS)
 
     @property
     def writes(self) -> tuple[View, ...]:
-        """Activations that the op writes, in the order in which it makes them."""
-        return self._views("write")
+        """The activations that it writes."""
+        return tuple(getattr(self, field) for field in self.WRITES)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that the op must read."""
-        values = [getattr(self, f.name) for f in fields(self)]
-        fp8 = sum(value.nbytes for value in values if isinstance(value, Fp8Weight))
-        return fp8 + sum(getattr(self, f.name).nbytes for f in fields(self) if f.metadata.get("role") == "weight")
+        return sum(getattr(self, field).nbytes for field in self.WEIGHTS)
 
     def cache_bytes(self, length: int) -> int:
         """Bytes of KV cache that the op must read when `length` positions are filled."""
@@ -75,9 +72,13 @@ class Op:
 class Embed(Op):
     """residual = embedding[tokens]."""
 
-    tokens: View = _read()
-    embedding: Fp8Weight = field()
-    residual: View = _write()
+    tokens: View
+    embedding: Fp8Weight
+    residual: View
+
+    READS = ("tokens",)
+    WRITES = ("residual",)
+    WEIGHTS = ("embedding",)
 
     @property
     def weight_bytes(self) -> int:
@@ -89,28 +90,35 @@ class Embed(Op):
 class Qkv(Op):
     """Norm, project to q, k and v, rotate q and k, append k and v to the cache."""
 
-    residual: View = _read()
-    position: View = _read()
-    norm: View = field(metadata={"role": "weight"})
-    weight: Fp8Weight = field()
-    cosines: View = field()
-    sines: View = field()
-    normed: View = _write()
-    qkv: View = _write()
-    q: View = _write()
-    keys: View = field()
-    values: View = field()
+    residual: View
+    position: View
+    norm: View
+    weight: Fp8Weight
+    cosines: View
+    sines: View
+    normed: View
+    qkv: View
+    q: View
+    keys: View
+    values: View
+
+    READS = ("residual", "position")
+    WRITES = ("normed", "qkv", "q")
+    WEIGHTS = ("norm", "weight")
 
 
 @dataclass(frozen=True)
 class Attention(Op):
     """Grouped-query attention of q over the layer's cache."""
 
-    q: View = _read()
-    position: View = _read()
-    keys: View = field()
-    values: View = field()
-    attended: View = _write()
+    q: View
+    position: View
+    keys: View
+    values: View
+    attended: View
+
+    READS = ("q", "position")
+    WRITES = ("attended",)
 
     def cache_bytes(self, length: int) -> int:
         """Keys and values of `length` positions."""
@@ -121,46 +129,65 @@ class Attention(Op):
 class ProjectAdd(Op):
     """residual += weight * x: the output projection of attention, and the MLP's down projection."""
 
-    x: View = _read()
-    weight: Fp8Weight = field()
-    residual: View = _write()
+    x: View
+    weight: Fp8Weight
+    residual: View
+
+    READS = ("x",)
+    WRITES = ("residual",)
+    WEIGHTS = ("weight",)
 
 
 @dataclass(frozen=True)
 class GateUp(Op):
     """Norm, project to gate and up, y = silu(gate) * up."""
 
-    residual: View = _read()
-    norm: View = field(metadata={"role": "weight"})
-    weight: Fp8Weight = field()
-    normed: View = _write()
-    y: View = _write()
+    residual: View
+    norm: View
+    weight: Fp8Weight
+    normed: View
+    y: View
+
+    READS = ("residual",)
+    WRITES = ("normed", "y")
+    WEIGHTS = ("norm", "weight")
 
 
 @dataclass(frozen=True)
 class FinalNorm(Op):
     """Norm of the rows whose logits are wanted."""
 
-    residual: View = _read()
-    norm: View = field(metadata={"role": "weight"})
-    normed: View = _write()
+    residual: View
+    norm: View
+    normed: View
+
+    READS = ("residual",)
+    WRITES = ("normed",)
+    WEIGHTS = ("norm",)
 
 
 @dataclass(frozen=True)
 class Vocabulary(Op):
     """logits = weight * x."""
 
-    x: View = _read()
-    weight: Fp8Weight = field()
-    logits: View = _write()
+    x: View
+    weight: Fp8Weight
+    logits: View
+
+    READS = ("x",)
+    WRITES = ("logits",)
+    WEIGHTS = ("weight",)
 
 
 @dataclass(frozen=True)
 class Sample(Op):
     """Choose the next token from the logits, and put it where the next step's embedding looks."""
 
-    logits: View = _read()
-    token: View = _write()
+    logits: View
+    token: View
+
+    READS = ("logits",)
+    WRITES = ("token",)
 
 
 @dataclass(frozen=True)
@@ -168,10 +195,14 @@ class Advance(Op):
     """position += tokens: the step's last op, so that nothing outside has to patch the next one."""
 
     tokens: int
-    position: View = _write()
+    position: View
+
+    WRITES = ("position",)
 
 
-def step_buffers(geometry: ModelGeometry, max_seq_len: int, block: int, head_rows: int, cache_dtype: str) -> list[Buffer]:
+def step_buffers(
+    geometry: ModelGeometry, max_seq_len: int, block: int, head_rows: int, cache_dtype: str
+) -> list[Buffer]:
     """Every buffer of a step except weights and a backend's own scratch.
 
     Args:

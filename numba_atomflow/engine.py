@@ -1,16 +1,17 @@
 """The engine: a checkpoint, a backend and a tokenizer, made into text.
 
-Two levels. `Engine.generate` and `Engine.chat` yield text as it is made. Below them, for research, `feed` takes token ids
-through the model and returns logits, `position` says how many tokens the KV cache holds, and `rewind` drops the last ones.
+Two levels. `Engine.generate` and `Engine.chat` yield text as it is made. Below them, for research, `feed` takes token
+ids through the model and returns logits, `position` says how many tokens the KV cache holds, and `rewind` drops the
+last.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,15 +59,14 @@ class Generation:
     """A reply in the making: iterate over it to get its text piece by piece.
 
     Attributes:
-        text: all text so far.
-        token_ids: all generated tokens so far.
-        finish_reason: None while it goes on, then "eos", "stop" (a stop string), "max_tokens", "context" (the context is
-            full) or "interrupted" (closed early).
+        text: all text so far. token_ids: all generated tokens so far. finish_reason: None while it goes on, then
+        "eos", "stop" (a stop string), "max_tokens", "context" (it is full) or
+            "interrupted" (closed early).
         stats: counts and times.
     """
 
-    def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces = pieces
+    def __init__(self, make_pieces: Callable[["Generation"], Iterator[str]]) -> None:
+        self._pieces = make_pieces(self)
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -147,7 +147,7 @@ class Engine:
         del self.backend
         self.checkpoint.close()
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -221,14 +221,16 @@ class Engine:
             return np.concatenate(rows)
         self._prefill(token_ids, "logits")
         last = (len(token_ids) - 1) % self.backend.block
-        return self.backend.logits(last, last + 1)[0]
+        logits: NDArray[np.float32] = self.backend.logits(last, last + 1)[0]
+        return logits
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise OptionError("The prompt is empty; give at least one token.")
+        vocabulary = self.geometry.vocabulary
         for token in (min(token_ids), max(token_ids)):
-            if not 0 <= token < self.geometry.vocabulary:
-                raise OptionError(f"Token {token} does not exist; the vocabulary has {self.geometry.vocabulary} tokens.")
+            if not 0 <= token < vocabulary:
+                raise OptionError(f"Token {token} does not exist; the vocabulary has {vocabulary} tokens.")
         room = self.max_seq_len - self.position
         if len(token_ids) > room:
             behind = f", of which {self.position} are taken" if self.position else ""
@@ -239,6 +241,7 @@ class Engine:
 
     def _prefill(self, token_ids: Sequence[int], head: Head) -> None:
         """Feed in blocks; only the last one needs a head."""
+        self.backend.seek(self.position)  # a step that was interrupted (Ctrl-C) may have left it elsewhere
         for start in range(0, len(token_ids), self.backend.block):
             block = token_ids[start : start + self.backend.block]
             last = start + len(block) == len(token_ids)
@@ -259,11 +262,7 @@ class Engine:
         params = params or SamplingParams()
         reused = self._rewind_to_common_prefix(token_ids)
         self._check_tokens(token_ids[reused:])
-        generation = Generation(iter(()))
-        generation.stats.prompt_tokens = len(token_ids)
-        generation.stats.reused_tokens = reused
-        generation._pieces = self._pieces(generation, token_ids[reused:], token_ids, params, started)
-        return generation
+        return Generation(lambda generation: self._pieces(generation, token_ids, reused, params, started))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
         """Reply to a conversation: a list of ``{"role": ..., "content": ...}``.
@@ -285,14 +284,15 @@ class Engine:
         return shared
 
     def _pieces(
-        self, generation: Generation, new: Sequence[int], prompt: Sequence[int], params: SamplingParams, started: float
+        self, generation: Generation, prompt: Sequence[int], reused: int, params: SamplingParams, started: float
     ) -> Iterator[str]:
         """Generate token by token, yielding text that is sure to belong to the reply."""
         stats = generation.stats
+        stats.prompt_tokens, stats.reused_tokens = len(prompt), reused
         decoder, stops = self.text.stream(), StopStrings(params.stop)
         eos_ids = frozenset() if params.ignore_eos else self.text.eos_ids
         self.backend.start(Sampler(params, self.geometry.vocabulary, prompt))
-        self._prefill(new, "sample")
+        self._prefill(prompt[reused:], "sample")
         stats.ttft = time.perf_counter() - started
         while True:
             token = self.backend.sampled_token()
@@ -335,7 +335,9 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     if path.name == str(path_or_name) and named.exists():
         return named
     if path.name != str(path_or_name) or path.suffix:
-        raise CheckpointError(f"There is no checkpoint {path}; check the path, or make one with `numba-atomflow convert`.")
+        raise CheckpointError(
+            f"There is no checkpoint {path}; check the path, or make one with `numba-atomflow convert`."
+        )
     known = ", ".join(sorted(p.stem for p in home.models().glob("*.safetensors"))) or "none yet"
     raise CheckpointError(
         f"There is no model {path_or_name!r} in {home.models()} (there: {known}); "

@@ -117,7 +117,9 @@ class ModelGeometry:
         try:
             return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
         except TypeError as error:
-            raise GeometryError(f"The checkpoint's geometry record cannot be read ({error}); convert it again.") from error
+            raise GeometryError(
+                f"The checkpoint's geometry record cannot be read ({error}); convert it again."
+            ) from error
 
 
 def rope_inverse_frequencies(geometry: ModelGeometry) -> NDArray[np.float64]:

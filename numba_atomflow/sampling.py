@@ -74,8 +74,8 @@ class SamplingParams:
 def uniform(seed: int, counter: int) -> float:
     """Draw number `counter` of the stream `seed`, in [0, 1) with 53 bits.
 
-    The SplitMix64 finaliser applied to a Weyl sequence: integer arithmetic only, the same on every backend. Source: Steele,
-    Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (2014).
+    The SplitMix64 finaliser applied to a Weyl sequence: integer arithmetic only, the same on every backend. Source:
+    Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (2014).
     """
     z = (seed + (counter + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -145,7 +145,9 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, vocabulary: int, context: Sequence[int]) -> None:
         self.params = params
-        self._seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if params.seed is None else params.seed
+        self._seed = (
+            int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if params.seed is None else params.seed
+        )
         self._draws = 0
         self._seen = np.zeros(vocabulary, np.bool_)
         self._seen[np.asarray(context, np.int64)] = True

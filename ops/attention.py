@@ -3,8 +3,8 @@
 One layer's cache is two arrays [positions, kv_heads * head_dim]: the address of a key is plain arithmetic. Query head h
 reads key/value head h // ratio. Softmax is taken in float32 with the maximum subtracted.
 
-Cost model, one token at length S: 8 * S * kv_dim bytes (float32 cache). A block of T tokens: 4 * T * S * q_dim operations,
-done by BLAS on tiles, with the running maximum and sum of online softmax (Milakov and Gimelshein, 2018).
+Cost model, one token at length S: 8 * S * kv_dim bytes (float32 cache). A block of T tokens: 4 * T * S * q_dim
+operations, done by BLAS on tiles, with the running maximum and sum of online softmax (Milakov and Gimelshein, 2018).
 """
 
 import math

@@ -1,6 +1,7 @@
 """Embedding lookup: one row of the FP8 embedding per token.
 
-Cost model: hidden bytes and hidden / 32 bytes of scales read per token, 4 * hidden written: nothing beside a projection.
+Cost model: hidden bytes and hidden / 32 bytes of scales read per token, 4 * hidden written: nothing beside a
+projection.
 """
 
 import numpy as np

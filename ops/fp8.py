@@ -96,7 +96,8 @@ def _encode_one(value):  # type: ignore[no-untyped-def]
         shifted = np.float32(np.int32(magnitude).view(np.float32) + np.float32(16384.0))
         return np.uint8(sign | (np.int64(np.float32(shifted).view(np.int32)) & 0xF))
     rounded = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)  # keep 3 of 23 mantissa bits
-    return np.uint8(sign | min(((rounded >> 20) - (120 << 3)), 0x7E))
+    code = (rounded >> 20) - (120 << 3)
+    return np.uint8(sign | min(np.int64(0x7E), np.int64(code)))
 
 
 @cpu_kernel(exact=True)

@@ -1,8 +1,8 @@
 """How kernels are compiled for the CPU, and where the compiled code is kept.
 
-`cpu_kernel` is numba's ``njit`` with this project's flags and an on-disk cache. Numba's own cache looks only at the file
-of the compiled function: it would miss an edit in a function that the kernel *calls*. So the cache folder carries a hash
-of every file in ``ops/``: any edit there starts an empty folder, and everything is compiled afresh.
+`cpu_kernel` is numba's ``njit`` with this project's flags and an on-disk cache. Numba's own cache looks only at the
+file of the compiled function: it would miss an edit in a function that the kernel *calls*. So the cache folder
+carries a hash of every file in ``ops/``: any edit there starts an empty folder, and everything is compiled afresh.
 """
 
 import hashlib
@@ -57,7 +57,9 @@ def _prune(current: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def cpu_kernel(*, parallel: bool = True, inline: bool = False, exact: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def cpu_kernel(
+    *, parallel: bool = True, inline: bool = False, exact: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile a function with numba for the CPU.
 
     ``fastmath`` lets LLVM reorder float32 sums into SIMD lanes and multiply by reciprocals, but keeps NaN and infinity

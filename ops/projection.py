@@ -1,9 +1,9 @@
 """Projections: y = x W^T with FP8 weights W [N, K] in groups of 128 along K, float32 everywhere else.
 
-Two regimes. One token (decode) is bound by reading the weights once: N * K bytes of codes and N * K / 32 of scales, so
-each weight is decoded in registers on its way into a multiply-add. Many tokens (a prompt) are bound by arithmetic:
-2 * N * K * T operations; there a tile of weights is decoded once into a scratch that stays in the second-level cache, and
-BLAS multiplies it with all tokens. Inside the parallel loop BLAS must be single-threaded (the caller sees to it).
+Two regimes. One token (decode) is bound by reading the weights once: N * K bytes of codes and N * K / 32 of scales,
+so each weight is decoded in registers on its way into a multiply-add. Many tokens (a prompt) are bound by arithmetic:
+2 * N * K * T operations; there a tile of weights is decoded once into a scratch that stays in the second-level cache,
+and BLAS multiplies it with all tokens. Inside the parallel loop BLAS must be single-threaded (the caller sees to it).
 
 Accumulation is float32: within a group of 128, then over groups.
 """

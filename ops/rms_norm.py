@@ -1,6 +1,6 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, over the last axis.
 
-Cost model: one token's residual stays in the first-level cache, so the cost is its 2 * hidden multiply-adds; at a prompt
+Cost model: one token's residual stays in the first-level cache, so the cost is its 2 * hidden multiply-adds; for a
 block of T tokens, 12 * T * hidden bytes. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
 
@@ -15,7 +15,8 @@ from numba_atomflow.ops.jit import cpu_kernel
 
 def rms_norm_reference(x: NDArray[np.float64], weight: NDArray[np.float64], eps: float) -> NDArray[np.float64]:
     """x [T, H], weight [H] -> [T, H]."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    normed: NDArray[np.float64] = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return normed
 
 
 @cpu_kernel()

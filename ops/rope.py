@@ -1,7 +1,7 @@
 """Rotary position embedding, and the write of new keys and values into the cache.
 
-Element i of a head is rotated together with element i + head_dim / 2 (Hugging Face's pairing) by position * frequency[i].
-Sines and cosines come from a table computed once in float64: [positions, head_dim / 2] each.
+Element i of a head is rotated together with element i + head_dim / 2 (Hugging Face's pairing), by position times
+frequency[i]. Sines and cosines come from a table computed once in float64: [positions, head_dim / 2] each.
 Cost model: 8 bytes per element of q, k and v; the table rows of a few positions stay in cache.
 Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
 """

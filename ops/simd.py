@@ -1,9 +1,9 @@
 """Hand-placed SIMD for the CPU: the one inner loop that LLVM does not vectorise well by itself.
 
-The dot product of an FP8 weight row with a vector is all that decoding does on a CPU. Left to LLVM, the loop becomes one
-long chain of dependent multiply-adds (each waits four cycles for the one before): 6 GB/s of weights per core where this
-one reaches over 12. Here four independent accumulators of eight lanes share a group, and the group's scale is applied to
-lanes, so that lanes are summed once per row, not once per group.
+The dot product of an FP8 weight row with a vector is nearly all that decoding does on a CPU. Left to LLVM, the loop
+becomes one long chain of dependent multiply-adds (each waits four cycles for the one before): 6 GB/s of weights per
+core where this one reaches 13. Here four independent accumulators of eight lanes share a group, and the group's scale
+is applied to lanes, so that lanes are summed once per row, not once per group.
 
 This module is to the CPU what `ptx.py` is to the GPU: no other one uses the compiler's extension API. The vector
 operations are LLVM's portable ones: they become AVX2, AVX-512, NEON, or plain code.

@@ -1,7 +1,7 @@
 """The CPU backend: every op as numba kernels over host memory, weights read straight from the mapped checkpoint.
 
-It is the default on a machine without a GPU, and the oracle for the one with: everything but the weights is float32, the
-KV cache included.
+It is the default on a machine without a GPU, and the oracle for the one with: everything but the weights is float32,
+the KV cache included.
 """
 
 import platform
@@ -162,7 +162,7 @@ class CpuBackend:
     def _single_threaded_blas(self) -> Any:
         """Kernels call BLAS from inside their parallel loops, where its own threads would only get in the way."""
         if self._blas is None:
-            import scipy.linalg.cython_blas  # noqa: F401, PLC0415  the BLAS that compiled code calls; slow to import
+            import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls; slow to import
 
             self._blas = ThreadpoolController()
         return self._blas.limit(limits=1, user_api="blas")
@@ -223,9 +223,7 @@ class CpuBackend:
         codes, scales = op.weight.codes.host_array(), op.weight.scales.host_array()
         norm = self._norm(op.residual, op.norm, op.normed)
         if len(y) <= FEW:
-            rows = [
-                partial(projection.project_token_swiglu, codes, scales, normed[t], y[t]) for t in range(len(y))
-            ]
+            rows = [partial(projection.project_token_swiglu, codes, scales, normed[t], y[t]) for t in range(len(y))]
             return _in_order(norm, *rows)
         gate_up = self._buffers["gate_up"].rows(0, len(y))
         project = self._project(op.weight.codes, op.weight.scales, op.normed, gate_up, accumulate=False)
