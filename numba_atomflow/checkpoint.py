@@ -40,7 +40,7 @@ TOKENIZER = "tokenizer.json"
 CODES, SCALES, BYTES = "F8_E4M3", "F32", "U8"
 
 _DTYPES: dict[str, np.dtype[Any]] = {CODES: np.dtype(np.uint8), SCALES: np.dtype("<f4"), BYTES: np.dtype(np.uint8)}
-_VERIFIED_AT_ONCE = 1 << 24  # bytes
+_VERIFIED_AT_ONCE = 1 << 20  # bytes
 
 
 def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:

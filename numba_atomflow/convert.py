@@ -14,7 +14,7 @@ from numba_atomflow.sources import WeightSource, open_source
 
 Progress = Callable[[str, int, int], None]
 
-VALUES_AT_ONCE = 1 << 21  # weights dequantised at once: 8 MB in float32
+VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 
 def convert(source: Path, destination: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Path:
