@@ -50,7 +50,7 @@ def cpu_plan(geometry: ModelGeometry, max_seq_len: int) -> MemoryPlan:
     block = min(BLOCK, max_seq_len)
     widest = max(geometry.hidden, geometry.q_dim, geometry.ffn)
     threads = numba.config.NUMBA_NUM_THREADS
-    scratch = max(projection.TILE_ROWS * (widest + block), attention.block_scratch(geometry.head_dim))
+    scratch = max(projection.LARGEST_TILE * (widest + block), attention.block_scratch(geometry.head_dim))
     return plan_memory(
         [
             *step_buffers(geometry, max_seq_len, block, HEAD_ROWS, "float32"),
