@@ -63,7 +63,7 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if any(not text for text in self.stop):
-            raise OptionError("a stop string is empty; give at least one character.")
+            raise OptionError("stop holds an empty string; give at least one character.")
 
     @property
     def greedy(self) -> bool:
