@@ -92,21 +92,23 @@ def penalise(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: floa
 
 
 def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Tokens that may be drawn and their probabilities, most likely first (ties: lower token id first).
+    """Tokens that may be drawn and their probabilities.
 
-    Only as much of the vocabulary is sorted as the filters let through.
+    With any filter set, the most likely one comes first (ties: lower token id first), and only as much of the
+    vocabulary is sorted as the filters let through; without, all tokens in the order of their ids.
     """
-    scaled = logits.astype(np.float64) / params.temperature
-    wanted = min(params.top_k or len(scaled), len(scaled))
-    weights = np.exp(scaled - scaled.max())
-    if params.top_k and wanted < len(scaled):
-        threshold = np.partition(scaled, -wanted)[-wanted]
-        kept = _sorted_prefix(scaled, np.flatnonzero(scaled >= threshold))[:wanted]
+    with np.errstate(over="ignore"):  # near temperature 0, differences may become infinite: exp(-inf) is 0
+        scaled = (logits - np.float64(logits.max())) / params.temperature
+    weights = np.exp(scaled)
+    few = 0 < params.top_k < len(scaled)
+    if few:
+        threshold = np.partition(scaled, -params.top_k)[-params.top_k]
+        kept = _sorted_prefix(scaled, np.flatnonzero(scaled >= threshold))[: params.top_k]
     elif params.top_p < 1.0 or params.min_p > 0.0:
         kept = _nucleus_candidates(scaled, weights, params)
     else:
         kept = np.arange(len(scaled))
-    total = weights[kept].sum() if params.top_k else weights.sum()
+    total = weights[kept].sum() if few else weights.sum()
     probabilities = weights[kept] / total
     if params.top_p < 1.0:
         before = np.cumsum(probabilities) - probabilities  # mass of the more likely ones: the crossing token stays
@@ -134,7 +136,7 @@ def _nucleus_candidates(
         threshold = np.partition(scaled, -size)[-size]
         inside = np.flatnonzero(scaled >= threshold)
         enough_mass = params.top_p < 1.0 and weights[inside].sum() >= params.top_p * total
-        below_min_p = params.min_p > 0.0 and np.exp(threshold - scaled.max()) < params.min_p
+        below_min_p = params.min_p > 0.0 and np.exp(threshold) < params.min_p
         if enough_mass or below_min_p:
             return _sorted_prefix(scaled, inside)
     return _sorted_prefix(scaled, np.arange(len(scaled)))

@@ -20,7 +20,7 @@ def tolerance(roundings: float) -> float:
 
 
 def relative_l2(actual: ArrayLike, expected: ArrayLike, magnitude: ArrayLike | None = None) -> float:
-    """|actual - expected| / |magnitude|, NaN if anything is; `magnitude` is `expected` unless that may have cancelled."""
+    """|actual - expected| / |magnitude|; `magnitude` is `expected`, unless sums in that may have cancelled out."""
     difference = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)
     size = np.linalg.norm(np.asarray(expected if magnitude is None else magnitude, np.float64))
     return float(np.linalg.norm(difference) / size) if size else float(np.linalg.norm(difference))

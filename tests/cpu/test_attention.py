@@ -41,7 +41,8 @@ class Case:
         )
         scores = np.einsum("thd,shd->hts", q, keys) / np.sqrt(self.head_dim)
         visible = np.arange(self.length) <= self.position + np.arange(len(q))[:, None]
-        weights = np.where(visible, np.exp(scores - scores.max(axis=2, keepdims=True)), 0.0)
+        scores = np.where(visible, scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=2, keepdims=True))
         weights /= weights.sum(axis=2, keepdims=True)
         return np.einsum("hts,shd->thd", weights, values).reshape(len(q), -1)
 
@@ -60,9 +61,7 @@ class Case:
         return out
 
 
-def case(
-    rng: np.random.Generator, shape: tuple[int, int, int], tokens: int, position: int, size: float = 1.0
-) -> Case:
+def case(rng: np.random.Generator, shape: tuple[int, int, int], tokens: int, position: int, size: float = 1.0) -> Case:
     head_dim, heads, kv_heads = shape
     length = position + tokens
     keys, values = poisoned(length + 33, kv_heads * head_dim), poisoned(length + 33, kv_heads * head_dim)

@@ -65,7 +65,9 @@ def test_the_reference_is_a_plain_matrix_product(rng: np.random.Generator) -> No
     expected = np.array([[sum(a * b for a, b in zip(row, w, strict=True)) for w in weight.values] for row in x])
     got = projection.project_reference(x, weight.unsigned(), weight.scales)
     # The reference multiplies code and scale in float32.
-    np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-23 * float(np.abs(x).max() * np.abs(weight.values).sum()))
+    np.testing.assert_allclose(
+        got, expected, rtol=0, atol=2.0**-23 * float(np.abs(x).max() * np.abs(weight.values).sum())
+    )
 
 
 # --- one token ---------------------------------------------------------------------------------------------------
@@ -172,7 +174,9 @@ def test_swiglu_of_a_block(rng: np.random.Generator, tokens: int, width: int) ->
 
 
 @pytest.mark.usefixtures("single_threaded_blas")
-@pytest.mark.parametrize("mistake", ["scales of the next group", "last column dropped", "sign of a column", "bfloat16 inputs"])
+@pytest.mark.parametrize(
+    "mistake", ["scales of the next group", "last column dropped", "sign of a column", "bfloat16 inputs"]
+)
 def test_a_mistake_is_far_outside_the_tolerance(rng: np.random.Generator, mistake: str) -> None:
     weight, x = random_weight(rng, 67, 300), random_x(rng, 5, 300)
     expected, size = x.astype(np.float64) @ weight.values.T, magnitude(x, weight)
