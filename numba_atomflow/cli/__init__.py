@@ -25,9 +25,8 @@ _OPTIONS = frozenset(
 
 def main() -> None:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a model may well write what a terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may well write what a terminal cannot show
     sys.exit(run(sys.argv[1:]))
 
 
