@@ -102,7 +102,7 @@ class CpuBackend:
     def prepare(self, progress: Progress | None = None) -> None:
         """Run one op of every kind, for one token and for a block: all that numba must compile."""
         self.seek(0)
-        steps = [op for tokens in (1, FEW + 1) for op in self.step(tokens, "logits")]
+        steps = [op for tokens in (1, min(FEW + 1, self.block)) for op in self.step(tokens, "logits")]
         kinds = {(type(op), getattr(op, "tokens", None) or op.writes[0].shape[0]): op for op in reversed(steps)}
         for done, ((kind, _), op) in enumerate(sorted(kinds.items(), key=lambda item: item[1].name)):
             if progress:
