@@ -27,7 +27,7 @@ def byte_ids(text: str) -> list[int]:
 
 @pytest.fixture(scope="session")
 def scripted_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says `SCRIPT`: its layers add nothing, and vocabulary rows are the embeddings of the bytes before."""
+    """A model that says `SCRIPT`: its layers add nothing, a vocabulary row is the embedding of the byte before it."""
     geometry = tiny_geometry(vocabulary=SMALLEST_VOCABULARY, max_positions=MAX_POSITIONS)
     weights = random_weights(geometry)
     for name, values in weights.items():
