@@ -110,6 +110,7 @@ class Engine:
         path_or_name: str | Path = DEFAULT_MODEL,
         backend: BackendName = "auto",
         max_seq_len: int | None = None,
+        threads: int | None = None,
         progress: Progress | None = None,
     ) -> "Engine":
         """Open a checkpoint and make its backend ready to run.
@@ -118,11 +119,13 @@ class Engine:
             path_or_name: a checkpoint file, or the name of one in the models folder.
             backend: "auto" takes the best one that this machine can run.
             max_seq_len: positions of the KV cache; by default 4,096 or what the model was made for, if that is less.
+            threads: cores that the CPU backend uses; all of them by default. Fewer are faster where other programs keep
+                some busy.
             progress: called with what is being done, steps finished and steps in all.
 
         Raises:
             CheckpointError: no such checkpoint, or a damaged one.
-            OptionError: `max_seq_len` is outside 1 .. the model's own limit.
+            OptionError: `max_seq_len` or `threads` is out of range.
             BackendError: the backend cannot run here.
         """
         started = time.perf_counter()
@@ -134,7 +137,7 @@ class Engine:
             from numba_atomflow.backends.cpu import CpuBackend  # numba is slow to import: not before it is needed
 
             weights = {name: checkpoint.array(name) for name in checkpoint.names() if name != "tokenizer.json"}
-            device = CpuBackend(checkpoint.geometry, weights, positions)
+            device = CpuBackend(checkpoint.geometry, weights, positions, threads)
             device.prepare(progress)
         except BaseException:
             checkpoint.close()

@@ -19,7 +19,18 @@ UNEXPECTED, WRONG_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
 
 # Options whose Python names differ from what a user types.
 _OPTIONS = frozenset(
-    {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop", "max_seq_len"}
+    {
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "max_tokens",
+        "stop",
+        "max_seq_len",
+        "threads",
+    }
 )
 
 

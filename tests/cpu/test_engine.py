@@ -432,3 +432,22 @@ def test_token_ids_may_be_an_array(engine: Engine) -> None:
     engine.reset()
     np.testing.assert_array_equal(engine.feed(np.array(tokens)), expected)
     assert engine.token_ids == tokens
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_threads_change_speed_and_nothing_else(random_checkpoint: Path) -> None:
+    prompt = list(range(40))
+    with Engine.load(random_checkpoint, threads=1) as one, Engine.load(random_checkpoint) as all_cores:
+        assert relative_l2(one.feed(prompt), all_cores.feed(prompt)) < 1e-6  # tiles are cut differently
+        replies = [
+            engine.generate(prompt, SamplingParams(max_tokens=8)).finish().token_ids for engine in (one, all_cores)
+        ]
+    assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1_000_000])
+def test_a_number_of_threads_that_the_machine_lacks_is_refused(random_checkpoint: Path, threads: int) -> None:
+    with pytest.raises(OptionError, match=f"threads is {threads}"):
+        Engine.load(random_checkpoint, threads=threads)

@@ -284,6 +284,8 @@ def test_prompt_that_is_not_there(cli: InProcess, tmp_path: Path, monkeypatch: p
         ("--seed", str(1 << 64)),
         ("--max-tokens", "0"),
         ("--stop", ""),
+        ("--threads", "0"),
+        ("--threads", "99999"),
         ("--max-seq-len", "0"),
         ("--max-seq-len", "513"),
         ("--max-seq-len", "long"),
