@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_frequencies
-from numba_atomflow.sources.base import check_finite, check_parameters, make_geometry, read_bytes
+from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
 from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor, read_gguf_file
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 
@@ -50,7 +50,8 @@ class GgufSource:
         self.path = path
         self.files: tuple[Path, ...] = (path,)
         file = read_gguf_file(path)
-        self.geometry = _geometry(file)
+        with described_by(path):
+            self.geometry = _geometry(file)
         self._tensors = {_hugging_face_name(path, n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
         tokens = _Fields(file).length("tokenizer.ggml.tokens") or 0
@@ -128,8 +129,7 @@ def _geometry(file: GgufFile) -> ModelGeometry:
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if fields.integer(key, head_dim) != head_dim:
             raise SourceError(f"{file.path} has {key} {file.fields[key]}, but heads of {head_dim}; they must be equal.")
-    geometry = make_geometry(
-        file.path,
+    geometry = ModelGeometry(
         layers=fields.integer("llama.block_count"),
         hidden=hidden,
         heads=heads,
@@ -169,6 +169,8 @@ def _with_llama3_scaling(file: GgufFile, fields: "_Fields", geometry: ModelGeome
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} has shape {tensor.shape}, not one factor per pair.")
     factors = _read_rows(file.path, ROPE_FACTORS, tensor, 0, geometry.head_dim // 2)
     check_finite(file.path, ROPE_FACTORS, factors)
+    if factors.min() < 1:
+        raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} holds a factor below 1, which Llama 3 has not.")
     scaling = RopeScaling(
         factor=_shortest(factors.max()),
         low_freq_factor=LLAMA3_LOW_FREQ_FACTOR,
@@ -177,7 +179,7 @@ def _with_llama3_scaling(file: GgufFile, fields: "_Fields", geometry: ModelGeome
     )
     scaled = replace(geometry, rope_scaling=scaling)
     plain = rope_inverse_frequencies(geometry)
-    if factors.min() < 1 or not np.allclose(rope_inverse_frequencies(scaled), plain / factors, rtol=1e-4, atol=0.0):
+    if not np.allclose(rope_inverse_frequencies(scaled), plain / factors, rtol=1e-4, atol=0.0):
         raise SourceError(f"{file.path} scales RoPE by factors ({ROPE_FACTORS}) that are not those of Llama 3.")
     return scaled
 

@@ -70,6 +70,12 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "model.gguf")
 
 
+def test_an_absurd_original_context_of_llama3(tmp_path: Path) -> None:
+    geometry = tiny_geometry(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+    write_gguf(tmp_path / "model.gguf", geometry, fields={"llama.rope.scaling.original_context_length": 0})
+    refused(tmp_path / "model.gguf", "model.gguf", "original_max_positions is 0", error=GeometryError)
+
+
 def test_tokenizer_and_template_come_along(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", tokenizer=True)
     text = open_source(tmp_path / "model.gguf").text
