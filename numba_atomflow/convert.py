@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.checkpoint import fusion
-from numba_atomflow.checkpoint_writer import CheckpointWriter
+from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, SourceError
 from numba_atomflow.quantize import rtn
 from numba_atomflow.sources import WeightSource, open_source
@@ -41,7 +41,8 @@ def convert(source: Path, destination: Path, *, overwrite: bool = False, progres
     if destination.exists() and any(destination.samefile(file) for file in weights.files):
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     report: Progress = progress or (lambda *_: None)
-    writer = CheckpointWriter(destination, weights.geometry, weights.text, rtn.RECORD, _describe(weights, report))
+    origin = _describe(weights, report)
+    writer = CheckpointWriter(destination, weights.geometry, weights.text, rtn.RECORD, origin, overwrite=overwrite)
     with writer:
         for part, names in fusion(weights.geometry).items():
             report(part, writer.written_bytes, writer.total_bytes)
@@ -68,6 +69,8 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     try:
         mode = destination.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
+        if destination.is_symlink() and not overwrite:  # it leads nowhere, but takes the name
+            raise destination_exists(destination) from None
         return
     except OSError as error:
         raise DestinationError(f"{destination} cannot be written ({error.strerror}); choose another name.") from error
@@ -76,7 +79,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     if not stat.S_ISREG(mode):
         raise DestinationError(f"{destination} is a device or a pipe; give the name of a file.")
     if not overwrite:
-        raise DestinationError(f"{destination} exists; choose another name, or pass --overwrite.")
+        raise destination_exists(destination)
 
 
 def _describe(weights: WeightSource, report: Progress) -> dict[str, Any]:
