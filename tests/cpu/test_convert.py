@@ -254,6 +254,27 @@ def test_a_bad_source_leaves_nothing(tmp_path: Path) -> None:
     assert names_in(out) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read"),
+        ("chat_template.jinja", "{% for m in messages %}", "chat template is not valid Jinja"),
+        ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<nowhere>"}', "lacks '<nowhere>'"),
+    ],
+)
+def test_text_that_cannot_be_used_is_refused_before_any_work(
+    tmp_path: Path, name: str, content: str, fault: str
+) -> None:
+    write_hf_folder(tmp_path / "hf")
+    (tmp_path / "hf" / name).write_text(content)
+    steps: list[str] = []
+    with pytest.raises(SourceError, match="hf cannot be converted: The model") as caught:
+        convert(tmp_path / "hf", tmp_path / "out" / "model", progress=lambda step, *_: steps.append(step))
+    assert fault in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (steps, names_in(tmp_path)) == ([], ["hf"])
+
+
 def test_a_converted_checkpoint_is_no_source(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     convert(tmp_path / "model.gguf", tmp_path / "out.safetensors")
