@@ -119,8 +119,13 @@ class _Emitter:
 
 
 def device_function(function: Callable[..., Any]) -> Any:
-    """Decorator: a building block of kernels, always inlined. In the simulator it may not name the `cuda` module."""
-    return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
+    """Decorator: a building block of kernels, inlined before types are known: what it is given may be a function."""
+    return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, inline="always")(function)
+
+
+def kernel(threads: int, blocks: int) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a kernel of `threads` threads per block, with registers to spare for `blocks` per multiprocessor."""
+    return cuda.jit if SIMULATED else cuda.jit(launch_bounds=(threads, blocks))
 
 
 # --- the simulator's warps ---------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def make_repack(layout: FragmentLayout) -> Any:
     def code(codes, row, column):  # type: ignore[no-untyped-def]
         return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
 
-    @cuda.jit
+    @ptx.kernel(THREADS, 1)
     def repack(codes, scales, words):  # type: ignore[no-untyped-def]
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if index >= total:

@@ -36,6 +36,7 @@ from numba import cuda, float32, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
 
+BLOCKS = 2  # per multiprocessor: with 8 warps and 4 KB of weights each, 64 KB in flight
 LOG2_E = np.float32(math.log2(math.e))
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -74,18 +75,22 @@ class ProjectionShape:
         partials = 2 * self.warps * 16 * self.columns
         return 4 * (self.columns * self.x_pitch + partials + self.warps * self.columns)
 
-    def blocks(self, multiprocessors: int, per_multiprocessor: int) -> int:
+    def blocks(self, multiprocessors: int) -> int:
         """Blocks of a launch: one wave at most."""
         needed = -(-self.layout.tiles // (self.warps // self.split))
-        return min(needed, multiprocessors * per_multiprocessor)
+        return min(needed, multiprocessors * BLOCKS)
 
 
 def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
-    """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups."""
-    for split in (1, 2, 4):
-        if 2 * split > layout.groups or layout.tiles * split >= 8 * 4 * multiprocessors:
-            return ProjectionShape(layout, columns, split=split)
-    return ProjectionShape(layout, columns, split=8)
+    """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups.
+
+    A warp's share of a tile is loaded at once if that is three groups at most, else two groups at a time.
+    """
+    split = 1
+    while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
+        split *= 2
+    share = -(-layout.groups // split)
+    return ProjectionShape(layout, columns, split=split, depth=share if share <= 3 else 2)
 
 
 def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:

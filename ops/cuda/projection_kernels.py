@@ -9,10 +9,9 @@ one-dimensional; float16 comes as uint16 where elements are written, and as uint
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.projection import LOG2_E, ProjectionShape, make_runner
+from numba_atomflow.ops.cuda.projection import BLOCKS, LOG2_E, ProjectionShape, make_runner
 
 _ONE = np.float32(1.0)
 
@@ -35,7 +34,7 @@ def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -
 
     run = make_runner(shape, "norm", eps, dependent, store)
 
-    @cuda.jit
+    @ptx.kernel(shape.threads, BLOCKS)
     def project_store(weights, residual, norm, logits):  # type: ignore[no-untyped-def]
         run(weights, residual, norm, (logits,))
 
@@ -59,7 +58,7 @@ def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
 
     run = make_runner(shape, "copy", 0.0, dependent, add)
 
-    @cuda.jit
+    @ptx.kernel(shape.threads, BLOCKS)
     def project_add(weights, x, residual):  # type: ignore[no-untyped-def]
         run(weights, x, residual, (residual,))
 
@@ -83,7 +82,7 @@ def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: 
 
     run = make_runner(shape, "norm", eps, dependent, swiglu)
 
-    @cuda.jit
+    @ptx.kernel(shape.threads, BLOCKS)
     def project_swiglu(weights, residual, norm, y):  # type: ignore[no-untyped-def]
         run(weights, residual, norm, (y,))
 
@@ -124,7 +123,7 @@ def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, d
 
     run = make_runner(shape, "norm", eps, dependent, rotate)
 
-    @cuda.jit
+    @ptx.kernel(shape.threads, BLOCKS)
     def project_qkv(weights, residual, norm, position, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
         run(weights, residual, norm, (position, cosines, sines, q, keys, values))
 
