@@ -199,9 +199,15 @@ def load_8(array, index):  # type: ignore[no-untyped-def]
 
 
 @_instruction("ld.relaxed.gpu.global.f32 $0, [$1];", (f32,), (_ADDRESS,), memory=True)
-def load_shared_f32(array, index):  # type: ignore[no-untyped-def]
-    """One float32 that another block of this launch wrote, fetched from the second-level cache."""
+def load_remote_f32(array, index):  # type: ignore[no-untyped-def]
+    """A float32 that another block of this launch wrote, past the first-level cache."""
     return np.float32(array[index])
+
+
+@_instruction("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", (f32,) * 4, (_ADDRESS,), memory=True)
+def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
+    """Four float32 that another block of this launch wrote, past the first-level cache."""
+    return tuple(np.float32(array[index + i]) for i in range(4))
 
 
 @_instruction(
