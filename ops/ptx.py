@@ -267,6 +267,15 @@ def f16_bits(value):  # type: ignore[no-untyped-def]
         return int(np.float32(value).astype(np.float16).view(np.uint16))
 
 
+@_instruction(
+    "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }", (f32, f32), (u32,)
+)
+def unpack_f16x2(word):  # type: ignore[no-untyped-def]
+    """The two float16 of a word, as float32 (exact)."""
+    low, high = _halves(word)
+    return np.float32(low), np.float32(high)
+
+
 @_instruction("mov.b32 $0, $1;", (u32,), (f32,))
 def f32_bits(value):  # type: ignore[no-untyped-def]
     """The 32 bits of a float32."""
@@ -298,10 +307,21 @@ def exp2(x):  # type: ignore[no-untyped-def]
     return np.float32(value if value >= 2.0**-126 else 0.0)
 
 
-@_instruction("mul.lo.u64 $0, $1, $2;", (u64,), (u64, u64))
-def multiply_u64(a, b):  # type: ignore[no-untyped-def]
-    """The low 64 bits of a product."""
-    return int(a) * int(b) & 0xFFFFFFFFFFFFFFFF
+@_instruction(
+    "{ .reg .u64 z, t; add.u64 z, $2, 1; mul.lo.u64 z, z, 0x9E3779B97F4A7C15; add.u64 z, z, $1;"
+    " shr.u64 t, z, 30; xor.b64 z, z, t; mul.lo.u64 z, z, 0xBF58476D1CE4E5B9;"
+    " shr.u64 t, z, 27; xor.b64 z, z, t; mul.lo.u64 z, z, 0x94D049BB133111EB;"
+    " shr.u64 t, z, 31; xor.b64 z, z, t; shr.u64 $0, z, 11; }",
+    (u64,),
+    (u64, u64),
+)
+def random_53_bits(seed, counter):  # type: ignore[no-untyped-def]
+    """Draw number `counter` of the stream `seed`: SplitMix64's finaliser, as `numba_atomflow.sampling.uniform`."""
+    mask = (1 << 64) - 1
+    z = (int(seed) + (int(counter) + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 11
 
 
 # --- lanes of a warp ---------------------------------------------------------------------------------------------
