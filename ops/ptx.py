@@ -24,6 +24,7 @@ SIMULATED = bool(config.ENABLE_CUDASIM)
 
 _REGISTER = {types.uint16: "h", types.uint32: "r", types.int32: "r", types.uint64: "l", types.float32: "f"}
 _ADDRESS = "address"  # stands for two arguments: an array and an index
+_PLAIN_LOAD = "load"  # not assembly but the compiler's own load of a vector: it knows shared memory and folds offsets
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
 
@@ -97,9 +98,16 @@ class _Emitter:
             kind, value = next(rest)
             if argument is _ADDRESS:
                 array = context.make_array(kind)(context, builder, value)
-                value = builder.ptrtoint(builder.gep(array.data, [next(rest)[1]]), ir.IntType(64))
+                value = builder.gep(array.data, [next(rest)[1]])
+                if self.assembly != _PLAIN_LOAD:
+                    value = builder.ptrtoint(value, ir.IntType(64))
             values.append(value)
             letters.append("l" if argument is _ADDRESS else _REGISTER[argument])
+        if self.assembly == _PLAIN_LOAD:
+            vector = ir.VectorType(context.get_value_type(self.results[0]), len(self.results))
+            loaded = builder.load(builder.bitcast(values[0], vector.as_pointer()), align=4 * len(self.results))
+            parts = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(len(self.results))]
+            return context.make_tuple(builder, signature.return_type, parts)
         outputs = [context.get_value_type(result) for result in self.results]
         returned = ir.VoidType() if not outputs else outputs[0]
         if len(outputs) > 1:
@@ -125,7 +133,10 @@ def device_function(function: Callable[..., Any]) -> Any:
 
 def kernel(threads: int, blocks: int) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: a kernel of `threads` threads per block, with registers to spare for `blocks` per multiprocessor."""
-    return cuda.jit if SIMULATED else cuda.jit(launch_bounds=(threads, blocks))
+    decorator: Callable[[Callable[..., Any]], Any] = (
+        cuda.jit if SIMULATED else cuda.jit(launch_bounds=(threads, blocks))
+    )
+    return decorator
 
 
 # --- the simulator's warps ---------------------------------------------------------------------------------------
@@ -156,9 +167,8 @@ def _exchange(value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
     """combine(values of all 32 lanes), computed once per warp; every lane must call."""
     thread: Any = threading.current_thread()
     with _warp_lock:
-        warps = thread._manager.__dict__.setdefault("atomflow_warps", {})
-        warp: _Warp = warps.setdefault(thread.thread_id // 32, None) or _Warp()
-        warps[thread.thread_id // 32] = warp
+        warps = vars(thread._manager).setdefault("atomflow_warps", {})  # noqa: SLF001  what lanes of a block share
+        warp: _Warp = warps.setdefault(thread.thread_id // 32, _Warp())
     warp.brought[thread.thread_id % 32] = value
     warp.combine = combine
     warp.barrier.wait()
@@ -210,12 +220,7 @@ def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
     return tuple(np.float32(array[index + i]) for i in range(4))
 
 
-@_instruction(
-    "{ .reg .u64 a; cvta.to.shared.u64 a, $4; ld.shared.v4.u32 {$0, $1, $2, $3}, [a]; }",
-    (u32,) * 4,
-    (_ADDRESS,),
-    memory=True,
-)
+@_instruction(_PLAIN_LOAD, (u32,) * 4, (_ADDRESS,))
 def load_block_16(array, index):  # type: ignore[no-untyped-def]
     """16 bytes of shared memory."""
     return tuple(int(array[index + i]) for i in range(4))
@@ -267,9 +272,7 @@ def f16_bits(value):  # type: ignore[no-untyped-def]
         return int(np.float32(value).astype(np.float16).view(np.uint16))
 
 
-@_instruction(
-    "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }", (f32, f32), (u32,)
-)
+@_instruction("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }", (f32, f32), (u32,))
 def unpack_f16x2(word):  # type: ignore[no-untyped-def]
     """The two float16 of a word, as float32 (exact)."""
     low, high = _halves(word)

@@ -160,9 +160,7 @@ def check_projection(case: ProjectionCase) -> None:
     elif case.kind == "swiglu":
         ffn = case.rows // 2
         y = poisoned(case.columns, ffn + 3, dtype=np.uint16)
-        launch(
-            kernels.make_swiglu(shape, EPS, ffn + 3), *grid, words, as_words(residual), norm, flat := y.reshape(-1)
-        )
+        launch(kernels.make_swiglu(shape, EPS, ffn + 3), *grid, words, as_words(residual), norm, flat := y.reshape(-1))
         y = flat.reshape(y.shape)
         expected = silu_reference(product[:, :ffn]) * product[:, ffn:]
         assert relative_error(y[:, :ffn].view(np.float16), expected) <= 5e-4

@@ -85,9 +85,14 @@ class AttentionShape:
         return self.blocks * self.rows * (self.head_dim + 2)
 
     @property
+    def q_words(self) -> int:
+        """Words of the queries as fragments: 4 per lane and 16 elements."""
+        return self.head_dim // 16 * 128
+
+    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: sums, maxima and totals of the warps; later those of the chunks. And a flag."""
-        return 4 * (max(self.warps * (self.head_dim + 2), self.splits * 2) * self.rows + 1)
+        """Dynamic shared memory: q; sums, maxima and totals of the warps, later those of the chunks; a flag."""
+        return 4 * (self.q_words + max(self.warps * (self.head_dim + 2), self.splits * 2) * self.rows + 1)
 
 
 def choose_splits(heads: int, kv_heads: int, columns: int, multiprocessors: int) -> int:
@@ -107,17 +112,18 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
     head_dim, columns, warps, threads = shape.head_dim, shape.columns, shape.warps, shape.threads
     splits, rows, queries, kv_heads = shape.splits, shape.rows, shape.queries, shape.kv_heads
     ratio = shape.heads // kv_heads
-    q_words, kv_words, out_words = shape.heads * head_dim // 2, kv_heads * head_dim // 2, shape.out_width // 2
+    q_row, kv_row, out_row = shape.heads * head_dim // 2, kv_heads * head_dim // 2, shape.out_width // 2
     head_words = head_dim // 2
     wide, narrow = head_dim // 32, head_dim % 32 // 16  # pieces of a key: 32 elements, then 16
     blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a value
-    q_registers = 8 * wide + 4 * narrow
-    k_registers = 8 * wide + 4 * narrow
+    row_registers = 4 * wide + 2 * narrow
+    k_registers = 2 * row_registers
     v_registers = 4 * (4 * blocks_64 + 2 * block_32 + block_16)
     sum_registers = head_dim // 2
     step_keys = KEYS * warps
     quads = rows * head_dim // 4
-    stats_start = warps * rows * head_dim
+    sums_start = shape.q_words
+    stats_start = sums_start + warps * rows * head_dim
     flag_index = shape.shared_bytes // 4 - 1
     stats_global = shape.blocks * rows * head_dim
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
@@ -145,16 +151,6 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
             out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
 
     @ptx.device_function
-    def score(q, k, at):  # type: ignore[no-untyped-def]
-        """Scores of 16 queries and 8 keys: one fragment."""
-        c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
-        other = 4 * wide + 2 * narrow
-        for i in range(other // 2):
-            q0, q1, q2, q3 = q[2 * i], q[other + 2 * i], q[2 * i + 1], q[other + 2 * i + 1]
-            c0, c1, c2, c3 = ptx.mma(q0, q1, q2, q3, k[at + 2 * i], k[at + 2 * i + 1], c0, c1, c2, c3)
-        return c0, c1, c2, c3
-
-    @ptx.device_function
     def element(t, column, j):  # type: ignore[no-untyped-def]
         """The element of the head that fragment j of the sums holds in column 2 t + column."""
         n = 2 * t + column
@@ -177,7 +173,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
     @ptx.device_function
     def put(out, query, kv, d, o0, o1, o2, o3):  # type: ignore[no-untyped-def]
         """Four elements of a query's result."""
-        start = query // ratio * out_words + (kv * ratio + query % ratio) * head_words + d // 2
+        start = query // ratio * out_row + (kv * ratio + query % ratio) * head_words + d // 2
         out[start] = np.uint32(ptx.pack_f16x2(o0, o1))
         out[start + 1] = np.uint32(ptx.pack_f16x2(o2, o3))
 
@@ -185,7 +181,6 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
     def attend(q, keys, values, position, partials, counters, out):  # type: ignore[no-untyped-def]
         floats = cuda.shared.array(0, float32)
         words = cuda.shared.array(0, uint32)
-        q_part = cuda.local.array(q_registers, uint32)
         k_part = cuda.local.array(k_registers, uint32)
         v_part = cuda.local.array(v_registers, uint32)
         sums = cuda.local.array(sum_registers, float32)
@@ -208,9 +203,18 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
 
         query_0, query_1 = min(first_query + g, queries - 1), min(first_query + g + 8, queries - 1)
         limit_0, limit_1 = position[0] + query_0 // ratio, position[0] + query_1 // ratio  # last key that each sees
-        load_row(q, query_0 // ratio * q_words + (kv * ratio + query_0 % ratio) * head_words, t, q_part, 0)
-        q_half = q_registers // 2
-        load_row(q, query_1 // ratio * q_words + (kv * ratio + query_1 % ratio) * head_words, t, q_part, q_half)
+        if warp == 0:
+            # Queries go to shared memory as A fragments, so that they take no registers in the loop.
+            for h in range(2):
+                query = query_0 if h == 0 else query_1
+                start_q = query // ratio * q_row + (kv * ratio + query % ratio) * head_words
+                load_row(q, start_q, t, k_part, h * row_registers)
+            for i in range(row_registers // 2):
+                for h in range(2):
+                    at = i * 128 + lane * 4 + h
+                    words[at] = k_part[h * row_registers + 2 * i]
+                    words[at + 2] = k_part[h * row_registers + 2 * i + 1]
+        cuda.syncthreads()
 
         for i in range(sum_registers):
             sums[i] = _ZERO
@@ -219,13 +223,19 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
         while base < end:
             for h in range(2):
                 key = min(base + h * 8 + g, length - 1)
-                load_row(keys, key * kv_words + kv * head_words, t, k_part, h * (k_registers // 2))
+                load_row(keys, key * kv_row + kv * head_words, t, k_part, h * row_registers)
             for i in range(4):
                 key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
-                load_value(values, key * kv_words + kv * head_words, g, v_part, i * (v_registers // 4))
+                load_value(values, key * kv_row + kv * head_words, g, v_part, i * (v_registers // 4))
 
-            s0, s1, s2, s3 = score(q_part, k_part, 0)
-            s4, s5, s6, s7 = score(q_part, k_part, k_registers // 2)
+            s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
+            s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
+            for i in range(row_registers // 2):
+                a0, a1, a2, a3 = ptx.load_block_16(words, i * 128 + lane * 4)
+                b0, b1 = k_part[2 * i], k_part[2 * i + 1]
+                s0, s1, s2, s3 = ptx.mma(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
+                b0, b1 = k_part[row_registers + 2 * i], k_part[row_registers + 2 * i + 1]
+                s4, s5, s6, s7 = ptx.mma(a0, a1, a2, a3, b0, b1, s4, s5, s6, s7)
             key = base + 2 * t
             s0 = s0 * scale if key <= limit_0 else _LOWEST
             s1 = s1 * scale if key + 1 <= limit_0 else _LOWEST
@@ -235,8 +245,8 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
             s5 = s5 * scale if key + 9 <= limit_0 else _LOWEST
             s6 = s6 * scale if key + 8 <= limit_1 else _LOWEST
             s7 = s7 * scale if key + 9 <= limit_1 else _LOWEST
-            peak_0 = max(largest_0, quad_max(max(max(s0, s1), max(s4, s5))))
-            peak_1 = max(largest_1, quad_max(max(max(s2, s3), max(s6, s7))))
+            peak_0 = max(largest_0, quad_max(max(s0, s1, s4, s5)))
+            peak_1 = max(largest_1, quad_max(max(s2, s3, s6, s7)))
             shrink_0, shrink_1 = ptx.exp2(largest_0 - peak_0), ptx.exp2(largest_1 - peak_1)
             largest_0, largest_1 = peak_0, peak_1
             s0, s1, s4, s5 = ptx.exp2(s0 - peak_0), ptx.exp2(s1 - peak_0), ptx.exp2(s4 - peak_0), ptx.exp2(s5 - peak_0)
@@ -272,7 +282,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
             if row < rows:
                 for j in range(sum_registers // 4):
                     for column in range(2):
-                        at = (warp * rows + row) * head_dim + element(t, column, j)
+                        at = sums_start + (warp * rows + row) * head_dim + element(t, column, j)
                         floats[at] = sums[4 * j + 2 * h + column]
                 if t == 0:
                     at = stats_start + (warp * rows + row) * 2
@@ -290,7 +300,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
             for w in range(warps):
                 weight = ptx.exp2(floats[stats_start + (w * rows + row) * 2] - peak)
                 total += weight * floats[stats_start + (w * rows + row) * 2 + 1]
-                at = (w * rows + row) * head_dim + d
+                at = sums_start + (w * rows + row) * head_dim + d
                 o0 += weight * floats[at]
                 o1 += weight * floats[at + 1]
                 o2 += weight * floats[at + 2]
@@ -321,7 +331,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
         first_block = unit * splits
         entry = thread
         while entry < active * rows * 2:
-            floats[entry] = ptx.load_remote_f32(partials, stats_global + first_block * rows * 2 + entry)
+            floats[sums_start + entry] = ptx.load_remote_f32(partials, stats_global + first_block * rows * 2 + entry)
             entry += threads
         cuda.syncthreads()
         entry = thread
@@ -329,9 +339,12 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
             row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
             peak, total = _LOWEST, _ZERO
             for s in range(active):
-                peak = max(peak, floats[(s * rows + row) * 2])
+                peak = max(peak, floats[sums_start + (s * rows + row) * 2])
             for s in range(active):
-                total += ptx.exp2(floats[(s * rows + row) * 2] - peak) * floats[(s * rows + row) * 2 + 1]
+                total += (
+                    ptx.exp2(floats[sums_start + (s * rows + row) * 2] - peak)
+                    * floats[sums_start + (s * rows + row) * 2 + 1]
+                )
             o0, o1, o2, o3 = _ZERO, _ZERO, _ZERO, _ZERO
             s = 0
             while s < active:
@@ -341,7 +354,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
                     loaded[4 * i], loaded[4 * i + 1], loaded[4 * i + 2], loaded[4 * i + 3] = l0, l1, l2, l3
                 for i in range(_BATCH):
                     if s + i < active:
-                        weight = ptx.exp2(floats[((s + i) * rows + row) * 2] - peak)
+                        weight = ptx.exp2(floats[sums_start + ((s + i) * rows + row) * 2] - peak)
                         o0 += weight * loaded[4 * i]
                         o1 += weight * loaded[4 * i + 1]
                         o2 += weight * loaded[4 * i + 2]

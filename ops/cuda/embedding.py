@@ -1,7 +1,7 @@
 """Embedding lookup out of the vocabulary projection's own weights: with tied embeddings they are stored once.
 
-One thread decodes one word of 4 columns, wherever `fragments.py` has put it. Cost model: one launch (2-3 us); the bytes,
-hidden * 1.03 read and 4 * hidden written per token, are nothing beside it. The result is the CPU's, bit for bit.
+One thread decodes one word of 4 columns, wherever `fragments.py` has put it. Cost model: one launch (2-3 us); the
+bytes, hidden * 1.03 read and 4 * hidden written per token, are nothing beside it. The result is the CPU's, bit for bit.
 """
 
 from typing import Any

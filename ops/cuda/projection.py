@@ -84,13 +84,13 @@ class ProjectionShape:
 def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
     """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups.
 
-    A warp's share of a tile is loaded at once if that is three groups at most, else two groups at a time.
+    With one column, a warp's share of a tile is loaded at once if that is three groups at most.
     """
     split = 1
     while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
         split *= 2
     share = -(-layout.groups // split)
-    return ProjectionShape(layout, columns, split=split, depth=share if share <= 3 else 2)
+    return ProjectionShape(layout, columns, split=split, depth=share if share <= 3 and columns == 1 else 2)
 
 
 def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:
@@ -224,12 +224,11 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
             next_tile = min(following + slot, tiles - 1)
             for i in range(4):
                 total[i] = _ZERO
-            for batch in range(batches - 1):
+            for batch in range(batches):
                 multiply(batch, part, lane, codes, scales, words, total)
-                load(weights, tile, batch + 1, part, lane, codes, scales)
-            multiply(batches - 1, part, lane, codes, scales, words, total)
-            if following < tiles:
-                load(weights, next_tile, 0, part, lane, codes, scales)
+                last = batch == batches - 1
+                if not last or following < tiles:
+                    load(weights, next_tile if last else tile, 0 if last else batch + 1, part, lane, codes, scales)
 
             # Two sets of partial sums take turns: one barrier per tile is enough.
             sums = partials_start + parity * buffer_size
