@@ -196,13 +196,13 @@ def load_constant_f32x2(array, index):  # type: ignore[no-untyped-def]
     return tuple(np.uint32(array[index + i]).view(np.float32) for i in range(2))
 
 
-@_instruction("ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (_ADDRESS,), memory=True)
+@_instruction(_PLAIN_LOAD, (u32,) * 4, (_ADDRESS,))
 def load_16(array, index):  # type: ignore[no-untyped-def]
     """16 bytes of memory that an earlier kernel wrote."""
     return tuple(int(array[index + i]) for i in range(4))
 
 
-@_instruction("ld.global.v2.u32 {$0, $1}, [$2];", (u32,) * 2, (_ADDRESS,), memory=True)
+@_instruction(_PLAIN_LOAD, (u32,) * 2, (_ADDRESS,))
 def load_8(array, index):  # type: ignore[no-untyped-def]
     """8 bytes of memory that an earlier kernel wrote."""
     return tuple(int(array[index + i]) for i in range(2))

@@ -20,13 +20,22 @@ I32, I64, F32, F64 = types.int32[::1], types.int64[::1], types.float32[::1], typ
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel: `build(hardware_fp8)` makes it; `weights`: it streams weights; `doubles`: it may use float64."""
+    """A kernel.
+
+    Attributes:
+        build: makes it, given whether to decode FP8 by conversion (`decodes` says whether that makes a difference).
+        weights: it streams weights. doubles: it may use float64.
+    """
 
     name: str
     build: Callable[[bool], Any]
     signature: tuple[Any, ...]
     weights: bool = False
     doubles: bool = False
+
+    @property
+    def decodes(self) -> bool:
+        return self.weights or self.name in {"repack", "embedding"}
 
 
 def shape(rows: int, columns: int, half: int, tokens: int, hardware_fp8: bool) -> ProjectionShape:
@@ -70,7 +79,7 @@ def attend(heads: int, kv_heads: int, head_dim: int, tokens: int) -> Entry:
 
 CATALOGUE = (
     *projections(1),
-    *projections(8),
+    *(entry for entry in projections(8) if entry.name in {"qkv x8", "gate_up x8"}),
     Entry("vocabulary x1", vocabulary, (U32, U32, F32, F32), weights=True),
     attend(HEADS, KV_HEADS, HEAD_DIM, 1),
     attend(HEADS, KV_HEADS, HEAD_DIM, 8),

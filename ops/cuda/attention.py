@@ -202,7 +202,8 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
         start, end = split * chunk, min(length, (split + 1) * chunk)
 
         query_0, query_1 = min(first_query + g, queries - 1), min(first_query + g + 8, queries - 1)
-        limit_0, limit_1 = position[0] + query_0 // ratio, position[0] + query_1 // ratio  # last key that each sees
+        # The last key that each sees. 32 bits, as every register counts on sm_80.
+        limit_0, limit_1 = np.int32(position[0] + query_0 // ratio), np.int32(position[0] + query_1 // ratio)
         if warp == 0:
             # Queries go to shared memory as A fragments, so that they take no registers in the loop.
             for h in range(2):
@@ -237,14 +238,14 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
                 b0, b1 = k_part[row_registers + 2 * i], k_part[row_registers + 2 * i + 1]
                 s4, s5, s6, s7 = ptx.mma(a0, a1, a2, a3, b0, b1, s4, s5, s6, s7)
             key = base + 2 * t
-            s0 = s0 * scale if key <= limit_0 else _LOWEST
-            s1 = s1 * scale if key + 1 <= limit_0 else _LOWEST
-            s2 = s2 * scale if key <= limit_1 else _LOWEST
-            s3 = s3 * scale if key + 1 <= limit_1 else _LOWEST
-            s4 = s4 * scale if key + 8 <= limit_0 else _LOWEST
-            s5 = s5 * scale if key + 9 <= limit_0 else _LOWEST
-            s6 = s6 * scale if key + 8 <= limit_1 else _LOWEST
-            s7 = s7 * scale if key + 9 <= limit_1 else _LOWEST
+            s0 = s0 * scale if np.int32(key) <= limit_0 else _LOWEST
+            s1 = s1 * scale if np.int32(key + 1) <= limit_0 else _LOWEST
+            s2 = s2 * scale if np.int32(key) <= limit_1 else _LOWEST
+            s3 = s3 * scale if np.int32(key + 1) <= limit_1 else _LOWEST
+            s4 = s4 * scale if np.int32(key + 8) <= limit_0 else _LOWEST
+            s5 = s5 * scale if np.int32(key + 9) <= limit_0 else _LOWEST
+            s6 = s6 * scale if np.int32(key + 8) <= limit_1 else _LOWEST
+            s7 = s7 * scale if np.int32(key + 9) <= limit_1 else _LOWEST
             peak_0 = max(largest_0, quad_max(max(s0, s1, s4, s5)))
             peak_1 = max(largest_1, quad_max(max(s2, s3, s6, s7)))
             shrink_0, shrink_1 = ptx.exp2(largest_0 - peak_0), ptx.exp2(largest_1 - peak_1)

@@ -2,14 +2,14 @@
 
 What is asked of the code: no spills, no stack, no local memory; weights come in 16-byte loads past the first-level
 cache; no float64 that slipped in through NumPy's or numba's promotion rules. Registers are compared with those in
-registers.json. A kernel takes numba 5 s per architecture, so that only one of each kind is compiled by default:
-ATOMFLOW_EVERY_KERNEL=1 takes all, ATOMFLOW_RECORD_REGISTERS=1 also writes the file.
+registers.json (ATOMFLOW_RECORD_REGISTERS=1 writes it).
 """
 
 import importlib.util
 import json
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,34 +30,37 @@ def _is_there(module: str) -> bool:
 if not (_is_there("nvidia.cu13") or _is_there("nvidia.cuda_nvcc")) or not _is_there("cuda.core"):
     pytest.skip("no CUDA compiler from pip: pip install 'numba-atomflow[cu13]'", allow_module_level=True)
 
-from kernel_catalogue import CATALOGUE, HEAD_DIM, HEADS, KV_HEADS, Entry  # noqa: E402
+from kernel_catalogue import CATALOGUE, Entry  # noqa: E402
 
 ARCHITECTURES = ((8, 0), (8, 9), (9, 0), (12, 0))
 REGISTERS = Path(__file__).with_name("registers.json")
 RECORD = os.environ.get("ATOMFLOW_RECORD_REGISTERS") == "1"
-EVERY = RECORD or os.environ.get("ATOMFLOW_EVERY_KERNEL") == "1"
-ONE_OF_EACH = {
-    "qkv x1",
-    "gate_up x8",
-    "vocabulary x1",
-    f"attention {HEADS}/{KV_HEADS} of {HEAD_DIM} x1",
-    "repack",
-    "embedding",
-    "argmax",
-    "sample",
-    "advance",
-}
 WEIGHT_LOAD = "ld.global.nc.L1::no_allocate.v4.u32"
+
+
+@lru_cache(maxsize=2)
+def lower(name: str, hardware_fp8: bool) -> tuple[Any, tuple[int, int]]:
+    """LLVM code of a kernel, which serves all architectures with the same way of decoding; and its launch bounds.
+
+    `cuda.compile_ptx` would go through numba's front end, which takes most of the time, for every architecture.
+    """
+    from numba.cuda import compiler
+
+    entry = next(entry for entry in CATALOGUE if entry.name == name)
+    kernel = entry.build(hardware_fp8)
+    bounds = kernel.targetoptions["launch_bounds"]
+    library, _ = compiler._compile_pyfunc_with_fixup(
+        kernel.py_func, entry.signature, device=False, abi="numba", cc=(8, 9), launch_bounds=bounds
+    )
+    return library, bounds
 
 
 def compile_for(entry: Entry, cc: tuple[int, int]) -> tuple[str, str, tuple[int, int]]:
     """PTX, what ptxas says about it, and the kernel's launch bounds."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
-    from numba import cuda
 
-    kernel = entry.build(cc >= (8, 9))
-    bounds = kernel.targetoptions["launch_bounds"]
-    ptx, _ = cuda.compile_ptx(kernel.py_func, entry.signature, cc=cc, launch_bounds=bounds)
+    library, bounds = lower(entry.name, entry.decodes and cc >= (8, 9))
+    (ptx,) = library.get_asm_strs(cc=cc)
     options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}", ptxas_options=["-v"])
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     linker.link("cubin")
@@ -77,8 +80,6 @@ def recorded() -> dict[str, Any]:
 @pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
 @pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
 def test_machine_code(entry: Entry, cc: tuple[int, int]) -> None:
-    if not EVERY and entry.name not in ONE_OF_EACH:
-        pytest.skip("another kernel of its kind is compiled; ATOMFLOW_EVERY_KERNEL=1 takes all")
     ptx, log, (threads, blocks) = compile_for(entry, cc)
     registers = number(r"Used (\d+) registers", log)
     print(f"{entry.name}: {registers} registers")
@@ -102,3 +103,18 @@ def test_machine_code(entry: Entry, cc: tuple[int, int]) -> None:
         REGISTERS.write_text(json.dumps(table, indent=1) + "\n")
     else:
         assert registers <= 1.1 * table[entry.name][architecture], "many more registers than recorded"
+
+
+@pytest.mark.parametrize("cc", [(9, 0), (12, 0)], ids=str)
+def test_programmatic_dependent_launch_is_in_the_code(cc: tuple[int, int]) -> None:
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+    from numba import cuda
+
+    from numba_atomflow.ops.cuda import sample
+
+    kernel = sample.make_argmax(1000, dependent=True)
+    signature = next(entry.signature for entry in CATALOGUE if entry.name == "argmax")
+    ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=cc)
+    wait, first_read = ptx.index("griddepcontrol.wait"), ptx.index("ld.global")
+    assert wait < first_read, "read what the previous kernel may still write"
+    Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}")).link("cubin")
