@@ -119,6 +119,9 @@ class Checkpoint:
         """
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; give an FP8 checkpoint, or convert the folder first.")
+        with suppress(OSError), path.open("rb") as file:  # if it cannot be read, the reader below says why
+            if file.read(4) == b"GGUF":
+                raise CheckpointError(f"{path} is a GGUF file; convert it first: `numba-atomflow convert {path} DEST`.")
         return cls(read_tensor_file(path, CheckpointError))
 
     def names(self) -> list[str]:

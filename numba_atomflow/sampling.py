@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.errors import OptionError
+from numba_atomflow.errors import CheckpointError, OptionError
 
 _MASK = (1 << 64) - 1
 
@@ -48,6 +48,9 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in (("top_k", self.top_k), ("seed", self.seed), ("max_tokens", self.max_tokens)):
+            if value is not None and not isinstance(value, int):
+                raise OptionError(f"{name} is {value!r}; it must be a whole number.")
         checks = (
             (0.0 <= self.temperature <= 100.0, "temperature", "between 0 (greedy) and 100"),
             (self.top_k >= 0, "top_k", "0 (all tokens) or a positive number of tokens"),
@@ -60,10 +63,10 @@ class SamplingParams:
         for fine, name, allowed in checks:
             if not fine:
                 raise OptionError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if any(not text for text in self.stop):
-            raise OptionError("a stop string is empty; give at least one character.")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        texts: tuple[object, ...] = tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in texts):
+            raise OptionError("stop holds an empty string, or what is no string; give at least one character.")
 
     @property
     def greedy(self) -> bool:
@@ -92,21 +95,23 @@ def penalise(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: floa
 
 
 def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Tokens that may be drawn and their probabilities, most likely first (ties: lower token id first).
+    """Tokens that may be drawn and their probabilities.
 
-    Only as much of the vocabulary is sorted as the filters let through.
+    With any filter set, the most likely one comes first (ties: lower token id first), and only as much of the
+    vocabulary is sorted as the filters let through; without, all tokens in the order of their ids.
     """
-    scaled = logits.astype(np.float64) / params.temperature
-    wanted = min(params.top_k or len(scaled), len(scaled))
-    weights = np.exp(scaled - scaled.max())
-    if params.top_k and wanted < len(scaled):
-        threshold = np.partition(scaled, -wanted)[-wanted]
-        kept = _sorted_prefix(scaled, np.flatnonzero(scaled >= threshold))[:wanted]
+    with np.errstate(over="ignore"):  # near temperature 0, differences may become infinite: exp(-inf) is 0
+        scaled = (logits - np.float64(logits.max())) / params.temperature
+    weights = np.exp(scaled)
+    few = 0 < params.top_k < len(scaled)
+    if few:
+        threshold = np.partition(scaled, -params.top_k)[-params.top_k]
+        kept = _sorted_prefix(scaled, np.flatnonzero(scaled >= threshold))[: params.top_k]
     elif params.top_p < 1.0 or params.min_p > 0.0:
         kept = _nucleus_candidates(scaled, weights, params)
     else:
         kept = np.arange(len(scaled))
-    total = weights[kept].sum() if params.top_k else weights.sum()
+    total = weights[kept].sum() if few else weights.sum()
     probabilities = weights[kept] / total
     if params.top_p < 1.0:
         before = np.cumsum(probabilities) - probabilities  # mass of the more likely ones: the crossing token stays
@@ -134,7 +139,7 @@ def _nucleus_candidates(
         threshold = np.partition(scaled, -size)[-size]
         inside = np.flatnonzero(scaled >= threshold)
         enough_mass = params.top_p < 1.0 and weights[inside].sum() >= params.top_p * total
-        below_min_p = params.min_p > 0.0 and np.exp(threshold - scaled.max()) < params.min_p
+        below_min_p = params.min_p > 0.0 and np.exp(threshold) < params.min_p
         if enough_mass or below_min_p:
             return _sorted_prefix(scaled, inside)
     return _sorted_prefix(scaled, np.arange(len(scaled)))
@@ -153,7 +158,16 @@ class Sampler:
         self._seen[np.asarray(context, np.int64)] = True
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token, from logits float32 [V]."""
+        """The next token, from logits float32 [V].
+
+        Raises:
+            CheckpointError: the logits hold a NaN or an infinity.
+        """
+        if not np.isfinite(logits[np.argmax(logits)]):  # arg-max finds a NaN if there is one
+            raise CheckpointError(
+                "The model computes no numbers (NaN): its checkpoint is damaged; check it with "
+                "`numba-atomflow info MODEL --verify`, or convert it again."
+            )
         token = self._choose(penalise(logits, self._seen, self.params.repetition_penalty))
         self._seen[token] = True
         return token

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from numba_atomflow.ops.activation import exp
 from numba_atomflow.ops.jit import cpu_kernel
 
-QUERY_TILE = 64  # queries of one head that share a pass over the keys
+QUERY_TILE = 128  # queries of one head that share a pass over the keys
 KEY_TILE = 256  # keys copied together into contiguous scratch
 _LOWEST = np.float32(-3.0e38)
 

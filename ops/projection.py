@@ -17,7 +17,7 @@ from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, dequantize_grou
 from numba_atomflow.ops.jit import cpu_kernel
 from numba_atomflow.ops.simd import fp8_row_dot
 
-TILE_ROWS = 192  # weight rows decoded at a time: with K = 1536, 1.2 MB of scratch per thread
+LARGEST_TILE = 320  # weight rows decoded at a time; fewer, and BLAS spends its time on packing x over and over
 
 # x is multiplied by 2^64 before it meets a weight that decodes to its value times 2^-120: their products then stay far
 # from float32's subnormal range, where arithmetic is slow and inexact.
@@ -80,13 +80,16 @@ def project_block(codes, scales, x, y, accumulate, scratch):  # type: ignore[no-
     Args:
         codes: int8 [N, K]. scales: float32 [N, groups].
         x: float32 [T, K], contiguous. y: float32 [T, N].
-        scratch: float32 [threads, at least TILE_ROWS * (K + T)].
+        scratch: float32 [threads, at least LARGEST_TILE * (K + T)].
     """
     rows, columns = codes.shape
     tokens = x.shape[0]
-    for tile_index in prange((rows + TILE_ROWS - 1) // TILE_ROWS):
-        first = tile_index * TILE_ROWS
-        count = min(TILE_ROWS, rows - first)
+    threads = scratch.shape[0]
+    rounds = (rows + threads * LARGEST_TILE - 1) // (threads * LARGEST_TILE)
+    tile_rows = (rows + threads * rounds - 1) // (threads * rounds)  # every thread gets as many tiles as the others
+    for tile_index in prange((rows + tile_rows - 1) // tile_rows):
+        first = tile_index * tile_rows
+        count = min(tile_rows, rows - first)
         own = scratch[get_thread_id()]
         tile = own[: count * columns].reshape((count, columns))
         _decode_rows(codes, scales, first, count, tile)

@@ -7,7 +7,6 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 """
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from numba_atomflow.ops.jit import cpu_kernel
@@ -40,7 +39,7 @@ def _rotate(source, start, cosines, sines, out, out_start, half):  # type: ignor
         out[out_start + half + i] = high * cosines[i] + low * sines[i]
 
 
-@cpu_kernel()
+@cpu_kernel(parallel=False)
 def rope_and_store(qkv, position, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
     """Split qkv, rotate q and k, and append k and v to one layer's cache.
 
@@ -54,7 +53,7 @@ def rope_and_store(qkv, position, cosines, sines, q, keys, values):  # type: ign
     tokens = qkv.shape[0]
     q_dim, kv_dim = q.shape[1], keys.shape[1]
     half = cosines.shape[1]
-    for t in prange(tokens):
+    for t in range(tokens):
         slot = position[0] + t
         for start in range(0, q_dim, 2 * half):
             _rotate(qkv[t], start, cosines[slot], sines[slot], q[t], start, half)

@@ -6,7 +6,7 @@ the KV cache included.
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numba
@@ -31,6 +31,7 @@ from numba_atomflow.decode import (
     build_step,
     step_buffers,
 )
+from numba_atomflow.errors import OptionError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
@@ -40,17 +41,29 @@ from numba_atomflow.sampling import Sampler, SamplingParams
 
 BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it
 HEAD_ROWS = 16  # positions whose logits are computed at once when all are asked for
+KEPT_STEPS = 8  # prompt lengths whose steps stay bound
 FEW = 4  # up to here, reading the weights once per token is faster than decoding them into scratch for BLAS
 
 Action = Callable[[], None]
 
 
-def cpu_plan(geometry: ModelGeometry, max_seq_len: int) -> MemoryPlan:
+def choose_threads(wanted: int | None) -> int:
+    """Threads that kernels run on; all cores by default.
+
+    Raises:
+        OptionError: `wanted` is not between 1 and the number of cores.
+    """
+    cores: int = numba.config.NUMBA_NUM_THREADS
+    if wanted is not None and not 1 <= wanted <= cores:
+        raise OptionError(f"threads is {wanted}; this machine allows 1 to {cores}.")
+    return wanted or cores
+
+
+def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryPlan:
     """What the CPU backend allocates; the weights stay in the mapped file."""
     block = min(BLOCK, max_seq_len)
     widest = max(geometry.hidden, geometry.q_dim, geometry.ffn)
-    threads = numba.config.NUMBA_NUM_THREADS
-    scratch = max(projection.TILE_ROWS * (widest + block), attention.block_scratch(geometry.head_dim))
+    scratch = max(projection.LARGEST_TILE * (widest + block), attention.block_scratch(geometry.head_dim))
     return plan_memory(
         [
             *step_buffers(geometry, max_seq_len, block, HEAD_ROWS, "float32"),
@@ -68,14 +81,25 @@ class CpuBackend:
         geometry: of the model.
         weights: the checkpoint's arrays by name, kept mapped while the backend lives.
         max_seq_len: positions of the KV cache.
+        threads: that kernels run on; all cores by default.
+
+    Raises:
+        OptionError: there are not that many cores.
     """
 
     name = "cpu"
 
-    def __init__(self, geometry: ModelGeometry, weights: Mapping[str, NDArray[Any]], max_seq_len: int) -> None:
-        self.device = f"{platform.processor() or platform.machine()}, {numba.config.NUMBA_NUM_THREADS} threads"
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        weights: Mapping[str, NDArray[Any]],
+        max_seq_len: int,
+        threads: int | None = None,
+    ) -> None:
+        self.threads = choose_threads(threads)
+        self.device = f"{platform.processor() or platform.machine()}, {self.threads} threads"
         self.geometry = geometry
-        self.plan = cpu_plan(geometry, max_seq_len)
+        self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.block = min(BLOCK, max_seq_len)
         self._weight_arrays = weights
         self._weights = {
@@ -92,17 +116,22 @@ class CpuBackend:
         cosines, sines = rope.rope_table(rope_inverse_frequencies(geometry), max_seq_len)
         self._array("rope.cosines")[:] = cosines
         self._array("rope.sines")[:] = sines
-        self._bound_step = lru_cache(maxsize=8)(self._bind_step)
+        self._bound: dict[tuple[int, Head], list[Action]] = {}
 
     def _array(self, name: str) -> NDArray[Any]:
         return self._buffers[name].host_array()
 
     # --- what the engine calls -----------------------------------------------------------------------------------
 
+    def close(self) -> None:
+        """Release the memory: bound steps refer to the backend, and would keep it until the garbage collector comes."""
+        self._bound.clear()
+
     def prepare(self, progress: Progress | None = None) -> None:
         """Run one op of every kind, for one token and for a block: all that numba must compile."""
         self.seek(0)
-        steps = [op for tokens in (1, FEW + 1) for op in self.step(tokens, "logits")]
+        numba.set_num_threads(self.threads)
+        steps = [op for tokens in (1, min(FEW + 1, self.block)) for op in self.step(tokens, "logits")]
         kinds = {(type(op), getattr(op, "tokens", None) or op.writes[0].shape[0]): op for op in reversed(steps)}
         for done, ((kind, _), op) in enumerate(sorted(kinds.items(), key=lambda item: item[1].name)):
             if progress:
@@ -151,6 +180,7 @@ class CpuBackend:
     # --- how ops become kernels ----------------------------------------------------------------------------------
 
     def _run(self, actions: Sequence[Action], tokens: int) -> None:
+        numba.set_num_threads(self.threads)  # it holds for the whole process: another engine may want another number
         if tokens <= FEW:
             for action in actions:
                 action()
@@ -167,8 +197,15 @@ class CpuBackend:
             self._blas = ThreadpoolController()
         return self._blas.limit(limits=1, user_api="blas")
 
-    def _bind_step(self, tokens: int, head: Head) -> list[Action]:
-        return [self._bind(op) for op in self.step(tokens, head)]
+    def _bound_step(self, tokens: int, head: Head) -> list[Action]:
+        """The kernels of a step; those used last are kept."""
+        actions = self._bound.pop((tokens, head), None)
+        if actions is None:
+            actions = [self._bind(op) for op in self.step(tokens, head)]
+            if len(self._bound) >= KEPT_STEPS:
+                del self._bound[next(iter(self._bound))]  # the one not used for longest
+        self._bound[tokens, head] = actions
+        return actions
 
     def _bind(self, op: Op) -> Action:
         """The kernels of an op, with their arguments in place."""

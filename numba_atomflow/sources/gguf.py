@@ -51,7 +51,7 @@ class GgufSource:
         self.files: tuple[Path, ...] = (path,)
         file = read_gguf_file(path)
         self.geometry = _geometry(file)
-        self._tensors = {_hugging_face_name(n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
+        self._tensors = {_hugging_face_name(path, n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
         tokens = _Fields(file).length("tokenizer.ggml.tokens") or 0
         if tokens > self.geometry.vocabulary:
@@ -84,13 +84,18 @@ class GgufSource:
         return rows[start - first * width : stop - first * width]
 
 
-def _hugging_face_name(name: str) -> str:
+def _hugging_face_name(path: Path, name: str) -> str:
+    """The name of a GGUF tensor in Hugging Face's terms; two GGUF names never share one.
+
+    Raises:
+        SourceError: no tensor of a Llama model has this name in a GGUF file (it may be Hugging Face's own).
+    """
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
     match name.split("."):
         case ["blk", layer, part, "weight"] if part in _LAYER_NAMES:
             return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
-    return name  # unknown: `check_parameters` will name it
+    raise SourceError(f"{path} holds the tensor {name}, which is not part of a Llama model in a GGUF file.")
 
 
 def _read_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:

@@ -1,0 +1,88 @@
+"""The command line: ``numba-atomflow generate | chat | convert | info``.
+
+Results go to standard output, talk to standard error. Exit codes: 0 done, 1 a mistake in this program, 2 something that
+the user can put right (one line ``error: ...``), 130 Ctrl-C, 141 the reader of the output went away (``| head``).
+
+Nothing heavy is imported before a command needs it: ``--help`` answers without NumPy and numba.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from numba_atomflow.errors import AtomFlowError, OptionError
+
+DEBUG = "NUMBA_ATOMFLOW_DEBUG"  # environment variable: show where an unexpected exception came from
+
+UNEXPECTED, WRONG_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
+
+# Options whose Python names differ from what a user types.
+_OPTIONS = frozenset(
+    {
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "max_tokens",
+        "stop",
+        "max_seq_len",
+        "threads",
+    }
+)
+
+
+def main() -> None:
+    """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may well write what a terminal cannot show
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; the exit code."""
+    try:
+        from numba_atomflow.cli.app import invoke
+
+        code = invoke(arguments)
+        sys.stdout.flush()
+    except AtomFlowError as error:
+        return _fail(_as_typed(error), WRONG_INPUT)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()
+        return READER_GONE
+    except Exception as error:
+        if os.environ.get(DEBUG, "0") not in {"", "0"}:
+            raise
+        kind = type(error).__name__
+        return _fail(
+            f"Sorry, this is a mistake in numba-atomflow ({kind}: {error}); set {DEBUG}=1 to see where, and report it.",
+            UNEXPECTED,
+        )
+    return code
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split("\n"))  # a sentence stays on one line, whatever a file's name holds
+    sys.stderr.write(f"error: {line}\n")
+    return code
+
+
+def _as_typed(error: AtomFlowError) -> str:
+    """The message, with an option under the name that the user typed: ``--top-p`` for ``top_p``."""
+    message = str(error)
+    name, _, rest = message.partition(" ")
+    if isinstance(error, OptionError) and name in _OPTIONS:
+        return f"--{name.replace('_', '-')} {rest}"
+    return message
+
+
+def _drop_output() -> None:
+    """Point standard output nowhere: the interpreter flushes it once more when it leaves."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,82 @@
+"""The commands, put together."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from numba_atomflow import __version__
+from numba_atomflow.cli.chat import EXAMPLES as CHAT_EXAMPLES
+from numba_atomflow.cli.chat import chat
+from numba_atomflow.cli.convert import EXAMPLES as CONVERT_EXAMPLES
+from numba_atomflow.cli.convert import convert
+from numba_atomflow.cli.generate import EXAMPLES as GENERATE_EXAMPLES
+from numba_atomflow.cli.generate import generate
+from numba_atomflow.cli.info import EXAMPLES as INFO_EXAMPLES
+from numba_atomflow.cli.info import info
+from numba_atomflow.errors import OptionError
+
+PROGRAM = "numba-atomflow"
+
+# The class of all mistakes in a command line. Some versions of typer take it from click, others bring their own.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+_EXAMPLES = """\b
+Examples:
+  numba-atomflow generate "The capital of France is" --max-tokens 32
+  numba-atomflow chat
+  numba-atomflow convert path/to/model.gguf my-model.safetensors
+  numba-atomflow info my-model.safetensors
+
+\b
+Models and compiled code live in your cache folder, or in $NUMBA_ATOMFLOW_HOME.
+"""
+
+# Plain help: it starts faster than a rich one, and keeps examples as they are written.
+app = typer.Typer(rich_markup_mode=None, add_completion=False, epilog=_EXAMPLES)
+app.command(epilog=GENERATE_EXAMPLES)(generate)
+app.command(epilog=CHAT_EXAMPLES)(chat)
+app.command(epilog=CONVERT_EXAMPLES)(convert)
+app.command(epilog=INFO_EXAMPLES)(info)
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Parse and run a command line; the exit code.
+
+    Not through typer's own ``app()``, which has its own ideas of exit codes and of how an error looks.
+
+    Raises:
+        OptionError: the command line is wrong.
+    """
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context(PROGRAM, list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as leave:
+        return leave.exit_code
+    except _UsageError as error:
+        at = getattr(error, "ctx", None)
+        where = at.command_path if at else PROGRAM
+        message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+        message = " ".join(message.split()).rstrip(".")
+        raise OptionError(f"{message}; see `{where} --help`.") from error
+    return 0
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Run a language model on your machine: one user, one stream of tokens, FP8 weights."""
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")

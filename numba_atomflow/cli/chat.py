@@ -1,0 +1,57 @@
+"""``numba-atomflow chat``: a conversation, at a terminal or through a pipe."""
+
+from typing import Annotated
+
+import typer
+
+from numba_atomflow.cli import options, output
+
+EXAMPLES = """\b
+Examples:
+  numba-atomflow chat
+  numba-atomflow chat --model my-model.safetensors --system "Answer in one sentence."
+  numba-atomflow chat --temperature 0.7 --top-p 0.9
+  printf 'Name a river.\\nAnd another one.\\n' | numba-atomflow chat --quiet
+
+\b
+In the conversation: /help, /reset, /save FILE, /quit. Ctrl-C stops a reply; at the prompt, it leaves.
+"""
+
+
+def chat(
+    model: options.Model = options.DEFAULT_MODEL,
+    system: Annotated[
+        str | None, typer.Option("--system", "-s", metavar="TEXT", help="What the model is told before you speak.")
+    ] = None,
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    max_seq_len: options.MaxSeqLen = None,
+    threads: options.Threads = None,
+    backend: options.Backend = options.BackendChoice.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk with a model. Through a pipe, each line is a turn, and standard output holds the replies alone."""
+    from numba_atomflow.cli.chat_session import ChatSession
+    from numba_atomflow.engine import Engine
+    from numba_atomflow.sampling import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+    )
+    with output.loading_bar() as progress:
+        engine = Engine.load(model, backend.value, max_seq_len, threads, progress)
+    with engine:
+        ChatSession(engine, params, system, quiet=quiet).run()

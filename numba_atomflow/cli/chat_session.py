@@ -1,0 +1,204 @@
+"""The conversation loop behind ``numba-atomflow chat``.
+
+At a terminal there is a prompt, line editing and a history that outlives the session; through a pipe, each line is a
+turn. The model is shown the whole conversation at every turn; the engine computes only what its KV cache does not hold.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from numba_atomflow import home
+from numba_atomflow.cli import output
+from numba_atomflow.engine import Engine, Generation
+from numba_atomflow.errors import AtomFlowError, ContextError, DestinationError, TextError
+from numba_atomflow.sampling import SamplingParams
+
+PROMPT = "> "
+HISTORY_LINES = 1000
+
+_HELP = """/reset      start a new conversation
+/save FILE  write the conversation to FILE as JSON
+/quit       leave; so does Ctrl-D, and Ctrl-C at the prompt
+Ctrl-C      stop a reply; what there is of it stays in the conversation"""
+
+
+class ChatSession:
+    """One conversation with a model.
+
+    Args:
+        engine: loaded; its KV cache is this session's.
+        params: for every reply.
+        system: a system message, or None.
+        quiet: no report after a reply.
+
+    Raises:
+        TextError: the model cannot chat, or takes no system message.
+    """
+
+    def __init__(
+        self, engine: Engine, params: SamplingParams, system: str | None = None, *, quiet: bool = False
+    ) -> None:
+        self.engine = engine
+        self.params = params
+        self.quiet = quiet
+        self.interactive = sys.stdin.isatty()
+        self._opening = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self._opening)
+        self._saved: set[Path] = set()  # files of this session, which it may replace
+        engine.text.render_chat(
+            [*self._opening, {"role": "user", "content": "Hello"}]
+        )  # fails now, not at the first turn
+
+    def run(self) -> None:
+        """Read lines and answer them until the user leaves.
+
+        Raises:
+            AtomFlowError: a turn of a piped conversation failed; at a terminal, the session goes on.
+        """
+        if self.interactive and not self.quiet:
+            model, backend = self.engine.checkpoint.path.stem, self.engine.backend
+            output.say(f"{model} on {backend.name} ({backend.device}), context of {self.engine.max_seq_len} tokens")
+            output.say("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
+        with _line_editing(self.interactive):
+            while (line := self._read_line()) is not None:
+                line = line.strip()
+                if line == "/quit":
+                    return
+                try:
+                    if line.startswith("/"):
+                        self._command(line)
+                    elif line:
+                        self.reply(line)
+                except AtomFlowError as error:
+                    if not self.interactive:
+                        raise
+                    output.say(f"error: {error}")
+                except KeyboardInterrupt:  # a little too late for the reply: not meant for the session
+                    if not self.interactive:
+                        raise
+                    output.say("")
+
+    def reply(self, text: str) -> None:
+        """Answer one message and write the reply to standard output; at a terminal, Ctrl-C ends it early.
+
+        Raises:
+            ContextError: the conversation has become too long. The message is not kept.
+        """
+        message = {"role": "user", "content": text}
+        generation: Generation | None = None
+        try:
+            generation = self.engine.chat([*self.messages, message], self.params)
+            for piece in generation:
+                output.emit(piece)
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            if generation is not None:
+                generation.close()
+        except ContextError as error:
+            raise ContextError(
+                f"The conversation no longer fits the context of {self.engine.max_seq_len} tokens; "
+                "start a new one with /reset, shorten the message, or come back with a larger --max-seq-len."
+            ) from error
+        if generation is None or (not generation.text and generation.finish_reason == "interrupted"):
+            output.say("\n[stopped before the first word; your message is not kept]")
+            return
+        if not generation.text.endswith("\n"):
+            output.emit("\n")
+        self.messages += [message, {"role": "assistant", "content": generation.text}]
+        self._report(generation)
+
+    def _report(self, generation: Generation) -> None:
+        stats = generation.stats
+        match generation.finish_reason:
+            case "interrupted":
+                output.say("[stopped]")
+            case "max_tokens":
+                output.say(f"[cut after {stats.tokens} tokens; --max-tokens sets the limit]")
+            case "context":
+                output.say("[the context is full; /reset starts a new conversation]")
+        if not self.quiet:
+            speed = f", {stats.tokens_per_second:.1f} tok/s" if stats.tokens > 1 else ""
+            output.say(
+                f"[prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} of them in the cache; "
+                f"reply {stats.tokens} tokens{speed}]"
+            )
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        match name, rest.strip():
+            case "/help", "":
+                output.say(_HELP)
+            case "/reset", "":
+                self.messages = list(self._opening)
+                self.engine.reset()
+                output.say("[new conversation]")
+            case "/save", file if file:
+                self._save(Path(file).expanduser())
+            case "/save", _:
+                output.say("Name the file: /save FILE")
+            case _:
+                output.say(f"There is no command {line}; /help lists them.")
+
+    def _save(self, path: Path) -> None:
+        """Write the conversation.
+
+        Raises:
+            DestinationError: the file exists and is not one of this session, or cannot be written.
+        """
+        record = {"model": str(self.engine.checkpoint.path), "messages": self.messages}
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        try:
+            with path.open("w" if path.resolve() in self._saved else "x", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+        except FileExistsError as error:
+            raise DestinationError(f"{path} exists; choose another name.") from error
+        except OSError as error:
+            raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another name.") from error
+        self._saved.add(path.resolve())
+        output.say(f"[saved to {path}]")
+
+    def _read_line(self) -> str | None:
+        """The next line, or None if the user leaves."""
+        try:
+            if self.interactive and sys.stdout.isatty():
+                return input(PROMPT)
+            if self.interactive:
+                sys.stderr.write(PROMPT)  # standard output goes to a file, which is for replies alone
+                sys.stderr.flush()
+            return sys.stdin.readline() or None
+        except EOFError:
+            line = None
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            line = None
+        except UnicodeDecodeError as error:
+            raise TextError("Standard input is not UTF-8 text; convert it to UTF-8.") from error
+        output.say("")  # the shell's prompt goes to a line of its own
+        return line
+
+
+@contextmanager
+def _line_editing(wanted: bool) -> Iterator[None]:
+    """Line editing, and a history that is kept between sessions, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        wanted = False
+    if not wanted:
+        yield
+        return
+    file = home.home() / "chat_history"
+    with suppress(OSError):  # no history yet
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        readline.set_history_length(HISTORY_LINES)
+        with suppress(OSError):  # a history that cannot be kept is no reason to complain
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)

@@ -1,0 +1,45 @@
+"""``numba-atomflow convert``: a GGUF file or a Hugging Face folder becomes an FP8 checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from numba_atomflow.cli import options, output
+
+EXAMPLES = """\b
+Examples:
+  numba-atomflow convert model.gguf model.safetensors
+  numba-atomflow convert path/to/hugging-face-folder model.safetensors
+  numba-atomflow convert model.gguf ~/.cache/numba-atomflow/models/mine.safetensors
+  numba-atomflow chat --model mine
+"""
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A GGUF file, or a Hugging Face folder with safetensors weights.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it is there.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Quantise a model to FP8 and write it as one file.
+
+    DEST appears complete or not at all: a conversion that was stopped can be run again.
+    """
+    started = time.perf_counter()
+
+    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.convert import convert as convert_model
+
+    with output.bytes_bar() as progress:
+        convert_model(source.expanduser(), destination.expanduser(), overwrite=overwrite, progress=progress)
+    seconds = time.perf_counter() - started
+    with Checkpoint.open(destination.expanduser()) as checkpoint:
+        parameters, written = checkpoint.geometry.parameter_count(), checkpoint.path.stat().st_size
+        if as_json:
+            output.emit_json(
+                {"path": str(checkpoint.path), "bytes": written, "parameters": parameters, "seconds": seconds}
+            )
+        else:
+            output.emit(f"{checkpoint.path}: {parameters:,} parameters in {output.size(written)}, {seconds:.1f} s\n")

@@ -1,0 +1,165 @@
+"""``numba-atomflow generate``: continue a text, or answer it, streamed to standard output."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from numba_atomflow.cli import options, output
+from numba_atomflow.errors import OptionError, TextError
+
+if TYPE_CHECKING:
+    from numba_atomflow.engine import Engine, Generation
+    from numba_atomflow.sampling import SamplingParams
+
+EXAMPLES = """\b
+Examples:
+  numba-atomflow generate "The capital of France is"
+  numba-atomflow generate --chat "Name three rivers." --temperature 0.7 --seed 1
+  numba-atomflow generate --file story.txt --max-tokens 100 --stop "The end"
+  git diff | numba-atomflow generate --chat - --quiet
+  numba-atomflow generate "1, 2, 3," --json | jq .stats.tokens_per_second
+"""
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to go on from; - reads standard input.", show_default=False)
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat/--raw", help="Ask the prompt as a question (chat template), or continue it as it is."),
+    ] = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = False,
+    max_seq_len: options.MaxSeqLen = None,
+    threads: options.Threads = None,
+    backend: options.Backend = options.BackendChoice.AUTO,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Continue a text, or answer a question, as it is made.
+
+    One newline at the end of a file or of standard input is not part of the prompt.
+    """
+    text = _read_prompt(prompt, file)
+
+    from numba_atomflow.engine import Engine
+    from numba_atomflow.sampling import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    with output.loading_bar() as progress:
+        engine = Engine.load(model, backend.value, max_seq_len, threads, progress)
+    with engine:
+        generation = engine.chat([{"role": "user", "content": text}], params) if chat else engine.generate(text, params)
+        if as_json:
+            generation.finish()
+            output.emit_json(_record(engine, generation, params))
+        else:
+            _stream(generation)
+        if not quiet and not as_json:
+            output.say(_report(engine, generation))
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    if file is not None and prompt is not None:
+        raise OptionError("There are two prompts, the argument and --file; give one of them.")
+    if file is not None:
+        text = _read_file(file)
+    elif prompt == "-":
+        text = _decode("Standard input", sys.stdin.buffer.read())
+    elif prompt is not None:
+        text = prompt
+    else:
+        raise OptionError("There is no prompt; give a text, --file FILE, or - to read standard input.")
+    if not text:
+        raise OptionError("The prompt is empty; give some text.")
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise OptionError(f"The prompt file {path} cannot be read ({error.strerror}); check --file.") from error
+    return _decode(f"The prompt file {path}", data)
+
+
+def _decode(origin: str, data: bytes) -> str:
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{origin} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+
+
+def _stream(generation: "Generation") -> None:
+    try:
+        for piece in generation:
+            output.emit(piece)
+    finally:
+        if generation.text and not generation.text.endswith("\n"):
+            output.emit("\n")
+
+
+def _report(engine: "Engine", generation: "Generation") -> str:
+    stats = generation.stats
+    speed = "one token: no decode speed"
+    if stats.tokens > 1:
+        read = engine.weight_bytes_per_token * stats.tokens_per_second / 1e9
+        speed = f"{stats.tokens_per_second:.1f} tok/s, TPOT {stats.tpot * 1e3:.1f} ms, {read:.2f} GB/s of weights"
+    backend = engine.backend
+    return (
+        f"\nbackend  {backend.name} ({backend.device}), loaded in {engine.load_seconds:.2f} s\n"
+        f"prompt   {stats.prompt_tokens} tokens, TTFT {stats.ttft:.3f} s\n"
+        f"decode   {stats.tokens} tokens, {speed}\n"
+        f"finish   {generation.finish_reason}"
+    )
+
+
+def _record(engine: "Engine", generation: "Generation", params: "SamplingParams") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    stats = generation.stats
+    return {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish_reason": generation.finish_reason,
+        "stats": {
+            "load_seconds": engine.load_seconds,
+            "prompt_tokens": stats.prompt_tokens,
+            "tokens": stats.tokens,
+            "ttft_seconds": stats.ttft,
+            "tpot_seconds": stats.tpot,
+            "tokens_per_second": stats.tokens_per_second,
+            "weight_bytes_per_token": engine.weight_bytes_per_token,
+            "weight_bytes_per_second": engine.weight_bytes_per_token * stats.tokens_per_second,
+        },
+        "model": {
+            "path": str(engine.checkpoint.path),
+            "parameters": engine.geometry.parameter_count(),
+            "max_seq_len": engine.max_seq_len,
+        },
+        "sampling": asdict(params),
+        "backend": {"name": engine.backend.name, "device": engine.backend.device},
+        "versions": output.versions(),
+    }

@@ -1,0 +1,210 @@
+"""``numba-atomflow info``: what a checkpoint holds and will take in memory, or what this machine has."""
+
+import ctypes
+import json
+import math
+import os
+import platform
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from numba_atomflow import home
+from numba_atomflow.cli import options, output
+from numba_atomflow.errors import OptionError
+
+if TYPE_CHECKING:
+    from numba_atomflow.checkpoint import Checkpoint
+
+EXAMPLES = """\b
+Examples:
+  numba-atomflow info                                  this machine and its versions
+  numba-atomflow info smollm2-135m-instruct            geometry, sizes, memory plan
+  numba-atomflow info my-model.safetensors --verify    read every weight
+  numba-atomflow info my-model.safetensors --max-seq-len 2048 --json
+"""
+
+Table = list[tuple[str, str]]
+
+
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint file, or the name of one in the models folder.", show_default=False),
+    ] = None,
+    max_seq_len: options.MaxSeqLen = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every weight and check it.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show a checkpoint and its memory plan, or this machine.
+
+    The machine is shown if no MODEL is named.
+    """
+    if model is None:
+        if verify or max_seq_len is not None:
+            option = "--verify" if verify else "--max-seq-len"
+            raise OptionError(f"{option} needs a model; name a checkpoint.")
+        _show(_machine(), as_json, _machine_table)
+        return
+
+    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.engine import find_checkpoint
+
+    with Checkpoint.open(find_checkpoint(model)) as checkpoint:
+        if verify:
+            checkpoint.verify()
+        _show(_model(checkpoint, max_seq_len, verify), as_json, _model_table)
+
+
+def _show(record: dict[str, Any], as_json: bool, table: Any) -> None:
+    if as_json:
+        output.emit_json(record)
+        return
+    rows: Table = table(record)
+    width = max(len(name) for name, _ in rows) + 2
+    output.emit("".join(f"{name:<{width}}{value}".rstrip() + "\n" for name, value in rows))
+
+
+# --- a checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def _model(checkpoint: "Checkpoint", max_seq_len: int | None, verified: bool) -> dict[str, Any]:
+    from numba_atomflow.backends.cpu import choose_threads, cpu_plan
+    from numba_atomflow.engine import choose_max_seq_len
+
+    geometry = checkpoint.geometry
+    positions = choose_max_seq_len(geometry, max_seq_len)
+    plan = cpu_plan(geometry, positions, choose_threads(None))
+    pools = plan.pool_bytes() | {"weights": checkpoint.payload_bytes}
+    return {
+        "path": str(checkpoint.path),
+        "file_bytes": checkpoint.path.stat().st_size,
+        "parameters": geometry.parameter_count(),
+        "geometry": geometry.to_dict(),
+        "quantiser": json.loads(checkpoint.metadata.get("quantiser", "{}")),
+        "source": json.loads(checkpoint.metadata.get("source", "{}")),
+        "text": {
+            "tokenizer": checkpoint.text.tokenizer_json is not None,
+            "chat_template": checkpoint.text.chat_template is not None,
+            "eos_ids": list(checkpoint.text.eos_ids),
+        },
+        "verified": verified,
+        "memory_plan": {
+            "backend": "cpu",
+            "max_seq_len": positions,
+            "mapped_bytes": {"weights": checkpoint.payload_bytes},
+            "allocated_bytes": {pool: count for pool, count in pools.items() if pool != "weights"},
+            "allocated_total": plan.total,
+            "buffers": [
+                {"pool": b.pool, "name": b.name, "shape": list(b.shape), "dtype": b.dtype, "bytes": b.nbytes}
+                for b in plan.buffers
+            ],
+        },
+    }
+
+
+def _model_table(record: dict[str, Any]) -> Table:
+    g, text, plan = record["geometry"], record["text"], record["memory_plan"]
+    bits = record["file_bytes"] * 8 / record["parameters"]
+    scaling = g["rope_scaling"]
+    rope = f"theta {g['rope_theta']:g}" + (f", llama3 scaling by {scaling['factor']:g}" if scaling else "")
+    source, quantiser = record["source"], record["quantiser"]
+    return [
+        ("checkpoint", record["path"]),
+        ("file", f"{output.size(record['file_bytes'])}, {bits:.2f} bits per parameter"),
+        (
+            "verified",
+            "every weight was read and is sound" if record["verified"] else "header only (--verify reads all)",
+        ),
+        ("parameters", f"{record['parameters']:,}"),
+        ("layers", f"{g['layers']}"),
+        ("hidden, ffn", f"{g['hidden']}, {g['ffn']}"),
+        ("heads", f"{g['heads']} of {g['head_dim']}, {g['kv_heads']} for keys and values"),
+        ("vocabulary", f"{g['vocabulary']:,} tokens, {'tied' if g['tied_embeddings'] else 'untied'} embeddings"),
+        ("positions", f"at most {g['max_positions']:,}"),
+        ("RoPE", rope),
+        ("text", f"tokenizer {_yes(text['tokenizer'])}, chat template {_yes(text['chat_template'])}"),
+        ("quantiser", ", ".join(f"{key} {value}" for key, value in quantiser.items())),
+        ("source", f"{source.get('path', 'unknown')} ({source.get('kind', 'unknown')})"),
+        *(("  SHA-256", f"{digest}  {name}") for name, digest in source.get("sha256", {}).items()),
+        ("", ""),
+        ("memory plan", f"{plan['backend']} backend, {plan['max_seq_len']:,} positions (--max-seq-len)"),
+        ("  weights", f"{output.size(plan['mapped_bytes']['weights']):>10}  mapped from the file"),
+        *((f"  {pool}", f"{output.size(count):>10}") for pool, count in plan["allocated_bytes"].items()),
+        ("  allocated", f"{output.size(plan['allocated_total']):>10}  without the weights"),
+    ]
+
+
+def _yes(there: bool) -> str:
+    return "yes" if there else "none"
+
+
+# --- this machine ----------------------------------------------------------------------------------------------------
+
+
+def _machine() -> dict[str, Any]:
+    import numba
+    from llvmlite import binding
+
+    return {
+        "versions": output.versions(),
+        "cpu": {"name": _cpu_name(), "llvm_name": binding.get_host_cpu_name(), "cores": os.cpu_count()},
+        "threads": numba.config.NUMBA_NUM_THREADS,
+        "threading_layers": _threading_layers(),
+        "memory_bytes": math.prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")),
+        "cuda_driver": _cuda_driver(),
+        "home": str(home.home()),
+        "models": sorted(path.stem for path in home.models().glob("*.safetensors")),
+    }
+
+
+def _machine_table(record: dict[str, Any]) -> Table:
+    cpu, layers = record["cpu"], record["threading_layers"]
+    advice = "" if "omp" in layers else " (omp is missing: install libgomp, decoding is slow without)"
+    return [
+        *((name, version or "not installed") for name, version in record["versions"].items()),
+        ("CPU", f"{cpu['name']} ({cpu['llvm_name']}), {cpu['cores']} cores"),
+        ("memory", output.size(record["memory_bytes"])),
+        ("threads", f"{record['threads']}"),
+        ("threading layers", ", ".join(layers) + advice),
+        ("CUDA driver", record["cuda_driver"] or "none"),
+        ("home", record["home"]),
+        ("models", ", ".join(record["models"]) or "none yet"),
+    ]
+
+
+def _cpu_name() -> str:
+    """The processor as its maker calls it, where Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _threading_layers() -> list[str]:
+    """Those of numba's threading layers that load here, in the order in which the kernels prefer them."""
+    found = []
+    for name, module in (("omp", "omppool"), ("tbb", "tbbpool"), ("workqueue", "workqueue")):
+        try:
+            import_module(f"numba.np.ufunc.{module}")
+        except ImportError:
+            continue
+        found.append(name)
+    return found
+
+
+def _cuda_driver() -> str | None:
+    """The CUDA version that the NVIDIA driver supports, or None: asked of the driver itself, without any package."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"

@@ -1,0 +1,59 @@
+"""Options that several commands share. Ranges are checked in one place, by `SamplingParams` and `Engine.load`."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+# numba_atomflow.engine has the same, but importing it brings NumPy; a test compares them.
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class BackendChoice(StrEnum):
+    """What may be given for --backend."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A checkpoint file, or the name of one in the models folder.")
+]
+Backend = Annotated[BackendChoice, typer.Option("--backend", help="auto takes the best one that can run here.")]
+MaxSeqLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-seq-len",
+        metavar="N",
+        help="Positions of the KV cache: prompt and reply must fit.  [default: 4096, or less if the model has less]",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        help="Cores to use; fewer are faster where other programs keep some busy.  [default: all]",
+    ),
+]
+
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0: always the most likely token; 1: the model's own distribution.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Choose among the K most likely tokens; 0: among all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Choose among the most likely tokens that together reach P.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than P times the most likely one.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Above 1: make tokens that were there already less likely.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same text.  [default: a fresh one]")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of a reply.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the reply before this text; repeatable.")
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token (for benchmarks).")]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, to standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No report on standard error.")]

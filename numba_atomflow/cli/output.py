@@ -1,0 +1,111 @@
+"""Writing for people and programs: results to standard output, talk and progress bars to standard error."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+from numba_atomflow import __version__
+from numba_atomflow.errors import DestinationError
+
+Progress = Callable[[str, int, int], None]
+
+
+def emit(text: str) -> None:
+    """Write a part of the result now.
+
+    Raises:
+        DestinationError: standard output is a file on a full disk, or the like.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is still buffered would fail again when the interpreter leaves
+        os.close(nowhere)
+        raise DestinationError(f"Standard output could not be written ({error.strerror}); make room for it.") from error
+
+
+def emit_json(record: dict[str, Any]) -> None:
+    """Write a record as the result."""
+    emit(json.dumps(record, indent=2) + "\n")
+
+
+def say(text: str) -> None:
+    """Write a line of talk."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this program and of what it stands on; None for what is not installed."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    packages = ("numba", "llvmlite", "numpy", "numba-cuda", "cuda-python")
+    return {
+        "numba-atomflow": __version__,
+        "python": platform.python_version(),
+        **{package: installed(package) for package in packages},
+    }
+
+
+@contextmanager
+def loading_bar() -> Iterator[Progress | None]:
+    """A bar for `Engine.load`, which compiles every kernel at its first start; None if nobody would see it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def report(_what: str, done: int, total: int) -> None:
+            bar.update(task, description="kernels (the first start compiles them)", completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def bytes_bar() -> Iterator[Progress | None]:
+    """A bar for work that is counted in bytes and may have several phases; None if nobody would see it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        phase = 0
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal phase
+            if total != phase:  # speed and time left begin anew
+                bar.reset(task)
+                phase = total
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield report

@@ -1,0 +1,78 @@
+"""Stop strings: however the text is cut into pieces, the same text comes out, up to the first one."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from numba_atomflow.stop_strings import StopStrings
+
+STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
+
+
+def run(strings: list[str], pieces: list[str]) -> tuple[str, str | None]:
+    stops = StopStrings(strings)
+    out = "".join(stops.push(piece) for piece in pieces)
+    return out + stops.flush(), stops.found
+
+
+def first_to_complete(strings: list[str], text: str) -> tuple[str, str | None]:
+    """Character by character: the text before the first stop string that is complete."""
+    for end in range(1, len(text) + 1):
+        ended = [s for s in strings if text[:end].endswith(s)]
+        if ended:
+            longest = max(ended, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@given(STOPS, st.text("abc", max_size=20))
+@example(["aab"], "aaab")
+@example(["abab", "bb"], "ababb")
+def test_single_characters(strings: list[str], text: str) -> None:
+    assert run(strings, list(text)) == first_to_complete(strings, text)
+
+
+@given(STOPS, st.lists(st.text("abc", max_size=6), max_size=8))
+def test_nothing_from_a_stop_string_on_comes_out_and_nothing_is_lost(strings: list[str], pieces: list[str]) -> None:
+    text = "".join(pieces)
+    out, found = run(strings, pieces)
+    if not any(s in text for s in strings):
+        assert (out, found) == (text, None)
+        return
+    assert found in strings
+    assert text.startswith(out + found)
+    assert not any(s in out for s in strings)
+
+
+@given(STOPS, st.lists(st.text("abc", max_size=6), max_size=8))
+def test_text_is_held_back_only_while_it_may_become_a_stop_string(strings: list[str], pieces: list[str]) -> None:
+    stops, out, text = StopStrings(strings), "", ""
+    for piece in pieces:
+        out += stops.push(piece)
+        text += piece
+        if stops.found:
+            assert stops.push("abc") == ""
+            break
+        held = text[len(out) :]
+        assert held == "" or any(s.startswith(held) and s != held for s in strings)
+
+
+def test_the_earlier_one_wins_and_then_the_longer() -> None:
+    assert run(["world", "hello"], ["say hello world"]) == ("say ", "hello")
+    assert run(["ab", "abc"], ["x abcd"]) == ("x ", "abc")
+
+
+def test_a_stop_string_across_pieces_is_not_shown() -> None:
+    stops = StopStrings(["<|end|>"])
+    assert [stops.push(piece) for piece in ("text <", "|en", "d|", "> more")] == ["text ", "", "", ""]
+    assert (stops.found, stops.flush()) == ("<|end|>", "")
+
+
+def test_what_only_looked_like_a_stop_string_comes_out_later() -> None:
+    stops = StopStrings(["END"])
+    assert [stops.push(piece) for piece in ("E", "N", "OUGH", "E")] == ["", "", "ENOUGH", ""]
+    assert stops.flush() == "E"
+
+
+def test_without_stop_strings_everything_passes_at_once() -> None:
+    stops = StopStrings(())
+    assert [stops.push("a"), stops.push(""), stops.push("bc"), stops.flush()] == ["a", "", "bc", ""]

@@ -1,0 +1,273 @@
+"""The commands as a user meets them: generate, convert, info, help."""
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_runner import InProcess, command_line, environment, names_in, run_cli
+from tiny_models import write_gguf
+
+from numba_atomflow import __version__
+from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.cli import options
+from numba_atomflow.engine import DEFAULT_MODEL, Engine
+from numba_atomflow.sampling import SamplingParams
+
+PARIS = "The capital of France is"
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), ([], 0), (["--version"], 0), (["generate", "--help"], 0), (["chat", "--help"], 0), (["nope"], 2)],
+)
+def test_answers_that_need_no_model_import_nothing_heavy(cli_home: Path, arguments: list[str], code: int) -> None:
+    script = (
+        "import sys; from numba_atomflow.cli import run; code = run(sys.argv[1:])\n"
+        "heavy = {'numpy', 'numba', 'tokenizers', 'jinja2', 'gguf', 'rich'} & set(sys.modules)\n"
+        "print(code, sorted(heavy))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=environment(cli_home),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == f"{code} []"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "info"])
+def test_help_of_every_command_teaches_by_example(cli: InProcess, command: str) -> None:
+    outcome = cli(command, "--help")
+    assert outcome.code == 0
+    assert len(re.findall(rf"^ *(?:.*\| )?numba-atomflow {command}\b", outcome.out, re.MULTILINE)) >= 2
+
+
+def test_version(cli: InProcess) -> None:
+    assert cli("--version").out == f"numba-atomflow {__version__}\n"
+
+
+def test_the_default_model_is_the_engines() -> None:
+    assert options.DEFAULT_MODEL == DEFAULT_MODEL
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_model_knows_the_capital_of_france(smollm2_home: Path) -> None:
+    outcome = run_cli(smollm2_home, "generate", PARIS, "--max-tokens", "12")
+    assert outcome.code == 0
+    assert "Paris" in outcome.out
+    assert outcome.out.endswith("\n")
+    for line in (
+        r"backend  cpu \(.*\d threads\), loaded in \d+\.\d\d s",
+        r"prompt   5 tokens, TTFT \d+\.\d+ s",
+        r"decode   12 tokens, \d+\.\d tok/s, TPOT \d+\.\d ms, \d+\.\d\d GB/s of weights",
+        r"finish   max_tokens",
+    ):
+        assert re.search(f"^{line}$", outcome.err, re.MULTILINE), outcome.err
+
+
+def test_a_seed_gives_the_same_text_in_another_process(
+    cli: InProcess, smollm2_home: Path, smollm2_checkpoint: Path
+) -> None:
+    sampled = ["generate", PARIS, "--temperature", "1.5", "--max-tokens", "12", "--quiet"]
+    first = run_cli(smollm2_home, *sampled, "--seed", "7")
+    assert (first.code, first.err) == (0, "")
+    assert cli(*sampled, "--seed", "7", "--model", smollm2_checkpoint).out == first.out
+    assert cli(*sampled, "--seed", "8", "--model", smollm2_checkpoint).out != first.out
+
+
+def test_json_is_all_there_is_on_standard_output(cli: InProcess, tiny_checkpoint: Path) -> None:
+    outcome = cli("generate", "abc", "--model", tiny_checkpoint, "-n", 6, "--seed", 3, "-t", 0.5, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    record = json.loads(outcome.out)
+    assert " ".join(record) == "text token_ids finish_reason stats model sampling backend versions"
+    assert record["finish_reason"] == "max_tokens"
+    assert len(record["token_ids"]) == record["stats"]["tokens"] == 6
+    assert record["stats"]["prompt_tokens"] == 3
+    assert record["stats"]["ttft_seconds"] > 0
+    assert record["stats"]["tokens_per_second"] * record["stats"]["tpot_seconds"] == pytest.approx(1.0)
+    assert record["model"]["path"] == str(tiny_checkpoint)
+    assert record["sampling"] | {"seed": 3, "temperature": 0.5} == record["sampling"]
+    assert record["backend"]["name"] == "cpu"
+    assert record["versions"]["numba-atomflow"] == __version__
+    with Engine.load(tiny_checkpoint) as engine:
+        reply = engine.generate("abc", SamplingParams(max_tokens=6, seed=3, temperature=0.5)).finish()
+        assert record["token_ids"] == reply.token_ids
+        assert record["stats"]["weight_bytes_per_token"] == engine.weight_bytes_per_token
+
+
+def test_every_sampling_option_arrives(cli: InProcess, tiny_checkpoint: Path) -> None:
+    given = {"temperature": 0.5, "top_k": 9, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 11}
+    given["max_tokens"] = 2
+    arguments = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    more = ["--stop", "one", "--stop", "two", "--ignore-eos"]
+    outcome = cli("generate", "abc", "--model", tiny_checkpoint, "--json", *arguments, *more)
+    assert json.loads(outcome.out)["sampling"] == {**given, "stop": ["one", "two"], "ignore_eos": True}
+
+
+def test_a_prompt_comes_from_an_argument_a_file_or_standard_input(
+    cli: InProcess, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tail = ("--model", tiny_checkpoint, "--json", "-n", 4)
+    prompt = "naïve 🦊\n"  # only the newline that ends the file is taken off
+    file = tmp_path / "prompt.txt"
+    file.write_text(prompt + "\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((prompt + "\n").encode())))
+    records = [
+        json.loads(cli("generate", *where, *tail).out) for where in ((prompt,), ("--file", file), ("-",), ("naïve 🦊",))
+    ]
+    tokens = [record["stats"]["prompt_tokens"] for record in records]
+    assert tokens == [12, 12, 12, 11]
+    assert records[0]["token_ids"] == records[1]["token_ids"] == records[2]["token_ids"]
+
+
+def test_chat_wraps_the_prompt_in_the_template(cli: InProcess, tiny_checkpoint: Path) -> None:
+    tail = ("abc", "--model", tiny_checkpoint, "--json", "-n", 1)
+    raw, chat = (
+        json.loads(cli("generate", *how, *tail).out)["stats"]["prompt_tokens"] for how in (["--raw"], ["--chat"])
+    )
+    assert (raw, chat) == (len("abc"), len("user: abc\nassistant: "))
+
+
+def test_text_is_written_as_it_is_made(smollm2_home: Path) -> None:
+    """The first words arrive long before the last; Ctrl-C then ends the program without a traceback."""
+    command = command_line("generate", "Once upon a time", "-n", 2000, "--ignore-eos")
+    with subprocess.Popen(
+        command, env=environment(smollm2_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.read(10).strip()
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith("\n")
+    assert err == ""
+
+
+def test_a_reader_that_goes_away_is_no_error(cli_home: Path, tiny_checkpoint: Path) -> None:
+    command = command_line("generate", "abc", "--model", tiny_checkpoint, "-n", 500, "--ignore-eos")
+    with subprocess.Popen(
+        command, env=environment(cli_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_terminal_that_knows_only_ascii_gets_question_marks(cli_home: Path, smollm2_home: Path) -> None:
+    outcome = run_cli(smollm2_home, "generate", "日本の首都は、", "-n", 8, "--quiet", env={"PYTHONIOENCODING": "ascii"})
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "?" in outcome.out
+
+
+# --- convert --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gguf", "hf"])
+def test_convert(cli: InProcess, tiny_folder: Path, tmp_path: Path, kind: str) -> None:
+    source = tiny_folder
+    if kind == "gguf":
+        source = tmp_path / "tiny.gguf"
+        write_gguf(source, tokenizer=True)
+    destination = tmp_path / "new" / "tiny.safetensors"
+    outcome = cli("convert", source, destination)
+    assert (outcome.code, outcome.err) == (0, "")
+    with Checkpoint.open(destination) as checkpoint:
+        parameters = checkpoint.geometry.parameter_count()
+        checkpoint.verify()
+    assert outcome.out.startswith(f"{destination}: {parameters:,} parameters in ")
+    assert names_in(destination.parent) == ["tiny.safetensors"]
+
+    again = cli("convert", source, destination, "--overwrite", "--json")
+    record = json.loads(again.out)
+    assert again.err == ""
+    assert record == {
+        "path": str(destination),
+        "bytes": destination.stat().st_size,
+        "parameters": parameters,
+        "seconds": record["seconds"],
+    }
+
+
+def test_progress_is_shown_to_people_only(cli_home: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    piped = run_cli(cli_home, "convert", tiny_folder, tmp_path / "a.safetensors")
+    assert piped.err == ""
+
+    master, slave = pty.openpty()
+    done = subprocess.run(
+        command_line("convert", tiny_folder, tmp_path / "b.safetensors"),
+        env=environment(cli_home, TERM="xterm", COLUMNS="120"),
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        check=True,
+    )
+    os.close(slave)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "verifying" in shown
+    assert re.search(r"\d/\d.* [kM]B", shown), shown
+    assert done.stdout.decode().startswith(f"{tmp_path / 'b.safetensors'}: ")
+
+
+# --- info -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_of_a_checkpoint(cli: InProcess, tiny_checkpoint: Path) -> None:
+    outcome = cli("info", tiny_checkpoint, "--max-seq-len", 100, "--verify")
+    assert (outcome.code, outcome.err) == (0, "")
+    for line in (
+        rf"checkpoint +{re.escape(str(tiny_checkpoint))}",
+        r"verified +every weight was read and is sound",
+        r"heads +4 of 64, 2 for keys and values",
+        r"positions +at most 512",
+        r"source +hf \(hf\)",
+        r"  SHA-256 +[0-9a-f]{64}  model\.safetensors",
+        r"memory plan +cpu backend, 100 positions .*",
+        r"  kv cache +0\.2 MB",
+    ):
+        assert re.search(f"^{line}$", outcome.out, re.MULTILINE), outcome.out
+
+
+def test_info_as_json_adds_up(cli: InProcess, tiny_checkpoint: Path) -> None:
+    record = json.loads(cli("info", tiny_checkpoint, "--max-seq-len", 100, "--json").out)
+    with Engine.load(tiny_checkpoint, max_seq_len=100) as engine:
+        assert record["geometry"] == json.loads(json.dumps(engine.geometry.to_dict()))
+        assert record["parameters"] == engine.geometry.parameter_count()
+        assert record["memory_plan"]["allocated_total"] == engine.backend.plan.total
+        assert record["memory_plan"]["mapped_bytes"]["weights"] == engine.checkpoint.payload_bytes
+    pools = record["memory_plan"]["allocated_bytes"]
+    assert pools["kv cache"] == 2 * 2 * 100 * 128 * 4  # layers, keys and values, positions, width, float32
+    for pool, count in pools.items():
+        assert count == sum(b["bytes"] for b in record["memory_plan"]["buffers"] if b["pool"] == pool)
+    assert record["verified"] is False
+
+
+def test_info_of_the_machine(cli: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_ATOMFLOW_HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine.safetensors").touch()
+    record = json.loads(cli("info", "--json").out)
+    assert record["versions"]["numba-atomflow"] == __version__
+    assert record["home"] == str(tmp_path)
+    assert record["models"] == ["mine"]
+    assert "workqueue" in record["threading_layers"]  # it is part of numba
+    assert record["threads"] >= 1
+    assert record["cuda_driver"] is None or re.fullmatch(r"\d+\.\d", record["cuda_driver"])
+    table = cli("info").out
+    assert re.search(rf"^home +{re.escape(str(tmp_path))}$", table, re.MULTILINE)
