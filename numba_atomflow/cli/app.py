@@ -36,7 +36,7 @@ Models and compiled code live in your cache folder, or in $NUMBA_ATOMFLOW_HOME.
 """
 
 
-def _show_help(context: typer.Context, _option: Any, wanted: bool) -> None:
+def _show_help(context: Any, _option: Any, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
         output.emit(context.get_help() + "\n")
         raise typer.Exit
