@@ -76,7 +76,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     if not stat.S_ISREG(mode):
         raise DestinationError(f"{destination} is a device or a pipe; give the name of a file.")
     if not overwrite:
-        raise DestinationError(f"{destination} exists; choose another name, or ask to overwrite it.")
+        raise DestinationError(f"{destination} exists; choose another name, or pass --overwrite.")
 
 
 def _describe(weights: WeightSource, report: Progress) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.load_seconds = 0.0
         self._tokens: list[int] = []  # what the KV cache holds, in order
+        self._reply: Generation | None = None  # in the making, going on from what the KV cache holds
 
     @classmethod
     def load(
@@ -109,6 +110,7 @@ class Engine:
         path_or_name: str | Path = DEFAULT_MODEL,
         backend: BackendName = "auto",
         max_seq_len: int | None = None,
+        threads: int | None = None,
         progress: Progress | None = None,
     ) -> "Engine":
         """Open a checkpoint and make its backend ready to run.
@@ -117,11 +119,13 @@ class Engine:
             path_or_name: a checkpoint file, or the name of one in the models folder.
             backend: "auto" takes the best one that this machine can run.
             max_seq_len: positions of the KV cache; by default 4,096 or what the model was made for, if that is less.
+            threads: cores that the CPU backend uses; all of them by default. Fewer are faster where other programs keep
+                some busy.
             progress: called with what is being done, steps finished and steps in all.
 
         Raises:
             CheckpointError: no such checkpoint, or a damaged one.
-            OptionError: `max_seq_len` is outside 1 .. the model's own limit.
+            OptionError: `max_seq_len` or `threads` is out of range.
             BackendError: the backend cannot run here.
         """
         started = time.perf_counter()
@@ -133,7 +137,7 @@ class Engine:
             from numba_atomflow.backends.cpu import CpuBackend  # numba is slow to import: not before it is needed
 
             weights = {name: checkpoint.array(name) for name in checkpoint.names() if name != "tokenizer.json"}
-            device = CpuBackend(checkpoint.geometry, weights, positions)
+            device = CpuBackend(checkpoint.geometry, weights, positions, threads)
             device.prepare(progress)
         except BaseException:
             checkpoint.close()
@@ -144,7 +148,8 @@ class Engine:
 
     def close(self) -> None:
         """Release the backend's memory and the mapped checkpoint; the engine cannot be used afterwards."""
-        del self.backend
+        self._end_reply()
+        vars(self).pop("backend", None)  # closing twice is fine
         self.checkpoint.close()
 
     def __enter__(self) -> Self:
@@ -187,18 +192,19 @@ class Engine:
         self.rewind(0)
 
     def rewind(self, position: int) -> None:
-        """Forget every token from `position` on.
+        """Forget every token from `position` on. A reply in the making ends here.
 
         Raises:
             ContextError: the KV cache holds fewer tokens.
         """
+        self._end_reply()
         if not 0 <= position <= self.position:
             raise ContextError(f"The context holds {self.position} tokens; it cannot be rewound to {position}.")
         del self._tokens[position:]
         self.backend.seek(position)
 
     def feed(self, token_ids: Sequence[int], all_logits: bool = False) -> NDArray[np.float32]:
-        """Take tokens through the model and keep them in the KV cache.
+        """Take tokens through the model and keep them in the KV cache. A reply in the making ends here.
 
         Args:
             token_ids: at least one.
@@ -211,6 +217,7 @@ class Engine:
             ContextError: they do not fit behind what the KV cache holds.
             OptionError: there are none, or one is not a token of this model.
         """
+        self._end_reply()
         self._check_tokens(token_ids)
         if all_logits:
             rows = []
@@ -224,8 +231,14 @@ class Engine:
         logits: NDArray[np.float32] = self.backend.logits(last, last + 1)[0]
         return logits
 
+    def _end_reply(self) -> None:
+        """Interrupt a reply before the KV cache changes under it: it would go on from somebody else's text."""
+        if self._reply is not None:
+            self._reply.close()
+            self._reply = None
+
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
-        if not token_ids:
+        if len(token_ids) == 0:
             raise OptionError("The prompt is empty; give at least one token.")
         vocabulary = self.geometry.vocabulary
         for token in (min(token_ids), max(token_ids)):
@@ -253,6 +266,8 @@ class Engine:
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
         """Continue a text, or a list of token ids. What the KV cache already holds of it is not computed again.
 
+        There is one KV cache, so a new reply interrupts the one before.
+
         Raises:
             ContextError: the prompt leaves no room for a token.
             OptionError: the prompt is empty, or holds an unknown token id.
@@ -262,7 +277,8 @@ class Engine:
         params = params or SamplingParams()
         reused = self._rewind_to_common_prefix(token_ids)
         self._check_tokens(token_ids[reused:])
-        return Generation(lambda generation: self._pieces(generation, token_ids, reused, params, started))
+        self._reply = Generation(lambda generation: self._pieces(generation, token_ids, reused, params, started))
+        return self._reply
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
         """Reply to a conversation: a list of ``{"role": ..., "content": ...}``.

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,9 +38,9 @@ class InProcess:
         return Outcome(code, captured.out, captured.err)
 
 
-def command_line(*arguments: object) -> list[str]:
-    """A command that runs the console script's function in the Python of this test."""
-    return [sys.executable, "-c", ENTRY, *(str(argument) for argument in arguments)]
+def command_line(*arguments: object, before: str = "") -> list[str]:
+    """A command that runs the console script's function in the Python of this test, after the lines `before`."""
+    return [sys.executable, "-c", f"{before}\n{ENTRY}", *(str(argument) for argument in arguments)]
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -51,18 +50,17 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 
 def run_cli(
-    home: Path, *arguments: object, stdin: str = "", env: Mapping[str, str] | None = None, **options: Any
+    home: Path, *arguments: object, stdin: str = "", env: Mapping[str, str] | None = None, before: str = ""
 ) -> Outcome:
     """Run a command line in a process of its own."""
     done = subprocess.run(
-        command_line(*arguments),
+        command_line(*arguments, before=before),
         input=stdin,
         env=environment(home, **(env or {})),
         capture_output=True,
         encoding="utf-8",
         timeout=SECONDS,
         check=False,
-        **options,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

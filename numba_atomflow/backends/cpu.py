@@ -31,6 +31,7 @@ from numba_atomflow.decode import (
     build_step,
     step_buffers,
 )
+from numba_atomflow.errors import OptionError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
@@ -45,11 +46,22 @@ FEW = 4  # up to here, reading the weights once per token is faster than decodin
 Action = Callable[[], None]
 
 
-def cpu_plan(geometry: ModelGeometry, max_seq_len: int) -> MemoryPlan:
+def choose_threads(wanted: int | None) -> int:
+    """Threads that kernels run on; all cores by default.
+
+    Raises:
+        OptionError: `wanted` is not between 1 and the number of cores.
+    """
+    cores: int = numba.config.NUMBA_NUM_THREADS
+    if wanted is not None and not 1 <= wanted <= cores:
+        raise OptionError(f"threads is {wanted}; this machine allows 1 to {cores}.")
+    return wanted or cores
+
+
+def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryPlan:
     """What the CPU backend allocates; the weights stay in the mapped file."""
     block = min(BLOCK, max_seq_len)
     widest = max(geometry.hidden, geometry.q_dim, geometry.ffn)
-    threads = numba.config.NUMBA_NUM_THREADS
     scratch = max(projection.LARGEST_TILE * (widest + block), attention.block_scratch(geometry.head_dim))
     return plan_memory(
         [
@@ -68,14 +80,25 @@ class CpuBackend:
         geometry: of the model.
         weights: the checkpoint's arrays by name, kept mapped while the backend lives.
         max_seq_len: positions of the KV cache.
+        threads: that kernels run on; all cores by default.
+
+    Raises:
+        OptionError: there are not that many cores.
     """
 
     name = "cpu"
 
-    def __init__(self, geometry: ModelGeometry, weights: Mapping[str, NDArray[Any]], max_seq_len: int) -> None:
-        self.device = f"{platform.processor() or platform.machine()}, {numba.config.NUMBA_NUM_THREADS} threads"
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        weights: Mapping[str, NDArray[Any]],
+        max_seq_len: int,
+        threads: int | None = None,
+    ) -> None:
+        self.threads = choose_threads(threads)
+        self.device = f"{platform.processor() or platform.machine()}, {self.threads} threads"
         self.geometry = geometry
-        self.plan = cpu_plan(geometry, max_seq_len)
+        self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.block = min(BLOCK, max_seq_len)
         self._weight_arrays = weights
         self._weights = {
@@ -102,7 +125,8 @@ class CpuBackend:
     def prepare(self, progress: Progress | None = None) -> None:
         """Run one op of every kind, for one token and for a block: all that numba must compile."""
         self.seek(0)
-        steps = [op for tokens in (1, FEW + 1) for op in self.step(tokens, "logits")]
+        numba.set_num_threads(self.threads)
+        steps = [op for tokens in (1, min(FEW + 1, self.block)) for op in self.step(tokens, "logits")]
         kinds = {(type(op), getattr(op, "tokens", None) or op.writes[0].shape[0]): op for op in reversed(steps)}
         for done, ((kind, _), op) in enumerate(sorted(kinds.items(), key=lambda item: item[1].name)):
             if progress:
@@ -158,6 +182,7 @@ class CpuBackend:
     # --- how ops become kernels ----------------------------------------------------------------------------------
 
     def _run(self, actions: Sequence[Action], tokens: int) -> None:
+        numba.set_num_threads(self.threads)  # it holds for the whole process: another engine may want another number
         if tokens <= FEW:
             for action in actions:
                 action()

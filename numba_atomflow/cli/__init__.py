@@ -19,15 +19,25 @@ UNEXPECTED, WRONG_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
 
 # Options whose Python names differ from what a user types.
 _OPTIONS = frozenset(
-    {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop", "max_seq_len"}
+    {
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "max_tokens",
+        "stop",
+        "max_seq_len",
+        "threads",
+    }
 )
 
 
 def main() -> None:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a model may well write what a terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may well write what a terminal cannot show
     sys.exit(run(sys.argv[1:]))
 
 

@@ -32,6 +32,7 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     max_seq_len: options.MaxSeqLen = None,
+    threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.AUTO,
     quiet: options.Quiet = False,
 ) -> None:
@@ -51,6 +52,6 @@ def chat(
         stop=tuple(stop or ()),
     )
     with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, max_seq_len, progress)
+        engine = Engine.load(model, backend.value, max_seq_len, threads, progress)
     with engine:
         ChatSession(engine, params, system, quiet=quiet).run()

@@ -76,6 +76,10 @@ class ChatSession:
                     if not self.interactive:
                         raise
                     output.say(f"error: {error}")
+                except KeyboardInterrupt:  # a little too late for the reply: not meant for the session
+                    if not self.interactive:
+                        raise
+                    output.say("")
 
     def reply(self, text: str) -> None:
         """Answer one message and write the reply to standard output; at a terminal, Ctrl-C ends it early.

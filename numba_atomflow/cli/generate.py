@@ -43,6 +43,7 @@ def generate(
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = False,
     max_seq_len: options.MaxSeqLen = None,
+    threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.AUTO,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -68,7 +69,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, max_seq_len, progress)
+        engine = Engine.load(model, backend.value, max_seq_len, threads, progress)
     with engine:
         generation = engine.chat([{"role": "user", "content": text}], params) if chat else engine.generate(text, params)
         if as_json:

@@ -72,12 +72,12 @@ def _show(record: dict[str, Any], as_json: bool, table: Any) -> None:
 
 
 def _model(checkpoint: "Checkpoint", max_seq_len: int | None, verified: bool) -> dict[str, Any]:
-    from numba_atomflow.backends.cpu import cpu_plan
+    from numba_atomflow.backends.cpu import choose_threads, cpu_plan
     from numba_atomflow.engine import choose_max_seq_len
 
     geometry = checkpoint.geometry
     positions = choose_max_seq_len(geometry, max_seq_len)
-    plan = cpu_plan(geometry, positions)
+    plan = cpu_plan(geometry, positions, choose_threads(None))
     pools = plan.pool_bytes() | {"weights": checkpoint.payload_bytes}
     return {
         "path": str(checkpoint.path),

@@ -28,6 +28,14 @@ MaxSeqLen = Annotated[
         help="Positions of the KV cache: prompt and reply must fit.  [default: 4096, or less if the model has less]",
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        help="Cores to use; fewer are faster where other programs keep some busy.  [default: all]",
+    ),
+]
 
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0: always the most likely token; 1: the model's own distribution.")

@@ -173,7 +173,9 @@ def test_paths_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused(tmp_path / "none.safetensors", "none.safetensors does not exist")
     refused(tmp_path, "is a folder")
     (tmp_path / "gguf").write_bytes(b"GGUF" + bytes(100))
-    refused(tmp_path / "gguf", "is not a safetensors file")
+    refused(tmp_path / "gguf", "is a GGUF file; convert it first")
+    (tmp_path / "text").write_bytes(b"Once upon a time" + bytes(100))
+    refused(tmp_path / "text", "is not a safetensors file")
     (tmp_path / "other").write_bytes(safetensors_bytes({"__metadata__": {"format": "pt"}}))
     refused(tmp_path / "other", "is not a numba-atomflow checkpoint", "convert")
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_runner import InProcess, assert_refused, environment, names_in, run_cli
+from cli_runner import InProcess, assert_refused, command_line, environment, names_in, run_cli
 from tiny_models import (
     Weights,
     hf_config,
@@ -285,6 +284,8 @@ def test_prompt_that_is_not_there(cli: InProcess, tmp_path: Path, monkeypatch: p
         ("--seed", str(1 << 64)),
         ("--max-tokens", "0"),
         ("--stop", ""),
+        ("--threads", "0"),
+        ("--threads", "99999"),
         ("--max-seq-len", "0"),
         ("--max-seq-len", "513"),
         ("--max-seq-len", "long"),
@@ -348,13 +349,8 @@ def test_disk_without_room(
 
 def test_disk_that_fills_up(cli_home: Path, tiny_folder: Path, destination: Path) -> None:
     """A limit on the size of files stands for the full disk: writing fails in the middle."""
-    outcome = run_cli(
-        cli_home,
-        "convert",
-        tiny_folder,
-        destination,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    outcome = run_cli(cli_home, "convert", tiny_folder, destination, before=limit)
     assert_refused(outcome, destination, "could not be written")
     assert names_in(destination.parent) == []
 
@@ -405,8 +401,7 @@ def test_conversion_that_is_stopped(
 def test_standard_output_on_a_full_disk(cli_home: Path, tiny_checkpoint: Path, form: str) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", "from numba_atomflow.cli import main; main()", "generate", "x", form, "-n", "3"]
-            + ["--model", str(tiny_checkpoint)],
+            command_line("generate", "x", form, "-n", 3, "--model", tiny_checkpoint),
             env=environment(cli_home),
             stdout=full,
             stderr=subprocess.PIPE,

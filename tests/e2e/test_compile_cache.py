@@ -1,0 +1,96 @@
+"""A second start compiles nothing; an edit in ops/ compiles anew. Both asked from numba's own events."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from cli_runner import ROOT, SECONDS, environment
+
+# Runs the lines of its first argument and reports, to a file, which functions numba compiled meanwhile.
+RECORD = """
+import json, sys
+from numba.core import event
+with event.install_recorder("numba:compile") as recorder:
+    exec(sys.argv[1])
+starts = [e.data["dispatcher"].py_func for _, e in recorder.buffer if e.is_start]
+with open(sys.argv[2], "w") as file:
+    json.dump({"compiled": [f"{f.__module__}.{f.__name__}" for f in starts], "result": result}, file)
+"""
+
+GENERATE = """
+import contextlib, io
+from numba_atomflow.cli import run
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    # A prompt of more tokens than are taken one by one: both forms of every kernel run.
+    assert run(["generate", "A prompt of some length", "--model", {model!r}, "-n", "5", "--ignore-eos", "--json"]) == 0
+result = json.loads(out.getvalue())["token_ids"]
+"""
+
+# `swiglu` is compiled from ops/projection.py; the function `silu` that it calls stands in ops/activation.py.
+ONE_KERNEL = """
+import numpy as np
+from numba_atomflow.ops.projection import swiglu
+out = np.empty((1, 1), np.float32)
+swiglu(np.array([[2.0, 1.0]], np.float32), out)
+result = float(out[0, 0])
+"""
+
+
+def record(home: Path, lines: str, tree: Path = ROOT) -> tuple[list[str], Any]:
+    """Names of the functions compiled while `lines` ran in a process of their own, and their result."""
+    answer = home / "answer.json"
+    subprocess.run(
+        [sys.executable, "-c", RECORD, lines, str(answer)],
+        env=environment(home) | {"PYTHONPATH": str(tree)},
+        cwd=home,
+        check=True,
+        timeout=SECONDS,
+    )
+    told = json.loads(answer.read_text())
+    return told["compiled"], told["result"]
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    lines = GENERATE.format(model=str(tiny_checkpoint))
+    first, tokens = record(tmp_path, lines)
+    assert "numba_atomflow.ops.projection.project_token" in first
+    assert "numba_atomflow.ops.attention.attend_block" in first
+    second, same_tokens = record(tmp_path, lines)
+    assert second == []
+    assert same_tokens == tokens
+
+
+def copy_of_the_house(target: Path) -> Path:
+    """The package as an installation lays it out, rooms inside."""
+    shutil.copytree(ROOT / "numba_atomflow", target / "numba_atomflow", ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def test_an_edit_in_a_function_that_a_kernel_calls_compiles_anew(tmp_path: Path) -> None:
+    tree = copy_of_the_house(tmp_path / "tree")
+    first, before = record(tmp_path, ONE_KERNEL, tree)
+    assert "numba_atomflow.ops.projection.swiglu" in first
+    assert record(tmp_path, ONE_KERNEL, tree) == ([], before)
+
+    kernel_file = tree / "numba_atomflow" / "ops" / "projection.py"
+    inner_file = tree / "numba_atomflow" / "ops" / "activation.py"
+    untouched = kernel_file.stat()
+    source = inner_file.read_text()
+    edited = source.replace("def silu(x):", "def silu(x):\n    x = np.float32(2.0) * x", 1)
+    assert edited.count("np.float32(2.0) * x") == source.count("np.float32(2.0) * x") + 1
+    inner_file.write_text(edited)
+
+    again, after = record(tmp_path, ONE_KERNEL, tree)
+    assert "numba_atomflow.ops.projection.swiglu" in again
+    assert after > 1.05 * before  # silu(4) instead of silu(2)
+    assert kernel_file.stat() == untouched  # numba, which looks at this file alone, would have seen no reason
+    assert record(tmp_path, ONE_KERNEL, tree) == ([], after)
+
+    # The code of the state before is kept: going back to it compiles nothing.
+    inner_file.write_text(source)
+    os.utime(inner_file)
+    assert record(tmp_path, ONE_KERNEL, tree) == ([], before)
