@@ -75,7 +75,8 @@ def _check_options(backend: Backend, reference: Reference, layers: range | None,
         )
     if layers is not None and (not layers or layers.start < 0 or layers.stop > reference.geometry.layers):
         raise OptionError(
-            f"--layers {layers.start}:{layers.stop} is not within the model's 0:{reference.geometry.layers}; choose others."
+            f"--layers {layers.start}:{layers.stop} is not within the model's 0:{reference.geometry.layers}; "
+            "choose others."
         )
     if block is not None and block < 1:
         raise OptionError(f"--block is {block}; it must be at least 1.")

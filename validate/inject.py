@@ -1,5 +1,7 @@
 """A fault on purpose, to see a validation find it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from numba_atomflow.backends.base import Memory
@@ -23,7 +25,7 @@ class SignFlip:
             memory.write(view, -memory.read(view))
 
 
-def inject(op: str, ops: "list[Op]") -> SignFlip:
+def inject(op: str, ops: Sequence[Op]) -> SignFlip:
     """The observer for `op`.
 
     Raises:
