@@ -67,11 +67,11 @@ def like_llama_3b(**changes: Any) -> ModelGeometry:
     """Llama 3.2 3B in proportion: 28 layers, heads of 128, three query heads to one of keys, llama3 RoPE, tied."""
     fields: dict[str, Any] = {
         "layers": 28,
-        "hidden": 384,
+        "hidden": 128,
         "heads": 3,
         "kv_heads": 1,
         "head_dim": 128,
-        "ffn": 1024,
+        "ffn": 320,
         "vocabulary": 320,
         "max_positions": 131072,
         "rope_theta": 500000.0,
