@@ -52,13 +52,13 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def scripted(scripted_checkpoint: Path) -> Iterator[Engine]:
-    with Engine.load(scripted_checkpoint, max_seq_len=64) as engine:
+    with Engine.load(scripted_checkpoint, max_seq_len=64, threads=1) as engine:  # too small to be worth two
         yield engine
 
 
 @pytest.fixture
 def engine(random_checkpoint: Path) -> Iterator[Engine]:
-    with Engine.load(random_checkpoint) as engine:
+    with Engine.load(random_checkpoint, threads=1) as engine:
         yield engine
 
 
@@ -317,9 +317,9 @@ def test_a_repetition_penalty_knows_the_prompt(scripted: Engine) -> None:
 
 def test_engines_do_not_disturb_each_other(scripted_checkpoint: Path, random_checkpoint: Path) -> None:
     with (
-        Engine.load(scripted_checkpoint, max_seq_len=64) as one,
-        Engine.load(scripted_checkpoint, max_seq_len=64) as two,
-        Engine.load(random_checkpoint) as three,
+        Engine.load(scripted_checkpoint, max_seq_len=64, threads=1) as one,
+        Engine.load(scripted_checkpoint, max_seq_len=64, threads=1) as two,
+        Engine.load(random_checkpoint, threads=1) as three,
     ):
         a, b = one.generate("a"), two.generate("c")
         noise = three.generate(some_tokens(40), SamplingParams(ignore_eos=True))

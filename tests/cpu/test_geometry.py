@@ -1,0 +1,66 @@
+"""The geometry record: what it refuses, what it derives, and that it survives being written down."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from tiny_models import hf_config, tiny_geometry
+
+from numba_atomflow.errors import GeometryError
+from numba_atomflow.geometry import ModelGeometry, RopeScaling
+
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"layers": 0}, "layers is 0"),
+        ({"hidden": -1}, "hidden is -1"),
+        ({"vocabulary": 0}, "vocabulary is 0"),
+        ({"max_positions": 0}, "max_positions is 0"),
+        ({"kv_heads": 0}, "kv_heads is 0"),
+        ({"heads": 4, "kv_heads": 3}, "4 attention heads cannot share 3 key/value heads"),
+        ({"heads": 2, "kv_heads": 4}, "2 attention heads cannot share 4 key/value heads"),
+        ({"head_dim": 72}, "head_dim 72 is not supported"),
+    ],
+)
+def test_contradictions_are_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(GeometryError, match=named):
+        tiny_geometry(**changes)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_a_record_in_json_reads_back(scaling: RopeScaling | None) -> None:
+    geometry = tiny_geometry(rope_scaling=scaling, tied_embeddings=True, norm_eps=1e-6, rope_theta=5e5)
+    assert ModelGeometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
+
+
+@pytest.mark.parametrize(
+    "change", [{"unknown": 1}, {"layers": None}, {"layers": "two"}, {"rope_scaling": {"factor": 8.0}}]
+)
+def test_a_damaged_record_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(GeometryError):
+        ModelGeometry.from_dict(tiny_geometry().to_dict() | change)
+
+
+def test_a_record_that_lacks_a_field_is_refused() -> None:
+    record = tiny_geometry().to_dict()
+    del record["hidden"]
+    with pytest.raises(GeometryError, match="convert it again"):
+        ModelGeometry.from_dict(record)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(64, 4, 2), (80, 8, 1), (128, 3, 3)])
+def test_parameters_are_those_of_transformers(head_dim: int, heads: int, kv_heads: int, tied: bool) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    geometry = tiny_geometry(head_dim=head_dim, heads=heads, kv_heads=kv_heads, tied_embeddings=tied)
+    config = hf_config(geometry)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    theirs = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
+    assert geometry.parameters() == theirs
+    assert geometry.parameter_count() == sum(math.prod(shape) for shape in theirs.values())
