@@ -10,7 +10,7 @@ from validator_models import BLOCK, DECODE_STEPS, PROMPT, Subject, like_llama_3b
 
 pytest.importorskip("transformers", reason="transformers makes the ground truth: pip install '.[validate]'")
 
-from numba_atomflow import Engine
+from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Memory
 from numba_atomflow.decode import Head, Op
 from numba_atomflow.errors import ContextError, OptionError
@@ -75,10 +75,8 @@ def test_observing_changes_nothing(subject: Subject) -> None:
     with Engine.load(subject.checkpoint.path, "cpu", len(seen.tokens)) as engine:
         logits = engine.feed(PROMPT, all_logits=True)
         np.testing.assert_array_equal(logits, seen.tensors["logits"][: len(PROMPT)])
-        generated = engine.generate(PROMPT)
-        engine.reset()
-        next(generated, None)
-    assert seen.tokens == subject.truth.tokens
+        reply = engine.generate(PROMPT, SamplingParams(max_tokens=DECODE_STEPS, ignore_eos=True)).finish()
+    assert seen.tokens == subject.truth.tokens == (*PROMPT, *reply.token_ids)
 
 
 def test_a_decode_step_under_observation_is_the_bound_list_of_decode(subject: Subject) -> None:

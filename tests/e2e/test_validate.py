@@ -73,7 +73,8 @@ def test_json_is_one_object(cli: InProcess, tiny_checkpoint: Path, truth_file: P
     record = json.loads(spoilt.out)
     assert spoilt.code == 1
     assert record["fault"]["op"] == "vocabulary"
-    assert record["next_token"]["model"] != record["next_token"]["reference"]
+    assert record["logits"]["next_token"] != record["logits"]["expected_token"]
+    assert set(record["next_token"]) == {"model", "reference"}
 
 
 def test_the_original_weights_as_reference(
@@ -260,6 +261,28 @@ def test_options_out_of_range(cli: InProcess, tiny_checkpoint: Path, truth_file:
 def test_one_backend_cannot_be_compared_with_itself(cli: InProcess, tiny_checkpoint: Path) -> None:
     assert_refused(cli("validate", tiny_checkpoint, "--diff-backends", "--backend", "cpu", "-p", TEXT), "CPU")
     assert_refused(cli("validate", tiny_checkpoint, "--diff-backends"), "--prompt")
+
+
+def test_another_backend_is_compared_with_the_cpu(
+    cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is the CPU backend under another name, with one op spoilt or none."""
+    load = Engine.load
+
+    def pretend(model: str, backend: Any, *rest: Any) -> Engine:
+        engine = load(model, backend, *rest)
+        engine.backend.name = "other" if backend == "auto" else engine.backend.name
+        return engine
+
+    monkeypatch.setattr(Engine, "load", pretend)
+    given = ("validate", tiny_checkpoint, "--diff-backends", "-p", TEXT, "--decode-steps", "2")
+    outcome = cli(*given)
+    assert outcome.code == 0, outcome
+    assert "other (" in outcome.out
+    assert "against cpu backend" in outcome.out
+    spoilt = cli(*given, "--inject", "layer.0.gate_up", "--isolate")
+    assert spoilt.code == 1
+    assert "op at fault: layer.0.gate_up" in spoilt.out.splitlines()[-1]
 
 
 def test_without_matplotlib(
