@@ -67,7 +67,7 @@ def like_llama_3b(**changes: Any) -> ModelGeometry:
     """Llama 3.2 3B in proportion: 28 layers, heads of 128, three query heads to one of keys, llama3 RoPE, tied."""
     fields: dict[str, Any] = {
         "layers": 28,
-        "hidden": 128,
+        "hidden": 192,
         "heads": 3,
         "kv_heads": 1,
         "head_dim": 128,

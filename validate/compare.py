@@ -130,10 +130,11 @@ class _Tally:
         errors[~np.isfinite(errors)] = np.inf
         cosines[~np.isfinite(cosines)] = 0.0
         at = slice(start, start + len(rows))
+        new = self.errors[at] < 0  # rows of the KV cache are seen again at every step
         self.errors[at] = np.maximum(self.errors[at], errors)
         self.cosines[at] = np.minimum(self.cosines[at], cosines)
-        self.squared_error += float(np.sum(difference**2))
-        self.squared_size += float(np.sum(expected**2))
+        self.squared_error += float(np.sum(difference[new] ** 2))
+        self.squared_size += float(np.sum(expected[new] ** 2))
         self._find_worst(start, actual, expected, difference)
         if self.probe.name == "logits":
             self._compare_logits(start, actual, expected)

@@ -113,6 +113,11 @@ def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference
             f"{len(tokens)} prompt tokens and {steps} decode steps do not fit the model's {geometry.max_positions} "
             "positions; shorten one of them."
         )
+    if geometry.hidden % geometry.heads:
+        raise GroundTruthError(
+            f"transformers takes no model whose hidden size ({geometry.hidden}) is not a multiple of its "
+            f"{geometry.heads} heads; compare backends instead."
+        )
     for name in ("torch", "transformers", "accelerate"):  # without the last, transformers reads no GGUF
         if find_spec(name) is None:
             raise GroundTruthError(

@@ -130,8 +130,8 @@ class Prober:
         for probe in self._of_op.get(op.name, ()):
             view: View = getattr(op, probe.field)
             first = self._position
-            if probe.field in {"keys", "values"}:
-                view = view.rows(first, first + op.writes[0].shape[0])
+            if probe.field in {"keys", "values"}:  # all that is in the cache: a stray write may have spoilt older rows
+                view, first = view.rows(0, first + op.writes[0].shape[0]), 0
             elif isinstance(op, FinalNorm):
                 first = self._head_row = self._first_position(op.residual)
             elif isinstance(op, Vocabulary):

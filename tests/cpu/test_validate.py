@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="transformers makes the ground truth:
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Memory
 from numba_atomflow.decode import Head, Op
-from numba_atomflow.errors import ContextError, OptionError
+from numba_atomflow.errors import ContextError, GroundTruthError, OptionError
 from numba_atomflow.memory.view import View
 from numba_atomflow.validate import Precision, SignFlip, all_probes, check, inject, make_ground_truth, record
 from numba_atomflow.validate.tolerance import tolerances
@@ -225,6 +225,11 @@ def test_a_position_that_was_never_seen_fails(subject: Subject) -> None:
     report = check(Blind(), subject.truth)  # type: ignore[arg-type]
     assert {probe.name for probe in report.probes if not probe.passed} == {"final_norm", "logits"}
     assert not report.passed
+
+
+def test_a_geometry_that_transformers_refuses(tmp_path: Path) -> None:
+    with pytest.raises(GroundTruthError, match=r"hidden size \(192\) is not a multiple of its 5 heads"):
+        make_subject(tmp_path, three_layers(heads=5, kv_heads=5))
 
 
 def test_a_context_that_is_too_short_is_refused(subject: Subject) -> None:

@@ -120,6 +120,11 @@ def stored_from_the_beginning(op: Qkv, memory: Memory, start: int, _residual: ND
         memory.write(op.keys.rows(start, start + len(rows)), np.zeros_like(rows))
 
 
+def stray_write_into_an_old_slot(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
+    if start:
+        memory.write(op.values.rows(2, 3), memory.read(op.values.rows(start, start + 1)))
+
+
 def keys_and_values_swapped(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
     keys, values = (view.rows(start, start + op.q.shape[0]) for view in (op.keys, op.values))
     k, v = memory.read(keys), memory.read(values)
@@ -205,6 +210,7 @@ OBSERVED: dict[str, tuple[str, Callable[..., None]]] = {
     "RoPE turns the other way": ("layer.1.qkv", rotated_backwards),
     "KV written one slot late": ("layer.1.qkv", stored_one_slot_late),
     "KV of a later block written from slot 0": ("layer.1.qkv", stored_from_the_beginning),
+    "a value written into an old slot as well": ("layer.1.qkv", stray_write_into_an_old_slot),
     "k and v swapped": ("layer.1.qkv", keys_and_values_swapped),
     "GQA head mapped wrong": ("layer.1.attention", attending(kv_head=lambda head, _heads, kv_heads: head % kv_heads)),
     "attention scale wrong": ("layer.1.attention", attending(scale=1 / HEAD_DIM)),

@@ -22,8 +22,7 @@ TEXT = "The river begins in the Alps."
 RHINE = (
     "The river Rhine begins in the Swiss Alps and flows through six countries to the North Sea. Along its way it "
     "passes vineyards, castles and large cities, and ships carry coal, oil, grain and containers up and down the "
-    "stream. In the past hundred years, engineers have straightened its bed, and the people who live by it have built "
-    "dams against its floods."
+    "stream. In the past hundred years, engineers have straightened its bed, and the people who live"
 )
 
 
@@ -96,7 +95,7 @@ def test_the_original_weights_as_reference(
 def test_smollm2_passes_39_of_39(smollm2_checkpoint: Path) -> None:
     """64 tokens of a prompt and 32 decode steps, on the checkpoint's own weights."""
     with Engine.load(smollm2_checkpoint, "cpu", 96) as engine:
-        tokens = engine.text.encode(RHINE)[:64]
+        tokens = engine.text.encode(RHINE)
         assert len(tokens) == 64
         truth = make_ground_truth(engine.checkpoint, tokens, 32)
         for isolate in (False, True):
