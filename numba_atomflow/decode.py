@@ -133,7 +133,7 @@ class ProjectAdd(Op):
     weight: Fp8Weight
     residual: View
 
-    READS = ("x",)
+    READS = ("x", "residual")
     WRITES = ("residual",)
     WEIGHTS = ("weight",)
 
@@ -197,6 +197,7 @@ class Advance(Op):
     tokens: int
     position: View
 
+    READS = ("position",)
     WRITES = ("position",)
 
 

@@ -149,7 +149,9 @@ class Engine:
     def close(self) -> None:
         """Release the backend's memory and the mapped checkpoint; the engine cannot be used afterwards."""
         self._end_reply()
-        vars(self).pop("backend", None)  # closing twice is fine
+        backend = vars(self).pop("backend", None)
+        if backend is not None:  # closing twice is fine
+            backend.close()
         self.checkpoint.close()
 
     def __enter__(self) -> Self:
@@ -226,7 +228,7 @@ class Engine:
                 self._prefill(block, "none")
                 rows.append(self.backend.logits(0, len(block)))
             return np.concatenate(rows)
-        self._prefill(token_ids, "logits")
+        self._prefill(token_ids, "none")
         last = (len(token_ids) - 1) % self.backend.block
         logits: NDArray[np.float32] = self.backend.logits(last, last + 1)[0]
         return logits

@@ -27,10 +27,12 @@ def silu_reference(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def exp(x):  # type: ignore[no-untyped-def]
     """e^x for one float32; arguments outside [-87, 88] give the value at the edge."""
     x = min(max(np.float32(x), np.float32(-87.0)), np.float32(88.0))
-    n = np.float32(math.floor(x * _LOG2_E + np.float32(0.5)))
+    turns = x * _LOG2_E
+    whole = np.int32(turns + (np.float32(0.5) if turns > 0 else np.float32(-0.5)))  # to nearest; floor is a scalar call
+    n = np.float32(whole)
     r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW  # |r| <= ln(2) / 2
     tail = _C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))
-    power_of_two = np.int32((np.int64(n) + 127) << 23).view(np.float32)
+    power_of_two = np.int32((whole + 127) << 23).view(np.float32)
     return np.float32((np.float32(1.0) + (r + r * r * tail)) * power_of_two)
 
 

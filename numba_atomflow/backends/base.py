@@ -40,6 +40,9 @@ class Backend(Protocol):
     plan: MemoryPlan
     block: int  # most tokens of one prefill step
 
+    def close(self) -> None:
+        """Release the memory at once, not when the garbage collector comes by."""
+
     def prepare(self, progress: Progress | None) -> None:
         """Compile every kernel, or load it from the cache."""
 

@@ -6,7 +6,7 @@ the KV cache included.
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numba
@@ -41,6 +41,7 @@ from numba_atomflow.sampling import Sampler, SamplingParams
 
 BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it
 HEAD_ROWS = 16  # positions whose logits are computed at once when all are asked for
+KEPT_STEPS = 8  # prompt lengths whose steps stay bound
 FEW = 4  # up to here, reading the weights once per token is faster than decoding them into scratch for BLAS
 
 Action = Callable[[], None]
@@ -115,12 +116,16 @@ class CpuBackend:
         cosines, sines = rope.rope_table(rope_inverse_frequencies(geometry), max_seq_len)
         self._array("rope.cosines")[:] = cosines
         self._array("rope.sines")[:] = sines
-        self._bound_step = lru_cache(maxsize=8)(self._bind_step)
+        self._bound: dict[tuple[int, Head], list[Action]] = {}
 
     def _array(self, name: str) -> NDArray[Any]:
         return self._buffers[name].host_array()
 
     # --- what the engine calls -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release the memory: bound steps refer to the backend, and would keep it until the garbage collector comes."""
+        self._bound.clear()
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Run one op of every kind, for one token and for a block: all that numba must compile."""
@@ -199,8 +204,15 @@ class CpuBackend:
             self._blas = ThreadpoolController()
         return self._blas.limit(limits=1, user_api="blas")
 
-    def _bind_step(self, tokens: int, head: Head) -> list[Action]:
-        return [self._bind(op) for op in self.step(tokens, head)]
+    def _bound_step(self, tokens: int, head: Head) -> list[Action]:
+        """The kernels of a step; those used last are kept."""
+        actions = self._bound.pop((tokens, head), None)
+        if actions is None:
+            actions = [self._bind(op) for op in self.step(tokens, head)]
+            if len(self._bound) >= KEPT_STEPS:
+                del self._bound[next(iter(self._bound))]  # the one not used for longest
+        self._bound[tokens, head] = actions
+        return actions
 
     def _bind(self, op: Op) -> Action:
         """The kernels of an op, with their arguments in place."""

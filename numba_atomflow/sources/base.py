@@ -11,6 +11,8 @@ from numba_atomflow.errors import GeometryError, SourceError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.text import TextAssets
 
+LARGEST_WEIGHT = 65504.0  # the largest float16
+
 
 class WeightSource(Protocol):
     """A model on disk, whatever its format: geometry, text assets, and its tensors one at a time.
@@ -73,13 +75,20 @@ def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, t
 
 
 def check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:
-    """A NaN or an infinity in weights is refused: nothing sensible can be computed from it.
+    """A NaN, an infinity or a value beyond float16 in weights is refused: nothing sensible can be computed from it.
+
+    No trained weight comes near the limit; and kernels may count on group scales below 2^8 (see `ops/fp8.py`).
 
     Raises:
         SourceError: naming file and tensor.
     """
     if not np.isfinite(values).all():
         raise SourceError(f"Tensor {name} of {path} holds a NaN or an infinity; the file is damaged, get it again.")
+    if values.size and np.abs(values).max() > LARGEST_WEIGHT:
+        raise SourceError(
+            f"Tensor {name} of {path} holds {np.abs(values).max():.3g}, beyond {LARGEST_WEIGHT:.0f}, which no trained "
+            "weight is; the file is damaged, get it again."
+        )
 
 
 def read_bytes(path: Path, offset: int, count: int) -> NDArray[np.uint8]:

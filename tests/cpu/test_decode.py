@@ -106,15 +106,15 @@ def test_what_flows_from_op_to_op() -> None:
             for name, parts in {
                 "qkv": (["residual", "position"], ["normed", "qkv", "q"]),
                 "attention": (["q", "position"], ["attended"]),
-                "o": (["attended"], ["residual"]),
+                "o": (["attended", "residual"], ["residual"]),
                 "gate_up": (["residual"], ["normed", "ffn"]),
-                "down": (["ffn"], ["residual"]),
+                "down": (["ffn", "residual"], ["residual"]),
             }.items()
         },
         "final_norm": (["residual"], ["final_normed"]),
         "vocabulary": (["final_normed"], ["logits"]),
         "sample": (["logits"], ["tokens"]),
-        "advance": ([], ["position"]),
+        "advance": (["position"], ["position"]),
     }
 
 

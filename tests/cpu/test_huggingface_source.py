@@ -339,6 +339,15 @@ def test_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     assert len(open_source(tmp_path).names()) == 21
 
 
+def test_weights_that_no_training_makes_are_refused(tmp_path: Path) -> None:
+    geometry = tiny_geometry()
+    weights = random_weights(geometry)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = -70000.0
+    write_hf_folder(tmp_path, geometry, weights=weights)
+    with pytest.raises(SourceError, match=r"up_proj\.weight of .* holds 7e\+04, beyond 65504"):
+        open_source(tmp_path).read("model.layers.1.mlp.up_proj.weight")
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_nan_and_infinity_are_named_when_read(tmp_path: Path, poison: float, dtype: str) -> None:
