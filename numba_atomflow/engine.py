@@ -16,17 +16,17 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow import home
 from numba_atomflow.backends.base import Backend, Progress
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.decode import Head
-from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError
+from numba_atomflow.errors import BackendError, ContextError, OptionError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.stop_strings import StopStrings
+from numba_atomflow.stream_decoder import StreamDecoder
 from numba_atomflow.text import TextCodec
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
 
 BackendName = Literal["auto", "cpu"]
@@ -76,7 +76,13 @@ class Generation:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        try:
+            piece = next(self._pieces)
+        except StopIteration:
+            raise
+        except BaseException:  # Ctrl-C, for one
+            self.close()
+            raise
         self.text += piece
         return piece
 
@@ -219,8 +225,8 @@ class Engine:
             ContextError: they do not fit behind what the KV cache holds.
             OptionError: there are none, or one is not a token of this model.
         """
+        token_ids = self._checked(token_ids, self.position)
         self._end_reply()
-        self._check_tokens(token_ids)
         if all_logits:
             rows = []
             for start in range(0, len(token_ids), self.backend.block):
@@ -239,20 +245,24 @@ class Engine:
             self._reply.close()
             self._reply = None
 
-    def _check_tokens(self, token_ids: Sequence[int]) -> None:
-        if len(token_ids) == 0:
+    def _checked(self, token_ids: Sequence[int], taken: int) -> list[int]:
+        """The tokens as a list, sure to be of this model and to fit behind `taken` others."""
+        ids = np.asarray(token_ids)
+        if ids.size == 0:
             raise OptionError("The prompt is empty; give at least one token.")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise OptionError("Token ids must be a flat list of whole numbers.")
         vocabulary = self.geometry.vocabulary
-        for token in (min(token_ids), max(token_ids)):
+        for token in (ids.min(), ids.max()):
             if not 0 <= token < vocabulary:
                 raise OptionError(f"Token {token} does not exist; the vocabulary has {vocabulary} tokens.")
-        room = self.max_seq_len - self.position
-        if len(token_ids) > room:
-            behind = f", of which {self.position} are taken" if self.position else ""
+        if len(ids) > self.max_seq_len - taken:
+            behind = f", of which {taken} are taken" if taken else ""
             raise ContextError(
-                f"The prompt has {len(token_ids)} tokens, but the context holds {self.max_seq_len}{behind}; "
+                f"The prompt has {len(ids)} tokens, but the context holds {self.max_seq_len}{behind}; "
                 f"shorten it or raise --max-seq-len (the model allows {self.geometry.max_positions})."
             )
+        return [int(token) for token in ids]
 
     def _prefill(self, token_ids: Sequence[int], head: Head) -> None:
         """Feed in blocks; only the last one needs a head."""
@@ -275,12 +285,11 @@ class Engine:
             OptionError: the prompt is empty, or holds an unknown token id.
         """
         started = time.perf_counter()
-        token_ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        params = params or SamplingParams()
-        reused = self._rewind_to_common_prefix(token_ids)
-        self._check_tokens(token_ids[reused:])
-        self._reply = Generation(lambda generation: self._pieces(generation, token_ids, reused, params, started))
-        return self._reply
+        decoder = self.text.stream()
+        prompt = self._checked(self.text.encode(prompt) if isinstance(prompt, str) else prompt, taken=0)
+        for token in prompt:
+            decoder.push(token)  # some tokenizers write a space before every word but the first: the prompt was first
+        return self._start(prompt, decoder, params, started)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
         """Reply to a conversation: a list of ``{"role": ..., "content": ...}``.
@@ -289,7 +298,17 @@ class Engine:
             TextError: the model has no chat template, or the template refuses the messages.
             ContextError: the conversation leaves no room for a token.
         """
-        return self.generate(self.text.encode_chat(messages), params)
+        started = time.perf_counter()
+        prompt = self._checked(self.text.encode_chat(messages), taken=0)
+        return self._start(prompt, self.text.stream(), params, started)
+
+    def _start(
+        self, prompt: list[int], decoder: StreamDecoder, params: SamplingParams | None, started: float
+    ) -> Generation:
+        params = params or SamplingParams()
+        reused = self._rewind_to_common_prefix(prompt)
+        self._reply = Generation(lambda generation: self._pieces(generation, prompt, reused, decoder, params, started))
+        return self._reply
 
     def _rewind_to_common_prefix(self, token_ids: Sequence[int]) -> int:
         """Keep what the KV cache and the prompt share; at least one token is left to be fed."""
@@ -302,12 +321,18 @@ class Engine:
         return shared
 
     def _pieces(
-        self, generation: Generation, prompt: Sequence[int], reused: int, params: SamplingParams, started: float
+        self,
+        generation: Generation,
+        prompt: list[int],
+        reused: int,
+        decoder: StreamDecoder,
+        params: SamplingParams,
+        started: float,
     ) -> Iterator[str]:
         """Generate token by token, yielding text that is sure to belong to the reply."""
         stats = generation.stats
         stats.prompt_tokens, stats.reused_tokens = len(prompt), reused
-        decoder, stops = self.text.stream(), StopStrings(params.stop)
+        stops = StopStrings(params.stop)
         eos_ids = frozenset() if params.ignore_eos else self.text.eos_ids
         self.backend.start(Sampler(params, self.geometry.vocabulary, prompt))
         self._prefill(prompt[reused:], "sample")
@@ -338,29 +363,6 @@ class Engine:
             rest = stops.push(decoder.flush()) + stops.flush()
             if rest:
                 yield rest
-
-
-def find_checkpoint(path_or_name: str | Path) -> Path:
-    """The checkpoint file that a user means: a path, or a name in the models folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path_or_name).expanduser()
-    if path.exists():
-        return path
-    named = home.models() / f"{path_or_name}.safetensors"
-    if path.name == str(path_or_name) and named.exists():
-        return named
-    if path.name != str(path_or_name) or path.suffix:
-        raise CheckpointError(
-            f"There is no checkpoint {path}; check the path, or make one with `numba-atomflow convert`."
-        )
-    known = ", ".join(sorted(p.stem for p in home.models().glob("*.safetensors"))) or "none yet"
-    raise CheckpointError(
-        f"There is no model {path_or_name!r} in {home.models()} (there: {known}); "
-        "run `bash scripts/bootstrap.sh` for the default one, or `numba-atomflow convert SOURCE DEST`."
-    )
 
 
 def choose_max_seq_len(geometry: ModelGeometry, wanted: int | None) -> int:

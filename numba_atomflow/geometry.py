@@ -17,16 +17,31 @@ from numba_atomflow.errors import GeometryError
 
 GROUP = 128  # weights along K that share one scale
 HEAD_DIMS = (64, 80, 96, 128)
+LARGEST_COUNT = 2**63 - 1  # kernels compute in int64
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's frequency-dependent RoPE scaling (``rope_type: llama3``)."""
+    """Llama 3's frequency-dependent RoPE scaling (``rope_type: llama3``).
+
+    Raises:
+        GeometryError: a field is of a wrong type or out of range.
+    """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+
+    def __post_init__(self) -> None:
+        for field in ("factor", "low_freq_factor", "high_freq_factor"):
+            _check_number(f"rope_scaling.{field}", getattr(self, field))
+        _check_count("rope_scaling.original_max_positions", self.original_max_positions)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise GeometryError(
+                f"The model's rope_scaling.high_freq_factor is {self.high_freq_factor}; it must be above its "
+                f"low_freq_factor, {self.low_freq_factor}."
+            )
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class ModelGeometry:
     """Sizes and constants of a Llama-family decoder.
 
     Raises:
-        GeometryError: the numbers contradict each other or no kernel supports them.
+        GeometryError: a field is of a wrong type, the numbers contradict each other, or no kernel supports them.
     """
 
     layers: int
@@ -52,8 +67,17 @@ class ModelGeometry:
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "max_positions"):
-            if getattr(self, field) < 1:
-                raise GeometryError(f"The model's {field} is {getattr(self, field)}; it must be at least 1.")
+            _check_count(field, getattr(self, field))
+        for field in ("rope_theta", "norm_eps"):
+            _check_number(field, getattr(self, field))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise GeometryError(
+                f"The model's rope_scaling is {_short(self.rope_scaling)}; it must be a record or null."
+            )
+        if not isinstance(self.tied_embeddings, bool):
+            raise GeometryError(
+                f"The model's tied_embeddings is {_short(self.tied_embeddings)}; it must be true or false."
+            )
         if self.heads % self.kv_heads:
             raise GeometryError(
                 f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly; check the config."
@@ -110,12 +134,12 @@ class ModelGeometry:
         """The inverse of `to_dict`.
 
         Raises:
-            GeometryError: a field is missing, unknown or out of range.
+            GeometryError: a field is missing, unknown, of a wrong type or out of range.
         """
         fields = dict(record)
         scaling = fields.pop("rope_scaling", None)
         try:
-            return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
+            return cls(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
         except TypeError as error:
             raise GeometryError(
                 f"The checkpoint's geometry record cannot be read ({error}); convert it again."
@@ -138,3 +162,18 @@ def rope_inverse_frequencies(geometry: ModelGeometry) -> NDArray[np.float64]:
     blend = np.clip(blend, 0.0, 1.0)
     scaled: NDArray[np.float64] = frequencies * (blend + (1.0 - blend) / scaling.factor)
     return scaled
+
+
+def _check_count(field: str, value: object) -> None:
+    """`value` is an integer (a float or a bool that equals one is none) from 1 to `LARGEST_COUNT`."""
+    if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
+        raise GeometryError(f"The model's {field} is {_short(value)}; it must be a whole number, at least 1.")
+
+
+def _check_number(field: str, value: object) -> None:
+    if not isinstance(value, float) or not 0 < value < math.inf:
+        raise GeometryError(f"The model's {field} is {_short(value)}; it must be a positive finite number.")
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]

@@ -7,14 +7,26 @@ import os
 import sys
 from pathlib import Path
 
+from numba_atomflow.errors import OptionError
+
 ENVIRONMENT_VARIABLE = "NUMBA_ATOMFLOW_HOME"
 
 
 def home() -> Path:
-    """The cache folder (not created here)."""
+    """The cache folder (not created here).
+
+    Raises:
+        OptionError: the environment names no usable folder.
+    """
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
+    try:
+        return Path(chosen).expanduser() if chosen else _platform_cache()
+    except RuntimeError as error:
+        what = f"{ENVIRONMENT_VARIABLE} is {chosen!r}, but no such user exists" if chosen else "You have no home folder"
+        raise OptionError(f"{what}; set {ENVIRONMENT_VARIABLE} to a folder.") from error
+
+
+def _platform_cache() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "numba-atomflow"
     if sys.platform == "win32":
@@ -30,3 +42,8 @@ def models() -> Path:
 def compiled() -> Path:
     """Folder of numba's compiled code, one sub-folder per hash of ``ops/``."""
     return home() / "compiled"
+
+
+def expand_user(path: str | Path) -> Path:
+    """The path with ``~`` and ``~user`` replaced; ``~nobody`` stays as it is, as in a shell."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises where there is no such user

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.errors import OptionError
+from numba_atomflow.errors import CheckpointError, OptionError
 
 _MASK = (1 << 64) - 1
 
@@ -48,6 +48,9 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in (("top_k", self.top_k), ("seed", self.seed), ("max_tokens", self.max_tokens)):
+            if value is not None and not isinstance(value, int):
+                raise OptionError(f"{name} is {value!r}; it must be a whole number.")
         checks = (
             (0.0 <= self.temperature <= 100.0, "temperature", "between 0 (greedy) and 100"),
             (self.top_k >= 0, "top_k", "0 (all tokens) or a positive number of tokens"),
@@ -60,10 +63,10 @@ class SamplingParams:
         for fine, name, allowed in checks:
             if not fine:
                 raise OptionError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if any(not text for text in self.stop):
-            raise OptionError("stop holds an empty string; give at least one character.")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        texts: tuple[object, ...] = tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in texts):
+            raise OptionError("stop holds an empty string, or what is no string; give at least one character.")
 
     @property
     def greedy(self) -> bool:
@@ -155,7 +158,16 @@ class Sampler:
         self._seen[np.asarray(context, np.int64)] = True
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token, from logits float32 [V]."""
+        """The next token, from logits float32 [V].
+
+        Raises:
+            CheckpointError: the logits hold a NaN or an infinity.
+        """
+        if not np.isfinite(logits[np.argmax(logits)]):  # arg-max finds a NaN if there is one
+            raise CheckpointError(
+                "The model computes no numbers (NaN): its checkpoint is damaged; check it with "
+                "`numba-atomflow info MODEL --verify`, or convert it again."
+            )
         token = self._choose(penalise(logits, self._seen, self.params.repetition_penalty))
         self._seen[token] = True
         return token

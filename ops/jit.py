@@ -9,12 +9,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core import config
+from numba.core.caching import FunctionCache
 
 from numba_atomflow import home
 
@@ -51,10 +53,34 @@ def cache_folder() -> Path | None:
 
 def _prune(current: Path) -> None:
     """Delete all but the most recently used cache folders."""
-    others = [path for path in current.parent.glob("cpu-*") if path != current]
-    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def last_used(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except OSError:  # another process has just deleted it
+            return 0.0
+
+    others = sorted((path for path in current.parent.glob("cpu-*") if path != current), key=last_used, reverse=True)
     for stale in others[_KEPT_CACHES - 1 :]:
         shutil.rmtree(stale, ignore_errors=True)
+
+
+class _KernelCache(FunctionCache):  # type: ignore[misc]
+    """numba's cache, but a damaged or full one costs a compilation, not the program."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled code of a signature, or None: compile it."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # unpickling damaged bytes can raise anything
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep compiled code, if that is possible."""
+        with suppress(OSError):
+            super().save_overload(sig, data)
 
 
 def cpu_kernel(
@@ -84,7 +110,9 @@ def cpu_kernel(
             return numba.njit(parallel=parallel, nogil=True, **flags)(function)
         previous, config.CACHE_DIR = config.CACHE_DIR, str(folder)
         try:
-            return numba.njit(parallel=parallel, nogil=True, cache=True, **flags)(function)
+            kernel = numba.njit(parallel=parallel, nogil=True, **flags)(function)
+            kernel._cache = _KernelCache(function)  # noqa: SLF001  as its enable_caching() does, with our class
+            return kernel
         finally:
             config.CACHE_DIR = previous
 

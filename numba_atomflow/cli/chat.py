@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from numba_atomflow.cli import options, output
+from numba_atomflow.model_names import DEFAULT_MODEL
 
 EXAMPLES = """\b
 Examples:
@@ -19,7 +20,7 @@ In the conversation: /help, /reset, /save FILE, /quit. Ctrl-C stops a reply; at 
 
 
 def chat(
-    model: options.Model = options.DEFAULT_MODEL,
+    model: options.Model = DEFAULT_MODEL,
     system: Annotated[
         str | None, typer.Option("--system", "-s", metavar="TEXT", help="What the model is told before you speak.")
     ] = None,

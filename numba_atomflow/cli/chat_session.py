@@ -137,7 +137,7 @@ class ChatSession:
                 self.engine.reset()
                 output.say("[new conversation]")
             case "/save", file if file:
-                self._save(Path(file).expanduser())
+                self._save(home.expand_user(file))
             case "/save", _:
                 output.say("Name the file: /save FILE")
             case _:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from numba_atomflow import home
 from numba_atomflow.cli import options, output
 
 EXAMPLES = """\b
@@ -33,9 +34,9 @@ def convert(
     from numba_atomflow.convert import convert as convert_model
 
     with output.bytes_bar() as progress:
-        convert_model(source.expanduser(), destination.expanduser(), overwrite=overwrite, progress=progress)
+        convert_model(home.expand_user(source), home.expand_user(destination), overwrite=overwrite, progress=progress)
     seconds = time.perf_counter() - started
-    with Checkpoint.open(destination.expanduser()) as checkpoint:
+    with Checkpoint.open(home.expand_user(destination)) as checkpoint:
         parameters, written = checkpoint.geometry.parameter_count(), checkpoint.path.stat().st_size
         if as_json:
             output.emit_json(

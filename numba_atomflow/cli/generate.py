@@ -8,6 +8,7 @@ import typer
 
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.model_names import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine, Generation
@@ -32,7 +33,7 @@ def generate(
         bool,
         typer.Option("--chat/--raw", help="Ask the prompt as a question (chat template), or continue it as it is."),
     ] = False,
-    model: options.Model = options.DEFAULT_MODEL,
+    model: options.Model = DEFAULT_MODEL,
     max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,

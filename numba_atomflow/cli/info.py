@@ -51,7 +51,7 @@ def info(
         return
 
     from numba_atomflow.checkpoint import Checkpoint
-    from numba_atomflow.engine import find_checkpoint
+    from numba_atomflow.model_names import find_checkpoint
 
     with Checkpoint.open(find_checkpoint(model)) as checkpoint:
         if verify:

@@ -5,9 +5,6 @@ from typing import Annotated
 
 import typer
 
-# numba_atomflow.engine has the same, but importing it brings NumPy; a test compares them.
-DEFAULT_MODEL = "smollm2-135m-instruct"
-
 
 class BackendChoice(StrEnum):
     """What may be given for --backend."""

@@ -1,8 +1,9 @@
 """What every source of weights offers, and the checks that all of them share."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +39,13 @@ class WeightSource(Protocol):
         """
 
 
-def make_geometry(described_by: Path, **fields: Any) -> ModelGeometry:
-    """A `ModelGeometry`, whose errors name the file that described it."""
+@contextmanager
+def described_by(path: Path) -> Iterator[None]:
+    """Within it, errors of a geometry name the file that described the model."""
     try:
-        return ModelGeometry(**fields)
+        yield
     except GeometryError as error:
-        raise GeometryError(f"{described_by} describes a model that cannot be run: {error}") from error
+        raise GeometryError(f"{path} describes a model that cannot be run: {error}") from error
 
 
 def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_frequencies
-from numba_atomflow.sources.base import check_finite, check_parameters, make_geometry, read_bytes
+from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
 from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor, read_gguf_file
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 
@@ -50,8 +50,9 @@ class GgufSource:
         self.path = path
         self.files: tuple[Path, ...] = (path,)
         file = read_gguf_file(path)
-        self.geometry = _geometry(file)
-        self._tensors = {_hugging_face_name(n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
+        with described_by(path):
+            self.geometry = _geometry(file)
+        self._tensors = {_hugging_face_name(path, n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
         tokens = _Fields(file).length("tokenizer.ggml.tokens") or 0
         if tokens > self.geometry.vocabulary:
@@ -84,13 +85,18 @@ class GgufSource:
         return rows[start - first * width : stop - first * width]
 
 
-def _hugging_face_name(name: str) -> str:
+def _hugging_face_name(path: Path, name: str) -> str:
+    """The name of a GGUF tensor in Hugging Face's terms; two GGUF names never share one.
+
+    Raises:
+        SourceError: no tensor of a Llama model has this name in a GGUF file (it may be Hugging Face's own).
+    """
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
     match name.split("."):
         case ["blk", layer, part, "weight"] if part in _LAYER_NAMES:
             return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
-    return name  # unknown: `check_parameters` will name it
+    raise SourceError(f"{path} holds the tensor {name}, which is not part of a Llama model in a GGUF file.")
 
 
 def _read_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
@@ -123,8 +129,7 @@ def _geometry(file: GgufFile) -> ModelGeometry:
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if fields.integer(key, head_dim) != head_dim:
             raise SourceError(f"{file.path} has {key} {file.fields[key]}, but heads of {head_dim}; they must be equal.")
-    geometry = make_geometry(
-        file.path,
+    geometry = ModelGeometry(
         layers=fields.integer("llama.block_count"),
         hidden=hidden,
         heads=heads,
@@ -164,6 +169,8 @@ def _with_llama3_scaling(file: GgufFile, fields: "_Fields", geometry: ModelGeome
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} has shape {tensor.shape}, not one factor per pair.")
     factors = _read_rows(file.path, ROPE_FACTORS, tensor, 0, geometry.head_dim // 2)
     check_finite(file.path, ROPE_FACTORS, factors)
+    if factors.min() < 1:
+        raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} holds a factor below 1, which Llama 3 has not.")
     scaling = RopeScaling(
         factor=_shortest(factors.max()),
         low_freq_factor=LLAMA3_LOW_FREQ_FACTOR,
@@ -172,7 +179,7 @@ def _with_llama3_scaling(file: GgufFile, fields: "_Fields", geometry: ModelGeome
     )
     scaled = replace(geometry, rope_scaling=scaling)
     plain = rope_inverse_frequencies(geometry)
-    if factors.min() < 1 or not np.allclose(rope_inverse_frequencies(scaled), plain / factors, rtol=1e-4, atol=0.0):
+    if not np.allclose(rope_inverse_frequencies(scaled), plain / factors, rtol=1e-4, atol=0.0):
         raise SourceError(f"{file.path} scales RoPE by factors ({ROPE_FACTORS}) that are not those of Llama 3.")
     return scaled
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.geometry import ModelGeometry, RopeScaling
-from numba_atomflow.sources.base import make_geometry
+from numba_atomflow.sources.base import described_by
 from numba_atomflow.sources.json_file import integer, number
 
 MODEL_TYPES = ("llama", "mistral")  # Mistral 7B is a Llama; its sliding window becomes a shorter context
@@ -24,14 +24,18 @@ def config_geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
         GeometryError: the numbers contradict each other.
     """
     _refuse_other_models(path, config)
+    with described_by(path):
+        return _geometry(path, config)
+
+
+def _geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
     hidden, heads = integer(path, config, "hidden_size"), integer(path, config, "num_attention_heads")
     if config.get("head_dim") is None and (heads < 1 or hidden % heads):
         raise SourceError(f"{path} has hidden_size {hidden} and {heads} attention heads, which do not fit.")
     # transformers 5 keeps everything about RoPE in rope_parameters, earlier versions in rope_theta and rope_scaling.
     rope = _mapping(path, config, "rope_parameters") or _mapping(path, config, "rope_scaling")
     max_positions = integer(path, config, "max_position_embeddings", 2048)
-    return make_geometry(
-        path,
+    return ModelGeometry(
         layers=integer(path, config, "num_hidden_layers"),
         hidden=hidden,
         heads=heads,
@@ -71,15 +75,12 @@ def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise SourceError(f"{path} uses RoPE scaling of type {kind!r}; supported are 'default' and 'llama3'.")
-    scaling = RopeScaling(
+    return RopeScaling(
         factor=number(path, rope, "factor"),
         low_freq_factor=number(path, rope, "low_freq_factor"),
         high_freq_factor=number(path, rope, "high_freq_factor"),
         original_max_positions=integer(path, rope, "original_max_position_embeddings"),
     )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise SourceError(f"{path} has a high_freq_factor of RoPE that is not above its low_freq_factor.")
-    return scaling
 
 
 def _mapping(path: Path, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

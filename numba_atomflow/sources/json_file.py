@@ -58,9 +58,15 @@ def number(path: Path, record: Mapping[str, Any], key: str, default: float | Non
     """`record[key]`, which must be a finite positive number; null and absent are `default`."""
     value = record.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _unusable(path, key, value)
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # JSON's integers know no limit
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise _unusable(path, key, value)
+    return number
 
 
 def _unusable(path: Path, key: str, value: Any) -> SourceError:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from closeness import relative_l2
 from tiny_models import SMALLEST_VOCABULARY, random_weights, tiny_geometry, tiny_tokenizer, write_hf_folder, write_json
+from toy_tokenizers import sentencepiece
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.engine import choose_max_seq_len
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError, TextError
@@ -454,3 +456,80 @@ def test_threads_change_speed_and_nothing_else(random_checkpoint: Path) -> None:
 def test_a_number_of_threads_that_the_machine_lacks_is_refused(random_checkpoint: Path, threads: int) -> None:
     with pytest.raises(OptionError, match=f"threads is {threads}"):
         Engine.load(random_checkpoint, threads=threads)
+
+
+# --- what must not pass in silence -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, temperature=1.0, seed=1)]
+)
+def test_a_damaged_checkpoint_is_noticed_by_what_it_computes(
+    random_checkpoint: Path, tmp_path: Path, params: SamplingParams
+) -> None:
+    with Checkpoint.open(random_checkpoint) as checkpoint:
+        at = checkpoint.array("final_norm").ctypes.data - checkpoint.array("embedding.weight").ctypes.data
+        start = checkpoint.array("embedding.weight")
+    data = bytearray(random_checkpoint.read_bytes())
+    offset = data.index(start.tobytes()) + at
+    data[offset : offset + 4] = np.float32(np.nan).tobytes()
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(data)
+    with (
+        Engine.load(damaged, threads=1) as engine,
+        pytest.raises(CheckpointError, match=r"NaN.*damaged.*--verify"),
+    ):
+        engine.generate([5, 6, 7], params).finish()
+
+
+def test_a_refused_prompt_leaves_the_kv_cache_alone(scripted: Engine) -> None:
+    held = some_tokens(30)
+    scripted.feed(held)
+    with pytest.raises(OptionError, match="Token 1000000 does not exist"):
+        scripted.generate([10**6])
+    with pytest.raises(ContextError, match="has 65 tokens, but the context holds 64;"):
+        scripted.generate(held + some_tokens(35, seed=1))
+    assert scripted.token_ids == held
+
+
+@pytest.mark.parametrize("tokens", [[1.5], ["a"], [[1, 2]], np.array([True, False])])
+def test_token_ids_are_whole_numbers(scripted: Engine, tokens: list[int]) -> None:
+    with pytest.raises(OptionError, match="flat list of whole numbers"):
+        scripted.feed(tokens)
+
+
+def test_an_exception_in_the_middle_ends_the_reply(scripted: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    reply = scripted.generate("a")
+    assert next(reply) == "b"
+    monkeypatch.setattr(scripted.backend, "decode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(reply)
+    assert reply.finish_reason == "interrupted"
+    assert list(reply) == []
+    monkeypatch.undo()
+    assert scripted.generate("a").finish().text == SCRIPT[1:]
+
+
+def test_the_space_before_the_first_word_of_a_reply_is_kept(tmp_path: Path) -> None:
+    """Sentencepiece tokenizers hide a space in front of every word, and drop the one at the start of a text."""
+    tokenizer, _ = sentencepiece()
+    words = [token for spelling, token in sorted(tokenizer.get_vocab().items()) if spelling.startswith("▁t")][:2]
+    assert len(words) == 2
+    geometry = tiny_geometry(vocabulary=tokenizer.get_vocab_size(), max_positions=64)
+    weights = random_weights(geometry)
+    for name, values in weights.items():
+        if "o_proj" in name or "down_proj" in name:
+            values[:] = 0
+    weights["model.norm.weight"][:] = 1
+    weights["lm_head.weight"][:] = 0
+    weights["lm_head.weight"][words[1]] = weights["model.embed_tokens.weight"][words[0]]  # the one follows the other
+    write_hf_folder(tmp_path / "hf", geometry, weights=weights)
+    (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer.to_str())
+    with Engine.load(convert(tmp_path / "hf", tmp_path / "spaces.safetensors"), threads=1) as engine:
+        reply = engine.generate([words[0]], SamplingParams(max_tokens=1)).finish()
+        assert reply.token_ids == [words[1]]
+        assert engine.text.decode(words) == tokenizer.decode(words[:1]) + reply.text
+        assert reply.text.startswith(" ")

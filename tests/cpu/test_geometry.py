@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,11 +25,37 @@ LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig
         ({"heads": 4, "kv_heads": 3}, "4 attention heads cannot share 3 key/value heads"),
         ({"heads": 2, "kv_heads": 4}, "2 attention heads cannot share 4 key/value heads"),
         ({"head_dim": 72}, "head_dim 72 is not supported"),
+        ({"layers": 2.0}, r"layers is 2\.0; it must be a whole number"),
+        ({"layers": True}, "layers is True"),
+        ({"vocabulary": 2**63}, "vocabulary is 9223372036854775808"),
+        ({"rope_theta": 0.0}, r"rope_theta is 0\.0; it must be a positive finite number"),
+        ({"rope_theta": math.inf}, "rope_theta is inf"),
+        ({"norm_eps": -1.0}, r"norm_eps is -1\.0"),
+        ({"norm_eps": math.nan}, "norm_eps is nan"),
+        ({"norm_eps": "1e-5"}, "norm_eps is '1e-5'"),
+        ({"tied_embeddings": "yes"}, "tied_embeddings is 'yes'"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling is {'factor'"),
     ],
 )
 def test_contradictions_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(GeometryError, match=named):
         tiny_geometry(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"factor": 0.0}, r"rope_scaling\.factor is 0\.0"),
+        ({"low_freq_factor": "1"}, r"low_freq_factor is '1'"),
+        ({"high_freq_factor": math.inf}, "high_freq_factor is inf"),
+        ({"high_freq_factor": 1.0}, r"high_freq_factor is 1\.0; it must be above its low_freq_factor, 1\.0"),
+        ({"original_max_positions": -5}, "original_max_positions is -5"),
+        ({"original_max_positions": 64.0}, r"original_max_positions is 64\.0"),
+    ],
+)
+def test_scaling_out_of_range_is_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(GeometryError, match=named):
+        replace(LLAMA3, **changes)
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3])
@@ -38,7 +65,17 @@ def test_a_record_in_json_reads_back(scaling: RopeScaling | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"unknown": 1}, {"layers": None}, {"layers": "two"}, {"rope_scaling": {"factor": 8.0}}]
+    "change",
+    [
+        {"unknown": 1},
+        {"layers": None},
+        {"layers": "two"},
+        {"rope_theta": "10000"},
+        {"rope_scaling": {"factor": 8.0}},
+        {"rope_scaling": [8.0]},
+        {"rope_scaling": {}},
+        {"rope_scaling": 0},
+    ],
 )
 def test_a_damaged_record_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(GeometryError):

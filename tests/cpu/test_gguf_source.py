@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tiny_models
 from gguf import GGMLQuantizationType
 from tiny_models import random_weights, tiny_geometry, write_gguf, write_hf_folder
 
@@ -67,6 +68,12 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", geometry)
     with pytest.raises(SourceError, match=r"rope_freqs\.weight.*not those of Llama 3"):
         open_source(tmp_path / "model.gguf")
+
+
+def test_an_absurd_original_context_of_llama3(tmp_path: Path) -> None:
+    geometry = tiny_geometry(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+    write_gguf(tmp_path / "model.gguf", geometry, fields={"llama.rope.scaling.original_context_length": 0})
+    refused(tmp_path / "model.gguf", "model.gguf", "original_max_positions is 0", error=GeometryError)
 
 
 def test_tokenizer_and_template_come_along(tmp_path: Path) -> None:
@@ -287,7 +294,21 @@ def test_an_extra_tensor(tmp_path: Path) -> None:
     write_gguf(path, geometry, fields={"llama.block_count": 2})
     refused(path, "holds the tensor model.layers.2.", "not part of a Llama model")
     path.write_bytes(path.read_bytes().replace(b"blk.0.attn_q.weight", b"blk.0.attn_q_biasxx"))
-    refused(path, "lacks the tensor model.layers.0.self_attn.q_proj.weight")
+    refused(path, "holds the tensor blk.0.attn_q_biasxx", "not part of a Llama model")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", Q_PROJ])
+def test_a_stray_tensor_by_a_hugging_face_name_does_not_replace_the_real_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tied: bool
+) -> None:
+    geometry = tiny_geometry(tied_embeddings=tied)
+    weights = random_weights(geometry)
+    gguf_name = tiny_models._gguf_name
+    monkeypatch.setattr(tiny_models, "_gguf_name", lambda key: key[6:] if key.startswith("stray ") else gguf_name(key))
+    stray = np.zeros_like(weights.get(name, weights[EMBEDDING]))
+    write_gguf(tmp_path / "model.gguf", geometry, weights=weights | {f"stray {name}": stray})
+    refused(tmp_path / "model.gguf", f"holds the tensor {name}", "not part of a Llama model")
 
 
 def test_a_wrong_shape(tmp_path: Path) -> None:

@@ -176,13 +176,14 @@ def test_mistral_with_a_window_is_a_llama_with_a_shorter_context(folder: Path) -
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
-        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor"),
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "192"}, "hidden_size: '192'"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
         ({"num_attention_heads": 0, "head_dim": None}, "0 attention heads"),
         ({"eos_token_id": "2"}, "eos_token_id"),
     ],
@@ -216,6 +217,20 @@ def test_config_and_weights_that_differ(folder: Path, changes: dict[str, Any], f
 def test_sizes_that_no_kernel_supports_name_the_config(folder: Path) -> None:
     change_json(folder / "config.json", head_dim=48)
     refused(folder, "config.json", "head_dim 48", error=GeometryError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"max_position_embeddings": 10**400}, "max_positions is 1000"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor is 1.0; it must be above"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": -5}}, "original_max_positions is -5"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}}, "original_max_positions is 1000"),
+    ],
+)
+def test_numbers_out_of_range_name_the_config(folder: Path, changes: dict[str, Any], fragment: str) -> None:
+    change_json(folder / "config.json", **changes)
+    refused(folder, "config.json", fragment, error=GeometryError)
 
 
 def test_eos_outside_the_vocabulary(folder: Path) -> None:

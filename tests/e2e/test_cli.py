@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runner import InProcess, command_line, environment, names_in, run_cli
+from cli_runner import InProcess, assert_refused, command_line, environment, names_in, run_cli
 from tiny_models import write_gguf
 
 from numba_atomflow import __version__
 from numba_atomflow.checkpoint import Checkpoint
-from numba_atomflow.cli import options
-from numba_atomflow.engine import DEFAULT_MODEL, Engine
+from numba_atomflow.engine import Engine
+from numba_atomflow.model_names import DEFAULT_MODEL
 from numba_atomflow.sampling import SamplingParams
 
 PARIS = "The capital of France is"
@@ -62,10 +62,6 @@ def test_help_of_every_command_teaches_by_example(cli: InProcess, command: str) 
 
 def test_version(cli: InProcess) -> None:
     assert cli("--version").out == f"numba-atomflow {__version__}\n"
-
-
-def test_the_default_model_is_the_engines() -> None:
-    assert options.DEFAULT_MODEL == DEFAULT_MODEL
 
 
 # --- generate -------------------------------------------------------------------------------------------------------
@@ -263,6 +259,22 @@ def test_info_as_json_adds_up(cli: InProcess, tiny_checkpoint: Path) -> None:
     for pool, count in pools.items():
         assert count == sum(b["bytes"] for b in record["memory_plan"]["buffers"] if b["pool"] == pool)
     assert record["verified"] is False
+
+
+def test_a_name_means_the_models_folder_even_beside_a_folder_of_that_name(
+    cli: InProcess, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_ATOMFLOW_HOME", str(tmp_path / "home"))
+    named = tmp_path / "home" / "models" / f"{DEFAULT_MODEL}.safetensors"
+    named.parent.mkdir(parents=True)
+    named.symlink_to(tiny_checkpoint)
+    (tmp_path / DEFAULT_MODEL).mkdir()
+    (tmp_path / "here.safetensors").symlink_to(tiny_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(cli("info", DEFAULT_MODEL, "--json").out)["path"] == str(named)
+    assert json.loads(cli("info", "here.safetensors", "--json").out)["path"] == "here.safetensors"
+    assert cli("generate", "x", "-n", 1).code == 0
+    assert_refused(cli("info", f"./{DEFAULT_MODEL}"), "is a folder")
 
 
 def test_info_of_the_machine(cli: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

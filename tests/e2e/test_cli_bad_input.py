@@ -233,6 +233,21 @@ def test_unknown_model_name(cli: InProcess, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.safetensors").touch()
     assert_refused(cli("generate", "x", "--model", "no-such-model"), "no-such-model", "mine")
+    assert_refused(cli("generate", "x", "--model", "mine-1.7b"), "mine-1.7b", "there: mine)")
+    assert_refused(cli("info", "n" * 300), "n" * 300, "there: mine)")
+    assert_refused(cli("info", tmp_path / ("n" * 300)), "n" * 300)
+
+
+def test_user_that_does_not_exist(cli: InProcess, tmp_path: Path) -> None:
+    assert_refused(cli("info", "~nosuchuser/x"), "~nosuchuser/x")
+    assert_refused(cli("convert", "~nosuchuser/x", tmp_path / "y"), "~nosuchuser/x")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipe_where_a_checkpoint_is_expected(cli_home: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert_refused(run_cli(cli_home, "info", pipe), pipe, "not a regular file")
 
 
 def test_base_model_without_a_chat_template(cli: InProcess, tmp_path: Path) -> None:

@@ -94,3 +94,30 @@ def test_an_edit_in_a_function_that_a_kernel_calls_compiles_anew(tmp_path: Path)
     inner_file.write_text(source)
     os.utime(inner_file)
     assert record(tmp_path, ONE_KERNEL, tree) == ([], before)
+
+
+def test_damaged_compiled_code_is_compiled_again(tmp_path: Path) -> None:
+    first, result = record(tmp_path, ONE_KERNEL)
+    (index,) = tmp_path.rglob("projection.swiglu*.nbi")
+    (code,) = tmp_path.rglob("projection.swiglu*.nbc")
+    for damaged, left in ((code, 100), (index, 0)):  # a disk that was full, a power cut
+        damaged.write_bytes(damaged.read_bytes()[:left])
+        assert record(tmp_path, ONE_KERNEL) == (first, result)
+        assert record(tmp_path, ONE_KERNEL) == ([], result)
+
+
+def test_a_disk_too_full_for_compiled_code_costs_time_alone(tmp_path: Path) -> None:
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"  # bytes a file may have
+    full += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    for _ in range(2):
+        compiled, result = record(tmp_path, full + ONE_KERNEL)
+        assert "numba_atomflow.ops.projection.swiglu" in compiled
+        assert result > 1
+
+
+def test_a_cache_that_vanishes_while_others_are_pruned_is_no_error(tmp_path: Path) -> None:
+    folder = tmp_path / "compiled"
+    folder.mkdir()
+    (folder / "cpu-gone").symlink_to(tmp_path / "nowhere")
+    _, result = record(tmp_path, ONE_KERNEL)
+    assert result > 1
