@@ -57,7 +57,7 @@ def ground_truth(
     text = read_text(prompt)
 
     from numba_atomflow.checkpoint import Checkpoint
-    from numba_atomflow.engine import find_checkpoint
+    from numba_atomflow.model_names import find_checkpoint
     from numba_atomflow.validate import make_ground_truth, save_ground_truth
 
     with Checkpoint.open(find_checkpoint(model)) as checkpoint, output.steps_bar() as progress:

@@ -115,7 +115,7 @@ def _parse_layers(text: str | None) -> range | None:
 def _open(path: Path, model: str, text: str | None) -> "Reference":
     """A ground truth that fits the model."""
     from numba_atomflow.checkpoint import Checkpoint
-    from numba_atomflow.engine import find_checkpoint
+    from numba_atomflow.model_names import find_checkpoint
     from numba_atomflow.validate import check_fits, open_ground_truth
 
     truth = open_ground_truth(path)
