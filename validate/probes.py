@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Memory, Observer
-from numba_atomflow.decode import Advance, Embed, FinalNorm, Op, Qkv, Vocabulary
+from numba_atomflow.decode import Advance, Embed, FinalNorm, Op, Qkv, Sample, Vocabulary
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.view import View
 
@@ -111,13 +111,16 @@ class Prober:
         self._position = position
 
     def before(self, op: Op, memory: Memory) -> None:
-        """Feed the op, if it is the first of a layer."""
+        """Feed the op, if it is the first of a layer; keep a sampler from NaN."""
         if isinstance(op, Embed):
             self._residual = op.residual
         if self._feed is not None and isinstance(op, Qkv | FinalNorm):
             layer = int(op.name.split(".")[1]) if isinstance(op, Qkv) else self._layers
             first, count = self._first_position(op.residual), op.residual.shape[0]
             memory.write(op.residual, self._feed(layer_input(layer), first, count))
+        if isinstance(op, Sample) and not np.isfinite(memory.read(op.logits)).all():
+            # They have been compared; a sampler would refuse them, and its token is not used.
+            memory.write(op.logits, np.zeros(op.logits.shape, np.float32))
         for other in self._others:
             other.before(op, memory)
         if any(probe.name.endswith(".mlp") for probe in self._of_op.get(op.name, ())):
