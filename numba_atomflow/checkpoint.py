@@ -96,6 +96,8 @@ class Checkpoint:
         self.path, self.metadata = file.path, file.metadata
         self._entries = file.entries
         self.geometry = _geometry(file)
+        for key in ("quantiser", "source"):  # read by others, from the metadata
+            _record(file, key)
         _check_tensors(file, self.geometry)
         self.payload_bytes = sum(entry.nbytes for name, entry in file.entries.items() if name != TOKENIZER)
         try:

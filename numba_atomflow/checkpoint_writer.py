@@ -1,8 +1,9 @@
 """Writing an FP8 checkpoint: piece by piece, and all or nothing.
 
-The file grows under ``<name>.partial-<pid>``; it takes its final name after it was written completely, flushed to the
-disk and read back. A process that is killed leaves its partial file behind, and the next one for the same destination
-removes it: a partial file whose writer lives is locked, whatever its number.
+The file grows under ``<name>.partial-<pid>-<random>``; it takes its final name after it was written completely, flushed
+to the disk and read back. A process that is killed leaves its partial file behind, and the next one for the same
+destination removes it: a partial file whose writer lives is locked. Process ids alone would not tell writers apart:
+containers that share a folder count them separately.
 """
 
 import errno
@@ -11,6 +12,7 @@ import glob
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -47,11 +49,12 @@ class CheckpointWriter:
     included, removes what was written.
 
     Args:
-        path: the final name; an existing file is replaced.
+        path: the final name.
         geometry: decides which tensors there are, with their shapes.
         text: stored in the metadata, the tokenizer as a tensor.
         quantiser: a JSON-ready record of how the weights were quantised.
         source: a JSON-ready record of where they came from.
+        overwrite: replace a file that has the final name by the time that this one is complete.
 
     Raises:
         DestinationError: the file cannot be written where it should go.
@@ -64,9 +67,11 @@ class CheckpointWriter:
         text: TextAssets,
         quantiser: Mapping[str, Any],
         source: Mapping[str, Any],
+        *,
+        overwrite: bool = True,
     ) -> None:
         self.path = path
-        self.partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        self.overwrite = overwrite
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -80,7 +85,8 @@ class CheckpointWriter:
         if self._tokenizer is not None:
             layout[TOKENIZER] = (BYTES, (len(self._tokenizer),))
         self._header, self._entries = _header(layout, metadata)
-        self._file: BinaryIO  # open from `__enter__` on
+        self._partial: Path  # from `__enter__` on, as is the file
+        self._file: BinaryIO
         self._written = dict.fromkeys(self._entries, 0)  # bytes of each tensor that are in the file
         self.total_bytes = len(self._header) + sum(entry.nbytes for entry in self._entries.values())
 
@@ -99,10 +105,8 @@ class CheckpointWriter:
                     f"{self.path} needs {self.total_bytes / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free; "
                     "make room, or choose another folder."
                 )
-            self._file = self.partial.open("xb", buffering=0)
+            self._partial, self._file = _open_locked(self.path)
         try:
-            with self._explained():
-                fcntl.flock(self._file, fcntl.LOCK_EX)
             self._put(0, self._header)
             if self._tokenizer is not None:
                 self.write(TOKENIZER, np.frombuffer(self._tokenizer, np.uint8))
@@ -144,10 +148,13 @@ class CheckpointWriter:
             raise ValueError(f"{short[0]} and {len(short) - 1} other tensors were not filled")
         with self._explained():
             os.fsync(self._file.fileno())
-        with Checkpoint.open(self.partial) as checkpoint:
+        with Checkpoint.open(self._partial) as checkpoint:
             checkpoint.verify()
         with self._explained():
-            self.partial.replace(self.path)
+            if self.overwrite:
+                self._partial.replace(self.path)
+            else:
+                _publish_new(self._partial, self.path)
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)  # the new name itself must survive a power cut
@@ -156,7 +163,7 @@ class CheckpointWriter:
 
     def _discard(self) -> None:
         with suppress(OSError):
-            self.partial.unlink()  # before the lock goes with the file
+            self._partial.unlink()  # before the lock goes with the file
         self._file.close()
 
     def _put(self, offset: int, data: bytes | memoryview) -> None:
@@ -205,6 +212,51 @@ def _header(
         for name, (dtype, shape) in layout.items()
     }
     return len(text).to_bytes(8, "little") + text, entries
+
+
+def _open_locked(destination: Path) -> tuple[Path, BinaryIO]:
+    """A new partial file of this destination, locked for as long as it is open.
+
+    Between making the file and locking it, another process may take it for abandoned and remove it: then again.
+    """
+    while True:
+        partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+        file = partial.open("xb", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                return partial, file
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            file.close()
+            raise
+        file.close()
+
+
+def _publish_new(partial: Path, destination: Path) -> None:
+    """Give a complete file its final name, unless another process has taken that name since it was looked for.
+
+    A hard link is made or refused in one step. File systems without them (FAT, some network shares) leave a moment
+    between looking and renaming.
+
+    Raises:
+        DestinationError: the name is taken.
+    """
+    try:
+        os.link(partial, destination)
+    except FileExistsError as error:
+        raise destination_exists(destination) from error
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if os.path.lexists(destination):
+            raise destination_exists(destination) from error
+        partial.replace(destination)
+
+
+def destination_exists(destination: Path) -> DestinationError:
+    """The refusal to replace a file unasked."""
+    return DestinationError(f"{destination} exists; choose another name, or pass --overwrite.")
 
 
 def _remove_abandoned(destination: Path) -> None:

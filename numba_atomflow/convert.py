@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from numba_atomflow.chat_template import ChatTemplate
 from numba_atomflow.checkpoint import fusion
-from numba_atomflow.checkpoint_writer import CheckpointWriter
-from numba_atomflow.errors import DestinationError, SourceError
+from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
+from numba_atomflow.errors import DestinationError, SourceError, TextError
 from numba_atomflow.quantize import rtn
 from numba_atomflow.sources import WeightSource, open_source
+from numba_atomflow.text import TextAssets, TextCodec
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,10 +40,12 @@ def convert(source: Path, destination: Path, *, overwrite: bool = False, progres
     """
     _check_destination(destination, overwrite)
     weights = open_source(source)
+    _check_text(source, weights.text)
     if destination.exists() and any(destination.samefile(file) for file in weights.files):
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     report: Progress = progress or (lambda *_: None)
-    writer = CheckpointWriter(destination, weights.geometry, weights.text, rtn.RECORD, _describe(weights, report))
+    origin = _describe(weights, report)
+    writer = CheckpointWriter(destination, weights.geometry, weights.text, rtn.RECORD, origin, overwrite=overwrite)
     with writer:
         for part, names in fusion(weights.geometry).items():
             report(part, writer.written_bytes, writer.total_bytes)
@@ -49,6 +53,21 @@ def convert(source: Path, destination: Path, *, overwrite: bool = False, progres
                 _convert_tensor(weights, name, writer, part)
         report("verifying", writer.written_bytes, writer.total_bytes)
     return destination
+
+
+def _check_text(source: Path, text: TextAssets) -> None:
+    """What the source brings along for text can be used: a checkpoint whose text cannot would be found out too late.
+
+    Raises:
+        SourceError: the tokenizer cannot be loaded, or the chat template is not valid Jinja.
+    """
+    try:
+        if text.tokenizer_json is not None:
+            TextCodec(text)
+        if text.chat_template is not None:
+            ChatTemplate(text.chat_template, text.special_tokens())
+    except TextError as error:
+        raise SourceError(f"{source} cannot be converted: {error}") from error
 
 
 def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str) -> None:
@@ -68,6 +87,8 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     try:
         mode = destination.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
+        if destination.is_symlink() and not overwrite:  # it leads nowhere, but takes the name
+            raise destination_exists(destination) from None
         return
     except OSError as error:
         raise DestinationError(f"{destination} cannot be written ({error.strerror}); choose another name.") from error
@@ -76,7 +97,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     if not stat.S_ISREG(mode):
         raise DestinationError(f"{destination} is a device or a pipe; give the name of a file.")
     if not overwrite:
-        raise DestinationError(f"{destination} exists; choose another name, or pass --overwrite.")
+        raise destination_exists(destination)
 
 
 def _describe(weights: WeightSource, report: Progress) -> dict[str, Any]:

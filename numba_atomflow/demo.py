@@ -37,7 +37,7 @@ def existing() -> Path | None:
     path = checkpoint_path()
     try:
         with Checkpoint.open(path) as checkpoint:
-            source = json.loads(checkpoint.metadata.get("source", "{}"))
+            source = json.loads(checkpoint.metadata["source"])
     except CheckpointError:
         return None
     return path if source.get("sha256") == {GGUF_NAME: GGUF_SHA256} else None

@@ -47,6 +47,6 @@ def _missing(path: Path) -> str:
 def _unknown_name(name: str) -> str:
     known = ", ".join(sorted(path.stem for path in home.models().glob("*.safetensors"))) or "none yet"
     return (
-        f"There is no file {name!r} here, and no model of this name in {home.models()} (there: {known}); "
+        f"There is no model {name!r} in {home.models()} (there: {known}), and no file of that name here; "
         "run `bash scripts/bootstrap.sh` for the default one, or `numba-atomflow convert SOURCE DEST`."
     )

@@ -45,16 +45,21 @@ class TextAssets:
         """The inverse of `to_dict`.
 
         Raises:
-            CheckpointError: a field is unknown, or ``eos_ids`` is not a list of numbers.
+            CheckpointError: a field is unknown or of a wrong type.
         """
-        fields = dict(record)
-        try:
-            eos_ids = tuple(int(token_id) for token_id in fields.pop("eos_ids", ()))
-            return cls(**fields, tokenizer_json=tokenizer_json, eos_ids=eos_ids)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"The checkpoint's text record cannot be read ({error}); convert the model again."
-            ) from error
+        texts = ("chat_template", "bos_token", "eos_token", "unk_token", "pad_token")
+        for name, value in record.items():
+            if name in texts:
+                sound = value is None or isinstance(value, str)
+            elif name == "eos_ids":
+                sound = isinstance(value, list) and all(type(token_id) is int and token_id >= 0 for token_id in value)
+            else:
+                sound = name == "add_bos" and isinstance(value, bool)
+            if not sound:
+                raise CheckpointError(
+                    f"The checkpoint's text record has an unusable {name}: {repr(value)[:60]}; convert the model again."
+                )
+        return cls(**dict(record) | {"tokenizer_json": tokenizer_json, "eos_ids": tuple(record.get("eos_ids", ()))})
 
 
 class TextCodec:

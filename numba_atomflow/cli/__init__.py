@@ -11,7 +11,9 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from numba_atomflow.cli import output
 from numba_atomflow.errors import AtomFlowError, OptionError
 
 DEBUG = "NUMBA_ATOMFLOW_DEBUG"  # environment variable: show where an unexpected exception came from
@@ -37,6 +39,7 @@ _OPTIONS = frozenset(
 
 def main() -> None:
     """The console script."""
+    _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may well write what a terminal cannot show
     sys.exit(run(sys.argv[1:]))
@@ -47,14 +50,13 @@ def run(arguments: Sequence[str]) -> int:
     try:
         from numba_atomflow.cli.app import invoke
 
-        code = invoke(arguments)
-        sys.stdout.flush()
+        return invoke(arguments)
     except AtomFlowError as error:
         return _fail(_as_typed(error), WRONG_INPUT)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _drop_output()
+        output.discard(sys.stdout)
         return READER_GONE
     except Exception as error:
         if os.environ.get(DEBUG, "0") not in {"", "0"}:
@@ -64,12 +66,18 @@ def run(arguments: Sequence[str]) -> int:
             f"Sorry, this is a mistake in numba-atomflow ({kind}: {error}); set {DEBUG}=1 to see where, and report it.",
             UNEXPECTED,
         )
-    return code
+
+
+def _open_missing_streams() -> None:
+    """Read nothing from and write nowhere to a standard stream that the shell has closed (``>&-``)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
 def _fail(message: str, code: int) -> int:
     line = " ".join(message.split("\n"))  # a sentence stays on one line, whatever a file's name holds
-    sys.stderr.write(f"error: {line}\n")
+    output.say(f"error: {line}")
     return code
 
 
@@ -80,10 +88,3 @@ def _as_typed(error: AtomFlowError) -> str:
     if isinstance(error, OptionError) and name in _OPTIONS:
         return f"--{name.replace('_', '-')} {rest}"
     return message
-
-
-def _drop_output() -> None:
-    """Point standard output nowhere: the interpreter flushes it once more when it leaves."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)

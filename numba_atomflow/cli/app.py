@@ -1,12 +1,13 @@
 """The commands, put together."""
 
-import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from numba_atomflow import __version__
+from numba_atomflow.cli import output
 from numba_atomflow.cli.chat import EXAMPLES as CHAT_EXAMPLES
 from numba_atomflow.cli.chat import chat
 from numba_atomflow.cli.convert import EXAMPLES as CONVERT_EXAMPLES
@@ -37,14 +38,41 @@ Examples:
 Models and compiled code live in your cache folder, or in $NUMBA_ATOMFLOW_HOME.
 """
 
+
+def _show_help(context: typer.Context, _option: Any, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        output.emit(context.get_help() + "\n")
+        raise typer.Exit
+
+
+class _Command(TyperCommand):
+    """A command whose ``--help`` is written as every other result is: a full disk under it is told in a sentence."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
+class _Group(TyperGroup):
+    """The same for the program."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
 # Plain help: it starts faster than a rich one, and keeps examples as they are written.
-app = typer.Typer(rich_markup_mode=None, add_completion=False, epilog=_EXAMPLES)
-app.command(epilog=GENERATE_EXAMPLES)(generate)
-app.command(epilog=CHAT_EXAMPLES)(chat)
-app.command(epilog=CONVERT_EXAMPLES)(convert)
-app.command(epilog=INFO_EXAMPLES)(info)
-app.command(epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
-app.command(epilog=VALIDATE_EXAMPLES)(validate)
+app = typer.Typer(cls=_Group, rich_markup_mode=None, add_completion=False, epilog=_EXAMPLES)
+app.command(cls=_Command, epilog=GENERATE_EXAMPLES)(generate)
+app.command(cls=_Command, epilog=CHAT_EXAMPLES)(chat)
+app.command(cls=_Command, epilog=CONVERT_EXAMPLES)(convert)
+app.command(cls=_Command, epilog=INFO_EXAMPLES)(info)
+app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
+app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
 
 
 def invoke(arguments: Sequence[str]) -> int:
@@ -72,7 +100,7 @@ def invoke(arguments: Sequence[str]) -> int:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        output.emit(f"{PROGRAM} {__version__}\n")
         raise typer.Exit
 
 
@@ -85,4 +113,4 @@ def _main(
 ) -> None:
     """Run a language model on your machine: one user, one stream of tokens, FP8 weights."""
     if context.invoked_subcommand is None:
-        sys.stdout.write(context.get_help() + "\n")
+        output.emit(context.get_help() + "\n")

@@ -167,8 +167,7 @@ class ChatSession:
             if self.interactive and sys.stdout.isatty():
                 return input(PROMPT)
             if self.interactive:
-                sys.stderr.write(PROMPT)  # standard output goes to a file, which is for replies alone
-                sys.stderr.flush()
+                output.say(PROMPT, end="")  # standard output goes to a file, which is for replies alone
             return sys.stdin.readline() or None
         except EOFError:
             line = None

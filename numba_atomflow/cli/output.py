@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any
+from typing import Any, TextIO
 
 from numba_atomflow import __version__
 from numba_atomflow.errors import DestinationError
@@ -27,9 +27,7 @@ def emit(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what is still buffered would fail again when the interpreter leaves
-        os.close(nowhere)
+        discard(sys.stdout)
         raise DestinationError(f"Standard output could not be written ({error.strerror}); make room for it.") from error
 
 
@@ -38,10 +36,20 @@ def emit_json(record: dict[str, Any]) -> None:
     emit(json.dumps(record, indent=2) + "\n")
 
 
-def say(text: str) -> None:
-    """Write a line of talk."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+def say(text: str, end: str = "\n") -> None:
+    """Write a line of talk. Where nobody can read it, the work goes on without."""
+    try:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Point a stream nowhere: what it still holds would fail again when the interpreter flushes it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def size(count: int) -> str:

@@ -8,12 +8,14 @@ those names are known to the reader. Keys: https://github.com/ggml-org/ggml/blob
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from tokenizers import Tokenizer
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.text import TextAssets
+
+_T = TypeVar("_T")
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 
@@ -70,12 +72,12 @@ def assets_from_gguf(fields: Mapping[str, Any]) -> TextAssets:
     Raises:
         SourceError: the tokenizer is of a kind that is not supported, or its description contradicts itself.
     """
-    kind = fields.get("tokenizer.ggml.model")
-    chat_template = fields.get("tokenizer.chat_template") or None
+    kind = _value(fields, "tokenizer.ggml.model", str)
+    chat_template = _value(fields, "tokenizer.chat_template", str) or None
     if kind is None or kind == "no_vocab":
         return TextAssets(chat_template=chat_template)
-    tokens = _required(fields, "tokenizer.ggml.tokens")
-    types = fields.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    tokens = _required(fields, "tokenizer.ggml.tokens", str)
+    types = _list(fields, "tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise SourceError(
             f"The GGUF's tokenizer has {len(tokens)} tokens but {len(types)} token types; fetch the file again."
@@ -98,7 +100,7 @@ def assets_from_gguf(fields: Mapping[str, Any]) -> TextAssets:
         unk_token=named["unknown"],
         pad_token=named["padding"],
         eos_ids=_end_of_reply_ids(fields, tokens, types),
-        add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", adds_bos)) and named["bos"] is not None,
+        add_bos=_value(fields, "tokenizer.ggml.add_bos_token", bool, adds_bos) and named["bos"] is not None,
     )
 
 
@@ -109,7 +111,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], pre_tokenizer: _Pr
     if pre_tokenizer.split is not None:
         split = {"type": "Split", "pattern": {"Regex": pre_tokenizer.split}, "behavior": "Isolated", "invert": False}
         cut = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
-    merges = [merge.split(" ") for merge in _required(fields, "tokenizer.ggml.merges")]
+    merges = [merge.split(" ") for merge in _required(fields, "tokenizer.ggml.merges", str)]
     return {
         "pre_tokenizer": cut,
         "decoder": byte_level | {"use_regex": True},
@@ -119,12 +121,12 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], pre_tokenizer: _Pr
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
     """Sentencepiece BPE (Llama 2, TinyLlama): scores in place of merges, ``▁`` in place of spaces."""
-    scores = _required(fields, "tokenizer.ggml.scores")
+    scores = _required(fields, "tokenizer.ggml.scores", float)
     if len(scores) != len(tokens):
         raise SourceError(
             f"The GGUF's tokenizer has {len(tokens)} tokens but {len(scores)} scores; fetch the file again."
         )
-    prefix_space = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    prefix_space = _value(fields, "tokenizer.ggml.add_space_prefix", bool, True)
     scheme = "first" if prefix_space else "never"
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
@@ -203,7 +205,7 @@ def _tokenizer_json(body: dict[str, Any], tokens: list[str], types: list[int]) -
 
 
 def _pre_tokenizer(fields: Mapping[str, Any]) -> _PreTokenizer:
-    name = fields.get("tokenizer.ggml.pre", "default")
+    name = _value(fields, "tokenizer.ggml.pre", str, "default")
     try:
         return _PRE_TOKENIZERS[name]
     except KeyError:
@@ -214,25 +216,60 @@ def _pre_tokenizer(fields: Mapping[str, Any]) -> _PreTokenizer:
 
 def _end_of_reply_ids(fields: Mapping[str, Any], tokens: list[str], types: list[int]) -> tuple[int, ...]:
     """Every id that ends a reply, ascending: those that the file names, and control tokens known by name."""
-    named = {fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    named = {_value(fields, f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")}
     known = {i for i, token in enumerate(tokens) if types[i] == _CONTROL and token in _END_OF_REPLY}
     return tuple(sorted(known | {i for i in named if i is not None and 0 <= i < len(tokens)}))
 
 
 def _token(fields: Mapping[str, Any], name: str, tokens: list[str]) -> str | None:
     """Spelling of the token that the file names ``<name>_token_id``; None if it names none."""
-    token_id = fields.get(f"tokenizer.ggml.{name}_token_id")
+    token_id = _value(fields, f"tokenizer.ggml.{name}_token_id", int)
     if token_id is None:
         return None
     if not 0 <= token_id < len(tokens):
         raise SourceError(
             f"The GGUF's {name}_token_id is {token_id}, outside its {len(tokens)} tokens; fetch the file again."
         )
-    return str(tokens[token_id])
+    return tokens[token_id]
 
 
-def _required(fields: Mapping[str, Any], key: str) -> list[Any]:
+@overload
+def _value(fields: Mapping[str, Any], key: str, kind: type[_T]) -> _T | None: ...
+
+
+@overload
+def _value(fields: Mapping[str, Any], key: str, kind: type[_T], default: _T) -> _T: ...
+
+
+def _value(fields: Mapping[str, Any], key: str, kind: type[_T], default: _T | None = None) -> _T | None:
+    """`fields[key]`, which must be of exactly this type (a bool is no int); `default` if it is not there."""
     value = fields.get(key)
-    if not isinstance(value, list):
-        raise SourceError(f"The GGUF has no {key!r}, which its tokenizer needs; fetch a complete file.")
+    if value is None:
+        return default
+    if type(value) is not kind:
+        raise _unusable(key, value)
     return value
+
+
+def _list(fields: Mapping[str, Any], key: str, kind: type[_T]) -> list[_T] | None:
+    """`fields[key]`, which must be a list of items of exactly this type; None if it is not there."""
+    values = fields.get(key)
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise _unusable(key, values)
+    for value in values:
+        if type(value) is not kind:
+            raise _unusable(key, value)
+    return values
+
+
+def _required(fields: Mapping[str, Any], key: str, kind: type[_T]) -> list[_T]:
+    values = _list(fields, key, kind)
+    if values is None:
+        raise SourceError(f"The GGUF has no {key!r}, which its tokenizer needs; fetch a complete file.")
+    return values
+
+
+def _unusable(key: str, value: object) -> SourceError:
+    return SourceError(f"The GGUF has an unusable value in {key!r}: {repr(value)[:60]}; fetch the file again.")

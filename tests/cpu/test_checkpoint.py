@@ -1,6 +1,7 @@
 """The FP8 checkpoint: what other readers see in it, what ours refuses, and writing all or nothing."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -226,6 +227,15 @@ def changed_geometry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (changed_geometry(layers=1), "unknown tensor layer.1."),
         (changed_geometry(ffn=256), "layer.0.gate_up.weight"),
         (changed_geometry(tied_embeddings=True), "unknown tensor vocabulary."),
+        (changed_geometry(layers=2.0), "layers is 2.0"),
+        (changed_geometry(rope_theta="10000"), "rope_theta is '10000'"),
+        (changed_geometry(norm_eps=-1.0), "norm_eps is -1.0"),
+        (metadata(quantiser="[1]"), "quantiser record"),
+        (metadata(quantiser="rtn"), "quantiser record"),
+        (metadata(source="[]"), "source record"),
+        (metadata(source="null"), "source record"),
+        (lambda header: header["__metadata__"].pop("source"), "source record"),
+        (metadata(text='{"chat_template": 5}'), "text record"),
         (metadata(text="nonsense"), "text record"),
         (metadata(text='{"eos_ids": 5}'), "text record"),
         (lambda header: header["layer.0.qkv.weight"].update(dtype="F8_E5M2"), "layer.0.qkv.weight"),
@@ -413,12 +423,67 @@ def test_two_writers_in_one_process_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     tensors = contents()
     with writer_for(path) as first:
-        with pytest.raises(DestinationError, match="is in the way"), writer_for(path):
-            pass
+        write(path, contents(seed=1))
         for name, values in tensors.items():
             first.write(name, values)
+    assert names_in(tmp_path) == [path.name]
+    with Checkpoint.open(path) as checkpoint:
+        for name, values in tensors.items():
+            np.testing.assert_array_equal(checkpoint.array(name), values, err_msg=name)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_came_meanwhile_is_not_replaced_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # what Linux says of FAT
+
+    if not links:
+        monkeypatch.setattr(os, "link", unsupported)
+    path = tmp_path / "model.safetensors"
+    writer = CheckpointWriter(path, tiny_geometry(), TEXT, {"method": "rtn"}, SOURCE, overwrite=False)
+    with pytest.raises(DestinationError, match=r"model\.safetensors exists; .*--overwrite"), writer:  # noqa: PT012
+        for name, values in contents().items():
+            writer.write(name, values)
+        path.write_text("precious")
+    assert path.read_text() == "precious"
+    assert names_in(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_published_on_file_systems_with_and_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", unsupported)
+    path = tmp_path / "model.safetensors"
+    with CheckpointWriter(path, tiny_geometry(), TEXT, {"method": "rtn"}, SOURCE, overwrite=False) as writer:
+        for name, values in contents().items():
+            writer.write(name, values)
+    assert names_in(tmp_path) == [path.name]
     with Checkpoint.open(path) as checkpoint:
         checkpoint.verify()
+
+
+def test_a_partial_file_removed_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, removed = fcntl.flock, []
+
+    def flock(file: Any, operation: int) -> None:
+        if not removed and operation == fcntl.LOCK_EX:  # another process gets in between
+            removed.extend(tmp_path.glob("*.partial-*"))
+            removed[0].unlink()
+        plain(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = write(tmp_path / "model.safetensors")
+    assert len(removed) == 1
+    assert names_in(tmp_path) == [path.name]
 
 
 def test_partial_files_of_dead_processes_go_and_others_stay(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_the_source_is_recorded_with_its_hashes(tmp_path: Path) -> None:
 def test_extreme_weights_survive(tmp_path: Path) -> None:
     weights = random_weights(tiny_geometry())
     gate = weights["model.layers.0.mlp.gate_proj.weight"]
-    gate[0], gate[1], gate[2] = 0.0, 3.4e38, 1e-45
+    gate[0], gate[1], gate[2] = 0.0, 65504.0, 1e-45
     gate[3, ::2], gate[4] = -0.0, np.linspace(-1e-43, 1e-43, 192, dtype=np.float32)
     write_hf_folder(tmp_path / "hf", weights=weights)
     check_values(convert(tmp_path / "hf", tmp_path / "out"), weights)
@@ -193,6 +193,31 @@ def test_existing_destinations(tmp_path: Path) -> None:
         checkpoint.verify()
 
 
+def test_a_link_that_leads_nowhere_is_an_existing_destination(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    out = tmp_path / "out.safetensors"
+    out.symlink_to(tmp_path / "nowhere")
+    steps: list[str] = []
+    with pytest.raises(DestinationError, match=r"out\.safetensors exists"):
+        convert(tmp_path / "model.gguf", out, progress=lambda step, *_: steps.append(step))
+    assert not steps  # known before any work
+
+
+def test_of_two_conversions_at_once_the_later_is_told(tmp_path: Path) -> None:
+    weights = write_gguf(tmp_path / "model.gguf")
+    write_gguf(tmp_path / "other.gguf", seed=1)
+    out = tmp_path / "out" / "model.safetensors"
+
+    def progress(step: str, *_: int) -> None:
+        if step == "layer.1.qkv":
+            convert(tmp_path / "model.gguf", out)
+
+    with pytest.raises(DestinationError, match=r"model\.safetensors exists"):
+        convert(tmp_path / "other.gguf", out, progress=progress)
+    assert names_in(out.parent) == [out.name]
+    check_values(out, weights)
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_destinations_that_are_no_files(tmp_path: Path, overwrite: bool) -> None:
     write_gguf(tmp_path / "model.gguf")
@@ -227,6 +252,27 @@ def test_a_bad_source_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         convert(tmp_path / "none", out / "model.safetensors")
     assert names_in(out) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read"),
+        ("chat_template.jinja", "{% for m in messages %}", "chat template is not valid Jinja"),
+        ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<nowhere>"}', "lacks '<nowhere>'"),
+    ],
+)
+def test_text_that_cannot_be_used_is_refused_before_any_work(
+    tmp_path: Path, name: str, content: str, fault: str
+) -> None:
+    write_hf_folder(tmp_path / "hf")
+    (tmp_path / "hf" / name).write_text(content)
+    steps: list[str] = []
+    with pytest.raises(SourceError, match="hf cannot be converted: The model") as caught:
+        convert(tmp_path / "hf", tmp_path / "out" / "model", progress=lambda step, *_: steps.append(step))
+    assert fault in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (steps, names_in(tmp_path)) == ([], ["hf"])
 
 
 def test_a_converted_checkpoint_is_no_source(tmp_path: Path) -> None:
@@ -268,8 +314,8 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     weights = write_gguf(tmp_path / "model.gguf")
     out = tmp_path / "out" / "model.safetensors"
     with half_way(tmp_path / "model.gguf", out) as process:
-        partial = out.with_name(f"model.safetensors.partial-{process.pid}")
-        assert names_in(out.parent) == [partial.name]
+        (partial,) = out.parent.iterdir()
+        assert partial.name.startswith(f"model.safetensors.partial-{process.pid}-")
 
         # While it lives, another conversion to the same place leaves its file alone.
         convert(tmp_path / "model.gguf", out)

@@ -111,6 +111,20 @@ def test_a_truncated_checkpoint_is_converted_again(package: Path, conversions: l
     assert demo.existing() == path
 
 
+@pytest.mark.parametrize("record", [b"[]", b"{", b"5 "])
+def test_a_checkpoint_with_a_damaged_record_is_converted_again(
+    package: Path, conversions: list[Path], record: bytes
+) -> None:
+    path = demo.prepare()
+    data = path.read_bytes()
+    start = data.index(b'"source":"') + len(b'"source":"')
+    end = data.index(b'}}"', start) + 2  # JSON in JSON: the record ends where its string does
+    path.write_bytes(data[:start] + record.ljust(end - start) + data[end:])
+    assert demo.existing() is None
+    assert demo.prepare() == path == demo.existing()
+    assert len(conversions) == 2
+
+
 def test_a_checkpoint_of_another_source_is_converted_again(package: Path, conversions: list[Path]) -> None:
     write_checkpoint(demo.checkpoint_path(), sha256="0" * 64)
     assert demo.existing() is None

@@ -162,6 +162,18 @@ def test_a_file_without_tokenizer_gives_assets_without_one(fields: dict[str, Any
         ({"tokenizer.ggml.bos_token_id": 10**6}, "bos_token_id is 1000000"),
         ({"tokenizer.ggml.merges": ["nowhere found"]}, "nowhere"),
         ({"tokenizer.ggml.merges": ["nopair"]}, "damaged"),
+        ({"tokenizer.ggml.model": ["gpt2"]}, "'tokenizer.ggml.model': ['gpt2']"),
+        ({"tokenizer.ggml.pre": ["default"]}, "'tokenizer.ggml.pre': ['default']"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "'tokenizer.ggml.tokens': 1"),
+        ({"tokenizer.ggml.token_type": 3}, "'tokenizer.ggml.token_type': 3"),
+        ({"tokenizer.ggml.token_type": ["3"]}, "'tokenizer.ggml.token_type': '3'"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "'tokenizer.ggml.merges': 1"),
+        ({"tokenizer.ggml.bos_token_id": 1.0}, "'tokenizer.ggml.bos_token_id': 1.0"),
+        ({"tokenizer.ggml.eos_token_id": "1"}, "'tokenizer.ggml.eos_token_id': '1'"),
+        ({"tokenizer.ggml.eot_token_id": [1]}, "'tokenizer.ggml.eot_token_id': [1]"),
+        ({"tokenizer.ggml.eom_token_id": True}, "'tokenizer.ggml.eom_token_id': True"),
+        ({"tokenizer.ggml.add_bos_token": "no"}, "'tokenizer.ggml.add_bos_token': 'no'"),
+        ({"tokenizer.chat_template": 5}, "'tokenizer.chat_template': 5"),
     ],
 )
 def test_a_damaged_description_is_refused_in_one_sentence(change: dict[str, Any], fault: str) -> None:
@@ -172,10 +184,18 @@ def test_a_damaged_description_is_refused_in_one_sentence(change: dict[str, Any]
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("change", [{"tokenizer.ggml.scores": None}, {"tokenizer.ggml.scores": [0.0]}])
-def test_sentencepiece_without_a_score_for_each_token_is_refused(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"tokenizer.ggml.scores": None}, "scores"),
+        ({"tokenizer.ggml.scores": [0.0]}, "1 scores"),
+        ({"tokenizer.ggml.scores": ["0.0"]}, r"ggml\.scores': '0\.0'"),
+        ({"tokenizer.ggml.add_space_prefix": 1}, "add_space_prefix': 1"),
+    ],
+)
+def test_a_damaged_sentencepiece_is_refused(change: dict[str, Any], fault: str) -> None:
     _, fields = sentencepiece()
-    with pytest.raises(SourceError, match="scores"):
+    with pytest.raises(SourceError, match=fault):
         assets_from_gguf(fields | change)
 
 

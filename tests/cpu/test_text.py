@@ -206,7 +206,22 @@ def test_assets_survive_a_checkpoint() -> None:
     assert TextAssets.from_dict(record, assets.tokenizer_json) == assets
 
 
-@pytest.mark.parametrize("record", [{"colour": "red"}, {"eos_ids": ["x"]}, {"eos_ids": 3}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"colour": "red"},
+        {"tokenizer_json": "{}"},
+        {"eos_ids": ["x"]},
+        {"eos_ids": 3},
+        {"eos_ids": [1.5]},
+        {"eos_ids": [-1]},
+        {"chat_template": 5},
+        {"bos_token": 7},
+        {"pad_token": ["<pad>"]},
+        {"add_bos": "x"},
+        {"add_bos": None},
+    ],
+)
 def test_a_damaged_record_is_a_checkpoint_error(record: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="text record"):
         TextAssets.from_dict(record, None)

@@ -428,6 +428,46 @@ def test_standard_output_on_a_full_disk(cli_home: Path, tiny_checkpoint: Path, f
     assert done.stderr.count("\n") == 1
 
 
+def redirected(home: Path, redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command line under a redirection of the shell."""
+    return subprocess.run(
+        ["bash", "-c", f'"$@" {redirection}', "bash", *command_line(*arguments)],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [("--version",), ("--help",), (), ("chat", "--help")])
+def test_help_on_a_full_disk(cli_home: Path, arguments: tuple[str, ...]) -> None:
+    done = redirected(cli_home, ">/dev/full", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Standard output could not be written")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_talk_that_nobody_can_read_stops_no_work(cli_home: Path, tiny_checkpoint: Path) -> None:
+    command = ("generate", "x", "-n", 3, "--model", tiny_checkpoint)
+    for redirection in ("2>/dev/full", "2>&-"):
+        done = redirected(cli_home, redirection, *command)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+    assert redirected(cli_home, "2>/dev/full", "genrate").returncode == 2
+
+
+def test_closed_standard_streams(cli_home: Path, tiny_checkpoint: Path) -> None:
+    for arguments in (("info",), ("--version",), ("info", tiny_checkpoint)):
+        done = redirected(cli_home, ">&-", *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    chat = redirected(cli_home, "<&-", "chat", "--model", tiny_checkpoint)
+    assert (chat.returncode, chat.stdout, chat.stderr) == (0, "", "")
+    prompt = redirected(cli_home, "<&-", "generate", "-", "--model", tiny_checkpoint)
+    assert (prompt.returncode, prompt.stderr) == (2, "error: The prompt is empty; give some text.\n")
+
+
 # --- mistakes of this program ---------------------------------------------------------------------------------------
 
 

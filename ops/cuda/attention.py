@@ -1,0 +1,368 @@
+"""Grouped-query attention of 1 to 8 tokens over a float16 KV cache, split over the sequence, on tensor cores.
+
+A block takes one key/value head, up to 16 of the queries that share it (a query is a token and a head), and one chunk
+of the sequence. Its warps take turns over steps of 16 keys: scores Q K^T and sums P V are `mma.m16n8k16`, softmax is
+the online one in float32. Both products may permute what they sum over and where a column of the result goes, and use
+that to load 16 bytes at a time: for K, a lane's 8 neighbouring elements stand for 4 pairs of the inner dimension; for
+V, they are 8 columns of the result, and `prmt` pairs the elements of neighbouring keys.
+
+The sums of the warps, then of the chunks, are added in a fixed order. The block that comes last for its head and
+queries (an atomic counter that wraps to zero by itself) adds up the chunks: no second kernel, and the same result
+whichever block it is. How long a chunk is follows from the length alone, which is read from device memory: the launch
+is the same at every length, and blocks without a chunk leave at once.
+
+Keys beyond the last token are never loaded (their place is taken by the last valid one, with weight 0): whatever the
+cache holds there changes nothing.
+
+Cost model: 4 * length * kv_heads * head_dim bytes. Llama 3.2 3B (8 heads of 128): at 4,096 positions 16.8 MB, 3.6 us
+at 4.66 TB/s, predicted 7-9 us with launch, ramp and the last block's additions; at 16,384 67 MB, 14.4 us, predicted
+18-22 us. Below 1,000 positions it is all latency: 4-5 us.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32, uint32
+
+from numba_atomflow.ops import ptx
+
+KEYS = 16  # per step of a warp
+_BATCH = 8  # chunks that the last block loads at a time
+_ZERO, _LOWEST = np.float32(0.0), np.float32(-1.0e30)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """How the work is cut.
+
+    Attributes:
+        columns: tokens, 1 to 8.
+        out_width: elements from one token to the next in the output: heads * head_dim, padded for the projection.
+        splits: chunks of the sequence at most.
+        warps: per block.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    columns: int
+    out_width: int
+    splits: int
+    warps: int = 8
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def queries(self) -> int:
+        """Queries that share a key/value head."""
+        return self.columns * self.heads // self.kv_heads
+
+    @property
+    def query_tiles(self) -> int:
+        return -(-self.queries // 16)
+
+    @property
+    def rows(self) -> int:
+        """Queries of a tile that are kept."""
+        return min(self.queries, 16)
+
+    @property
+    def units(self) -> int:
+        """Pairs of a key/value head and a tile of queries: each has a counter."""
+        return self.kv_heads * self.query_tiles
+
+    @property
+    def blocks(self) -> int:
+        return self.units * self.splits
+
+    @property
+    def partials(self) -> int:
+        """Float32 elements of scratch: per block, sums [rows, head_dim], then maxima and totals [rows, 2]."""
+        return self.blocks * self.rows * (self.head_dim + 2)
+
+    @property
+    def q_words(self) -> int:
+        """Words of the queries as fragments: 4 per lane and 16 elements."""
+        return self.head_dim // 16 * 128
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: q; sums, maxima and totals of the warps, later those of the chunks; a flag."""
+        return 4 * (self.q_words + max(self.warps * (self.head_dim + 2), self.splits * 2) * self.rows + 1)
+
+
+def choose_splits(heads: int, kv_heads: int, columns: int, multiprocessors: int) -> int:
+    """About one block per multiprocessor."""
+    query_tiles = -(-columns * heads // kv_heads // 16)
+    return max(1, multiprocessors // (kv_heads * query_tiles))
+
+
+def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
+    """Kernel for `shape.blocks` blocks of `shape.threads` threads with `shape.shared_bytes` of shared memory.
+
+    Arguments, one-dimensional: q uint32 pairs of float16 [columns, heads * head_dim]; keys and values uint32 pairs of
+    float16 [positions, kv_heads * head_dim]; position int64 [1], of the first token (all tokens are in the cache
+    already); partials float32 [shape.partials]; counters uint32 [shape.units], zero before the first launch; out uint32
+    pairs of float16 [columns, out_width].
+    """
+    head_dim, columns, warps, threads = shape.head_dim, shape.columns, shape.warps, shape.threads
+    splits, rows, queries, kv_heads = shape.splits, shape.rows, shape.queries, shape.kv_heads
+    ratio = shape.heads // kv_heads
+    q_row, kv_row, out_row = shape.heads * head_dim // 2, kv_heads * head_dim // 2, shape.out_width // 2
+    head_words = head_dim // 2
+    wide, narrow = head_dim // 32, head_dim % 32 // 16  # pieces of a key: 32 elements, then 16
+    blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a value
+    row_registers = 4 * wide + 2 * narrow
+    k_registers = 2 * row_registers
+    v_registers = 4 * (4 * blocks_64 + 2 * block_32 + block_16)
+    sum_registers = head_dim // 2
+    step_keys = KEYS * warps
+    quads = rows * head_dim // 4
+    sums_start = shape.q_words
+    stats_start = sums_start + warps * rows * head_dim
+    flag_index = shape.shared_bytes // 4 - 1
+    stats_global = shape.blocks * rows * head_dim
+    scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
+
+    @ptx.device_function
+    def load_row(array, start, t, out, at):  # type: ignore[no-untyped-def]
+        """A lane's part of one row of Q or K: 4 words per 32 elements, 2 per 16."""
+        for c in range(wide):
+            a0, a1, a2, a3 = ptx.load_16(array, start + c * 16 + t * 4)
+            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
+        for _ in range(narrow):
+            a0, a1 = ptx.load_8(array, start + wide * 16 + t * 2)
+            out[at + 4 * wide], out[at + 4 * wide + 1] = a0, a1
+
+    @ptx.device_function
+    def load_value(array, start, g, out, at):  # type: ignore[no-untyped-def]
+        """A lane's part of one row of V: 4 words per 64 elements, 2 per 32, 1 per 16."""
+        for c in range(blocks_64):
+            a0, a1, a2, a3 = ptx.load_16(array, start + c * 32 + g * 4)
+            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
+        for _ in range(block_32):
+            a0, a1 = ptx.load_8(array, start + blocks_64 * 32 + g * 2)
+            out[at + 4 * blocks_64], out[at + 4 * blocks_64 + 1] = a0, a1
+        for _ in range(block_16):
+            out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
+
+    @ptx.device_function
+    def element(t, column, j):  # type: ignore[no-untyped-def]
+        """The element of the head that fragment j of the sums holds in column 2 t + column."""
+        n = 2 * t + column
+        if j < 8 * blocks_64:
+            return j // 8 * 64 + n * 8 + j % 8
+        if block_32 > 0 and j < 8 * blocks_64 + 4:
+            return blocks_64 * 64 + n * 4 + j - 8 * blocks_64
+        return blocks_64 * 64 + block_32 * 32 + n * 2 + j - 8 * blocks_64 - 4 * block_32
+
+    @ptx.device_function
+    def quad_max(x):  # type: ignore[no-untyped-def]
+        x = max(x, ptx.shuffle_xor_f32(x, 1))
+        return max(x, ptx.shuffle_xor_f32(x, 2))
+
+    @ptx.device_function
+    def quad_sum(x):  # type: ignore[no-untyped-def]
+        x += ptx.shuffle_xor_f32(x, 1)
+        return x + ptx.shuffle_xor_f32(x, 2)
+
+    @ptx.device_function
+    def put(out, query, kv, d, o0, o1, o2, o3):  # type: ignore[no-untyped-def]
+        """Four elements of a query's result."""
+        start = query // ratio * out_row + (kv * ratio + query % ratio) * head_words + d // 2
+        out[start] = np.uint32(ptx.pack_f16x2(o0, o1))
+        out[start + 1] = np.uint32(ptx.pack_f16x2(o2, o3))
+
+    @ptx.kernel(threads, 1)
+    def attend(q, keys, values, position, partials, counters, out):  # type: ignore[no-untyped-def]
+        floats = cuda.shared.array(0, float32)
+        words = cuda.shared.array(0, uint32)
+        k_part = cuda.local.array(k_registers, uint32)
+        v_part = cuda.local.array(v_registers, uint32)
+        sums = cuda.local.array(sum_registers, float32)
+        loaded = cuda.local.array(32, float32)
+        if dependent:
+            ptx.let_next_kernel_start()
+            ptx.wait_for_previous_kernel()
+        thread = cuda.threadIdx.x
+        lane, warp = thread & 31, thread >> 5
+        g, t = lane >> 2, lane & 3
+        split, unit = cuda.blockIdx.x % splits, cuda.blockIdx.x // splits
+        kv, first_query = unit % kv_heads, unit // kv_heads * 16
+
+        length = position[0] + columns
+        chunk = ((length + splits - 1) // splits + step_keys - 1) // step_keys * step_keys
+        active = (length + chunk - 1) // chunk
+        if split >= active:
+            return
+        start, end = split * chunk, min(length, (split + 1) * chunk)
+
+        query_0, query_1 = min(first_query + g, queries - 1), min(first_query + g + 8, queries - 1)
+        # The last key that each sees. 32 bits, as every register counts on sm_80.
+        limit_0, limit_1 = np.int32(position[0] + query_0 // ratio), np.int32(position[0] + query_1 // ratio)
+        if warp == 0:
+            # Queries go to shared memory as A fragments, so that they take no registers in the loop.
+            for h in range(2):
+                query = query_0 if h == 0 else query_1
+                start_q = query // ratio * q_row + (kv * ratio + query % ratio) * head_words
+                load_row(q, start_q, t, k_part, h * row_registers)
+            for i in range(row_registers // 2):
+                for h in range(2):
+                    at = i * 128 + lane * 4 + h
+                    words[at] = k_part[h * row_registers + 2 * i]
+                    words[at + 2] = k_part[h * row_registers + 2 * i + 1]
+        cuda.syncthreads()
+
+        for i in range(sum_registers):
+            sums[i] = _ZERO
+        largest_0, largest_1, total_0, total_1 = _LOWEST, _LOWEST, _ZERO, _ZERO
+        base = start + warp * KEYS
+        while base < end:
+            for h in range(2):
+                key = min(base + h * 8 + g, length - 1)
+                load_row(keys, key * kv_row + kv * head_words, t, k_part, h * row_registers)
+            for i in range(4):
+                key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
+                load_value(values, key * kv_row + kv * head_words, g, v_part, i * (v_registers // 4))
+
+            s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
+            s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
+            for i in range(row_registers // 2):
+                a0, a1, a2, a3 = ptx.load_block_16(words, i * 128 + lane * 4)
+                b0, b1 = k_part[2 * i], k_part[2 * i + 1]
+                s0, s1, s2, s3 = ptx.mma(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
+                b0, b1 = k_part[row_registers + 2 * i], k_part[row_registers + 2 * i + 1]
+                s4, s5, s6, s7 = ptx.mma(a0, a1, a2, a3, b0, b1, s4, s5, s6, s7)
+            key = base + 2 * t
+            s0 = s0 * scale if np.int32(key) <= limit_0 else _LOWEST
+            s1 = s1 * scale if np.int32(key + 1) <= limit_0 else _LOWEST
+            s2 = s2 * scale if np.int32(key) <= limit_1 else _LOWEST
+            s3 = s3 * scale if np.int32(key + 1) <= limit_1 else _LOWEST
+            s4 = s4 * scale if np.int32(key + 8) <= limit_0 else _LOWEST
+            s5 = s5 * scale if np.int32(key + 9) <= limit_0 else _LOWEST
+            s6 = s6 * scale if np.int32(key + 8) <= limit_1 else _LOWEST
+            s7 = s7 * scale if np.int32(key + 9) <= limit_1 else _LOWEST
+            peak_0 = max(largest_0, quad_max(max(s0, s1, s4, s5)))
+            peak_1 = max(largest_1, quad_max(max(s2, s3, s6, s7)))
+            shrink_0, shrink_1 = ptx.exp2(largest_0 - peak_0), ptx.exp2(largest_1 - peak_1)
+            largest_0, largest_1 = peak_0, peak_1
+            s0, s1, s4, s5 = ptx.exp2(s0 - peak_0), ptx.exp2(s1 - peak_0), ptx.exp2(s4 - peak_0), ptx.exp2(s5 - peak_0)
+            s2, s3, s6, s7 = ptx.exp2(s2 - peak_1), ptx.exp2(s3 - peak_1), ptx.exp2(s6 - peak_1), ptx.exp2(s7 - peak_1)
+            total_0 = total_0 * shrink_0 + ((s0 + s1) + (s4 + s5))
+            total_1 = total_1 * shrink_1 + ((s2 + s3) + (s6 + s7))
+            p0, p1, p2, p3 = (
+                ptx.pack_f16x2(s0, s1),
+                ptx.pack_f16x2(s2, s3),
+                ptx.pack_f16x2(s4, s5),
+                ptx.pack_f16x2(s6, s7),
+            )
+            per_key = v_registers // 4
+            for word in range(per_key):
+                v0, v1 = v_part[word], v_part[per_key + word]
+                v2, v3 = v_part[2 * per_key + word], v_part[3 * per_key + word]
+                for odd in range(2):
+                    if odd == 0:
+                        b0, b1 = ptx.low_halves(v0, v1), ptx.low_halves(v2, v3)
+                    else:
+                        b0, b1 = ptx.high_halves(v0, v1), ptx.high_halves(v2, v3)
+                    at = 8 * word + 4 * odd
+                    c0, c1 = sums[at] * shrink_0, sums[at + 1] * shrink_0
+                    c2, c3 = sums[at + 2] * shrink_1, sums[at + 3] * shrink_1
+                    c0, c1, c2, c3 = ptx.mma(p0, p1, p2, p3, b0, b1, c0, c1, c2, c3)
+                    sums[at], sums[at + 1], sums[at + 2], sums[at + 3] = c0, c1, c2, c3
+            base += step_keys
+
+        # The warps' sums meet in shared memory.
+        total_0, total_1 = quad_sum(total_0), quad_sum(total_1)
+        for h in range(2):
+            row = g + 8 * h
+            if row < rows:
+                for j in range(sum_registers // 4):
+                    for column in range(2):
+                        at = sums_start + (warp * rows + row) * head_dim + element(t, column, j)
+                        floats[at] = sums[4 * j + 2 * h + column]
+                if t == 0:
+                    at = stats_start + (warp * rows + row) * 2
+                    floats[at] = largest_0 if h == 0 else largest_1
+                    floats[at + 1] = total_0 if h == 0 else total_1
+        cuda.syncthreads()
+        block = unit * splits + split
+        entry = thread
+        while entry < quads:
+            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
+            peak, total = _LOWEST, _ZERO
+            o0, o1, o2, o3 = _ZERO, _ZERO, _ZERO, _ZERO
+            for w in range(warps):
+                peak = max(peak, floats[stats_start + (w * rows + row) * 2])
+            for w in range(warps):
+                weight = ptx.exp2(floats[stats_start + (w * rows + row) * 2] - peak)
+                total += weight * floats[stats_start + (w * rows + row) * 2 + 1]
+                at = sums_start + (w * rows + row) * head_dim + d
+                o0 += weight * floats[at]
+                o1 += weight * floats[at + 1]
+                o2 += weight * floats[at + 2]
+                o3 += weight * floats[at + 3]
+            if active == 1:
+                if first_query + row < queries:
+                    put(out, first_query + row, kv, d, o0 / total, o1 / total, o2 / total, o3 / total)
+            else:
+                at = (block * rows + row) * head_dim + d
+                partials[at], partials[at + 1], partials[at + 2], partials[at + 3] = o0, o1, o2, o3
+                if d == 0:
+                    at = stats_global + (block * rows + row) * 2
+                    partials[at], partials[at + 1] = peak, total
+            entry += threads
+        if active == 1:
+            return
+
+        # The last block of its unit adds up the chunks. Its reads come after all writes of the others: each wrote,
+        # fenced, met at the barrier and then counted; this one counted last, and fences before it reads.
+        cuda.threadfence()
+        cuda.syncthreads()
+        if thread == 0:
+            words[flag_index] = cuda.atomic.inc(counters, unit, np.uint32(active - 1))
+        cuda.syncthreads()
+        if words[flag_index] != active - 1:
+            return
+        cuda.threadfence()
+        first_block = unit * splits
+        entry = thread
+        while entry < active * rows * 2:
+            floats[sums_start + entry] = ptx.load_remote_f32(partials, stats_global + first_block * rows * 2 + entry)
+            entry += threads
+        cuda.syncthreads()
+        entry = thread
+        while entry < quads:
+            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
+            peak, total = _LOWEST, _ZERO
+            for s in range(active):
+                peak = max(peak, floats[sums_start + (s * rows + row) * 2])
+            for s in range(active):
+                total += (
+                    ptx.exp2(floats[sums_start + (s * rows + row) * 2] - peak)
+                    * floats[sums_start + (s * rows + row) * 2 + 1]
+                )
+            o0, o1, o2, o3 = _ZERO, _ZERO, _ZERO, _ZERO
+            s = 0
+            while s < active:
+                for i in range(_BATCH):
+                    at = ((first_block + min(s + i, active - 1)) * rows + row) * head_dim + d
+                    l0, l1, l2, l3 = ptx.load_remote_f32x4(partials, at)
+                    loaded[4 * i], loaded[4 * i + 1], loaded[4 * i + 2], loaded[4 * i + 3] = l0, l1, l2, l3
+                for i in range(_BATCH):
+                    if s + i < active:
+                        weight = ptx.exp2(floats[sums_start + ((s + i) * rows + row) * 2] - peak)
+                        o0 += weight * loaded[4 * i]
+                        o1 += weight * loaded[4 * i + 1]
+                        o2 += weight * loaded[4 * i + 2]
+                        o3 += weight * loaded[4 * i + 3]
+                s += _BATCH
+            if first_query + row < queries:
+                put(out, first_query + row, kv, d, o0 / total, o1 / total, o2 / total, o3 / total)
+            entry += threads
+
+    return attend

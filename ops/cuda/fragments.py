@@ -1,0 +1,209 @@
+"""Weights in fragment order: what a projection's tensor-core kernel reads, and the kernel that makes it.
+
+The checkpoint stores a projection plain: codes [N, K] and scales [N, groups], row-major. On the device, rows come in
+tiles of 16. One tile is one run of 32-bit words:
+
+- codes: for every 64 columns, rows 0-7 and then rows 8-15, 32 lanes of 16 bytes each. Lane 4 g + t holds row g (or
+  g + 8), columns 16 t to 16 t + 15. Every load of a warp is 512 contiguous bytes, and what a lane loads is what it
+  multiplies: which columns meet in one `mma` is free, as long as the vector's follow the same order.
+- scales: for every 128 columns, 8 pairs of float32 (rows g and g + 8). They stand behind the codes of their own tile:
+  a warp fetches them in the same batch of loads, from addresses known as early. Float32, because anything shorter
+  would round the checkpoint's scales, and a projection is to be exact to 1e-5.
+- padding to a multiple of 128 bytes, so that no load straddles a cache line.
+
+Two orders of rows. Plain: tile i holds rows 16 i to 16 i + 15. Paired, with distance `half`: rows i and i + half of a
+section of 2 * half rows are put at r and r + 8 of a tile. Both then end in the same lane: gate and up of one
+unit (half = ffn), or the two elements that RoPE rotates together (half = head_dim / 2, one section per head).
+
+Two orders of bytes within a word of 4 columns, after the way of decoding: `decode_fp8_bits` yields bytes (1, 3) and
+(0, 2), `decode_fp8_cvt` yields (0, 1) and (2, 3), and both are to yield columns (0, 1) and (2, 3). The former decodes
+to the value times 2^-8, so the scale takes 2^8: exact.
+
+Padding rows and columns are zero codes with scale 0. Cost model of the kernel: N * K bytes read and written, once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numpy.typing import NDArray
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.fp8 import GROUP, group_count
+
+TILE_ROWS = 16
+GROUP_WORDS = TILE_ROWS * GROUP // 4  # codes of 16 rows and 128 columns
+THREADS = 256
+
+
+@dataclass(frozen=True)
+class FragmentLayout:
+    """Where the weights of a projection [rows, columns] are on the device.
+
+    Attributes:
+        half: distance of the rows that are paired; 0: plain order.
+        hardware_fp8: bytes and scales are ordered for `decode_fp8_cvt` (sm_89 and later), else for `decode_fp8_bits`.
+    """
+
+    rows: int
+    columns: int
+    half: int = 0
+    hardware_fp8: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Groups of 128 columns, the last one padded."""
+        return group_count(self.columns)
+
+    @property
+    def padded_columns(self) -> int:
+        return self.groups * GROUP
+
+    @property
+    def section_tiles(self) -> int:
+        """Tiles per section of 2 * half rows."""
+        return -(-self.half // 8)
+
+    @property
+    def tiles(self) -> int:
+        if self.half:
+            return self.rows // (2 * self.half) * self.section_tiles
+        return -(-self.rows // TILE_ROWS)
+
+    @property
+    def tile_words(self) -> int:
+        """32-bit words from one tile to the next."""
+        return -(-self.groups * (GROUP_WORDS + TILE_ROWS) // 32) * 32
+
+    @property
+    def words(self) -> int:
+        """32-bit words of the whole projection."""
+        return self.tiles * self.tile_words
+
+    @property
+    def byte_order(self) -> tuple[int, int, int, int]:
+        """Which of a word's 4 columns stands in byte 0, 1, 2, 3."""
+        return (0, 1, 2, 3) if self.hardware_fp8 else (2, 0, 3, 1)
+
+    @property
+    def decode(self) -> Any:
+        """The device function that makes two float16 pairs, columns (0, 1) and (2, 3), of a word of codes."""
+        return ptx.decode_fp8_cvt if self.hardware_fp8 else ptx.decode_fp8_bits
+
+    @property
+    def scale_factor(self) -> float:
+        """What a scale is multiplied with, to undo what `decode` leaves out."""
+        return 1.0 if self.hardware_fp8 else 256.0
+
+    def source_rows(self) -> NDArray[np.int64]:
+        """Row of the checkpoint per row of the tiles: [tiles, 16]; -1 for padding."""
+        tile, row = np.arange(self.tiles)[:, None], np.arange(TILE_ROWS)[None, :]
+        if not self.half:
+            source = tile * TILE_ROWS + row
+            return np.where(source < self.rows, source, -1)
+        section, first = np.divmod(tile, self.section_tiles)
+        unit = first * 8 + row % 8
+        source = section * 2 * self.half + row // 8 * self.half + unit
+        return np.where(unit < self.half, source, -1)
+
+
+# --- reference ---------------------------------------------------------------------------------------------------
+
+
+def to_fragments_reference(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], layout: FragmentLayout
+) -> NDArray[np.uint32]:
+    """Codes [N, K] and scales [N, groups] to words [layout.words]; the padding at the ends of tiles is zero."""
+    source = layout.source_rows()
+    padded = np.zeros((layout.tiles, TILE_ROWS, layout.padded_columns), np.uint8)
+    padded[source >= 0, : layout.columns] = codes[source[source >= 0]]
+    # axes: tile, row / 8, g, 64 columns, t, word, byte -> tile, 64 columns, row / 8, g, t, word, byte
+    blocks = padded.reshape(layout.tiles, 2, 8, -1, 4, 4, 4)[..., list(layout.byte_order)]
+    ordered = np.ascontiguousarray(blocks.transpose(0, 3, 1, 2, 4, 5, 6)).reshape(layout.tiles, -1).view(np.uint32)
+    factors = np.zeros((layout.tiles, TILE_ROWS, layout.groups), np.float32)
+    factors[source >= 0] = scales[source[source >= 0]] * np.float32(layout.scale_factor)
+    pairs = np.ascontiguousarray(factors.reshape(layout.tiles, 2, 8, -1).transpose(0, 3, 2, 1))
+    words = np.zeros((layout.tiles, layout.tile_words), np.uint32)
+    codes_end = layout.groups * GROUP_WORDS
+    words[:, :codes_end] = ordered
+    words[:, codes_end : codes_end + layout.groups * TILE_ROWS] = pairs.reshape(layout.tiles, -1).view(np.uint32)
+    return words.reshape(-1)
+
+
+def from_fragments_reference(
+    words: NDArray[np.uint32], layout: FragmentLayout
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """The inverse: codes [N, K] and scales [N, groups]."""
+    tiles = words.reshape(layout.tiles, layout.tile_words)
+    codes_end = layout.groups * GROUP_WORDS
+    blocks = np.ascontiguousarray(tiles[:, :codes_end]).view(np.uint8).reshape(layout.tiles, -1, 2, 8, 4, 4, 4)
+    inverse = np.argsort(layout.byte_order)
+    rows = blocks[..., inverse].transpose(0, 2, 3, 1, 4, 5, 6).reshape(layout.tiles, TILE_ROWS, -1)
+    factors = np.ascontiguousarray(tiles[:, codes_end : codes_end + layout.groups * TILE_ROWS]).view(np.float32)
+    by_row = factors.reshape(layout.tiles, -1, 8, 2).transpose(0, 3, 2, 1).reshape(layout.tiles, TILE_ROWS, -1)
+    source = layout.source_rows()
+    codes = np.empty((layout.rows, layout.columns), np.uint8)
+    scales = np.empty((layout.rows, layout.groups), np.float32)
+    codes[source[source >= 0]] = rows[source >= 0][:, : layout.columns]
+    scales[source[source >= 0]] = by_row[source >= 0] / np.float32(layout.scale_factor)
+    return codes, scales
+
+
+# --- GPU ---------------------------------------------------------------------------------------------------------
+
+
+def make_repack(layout: FragmentLayout) -> Any:
+    """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words]): one thread per word.
+
+    Launch: `repack_blocks(layout)` blocks of `THREADS` threads, no shared memory.
+    """
+    rows, columns, groups, half = layout.rows, layout.columns, layout.groups, layout.half
+    section_tiles = max(layout.section_tiles, 1)
+    tile_words, codes_end, total = layout.tile_words, layout.groups * GROUP_WORDS, layout.words
+    order_0, order_1, order_2, order_3 = layout.byte_order
+    factor = np.float32(layout.scale_factor)
+
+    @ptx.device_function
+    def source_row(tile, row):  # type: ignore[no-untyped-def]
+        if half == 0:
+            source = tile * 16 + row
+            return source if source < rows else -1
+        unit = tile % section_tiles * 8 + row % 8
+        source = tile // section_tiles * (2 * half) + row // 8 * half + unit
+        return source if unit < half else -1
+
+    @ptx.device_function
+    def code(codes, row, column):  # type: ignore[no-untyped-def]
+        return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
+
+    @ptx.kernel(THREADS, 1)
+    def repack(codes, scales, words):  # type: ignore[no-untyped-def]
+        index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        if index >= total:
+            return
+        tile, word = index // tile_words, index % tile_words
+        value = np.uint32(0)
+        if word < codes_end:
+            row = source_row(tile, word % 256 // 128 * 8 + word % 128 // 16)
+            column = word // 256 * 64 + word % 16 * 4
+            if row >= 0:
+                value = np.uint32(
+                    code(codes, row, column + order_0)
+                    | code(codes, row, column + order_1) << 8
+                    | code(codes, row, column + order_2) << 16
+                    | code(codes, row, column + order_3) << 24
+                )
+        elif word < codes_end + groups * 16:
+            entry = word - codes_end
+            row = source_row(tile, entry % 2 * 8 + entry % 16 // 2)
+            if row >= 0:
+                value = np.uint32(ptx.f32_bits(scales[row * groups + entry // 16] * factor))
+        words[index] = value
+
+    return repack
+
+
+def repack_blocks(layout: FragmentLayout) -> int:
+    """Blocks of the repack kernel."""
+    return -(-layout.words // THREADS)

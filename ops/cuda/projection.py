@@ -1,0 +1,258 @@
+"""Projections on tensor cores: y = W x for 1 to 8 columns of x, with what comes before and after fused in.
+
+`mma.m16n8k16` multiplies 16 weight rows (A, decoded from FP8 in registers) with up to 8 columns of x (B); the weights
+pass through once, whatever the number of columns. Products of float16 are exact in float32; sums are float32; a
+group's scale multiplies its sum of 128 products. See `fragments.py` for the order of the weights.
+
+How a block works: `split` of its warps share a tile of 16 rows, each taking every `split`-th group of 128 columns;
+their sums meet in shared memory and are added in a fixed order, so that the result is the same in every run. Blocks
+walk over the tiles with a stride of the grid. The next loads of weights are always issued before the work that waits
+for something else: before the prologue (x is staged while the first weights are on their way), and before the sums of
+a tile are added.
+
+Prologues: copy x (float16) into shared memory; or norm: RMSNorm of the float32 residual into float16 there.
+Epilogues: store float32; add to the residual; SwiGLU; or RoPE, q and the KV cache. The latter two want paired rows.
+
+Cost model: N * K * (1 + 1 / 32) bytes. At 4.66 TB/s, and with the 2.5-4 us that every kernel costs beyond its bytes:
+
+==========================  =======  ==========  ==============
+Llama 3.2 3B                   MB     us (bytes)  us (kernel)
+==========================  =======  ==========  ==============
+qkv        5120 x 3072         16.2     3.5         6-7.5
+o          3072 x 3072          9.7     2.1         4.6-6
+gate_up   16384 x 3072         51.9    11.1         13.6-15
+down       3072 x 8192         26.0     5.6         8-9.6
+vocabulary 128256 x 3072      406.3    87.2         90-91
+==========================  =======  ==========  ==============
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numba import cuda, float32, uint32
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
+
+BLOCKS = 2  # per multiprocessor: with 8 warps and 4 KB of weights each, 64 KB in flight
+LOG2_E = np.float32(math.log2(math.e))
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+Prologue = Literal["copy", "norm"]
+
+
+@dataclass(frozen=True)
+class ProjectionShape:
+    """How the work is cut.
+
+    Attributes:
+        columns: of x, 1 to 8.
+        warps: per block.
+        split: warps that share a tile: 1, 2, 4 ... up to `warps`.
+        depth: groups of 128 columns whose weights a warp has in flight: 2 KB each.
+    """
+
+    layout: FragmentLayout
+    columns: int = 1
+    warps: int = 8
+    split: int = 8
+    depth: int = 2
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def x_pitch(self) -> int:
+        """Words from one column of x to the next in shared memory: 4 more than a multiple of 64, for the banks."""
+        return self.layout.padded_columns // 2 + 4
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: x, two sets of partial sums, and the warps' sums of squares."""
+        partials = 2 * self.warps * 16 * self.columns
+        return 4 * (self.columns * self.x_pitch + partials + self.warps * self.columns)
+
+    def blocks(self, multiprocessors: int) -> int:
+        """Blocks of a launch: one wave at most."""
+        needed = -(-self.layout.tiles // (self.warps // self.split))
+        return min(needed, multiprocessors * BLOCKS)
+
+
+def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
+    """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups.
+
+    With one column, a warp's share of a tile is loaded at once if that is three groups at most.
+    """
+    split = 1
+    while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
+        split *= 2
+    share = -(-layout.groups // split)
+    return ProjectionShape(layout, columns, split=split, depth=share if share <= 3 and columns == 1 else 2)
+
+
+def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:
+    """Device function (weights, source, norm, outputs): everything but the epilogue's own work.
+
+    Args:
+        prologue: "copy": source is float16 [columns, padded K] as uint32 words, its padding finite, `norm` is not
+            read. "norm": source is the float32 residual [columns, K] as uint32 words, norm float32 [K]; K is even.
+        eps: of the norm.
+        dependent: launched with programmatic dependent launch (sm_90 and later).
+        epilogue: device function (outputs, tile, r, column, low, high) for the finished rows r and r + 8 of a tile.
+    """
+    layout, columns = shape.layout, shape.columns
+    warps, split, depth, threads = shape.warps, shape.split, shape.depth, shape.threads
+    slots = warps // split
+    width, groups, tiles, tile_words = layout.columns, layout.groups, layout.tiles, layout.tile_words
+    scales_start = groups * GROUP_WORDS
+    share = -(-groups // split)
+    batches = -(-share // depth)
+    even = groups == batches * depth * split  # then every warp has the same work, and nothing is tested
+    x_pitch, x_words = shape.x_pitch, layout.padded_columns // 2
+    words_per_thread = -(-x_words // threads)
+    partials_start = columns * x_pitch
+    buffer_size = warps * 16 * columns
+    squares_start = partials_start + 2 * buffer_size
+    code_registers, scale_registers = 16 * depth, 2 * depth
+    pairs_per_slot, slot_threads = 8 * columns, split * 32
+    inverse_width, epsilon = np.float32(1.0 / width), np.float32(eps)
+    decode = layout.decode
+
+    @ptx.device_function
+    def load(weights, tile, batch, part, lane, codes, scales):  # type: ignore[no-untyped-def]
+        """Issue the loads of one batch."""
+        for u in range(depth):
+            group = part + (batch * depth + u) * split
+            if even or group < groups:
+                start = tile * tile_words + scales_start + group * 16 + (lane >> 2) * 2
+                scales[2 * u], scales[2 * u + 1] = ptx.load_constant_f32x2(weights, start)
+                for i in range(4):
+                    start = tile * tile_words + group * GROUP_WORDS + i * 128 + lane * 4
+                    w0, w1, w2, w3 = ptx.load_stream_16(weights, start)
+                    at = 16 * u + 4 * i
+                    codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
+
+    @ptx.device_function
+    def multiply(batch, part, lane, codes, scales, words, total):  # type: ignore[no-untyped-def]
+        """total += the batch's share of W x: rows g (0, 1) and g + 8 (2, 3), columns 2 t and 2 t + 1."""
+        x_row = min(lane >> 2, columns - 1) * x_pitch + (lane & 3) * 8
+        for u in range(depth):
+            group = part + (batch * depth + u) * split
+            if even or group < groups:
+                c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
+                for s in range(2):
+                    at = 16 * u + 8 * s
+                    for h in range(2):
+                        b0, b1, b2, b3 = ptx.load_block_16(words, x_row + group * 64 + s * 32 + h * 4)
+                        low_0, low_1 = decode(codes[at + 2 * h])
+                        high_0, high_1 = decode(codes[at + 4 + 2 * h])
+                        c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
+                        low_0, low_1 = decode(codes[at + 2 * h + 1])
+                        high_0, high_1 = decode(codes[at + 5 + 2 * h])
+                        c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, c0, c1, c2, c3)
+                total[0] += c0 * scales[2 * u]
+                total[1] += c1 * scales[2 * u]
+                total[2] += c2 * scales[2 * u + 1]
+                total[3] += c3 * scales[2 * u + 1]
+
+    @ptx.device_function
+    def copy(source, thread, words):  # type: ignore[no-untyped-def]
+        for column in range(columns):
+            for i in range(words_per_thread):
+                word = i * threads + thread
+                if word < x_words:
+                    words[column * x_pitch + word] = source[column * x_words + word]
+
+    @ptx.device_function
+    def normalise(source, norm, thread, words, floats):  # type: ignore[no-untyped-def]
+        for column in range(columns):
+            squares = _ZERO
+            for i in range(words_per_thread):
+                pair = i * threads + thread
+                if 2 * pair < width:
+                    a, b = ptx.load_8(source, column * width + 2 * pair)
+                    low, high = ptx.bits_f32(a), ptx.bits_f32(b)
+                    squares += low * low + high * high
+            for step in range(5):
+                squares += ptx.shuffle_xor_f32(squares, 16 >> step)
+            if thread & 31 == 0:
+                floats[squares_start + (thread >> 5) * columns + column] = squares
+        cuda.syncthreads()
+        for column in range(columns):
+            squares = _ZERO
+            for warp in range(warps):
+                squares += floats[squares_start + warp * columns + column]
+            factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
+            for i in range(words_per_thread):
+                pair = i * threads + thread
+                if 2 * pair < width:
+                    a, b = ptx.load_8(source, column * width + 2 * pair)
+                    low = ptx.bits_f32(a) * factor * norm[2 * pair]
+                    high = ptx.bits_f32(b) * factor * norm[2 * pair + 1]
+                    words[column * x_pitch + pair] = ptx.pack_f16x2(low, high)
+                elif pair < x_words:
+                    words[column * x_pitch + pair] = np.uint32(0)
+
+    @ptx.device_function
+    def run(weights, source, norm, outputs):  # type: ignore[no-untyped-def]
+        words = cuda.shared.array(0, uint32)
+        floats = cuda.shared.array(0, float32)
+        codes = cuda.local.array(code_registers, uint32)
+        scales = cuda.local.array(scale_registers, float32)
+        total = cuda.local.array(4, float32)
+        thread = cuda.threadIdx.x
+        lane, warp = thread & 31, thread >> 5
+        slot, part = warp // split, warp % split
+        first = cuda.blockIdx.x * slots
+        tile = min(first + slot, tiles - 1)  # a slot without a tile repeats the last one, and drops the result
+        load(weights, tile, 0, part, lane, codes, scales)
+        if dependent:
+            ptx.let_next_kernel_start()
+            ptx.wait_for_previous_kernel()
+        if prologue == "norm":
+            normalise(source, norm, thread, words, floats)
+        else:
+            copy(source, thread, words)
+        cuda.syncthreads()
+        parity = 0
+        while first < tiles:
+            live = first + slot < tiles
+            following = first + cuda.gridDim.x * slots
+            next_tile = min(following + slot, tiles - 1)
+            for i in range(4):
+                total[i] = _ZERO
+            for batch in range(batches):
+                multiply(batch, part, lane, codes, scales, words, total)
+                last = batch == batches - 1
+                if not last or following < tiles:
+                    load(weights, next_tile if last else tile, 0 if last else batch + 1, part, lane, codes, scales)
+
+            # Two sets of partial sums take turns: one barrier per tile is enough.
+            sums = partials_start + parity * buffer_size
+            own = sums + warp * 16 * columns + (lane >> 2) * columns
+            for i in range(2):
+                column = (lane & 3) * 2 + i
+                if column < columns:
+                    floats[own + column] = total[i]
+                    floats[own + 8 * columns + column] = total[2 + i]
+            if split == 1:
+                ptx.sync_warp()
+            else:
+                cuda.syncthreads()
+            entry = part * 32 + lane
+            while entry < pairs_per_slot and live:
+                low, high = _ZERO, _ZERO
+                for other in range(split):
+                    at = sums + (slot * split + other) * 16 * columns + entry
+                    low += floats[at]
+                    high += floats[at + 8 * columns]
+                epilogue(outputs, tile, entry // columns, entry % columns, low, high)
+                entry += slot_threads
+            parity ^= 1
+            tile = next_tile
+            first = following
+
+    return run

@@ -1,0 +1,130 @@
+"""The projections of a decode step as kernels: `projection.make_runner` with the four epilogues.
+
+Every factory takes a `ProjectionShape` and gives a kernel for `shape.blocks(...)` blocks of `shape.threads` threads
+with `shape.shared_bytes` of dynamic shared memory. Activations that a later projection reads are float16, with rows
+padded to the groups of that projection; the padding must be zero once and is never written. All arrays are
+one-dimensional; float16 comes as uint16 where elements are written, and as uint32 where pairs are read.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.projection import BLOCKS, LOG2_E, ProjectionShape, make_runner
+
+_ONE = np.float32(1.0)
+
+
+def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -> Any:
+    """logits = W norm(residual).
+
+    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], logits float32 [columns,
+    N]). Plain rows.
+    """
+    rows = shape.layout.rows
+
+    @ptx.device_function
+    def store(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
+        row = tile * 16 + r
+        if row < rows:
+            outputs[0][column * rows + row] = low
+        if row + 8 < rows:
+            outputs[0][column * rows + row + 8] = high
+
+    run = make_runner(shape, "norm", eps, dependent, store)
+
+    @ptx.kernel(shape.threads, BLOCKS)
+    def project_store(weights, residual, norm, logits):  # type: ignore[no-untyped-def]
+        run(weights, residual, norm, (logits,))
+
+    return project_store
+
+
+def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
+    """residual += W x.
+
+    Kernel (weights uint32, x uint32 pairs of float16 [columns, padded K], residual float32 [columns, N]). Plain rows.
+    """
+    rows = shape.layout.rows
+
+    @ptx.device_function
+    def add(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
+        row = tile * 16 + r
+        if row < rows:
+            outputs[0][column * rows + row] += low
+        if row + 8 < rows:
+            outputs[0][column * rows + row + 8] += high
+
+    run = make_runner(shape, "copy", 0.0, dependent, add)
+
+    @ptx.kernel(shape.threads, BLOCKS)
+    def project_add(weights, x, residual):  # type: ignore[no-untyped-def]
+        run(weights, x, residual, (residual,))
+
+    return project_add
+
+
+def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: bool = False) -> Any:
+    """y = silu(gate) * up with (gate, up) = W norm(residual).
+
+    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], y uint16 bits of float16
+    [columns, y_width]). Rows paired with half = ffn; y_width: ffn padded for the down projection.
+    """
+    ffn = shape.layout.half
+
+    @ptx.device_function
+    def swiglu(outputs, tile, r, column, gate, up):  # type: ignore[no-untyped-def]
+        unit = tile * 8 + r
+        if unit < ffn:
+            sigmoid = _ONE / (_ONE + ptx.exp2(-gate * LOG2_E))
+            outputs[0][column * y_width + unit] = np.uint16(ptx.f16_bits(gate * sigmoid * up))
+
+    run = make_runner(shape, "norm", eps, dependent, swiglu)
+
+    @ptx.kernel(shape.threads, BLOCKS)
+    def project_swiglu(weights, residual, norm, y):  # type: ignore[no-untyped-def]
+        run(weights, residual, norm, (y,))
+
+    return project_swiglu
+
+
+def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
+    """q, k and v = W norm(residual); q and k rotated; k and v written to the cache.
+
+    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], position int64 [1], cosines
+    and sines float32 [positions, head_dim / 2], q uint16 bits of float16 [columns, heads * head_dim], keys and values
+    uint16 bits of float16 [positions, kv_heads * head_dim]). Rows paired with half = head_dim / 2. Column t is the
+    token at position[0] + t.
+    """
+    half, section_tiles = shape.layout.half, shape.layout.section_tiles
+    q_width, kv_width = 2 * half * heads, 2 * half * kv_heads
+
+    @ptx.device_function
+    def put(target, start, low, high):  # type: ignore[no-untyped-def]
+        target[start] = np.uint16(ptx.f16_bits(low))
+        target[start + half] = np.uint16(ptx.f16_bits(high))
+
+    @ptx.device_function
+    def rotate(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
+        position, cosines, sines, q, keys, values = outputs
+        head, i = tile // section_tiles, tile % section_tiles * 8 + r
+        slot = position[0] + column
+        if head >= heads + kv_heads:
+            put(values, slot * kv_width + (head - heads - kv_heads) * 2 * half + i, low, high)
+        else:
+            cosine, sine = cosines[slot * half + i], sines[slot * half + i]
+            rotated_low = low * cosine - high * sine
+            rotated_high = high * cosine + low * sine
+            if head < heads:
+                put(q, column * q_width + head * 2 * half + i, rotated_low, rotated_high)
+            else:
+                put(keys, slot * kv_width + (head - heads) * 2 * half + i, rotated_low, rotated_high)
+
+    run = make_runner(shape, "norm", eps, dependent, rotate)
+
+    @ptx.kernel(shape.threads, BLOCKS)
+    def project_qkv(weights, residual, norm, position, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
+        run(weights, residual, norm, (position, cosines, sines, q, keys, values))
+
+    return project_qkv

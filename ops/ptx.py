@@ -1,0 +1,392 @@
+"""Every PTX instruction that the GPU kernels place by hand, each beside its meaning in Python.
+
+This module is to the GPU what `simd.py` is to the CPU: no other one uses the compiler's extension API. A function
+under `@_instruction` holds the instruction in its decorator and the meaning in its body. Compiled for a GPU, the
+decorator wins and the body is dropped; in numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1) the body runs. The simulator
+knows no warps: functions that exchange data between lanes meet at a barrier of 32 threads (`_exchange`).
+
+16-byte accesses want 16-byte aligned addresses. An ``array, index`` pair becomes an address: index counts elements.
+Source of the instructions and of the layout of matrix fragments: PTX ISA 9.0, sections 9.7.9, 9.7.13 and 9.7.14.
+"""
+
+import inspect
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.core import config
+from numba.cuda import types
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+
+_REGISTER = {types.uint16: "h", types.uint32: "r", types.int32: "r", types.uint64: "l", types.float32: "f"}
+_ADDRESS = "address"  # stands for two arguments: an array and an index
+_PLAIN_LOAD = "load"  # not assembly but the compiler's own load of a vector: it knows shared memory and folds offsets
+
+u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
+
+
+# --- one function, two lives -------------------------------------------------------------------------------------
+
+
+def _instruction(
+    assembly: str, results: tuple[Any, ...], arguments: tuple[Any, ...], *, effect: bool = False, memory: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: an inline-PTX device function whose meaning is the decorated Python function.
+
+    Args:
+        assembly: with $0, $1, ... for results, then arguments.
+        results: numba types; several come back as a tuple.
+        arguments: numba types, to which the caller's values are cast, or `_ADDRESS`.
+        effect: it may be neither dropped nor moved past its like.
+        memory: it reads or writes memory that others write: no access may be moved past it.
+    """
+
+    def decorate(meaning: Callable[..., Any]) -> Any:
+        if SIMULATED:
+            return meaning
+        from numba.cuda.extending import intrinsic
+
+        names = list(inspect.signature(meaning).parameters)
+
+        def typing(typing_context: Any, *given: Any) -> Any:
+            del typing_context
+            result = types.void if not results else results[0] if len(results) == 1 else types.Tuple(results)
+            signature = result(*_expected(given, arguments))
+            return signature, _Emitter(assembly, results, arguments, effect or memory, memory)
+
+        parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_ONLY) for n in ("typing_context", *names)]
+        typing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        typing.__name__ = typing.__qualname__ = meaning.__name__
+        typing.__doc__ = meaning.__doc__
+        return intrinsic(typing)
+
+    return decorate
+
+
+def _expected(given: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
+    """Types that the lowered call takes: those declared; an address keeps its array's type and an int64 index."""
+    rest, expected = iter(given), []
+    for argument in arguments:
+        if argument is _ADDRESS:
+            expected += [next(rest), types.int64]
+            next(rest)
+        else:
+            expected.append(argument)
+            next(rest)
+    return expected
+
+
+class _Emitter:
+    """Lowers a call to one inline-assembly value."""
+
+    def __init__(
+        self, assembly: str, results: tuple[Any, ...], arguments: tuple[Any, ...], effect: bool, memory: bool
+    ) -> None:
+        self.assembly, self.results, self.arguments = assembly, results, arguments
+        self.effect, self.memory = effect, memory
+        self.__name__ = "emit"
+
+    def __call__(self, context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        from llvmlite import ir
+
+        values, letters, rest = [], [], iter(zip(signature.args, args, strict=True))
+        for argument in self.arguments:
+            kind, value = next(rest)
+            if argument is _ADDRESS:
+                array = context.make_array(kind)(context, builder, value)
+                value = builder.gep(array.data, [next(rest)[1]])
+                if self.assembly != _PLAIN_LOAD:
+                    value = builder.ptrtoint(value, ir.IntType(64))
+            values.append(value)
+            letters.append("l" if argument is _ADDRESS else _REGISTER[argument])
+        if self.assembly == _PLAIN_LOAD:
+            vector = ir.VectorType(context.get_value_type(self.results[0]), len(self.results))
+            loaded = builder.load(builder.bitcast(values[0], vector.as_pointer()), align=4 * len(self.results))
+            parts = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(len(self.results))]
+            return context.make_tuple(builder, signature.return_type, parts)
+        outputs = [context.get_value_type(result) for result in self.results]
+        returned = ir.VoidType() if not outputs else outputs[0]
+        if len(outputs) > 1:
+            returned = ir.LiteralStructType(outputs)
+        constraints = [f"={_REGISTER[result]}" for result in self.results] + letters
+        if self.memory:
+            constraints.append("~{memory}")
+        function_type = ir.FunctionType(returned, [value.type for value in values])
+        text = ir.InlineAsm(function_type, self.assembly, ",".join(constraints), side_effect=self.effect)
+        out = builder.call(text, values)
+        if not outputs:
+            return context.get_dummy_value()
+        if len(outputs) == 1:
+            return out
+        parts = [builder.extract_value(out, i) for i in range(len(outputs))]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """Decorator: a building block of kernels, inlined before types are known: what it is given may be a function."""
+    return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, inline="always")(function)
+
+
+def kernel(threads: int, blocks: int) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a kernel of `threads` threads per block, with registers to spare for `blocks` per multiprocessor."""
+    decorator: Callable[[Callable[..., Any]], Any] = (
+        cuda.jit if SIMULATED else cuda.jit(launch_bounds=(threads, blocks))
+    )
+    return decorator
+
+
+# --- the simulator's warps ---------------------------------------------------------------------------------------
+
+
+class _Warp:
+    """Where 32 simulated threads meet: each brings a value, all see all values."""
+
+    def __init__(self) -> None:
+        self.brought: list[Any] = [None] * 32
+        self.seen: list[Any] = []
+        self.combine: Callable[[list[Any]], Any] = list
+        self.barrier = threading.Barrier(32, action=self._meet, timeout=120)
+
+    def _meet(self) -> None:
+        self.seen = self.combine(self.brought)
+        self.brought = [None] * 32  # a lane may bring its next value before others have looked at this one
+
+
+_warp_lock = threading.Lock()
+
+
+def _lane() -> int:
+    return int(threading.current_thread().thread_id % 32)  # type: ignore[attr-defined]
+
+
+def _exchange(value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
+    """combine(values of all 32 lanes), computed once per warp; every lane must call."""
+    thread: Any = threading.current_thread()
+    with _warp_lock:
+        warps = vars(thread._manager).setdefault("atomflow_warps", {})  # noqa: SLF001  what lanes of a block share
+        warp: _Warp = warps.setdefault(thread.thread_id // 32, _Warp())
+    warp.brought[thread.thread_id % 32] = value
+    warp.combine = combine
+    warp.barrier.wait()
+    return warp.seen
+
+
+def _halves(word: int) -> tuple[float, float]:
+    """The two float16 of a 32-bit word, low one first."""
+    low, high = struct.unpack("<ee", struct.pack("<I", int(word)))
+    return low, high
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+@_instruction("ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (_ADDRESS,), effect=True)
+def load_stream_16(array, index):  # type: ignore[no-untyped-def]
+    """16 bytes of memory that no kernel writes, read once: weights."""
+    return tuple(int(array[index + i]) for i in range(4))
+
+
+@_instruction("ld.global.nc.v2.f32 {$0, $1}, [$2];", (f32, f32), (_ADDRESS,), effect=True)
+def load_constant_f32x2(array, index):  # type: ignore[no-untyped-def]
+    """Two float32, out of a uint32 array that no kernel writes."""
+    return tuple(np.uint32(array[index + i]).view(np.float32) for i in range(2))
+
+
+@_instruction(_PLAIN_LOAD, (u32,) * 4, (_ADDRESS,))
+def load_16(array, index):  # type: ignore[no-untyped-def]
+    """16 bytes of memory that an earlier kernel wrote."""
+    return tuple(int(array[index + i]) for i in range(4))
+
+
+@_instruction(_PLAIN_LOAD, (u32,) * 2, (_ADDRESS,))
+def load_8(array, index):  # type: ignore[no-untyped-def]
+    """8 bytes of memory that an earlier kernel wrote."""
+    return tuple(int(array[index + i]) for i in range(2))
+
+
+@_instruction("ld.relaxed.gpu.global.f32 $0, [$1];", (f32,), (_ADDRESS,), memory=True)
+def load_remote_f32(array, index):  # type: ignore[no-untyped-def]
+    """A float32 that another block of this launch wrote, past the first-level cache."""
+    return np.float32(array[index])
+
+
+@_instruction("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", (f32,) * 4, (_ADDRESS,), memory=True)
+def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
+    """Four float32 that another block of this launch wrote, past the first-level cache."""
+    return tuple(np.float32(array[index + i]) for i in range(4))
+
+
+@_instruction(_PLAIN_LOAD, (u32,) * 4, (_ADDRESS,))
+def load_block_16(array, index):  # type: ignore[no-untyped-def]
+    """16 bytes of shared memory."""
+    return tuple(int(array[index + i]) for i in range(4))
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+@_instruction(
+    "{ .reg .b32 s, t, w; shl.b32 w, $2, 8;"
+    " shr.u32 t, $2, 1; and.b32 t, t, 0x3f803f80; and.b32 s, $2, 0x80008000; or.b32 $0, s, t;"
+    " shr.u32 t, w, 1; and.b32 t, t, 0x3f803f80; and.b32 s, w, 0x80008000; or.b32 $1, s, t; }",
+    (u32, u32),
+    (u32,),
+)
+def decode_fp8_bits(word):  # type: ignore[no-untyped-def]
+    """Four E4M3 codes to two pairs of float16, times 2^-8: bytes 1 and 3, then bytes 0 and 2. Every architecture.
+
+    A code's seven magnitude bits go where float16 keeps exponent and mantissa; the biases differ by 15 - 7 = 8.
+    """
+    word = int(word)
+    low = (word << 8) & 0xFFFFFFFF
+    return tuple((w >> 1) & 0x3F803F80 | w & 0x80008000 for w in (word, low))
+
+
+@_instruction(
+    "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }", (u32, u32), (u32,)
+)
+def decode_fp8_cvt(word):  # type: ignore[no-untyped-def]
+    """Four E4M3 codes to two pairs of float16: bytes 0 and 1, then bytes 2 and 3. From sm_89 on."""
+    from numba_atomflow.ops.fp8 import e4m3_table
+
+    codes = np.frombuffer(struct.pack("<I", int(word)), np.uint8)
+    pairs = e4m3_table()[codes].astype(np.float16).view(np.uint32)
+    return int(pairs[0]), int(pairs[1])
+
+
+@_instruction("cvt.rn.f16x2.f32 $0, $2, $1;", (u32,), (f32, f32))
+def pack_f16x2(low, high):  # type: ignore[no-untyped-def]
+    """Two float32 rounded to float16 in one word."""
+    with np.errstate(over="ignore"):
+        return int(np.array([low, high], np.float32).astype(np.float16).view(np.uint32)[0])
+
+
+@_instruction("cvt.rn.f16.f32 $0, $1;", (u16,), (f32,))
+def f16_bits(value):  # type: ignore[no-untyped-def]
+    """A float32 rounded to float16, as its 16 bits."""
+    with np.errstate(over="ignore"):
+        return int(np.float32(value).astype(np.float16).view(np.uint16))
+
+
+@_instruction("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }", (f32, f32), (u32,))
+def unpack_f16x2(word):  # type: ignore[no-untyped-def]
+    """The two float16 of a word, as float32 (exact)."""
+    low, high = _halves(word)
+    return np.float32(low), np.float32(high)
+
+
+@_instruction("mov.b32 $0, $1;", (u32,), (f32,))
+def f32_bits(value):  # type: ignore[no-untyped-def]
+    """The 32 bits of a float32."""
+    return int(np.float32(value).view(np.uint32))
+
+
+@_instruction("mov.b32 $0, $1;", (f32,), (u32,))
+def bits_f32(word):  # type: ignore[no-untyped-def]
+    """The float32 with these 32 bits."""
+    return np.uint32(word).view(np.float32)
+
+
+@_instruction("prmt.b32 $0, $1, $2, 0x5410;", (u32,), (u32, u32))
+def low_halves(a, b):  # type: ignore[no-untyped-def]
+    """The low 16 bits of a, and those of b above them."""
+    return (int(a) & 0xFFFF) | (int(b) & 0xFFFF) << 16
+
+
+@_instruction("prmt.b32 $0, $1, $2, 0x7632;", (u32,), (u32, u32))
+def high_halves(a, b):  # type: ignore[no-untyped-def]
+    """The high 16 bits of a, and those of b above them."""
+    return int(a) >> 16 | int(b) & 0xFFFF0000
+
+
+@_instruction("ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,))
+def exp2(x):  # type: ignore[no-untyped-def]
+    """2^x; relative error about 2^-22, results below 2^-126 become 0."""
+    value = np.exp2(np.float64(max(float(x), -1000.0)))
+    return np.float32(value if value >= 2.0**-126 else 0.0)
+
+
+@_instruction(
+    "{ .reg .u64 z, t; add.u64 z, $2, 1; mul.lo.u64 z, z, 0x9E3779B97F4A7C15; add.u64 z, z, $1;"
+    " shr.u64 t, z, 30; xor.b64 z, z, t; mul.lo.u64 z, z, 0xBF58476D1CE4E5B9;"
+    " shr.u64 t, z, 27; xor.b64 z, z, t; mul.lo.u64 z, z, 0x94D049BB133111EB;"
+    " shr.u64 t, z, 31; xor.b64 z, z, t; shr.u64 $0, z, 11; }",
+    (u64,),
+    (u64, u64),
+)
+def random_53_bits(seed, counter):  # type: ignore[no-untyped-def]
+    """Draw number `counter` of the stream `seed`: SplitMix64's finaliser, as `numba_atomflow.sampling.uniform`."""
+    mask = (1 << 64) - 1
+    z = (int(seed) + (int(counter) + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 11
+
+
+# --- lanes of a warp ---------------------------------------------------------------------------------------------
+
+
+@_instruction("bar.warp.sync 0xffffffff;", (), (), memory=True)
+def sync_warp():  # type: ignore[no-untyped-def]
+    """All lanes arrive; what they wrote to shared memory is seen by the others."""
+    _exchange(None)
+
+
+@_instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", (f32,), (f32, u32), effect=True)
+def shuffle_xor_f32(value, lanes):  # type: ignore[no-untyped-def]
+    """The value of the lane whose number differs from the own one in the bits `lanes`."""
+    return _exchange(np.float32(value))[_lane() ^ int(lanes)]
+
+
+@_instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", (u32,), (u32, u32), effect=True)
+def shuffle_xor_u32(value, lanes):  # type: ignore[no-untyped-def]
+    """The value of the lane whose number differs from the own one in the bits `lanes`."""
+    return _exchange(int(value))[_lane() ^ int(lanes)]
+
+
+def _multiply_fragments(lanes: list[Any]) -> tuple[Any, Any]:
+    """D = A B + C of one warp: rows 0-7 and rows 8-15, float32 [8, 8] each."""
+    a, b, c = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+    for lane, (a0, a1, a2, a3, b0, b1, c0, c1, c2, c3) in enumerate(lanes):
+        row, k = lane >> 2, (lane & 3) * 2
+        a[row, k : k + 2], a[row + 8, k : k + 2] = _halves(a0), _halves(a1)
+        a[row, k + 8 : k + 10], a[row + 8, k + 8 : k + 10] = _halves(a2), _halves(a3)
+        b[k : k + 2, row], b[k + 8 : k + 10, row] = _halves(b0), _halves(b1)
+        c[row, k : k + 2], c[row + 8, k : k + 2] = (c0, c1), (c2, c3)
+    with np.errstate(invalid="ignore", over="ignore"):
+        d = (a @ b + c).astype(np.float32)
+    return d[:8], d[8:]
+
+
+@_instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+    (f32,) * 4,
+    (u32,) * 6 + (f32,) * 4,
+)
+def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
+    """D = A B + C with A float16 [16, 16], B float16 [16, 8], C and D float32 [16, 8], spread over a warp.
+
+    Lane 4 g + t holds, as pairs (x, x + 1): A (row g, k 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); B (k 2t,
+    column g), (2t + 8, g); C and D (row g, column 2t), (g + 8, 2t).
+    """
+    top, bottom = _exchange((a0, a1, a2, a3, b0, b1, c0, c1, c2, c3), _multiply_fragments)
+    row, column = _lane() >> 2, (_lane() & 3) * 2
+    return top[row, column], top[row, column + 1], bottom[row, column], bottom[row, column + 1]
+
+
+# --- between kernels ---------------------------------------------------------------------------------------------
+
+
+@_instruction("griddepcontrol.wait;", (), (), memory=True)
+def wait_for_previous_kernel():  # type: ignore[no-untyped-def]
+    """Programmatic dependent launch: block until the kernel before has ended. From sm_90 on."""
+
+
+@_instruction("griddepcontrol.launch_dependents;", (), (), memory=True)
+def let_next_kernel_start():  # type: ignore[no-untyped-def]
+    """Programmatic dependent launch: the next kernel's blocks may take the places of those that end. From sm_90 on."""

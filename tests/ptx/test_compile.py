@@ -1,0 +1,120 @@
+"""Every GPU kernel compiled down to machine code for four architectures: no GPU, driver or toolkit is needed.
+
+What is asked of the code: no spills, no stack, no local memory; weights come in 16-byte loads past the first-level
+cache; no float64 that slipped in through NumPy's or numba's promotion rules. Registers are compared with those in
+registers.json (ATOMFLOW_RECORD_REGISTERS=1 writes it).
+"""
+
+import importlib.util
+import json
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator replaces the compiler in this process"
+)
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+if not (_is_there("nvidia.cu13") or _is_there("nvidia.cuda_nvcc")) or not _is_there("cuda.core"):
+    pytest.skip("no CUDA compiler from pip: pip install 'numba-atomflow[cu13]'", allow_module_level=True)
+
+from kernel_catalogue import CATALOGUE, Entry  # noqa: E402
+
+ARCHITECTURES = ((8, 0), (8, 9), (9, 0), (12, 0))
+REGISTERS = Path(__file__).with_name("registers.json")
+RECORD = os.environ.get("ATOMFLOW_RECORD_REGISTERS") == "1"
+WEIGHT_LOAD = "ld.global.nc.L1::no_allocate.v4.u32"
+
+
+@lru_cache(maxsize=2)
+def lower(name: str, hardware_fp8: bool) -> tuple[Any, tuple[int, int]]:
+    """LLVM code of a kernel, which serves all architectures with the same way of decoding; and its launch bounds.
+
+    `cuda.compile_ptx` would go through numba's front end, which takes most of the time, for every architecture.
+    """
+    from numba.cuda import compiler
+
+    entry = next(entry for entry in CATALOGUE if entry.name == name)
+    kernel = entry.build(hardware_fp8)
+    bounds = kernel.targetoptions["launch_bounds"]
+    library, _ = compiler._compile_pyfunc_with_fixup(
+        kernel.py_func, entry.signature, device=False, abi="numba", cc=(8, 9), launch_bounds=bounds
+    )
+    return library, bounds
+
+
+def compile_for(entry: Entry, cc: tuple[int, int]) -> tuple[str, str, tuple[int, int]]:
+    """PTX, what ptxas says about it, and the kernel's launch bounds."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    library, bounds = lower(entry.name, entry.decodes and cc >= (8, 9))
+    (ptx,) = library.get_asm_strs(cc=cc)
+    options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}", ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    linker.link("cubin")
+    return ptx, linker.get_info_log(), bounds
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"ptxas does not say {pattern!r}:\n{text}"
+    return int(found[1])
+
+
+def recorded() -> dict[str, Any]:
+    return json.loads(REGISTERS.read_text()) if REGISTERS.exists() else {}  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+def test_machine_code(entry: Entry, cc: tuple[int, int]) -> None:
+    ptx, log, (threads, blocks) = compile_for(entry, cc)
+    registers = number(r"Used (\d+) registers", log)
+    print(f"{entry.name}: {registers} registers")
+
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes stack frame", log) == 0
+    assert not re.search(r"\.local\b", ptx)
+    assert registers * threads * blocks <= 65536
+    if not entry.doubles:
+        arithmetic = re.findall(r"\b(?:add|sub|mul|div|fma|max|min|cvt\.f64)\S*\.f64\b.*|cvt\.rn\.f64\.\S+.*", ptx)
+        assert not arithmetic, "float64 arithmetic"
+    if entry.weights:
+        assert ptx.count(WEIGHT_LOAD) >= 4
+        assert ptx.count("L1::no_allocate") == ptx.count(WEIGHT_LOAD)
+        assert "mma.sync.aligned.m16n8k16" in ptx
+        assert ("e4m3x2" in ptx) == (cc >= (8, 9))
+
+    table, architecture = recorded(), f"sm_{cc[0]}{cc[1]}"
+    if RECORD:
+        table.setdefault(entry.name, {})[architecture] = registers
+        REGISTERS.write_text(json.dumps(table, indent=1) + "\n")
+    else:
+        assert registers <= 1.1 * table[entry.name][architecture], "many more registers than recorded"
+
+
+@pytest.mark.parametrize("cc", [(9, 0), (12, 0)], ids=str)
+def test_programmatic_dependent_launch_is_in_the_code(cc: tuple[int, int]) -> None:
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+    from numba import cuda
+
+    from numba_atomflow.ops.cuda import sample
+
+    kernel = sample.make_argmax(1000, dependent=True)
+    signature = next(entry.signature for entry in CATALOGUE if entry.name == "argmax")
+    ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=cc)
+    wait, first_read = ptx.index("griddepcontrol.wait"), ptx.index("ld.global")
+    assert wait < first_read, "read what the previous kernel may still write"
+    Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}")).link("cubin")

@@ -1,0 +1,20 @@
+"""One module touches the compiler's extension API, and only the GPU's own modules import numba.cuda."""
+
+import re
+from pathlib import Path
+
+OPS = Path(__file__).resolve().parents[2] / "ops"
+
+
+def files_that_say(pattern: str) -> set[str]:
+    return {str(path.relative_to(OPS)) for path in OPS.rglob("*.py") if re.search(pattern, path.read_text())}
+
+
+def test_the_extension_api_is_used_in_one_module_per_target() -> None:
+    assert files_that_say(r"\bllvmlite\b|numba(\.cuda)?\.extending|InlineAsm") == {"ptx.py", "simd.py"}
+
+
+def test_only_the_gpu_modules_import_numba_cuda() -> None:
+    importers = files_that_say(r"(?m)^from numba import .*\bcuda\b|^import numba\.cuda|^from numba\.cuda")
+    assert {"ptx.py", "cuda/projection.py", "cuda/attention.py"} <= importers
+    assert all(name == "ptx.py" or name.startswith("cuda/") for name in importers)

@@ -1,0 +1,65 @@
+"""Numba's CUDA simulator, made fast and strict. It is switched on for a whole process: scripts/test.sh does that."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+def _run_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> None:
+    """BlockManager.run without its polling, which takes most of the interpreter's time.
+
+    It is stricter, too: a barrier that not every thread of the block comes to fails the test.
+    """
+    from numba.cuda.simulator.kernel import BlockThread
+
+    points = list(np.ndindex(*manager._block_dim))
+    barrier = threading.Barrier(len(points), timeout=60)
+
+    def run() -> None:
+        try:
+            manager._f(*args)
+        except BaseException:
+            barrier.abort()
+            for warp in manager.__dict__.get("atomflow_warps", {}).values():
+                warp.barrier.abort()
+            raise
+
+    threads = [BlockThread(run, manager, grid_point, point, manager._debug) for point in points]
+    for thread in threads:
+        thread.syncthreads = barrier.wait
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failures = [thread.exception for thread in threads if thread.exception]
+    failures.sort(key=lambda failure: isinstance(failure[0], threading.BrokenBarrierError))  # consequences come last
+    if failures:
+        raise failures[0][0].with_traceback(failures[0][1])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fast_and_strict_simulator() -> Iterator[None]:
+    if not SIMULATED:
+        pytest.skip("the CUDA simulator is switched on for a whole process: NUMBA_ENABLE_CUDASIM=1 pytest tests/sim")
+    from numba.cuda.simulator import kernel, kernelapi
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(kernel.BlockManager, "run", _run_block)
+    make = kernelapi.FakeCUDAShared.__init__
+
+    def poisoned(self: Any, size: int) -> None:
+        make(self, size)
+        self._dynshared.fill(-1)  # every float of uninitialised shared memory is NaN
+
+    patch.setattr(kernelapi.FakeCUDAShared, "__init__", poisoned)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.05)  # lanes hand over at barriers; taking turns in between only costs time
+    yield
+    sys.setswitchinterval(interval)
+    patch.undo()

@@ -1,0 +1,58 @@
+"""Every GPU kernel in numba's CUDA simulator against its NumPy reference (the checks: tests/kernel_cases.py)."""
+
+import pytest
+from kernel_cases import (
+    ATTENTIONS,
+    LAYOUTS,
+    PROJECTIONS,
+    AttentionCase,
+    FragmentLayout,
+    ProjectionCase,
+    check_attention,
+    check_projection,
+    check_repack,
+)
+from token_kernel_cases import (
+    ARGMAXES,
+    EMBEDDINGS,
+    SAMPLES,
+    TokenCase,
+    check_advance,
+    check_argmax,
+    check_embedding,
+    check_sample,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_repack(layout: FragmentLayout) -> None:
+    check_repack(layout)
+
+
+@pytest.mark.parametrize("case", PROJECTIONS, ids=str)
+def test_projection(case: ProjectionCase) -> None:
+    check_projection(case)
+
+
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_attention(case: AttentionCase) -> None:
+    check_attention(case)
+
+
+@pytest.mark.parametrize(("layout", "columns"), EMBEDDINGS, ids=str)
+def test_embedding(layout: FragmentLayout, columns: int) -> None:
+    check_embedding(layout, columns)
+
+
+@pytest.mark.parametrize("case", ARGMAXES, ids=str)
+def test_argmax(case: TokenCase) -> None:
+    check_argmax(case)
+
+
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_sample(case: TokenCase) -> None:
+    check_sample(case)
+
+
+def test_advance() -> None:
+    check_advance()
