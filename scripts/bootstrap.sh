@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=.venv
 STATE=$VENV/.bootstrap # "making" while the venv is half made, "made" without the project, then what was installed
 NEEDED_MB=2500         # 700 MB of packages, as much again of CUDA libraries, 250 MB of model, room for pip to unpack
+NEEDED_HOME_MB=400     # of it in NUMBA_ATOMFLOW_HOME, which may lie on another disk: the model and compiled code
 PROMPT="The capital of France is"
 
 usage() {
@@ -54,11 +55,21 @@ check_checkout() {
     done
 }
 
+# check_disk FOLDER MB: the folder need not be there yet.
 check_disk() {
-    local free_kb
-    free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
-    [ "$free_kb" -ge $((NEEDED_MB * 1024)) ] ||
-        die "only $((free_kb / 1024)) MB are free in $PWD, $NEEDED_MB MB are needed; make room and run this script again."
+    local folder=$1 free_kb
+    while [ ! -d "$folder" ]; do folder=$(dirname -- "$folder"); done
+    free_kb=$(df -Pk -- "$folder" | awk 'NR == 2 { print $4 }')
+    [ "$free_kb" -ge $(($2 * 1024)) ] ||
+        die "only $((free_kb / 1024)) MB are free in $folder, $2 MB are needed; make room and run this script again."
+}
+
+check_disks() {
+    local home
+    home=$("$python" -c 'from numba_atomflow import home; print(home.home())' 2>/dev/null) ||
+        die "NUMBA_ATOMFLOW_HOME=${NUMBA_ATOMFLOW_HOME:-} cannot be used; set it to a folder."
+    check_disk "$PWD" "$NEEDED_MB"
+    check_disk "$home" "$NEEDED_HOME_MB"
 }
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
@@ -181,7 +192,7 @@ if [ -n "$install" ] && is_installed; then
 elif [ -n "$install" ]; then
     find_python
     check_python
-    check_disk
+    check_disks
 fi
 
 stage 2 "Installing into $VENV"

@@ -34,9 +34,12 @@ has_pytest || die "$python has no pytest; run bash scripts/bootstrap.sh first, o
 # tests/sim needs numba's CUDA simulator, which is switched on for a whole process: it gets a process of its own.
 options=() here=() simulated=()
 for argument in "$@"; do
-    case $argument in
-        tests/sim | tests/sim/*) simulated+=("$argument") ;;
-        tests | tests/*) here+=("$argument") ;;
+    path=${argument#"$PWD"/}
+    path=${path#"$(pwd -P)"/} # where a symlink leads here, either name may be given
+    path=${path#./}
+    case $path in
+        tests/sim | tests/sim/*) simulated+=("$path") ;;
+        tests | tests/*) here+=("$path") ;;
         *) options+=("$argument") ;;
     esac
 done

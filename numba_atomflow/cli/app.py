@@ -1,5 +1,6 @@
 """The commands, put together."""
 
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ Models and compiled code live in your cache folder, or in $NUMBA_ATOMFLOW_HOME.
 """
 
 
-def _show_help(context: typer.Context, _option: Any, wanted: bool) -> None:
+def _show_help(context: Any, _option: Any, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
         output.emit(context.get_help() + "\n")
         raise typer.Exit
@@ -114,3 +115,17 @@ def _main(
     """Run a language model on your machine: one user, one stream of tokens, FP8 weights."""
     if context.invoked_subcommand is None:
         output.emit(context.get_help() + "\n")
+    else:
+        _check_environment()
+
+
+def _check_environment() -> None:
+    """Refuse what numba would meet with a traceback when it is imported.
+
+    Raises:
+        OptionError: NUMBA_NUM_THREADS is no number of threads.
+    """
+    name = "NUMBA_NUM_THREADS"
+    threads = os.environ.get(name)
+    if threads is not None and not (threads.isdecimal() and int(threads) > 0):
+        raise OptionError(f"{name} is {threads!r}; set it to the number of threads, 1 or more, or remove it.")

@@ -1,10 +1,12 @@
 """``numba-atomflow chat``: a conversation, at a terminal or through a pipe."""
 
+import sys
 from typing import Annotated
 
 import typer
 
 from numba_atomflow.cli import options, output
+from numba_atomflow.errors import OptionError
 from numba_atomflow.model_names import DEFAULT_MODEL
 
 EXAMPLES = """\b
@@ -13,9 +15,12 @@ Examples:
   numba-atomflow chat --model my-model.safetensors --system "Answer in one sentence."
   numba-atomflow chat --temperature 0.7 --top-p 0.9
   printf 'Name a river.\\nAnd another one.\\n' | numba-atomflow chat --quiet
+  numba-atomflow chat --json < questions.txt | jq .text
 
 \b
-In the conversation: /help, /reset, /save FILE, /quit. Ctrl-C stops a reply; at the prompt, it leaves.
+In the conversation, lines that begin with / are commands: /help, /reset, /save FILE, /quit. To say /TEXT, type //TEXT.
+In a pipe, a line that begins with / and is none of these commands is a message like any other.
+Ctrl-C stops a reply; at the prompt, it leaves.
 """
 
 
@@ -35,9 +40,15 @@ def chat(
     max_seq_len: options.MaxSeqLen = None,
     threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.AUTO,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each reply as one line of JSON, and nothing else (not at a terminal).")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Talk with a model. Through a pipe, each line is a turn, and standard output holds the replies alone."""
+    if as_json and sys.stdin.isatty():
+        raise OptionError("--json is for a conversation through a pipe; give the messages on standard input.")
+
     from numba_atomflow.cli.chat_session import ChatSession
     from numba_atomflow.engine import Engine
     from numba_atomflow.sampling import SamplingParams
@@ -55,4 +66,4 @@ def chat(
     with output.loading_bar() as progress:
         engine = Engine.load(model, backend.value, max_seq_len, threads, progress)
     with engine:
-        ChatSession(engine, params, system, quiet=quiet).run()
+        ChatSession(engine, params, system, quiet=quiet, as_json=as_json).run()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from numba_atomflow import home
 from numba_atomflow.cli import output
@@ -22,6 +23,7 @@ HISTORY_LINES = 1000
 _HELP = """/reset      start a new conversation
 /save FILE  write the conversation to FILE as JSON
 /quit       leave; so does Ctrl-D, and Ctrl-C at the prompt
+//TEXT      say /TEXT, for a message that begins with /
 Ctrl-C      stop a reply; what there is of it stays in the conversation"""
 
 
@@ -33,17 +35,25 @@ class ChatSession:
         params: for every reply.
         system: a system message, or None.
         quiet: no report after a reply.
+        as_json: each reply as one line of JSON, once it is complete; without a report. Not at a terminal.
 
     Raises:
         TextError: the model cannot chat, or takes no system message.
     """
 
     def __init__(
-        self, engine: Engine, params: SamplingParams, system: str | None = None, *, quiet: bool = False
+        self,
+        engine: Engine,
+        params: SamplingParams,
+        system: str | None = None,
+        *,
+        quiet: bool = False,
+        as_json: bool = False,
     ) -> None:
         self.engine = engine
         self.params = params
         self.quiet = quiet
+        self.as_json = as_json
         self.interactive = sys.stdin.isatty()
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._opening)
@@ -68,10 +78,7 @@ class ChatSession:
                 if line == "/quit":
                     return
                 try:
-                    if line.startswith("/"):
-                        self._command(line)
-                    elif line:
-                        self.reply(line)
+                    self._answer(line)
                 except AtomFlowError as error:
                     if not self.interactive:
                         raise
@@ -80,6 +87,23 @@ class ChatSession:
                     if not self.interactive:
                         raise
                     output.say("")
+
+    def _answer(self, line: str) -> None:
+        """Obey a command, or reply to a message; an empty line is neither.
+
+        At a terminal, an unknown command is a slip of the hand; in a pipe it is text: a path, a comment of a program.
+        """
+        if not line:
+            return
+        if self.interactive and line.startswith("//"):
+            self.reply(line[1:])
+        elif not line.startswith("/"):
+            self.reply(line)
+        elif not self._command(line):
+            if self.interactive:
+                output.say(f"There is no command {line}; /help lists them, //TEXT says /TEXT.")
+            else:
+                self.reply(line)
 
     def reply(self, text: str) -> None:
         """Answer one message and write the reply to standard output; at a terminal, Ctrl-C ends it early.
@@ -92,7 +116,8 @@ class ChatSession:
         try:
             generation = self.engine.chat([*self.messages, message], self.params)
             for piece in generation:
-                output.emit(piece)
+                if not self.as_json:
+                    output.emit(piece)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -106,10 +131,20 @@ class ChatSession:
         if generation is None or (not generation.text and generation.finish_reason == "interrupted"):
             output.say("\n[stopped before the first word; your message is not kept]")
             return
+        self.messages += [message, {"role": "assistant", "content": generation.text}]
+        if self.as_json:
+            output.emit_json(self._record(generation), indent=None)
+            return
         if not generation.text.endswith("\n"):
             output.emit("\n")
-        self.messages += [message, {"role": "assistant", "content": generation.text}]
         self._report(generation)
+
+    def _record(self, generation: Generation) -> dict[str, Any]:
+        return {
+            "text": generation.text,
+            "finish_reason": generation.finish_reason,
+            "stats": output.stats_record(self.engine, generation.stats),
+        }
 
     def _report(self, generation: Generation) -> None:
         stats = generation.stats
@@ -127,7 +162,8 @@ class ChatSession:
                 f"reply {stats.tokens} tokens{speed}]"
             )
 
-    def _command(self, line: str) -> None:
+    def _command(self, line: str) -> bool:
+        """Obey a command; False if it is none."""
         name, _, rest = line.partition(" ")
         match name, rest.strip():
             case "/help", "":
@@ -141,7 +177,8 @@ class ChatSession:
             case "/save", _:
                 output.say("Name the file: /save FILE")
             case _:
-                output.say(f"There is no command {line}; /help lists them.")
+                return False
+        return True
 
     def _save(self, path: Path) -> None:
         """Write the conversation.

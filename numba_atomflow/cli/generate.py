@@ -140,21 +140,11 @@ def _report(engine: "Engine", generation: "Generation") -> str:
 def _record(engine: "Engine", generation: "Generation", params: "SamplingParams") -> dict[str, Any]:
     from dataclasses import asdict
 
-    stats = generation.stats
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
         "finish_reason": generation.finish_reason,
-        "stats": {
-            "load_seconds": engine.load_seconds,
-            "prompt_tokens": stats.prompt_tokens,
-            "tokens": stats.tokens,
-            "ttft_seconds": stats.ttft,
-            "tpot_seconds": stats.tpot,
-            "tokens_per_second": stats.tokens_per_second,
-            "weight_bytes_per_token": engine.weight_bytes_per_token,
-            "weight_bytes_per_second": engine.weight_bytes_per_token * stats.tokens_per_second,
-        },
+        "stats": output.stats_record(engine, generation.stats),
         "model": {
             "path": str(engine.checkpoint.path),
             "parameters": engine.geometry.parameter_count(),

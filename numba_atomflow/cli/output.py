@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from numba_atomflow import __version__
 from numba_atomflow.errors import DestinationError
+
+if TYPE_CHECKING:
+    from numba_atomflow.engine import Engine, GenerationStats
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,9 +34,24 @@ def emit(text: str) -> None:
         raise DestinationError(f"Standard output could not be written ({error.strerror}); make room for it.") from error
 
 
-def emit_json(record: dict[str, Any]) -> None:
-    """Write a record as the result."""
-    emit(json.dumps(record, indent=2) + "\n")
+def emit_json(record: dict[str, Any], indent: int | None = 2) -> None:
+    """Write a record as the result; without `indent`, on one line."""
+    emit(json.dumps(record, indent=indent) + "\n")
+
+
+def stats_record(engine: "Engine", stats: "GenerationStats") -> dict[str, float]:
+    """What a reply cost, for JSON."""
+    return {
+        "load_seconds": engine.load_seconds,
+        "prompt_tokens": stats.prompt_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "tokens": stats.tokens,
+        "ttft_seconds": stats.ttft,
+        "tpot_seconds": stats.tpot,
+        "tokens_per_second": stats.tokens_per_second,
+        "weight_bytes_per_token": engine.weight_bytes_per_token,
+        "weight_bytes_per_second": engine.weight_bytes_per_token * stats.tokens_per_second,
+    }
 
 
 def say(text: str, end: str = "\n") -> None:

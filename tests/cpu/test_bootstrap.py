@@ -1,4 +1,4 @@
-"""scripts/bootstrap.sh: its checks, its order, and what it repeats; with stand-ins for Python, pip and df."""
+"""scripts/bootstrap.sh and scripts/test.sh: checks, order, what is repeated; with stand-ins for Python, pip and df."""
 
 import os
 import shutil
@@ -19,6 +19,7 @@ case $* in
     *"import venv, ensurepip"*) [ -z "${NO_VENV:-}" ] ;;
     *libgomp*) [ -z "${NO_GOMP:-}" ] ;;
     *cuDriverGetVersion*) echo "${DRIVER:-}" ;;
+    *"print(home.home())"*) echo "${NUMBA_ATOMFLOW_HOME:-$HOME}" ;;
     "-c import numba_atomflow") [ -e "$(dirname "$0")/numba-atomflow" ] ;;
     "-m venv "*) [ -z "${KILL_VENV:-}" ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip --version") ;;
@@ -198,6 +199,21 @@ def test_a_full_disk_is_told_in_megabytes(clone: Clone) -> None:
     assert "only 100 MB are free" in result.stderr
 
 
+def test_the_disk_of_the_home_folder_must_have_room_too(clone: Clone) -> None:
+    clone.program(
+        "df",
+        "#!/bin/sh\necho Filesystem\n"
+        'case $* in *small*) free=102400 ;; *) free=9000000 ;; esac\necho "/dev/a 9000000 0 $free 1% /"\n',
+    )
+    small = clone.folder.parent / "small"
+    small.mkdir()
+    result = clone.bootstrap(NUMBA_ATOMFLOW_HOME=str(small / "not" / "yet"))
+    assert result.returncode == 1
+    assert f"only 100 MB are free in {small}, 400 MB are needed" in result.stderr
+    assert not (clone.folder / ".venv").exists()
+    assert clone.bootstrap().returncode == 0
+
+
 def test_missing_libgomp_is_only_a_warning(clone: Clone) -> None:
     result = clone.bootstrap(NO_GOMP="1")
     assert result.returncode == 0
@@ -251,3 +267,23 @@ def test_an_unknown_option_is_refused_by_name(clone: Clone) -> None:
     assert result.returncode == 2
     assert "unknown option --skip-instal" in result.stderr
     assert not clone.calls_file.exists()
+
+
+# --- scripts/test.sh ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["{}", "./{}", "{root}/{}"])
+def test_a_test_file_is_run_where_it_belongs_however_it_is_named(clone: Clone, form: str) -> None:
+    shutil.copy(ROOT / "scripts" / "test.sh", clone.folder / "scripts")
+    clone.program("recorder", '#!/bin/sh\necho "${NUMBA_ENABLE_CUDASIM:-0} $*" >>"$CALLS"\n')
+    names = [form.format(name, root=clone.folder) for name in ("tests/cpu/test_x.py", "tests/sim/test_y.py::test_z")]
+    subprocess.run(
+        ["bash", "scripts/test.sh", *names, "-x"],
+        cwd=clone.folder,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(clone.programs / "recorder"), "CALLS": str(clone.calls_file)},
+        check=True,
+    )
+    runs = [call.split() for call in clone.calls("-m pytest")]
+    assert [run[0] for run in runs] == ["0", "1"]
+    assert runs[0][-3:] == ["--ignore=tests/sim", "tests/cpu/test_x.py", "-x"]
+    assert runs[1][-2:] == ["tests/sim/test_y.py::test_z", "-x"]

@@ -59,7 +59,7 @@ def test_commands(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path, monkeyp
     say(
         monkeypatch,
         *("/help", "one", "two", f"/save {first}", f"/save {first}", "/reset", "three", f"/save  {second}"),
-        *("/save", "/nonsense", "/quit", "after the end"),
+        *("/save", "/quit", "after the end"),
     )
     outcome = cli("chat", "--model", tiny_checkpoint, "-n", 5, "--system", "short")
     assert outcome.code == 0
@@ -75,8 +75,37 @@ def test_commands(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path, monkeyp
     assert len(turns) == 3  # nothing after /quit
     assert turns[1][1] > 0
     assert turns[2][1] == 0  # /reset empties the KV cache
-    for talk in ("/save FILE  write", "Name the file", "no command /nonsense", f"saved to {second}"):
+    for talk in ("/save FILE  write", "Name the file", f"saved to {second}"):
         assert talk in outcome.err
+
+
+def test_a_piped_line_that_only_looks_like_a_command_is_a_message(
+    cli: InProcess, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "saved.json"
+    lines = ["/usr/bin is what?", "// a comment", "/reset later"]
+    say(monkeypatch, *lines, f"/save {saved}")
+    outcome = cli("chat", "--model", tiny_checkpoint, "-n", 3)
+    assert outcome.code == 0
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["content"] for message in messages if message["role"] == "user"] == lines
+
+
+def test_json_is_one_line_for_every_reply(
+    cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(monkeypatch, "one", "", "two")
+    plain = cli("chat", "--model", tiny_checkpoint, "-n", 5, "--quiet")
+    say(monkeypatch, "one", "", "two")
+    outcome = cli("chat", "--model", tiny_checkpoint, "-n", 5, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    first, second = (json.loads(line) for line in outcome.out.splitlines())
+    assert [" ".join(record) for record in (first, second)] == ["text finish_reason stats"] * 2
+    assert plain.out == "".join(f"{record['text'].removesuffix(chr(10))}\n" for record in (first, second))
+    assert first["finish_reason"] == "max_tokens"
+    assert first["stats"]["tokens"] == second["stats"]["tokens"] == 5
+    assert first["stats"]["reused_tokens"] == 0 < second["stats"]["reused_tokens"] < second["stats"]["prompt_tokens"]
+    assert second["stats"]["tokens_per_second"] > 0
 
 
 def test_save_does_not_replace_a_file_of_others(
@@ -229,6 +258,27 @@ def test_ctrl_c_at_the_prompt_leaves(
     terminal = at_terminal(cli_home, "chat", "--model", tiny_checkpoint)
     assert "/help lists the commands" in terminal.expect("> ")
     assert terminal.leave("\x03") == 0
+
+
+def test_json_is_not_for_a_terminal(
+    at_terminal: Callable[..., Terminal], cli_home: Path, tiny_checkpoint: Path
+) -> None:
+    terminal = at_terminal(cli_home, "chat", "--model", tiny_checkpoint, "--json")
+    terminal.expect("error: --json is for a conversation through a pipe")
+    assert terminal.process.wait(30) == 2
+
+
+def test_two_slashes_say_one_at_a_terminal(
+    at_terminal: Callable[..., Terminal], cli_home: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    terminal = at_terminal(cli_home, "chat", "--model", tiny_checkpoint, "-n", 3)
+    terminal.expect("> ")
+    terminal.type("//etc is a folder\n")
+    terminal.expect(r"reply \d+ tokens")
+    terminal.type(f"/save {tmp_path / 'saved.json'}\n")
+    terminal.expect("saved to")
+    assert terminal.leave("/quit\n") == 0
+    assert json.loads((tmp_path / "saved.json").read_text())["messages"][0]["content"] == "/etc is a folder"
 
 
 def test_history_outlives_a_session(

@@ -315,6 +315,16 @@ def test_option_out_of_range(
     assert_refused(cli(*command, "--model", tiny_checkpoint, option, value), option)
 
 
+def test_environment_that_makes_no_sense(cli_home: Path, tiny_checkpoint: Path) -> None:
+    nobody = {"NUMBA_ATOMFLOW_HOME": "~nosuchuser/x"}
+    assert_refused(run_cli(cli_home, "info", env=nobody), "NUMBA_ATOMFLOW_HOME", "~nosuchuser/x")
+    generate = ("generate", "x", "--model", tiny_checkpoint)
+    assert_refused(run_cli(cli_home, *generate, env=nobody), "NUMBA_ATOMFLOW_HOME", "~nosuchuser/x")
+    for threads in ("0", "-1", "many"):
+        assert_refused(run_cli(cli_home, "info", env={"NUMBA_NUM_THREADS": threads}), "NUMBA_NUM_THREADS", threads)
+    assert run_cli(cli_home, "--help", env={"NUMBA_NUM_THREADS": "0"}).code == 0
+
+
 def test_command_line_that_makes_no_sense(cli: InProcess, tiny_checkpoint: Path) -> None:
     assert_refused(cli("genrate", "x"), "genrate")
     assert_refused(cli("generate", "x", "y"), "y", "generate --help")
