@@ -38,3 +38,7 @@ class BackendError(AtomFlowError):
 
 class TextError(AtomFlowError):
     """A tokenizer, a chat template or a chat message is missing, damaged, or of a kind that is not supported."""
+
+
+class GroundTruthError(AtomFlowError):
+    """A ground truth is missing, damaged, of another format version, or of another model or prompt."""

@@ -1,1 +1,39 @@
-"""Ground truth, probes and comparison: how the engine is held against a reference implementation."""
+"""Does every layer agree with Hugging Face, and where does it first not?
+
+    from numba_atomflow import Engine, validate
+
+    with Engine.load("my-model.safetensors") as engine:
+        truth = validate.make_ground_truth(engine.checkpoint, "The capital of France is", decode_steps=8)
+        report = validate.check(engine.backend, truth, isolate=True)
+        print(report.verdict())
+
+`make_ground_truth` needs the extra `validate`; `record` makes a reference of any backend without it.
+"""
+
+from numba_atomflow.validate.compare import check
+from numba_atomflow.validate.ground_truth import check_fits, open_ground_truth, save_ground_truth
+from numba_atomflow.validate.hugging_face import make_ground_truth
+from numba_atomflow.validate.inject import SignFlip, inject
+from numba_atomflow.validate.precision import Precision
+from numba_atomflow.validate.probes import Probe, all_probes
+from numba_atomflow.validate.reference import Reference, record
+from numba_atomflow.validate.report import Fault, LogitsResult, ProbeResult, Report
+
+__all__ = [
+    "Fault",
+    "LogitsResult",
+    "Precision",
+    "Probe",
+    "ProbeResult",
+    "Reference",
+    "Report",
+    "SignFlip",
+    "all_probes",
+    "check",
+    "check_fits",
+    "inject",
+    "make_ground_truth",
+    "open_ground_truth",
+    "record",
+    "save_ground_truth",
+]

@@ -1,16 +1,35 @@
 """What the engine asks of a backend."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.decode import Head, Op
 from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.memory.view import View
 from numba_atomflow.sampling import Sampler
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps finished, steps in all
+
+
+class Memory(Protocol):
+    """A backend's memory, as an observer sees it: by copies, because it may be on a device."""
+
+    def read(self, view: View) -> NDArray[Any]:
+        """What the view holds now (a copy)."""
+
+    def write(self, view: View, values: NDArray[Any]) -> None:
+        """Put `values`, of the view's shape, into the view; they are converted to its dtype."""
+
+
+class Observer(Protocol):
+    """Looks at every op of a step just before and just after it runs, and may change what it reads or wrote."""
+
+    def before(self, op: Op, memory: Memory) -> None: ...
+
+    def after(self, op: Op, memory: Memory) -> None: ...
 
 
 class Backend(Protocol):
@@ -45,5 +64,11 @@ class Backend(Protocol):
     def sampled_token(self) -> int:
         """The token that was sampled last."""
 
-    def logits(self, start: int, stop: int) -> NDArray[np.float32]:
+    def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
+
+    def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
+        """`prefill` with an observer; for one token and the head "sample", `decode` with an observer.
+
+        It walks the very list that `prefill` and `decode` run, and finishes each op before the observer sees it.
+        """

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from numba_atomflow.backends.base import Progress
+from numba_atomflow.backends.base import Observer, Progress
 from numba_atomflow.decode import (
     Advance,
     Attention,
@@ -167,15 +167,22 @@ class CpuBackend:
         """The token that was sampled last."""
         return int(self._tokens[0])
 
-    def logits(self, start: int, stop: int) -> NDArray[np.float32]:
+    def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
         out = np.empty((stop - start, self.geometry.vocabulary), np.float32)
         for first in range(start, stop, HEAD_ROWS):
             last = min(first + HEAD_ROWS, stop)
             head = build_head(self.geometry, self._weights, self._buffers, first, last)
-            self._run([self._bind(op) for op in head], last - first)
+            actions = [self._bind(op) for op in head]
+            self._run(_observed(head, actions, observer) if observer else actions, last - first)
             out[first - start : last - start] = self._logits[: last - first]
         return out
+
+    def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
+        """`prefill` or `decode` with an observer: the same bound list, one op at a time."""
+        self._tokens[: len(tokens)] = tokens
+        actions = self._bound_step(len(tokens), head)
+        self._run(_observed(self.step(len(tokens), head), actions, observer), len(tokens))
 
     # --- how ops become kernels ----------------------------------------------------------------------------------
 
@@ -288,6 +295,27 @@ class CpuBackend:
 
     def _advance(self, tokens: int) -> None:
         self._position[0] += tokens
+
+
+class HostMemory:
+    """Views in host memory, as observers see them."""
+
+    def read(self, view: View) -> NDArray[Any]:
+        """What the view holds now (a copy)."""
+        return view.host_array().copy()
+
+    def write(self, view: View, values: NDArray[Any]) -> None:
+        """Put `values` into the view."""
+        view.host_array()[:] = values
+
+
+def _observed(ops: Sequence[Op], actions: Sequence[Action], observer: Observer) -> list[Action]:
+    """Every action between its op's two calls of the observer."""
+    memory = HostMemory()
+    return [
+        _in_order(partial(observer.before, op, memory), action, partial(observer.after, op, memory))
+        for op, action in zip(ops, actions, strict=True)
+    ]
 
 
 def _in_order(*actions: Action) -> Action:

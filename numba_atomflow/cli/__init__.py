@@ -1,7 +1,8 @@
-"""The command line: ``numba-atomflow generate | chat | convert | info``.
+"""The command line: ``numba-atomflow generate | chat | convert | info | ground-truth | validate``.
 
-Results go to standard output, talk to standard error. Exit codes: 0 done, 1 a mistake in this program, 2 something that
-the user can put right (one line ``error: ...``), 130 Ctrl-C, 141 the reader of the output went away (``| head``).
+Results go to standard output, talk to standard error. Exit codes: 0 done, 1 a mistake in this program (and a validation
+that found a fault), 2 something that the user can put right (one line ``error: ...``), 130 Ctrl-C, 141 the reader of
+the output went away (``| head``).
 
 Nothing heavy is imported before a command needs it: ``--help`` answers without NumPy and numba.
 """

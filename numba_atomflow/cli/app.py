@@ -15,8 +15,12 @@ from numba_atomflow.cli.convert import EXAMPLES as CONVERT_EXAMPLES
 from numba_atomflow.cli.convert import convert
 from numba_atomflow.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from numba_atomflow.cli.generate import generate
+from numba_atomflow.cli.ground_truth import EXAMPLES as GROUND_TRUTH_EXAMPLES
+from numba_atomflow.cli.ground_truth import ground_truth
 from numba_atomflow.cli.info import EXAMPLES as INFO_EXAMPLES
 from numba_atomflow.cli.info import info
+from numba_atomflow.cli.validate import EXAMPLES as VALIDATE_EXAMPLES
+from numba_atomflow.cli.validate import validate
 from numba_atomflow.errors import OptionError
 
 PROGRAM = "numba-atomflow"
@@ -68,6 +72,8 @@ app.command(cls=_Command, epilog=GENERATE_EXAMPLES)(generate)
 app.command(cls=_Command, epilog=CHAT_EXAMPLES)(chat)
 app.command(cls=_Command, epilog=CONVERT_EXAMPLES)(convert)
 app.command(cls=_Command, epilog=INFO_EXAMPLES)(info)
+app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
+app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
 
 
 def invoke(arguments: Sequence[str]) -> int:

@@ -28,7 +28,14 @@ PARIS = "The capital of France is"
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), ([], 0), (["--version"], 0), (["generate", "--help"], 0), (["chat", "--help"], 0), (["nope"], 2)],
+    [
+        (["--help"], 0),
+        ([], 0),
+        (["--version"], 0),
+        (["generate", "--help"], 0),
+        (["validate", "--help"], 0),
+        (["nope"], 2),
+    ],
 )
 def test_answers_that_need_no_model_import_nothing_heavy(cli_home: Path, arguments: list[str], code: int) -> None:
     script = (
@@ -46,7 +53,7 @@ def test_answers_that_need_no_model_import_nothing_heavy(cli_home: Path, argumen
     assert done.stdout.splitlines()[-1] == f"{code} []"
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "convert", "info"])
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "info", "ground-truth", "validate"])
 def test_help_of_every_command_teaches_by_example(cli: InProcess, command: str) -> None:
     outcome = cli(command, "--help")
     assert outcome.code == 0

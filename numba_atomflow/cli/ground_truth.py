@@ -1,0 +1,92 @@
+"""``numba-atomflow ground-truth``: what transformers makes of a prompt, layer by layer, as a file."""
+
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from numba_atomflow.cli import options, output
+from numba_atomflow.errors import DestinationError, TextError
+
+EXAMPLES = """\b
+Examples:
+  numba-atomflow ground-truth smollm2-135m-instruct --prompt "The capital of France is" --out truth.safetensors
+  numba-atomflow ground-truth my-model.safetensors --prompt - --out truth.safetensors < prompt.txt
+  numba-atomflow ground-truth my-model.safetensors --prompt "Once" --out original.safetensors \\
+      --reference original --source path/to/model.gguf
+  numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors
+
+\b
+Needs transformers: pip install 'numba-atomflow[validate]'
+"""
+
+
+class ReferenceChoice(StrEnum):
+    """What may be given for --reference."""
+
+    DEQUANTISED = "dequantised"
+    ORIGINAL = "original"
+
+
+def ground_truth(
+    model: Annotated[str, typer.Argument(help="A checkpoint file, or the name of one in the models folder.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to run; - reads standard input.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The safetensors file to write.")],
+    decode_steps: Annotated[int, typer.Option("--decode-steps", metavar="N", help="Tokens after the prompt.")] = 32,
+    reference: Annotated[
+        ReferenceChoice,
+        typer.Option("--reference", help="The checkpoint's FP8 weights, expanded, or those it was made from."),
+    ] = ReferenceChoice.DEQUANTISED,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="For original: the GGUF file or folder it was made from.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Run transformers in float32 on the CPU, and write every probe to a file.
+
+    FILE appears complete or not at all.
+    """
+    started = time.perf_counter()
+    out = out.expanduser()
+    if out.exists() and not overwrite:
+        raise DestinationError(f"{out} exists; choose another name, or replace it with --overwrite.")
+    text = read_text(prompt)
+
+    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.model_names import find_checkpoint
+    from numba_atomflow.validate import make_ground_truth, save_ground_truth
+
+    with Checkpoint.open(find_checkpoint(model)) as checkpoint, output.steps_bar() as progress:
+        place = source.expanduser() if source is not None else None
+        truth = make_ground_truth(checkpoint, text, decode_steps, reference.value, place, progress)
+        save_ground_truth(truth, out)
+    record = {
+        "path": str(out),
+        "bytes": out.stat().st_size,
+        "reference": reference.value,
+        "probes": len(truth.tensors),
+        "prompt_tokens": truth.prompt_tokens,
+        "decode_steps": decode_steps,
+        "seconds": time.perf_counter() - started,
+    }
+    if as_json:
+        output.emit_json(record)
+    else:
+        output.emit(
+            f"{out}: {record['probes']} probes and stages of {truth.prompt_tokens} prompt tokens and {decode_steps} "
+            f"decode steps, {output.size(out.stat().st_size)}, {record['seconds']:.1f} s\n"
+        )
+
+
+def read_text(prompt: str) -> str:
+    """The prompt itself, or standard input for ``-``; one newline at its end is dropped."""
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise TextError(f"Standard input is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error

@@ -1,0 +1,184 @@
+"""``numba-atomflow validate``: does every layer agree with the reference, and where does it first not?"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from numba_atomflow.cli import options, output
+from numba_atomflow.cli.ground_truth import read_text
+from numba_atomflow.errors import BackendError, OptionError
+
+if TYPE_CHECKING:
+    from numba_atomflow.engine import Engine
+    from numba_atomflow.validate import Reference, Report
+
+EXAMPLES = """\b
+Examples:
+  numba-atomflow ground-truth smollm2-135m-instruct --prompt "The capital of France is" --out truth.safetensors
+  numba-atomflow validate smollm2-135m-instruct --ground-truth truth.safetensors
+  numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --isolate --layers 10:20
+  numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --plot errors.png
+  numba-atomflow validate my-model.safetensors --diff-backends --prompt "The capital of France is"
+
+\b
+Exit code: 0 all probes pass, 1 some fail, 2 the validation could not run.
+"""
+
+FAILED = 1
+
+
+def validate(
+    model: Annotated[str, typer.Argument(help="A checkpoint file, or the name of one in the models folder.")],
+    ground_truth: Annotated[
+        Path | None, typer.Option("--ground-truth", "-g", metavar="FILE", help="Made by `numba-atomflow ground-truth`.")
+    ] = None,
+    diff_backends: Annotated[
+        bool, typer.Option("--diff-backends", help="Compare the backend with the CPU one: needs no ground truth.")
+    ] = False,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="For --diff-backends: the text to run; - reads standard input.")
+    ] = None,
+    decode_steps: Annotated[
+        int, typer.Option("--decode-steps", metavar="N", help="For --diff-backends: tokens after the prompt.")
+    ] = 32,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="Feed each layer the reference's input: a faulty one stands out.")
+    ] = False,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", metavar="A:B", help="Compare layers A to B - 1 only.  [default: everything]"),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            "--block", metavar="N", help="Tokens of the prompt per step.  [default: as the engine takes them]"
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw the errors into a file.")] = None,
+    inject: Annotated[str | None, typer.Option("--inject", metavar="OP", hidden=True)] = None,
+    backend: options.Backend = options.BackendChoice.AUTO,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compare every layer with a reference: transformers (a ground truth), or another backend.
+
+    The last line names the first probe that fails; with --isolate, it and the op at fault are the culprits.
+    """
+    if (ground_truth is None) != diff_backends:
+        raise OptionError("A validation needs one reference; give --ground-truth FILE or --diff-backends.")
+    chosen = _parse_layers(layers)
+
+    from numba_atomflow import validate as validator
+    from numba_atomflow.engine import Engine
+    from numba_atomflow.validate.plot import check_plot
+    from numba_atomflow.validate.plot import plot as draw
+
+    if plot is not None:
+        check_plot(plot.expanduser())
+    text = None if prompt is None else read_text(prompt)
+    if ground_truth is not None:
+        reference = _open(ground_truth.expanduser(), model, text)
+    else:
+        reference = _record(model, text, decode_steps, backend, threads)
+    with output.loading_bar() as progress:
+        engine = Engine.load(model, backend.value, len(reference.tokens), threads, progress)
+    with engine, output.steps_bar() as progress:
+        device = engine.backend
+        observers = [validator.inject(inject, device.step(1, "sample"))] if inject is not None else []
+        report = validator.check(
+            device, reference, isolate=isolate, layers=chosen, block=block, observers=observers, progress=progress
+        )
+        if as_json:
+            output.emit_json(report.to_dict() | {"next_token": _next_token(engine, report)})
+        else:
+            _show(engine, report)
+    if plot is not None:
+        draw(report, plot.expanduser())
+    if not report.passed:
+        raise typer.Exit(FAILED)
+
+
+def _parse_layers(text: str | None) -> range | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None:
+        raise OptionError(f"--layers {text} is not of the form A:B; give for example --layers 0:4.")
+    return range(int(found[1]), int(found[2]))
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path, model: str, text: str | None) -> "Reference":
+    """A ground truth that fits the model."""
+    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.model_names import find_checkpoint
+    from numba_atomflow.validate import check_fits, open_ground_truth
+
+    truth = open_ground_truth(path)
+    with Checkpoint.open(find_checkpoint(model)) as checkpoint:
+        check_fits(truth, path, checkpoint, text)
+    return truth
+
+
+def _record(
+    model: str, text: str | None, steps: int, backend: options.BackendChoice, threads: int | None
+) -> "Reference":
+    """What the CPU backend makes of a prompt, if the backend to be compared is another one."""
+    from numba_atomflow.engine import Engine
+    from numba_atomflow.validate import record
+
+    if not text:
+        raise OptionError("--diff-backends needs a text to run; give --prompt TEXT.")
+    if steps < 0:
+        raise OptionError(f"--decode-steps is {steps}; it must be 0 or more.")
+    with Engine.load(model, backend.value, 1, threads) as engine:
+        name, prompt = engine.backend.name, engine.text.encode(text)
+    if name == "cpu":
+        raise BackendError("--diff-backends compares another backend with the CPU one, but only the CPU one runs here.")
+    with Engine.load(model, "cpu", len(prompt) + steps, threads) as engine, output.steps_bar() as progress:
+        return record(engine.backend, engine.geometry, prompt, steps, progress=progress)
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def _next_token(engine: "Engine", report: "Report") -> dict[str, str] | None:
+    """The token after the prompt as text: the model's, and the reference's."""
+    if report.logits is None or engine.checkpoint.text.tokenizer_json is None:
+        return None
+    tokens = {"model": report.logits.next_token, "reference": report.logits.expected_token}
+    return {who: engine.text.decode([token], skip_special=False) for who, token in tokens.items()}
+
+
+def _show(engine: "Engine", report: "Report") -> None:
+    import io
+    import sys
+
+    from rich.console import Console
+
+    lines = io.StringIO()
+    # To a file or a pipe, a line stays a line, however wide.
+    width = None if sys.stdout.isatty() else 200
+    console = Console(file=lines, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
+    console.print(report.rich_table())
+    console.print(
+        f"\n{report.backend} against {report.reference}: {report.prompt_tokens} prompt tokens, "
+        f"{report.decode_steps} decode steps" + (", layers isolated" if report.isolated else ""),
+        markup=False,
+    )
+    logits = report.logits
+    if logits is not None:
+        console.print(
+            f"logits: arg-max agrees at {logits.agreed} of {logits.positions} positions, "
+            f"KL mean {logits.mean_kl:.2e}, max {logits.max_kl:.2e} nats",
+            markup=False,
+        )
+        after = _next_token(engine, report)
+        if after is not None:
+            console.print(f"next token: {after['model']!r}, the reference's is {after['reference']!r}", markup=False)
+    console.print(report.verdict(), markup=False)
+    output.emit(lines.getvalue())

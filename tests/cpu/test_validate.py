@@ -1,0 +1,274 @@
+"""The validator on small models: what passes, what is compared with what, and what a report says."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from validator_models import BLOCK, DECODE_STEPS, PROMPT, Subject, like_llama_3b, make_subject, three_layers
+
+pytest.importorskip("transformers", reason="transformers makes the ground truth: pip install '.[validate]'")
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.backends.base import Memory
+from numba_atomflow.decode import Head, Op
+from numba_atomflow.errors import ContextError, GroundTruthError, OptionError
+from numba_atomflow.memory.view import View
+from numba_atomflow.validate import Precision, SignFlip, all_probes, check, inject, make_ground_truth, record
+from numba_atomflow.validate.tolerance import tolerances
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    subject = make_subject(tmp_path_factory.mktemp("validate"), three_layers())
+    yield subject
+    subject.checkpoint.close()
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    subject = make_subject(tmp_path_factory.mktemp("llama"), like_llama_3b())
+    yield subject
+    subject.checkpoint.close()
+
+
+# --- what passes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("block", [None, BLOCK, 3, 1])
+def test_a_sound_model_passes_however_its_prompt_is_taken(subject: Subject, block: int | None, isolate: bool) -> None:
+    report = check(subject.backend(), subject.truth, block=block, isolate=isolate)
+    assert report.passed, report.verdict()
+    assert report.verdict() == "PASS: 12/12 probes, 19/19 inner stages."
+    assert report.logits is not None
+    assert report.logits.agreed == report.logits.positions == len(PROMPT) + DECODE_STEPS
+    assert 0 <= report.logits.mean_kl <= report.logits.max_kl < 1e-9
+    assert report.logits.next_token == report.logits.expected_token == subject.truth.tokens[len(PROMPT)]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_model_of_llama_3b_proportions_passes_37_of_37(llama_like: Subject, isolate: bool) -> None:
+    report = check(llama_like.backend(), llama_like.truth, isolate=isolate, block=BLOCK)
+    assert report.verdict().startswith("PASS: 37/37 probes"), report.verdict()
+
+
+def test_the_probes_of_28_layers_are_37_in_the_order_of_the_step() -> None:
+    probes = [probe for probe in all_probes(like_llama_3b()) if probe.in_table]
+    assert [probe.name for probe in probes] == [
+        "embedding",
+        *(f"layer.0.{name}" for name in ("input_norm", "q", "k", "v", "attention", "mlp")),
+        *(f"layer.{i}.output" for i in range(28)),
+        "final_norm",
+        "logits",
+    ]
+
+
+def test_every_op_of_every_layer_is_followed_by_a_probe_or_a_stage(subject: Subject) -> None:
+    ops = [op.name for op in subject.backend().step(1, "sample")]
+    assert set(ops) - {probe.op for probe in all_probes(subject.geometry)} == {"sample", "advance"}
+
+
+def test_observing_changes_nothing(subject: Subject) -> None:
+    seen = record(subject.backend(), subject.geometry, PROMPT, DECODE_STEPS)
+    with Engine.load(subject.checkpoint.path, "cpu", len(seen.tokens)) as engine:
+        logits = engine.feed(PROMPT, all_logits=True)
+        np.testing.assert_array_equal(logits, seen.tensors["logits"][: len(PROMPT)])
+        reply = engine.generate(PROMPT, SamplingParams(max_tokens=DECODE_STEPS, ignore_eos=True)).finish()
+    assert seen.tokens == subject.truth.tokens == (*PROMPT, *reply.token_ids)
+
+
+def test_a_decode_step_under_observation_is_the_bound_list_of_decode(subject: Subject) -> None:
+    backend = subject.backend()
+    backend.seek(0)
+    backend.observe([5], "sample", Names(names := []))
+    assert names == [op.name for op in backend.step(1, "sample")]
+    observed, bound = backend.sampled_token(), dict(backend._bound)
+    backend.seek(0)
+    backend._tokens[0] = 5
+    backend.decode()
+    assert backend.sampled_token() == observed
+    assert {key: id(actions) for key, actions in backend._bound.items()} == {
+        key: id(actions) for key, actions in bound.items()
+    }
+
+
+class Names:
+    """An observer that notes the names of ops before which it was called."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def before(self, op: Op, _memory: Memory) -> None:
+        self.names.append(op.name)
+
+    def after(self, op: Op, _memory: Memory) -> None:
+        assert self.names[-1] == op.name
+
+
+# --- two backends ----------------------------------------------------------------------------------------------------
+
+
+def test_two_backends_are_compared_without_a_ground_truth(subject: Subject) -> None:
+    seen = record(subject.backend(), subject.geometry, PROMPT, DECODE_STEPS)
+    report = check(subject.backend(), seen)
+    assert report.passed
+    assert report.reference == "cpu backend"
+    assert max(probe.relative_l2 for probe in report.probes) == 0
+    weights = subject.weights
+    weights["layer.2.o.scale"] = weights["layer.2.o.scale"] * np.float32(1.001)
+    perturbed = check(subject.backend(weights), seen)
+    assert perturbed.fault is not None
+    assert perturbed.fault.op == "layer.2.o"
+
+
+def test_blocks_are_compared_with_single_tokens(subject: Subject) -> None:
+    seen = record(subject.backend(), subject.geometry, PROMPT, DECODE_STEPS, block=1)
+    report = check(subject.backend(), seen, block=BLOCK)
+    assert report.passed, report.verdict()
+    assert max(probe.relative_l2 for probe in report.probes) > 0  # other kernels, other rounding
+
+
+# --- tolerances ------------------------------------------------------------------------------------------------------
+
+
+def test_tolerances_grow_with_depth_and_not_with_isolation(subject: Subject) -> None:
+    ours = Precision.of_ops(subject.backend().step(1, "sample"))
+    assert ours == Precision()
+    open_end = tolerances(subject.truth, ours, isolate=False)
+    isolated = tolerances(subject.truth, ours, isolate=True)
+    outputs = [f"layer.{i}.output" for i in range(3)]
+    assert np.all(np.diff([open_end[name].max() for name in outputs]) > 0)
+    assert np.all(isolated["layer.2.output"] < open_end["layer.2.output"])
+    assert all(np.all(isolated[probe.name] <= open_end[probe.name]) for probe in all_probes(subject.geometry))
+    assert max(values.max() for values in open_end.values()) < 1e-3
+
+
+def test_narrow_storage_and_quantised_weights_are_allowed_for(subject: Subject) -> None:
+    wide = tolerances(subject.truth, Precision(), isolate=True)
+    half = tolerances(subject.truth, Precision(k=2.0**-11, v=2.0**-11), isolate=True)
+    assert np.all(half["layer.1.q"] == wide["layer.1.q"])
+    assert np.all(half["layer.1.v"] > 50 * wide["layer.1.v"])
+    assert half["layer.1.v"][0] == pytest.approx(4 * 2.0**-11, rel=1e-2)
+    fp8 = tolerances(subject.truth, Precision(weights=2.0**-4), isolate=True)
+    assert fp8["embedding"][0] == pytest.approx(4 * 2.0**-4, rel=1e-6)
+
+
+def test_the_original_weights_are_a_reference_too(subject: Subject) -> None:
+    truth = make_ground_truth(subject.checkpoint, PROMPT, DECODE_STEPS, "original", subject.folder)
+    report = check(subject.backend(), truth, isolate=True)
+    assert report.passed, report.verdict()
+    embedding = report.probes[0]
+    assert 0.01 < embedding.relative_l2 < 0.0625  # FP8 keeps three bits behind the point
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_layers_asked_for_are_compared(subject: Subject) -> None:
+    report = check(subject.backend(), subject.truth, layers=range(1, 3))
+    assert {probe.name.rpartition(".")[0] for probe in report.probes} == {"layer.1", "layer.2"}
+    assert report.verdict() == "PASS: 2/2 probes, 16/16 inner stages."
+    assert report.logits is None
+    elsewhere = check(
+        subject.backend(), subject.truth, layers=range(2, 3), isolate=True, observers=[SignFlip("layer.0.o")]
+    )
+    assert elsewhere.passed
+
+
+@pytest.mark.parametrize("layers", [range(3, 4), range(2, 2), range(2, 9)])
+def test_layers_that_are_not_there_are_refused(subject: Subject, layers: range) -> None:
+    with pytest.raises(OptionError, match="--layers"):
+        check(subject.backend(), subject.truth, layers=layers)
+
+
+def test_every_op_can_be_spoilt_and_is_named(subject: Subject) -> None:
+    ops: Sequence[Op] = subject.backend().step(1, "sample")
+    for op in ops:
+        if op.name in {"sample", "advance"}:
+            with pytest.raises(OptionError, match=f"--inject {op.name} names no op"):
+                inject(op.name, ops)
+        elif op.name != "layer.0.down":  # layer 0 stands for the others' `down`, layers 1 and 2 for its other ops
+            report = check(subject.backend(), subject.truth, isolate=True, observers=[inject(op.name, ops)])
+            assert report.fault is not None
+            assert report.fault.op == op.name
+
+
+def test_a_report_is_json_even_with_nan(subject: Subject) -> None:
+    weights = subject.weights
+    weights["layer.1.ffn_norm"] = np.full_like(weights["layer.1.ffn_norm"], np.nan)
+    weights["layer.1.ffn_norm"].flags.writeable = False
+    report = check(subject.backend(weights), subject.truth)
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    entries = {entry["name"]: entry for entry in json.loads(text)["probes"]}
+    assert entries["layer.1.ffn_norm"]["share"] is None
+    assert not entries["layer.1.ffn_norm"]["passed"]
+    assert entries["layer.0.output"]["passed"]
+    assert report.fault is not None
+    assert report.fault.op == "layer.1.gate_up"
+
+
+def test_a_position_that_was_never_seen_fails(subject: Subject) -> None:
+    class Blind:
+        """A backend whose `logits` calls no observer: prompt rows but the last have no logits."""
+
+        def __init__(self) -> None:
+            self._backend = subject.backend()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._backend, name)
+
+        def logits(self, start: int, stop: int, observer: object = None) -> object:
+            del observer
+            return self._backend.logits(start, stop)
+
+    report = check(Blind(), subject.truth)  # type: ignore[arg-type]
+    assert {probe.name for probe in report.probes if not probe.passed} == {"final_norm", "logits"}
+    assert not report.passed
+
+
+def test_a_geometry_that_transformers_refuses(tmp_path: Path) -> None:
+    with pytest.raises(GroundTruthError, match=r"hidden size \(192\) is not a multiple of its 5 heads"):
+        make_subject(tmp_path, three_layers(heads=5, kv_heads=5))
+
+
+def test_a_context_that_is_too_short_is_refused(subject: Subject) -> None:
+    with Engine.load(subject.checkpoint.path, "cpu", 8) as engine, pytest.raises(ContextError, match="24 tokens"):
+        check(engine.backend, subject.truth)
+
+
+def test_memory_is_read_by_copy_and_written_through(subject: Subject) -> None:
+    class Doubler:
+        def before(self, op: Op, memory: Memory) -> None:
+            if op.name == "layer.1.qkv":
+                view: View = op.residual  # type: ignore[attr-defined]
+                held = memory.read(view)
+                held *= 2
+                assert not np.array_equal(held, memory.read(view))
+                memory.write(view, held)
+                np.testing.assert_array_equal(held, memory.read(view))
+
+        def after(self, op: Op, memory: Memory) -> None:
+            pass
+
+    backend = subject.backend()
+    head: Head = "logits"
+    backend.seek(0)
+    backend.prefill(PROMPT, head)
+    plain = backend.logits(0, 1)
+    backend.seek(0)
+    backend.observe(PROMPT, head, Doubler())
+    assert not np.allclose(plain, backend.logits(0, 1))
+
+
+def test_a_plot_is_drawn(subject: Subject, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib draws: pip install '.[plot]'")
+    from numba_atomflow.validate.plot import check_plot, plot
+
+    picture = tmp_path / "errors.png"
+    check_plot(picture)
+    plot(check(subject.backend(), subject.truth, observers=[SignFlip("layer.1.o")]), picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OptionError, match=r"errors\.png"):
+        check_plot(tmp_path / "errors.nonsense")

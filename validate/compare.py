@@ -1,0 +1,198 @@
+"""A backend against a reference: every probe at every position, row by row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.backends.base import Backend, Observer, Progress
+from numba_atomflow.decode import Attention
+from numba_atomflow.errors import ContextError, OptionError
+from numba_atomflow.validate.precision import Precision
+from numba_atomflow.validate.probes import Probe, Prober, Rows, all_probes
+from numba_atomflow.validate.reference import Reference
+from numba_atomflow.validate.report import Fault, LogitsResult, ProbeResult, Report, WorstElement
+from numba_atomflow.validate.tolerance import tolerances
+from numba_atomflow.validate.walk import walk
+
+
+def check(
+    backend: Backend,
+    reference: Reference,
+    *,
+    isolate: bool = False,
+    layers: range | None = None,
+    block: int | None = None,
+    observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Run the reference's tokens through a backend and compare.
+
+    Args:
+        backend: of the same model; its KV cache is overwritten.
+        reference: a ground truth, or a recording of another backend.
+        isolate: feed each layer (and the final norm) the reference's input, so that each shows its own errors alone.
+        layers: compare these layers only, and nothing outside of layers.
+        block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
+        observers: called for every op, before it is read; they may change what it wrote.
+        progress: called with what is being done, tokens done and tokens in all.
+
+    Raises:
+        ContextError: the backend's KV cache is too short for the reference's tokens.
+        OptionError: `layers` names none of the model, or `block` is not positive.
+    """
+    _check_options(backend, reference, layers, block)
+    probes = all_probes(reference.geometry)
+    allowed = tolerances(reference, Precision.of_ops(backend.step(1, "sample")), isolate)
+    wanted = [probe for probe in probes if layers is None or probe.layer in layers]
+    tallies = {probe.name: _Tally(probe, reference, allowed[probe.name]) for probe in wanted}
+    clock = _Clock()
+
+    def compare(probe: Probe, start: int, rows: Rows) -> None:
+        if probe.name in tallies:
+            clock.note(probe, tallies[probe.name].add(start, rows))
+
+    prober = Prober(probes, compare, clock.advanced, reference.rows if isolate else None, observers)
+    walk(backend, reference.tokens, reference.prompt_tokens, prober, block, progress)
+    return Report(
+        reference=reference.label,
+        backend=f"{backend.name} ({backend.device})",
+        prompt_tokens=reference.prompt_tokens,
+        decode_steps=len(reference.tokens) - reference.prompt_tokens,
+        isolated=isolate,
+        probes=[tally.result() for tally in tallies.values()],
+        fault=clock.fault,
+        logits=tallies["logits"].logits_result() if "logits" in tallies else None,
+    )
+
+
+def _check_options(backend: Backend, reference: Reference, layers: range | None, block: int | None) -> None:
+    room = next(op.keys.shape[0] for op in backend.step(1, "none") if isinstance(op, Attention))
+    if len(reference.tokens) > room:
+        raise ContextError(
+            f"The reference has {len(reference.tokens)} tokens, but the context holds {room}; raise --max-seq-len."
+        )
+    if layers is not None and (not layers or layers.start < 0 or layers.stop > reference.geometry.layers):
+        raise OptionError(
+            f"--layers {layers.start}:{layers.stop} is not within the model's 0:{reference.geometry.layers}; "
+            "choose others."
+        )
+    if block is not None and block < 1:
+        raise OptionError(f"--block is {block}; it must be at least 1.")
+
+
+class _Clock:
+    """Remembers the very first comparison that failed, in the order in which ops ran."""
+
+    def __init__(self) -> None:
+        self.fault: Fault | None = None
+
+    def note(self, probe: Probe, failed_at: int | None) -> None:
+        if failed_at is not None and self.fault is None:
+            self.fault = Fault(probe.op, probe.name, failed_at)
+
+    def advanced(self, expected: int, actual: int) -> None:
+        if expected != actual and self.fault is None:
+            self.fault = Fault("advance", f"position ({actual} instead of {expected})", expected - 1)
+
+
+@dataclass
+class _Tally:
+    """What is known of one probe so far; arrays are per position."""
+
+    probe: Probe
+    reference: Reference
+    allowed: NDArray[np.float64]
+    errors: NDArray[np.float64] = field(init=False)
+    cosines: NDArray[np.float64] = field(init=False)
+    squared_error: float = 0.0
+    squared_size: float = 0.0
+    worst: WorstElement | None = None
+    agreed: int = 0  # arg-max of logits
+    divergences: list[float] = field(default_factory=list)
+    chosen: dict[int, int] = field(default_factory=dict)  # position to most likely token
+
+    def __post_init__(self) -> None:
+        positions = len(self.reference.tokens)
+        self.errors = np.full(positions, -1.0)  # -1: never seen
+        self.cosines = np.ones(positions)
+
+    def add(self, start: int, rows: Rows) -> int | None:
+        """Take rows in; the first position that is out of tolerance, or None."""
+        actual = rows.astype(np.float64)
+        expected = self.reference.rows(self.probe.name, start, len(rows)).astype(np.float64)
+        difference = np.abs(actual - expected)
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            size = np.linalg.norm(expected, axis=1)
+            errors = np.linalg.norm(difference, axis=1) / np.where(size > 0, size, 1.0)
+            cosines = np.sum(actual * expected, axis=1) / (size * np.linalg.norm(actual, axis=1))
+        errors[~np.isfinite(errors)] = np.inf
+        cosines[~np.isfinite(cosines)] = 0.0
+        at = slice(start, start + len(rows))
+        new = self.errors[at] < 0  # rows of the KV cache are seen again at every step
+        self.errors[at] = np.maximum(self.errors[at], errors)
+        self.cosines[at] = np.minimum(self.cosines[at], cosines)
+        self.squared_error += float(np.sum(difference[new] ** 2))
+        self.squared_size += float(np.sum(expected[new] ** 2))
+        self._find_worst(start, actual, expected, difference)
+        if self.probe.name == "logits":
+            self._compare_logits(start, actual, expected)
+        failed = np.flatnonzero(~(errors <= self.allowed[at]))
+        return start + int(failed[0]) if failed.size else None
+
+    def _find_worst(
+        self, start: int, actual: NDArray[np.float64], expected: NDArray[np.float64], difference: NDArray[np.float64]
+    ) -> None:
+        difference = np.where(np.isfinite(difference), difference, np.inf)
+        row, index = np.unravel_index(int(difference.argmax()), difference.shape)
+        if self.worst is None or difference[row, index] > abs(self.worst.actual - self.worst.expected):
+            self.worst = WorstElement(
+                start + int(row), int(index), float(actual[row, index]), float(expected[row, index])
+            )
+
+    def _compare_logits(self, start: int, actual: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
+        for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+            if start + i in self.chosen:
+                continue  # the last row of a prompt comes with its step, and again with the others
+            self.chosen[start + i] = int(ours.argmax())
+            self.agreed += int(ours.argmax() == theirs.argmax())
+            ours, theirs = _log_softmax(ours), _log_softmax(theirs)
+            self.divergences.append(float(np.sum(np.exp(theirs) * (theirs - ours))))
+
+    def result(self) -> ProbeResult:
+        """The probe's line of the report."""
+        shares = np.where(self.errors >= 0, self.errors / self.allowed, np.inf)
+        prompt = self.reference.prompt_tokens
+        worst = int(shares.argmax())
+        return ProbeResult(
+            name=self.probe.name,
+            op=self.probe.op,
+            in_table=self.probe.in_table,
+            relative_l2=float(np.sqrt(self.squared_error / self.squared_size)) if self.squared_size else np.inf,
+            cosine=float(self.cosines.min()),
+            worst_row=worst,
+            worst_row_l2=float(self.errors[worst]),
+            tolerance=float(self.allowed[worst]),
+            prefill_share=float(shares[:prompt].max()),
+            decode_share=float(shares[prompt:].max(initial=0.0)),
+            worst=self.worst,
+        )
+
+    def logits_result(self) -> LogitsResult:
+        """What the logits mean for the text."""
+        last = self.reference.prompt_tokens - 1
+        return LogitsResult(
+            positions=len(self.chosen),
+            agreed=self.agreed,
+            mean_kl=float(np.mean(self.divergences)),
+            max_kl=float(np.max(self.divergences)),
+            next_token=self.chosen[last],
+            expected_token=int(self.reference.tensors["logits"][last].argmax()),
+        )
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max()
+    result: NDArray[np.float64] = shifted - np.log(np.sum(np.exp(shifted)))
+    return result

@@ -1,0 +1,197 @@
+"""A ground truth as a file: one safetensors file of every probe, with what it takes to know that it fits a model.
+
+Tensors: one float32 [positions, width] for each name of `probes.all_probes`. Metadata, all strings: format,
+format_version, reference ("dequantised" or "original"), text (of the prompt), tokens (JSON: ids of prompt and decode
+steps), prompt_tokens, geometry (JSON), versions (JSON), checkpoint_sha256, source (JSON, the checkpoint's own record).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.errors import CheckpointError, DestinationError, GeometryError, GroundTruthError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.tensor_file import METADATA, TensorFile, read_tensor_file
+from numba_atomflow.text import TextCodec
+from numba_atomflow.validate.precision import E4M3, Precision
+from numba_atomflow.validate.probes import Rows, all_probes
+from numba_atomflow.validate.reference import Reference
+
+FORMAT = "numba-atomflow ground truth"
+FORMAT_VERSION = "1"
+REFERENCES = ("dequantised", "original")  # the checkpoint's FP8 weights expanded, or the weights that it was made from
+
+_AGAIN = "make it again with `numba-atomflow ground-truth`"
+_KEYS = (
+    "reference",
+    "text",
+    "tokens",
+    "prompt_tokens",
+    "geometry",
+    "versions",
+    "checkpoint_sha256",
+    "source",
+)
+
+
+def precision_of(reference: str) -> Precision:
+    """How transformers rounds in float32; the original weights are also apart from ours by one rounding to FP8."""
+    return Precision(float32_angles=True, weights=E4M3 if reference == "original" else 0.0)
+
+
+def save_ground_truth(truth: Reference, path: Path) -> None:
+    """Write a ground truth; it appears under its name complete or not at all.
+
+    Raises:
+        DestinationError: the file cannot be written.
+    """
+    header: dict[str, Any] = {METADATA: dict(truth.metadata)}
+    end = 0
+    for name, rows in truth.tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(rows.shape), "data_offsets": [end, end + rows.nbytes]}
+        end += rows.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # float32 data must begin at a multiple of 4
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for rows in truth.tensors.values():
+                file.write(np.ascontiguousarray(rows, "<f4").data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise DestinationError(
+            f"{path} cannot be written ({error.strerror}); make room, or choose another name."
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def open_ground_truth(path: Path) -> Reference:
+    """Map a ground truth and check it against its own description; `check_fits` compares it with a model.
+
+    Raises:
+        GroundTruthError: the file is missing, damaged, incomplete, or of another format version.
+    """
+    file = read_tensor_file(path, GroundTruthError)
+    metadata = file.metadata
+    if metadata.get("format") != FORMAT:
+        raise GroundTruthError(f"{path} is not a ground truth of this program; {_AGAIN}.")
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise GroundTruthError(
+            f"{path} has format version {version}, this program reads version {FORMAT_VERSION}; {_AGAIN}."
+        )
+    for key in _KEYS:
+        if key not in metadata:
+            raise GroundTruthError(f"{path} lacks the record {key}; {_AGAIN}.")
+    if metadata["reference"] not in REFERENCES:
+        raise GroundTruthError(f"{path} has the unknown reference {metadata['reference']!r}; {_AGAIN}.")
+    try:
+        geometry = ModelGeometry.from_dict(json.loads(metadata["geometry"]))
+        tokens = tuple(int(token) for token in json.loads(metadata["tokens"]))
+        prompt_tokens = int(metadata["prompt_tokens"])
+    except (ValueError, TypeError, RecursionError, GeometryError) as error:
+        raise GroundTruthError(f"The description in {path} cannot be read ({error}); {_AGAIN}.") from error
+    if not 1 <= prompt_tokens <= len(tokens) or not all(0 <= token < geometry.vocabulary for token in tokens):
+        raise GroundTruthError(f"The tokens in {path} do not fit its description; {_AGAIN}.")
+    return Reference(
+        label=f"transformers, {metadata['reference']} weights",
+        geometry=geometry,
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        precision=precision_of(metadata["reference"]),
+        tensors=_map_tensors(file, geometry, len(tokens)),
+        metadata=metadata,
+    )
+
+
+def _map_tensors(file: TensorFile, geometry: ModelGeometry, positions: int) -> dict[str, Rows]:
+    if geometry.layers > len(file.entries):  # before a list is made for an absurd number of layers
+        raise GroundTruthError(
+            f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} probes; {_AGAIN}."
+        )
+    tensors: dict[str, Rows] = {}
+    for probe in all_probes(geometry):
+        entry = file.entries.get(probe.name)
+        if entry is None:
+            raise GroundTruthError(f"{file.path} lacks the probe {probe.name}; {_AGAIN}.")
+        shape = (positions, probe.width)
+        if (entry.dtype, entry.shape) != ("F32", shape):
+            raise GroundTruthError(
+                f"Probe {probe.name} of {file.path} is {entry.dtype} {list(entry.shape)}, not F32 {list(shape)}; "
+                f"{_AGAIN}."
+            )
+        tensors[probe.name] = np.memmap(file.path, "<f4", "r", entry.offset, shape)
+        if not np.isfinite(tensors[probe.name]).all():
+            raise GroundTruthError(f"Probe {probe.name} of {file.path} holds a NaN or an infinity; {_AGAIN}.")
+    return tensors
+
+
+def check_fits(truth: Reference, path: Path, checkpoint: Checkpoint, prompt: str | None = None) -> None:
+    """A ground truth belongs to this very checkpoint, and to the tokens that its tokenizer makes of the text.
+
+    Args:
+        truth: from `open_ground_truth`.
+        path: of its file, for messages.
+        checkpoint: of the model under test.
+        prompt: what the caller believes the prompt to be, or None.
+
+    Raises:
+        GroundTruthError: naming what differs.
+    """
+    if truth.geometry != checkpoint.geometry:
+        field, theirs, ours = _first_difference(truth.geometry.to_dict(), checkpoint.geometry.to_dict())
+        raise GroundTruthError(
+            f"{path} is of another model: its {field} is {theirs}, that of {checkpoint.path} is {ours}; {_AGAIN}."
+        )
+    theirs, ours = truth.metadata["checkpoint_sha256"], sha256(checkpoint.path)
+    if theirs != ours:
+        raise GroundTruthError(
+            f"{path} is of another checkpoint (SHA-256 {theirs[:12]}, {checkpoint.path} has {ours[:12]}); {_AGAIN}."
+        )
+    text = truth.metadata["text"]
+    if prompt is not None and prompt != text:
+        raise GroundTruthError(
+            f"{path} was made for another prompt, {_shortened(text)}; leave --prompt out, or {_AGAIN}."
+        )
+    if text and checkpoint.text.tokenizer_json is not None:
+        ids = TextCodec(checkpoint.text).encode(text)
+        held = list(truth.tokens[: truth.prompt_tokens])
+        if ids != held:
+            raise GroundTruthError(
+                f"{path} holds {len(held)} prompt tokens that are not the {len(ids)} which the tokenizer of "
+                f"{checkpoint.path} makes of its text; {_AGAIN}."
+            )
+
+
+def _first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    return next((key, a[key], b[key]) for key in a if a[key] != b[key])
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a checkpoint or of a source's file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error

@@ -1,0 +1,306 @@
+"""The trusted implementation: transformers in float32 on the CPU, with hooks on its modules.
+
+Two models: the weights that a checkpoint was made from, as transformers itself reads them ("original"), or the
+checkpoint's FP8 weights, expanded and put under Hugging Face's names ("dequantised"). Against the second, only kernels
+can be wrong; the first shows what quantisation costs.
+"""
+
+import io
+import json
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import partial
+from importlib import metadata as packages
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow import __version__
+from numba_atomflow.backends.base import Progress
+from numba_atomflow.checkpoint import Checkpoint, fusion
+from numba_atomflow.errors import ContextError, GroundTruthError, OptionError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.ops.fp8 import dequantize_groups
+from numba_atomflow.sources import open_source
+from numba_atomflow.text import TextCodec
+from numba_atomflow.validate.ground_truth import FORMAT, FORMAT_VERSION, REFERENCES, precision_of, sha256
+from numba_atomflow.validate.probes import Rows, all_probes
+from numba_atomflow.validate.reference import Reference
+
+
+def make_ground_truth(
+    checkpoint: Checkpoint,
+    prompt: str | Sequence[int],
+    decode_steps: int = 32,
+    reference: str = "dequantised",
+    source: Path | None = None,
+    progress: Progress | None = None,
+) -> Reference:
+    """Run transformers over a prompt and the tokens that it finds most likely after it.
+
+    Args:
+        checkpoint: the model.
+        prompt: text, or token ids.
+        decode_steps: tokens after the prompt, fed one by one.
+        reference: "dequantised" or "original".
+        source: for "original", the GGUF file or Hugging Face folder that the checkpoint was made from.
+        progress: called with what is being done, tokens done and tokens in all.
+
+    Raises:
+        GroundTruthError: transformers is not installed, or the source is not this checkpoint's.
+        OptionError: an unknown reference, no source for "original", no prompt, a negative number of steps.
+        ContextError: prompt and steps are longer than the model's positions.
+        SourceError: the source cannot be read.
+    """
+    text = prompt if isinstance(prompt, str) else ""
+    tokens = TextCodec(checkpoint.text).encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    _check(checkpoint.geometry, tokens, decode_steps, reference, source)
+    if progress:
+        progress("loading transformers", 0, len(tokens) + decode_steps)
+    with _quiet():
+        model = _original(checkpoint, source) if source is not None else _dequantised(checkpoint)
+        run = _HookedModel(model, checkpoint.geometry, len(tokens) + decode_steps)
+        prompt_tokens = len(tokens)
+        run.feed(tokens)
+        for position in range(prompt_tokens, prompt_tokens + decode_steps):
+            if progress:
+                progress("transformers", position, prompt_tokens + decode_steps)
+            tokens.append(int(run.tensors["logits"][position - 1].argmax()))
+            run.feed(tokens[-1:])
+    return Reference(
+        label=f"transformers, {reference} weights",
+        geometry=checkpoint.geometry,
+        tokens=tuple(tokens),
+        prompt_tokens=prompt_tokens,
+        precision=precision_of(reference),
+        tensors=run.tensors,
+        metadata={
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "reference": reference,
+            "text": text,
+            "tokens": json.dumps(tokens),
+            "prompt_tokens": str(prompt_tokens),
+            "geometry": json.dumps(checkpoint.geometry.to_dict()),
+            "versions": json.dumps(_versions()),
+            "checkpoint_sha256": sha256(checkpoint.path),
+            "source": checkpoint.metadata.get("source", "{}"),
+        },
+    )
+
+
+def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference: str, source: Path | None) -> None:
+    if reference not in REFERENCES:
+        raise OptionError(f"There is no reference {reference!r}; choose {' or '.join(REFERENCES)}.")
+    if reference == "original" and source is None:
+        raise OptionError(
+            "The original reference needs the model's source; name its GGUF file or folder with --source."
+        )
+    if reference != "original" and source is not None:
+        raise OptionError("The dequantised reference takes its weights from the checkpoint; leave --source out.")
+    if not tokens:
+        raise OptionError("The prompt is empty; give some text.")
+    if not all(0 <= token < geometry.vocabulary for token in tokens):
+        raise OptionError(f"The prompt holds a token that does not exist; the vocabulary has {geometry.vocabulary}.")
+    if steps < 0:
+        raise OptionError(f"--decode-steps is {steps}; it must be 0 or more.")
+    if len(tokens) + steps > geometry.max_positions:
+        raise ContextError(
+            f"{len(tokens)} prompt tokens and {steps} decode steps do not fit the model's {geometry.max_positions} "
+            "positions; shorten one of them."
+        )
+    if geometry.hidden % geometry.heads:
+        raise GroundTruthError(
+            f"transformers takes no model whose hidden size ({geometry.hidden}) is not a multiple of its "
+            f"{geometry.heads} heads; compare backends instead."
+        )
+    for name in ("torch", "transformers", "accelerate"):  # without the last, transformers reads no GGUF
+        if find_spec(name) is None:
+            raise GroundTruthError(
+                f"A ground truth is made with transformers, but {name} is not installed; "
+                "run pip install 'numba-atomflow[validate]'."
+            )
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "numpy")
+    return {
+        "numba-atomflow": __version__,
+        "python": platform.python_version(),
+        **{name: packages.version(name) for name in names},
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars and advice on standard error."""
+    from transformers.utils import logging as their_logging
+
+    logging: Any = their_logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # its GGUF reader draws a bar of its own
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# --- two models ------------------------------------------------------------------------------------------------------
+
+
+def _original(checkpoint: Checkpoint, path: Path) -> Any:
+    """The model that the checkpoint was made from, read by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = open_source(path)
+    record = json.loads(checkpoint.metadata.get("source", "{}"))
+    for file in source.files:
+        if record.get("sha256", {}).get(file.name) != sha256(file):
+            raise GroundTruthError(f"{file} is not what {checkpoint.path} was made from; give the same source.")
+    folder, more = (path, {}) if source.kind == "hf" else (path.parent, {"gguf_file": path.name})
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, **more
+    )
+    return model.eval()
+
+
+def _dequantised(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's weights in transformers' model."""
+    import torch
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    state: dict[str, Any] = {}
+    shapes = checkpoint.geometry.parameters()
+    for part, names in fusion(checkpoint.geometry).items():
+        if len(shapes[names[0]]) == 1:
+            state[names[0]] = torch.from_numpy(checkpoint.array(part).copy())
+            continue
+        weights = dequantize_groups(checkpoint.array(part + ".weight"), checkpoint.array(part + ".scale"))
+        ends = np.cumsum([shapes[name][0] for name in names])
+        state |= {name: torch.from_numpy(rows) for name, rows in zip(names, np.split(weights, ends[:-1]), strict=True)}
+    if checkpoint.geometry.tied_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    config = _config(checkpoint.geometry)
+    with torch.device("meta"):  # no memory, and no time for random weights
+        model: Any = LlamaForCausalLM(config)
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are no weights
+    return model.eval()
+
+
+def _config(geometry: ModelGeometry) -> Any:
+    from transformers import LlamaConfig
+
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": geometry.rope_theta}
+    scaling = geometry.rope_scaling
+    if scaling is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    config: Any = LlamaConfig(
+        num_hidden_layers=geometry.layers,
+        hidden_size=geometry.hidden,
+        num_attention_heads=geometry.heads,
+        num_key_value_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        intermediate_size=geometry.ffn,
+        vocab_size=geometry.vocabulary,
+        max_position_embeddings=geometry.max_positions,
+        rms_norm_eps=geometry.norm_eps,
+        tie_word_embeddings=geometry.tied_embeddings,
+        rope_parameters=rope,
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config._attn_implementation = "eager"  # noqa: SLF001 - what from_pretrained's attn_implementation sets
+    return config
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+class _HookedModel:
+    """A transformers model whose modules leave what passes through them in `tensors`."""
+
+    def __init__(self, model: Any, geometry: ModelGeometry, positions: int) -> None:
+        self.tensors: dict[str, Rows] = {
+            probe.name: np.full((positions, probe.width), np.nan, np.float32) for probe in all_probes(geometry)
+        }
+        self._model, self._geometry = model, geometry
+        self._position = 0
+        self._cache: Any = None
+        self._angles: Any = None  # cosines and sines of the tokens that are being fed
+        self._projected: Any = None  # q of the layer that is being run, before rotation
+        self._hook(model)
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Take tokens through the model, behind those of earlier calls."""
+        import torch
+
+        with torch.no_grad():
+            result = self._model(torch.tensor([tokens]), past_key_values=self._cache, use_cache=True)
+        self._cache = result.past_key_values
+        self._position += len(tokens)
+
+    def _hook(self, model: Any) -> None:
+        def output(module: Any, use: Callable[[Any], None]) -> None:
+            module.register_forward_hook(lambda _module, _inputs, result: use(result))
+
+        def entering(module: Any, use: Callable[[Any], None]) -> None:
+            module.register_forward_pre_hook(lambda _module, inputs: use(inputs[0]))
+
+        inner = model.model
+        output(inner.embed_tokens, self._keep("embedding"))
+        output(inner.rotary_emb, lambda angles: setattr(self, "_angles", angles))
+        for i, layer in enumerate(inner.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            at = f"layer.{i}."
+            output(layer.input_layernorm, self._keep(at + "input_norm"))
+            output(attention.q_proj, lambda q: setattr(self, "_projected", q))
+            output(attention.k_proj, partial(self._rotate, at))
+            output(attention.v_proj, self._keep(at + "v"))
+            entering(attention.o_proj, self._keep(at + "attention"))
+            entering(layer.post_attention_layernorm, self._keep(at + "after_attention"))
+            output(layer.post_attention_layernorm, self._keep(at + "ffn_norm"))
+            entering(mlp.down_proj, self._keep(at + "ffn"))
+            if at + "mlp" in self.tensors:
+                output(mlp, self._keep(at + "mlp"))
+            output(layer, self._keep(at + "output"))
+        output(inner.norm, self._keep("final_norm"))
+        output(model.lm_head, self._keep("logits"))
+
+    def _keep(self, name: str) -> Callable[[Any], None]:
+        def keep(value: Any) -> None:
+            rows = (value[0] if isinstance(value, tuple) else value)[0].numpy()
+            self.tensors[name][self._position : self._position + len(rows)] = rows
+
+        return keep
+
+    def _rotate(self, at: str, k: Any) -> None:
+        """Q and k after RoPE: no module has them, so its function is called once more on the projections."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        def heads(x: Any) -> Any:
+            return x.unflatten(-1, (-1, self._geometry.head_dim)).transpose(1, 2)
+
+        rotated = apply_rotary_pos_emb(heads(self._projected), heads(k), *self._angles)
+        for name, x in zip("qk", rotated, strict=True):
+            self._keep(at + name)(x.transpose(1, 2).flatten(-2))

@@ -1,0 +1,82 @@
+"""What a model is compared with: the values of every probe at every position, from transformers or another backend."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from numba_atomflow.backends.base import Backend, Progress
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.validate.precision import Precision
+from numba_atomflow.validate.probes import Probe, Prober, Rows, all_probes
+from numba_atomflow.validate.walk import walk
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Tokens, and what a trusted implementation made of them.
+
+    Attributes:
+        label: what made it, for reports.
+        geometry: of the model.
+        tokens: ids of the prompt, then of the decode steps: one per position.
+        prompt_tokens: how many of them are the prompt.
+        precision: how its values were rounded.
+        tensors: float32 [positions, width] by probe name.
+        metadata: what else is known about it.
+    """
+
+    label: str
+    geometry: ModelGeometry
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    precision: Precision
+    tensors: Mapping[str, Rows]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def rows(self, name: str, start: int, count: int) -> Rows:
+        """Rows start .. start + count - 1 of a probe."""
+        return self.tensors[name][start : start + count]
+
+
+def record(
+    backend: Backend,
+    geometry: ModelGeometry,
+    prompt: Sequence[int],
+    decode_steps: int = 32,
+    block: int | None = None,
+    progress: Progress | None = None,
+) -> Reference:
+    """What a backend makes of a prompt and of the tokens that it finds most likely, to compare another one with.
+
+    Args:
+        backend: with a KV cache of at least len(prompt) + decode_steps positions.
+        geometry: of its model.
+        prompt: token ids.
+        decode_steps: tokens after the prompt.
+        block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
+        progress: called with what is being done, tokens done and tokens in all.
+    """
+    positions = len(prompt) + decode_steps
+    tensors = {probe.name: np.full((positions, probe.width), np.nan, np.float32) for probe in all_probes(geometry)}
+
+    def keep(probe: Probe, start: int, rows: Rows) -> None:
+        tensors[probe.name][start : start + len(rows)] = rows
+
+    prober = Prober(all_probes(geometry), keep)
+    tokens = list(prompt)
+    walk(backend, tokens, len(prompt), prober, block, progress)
+    for position in range(len(prompt), positions):
+        if progress:
+            progress("decode", position, positions)
+        tokens.append(int(tensors["logits"][position - 1].argmax()))
+        prober.begin(position)
+        backend.observe(tokens[-1:], "sample", prober)
+    return Reference(
+        label=f"{backend.name} backend",
+        geometry=geometry,
+        tokens=tuple(tokens),
+        prompt_tokens=len(prompt),
+        precision=Precision.of_ops(backend.step(1, "sample")),
+        tensors=tensors,
+    )

@@ -1,0 +1,173 @@
+"""What a validation found: records for programs, a table for people."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class WorstElement:
+    """The element that is furthest off."""
+
+    position: int
+    index: int
+    actual: float
+    expected: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """One probe over all positions.
+
+    Attributes:
+        name, op: of the probe, and of the op that made it.
+        in_table: a probe of the table, not a stage.
+        relative_l2: over all positions together.
+        cosine: the lowest of a position.
+        worst_row: the position that uses most of its tolerance.
+        worst_row_l2, tolerance: relative L2 there, and what is allowed there.
+        prefill_share, decode_share: the largest share of the tolerance that a position of the prompt, and one of the
+            decode steps, uses; infinite for NaN, and for a position that was never seen.
+        worst: the element with the largest difference.
+    """
+
+    name: str
+    op: str
+    in_table: bool
+    relative_l2: float
+    cosine: float
+    worst_row: int
+    worst_row_l2: float
+    tolerance: float
+    prefill_share: float
+    decode_share: float
+    worst: WorstElement | None
+
+    @property
+    def share(self) -> float:
+        """Of the tolerance, at the worst position."""
+        return max(self.prefill_share, self.decode_share)
+
+    @property
+    def passed(self) -> bool:
+        """Every position is within its tolerance."""
+        return self.share <= 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsResult:
+    """What the logits mean for the text: KL(reference || model) in nats, and arg-max agreement."""
+
+    positions: int
+    agreed: int
+    mean_kl: float
+    max_kl: float
+    next_token: int  # after the prompt
+    expected_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The first comparison that failed, in the order in which ops ran.
+
+    What an op reads was compared before it ran, so this op is the one at fault.
+    """
+
+    op: str
+    probe: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole validation."""
+
+    reference: str
+    backend: str
+    prompt_tokens: int
+    decode_steps: int
+    isolated: bool
+    probes: list[ProbeResult]  # in the order of the step, stages included
+    fault: Fault | None
+    logits: LogitsResult | None
+
+    @property
+    def table(self) -> list[ProbeResult]:
+        """The probes of the table."""
+        return [probe for probe in self.probes if probe.in_table]
+
+    @property
+    def passed(self) -> bool:
+        """No comparison failed, of a probe or of a stage."""
+        return self.fault is None and all(probe.passed for probe in self.probes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record; what is not a finite number becomes None."""
+
+        def plain(value: Any) -> Any:
+            match value:
+                case dict():
+                    return {key: plain(item) for key, item in value.items()}
+                case list():
+                    return [plain(item) for item in value]
+                case float():
+                    return value if math.isfinite(value) else None
+            return value
+
+        record = asdict(self)
+        for probe, entry in zip(self.probes, record["probes"], strict=True):
+            entry |= {"share": probe.share, "passed": probe.passed}
+        cleaned: dict[str, Any] = plain(record | {"passed": self.passed, "verdict": self.verdict()})
+        return cleaned
+
+    def verdict(self) -> str:
+        """The last line: how many pass, and what failed first."""
+        table, stages = self.table, [probe for probe in self.probes if not probe.in_table]
+        within = sum(probe.passed for probe in table)
+        counts = f"{within}/{len(table)} probes" if table else ""
+        if stages:
+            counts += f"{', ' if counts else ''}{sum(probe.passed for probe in stages)}/{len(stages)} inner stages"
+        if self.passed:
+            return f"PASS: {counts}."
+        failed = next((probe.name for probe in self.probes if not probe.passed), "none")
+        line = f"FAIL: {counts}; first failing probe: {failed}"
+        if self.fault is not None:
+            line += f"; op at fault: {self.fault.op} ({self.fault.probe}, position {self.fault.position})"
+        return line + "."
+
+    def rows(self) -> list[ProbeResult]:
+        """What a table shows: its probes, and every stage that failed."""
+        return [probe for probe in self.probes if probe.in_table or not probe.passed]
+
+    def rich_table(self) -> "Table":
+        """The table, for a rich console."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        table.add_column("probe")
+        for heading in ("relative L2", "cosine", "worst position", "tolerance", "prefill", "decode"):
+            table.add_column(heading, justify="right")
+        table.add_column("worst element")
+        table.add_column("")
+        for probe in self.rows():
+            worst = probe.worst
+            element = f"[{worst.position}, {worst.index}] {worst.actual:.6g} for {worst.expected:.6g}" if worst else ""
+            table.add_row(
+                probe.name if probe.in_table else f"  {probe.name}",
+                f"{probe.relative_l2:.2e}",
+                f"{probe.cosine:.9f}",
+                f"{probe.worst_row_l2:.2e} at {probe.worst_row}",
+                f"{probe.tolerance:.2e}",
+                _percent(probe.prefill_share),
+                _percent(probe.decode_share) if self.decode_steps else "-",
+                element.replace("[", "\\["),
+                "[green]PASS[/]" if probe.passed else "[red]FAIL[/]",
+            )
+        return table
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share < 100 else f"{share:.1e} x"

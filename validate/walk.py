@@ -1,0 +1,43 @@
+"""Taking a list of tokens through a backend under observation: the prompt in blocks, the rest one by one."""
+
+from collections.abc import Sequence
+
+from numba_atomflow.backends.base import Backend, Progress
+from numba_atomflow.validate.probes import Prober
+
+
+def walk(
+    backend: Backend,
+    tokens: Sequence[int],
+    prompt_tokens: int,
+    prober: Prober,
+    block: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run `tokens` from position 0.
+
+    The blocks are those of `prefill`; single tokens run the list of `decode`, whose head samples a token that nobody
+    takes. The logits of a block's other rows are made by `Backend.logits`, as for a caller that asks for them.
+
+    Args:
+        backend: of the model; its KV cache is overwritten.
+        tokens: prompt and decode steps.
+        prompt_tokens: how many of them are the prompt.
+        prober: what looks on.
+        block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
+        progress: called with what is being done, tokens done and tokens in all.
+    """
+    width = backend.block if block is None else min(block, backend.block)
+    starts = [*range(0, prompt_tokens, width), *range(prompt_tokens, len(tokens))]
+    stops = [*starts[1:], len(tokens)]
+    backend.seek(0)
+    for start, stop in zip(starts, stops, strict=True):
+        if progress:
+            progress("decode" if start >= prompt_tokens else "prompt", start, len(tokens))
+        prober.begin(start)
+        ends_prompt = stop >= prompt_tokens
+        backend.observe(tokens[start:stop], "sample" if ends_prompt or stop - start == 1 else "none", prober)
+        if stop - start > 1:
+            backend.logits(0, stop - start, prober)
+    if progress:
+        progress("done", len(tokens), len(tokens))
