@@ -18,7 +18,7 @@ from numba_atomflow.ops.jit import cpu_kernel
 GROUP = 128  # weights along K that share one scale
 LARGEST = 448.0  # largest finite E4M3 value
 
-_MAGNITUDE_AND_SIGN = 0x87F00000  # where a shifted code's sign and magnitude end up in a float32
+MAGNITUDE_AND_SIGN = 0x87F00000  # where a shifted code's sign and magnitude end up in a float32
 UNBIAS = np.float32(2.0**120)  # a shifted code, read as float32, is the value times 2^-120
 
 
@@ -82,7 +82,7 @@ def group_count(columns: int) -> int:
 @cpu_kernel(inline=True)
 def decode_biased(code):  # type: ignore[no-untyped-def]
     """One code, as int8, to its value times 2^-120: a sign-extending load, a shift, a mask."""
-    return np.int32((np.int64(code) << 20) & _MAGNITUDE_AND_SIGN).view(np.float32)
+    return np.int32((np.int64(code) << 20) & MAGNITUDE_AND_SIGN).view(np.float32)
 
 
 @cpu_kernel(inline=True, exact=True)

@@ -15,14 +15,14 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from numba_atomflow.ops.fp8 import GROUP, MAGNITUDE_AND_SIGN
+
 LANES = 8
 ACCUMULATORS = 4
-GROUP = 128
 
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _CODES, _WORDS, _FLOATS = (ir.VectorType(t, LANES) for t in (_I8, _I32, _F32))
 _FUSE = ("contract",)  # a multiply and an add may become one instruction
-_MASK = 0x87F00000  # where a shifted code's sign and magnitude end up in a float32: see fp8.py
 
 
 @intrinsic
@@ -104,7 +104,7 @@ class _RowDot:
         """Sign-extend, shift, mask: float32 of the value times 2^-120."""
         b = self.builder
         floats = _FLOATS if words is _WORDS else _F32
-        shift, mask = (_splat(words, value) for value in (20, _MASK))
+        shift, mask = (_splat(words, value) for value in (20, MAGNITUDE_AND_SIGN))
         return b.bitcast(b.and_(b.shl(b.sext(codes, words), shift), mask), floats)
 
     def _add_scaled(self, total: ir.Value, group: ir.Value, index: ir.Value) -> None:
