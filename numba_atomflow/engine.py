@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Progress
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint import TOKENIZER, Checkpoint
 from numba_atomflow.decode import Head
 from numba_atomflow.errors import BackendError, ContextError, OptionError
 from numba_atomflow.geometry import ModelGeometry
@@ -142,7 +142,7 @@ class Engine:
             positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
             from numba_atomflow.backends.cpu import CpuBackend  # numba is slow to import: not before it is needed
 
-            weights = {name: checkpoint.array(name) for name in checkpoint.names() if name != "tokenizer.json"}
+            weights = {name: checkpoint.array(name) for name in checkpoint.names() if name != TOKENIZER}
             device = CpuBackend(checkpoint.geometry, weights, positions, threads)
             device.prepare(progress)
         except BaseException:

@@ -20,6 +20,7 @@ from numba_atomflow.decode import (
     Attention,
     Embed,
     FinalNorm,
+    Fp8Weight,
     GateUp,
     Head,
     Op,
@@ -132,7 +133,7 @@ class CpuBackend:
         self.seek(0)
         numba.set_num_threads(self.threads)
         steps = [op for tokens in (1, min(FEW + 1, self.block)) for op in self.step(tokens, "logits")]
-        kinds = {(type(op), getattr(op, "tokens", None) or op.writes[0].shape[0]): op for op in reversed(steps)}
+        kinds = {(type(op), op.writes[0].shape[0]): op for op in reversed(steps)}
         for done, ((kind, _), op) in enumerate(sorted(kinds.items(), key=lambda item: item[1].name)):
             if progress:
                 progress(f"compiling {kind.__name__}", done, len(kinds))
@@ -225,13 +226,13 @@ class CpuBackend:
             case Attention():
                 return self._bind_attention(op)
             case ProjectAdd():
-                return self._project(op.weight.codes, op.weight.scales, op.x, op.residual, accumulate=True)
+                return self._project(op.weight, op.x, op.residual, accumulate=True)
             case GateUp():
                 return self._bind_gate_up(op)
             case FinalNorm():
                 return self._norm(op.residual, op.norm, op.normed)
             case Vocabulary():
-                return self._project(op.weight.codes, op.weight.scales, op.x, op.logits, accumulate=False)
+                return self._project(op.weight, op.x, op.logits, accumulate=False)
             case Sample():
                 return partial(self._sample, op.logits.host_array()[0], op.token.host_array())
             case Advance():
@@ -249,7 +250,7 @@ class CpuBackend:
             op.keys.host_array(),
             op.values.host_array(),
         )
-        project = self._project(op.weight.codes, op.weight.scales, op.normed, op.qkv, accumulate=False)
+        project = self._project(op.weight, op.normed, op.qkv, accumulate=False)
         return _in_order(self._norm(op.residual, op.norm, op.normed), project, rotate)
 
     def _bind_attention(self, op: Attention) -> Action:
@@ -270,21 +271,21 @@ class CpuBackend:
             rows = [partial(projection.project_token_swiglu, codes, scales, normed[t], y[t]) for t in range(len(y))]
             return _in_order(norm, *rows)
         gate_up = self._buffers["gate_up"].rows(0, len(y))
-        project = self._project(op.weight.codes, op.weight.scales, op.normed, gate_up, accumulate=False)
+        project = self._project(op.weight, op.normed, gate_up, accumulate=False)
         return _in_order(norm, project, partial(projection.swiglu, gate_up.host_array(), y))
 
-    def _project(self, codes: View, scales: View, x: View, y: View, *, accumulate: bool) -> Action:
+    def _project(self, weight: Fp8Weight, x: View, y: View, *, accumulate: bool) -> Action:
         inputs, outputs = x.host_array(), y.host_array()
-        weight = codes.host_array(), scales.host_array()
+        codes, scales = weight.codes.host_array(), weight.scales.host_array()
         if len(inputs) <= FEW:
             return _in_order(
                 *(
-                    partial(projection.project_token, *weight, inputs[t], outputs[t], accumulate)
+                    partial(projection.project_token, codes, scales, inputs[t], outputs[t], accumulate)
                     for t in range(len(inputs))
                 )
             )
         scratch = self._array("block_scratch")
-        return partial(projection.project_block, *weight, inputs, outputs, accumulate, scratch)
+        return partial(projection.project_block, codes, scales, inputs, outputs, accumulate, scratch)
 
     def _norm(self, x: View, weight: View, y: View) -> Action:
         eps = np.float32(self.geometry.norm_eps)
