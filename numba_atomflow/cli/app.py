@@ -46,24 +46,22 @@ def _show_help(context: Any, _option: Any, wanted: bool) -> None:
         raise typer.Exit
 
 
-class _Command(TyperCommand):
-    """A command whose ``--help`` is written as every other result is: a full disk under it is told in a sentence."""
+class _HelpThroughOutput:
+    """``--help`` is written as every other result is: a full disk under it is told in a sentence."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
+        option = super().get_help_option(ctx)  # type: ignore[misc]
         if option is not None:
             option.callback = _show_help
         return option
 
 
-class _Group(TyperGroup):
-    """The same for the program."""
+class _Command(_HelpThroughOutput, TyperCommand):
+    """A command."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.callback = _show_help
-        return option
+
+class _Group(_HelpThroughOutput, TyperGroup):
+    """The program."""
 
 
 # Plain help: it starts faster than a rich one, and keeps examples as they are written.

@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -92,24 +92,9 @@ def versions() -> dict[str, str | None]:
     }
 
 
-@contextmanager
-def loading_bar() -> Iterator[Progress | None]:
+def loading_bar() -> AbstractContextManager[Progress | None]:
     """A bar for `Engine.load`, which compiles every kernel at its first start; None if nobody would see it."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def report(_what: str, done: int, total: int) -> None:
-            bar.update(task, description="kernels (the first start compiles them)", completed=done, total=total)
-
-        yield report
+    return steps_bar("kernels (the first start compiles them)")
 
 
 @contextmanager
@@ -138,8 +123,8 @@ def bytes_bar() -> Iterator[Progress | None]:
 
 
 @contextmanager
-def steps_bar() -> Iterator[Progress | None]:
-    """A bar for work that is counted in steps; None if nobody would see it."""
+def steps_bar(title: str | None = None) -> Iterator[Progress | None]:
+    """A bar for work counted in steps, under one title or the name of each step; None if nobody would see it."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -149,9 +134,9 @@ def steps_bar() -> Iterator[Progress | None]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
+        task = bar.add_task(title or "starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+            bar.update(task, description=title or what, completed=done, total=total)
 
         yield report
