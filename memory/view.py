@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A contiguous (C-order) tensor in memory that somebody else owns.
+    """A tensor in memory that somebody else owns: C order, its rows possibly further apart than they are long.
 
     Attributes:
         name: what it holds, for messages, probes and plans.
@@ -19,6 +19,7 @@ class View:
         shape: elements per axis.
         dtype: NumPy's name of the element type; FP8 codes are "int8", which decodes by sign extension.
         readonly: the memory must not be written (mapped weights).
+        pitch: elements from one row (of the last axis) to the next; 0: rows follow each other without a gap.
     """
 
     name: str
@@ -26,18 +27,57 @@ class View:
     shape: tuple[int, ...]
     dtype: str
     readonly: bool = False
+    pitch: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes from the first element to the end of the last."""
+        """Bytes of all elements; gaps between rows do not count."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Bytes from one element to the next, per axis."""
+        strides, step = [], np.dtype(self.dtype).itemsize
+        for axis in reversed(range(len(self.shape))):
+            strides.append(step)
+            last = axis == len(self.shape) - 1
+            step *= self.pitch if last and self.pitch else self.shape[axis]
+        return tuple(reversed(strides))
+
+    @property
+    def extent(self) -> int:
+        """Bytes from the first element to the end of the last."""
+        if not self.nbytes:
+            return 0
+        spans = (stride * (n - 1) for stride, n in zip(self.strides, self.shape, strict=True))
+        return sum(spans) + np.dtype(self.dtype).itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3: what numba, CuPy and PyTorch take a device array from; only for views of device memory."""
+        return {
+            "shape": self.shape,
+            "typestr": np.dtype(self.dtype).str,
+            "data": (self.address, self.readonly),
+            "strides": self.strides if self.pitch else None,
+            "version": 3,
+        }
 
     def rows(self, start: int, stop: int) -> "View":
         """Rows start .. stop - 1 of the first axis."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise IndexError(f"rows {start}:{stop} of view {self.name}, which has {self.shape[0]}")
-        row_bytes = self.nbytes // self.shape[0]
-        return replace(self, address=self.address + start * row_bytes, shape=(stop - start, *self.shape[1:]))
+        return replace(self, address=self.address + start * self.strides[0], shape=(stop - start, *self.shape[1:]))
+
+    def columns(self, start: int, stop: int) -> "View":
+        """Elements start .. stop - 1 of every row (of the last axis)."""
+        width = self.shape[-1]
+        if not 0 <= start <= stop <= width:
+            raise IndexError(f"columns {start}:{stop} of view {self.name}, which has {width}")
+        if stop - start == width:
+            return self
+        address = self.address + start * self.strides[-1]
+        return replace(self, address=address, shape=(*self.shape[:-1], stop - start), pitch=self.pitch or width)
 
     def index(self, *indices: int) -> "View":
         """The sub-tensor at fixed leading indices: ``cache.index(layer, 0)`` drops the first two axes."""
@@ -49,8 +89,8 @@ class View:
 
     def host_array(self) -> NDArray[Any]:
         """The tensor as a NumPy array over the same memory; only for views in host memory, while their owner lives."""
-        buffer = (ctypes.c_byte * self.nbytes).from_address(self.address)
-        array: NDArray[Any] = np.ndarray(self.shape, self.dtype, memoryview(buffer))
+        buffer = (ctypes.c_byte * self.extent).from_address(self.address)
+        array: NDArray[Any] = np.ndarray(self.shape, self.dtype, memoryview(buffer), strides=self.strides)
         array.flags.writeable = not self.readonly
         return array
 

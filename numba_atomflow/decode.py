@@ -7,7 +7,7 @@ single fused kernel.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
@@ -19,16 +19,42 @@ Head = Literal["none", "logits", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """A projection's weight: codes [N, K] and group scales [N, ceil(K / 128)]."""
+class Weight:
+    """A projection's weight [rows, columns] = [N, K], in whatever order a backend keeps it.
 
+    Attributes:
+        codes: the elements; in the checkpoint's order [N, K].
+        scales: group scales [N, ceil(K / 128)]; None where they lie among the codes.
+    """
+
+    rows: int
+    columns: int
     codes: View
-    scales: View
+    scales: View | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that one pass over the weight reads."""
-        return self.codes.nbytes + self.scales.nbytes
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model's weights: projections and norms by their names in the checkpoint, without ``.weight`` and ``.scale``."""
+
+    projections: Mapping[str, Weight]
+    norms: Mapping[str, View]
+
+    @classmethod
+    def as_stored(cls, tensors: Mapping[str, View]) -> Self:
+        """In the checkpoint's own order."""
+        projections = {}
+        for name, codes in tensors.items():
+            if name.endswith(".weight"):
+                part = name.removesuffix(".weight")
+                rows, columns = codes.shape
+                projections[part] = Weight(rows, columns, codes, tensors[f"{part}.scale"])
+        return cls(projections, {name: view for name, view in tensors.items() if name.endswith("_norm")})
 
 
 @dataclass(frozen=True)
@@ -54,8 +80,8 @@ class Op:
 
     @property
     def writes(self) -> tuple[View, ...]:
-        """The activations that it writes."""
-        return tuple(getattr(self, field) for field in self.WRITES)
+        """The activations that it writes to memory."""
+        return tuple(view for field in self.WRITES if (view := getattr(self, field)) is not None)
 
     @property
     def weight_bytes(self) -> int:
@@ -73,7 +99,7 @@ class Embed(Op):
     """residual = embedding[tokens]."""
 
     tokens: View
-    embedding: Fp8Weight
+    embedding: Weight
     residual: View
 
     READS = ("tokens",)
@@ -83,21 +109,25 @@ class Embed(Op):
     @property
     def weight_bytes(self) -> int:
         """Only the rows of the tokens are read."""
-        return self.embedding.nbytes * self.tokens.shape[0] // self.embedding.codes.shape[0]
+        return self.embedding.nbytes * self.tokens.shape[0] // self.embedding.rows
 
 
 @dataclass(frozen=True)
 class Qkv(Op):
-    """Norm, project to q, k and v, rotate q and k, append k and v to the cache."""
+    """Norm, project to q, k and v, rotate q and k, append k and v to the cache.
+
+    Attributes:
+        qkv: what the projection makes, before rotation; None where it never leaves the registers.
+    """
 
     residual: View
     position: View
     norm: View
-    weight: Fp8Weight
+    weight: Weight
     cosines: View
     sines: View
     normed: View
-    qkv: View
+    qkv: View | None
     q: View
     keys: View
     values: View
@@ -130,7 +160,7 @@ class ProjectAdd(Op):
     """residual += weight * x: the output projection of attention, and the MLP's down projection."""
 
     x: View
-    weight: Fp8Weight
+    weight: Weight
     residual: View
 
     READS = ("x", "residual")
@@ -144,7 +174,7 @@ class GateUp(Op):
 
     residual: View
     norm: View
-    weight: Fp8Weight
+    weight: Weight
     normed: View
     y: View
 
@@ -154,29 +184,18 @@ class GateUp(Op):
 
 
 @dataclass(frozen=True)
-class FinalNorm(Op):
-    """Norm of the rows whose logits are wanted."""
+class Vocabulary(Op):
+    """Final norm of the rows whose logits are wanted, and logits = weight * normed."""
 
     residual: View
     norm: View
+    weight: Weight
     normed: View
-
-    READS = ("residual",)
-    WRITES = ("normed",)
-    WEIGHTS = ("norm",)
-
-
-@dataclass(frozen=True)
-class Vocabulary(Op):
-    """logits = weight * x."""
-
-    x: View
-    weight: Fp8Weight
     logits: View
 
-    READS = ("x",)
-    WRITES = ("logits",)
-    WEIGHTS = ("weight",)
+    READS = ("residual",)
+    WRITES = ("normed", "logits")
+    WEIGHTS = ("norm", "weight")
 
 
 @dataclass(frozen=True)
@@ -201,65 +220,81 @@ class Advance(Op):
     WRITES = ("position",)
 
 
-def step_buffers(
-    geometry: ModelGeometry, max_seq_len: int, block: int, head_rows: int, cache_dtype: str
-) -> list[Buffer]:
-    """Every buffer of a step except weights and a backend's own scratch.
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """How large a backend's buffers are, and of what type.
 
-    Args:
-        max_seq_len: positions of the KV cache.
+    Attributes:
+        max_seq_len: positions that may be used.
         block: most tokens that a prefill step takes at once.
         head_rows: most positions whose logits are computed at once.
-        cache_dtype: element type of the KV cache.
+        activation: element type of what projections and attention read.
+        cache: element type of the KV cache.
+        multiple: widths of what projections read are padded to a multiple of this.
+        spare: positions behind the last, which a step of fixed width may write to and nothing reads.
+        keep_qkv: whether q, k and v are written to memory before they are rotated.
     """
-    g = geometry
+
+    max_seq_len: int
+    block: int
+    head_rows: int
+    activation: str = "float32"
+    cache: str = "float32"
+    multiple: int = 1
+    spare: int = 0
+    keep_qkv: bool = True
+
+
+def step_buffers(geometry: ModelGeometry, sizes: StepSizes) -> list[Buffer]:
+    """Every buffer of a step except weights and a backend's own scratch."""
+    g, block = geometry, sizes.block
+    positions = sizes.max_seq_len + sizes.spare
+
+    def padded(width: int) -> int:
+        return -(-width // sizes.multiple) * sizes.multiple
 
     def activation(name: str, *shape: int, dtype: str = "float32") -> Buffer:
         return Buffer("activations", name, shape, dtype)
 
-    return [
-        kv_cache_buffer(g.layers, max_seq_len, g.kv_dim, cache_dtype),
+    buffers = [
+        kv_cache_buffer(g.layers, positions, g.kv_dim, sizes.cache),
         activation("tokens", block, dtype="int32"),
         activation("position", 1, dtype="int64"),
         activation("residual", block, g.hidden),
-        activation("normed", block, g.hidden),
-        activation("qkv", block, g.q_dim + 2 * g.kv_dim),
-        activation("q", block, g.q_dim),
-        activation("attended", block, g.q_dim),
-        activation("ffn", block, g.ffn),
-        activation("final_normed", head_rows, g.hidden),
-        activation("logits", head_rows, g.vocabulary),
-        Buffer("workspace", "rope.cosines", (max_seq_len, g.head_dim // 2), "float32"),
-        Buffer("workspace", "rope.sines", (max_seq_len, g.head_dim // 2), "float32"),
+        activation("normed", block, padded(g.hidden), dtype=sizes.activation),
+        activation("q", block, g.q_dim, dtype=sizes.activation),
+        activation("attended", block, padded(g.q_dim), dtype=sizes.activation),
+        activation("ffn", block, padded(g.ffn), dtype=sizes.activation),
+        activation("final_normed", sizes.head_rows, padded(g.hidden), dtype=sizes.activation),
+        activation("logits", sizes.head_rows, g.vocabulary),
+        Buffer("workspace", "rope.cosines", (positions, g.head_dim // 2), "float32"),
+        Buffer("workspace", "rope.sines", (positions, g.head_dim // 2), "float32"),
     ]
+    if sizes.keep_qkv:
+        buffers.append(activation("qkv", block, g.q_dim + 2 * g.kv_dim))
+    return buffers
 
 
 def build_step(
-    geometry: ModelGeometry,
-    weights: Mapping[str, View],
-    buffers: Mapping[str, View],
-    tokens: int,
-    head: Head,
+    geometry: ModelGeometry, weights: Weights, buffers: Mapping[str, View], tokens: int, head: Head
 ) -> list[Op]:
     """The ops that take `tokens` tokens through the model, in order.
 
     Args:
-        weights: views of the checkpoint's tensors, by their names there.
         buffers: views of `step_buffers`, by name.
         tokens: tokens of this step; 1 for decode.
         head: "none" (a prompt block that is not the last), "logits" of the last token, or "sample" from them as well.
     """
+    g = geometry
 
-    def fp8(name: str) -> Fp8Weight:
-        return Fp8Weight(weights[f"{name}.weight"], weights[f"{name}.scale"])
+    def rows(name: str, width: int) -> View:
+        return buffers[name].rows(0, tokens).columns(0, width)
 
-    def rows(name: str) -> View:
-        return buffers[name].rows(0, tokens)
-
-    residual, normed, q, attended, ffn = map(rows, ("residual", "normed", "q", "attended", "ffn"))
-    position = buffers["position"]
-    ops: list[Op] = [Embed("embed", rows("tokens"), fp8("embedding"), residual)]
-    for i in range(geometry.layers):
+    residual, normed = rows("residual", g.hidden), rows("normed", g.hidden)
+    q, attended, ffn = rows("q", g.q_dim), rows("attended", g.q_dim), rows("ffn", g.ffn)
+    inputs, position = buffers["tokens"].rows(0, tokens), buffers["position"]
+    ops: list[Op] = [Embed("embed", inputs, weights.projections["embedding"], residual)]
+    for i in range(g.layers):
         layer = f"layer.{i}"
         keys, values = layer_cache(buffers[KV_CACHE], i)
         ops += [
@@ -267,23 +302,30 @@ def build_step(
                 name=f"{layer}.qkv",
                 residual=residual,
                 position=position,
-                norm=weights[f"{layer}.attention_norm"],
-                weight=fp8(f"{layer}.qkv"),
+                norm=weights.norms[f"{layer}.attention_norm"],
+                weight=weights.projections[f"{layer}.qkv"],
                 cosines=buffers["rope.cosines"],
                 sines=buffers["rope.sines"],
                 normed=normed,
-                qkv=rows("qkv"),
+                qkv=buffers["qkv"].rows(0, tokens) if "qkv" in buffers else None,
                 q=q,
                 keys=keys,
                 values=values,
             ),
             Attention(f"{layer}.attention", q, position, keys, values, attended),
-            ProjectAdd(f"{layer}.o", attended, fp8(f"{layer}.o"), residual),
-            GateUp(f"{layer}.gate_up", residual, weights[f"{layer}.ffn_norm"], fp8(f"{layer}.gate_up"), normed, ffn),
-            ProjectAdd(f"{layer}.down", ffn, fp8(f"{layer}.down"), residual),
+            ProjectAdd(f"{layer}.o", attended, weights.projections[f"{layer}.o"], residual),
+            GateUp(
+                name=f"{layer}.gate_up",
+                residual=residual,
+                norm=weights.norms[f"{layer}.ffn_norm"],
+                weight=weights.projections[f"{layer}.gate_up"],
+                normed=normed,
+                y=ffn,
+            ),
+            ProjectAdd(f"{layer}.down", ffn, weights.projections[f"{layer}.down"], residual),
         ]
     if head != "none":
-        ops += build_head(geometry, weights, buffers, tokens - 1, tokens)
+        ops.append(build_head(geometry, weights, buffers, tokens - 1, tokens))
     if head == "sample":
         ops.append(Sample("sample", buffers["logits"].rows(0, 1), buffers["tokens"].rows(0, 1)))
     ops.append(Advance("advance", tokens, position))
@@ -291,13 +333,14 @@ def build_step(
 
 
 def build_head(
-    geometry: ModelGeometry, weights: Mapping[str, View], buffers: Mapping[str, View], start: int, stop: int
-) -> list[Op]:
+    geometry: ModelGeometry, weights: Weights, buffers: Mapping[str, View], start: int, stop: int
+) -> Vocabulary:
     """Final norm and vocabulary projection for rows start .. stop - 1 of the residual stream."""
-    vocabulary = "embedding" if geometry.tied_embeddings else "vocabulary"
-    weight = Fp8Weight(weights[f"{vocabulary}.weight"], weights[f"{vocabulary}.scale"])
-    normed = buffers["final_normed"].rows(0, stop - start)
-    return [
-        FinalNorm("final_norm", buffers["residual"].rows(start, stop), weights["final_norm"], normed),
-        Vocabulary("vocabulary", normed, weight, buffers["logits"].rows(0, stop - start)),
-    ]
+    return Vocabulary(
+        name="vocabulary",
+        residual=buffers["residual"].rows(start, stop),
+        norm=weights.norms["final_norm"],
+        weight=weights.projections["embedding" if geometry.tied_embeddings else "vocabulary"],
+        normed=buffers["final_normed"].rows(0, stop - start).columns(0, geometry.hidden),
+        logits=buffers["logits"].rows(0, stop - start),
+    )

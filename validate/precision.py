@@ -40,8 +40,8 @@ class Precision:
         """Read off the views of a step's ops; the last layer stands for all."""
         units: dict[str, Any] = {}
 
-        def unit(*views: View) -> float:
-            return max(UNITS[np.dtype(view.dtype).name] for view in views)
+        def unit(*views: View | None) -> float:  # what is not written to memory stays float32
+            return max(UNITS[np.dtype(view.dtype).name] if view is not None else FLOAT32 for view in views)
 
         for op in ops:
             match op:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Memory, Observer
-from numba_atomflow.decode import Advance, Embed, FinalNorm, Op, Qkv, Sample, Vocabulary
+from numba_atomflow.decode import Advance, Embed, Op, Qkv, Sample, Vocabulary
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.view import View
 
@@ -65,7 +65,7 @@ def all_probes(geometry: ModelGeometry) -> list[Probe]:
             inside("output", "down", "residual", g.hidden, True),
         ]
     probes += [
-        Probe("final_norm", "final_norm", "normed", g.hidden, None, True),
+        Probe("final_norm", "vocabulary", "normed", g.hidden, None, True),
         Probe("logits", "vocabulary", "logits", g.vocabulary, None, True),
     ]
     return probes
@@ -100,7 +100,6 @@ class Prober:
         for probe in probes:
             self._of_op.setdefault(probe.op, []).append(probe)
         self._sink, self._advanced, self._feed, self._others = sink, advanced, feed, others
-        self._head_row = 0
         self._layers = 1 + max((probe.layer for probe in probes if probe.layer is not None), default=-1)
         self._position = 0  # of the step's first token, whatever the device believes
         self._residual: View | None = None  # all rows of the step
@@ -114,7 +113,7 @@ class Prober:
         """Feed the op, if it is the first of a layer; keep a sampler from NaN."""
         if isinstance(op, Embed):
             self._residual = op.residual
-        if self._feed is not None and isinstance(op, Qkv | FinalNorm):
+        if self._feed is not None and isinstance(op, Qkv | Vocabulary):
             layer = int(op.name.split(".")[1]) if isinstance(op, Qkv) else self._layers
             first, count = self._first_position(op.residual), op.residual.shape[0]
             memory.write(op.residual, self._feed(layer_input(layer), first, count))
@@ -135,10 +134,8 @@ class Prober:
             first = self._position
             if probe.field in {"keys", "values"}:  # all that is in the cache: a stray write may have spoilt older rows
                 view, first = view.rows(0, first + op.writes[0].shape[0]), 0
-            elif isinstance(op, FinalNorm):
-                first = self._head_row = self._first_position(op.residual)
             elif isinstance(op, Vocabulary):
-                first = self._head_row
+                first = self._first_position(op.residual)
             rows = memory.read(view).astype(np.float32)
             if probe.name.endswith(".mlp") and self._before is not None:
                 rows -= self._before
@@ -150,5 +147,4 @@ class Prober:
         """The position of the first of some rows of the residual stream; a head may take only the last ones."""
         if self._residual is None:
             raise RuntimeError("a step must begin with its embedding")
-        row_bytes = self._residual.nbytes // self._residual.shape[0]
-        return self._position + (rows.address - self._residual.address) // row_bytes
+        return self._position + (rows.address - self._residual.address) // self._residual.strides[0]

@@ -19,15 +19,16 @@ from numba_atomflow.decode import (
     Advance,
     Attention,
     Embed,
-    FinalNorm,
-    Fp8Weight,
     GateUp,
     Head,
     Op,
     ProjectAdd,
     Qkv,
     Sample,
+    StepSizes,
     Vocabulary,
+    Weight,
+    Weights,
     build_head,
     build_step,
     step_buffers,
@@ -67,7 +68,7 @@ def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryP
     scratch = max(projection.LARGEST_TILE * (widest + block), attention.block_scratch(geometry.head_dim))
     return plan_memory(
         [
-            *step_buffers(geometry, max_seq_len, block, HEAD_ROWS, "float32"),
+            *step_buffers(geometry, StepSizes(max_seq_len, block, HEAD_ROWS)),
             Buffer("workspace", "block_scratch", (threads, scratch), "float32"),
             Buffer("workspace", "gate_up", (block, 2 * geometry.ffn), "float32"),
             Buffer("workspace", "scores", (geometry.heads, max_seq_len), "float32"),
@@ -103,10 +104,11 @@ class CpuBackend:
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.block = min(BLOCK, max_seq_len)
         self._weight_arrays = weights
-        self._weights = {
+        views = {
             name: view_of(name, array.view(np.int8) if array.dtype == np.uint8 else array)
             for name, array in weights.items()
         }
+        self._weights = Weights.as_stored(views)
         self._arena = HostArena(self.plan)
         self._buffers = {buffer.name: self._arena[buffer.name] for buffer in self.plan.buffers}
         self._position = self._array("position")
@@ -173,7 +175,7 @@ class CpuBackend:
         out = np.empty((stop - start, self.geometry.vocabulary), np.float32)
         for first in range(start, stop, HEAD_ROWS):
             last = min(first + HEAD_ROWS, stop)
-            head = build_head(self.geometry, self._weights, self._buffers, first, last)
+            head = [build_head(self.geometry, self._weights, self._buffers, first, last)]
             actions = [self._bind(op) for op in head]
             self._run(_observed(head, actions, observer) if observer else actions, last - first)
             out[first - start : last - start] = self._logits[: last - first]
@@ -219,7 +221,7 @@ class CpuBackend:
         """The kernels of an op, with their arguments in place."""
         match op:
             case Embed():
-                codes, scales = op.embedding.codes.host_array(), op.embedding.scales.host_array()
+                codes, scales = _stored(op.embedding)
                 return partial(embedding.embed, op.tokens.host_array(), codes, scales, op.residual.host_array())
             case Qkv():
                 return self._bind_qkv(op)
@@ -229,10 +231,9 @@ class CpuBackend:
                 return self._project(op.weight, op.x, op.residual, accumulate=True)
             case GateUp():
                 return self._bind_gate_up(op)
-            case FinalNorm():
-                return self._norm(op.residual, op.norm, op.normed)
             case Vocabulary():
-                return self._project(op.weight, op.x, op.logits, accumulate=False)
+                project = self._project(op.weight, op.normed, op.logits, accumulate=False)
+                return _in_order(self._norm(op.residual, op.norm, op.normed), project)
             case Sample():
                 return partial(self._sample, op.logits.host_array()[0], op.token.host_array())
             case Advance():
@@ -240,6 +241,7 @@ class CpuBackend:
         raise NotImplementedError(f"the CPU backend has no kernel for {op.name}")
 
     def _bind_qkv(self, op: Qkv) -> Action:
+        assert op.qkv is not None  # `cpu_plan` keeps it  # noqa: S101
         rotate = partial(
             rope.rope_and_store,
             op.qkv.host_array(),
@@ -265,7 +267,7 @@ class CpuBackend:
 
     def _bind_gate_up(self, op: GateUp) -> Action:
         normed, y = op.normed.host_array(), op.y.host_array()
-        codes, scales = op.weight.codes.host_array(), op.weight.scales.host_array()
+        codes, scales = _stored(op.weight)
         norm = self._norm(op.residual, op.norm, op.normed)
         if len(y) <= FEW:
             rows = [partial(projection.project_token_swiglu, codes, scales, normed[t], y[t]) for t in range(len(y))]
@@ -274,9 +276,9 @@ class CpuBackend:
         project = self._project(op.weight, op.normed, gate_up, accumulate=False)
         return _in_order(norm, project, partial(projection.swiglu, gate_up.host_array(), y))
 
-    def _project(self, weight: Fp8Weight, x: View, y: View, *, accumulate: bool) -> Action:
+    def _project(self, weight: Weight, x: View, y: View, *, accumulate: bool) -> Action:
         inputs, outputs = x.host_array(), y.host_array()
-        codes, scales = weight.codes.host_array(), weight.scales.host_array()
+        codes, scales = _stored(weight)
         if len(inputs) <= FEW:
             return _in_order(
                 *(
@@ -308,6 +310,12 @@ class HostMemory:
     def write(self, view: View, values: NDArray[Any]) -> None:
         """Put `values` into the view."""
         view.host_array()[:] = values
+
+
+def _stored(weight: Weight) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Codes [N, K] and scales [N, groups] as the checkpoint has them."""
+    assert weight.scales is not None  # `Weights.as_stored`  # noqa: S101
+    return weight.codes.host_array(), weight.scales.host_array()
 
 
 def _observed(ops: Sequence[Op], actions: Sequence[Action], observer: Observer) -> list[Action]:

@@ -11,14 +11,16 @@ from numba_atomflow.decode import (
     Advance,
     Attention,
     Embed,
-    FinalNorm,
     GateUp,
     Head,
     Op,
     ProjectAdd,
     Qkv,
     Sample,
+    StepSizes,
     Vocabulary,
+    Weight,
+    Weights,
     build_head,
     build_step,
     step_buffers,
@@ -30,7 +32,7 @@ from numba_atomflow.memory.view import View
 MAX_SEQ_LEN, BLOCK, HEAD_ROWS = 100, 32, 4
 
 
-def fake_weights(geometry: ModelGeometry) -> dict[str, View]:
+def fake_tensors(geometry: ModelGeometry) -> dict[str, View]:
     """Views of a checkpoint's tensors, at addresses that nobody looks at."""
     views, address = {}, 1 << 40
     for name, (dtype, shape) in tensor_layout(geometry).items():
@@ -39,8 +41,12 @@ def fake_weights(geometry: ModelGeometry) -> dict[str, View]:
     return views
 
 
+def fake_weights(geometry: ModelGeometry) -> Weights:
+    return Weights.as_stored(fake_tensors(geometry))
+
+
 def fake_buffers(geometry: ModelGeometry) -> dict[str, View]:
-    plan = plan_memory(step_buffers(geometry, MAX_SEQ_LEN, BLOCK, HEAD_ROWS, "float32"))
+    plan = plan_memory(step_buffers(geometry, StepSizes(MAX_SEQ_LEN, BLOCK, HEAD_ROWS)))
     return {b.name: View(b.name, at, b.shape, b.dtype) for b, at in zip(plan.buffers, plan.offsets, strict=True)}
 
 
@@ -59,11 +65,10 @@ def covers(a: View, b: View) -> bool:
 def test_the_ops_of_a_decode_step() -> None:
     ops = step(tiny_geometry(), 1, "sample")
     layer = (Qkv, Attention, ProjectAdd, GateUp, ProjectAdd)
-    assert [type(op) for op in ops] == [Embed, *layer, *layer, FinalNorm, Vocabulary, Sample, Advance]
+    assert [type(op) for op in ops] == [Embed, *layer, *layer, Vocabulary, Sample, Advance]
     assert [op.name for op in ops] == [
         "embed",
         *(f"layer.{i}.{stage}" for i in range(2) for stage in ("qkv", "attention", "o", "gate_up", "down")),
-        "final_norm",
         "vocabulary",
         "sample",
         "advance",
@@ -74,7 +79,7 @@ def test_the_ops_of_a_decode_step() -> None:
     ("head", "ending"),
     [
         ("none", ["layer.1.down", "advance"]),
-        ("logits", ["final_norm", "vocabulary", "advance"]),
+        ("logits", ["layer.1.down", "vocabulary", "advance"]),
         ("sample", ["vocabulary", "sample", "advance"]),
     ],
 )
@@ -111,8 +116,7 @@ def test_what_flows_from_op_to_op() -> None:
                 "down": (["ffn", "residual"], ["residual"]),
             }.items()
         },
-        "final_norm": (["residual"], ["final_normed"]),
-        "vocabulary": (["final_normed"], ["logits"]),
+        "vocabulary": (["residual"], ["final_normed", "logits"]),
         "sample": (["logits"], ["tokens"]),
         "advance": (["position"], ["position"]),
     }
@@ -123,17 +127,18 @@ def test_shapes_follow_the_geometry_and_the_tokens() -> None:
     ops = {op.name: op for op in step(g, 7, "logits")}
     qkv = ops["layer.1.qkv"]
     assert isinstance(qkv, Qkv)
+    assert qkv.qkv is not None
+    assert qkv.weight.scales is not None
     assert (qkv.residual.shape, qkv.qkv.shape, qkv.q.shape) == ((7, g.hidden), (7, (6 + 4) * 80), (7, 480))
     assert (qkv.keys.shape, qkv.values.shape, qkv.cosines.shape) == ((100, 160), (100, 160), (100, 40))
     assert (qkv.weight.codes.shape, qkv.weight.scales.shape) == ((800, 192), (800, 2))
     gate_up = ops["layer.0.gate_up"]
     assert isinstance(gate_up, GateUp)
     assert (gate_up.weight.codes.shape, gate_up.y.shape) == ((2 * g.ffn, g.hidden), (7, g.ffn))
-    final, vocabulary = ops["final_norm"], ops["vocabulary"]
-    assert isinstance(final, FinalNorm)
+    vocabulary = ops["vocabulary"]
     assert isinstance(vocabulary, Vocabulary)
-    assert (final.residual.shape, vocabulary.logits.shape) == ((1, g.hidden), (1, g.vocabulary))
-    assert final.residual.address == qkv.residual.rows(6, 7).address  # the last token's row
+    assert (vocabulary.residual.shape, vocabulary.logits.shape) == ((1, g.hidden), (1, g.vocabulary))
+    assert vocabulary.residual.address == qkv.residual.rows(6, 7).address  # the last token's row
 
 
 def test_every_layer_has_its_own_weights_and_cache() -> None:
@@ -151,14 +156,17 @@ def test_every_layer_has_its_own_weights_and_cache() -> None:
     assert [(op.keys, op.values) for op in written] == [(op.keys, op.values) for op in attentions]
 
 
-def views_of(weight: object) -> list[View]:
-    return [weight] if isinstance(weight, View) else [weight.codes, weight.scales]  # type: ignore[attr-defined]
+def views_of(weight: View | Weight) -> list[View]:
+    if isinstance(weight, View):
+        return [weight]
+    assert weight.scales is not None
+    return [weight.codes, weight.scales]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_decode_step_reads_every_weight_once_and_one_row_of_the_embedding(tied: bool) -> None:
     g = tiny_geometry(tied_embeddings=tied)
-    weights = fake_weights(g)
+    weights = fake_tensors(g)
     payload = sum(view.nbytes for view in weights.values())
     table = weights["embedding.weight"].nbytes + weights["embedding.scale"].nbytes
     row = g.hidden + 4 * 2  # 192 codes and the scales of two groups
@@ -178,22 +186,41 @@ def test_attention_reads_the_filled_part_of_the_cache() -> None:
 def test_the_head_alone_for_any_rows(tied: bool) -> None:
     g = tiny_geometry(tied_embeddings=tied)
     buffers: Mapping[str, View] = fake_buffers(g)
-    norm, vocabulary = build_head(g, fake_weights(g), buffers, 5, 8)
-    assert isinstance(norm, FinalNorm)
-    assert isinstance(vocabulary, Vocabulary)
-    assert norm.residual == buffers["residual"].rows(5, 8)
-    assert vocabulary.x == norm.normed
+    vocabulary = build_head(g, fake_weights(g), buffers, 5, 8)
+    assert vocabulary.residual == buffers["residual"].rows(5, 8)
+    assert vocabulary.normed == buffers["final_normed"].rows(0, 3)
     assert vocabulary.logits.shape == (3, g.vocabulary)
     assert vocabulary.weight.codes.name == ("embedding.weight" if tied else "vocabulary.weight")
 
 
 def test_buffers_have_room_for_the_largest_step() -> None:
     g = tiny_geometry()
-    shapes = {b.name: b.shape for b in step_buffers(g, MAX_SEQ_LEN, BLOCK, HEAD_ROWS, "float16")}
-    assert shapes["kv_cache"] == (2, 2, MAX_SEQ_LEN, g.kv_dim)
-    assert shapes["logits"] == (HEAD_ROWS, g.vocabulary)
-    assert {shapes[name][0] for name in ("tokens", "residual", "normed", "qkv", "q", "attended", "ffn")} == {BLOCK}
-    cache = next(b for b in step_buffers(g, MAX_SEQ_LEN, BLOCK, HEAD_ROWS, "float16") if b.name == "kv_cache")
-    assert np.dtype(cache.dtype) == np.float16
+    sizes = StepSizes(MAX_SEQ_LEN, BLOCK, HEAD_ROWS, cache="float16")
+    buffers = {b.name: b for b in step_buffers(g, sizes)}
+    assert buffers["kv_cache"].shape == (2, 2, MAX_SEQ_LEN, g.kv_dim)
+    assert np.dtype(buffers["kv_cache"].dtype) == np.float16
+    assert buffers["logits"].shape == (HEAD_ROWS, g.vocabulary)
+    per_token = ("tokens", "residual", "normed", "qkv", "q", "attended", "ffn")
+    assert {buffers[name].shape[0] for name in per_token} == {BLOCK}
     with pytest.raises(IndexError, match="rows 0:33 of view residual, which has 32"):
         step(g, BLOCK + 1, "none")
+
+
+def test_a_backend_may_pad_rows_and_positions() -> None:
+    """192 wide rows stand 256 elements apart, and the ops see 192 of them."""
+    g = tiny_geometry()
+    sizes = StepSizes(MAX_SEQ_LEN, 8, 8, activation="float16", cache="float16", multiple=128, spare=7, keep_qkv=False)
+    plan = plan_memory(step_buffers(g, sizes))
+    buffers = {b.name: View(b.name, at, b.shape, b.dtype) for b, at in zip(plan.buffers, plan.offsets, strict=True)}
+    ops = {op.name: op for op in build_step(g, fake_weights(g), buffers, 3, "sample")}
+    qkv, gate_up, vocabulary = ops["layer.0.qkv"], ops["layer.0.gate_up"], ops["vocabulary"]
+    assert isinstance(qkv, Qkv)
+    assert isinstance(gate_up, GateUp)
+    assert isinstance(vocabulary, Vocabulary)
+    assert qkv.qkv is None
+    assert [view.name for view in qkv.writes] == ["normed", "q"]
+    assert (qkv.normed.shape, qkv.normed.pitch, qkv.normed.dtype) == ((3, 192), 256, "float16")
+    assert (gate_up.y.shape, gate_up.y.pitch) == ((3, 320), 384)
+    assert vocabulary.normed.shape == (1, 192)
+    assert qkv.keys.shape == (MAX_SEQ_LEN + 7, g.kv_dim)
+    assert qkv.cosines.shape == (MAX_SEQ_LEN + 7, 32)

@@ -35,6 +35,25 @@ def test_rows_and_indices_of_a_view_are_those_of_the_array() -> None:
     assert view.rows(1, 4).index(0).name == "x"
 
 
+def test_columns_of_a_view_are_those_of_the_array() -> None:
+    array = np.arange(60, dtype=np.int32).reshape(3, 4, 5)
+    view = view_of("x", array)
+    assert view.columns(0, 5) == view
+    part = view.columns(1, 4)
+    np.testing.assert_array_equal(part.host_array(), array[..., 1:4])
+    np.testing.assert_array_equal(part.rows(1, 3).columns(1, 2).index(0).host_array(), array[1, :, 2:3])
+    assert (part.nbytes, part.extent, part.strides) == (3 * 4 * 3 * 4, 4 * (60 - 2), (80, 20, 4))
+    with pytest.raises(IndexError, match="columns 1:6 of view x, which has 5"):
+        view.columns(1, 6)
+
+
+def test_what_other_libraries_see_of_a_view() -> None:
+    view = view_of("x", np.zeros((3, 8), np.float16)).columns(0, 6)
+    interface = view.__cuda_array_interface__
+    assert (interface["shape"], interface["typestr"], interface["strides"]) == ((3, 6), "<f2", (16, 2))
+    assert interface["data"] == (view.address, False)
+
+
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 6), (3, 2), (5, 6)])
 def test_rows_outside_a_view_are_refused(start: int, stop: int) -> None:
     view = view_of("the cache", np.zeros((5, 2), np.float32))

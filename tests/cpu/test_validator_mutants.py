@@ -15,7 +15,7 @@ from validator_models import BLOCK, Subject, loud_weights, make_subject, three_l
 pytest.importorskip("transformers", reason="transformers makes the ground truth: pip install '.[validate]'")
 
 from numba_atomflow.backends.base import Memory
-from numba_atomflow.decode import Advance, Attention, FinalNorm, Fp8Weight, GateUp, Op, ProjectAdd, Qkv
+from numba_atomflow.decode import Advance, Attention, GateUp, Op, ProjectAdd, Qkv, Vocabulary, Weight
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
@@ -62,7 +62,8 @@ class Mutant:
             self.spoil(op, memory, self.start, self.residual)
 
 
-def expanded(weight: Fp8Weight, memory: Memory) -> NDArray[np.float64]:
+def expanded(weight: Weight, memory: Memory) -> NDArray[np.float64]:
+    assert weight.scales is not None
     codes, scales = memory.read(weight.codes), memory.read(weight.scales)
     return dequantize_groups(codes.view(np.uint8), scales).astype(np.float64)
 
@@ -75,8 +76,13 @@ def write_heads(memory: Memory, view: View, heads: NDArray[np.float64]) -> None:
     memory.write(view, heads.reshape(len(heads), -1))
 
 
+def unrotated(op: Qkv, memory: Memory) -> NDArray[Any]:
+    assert op.qkv is not None
+    return memory.read(op.qkv)
+
+
 def rotated_for_the_next_position(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
-    qkv, count = memory.read(op.qkv), op.q.shape[0]
+    qkv, count = unrotated(op, memory), op.q.shape[0]
     later = np.minimum(np.arange(start + 1, start + 1 + count), op.cosines.shape[0] - 1)
     cosines, sines = (memory.read(view).astype(np.float64)[later] for view in (op.cosines, op.sines))
     q_dim, kv_dim = op.q.shape[1], op.keys.shape[1]
@@ -90,7 +96,7 @@ def rotated_as_neighbours(op: Qkv, memory: Memory, start: int, _residual: NDArra
     count = op.q.shape[0]
     at = slice(start, start + count)
     cosines, sines = (memory.read(view).astype(np.float64)[at] for view in (op.cosines, op.sines))
-    q = heads_of(memory.read(op.qkv)[:, : op.q.shape[1]])
+    q = heads_of(unrotated(op, memory)[:, : op.q.shape[1]])
     apart = np.concatenate([q[..., 0::2], q[..., 1::2]], axis=-1)
     turned = rope_reference(apart, cosines, sines)
     woven = np.stack([turned[..., : HEAD_DIM // 2], turned[..., HEAD_DIM // 2 :]], axis=-1)
@@ -100,7 +106,7 @@ def rotated_as_neighbours(op: Qkv, memory: Memory, start: int, _residual: NDArra
 def rotated_backwards(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
     at = slice(start, start + op.q.shape[0])
     cosines, sines = (memory.read(view).astype(np.float64)[at] for view in (op.cosines, op.sines))
-    write_heads(memory, op.q, rope_reference(heads_of(memory.read(op.qkv)[:, : op.q.shape[1]]), cosines, -sines))
+    write_heads(memory, op.q, rope_reference(heads_of(unrotated(op, memory)[:, : op.q.shape[1]]), cosines, -sines))
 
 
 def stored_one_slot_late(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
@@ -188,8 +194,9 @@ def gelu_instead_of_silu(op: GateUp, memory: Memory, _start: int, _residual: NDA
     memory.write(op.y, gate / (1 + np.exp(-1.702 * gate)) * up)
 
 
-def norm_of_the_row_before(op: FinalNorm, memory: Memory, _start: int, _residual: NDArray[np.float32]) -> None:
+def norm_of_the_row_before(op: Vocabulary, memory: Memory, _start: int, _residual: NDArray[np.float32]) -> None:
     memory.write(op.normed, np.roll(memory.read(op.normed), 1, axis=0))
+    memory.write(op.logits, memory.read(op.normed) @ expanded(op.weight, memory).T)
 
 
 def stays_where_it_is(op: Advance, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
@@ -227,7 +234,7 @@ OBSERVED: dict[str, tuple[str, Callable[..., None]]] = {
     "epsilon ten times too large": ("layer.1.gate_up", norm_with_ten_times_epsilon),
     "norm subtracts the mean": ("layer.1.gate_up", norm_by_the_mean),
     "another activation": ("layer.1.gate_up", gelu_instead_of_silu),
-    "final norm of the row before": ("final_norm", norm_of_the_row_before),
+    "final norm of the row before": ("vocabulary", norm_of_the_row_before),
     "position not advanced": ("advance", stays_where_it_is),
 }
 
