@@ -43,7 +43,7 @@ def make_backend(
 
     Args:
         name: "auto" takes the GPU if there is a usable one and no number of threads is given.
-        weights: the checkpoint's arrays by name.
+        weights: the checkpoint's arrays by name, possibly made only when they are asked for.
         threads: of the CPU backend.
 
     Raises:
@@ -60,4 +60,4 @@ def make_backend(
         return CudaBackend(geometry, weights, max_seq_len)
     from numba_atomflow.backends.cpu import CpuBackend
 
-    return CpuBackend(geometry, weights, max_seq_len, threads)
+    return CpuBackend(geometry, dict(weights), max_seq_len, threads)
