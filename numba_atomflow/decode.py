@@ -23,8 +23,8 @@ class Weight:
     """A projection's weight [rows, columns] = [N, K], in whatever order a backend keeps it.
 
     Attributes:
-        codes: the elements; in the checkpoint's order [N, K].
-        scales: group scales [N, ceil(K / 128)]; None where they lie among the codes.
+        codes: the elements; in the checkpoint's order [N, K]. FP8 codes, or float16 (the vocabulary projection may be).
+        scales: group scales [N, ceil(K / 128)]; None where they lie among the codes, and for float16.
     """
 
     rows: int
@@ -53,7 +53,7 @@ class Weights:
             if name.endswith(".weight"):
                 part = name.removesuffix(".weight")
                 rows, columns = codes.shape
-                projections[part] = Weight(rows, columns, codes, tensors[f"{part}.scale"])
+                projections[part] = Weight(rows, columns, codes, tensors.get(f"{part}.scale"))
         return cls(projections, {name: view for name, view in tensors.items() if name.endswith("_norm")})
 
 

@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint import Checkpoint
-from numba_atomflow.ops.fp8 import dequantize_groups
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install '.[validate]'")
 torch = pytest.importorskip("torch", reason="torch is the reference: pip install '.[validate]'")
@@ -20,9 +19,7 @@ def dequantised(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     """Every tensor of the checkpoint as float32, under its Hugging Face name."""
     g = checkpoint.geometry
 
-    def matrix(part: str) -> NDArray[np.float32]:
-        return dequantize_groups(checkpoint.array(part + ".weight"), checkpoint.array(part + ".scale"))
-
+    matrix = checkpoint.matrix
     weights = {"model.embed_tokens.weight": matrix("embedding"), "model.norm.weight": checkpoint.array("final_norm")}
     for i in range(g.layers):
         ours, theirs = f"layer.{i}.", f"model.layers.{i}."

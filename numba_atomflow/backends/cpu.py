@@ -312,10 +312,12 @@ class HostMemory:
         view.host_array()[:] = values
 
 
-def _stored(weight: Weight) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Codes [N, K] and scales [N, groups] as the checkpoint has them."""
-    assert weight.scales is not None  # `Weights.as_stored`  # noqa: S101
-    return weight.codes.host_array(), weight.scales.host_array()
+def _stored(weight: Weight) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Codes [N, K] and scales [N, groups] as the checkpoint has them; of a float16 weight the bits, and None."""
+    codes = weight.codes.host_array()
+    if weight.scales is None:
+        return codes.view(np.int16), None  # numba has no float16 on a CPU
+    return codes, weight.scales.host_array()
 
 
 def _observed(ops: Sequence[Op], actions: Sequence[Action], observer: Observer) -> list[Action]:
