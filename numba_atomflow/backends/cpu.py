@@ -252,8 +252,13 @@ class CpuBackend:
             op.keys.host_array(),
             op.values.host_array(),
         )
-        project = self._project(op.weight, op.normed, op.qkv, accumulate=False)
-        return _in_order(self._norm(op.residual, op.norm, op.normed), project, rotate)
+        steps = [self._norm(op.residual, op.norm, op.normed)]
+        if op.bias is not None:  # the projection is added to it
+            steps.append(partial(np.copyto, op.qkv.host_array(), op.bias.host_array()))
+        steps.append(self._project(op.weight, op.normed, op.qkv, accumulate=op.bias is not None))
+        if op.q_norm is not None and op.k_norm is not None:
+            steps.append(self._norm_heads(op.qkv, op.q_norm, op.k_norm))
+        return _in_order(*steps, rotate)
 
     def _bind_attention(self, op: Attention) -> Action:
         q, out = op.q.host_array(), op.attended.host_array()
@@ -292,6 +297,11 @@ class CpuBackend:
     def _norm(self, x: View, weight: View, y: View) -> Action:
         eps = np.float32(self.geometry.norm_eps)
         return partial(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())
+
+    def _norm_heads(self, qkv: View, q_norm: View, k_norm: View) -> Action:
+        g = self.geometry
+        arrays = qkv.host_array(), q_norm.host_array(), k_norm.host_array()
+        return partial(rms_norm.rms_norm_heads, *arrays, g.q_dim, g.kv_dim, np.float32(g.norm_eps))
 
     def _sample(self, logits: NDArray[np.float32], token: NDArray[np.int32]) -> None:
         token[0] = self._sampler.choose(logits)
