@@ -96,6 +96,11 @@ class Op:
         del length
         return 0
 
+    def moved_bytes(self, length: int) -> int:
+        """Bytes that the op must at least move when `length` positions are filled: weights, cache and activations."""
+        activations = sum(view.nbytes for view in (*self.reads, *self.writes))
+        return self.weight_bytes + self.cache_bytes(length) + activations
+
 
 @dataclass(frozen=True)
 class Embed(Op):

@@ -125,6 +125,7 @@ class Engine:
         self.backend = backend
         self.max_seq_len = max_seq_len
         self.load_seconds = 0.0
+        self.compile_seconds = 0.0  # of them, spent on compiling kernels or loading them from the cache
         self._tokens: list[int] = []  # what the KV cache holds, in order
         self._reply: _Reply[Any] | None = None  # in the making, going on from what the KV cache holds
 
@@ -199,6 +200,7 @@ class Engine:
             checkpoint.close()
             raise
         engine = cls(checkpoint, device, positions)
+        engine.compile_seconds = device.compile_seconds
         engine.load_seconds = time.perf_counter() - started
         return engine
 

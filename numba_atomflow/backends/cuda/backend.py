@@ -1,5 +1,6 @@
 """The CUDA backend as the engine sees it."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer, Progress
 from numba_atomflow.backends.cuda.kernels import Chip, ModelKernels
+from numba_atomflow.backends.cuda.measure import measure_ceilings, time_graph, time_launches
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.steps import Binder, Graph
 from numba_atomflow.backends.cuda.tokens import TokenChannel
@@ -55,6 +57,7 @@ class CudaBackend:
         self._arrays: Mapping[str, NDArray[Any]] | None = weights
         self._max_seq_len = max_seq_len
         self._use_graphs = graphs
+        self.compile_seconds = 0.0
         self._stream_is_open = False
         self._open = ExitStack()  # what `close` takes back, last made first
         try:
@@ -130,7 +133,9 @@ class CudaBackend:
     def prepare(self, progress: Progress | None = None) -> None:
         """Compile the kernels or load them from the cache, bring the weights to the device, capture the steps."""
         planned = self.kernels.planned
+        started = time.perf_counter()
         codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
+        self.compile_seconds = time.perf_counter() - started
         with self._running():
             loaded = {spec.name: self._load(spec, code) for spec, code in codes.items()}
             self._upload(loaded["repack"], progress)
@@ -249,6 +254,51 @@ class CudaBackend:
         """Wait until the GPU has done all that is queued."""
         with self._running():
             call("cuStreamSynchronize", self.stream)
+
+    # --- what `bench` and `profile` ask ------------------------------------------------------------------------------
+
+    def ceilings(self) -> dict[str, float]:
+        """GB/s of reading this GPU's memory, by loads and by the copy engine, measured now."""
+        with self._running():
+            return measure_ceilings(self.kernels.chip, self.stream)
+
+    def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
+        """The decode step's ops in order, each with the seconds of its kind.
+
+        All ops of a kind run one after the other, each with its own weights, in a graph of their own: a single op is
+        shorter than what starting it by itself costs.
+        """
+        ops = self.step(1, "sample")
+        kinds: dict[str, list[Op]] = {}
+        for op in ops:
+            kinds.setdefault(op.name.rpartition(".")[2], []).append(op)
+        seconds = {}
+        with self._measuring():
+            for kind, members in kinds.items():
+                launches = [launch for op in members for launch in self._binder.bind(op, sampled=True)]
+                each = time_launches(launches, self.stream, repeats)
+                seconds[kind] = each * len(launches) / len(members)
+        return [(op, seconds[op.name.rpartition(".")[2]]) for op in ops]
+
+    def time_step(self, repeats: int) -> float:
+        """Median seconds of the decode step's graph."""
+        with self._measuring():
+            position = self._memory.read(self._buffers["position"])
+            graph = self._graph(1, "sample")
+            times = time_graph(
+                graph, self.stream, repeats, lambda: self._memory.write(self._buffers["position"], position)
+            )
+        return float(np.median(times))
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Position and count of tokens are put right afterwards."""
+        position = self._position
+        with self._running():
+            yield
+            self._queued = self._wanted = int(self._memory.read(self._buffers["sampling.count"])[0])
+            self._memory.write(self._buffers["position"], np.array([position]))
+            self._position = position
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
