@@ -4,31 +4,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from kernel_cases import generator, launch, poisoned, weights
+from kernel_cases import generator, halves, launch, poisoned, weights
 from numpy.typing import NDArray
 
 from numba_atomflow.ops.cuda import embedding, sample
-from numba_atomflow.ops.cuda.fragments import FragmentLayout, to_fragments_reference
+from numba_atomflow.ops.cuda.fragments import FragmentLayout, halves_to_fragments_reference, to_fragments_reference
 from numba_atomflow.ops.embedding import embed_reference
 from numba_atomflow.sampling import SamplingParams, candidates, penalise, uniform
 
 EMBEDDINGS = (
     (FragmentLayout(40, 130, hardware_fp8=True), 3),  # neither fills its tiles
     (FragmentLayout(33, 576), 1),
+    (FragmentLayout(40, 130, halves=True), 3),
 )
 
 
 def check_embedding(layout: FragmentLayout, columns: int) -> None:
     """Bit for bit: a code times its scale, rounded once."""
     rng = generator(layout.rows, columns)
-    codes, scales = weights(layout, rng)
+    if layout.halves:
+        stored = halves(layout, rng)
+        table, words = stored.astype(np.float64), halves_to_fragments_reference(stored, layout)
+    else:
+        codes, scales = weights(layout, rng)
+        table = embed_reference(np.arange(layout.rows), codes, scales)
+        words = to_fragments_reference(codes, scales, layout)
     tokens = rng.integers(0, layout.rows, columns).astype(np.int32)
     tokens[0] = layout.rows - 1
     residual = poisoned(columns * layout.columns)
     kernel = embedding.make_embed(layout, columns)
-    words = to_fragments_reference(codes, scales, layout)
     launch(kernel, embedding.embed_blocks(layout, columns), embedding.THREADS, 0, words, tokens, residual)
-    expected = embed_reference(tokens, codes, scales).astype(np.float32)
+    expected = table[tokens].astype(np.float32)
     np.testing.assert_array_equal(residual.reshape(columns, -1), expected)
 
 

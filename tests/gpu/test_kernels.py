@@ -3,14 +3,19 @@
 import pytest
 from kernel_cases import (
     ATTENTIONS,
+    HALF_LAYOUTS,
     LAYOUTS,
     PROJECTIONS,
+    ROPES,
     AttentionCase,
     FragmentLayout,
     ProjectionCase,
+    RopeCase,
     check_attention,
     check_projection,
     check_repack,
+    check_repack_halves,
+    check_rope,
     qkv_case,
 )
 from numba import cuda
@@ -60,10 +65,20 @@ def test_repack(layout: FragmentLayout) -> None:
     check_repack(layout)
 
 
+@pytest.mark.parametrize("layout", HALF_LAYOUTS, ids=str)
+def test_repack_halves(layout: FragmentLayout) -> None:
+    check_repack_halves(layout)
+
+
 @pytest.mark.parametrize("case", PROJECTIONS + LARGE_PROJECTIONS, ids=str)
 def test_projection(case: ProjectionCase) -> None:
     runs_here(case.hardware_fp8)
     check_projection(case)
+
+
+@pytest.mark.parametrize("case", ROPES, ids=str)
+def test_rope(case: RopeCase) -> None:
+    check_rope(case)
 
 
 @pytest.mark.parametrize("case", ATTENTIONS + LARGE_ATTENTIONS, ids=str)

@@ -20,7 +20,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         cache="float16",
         multiple=GROUP,
         spare=block - 1,  # the surplus columns of a wide step
-        keep_qkv=False,
+        keep_qkv=kernels.rotates_apart,
     )
     attentions = [kernels.attention_shape(columns) for columns in kernels.widths]
     buffers = [
@@ -42,12 +42,13 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
 
 
 def weight_buffers(kernels: ModelKernels) -> list[Buffer]:
-    """One buffer for each projection, in fragment order, and for each norm; named as parts of the checkpoint."""
+    """One buffer for each projection, in fragment order, and for each vector; named as parts of the checkpoint."""
     shapes = kernels.geometry.parameters()
     buffers = []
     for part, theirs in fusion(kernels.geometry).items():
         if len(shapes[theirs[0]]) == 1:
-            buffers.append(Buffer("weights", part, shapes[theirs[0]], "float32"))
+            rows = sum(shapes[name][0] for name in theirs)
+            buffers.append(Buffer("weights", part, (rows,), "float32"))
         else:
             buffers.append(Buffer("weights", part, (kernels.layout_of(part).words,), "uint32"))
     return buffers
