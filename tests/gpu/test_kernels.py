@@ -42,11 +42,8 @@ LARGE_PROJECTIONS = (
     qkv_case(3072, 3, 128, 24, 8, warps=8, split=8, blocks=264),
     qkv_case(576, 8, 64, 9, 3, warps=8, split=4, blocks=30),
 )
-LARGE_ATTENTIONS = tuple(
-    AttentionCase(head_dim, heads, kv_heads, columns, length, splits=132 // kv_heads, warps=8)
-    for head_dim, heads, kv_heads, columns in ((128, 24, 8, 1), (64, 9, 3, 8), (80, 32, 32, 2), (96, 32, 32, 1))
-    for length in (8, 127, 128, 129, 4096, 16384)
-)
+LENGTHS = (1, 2, 127, 128, 129, 4096, 16384)
+HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
 
 
 def runs_here(hardware_fp8: bool) -> None:
@@ -75,9 +72,24 @@ def test_rope(case: RopeCase) -> None:
     check_rope(case)
 
 
-@pytest.mark.parametrize("case", ATTENTIONS + LARGE_ATTENTIONS, ids=str)
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
 def test_attention(case: AttentionCase) -> None:
     check_attention(case)
+
+
+@pytest.mark.parametrize("columns", [1, 8])
+@pytest.mark.parametrize("ratio", GQA_RATIOS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_attention_at_every_geometry_and_length(head_dim: int, ratio: int, columns: int) -> None:
+    for length in LENGTHS:
+        if length >= columns:
+            check_attention(AttentionCase(head_dim, 2 * ratio, 2, columns, length, splits=66, warps=8))
+
+
+@pytest.mark.parametrize("ratio", GQA_RATIOS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_qkv_at_every_geometry(head_dim: int, ratio: int) -> None:
+    check_projection(qkv_case(576, 3, head_dim, 2 * ratio, 2, warps=8, split=4, blocks=40))
 
 
 @pytest.mark.parametrize(("layout", "columns"), EMBEDDINGS, ids=str)
