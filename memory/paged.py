@@ -12,7 +12,7 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,15 +53,14 @@ class BlockManager:
         blocks: of the cache. block_size: positions per block.
 
     Attributes:
-        copies: blocks copied before a write so far. shared_tokens: positions that did not have to be computed because
-            another sequence had.
+        copies: blocks copied before a write so far.
     """
 
     def __init__(self, blocks: int, block_size: int) -> None:
         if blocks < 1 or block_size < 1:
             raise ValueError(f"{blocks} blocks of {block_size} positions")
         self.block_count, self.block_size = blocks, block_size
-        self.copies = self.shared_tokens = 0
+        self.copies = 0
         self._references = [0] * blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))  # given back first, taken first
         self._block_of: dict[bytes, int] = {}  # full, written blocks by the digest of all tokens up to their end
@@ -92,9 +91,9 @@ class BlockManager:
         """Positions whose keys and values are in the cache."""
         return self._sequences[sequence].written
 
-    def blocks(self, sequence: int) -> list[int]:
-        """The sequence's page table (a copy)."""
-        return list(self._sequences[sequence].blocks)
+    def blocks(self, sequence: int) -> Sequence[int]:
+        """The sequence's page table: the list itself, for reading."""
+        return self._sequences[sequence].blocks
 
     def references(self, block: int) -> int:
         """Sequences that use a block."""
@@ -102,9 +101,10 @@ class BlockManager:
 
     def slots(self, sequence: int, start: int, stop: int) -> NDArray[np.int64]:
         """Slots of positions start .. stop - 1."""
-        positions = np.arange(start, stop)
-        blocks = np.array(self._sequences[sequence].blocks, np.int64)
-        slots: NDArray[np.int64] = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+        first = start // self.block_size
+        blocks = np.array(self._sequences[sequence].blocks[first : self.blocks_for(stop)], np.int64)
+        index, offset = np.divmod(np.arange(start, stop), self.block_size)
+        slots: NDArray[np.int64] = blocks[index - first] * self.block_size + offset
         return slots
 
     def blocks_for(self, tokens: int) -> int:
@@ -122,20 +122,31 @@ class BlockManager:
         if sequence in self._sequences:
             raise ValueError(f"sequence {sequence} is open")
         opened = _Sequence()
-        digest = b""
-        for start in range(0, (len(prompt) - 1) // self.block_size * self.block_size, self.block_size):
-            digest = self._digest(digest, prompt[start : start + self.block_size])
-            block = self._block_of.get(digest)
-            if block is None:
-                break
-            self._reference(block)
+        for digest, block in self._shared(prompt):
+            if not self._references[block]:
+                del self._free[block]
+            self._references[block] += 1
             opened.blocks.append(block)
             opened.digests.append(digest)
         opened.written = len(opened.blocks) * self.block_size
         opened.tokens = list(prompt[: opened.written])
-        self.shared_tokens += opened.written
         self._sequences[sequence] = opened
         return opened.written
+
+    def missing_blocks(self, prompt: Sequence[int]) -> int:
+        """Free blocks that opening a sequence and filling in its prompt would take."""
+        in_use = sum(self._references[block] > 0 for _, block in self._shared(prompt))
+        return self.blocks_for(len(prompt)) - in_use
+
+    def _shared(self, prompt: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+        """The blocks that hold the prompt's beginning, each with its digest."""
+        digest = b""
+        for start in range(0, (len(prompt) - 1) // self.block_size * self.block_size, self.block_size):
+            digest = _digest(digest, prompt[start : start + self.block_size])
+            block = self._block_of.get(digest)
+            if block is None:
+                return
+            yield digest, block
 
     def append(self, sequence: int, tokens: Sequence[int]) -> list[BlockCopy]:
         """Give the next tokens slots that this sequence alone may write to; the copies to make before.
@@ -172,7 +183,7 @@ class BlockManager:
         done.written = written
         for i in range(len(done.digests), written // self.block_size):
             before = done.digests[-1] if done.digests else b""
-            digest = self._digest(before, done.tokens[i * self.block_size : (i + 1) * self.block_size])
+            digest = _digest(before, done.tokens[i * self.block_size : (i + 1) * self.block_size])
             done.digests.append(digest)
             if digest not in self._block_of:  # else another block holds the same, and goes on serving
                 self._forget(done.blocks[i])
@@ -206,19 +217,10 @@ class BlockManager:
         self._references[block] = 1
         return block
 
-    def _reference(self, block: int) -> None:
-        if not self._references[block]:
-            del self._free[block]
-        self._references[block] += 1
-
     def _forget(self, block: int) -> None:
         digest = self._digest_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
-
-    def _digest(self, before: bytes, tokens: Sequence[int]) -> bytes:
-        """Stands for all tokens up to a block's end. 16 bytes of BLAKE2b: equal digests are equal tokens."""
-        return hashlib.blake2b(before + np.array(tokens, "<i4").tobytes(), digest_size=16).digest()
 
     def audit(self) -> None:
         """Count everything anew.
@@ -243,6 +245,11 @@ class BlockManager:
             raise RuntimeError("free blocks and unreferenced blocks differ")
         if {block: digest for digest, block in self._block_of.items()} != self._digest_of:
             raise RuntimeError("digests and blocks differ")
+
+
+def _digest(before: bytes, tokens: Sequence[int]) -> bytes:
+    """Stands for all tokens up to a block's end. 16 bytes of BLAKE2b: equal digests are equal tokens."""
+    return hashlib.blake2b(before + np.array(tokens, "<i4").tobytes(), digest_size=16).digest()
 
 
 class PageTable:

@@ -31,14 +31,17 @@ class Cache:
 
     def open(self, prompt: list[int]) -> int:
         sequence = self.new_id()
+        missing, free = self.manager.missing_blocks(prompt), self.manager.free_count
         shared = self.manager.open(sequence, prompt)
+        taken = free - self.manager.free_count  # blocks that nobody used, but that held what the prompt begins with
+        assert missing == taken + self.manager.blocks_for(len(prompt)) - shared // self.manager.block_size
         assert shared < len(prompt)
         assert shared % self.manager.block_size == 0
         self.tokens[sequence] = prompt[:shared]
         return sequence
 
     def append(self, sequence: int, tokens: list[int]) -> bool:
-        manager, before = self.manager, self.manager.blocks(sequence)
+        manager, before = self.manager, list(self.manager.blocks(sequence))
         free = manager.free_count
         start = manager.length(sequence)
         try:
