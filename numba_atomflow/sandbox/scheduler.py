@@ -101,7 +101,7 @@ class Scheduler:
         Raises:
             ContextError: the whole cache is too small for it.
         """
-        self._check(request)
+        self.check(request)
         self.waiting.append(request)
 
     def fork(self, parent: Request, child: Request) -> None:
@@ -113,7 +113,7 @@ class Scheduler:
         Raises:
             ContextError: the whole cache is too small for it.
         """
-        self._check(child)
+        self.check(child)
         if parent not in self.running or len(self.running) == self.max_sequences:
             self.waiting.append(child)
             return
@@ -124,7 +124,10 @@ class Scheduler:
         child.shared_tokens += written
         self.running.append(child)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raises:
+        ContextError: the whole cache is too small for this request.
+        """
         room = self.manager.block_count * self.manager.block_size
         if request.most_tokens > room:
             raise ContextError(
