@@ -158,7 +158,9 @@ def report(record: dict[str, Any], style: str) -> str:
         f"tokens, {record['repeats']} turns; {machine['cpu']}{driver}, commit {machine['commit']}\n\n"
     )
     headers = ["peer", "decode tok/s", "TTFT ms", "ours / theirs", "what"]
-    return head + render("md" if style == "md" else "table", headers, [cells(row) for row in record["peers"]])
+    return head + render(
+        "md" if style == "md" else "table", headers, [cells(row) for row in record["peers"]], words=(0, 4)
+    )
 
 
 def main() -> int:

@@ -268,7 +268,8 @@ def table(rows: Sequence[KindRow]) -> str:
                 ", ".join(stalls) or "-",
             ]
         )
-    return render("table", ["op", "count", *counters, "stalls"], cells)
+    headers = ["op", "count", *counters, "stalls"]
+    return render("table", headers, cells, words=(0, len(headers) - 1))
 
 
 def main() -> int:
