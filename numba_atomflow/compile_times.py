@@ -14,7 +14,8 @@ from typing import Any
 
 from numba_atomflow import home
 from numba_atomflow.backends.base import Progress
-from numba_atomflow.engine import BackendName, Engine
+from numba_atomflow.backends.choose import BackendName
+from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, BackendError
 from numba_atomflow.geometry import ModelGeometry
 

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from numba_atomflow.chat_template import ChatTemplate
-from numba_atomflow.checkpoint import fusion
+from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, SourceError, TextError
 from numba_atomflow.quantize import rtn
@@ -19,7 +21,14 @@ Progress = Callable[[str, int, int], None]
 VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 
-def convert(source: Path, destination: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Path:
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    head: HeadFormat = "fp8",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
     """Quantise the model at `source` to FP8 and write it to `destination`.
 
     Memory does not grow with the model: weights pass through in slabs of rows. The destination appears under its name
@@ -28,6 +37,7 @@ def convert(source: Path, destination: Path, *, overwrite: bool = False, progres
     Args:
         source: a GGUF file or a Hugging Face folder.
         destination: the checkpoint file; missing folders are made.
+        head: format of the vocabulary projection (and of the embedding, where they are one).
         overwrite: replace an existing checkpoint.
         progress: called before each step with its name, bytes done and bytes in all: first hashing, then writing.
 
@@ -45,12 +55,15 @@ def convert(source: Path, destination: Path, *, overwrite: bool = False, progres
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     report: Progress = progress or (lambda *_: None)
     origin = _describe(weights, report)
-    writer = CheckpointWriter(destination, weights.geometry, weights.text, rtn.RECORD, origin, overwrite=overwrite)
+    writer = CheckpointWriter(
+        destination, weights.geometry, weights.text, rtn.RECORD, origin, head=head, overwrite=overwrite
+    )
+    halves = head_part(weights.geometry) if head == "fp16" else None
     with writer:
         for part, names in fusion(weights.geometry).items():
             report(part, writer.written_bytes, writer.total_bytes)
             for name in names:
-                _convert_tensor(weights, name, writer, part)
+                _convert_tensor(weights, name, writer, part, as_halves=part == halves)
         report("verifying", writer.written_bytes, writer.total_bytes)
     return destination
 
@@ -70,7 +83,7 @@ def _check_text(source: Path, text: TextAssets) -> None:
         raise SourceError(f"{source} cannot be converted: {error}") from error
 
 
-def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str) -> None:
+def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str, *, as_halves: bool) -> None:
     shape = weights.shape(name)
     if len(shape) == 1:
         writer.write(part, weights.read(name))
@@ -78,7 +91,11 @@ def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, 
     rows, columns = shape
     slab = max(1, VALUES_AT_ONCE // columns)
     for start in range(0, rows, slab):
-        codes, scales = rtn.quantize(weights.read(name, start, min(rows, start + slab)))
+        values = weights.read(name, start, min(rows, start + slab))
+        if as_halves:
+            writer.write(part + ".weight", values.astype(np.float16))
+            continue
+        codes, scales = rtn.quantize(values)
         writer.write(part + ".weight", codes)
         writer.write(part + ".scale", scales)
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Progress
+from numba_atomflow.backends.choose import BackendName, check_name, make_backend
 from numba_atomflow.checkpoint import TOKENIZER, Checkpoint
 from numba_atomflow.decode import Head
-from numba_atomflow.errors import BackendError, ContextError, OptionError
+from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.random_model import RandomModel
@@ -30,7 +31,6 @@ from numba_atomflow.text import TextCodec
 
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
 
-BackendName = Literal["auto", "cpu"]
 FinishReason = Literal["eos", "stop", "max_tokens", "context", "interrupted"]
 Message = Mapping[str, str]
 Item = TypeVar("Item", int, str)
@@ -44,7 +44,7 @@ class GenerationStats:
     reused_tokens: int = 0  # of the prompt, still in the KV cache from before
     tokens: int = 0  # generated, the end-of-sequence token included
     ttft: float = 0.0  # from the call to the first token
-    decode_seconds: float = 0.0  # spent on the tokens after the first
+    decode_seconds: float = 0.0  # from the first token to the last, with all that the host and the caller did between
 
     @property
     def tokens_per_second(self) -> float:
@@ -142,7 +142,7 @@ class Engine:
 
         Args:
             path_or_name: a checkpoint file, or the name of one in the models folder.
-            backend: "auto" takes the best one that this machine can run.
+            backend: "auto" takes the GPU where there is a usable one, if no number of threads is given.
             max_seq_len: positions of the KV cache; by default 4,096 or what the model was made for, if that is less.
             threads: cores that the CPU backend uses; all of them by default. Fewer are faster where other programs keep
                 some busy.
@@ -154,9 +154,9 @@ class Engine:
             BackendError: the backend cannot run here.
         """
         started = time.perf_counter()
-        _check_backend(backend)
+        check_name(backend)
         checkpoint = Checkpoint.open(find_checkpoint(path_or_name))
-        return cls._make_ready(checkpoint, max_seq_len, threads, progress, started)
+        return cls._make_ready(checkpoint, backend, max_seq_len, threads, progress, started)
 
     @classmethod
     def random(
@@ -175,31 +175,32 @@ class Engine:
         Args and errors are those of `load`, with the `seed` and the `name` of `RandomModel`.
         """
         started = time.perf_counter()
-        _check_backend(backend)
-        return cls._make_ready(RandomModel(geometry, seed, name), max_seq_len, threads, progress, started)
+        check_name(backend)
+        model = RandomModel(geometry, seed, name)
+        return cls._make_ready(model, backend, max_seq_len, threads, progress, started)
 
     @classmethod
     def _make_ready(
         cls,
         checkpoint: Checkpoint | RandomModel,
+        backend: BackendName,
         max_seq_len: int | None,
         threads: int | None,
         progress: Progress | None,
         started: float,
     ) -> "Engine":
+        device: Backend | None = None
         try:
             positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
-            from numba_atomflow.backends.cpu import CpuBackend  # numba is slow to import: not before it is needed
-
-            weights = {name: checkpoint.array(name) for name in checkpoint.names() if name != TOKENIZER}
-            device = CpuBackend(checkpoint.geometry, weights, positions, threads)
-            compiling = time.perf_counter()
+            device = make_backend(backend, checkpoint.geometry, WeightArrays(checkpoint), positions, threads)
             device.prepare(progress)
         except BaseException:
+            if device is not None:
+                device.close()
             checkpoint.close()
             raise
         engine = cls(checkpoint, device, positions)
-        engine.compile_seconds = time.perf_counter() - compiling
+        engine.compile_seconds = device.compile_seconds
         engine.load_seconds = time.perf_counter() - started
         return engine
 
@@ -416,11 +417,10 @@ class Engine:
             yield token
             if reply.finish_reason:
                 return
-            before = time.perf_counter()
             self.backend.decode()
             self._tokens.append(token)
             token = self.backend.sampled_token()
-            stats.decode_seconds += time.perf_counter() - before
+            stats.decode_seconds = time.perf_counter() - started - stats.ttft
 
 
 def _pieces(reply: Generation, tokens: Iterator[int], decoder: StreamDecoder, params: SamplingParams) -> Iterator[str]:
@@ -441,9 +441,24 @@ def _pieces(reply: Generation, tokens: Iterator[int], decoder: StreamDecoder, pa
         yield rest
 
 
-def _check_backend(name: str) -> None:
-    if name not in ("auto", "cpu"):
-        raise BackendError(f"There is no backend {name!r}; choose auto or cpu.")
+class WeightArrays(Mapping[str, NDArray[Any]]):
+    """A model's weights by name, each made or mapped when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint | RandomModel) -> None:
+        self._checkpoint = checkpoint
+        self._names = dict.fromkeys(name for name in checkpoint.names() if name != TOKENIZER)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._checkpoint.array(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def choose_max_seq_len(geometry: ModelGeometry, wanted: int | None) -> int:

@@ -39,6 +39,7 @@ class Backend(Protocol):
     device: str
     plan: MemoryPlan
     block: int  # most tokens of one prefill step
+    compile_seconds: float  # that `prepare` spent on compiling kernels or loading them from the cache
 
     def close(self) -> None:
         """Release the memory at once, not when the garbage collector comes by."""

@@ -121,6 +121,7 @@ class CpuBackend:
         self._array("rope.cosines")[:] = cosines
         self._array("rope.sines")[:] = sines
         self._bound: dict[tuple[int, Head], list[Action]] = {}
+        self.compile_seconds = 0.0
 
     def _array(self, name: str) -> NDArray[Any]:
         return self._buffers[name].host_array()
@@ -133,6 +134,7 @@ class CpuBackend:
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Run one op of every kind, for one token and for a block: all that numba must compile."""
+        started = time.perf_counter()
         self.seek(0)
         numba.set_num_threads(self.threads)
         steps = [op for tokens in (1, min(FEW + 1, self.block)) for op in self.step(tokens, "logits")]
@@ -145,6 +147,7 @@ class CpuBackend:
         if progress:
             progress("compiled", len(kinds), len(kinds))
         self.seek(0)
+        self.compile_seconds = time.perf_counter() - started
 
     def step(self, tokens: int, head: Head) -> list[Op]:
         """The ops of a step over `tokens` tokens."""
@@ -288,8 +291,13 @@ class CpuBackend:
             op.keys.host_array(),
             op.values.host_array(),
         )
-        project = self._project(op.weight, op.normed, op.qkv, accumulate=False)
-        return _in_order(self._norm(op.residual, op.norm, op.normed), project, rotate)
+        steps = [self._norm(op.residual, op.norm, op.normed)]
+        if op.bias is not None:  # the projection is added to it
+            steps.append(partial(np.copyto, op.qkv.host_array(), op.bias.host_array()))
+        steps.append(self._project(op.weight, op.normed, op.qkv, accumulate=op.bias is not None))
+        if op.q_norm is not None and op.k_norm is not None:
+            steps.append(self._norm_heads(op.qkv, op.q_norm, op.k_norm))
+        return _in_order(*steps, rotate)
 
     def _bind_attention(self, op: Attention) -> Action:
         q, out = op.q.host_array(), op.attended.host_array()
@@ -329,6 +337,11 @@ class CpuBackend:
         eps = np.float32(self.geometry.norm_eps)
         return partial(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())
 
+    def _norm_heads(self, qkv: View, q_norm: View, k_norm: View) -> Action:
+        g = self.geometry
+        arrays = qkv.host_array(), q_norm.host_array(), k_norm.host_array()
+        return partial(rms_norm.rms_norm_heads, *arrays, g.q_dim, g.kv_dim, np.float32(g.norm_eps))
+
     def _sample(self, logits: NDArray[np.float32], token: NDArray[np.int32]) -> None:
         token[0] = self._sampler.choose(logits)
 
@@ -348,10 +361,12 @@ class HostMemory:
         view.host_array()[:] = values
 
 
-def _stored(weight: Weight) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Codes [N, K] and scales [N, groups] as the checkpoint has them."""
-    assert weight.scales is not None  # `Weights.as_stored`  # noqa: S101
-    return weight.codes.host_array(), weight.scales.host_array()
+def _stored(weight: Weight) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Codes [N, K] and scales [N, groups] as the checkpoint has them; of a float16 weight the bits, and None."""
+    codes = weight.codes.host_array()
+    if weight.scales is None:
+        return codes.view(np.int16), None  # numba has no float16 on a CPU
+    return codes, weight.scales.host_array()
 
 
 def _observed(ops: Sequence[Op], actions: Sequence[Action], observer: Observer) -> list[Action]:

@@ -80,6 +80,7 @@ def _model(checkpoint: "Checkpoint", max_seq_len: int | None, verified: bool) ->
         "file_bytes": checkpoint.path.stat().st_size,
         "parameters": geometry.parameter_count(),
         "geometry": geometry.to_dict(),
+        "head": checkpoint.head,
         "quantiser": json.loads(checkpoint.metadata.get("quantiser", "{}")),
         "source": json.loads(checkpoint.metadata.get("source", "{}")),
         "text": {
@@ -120,6 +121,7 @@ def _model_table(record: dict[str, Any]) -> Table:
         ("hidden, ffn", f"{g['hidden']}, {g['ffn']}"),
         ("heads", f"{g['heads']} of {g['head_dim']}, {g['kv_heads']} for keys and values"),
         ("vocabulary", f"{g['vocabulary']:,} tokens, {'tied' if g['tied_embeddings'] else 'untied'} embeddings"),
+        ("head", f"{record['head']} vocabulary projection"),
         ("positions", f"at most {g['max_positions']:,}"),
         ("RoPE", rope),
         ("text", f"tokenizer {_yes(text['tokenizer'])}, chat template {_yes(text['chat_template'])}"),

@@ -123,13 +123,13 @@ def test_tokens_go_on_to_the_end_of_the_context() -> None:
         assert again.stats.reused_tokens == len(PROMPT) - 1
 
 
-def test_time_spent_by_the_consumer_is_not_decode_time() -> None:
+def test_decode_time_goes_from_the_first_token_to_the_last() -> None:
+    """The caller's time included: a device works ahead meanwhile, so that waiting alone would flatter it."""
     with random_engine() as engine:
-        engine.generate_tokens(PROMPT, SamplingParams(max_tokens=3)).finish()
         reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=3))
         for _ in reply:
-            time.sleep(0.3)
-        assert 0 < reply.stats.decode_seconds < 0.3
+            time.sleep(0.2)
+        assert reply.stats.decode_seconds > 0.4
 
 
 def test_the_wait_for_a_token_is_ttft_or_decode_time(monkeypatch: pytest.MonkeyPatch) -> None:
