@@ -20,11 +20,10 @@ import nsight
 import nvtx
 
 from numba_atomflow import AtomFlowError, Engine, SamplingParams
-from numba_atomflow.backends.base import Memory
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.backends.base import Memory, Observer
 from numba_atomflow.decode import Op
 from numba_atomflow.errors import OptionError
-from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
+from numba_atomflow.model_names import DEFAULT_MODEL
 from numba_atomflow.presets import find_preset
 
 WARM_UP = 3  # tokens
@@ -53,23 +52,27 @@ def captured() -> Iterator[None]:
 
 
 def traced_decode(engine: Engine, depth: int, tokens: int, op_tokens: int) -> None:
-    """Decode behind `depth` tokens."""
-    params = SamplingParams(max_tokens=WARM_UP + tokens + 1, ignore_eos=True)
-    prompt = [i % engine.geometry.vocabulary for i in range(depth + 1)]
-    reply = engine.generate_tokens(prompt, params)
+    """Decode behind `depth` tokens, to the very end of the context: a backend that works ahead of the host has nothing
+    to work ahead on.
+    """
+    backend, prompt = engine.backend, [i % engine.geometry.vocabulary for i in range(depth + 1)]
+
+    def run_ops(observer: Observer) -> None:
+        backend.seek(depth)
+        backend.observe(prompt[-1:], "sample", observer)
+        backend.seek(engine.position)
+
+    reply = engine.generate_tokens(prompt, SamplingParams(ignore_eos=True))
     for _ in range(WARM_UP):
         next(reply)
-    engine.backend.observe([prompt[0]], "sample", _Nobody())
-    engine.backend.seek(engine.position)
+    run_ops(_Nobody())
     with captured():
         for i in range(tokens):
             with nvtx.annotate(f"token {i}"):
                 next(reply)
-        position = engine.position
         for i in range(op_tokens):
             with nvtx.annotate(f"ops of token {i}"):
-                engine.backend.observe([prompt[0]], "sample", OpRanges())
-            engine.backend.seek(position)
+                run_ops(OpRanges())
 
 
 class _Nobody:
@@ -91,13 +94,10 @@ def open_engine(options: argparse.Namespace) -> Engine:
     """The model that the options name, with room for what is run."""
     if options.depth < 0 or options.tokens < 0 or options.op_tokens < 0:
         raise OptionError("--depth, --tokens and --op-tokens must be 0 or more.")
-    positions = options.depth + WARM_UP + options.tokens + 2
+    positions = options.depth + WARM_UP + options.tokens
     if options.geometry:
         return Engine.random(find_preset(options.geometry), options.backend, positions, name=options.geometry)
-    path = find_checkpoint(options.model or DEFAULT_MODEL)
-    with Checkpoint.open(path) as checkpoint:
-        positions = min(positions, checkpoint.geometry.max_positions)
-    return Engine.load(path, options.backend, positions)
+    return Engine.load(options.model or DEFAULT_MODEL, options.backend, positions)
 
 
 def main() -> int:
@@ -112,7 +112,7 @@ def main() -> int:
         with open_engine(options) as engine:
             traced_decode(engine, options.depth, options.tokens, options.op_tokens)
             if options.ops_out:
-                options.ops_out.write_text(json.dumps(op_records(engine, engine.position + 1)))
+                options.ops_out.write_text(json.dumps(op_records(engine, options.depth + 1)))
     except AtomFlowError as error:
         return nsight.leave(error)
     return 0
