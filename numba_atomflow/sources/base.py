@@ -71,9 +71,7 @@ def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, t
             )
     for name in shapes:
         if name not in expected:
-            raise SourceError(
-                f"{path} holds the tensor {name}, which is not part of a Llama model of this description."
-            )
+            raise SourceError(f"{path} holds the tensor {name}, which is not part of a model of this description.")
 
 
 def check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:
