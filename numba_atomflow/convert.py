@@ -22,8 +22,8 @@ VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 def convert(source: Path, destination: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Path:
     """Quantise the model at `source` to FP8 and write it to `destination`.
 
-    Memory does not grow with the model: weights pass through in slabs of rows. The destination appears under its name
-    complete or not at all.
+    Weights that are FP8 already keep their codes and scales. Memory does not grow with the model: weights pass through
+    in slabs of rows. The destination appears under its name complete or not at all.
 
     Args:
         source: a GGUF file or a Hugging Face folder.
@@ -45,7 +45,8 @@ def convert(source: Path, destination: Path, *, overwrite: bool = False, progres
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     report: Progress = progress or (lambda *_: None)
     origin = _describe(weights, report)
-    writer = CheckpointWriter(destination, weights.geometry, weights.text, rtn.RECORD, origin, overwrite=overwrite)
+    quantiser = {"kept": weights.fp8_scheme} | rtn.RECORD if weights.fp8_scheme else rtn.RECORD
+    writer = CheckpointWriter(destination, weights.geometry, weights.text, quantiser, origin, overwrite=overwrite)
     with writer:
         for part, names in fusion(weights.geometry).items():
             report(part, writer.written_bytes, writer.total_bytes)
@@ -78,7 +79,8 @@ def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, 
     rows, columns = shape
     slab = max(1, VALUES_AT_ONCE // columns)
     for start in range(0, rows, slab):
-        codes, scales = rtn.quantize(weights.read(name, start, min(rows, start + slab)))
+        stop = min(rows, start + slab)
+        codes, scales = weights.read_fp8(name, start, stop) or rtn.quantize(weights.read(name, start, stop))
         writer.write(part + ".weight", codes)
         writer.write(part + ".scale", scales)
 

@@ -49,6 +49,7 @@ class GgufSource:
     """A GGUF file; see `WeightSource`."""
 
     kind = "gguf"
+    fp8_scheme: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,6 +80,9 @@ class GgufSource:
             values = _read_rows(self.path, name, self._tensors[name], start, stop)
         check_finite(self.path, name, values)
         return values
+
+    def read_fp8(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """GGUF has no FP8."""
 
     def _read_rotary(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows of q or k in Hugging Face order: whole heads are read, each with its pairs taken apart."""
