@@ -11,7 +11,7 @@ from numba_atomflow.checkpoint import fusion
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, SourceError, TextError
 from numba_atomflow.quantize import rtn
-from numba_atomflow.sources import WeightSource, open_source
+from numba_atomflow.sources import WeightSource, local_source, open_source
 from numba_atomflow.text import TextAssets, TextCodec
 
 Progress = Callable[[str, int, int], None]
@@ -19,26 +19,36 @@ Progress = Callable[[str, int, int], None]
 VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 
-def convert(source: Path, destination: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Path:
+def convert(
+    source: Path | str,
+    destination: Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
     """Quantise the model at `source` to FP8 and write it to `destination`.
 
     Weights that are FP8 already keep their codes and scales. Memory does not grow with the model: weights pass through
     in slabs of rows. The destination appears under its name complete or not at all.
 
     Args:
-        source: a GGUF file or a Hugging Face folder.
+        source: a GGUF file, a Hugging Face folder, or a model of the hub (``org/name`` or ``org/name/file.gguf``).
         destination: the checkpoint file; missing folders are made.
+        revision: of a model of the hub: branch, tag or commit; "main" by default.
         overwrite: replace an existing checkpoint.
-        progress: called before each step with its name, bytes done and bytes in all: first hashing, then writing.
+        progress: called before each step with its name, bytes done and bytes in all: fetching, hashing, writing.
 
     Returns:
         `destination`.
 
     Raises:
         SourceError, GeometryError: the source cannot be used.
+        HubError: it cannot be fetched.
         DestinationError: the destination exists, or cannot be written.
     """
     _check_destination(destination, overwrite)
+    source = local_source(source, revision, progress)
     weights = open_source(source)
     _check_text(source, weights.text)
     if destination.exists() and any(destination.samefile(file) for file in weights.files):

@@ -186,16 +186,30 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:
         return (), [read_tensor_file(single, SourceError)]
     if not index.exists():
         raise SourceError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; {_what_else(folder)}.")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(_is_file_name(value) for value in weight_map.values()):
-        raise SourceError(f"{index} has no weight_map from tensor names to files in the same folder.")
+    weight_map = _weight_map(index)
     shards = []
-    for file_name in sorted(set(weight_map.values())):
+    for file_name in shard_names(index):
         if not (folder / file_name).exists():
             raise SourceError(f"{index} names {file_name}, which is not in {folder}; get the complete model.")
         shards.append(read_tensor_file(folder / file_name, SourceError))
     _check_index(index, weight_map, shards)
     return (index,), shards
+
+
+def shard_names(index: Path) -> list[str]:
+    """The weight files that an index names.
+
+    Raises:
+        SourceError: the index is malformed.
+    """
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_file_name(value) for value in weight_map.values()):
+        raise SourceError(f"{index} has no weight_map from tensor names to files in the same folder.")
+    return weight_map
 
 
 def _check_index(index: Path, weight_map: dict[str, str], shards: list[TensorFile]) -> None:
