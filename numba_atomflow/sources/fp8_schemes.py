@@ -54,9 +54,12 @@ class Fp8Scheme:
     def block_of(self, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> Block | None:
         """The block whose multipliers, for a weight of `shape` [N, K], have the shape `scale_shape`; None: no block."""
         for block in self.blocks:
-            grid = grid_of(shape, block)
-            spellings = {grid, grid[:1]} if grid[1] == 1 else {grid}
-            if scale_shape in (spellings | {()} if grid == (1, 1) else spellings):
+            spellings: list[tuple[int, ...]] = [grid_of(shape, block)]
+            while spellings[-1][-1:] == (
+                1,
+            ):  # axes of length 1 may be left out from the end: (N, 1), (N,); (1, 1), (1,), ()
+                spellings.append(spellings[-1][:-1])
+            if scale_shape in spellings:
                 return block
         return None
 

@@ -84,7 +84,7 @@ class HuggingFaceSource:
     def read_fp8(
         self, name: str, start: int = 0, stop: int | None = None
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
-        if name not in self._scales:
+        if name not in self._scales or (name == EMBEDDING and self._stored_twice):  # only `read` compares the two
             return None
         path, entry = self._entries[name]
         rows = range(*slice(start, stop).indices(entry.shape[0]))
