@@ -15,8 +15,12 @@ Tensors, with V vocabulary, H hidden and weights row-major [N, K] in codes F8_E4
     vocabulary.weight, .scale                    [V, H], only if embeddings are not tied
     tokenizer.json                               U8 [bytes], if there is one
 
-All F32 tensors come first, then the codes, then the tokenizer; spaces at the end of the header make the codes start at
-a multiple of 128 bytes. The metadata holds JSON records: geometry, quantiser, source and its SHA-256, text.
+The vocabulary projection (with tied embeddings: the embedding) may be F16 [V, H] instead: then it has no scale. Its
+dtype alone says which it is.
+
+All F32 tensors come first, then F16, then the codes, then the tokenizer; spaces at the end of the header make what
+follows F32 start at a multiple of 128 bytes. The metadata holds JSON records: geometry, quantiser, source and its
+SHA-256, text.
 """
 
 import json
@@ -26,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +43,15 @@ from numba_atomflow.text import TextAssets
 FORMAT = "numba-atomflow"
 FORMAT_VERSION = "1"
 TOKENIZER = "tokenizer.json"
-CODES, SCALES, BYTES = "F8_E4M3", "F32", "U8"
+CODES, SCALES, HALVES, BYTES = "F8_E4M3", "F32", "F16", "U8"
+HeadFormat = Literal["fp8", "fp16"]  # of the vocabulary projection
 
-_DTYPES: dict[str, np.dtype[Any]] = {CODES: np.dtype(np.uint8), SCALES: np.dtype("<f4"), BYTES: np.dtype(np.uint8)}
+DTYPES: dict[str, np.dtype[Any]] = {
+    CODES: np.dtype(np.uint8),
+    SCALES: np.dtype("<f4"),
+    HALVES: np.dtype("<f2"),
+    BYTES: np.dtype(np.uint8),
+}
 _VERIFIED_AT_ONCE = 1 << 20  # bytes
 
 
@@ -72,7 +82,12 @@ def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
     return parts
 
 
-def tensor_layout(geometry: ModelGeometry) -> dict[str, tuple[str, tuple[int, ...]]]:
+def head_part(geometry: ModelGeometry) -> str:
+    """The part that makes logits."""
+    return "embedding" if geometry.tied_embeddings else "vocabulary"
+
+
+def tensor_layout(geometry: ModelGeometry, head: HeadFormat = "fp8") -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every tensor of the checkpoint but the tokenizer: name to safetensors dtype and shape."""
     shapes = geometry.parameters()
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -82,6 +97,9 @@ def tensor_layout(geometry: ModelGeometry) -> dict[str, tuple[str, tuple[int, ..
             layout[part] = (SCALES, (rows,))
             continue
         (columns,) = width
+        if head == "fp16" and part == head_part(geometry):
+            layout[part + ".weight"] = (HALVES, (rows, columns))
+            continue
         layout[part + ".weight"] = (CODES, (rows, columns))
         layout[part + ".scale"] = (SCALES, (rows, -(-columns // GROUP)))
     return layout
@@ -97,6 +115,7 @@ class Checkpoint:
     geometry: ModelGeometry
     text: TextAssets
     metadata: dict[str, str]
+    head: HeadFormat  # of the vocabulary projection
     payload_bytes: int  # weights, scales and norms: what a model takes in memory
 
     def __init__(self, file: TensorFile) -> None:
@@ -105,7 +124,8 @@ class Checkpoint:
         self.geometry = _geometry(file)
         for key in ("quantiser", "source"):  # read by others, from the metadata
             _record(file, key)
-        _check_tensors(file, self.geometry)
+        self.head = _head_format(file, self.geometry)
+        _check_tensors(file, self.geometry, self.head)
         self.payload_bytes = sum(entry.nbytes for name, entry in file.entries.items() if name != TOKENIZER)
         try:
             with file.path.open("rb") as opened:
@@ -138,13 +158,22 @@ class Checkpoint:
         return list(self._entries)
 
     def array(self, name: str) -> NDArray[Any]:
-        """A read-only view into the mapped file: codes and tokenizer as uint8, scales and norms as float32."""
+        """A read-only view into the mapped file: codes and tokenizer as uint8, scales and norms as float32, F16."""
         entry = self._entries[name]
-        view = np.frombuffer(self._map, _DTYPES[entry.dtype], math.prod(entry.shape), entry.offset)
+        view = np.frombuffer(self._map, DTYPES[entry.dtype], math.prod(entry.shape), entry.offset)
         return view.reshape(entry.shape)
 
+    def matrix(self, part: str) -> NDArray[np.float32]:
+        """A projection or the embedding, [N, K], as the numbers that its stored weights stand for (a copy)."""
+        weights = self.array(part + ".weight")
+        if weights.dtype == DTYPES[HALVES]:
+            return weights.astype(np.float32)
+        from numba_atomflow.ops.fp8 import dequantize_groups  # with numba, which is slow to import
+
+        return dequantize_groups(weights, self.array(part + ".scale"))
+
     def verify(self) -> None:
-        """Read every tensor: no NaN among the codes, scales positive and finite, norms finite.
+        """Read every tensor: no NaN among the codes, scales positive and finite, norms and halves finite.
 
         Reads the file in pieces and not through the mapping, which would make all of it resident.
 
@@ -163,7 +192,7 @@ class Checkpoint:
                     raise CheckpointError(f"Tensor {name} of {self.path} is damaged; convert the model again.")
 
     def _pieces(self, entry: TensorEntry) -> Iterator[NDArray[Any]]:
-        dtype = _DTYPES[entry.dtype]
+        dtype = DTYPES[entry.dtype]
         try:
             with self.path.open("rb") as file:
                 file.seek(entry.offset)
@@ -216,10 +245,15 @@ def _record(file: TensorFile, key: str) -> dict[str, Any]:
     return record
 
 
-def _check_tensors(file: TensorFile, geometry: ModelGeometry) -> None:
+def _head_format(file: TensorFile, geometry: ModelGeometry) -> HeadFormat:
+    entry = file.entries.get(head_part(geometry) + ".weight")
+    return "fp16" if entry is not None and entry.dtype == HALVES else "fp8"
+
+
+def _check_tensors(file: TensorFile, geometry: ModelGeometry, head: HeadFormat) -> None:
     if geometry.layers > len(file.entries):  # before a layout is made for an absurd number of layers
         raise CheckpointError(f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} tensors.")
-    layout = tensor_layout(geometry)
+    layout = tensor_layout(geometry, head)
     for name, (dtype, shape) in layout.items():
         entry = file.entries.get(name)
         if entry is None:
@@ -229,7 +263,7 @@ def _check_tensors(file: TensorFile, geometry: ModelGeometry) -> None:
                 f"Tensor {name} of {file.path} is {entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}; "
                 "convert the model again."
             )
-        if entry.offset % _DTYPES[dtype].itemsize:
+        if entry.offset % DTYPES[dtype].itemsize:
             raise CheckpointError(f"Tensor {name} of {file.path} is misaligned; convert the model again.")
     for name, entry in file.entries.items():
         if name not in layout and (name != TOKENIZER or entry.dtype != BYTES):

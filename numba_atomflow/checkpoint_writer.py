@@ -26,11 +26,14 @@ from numpy.typing import NDArray
 from numba_atomflow.checkpoint import (
     BYTES,
     CODES,
+    DTYPES,
     FORMAT,
     FORMAT_VERSION,
+    HALVES,
     SCALES,
     TOKENIZER,
     Checkpoint,
+    HeadFormat,
     tensor_layout,
 )
 from numba_atomflow.errors import DestinationError
@@ -38,8 +41,8 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.tensor_file import ITEM_SIZES, METADATA, TensorEntry
 from numba_atomflow.text import TextAssets
 
-ALIGNMENT = 128  # bytes; where the codes start
-_ORDER = {SCALES: 0, CODES: 1, BYTES: 2}  # of dtypes in the file: the widest first, so that all are aligned
+ALIGNMENT = 128  # bytes; where the weights start
+_ORDER = {SCALES: 0, HALVES: 1, CODES: 2, BYTES: 3}  # of dtypes in the file: the widest first, so that all are aligned
 
 
 class CheckpointWriter:
@@ -54,6 +57,7 @@ class CheckpointWriter:
         text: stored in the metadata, the tokenizer as a tensor.
         quantiser: a JSON-ready record of how the weights were quantised.
         source: a JSON-ready record of where they came from.
+        head: format of the vocabulary projection.
         overwrite: replace a file that has the final name by the time that this one is complete.
 
     Raises:
@@ -68,6 +72,7 @@ class CheckpointWriter:
         quantiser: Mapping[str, Any],
         source: Mapping[str, Any],
         *,
+        head: HeadFormat = "fp8",
         overwrite: bool = True,
     ) -> None:
         self.path = path
@@ -80,7 +85,7 @@ class CheckpointWriter:
             "source": json.dumps(dict(source)),
             "text": json.dumps(text.to_dict()),
         }
-        layout = tensor_layout(geometry)
+        layout = tensor_layout(geometry, head)
         self._tokenizer = text.tokenizer_json
         if self._tokenizer is not None:
             layout[TOKENIZER] = (BYTES, (len(self._tokenizer),))
@@ -116,7 +121,7 @@ class CheckpointWriter:
         return self
 
     def write(self, name: str, rows: NDArray[Any]) -> None:
-        """Add rows to a tensor: codes as uint8, scales and norms as float32.
+        """Add rows to a tensor: codes as uint8, scales and norms as float32, F16 as float16.
 
         Tensors come in any order; the rows of one tensor from first to last, in as many pieces as the caller likes.
 
@@ -125,7 +130,7 @@ class CheckpointWriter:
             ValueError: the rows do not fit the tensor (a mistake of the caller).
         """
         entry, written = self._entries[name], self._written[name]
-        dtype = np.dtype(np.float32) if entry.dtype == SCALES else np.dtype(np.uint8)
+        dtype = DTYPES[entry.dtype]
         if rows.dtype != dtype or rows.shape[1:] != entry.shape[1:] or written + rows.nbytes > entry.nbytes:
             raise ValueError(
                 f"{rows.dtype} {rows.shape} does not fit {name}: {dtype} {entry.shape}, {written} bytes full"

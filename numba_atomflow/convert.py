@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from numba_atomflow.chat_template import ChatTemplate
-from numba_atomflow.checkpoint import fusion
+from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, SourceError, TextError
 from numba_atomflow.quantize import rtn
@@ -24,6 +26,7 @@ def convert(
     destination: Path,
     *,
     revision: str | None = None,
+    head: HeadFormat = "fp8",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -36,6 +39,7 @@ def convert(
         source: a GGUF file, a Hugging Face folder, or a model of the hub (``org/name`` or ``org/name/file.gguf``).
         destination: the checkpoint file; missing folders are made.
         revision: of a model of the hub: branch, tag or commit; "main" by default.
+        head: format of the vocabulary projection (and of the embedding, where they are one).
         overwrite: replace an existing checkpoint.
         progress: called before each step with its name, bytes done and bytes in all: fetching, hashing, writing.
 
@@ -56,12 +60,15 @@ def convert(
     report: Progress = progress or (lambda *_: None)
     origin = _describe(weights, report)
     quantiser = {"kept": weights.fp8_scheme} | rtn.RECORD if weights.fp8_scheme else rtn.RECORD
-    writer = CheckpointWriter(destination, weights.geometry, weights.text, quantiser, origin, overwrite=overwrite)
+    writer = CheckpointWriter(
+        destination, weights.geometry, weights.text, quantiser, origin, head=head, overwrite=overwrite
+    )
+    halves = head_part(weights.geometry) if head == "fp16" else None
     with writer:
         for part, names in fusion(weights.geometry).items():
             report(part, writer.written_bytes, writer.total_bytes)
             for name in names:
-                _convert_tensor(weights, name, writer, part)
+                _convert_tensor(weights, name, writer, part, as_halves=part == halves)
         report("verifying", writer.written_bytes, writer.total_bytes)
     return destination
 
@@ -81,7 +88,7 @@ def _check_text(source: Path, text: TextAssets) -> None:
         raise SourceError(f"{source} cannot be converted: {error}") from error
 
 
-def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str) -> None:
+def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str, *, as_halves: bool) -> None:
     shape = weights.shape(name)
     if len(shape) == 1:
         writer.write(part, weights.read(name))
@@ -90,6 +97,9 @@ def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, 
     slab = max(1, VALUES_AT_ONCE // columns)
     for start in range(0, rows, slab):
         stop = min(rows, start + slab)
+        if as_halves:
+            writer.write(part + ".weight", weights.read(name, start, stop).astype(np.float16))
+            continue
         codes, scales = weights.read_fp8(name, start, stop) or rtn.quantize(weights.read(name, start, stop))
         writer.write(part + ".weight", codes)
         writer.write(part + ".scale", scales)

@@ -23,8 +23,8 @@ class Weight:
     """A projection's weight [rows, columns] = [N, K], in whatever order a backend keeps it.
 
     Attributes:
-        codes: the elements; in the checkpoint's order [N, K].
-        scales: group scales [N, ceil(K / 128)]; None where they lie among the codes.
+        codes: the elements; in the checkpoint's order [N, K]. FP8 codes, or float16 (the vocabulary projection may be).
+        scales: group scales [N, ceil(K / 128)]; None where they lie among the codes, and for float16.
     """
 
     rows: int
@@ -54,7 +54,7 @@ class Weights:
             if name.endswith(".weight"):
                 part = name.removesuffix(".weight")
                 rows, columns = codes.shape
-                projections[part] = Weight(rows, columns, codes, tensors[f"{part}.scale"])
+                projections[part] = Weight(rows, columns, codes, tensors.get(f"{part}.scale"))
         norms = {name: view for name, view in tensors.items() if name.endswith("_norm")}
         return cls(projections, norms, {name: view for name, view in tensors.items() if name.endswith("_bias")})
 
@@ -95,6 +95,11 @@ class Op:
         """Bytes of KV cache that the op must read when `length` positions are filled."""
         del length
         return 0
+
+    def moved_bytes(self, length: int) -> int:
+        """Bytes that the op must at least move when `length` positions are filled: weights, cache and activations."""
+        activations = sum(view.nbytes for view in (*self.reads, *self.writes))
+        return self.weight_bytes + self.cache_bytes(length) + activations
 
 
 @dataclass(frozen=True)

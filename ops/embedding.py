@@ -1,7 +1,7 @@
-"""Embedding lookup: one row of the FP8 embedding per token.
+"""Embedding lookup: one row of the embedding per token, FP8 in groups or float16.
 
-Cost model: hidden bytes and hidden / 32 bytes of scales read per token, 4 * hidden written: nothing beside a
-projection.
+Cost model: hidden bytes and hidden / 32 bytes of scales (2 * hidden bytes of float16) read per token, 4 * hidden
+written: nothing beside a projection.
 """
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, dequantize_groups
 from numba_atomflow.ops.jit import cpu_kernel
+from numba_atomflow.ops.simd import half_to_float
 
 
 def embed_reference(
@@ -20,8 +21,16 @@ def embed_reference(
 
 @cpu_kernel(parallel=False)
 def embed(tokens, codes, scales, residual):  # type: ignore[no-untyped-def]
-    """residual[t] = embedding[tokens[t]]. tokens int32 [T], codes int8 [V, H], scales [V, groups], residual [T, H]."""
+    """residual[t] = embedding[tokens[t]].
+
+    Args:
+        tokens: int32 [T]. residual: float32 [T, H].
+        codes: int8 [V, H]; or int16, the bits of float16. scales: float32 [V, groups]; or None for float16.
+    """
     for t in range(tokens.shape[0]):
         row = tokens[t]
         for k in range(codes.shape[1]):
-            residual[t, k] = decode_biased(codes[row, k]) * (scales[row, k // GROUP] * UNBIAS)
+            if scales is None:
+                residual[t, k] = half_to_float(codes[row, k])
+            else:
+                residual[t, k] = decode_biased(codes[row, k]) * (scales[row, k // GROUP] * UNBIAS)

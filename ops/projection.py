@@ -1,4 +1,7 @@
-"""Projections: y = x W^T with FP8 weights W [N, K] in groups of 128 along K, float32 everywhere else.
+"""Projections: y = x W^T with weights W [N, K], FP8 in groups of 128 along K or float16; float32 everywhere else.
+
+`scales` says which: None stands for float16, whose bits come as int16. numba compiles a kernel once for each kind, and
+drops the branch for the other.
 
 Two regimes. One token (decode) is bound by reading the weights once: N * K bytes of codes and N * K / 32 of scales,
 so each weight is decoded in registers on its way into a multiply-add. Many tokens (a prompt) are bound by arithmetic:
@@ -15,7 +18,7 @@ from numpy.typing import NDArray
 from numba_atomflow.ops.activation import silu
 from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, dequantize_groups
 from numba_atomflow.ops.jit import cpu_kernel
-from numba_atomflow.ops.simd import fp8_row_dot
+from numba_atomflow.ops.simd import fp8_row_dot, half_to_float
 
 LARGEST_TILE = 320  # weight rows decoded at a time; fewer, and BLAS spends its time on packing x over and over
 
@@ -35,12 +38,27 @@ def project_reference(
 # --- one token ---------------------------------------------------------------------------------------------------
 
 
+@cpu_kernel(inline=True)
+def _half_row_dot(halves, n, x):  # type: ignore[no-untyped-def]
+    """Row n of float16 weights, int16 [N, K], times x float32 [K]."""
+    total = np.float32(0.0)
+    for k in range(halves.shape[1]):
+        total += half_to_float(halves[n, k]) * x[k]
+    return total
+
+
 @cpu_kernel()
 def project_token(codes, scales, x, y, accumulate):  # type: ignore[no-untyped-def]
-    """y = W x, or y += W x. codes int8 [N, K], scales float32 [N, groups], x float32 [K], y float32 [N]."""
+    """y = W x, or y += W x. codes int8 [N, K], scales float32 [N, groups], x float32 [K], y float32 [N].
+
+    For a float16 weight: codes int16 [N, K], scales None.
+    """
     lifted = x * _LIFT
     for n in prange(codes.shape[0]):
-        value = fp8_row_dot(codes, scales, n, lifted) * _UNLIFT
+        if scales is None:
+            value = _half_row_dot(codes, n, x)
+        else:
+            value = fp8_row_dot(codes, scales, n, lifted) * _UNLIFT
         if accumulate:
             y[n] += value
         else:
@@ -67,6 +85,10 @@ def _decode_rows(codes, scales, first, rows, tile):  # type: ignore[no-untyped-d
     columns = codes.shape[1]
     for r in range(rows):
         n = first + r
+        if scales is None:
+            for k in range(columns):
+                tile[r, k] = half_to_float(codes[n, k])
+            continue
         for g in range(scales.shape[1]):
             scale = scales[n, g] * UNBIAS
             for k in range(g * GROUP, min(columns, (g + 1) * GROUP)):
@@ -78,7 +100,7 @@ def project_block(codes, scales, x, y, accumulate, scratch):  # type: ignore[no-
     """y = x W^T, or y += x W^T, for many tokens.
 
     Args:
-        codes: int8 [N, K]. scales: float32 [N, groups].
+        codes: int8 [N, K]. scales: float32 [N, groups]. For a float16 weight: int16 [N, K], and None.
         x: float32 [T, K], contiguous. y: float32 [T, N].
         scratch: float32 [threads, at least LARGEST_TILE * (K + T)].
     """

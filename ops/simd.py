@@ -26,6 +26,18 @@ _FUSE = ("contract",)  # a multiply and an add may become one instruction
 
 
 @intrinsic
+def half_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
+    """The bits of a float16, as int16, to its value as float32: one instruction where the processor has it."""
+    del typing_context
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        del context, signature
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _F32)
+
+    return types.float32(types.int16), codegen
+
+
+@intrinsic
 def fp8_row_dot(typing_context, codes, scales, n, x):  # type: ignore[no-untyped-def]
     """Row n of FP8 weights times x: sum over k of e4m3(codes[n, k]) * 2^-120 * scales[n, k // 128] * x[k].
 

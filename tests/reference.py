@@ -11,7 +11,6 @@ from closeness import relative_l2
 from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint import Checkpoint
-from numba_atomflow.ops.fp8 import dequantize_groups
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install '.[validate]'")
 torch = pytest.importorskip("torch", reason="torch is the reference: pip install '.[validate]'")
@@ -34,9 +33,7 @@ def dequantised(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     """Every tensor of the checkpoint as float32, under its Hugging Face name."""
     g = checkpoint.geometry
 
-    def matrix(part: str) -> NDArray[np.float32]:
-        return dequantize_groups(checkpoint.array(part + ".weight"), checkpoint.array(part + ".scale"))
-
+    matrix = checkpoint.matrix
     weights = {"model.embed_tokens.weight": matrix("embedding"), "model.norm.weight": checkpoint.array("final_norm")}
     for i in range(g.layers):
         ours, theirs = f"layer.{i}.", f"model.layers.{i}."

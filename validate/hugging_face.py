@@ -24,7 +24,6 @@ from numba_atomflow.backends.base import Progress
 from numba_atomflow.checkpoint import Checkpoint, fusion
 from numba_atomflow.errors import ContextError, GroundTruthError, OptionError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.sources import open_source
 from numba_atomflow.text import TextCodec
 from numba_atomflow.validate.ground_truth import FORMAT, FORMAT_VERSION, REFERENCES, precision_of, sha256
@@ -187,7 +186,7 @@ def _original(checkpoint: Checkpoint, path: Path) -> Any:
 
 
 def _dequantised(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's weights in transformers' model."""
+    """The checkpoint's weights, expanded, in transformers' model."""
     import torch
 
     state: dict[str, Any] = {}
@@ -196,7 +195,7 @@ def _dequantised(checkpoint: Checkpoint) -> Any:
         if len(shapes[names[0]]) == 1:
             weights = checkpoint.array(part).copy()
         else:
-            weights = dequantize_groups(checkpoint.array(part + ".weight"), checkpoint.array(part + ".scale"))
+            weights = checkpoint.matrix(part)
         ends = np.cumsum([shapes[name][0] for name in names])
         state |= {name: torch.from_numpy(rows) for name, rows in zip(names, np.split(weights, ends[:-1]), strict=True)}
     return _with_weights(checkpoint.geometry, state)

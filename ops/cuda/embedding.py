@@ -20,6 +20,8 @@ def make_embed(layout: FragmentLayout, columns: int, *, dependent: bool = False)
     Kernel (words uint32 [layout.words], tokens int32 [columns], residual float32 [columns * hidden]). Plain rows.
     Launch: `embed_blocks(layout, columns)` blocks of `THREADS` threads, no shared memory.
     """
+    if layout.halves:
+        return _make_embed_halves(layout, columns, dependent)
     hidden, tile_words, scales_start = layout.columns, layout.tile_words, layout.groups * GROUP_WORDS
     row_words = -(-hidden // 4)
     total = columns * row_words
@@ -51,6 +53,34 @@ def make_embed(layout: FragmentLayout, columns: int, *, dependent: bool = False)
             residual[start + 3] = x3 * scale
 
     return embed
+
+
+def _make_embed_halves(layout: FragmentLayout, columns: int, dependent: bool) -> Any:
+    """The same for float16 weights; a thread copies 4 columns, two words."""
+    hidden, tile_words = layout.columns, layout.tile_words
+    row_words = -(-hidden // 4)
+    total = columns * row_words
+
+    @ptx.kernel(THREADS, 1)
+    def embed_halves(words, tokens, residual):  # type: ignore[no-untyped-def]
+        if dependent:
+            ptx.let_next_kernel_start()
+            ptx.wait_for_previous_kernel()
+        index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        if index >= total:
+            return
+        column, quad = index // row_words, index % row_words
+        row = tokens[column]
+        at = row // 16 * tile_words + quad // 8 * 256 + row % 16 // 8 * 128 + row % 8 * 16 + quad % 8 * 2
+        start = column * hidden + quad * 4
+        for i in range(2):
+            low, high = ptx.unpack_f16x2(words[at + i])
+            if quad * 4 + 2 * i < hidden:
+                residual[start + 2 * i] = low
+            if quad * 4 + 2 * i + 1 < hidden:
+                residual[start + 2 * i + 1] = high
+
+    return embed_halves
 
 
 def embed_blocks(layout: FragmentLayout, columns: int) -> int:

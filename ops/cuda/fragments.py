@@ -20,6 +20,9 @@ Two orders of bytes within a word of 4 columns, after the way of decoding: `deco
 to the value times 2^-8, so the scale takes 2^8: exact.
 
 Padding rows and columns are zero codes with scale 0. Cost model of the kernel: N * K bytes read and written, once.
+
+Float16 weights (the vocabulary projection may have them) follow the same plan without scales: a group is 64 columns,
+so that it has as many bytes, and lane 4 g + t holds 8 neighbouring columns of 32.
 """
 
 from dataclasses import dataclass
@@ -44,21 +47,28 @@ class FragmentLayout:
     Attributes:
         half: distance of the rows that are paired; 0: plain order.
         hardware_fp8: bytes and scales are ordered for `decode_fp8_cvt` (sm_89 and later), else for `decode_fp8_bits`.
+        halves: the weights are float16, without scales; plain order only.
     """
 
     rows: int
     columns: int
     half: int = 0
     hardware_fp8: bool = False
+    halves: bool = False
+
+    @property
+    def group_columns(self) -> int:
+        """Columns whose weights a warp loads together: 2 KB of a tile."""
+        return GROUP // 2 if self.halves else GROUP
 
     @property
     def groups(self) -> int:
-        """Groups of 128 columns, the last one padded."""
-        return group_count(self.columns)
+        """Groups of columns, the last ones padded."""
+        return self.padded_columns // self.group_columns
 
     @property
     def padded_columns(self) -> int:
-        return self.groups * GROUP
+        return group_count(self.columns) * GROUP
 
     @property
     def section_tiles(self) -> int:
@@ -74,6 +84,8 @@ class FragmentLayout:
     @property
     def tile_words(self) -> int:
         """32-bit words from one tile to the next."""
+        if self.halves:
+            return self.groups * GROUP_WORDS
         return -(-self.groups * (GROUP_WORDS + TILE_ROWS) // 32) * 32
 
     @property
@@ -150,22 +162,30 @@ def from_fragments_reference(
     return codes, scales
 
 
+def halves_to_fragments_reference(weights: NDArray[np.float16], layout: FragmentLayout) -> NDArray[np.uint32]:
+    """Float16 weights [N, K] to words [layout.words]."""
+    padded = np.zeros((layout.tiles * TILE_ROWS, layout.padded_columns), np.float16)
+    padded[: layout.rows, : layout.columns] = weights
+    # axes: tile, row / 8, g, 32 columns, t, element -> tile, 32 columns, row / 8, g, t, element
+    blocks = padded.reshape(layout.tiles, 2, 8, -1, 4, 8).transpose(0, 3, 1, 2, 4, 5)
+    return np.ascontiguousarray(blocks).reshape(-1).view(np.uint32)
+
+
 # --- GPU ---------------------------------------------------------------------------------------------------------
 
 
-def make_repack(layout: FragmentLayout) -> Any:
-    """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words]): one thread per word.
+def make_repack(hardware_fp8: bool) -> Any:
+    """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words], then the layout's rows,
+    columns and half as int64): one thread per word. One kernel for all layouts, because it runs once.
 
     Launch: `repack_blocks(layout)` blocks of `THREADS` threads, no shared memory.
     """
-    rows, columns, groups, half = layout.rows, layout.columns, layout.groups, layout.half
-    section_tiles = max(layout.section_tiles, 1)
-    tile_words, codes_end, total = layout.tile_words, layout.groups * GROUP_WORDS, layout.words
-    order_0, order_1, order_2, order_3 = layout.byte_order
-    factor = np.float32(layout.scale_factor)
+    sample = FragmentLayout(TILE_ROWS, GROUP, hardware_fp8=hardware_fp8)
+    order_0, order_1, order_2, order_3 = sample.byte_order
+    factor = np.float32(sample.scale_factor)
 
     @ptx.device_function
-    def source_row(tile, row):  # type: ignore[no-untyped-def]
+    def source_row(tile, row, rows, half, section_tiles):  # type: ignore[no-untyped-def]
         if half == 0:
             source = tile * 16 + row
             return source if source < rows else -1
@@ -174,34 +194,64 @@ def make_repack(layout: FragmentLayout) -> Any:
         return source if unit < half else -1
 
     @ptx.device_function
-    def code(codes, row, column):  # type: ignore[no-untyped-def]
+    def code(codes, row, column, columns):  # type: ignore[no-untyped-def]
         return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
 
     @ptx.kernel(THREADS, 1)
-    def repack(codes, scales, words):  # type: ignore[no-untyped-def]
+    def repack(codes, scales, words, rows, columns, half):  # type: ignore[no-untyped-def]
+        groups = (columns + 127) // 128
+        tile_words = (groups * 528 + 31) // 32 * 32
+        codes_end = groups * 512
+        section_tiles = max((half + 7) // 8, 1)
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        if index >= total:
+        if index >= len(words):
             return
         tile, word = index // tile_words, index % tile_words
         value = np.uint32(0)
         if word < codes_end:
-            row = source_row(tile, word % 256 // 128 * 8 + word % 128 // 16)
+            row = source_row(tile, word % 256 // 128 * 8 + word % 128 // 16, rows, half, section_tiles)
             column = word // 256 * 64 + word % 16 * 4
             if row >= 0:
                 value = np.uint32(
-                    code(codes, row, column + order_0)
-                    | code(codes, row, column + order_1) << 8
-                    | code(codes, row, column + order_2) << 16
-                    | code(codes, row, column + order_3) << 24
+                    code(codes, row, column + order_0, columns)
+                    | code(codes, row, column + order_1, columns) << 8
+                    | code(codes, row, column + order_2, columns) << 16
+                    | code(codes, row, column + order_3, columns) << 24
                 )
         elif word < codes_end + groups * 16:
             entry = word - codes_end
-            row = source_row(tile, entry % 2 * 8 + entry % 16 // 2)
+            row = source_row(tile, entry % 2 * 8 + entry % 16 // 2, rows, half, section_tiles)
             if row >= 0:
                 value = np.uint32(ptx.f32_bits(scales[row * groups + entry // 16] * factor))
         words[index] = value
 
     return repack
+
+
+def make_repack_halves() -> Any:
+    """Kernel (weights uint16 [N * K], words uint32 [layout.words], the layout's rows and columns as int64): one thread
+    per word. Launched as `make_repack`'s.
+    """
+
+    @ptx.device_function
+    def half(weights, row, column, rows, columns):  # type: ignore[no-untyped-def]
+        if row < rows and column < columns:
+            return np.uint32(weights[row * columns + column])
+        return np.uint32(0)
+
+    @ptx.kernel(THREADS, 1)
+    def repack_halves(weights, words, rows, columns):  # type: ignore[no-untyped-def]
+        tile_words = (columns + 127) // 128 * 1024
+        index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        if index >= len(words):
+            return
+        tile, word = index // tile_words, index % tile_words
+        row = tile * 16 + word % 256 // 128 * 8 + word % 128 // 16
+        column = word // 256 * 32 + word % 16 * 2
+        low = half(weights, row, column, rows, columns)
+        words[index] = np.uint32(low | half(weights, row, column + 1, rows, columns) << 16)
+
+    return repack_halves
 
 
 def repack_blocks(layout: FragmentLayout) -> int:

@@ -16,10 +16,11 @@ import pytest
 from safetensors import safe_open
 from tiny_models import names_in, safetensors_bytes, tiny_geometry, tiny_tokenizer
 
-from numba_atomflow.checkpoint import Checkpoint, tensor_layout
+from numba_atomflow.checkpoint import Checkpoint, HeadFormat, tensor_layout
 from numba_atomflow.checkpoint_writer import CheckpointWriter
 from numba_atomflow.errors import CheckpointError, DestinationError
 from numba_atomflow.geometry import RopeScaling
+from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.text import TextAssets
 
 TEXT = TextAssets(
@@ -29,16 +30,19 @@ SOURCE = {"path": "model.gguf", "kind": "gguf", "sha256": {"model.gguf": "00" * 
 SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
 
 
-def writer_for(path: Path, text: TextAssets = TEXT, **changes: Any) -> CheckpointWriter:
-    return CheckpointWriter(path, tiny_geometry(**changes), text, {"method": "rtn", "group_size": 128}, SOURCE)
+def writer_for(path: Path, text: TextAssets = TEXT, head: HeadFormat = "fp8", **changes: Any) -> CheckpointWriter:
+    quantiser = {"method": "rtn", "group_size": 128}
+    return CheckpointWriter(path, tiny_geometry(**changes), text, quantiser, SOURCE, head=head)
 
 
-def contents(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
-    """Random codes without NaN, positive scales, norms."""
+def contents(seed: int = 0, head: HeadFormat = "fp8", **changes: Any) -> dict[str, np.ndarray]:
+    """Random codes without NaN, positive scales, norms, halves."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
-    for name, (dtype, shape) in tensor_layout(tiny_geometry(**changes)).items():
-        if dtype == "F32":
+    for name, (dtype, shape) in tensor_layout(tiny_geometry(**changes), head).items():
+        if dtype == "F16":
+            tensors[name] = rng.standard_normal(shape).astype(np.float16)
+        elif dtype == "F32":
             tensors[name] = rng.uniform(0.5, 2.0, shape).astype(np.float32)
         else:
             codes = rng.integers(0, 256, shape, np.uint8)
@@ -81,15 +85,34 @@ def test_layout_of_a_layer() -> None:
     assert dict(qwen3.items() - layout.items()) == {f"layer.0.{x}_norm": ("F32", (64,)) for x in "qk"}
 
 
+def test_layout_with_a_head_in_float16() -> None:
+    untied, tied = tiny_geometry(layers=1), tiny_geometry(layers=1, tied_embeddings=True)
+    expected = tensor_layout(untied) | {"vocabulary.weight": ("F16", (288, 192))}
+    del expected["vocabulary.scale"]
+    assert tensor_layout(untied, "fp16") == expected
+    expected = tensor_layout(tied) | {"embedding.weight": ("F16", (288, 192))}
+    del expected["embedding.scale"]
+    assert tensor_layout(tied, "fp16") == expected
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"tied_embeddings": True, "rope_scaling": SCALING}, {"hidden": 200, "ffn": 99}]
+    "changes",
+    [
+        {},
+        {"tied_embeddings": True, "rope_scaling": SCALING},
+        {"hidden": 200, "ffn": 99},
+        {"head": "fp16"},
+        {"head": "fp16", "tied_embeddings": True, "hidden": 99, "vocabulary": 17},
+    ],
 )
 def test_what_is_written_is_read_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     tensors = contents(**changes)
     path = write(tmp_path / "model.safetensors", tensors, **changes)
     assert names_in(tmp_path) == ["model.safetensors"]
+    head = changes.pop("head", "fp8")
     with Checkpoint.open(path) as checkpoint:
         checkpoint.verify()
+        assert checkpoint.head == head
         assert checkpoint.geometry == tiny_geometry(**changes)
         assert checkpoint.text == TEXT
         assert json.loads(checkpoint.metadata["source"]) == SOURCE
@@ -144,15 +167,32 @@ def test_torch_sees_the_same_fp8_values(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded[name].to(torch.float32).numpy(), decode_e4m3(checkpoint.array(name)))
 
 
-def test_codes_start_at_a_multiple_of_128_after_all_floats(tmp_path: Path) -> None:
-    data = write(tmp_path / "model.safetensors").read_bytes()
+@pytest.mark.parametrize("head", ["fp8", "fp16"])
+def test_weights_start_at_a_multiple_of_128_after_all_floats(tmp_path: Path, head: HeadFormat) -> None:
+    data = write(tmp_path / "model.safetensors", head=head).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     del header["__metadata__"]
     order = [record["dtype"] for record in sorted(header.values(), key=lambda record: record["data_offsets"][0])]
-    assert order == sorted(order, key=["F32", "F8_E4M3", "U8"].index)
-    assert (start + min(r["data_offsets"][0] for r in header.values() if r["dtype"] == "F8_E4M3")) % 128 == 0
+    assert order == sorted(order, key=["F32", "F16", "F8_E4M3", "U8"].index)
+    for dtype in {"F16", "F8_E4M3"} & set(order):
+        assert (start + min(r["data_offsets"][0] for r in header.values() if r["dtype"] == dtype)) % 128 == 0
     assert start % 4 == 0
+
+
+@pytest.mark.parametrize("head", ["fp8", "fp16"])
+def test_a_matrix_is_what_its_weights_stand_for(tmp_path: Path, head: HeadFormat) -> None:
+    tensors = contents(head=head)
+    with Checkpoint.open(write(tmp_path / "model.safetensors", tensors, head=head)) as checkpoint:
+        embedding, vocabulary = checkpoint.matrix("embedding"), checkpoint.matrix("vocabulary")
+    assert (embedding.dtype, vocabulary.dtype) == (np.float32, np.float32)
+    np.testing.assert_array_equal(embedding, dequantize_groups(tensors["embedding.weight"], tensors["embedding.scale"]))
+    if head == "fp16":
+        np.testing.assert_array_equal(vocabulary, tensors["vocabulary.weight"].astype(np.float32))
+    else:
+        np.testing.assert_array_equal(
+            vocabulary, dequantize_groups(tensors["vocabulary.weight"], tensors["vocabulary.scale"])
+        )
 
 
 def test_arrays_outlive_the_checkpoint(tmp_path: Path) -> None:
@@ -244,6 +284,9 @@ def changed_geometry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda header: header["layer.0.qkv.weight"].update(dtype="F8_E5M2"), "layer.0.qkv.weight"),
         (lambda header: header["layer.0.qkv.weight"].update(shape=[192, 512]), "layer.0.qkv.weight"),
         (lambda header: header.update(extra=header.pop("final_norm")), "lacks the tensor final_norm"),
+        (lambda header: header["layer.0.o.weight"].update(dtype="F16", shape=[192, 128]), "not F8_E4M3 [192, 256]"),
+        (lambda header: header["vocabulary.weight"].update(dtype="F16", shape=[288, 96]), "not F16 [288, 192]"),
+        (lambda header: header["embedding.weight"].update(dtype="F16", shape=[288, 96]), "not F8_E4M3 [288, 192]"),
         (lambda header: header["tokenizer.json"].update(dtype="I8"), "unknown tensor tokenizer.json"),
     ],
 )
@@ -289,6 +332,13 @@ def test_verify_finds_values_that_cannot_be(tmp_path: Path, name: str, value: fl
     path.write_bytes(data)
     with Checkpoint.open(path) as checkpoint, pytest.raises(CheckpointError, match=f"Tensor {name} of .* is damaged"):
         checkpoint.verify()
+
+
+def test_verify_finds_an_infinity_among_halves(tmp_path: Path) -> None:
+    tensors = contents(head="fp16")
+    tensors["vocabulary.weight"][7, 3] = np.inf
+    with pytest.raises(CheckpointError, match=r"Tensor vocabulary\.weight of .* is damaged"):
+        write(tmp_path / "model.safetensors", tensors, head="fp16")
 
 
 def test_damaged_values_are_not_published(tmp_path: Path) -> None:

@@ -79,6 +79,20 @@ def test_values_end_where_they_belong(tmp_path: Path, monkeypatch: pytest.Monkey
     check_values(made, weights)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_float16_is_the_source_rounded_once(tmp_path: Path, tied: bool) -> None:
+    weights = write_hf_folder(tmp_path / "hf", tiny_geometry(tied_embeddings=tied))
+    plain = convert(tmp_path / "hf", tmp_path / "plain.safetensors")
+    made = convert(tmp_path / "hf", tmp_path / "model.safetensors", head="fp16")
+    head, theirs = ("embedding", "model.embed_tokens.weight") if tied else ("vocabulary", "lm_head.weight")
+    with Checkpoint.open(made) as ours, Checkpoint.open(plain) as fp8:
+        assert (ours.head, fp8.head) == ("fp16", "fp8")
+        np.testing.assert_array_equal(ours.array(head + ".weight"), weights[theirs].astype(np.float16))
+        assert set(fp8.names()) - set(ours.names()) == {head + ".scale"}
+        for name in set(ours.names()) - {head + ".weight"}:
+            np.testing.assert_array_equal(ours.array(name), fp8.array(name), err_msg=name)
+
+
 @pytest.mark.parametrize("family", ["qkv_bias", "qk_norm"])
 def test_what_other_families_have_ends_where_it_belongs(tmp_path: Path, family: str) -> None:
     weights = write_hf_folder(tmp_path / "hf", tiny_geometry(**{family: True}), dtype="BF16")

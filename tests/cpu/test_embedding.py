@@ -26,6 +26,16 @@ def test_rows_of_the_table(rng: np.random.Generator, tokens: int, hidden: int) -
     np.testing.assert_array_equal(embed_reference(ids, codes, scales), expected)
 
 
+@pytest.mark.parametrize("hidden", [1, 127, 200, 576])
+def test_rows_of_a_table_in_float16(rng: np.random.Generator, hidden: int) -> None:
+    bits = rng.integers(0, 1 << 16, (50, hidden)).astype(np.uint16)
+    bits[bits & 0x7C00 == 0x7C00] = 0x03FF  # no NaN, no infinity, but subnormals
+    ids = rng.integers(0, 50, 9).astype(np.int32)
+    residual = poisoned(9, hidden)
+    embed(ids, bits.view(np.int16), None, residual)
+    np.testing.assert_array_equal(residual, bits.view(np.float16)[ids].astype(np.float32))
+
+
 def test_subnormal_codes_and_signed_zeros() -> None:
     codes = np.array([[0x00, 0x80, 0x01, 0x81, 0x07, 0x87]], np.uint8)
     residual = poisoned(1, 6)

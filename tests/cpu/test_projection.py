@@ -1,6 +1,7 @@
 """Projections against float64: one token and blocks, any K, nothing read or written beside the arrays."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numba
@@ -22,7 +23,7 @@ SUBNORMAL = np.array([code for code in range(256) if 0 < code & 0x7F < 8], np.ui
 class Weight:
     """Random codes and scales, with the weights that they stand for in float64."""
 
-    codes: NDArray[np.int8]
+    codes: NDArray[Any]
     scales: NDArray[np.float32]
     values: NDArray[np.float64]
 
@@ -36,6 +37,12 @@ def random_weight(rng: np.random.Generator, rows: int, columns: int, codes: NDAr
     decoded = chosen.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     group_of = np.arange(columns) // 128
     return Weight(chosen.view(np.int8), scales, decoded * scales[:, group_of].astype(np.float64))
+
+
+def random_halves(rng: np.random.Generator, rows: int, columns: int) -> Weight:
+    """Float16 weights as kernels take them: bits as int16, and no scales. Subnormals are among them."""
+    halves = (rng.standard_normal((rows, columns)) * np.exp(rng.uniform(-12, 2, (rows, columns)))).astype(np.float16)
+    return Weight(halves.view(np.int16), np.empty((0, 0), np.float32), halves.astype(np.float64))
 
 
 def random_x(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
@@ -98,6 +105,26 @@ def test_one_token_of_any_size(rng: np.random.Generator, size: float) -> None:
     x *= np.float32(size)
     projection.project_token(weight.codes, weight.scales, x, y, False)
     check_close(y, weight.values @ x.astype(np.float64), tolerance(roundings(200)), magnitude(x, weight))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_one_token_through_float16(rng: np.random.Generator, columns: int, accumulate: bool) -> None:
+    weight, x = random_halves(rng, 67, columns), random_x(rng, columns)
+    y = rng.standard_normal(67).astype(np.float32) if accumulate else poisoned(67)
+    expected = weight.values @ x.astype(np.float64) + (y if accumulate else 0)
+    size = magnitude(x, weight) + (np.abs(y) if accumulate else 0)
+    projection.project_token(weight.codes, None, x, y, accumulate)
+    check_close(y, expected, tolerance(roundings(columns)), size)
+
+
+@pytest.mark.usefixtures("single_threaded_blas")
+@pytest.mark.parametrize("tokens", [1, 5, 65])
+@pytest.mark.parametrize("columns", [1, 129, 576])
+def test_a_block_through_float16(rng: np.random.Generator, columns: int, tokens: int) -> None:
+    weight, x, y = random_halves(rng, 700, columns), random_x(rng, tokens, columns), poisoned(tokens, 700)
+    projection.project_block(weight.codes, None, x, y, False, scratch(columns, tokens))
+    check_close(y, x.astype(np.float64) @ weight.values.T, tolerance(roundings(columns)), magnitude(x, weight))
 
 
 def test_every_single_weight_is_seen(rng: np.random.Generator) -> None:

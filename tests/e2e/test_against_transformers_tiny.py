@@ -13,6 +13,7 @@ from reference import LIMIT, Reference, check_logits
 from tiny_models import random_weights, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine
+from numba_atomflow.checkpoint import HeadFormat
 from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry, RopeScaling
 
@@ -41,9 +42,11 @@ def geometry_of(number: int) -> ModelGeometry:
     )
 
 
-def models(tmp_path: Path, geometry: ModelGeometry, seed: int, threads: int | None = None) -> tuple[Engine, Reference]:
+def models(
+    tmp_path: Path, geometry: ModelGeometry, seed: int, threads: int | None = None, head: HeadFormat = "fp8"
+) -> tuple[Engine, Reference]:
     write_hf_folder(tmp_path / "hf", geometry, weights=random_weights(geometry, seed))
-    engine = Engine.load(convert(tmp_path / "hf", tmp_path / "model.safetensors"), threads=threads)
+    engine = Engine.load(convert(tmp_path / "hf", tmp_path / "model.safetensors", head=head), threads=threads)
     return engine, Reference(tmp_path / "hf", engine.checkpoint)
 
 
@@ -57,6 +60,18 @@ def test_logits(tmp_path: Path, number: int) -> None:
     # These matrices are too small to share, and on a busy machine threads wait long for each other.
     engine, reference = models(tmp_path, geometry, seed=number, threads=1)
     tokens = np.random.default_rng(number).integers(0, geometry.vocabulary, 48).tolist()
+    expected = reference.logits(tokens)
+    with engine:
+        check_logits(engine.feed(tokens, all_logits=True), expected, "one block")
+        engine.reset()
+        check_logits(np.stack([engine.feed([token]) for token in tokens]), expected, "token by token")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_with_a_head_in_float16(tmp_path: Path, tied: bool) -> None:
+    geometry = tiny_geometry(tied_embeddings=tied)
+    engine, reference = models(tmp_path, geometry, seed=200, threads=1, head="fp16")
+    tokens = np.random.default_rng(200).integers(0, geometry.vocabulary, 48).tolist()
     expected = reference.logits(tokens)
     with engine:
         check_logits(engine.feed(tokens, all_logits=True), expected, "one block")
