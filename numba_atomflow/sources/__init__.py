@@ -47,7 +47,9 @@ def open_source(path: Path) -> WeightSource:
         if path.is_dir():
             return HuggingFaceSource(path)
         if not path.exists():
-            raise SourceError(f"{path} does not exist; give a GGUF file or a Hugging Face model folder.")
+            raise SourceError(
+                f"{path} does not exist; give a GGUF file, a Hugging Face folder, or a model of the hub (org/name)."
+            )
         if not path.is_file():
             raise SourceError(
                 f"{path} is neither a file nor a folder; give a GGUF file or a Hugging Face model folder."

@@ -179,6 +179,8 @@ def _strategy(path: Path, weights: Mapping[str, Any]) -> Block:
 
 
 def _block(path: Path, key: str, value: Any) -> Block:
+    if isinstance(value, str) and value.replace("x", "", 1).isdecimal():  # "128x128", as early compressed-tensors wrote
+        value = [int(size) for size in value.split("x") if size]
     if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
         raise SourceError(f"{path} has an unusable value for {key}: {str(value)[:60]!r}.")
     if value[1] % GROUP:

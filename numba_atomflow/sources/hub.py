@@ -48,9 +48,11 @@ class HubModel:
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> "HubModel | None":
-        """``org/name`` or ``org/name/file.gguf``; None if `text` can be neither."""
+        """``org/name`` or ``org/name/file.gguf``; None if `text` can be neither, or is rather a file's path."""
         match = _MODEL.fullmatch(text)
-        return None if match is None else cls(match[1], match[2], revision or "main")
+        if match is None or match[1].endswith((".gguf", ".safetensors", ".bin")):
+            return None
+        return cls(match[1], match[2], revision or "main")
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ def refused(hub: Hub, *fragments: str, model: HubModel = MODEL) -> None:
         ("org/../repo", None),
         ("org/..", None),
         ("repo", None),
+        ("folder/model.gguf", None),
+        ("folder/model.safetensors", None),
         ("org/re po", None),
         ("org/", None),
         ("org/" + "x" * 97, None),
