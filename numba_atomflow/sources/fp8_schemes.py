@@ -54,12 +54,11 @@ class Fp8Scheme:
     def block_of(self, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> Block | None:
         """The block whose multipliers, for a weight of `shape` [N, K], have the shape `scale_shape`; None: no block."""
         for block in self.blocks:
-            spellings: list[tuple[int, ...]] = [grid_of(shape, block)]
-            while spellings[-1][-1:] == (
-                1,
-            ):  # axes of length 1 may be left out from the end: (N, 1), (N,); (1, 1), (1,), ()
-                spellings.append(spellings[-1][:-1])
-            if scale_shape in spellings:
+            # Axes of length 1 may be left out from the end: (N, 1) is (N,) as well, and (1, 1) is (1,) and ().
+            spelling: tuple[int, ...] = grid_of(shape, block)
+            while spelling != scale_shape and spelling[-1:] == (1,):
+                spelling = spelling[:-1]
+            if spelling == scale_shape:
                 return block
         return None
 

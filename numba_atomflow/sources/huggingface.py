@@ -84,8 +84,15 @@ class HuggingFaceSource:
     def read_fp8(
         self, name: str, start: int = 0, stop: int | None = None
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
-        if name not in self._scales or (name == EMBEDDING and self._stored_twice):  # only `read` compares the two
+        if name not in self._scales:
             return None
+        if name == EMBEDDING and self._stored_twice:
+            self.read(name, start, stop)  # compares the two
+        return self._codes_and_scales(name, start, stop)
+
+    def _codes_and_scales(
+        self, name: str, start: int, stop: int | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         path, entry = self._entries[name]
         rows = range(*slice(start, stop).indices(entry.shape[0]))
         codes = self._rows(name, rows)
@@ -95,9 +102,8 @@ class HuggingFaceSource:
         return codes, group_scales(scales.read(), scales.block, rows, entry.shape[1])
 
     def _read(self, name: str, start: int, stop: int | None) -> NDArray[np.float32]:
-        stored = self.read_fp8(name, start, stop)
-        if stored is not None:
-            return dequantize_groups(*stored)
+        if name in self._scales:
+            return dequantize_groups(*self._codes_and_scales(name, start, stop))
         path, entry = self._entries[name]
         rows = range(*slice(start, stop).indices(entry.shape[0]))
         values = _to_float32(path, name, entry, self._rows(name, rows)).reshape(len(rows), *entry.shape[1:])
@@ -149,10 +155,10 @@ def _take_scales(entries: dict[str, tuple[Path, TensorEntry]], scheme: Fp8Scheme
         weight = scheme.scale_of(name)
         if name.rpartition(".")[2] in OF_NO_USE:
             del entries[name]
-        elif weight in entries and weight not in scales and entries[weight][1].dtype == CODES:
+        elif weight in entries and weight not in scales and _is_fp8_matrix(entries[weight][1]):
             path, entry = entries.pop(name)
             shape = entries[weight][1].shape
-            block = scheme.block_of(shape, entry.shape) if len(shape) == 2 else None
+            block = scheme.block_of(shape, entry.shape)
             if block is None:
                 raise SourceError(
                     f"Tensor {name} of {path} has shape {list(entry.shape)}, not {scheme.shapes_for(shape)}, as "
@@ -166,6 +172,10 @@ def _take_scales(entries: dict[str, tuple[Path, TensorEntry]], scheme: Fp8Scheme
                 f"({scheme.suffixes[0]}); get the complete model."
             )
     return scales
+
+
+def _is_fp8_matrix(entry: TensorEntry) -> bool:
+    return entry.dtype == CODES and len(entry.shape) == 2
 
 
 def _to_float32(path: Path, name: str, entry: TensorEntry, raw: NDArray[np.uint8]) -> NDArray[np.float32]:

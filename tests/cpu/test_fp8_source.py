@@ -3,6 +3,7 @@
 That real tools' checkpoints convert without loss is in test_fp8_reference_tooling.py.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,39 @@ def test_codes_without_scales_and_scales_without_codes(tmp_path: Path, rng: np.r
     refused(tmp_path, f"holds the tensor {GATE}.weight_scale, which is not part of a model")
     write(tmp_path, tensors | {f"{GATE}.weight_scale_inv": tensors[f"{GATE}.weight_scale"]}, {"quant_method": "fp8"})
     refused(tmp_path, "weight_scale", "has shape [320, 1], not [1, 1] or [3, 2]")
+
+
+def test_a_norm_in_fp8(tmp_path: Path, rng: np.random.Generator) -> None:
+    tensors = fp8_tensors("weight_scale", scales(rng, 320, 1), rng)
+    norm = {
+        "model.norm.weight": ("F8_E4M3", np.full(192, 0x38, np.uint8)),
+        "model.norm.weight_scale": ("F32", scales(rng)),
+    }
+    write(tmp_path, tensors | norm, compressed())
+    refused(tmp_path, "Tensor model.norm.weight of", "is FP8, but")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_model_may_store_its_fp8_matrix_twice_if_both_are_equal(
+    tmp_path: Path, rng: np.random.Generator, equal: bool
+) -> None:
+    tensors = fp8_tensors("weight_scale", scales(rng, 320, 1), rng)
+    codes, scale = rng.integers(0, 0x7F, (288, 192), np.uint8), scales(rng, 288, 1)
+    for name, factor in (("model.embed_tokens", 1), ("lm_head", 1 if equal else 2)):
+        tensors[f"{name}.weight"] = ("F8_E4M3", codes)
+        tensors[f"{name}.weight_scale"] = ("F32", scale * np.float32(factor))
+    write(tmp_path, tensors, compressed())
+    config = tmp_path / "config.json"
+    write_json(config, json.loads(config.read_text()) | {"tie_word_embeddings": True})
+    source = open_source(tmp_path)
+    if equal:
+        stored = source.read_fp8("model.embed_tokens.weight", 3, 9)
+        assert stored is not None
+        np.testing.assert_array_equal(stored[0], codes[3:9])
+    else:
+        for read in (source.read, source.read_fp8):
+            with pytest.raises(SourceError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+                read("model.embed_tokens.weight", 3, 9)
 
 
 def test_fp8_that_config_json_says_nothing_of(tmp_path: Path, rng: np.random.Generator) -> None:
