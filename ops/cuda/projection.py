@@ -85,13 +85,18 @@ class ProjectionShape:
 def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
     """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups.
 
-    With one column, a warp's share of a tile is loaded at once if that is three groups at most.
+    With one column, a warp's share of a tile is loaded at once if that is three groups at most. With more, decoding FP8
+    bit by bit (before sm_89) leaves registers for one group.
     """
     split = 1
     while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
         split *= 2
     share = -(-layout.groups // split)
-    return ProjectionShape(layout, columns, split=split, depth=share if share <= 3 and columns == 1 else 2)
+    if columns == 1:
+        depth = share if share <= 3 else 2
+    else:
+        depth = 2 if layout.hardware_fp8 else 1
+    return ProjectionShape(layout, columns, split=split, depth=depth)
 
 
 def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:
