@@ -13,7 +13,7 @@ from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, SourceError, TextError
 from numba_atomflow.quantize import rtn
-from numba_atomflow.sources import WeightSource, open_source
+from numba_atomflow.sources import WeightSource, local_source, open_source
 from numba_atomflow.text import TextAssets, TextCodec
 
 Progress = Callable[[str, int, int], None]
@@ -22,41 +22,46 @@ VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 
 def convert(
-    source: Path,
+    source: Path | str,
     destination: Path,
     *,
+    revision: str | None = None,
     head: HeadFormat = "fp8",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Quantise the model at `source` to FP8 and write it to `destination`.
 
-    Memory does not grow with the model: weights pass through in slabs of rows. The destination appears under its name
-    complete or not at all.
+    Weights that are FP8 already keep their codes and scales. Memory does not grow with the model: weights pass through
+    in slabs of rows. The destination appears under its name complete or not at all.
 
     Args:
-        source: a GGUF file or a Hugging Face folder.
+        source: a GGUF file, a Hugging Face folder, or a model of the hub (``org/name`` or ``org/name/file.gguf``).
         destination: the checkpoint file; missing folders are made.
+        revision: of a model of the hub: branch, tag or commit; "main" by default.
         head: format of the vocabulary projection (and of the embedding, where they are one).
         overwrite: replace an existing checkpoint.
-        progress: called before each step with its name, bytes done and bytes in all: first hashing, then writing.
+        progress: called before each step with its name, bytes done and bytes in all: fetching, hashing, writing.
 
     Returns:
         `destination`.
 
     Raises:
         SourceError, GeometryError: the source cannot be used.
+        HubError: it cannot be fetched.
         DestinationError: the destination exists, or cannot be written.
     """
     _check_destination(destination, overwrite)
+    source = local_source(source, revision, progress)
     weights = open_source(source)
     _check_text(source, weights.text)
     if destination.exists() and any(destination.samefile(file) for file in weights.files):
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     report: Progress = progress or (lambda *_: None)
     origin = _describe(weights, report)
+    quantiser = {"kept": weights.fp8_scheme} | rtn.RECORD if weights.fp8_scheme else rtn.RECORD
     writer = CheckpointWriter(
-        destination, weights.geometry, weights.text, rtn.RECORD, origin, head=head, overwrite=overwrite
+        destination, weights.geometry, weights.text, quantiser, origin, head=head, overwrite=overwrite
     )
     halves = head_part(weights.geometry) if head == "fp16" else None
     with writer:
@@ -91,11 +96,11 @@ def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, 
     rows, columns = shape
     slab = max(1, VALUES_AT_ONCE // columns)
     for start in range(0, rows, slab):
-        values = weights.read(name, start, min(rows, start + slab))
+        stop = min(rows, start + slab)
         if as_halves:
-            writer.write(part + ".weight", values.astype(np.float16))
+            writer.write(part + ".weight", weights.read(name, start, stop).astype(np.float16))
             continue
-        codes, scales = rtn.quantize(values)
+        codes, scales = weights.read_fp8(name, start, stop) or rtn.quantize(weights.read(name, start, stop))
         writer.write(part + ".weight", codes)
         writer.write(part + ".scale", scales)
 

@@ -112,18 +112,29 @@ def check_model(report: Report, options: argparse.Namespace) -> None:
         return
     greedy = SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True)
     with Engine.load(path, "cuda", 512) as gpu, Engine.load(path, "cpu", 512) as cpu:
-        same, errors = [], []
+        same, errors, splits = [], [], []
         for prompt in PROMPTS:
             tokens = gpu.text.encode(prompt)
             replies = [engine.generate(tokens, greedy).finish().token_ids for engine in (gpu, cpu)]
-            same.append(sum(a == b for a, b in zip(*replies, strict=True)))
+            first = next((i for i, (a, b) in enumerate(zip(*replies, strict=True)) if a != b), GREEDY_TOKENS)
+            same.append(first)
             logits = []
             for engine in (gpu, cpu):
                 engine.reset()
                 logits.append(engine.feed(tokens + replies[1], all_logits=True).astype(np.float64))
             errors.append(float(np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[1])))
+            if first < GREEDY_TOKENS:
+                row = len(tokens) - 1 + first
+                best = np.argsort(logits[1][row])[-2:]
+                margin = float(np.diff(logits[1][row][best])[0])
+                moved = abs(float(np.diff((logits[0] - logits[1])[row][best])[0]))
+                splits.append(
+                    f"token {first}: the CPU's two best are {margin:.4f} apart, the GPU moves them {moved:.4f}"
+                )
         bar = f"{GREEDY_TOKENS} each"
         report.add("model", "greedy tokens as on the CPU", str(same), bar, min(same) == GREEDY_TOKENS)
+        for split in splits:
+            report.add("model", "where they part", split)
         figure = f"relative L2 {max(errors):.2e}"
         report.add("model", "logits against the CPU", figure, f"{LOGITS_LIMIT}", max(errors) <= LOGITS_LIMIT)
         reply = gpu.generate(PROMPTS[0], SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True)).finish()

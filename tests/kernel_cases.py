@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.ops import ptx
 from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.attention import attend_reference
 from numba_atomflow.ops.cuda import projection_kernels as kernels
@@ -67,9 +68,14 @@ def within(family: str, error: float, limit: float) -> None:
     assert error <= limit, f"{family}: relative L2 {error:.3g} is {error / limit:.0%} of {limit}"
 
 
-def launch(kernel: Any, blocks: Any, threads: int, shared_bytes: int, *arrays: Any) -> None:
-    """Run a kernel over host arrays, which it changes in place."""
-    kernel[blocks, threads, 0, shared_bytes](*arrays)
+def launch(kernel: Any, blocks: int, threads: int, shared_bytes: int, *arrays: Any) -> None:
+    """Run a kernel over host arrays, which it changes in place: in the simulator, or on the GPU."""
+    if ptx.SIMULATED:
+        kernel[blocks, threads, 0, shared_bytes](*arrays)
+    else:
+        from device_launch import launch_on_device
+
+        launch_on_device(kernel, blocks, threads, shared_bytes, arrays)
 
 
 # --- fragments ---------------------------------------------------------------------------------------------------

@@ -85,13 +85,18 @@ class ProjectionShape:
 def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
     """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups.
 
-    With one column, a warp's share of a tile is loaded at once if that is three groups at most.
+    With one column, a warp's share of a tile is loaded at once if that is three groups at most. With more, decoding FP8
+    bit by bit (before sm_89) leaves registers for one group.
     """
     split = 1
     while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
         split *= 2
     share = -(-layout.groups // split)
-    return ProjectionShape(layout, columns, split=split, depth=share if share <= 3 and columns == 1 else 2)
+    if columns == 1:
+        depth = share if share <= 3 else 2
+    else:
+        depth = 2 if layout.hardware_fp8 else 1
+    return ProjectionShape(layout, columns, split=split, depth=depth)
 
 
 def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:
@@ -181,8 +186,7 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
                     words[column * x_pitch + word] = source[column * x_words + word]
 
     @ptx.device_function
-    def normalise(source, norm, normed, thread, words, floats):  # type: ignore[no-untyped-def]
-        reports = cuda.blockIdx.x == cuda.gridDim.x - 1
+    def normalise(source, norm, thread, words, floats):  # type: ignore[no-untyped-def]
         for column in range(columns):
             squares = _ZERO
             for i in range(words_per_thread):
@@ -207,12 +211,17 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
                     a, b = ptx.load_8(source, column * width + 2 * pair)
                     low = ptx.bits_f32(a) * factor * norm[2 * pair]
                     high = ptx.bits_f32(b) * factor * norm[2 * pair + 1]
-                    packed = ptx.pack_f16x2(low, high)
-                    words[column * x_pitch + pair] = packed
-                    if reports:
-                        normed[column * x_words + pair] = packed
+                    words[column * x_pitch + pair] = ptx.pack_f16x2(low, high)
                 elif pair < x_words:
                     words[column * x_pitch + pair] = np.uint32(0)
+
+    @ptx.device_function
+    def report(normed, thread, words):  # type: ignore[no-untyped-def]
+        for column in range(columns):
+            for i in range(words_per_thread):
+                pair = i * threads + thread
+                if 2 * pair < width:
+                    normed[column * x_words + pair] = words[column * x_pitch + pair]
 
     @ptx.device_function
     def run(weights, source, norm, normed, outputs):  # type: ignore[no-untyped-def]
@@ -231,10 +240,12 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
         if prologue == "norm":
-            normalise(source, norm, normed, thread, words, floats)
+            normalise(source, norm, thread, words, floats)
         else:
             copy(source, thread, words)
         cuda.syncthreads()
+        if prologue == "norm" and cuda.blockIdx.x == cuda.gridDim.x - 1:
+            report(normed, thread, words)
         parity = 0
         while first < tiles:
             live = first + slot < tiles

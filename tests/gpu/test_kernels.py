@@ -1,6 +1,7 @@
 """The checks of tests/sim on a real GPU, and the same at the sizes of real models."""
 
 import pytest
+from device_launch import capability
 from kernel_cases import (
     ATTENTIONS,
     HALF_LAYOUTS,
@@ -18,7 +19,6 @@ from kernel_cases import (
     check_rope,
     qkv_case,
 )
-from numba import cuda
 from token_kernel_cases import (
     ARGMAXES,
     EMBEDDINGS,
@@ -29,9 +29,6 @@ from token_kernel_cases import (
     check_embedding,
     check_sample,
 )
-
-# Arrays on the host are copied to the device and back at every launch, which numba advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:.*Host array", "ignore:.*Grid size")
 
 LARGE_PROJECTIONS = (
     ProjectionCase("store", 49152, 576, 1, warps=8, split=1, blocks=264),  # SmolLM2
@@ -47,7 +44,7 @@ HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
 
 
 def runs_here(hardware_fp8: bool) -> None:
-    if hardware_fp8 and cuda.get_current_device().compute_capability < (8, 9):
+    if hardware_fp8 and capability() < (8, 9):
         pytest.skip("this GPU has no FP8 conversion (sm_89 and later have)")
 
 

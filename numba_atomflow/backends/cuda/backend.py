@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer, Progress
-from numba_atomflow.backends.cuda.kernels import Chip, ModelKernels
+from numba_atomflow.backends.cuda.kernels import ModelKernels, chip_of
 from numba_atomflow.backends.cuda.measure import measure_ceilings, time_graph, time_launches
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.steps import Binder, Graph
@@ -17,7 +17,7 @@ from numba_atomflow.backends.cuda.tokens import TokenChannel
 from numba_atomflow.backends.cuda.upload import Uploader, upload
 from numba_atomflow.checkpoint import HeadFormat, head_part
 from numba_atomflow.decode import Head, Op, Weight, Weights, build_head, build_step
-from numba_atomflow.driver import Device, DriverError, call, open_device
+from numba_atomflow.driver import DriverError, call, open_device
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.ops import rope
@@ -340,8 +340,3 @@ class CudaBackend:
             self._open.callback(self._in_context, graph.destroy)
             self._graphs[tokens, head] = graph
         return self._graphs[tokens, head]
-
-
-def chip_of(device: Device) -> Chip:
-    """What cutting the work must know of a device."""
-    return Chip(device.multiprocessors, device.shared_bytes, device.capability)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from numba_atomflow.checkpoint import HeadFormat
+from numba_atomflow.driver import Device
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda import attention, embedding, fragments, rope, sample
@@ -43,6 +44,11 @@ class Chip:
     def dependent_launch(self) -> bool:
         """Whether a kernel may start before the one before has ended."""
         return self.capability >= (9, 0)
+
+
+def chip_of(device: Device) -> Chip:
+    """What cutting the work must know of a device."""
+    return Chip(device.multiprocessors, device.shared_bytes, device.capability)
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,6 @@ class ModelKernels:
             embedding.THREADS,
             layout=layout,
             columns=columns,
-            dependent=self.dependent,
         )
         return Planned(spec, embedding.embed_blocks(layout, columns))
 
@@ -243,7 +248,7 @@ class ModelKernels:
         spec = kernel_spec(
             "sample",
             "sample:make_sample",
-            (F32, U32, F64, U64, I64, I32, I32),
+            (F32, U32, F64, U64, I64, I32),
             sample.SAMPLE_THREADS,
             sample.sample_shared_bytes(sample.BINS, sample.CAPACITY),
             vocabulary=self.geometry.vocabulary,
@@ -255,7 +260,7 @@ class ModelKernels:
         spec = kernel_spec(
             "advance_sampled" if sampled else "advance",
             "sample:make_advance",
-            (I32, I64, U32, U64, I64, NUMBER),
+            (I32, I64, I64, U32, U64, I64, NUMBER),
             1,
             ring=RING,
             sampled=sampled,

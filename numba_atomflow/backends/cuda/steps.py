@@ -52,15 +52,15 @@ class Binder:
                 return [self._launch(f"vocabulary_x{self._width(op.logits)}", *normed, op.logits)]
             case Sample():
                 seen, options = scratch("sampling.seen"), scratch("sampling.options")
-                generator, best, chosen = (scratch(f"sampling.{name}") for name in ("generator", "best", "chosen"))
+                generator, best = scratch("sampling.generator"), scratch("sampling.best")
                 return [
                     self._launch("argmax", op.logits, seen, options, best),
-                    self._launch("sample", op.logits, seen, options, generator, best, op.token, chosen),
+                    self._launch("sample", op.logits, seen, options, generator, best, op.token),
                 ]
             case Advance():
-                chosen, seen, count = (scratch(f"sampling.{name}") for name in ("chosen", "seen", "count"))
-                name = "advance_sampled" if sampled else "advance"
-                return [self._launch(name, chosen, op.position, seen, self._ring, count, op.tokens)]
+                best, seen, count = (scratch(f"sampling.{name}") for name in ("best", "seen", "count"))
+                name, token = "advance_sampled" if sampled else "advance", scratch("tokens")
+                return [self._launch(name, token, best, op.position, seen, self._ring, count, op.tokens)]
         raise NotImplementedError(f"the CUDA backend has no kernel for {op.name}")
 
     def _bind_qkv(self, op: Qkv) -> list[Launch]:
