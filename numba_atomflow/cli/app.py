@@ -21,6 +21,8 @@ from numba_atomflow.cli.ground_truth import EXAMPLES as GROUND_TRUTH_EXAMPLES
 from numba_atomflow.cli.ground_truth import ground_truth
 from numba_atomflow.cli.info import EXAMPLES as INFO_EXAMPLES
 from numba_atomflow.cli.info import info
+from numba_atomflow.cli.profile import EXAMPLES as PROFILE_EXAMPLES
+from numba_atomflow.cli.profile import profile
 from numba_atomflow.cli.validate import EXAMPLES as VALIDATE_EXAMPLES
 from numba_atomflow.cli.validate import validate
 from numba_atomflow.errors import OptionError
@@ -75,6 +77,7 @@ app.command(cls=_Command, epilog=INFO_EXAMPLES)(info)
 app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
 app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
 app.command(cls=_Command, epilog=BENCH_EXAMPLES)(bench)
+app.command(cls=_Command, epilog=PROFILE_EXAMPLES)(profile)
 
 
 def invoke(arguments: Sequence[str]) -> int:
