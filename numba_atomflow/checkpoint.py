@@ -5,6 +5,8 @@ Tensors, with V vocabulary, H hidden and weights row-major [N, K] in codes F8_E4
     embedding.weight, embedding.scale            [V, H]
     layer.{i}.attention_norm                     F32 [H]
     layer.{i}.qkv.weight, .scale                 [(heads + 2 kv_heads) * head_dim, H]: rows of q, of k, of v
+    layer.{i}.qkv_bias                           F32 [(heads + 2 kv_heads) * head_dim], only with a bias (Qwen2)
+    layer.{i}.q_norm, layer.{i}.k_norm           F32 [head_dim], only with norms of q and k (Qwen3)
     layer.{i}.o.weight, .scale                   [H, heads * head_dim]
     layer.{i}.ffn_norm                           F32 [H]
     layer.{i}.gate_up.weight, .scale             [2 * ffn, H]: rows of gate, of up
@@ -56,7 +58,8 @@ _VERIFIED_AT_ONCE = 1 << 20  # bytes
 def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
     """Each part of the checkpoint, and the Hugging Face tensors that it holds, one below the other.
 
-    A part made of matrices becomes two tensors, ``<part>.weight`` and ``<part>.scale``; a norm keeps its name.
+    A part made of matrices becomes two tensors, ``<part>.weight`` and ``<part>.scale``; vectors (norms, a bias) become
+    one, which keeps the part's name.
     """
     parts: dict[str, tuple[str, ...]] = {"embedding": ("model.embed_tokens.weight",)}
     for i in range(geometry.layers):
@@ -69,6 +72,10 @@ def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
             f"layer.{i}.gate_up": (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
             f"layer.{i}.down": (theirs + "mlp.down_proj.weight",),
         }
+        if geometry.qkv_bias:
+            parts[f"layer.{i}.qkv_bias"] = tuple(f"{theirs}self_attn.{name}_proj.bias" for name in "qkv")
+        if geometry.qk_norm:
+            parts |= {f"layer.{i}.{name}_norm": (f"{theirs}self_attn.{name}_norm.weight",) for name in "qk"}
     parts["final_norm"] = ("model.norm.weight",)
     if not geometry.tied_embeddings:
         parts["vocabulary"] = ("lm_head.weight",)
@@ -85,11 +92,11 @@ def tensor_layout(geometry: ModelGeometry, head: HeadFormat = "fp8") -> dict[str
     shapes = geometry.parameters()
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for part, theirs in fusion(geometry).items():
-        shape = shapes[theirs[0]]
-        if len(shape) == 1:
-            layout[part] = (SCALES, shape)
+        rows, width = sum(shapes[name][0] for name in theirs), shapes[theirs[0]][1:]
+        if not width:
+            layout[part] = (SCALES, (rows,))
             continue
-        rows, columns = sum(shapes[name][0] for name in theirs), shape[1]
+        (columns,) = width
         if head == "fp16" and part == head_part(geometry):
             layout[part + ".weight"] = (HALVES, (rows, columns))
             continue

@@ -6,7 +6,7 @@ single fused kernel.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from numba_atomflow.geometry import ModelGeometry
@@ -40,10 +40,11 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model's weights: projections and norms by their names in the checkpoint, without ``.weight`` and ``.scale``."""
+    """A model's weights, by their names in the checkpoint: projections without ``.weight`` and ``.scale``, vectors."""
 
     projections: Mapping[str, Weight]
     norms: Mapping[str, View]
+    biases: Mapping[str, View] = field(default_factory=dict)
 
     @classmethod
     def as_stored(cls, tensors: Mapping[str, View]) -> Self:
@@ -54,7 +55,8 @@ class Weights:
                 part = name.removesuffix(".weight")
                 rows, columns = codes.shape
                 projections[part] = Weight(rows, columns, codes, tensors.get(f"{part}.scale"))
-        return cls(projections, {name: view for name, view in tensors.items() if name.endswith("_norm")})
+        norms = {name: view for name, view in tensors.items() if name.endswith("_norm")}
+        return cls(projections, norms, {name: view for name, view in tensors.items() if name.endswith("_bias")})
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Op:
     Attributes:
         READS: fields with activations that the op reads (the KV cache and tables not counted).
         WRITES: fields with activations that it writes, in the order in which it makes them.
-        WEIGHTS: fields with weights that it reads.
+        WEIGHTS: fields with weights that it reads; None in those that the model does not have.
     """
 
     name: str
@@ -86,12 +88,18 @@ class Op:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that the op must read."""
-        return sum(getattr(self, field).nbytes for field in self.WEIGHTS)
+        weights = (getattr(self, field) for field in self.WEIGHTS)
+        return sum(weight.nbytes for weight in weights if weight is not None)
 
     def cache_bytes(self, length: int) -> int:
         """Bytes of KV cache that the op must read when `length` positions are filled."""
         del length
         return 0
+
+    def moved_bytes(self, length: int) -> int:
+        """Bytes that the op must at least move when `length` positions are filled: weights, cache and activations."""
+        activations = sum(view.nbytes for view in (*self.reads, *self.writes))
+        return self.weight_bytes + self.cache_bytes(length) + activations
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,9 @@ class Qkv(Op):
 
     Attributes:
         qkv: what the projection makes, before rotation; None where it never leaves the registers.
+        bias: float32 [N], added to the projection; None in a model without.
+        q_norm, k_norm: float32 [head_dim], weights of an RMSNorm over each head of q and of k, after the bias and
+            before the rotation; None in a model without.
     """
 
     residual: View
@@ -131,10 +142,13 @@ class Qkv(Op):
     q: View
     keys: View
     values: View
+    bias: View | None = None
+    q_norm: View | None = None
+    k_norm: View | None = None
 
     READS = ("residual", "position")
     WRITES = ("normed", "qkv", "q")
-    WEIGHTS = ("norm", "weight")
+    WEIGHTS = ("norm", "weight", "bias", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -311,6 +325,9 @@ def build_step(
                 q=q,
                 keys=keys,
                 values=values,
+                bias=weights.biases.get(f"{layer}.qkv_bias"),
+                q_norm=weights.norms.get(f"{layer}.q_norm"),
+                k_norm=weights.norms.get(f"{layer}.k_norm"),
             ),
             Attention(f"{layer}.attention", q, position, keys, values, attended),
             ProjectAdd(f"{layer}.o", attended, weights.projections[f"{layer}.o"], residual),

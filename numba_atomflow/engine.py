@@ -1,8 +1,8 @@
 """The engine: a checkpoint, a backend and a tokenizer, made into text.
 
-Two levels. `Engine.generate` and `Engine.chat` yield text as it is made. Below them, for research, `feed` takes token
-ids through the model and returns logits, `position` says how many tokens the KV cache holds, and `rewind` drops the
-last.
+Three levels. `Engine.generate` and `Engine.chat` yield text as it is made; `Engine.generate_tokens`, on which they
+stand, yields token ids and needs no tokenizer. Below them, for research, `feed` takes token ids through the model and
+returns logits, `position` says how many tokens the KV cache holds, and `rewind` drops the last.
 """
 
 import time
@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Progress
+from numba_atomflow.backends.choose import BackendName, check_name, make_backend
 from numba_atomflow.checkpoint import TOKENIZER, Checkpoint
 from numba_atomflow.decode import Head
-from numba_atomflow.errors import BackendError, ContextError, OptionError
+from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
+from numba_atomflow.random_model import RandomModel
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.stop_strings import StopStrings
 from numba_atomflow.stream_decoder import StreamDecoder
@@ -29,9 +31,9 @@ from numba_atomflow.text import TextCodec
 
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
 
-BackendName = Literal["auto", "cpu"]
 FinishReason = Literal["eos", "stop", "max_tokens", "context", "interrupted"]
 Message = Mapping[str, str]
+Item = TypeVar("Item", int, str)
 
 
 @dataclass
@@ -42,7 +44,7 @@ class GenerationStats:
     reused_tokens: int = 0  # of the prompt, still in the KV cache from before
     tokens: int = 0  # generated, the end-of-sequence token included
     ttft: float = 0.0  # from the call to the first token
-    decode_seconds: float = 0.0  # spent on the tokens after the first
+    decode_seconds: float = 0.0  # from the first token to the last, with all that the host and the caller did between
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,7 +57,49 @@ class GenerationStats:
         return self.decode_seconds / (self.tokens - 1) if self.tokens > 1 else 0.0
 
 
-class Generation:
+class _Reply(Generic[Item]):
+    """What replies of tokens and of text have in common."""
+
+    def __init__(self, make_items: Callable[[Self], Iterator[Item]]) -> None:
+        self._items: Iterator[Item] = make_items(self)
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stats = GenerationStats()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise
+        except BaseException:  # Ctrl-C, for one
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop here. What was generated stays in the KV cache, so that a chat can go on."""
+        if self.finish_reason is None:
+            self.finish_reason = "interrupted"
+        self._items = iter(())
+
+    def finish(self) -> Self:
+        """Generate to the end without looking at the pieces."""
+        for _ in self:
+            pass
+        return self
+
+
+class TokenGeneration(_Reply[int]):
+    """A reply in the making: iterate over it to get its token ids one by one, an end-of-sequence token included.
+
+    Attributes:
+        token_ids, finish_reason, stats: as those of `Generation`; there is no "stop".
+    """
+
+
+class Generation(_Reply[str]):
     """A reply in the making: iterate over it to get its text piece by piece.
 
     Attributes:
@@ -65,50 +109,25 @@ class Generation:
         stats: counts and times.
     """
 
-    def __init__(self, make_pieces: Callable[["Generation"], Iterator[str]]) -> None:
-        self._pieces = make_pieces(self)
-        self.text = ""
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.stats = GenerationStats()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
+    text = ""
 
     def __next__(self) -> str:
-        try:
-            piece = next(self._pieces)
-        except StopIteration:
-            raise
-        except BaseException:  # Ctrl-C, for one
-            self.close()
-            raise
+        piece = super().__next__()
         self.text += piece
         return piece
-
-    def close(self) -> None:
-        """Stop here. What was generated stays in the KV cache, so that a chat can go on."""
-        if self.finish_reason is None:
-            self.finish_reason = "interrupted"
-        self._pieces = iter(())
-
-    def finish(self) -> "Generation":
-        """Generate to the end without looking at the pieces."""
-        for _ in self:
-            pass
-        return self
 
 
 class Engine:
     """One model on one backend, with one KV cache. Not for use by several threads at once."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: Backend, max_seq_len: int) -> None:
+    def __init__(self, checkpoint: Checkpoint | RandomModel, backend: Backend, max_seq_len: int) -> None:
         self.checkpoint = checkpoint
         self.backend = backend
         self.max_seq_len = max_seq_len
         self.load_seconds = 0.0
+        self.compile_seconds = 0.0  # of them, spent on compiling kernels or loading them from the cache
         self._tokens: list[int] = []  # what the KV cache holds, in order
-        self._reply: Generation | None = None  # in the making, going on from what the KV cache holds
+        self._reply: _Reply[Any] | None = None  # in the making, going on from what the KV cache holds
 
     @classmethod
     def load(
@@ -123,7 +142,7 @@ class Engine:
 
         Args:
             path_or_name: a checkpoint file, or the name of one in the models folder.
-            backend: "auto" takes the best one that this machine can run.
+            backend: "auto" takes the GPU where there is a usable one, if no number of threads is given.
             max_seq_len: positions of the KV cache; by default 4,096 or what the model was made for, if that is less.
             threads: cores that the CPU backend uses; all of them by default. Fewer are faster where other programs keep
                 some busy.
@@ -135,20 +154,53 @@ class Engine:
             BackendError: the backend cannot run here.
         """
         started = time.perf_counter()
-        if backend not in ("auto", "cpu"):
-            raise BackendError(f"There is no backend {backend!r}; choose auto or cpu.")
+        check_name(backend)
         checkpoint = Checkpoint.open(find_checkpoint(path_or_name))
+        return cls._make_ready(checkpoint, backend, max_seq_len, threads, progress, started)
+
+    @classmethod
+    def random(
+        cls,
+        geometry: ModelGeometry,
+        backend: BackendName = "auto",
+        max_seq_len: int | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        *,
+        seed: int = 0,
+        name: str = "random",
+    ) -> "Engine":
+        """A model of this geometry with random weights and no tokenizer (`generate_tokens`), to measure speed with.
+
+        Args and errors are those of `load`, with the `seed` and the `name` of `RandomModel`.
+        """
+        started = time.perf_counter()
+        check_name(backend)
+        model = RandomModel(geometry, seed, name)
+        return cls._make_ready(model, backend, max_seq_len, threads, progress, started)
+
+    @classmethod
+    def _make_ready(
+        cls,
+        checkpoint: Checkpoint | RandomModel,
+        backend: BackendName,
+        max_seq_len: int | None,
+        threads: int | None,
+        progress: Progress | None,
+        started: float,
+    ) -> "Engine":
+        device: Backend | None = None
         try:
             positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
-            from numba_atomflow.backends.cpu import CpuBackend  # numba is slow to import: not before it is needed
-
-            weights = {name: checkpoint.array(name) for name in checkpoint.names() if name != TOKENIZER}
-            device = CpuBackend(checkpoint.geometry, weights, positions, threads)
+            device = make_backend(backend, checkpoint.geometry, WeightArrays(checkpoint), positions, threads)
             device.prepare(progress)
         except BaseException:
+            if device is not None:
+                device.close()
             checkpoint.close()
             raise
         engine = cls(checkpoint, device, positions)
+        engine.compile_seconds = device.compile_seconds
         engine.load_seconds = time.perf_counter() - started
         return engine
 
@@ -273,7 +325,24 @@ class Engine:
             self.backend.prefill(block, head if last else "none")
             self._tokens.extend(block)
 
-    # --- text ----------------------------------------------------------------------------------------------------
+    # --- replies -------------------------------------------------------------------------------------------------
+
+    def generate_tokens(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> TokenGeneration:
+        """Continue a list of token ids by token ids: `generate` for models without a tokenizer, and for scripts.
+
+        Raises:
+            ContextError: the prompt leaves no room for a token.
+            OptionError: the prompt is empty, or holds an unknown token id; or there are stop strings.
+        """
+        started = time.perf_counter()
+        params = params or SamplingParams()
+        if params.stop:
+            raise OptionError("Stop strings need text; use generate, or leave them out of generate_tokens.")
+        prompt = self._checked(token_ids, taken=0)
+        reused = self._rewind_to_common_prefix(prompt)
+        reply = TokenGeneration(lambda reply: self._token_loop(reply, prompt, reused, params, started))
+        self._reply = reply
+        return reply
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
         """Continue a text, or a list of token ids. What the KV cache already holds of it is not computed again.
@@ -307,8 +376,13 @@ class Engine:
     ) -> Generation:
         params = params or SamplingParams()
         reused = self._rewind_to_common_prefix(prompt)
-        self._reply = Generation(lambda generation: self._pieces(generation, prompt, reused, decoder, params, started))
-        return self._reply
+
+        def pieces(reply: Generation) -> Iterator[str]:
+            return _pieces(reply, self._token_loop(reply, prompt, reused, params, started), decoder, params)
+
+        reply = Generation(pieces)
+        self._reply = reply
+        return reply
 
     def _rewind_to_common_prefix(self, token_ids: Sequence[int]) -> int:
         """Keep what the KV cache and the prompt share; at least one token is left to be fed."""
@@ -320,49 +394,68 @@ class Engine:
         self.rewind(shared)
         return shared
 
-    def _pieces(
-        self,
-        generation: Generation,
-        prompt: list[int],
-        reused: int,
-        decoder: StreamDecoder,
-        params: SamplingParams,
-        started: float,
-    ) -> Iterator[str]:
-        """Generate token by token, yielding text that is sure to belong to the reply."""
-        stats = generation.stats
+    def _token_loop(
+        self, reply: _Reply[Any], prompt: list[int], reused: int, params: SamplingParams, started: float
+    ) -> Iterator[int]:
+        """Generate token by token. A backend may work while the host goes on: `sampled_token` is what waits for it."""
+        stats = reply.stats
         stats.prompt_tokens, stats.reused_tokens = len(prompt), reused
-        stops = StopStrings(params.stop)
-        eos_ids = frozenset() if params.ignore_eos else self.text.eos_ids
+        eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
         self.backend.start(Sampler(params, self.geometry.vocabulary, prompt))
         self._prefill(prompt[reused:], "sample")
+        token = self.backend.sampled_token()
         stats.ttft = time.perf_counter() - started
         while True:
-            token = self.backend.sampled_token()
-            generation.token_ids.append(token)
+            reply.token_ids.append(token)
             stats.tokens += 1
             if token in eos_ids:
-                generation.finish_reason = "eos"
-                break
-            piece = stops.push(decoder.push(token))
-            if stops.found:
-                generation.finish_reason = "stop"
+                reply.finish_reason = "eos"
             elif params.max_tokens is not None and stats.tokens >= params.max_tokens:
-                generation.finish_reason = "max_tokens"
+                reply.finish_reason = "max_tokens"
             elif self.position >= self.max_seq_len:
-                generation.finish_reason = "context"
-            if piece:
-                yield piece
-            if generation.finish_reason:
-                break
-            before = time.perf_counter()
+                reply.finish_reason = "context"
+            yield token
+            if reply.finish_reason:
+                return
             self.backend.decode()
             self._tokens.append(token)
-            stats.decode_seconds += time.perf_counter() - before
-        if not stops.found:
-            rest = stops.push(decoder.flush()) + stops.flush()
-            if rest:
-                yield rest
+            token = self.backend.sampled_token()
+            stats.decode_seconds = time.perf_counter() - started - stats.ttft
+
+
+def _pieces(reply: Generation, tokens: Iterator[int], decoder: StreamDecoder, params: SamplingParams) -> Iterator[str]:
+    """Text that is sure to belong to the reply, as its tokens come."""
+    stops = StopStrings(params.stop)
+    for token in tokens:
+        if reply.finish_reason == "eos":
+            break
+        piece = stops.push(decoder.push(token))
+        if stops.found:
+            reply.finish_reason = "stop"
+        if piece:
+            yield piece
+        if stops.found:
+            return
+    rest = stops.push(decoder.flush()) + stops.flush()
+    if rest:
+        yield rest
+
+
+class WeightArrays(Mapping[str, NDArray[Any]]):
+    """A model's weights by name, each made or mapped when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint | RandomModel) -> None:
+        self._checkpoint = checkpoint
+        self._names = [name for name in checkpoint.names() if name != TOKENIZER]
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._checkpoint.array(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def choose_max_seq_len(geometry: ModelGeometry, wanted: int | None) -> int:

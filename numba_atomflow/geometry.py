@@ -46,7 +46,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """Sizes and constants of a Llama-family decoder.
+    """Sizes and constants of a Llama-family decoder: Llama and Mistral, and with the last two fields Qwen2 and Qwen3.
+
+    Attributes:
+        qkv_bias: a bias is added to what q, k and v are projected to (Qwen2).
+        qk_norm: each head of q and k goes through an RMSNorm of its own before it is rotated (Qwen3); all query heads
+            of a layer share one weight [head_dim], all key heads another.
 
     Raises:
         GeometryError: a field is of a wrong type, the numbers contradict each other, or no kernel supports them.
@@ -64,6 +69,8 @@ class ModelGeometry:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "max_positions"):
@@ -74,10 +81,9 @@ class ModelGeometry:
             raise GeometryError(
                 f"The model's rope_scaling is {_short(self.rope_scaling)}; it must be a record or null."
             )
-        if not isinstance(self.tied_embeddings, bool):
-            raise GeometryError(
-                f"The model's tied_embeddings is {_short(self.tied_embeddings)}; it must be true or false."
-            )
+        for field in ("tied_embeddings", "qkv_bias", "qk_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise GeometryError(f"The model's {field} is {_short(getattr(self, field))}; it must be true or false.")
         if self.heads % self.kv_heads:
             raise GeometryError(
                 f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly; check the config."
@@ -116,6 +122,14 @@ class ModelGeometry:
                 layer + "mlp.up_proj.weight": (self.ffn, self.hidden),
                 layer + "mlp.down_proj.weight": (self.hidden, self.ffn),
             }
+            if self.qkv_bias:
+                shapes |= {
+                    layer + "self_attn.q_proj.bias": (self.q_dim,),
+                    layer + "self_attn.k_proj.bias": (self.kv_dim,),
+                    layer + "self_attn.v_proj.bias": (self.kv_dim,),
+                }
+            if self.qk_norm:
+                shapes |= dict.fromkeys((f"{layer}self_attn.{x}_norm.weight" for x in "qk"), (self.head_dim,))
         shapes["model.norm.weight"] = (self.hidden,)
         if not self.tied_embeddings:
             shapes["lm_head.weight"] = (self.vocabulary, self.hidden)

@@ -146,16 +146,20 @@ def _nucleus_candidates(
 
 
 class Sampler:
-    """Draws tokens for one reply: remembers what the context holds and how many draws were made."""
+    """Draws tokens for one reply: remembers what the context holds and how many draws were made.
+
+    Attributes:
+        seed: of this reply's draws. seen: bool [V], whether the context holds a token.
+    """
 
     def __init__(self, params: SamplingParams, vocabulary: int, context: Sequence[int]) -> None:
         self.params = params
-        self._seed = (
+        self.seed = (
             int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if params.seed is None else params.seed
         )
         self._draws = 0
-        self._seen = np.zeros(vocabulary, np.bool_)
-        self._seen[np.asarray(context, np.int64)] = True
+        self.seen = np.zeros(vocabulary, np.bool_)
+        self.seen[np.asarray(context, np.int64)] = True
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token, from logits float32 [V].
@@ -168,15 +172,15 @@ class Sampler:
                 "The model computes no numbers (NaN): its checkpoint is damaged; check it with "
                 "`numba-atomflow info MODEL --verify`, or convert it again."
             )
-        token = self._choose(penalise(logits, self._seen, self.params.repetition_penalty))
-        self._seen[token] = True
+        token = self._choose(penalise(logits, self.seen, self.params.repetition_penalty))
+        self.seen[token] = True
         return token
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         if self.params.greedy:
             return int(np.argmax(logits))
         kept, probabilities = candidates(logits, self.params)
-        draw = uniform(self._seed, self._draws)
+        draw = uniform(self.seed, self._draws)
         self._draws += 1
         index = int(np.searchsorted(np.cumsum(probabilities), draw, side="right"))
         return int(kept[min(index, len(kept) - 1)])

@@ -28,18 +28,22 @@ if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
     config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
-def source_hash() -> str:
-    """Hash of every source file of ``ops/`` (names and contents): 16 hexadecimal digits."""
+def source_hash(target: str = "cpu") -> str:
+    """Hash of every source file of ``ops/`` (names and contents): 16 hexadecimal digits.
+
+    An edit in ``ops/cuda/`` changes that of the target "cuda" alone.
+    """
+    folder = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(folder.rglob("*.py") if target == "cuda" else folder.glob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 @cache
-def cache_folder() -> Path | None:
-    """Folder of compiled code for this very state of ``ops/``; None where it cannot be written."""
-    folder = home.compiled() / f"cpu-{source_hash()}"
+def cache_folder(target: str = "cpu") -> Path | None:
+    """Folder of code compiled for "cpu" or "cuda" from this very state of ``ops/``; None if it cannot be written."""
+    folder = home.compiled() / f"{target}-{source_hash(target)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.touch()  # marks it as in use: pruning goes by age
@@ -47,12 +51,12 @@ def cache_folder() -> Path | None:
         return None
     if not os.access(folder, os.W_OK):
         return None
-    _prune(folder)
+    _prune(folder, target)
     return folder
 
 
-def _prune(current: Path) -> None:
-    """Delete all but the most recently used cache folders."""
+def _prune(current: Path, target: str) -> None:
+    """Delete all but the most recently used cache folders of this target."""
 
     def last_used(path: Path) -> float:
         try:
@@ -60,7 +64,8 @@ def _prune(current: Path) -> None:
         except OSError:  # another process has just deleted it
             return 0.0
 
-    others = sorted((path for path in current.parent.glob("cpu-*") if path != current), key=last_used, reverse=True)
+    others = [path for path in current.parent.glob(f"{target}-*") if path != current]
+    others.sort(key=last_used, reverse=True)
     for stale in others[_KEPT_CACHES - 1 :]:
         shutil.rmtree(stale, ignore_errors=True)
 

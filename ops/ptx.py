@@ -6,12 +6,13 @@ decorator wins and the body is dropped; in numba's CUDA simulator (NUMBA_ENABLE_
 knows no warps: functions that exchange data between lanes meet at a barrier of 32 threads (`_exchange`).
 
 16-byte accesses want 16-byte aligned addresses. An ``array, index`` pair becomes an address: index counts elements.
-Source of the instructions and of the layout of matrix fragments: PTX ISA 9.0, sections 9.7.9, 9.7.13 and 9.7.14.
+Source of the instructions and of the layout of matrix fragments: PTX ISA 9.0, sections 9.7.9, 9.7.13 to 9.7.15.
 """
 
 import inspect
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -390,3 +391,79 @@ def wait_for_previous_kernel():  # type: ignore[no-untyped-def]
 @_instruction("griddepcontrol.launch_dependents;", (), (), memory=True)
 def let_next_kernel_start():  # type: ignore[no-untyped-def]
     """Programmatic dependent launch: the next kernel's blocks may take the places of those that end. From sm_90 on."""
+
+
+# --- the copy engine: memory to shared memory, past the registers -------------------------------------------------
+
+_SHARED = "{ .reg .u64 b; cvta.to.shared.u64 b, $0;"  # the barrier's address as the instructions want it
+
+
+@_instruction(_SHARED + " mbarrier.init.shared::cta.b64 [b], $1; }", (), (_ADDRESS, u32), memory=True)
+def barrier_init(barriers, index, arrivals):  # type: ignore[no-untyped-def]
+    """Make an mbarrier out of 8 bytes of shared memory. `fence_barriers` before other threads or copies use it."""
+    with _warp_lock:
+        barriers[index] = _barrier_word(0, int(arrivals), int(arrivals), 0)
+
+
+@_instruction("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", (), (), memory=True)
+def fence_barriers():  # type: ignore[no-untyped-def]
+    """What `barrier_init` wrote is seen by copies; `syncthreads` then makes it so for the other threads."""
+
+
+@_instruction(_SHARED + " mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], $1; }", (), (_ADDRESS, u32), memory=True)
+def barrier_expect(barriers, index, nbytes):  # type: ignore[no-untyped-def]
+    """Arrive, and make the barrier's phase wait for `nbytes` of copies as well."""
+    _advance_barrier(barriers, index, 1, int(nbytes))
+
+
+@_instruction(_SHARED + " mbarrier.arrive.shared::cta.b64 _, [b]; }", (), (_ADDRESS,), memory=True)
+def barrier_arrive(barriers, index):  # type: ignore[no-untyped-def]
+    """Arrive: what this thread has read or written before is done for whoever waits for the phase."""
+    _advance_barrier(barriers, index, 1, 0)
+
+
+@_instruction(
+    _SHARED + " .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [b], $1; @!p bra WAIT; }",
+    (),
+    (_ADDRESS, u32),
+    memory=True,
+)
+def barrier_wait(barriers, index, parity):  # type: ignore[no-untyped-def]
+    """Wait until the phase of this parity (0, 1, 0, ...) is complete."""
+    for _ in range(1_200_000):
+        with _warp_lock:
+            if int(barriers[index]) & 1 != int(parity) & 1:
+                return
+        time.sleep(1e-4)
+    raise RuntimeError("a barrier's phase never completed")
+
+
+@_instruction(
+    "{ .reg .u64 d, b; cvta.to.shared.u64 d, $0; cvta.to.shared.u64 b, $3;"
+    " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [d], [$1], $2, [b]; }",
+    (),
+    (_ADDRESS, _ADDRESS, u32, _ADDRESS),
+    memory=True,
+)
+def bulk_copy(target, at, source, start, nbytes, barriers, index):  # type: ignore[no-untyped-def]
+    """Start a copy of `nbytes` (a multiple of 16, as are both addresses) from global to shared memory, which is
+    counted by the barrier when it has landed. From sm_90 on.
+    """
+    count = int(nbytes) // target.itemsize
+    target[at : at + count] = source[start : start + count]
+    _advance_barrier(barriers, index, 0, -int(nbytes))
+
+
+def _barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:
+    """A simulated mbarrier: the phase's parity, arrivals to come, arrivals of every phase, bytes to come (biased)."""
+    return phase & 1 | pending << 1 | arrivals << 16 | (nbytes + (1 << 30)) << 32
+
+
+def _advance_barrier(barriers: Any, index: Any, arrived: int, nbytes: int) -> None:
+    with _warp_lock:
+        word = int(barriers[index])
+        phase, pending, arrivals = word & 1, (word >> 1 & 0x7FFF) - arrived, word >> 16 & 0xFFFF
+        expected = (word >> 32) - (1 << 30) + nbytes
+        if pending == 0 and expected == 0:
+            phase, pending = phase ^ 1, arrivals
+        barriers[index] = _barrier_word(phase, pending, arrivals, expected)

@@ -11,13 +11,10 @@ prefill.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -27,6 +24,8 @@ from numpy.typing import NDArray
 from numba_atomflow import AtomFlowError, Engine, SamplingParams, __version__
 from numba_atomflow.engine import DEFAULT_MODEL
 from numba_atomflow.geometry import rope_inverse_frequencies
+from numba_atomflow.machine import commit, cpu_name
+from numba_atomflow.ops.bandwidth import read_bandwidth
 from numba_atomflow.ops.fp8 import dequantize_groups
 
 PROMPT = "The history of computing began long before the first electronic machines, with"
@@ -100,21 +99,6 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-@numba.njit(parallel=True, fastmath=True)
-def _sum(x):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for i in numba.prange(x.size):
-        total += x[i]
-    return total
-
-
-def memory_bandwidth() -> float:
-    """GB/s of a parallel sum over 1 GB: best of 5."""
-    data = np.ones(1 << 28, np.float32)
-    _sum(data[:1000])
-    return float(data.nbytes / min(timed(lambda: _sum(data)) for _ in range(5)) / 1e9)
-
-
 def blas_throughput() -> float:
     """GFLOP/s of a 2048 x 2048 x 2048 float32 product: best of 5."""
     a = np.ones((2048, 2048), np.float32)
@@ -144,27 +128,6 @@ def prefill_turn(engine: Engine, tokens: int) -> float:
     return timed(lambda: engine.feed(ids)) / tokens
 
 
-def commit() -> str:
-    """The checkout's commit, with a plus if it was changed; "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty=+"]
-    try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def processor() -> str:
-    """The CPU's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def measure(model: str, tokens: int, prompt_tokens: int, repeats: int) -> dict[str, Any]:
     """Everything, as one record; times in milliseconds per token, medians over the repeats with their range."""
     with Engine.load(model) as engine:
@@ -176,7 +139,7 @@ def measure(model: str, tokens: int, prompt_tokens: int, repeats: int) -> dict[s
         for _ in range(repeats):
             turns.append(decode_turn(engine, baseline, prompt, tokens))
             prefills.append(prefill_turn(engine, prompt_tokens))
-            bandwidths.append(memory_bandwidth())
+            bandwidths.append(read_bandwidth())
             products.append(blas_throughput())
         ours, theirs = ([turn[side] * 1e3 for turn in turns] for side in (0, 1))
         prefill = [seconds * 1e3 for seconds in prefills]
@@ -185,7 +148,7 @@ def measure(model: str, tokens: int, prompt_tokens: int, repeats: int) -> dict[s
         flops = 2 * g.layers * per_layer  # of the projections, per prompt token
         return {
             "model": str(model),
-            "cpu": processor(),
+            "cpu": cpu_name(),
             "threads": numba.config.NUMBA_NUM_THREADS,
             "versions": {"numba-atomflow": __version__, "numba": numba.__version__, "numpy": np.__version__},
             "commit": commit(),

@@ -79,7 +79,9 @@ def check_repack(layout: FragmentLayout) -> None:
     rng = generator(layout.rows)
     codes, scales = weights(layout, rng)
     words = poisoned(layout.words, dtype=np.uint32)
-    launch(make_repack(layout), repack_blocks(layout), THREADS, 0, codes.reshape(-1), scales.reshape(-1), words)
+    sizes = layout.rows, layout.columns, layout.half
+    kernel = make_repack(layout.hardware_fp8)
+    launch(kernel, repack_blocks(layout), THREADS, 0, codes.reshape(-1), scales.reshape(-1), words, *sizes)
     np.testing.assert_array_equal(words, to_fragments_reference(codes, scales, layout))
     back_codes, back_scales = from_fragments_reference(words, layout)
     np.testing.assert_array_equal(back_codes, codes)
@@ -145,9 +147,10 @@ def check_projection(case: ProjectionCase) -> None:
     product = project_reference(normed, codes, scales)
     slack = float(np.linalg.norm(project_reference(doubt, codes, scales)) / np.linalg.norm(product))
     grid = case.blocks, shape.threads, shape.shared_bytes
+    seen = poisoned(case.columns * layout.padded_columns // 2, dtype=np.uint32)  # what the kernel says it multiplied
     if case.kind == "store":
         logits = poisoned(case.columns * case.rows)
-        launch(kernels.make_store(shape, EPS), *grid, words, as_words(residual), norm, logits)
+        launch(kernels.make_store(shape, EPS), *grid, words, as_words(residual), norm, seen, logits)
         assert relative_error(logits.reshape(case.columns, case.rows), product) <= 1e-5 + slack
     elif case.kind == "add":
         x = np.zeros((case.columns, layout.padded_columns), np.float16)
@@ -160,13 +163,20 @@ def check_projection(case: ProjectionCase) -> None:
     elif case.kind == "swiglu":
         ffn = case.rows // 2
         y = poisoned(case.columns, ffn + 3, dtype=np.uint16)
-        launch(kernels.make_swiglu(shape, EPS, ffn + 3), *grid, words, as_words(residual), norm, flat := y.reshape(-1))
+        kernel = kernels.make_swiglu(shape, EPS, ffn + 3)
+        launch(kernel, *grid, words, as_words(residual), norm, seen, flat := y.reshape(-1))
         y = flat.reshape(y.shape)
         expected = silu_reference(product[:, :ffn]) * product[:, ffn:]
         assert relative_error(y[:, :ffn].view(np.float16), expected) <= 5e-4
         assert (y[:, ffn:] == 0xFFFF).all(), "wrote into the padding"
     else:
-        check_qkv(case, grid, (words, as_words(residual), norm), product)
+        check_qkv(case, grid, (words, as_words(residual), norm, seen), product)
+    if case.kind != "add":
+        reported = seen.view(np.float16).reshape(case.columns, -1)
+        assert relative_error(reported[:, : case.width], normed) <= 1e-5 + float(
+            np.linalg.norm(doubt) / np.linalg.norm(normed)
+        )
+        assert np.isnan(reported[:, case.width :]).all(), "wrote into the padding"
 
 
 def normed_as_float16(

@@ -59,9 +59,9 @@ def projections(tokens: int) -> list[Entry]:
         return projection_kernels.make_add(shape(HIDDEN, FFN, 0, tokens, hardware))
 
     return [
-        Entry(f"qkv x{tokens}", qkv, (U32, U32, F32, I64, F32, F32, U16, U16, U16), weights=True),
+        Entry(f"qkv x{tokens}", qkv, (U32, U32, F32, U32, I64, F32, F32, U16, U16, U16), weights=True),
         Entry(f"o x{tokens}", o, (U32, U32, F32), weights=True),
-        Entry(f"gate_up x{tokens}", gate_up, (U32, U32, F32, U16), weights=True),
+        Entry(f"gate_up x{tokens}", gate_up, (U32, U32, F32, U32, U16), weights=True),
         Entry(f"down x{tokens}", down, (U32, U32, F32), weights=True),
     ]
 
@@ -80,7 +80,7 @@ def attend(heads: int, kv_heads: int, head_dim: int, tokens: int) -> Entry:
 CATALOGUE = (
     *projections(1),
     *(entry for entry in projections(8) if entry.name in {"qkv x8", "gate_up x8"}),
-    Entry("vocabulary x1", vocabulary, (U32, U32, F32, F32), weights=True),
+    Entry("vocabulary x1", vocabulary, (U32, U32, F32, U32, F32), weights=True),
     attend(HEADS, KV_HEADS, HEAD_DIM, 1),
     attend(HEADS, KV_HEADS, HEAD_DIM, 8),
     attend(32, 32, 80, 1),
@@ -93,6 +93,6 @@ CATALOGUE = (
         (U32, I32, F32),
     ),
     Entry("argmax", lambda _: sample.make_argmax(VOCABULARY), (F32, U32, F64, I64)),
-    Entry("sample", lambda _: sample.make_sample(VOCABULARY), (F32, U32, F64, U64, I64, I32), doubles=True),
+    Entry("sample", lambda _: sample.make_sample(VOCABULARY), (F32, U32, F64, U64, I64, I32, I32), doubles=True),
     Entry("advance", lambda _: sample.make_advance(1, 1024, sampled=True), (I32, I32, I64, U32, I32, I64)),
 )

@@ -7,12 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from closeness import relative_l2
 from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint import Checkpoint
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install '.[validate]'")
 torch = pytest.importorskip("torch", reason="torch is the reference: pip install '.[validate]'")
+
+LIMIT = 1e-4  # relative L2 of logits
+
+
+def check_logits(got: np.ndarray, expected: np.ndarray, what: str) -> None:
+    """At every position: relative L2 within the limit, and the same most likely token."""
+    errors = [relative_l2(a, b) for a, b in zip(got, expected, strict=True)]
+    worst = int(np.argmax(errors))
+    share = f"relative L2 {errors[worst]:.3g} is {errors[worst] / LIMIT:.1%} of {LIMIT} at position {worst}"
+    assert np.isfinite(errors).all(), what
+    assert errors[worst] <= LIMIT, f"{what}: {share}"
+    wrong = np.flatnonzero(got.argmax(axis=1) != expected.argmax(axis=1))
+    assert not wrong.size, f"{what}: another token is most likely at positions {wrong.tolist()} ({share})"
 
 
 def dequantised(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
@@ -36,13 +50,18 @@ def dequantised(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
             theirs + "input_layernorm.weight": checkpoint.array(ours + "attention_norm"),
             theirs + "post_attention_layernorm.weight": checkpoint.array(ours + "ffn_norm"),
         }
+        if g.qkv_bias:
+            biases = np.split(checkpoint.array(ours + "qkv_bias"), [g.q_dim, g.q_dim + g.kv_dim])
+            weights |= {f"{theirs}self_attn.{x}_proj.bias": bias for x, bias in zip("qkv", biases, strict=True)}
+        if g.qk_norm:
+            weights |= {f"{theirs}self_attn.{x}_norm.weight": checkpoint.array(f"{ours}{x}_norm") for x in "qk"}
     head = "model.embed_tokens.weight" if g.tied_embeddings else None
     weights["lm_head.weight"] = weights[head] if head else matrix("vocabulary")
     return weights
 
 
 class Reference:
-    """A LlamaForCausalLM that holds a checkpoint's weights.
+    """The class that transformers has for a source, with a checkpoint's weights.
 
     Args:
         source: the model folder or GGUF file that was converted: transformers reads its configuration itself.
@@ -56,7 +75,7 @@ class Reference:
             options = {} if source.is_dir() else {"gguf_file": source.name}
             self.config: Any = transformers.AutoConfig.from_pretrained(*place, **options)
             with torch.device("meta"):
-                self.model: Any = transformers.LlamaForCausalLM._from_config(
+                self.model: Any = transformers.AutoModelForCausalLM.from_config(
                     self.config, dtype=torch.float32, attn_implementation="eager"
                 )
             # Rotary frequencies are made when the module is, and are not among the weights.

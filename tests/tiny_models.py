@@ -44,7 +44,9 @@ def random_weights(geometry: ModelGeometry, seed: int = 0) -> Weights:
     weights: Weights = {}
     for name, shape in geometry.parameters().items():
         values = rng.standard_normal(shape, np.float32)
-        if len(shape) == 1:
+        if name.endswith(".bias"):
+            weights[name] = values
+        elif len(shape) == 1:
             weights[name] = (1 + 0.1 * values).astype(np.float32)
         else:
             weights[name] = (values / np.sqrt(shape[1])).astype(np.float32)
@@ -92,12 +94,13 @@ def write_hf_folder(
     dtype: str = "F32",
     shards: int = 1,
     seed: int = 0,
+    model_type: str | None = None,
 ) -> Weights:
     """A complete model folder; returns its weights as float32, rounded to `dtype`."""
     geometry = geometry or tiny_geometry()
     weights = random_weights(geometry, seed) if weights is None else weights
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", hf_config(geometry))
+    write_json(folder / "config.json", hf_config(geometry, model_type))
     write_json(folder / "generation_config.json", {"eos_token_id": 1})
     (folder / "tokenizer.json").write_text(tiny_tokenizer().to_str())
     write_json(
@@ -123,11 +126,20 @@ def write_hf_folder(
     return stored
 
 
-def hf_config(geometry: ModelGeometry) -> dict[str, Any]:
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def family_of(geometry: ModelGeometry) -> str:
+    """The model_type that a geometry belongs to (Mistral is a Llama)."""
+    return "qwen3" if geometry.qk_norm else "qwen2" if geometry.qkv_bias else "llama"
+
+
+def hf_config(geometry: ModelGeometry, model_type: str | None = None) -> dict[str, Any]:
     """config.json as transformers 4 wrote it."""
+    model_type = model_type or family_of(geometry)
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{ARCHITECTURES[model_type]}ForCausalLM"],
+        "model_type": model_type,
         "hidden_act": "silu",
         "num_hidden_layers": geometry.layers,
         "hidden_size": geometry.hidden,

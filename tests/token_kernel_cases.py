@@ -149,29 +149,30 @@ def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: i
         logits, seen = make_logits(case.logits, rng), rng.random(VOCABULARY) < 0.3
         best = run_argmax(logits, seen, case)
         state, token = np.array([seed, draw], np.uint64), np.array([-1], np.int32)
-        launch(kernel, 1, threads, shared_bytes, logits, bitmap(seen), case.options, state, best, token)
+        chosen = np.array([-1, -1], np.int32)
+        launch(kernel, 1, threads, shared_bytes, logits, bitmap(seen), case.options, state, best, token, chosen)
         expected = expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
         assert token[0] == expected, f"draw {draw}"
+        assert chosen.tolist() == [expected, not np.isfinite(logits.max())], "does not say whether it is a number"
         assert best[0] == sample.LOWEST_KEY, "the next arg-max would start from this one's result"
         assert state.tolist() == [seed, draw + (not case.params.greedy)]
 
 
 def check_advance() -> None:
-    """Position, next input, bitmap and ring; twice, over the end of the ring."""
+    """Position, bitmap and ring; twice, over the end of the ring."""
     ring_size = 4
-    tokens, position, written = np.array([5, 6], np.int32), np.array([10], np.int64), np.array([3], np.int64)
-    seen, ring = np.zeros(3, np.uint32), np.full(ring_size, -1, np.int32)
-    kernel = sample.make_advance(1, ring_size, sampled=True)
-    for new in (31, 64):
-        launch(kernel, 1, 1, 0, np.array([new], np.int32), tokens, position, seen, ring, written)
-    assert tokens.tolist() == [64, 6]
+    position, count = np.array([10], np.int64), np.array([3], np.int64)
+    seen, ring = np.zeros(3, np.uint32), np.full(ring_size, 7, np.uint64)
+    kernel = sample.make_advance(ring_size, sampled=True)
+    for new, broken in ((31, 0), (64, 1)):
+        launch(kernel, 1, 1, 0, np.array([new, broken], np.int32), position, seen, ring, count, 1)
     assert position.tolist() == [12]
     assert seen.tolist() == [1 << 31, 0, 1]
-    assert ring.tolist() == [64, -1, -1, 31]
-    assert written.tolist() == [5]
-    prompt = sample.make_advance(8, ring_size, sampled=False)
-    before: list[Any] = [array.copy() for array in (tokens, seen, ring, written)]
-    launch(prompt, 1, 1, 0, np.array([1], np.int32), tokens, position, seen, ring, written)
+    assert ring.tolist() == [5 << 32 | 1 << 31 | 64, 7, 7, 4 << 32 | 31]
+    assert count.tolist() == [5]
+    prompt = sample.make_advance(ring_size, sampled=False)
+    before: list[Any] = [array.copy() for array in (seen, ring, count)]
+    launch(prompt, 1, 1, 0, np.array([1, 0], np.int32), position, seen, ring, count, 8)
     assert position.tolist() == [20]
-    for array, old in zip((tokens, seen, ring, written), before, strict=True):
+    for array, old in zip((seen, ring, count), before, strict=True):
         np.testing.assert_array_equal(array, old)

@@ -112,9 +112,13 @@ def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference
             f"{len(tokens)} prompt tokens and {steps} decode steps do not fit the model's {geometry.max_positions} "
             "positions; shorten one of them."
         )
-    if geometry.hidden % geometry.heads:
+    if geometry.qkv_bias and geometry.qk_norm:
         raise GroundTruthError(
-            f"transformers takes no model whose hidden size ({geometry.hidden}) is not a multiple of its "
+            "transformers has no model with both a bias and norms of q and k; compare backends instead."
+        )
+    if geometry.hidden % geometry.heads and not (geometry.qkv_bias or geometry.qk_norm):
+        raise GroundTruthError(
+            f"transformers takes no Llama whose hidden size ({geometry.hidden}) is not a multiple of its "
             f"{geometry.heads} heads; compare backends instead."
         )
     for name in ("torch", "transformers", "accelerate"):  # without the last, transformers reads no GGUF
@@ -176,31 +180,33 @@ def _original(checkpoint: Checkpoint, path: Path) -> Any:
 def _dequantised(checkpoint: Checkpoint) -> Any:
     """The checkpoint's weights, expanded, in transformers' model."""
     import torch
-    from transformers import LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers import AutoModelForCausalLM
 
     state: dict[str, Any] = {}
     shapes = checkpoint.geometry.parameters()
     for part, names in fusion(checkpoint.geometry).items():
         if len(shapes[names[0]]) == 1:
-            state[names[0]] = torch.from_numpy(checkpoint.array(part).copy())
-            continue
-        weights = checkpoint.matrix(part)
+            weights = checkpoint.array(part).copy()
+        else:
+            weights = checkpoint.matrix(part)
         ends = np.cumsum([shapes[name][0] for name in names])
         state |= {name: torch.from_numpy(rows) for name, rows in zip(names, np.split(weights, ends[:-1]), strict=True)}
     if checkpoint.geometry.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     config = _config(checkpoint.geometry)
     with torch.device("meta"):  # no memory, and no time for random weights
-        model: Any = LlamaForCausalLM(config)
+        auto: Any = AutoModelForCausalLM
+        model: Any = auto.from_config(config, attn_implementation="eager")
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are no weights
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no weights
     return model.eval()
 
 
 def _config(geometry: ModelGeometry) -> Any:
-    from transformers import LlamaConfig
+    """The family is seen from the geometry: Qwen3 has norms of q and k, Qwen2 a bias; Mistral is a Llama."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
+    kind: Any = Qwen3Config if geometry.qk_norm else Qwen2Config if geometry.qkv_bias else LlamaConfig
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": geometry.rope_theta}
     scaling = geometry.rope_scaling
     if scaling is not None:
@@ -211,7 +217,7 @@ def _config(geometry: ModelGeometry) -> Any:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_positions,
         }
-    config: Any = LlamaConfig(
+    return kind(
         num_hidden_layers=geometry.layers,
         hidden_size=geometry.hidden,
         num_attention_heads=geometry.heads,
@@ -229,8 +235,6 @@ def _config(geometry: ModelGeometry) -> Any:
         bos_token_id=None,
         eos_token_id=None,
     )
-    config._attn_implementation = "eager"  # noqa: SLF001 - what from_pretrained's attn_implementation sets
-    return config
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ class _HookedModel:
         self._position = 0
         self._cache: Any = None
         self._angles: Any = None  # cosines and sines of the tokens that are being fed
-        self._projected: Any = None  # q of the layer that is being run, before rotation
+        self._projected: Any = None  # q of the layer that is being run, before rotation: by heads, if it was normed
         self._hook(model)
 
     def feed(self, tokens: Sequence[int]) -> None:
@@ -273,8 +277,9 @@ class _HookedModel:
             attention, mlp = layer.self_attn, layer.mlp
             at = f"layer.{i}."
             output(layer.input_layernorm, self._keep(at + "input_norm"))
-            output(attention.q_proj, lambda q: setattr(self, "_projected", q))
-            output(attention.k_proj, partial(self._rotate, at))
+            normed = self._geometry.qk_norm
+            output(attention.q_norm if normed else attention.q_proj, lambda q: setattr(self, "_projected", q))
+            output(attention.k_norm if normed else attention.k_proj, partial(self._rotate, at))
             output(attention.v_proj, self._keep(at + "v"))
             entering(attention.o_proj, self._keep(at + "attention"))
             entering(layer.post_attention_layernorm, self._keep(at + "after_attention"))
@@ -294,11 +299,11 @@ class _HookedModel:
         return keep
 
     def _rotate(self, at: str, k: Any) -> None:
-        """Q and k after RoPE: no module has them, so its function is called once more on the projections."""
+        """Q and k after RoPE: no module has them, so its function is called once more on what goes into it."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         def heads(x: Any) -> Any:
-            return x.unflatten(-1, (-1, self._geometry.head_dim)).transpose(1, 2)
+            return x.reshape(*x.shape[:2], -1, self._geometry.head_dim).transpose(1, 2)
 
         rotated = apply_rotary_pos_emb(heads(self._projected), heads(k), *self._angles)
         for name, x in zip("qk", rotated, strict=True):

@@ -114,7 +114,8 @@ class _Count:
         """
         g = self.geometry
         norm, project = self.norm(), self.projection(g.hidden)
-        rotated = norm + project + self.chain(3) + self.angles()
+        head_norm = self.chain(g.head_dim + 4) if g.qk_norm else 0.0
+        rotated = norm + project + head_norm + self.chain(3) + self.angles()
         q, k, v = rotated + self.stored("q"), rotated + self.stored("k"), norm + project + self.stored("v")
         attention = (
             np.maximum(peak, 1.0) ** 2 * (q + k + self.chain(g.head_dim))

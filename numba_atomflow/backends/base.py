@@ -39,6 +39,7 @@ class Backend(Protocol):
     device: str
     plan: MemoryPlan
     block: int  # most tokens of one prefill step
+    compile_seconds: float  # that `prepare` spent on compiling kernels or loading them from the cache
 
     def close(self) -> None:
         """Release the memory at once, not when the garbage collector comes by."""
@@ -72,3 +73,18 @@ class Backend(Protocol):
 
         It walks the very list that `prefill` and `decode` run, and finishes each op before the observer sees it.
         """
+
+    # --- what `bench` and `profile` ask ------------------------------------------------------------------------------
+
+    def ceilings(self) -> dict[str, float]:
+        """How fast this device's memory can be read, measured now: GB/s, by the name of the way of reading."""
+
+    def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
+        """The decode step's ops in order, each with the median of its seconds over `repeats` runs.
+
+        Ops run one at a time, through the list that `decode` runs. Every run starts at the current position, which is
+        what it was afterwards; the sampled token is another.
+        """
+
+    def time_step(self, repeats: int) -> float:
+        """Median seconds of the decode step as `decode` runs it, under the same conditions as `time_ops`."""

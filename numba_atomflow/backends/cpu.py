@@ -4,7 +4,7 @@ It is the default on a machine without a GPU, and the oracle for the one with: e
 the KV cache included.
 """
 
-import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -35,10 +35,11 @@ from numba_atomflow.decode import (
 )
 from numba_atomflow.errors import OptionError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.machine import cpu_name
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View, view_of
-from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
+from numba_atomflow.ops import attention, bandwidth, embedding, projection, rms_norm, rope
 from numba_atomflow.sampling import Sampler, SamplingParams
 
 BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it
@@ -99,7 +100,7 @@ class CpuBackend:
         threads: int | None = None,
     ) -> None:
         self.threads = choose_threads(threads)
-        self.device = f"{platform.processor() or platform.machine()}, {self.threads} threads"
+        self.device = f"{cpu_name()}, {self.threads} threads"
         self.geometry = geometry
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.block = min(BLOCK, max_seq_len)
@@ -120,6 +121,7 @@ class CpuBackend:
         self._array("rope.cosines")[:] = cosines
         self._array("rope.sines")[:] = sines
         self._bound: dict[tuple[int, Head], list[Action]] = {}
+        self.compile_seconds = 0.0
 
     def _array(self, name: str) -> NDArray[Any]:
         return self._buffers[name].host_array()
@@ -132,6 +134,7 @@ class CpuBackend:
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Run one op of every kind, for one token and for a block: all that numba must compile."""
+        started = time.perf_counter()
         self.seek(0)
         numba.set_num_threads(self.threads)
         steps = [op for tokens in (1, min(FEW + 1, self.block)) for op in self.step(tokens, "logits")]
@@ -144,6 +147,7 @@ class CpuBackend:
         if progress:
             progress("compiled", len(kinds), len(kinds))
         self.seek(0)
+        self.compile_seconds = time.perf_counter() - started
 
     def step(self, tokens: int, head: Head) -> list[Op]:
         """The ops of a step over `tokens` tokens."""
@@ -187,6 +191,35 @@ class CpuBackend:
         actions = self._bound_step(len(tokens), head)
         self._run(_observed(self.step(len(tokens), head), actions, observer), len(tokens))
 
+    def ceilings(self) -> dict[str, float]:
+        """GB/s of reading memory with this backend's threads."""
+        numba.set_num_threads(self.threads)
+        return {"memory read": bandwidth.read_bandwidth()}
+
+    def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
+        """The decode step's ops, each with the median of its seconds, by a clock around each."""
+        ops, actions = self.step(1, "sample"), self._bound_step(1, "sample")
+        seconds = np.empty((len(ops), repeats))
+
+        def timed(i: int, run: int) -> None:
+            started = time.perf_counter()
+            actions[i]()
+            seconds[i, run] = time.perf_counter() - started
+
+        for run in range(repeats):
+            self._run_in_place([partial(timed, i, run) for i in range(len(ops))])
+        return list(zip(ops, np.median(seconds, axis=1).tolist(), strict=True))
+
+    def time_step(self, repeats: int) -> float:
+        """Median seconds of the decode step."""
+        actions = self._bound_step(1, "sample")
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            self._run_in_place(actions)
+            seconds.append(time.perf_counter() - started)
+        return float(np.median(seconds))
+
     # --- how ops become kernels ----------------------------------------------------------------------------------
 
     def _run(self, actions: Sequence[Action], tokens: int) -> None:
@@ -198,6 +231,12 @@ class CpuBackend:
             with self._single_threaded_blas():
                 for action in actions:
                     action()
+
+    def _run_in_place(self, actions: Sequence[Action]) -> None:
+        """A decode step that leaves the position where it was."""
+        position = int(self._position[0])
+        self._run(actions, 1)
+        self.seek(position)
 
     def _single_threaded_blas(self) -> Any:
         """Kernels call BLAS from inside their parallel loops, where its own threads would only get in the way."""
@@ -252,8 +291,13 @@ class CpuBackend:
             op.keys.host_array(),
             op.values.host_array(),
         )
-        project = self._project(op.weight, op.normed, op.qkv, accumulate=False)
-        return _in_order(self._norm(op.residual, op.norm, op.normed), project, rotate)
+        steps = [self._norm(op.residual, op.norm, op.normed)]
+        if op.bias is not None:  # the projection is added to it
+            steps.append(partial(np.copyto, op.qkv.host_array(), op.bias.host_array()))
+        steps.append(self._project(op.weight, op.normed, op.qkv, accumulate=op.bias is not None))
+        if op.q_norm is not None and op.k_norm is not None:
+            steps.append(self._norm_heads(op.qkv, op.q_norm, op.k_norm))
+        return _in_order(*steps, rotate)
 
     def _bind_attention(self, op: Attention) -> Action:
         q, out = op.q.host_array(), op.attended.host_array()
@@ -292,6 +336,11 @@ class CpuBackend:
     def _norm(self, x: View, weight: View, y: View) -> Action:
         eps = np.float32(self.geometry.norm_eps)
         return partial(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())
+
+    def _norm_heads(self, qkv: View, q_norm: View, k_norm: View) -> Action:
+        g = self.geometry
+        arrays = qkv.host_array(), q_norm.host_array(), k_norm.host_array()
+        return partial(rms_norm.rms_norm_heads, *arrays, g.q_dim, g.kv_dim, np.float32(g.norm_eps))
 
     def _sample(self, logits: NDArray[np.float32], token: NDArray[np.int32]) -> None:
         token[0] = self._sampler.choose(logits)

@@ -9,6 +9,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from numba_atomflow import __version__
 from numba_atomflow.cli import output
+from numba_atomflow.cli.bench import EXAMPLES as BENCH_EXAMPLES
+from numba_atomflow.cli.bench import bench
 from numba_atomflow.cli.chat import EXAMPLES as CHAT_EXAMPLES
 from numba_atomflow.cli.chat import chat
 from numba_atomflow.cli.convert import EXAMPLES as CONVERT_EXAMPLES
@@ -72,6 +74,7 @@ app.command(cls=_Command, epilog=CONVERT_EXAMPLES)(convert)
 app.command(cls=_Command, epilog=INFO_EXAMPLES)(info)
 app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
 app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
+app.command(cls=_Command, epilog=BENCH_EXAMPLES)(bench)
 
 
 def invoke(arguments: Sequence[str]) -> int:

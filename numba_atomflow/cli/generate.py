@@ -8,6 +8,7 @@ import typer
 
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.machine import versions
 from numba_atomflow.model_names import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -152,5 +153,5 @@ def _record(engine: "Engine", generation: "Generation", params: "SamplingParams"
         },
         "sampling": asdict(params),
         "backend": {"name": engine.backend.name, "device": engine.backend.device},
-        "versions": output.versions(),
+        "versions": versions(),
     }

@@ -1,18 +1,14 @@
 """``numba-atomflow info``: what a checkpoint holds and will take in memory, or what this machine has."""
 
-import ctypes
 import json
 import math
 import os
-import platform
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from numba_atomflow import home
+from numba_atomflow import home, machine
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError
 
@@ -152,12 +148,12 @@ def _machine() -> dict[str, Any]:
     from llvmlite import binding
 
     return {
-        "versions": output.versions(),
-        "cpu": {"name": _cpu_name(), "llvm_name": binding.get_host_cpu_name(), "cores": os.cpu_count()},
+        "versions": machine.versions(),
+        "cpu": {"name": machine.cpu_name(), "llvm_name": binding.get_host_cpu_name(), "cores": os.cpu_count()},
         "threads": numba.config.NUMBA_NUM_THREADS,
         "threading_layers": _threading_layers(),
         "memory_bytes": math.prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")),
-        "cuda_driver": _cuda_driver(),
+        "cuda_driver": machine.cuda_driver(),
         "home": str(home.home()),
         "models": sorted(path.stem for path in home.models().glob("*.safetensors")),
     }
@@ -178,16 +174,6 @@ def _machine_table(record: dict[str, Any]) -> Table:
     ]
 
 
-def _cpu_name() -> str:
-    """The processor as its maker calls it, where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _threading_layers() -> list[str]:
     """Those of numba's threading layers that load here, in the order in which the kernels prefer them."""
     found = []
@@ -198,15 +184,3 @@ def _threading_layers() -> list[str]:
             continue
         found.append(name)
     return found
-
-
-def _cuda_driver() -> str | None:
-    """The CUDA version that the NVIDIA driver supports, or None: asked of the driver itself, without any package."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        version = ctypes.c_int()
-        if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"

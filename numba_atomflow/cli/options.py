@@ -11,6 +11,7 @@ class BackendChoice(StrEnum):
 
     AUTO = "auto"
     CPU = "cpu"
+    CUDA = "cuda"
 
 
 Model = Annotated[

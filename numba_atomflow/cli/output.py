@@ -2,14 +2,11 @@
 
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, TextIO
 
-from numba_atomflow import __version__
 from numba_atomflow.errors import DestinationError
 
 if TYPE_CHECKING:
@@ -73,23 +70,6 @@ def discard(stream: TextIO) -> None:
 def size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of this program and of what it stands on; None for what is not installed."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    packages = ("numba", "llvmlite", "numpy", "numba-cuda", "cuda-python")
-    return {
-        "numba-atomflow": __version__,
-        "python": platform.python_version(),
-        **{package: installed(package) for package in packages},
-    }
 
 
 def loading_bar() -> AbstractContextManager[Progress | None]:

@@ -1,10 +1,11 @@
 """config.json of a Llama-family model to `ModelGeometry`.
 
-Defaults are those of `transformers.LlamaConfig`. What a config asks for and the engine does not do is refused by name:
-ignoring it would give wrong text without a word.
+Defaults are those of the model_type's class in transformers. What a config asks for and the engine does not do is
+refused by name: ignoring it would give wrong text without a word.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,34 @@ from numba_atomflow.geometry import ModelGeometry, RopeScaling
 from numba_atomflow.sources.base import described_by
 from numba_atomflow.sources.json_file import integer, number
 
-MODEL_TYPES = ("llama", "mistral")  # Mistral 7B is a Llama; its sliding window becomes a shorter context
+
+@dataclass(frozen=True)
+class Family:
+    """What a model_type says beyond its config.json.
+
+    Attributes:
+        max_positions: default of max_position_embeddings.
+        head_dim: default of head_dim; None: hidden_size / num_attention_heads.
+        window: default of sliding_window; None: there is no window.
+        optional_window: the window holds only if use_sliding_window is set.
+        qkv_bias, qk_norm: see `ModelGeometry`; fixed, whatever the config says.
+    """
+
+    max_positions: int
+    head_dim: int | None = None
+    window: int | None = None
+    optional_window: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "llama": Family(2048),
+    "mistral": Family(131072, window=4096),
+    "qwen2": Family(32768, window=4096, optional_window=True, qkv_bias=True),
+    "qwen3": Family(32768, window=4096, optional_window=True, head_dim=128, qk_norm=True),
+}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def config_geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
@@ -29,39 +57,60 @@ def config_geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
 
 
 def _geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
+    family = FAMILIES[config["model_type"]]
     hidden, heads = integer(path, config, "hidden_size"), integer(path, config, "num_attention_heads")
-    if config.get("head_dim") is None and (heads < 1 or hidden % heads):
+    if (config.get("head_dim") or family.head_dim) is None and (heads < 1 or hidden % heads):
         raise SourceError(f"{path} has hidden_size {hidden} and {heads} attention heads, which do not fit.")
     # transformers 5 keeps everything about RoPE in rope_parameters, earlier versions in rope_theta and rope_scaling.
     rope = _mapping(path, config, "rope_parameters") or _mapping(path, config, "rope_scaling")
-    max_positions = integer(path, config, "max_position_embeddings", 2048)
+    max_positions = integer(path, config, "max_position_embeddings", family.max_positions)
     return ModelGeometry(
         layers=integer(path, config, "num_hidden_layers"),
         hidden=hidden,
         heads=heads,
         kv_heads=integer(path, config, "num_key_value_heads", heads),
-        head_dim=integer(path, config, "head_dim", hidden // max(heads, 1)),
+        head_dim=integer(path, config, "head_dim", family.head_dim or hidden // max(heads, 1)),
         ffn=integer(path, config, "intermediate_size"),
         vocabulary=integer(path, config, "vocab_size"),
-        max_positions=min(max_positions, integer(path, config, "sliding_window", max_positions)),
+        max_positions=min(max_positions, _window(path, config, family) or max_positions),
         rope_theta=number(path, rope if "rope_theta" in rope else config, "rope_theta", 10000.0),
         rope_scaling=_rope_scaling(path, rope),
         norm_eps=number(path, config, "rms_norm_eps", 1e-6),
         tied_embeddings=_flag(path, config, "tie_word_embeddings"),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
     )
+
+
+def _window(path: Path, config: Mapping[str, Any], family: Family) -> int | None:
+    """Positions within which attention sees everything, as the whole context does: None if there is no limit.
+
+    A sliding window is honoured by ending the context where it would begin to slide.
+    """
+    kinds = config.get("layer_types") or []
+    unknown = [kind for kind in kinds if kind not in _LAYER_TYPES] if isinstance(kinds, list) else [kinds]
+    if unknown:
+        raise SourceError(f"{path} has layers of the type {str(unknown[0])[:60]!r}, which is not supported.")
+    if family.optional_window:
+        layers = integer(path, config, "num_hidden_layers")
+        some_slide = "sliding_attention" in kinds if kinds else integer(path, config, "max_window_layers", 28) < layers
+        if not (_flag(path, config, "use_sliding_window") and some_slide):
+            return None
+    window = config.get("sliding_window", family.window)  # null: none
+    return None if window is None else integer(path, {"sliding_window": window}, "sliding_window")
 
 
 def _refuse_other_models(path: Path, config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise SourceError(f"{path} is of model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}.")
+    if model_type not in FAMILIES:
+        raise SourceError(f"{path} is of model_type {model_type!r}; supported are {', '.join(FAMILIES)}.")
     quantisation = _mapping(path, config, "quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "unknown")
         raise SourceError(f"{path} is quantised by {method!r}, which cannot be read; give the unquantised model.")
-    for key in ("attention_bias", "mlp_bias"):
+    for key, where in (("attention_bias", "o_proj"), ("mlp_bias", "the MLP")):
         if _flag(path, config, key):
-            raise SourceError(f"{path} sets {key}, which is not supported.")
+            raise SourceError(f"{path} sets {key}; a bias in {where} is not supported.")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise SourceError(f"{path} has hidden_act {activation!r}; only 'silu' is supported.")

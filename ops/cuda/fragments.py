@@ -153,19 +153,18 @@ def from_fragments_reference(
 # --- GPU ---------------------------------------------------------------------------------------------------------
 
 
-def make_repack(layout: FragmentLayout) -> Any:
-    """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words]): one thread per word.
+def make_repack(hardware_fp8: bool) -> Any:
+    """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words], then the layout's rows,
+    columns and half as int64): one thread per word. One kernel for all layouts, because it runs once.
 
     Launch: `repack_blocks(layout)` blocks of `THREADS` threads, no shared memory.
     """
-    rows, columns, groups, half = layout.rows, layout.columns, layout.groups, layout.half
-    section_tiles = max(layout.section_tiles, 1)
-    tile_words, codes_end, total = layout.tile_words, layout.groups * GROUP_WORDS, layout.words
-    order_0, order_1, order_2, order_3 = layout.byte_order
-    factor = np.float32(layout.scale_factor)
+    sample = FragmentLayout(TILE_ROWS, GROUP, hardware_fp8=hardware_fp8)
+    order_0, order_1, order_2, order_3 = sample.byte_order
+    factor = np.float32(sample.scale_factor)
 
     @ptx.device_function
-    def source_row(tile, row):  # type: ignore[no-untyped-def]
+    def source_row(tile, row, rows, half, section_tiles):  # type: ignore[no-untyped-def]
         if half == 0:
             source = tile * 16 + row
             return source if source < rows else -1
@@ -174,29 +173,33 @@ def make_repack(layout: FragmentLayout) -> Any:
         return source if unit < half else -1
 
     @ptx.device_function
-    def code(codes, row, column):  # type: ignore[no-untyped-def]
+    def code(codes, row, column, columns):  # type: ignore[no-untyped-def]
         return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
 
     @ptx.kernel(THREADS, 1)
-    def repack(codes, scales, words):  # type: ignore[no-untyped-def]
+    def repack(codes, scales, words, rows, columns, half):  # type: ignore[no-untyped-def]
+        groups = (columns + 127) // 128
+        tile_words = (groups * 528 + 31) // 32 * 32
+        codes_end = groups * 512
+        section_tiles = max((half + 7) // 8, 1)
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        if index >= total:
+        if index >= len(words):
             return
         tile, word = index // tile_words, index % tile_words
         value = np.uint32(0)
         if word < codes_end:
-            row = source_row(tile, word % 256 // 128 * 8 + word % 128 // 16)
+            row = source_row(tile, word % 256 // 128 * 8 + word % 128 // 16, rows, half, section_tiles)
             column = word // 256 * 64 + word % 16 * 4
             if row >= 0:
                 value = np.uint32(
-                    code(codes, row, column + order_0)
-                    | code(codes, row, column + order_1) << 8
-                    | code(codes, row, column + order_2) << 16
-                    | code(codes, row, column + order_3) << 24
+                    code(codes, row, column + order_0, columns)
+                    | code(codes, row, column + order_1, columns) << 8
+                    | code(codes, row, column + order_2, columns) << 16
+                    | code(codes, row, column + order_3, columns) << 24
                 )
         elif word < codes_end + groups * 16:
             entry = word - codes_end
-            row = source_row(tile, entry % 2 * 8 + entry % 16 // 2)
+            row = source_row(tile, entry % 2 * 8 + entry % 16 // 2, rows, half, section_tiles)
             if row >= 0:
                 value = np.uint32(ptx.f32_bits(scales[row * groups + entry // 16] * factor))
         words[index] = value

@@ -19,8 +19,8 @@ _ONE = np.float32(1.0)
 def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -> Any:
     """logits = W norm(residual).
 
-    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], logits float32 [columns,
-    N]). Plain rows.
+    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], normed uint32 pairs of
+    float16 [columns, padded K], logits float32 [columns, N]). Plain rows.
     """
     rows = shape.layout.rows
 
@@ -35,8 +35,8 @@ def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -
     run = make_runner(shape, "norm", eps, dependent, store)
 
     @ptx.kernel(shape.threads, BLOCKS)
-    def project_store(weights, residual, norm, logits):  # type: ignore[no-untyped-def]
-        run(weights, residual, norm, (logits,))
+    def project_store(weights, residual, norm, normed, logits):  # type: ignore[no-untyped-def]
+        run(weights, residual, norm, normed, (logits,))
 
     return project_store
 
@@ -60,7 +60,7 @@ def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
 
     @ptx.kernel(shape.threads, BLOCKS)
     def project_add(weights, x, residual):  # type: ignore[no-untyped-def]
-        run(weights, x, residual, (residual,))
+        run(weights, x, residual, x, (residual,))
 
     return project_add
 
@@ -68,8 +68,9 @@ def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
 def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: bool = False) -> Any:
     """y = silu(gate) * up with (gate, up) = W norm(residual).
 
-    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], y uint16 bits of float16
-    [columns, y_width]). Rows paired with half = ffn; y_width: ffn padded for the down projection.
+    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], normed uint32 pairs of
+    float16 [columns, padded K], y uint16 bits of float16 [columns, y_width]). Rows paired with half = ffn; y_width: ffn
+    padded for the down projection.
     """
     ffn = shape.layout.half
 
@@ -83,8 +84,8 @@ def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: 
     run = make_runner(shape, "norm", eps, dependent, swiglu)
 
     @ptx.kernel(shape.threads, BLOCKS)
-    def project_swiglu(weights, residual, norm, y):  # type: ignore[no-untyped-def]
-        run(weights, residual, norm, (y,))
+    def project_swiglu(weights, residual, norm, normed, y):  # type: ignore[no-untyped-def]
+        run(weights, residual, norm, normed, (y,))
 
     return project_swiglu
 
@@ -92,10 +93,10 @@ def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: 
 def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
     """q, k and v = W norm(residual); q and k rotated; k and v written to the cache.
 
-    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], position int64 [1], cosines
-    and sines float32 [positions, head_dim / 2], q uint16 bits of float16 [columns, heads * head_dim], keys and values
-    uint16 bits of float16 [positions, kv_heads * head_dim]). Rows paired with half = head_dim / 2. Column t is the
-    token at position[0] + t.
+    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], normed uint32 pairs of
+    float16 [columns, padded K], position int64 [1], cosines and sines float32 [positions, head_dim / 2], q uint16 bits
+    of float16 [columns, heads * head_dim], keys and values uint16 bits of float16 [positions, kv_heads * head_dim]).
+    Rows paired with half = head_dim / 2. Column t is the token at position[0] + t.
     """
     half, section_tiles = shape.layout.half, shape.layout.section_tiles
     q_width, kv_width = 2 * half * heads, 2 * half * kv_heads
@@ -124,7 +125,9 @@ def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, d
     run = make_runner(shape, "norm", eps, dependent, rotate)
 
     @ptx.kernel(shape.threads, BLOCKS)
-    def project_qkv(weights, residual, norm, position, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
-        run(weights, residual, norm, (position, cosines, sines, q, keys, values))
+    def project_qkv(  # type: ignore[no-untyped-def]
+        weights, residual, norm, normed, position, cosines, sines, q, keys, values
+    ):
+        run(weights, residual, norm, normed, (position, cosines, sines, q, keys, values))
 
     return project_qkv

@@ -29,6 +29,7 @@ from numba_atomflow.ops import ptx
 
 ARGMAX_THREADS = 256
 SAMPLE_THREADS = 1024
+BINS, CAPACITY = 2048, 512  # of the histogram; of the list of tokens that are ranked among themselves
 TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY = range(5)  # places in `options`, float64 [5]
 LOWEST_KEY = -1  # what `best` holds before the arg-max
 
@@ -101,14 +102,15 @@ def make_sample(
     vocabulary: int,
     *,
     threads: int = SAMPLE_THREADS,
-    bins: int = 2048,
-    capacity: int = 512,
+    bins: int = BINS,
+    capacity: int = CAPACITY,
     dependent: bool = False,
 ) -> Any:
     """token[0] = the next token; best[0] is made ready for the next arg-max; a draw is counted.
 
     Kernel (logits float32 [V], seen uint32 [ceil(V / 32)], options float64 [5], generator uint64 [2] with seed and
-    number of draws, best int64 [1] from the arg-max, token int32 [1]).
+    number of draws, best int64 [1] from the arg-max, token int32 [1] for the next step's embedding, chosen int32 [2]
+    for `advance`: the id, and 1 if its logit is no number).
     Launch: one block of `threads` threads with `sample_shared_bytes(bins, capacity)` of dynamic shared memory.
 
     Args:
@@ -154,7 +156,7 @@ def make_sample(
         return size - 1
 
     @ptx.kernel(threads, 1)
-    def sample(logits, seen, options, generator, best, token):  # type: ignore[no-untyped-def]
+    def sample(logits, seen, options, generator, best, token, chosen_token):  # type: ignore[no-untyped-def]
         shared = cuda.shared.array(0, int64)
         if dependent:
             ptx.let_next_kernel_start()
@@ -166,10 +168,13 @@ def make_sample(
         best_token = _ID_MASK - (best_key & _ID_MASK)
         some_k = top_k > 0 and top_k < vocabulary
         # Infinity and NaN leave no probabilities to draw from.
-        if temperature == 0.0 or top_k == 1 or best_key >> _ID_BITS >= 0x80000000 + 0x7F800000:
+        broken = best_key >> _ID_BITS >= 0x80000000 + 0x7F800000
+        if temperature == 0.0 or top_k == 1 or broken:
             cuda.syncthreads()
             if thread == 0:
                 token[0] = best_token
+                chosen_token[0] = best_token
+                chosen_token[1] = 1 if broken else 0
                 best[0] = LOWEST_KEY
             return
         by_id = not some_k and top_p >= 1.0 and min_p <= 0.0
@@ -296,32 +301,36 @@ def make_sample(
                     kept = min(kept, shared[reached])
         if thread == 0:
             token[0] = shared[chosen]
+            chosen_token[0] = shared[chosen]
+            chosen_token[1] = 0
             best[0] = LOWEST_KEY
             generator[1] += 1
 
     return sample
 
 
-def make_advance(columns: int, ring: int, *, sampled: bool, dependent: bool = False) -> Any:
-    """The step's last kernel: the chosen token becomes the next input, and the host is told.
+def make_advance(ring: int, *, sampled: bool, dependent: bool = False) -> Any:
+    """The step's last kernel: the position moves, the chosen token is marked as seen, and the host is told.
 
-    Kernel (token int32 [1], tokens int32 [columns at least], position int64 [1], seen uint32 bitmap, ring int32
-    [ring] and written int64 [1] in pinned host memory). Without `sampled` only the position moves.
+    Kernel (chosen int32 [2] from `sample`, position int64 [1], seen uint32 bitmap, ring uint64 [ring] in pinned host
+    memory, count int64 [1], tokens int64: how far the position moves). Without `sampled` only the position moves. An
+    entry of the ring is one store of 8 bytes: the number of the token, from 1 on, above its id; so whoever reads the
+    number has the id as well.
     Launch: one block of one thread.
     """
 
     @ptx.kernel(32, 1)
-    def advance(token, tokens, position, seen, ring_tokens, written):  # type: ignore[no-untyped-def]
+    def advance(chosen, position, seen, ring_entries, count, tokens):  # type: ignore[no-untyped-def]
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
-        position[0] += columns
+        position[0] += tokens
         if sampled:
-            new = token[0]
-            tokens[0] = new
+            new, number = int64(chosen[0]), count[0] + 1
+            count[0] = number
             seen[new // 32] = np.uint32(int64(seen[new // 32]) | int64(1) << (new % 32))
-            ring_tokens[written[0] % ring] = new
-            cuda.threadfence_system()  # the token must be there before its number
-            written[0] += 1
+            word = (number & 0xFFFFFFFF) << 32 | int64(chosen[1]) << 31 | new
+            ring_entries[(number - 1) % ring] = np.uint64(word)
+            cuda.threadfence_system()
 
     return advance

@@ -80,6 +80,9 @@ def test_layout_of_a_layer() -> None:
         "vocabulary.scale": ("F32", (288, 2)),
     }
     assert not [name for name in tensor_layout(tiny_geometry(tied_embeddings=True)) if name.startswith("vocabulary")]
+    qwen2, qwen3 = (tensor_layout(tiny_geometry(layers=1, **{key: True})) for key in ("qkv_bias", "qk_norm"))
+    assert dict(qwen2.items() - layout.items()) == {"layer.0.qkv_bias": ("F32", (512,))}
+    assert dict(qwen3.items() - layout.items()) == {f"layer.0.{x}_norm": ("F32", (64,)) for x in "qk"}
 
 
 def test_layout_with_a_head_in_float16() -> None:

@@ -53,6 +53,13 @@ def check_values(path: Path, weights: Weights) -> None:
             }
             for norm, theirs in (("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
                 np.testing.assert_array_equal(checkpoint.array(f"layer.{i}.{norm}"), weights[f"{layer}{theirs}.weight"])
+            if checkpoint.geometry.qkv_bias:
+                biases = [weights[f"{layer}self_attn.{x}_proj.bias"] for x in "qkv"]
+                np.testing.assert_array_equal(checkpoint.array(f"layer.{i}.qkv_bias"), np.concatenate(biases))
+            if checkpoint.geometry.qk_norm:
+                for x in "qk":
+                    norm = weights[f"{layer}self_attn.{x}_norm.weight"]
+                    np.testing.assert_array_equal(checkpoint.array(f"layer.{i}.{x}_norm"), norm)
         np.testing.assert_array_equal(checkpoint.array("final_norm"), weights["model.norm.weight"])
         if not checkpoint.geometry.tied_embeddings:
             expected["vocabulary"] = ["lm_head"]
@@ -84,6 +91,12 @@ def test_a_head_in_float16_is_the_source_rounded_once(tmp_path: Path, tied: bool
         assert set(fp8.names()) - set(ours.names()) == {head + ".scale"}
         for name in set(ours.names()) - {head + ".weight"}:
             np.testing.assert_array_equal(ours.array(name), fp8.array(name), err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["qkv_bias", "qk_norm"])
+def test_what_other_families_have_ends_where_it_belongs(tmp_path: Path, family: str) -> None:
+    weights = write_hf_folder(tmp_path / "hf", tiny_geometry(**{family: True}), dtype="BF16")
+    check_values(convert(tmp_path / "hf", tmp_path / "out"), weights)
 
 
 def test_a_gguf_and_a_folder_of_the_same_weights_become_the_same_tensors(tmp_path: Path) -> None:

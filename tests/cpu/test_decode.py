@@ -141,8 +141,19 @@ def test_shapes_follow_the_geometry_and_the_tokens() -> None:
     assert vocabulary.residual.address == qkv.residual.rows(6, 7).address  # the last token's row
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_what_a_family_has_beyond_llama_is_in_its_qkv(bias: bool, norm: bool) -> None:
+    for op in step(tiny_geometry(qkv_bias=bias, qk_norm=norm), 1, "sample"):
+        if isinstance(op, Qkv):
+            extra = {field: view.name for field in ("bias", "q_norm", "k_norm") if (view := getattr(op, field))}
+            layer = op.name.removesuffix(".qkv")
+            named = {"bias": f"{layer}.qkv_bias"} if bias else {}
+            assert extra == named | ({f"{x}_norm": f"{layer}.{x}_norm" for x in "qk"} if norm else {})
+
+
 def test_every_layer_has_its_own_weights_and_cache() -> None:
-    g = tiny_geometry(layers=3)
+    g = tiny_geometry(layers=3, qkv_bias=True, qk_norm=True)
     ops = step(g, 1, "sample")
     attentions = [op for op in ops if isinstance(op, Attention)]
     caches = [view for op in attentions for view in (op.keys, op.values)]
@@ -150,7 +161,7 @@ def test_every_layer_has_its_own_weights_and_cache() -> None:
     for op in ops:
         if op.name.startswith("layer."):
             prefix = ".".join(op.name.split(".")[:2])
-            weights = [v for field in op.WEIGHTS for v in views_of(getattr(op, field))]
+            weights = [v for field in op.WEIGHTS if getattr(op, field) for v in views_of(getattr(op, field))]
             assert all(view.name.startswith(prefix + ".") for view in weights), op.name
     written = [op for op in ops if isinstance(op, Qkv)]
     assert [(op.keys, op.values) for op in written] == [(op.keys, op.values) for op in attentions]
@@ -164,8 +175,11 @@ def views_of(weight: View | Weight) -> list[View]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_decode_step_reads_every_weight_once_and_one_row_of_the_embedding(tied: bool) -> None:
-    g = tiny_geometry(tied_embeddings=tied)
+@pytest.mark.parametrize("family", [{}, {"qkv_bias": True}, {"qk_norm": True}])
+def test_a_decode_step_reads_every_weight_once_and_one_row_of_the_embedding(
+    tied: bool, family: dict[str, bool]
+) -> None:
+    g = tiny_geometry(tied_embeddings=tied, **family)
     weights = fake_tensors(g)
     payload = sum(view.nbytes for view in weights.values())
     table = weights["embedding.weight"].nbytes + weights["embedding.scale"].nbytes

@@ -34,6 +34,8 @@ LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig
         ({"norm_eps": math.nan}, "norm_eps is nan"),
         ({"norm_eps": "1e-5"}, "norm_eps is '1e-5'"),
         ({"tied_embeddings": "yes"}, "tied_embeddings is 'yes'"),
+        ({"qkv_bias": 1}, "qkv_bias is 1; it must be true or false"),
+        ({"qk_norm": None}, "qk_norm is None"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling is {'factor'"),
     ],
 )
@@ -60,7 +62,7 @@ def test_scaling_out_of_range_is_named(changes: dict[str, Any], named: str) -> N
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3])
 def test_a_record_in_json_reads_back(scaling: RopeScaling | None) -> None:
-    geometry = tiny_geometry(rope_scaling=scaling, tied_embeddings=True, norm_eps=1e-6, rope_theta=5e5)
+    geometry = tiny_geometry(rope_scaling=scaling, tied_embeddings=True, norm_eps=1e-6, rope_theta=5e5, qk_norm=True)
     assert ModelGeometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
 
 
@@ -82,6 +84,12 @@ def test_a_damaged_record_is_refused(change: dict[str, Any]) -> None:
         ModelGeometry.from_dict(tiny_geometry().to_dict() | change)
 
 
+def test_a_record_from_before_there_were_other_families_is_a_llama() -> None:
+    record = tiny_geometry().to_dict()
+    del record["qkv_bias"], record["qk_norm"]
+    assert ModelGeometry.from_dict(record) == tiny_geometry()
+
+
 def test_a_record_that_lacks_a_field_is_refused() -> None:
     record = tiny_geometry().to_dict()
     del record["hidden"]
@@ -91,13 +99,15 @@ def test_a_record_that_lacks_a_field_is_refused() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(64, 4, 2), (80, 8, 1), (128, 3, 3)])
-def test_parameters_are_those_of_transformers(head_dim: int, heads: int, kv_heads: int, tied: bool) -> None:
+@pytest.mark.parametrize("family", [{}, {"qkv_bias": True}, {"qk_norm": True}])
+def test_parameters_are_those_of_transformers(
+    head_dim: int, heads: int, kv_heads: int, tied: bool, family: dict[str, bool]
+) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    geometry = tiny_geometry(head_dim=head_dim, heads=heads, kv_heads=kv_heads, tied_embeddings=tied)
-    config = hf_config(geometry)
+    geometry = tiny_geometry(head_dim=head_dim, heads=heads, kv_heads=kv_heads, tied_embeddings=tied, **family)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf_config(geometry)))
     theirs = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
     assert geometry.parameters() == theirs
     assert geometry.parameter_count() == sum(math.prod(shape) for shape in theirs.values())

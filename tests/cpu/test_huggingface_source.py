@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +158,57 @@ def test_optional_sizes(tmp_path: Path) -> None:
     assert open_source(tmp_path).geometry == geometry
 
 
-def test_mistral_with_a_window_is_a_llama_with_a_shorter_context(folder: Path) -> None:
-    change_json(folder / "config.json", model_type="mistral", sliding_window=300)
-    assert open_source(folder).geometry == tiny_geometry(max_positions=300)
+@pytest.mark.parametrize(
+    ("family", "changes", "positions"),
+    [
+        ("mistral", {"sliding_window": 300}, 300),
+        ("mistral", {"sliding_window": None}, 8000),
+        ("mistral", {}, 4096),  # transformers' default
+        ("qwen2", {"sliding_window": 300}, 8000),  # switched off unless use_sliding_window is set
+        ("qwen2", {"sliding_window": 300, "use_sliding_window": True, "max_window_layers": 1}, 300),
+        ("qwen2", {"sliding_window": 300, "use_sliding_window": True, "max_window_layers": 2}, 8000),
+        ("qwen2", {"sliding_window": 300, "use_sliding_window": True}, 8000),  # from layer 28 on; there are two
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, 4096),
+        ("qwen3", {"sliding_window": 300, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, 8000),
+        ("qwen3", {"sliding_window": 300, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 300),
+    ],
+)
+def test_the_context_ends_where_a_window_would_slide(
+    tmp_path: Path, family: str, changes: dict[str, Any], positions: int
+) -> None:
+    geometry = tiny_geometry(max_positions=8000, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
+    write_hf_folder(tmp_path, geometry, model_type=family)
+    change_json(tmp_path / "config.json", **changes)
+    assert open_source(tmp_path).geometry == replace(geometry, max_positions=positions)
+
+
+def test_a_qwen3_that_does_not_name_its_head_dim_has_128(tmp_path: Path) -> None:
+    geometry = tiny_geometry(head_dim=128, qk_norm=True)
+    write_hf_folder(tmp_path, geometry)
+    change_json(tmp_path / "config.json", head_dim=None)
+    assert open_source(tmp_path).geometry == geometry
+
+
+@pytest.mark.parametrize(("family", "suffix"), [("qkv_bias", "k_proj.bias"), ("qk_norm", "q_norm.weight")])
+def test_a_model_that_lacks_what_its_family_has(tmp_path: Path, family: str, suffix: str) -> None:
+    geometry = tiny_geometry(**{family: True})
+    weights = random_weights(geometry)
+    del weights[f"model.layers.1.self_attn.{suffix}"]
+    write_hf_folder(tmp_path, geometry, weights=weights)
+    refused(tmp_path, f"lacks the tensor model.layers.1.self_attn.{suffix}")
 
 
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"model_type": "qwen3"}, "model_type 'qwen3'"),
+        ({"model_type": "gemma3"}, "model_type 'gemma3'"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "type 'linear_attention'"),
+        ({"layer_types": 5}, "type '5'"),
+        ({"sliding_window": "wide"}, "sliding_window: 'wide'"),
         ({"model_type": None}, "model_type None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
         ({"quantization_config": "fp8"}, "quantization_config"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, "attention_bias; a bias in o_proj"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"mlp_bias": "yes"}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),

@@ -1,11 +1,11 @@
-"""RMSNorm against float64."""
+"""RMSNorm of a hidden state and of heads, against float64."""
 
 import numpy as np
 import pytest
 from closeness import check_close, poisoned, relative_l2, tolerance
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.rms_norm import rms_norm, rms_norm_reference
+from numba_atomflow.ops.rms_norm import rms_norm, rms_norm_heads, rms_norm_reference
 
 EPS = np.float32(1e-5)
 
@@ -63,3 +63,20 @@ def test_a_missing_column_is_far_outside_the_tolerance(rng: np.random.Generator)
     expected = exact(x, weight)
     x[:, 575] = 0
     assert relative_l2(normed(x, weight)[:, :575], expected[:, :575]) > 20 * tolerance(580)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 65])
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(64, 9, 3), (80, 4, 1), (96, 3, 3), (128, 8, 1)])
+def test_every_head_of_q_and_k_is_normed_for_itself(
+    rng: np.random.Generator, head_dim: int, heads: int, kv_heads: int, tokens: int
+) -> None:
+    sizes = np.exp(rng.uniform(-3, 5, (tokens, heads + 2 * kv_heads, 1)))  # a norm over all heads would be far off
+    given = (rng.standard_normal((tokens, heads + 2 * kv_heads, head_dim)) * sizes).astype(np.float32)
+    q_weight, k_weight = rng.standard_normal((2, head_dim)).astype(np.float32)
+    qkv = given.reshape(tokens, -1).copy()
+    rms_norm_heads(qkv, q_weight, k_weight, heads * head_dim, kv_heads * head_dim, EPS)
+    got = qkv.reshape(given.shape)
+    q, k = given[:, :heads].astype(np.float64), given[:, heads:-kv_heads].astype(np.float64)
+    check_close(got[:, :heads], rms_norm_reference(q, q_weight, float(EPS)), tolerance(head_dim + 4))
+    check_close(got[:, heads:-kv_heads], rms_norm_reference(k, k_weight, float(EPS)), tolerance(head_dim + 4))
+    np.testing.assert_array_equal(got[:, -kv_heads:], given[:, -kv_heads:])

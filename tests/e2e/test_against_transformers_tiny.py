@@ -1,4 +1,7 @@
-"""Logits of tiny random models against transformers, over the grid of shapes and options that Llama models have."""
+"""Logits of tiny random models against transformers, over the grid of shapes and options that Llama models have.
+
+The other families, by what sets them apart, are in test_families_against_transformers.py.
+"""
 
 import itertools
 from pathlib import Path
@@ -6,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from closeness import relative_l2
-from reference import Reference
+from reference import LIMIT, Reference, check_logits
 from tiny_models import random_weights, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine
@@ -15,7 +18,6 @@ from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry, RopeScaling
 
 HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
-LIMIT = 1e-4
 
 # With 64 positions, rotary pairs of head_dim 64 to 128 lie on both sides of the scaled range and within it.
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
@@ -40,17 +42,6 @@ def geometry_of(number: int) -> ModelGeometry:
     )
 
 
-def check(got: np.ndarray, expected: np.ndarray, what: str) -> None:
-    """At every position: relative L2 within the limit, and the same most likely token."""
-    errors = [relative_l2(a, b) for a, b in zip(got, expected, strict=True)]
-    worst = int(np.argmax(errors))
-    share = f"relative L2 {errors[worst]:.3g} is {errors[worst] / LIMIT:.1%} of {LIMIT} at position {worst}"
-    assert np.isfinite(errors).all(), what
-    assert errors[worst] <= LIMIT, f"{what}: {share}"
-    wrong = np.flatnonzero(got.argmax(axis=1) != expected.argmax(axis=1))
-    assert not wrong.size, f"{what}: another token is most likely at positions {wrong.tolist()} ({share})"
-
-
 def models(
     tmp_path: Path, geometry: ModelGeometry, seed: int, threads: int | None = None, head: HeadFormat = "fp8"
 ) -> tuple[Engine, Reference]:
@@ -71,9 +62,9 @@ def test_logits(tmp_path: Path, number: int) -> None:
     tokens = np.random.default_rng(number).integers(0, geometry.vocabulary, 48).tolist()
     expected = reference.logits(tokens)
     with engine:
-        check(engine.feed(tokens, all_logits=True), expected, "one block")
+        check_logits(engine.feed(tokens, all_logits=True), expected, "one block")
         engine.reset()
-        check(np.stack([engine.feed([token]) for token in tokens]), expected, "token by token")
+        check_logits(np.stack([engine.feed([token]) for token in tokens]), expected, "token by token")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -83,9 +74,9 @@ def test_logits_with_a_head_in_float16(tmp_path: Path, tied: bool) -> None:
     tokens = np.random.default_rng(200).integers(0, geometry.vocabulary, 48).tolist()
     expected = reference.logits(tokens)
     with engine:
-        check(engine.feed(tokens, all_logits=True), expected, "one block")
+        check_logits(engine.feed(tokens, all_logits=True), expected, "one block")
         engine.reset()
-        check(np.stack([engine.feed([token]) for token in tokens]), expected, "token by token")
+        check_logits(np.stack([engine.feed([token]) for token in tokens]), expected, "token by token")
 
 
 def test_every_combination_is_there() -> None:
@@ -101,7 +92,7 @@ def test_a_long_prompt(tmp_path: Path) -> None:
     engine, reference = models(tmp_path, geometry, seed=100)
     tokens = np.random.default_rng(100).integers(0, geometry.vocabulary, 700).tolist()
     with engine:
-        check(engine.feed(tokens, all_logits=True), reference.logits(tokens), "in blocks")
+        check_logits(engine.feed(tokens, all_logits=True), reference.logits(tokens), "in blocks")
 
 
 @pytest.mark.parametrize("change", [{"rope_theta": 20000.0}, {"rope_scaling": LLAMA3}, {"norm_eps": 1e-3}])

@@ -30,7 +30,7 @@ if config.ENABLE_CUDASIM or not cuda.is_available():
     pytest.skip("no CUDA GPU (or its driver, or its libraries: extra cu13)", allow_module_level=True)
 
 # Arrays on the host are copied to the device and back at every launch, which numba advises against.
-pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning", "ignore:.*Host array")
+pytestmark = pytest.mark.filterwarnings("ignore:.*Host array", "ignore:.*Grid size")
 
 HARDWARE_FP8 = cuda.get_current_device().compute_capability >= (8, 9)
 

@@ -1,0 +1,127 @@
+"""Device memory: the one allocation of an engine on a GPU, and copies to and from it.
+
+Everything runs in the context that is current on the calling thread.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.driver import DriverError, call
+from numba_atomflow.errors import BackendError
+from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.memory.view import View
+
+_HEADROOM = 64 << 20  # bytes left to the driver, for code and launches
+
+
+class DeviceArena:
+    """A single `cuMemAlloc` that holds every buffer of a plan.
+
+    Raises:
+        BackendError: the GPU has too little free memory; the sentence has the numbers.
+    """
+
+    def __init__(self, plan: MemoryPlan) -> None:
+        self.plan = plan
+        free, total = (int(count) for count in call("cuMemGetInfo"))
+        needed = ", ".join(f"{pool} {size / 1e9:.2f}" for pool, size in plan.pool_bytes().items())
+        refusal = (
+            f"The model needs {plan.total / 1e9:.2f} GB on the GPU ({needed}), but only {free / 1e9:.2f} of its "
+            f"{total / 1e9:.2f} GB are free; use a smaller --max-seq-len, or --backend cpu."
+        )
+        if plan.total + _HEADROOM > free:
+            raise BackendError(refusal)
+        try:
+            self.base = int(call("cuMemAlloc", plan.total))
+        except DriverError as error:
+            if error.code == "CUDA_ERROR_OUT_OF_MEMORY":  # somebody else was faster
+                raise BackendError(refusal) from error
+            raise
+        self._views = {
+            buffer.name: View(buffer.name, self.base + offset, buffer.shape, buffer.dtype)
+            for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
+        }
+
+    def __getitem__(self, name: str) -> View:
+        return self._views[name]
+
+    def behind(self, pool: str) -> tuple[int, int]:
+        """First byte and size of everything behind a pool."""
+        ends = [
+            offset + buffer.nbytes
+            for buffer, offset in zip(self.plan.buffers, self.plan.offsets, strict=True)
+            if buffer.pool == pool
+        ]
+        start = -(-max(ends, default=0) // 128) * 128
+        return self.base + start, self.plan.total - start
+
+    def free(self) -> None:
+        """Give the memory back."""
+        if self.base:
+            call("cuMemFree", self.base)
+            self.base = 0
+
+
+def copy_to_device(address: int, values: NDArray[Any], stream: Any) -> None:
+    """Put a C-contiguous host array at an address, in stream order.
+
+    From ordinary (pageable) memory the driver has taken what it needs when this returns; pinned memory must stay as it
+    is until the stream gets there.
+    """
+    if values.nbytes:
+        call("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, stream)
+
+
+class DeviceMemory:
+    """Views of device memory, as observers see them: by copies. Waits for the stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def read(self, view: View) -> NDArray[Any]:
+        """What the view holds now (a copy)."""
+        return self._strided(view, self._fetch(view)).copy()
+
+    def write(self, view: View, values: NDArray[Any]) -> None:
+        """Put `values` into the view; what lies between its rows stays."""
+        if view.readonly:
+            raise ValueError(f"{view.name} is read-only")
+        raw = self._fetch(view) if view.pitch else np.empty(view.extent, np.uint8)
+        self._strided(view, raw)[:] = values
+        copy_to_device(view.address, raw, self._stream)
+        call("cuStreamSynchronize", self._stream)
+
+    def _fetch(self, view: View) -> NDArray[np.uint8]:
+        raw = np.empty(view.extent, np.uint8)
+        call("cuStreamSynchronize", self._stream)
+        if raw.nbytes:
+            call("cuMemcpyDtoH", raw.ctypes.data, view.address, raw.nbytes)
+        return raw
+
+    @staticmethod
+    def _strided(view: View, raw: NDArray[np.uint8]) -> NDArray[Any]:
+        array: NDArray[Any] = np.ndarray(view.shape, view.dtype, raw.data, strides=view.strides)
+        return array
+
+
+class PinnedArray:
+    """Host memory that the GPU can reach: an array of zeros, and its address on the device."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        from cuda.bindings import driver
+
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        flags = driver.CU_MEMHOSTALLOC_DEVICEMAP
+        self._pointer: int | None = int(call("cuMemHostAlloc", nbytes, flags))
+        address = int(call("cuMemHostGetDevicePointer", self._pointer, 0))
+        self.view = View("pinned", address, shape, dtype)
+        self.array = View("pinned", self._pointer, shape, dtype).host_array()
+        self.array[:] = 0
+
+    def free(self) -> None:
+        """Give the memory back; the array must not be used afterwards."""
+        if self._pointer is not None:
+            pointer, self._pointer = self._pointer, None
+            call("cuMemFreeHost", pointer)

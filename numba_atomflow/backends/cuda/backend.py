@@ -1,0 +1,344 @@
+"""The CUDA backend as the engine sees it."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.backends.base import Observer, Progress
+from numba_atomflow.backends.cuda.kernels import Chip, ModelKernels
+from numba_atomflow.backends.cuda.measure import measure_ceilings, time_graph, time_launches
+from numba_atomflow.backends.cuda.plan import cuda_plan
+from numba_atomflow.backends.cuda.steps import Binder, Graph
+from numba_atomflow.backends.cuda.tokens import TokenChannel
+from numba_atomflow.backends.cuda.upload import Uploader, upload
+from numba_atomflow.decode import Head, Op, Weight, Weights, build_head, build_step
+from numba_atomflow.driver import Device, DriverError, call, open_device
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.memory.device import DeviceArena, DeviceMemory
+from numba_atomflow.ops import rope
+from numba_atomflow.ops.cuda.build import build
+from numba_atomflow.ops.cuda.launch import Kernel, Launch
+from numba_atomflow.sampling import Sampler, SamplingParams
+
+AHEAD = 3  # replays that are queued before their tokens are asked for; the surplus at a reply's end is thrown away
+_NO_TOKEN = -1  # arg-max's start
+
+
+class CudaBackend:
+    """Runs a checkpoint's ops on an NVIDIA GPU.
+
+    Args:
+        geometry: of the model.
+        weights: the checkpoint's arrays by name; not needed any more when `prepare` has returned.
+        max_seq_len: positions of the KV cache.
+        dependent: programmatic dependent launch; where the GPU has it, if None.
+        graphs: replay captured steps; without, every launch is made anew (to measure what that costs).
+
+    Raises:
+        BackendError: no usable GPU, or too little memory on it.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        weights: Mapping[str, NDArray[Any]],
+        max_seq_len: int,
+        *,
+        dependent: bool | None = None,
+        graphs: bool = True,
+    ) -> None:
+        self.geometry = geometry
+        self._arrays: Mapping[str, NDArray[Any]] | None = weights
+        self._max_seq_len = max_seq_len
+        self._use_graphs = graphs
+        self.compile_seconds = 0.0
+        self._stream_is_open = False
+        self._open = ExitStack()  # what `close` takes back, last made first
+        try:
+            self._gpu = open_device()
+            self._open.callback(self._gpu.close)
+            self.kernels = ModelKernels(geometry, chip_of(self._gpu), dependent=dependent)
+            self.block = min(self.kernels.block, max_seq_len)
+            self.plan = cuda_plan(self.kernels, max_seq_len)
+            self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
+            with self._gpu.current():
+                self._allocate()
+        except BaseException:
+            self.close()
+            raise
+        self._position = 0  # of the device, when all that is queued has run
+        self._queued = 0  # number of the last token that the device will make
+        self._wanted = 0  # number of the last token that was asked for
+
+    def _allocate(self) -> None:
+        from cuda.bindings import driver
+
+        self.stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._stream_is_open = True
+        self._open.callback(self._in_context, call, "cuStreamDestroy", self.stream)
+        self._arena = DeviceArena(self.plan)
+        self._open.callback(self._in_context, self._arena.free)
+        self._tokens = TokenChannel(self.stream)
+        self._open.callback(self._in_context, self._tokens.free)
+        self._memory = DeviceMemory(self.stream)
+        names = [buffer.name for buffer in self.plan.buffers if buffer.pool != "weights"]
+        self._buffers = {name: self._arena[name] for name in names}
+        self._weights = self._weight_views()
+        self._graphs: dict[tuple[int, Head], Graph] = {}
+        self._bound: dict[tuple[int, Head], list[Launch]] = {}
+
+    def _weight_views(self) -> Weights:
+        projections, norms = {}, {}
+        for buffer in self.plan.buffers:
+            if buffer.pool != "weights":
+                continue
+            if buffer.dtype == "float32":
+                norms[buffer.name] = self._arena[buffer.name]
+            else:
+                layout = self.kernels.layout_of(buffer.name)
+                projections[buffer.name] = Weight(layout.rows, layout.columns, self._arena[buffer.name])
+        return Weights(projections, norms)
+
+    # --- life and death ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give all memory of the GPU back. Closing twice is fine."""
+        if self._stream_is_open:  # replays that nobody waits for any more
+            self._stream_is_open = False
+            self._in_context(call, "cuStreamSynchronize", self.stream)
+        self._arrays = None
+        self._open.close()
+
+    def _in_context(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """For taking things back: after a failure of the GPU they went with the context, and it says so each time."""
+        with suppress(DriverError), self._gpu.current():
+            action(*arguments)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """The context is current; a failure of the GPU makes it unusable, and the next engine gets a new one."""
+        try:
+            with self._gpu.current():
+                yield
+        except DriverError:
+            self._gpu.abandon()
+            raise
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Compile the kernels or load them from the cache, bring the weights to the device, capture the steps."""
+        planned = self.kernels.planned
+        started = time.perf_counter()
+        codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
+        self.compile_seconds = time.perf_counter() - started
+        with self._running():
+            loaded = {spec.name: self._load(spec, code) for spec, code in codes.items()}
+            self._upload(loaded["repack"], progress)
+            scratch, ring = self._buffers.__getitem__, self._tokens.ring
+            self._binder = Binder(self.kernels, loaded, scratch, ring, self.stream)
+            for tokens in range(1, self.block + 1):
+                self._graph(tokens, "none")
+                self._graph(tokens, "sample")
+            self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
+            self.seek(0)
+        self._arrays = None
+
+    def _load(self, spec: Any, code: bytes) -> Kernel:
+        kernel = Kernel(spec, code)
+        self._open.callback(self._in_context, kernel.unload)
+        return kernel
+
+    def _upload(self, repack: Kernel, progress: Progress | None) -> None:
+        if self._arrays is None:
+            raise RuntimeError("prepare was called before")
+        targets = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
+        total, done = self.plan.pool_bytes()["weights"], 0
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress:
+                progress("weights to the GPU", min(done, total) >> 20, total >> 20)
+
+        staging = self._arena.behind("weights")
+        upload(Uploader(repack, staging, self.stream), self._arrays, targets, self.kernels.layout_of, moved)
+        # Padding of activations must be zero, and counters start at zero; the cache holds what was staged: noise.
+        for buffer in self.plan.buffers:
+            if buffer.pool in {"activations", "workspace"}:
+                view = self._arena[buffer.name]
+                call("cuMemsetD8Async", view.address, 0, view.nbytes, self.stream)
+        positions = self._buffers["rope.cosines"].shape[0]
+        tables = rope.rope_table(rope_inverse_frequencies(self.geometry), positions)
+        for name, table in zip(("rope.cosines", "rope.sines"), tables, strict=True):
+            self._memory.write(self._buffers[name], table)
+        self._memory.write(self._buffers["sampling.best"], np.array([_NO_TOKEN]))
+        if progress:
+            progress("weights to the GPU", total >> 20, total >> 20)
+
+    # --- what the engine calls ---------------------------------------------------------------------------------------
+
+    def step(self, tokens: int, head: Head) -> list[Op]:
+        """The ops of a step over `tokens` tokens."""
+        return build_step(self.geometry, self._weights, self._buffers, tokens, head)
+
+    def seek(self, position: int) -> None:
+        """Set the position at which the next token will be written. Replays that were queued ahead are thrown away."""
+        if position == self._position and self._wanted == self._queued:
+            return
+        with self._running():
+            self._memory.write(self._buffers["position"], np.array([position]))
+        self._position, self._wanted = position, self._queued
+
+    def start(self, sampler: Sampler) -> None:
+        """Use this sampler for the following steps."""
+        params = sampler.params
+        options = [params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
+        seen = np.packbits(sampler.seen, bitorder="little")
+        bitmap = np.pad(seen, (0, -len(seen) % 4)).view(np.uint32)
+        with self._running():
+            self._memory.write(self._buffers["sampling.options"], np.array(options, np.float64))
+            self._memory.write(self._buffers["sampling.generator"], np.array([sampler.seed, 0], np.uint64))
+            self._memory.write(self._buffers["sampling.seen"], bitmap)
+
+    def prefill(self, tokens: Sequence[int], head: Head) -> None:
+        """Take up to `block` tokens through the model at the current position, and advance it. Does not wait."""
+        with self._running():
+            self._tokens.send(tokens, self._buffers["tokens"])
+            self._run(len(tokens), head)
+        self._wanted = self._queued
+
+    def decode(self) -> None:
+        """Take the token that was sampled last through the model, sample the next one, and advance. Does not wait:
+        some more steps are queued behind it, so that the GPU need not wait for the host.
+        """
+        self._wanted += 1
+        with self._running():
+            while self._queued < self._wanted + AHEAD and self._position < self._max_seq_len:
+                self._run(1, "sample")
+        if self._queued < self._wanted:
+            raise RuntimeError("decode was called at the end of the context")  # the engine stops before
+
+    def sampled_token(self) -> int:
+        """The token that was asked for last; waits for it."""
+        with self._running():
+            return self._tokens.receive(self._wanted)
+
+    def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
+        """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
+        rows = []
+        with self._running():
+            # From row 0 on, all rows in one pass over the weights; one row, or some in the middle, each in its own.
+            pieces = [(start, stop)] if start == 0 else [(row, row + 1) for row in range(start, stop)]
+            for first, last in pieces:
+                op = build_head(self.geometry, self._weights, self._buffers, first, last)
+                self._observed(op, self._binder.bind(op, sampled=False), observer)
+                rows.append(self._memory.read(op.logits))
+        return np.concatenate(rows)
+
+    def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
+        """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""
+        with self._running():
+            self._tokens.send(tokens, self._buffers["tokens"])
+            sampled = head == "sample"
+            for op in self.step(len(tokens), head):
+                self._observed(op, self._binder.bind(op, sampled=sampled), observer)
+            self._count(len(tokens), head)
+            self._wanted = self._queued
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has done all that is queued."""
+        with self._running():
+            call("cuStreamSynchronize", self.stream)
+
+    # --- what `bench` and `profile` ask ------------------------------------------------------------------------------
+
+    def ceilings(self) -> dict[str, float]:
+        """GB/s of reading this GPU's memory, by loads and by the copy engine, measured now."""
+        with self._running():
+            return measure_ceilings(self.kernels.chip, self.stream)
+
+    def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
+        """The decode step's ops in order, each with the seconds of its kind.
+
+        All ops of a kind run one after the other, each with its own weights, in a graph of their own: a single op is
+        shorter than what starting it by itself costs.
+        """
+        ops = self.step(1, "sample")
+        kinds: dict[str, list[Op]] = {}
+        for op in ops:
+            kinds.setdefault(op.name.rpartition(".")[2], []).append(op)
+        seconds = {}
+        with self._measuring():
+            for kind, members in kinds.items():
+                launches = [launch for op in members for launch in self._binder.bind(op, sampled=True)]
+                each = time_launches(launches, self.stream, repeats)
+                seconds[kind] = each * len(launches) / len(members)
+        return [(op, seconds[op.name.rpartition(".")[2]]) for op in ops]
+
+    def time_step(self, repeats: int) -> float:
+        """Median seconds of the decode step's graph."""
+        with self._measuring():
+            position = self._memory.read(self._buffers["position"])
+            graph = self._graph(1, "sample")
+            times = time_graph(
+                graph, self.stream, repeats, lambda: self._memory.write(self._buffers["position"], position)
+            )
+        return float(np.median(times))
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Position and count of tokens are put right afterwards."""
+        position = self._position
+        with self._running():
+            yield
+            self._queued = self._wanted = int(self._memory.read(self._buffers["sampling.count"])[0])
+            self._memory.write(self._buffers["position"], np.array([position]))
+            self._position = position
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _observed(self, op: Op, launches: Sequence[Launch], observer: Observer | None) -> None:
+        if observer:
+            observer.before(op, self._memory)
+        for launch in launches:
+            launch.run()
+        if observer:
+            observer.after(op, self._memory)
+
+    def _run(self, tokens: int, head: Head) -> None:
+        if self._use_graphs:
+            self._graph(tokens, head).replay()
+        else:
+            for launch in self._launches(tokens, head):
+                launch.run()
+        self._count(tokens, head)
+
+    def _count(self, tokens: int, head: Head) -> None:
+        self._position += tokens
+        if head == "sample":
+            self._queued += 1
+
+    def _launches(self, tokens: int, head: Head) -> list[Launch]:
+        """The launches of a step, with their arguments in place."""
+        if (tokens, head) not in self._bound:
+            ops = self.step(tokens, head)
+            sampled = head == "sample"
+            self._bound[tokens, head] = [launch for op in ops for launch in self._binder.bind(op, sampled=sampled)]
+        return self._bound[tokens, head]
+
+    def _graph(self, tokens: int, head: Head) -> Graph:
+        if (tokens, head) not in self._graphs:
+            graph = Graph(self._launches(tokens, head), self.stream)
+            self._open.callback(self._in_context, graph.destroy)
+            self._graphs[tokens, head] = graph
+        return self._graphs[tokens, head]
+
+
+def chip_of(device: Device) -> Chip:
+    """What cutting the work must know of a device."""
+    return Chip(device.multiprocessors, device.shared_bytes, device.capability)

@@ -1,0 +1,219 @@
+"""Which kernels a model's steps are made of, and how each one's work is cut for a chip.
+
+There are two widths of a step: 1 token, and a block of up to 8. A shorter end of a prompt runs in the wide kernels,
+whose surplus columns compute something that nobody looks at: weights pass through once, however many columns there are.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from numba_atomflow.errors import BackendError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.ops.cuda import attention, embedding, fragments, sample
+from numba_atomflow.ops.cuda.attention import AttentionShape
+from numba_atomflow.ops.cuda.fragments import FragmentLayout
+from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
+from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U8, U16, U32, U64, KernelSpec, kernel_spec
+
+MOST_COLUMNS = 8  # of `mma.m16n8k16`
+RING = 1024  # tokens that may be on their way to the host
+ARGMAX_BLOCKS_PER_MULTIPROCESSOR = 2
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the cutting of work depends on.
+
+    Attributes:
+        capability: compute capability.
+        shared_bytes: the most shared memory of a block.
+    """
+
+    multiprocessors: int
+    shared_bytes: int
+    capability: tuple[int, int]
+
+    @property
+    def hardware_fp8(self) -> bool:
+        """Whether it converts FP8 by an instruction."""
+        return self.capability >= (8, 9)
+
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel may start before the one before has ended."""
+        return self.capability >= (9, 0)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A kernel and the number of blocks that it is launched with."""
+
+    spec: KernelSpec
+    blocks: int
+
+
+class ModelKernels:
+    """The kernels of one geometry on one chip.
+
+    Raises:
+        BackendError: one token's activations do not fit into the chip's shared memory.
+    """
+
+    def __init__(self, geometry: ModelGeometry, chip: Chip, *, dependent: bool | None = None) -> None:
+        self.geometry, self.chip = geometry, chip
+        self.dependent = chip.dependent_launch if dependent is None else dependent
+        self.block = next((n for n in range(MOST_COLUMNS, 0, -1) if self._fits(n)), 0)
+        if not self.block:
+            raise BackendError(
+                f"A token of this model (ffn {geometry.ffn}) needs more than the {chip.shared_bytes // 1024} KB of "
+                "shared memory that this GPU has; use --backend cpu."
+            )
+
+    # --- shapes ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def layouts(self) -> dict[str, FragmentLayout]:
+        """Fragment order of each kind of projection."""
+        g, fp8 = self.geometry, self.chip.hardware_fp8
+        return {
+            "qkv": FragmentLayout(g.q_dim + 2 * g.kv_dim, g.hidden, g.head_dim // 2, fp8),
+            "o": FragmentLayout(g.hidden, g.q_dim, 0, fp8),
+            "gate_up": FragmentLayout(2 * g.ffn, g.hidden, g.ffn, fp8),
+            "down": FragmentLayout(g.hidden, g.ffn, 0, fp8),
+            "vocabulary": FragmentLayout(g.vocabulary, g.hidden, 0, fp8),
+        }
+
+    def layout_of(self, part: str) -> FragmentLayout:
+        """The fragment order of a part of the checkpoint, such as ``layer.3.qkv`` or ``embedding``."""
+        kind = part.rpartition(".")[2]
+        return self.layouts["vocabulary" if kind == "embedding" else kind]
+
+    def attention_shape(self, columns: int) -> AttentionShape:
+        """How attention of `columns` tokens is cut."""
+        g = self.geometry
+        splits = attention.choose_splits(g.heads, g.kv_heads, columns, self.chip.multiprocessors)
+        return AttentionShape(g.heads, g.kv_heads, g.head_dim, columns, self.layouts["o"].padded_columns, splits)
+
+    def _shape(self, kind: str, columns: int) -> ProjectionShape:
+        return choose_shape(self.layouts[kind], columns, self.chip.multiprocessors)
+
+    def _fits(self, columns: int) -> bool:
+        needed = [self._shape(kind, columns).shared_bytes for kind in self.layouts]
+        needed.append(self.attention_shape(columns).shared_bytes)
+        return max(needed) <= self.chip.shared_bytes
+
+    # --- kernels -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Columns that steps are made for."""
+        return (1,) if self.block == 1 else (1, self.block)
+
+    @cached_property
+    def planned(self) -> dict[str, Planned]:
+        """All kernels by name: what a step of `columns` tokens takes is called ``<kind>_x<columns>``."""
+        kernels = [self._repack, self._argmax, self._sample, self._advance(sampled=False), self._advance(sampled=True)]
+        for columns in self.widths:
+            kernels += [self._embed(columns), self._attention(columns)]
+            kernels += [self._projection(kind, columns) for kind in self.layouts]
+        return {kernel.spec.name: kernel for kernel in kernels}
+
+    def _projection(self, kind: str, columns: int) -> Planned:
+        g, shape = self.geometry, self._shape(kind, columns)
+        common: dict[str, object] = {"shape": shape, "dependent": self.dependent}
+        eps: dict[str, object] = {"eps": g.norm_eps}
+        normed = (U32, U32, F32, U32)  # weights, residual, norm, normed
+        signature: tuple[str, ...]
+        more: dict[str, object]
+        match kind:
+            case "qkv":
+                factory, signature = "make_qkv", (*normed, I64, F32, F32, U16, U16, U16)
+                more = eps | {"heads": g.heads, "kv_heads": g.kv_heads}
+            case "gate_up":
+                factory, signature = "make_swiglu", (*normed, U16)
+                more = eps | {"y_width": self.layouts["down"].padded_columns}
+            case "vocabulary":
+                factory, signature, more = "make_store", (*normed, F32), eps
+            case _:
+                factory, signature, more = "make_add", (U32, U32, F32), {}
+        spec = kernel_spec(
+            f"{kind}_x{columns}",
+            f"projection_kernels:{factory}",
+            signature,
+            shape.threads,
+            shape.shared_bytes,
+            **(common | more),
+        )
+        return Planned(spec, shape.blocks(self.chip.multiprocessors))
+
+    def _attention(self, columns: int) -> Planned:
+        shape = self.attention_shape(columns)
+        spec = kernel_spec(
+            f"attention_x{columns}",
+            "attention:make_attention",
+            (U32, U32, U32, I64, F32, U32, U32),
+            shape.threads,
+            shape.shared_bytes,
+            shape=shape,
+            dependent=self.dependent,
+        )
+        return Planned(spec, shape.blocks)
+
+    def _embed(self, columns: int) -> Planned:
+        layout = self.layouts["vocabulary"]
+        spec = kernel_spec(
+            f"embed_x{columns}",
+            "embedding:make_embed",
+            (U32, I32, F32),
+            embedding.THREADS,
+            layout=layout,
+            columns=columns,
+            dependent=self.dependent,
+        )
+        return Planned(spec, embedding.embed_blocks(layout, columns))
+
+    @property
+    def _repack(self) -> Planned:
+        signature = (U8, F32, U32, NUMBER, NUMBER, NUMBER)
+        fp8 = self.chip.hardware_fp8
+        return Planned(
+            kernel_spec("repack", "fragments:make_repack", signature, fragments.THREADS, hardware_fp8=fp8), 0
+        )
+
+    @property
+    def _argmax(self) -> Planned:
+        spec = kernel_spec(
+            "argmax",
+            "sample:make_argmax",
+            (F32, U32, F64, I64),
+            sample.ARGMAX_THREADS,
+            vocabulary=self.geometry.vocabulary,
+            dependent=self.dependent,
+        )
+        needed = -(-self.geometry.vocabulary // sample.ARGMAX_THREADS)
+        return Planned(spec, min(needed, ARGMAX_BLOCKS_PER_MULTIPROCESSOR * self.chip.multiprocessors))
+
+    @property
+    def _sample(self) -> Planned:
+        spec = kernel_spec(
+            "sample",
+            "sample:make_sample",
+            (F32, U32, F64, U64, I64, I32, I32),
+            sample.SAMPLE_THREADS,
+            sample.sample_shared_bytes(sample.BINS, sample.CAPACITY),
+            vocabulary=self.geometry.vocabulary,
+            dependent=self.dependent,
+        )
+        return Planned(spec, 1)
+
+    def _advance(self, *, sampled: bool) -> Planned:
+        spec = kernel_spec(
+            "advance_sampled" if sampled else "advance",
+            "sample:make_advance",
+            (I32, I64, U32, U64, I64, NUMBER),
+            1,
+            ring=RING,
+            sampled=sampled,
+            dependent=self.dependent,
+        )
+        return Planned(spec, 1)

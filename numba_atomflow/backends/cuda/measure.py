@@ -1,0 +1,83 @@
+"""Times on the GPU, by events around replays of graphs: the host takes no part in them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.backends.cuda.kernels import Chip
+from numba_atomflow.backends.cuda.steps import Graph
+from numba_atomflow.driver import call
+from numba_atomflow.memory.view import View
+from numba_atomflow.ops.cuda import ceiling
+from numba_atomflow.ops.cuda.build import build
+from numba_atomflow.ops.cuda.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.spec import U32, kernel_spec
+
+LEAST_LAUNCHES = 32  # in a timed graph: starting it costs some 5 us, which this many share
+_CEILING_BYTES = 2 << 30  # read per pass: far more than any second-level cache holds
+_CEILING_PASSES = 12
+_READ_BLOCKS = 4  # per multiprocessor
+
+
+def time_graph(graph: Graph, stream: Any, repeats: int, before: Callable[[], None] | None = None) -> list[float]:
+    """Seconds of each of `repeats` replays, after one that is thrown away.
+
+    Args:
+        before: put into the stream ahead of each replay, outside of what is timed.
+    """
+    seconds = []
+    start, end = call("cuEventCreate", 0), call("cuEventCreate", 0)
+    try:
+        for _ in range(repeats + 1):
+            if before:
+                before()
+            call("cuEventRecord", start, stream)
+            graph.replay()
+            call("cuEventRecord", end, stream)
+            call("cuEventSynchronize", end)
+            seconds.append(call("cuEventElapsedTime", start, end) / 1e3)
+    finally:
+        call("cuEventDestroy", start)
+        call("cuEventDestroy", end)
+    return seconds[1:]
+
+
+def time_launches(launches: Sequence[Launch], stream: Any, repeats: int) -> float:
+    """Median seconds of one launch, when these follow each other, as often as it takes to hide the graph's start."""
+    graph = Graph([*launches] * -(-LEAST_LAUNCHES // len(launches)), stream)
+    try:
+        total = float(np.median(time_graph(graph, stream, repeats)))
+    finally:
+        graph.destroy()
+    return total / (-(-LEAST_LAUNCHES // len(launches)) * len(launches))
+
+
+def measure_ceilings(chip: Chip, stream: Any) -> dict[str, float]:
+    """GB/s (medians) of reading memory: by loads, and where there is a copy engine, by it.
+
+    Takes 2 GB of device memory for as long as it runs, or half of what is free if that is less.
+    """
+    room = min(_CEILING_BYTES, int(call("cuMemGetInfo")[0]) // 2) // (1 << 20) * (1 << 20)
+    specs = {"loads": kernel_spec("read", "ceiling:make_read", (U32, U32), ceiling.THREADS)}
+    blocks = {"loads": _READ_BLOCKS * chip.multiprocessors, "copy engine": chip.multiprocessors}
+    if chip.capability >= (9, 0):
+        shared = ceiling.bulk_shared_bytes()
+        specs["copy engine"] = kernel_spec("bulk_read", "ceiling:make_bulk_read", (U32, U32), 32, shared)
+    codes = build(list(specs.values()), chip.capability)
+    address = int(call("cuMemAlloc", room))
+    found = {}
+    try:
+        call("cuMemsetD32Async", address, 0x3C5A96E1, room // 4, stream)
+        source = View("ceiling.source", address, (room // 4 - 1024,), "uint32")
+        total = View("ceiling.total", address + room - 4096, (1,), "uint32")
+        for name, spec in specs.items():
+            kernel = Kernel(spec, codes[spec])
+            graph = Graph([Launch(kernel, blocks[name], (source, total), stream)], stream)
+            seconds = float(np.median(time_graph(graph, stream, _CEILING_PASSES)))
+            graph.destroy()
+            kernel.unload()
+            found[name] = source.nbytes / seconds / 1e9
+    finally:
+        call("cuMemFree", address)
+    return found

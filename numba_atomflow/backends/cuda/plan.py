@@ -1,0 +1,53 @@
+"""What the CUDA backend keeps in its one block of memory."""
+
+from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.checkpoint import fusion
+from numba_atomflow.decode import StepSizes, step_buffers
+from numba_atomflow.geometry import GROUP
+from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
+
+SMALLEST_STAGING = 4 << 20  # bytes behind the weights, where loading puts what it repacks
+
+
+def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
+    """Weights in fragment order, float16 KV cache and activations, and what sampling keeps between tokens."""
+    g, block = kernels.geometry, kernels.block
+    sizes = StepSizes(
+        max_seq_len=max_seq_len,
+        block=block,
+        head_rows=block,
+        activation="float16",
+        cache="float16",
+        multiple=GROUP,
+        spare=block - 1,  # the surplus columns of a wide step
+        keep_qkv=False,
+    )
+    attentions = [kernels.attention_shape(columns) for columns in kernels.widths]
+    buffers = [
+        *weight_buffers(kernels),
+        *step_buffers(g, sizes),
+        Buffer("workspace", "attention.partials", (max(shape.partials for shape in attentions),), "float32"),
+        Buffer("workspace", "attention.counters", (max(shape.units for shape in attentions),), "uint32"),
+        Buffer("workspace", "sampling.seen", (-(-g.vocabulary // 32),), "uint32"),
+        Buffer("workspace", "sampling.options", (5,), "float64"),
+        Buffer("workspace", "sampling.generator", (2,), "uint64"),
+        Buffer("workspace", "sampling.best", (1,), "int64"),
+        Buffer("workspace", "sampling.chosen", (2,), "int32"),
+        Buffer("workspace", "sampling.count", (1,), "int64"),
+    ]
+    spent = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
+    if spent < SMALLEST_STAGING:
+        buffers.append(Buffer("workspace", "staging", (SMALLEST_STAGING - spent,), "uint8"))
+    return plan_memory(buffers)
+
+
+def weight_buffers(kernels: ModelKernels) -> list[Buffer]:
+    """One buffer for each projection, in fragment order, and for each norm; named as parts of the checkpoint."""
+    shapes = kernels.geometry.parameters()
+    buffers = []
+    for part, theirs in fusion(kernels.geometry).items():
+        if len(shapes[theirs[0]]) == 1:
+            buffers.append(Buffer("weights", part, shapes[theirs[0]], "float32"))
+        else:
+            buffers.append(Buffer("weights", part, (kernels.layout_of(part).words,), "uint32"))
+    return buffers

@@ -1,0 +1,104 @@
+"""The list of ops as launches: run one by one, or captured into a graph once and replayed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.decode import Advance, Attention, Embed, GateUp, Op, ProjectAdd, Qkv, Sample, Vocabulary
+from numba_atomflow.driver import call
+from numba_atomflow.memory.view import View
+from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
+
+
+class Binder:
+    """Turns ops into launches of a model's kernels.
+
+    Args:
+        loaded: kernels by name. scratch: the workspace's views, by name. ring: where the host finds tokens.
+    """
+
+    def __init__(
+        self,
+        kernels: ModelKernels,
+        loaded: Mapping[str, Kernel],
+        scratch: Callable[[str], View],
+        ring: View,
+        stream: Any,
+    ) -> None:
+        self._kernels, self._loaded, self._scratch = kernels, loaded, scratch
+        self._ring, self._stream = ring, stream
+
+    def bind(self, op: Op, *, sampled: bool) -> list[Launch]:
+        """The launches of an op. `sampled`: the step chooses a token, which its last op hands to the host."""
+        scratch = self._scratch
+        match op:
+            case Embed():
+                width = self._width(op.residual)
+                return [self._launch(f"embed_x{width}", op.embedding.codes, op.tokens, op.residual)]
+            case Qkv():
+                tables = op.position, op.cosines, op.sines
+                stores = op.q, op.keys, op.values
+                normed = op.weight.codes, op.residual, op.norm, op.normed
+                return [self._launch(f"qkv_x{self._width(op.q)}", *normed, *tables, *stores)]
+            case Attention():
+                shared = scratch("attention.partials"), scratch("attention.counters")
+                inputs = op.q, op.keys, op.values, op.position
+                return [self._launch(f"attention_x{self._width(op.q)}", *inputs, *shared, op.attended)]
+            case ProjectAdd():
+                kind = op.name.rpartition(".")[2]
+                return [self._launch(f"{kind}_x{self._width(op.x)}", op.weight.codes, op.x, op.residual)]
+            case GateUp():
+                normed = op.weight.codes, op.residual, op.norm, op.normed
+                return [self._launch(f"gate_up_x{self._width(op.y)}", *normed, op.y)]
+            case Vocabulary():
+                normed = op.weight.codes, op.residual, op.norm, op.normed
+                return [self._launch(f"vocabulary_x{self._width(op.logits)}", *normed, op.logits)]
+            case Sample():
+                seen, options = scratch("sampling.seen"), scratch("sampling.options")
+                generator, best, chosen = (scratch(f"sampling.{name}") for name in ("generator", "best", "chosen"))
+                return [
+                    self._launch("argmax", op.logits, seen, options, best),
+                    self._launch("sample", op.logits, seen, options, generator, best, op.token, chosen),
+                ]
+            case Advance():
+                chosen, seen, count = (scratch(f"sampling.{name}") for name in ("chosen", "seen", "count"))
+                name = "advance_sampled" if sampled else "advance"
+                return [self._launch(name, chosen, op.position, seen, self._ring, count, op.tokens)]
+        raise NotImplementedError(f"the CUDA backend has no kernel for {op.name}")
+
+    def _width(self, rows: View) -> int:
+        return 1 if rows.shape[0] == 1 else self._kernels.block
+
+    def _launch(self, name: str, *arguments: DeviceArray | int) -> Launch:
+        return Launch(self._loaded[name], self._kernels.planned[name].blocks, arguments, self._stream)
+
+
+class Graph:
+    """A step, captured from the launches that also run eagerly. It is never patched: all that changes from token to
+    token is in device memory.
+    """
+
+    def __init__(self, launches: Sequence[Launch], stream: Any) -> None:
+        from cuda.bindings import driver
+
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        call("cuStreamBeginCapture", stream, mode)
+        try:
+            for launch in launches:
+                launch.run()
+        finally:
+            graph = call("cuStreamEndCapture", stream)
+        self._stream = stream
+        try:
+            self._executable = call("cuGraphInstantiate", graph, 0)
+        finally:
+            call("cuGraphDestroy", graph)
+        call("cuGraphUpload", self._executable, stream)
+
+    def replay(self) -> None:
+        """Put the step into the stream once more."""
+        call("cuGraphLaunch", self._executable, self._stream)
+
+    def destroy(self) -> None:
+        """Give its memory back."""
+        call("cuGraphExecDestroy", self._executable)

@@ -1,0 +1,131 @@
+"""Weights from the mapped file to the device, and there into fragment order.
+
+Each projection goes in pieces straight from the mapping into the memory behind the weights, which the KV cache and the
+activations will use later, and is repacked from there: no copy of the weights on the host, none on the device.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.memory.device import copy_to_device
+from numba_atomflow.memory.view import View
+from numba_atomflow.ops.cuda.fragments import TILE_ROWS, FragmentLayout, repack_blocks
+from numba_atomflow.ops.cuda.launch import Kernel, Launch
+
+_LARGEST_PIECE = 64 << 20  # bytes: the progress bar moves
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a projection that is repacked at once.
+
+    Attributes:
+        rows: ranges of the checkpoint's rows, which stand one behind the other when repacked.
+        layout: of the piece alone.
+        first_tile: where its tiles begin among the projection's.
+    """
+
+    rows: tuple[slice, ...]
+    layout: FragmentLayout
+    first_tile: int
+
+
+def pieces(layout: FragmentLayout, room: int) -> Iterator[Piece]:
+    """Cut a projection into pieces whose codes and scales take at most `room` bytes.
+
+    Raises:
+        ValueError: not even the smallest piece fits.
+    """
+    row_bytes = layout.columns + 4 * layout.groups
+    fitting = (min(room, _LARGEST_PIECE) - 256) // row_bytes  # rows; codes and scales each begin at 128 bytes
+    section = 2 * layout.half
+    if not layout.half:
+        step = fitting // TILE_ROWS * TILE_ROWS
+        for first in range(0, layout.rows, _positive(step)):
+            last = min(first + step, layout.rows)
+            yield Piece((slice(first, last),), replace(layout, rows=last - first), first // TILE_ROWS)
+    elif fitting >= section:
+        step = fitting // section * section
+        for first in range(0, layout.rows, step):
+            last = min(first + step, layout.rows)
+            tile = first // section * layout.section_tiles
+            yield Piece((slice(first, last),), replace(layout, rows=last - first), tile)
+    else:
+        step = fitting // TILE_ROWS * 8  # pairs of rows
+        for base in range(0, layout.rows, section):
+            for first in range(0, layout.half, _positive(step)):
+                last = min(first + step, layout.half)
+                ranges = tuple(slice(base + at + first, base + at + last) for at in (0, layout.half))
+                tile = base // section * layout.section_tiles + first // 8
+                yield Piece(ranges, replace(layout, rows=2 * (last - first), half=last - first), tile)
+
+
+def _positive(step: int) -> int:
+    if step <= 0:
+        raise ValueError("the staging memory holds not even one tile of a projection")
+    return step
+
+
+class Uploader:
+    """Copies and repacks through one staging area.
+
+    Args:
+        repack: the loaded kernel. staging: first byte and size of the area. stream: that everything runs in.
+    """
+
+    def __init__(self, repack: Kernel, staging: tuple[int, int], stream: Any) -> None:
+        self._repack, self._staging, self._stream = repack, staging, stream
+
+    def projection(
+        self,
+        layout: FragmentLayout,
+        codes: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        words: View,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Bring a projection [N, K] to `words`. `progress` is told the bytes of each piece."""
+        start, room = self._staging
+        for piece in pieces(layout, room):
+            raw = View("staging.codes", start, (piece.layout.rows * layout.columns,), "uint8")
+            at = -(-(start + raw.nbytes) // 128) * 128
+            factors = View("staging.scales", at, (piece.layout.rows * layout.groups,), "float32")
+            for target, source in ((raw, codes), (factors, scales)):
+                address = target.address
+                for rows in piece.rows:
+                    part = source[rows]
+                    copy_to_device(address, part, self._stream)
+                    address += part.nbytes
+            begin = piece.first_tile * layout.tile_words
+            target = words.rows(begin, begin + piece.layout.words)
+            sizes = piece.layout.rows, piece.layout.columns, piece.layout.half
+            Launch(self._repack, repack_blocks(piece.layout), (raw, factors, target, *sizes), self._stream).run()
+            progress(raw.nbytes + factors.nbytes)
+
+    def norm(self, values: NDArray[np.float32], target: View) -> None:
+        """Bring a norm's weights to the device."""
+        copy_to_device(target.address, values, self._stream)
+
+
+def upload(
+    uploader: Uploader,
+    arrays: Mapping[str, NDArray[Any]],
+    targets: Mapping[str, View],
+    layout_of: Callable[[str], FragmentLayout],
+    progress: Callable[[int], None],
+) -> None:
+    """Bring all weights to the device.
+
+    Args:
+        arrays: the checkpoint's, by name. targets: views of the arena by the checkpoint's parts.
+    """
+    for part, target in targets.items():
+        if part in arrays:
+            uploader.norm(arrays[part], target)
+            continue
+        codes, scales = arrays[f"{part}.weight"], arrays[f"{part}.scale"]
+        uploader.projection(layout_of(part), codes, scales, target, progress)

@@ -1,0 +1,232 @@
+"""``numba-atomflow bench``: speed at several depths of context, and how much of the device that is."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from numba_atomflow.cli import measured, options, output
+from numba_atomflow.errors import OptionError
+from numba_atomflow.tables import render
+
+if TYPE_CHECKING:
+    from numba_atomflow.bench import BenchReport, DepthResult
+    from numba_atomflow.spread import Spread
+
+EXAMPLES = """\b
+Examples:
+  numba-atomflow bench                                          the default model
+  numba-atomflow bench my-model.safetensors --depths 0,2048,8192
+  numba-atomflow bench --geometry llama-3.2-3b --random-weights --format md
+  numba-atomflow bench --format json > before.json
+  numba-atomflow bench --compare before.json
+
+\b
+Every figure is a median, with the 10th and 90th percentile in brackets.
+GB/s are those of weights and KV cache; ceilings are measured in the same run.
+"""
+
+
+class Format(StrEnum):
+    """What may be given for --format."""
+
+    TABLE = "table"
+    MD = "md"
+    CSV = "csv"
+    JSON = "json"
+
+
+def bench(
+    model: measured.Model = None,
+    geometry: measured.Geometry = None,
+    random_weights: measured.RandomWeights = False,
+    decode_tokens: Annotated[int, typer.Option("--decode-tokens", "-n", metavar="N", help="Tokens to generate.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", metavar="N", help="Tokens of a prompt.")] = 512,
+    depths: Annotated[
+        str, typer.Option("--depths", "-d", metavar="A,B,...", help="Tokens that the KV cache holds before.")
+    ] = "0",
+    repeats: Annotated[int, typer.Option("--repeats", "-r", metavar="N", help="Turns to take the median of.")] = 5,
+    compile_times: Annotated[
+        bool,
+        typer.Option(
+            "--compile-times/--no-compile-times",
+            help="Also start twice with an empty folder for compiled code: cold and warm.",
+        ),
+    ] = True,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", metavar="FILE", help="An earlier --format json: show the ratio.")
+    ] = None,
+    backend: options.Backend = options.BackendChoice.AUTO,
+    threads: options.Threads = None,
+    form: Annotated[Format, typer.Option("--format", "-f", help="How to print the result.")] = Format.TABLE,
+    as_json: options.Json = False,
+) -> None:
+    """Measure prompt and decode speed, TTFT and TPOT, against what the memory of the device can do."""
+    if as_json:
+        form = Format.JSON
+    chosen = measured.Measured(model, geometry, random_weights)
+
+    from numba_atomflow import bench as benchmark
+
+    settings = benchmark.Settings(prompt_tokens, decode_tokens, parse_depths(depths), repeats)
+    positions = settings.positions(chosen.geometry)
+    earlier = None if compare is None else benchmark.read_report(compare.expanduser())
+    if earlier is not None:
+        benchmark.check_comparable(earlier, chosen.geometry, settings)
+    times = None
+    if compile_times:
+        from numba_atomflow.compile_times import measure_compile_times
+
+        with output.steps_bar() as progress:
+            times = measure_compile_times(chosen.source, backend.value, positions, threads, progress)
+    with chosen.open(backend, positions, threads) as engine, output.steps_bar() as progress:
+        report = benchmark.bench(engine, settings, times, progress)
+    show(report, earlier, form)
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """``0,2048`` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise OptionError(f"--depths {text} is no list of numbers; give for example --depths 0,2048.") from error
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def show(report: "BenchReport", earlier: "BenchReport | None", form: Format) -> None:
+    """Print a report, and the ratio to an earlier one."""
+    match form:
+        case Format.JSON:
+            output.emit_json(
+                report.to_dict() | ({} if earlier is None else {"comparison": _comparison(report, earlier)})
+            )
+        case Format.CSV:
+            output.emit(_csv(report, earlier))
+        case _:
+            bullet = "- " if form is Format.MD else ""
+            output.emit("".join(f"{bullet}{line}\n" for line in _headline(report)) + "\n" + _table(report, form))
+            if earlier is not None:
+                output.emit("\n" + _ratios(report, earlier, form, bullet))
+
+
+def _headline(report: "BenchReport") -> list[str]:
+    """Everything that is the same at all depths, a line each."""
+    machine, settings = report.machine, report.settings
+    versions = [f"{name} {version}" for name, version in machine["versions"].items() if version]
+    driver = machine["nvidia_driver"]
+    return [
+        f"model: {report.model}" + (", random weights" if report.random_weights else ""),
+        f"device: {report.device}, {report.backend} backend",
+        f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}"
+        + (f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""),
+        f"versions: {', '.join(versions)}",
+        f"commit: {machine['commit'] or 'installed package'}, {report.date}",
+        "ceilings in this run: " + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
+        f"each of {settings.repeats} turns: a prompt of {settings.prompt_tokens}, then {settings.decode_tokens} tokens",
+    ]
+
+
+def _table(report: "BenchReport", form: Format) -> str:
+    headers = [
+        "depth",
+        "prompt tok/s",
+        "TTFT ms",
+        "decode tok/s",
+        "TPOT ms",
+        "GB/s",
+        *(f"of {name}" for name in report.ceilings),
+        "cold compile s",
+        "warm compile s",
+    ]
+    times = report.compile_times
+    compiling = ["-", "-"] if times is None else [f"{times.cold:.1f}", f"{times.warm:.1f}"]
+
+    def row(result: "DepthResult") -> list[str]:
+        speed = result.gigabytes_per_second
+        return [
+            str(result.depth),
+            result.prompt_speed.text(0),
+            result.ttft.text(1, 1e3),
+            result.decode_speed.text(1),
+            result.tpot.text(3, 1e3),
+            f"{speed:.1f}",
+            *(f"{speed / ceiling:.0%}" for ceiling in report.ceilings.values()),
+            *compiling,
+        ]
+
+    return render("md" if form is Format.MD else "table", headers, [row(result) for result in report.results])
+
+
+def _comparison(report: "BenchReport", earlier: "BenchReport") -> dict[str, Any]:
+    from numba_atomflow.bench import compare, differences
+
+    return {
+        "earlier": {"date": earlier.date, "commit": earlier.machine.get("commit")},
+        "ratios": [
+            {"depth": ratio.depth, "prompt": ratio.prompt_speed.to_dict(), "decode": ratio.decode_speed.to_dict()}
+            for ratio in compare(report, earlier)
+        ],
+        "differences": {
+            name: {"earlier": then, "now": now} for name, (then, now) in differences(report, earlier).items()
+        },
+    }
+
+
+def _ratios(report: "BenchReport", earlier: "BenchReport", form: Format, bullet: str) -> str:
+    from numba_atomflow.bench import compare, differences
+
+    rows = [
+        [str(ratio.depth), ratio.prompt_speed.text(3), ratio.decode_speed.text(3)] for ratio in compare(report, earlier)
+    ]
+    table = render("md" if form is Format.MD else "table", ["depth", "prompt speed", "decode speed"], rows)
+    changed = [f"{bullet}{name}: {then} -> {now}\n" for name, (then, now) in differences(report, earlier).items()]
+    return f"As multiples of {earlier.date} (above 1: faster now)\n\n{table}" + (
+        "\n" + "".join(changed) if changed else ""
+    )
+
+
+def _csv(report: "BenchReport", earlier: "BenchReport | None") -> str:
+    """One row per depth that says everything, for spreadsheets that collect many runs."""
+    from numba_atomflow.bench import compare
+
+    machine, settings, times = report.machine, report.settings, report.compile_times
+    ratios = {} if earlier is None else {ratio.depth: ratio for ratio in compare(report, earlier)}
+    records: list[dict[str, Any]] = []
+    for result in report.results:
+        record = {
+            "model": report.model,
+            "random_weights": report.random_weights,
+            "backend": report.backend,
+            "device": report.device,
+            "nvidia_driver": machine["nvidia_driver"],
+            "commit": machine["commit"],
+            "date": report.date,
+            "depth": result.depth,
+            "prompt_tokens": settings.prompt_tokens,
+            "decode_tokens": settings.decode_tokens,
+            "repeats": settings.repeats,
+            **_columns("prompt_tokens_per_second", result.prompt_speed),
+            **_columns("ttft_seconds", result.ttft),
+            **_columns("decode_tokens_per_second", result.decode_speed),
+            **_columns("tpot_seconds", result.tpot),
+            "bytes_per_token": result.bytes_per_token,
+            "gigabytes_per_second": result.gigabytes_per_second,
+            **{f"ceiling {name}": ceiling for name, ceiling in report.ceilings.items()},
+            "cold_compile_seconds": times and times.cold,
+            "warm_compile_seconds": times and times.warm,
+        }
+        if earlier is not None:
+            ratio = ratios.get(result.depth)
+            record |= _columns("prompt_ratio", ratio.prompt_speed if ratio else None)
+            record |= _columns("decode_ratio", ratio.decode_speed if ratio else None)
+        records.append(record)
+    rows = [["" if value is None else str(value) for value in record.values()] for record in records]
+    return render("csv", list(records[0]), rows)
+
+
+def _columns(name: str, spread: "Spread | None") -> dict[str, float | None]:
+    median, low, high = (spread.median, spread.low, spread.high) if spread else (None, None, None)
+    return {name: median, f"{name}_low": low, f"{name}_high": high}

@@ -1,0 +1,91 @@
+"""How long kernels take to be ready: at a first start, which compiles them, and at a second, which finds them compiled.
+
+Both are starts of a process of its own, with an empty folder for compiled code.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numba_atomflow import home
+from numba_atomflow.backends.base import Progress
+from numba_atomflow.backends.choose import BackendName
+from numba_atomflow.engine import Engine
+from numba_atomflow.errors import AtomFlowError, BackendError
+from numba_atomflow.geometry import ModelGeometry
+
+
+@dataclass(frozen=True)
+class CompileTimes:
+    """Seconds that `Backend.prepare` took."""
+
+    cold: float
+    warm: float
+
+
+def measure_compile_times(
+    model: Path | ModelGeometry,
+    backend: BackendName = "auto",
+    max_seq_len: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CompileTimes:
+    """Start twice: the kernels of a checkpoint, or of a model with random weights.
+
+    Raises:
+        BackendError: a start failed.
+    """
+    options: dict[str, Any] = {"backend": backend, "max_seq_len": max_seq_len, "threads": threads}
+    if isinstance(model, ModelGeometry):
+        options["geometry"] = model.to_dict()
+    else:
+        options["path"] = str(model.resolve())
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for done, what in enumerate(("cold start", "warm start")):
+            if progress:
+                progress(what, done, 2)
+            seconds.append(_start(options, Path(folder)))
+    if progress:
+        progress("warm start", 2, 2)
+    return CompileTimes(*seconds)
+
+
+def _start(options: dict[str, Any], folder: Path) -> float:
+    environment = os.environ | {
+        home.ENVIRONMENT_VARIABLE: str(folder),
+        "CUDA_CACHE_PATH": str(folder / "driver"),  # the driver keeps what it makes of PTX
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, "-m", __spec__.name, json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BackendError(f"A start to measure compile times failed ({last}); leave them out with --no-compile-times.")
+    return float(done.stdout)
+
+
+def main() -> int:
+    """Be such a start: print the seconds."""
+    options = json.loads(sys.argv[1])
+    geometry, path = options.pop("geometry", None), options.pop("path", None)
+    try:
+        if geometry:
+            engine = Engine.random(ModelGeometry.from_dict(geometry), **options)
+        else:
+            engine = Engine.load(path, **options)
+    except AtomFlowError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    with engine:
+        sys.stdout.write(f"{engine.compile_seconds}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

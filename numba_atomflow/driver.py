@@ -1,0 +1,162 @@
+"""The CUDA driver as this project uses it: every call is checked, and a failure is one sentence.
+
+A process has at most one context here, made when the first engine wants a GPU and destroyed with the last one. It is a
+context of our own, not the primary one that numba and PyTorch share: after a kernel has failed, a context answers every
+call with the same error, and only throwing it away makes the GPU usable again in the same process.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from numba_atomflow.errors import BackendError
+
+OLDEST = (8, 0)  # compute capability: the first with `mma` on float16 with 16 columns and with `cp.async`
+_INSTALL = "pip install 'numba-atomflow[cu13]' (or [cu12] for an older driver)"
+
+_lock = threading.Lock()
+
+
+class DriverError(BackendError):
+    """A call of the CUDA driver failed.
+
+    Attributes:
+        code: the driver's name of the error, such as CUDA_ERROR_OUT_OF_MEMORY.
+    """
+
+    def __init__(self, function: str, code: str, explanation: str) -> None:
+        super().__init__(
+            f"The GPU failed in {function}: {explanation} ({code}); load the model again, or use --backend cpu."
+        )
+        self.code = code
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Call a function of the CUDA driver API; its result, a tuple if there are several, None if there is none.
+
+    Raises:
+        DriverError: it failed.
+        BackendError: the bindings or the driver are not installed.
+    """
+    driver = _bindings()
+    try:
+        status, *results = getattr(driver, function)(*arguments)
+    except RuntimeError as error:  # the bindings found no driver library
+        raise BackendError(f"No NVIDIA driver was found ({error}); install one, or use --backend cpu.") from error
+    if status != 0:
+        code, explanation = status.name, ""
+        with suppress(Exception):
+            explanation = driver.cuGetErrorString(status)[1].decode()
+        raise DriverError(function, code, explanation)
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise BackendError(f"The package cuda-python is missing; {_INSTALL}, or use --backend cpu.") from error
+    return driver
+
+
+class Device:
+    """One GPU with a context of our own. `open_device` makes it, `close` gives it back.
+
+    Attributes:
+        name: as its maker calls it.
+        capability: compute capability, such as (9, 0).
+        multiprocessors: how many it has.
+        shared_bytes: the most shared memory that a block can have.
+        memory_bytes: in all.
+        l2_bytes: of its second-level cache.
+        driver_version: the CUDA version that the driver supports, such as (13, 0).
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        handle = call("cuDeviceGet", ordinal)
+        attributes = _bindings().CUdevice_attribute
+
+        def attribute(name: str) -> int:
+            return int(call("cuDeviceGetAttribute", getattr(attributes, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
+
+        self.name = call("cuDeviceGetName", 100, handle).split(b"\0")[0].decode()
+        self.capability = attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")
+        if self.capability < OLDEST:
+            raise BackendError(
+                f"{self.name} has compute capability {self.capability[0]}.{self.capability[1]}, but the kernels need "
+                f"{OLDEST[0]}.{OLDEST[1]}; use --backend cpu."
+            )
+        self.multiprocessors = attribute("MULTIPROCESSOR_COUNT")
+        self.shared_bytes = attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self.l2_bytes = attribute("L2_CACHE_SIZE")
+        self.memory_bytes = int(call("cuDeviceTotalMem", handle))
+        version = int(call("cuDriverGetVersion"))
+        self.driver_version = version // 1000, version % 1000 // 10
+        self._users = 0
+        self._context: Any = _create_context(handle)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the context the thread's own for a while; whatever was current before is so again afterwards."""
+        call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            with suppress(DriverError):
+                call("cuCtxPopCurrent")
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody has allocated."""
+        with self.current():
+            return int(call("cuMemGetInfo")[0])
+
+    def close(self) -> None:
+        """One user less; the last one takes the context along."""
+        global _shared  # noqa: PLW0603  the process's one device
+        with _lock:
+            self._users -= 1
+            if self._users == 0:
+                if _shared is self:
+                    _shared = None
+                with suppress(DriverError):  # after a failed kernel, destroying may report that failure once more
+                    call("cuCtxDestroy", self._context)
+
+    def abandon(self) -> None:
+        """After an error of the GPU: the next `open_device` makes a new context; this one's users still close it."""
+        global _shared  # noqa: PLW0603  the process's one device
+        with _lock:
+            if _shared is self:
+                _shared = None
+
+
+_shared: Device | None = None
+
+
+def open_device() -> Device:
+    """The process's GPU, with one user more. Close it.
+
+    Raises:
+        BackendError: there is no GPU that can be used; the sentence says why.
+    """
+    global _shared  # noqa: PLW0603  the process's one device
+    with _lock:
+        if _shared is None:
+            call("cuInit", 0)
+            if call("cuDeviceGetCount") == 0:
+                raise BackendError("The NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES, or use --backend cpu.")
+            _shared = Device()
+        _shared._users += 1  # noqa: SLF001
+        return _shared
+
+
+def _create_context(handle: Any) -> Any:
+    driver = _bindings()
+    flags = driver.CUctx_flags.CU_CTX_SCHED_SPIN
+    # CUDA 13 put creation parameters in front of the flags.
+    if getattr(driver, "CUDA_VERSION", 0) >= 13000:
+        context = call("cuCtxCreate", None, flags, handle)
+    else:
+        context = call("cuCtxCreate", flags, handle)
+    call("cuCtxPopCurrent")  # creating it has made it current
+    return context

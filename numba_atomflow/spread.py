@@ -1,0 +1,44 @@
+"""A measured quantity: its median, and where most of its values lie."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median of `count` values, with their 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Self:
+        """Of at least one value; between two values, percentiles are interpolated."""
+        values = list(values)
+        low, median, high = np.percentile(values, [10, 50, 90]).tolist()
+        return cls(median, low, high, len(values))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; KeyError, TypeError or ValueError if it is no such record."""
+        return cls(float(record["median"]), float(record["low"]), float(record["high"]), int(record["count"]))
+
+    def to_dict(self) -> dict[str, float]:
+        """A JSON-ready record."""
+        return asdict(self)
+
+    def over(self, other: "Spread") -> "Spread":
+        """The ratio to another quantity, between the least and the greatest that the two ranges allow."""
+        return Spread(
+            self.median / other.median, self.low / other.high, self.high / other.low, min(self.count, other.count)
+        )
+
+    def text(self, digits: int, factor: float = 1.0) -> str:
+        """For people: ``12.3 (12.1-12.8)``."""
+        median, low, high = (f"{value * factor:.{digits}f}" for value in (self.median, self.low, self.high))
+        return f"{median} ({low}-{high})"

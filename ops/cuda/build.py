@@ -1,0 +1,240 @@
+"""From kernel specs to machine code: compiled in parallel processes, kept on disk, loaded from there the next time.
+
+No driver is needed: numba makes PTX, and nvJitLink makes a cubin of it, for any architecture. The cache folder
+carries a hash of every file of ``ops/``, so that any edit there compiles everything afresh; a file's name carries the
+spec, the architecture and the versions of the compilers. Numba needs 2-7 s for a kernel, most of it in Python: hence
+processes, started as ``python -m numba_atomflow.ops.cuda.build`` and not through `multiprocessing`, which would run a
+user's script again where it lacks the guard for that.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from numba_atomflow.errors import BackendError
+from numba_atomflow.ops import jit
+from numba_atomflow.ops.cuda.spec import KernelSpec
+
+Progress = Callable[[str, int, int], None]  # what was done, kernels finished, kernels in all
+
+_DIGEST_BYTES = 32
+_MOST_WORKERS = 16
+
+
+def compile_spec(spec: KernelSpec, capability: tuple[int, int]) -> bytes:
+    """Machine code (a cubin with one kernel named `spec.name`) for one architecture."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    ptx = make_ptx(spec, capability)
+    options = LinkerOptions(arch="sm_{}{}".format(*capability))
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    return bytes(linker.link("cubin").code)
+
+
+def make_ptx(spec: KernelSpec, capability: tuple[int, int]) -> str:
+    """PTX of a kernel, whose long mangled name is replaced by `spec.name`."""
+    from numba import cuda
+
+    kernel = spec.make()
+    bounds = kernel.targetoptions["launch_bounds"]
+    ptx, _ = cuda.compile_ptx(kernel.py_func, spec.numba_signature(), cc=capability, launch_bounds=bounds)
+    mangled = re.search(r"\.entry\s+([\w$]+)\(", ptx)
+    if mangled is None:
+        raise RuntimeError(f"numba made no kernel of {spec.name}")
+    return str(ptx).replace(mangled[1], spec.name)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def compilers() -> str:
+    """Versions of what turns Python into machine code."""
+    found = []
+    for package in ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvcc", "nvidia-nvjitlink", "cuda-core"):
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
+
+
+def cache_path(spec: KernelSpec, capability: tuple[int, int]) -> Path | None:
+    """Where a kernel's machine code is kept; None where nothing can be."""
+    folder = jit.cache_folder("cuda")
+    if folder is None:
+        return None
+    tool = hashlib.sha256(compilers().encode()).hexdigest()[:8]
+    return folder / f"{spec.name}-sm_{capability[0]}{capability[1]}-{spec.digest()}-{tool}.cubin"
+
+
+def read_cached(path: Path | None) -> bytes | None:
+    """The machine code in a cache file; None if there is none, or it is damaged."""
+    if path is None:
+        return None
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def write_cached(path: Path | None, code: bytes) -> None:
+    """Keep machine code, if that is possible: a full disk costs a compilation the next time, not the program."""
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        partial.write_bytes(hashlib.sha256(code).digest() + code)
+        partial.replace(path)
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def build(
+    specs: Sequence[KernelSpec], capability: tuple[int, int], progress: Progress | None = None
+) -> dict[KernelSpec, bytes]:
+    """Machine code of all specs, from the cache where it is there.
+
+    Raises:
+        BackendError: the compiler is not installed, or failed.
+    """
+    done: dict[KernelSpec, bytes] = {}
+    missing = []
+    for spec in specs:
+        code = read_cached(cache_path(spec, capability))
+        if code is None:
+            missing.append(spec)
+        else:
+            done[spec] = code
+    if missing:
+        _check_compiler()
+        if progress:
+            progress("compiling GPU kernels", len(done), len(specs))
+
+        def report(spec: KernelSpec, code: bytes) -> None:
+            write_cached(cache_path(spec, capability), code)
+            done[spec] = code
+            if progress:
+                progress(f"compiled {spec.name}", len(done), len(specs))
+
+        _compile_in_parallel(missing, capability, report)
+    return done
+
+
+def _check_compiler() -> None:
+    try:
+        import cuda.core  # noqa: F401
+        import numba.cuda  # noqa: F401
+    except ImportError as error:
+        raise BackendError(
+            f"The GPU's compiler is missing ({error}); pip install 'numba-atomflow[cu13]', or use --backend cpu."
+        ) from error
+
+
+def _compile_in_parallel(
+    specs: Sequence[KernelSpec], capability: tuple[int, int], report: Callable[[KernelSpec, bytes], None]
+) -> None:
+    """Workers take the next spec when they have finished one; the first failure stops all."""
+    waiting: SimpleQueue[KernelSpec] = SimpleQueue()
+    for spec in specs:
+        waiting.put(spec)
+    failures: list[str] = []
+    lock = threading.Lock()
+    workers = [_Worker() for _ in range(min(len(specs), os.cpu_count() or 1, _MOST_WORKERS))]
+
+    def serve(worker: _Worker) -> None:
+        while not failures:
+            try:
+                spec = waiting.get_nowait()
+            except Empty:
+                return
+            code, failure = worker.compile(spec, capability)
+            with lock:
+                if failure:
+                    failures.append(f"{spec.name}: {failure}")
+                else:
+                    report(spec, code)
+
+    threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:  # also after Ctrl-C: no compiler goes on by itself
+        for worker in workers:
+            worker.stop()
+    if failures:
+        raise BackendError(f"A GPU kernel could not be compiled ({failures[0]}); use --backend cpu, and report this.")
+
+
+class _Worker:
+    """Another Python, which compiles the specs that it is sent, a line each."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment.pop("NUMBA_ENABLE_CUDASIM", None)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "numba_atomflow.ops.cuda.build"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the parent, which stops its workers
+            text=True,
+        )
+
+    def compile(self, spec: KernelSpec, capability: tuple[int, int]) -> tuple[bytes, str]:
+        """Machine code, or what went wrong."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            return b"", "the compiler's process has no pipes"
+        try:
+            stdin.write(base64.b64encode(pickle.dumps((spec, capability))).decode() + "\n")
+            stdin.flush()
+            answer = json.loads(stdout.readline())
+        except (OSError, ValueError):
+            return b"", "the compiler's process ended before it was done"
+        return base64.b64decode(answer["code"]), str(answer["failure"])
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+
+
+def _work() -> None:
+    """The worker's life: a spec per line in, an answer per line out."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may stand between answers
+    for line in sys.stdin:
+        spec, capability = pickle.loads(base64.b64decode(line))  # noqa: S301  from the parent process
+        code, failure = b"", ""
+        try:
+            code = compile_spec(spec, capability)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        answers.write(json.dumps({"code": base64.b64encode(code).decode(), "failure": failure}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _work()

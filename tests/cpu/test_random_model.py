@@ -1,0 +1,164 @@
+"""Models with random weights, and the token level of the engine that they are run with."""
+
+import time
+
+import numpy as np
+import pytest
+from tiny_models import tiny_geometry
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.checkpoint import tensor_layout
+from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.ops.fp8 import dequantize_groups
+from numba_atomflow.presets import PRESETS, find_preset
+from numba_atomflow.random_model import BLOCK, RandomModel
+
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def model() -> RandomModel:
+    return RandomModel(tiny_geometry(), seed=3)
+
+
+def test_the_arrays_are_those_of_a_checkpoint_of_this_geometry(model: RandomModel) -> None:
+    layout = tensor_layout(model.geometry)
+    assert model.names() == list(layout)
+    arrays = {name: model.array(name) for name in model.names()}
+    for name, (dtype, shape) in layout.items():
+        assert arrays[name].shape == shape
+        assert arrays[name].dtype == (np.uint8 if dtype == "F8_E4M3" else np.float32)
+        assert not arrays[name].flags.writeable
+    assert model.payload_bytes == sum(array.nbytes for array in arrays.values())
+
+
+def test_codes_are_no_nan_and_scales_are_positive(model: RandomModel) -> None:
+    for name in model.names():
+        array = model.array(name)
+        if array.dtype == np.uint8:
+            assert not np.any((array & 0x7F) == 0x7F)
+            assert len(np.unique(array)) > 100
+        else:
+            assert np.all(array > 0)
+
+
+def test_the_same_seed_gives_the_same_arrays_in_any_order() -> None:
+    one, other, stranger = (RandomModel(tiny_geometry(), seed) for seed in (1, 1, 2))
+    names = one.names()
+    theirs = {name: other.array(name) for name in reversed(names)}
+    for name in names:
+        np.testing.assert_array_equal(one.array(name), theirs[name])
+        assert not np.array_equal(one.array(name), stranger.array(name))
+    assert not np.array_equal(one.array("layer.0.o.weight"), one.array("layer.1.o.weight"))
+
+
+@pytest.mark.parametrize("part", ["layer.0.qkv", "layer.1.o", "layer.0.gate_up", "layer.1.down", "vocabulary"])
+def test_a_projection_keeps_activations_near_unit_size(model: RandomModel, part: str, rng: np.random.Generator) -> None:
+    weights = dequantize_groups(model.array(f"{part}.weight"), model.array(f"{part}.scale"))
+    outputs = weights @ rng.standard_normal((weights.shape[1], 32), np.float32)
+    assert np.std(outputs) == pytest.approx(1, abs=0.15)
+
+
+def test_a_tensor_larger_than_the_block_goes_round_it() -> None:
+    model = RandomModel(tiny_geometry(vocabulary=100_000))
+    codes = model.array("embedding.weight").reshape(-1)
+    assert codes.size > BLOCK
+    np.testing.assert_array_equal(codes[BLOCK:], codes[: codes.size - BLOCK])
+    assert not np.array_equal(codes[:192], codes[192:384])
+
+
+def test_weights_are_made_faster_than_a_disk_could_bring_them() -> None:
+    model = RandomModel(tiny_geometry(vocabulary=1_000_000))
+    model.array("layer.0.o.weight")  # makes the block
+    before = time.process_time()
+    size = model.array("embedding.weight").nbytes
+    assert size / (time.process_time() - before) > 0.3e9  # several GB/s where nothing else runs
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(OptionError, match="seed is -1"):
+        RandomModel(tiny_geometry(), seed=-1)
+
+
+def test_presets_have_the_sizes_that_their_names_promise() -> None:
+    billions = {name: round(geometry.parameter_count() / 1e9, 2) for name, geometry in PRESETS.items()}
+    assert billions == {"llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "smollm2-135m": 0.13}
+    with pytest.raises(OptionError, match=r"no geometry 'gpt-2'; choose one of llama-3.2-1b, .*smollm2-135m\."):
+        find_preset("gpt-2")
+
+
+# --- the engine's token level ----------------------------------------------------------------------------------------
+
+
+def random_engine(**options: int) -> Engine:
+    return Engine.random(tiny_geometry(), threads=1, **options)
+
+
+def test_a_random_model_generates_the_same_tokens_again_and_others_with_another_seed() -> None:
+    replies = []
+    for seed in (0, 0, 1):
+        with random_engine(seed=seed) as engine:
+            replies.append(engine.generate_tokens(PROMPT, SamplingParams(max_tokens=8)).finish().token_ids)
+    assert replies[0] == replies[1] != replies[2]
+    assert len(set(replies[0])) > 1
+
+
+def test_tokens_are_those_that_logits_prefer() -> None:
+    with random_engine() as engine:
+        reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=4))
+        tokens = list(reply)
+        assert tokens == reply.token_ids
+        assert reply.finish_reason == "max_tokens"
+        assert engine.token_ids == PROMPT + tokens[:-1]
+        engine.reset()
+        logits = engine.feed(PROMPT + tokens[:-1], all_logits=True)
+        assert list(np.argmax(logits[len(PROMPT) - 1 :], axis=1)) == tokens
+
+
+def test_tokens_go_on_to_the_end_of_the_context() -> None:
+    with random_engine(max_seq_len=10) as engine:
+        reply = engine.generate_tokens(PROMPT).finish()
+        assert (reply.finish_reason, reply.stats.tokens) == ("context", 7)
+        again = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=1)).finish()
+        assert again.stats.reused_tokens == len(PROMPT) - 1
+
+
+def test_decode_time_goes_from_the_first_token_to_the_last() -> None:
+    """The caller's time included: a device works ahead meanwhile, so that waiting alone would flatter it."""
+    with random_engine() as engine:
+        reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=3))
+        for _ in reply:
+            time.sleep(0.2)
+        assert reply.stats.decode_seconds > 0.4
+
+
+def test_the_wait_for_a_token_is_ttft_or_decode_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device works while the host goes on; only asking for the token waits for it."""
+    with random_engine() as engine:
+        sampled_token = engine.backend.sampled_token
+
+        def slow() -> int:
+            time.sleep(0.05)
+            return sampled_token()
+
+        monkeypatch.setattr(engine.backend, "sampled_token", slow)
+        reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=3)).finish()
+        assert reply.stats.ttft > 0.05
+        assert reply.stats.decode_seconds > 0.1
+
+
+def test_text_is_refused_without_a_tokenizer() -> None:
+    with random_engine() as engine:
+        with pytest.raises(TextError, match="no tokenizer"):
+            engine.generate("a")
+        with pytest.raises(OptionError, match="Stop strings need text"):
+            engine.generate_tokens(PROMPT, SamplingParams(stop="a"))
+
+
+def test_a_new_reply_interrupts_the_one_before() -> None:
+    with random_engine() as engine:
+        first = engine.generate_tokens(PROMPT)
+        next(first)
+        engine.generate_tokens(PROMPT)
+        assert first.finish_reason == "interrupted"
+        assert list(first) == []

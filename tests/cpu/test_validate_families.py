@@ -1,0 +1,96 @@
+"""The validator on models with biases or norms of q and k: sound ones pass, faults in either are put down to Qkv."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from validator_models import BLOCK, Subject, make_subject, three_layers
+
+pytest.importorskip("transformers", reason="transformers makes the ground truth: pip install '.[validate]'")
+
+from numba_atomflow.errors import GroundTruthError
+from numba_atomflow.validate import check, make_ground_truth, record
+
+Weights = dict[str, NDArray[Any]]
+
+
+@pytest.fixture(scope="module", params=["qkv_bias", "qk_norm"])
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    # 5 heads of 80: hidden is neither their width nor a multiple of their number, which a Llama's must be
+    geometry = three_layers(heads=5, kv_heads=1, head_dim=80, **{request.param: True})
+    subject = make_subject(tmp_path_factory.mktemp(request.param), geometry)
+    yield subject
+    subject.checkpoint.close()
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("block", [None, BLOCK, 1])
+def test_a_sound_model_passes(subject: Subject, block: int | None, isolate: bool) -> None:
+    report = check(subject.backend(), subject.truth, block=block, isolate=isolate)
+    assert report.verdict() == "PASS: 12/12 probes, 19/19 inner stages."
+    assert report.logits is not None
+    assert report.logits.max_kl < 1e-9
+
+
+def test_the_ground_truth_of_the_original_weights(subject: Subject) -> None:
+    truth = make_ground_truth(subject.checkpoint, subject.truth.tokens[:20], 0, "original", subject.folder)
+    report = check(subject.backend(), truth)
+    assert report.passed, report.verdict()
+    assert max(probe.relative_l2 for probe in report.probes) > 1e-3  # FP8 is somewhere in between
+
+
+def bias_left_out(weights: Weights) -> None:
+    weights["layer.1.qkv_bias"] = np.zeros_like(weights["layer.1.qkv_bias"])
+
+
+def bias_of_k_and_v_swapped(weights: Weights) -> None:
+    q, k, v = np.split(weights["layer.1.qkv_bias"], [400, 480])
+    weights["layer.1.qkv_bias"] = np.concatenate([q, v, k])
+
+
+def norm_of_k_left_out(weights: Weights) -> None:
+    weights["layer.1.k_norm"] = np.ones_like(weights["layer.1.k_norm"])
+
+
+def norms_of_q_and_k_swapped(weights: Weights) -> None:
+    weights |= {"layer.1.q_norm": weights["layer.1.k_norm"], "layer.1.k_norm": weights["layer.1.q_norm"]}
+
+
+@pytest.mark.parametrize(
+    ("subject", "corrupt"),
+    [
+        ("qkv_bias", bias_left_out),
+        ("qkv_bias", bias_of_k_and_v_swapped),
+        ("qk_norm", norm_of_k_left_out),
+        ("qk_norm", norms_of_q_and_k_swapped),
+    ],
+    indirect=["subject"],
+)
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_fault_is_put_down_to_the_projection(
+    subject: Subject, corrupt: Callable[[Weights], None], isolate: bool
+) -> None:
+    weights = subject.weights
+    corrupt(weights)
+    for values in weights.values():
+        values.flags.writeable = False  # as in a mapped file: numba compiles kernels for writable arrays anew
+    report = check(subject.backend(weights), subject.truth, isolate=isolate, block=BLOCK)
+    assert report.fault is not None
+    assert report.fault.op == "layer.1.qkv", report.verdict()
+
+
+def test_a_model_that_transformers_does_not_have_is_compared_with_itself(subject: Subject) -> None:
+    both = three_layers(heads=5, kv_heads=1, head_dim=80, qkv_bias=True, qk_norm=True)
+    with pytest.raises(GroundTruthError, match="both a bias and norms of q and k; compare backends instead"):
+        make_ground_truth(WithGeometry(both), [1, 2, 3], 0)  # type: ignore[arg-type]
+    seen = record(subject.backend(), subject.geometry, subject.truth.tokens[:20], 2)
+    assert check(subject.backend(), seen, block=1).passed
+
+
+class WithGeometry:
+    """As much of a checkpoint as is looked at before the refusal."""
+
+    def __init__(self, geometry: Any) -> None:
+        self.geometry = geometry
