@@ -1,4 +1,4 @@
-"""Source to FP8 checkpoint, a few megabytes at a time."""
+"""Source to FP8 checkpoint: rounded a few megabytes at a time, or calibrated layer by layer."""
 
 import hashlib
 import stat
@@ -11,8 +11,9 @@ import numpy as np
 from numba_atomflow.chat_template import ChatTemplate
 from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
-from numba_atomflow.errors import DestinationError, SourceError, TextError
-from numba_atomflow.quantize import rtn
+from numba_atomflow.errors import DestinationError, OptionError, SourceError, TextError
+from numba_atomflow.quantize import MethodName, rtn
+from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, open_source
 from numba_atomflow.text import TextAssets, TextCodec
 
@@ -25,29 +26,39 @@ def convert(
     source: Path,
     destination: Path,
     *,
+    method: MethodName = "rtn",
+    calibration: Path | None = None,
     head: HeadFormat = "fp8",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Quantise the model at `source` to FP8 and write it to `destination`.
 
-    Memory does not grow with the model: weights pass through in slabs of rows. The destination appears under its name
-    complete or not at all.
+    With "rtn", memory does not grow with the model: weights pass through in slabs of rows. The other methods hold one
+    layer at a time; when they are stopped, finished layers stay in ``<destination>.unfinished``, and the next call goes
+    on from there. The destination appears under its name complete or not at all.
 
     Args:
         source: a GGUF file or a Hugging Face folder.
         destination: the checkpoint file; missing folders are made.
+        method: "rtn" (round to nearest), "awq" (channel scales and clipping) or "gptq" (clipping and error feedback).
+        calibration: for "awq" and "gptq" a text file; by default Python's documentation strings.
         head: format of the vocabulary projection (and of the embedding, where they are one).
         overwrite: replace an existing checkpoint.
-        progress: called before each step with its name, bytes done and bytes in all: first hashing, then writing.
+        progress: called before each step with its name, bytes done and bytes in all: first hashing, then calibrated
+            layers (of one byte per weight), then writing.
 
     Returns:
         `destination`.
 
     Raises:
         SourceError, GeometryError: the source cannot be used.
+        TextError: the calibration text cannot be read, or there is no tokenizer for it.
+        OptionError: the calibration text is too short, or "rtn" was given one.
         DestinationError: the destination exists, or cannot be written.
     """
+    if method == "rtn" and calibration is not None:
+        raise OptionError("rtn rounds weights without looking at any text; choose another method, or no calibration.")
     _check_destination(destination, overwrite)
     weights = open_source(source)
     _check_text(source, weights.text)
@@ -55,6 +66,9 @@ def convert(
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     report: Progress = progress or (lambda *_: None)
     origin = _describe(weights, report)
+    if method != "rtn":
+        convert_calibrated(weights, destination, method, calibration, head, origin, report, overwrite=overwrite)
+        return destination
     writer = CheckpointWriter(
         destination, weights.geometry, weights.text, rtn.RECORD, origin, head=head, overwrite=overwrite
     )

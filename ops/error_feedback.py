@@ -1,12 +1,13 @@
 """Rounding with error feedback: what one weight loses, the weights after it make up for.
 
-Columns are rounded one after the other. The error of each is spread over the columns that are still to come, so that the
-output on calibration inputs changes least: with G [K, K] the mean of x x^T and U the upper Cholesky factor of G^-1, a
-column's error e / U[j, j] is subtracted from column k in proportion to U[j, k]. Columns with the largest inputs come
+Columns are rounded one after the other. The error of each is spread over the columns that are still to come, so that
+the output on calibration inputs changes least: with G [K, K] the mean of x x^T and U the upper Cholesky factor of G^-1,
+a column's error e / U[j, j] is subtracted from column k in proportion to U[j, k]. Columns with the largest inputs come
 first, while there are most left to make up for them.
 
-Cost model: K^3 operations for U and N * K^2 / 2 multiply-adds for the feedback. Within a block of 128 columns a row's
-weights stay in cache; what the block does to the columns behind it is one matrix product.
+Cost model: K^3 operations for U and N * K^2 / 2 multiply-adds for the feedback. Rows are independent: each thread takes
+a tile of them through all columns, in blocks of 128 whose weights stay in cache; what a block does to the columns
+behind it is one matrix product. Inside the parallel loop BLAS must be single-threaded (the caller sees to it).
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022).
 """
 
@@ -19,6 +20,7 @@ from numba_atomflow.ops.jit import cpu_kernel
 
 DAMPING = 0.01  # of G's mean diagonal, added to it: calibration inputs may not span all directions
 _BLOCK = 128  # columns rounded before the others hear of it
+_TILE = 64  # rows that a thread takes through all columns
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
@@ -46,23 +48,34 @@ def round_with_feedback_reference(
 
 
 @cpu_kernel(exact=True)
-def _round_block(weights, scales, factor, codes, errors):  # type: ignore[no-untyped-def]
-    """Columns of one block, in order.
+def _round_rows(weights, scales, factor, codes):  # type: ignore[no-untyped-def]
+    """All columns, in order.
 
     Args:
-        weights: float32 [N, B], changed. scales: float32 [N, B], one per weight.
-        factor: float32 [B, B], the block of U on the diagonal.
-        codes: uint8 [N, B], out. errors: float32 [N, B], out: of each column, over U[j, j].
+        weights: float32 [N, K], changed. scales: float32 [N, K], one per weight.
+        factor: U, float32 [K, K].
+        codes: uint8 [N, K], out.
     """
     rows, columns = weights.shape
-    for n in prange(rows):
-        for j in range(columns):
-            code = encode_one(weights[n, j] / scales[n, j])
-            codes[n, j] = code
-            error = (weights[n, j] - decode_biased(np.int8(code)) * UNBIAS * scales[n, j]) / factor[j, j]
-            errors[n, j] = error
-            for k in range(j + 1, columns):
-                weights[n, k] -= error * factor[j, k]
+    for tile in prange((rows + _TILE - 1) // _TILE):
+        first = tile * _TILE
+        last = min(rows, first + _TILE)
+        for start in range(0, columns, _BLOCK):
+            stop = min(columns, start + _BLOCK)
+            errors = np.empty((last - first, stop - start), np.float32)
+            for n in range(first, last):
+                for j in range(start, stop):
+                    code = encode_one(weights[n, j] / scales[n, j])
+                    codes[n, j] = code
+                    error = (weights[n, j] - decode_biased(np.int8(code)) * UNBIAS * scales[n, j]) / factor[j, j]
+                    errors[n - first, j - start] = error
+                    for k in range(j + 1, stop):
+                        weights[n, k] -= error * factor[j, k]
+            if stop < columns:
+                update = np.dot(errors, np.ascontiguousarray(factor[start:stop, stop:]))
+                for n in range(first, last):
+                    for k in range(stop, columns):
+                        weights[n, k] -= update[n - first, k - stop]
 
 
 def round_with_feedback(
@@ -72,21 +85,13 @@ def round_with_feedback(
 
     `gram` is the mean of x x^T over calibration inputs, float32 [K, K].
     """
-    rows, columns = weights.shape
     order = np.argsort(-np.diag(gram), kind="stable")
     factor = _feedback_factor(gram, order)
-    moving, ordered = weights[:, order], np.empty((rows, columns), np.uint8)
-    for start in range(0, columns, _BLOCK):
-        stop = min(columns, start + _BLOCK)
-        block = np.ascontiguousarray(moving[:, start:stop])
-        codes, errors = np.empty(block.shape, np.uint8), np.empty_like(block)
-        own = np.ascontiguousarray(factor[start:stop, start:stop])
-        _round_block(block, np.ascontiguousarray(scales[:, order[start:stop] // GROUP]), own, codes, errors)
-        ordered[:, start:stop] = codes
-        moving[:, stop:] -= errors @ factor[start:stop, stop:]
-    result = np.empty_like(ordered)
-    result[:, order] = ordered
-    return result
+    ordered = np.empty(weights.shape, np.uint8)
+    _round_rows(weights.take(order, axis=1), scales.take(order // GROUP, axis=1), factor, ordered)
+    codes = np.empty_like(ordered)
+    codes[:, order] = ordered
+    return codes
 
 
 def _feedback_factor(gram: NDArray[np.float32], order: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -1,12 +1,13 @@
 """Group scales that keep a projection's output: the clipping search.
 
 The scale absmax / 448 lets no weight saturate, but decides by chance where the other 127 fall between the values that
-E4M3 has. Per row and group, this search tries other scales, a little smaller (the largest weights are clipped) and up to
-twice as large, and keeps the one with the least error of the group's output on calibration inputs, e G e^T: e is what
-rounding does to the group's weights, G [128, 128] the mean of x x^T over the inputs x of the group.
+E4M3 has. Per row and group, this search tries other scales, a little smaller (the largest weights are clipped) and up
+to twice as large, and keeps the one with the least error of the group's output on calibration inputs, e G e^T: e is
+what rounding does to the group's weights, G [128, 128] the mean of x x^T over the inputs x of the group.
 
-Cost model: 128 multiply-adds per weight and candidate, done by BLAS. Clipping judged by the output of a group: Lin et al.,
-"AWQ: Activation-aware Weight Quantization" (2023).
+Cost model: 128 multiply-adds per weight and candidate, done by BLAS on tiles of rows. Inside the parallel loop BLAS
+must be single-threaded (the caller sees to it). Clipping judged by the output of a group: Lin et al., "AWQ:
+Activation-aware Weight Quantization" (2023).
 """
 
 import numpy as np
@@ -25,9 +26,10 @@ from numba_atomflow.ops.fp8 import (
 )
 from numba_atomflow.ops.jit import cpu_kernel
 
-# Relative to absmax / 448. From one power of two to the next, E4M3 repeats itself: beyond that there is nothing to find.
+# Relative to absmax / 448. From one power of two to the next, E4M3 repeats itself: there is nothing to find beyond.
 FACTORS = tuple(np.float32(2.0 ** (step / 16)) for step in range(-2, 16))
 COARSE_FACTORS = FACTORS[2::3]
+_TILE = 64  # rows whose errors and outputs stay in cache
 _LARGEST_SCALE = np.float32(255.0)  # kernels count on scales below 2^8; absmax / 448 is at most 146
 
 
@@ -56,15 +58,46 @@ def search_scales_reference(
 # --- CPU ---------------------------------------------------------------------------------------------------------
 
 
+@cpu_kernel(inline=True, exact=True)
+def _candidate(group, factor):  # type: ignore[no-untyped-def]
+    """absmax / 448 of a row's group, times a factor; 1 for zeros."""
+    largest = np.float32(0.0)
+    for weight in group:
+        largest = max(largest, abs(weight))
+    if largest == 0.0:
+        return np.float32(1.0)
+    return min(largest / np.float32(LARGEST) * factor, _LARGEST_SCALE)
+
+
 @cpu_kernel(exact=True)
-def _rounding_errors(weights, scales, errors):  # type: ignore[no-untyped-def]
-    """What rounding adds to one group: weights [N, up to 128], scales [N], errors like weights."""
+def _search_group(weights, gram, factors, scales):  # type: ignore[no-untyped-def]
+    """One group of columns.
+
+    Args:
+        weights: float32 [N, up to 128]. gram: float32, their own square. factors: float32 [candidates].
+        scales: float32 [N], out.
+    """
     rows, columns = weights.shape
-    for n in prange(rows):
-        scale = scales[n]
-        for k in range(columns):
-            code = np.int8(encode_one(weights[n, k] / scale))
-            errors[n, k] = weights[n, k] - decode_biased(code) * UNBIAS * scale
+    for tile in prange((rows + _TILE - 1) // _TILE):
+        first = tile * _TILE
+        count = min(_TILE, rows - first)
+        errors = np.empty((count, columns), np.float32)
+        outputs = np.empty((count, columns), np.float32)
+        best = np.full(count, np.float32(np.inf))
+        for factor in factors:
+            for r in range(count):
+                scale = _candidate(weights[first + r], factor)
+                for k in range(columns):
+                    code = np.int8(encode_one(weights[first + r, k] / scale))
+                    errors[r, k] = weights[first + r, k] - decode_biased(code) * UNBIAS * scale
+            np.dot(errors, gram, outputs)
+            for r in range(count):
+                cost = np.float32(0.0)
+                for k in range(columns):
+                    cost += outputs[r, k] * errors[r, k]
+                if cost < best[r]:
+                    best[r] = cost
+                    scales[first + r] = _candidate(weights[first + r], factor)
 
 
 def search_scales(
@@ -82,13 +115,7 @@ def search_scales(
     for g in range(chosen.shape[1]):
         group = slice(g * GROUP, (g + 1) * GROUP)
         block, inputs = np.ascontiguousarray(weights[:, group]), np.ascontiguousarray(gram[group, group])
-        base = np.abs(block).max(axis=1) / np.float32(LARGEST)
-        base[base == 0] = 1.0
-        best, errors = np.full(rows, np.inf, np.float32), np.empty_like(block)
-        for factor in factors:
-            scales = np.minimum(base * factor, _LARGEST_SCALE)
-            _rounding_errors(block, scales, errors)
-            costs = np.einsum("nk,nk->n", errors @ inputs, errors)
-            better = costs < best
-            best[better], chosen[better, g] = costs[better], scales[better]
+        scales = np.empty(rows, np.float32)
+        _search_group(block, inputs, np.array(factors), scales)
+        chosen[:, g] = scales
     return chosen
