@@ -1,9 +1,9 @@
 """What FP8 costs in quality: checkpoints of one model against the unquantised source, on two texts.
 
 Both texts are on every machine with Python and are not what `numba-atomflow quantize` calibrates on by default: the
-license of Python, and its language reference (the topics of pydoc). transformers computes the source's logits, once for
-all checkpoints. For each text: perplexity and its increase over the source's, the mean Kullback-Leibler divergence of the
-next-token distribution in nats, and top-1, the share of positions at which both find the same token most likely.
+license of Python, and its language reference (the topics of pydoc). transformers computes the source's logits, once
+for all checkpoints. For each text: perplexity and its increase over the source's, the mean Kullback-Leibler divergence
+of the next-token distribution in nats, and top-1, the share of positions at which both find the same token most likely.
 
     numba-atomflow quantize model.gguf gptq.safetensors
     numba-atomflow convert model.gguf rtn.safetensors
