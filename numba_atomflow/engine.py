@@ -446,10 +446,13 @@ class WeightArrays(Mapping[str, NDArray[Any]]):
 
     def __init__(self, checkpoint: Checkpoint | RandomModel) -> None:
         self._checkpoint = checkpoint
-        self._names = [name for name in checkpoint.names() if name != TOKENIZER]
+        self._names = dict.fromkeys(name for name in checkpoint.names() if name != TOKENIZER)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._checkpoint.array(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -4,29 +4,35 @@ Every check draws fresh inputs (the seed is in the test's name through `SEED`), 
 with NaN, and compares with float64.
 """
 
+import json
 import os
 import secrets
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.ops import ptx
 from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.attention import attend_reference
 from numba_atomflow.ops.cuda import projection_kernels as kernels
+from numba_atomflow.ops.cuda import rope
 from numba_atomflow.ops.cuda.attention import AttentionShape, make_attention
 from numba_atomflow.ops.cuda.fragments import (
     THREADS,
     FragmentLayout,
     from_fragments_reference,
+    halves_to_fragments_reference,
     make_repack,
+    make_repack_halves,
     repack_blocks,
     to_fragments_reference,
 )
 from numba_atomflow.ops.cuda.projection import ProjectionShape
-from numba_atomflow.ops.fp8 import quantize_groups
-from numba_atomflow.ops.projection import project_reference
+from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 from numba_atomflow.ops.rope import rope_reference, rope_table
 
@@ -53,9 +59,23 @@ def relative_error(got: NDArray[Any], expected: NDArray[np.float64]) -> float:
     return float(np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
-def launch(kernel: Any, blocks: Any, threads: int, shared_bytes: int, *arrays: Any) -> None:
-    """Run a kernel over host arrays, which it changes in place."""
-    kernel[blocks, threads, 0, shared_bytes](*arrays)
+def within(family: str, error: float, limit: float) -> None:
+    """The error is a number and at most the limit. ATOMFLOW_FIGURES names a file that collects errors and limits."""
+    figures = os.environ.get("ATOMFLOW_FIGURES")
+    if figures:
+        with Path(figures).open("a") as file:
+            file.write(json.dumps({"family": family, "error": error, "limit": limit}) + "\n")
+    assert error <= limit, f"{family}: relative L2 {error:.3g} is {error / limit:.0%} of {limit}"
+
+
+def launch(kernel: Any, blocks: int, threads: int, shared_bytes: int, *arrays: Any) -> None:
+    """Run a kernel over host arrays, which it changes in place: in the simulator, or on the GPU."""
+    if ptx.SIMULATED:
+        kernel[blocks, threads, 0, shared_bytes](*arrays)
+    else:
+        from device_launch import launch_on_device
+
+        launch_on_device(kernel, blocks, threads, shared_bytes, arrays)
 
 
 # --- fragments ---------------------------------------------------------------------------------------------------
@@ -73,6 +93,24 @@ def weights(layout: FragmentLayout, rng: np.random.Generator) -> tuple[NDArray[n
     values = rng.standard_normal((layout.rows, layout.columns)) * 0.05
     values *= np.exp2(rng.integers(-6, 6, (layout.rows, 1)))
     return quantize_groups(values.astype(np.float32))
+
+
+def halves(layout: FragmentLayout, rng: np.random.Generator) -> NDArray[np.float16]:
+    """A random projection in float16, with large and small rows."""
+    values = rng.standard_normal((layout.rows, layout.columns)) * np.exp2(rng.integers(-8, 2, (layout.rows, 1)))
+    return values.astype(np.float16)
+
+
+HALF_LAYOUTS = (FragmentLayout(16, 128, halves=True), FragmentLayout(37, 202, halves=True))
+
+
+def check_repack_halves(layout: FragmentLayout) -> None:
+    values = halves(layout, generator(layout.rows))
+    words = poisoned(layout.words, dtype=np.uint32)
+    source = values.reshape(-1).view(np.uint16)
+    sizes = layout.rows, layout.columns
+    launch(make_repack_halves(), repack_blocks(layout), THREADS, 0, source, words, *sizes)
+    np.testing.assert_array_equal(words, halves_to_fragments_reference(values, layout))
 
 
 def check_repack(layout: FragmentLayout) -> None:
@@ -107,11 +145,12 @@ class ProjectionCase:
     head_dim: int = 64
     heads: int = 1
     kv_heads: int = 1
+    halves: bool = False
 
     @property
     def shape(self) -> ProjectionShape:
         half = {"swiglu": self.rows // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
-        layout = FragmentLayout(self.rows, self.width, half, self.hardware_fp8)
+        layout = FragmentLayout(self.rows, self.width, half, self.hardware_fp8, self.halves)
         return ProjectionShape(layout, self.columns, self.warps, self.split, self.depth)
 
 
@@ -124,6 +163,8 @@ PROJECTIONS = (
     ProjectionCase("store", 37, 576, 1),  # K padded to 640, N not a multiple of 16; three tiles for one block
     ProjectionCase("store", 16, 128, 8, warps=1, split=1, depth=1, hardware_fp8=True),  # one row tile, one group
     ProjectionCase("store", 40, 200, 3, warps=2, split=1, blocks=2),  # tiles do not fill the last block
+    ProjectionCase("store", 37, 576, 1, halves=True),  # 640 columns are 10 groups of 64
+    ProjectionCase("store", 20, 200, 8, warps=2, split=1, depth=1, halves=True),
     ProjectionCase("add", 24, 576, 5, warps=4, split=4, depth=1, hardware_fp8=True),
     ProjectionCase("add", 16, 300, 2, warps=4, split=2, depth=1),  # a slot without a tile
     ProjectionCase("swiglu", 40, 256, 4, depth=1, blocks=2),  # 20 units: the last tile is not full
@@ -139,27 +180,32 @@ def check_projection(case: ProjectionCase) -> None:
     """Relative L2 error against float64: 1e-5 for float32 outputs, 5e-4 (they are rounded to float16) for others."""
     rng = generator(case.rows, case.width, case.columns)
     shape, layout = case.shape, case.shape.layout
-    codes, scales = weights(layout, rng)
-    words = to_fragments_reference(codes, scales, layout)
+    if layout.halves:
+        stored = halves(layout, rng)
+        words, matrix = halves_to_fragments_reference(stored, layout), stored.astype(np.float64)
+    else:
+        codes, scales = weights(layout, rng)
+        words = to_fragments_reference(codes, scales, layout)
+        matrix = dequantize_groups(codes, scales).astype(np.float64)
     residual = rng.standard_normal((case.columns, case.width)).astype(np.float32)
     norm = rng.uniform(0.5, 1.5, case.width).astype(np.float32)
     normed, doubt = normed_as_float16(residual, norm)
-    product = project_reference(normed, codes, scales)
-    slack = float(np.linalg.norm(project_reference(doubt, codes, scales)) / np.linalg.norm(product))
+    product = normed @ matrix.T
+    slack = float(np.linalg.norm(doubt @ matrix.T) / np.linalg.norm(product))
     grid = case.blocks, shape.threads, shape.shared_bytes
     seen = poisoned(case.columns * layout.padded_columns // 2, dtype=np.uint32)  # what the kernel says it multiplied
     if case.kind == "store":
         logits = poisoned(case.columns * case.rows)
         launch(kernels.make_store(shape, EPS), *grid, words, as_words(residual), norm, seen, logits)
-        assert relative_error(logits.reshape(case.columns, case.rows), product) <= 1e-5 + slack
+        within("projection", relative_error(logits.reshape(case.columns, case.rows), product), 1e-5 + slack)
     elif case.kind == "add":
         x = np.zeros((case.columns, layout.padded_columns), np.float16)
         x[:, : case.width] = rng.standard_normal((case.columns, case.width))
         before = rng.standard_normal((case.columns, case.rows)).astype(np.float32)
         after = before.reshape(-1).copy()
         launch(kernels.make_add(shape), *grid, words, as_words(x), after)
-        expected = project_reference(x[:, : case.width].astype(np.float64), codes, scales)
-        assert relative_error(after.reshape(before.shape), before + expected) <= 1e-5
+        expected = x[:, : case.width].astype(np.float64) @ matrix.T
+        within("projection", relative_error(after.reshape(before.shape), before + expected), 1e-5)
     elif case.kind == "swiglu":
         ffn = case.rows // 2
         y = poisoned(case.columns, ffn + 3, dtype=np.uint16)
@@ -167,7 +213,7 @@ def check_projection(case: ProjectionCase) -> None:
         launch(kernel, *grid, words, as_words(residual), norm, seen, flat := y.reshape(-1))
         y = flat.reshape(y.shape)
         expected = silu_reference(product[:, :ffn]) * product[:, ffn:]
-        assert relative_error(y[:, :ffn].view(np.float16), expected) <= 5e-4
+        within("SwiGLU to float16", relative_error(y[:, :ffn].view(np.float16), expected), 5e-4)
         assert (y[:, ffn:] == 0xFFFF).all(), "wrote into the padding"
     else:
         check_qkv(case, grid, (words, as_words(residual), norm, seen), product)
@@ -208,7 +254,61 @@ def check_qkv(case: ProjectionCase, grid: Any, arguments: Any, product: NDArray[
         if new.shape[0] == positions:
             assert (new[:first] == 0xFFFF).all(), "wrote into the past"
             new = new[rows]
-        assert relative_error(np.ascontiguousarray(new).view(np.float16), want) <= 5e-4
+        within("q, k, v to float16", relative_error(np.ascontiguousarray(new).view(np.float16), want), 5e-4)
+
+
+# --- rotation in a kernel of its own -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RopeCase:
+    """What the QKV projection's own epilogue cannot do."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    columns: int
+    bias: bool = False
+    norm: bool = False
+
+
+ROPES = (
+    RopeCase(64, 3, 1, 1, bias=True),
+    RopeCase(80, 2, 2, 3, norm=True),  # 40 pairs for 32 lanes
+    RopeCase(128, 4, 1, 2, bias=True, norm=True),
+    RopeCase(96, 1, 1, 5),
+)
+
+
+def check_rope(case: RopeCase) -> None:
+    """Relative L2 error 5e-4: results are rounded to float16."""
+    rng = generator(case.head_dim, case.heads, case.columns)
+    dim, positions, first = case.head_dim, 20, 20 - case.columns
+    q_width, kv_width = case.heads * dim, case.kv_heads * dim
+    rows = q_width + 2 * kv_width
+    qkv = rng.standard_normal((case.columns, rows)).astype(np.float32)
+    bias = rng.standard_normal(rows).astype(np.float32) if case.bias else poisoned(rows)
+    norms = [rng.uniform(0.5, 1.5, dim).astype(np.float32) if case.norm else poisoned(dim) for _ in range(2)]
+    cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions)
+    q = poisoned(case.columns * q_width, dtype=np.uint16)
+    keys, values = (poisoned(positions * kv_width, dtype=np.uint16) for _ in range(2))
+    kernel = rope.make_rope(case.heads, case.kv_heads, dim, case.columns, EPS, bias=case.bias, norm=case.norm)
+    tables = np.array([first], np.int64), cosines.reshape(-1), sines.reshape(-1)
+    blocks = rope.rope_blocks(case.heads, case.kv_heads, case.columns)
+    launch(kernel, blocks, rope.THREADS, 0, qkv.reshape(-1), bias, *norms, *tables, q, keys, values)
+    exact = qkv.astype(np.float64) + (bias if case.bias else 0.0)
+    parts = [part.reshape(case.columns, -1, dim) for part in np.split(exact, [q_width, q_width + kv_width], axis=1)]
+    at = slice(first, positions)
+    for i, weight in enumerate(norms):
+        if case.norm:
+            parts[i] = rms_norm_reference(parts[i], weight.astype(np.float64), EPS)
+        parts[i] = rope_reference(parts[i], cosines[at].astype(np.float64), sines[at].astype(np.float64))
+    for got, want in zip((q, keys, values), parts, strict=True):
+        new = got.reshape(-1, want.shape[1] * dim)
+        if len(new) == positions:
+            assert (new[:first] == 0xFFFF).all(), "wrote into the past"
+        result = np.ascontiguousarray(new[-case.columns :]).view(np.float16)
+        within("q, k, v to float16", relative_error(result, want.reshape(case.columns, -1)), 5e-4)
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
@@ -245,6 +345,11 @@ ATTENTIONS = (
 )
 
 
+@lru_cache(maxsize=2)
+def _attention_kernel(shape: AttentionShape) -> Any:
+    return make_attention(shape)
+
+
 def check_attention(case: AttentionCase) -> None:
     """Relative L2 error 1e-3 against float64; loud noise and NaN behind the last token change no bit."""
     rng = generator(case.head_dim, case.heads, case.length)
@@ -253,7 +358,7 @@ def check_attention(case: AttentionCase) -> None:
     cache = rng.standard_normal((2, positions, case.kv_heads * case.head_dim)).astype(np.float16)
     position = np.array([case.length - case.columns], np.int64)
     counters = np.zeros(shape.units, np.uint32)
-    kernel = make_attention(shape)
+    kernel = _attention_kernel(shape)
     results = []
     for noise in (np.float16(np.nan), np.float16(60000.0)):
         cache[:, case.length :] = noise
@@ -267,5 +372,5 @@ def check_attention(case: AttentionCase) -> None:
     np.testing.assert_array_equal(results[0][:, :width], results[1][:, :width])
     exact = (array.astype(np.float64) for array in (q, cache[0], cache[1]))
     expected = attend_reference(*exact, case.length - case.columns, case.head_dim)
-    assert relative_error(results[0][:, :width], expected) <= 1e-3
+    within("attention", relative_error(results[0][:, :width], expected), 1e-3)
     assert np.isnan(results[0][:, width:]).all(), "wrote into the padding"

@@ -1,98 +1,64 @@
-"""The kernels of Llama 3.2 3B's decode step and of its prompts (8 tokens at a time), ready to be compiled."""
+"""The kernels that are compiled for every architecture: those of Llama 3.2 3B, and those that other models need."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from numba.cuda import types
+from numba_atomflow.backends.cuda.kernels import Chip, ModelKernels
+from numba_atomflow.ops.cuda import ceiling
+from numba_atomflow.ops.cuda.spec import U32, KernelSpec, kernel_spec
+from numba_atomflow.presets import PRESETS
 
-from numba_atomflow.ops.cuda import attention, embedding, fragments, projection_kernels, sample
-from numba_atomflow.ops.cuda.fragments import FragmentLayout
-from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
+MULTIPROCESSORS, SHARED_BYTES = 132, 232448  # of an H200
+COPY_ENGINE = (9, 0)  # the first with one
+ABILITIES = ((8, 0), (8, 9), (9, 0))  # the first; with conversion of FP8; with programmatic dependent launch
 
-MULTIPROCESSORS = 132  # of an H200
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY = 3072, 24, 8, 128, 8192, 128256
-EPS = 1e-5
-
-U8, U16, U32, U64 = (getattr(types, f"uint{bits}")[::1] for bits in (8, 16, 32, 64))
-I32, I64, F32, F64 = types.int32[::1], types.int64[::1], types.float32[::1], types.float64[::1]
+LLAMA = PRESETS["llama-3.2-3b"]
+# Heads of 80, no GQA, Qwen's norms and bias, a float16 head: what the other kernels are for.
+OTHER = replace(LLAMA, heads=32, kv_heads=32, head_dim=80, qkv_bias=True, qk_norm=True)
+_OF_OTHER = ("attention_x1", "rope_x8", "embed_x1", "vocabulary_x1", "vocabulary_x8", "repack_halves")
+_HARDWARE_FP8 = ("qkv", "o", "gate_up", "down", "vocabulary", "embed", "repack")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel.
+    """A kernel to compile.
 
     Attributes:
-        build: makes it, given whether to decode FP8 by conversion (`decodes` says whether that makes a difference).
-        weights: it streams weights. doubles: it may use float64.
+        first: the first architecture that has what it uses.
     """
 
     name: str
-    build: Callable[[bool], Any]
-    signature: tuple[Any, ...]
-    weights: bool = False
-    doubles: bool = False
+    spec: KernelSpec
+    first: tuple[int, int] = (8, 0)
+
+    @property
+    def kind(self) -> str:
+        return self.spec.name.rpartition("_x")[0] or self.spec.name
 
     @property
     def decodes(self) -> bool:
-        return self.weights or self.name in {"repack", "embedding"}
+        """Whether it decodes FP8."""
+        return self.kind in _HARDWARE_FP8 and "halves" not in self.name
+
+    @property
+    def weights(self) -> bool:
+        """Whether it streams weights through tensor cores."""
+        return self.spec.factory.startswith("projection_kernels")
+
+    @property
+    def doubles(self) -> bool:
+        """Whether it may use float64."""
+        return self.spec.name == "sample"
 
 
-def shape(rows: int, columns: int, half: int, tokens: int, hardware_fp8: bool) -> ProjectionShape:
-    return choose_shape(FragmentLayout(rows, columns, half, hardware_fp8), tokens, MULTIPROCESSORS)
-
-
-def projections(tokens: int) -> list[Entry]:
-    qkv_rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-
-    def qkv(hardware: bool) -> Any:
-        cut = shape(qkv_rows, HIDDEN, HEAD_DIM // 2, tokens, hardware)
-        return projection_kernels.make_qkv(cut, EPS, HEADS, KV_HEADS)
-
-    def o(hardware: bool) -> Any:
-        return projection_kernels.make_add(shape(HIDDEN, HEADS * HEAD_DIM, 0, tokens, hardware))
-
-    def gate_up(hardware: bool) -> Any:
-        return projection_kernels.make_swiglu(shape(2 * FFN, HIDDEN, FFN, tokens, hardware), EPS, FFN)
-
-    def down(hardware: bool) -> Any:
-        return projection_kernels.make_add(shape(HIDDEN, FFN, 0, tokens, hardware))
-
-    return [
-        Entry(f"qkv x{tokens}", qkv, (U32, U32, F32, U32, I64, F32, F32, U16, U16, U16), weights=True),
-        Entry(f"o x{tokens}", o, (U32, U32, F32), weights=True),
-        Entry(f"gate_up x{tokens}", gate_up, (U32, U32, F32, U32, U16), weights=True),
-        Entry(f"down x{tokens}", down, (U32, U32, F32), weights=True),
+def catalogue(capability: tuple[int, int]) -> list[Entry]:
+    """All kernels, as they are for this architecture or an older one with the same abilities."""
+    chip = Chip(MULTIPROCESSORS, SHARED_BYTES, max(cc for cc in ABILITIES if cc <= capability))
+    entries = [Entry(name, kernel.spec) for name, kernel in ModelKernels(LLAMA, chip).planned.items()]
+    other = ModelKernels(OTHER, chip, "fp16").planned
+    entries += [Entry(f"{name} of halves, heads of 80", other[name].spec) for name in _OF_OTHER]
+    shared = ceiling.bulk_shared_bytes()
+    entries += [
+        Entry("read", kernel_spec("read", "ceiling:make_read", (U32, U32), ceiling.THREADS)),
+        Entry("bulk_read", kernel_spec("bulk_read", "ceiling:make_bulk_read", (U32, U32), 32, shared), COPY_ENGINE),
     ]
-
-
-def vocabulary(hardware: bool) -> Any:
-    return projection_kernels.make_store(shape(VOCABULARY, HIDDEN, 0, 1, hardware), EPS)
-
-
-def attend(heads: int, kv_heads: int, head_dim: int, tokens: int) -> Entry:
-    splits = attention.choose_splits(heads, kv_heads, tokens, MULTIPROCESSORS)
-    cut = attention.AttentionShape(heads, kv_heads, head_dim, tokens, heads * head_dim, splits)
-    name = f"attention {heads}/{kv_heads} of {head_dim} x{tokens}"
-    return Entry(name, lambda _: attention.make_attention(cut), (U32, U32, U32, I64, F32, U32, U32))
-
-
-CATALOGUE = (
-    *projections(1),
-    *(entry for entry in projections(8) if entry.name in {"qkv x8", "gate_up x8"}),
-    Entry("vocabulary x1", vocabulary, (U32, U32, F32, U32, F32), weights=True),
-    attend(HEADS, KV_HEADS, HEAD_DIM, 1),
-    attend(HEADS, KV_HEADS, HEAD_DIM, 8),
-    attend(32, 32, 80, 1),
-    Entry(
-        "repack", lambda hardware: fragments.make_repack(FragmentLayout(2 * FFN, HIDDEN, FFN, hardware)), (U8, F32, U32)
-    ),
-    Entry(
-        "embedding",
-        lambda hardware: embedding.make_embed(FragmentLayout(VOCABULARY, HIDDEN, 0, hardware), 1),
-        (U32, I32, F32),
-    ),
-    Entry("argmax", lambda _: sample.make_argmax(VOCABULARY), (F32, U32, F64, I64)),
-    Entry("sample", lambda _: sample.make_sample(VOCABULARY), (F32, U32, F64, U64, I64, I32, I32), doubles=True),
-    Entry("advance", lambda _: sample.make_advance(1, 1024, sampled=True), (I32, I32, I64, U32, I32, I64)),
-)
+    return entries

@@ -4,31 +4,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from kernel_cases import generator, launch, poisoned, weights
+from kernel_cases import generator, halves, launch, poisoned, weights
 from numpy.typing import NDArray
 
 from numba_atomflow.ops.cuda import embedding, sample
-from numba_atomflow.ops.cuda.fragments import FragmentLayout, to_fragments_reference
+from numba_atomflow.ops.cuda.fragments import FragmentLayout, halves_to_fragments_reference, to_fragments_reference
 from numba_atomflow.ops.embedding import embed_reference
 from numba_atomflow.sampling import SamplingParams, candidates, penalise, uniform
 
 EMBEDDINGS = (
     (FragmentLayout(40, 130, hardware_fp8=True), 3),  # neither fills its tiles
     (FragmentLayout(33, 576), 1),
+    (FragmentLayout(40, 130, halves=True), 3),
 )
 
 
 def check_embedding(layout: FragmentLayout, columns: int) -> None:
     """Bit for bit: a code times its scale, rounded once."""
     rng = generator(layout.rows, columns)
-    codes, scales = weights(layout, rng)
+    if layout.halves:
+        stored = halves(layout, rng)
+        table, words = stored.astype(np.float64), halves_to_fragments_reference(stored, layout)
+    else:
+        codes, scales = weights(layout, rng)
+        table = embed_reference(np.arange(layout.rows), codes, scales)
+        words = to_fragments_reference(codes, scales, layout)
     tokens = rng.integers(0, layout.rows, columns).astype(np.int32)
     tokens[0] = layout.rows - 1
     residual = poisoned(columns * layout.columns)
     kernel = embedding.make_embed(layout, columns)
-    words = to_fragments_reference(codes, scales, layout)
     launch(kernel, embedding.embed_blocks(layout, columns), embedding.THREADS, 0, words, tokens, residual)
-    expected = embed_reference(tokens, codes, scales).astype(np.float32)
+    expected = table[tokens].astype(np.float32)
     np.testing.assert_array_equal(residual.reshape(columns, -1), expected)
 
 
@@ -149,12 +155,9 @@ def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: i
         logits, seen = make_logits(case.logits, rng), rng.random(VOCABULARY) < 0.3
         best = run_argmax(logits, seen, case)
         state, token = np.array([seed, draw], np.uint64), np.array([-1], np.int32)
-        chosen = np.array([-1, -1], np.int32)
-        launch(kernel, 1, threads, shared_bytes, logits, bitmap(seen), case.options, state, best, token, chosen)
+        launch(kernel, 1, threads, shared_bytes, logits, bitmap(seen), case.options, state, best, token)
         expected = expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
         assert token[0] == expected, f"draw {draw}"
-        assert chosen.tolist() == [expected, not np.isfinite(logits.max())], "does not say whether it is a number"
-        assert best[0] == sample.LOWEST_KEY, "the next arg-max would start from this one's result"
         assert state.tolist() == [seed, draw + (not case.params.greedy)]
 
 
@@ -164,15 +167,18 @@ def check_advance() -> None:
     position, count = np.array([10], np.int64), np.array([3], np.int64)
     seen, ring = np.zeros(3, np.uint32), np.full(ring_size, 7, np.uint64)
     kernel = sample.make_advance(ring_size, sampled=True)
-    for new, broken in ((31, 0), (64, 1)):
-        launch(kernel, 1, 1, 0, np.array([new, broken], np.int32), position, seen, ring, count, 1)
+    for new, logit in ((31, 80.0), (64, np.nan)):
+        best = run_argmax(np.array([0.5, logit], np.float32), np.zeros(2, np.bool_), TokenCase())
+        launch(kernel, 1, 1, 0, np.array([new], np.int32), best, position, seen, ring, count, 1)
+        assert best[0] == sample.LOWEST_KEY, "the next arg-max would start from this one's result"
     assert position.tolist() == [12]
     assert seen.tolist() == [1 << 31, 0, 1]
     assert ring.tolist() == [5 << 32 | 1 << 31 | 64, 7, 7, 4 << 32 | 31]
     assert count.tolist() == [5]
     prompt = sample.make_advance(ring_size, sampled=False)
     before: list[Any] = [array.copy() for array in (seen, ring, count)]
-    launch(prompt, 1, 1, 0, np.array([1, 0], np.int32), position, seen, ring, count, 8)
+    best = np.array([sample.LOWEST_KEY], np.int64)
+    launch(prompt, 1, 1, 0, np.array([1], np.int32), best, position, seen, ring, count, 8)
     assert position.tolist() == [20]
     for array, old in zip((seen, ring, count), before, strict=True):
         np.testing.assert_array_equal(array, old)

@@ -185,7 +185,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _original(checkpoint: Checkpoint, path: Path) -> Any:
-    """The model that the checkpoint was made from, read by transformers."""
+    """The model that the checkpoint was made from, read by transformers.
+
+    An FP8 checkpoint of the hubs is read by this program's own reader, which expands it to float32: transformers reads
+    them only with a GPU or further packages, and rounds to bfloat16.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -194,6 +198,10 @@ def _original(checkpoint: Checkpoint, path: Path) -> Any:
     for file in source.files:
         if record.get("sha256", {}).get(file.name) != sha256(file):
             raise GroundTruthError(f"{file} is not what {checkpoint.path} was made from; give the same source.")
+    if source.fp8_scheme:
+        return _with_weights(
+            checkpoint.geometry, {name: torch.from_numpy(source.read(name)) for name in source.names()}
+        )
     folder, more = (path, {}) if source.kind == "hf" else (path.parent, {"gguf_file": path.name})
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, **more
@@ -204,7 +212,6 @@ def _original(checkpoint: Checkpoint, path: Path) -> Any:
 def _dequantised(checkpoint: Checkpoint) -> Any:
     """The checkpoint's weights, expanded, in transformers' model."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     state: dict[str, Any] = {}
     shapes = checkpoint.geometry.parameters()
@@ -215,9 +222,17 @@ def _dequantised(checkpoint: Checkpoint) -> Any:
             weights = checkpoint.matrix(part)
         ends = np.cumsum([shapes[name][0] for name in names])
         state |= {name: torch.from_numpy(rows) for name, rows in zip(names, np.split(weights, ends[:-1]), strict=True)}
-    if checkpoint.geometry.tied_embeddings:
+    return _with_weights(checkpoint.geometry, state)
+
+
+def _with_weights(geometry: ModelGeometry, state: dict[str, Any]) -> Any:
+    """The family's own class in transformers, with these weights in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if geometry.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config = _config(checkpoint.geometry)
+    config = _config(geometry)
     with torch.device("meta"):  # no memory, and no time for random weights
         auto: Any = AutoModelForCausalLM
         model: Any = auto.from_config(config, attn_implementation="eager")

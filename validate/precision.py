@@ -21,6 +21,7 @@ class Precision:
 
     Attributes:
         normed, q, k, v, attended, ffn: of what the stages store.
+        probabilities: of softmax's weights, where they are multiplied with v.
         weights: of the weights, where they are not the checkpoint's own: 0 where they are.
         float32_angles: RoPE's angles are computed in float32 (as transformers does), not looked up in a table that was
             made in float64.
@@ -30,6 +31,7 @@ class Precision:
     q: float = FLOAT32
     k: float = FLOAT32
     v: float = FLOAT32
+    probabilities: float = FLOAT32
     attended: float = FLOAT32
     ffn: float = FLOAT32
     weights: float = 0.0
@@ -48,7 +50,8 @@ class Precision:
                 case Qkv():
                     units |= {"q": unit(op.qkv, op.q), "k": unit(op.qkv, op.keys), "v": unit(op.qkv, op.values)}
                 case Attention():
-                    units["attended"] = unit(op.attended)
+                    # Tensor cores take both factors of their product with v in its type, which is the result's too.
+                    units |= {"probabilities": unit(op.attended), "attended": unit(op.attended)}
                 case GateUp():
                     units |= {"normed": unit(op.normed), "ffn": unit(op.y)}
         return cls(**units)

@@ -121,7 +121,7 @@ class _Count:
             np.maximum(peak, 1.0) ** 2 * (q + k + self.chain(g.head_dim))
             + v
             + self.chain(1) * (2 * (self.positions + 1) + EXP_ROUNDINGS)
-            + self.stored("attended")
+            + self.stored("probabilities", "attended")
         )
         entering = stream * norms[0]
         after_attention = self.add(stream, x, entering + attention + self.projection(g.q_dim), middle)

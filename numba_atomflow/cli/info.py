@@ -20,7 +20,7 @@ Examples:
   numba-atomflow info                                  this machine and its versions
   numba-atomflow info smollm2-135m-instruct            geometry, sizes, memory plan
   numba-atomflow info my-model.safetensors --verify    read every weight
-  numba-atomflow info my-model.safetensors --max-seq-len 2048 --json
+  numba-atomflow info my-model.safetensors --max-seq-len 2048 --backend cuda --json
 """
 
 Table = list[tuple[str, str]]
@@ -33,6 +33,7 @@ def info(
     ] = None,
     max_seq_len: options.MaxSeqLen = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every weight and check it.")] = False,
+    backend: options.Backend = options.BackendChoice.AUTO,
     as_json: options.Json = False,
 ) -> None:
     """Show a checkpoint and its memory plan, or this machine.
@@ -40,8 +41,8 @@ def info(
     The machine is shown if no MODEL is named.
     """
     if model is None:
-        if verify or max_seq_len is not None:
-            option = "--verify" if verify else "--max-seq-len"
+        if verify or max_seq_len is not None or backend != "auto":
+            option = "--verify" if verify else "--max-seq-len" if max_seq_len is not None else "--backend"
             raise OptionError(f"{option} needs a model; name a checkpoint.")
         _show(_machine(), as_json, _machine_table)
         return
@@ -52,7 +53,7 @@ def info(
     with Checkpoint.open(find_checkpoint(model)) as checkpoint:
         if verify:
             checkpoint.verify()
-        _show(_model(checkpoint, max_seq_len, verify), as_json, _model_table)
+        _show(_model(checkpoint, max_seq_len, verify, backend), as_json, _model_table)
 
 
 def _show(record: dict[str, Any], as_json: bool, table: Any) -> None:
@@ -67,14 +68,10 @@ def _show(record: dict[str, Any], as_json: bool, table: Any) -> None:
 # --- a checkpoint ----------------------------------------------------------------------------------------------------
 
 
-def _model(checkpoint: "Checkpoint", max_seq_len: int | None, verified: bool) -> dict[str, Any]:
-    from numba_atomflow.backends.cpu import choose_threads, cpu_plan
-    from numba_atomflow.engine import choose_max_seq_len
-
+def _model(
+    checkpoint: "Checkpoint", max_seq_len: int | None, verified: bool, backend: options.BackendChoice
+) -> dict[str, Any]:
     geometry = checkpoint.geometry
-    positions = choose_max_seq_len(geometry, max_seq_len)
-    plan = cpu_plan(geometry, positions, choose_threads(None))
-    pools = plan.pool_bytes() | {"weights": checkpoint.payload_bytes}
     return {
         "path": str(checkpoint.path),
         "file_bytes": checkpoint.path.stat().st_size,
@@ -89,17 +86,37 @@ def _model(checkpoint: "Checkpoint", max_seq_len: int | None, verified: bool) ->
             "eos_ids": list(checkpoint.text.eos_ids),
         },
         "verified": verified,
-        "memory_plan": {
-            "backend": "cpu",
-            "max_seq_len": positions,
-            "mapped_bytes": {"weights": checkpoint.payload_bytes},
-            "allocated_bytes": {pool: count for pool, count in pools.items() if pool != "weights"},
-            "allocated_total": plan.total,
-            "buffers": [
-                {"pool": b.pool, "name": b.name, "shape": list(b.shape), "dtype": b.dtype, "bytes": b.nbytes}
-                for b in plan.buffers
-            ],
-        },
+        "memory_plan": _memory_plan(checkpoint, max_seq_len, backend),
+    }
+
+
+def _memory_plan(checkpoint: "Checkpoint", max_seq_len: int | None, backend: options.BackendChoice) -> dict[str, Any]:
+    """What loading would allocate: on the CPU the weights stay in the mapped file, on the GPU they are part of it."""
+    from numba_atomflow.backends.choose import gpu_is_usable
+    from numba_atomflow.engine import choose_max_seq_len
+
+    positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
+    if backend == "cuda" or (backend == "auto" and gpu_is_usable()):
+        from numba_atomflow.backends.cuda.plan import plan_for_this_gpu
+
+        name, mapped = "cuda", {}
+        plan, device = plan_for_this_gpu(checkpoint.geometry, checkpoint.head, positions)
+    else:
+        from numba_atomflow.backends.cpu import choose_threads, cpu_plan
+
+        name, mapped, device = "cpu", {"weights": checkpoint.payload_bytes}, {}
+        plan = cpu_plan(checkpoint.geometry, positions, choose_threads(None))
+    return {
+        "backend": name,
+        "max_seq_len": positions,
+        "mapped_bytes": mapped,
+        "allocated_bytes": {pool: count for pool, count in plan.pool_bytes().items() if pool not in mapped},
+        "allocated_total": plan.total,
+        "device": device,
+        "buffers": [
+            {"pool": b.pool, "name": b.name, "shape": list(b.shape), "dtype": b.dtype, "bytes": b.nbytes}
+            for b in plan.buffers
+        ],
     }
 
 
@@ -119,7 +136,7 @@ def _model_table(record: dict[str, Any]) -> Table:
         ("parameters", f"{record['parameters']:,}"),
         ("layers", f"{g['layers']}"),
         ("hidden, ffn", f"{g['hidden']}, {g['ffn']}"),
-        ("heads", f"{g['heads']} of {g['head_dim']}, {g['kv_heads']} for keys and values"),
+        ("heads", f"{g['heads']} of {g['head_dim']}, {g['kv_heads']} for keys and values{_extras(g)}"),
         ("vocabulary", f"{g['vocabulary']:,} tokens, {'tied' if g['tied_embeddings'] else 'untied'} embeddings"),
         ("head", f"{record['head']} vocabulary projection"),
         ("positions", f"at most {g['max_positions']:,}"),
@@ -130,10 +147,26 @@ def _model_table(record: dict[str, Any]) -> Table:
         *(("  SHA-256", f"{digest}  {name}") for name, digest in source.get("sha256", {}).items()),
         ("", ""),
         ("memory plan", f"{plan['backend']} backend, {plan['max_seq_len']:,} positions (--max-seq-len)"),
-        ("  weights", f"{output.size(plan['mapped_bytes']['weights']):>10}  mapped from the file"),
+        *(
+            (f"  {pool}", f"{output.size(count):>10}  mapped from the file")
+            for pool, count in plan["mapped_bytes"].items()
+        ),
         *((f"  {pool}", f"{output.size(count):>10}") for pool, count in plan["allocated_bytes"].items()),
-        ("  allocated", f"{output.size(plan['allocated_total']):>10}  without the weights"),
+        ("  allocated", f"{output.size(plan['allocated_total']):>10}  {_of_device(plan)}"),
     ]
+
+
+def _extras(geometry: dict[str, Any]) -> str:
+    """What attention has beyond Llama's."""
+    return (", biases" if geometry["qkv_bias"] else "") + (", norms of q and k" if geometry["qk_norm"] else "")
+
+
+def _of_device(plan: dict[str, Any]) -> str:
+    device = plan["device"]
+    if not device:
+        return "without the weights"
+    free, total = output.size(device["free_bytes"]), output.size(device["memory_bytes"])
+    return f"in one block; {device['name']} has {free} free of {total}"
 
 
 def _yes(there: bool) -> str:

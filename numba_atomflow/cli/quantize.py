@@ -45,7 +45,7 @@ class HeadChoice(StrEnum):
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(help="A GGUF file, or a Hugging Face folder with safetensors weights.")],
+    source: options.Source,
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint file to write.")],
     method: Annotated[MethodChoice, typer.Option("--method", help="How weights are rounded.")] = MethodChoice.GPTQ,
     calibration: Annotated[
@@ -63,6 +63,7 @@ def quantize(
     group_size: Annotated[
         int, typer.Option("--group-size", metavar="N", help="Weights that share a scale: 128 is what kernels read.")
     ] = 128,
+    revision: options.Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it is there.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -74,7 +75,7 @@ def quantize(
     started = time.perf_counter()
     if group_size != 128:
         raise OptionError(f"--group-size is {group_size}; kernels read groups of 128 only, so leave it out.")
-    source, destination = home.expand_user(source), home.expand_user(destination)
+    destination = home.expand_user(destination)
     if calibration is not None:
         calibration = home.expand_user(calibration)
 
@@ -85,6 +86,7 @@ def quantize(
         convert(
             source,
             destination,
+            revision=revision,
             method=method.value,
             calibration=calibration,
             head=lm_head.value,

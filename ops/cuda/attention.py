@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32, uint32
+from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
 
 KEYS = 16  # per step of a warp
+_ALONE = 2  # steps of a block that are sooner done by one than shared, with what adding up the chunks takes
 _BATCH = 8  # chunks that the last block loads at a time
 _ZERO, _LOWEST = np.float32(0.0), np.float32(-1.0e30)
 
@@ -151,6 +152,16 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
             out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
 
     @ptx.device_function
+    def load_step(keys, values, base, length, kv, g, t, k_part, v_part):  # type: ignore[no-untyped-def]
+        """A lane's part of the keys and values of one step."""
+        for h in range(2):
+            key = min(base + h * 8 + g, length - 1)
+            load_row(keys, key * kv_row + kv * head_words, t, k_part, h * row_registers)
+        for i in range(4):
+            key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
+            load_value(values, key * kv_row + kv * head_words, g, v_part, i * (v_registers // 4))
+
+    @ptx.device_function
     def element(t, column, j):  # type: ignore[no-untyped-def]
         """The element of the head that fragment j of the sums holds in column 2 t + column."""
         n = 2 * t + column
@@ -181,13 +192,13 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
     def attend(q, keys, values, position, partials, counters, out):  # type: ignore[no-untyped-def]
         floats = cuda.shared.array(0, float32)
         words = cuda.shared.array(0, uint32)
+        q_part = cuda.local.array(k_registers, uint32)
         k_part = cuda.local.array(k_registers, uint32)
         v_part = cuda.local.array(v_registers, uint32)
         sums = cuda.local.array(sum_registers, float32)
         loaded = cuda.local.array(32, float32)
         if dependent:
             ptx.let_next_kernel_start()
-            ptx.wait_for_previous_kernel()
         thread = cuda.threadIdx.x
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
@@ -196,10 +207,19 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
 
         length = position[0] + columns
         chunk = ((length + splits - 1) // splits + step_keys - 1) // step_keys * step_keys
+        if length <= _ALONE * step_keys:
+            chunk = int64(_ALONE * step_keys)
         active = (length + chunk - 1) // chunk
         if split >= active:
             return
         start, end = split * chunk, min(length, (split + 1) * chunk)
+        base = start + warp * KEYS
+        # Nothing of this step's launches moves the position or writes to earlier keys: they need not be waited for.
+        early = dependent and base < end and base + KEYS <= position[0]
+        if early:
+            load_step(keys, values, base, length, kv, g, t, k_part, v_part)
+        if dependent:
+            ptx.wait_for_previous_kernel()
 
         query_0, query_1 = min(first_query + g, queries - 1), min(first_query + g + 8, queries - 1)
         # The last key that each sees. 32 bits, as every register counts on sm_80.
@@ -209,26 +229,21 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
             for h in range(2):
                 query = query_0 if h == 0 else query_1
                 start_q = query // ratio * q_row + (kv * ratio + query % ratio) * head_words
-                load_row(q, start_q, t, k_part, h * row_registers)
+                load_row(q, start_q, t, q_part, h * row_registers)
             for i in range(row_registers // 2):
                 for h in range(2):
                     at = i * 128 + lane * 4 + h
-                    words[at] = k_part[h * row_registers + 2 * i]
-                    words[at + 2] = k_part[h * row_registers + 2 * i + 1]
+                    words[at] = q_part[h * row_registers + 2 * i]
+                    words[at + 2] = q_part[h * row_registers + 2 * i + 1]
         cuda.syncthreads()
 
         for i in range(sum_registers):
             sums[i] = _ZERO
         largest_0, largest_1, total_0, total_1 = _LOWEST, _LOWEST, _ZERO, _ZERO
-        base = start + warp * KEYS
         while base < end:
-            for h in range(2):
-                key = min(base + h * 8 + g, length - 1)
-                load_row(keys, key * kv_row + kv * head_words, t, k_part, h * row_registers)
-            for i in range(4):
-                key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
-                load_value(values, key * kv_row + kv * head_words, g, v_part, i * (v_registers // 4))
-
+            if not early:
+                load_step(keys, values, base, length, kv, g, t, k_part, v_part)
+            early = False
             s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
             s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
             for i in range(row_registers // 2):

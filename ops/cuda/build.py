@@ -22,6 +22,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from numba_atomflow.errors import BackendError
 from numba_atomflow.ops import jit
@@ -35,25 +36,37 @@ _MOST_WORKERS = 16
 
 def compile_spec(spec: KernelSpec, capability: tuple[int, int]) -> bytes:
     """Machine code (a cubin with one kernel named `spec.name`) for one architecture."""
-    from cuda.core import Linker, LinkerOptions, ObjectCode
-
-    ptx = make_ptx(spec, capability)
-    options = LinkerOptions(arch="sm_{}{}".format(*capability))
-    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
-    return bytes(linker.link("cubin").code)
+    return assemble(make_ptx(spec.make(), spec, capability), capability)[0]
 
 
-def make_ptx(spec: KernelSpec, capability: tuple[int, int]) -> str:
-    """PTX of a kernel, whose long mangled name is replaced by `spec.name`."""
+def make_ptx(kernel: Any, spec: KernelSpec, capability: tuple[int, int]) -> str:
+    """PTX of a kernel, whose long mangled name is replaced by `spec.name`.
+
+    Args:
+        kernel: as numba has it: `spec.make()`.
+    """
     from numba import cuda
 
-    kernel = spec.make()
-    bounds = kernel.targetoptions["launch_bounds"]
+    bounds = kernel.targetoptions["launch_bounds"]  # `compile_ptx` does not look there
     ptx, _ = cuda.compile_ptx(kernel.py_func, spec.numba_signature(), cc=capability, launch_bounds=bounds)
+    return rename(str(ptx), spec.name)
+
+
+def rename(ptx: str, name: str) -> str:
+    """PTX with a readable name for its one kernel."""
     mangled = re.search(r"\.entry\s+([\w$]+)\(", ptx)
     if mangled is None:
-        raise RuntimeError(f"numba made no kernel of {spec.name}")
-    return str(ptx).replace(mangled[1], spec.name)
+        raise RuntimeError(f"numba made no kernel of {name}")
+    return ptx.replace(mangled[1], name)
+
+
+def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """A cubin of PTX, and what the assembler says about registers and spills."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch="sm_{}{}".format(*capability), ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    return bytes(linker.link("cubin").code), str(linker.get_info_log())
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

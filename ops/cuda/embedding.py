@@ -2,6 +2,9 @@
 
 One thread decodes one word of 4 columns, wherever `fragments.py` has put it. Cost model: one launch (2-3 us); the
 bytes, hidden * 1.03 read and 4 * hidden written per token, are nothing beside it. The result is the CPU's, bit for bit.
+
+It begins a step and is always launched plainly: it starts when the step before has ended. So the later kernels of a
+step, which may start early (programmatic dependent launch), can rely on the position before they wait.
 """
 
 from typing import Any
@@ -14,12 +17,14 @@ from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
 THREADS = 256
 
 
-def make_embed(layout: FragmentLayout, columns: int, *, dependent: bool = False) -> Any:
+def make_embed(layout: FragmentLayout, columns: int) -> Any:
     """residual[t] = row tokens[t] of the embedding.
 
     Kernel (words uint32 [layout.words], tokens int32 [columns], residual float32 [columns * hidden]). Plain rows.
     Launch: `embed_blocks(layout, columns)` blocks of `THREADS` threads, no shared memory.
     """
+    if layout.halves:
+        return _make_embed_halves(layout, columns)
     hidden, tile_words, scales_start = layout.columns, layout.tile_words, layout.groups * GROUP_WORDS
     row_words = -(-hidden // 4)
     total = columns * row_words
@@ -27,9 +32,6 @@ def make_embed(layout: FragmentLayout, columns: int, *, dependent: bool = False)
 
     @ptx.kernel(THREADS, 1)
     def embed(words, tokens, residual):  # type: ignore[no-untyped-def]
-        if dependent:
-            ptx.let_next_kernel_start()
-            ptx.wait_for_previous_kernel()
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if index >= total:
             return
@@ -51,6 +53,31 @@ def make_embed(layout: FragmentLayout, columns: int, *, dependent: bool = False)
             residual[start + 3] = x3 * scale
 
     return embed
+
+
+def _make_embed_halves(layout: FragmentLayout, columns: int) -> Any:
+    """The same for float16 weights; a thread copies 4 columns, two words."""
+    hidden, tile_words = layout.columns, layout.tile_words
+    row_words = -(-hidden // 4)
+    total = columns * row_words
+
+    @ptx.kernel(THREADS, 1)
+    def embed_halves(words, tokens, residual):  # type: ignore[no-untyped-def]
+        index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        if index >= total:
+            return
+        column, quad = index // row_words, index % row_words
+        row = tokens[column]
+        at = row // 16 * tile_words + quad // 8 * 256 + row % 16 // 8 * 128 + row % 8 * 16 + quad % 8 * 2
+        start = column * hidden + quad * 4
+        for i in range(2):
+            low, high = ptx.unpack_f16x2(words[at + i])
+            if quad * 4 + 2 * i < hidden:
+                residual[start + 2 * i] = low
+            if quad * 4 + 2 * i + 1 < hidden:
+                residual[start + 2 * i + 1] = high
+
+    return embed_halves
 
 
 def embed_blocks(layout: FragmentLayout, columns: int) -> int:

@@ -20,6 +20,9 @@ Two orders of bytes within a word of 4 columns, after the way of decoding: `deco
 to the value times 2^-8, so the scale takes 2^8: exact.
 
 Padding rows and columns are zero codes with scale 0. Cost model of the kernel: N * K bytes read and written, once.
+
+Float16 weights (the vocabulary projection may have them) follow the same plan without scales: a group is 64 columns,
+so that it has as many bytes, and lane 4 g + t holds 8 neighbouring columns of 32.
 """
 
 from dataclasses import dataclass
@@ -44,21 +47,28 @@ class FragmentLayout:
     Attributes:
         half: distance of the rows that are paired; 0: plain order.
         hardware_fp8: bytes and scales are ordered for `decode_fp8_cvt` (sm_89 and later), else for `decode_fp8_bits`.
+        halves: the weights are float16, without scales; plain order only.
     """
 
     rows: int
     columns: int
     half: int = 0
     hardware_fp8: bool = False
+    halves: bool = False
+
+    @property
+    def group_columns(self) -> int:
+        """Columns whose weights a warp loads together: 2 KB of a tile."""
+        return GROUP // 2 if self.halves else GROUP
 
     @property
     def groups(self) -> int:
-        """Groups of 128 columns, the last one padded."""
-        return group_count(self.columns)
+        """Groups of columns, the last ones padded."""
+        return self.padded_columns // self.group_columns
 
     @property
     def padded_columns(self) -> int:
-        return self.groups * GROUP
+        return group_count(self.columns) * GROUP
 
     @property
     def section_tiles(self) -> int:
@@ -74,6 +84,8 @@ class FragmentLayout:
     @property
     def tile_words(self) -> int:
         """32-bit words from one tile to the next."""
+        if self.halves:
+            return self.groups * GROUP_WORDS
         return -(-self.groups * (GROUP_WORDS + TILE_ROWS) // 32) * 32
 
     @property
@@ -150,6 +162,15 @@ def from_fragments_reference(
     return codes, scales
 
 
+def halves_to_fragments_reference(weights: NDArray[np.float16], layout: FragmentLayout) -> NDArray[np.uint32]:
+    """Float16 weights [N, K] to words [layout.words]."""
+    padded = np.zeros((layout.tiles * TILE_ROWS, layout.padded_columns), np.float16)
+    padded[: layout.rows, : layout.columns] = weights
+    # axes: tile, row / 8, g, 32 columns, t, element -> tile, 32 columns, row / 8, g, t, element
+    blocks = padded.reshape(layout.tiles, 2, 8, -1, 4, 8).transpose(0, 3, 1, 2, 4, 5)
+    return np.ascontiguousarray(blocks).reshape(-1).view(np.uint32)
+
+
 # --- GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +226,32 @@ def make_repack(hardware_fp8: bool) -> Any:
         words[index] = value
 
     return repack
+
+
+def make_repack_halves() -> Any:
+    """Kernel (weights uint16 [N * K], words uint32 [layout.words], the layout's rows and columns as int64): one thread
+    per word. Launched as `make_repack`'s.
+    """
+
+    @ptx.device_function
+    def half(weights, row, column, rows, columns):  # type: ignore[no-untyped-def]
+        if row < rows and column < columns:
+            return np.uint32(weights[row * columns + column])
+        return np.uint32(0)
+
+    @ptx.kernel(THREADS, 1)
+    def repack_halves(weights, words, rows, columns):  # type: ignore[no-untyped-def]
+        tile_words = (columns + 127) // 128 * 1024
+        index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        if index >= len(words):
+            return
+        tile, word = index // tile_words, index % tile_words
+        row = tile * 16 + word % 256 // 128 * 8 + word % 128 // 16
+        column = word // 256 * 32 + word % 16 * 2
+        low = half(weights, row, column, rows, columns)
+        words[index] = np.uint32(low | half(weights, row, column + 1, rows, columns) << 16)
+
+    return repack_halves
 
 
 def repack_blocks(layout: FragmentLayout) -> int:

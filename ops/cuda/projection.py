@@ -2,7 +2,8 @@
 
 `mma.m16n8k16` multiplies 16 weight rows (A, decoded from FP8 in registers) with up to 8 columns of x (B); the weights
 pass through once, whatever the number of columns. Products of float16 are exact in float32; sums are float32; a
-group's scale multiplies its sum of 128 products. See `fragments.py` for the order of the weights.
+group's scale multiplies its sum of 128 products; float16 weights need neither decoding nor scales. See `fragments.py`
+for the order of the weights.
 
 How a block works: `split` of its warps share a tile of 16 rows, each taking every `split`-th group of 128 columns;
 their sums meet in shared memory and are added in a fixed order, so that the result is the same in every run. Blocks
@@ -84,13 +85,18 @@ class ProjectionShape:
 def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
     """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups.
 
-    With one column, a warp's share of a tile is loaded at once if that is three groups at most.
+    With one column, a warp's share of a tile is loaded at once if that is three groups at most. With more, decoding FP8
+    bit by bit (before sm_89) leaves registers for one group.
     """
     split = 1
     while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
         split *= 2
     share = -(-layout.groups // split)
-    return ProjectionShape(layout, columns, split=split, depth=share if share <= 3 and columns == 1 else 2)
+    if columns == 1:
+        depth = share if share <= 3 else 2
+    else:
+        depth = 2 if layout.hardware_fp8 else 1
+    return ProjectionShape(layout, columns, split=split, depth=depth)
 
 
 def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:
@@ -112,6 +118,7 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
     scales_start = groups * GROUP_WORDS
     share = -(-groups // split)
     batches = -(-share // depth)
+    halves, x_step = layout.halves, layout.group_columns // 2  # words of x per group
     even = groups == batches * depth * split  # then every warp has the same work, and nothing is tested
     x_pitch, x_words = shape.x_pitch, layout.padded_columns // 2
     words_per_thread = -(-x_words // threads)
@@ -129,8 +136,9 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
         for u in range(depth):
             group = part + (batch * depth + u) * split
             if even or group < groups:
-                start = tile * tile_words + scales_start + group * 16 + (lane >> 2) * 2
-                scales[2 * u], scales[2 * u + 1] = ptx.load_constant_f32x2(weights, start)
+                if not halves:
+                    start = tile * tile_words + scales_start + group * 16 + (lane >> 2) * 2
+                    scales[2 * u], scales[2 * u + 1] = ptx.load_constant_f32x2(weights, start)
                 for i in range(4):
                     start = tile * tile_words + group * GROUP_WORDS + i * 128 + lane * 4
                     w0, w1, w2, w3 = ptx.load_stream_16(weights, start)
@@ -140,25 +148,34 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
     @ptx.device_function
     def multiply(batch, part, lane, codes, scales, words, total):  # type: ignore[no-untyped-def]
         """total += the batch's share of W x: rows g (0, 1) and g + 8 (2, 3), columns 2 t and 2 t + 1."""
-        x_row = min(lane >> 2, columns - 1) * x_pitch + (lane & 3) * 8
+        x_row = min(lane >> 2, columns - 1) * x_pitch + (lane & 3) * (4 if halves else 8)
         for u in range(depth):
             group = part + (batch * depth + u) * split
             if even or group < groups:
                 c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
                 for s in range(2):
                     at = 16 * u + 8 * s
-                    for h in range(2):
-                        b0, b1, b2, b3 = ptx.load_block_16(words, x_row + group * 64 + s * 32 + h * 4)
-                        low_0, low_1 = decode(codes[at + 2 * h])
-                        high_0, high_1 = decode(codes[at + 4 + 2 * h])
-                        c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
-                        low_0, low_1 = decode(codes[at + 2 * h + 1])
-                        high_0, high_1 = decode(codes[at + 5 + 2 * h])
-                        c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, c0, c1, c2, c3)
-                total[0] += c0 * scales[2 * u]
-                total[1] += c1 * scales[2 * u]
-                total[2] += c2 * scales[2 * u + 1]
-                total[3] += c3 * scales[2 * u + 1]
+                    if halves:
+                        b0, b1, b2, b3 = ptx.load_block_16(words, x_row + group * x_step + s * 16)
+                        a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
+                        c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
+                        a0, a1, a2, a3 = codes[at + 2], codes[at + 6], codes[at + 3], codes[at + 7]
+                        c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, c0, c1, c2, c3)
+                    else:
+                        for h in range(2):
+                            b0, b1, b2, b3 = ptx.load_block_16(words, x_row + group * x_step + s * 32 + h * 4)
+                            low_0, low_1 = decode(codes[at + 2 * h])
+                            high_0, high_1 = decode(codes[at + 4 + 2 * h])
+                            c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
+                            low_0, low_1 = decode(codes[at + 2 * h + 1])
+                            high_0, high_1 = decode(codes[at + 5 + 2 * h])
+                            c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, c0, c1, c2, c3)
+                low_scale = _ONE if halves else scales[2 * u]
+                high_scale = _ONE if halves else scales[2 * u + 1]
+                total[0] += c0 * low_scale
+                total[1] += c1 * low_scale
+                total[2] += c2 * high_scale
+                total[3] += c3 * high_scale
 
     @ptx.device_function
     def copy(source, thread, words):  # type: ignore[no-untyped-def]
@@ -169,8 +186,7 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
                     words[column * x_pitch + word] = source[column * x_words + word]
 
     @ptx.device_function
-    def normalise(source, norm, normed, thread, words, floats):  # type: ignore[no-untyped-def]
-        reports = cuda.blockIdx.x == cuda.gridDim.x - 1
+    def normalise(source, norm, thread, words, floats):  # type: ignore[no-untyped-def]
         for column in range(columns):
             squares = _ZERO
             for i in range(words_per_thread):
@@ -195,12 +211,17 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
                     a, b = ptx.load_8(source, column * width + 2 * pair)
                     low = ptx.bits_f32(a) * factor * norm[2 * pair]
                     high = ptx.bits_f32(b) * factor * norm[2 * pair + 1]
-                    packed = ptx.pack_f16x2(low, high)
-                    words[column * x_pitch + pair] = packed
-                    if reports:
-                        normed[column * x_words + pair] = packed
+                    words[column * x_pitch + pair] = ptx.pack_f16x2(low, high)
                 elif pair < x_words:
                     words[column * x_pitch + pair] = np.uint32(0)
+
+    @ptx.device_function
+    def report(normed, thread, words):  # type: ignore[no-untyped-def]
+        for column in range(columns):
+            for i in range(words_per_thread):
+                pair = i * threads + thread
+                if 2 * pair < width:
+                    normed[column * x_words + pair] = words[column * x_pitch + pair]
 
     @ptx.device_function
     def run(weights, source, norm, normed, outputs):  # type: ignore[no-untyped-def]
@@ -219,10 +240,12 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
         if prologue == "norm":
-            normalise(source, norm, normed, thread, words, floats)
+            normalise(source, norm, thread, words, floats)
         else:
             copy(source, thread, words)
         cuda.syncthreads()
+        if prologue == "norm" and cuda.blockIdx.x == cuda.gridDim.x - 1:
+            report(normed, thread, words)
         parity = 0
         while first < tiles:
             live = first + slot < tiles

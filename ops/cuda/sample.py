@@ -36,6 +36,7 @@ LOWEST_KEY = -1  # what `best` holds before the arg-max
 _ID_BITS = 24
 _ID_MASK = (1 << _ID_BITS) - 1
 _NAN_RANK = 0xFFFFFFFF  # above infinity's
+_INFINITE = (0x80000000 + 0x7F800000) << _ID_BITS  # the least key of a logit that is infinite or no number
 _UNIT = float(2**44)
 _DIGIT_BITS, _DIGITS = 8, 256
 _KEY_BITS = 32 + _ID_BITS
@@ -106,11 +107,10 @@ def make_sample(
     capacity: int = CAPACITY,
     dependent: bool = False,
 ) -> Any:
-    """token[0] = the next token; best[0] is made ready for the next arg-max; a draw is counted.
+    """token[0] = the next token; a draw is counted.
 
     Kernel (logits float32 [V], seen uint32 [ceil(V / 32)], options float64 [5], generator uint64 [2] with seed and
-    number of draws, best int64 [1] from the arg-max, token int32 [1] for the next step's embedding, chosen int32 [2]
-    for `advance`: the id, and 1 if its logit is no number).
+    number of draws, best int64 [1] from the arg-max, token int32 [1]).
     Launch: one block of `threads` threads with `sample_shared_bytes(bins, capacity)` of dynamic shared memory.
 
     Args:
@@ -156,7 +156,7 @@ def make_sample(
         return size - 1
 
     @ptx.kernel(threads, 1)
-    def sample(logits, seen, options, generator, best, token, chosen_token):  # type: ignore[no-untyped-def]
+    def sample(logits, seen, options, generator, best, token):  # type: ignore[no-untyped-def]
         shared = cuda.shared.array(0, int64)
         if dependent:
             ptx.let_next_kernel_start()
@@ -168,14 +168,10 @@ def make_sample(
         best_token = _ID_MASK - (best_key & _ID_MASK)
         some_k = top_k > 0 and top_k < vocabulary
         # Infinity and NaN leave no probabilities to draw from.
-        broken = best_key >> _ID_BITS >= 0x80000000 + 0x7F800000
-        if temperature == 0.0 or top_k == 1 or broken:
+        if temperature == 0.0 or top_k == 1 or best_key >= _INFINITE:
             cuda.syncthreads()
             if thread == 0:
                 token[0] = best_token
-                chosen_token[0] = best_token
-                chosen_token[1] = 1 if broken else 0
-                best[0] = LOWEST_KEY
             return
         by_id = not some_k and top_p >= 1.0 and min_p <= 0.0
         most_likely = penalised(logits, seen, best_token, penalty)
@@ -301,35 +297,35 @@ def make_sample(
                     kept = min(kept, shared[reached])
         if thread == 0:
             token[0] = shared[chosen]
-            chosen_token[0] = shared[chosen]
-            chosen_token[1] = 0
-            best[0] = LOWEST_KEY
             generator[1] += 1
 
     return sample
 
 
 def make_advance(ring: int, *, sampled: bool, dependent: bool = False) -> Any:
-    """The step's last kernel: the position moves, the chosen token is marked as seen, and the host is told.
+    """The step's last kernel: the position moves, the token is marked as seen, the host is told, and `best` is made
+    ready for the next arg-max.
 
-    Kernel (chosen int32 [2] from `sample`, position int64 [1], seen uint32 bitmap, ring uint64 [ring] in pinned host
-    memory, count int64 [1], tokens int64: how far the position moves). Without `sampled` only the position moves. An
-    entry of the ring is one store of 8 bytes: the number of the token, from 1 on, above its id; so whoever reads the
-    number has the id as well.
+    Kernel (token int32 [1] from `sample`, best int64 [1] from the arg-max, position int64 [1], seen uint32 bitmap, ring
+    uint64 [ring] in pinned host memory, count int64 [1], tokens int64: how far the position moves). Without `sampled`
+    only the position moves. An entry of the ring is one store of 8 bytes: the number of the token, from 1 on, above its
+    id, with bit 31 set if its logit is infinite or no number; so whoever reads the number has the rest as well.
     Launch: one block of one thread.
     """
 
     @ptx.kernel(32, 1)
-    def advance(chosen, position, seen, ring_entries, count, tokens):  # type: ignore[no-untyped-def]
+    def advance(token, best, position, seen, ring_entries, count, tokens):  # type: ignore[no-untyped-def]
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
         position[0] += tokens
         if sampled:
-            new, number = int64(chosen[0]), count[0] + 1
+            new, number = int64(token[0]), count[0] + 1
             count[0] = number
             seen[new // 32] = np.uint32(int64(seen[new // 32]) | int64(1) << (new % 32))
-            word = (number & 0xFFFFFFFF) << 32 | int64(chosen[1]) << 31 | new
+            broken = int64(1) if best[0] >= _INFINITE else int64(0)
+            best[0] = LOWEST_KEY
+            word = (number & 0xFFFFFFFF) << 32 | broken << 31 | new
             ring_entries[(number - 1) % ring] = np.uint64(word)
             cuda.threadfence_system()
 

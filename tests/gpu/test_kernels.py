@@ -1,20 +1,24 @@
 """The checks of tests/sim on a real GPU, and the same at the sizes of real models."""
 
 import pytest
+from device_launch import capability
 from kernel_cases import (
     ATTENTIONS,
+    HALF_LAYOUTS,
     LAYOUTS,
     PROJECTIONS,
+    ROPES,
     AttentionCase,
     FragmentLayout,
     ProjectionCase,
+    RopeCase,
     check_attention,
     check_projection,
     check_repack,
+    check_repack_halves,
+    check_rope,
     qkv_case,
 )
-from numba import cuda
-from numba.core import config
 from token_kernel_cases import (
     ARGMAXES,
     EMBEDDINGS,
@@ -26,14 +30,6 @@ from token_kernel_cases import (
     check_sample,
 )
 
-if config.ENABLE_CUDASIM or not cuda.is_available():
-    pytest.skip("no CUDA GPU (or its driver, or its libraries: extra cu13)", allow_module_level=True)
-
-# Arrays on the host are copied to the device and back at every launch, which numba advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:.*Host array", "ignore:.*Grid size")
-
-HARDWARE_FP8 = cuda.get_current_device().compute_capability >= (8, 9)
-
 LARGE_PROJECTIONS = (
     ProjectionCase("store", 49152, 576, 1, warps=8, split=1, blocks=264),  # SmolLM2
     ProjectionCase("store", 128256, 3072, 1, warps=8, split=1, blocks=264),  # Llama 3.2 3B from here on
@@ -43,15 +39,12 @@ LARGE_PROJECTIONS = (
     qkv_case(3072, 3, 128, 24, 8, warps=8, split=8, blocks=264),
     qkv_case(576, 8, 64, 9, 3, warps=8, split=4, blocks=30),
 )
-LARGE_ATTENTIONS = tuple(
-    AttentionCase(head_dim, heads, kv_heads, columns, length, splits=132 // kv_heads, warps=8)
-    for head_dim, heads, kv_heads, columns in ((128, 24, 8, 1), (64, 9, 3, 8), (80, 32, 32, 2), (96, 32, 32, 1))
-    for length in (8, 127, 128, 129, 4096, 16384)
-)
+LENGTHS = (1, 2, 127, 128, 129, 4096, 16384)
+HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
 
 
 def runs_here(hardware_fp8: bool) -> None:
-    if hardware_fp8 and not HARDWARE_FP8:
+    if hardware_fp8 and capability() < (8, 9):
         pytest.skip("this GPU has no FP8 conversion (sm_89 and later have)")
 
 
@@ -60,15 +53,40 @@ def test_repack(layout: FragmentLayout) -> None:
     check_repack(layout)
 
 
+@pytest.mark.parametrize("layout", HALF_LAYOUTS, ids=str)
+def test_repack_halves(layout: FragmentLayout) -> None:
+    check_repack_halves(layout)
+
+
 @pytest.mark.parametrize("case", PROJECTIONS + LARGE_PROJECTIONS, ids=str)
 def test_projection(case: ProjectionCase) -> None:
     runs_here(case.hardware_fp8)
     check_projection(case)
 
 
-@pytest.mark.parametrize("case", ATTENTIONS + LARGE_ATTENTIONS, ids=str)
+@pytest.mark.parametrize("case", ROPES, ids=str)
+def test_rope(case: RopeCase) -> None:
+    check_rope(case)
+
+
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
 def test_attention(case: AttentionCase) -> None:
     check_attention(case)
+
+
+@pytest.mark.parametrize("columns", [1, 8])
+@pytest.mark.parametrize("ratio", GQA_RATIOS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_attention_at_every_geometry_and_length(head_dim: int, ratio: int, columns: int) -> None:
+    for length in LENGTHS:
+        if length >= columns:
+            check_attention(AttentionCase(head_dim, 2 * ratio, 2, columns, length, splits=66, warps=8))
+
+
+@pytest.mark.parametrize("ratio", GQA_RATIOS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_qkv_at_every_geometry(head_dim: int, ratio: int) -> None:
+    check_projection(qkv_case(576, 3, head_dim, 2 * ratio, 2, warps=8, split=4, blocks=40))
 
 
 @pytest.mark.parametrize(("layout", "columns"), EMBEDDINGS, ids=str)

@@ -3,14 +3,19 @@
 import pytest
 from kernel_cases import (
     ATTENTIONS,
+    HALF_LAYOUTS,
     LAYOUTS,
     PROJECTIONS,
+    ROPES,
     AttentionCase,
     FragmentLayout,
     ProjectionCase,
+    RopeCase,
     check_attention,
     check_projection,
     check_repack,
+    check_repack_halves,
+    check_rope,
 )
 from token_kernel_cases import (
     ARGMAXES,
@@ -29,9 +34,19 @@ def test_repack(layout: FragmentLayout) -> None:
     check_repack(layout)
 
 
+@pytest.mark.parametrize("layout", HALF_LAYOUTS, ids=str)
+def test_repack_halves(layout: FragmentLayout) -> None:
+    check_repack_halves(layout)
+
+
 @pytest.mark.parametrize("case", PROJECTIONS, ids=str)
 def test_projection(case: ProjectionCase) -> None:
     check_projection(case)
+
+
+@pytest.mark.parametrize("case", ROPES, ids=str)
+def test_rope(case: RopeCase) -> None:
+    check_rope(case)
 
 
 @pytest.mark.parametrize("case", ATTENTIONS, ids=str)

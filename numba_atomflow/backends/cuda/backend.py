@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer, Progress
-from numba_atomflow.backends.cuda.kernels import Chip, ModelKernels
+from numba_atomflow.backends.cuda.kernels import ModelKernels, chip_of
 from numba_atomflow.backends.cuda.measure import measure_ceilings, time_graph, time_launches
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.steps import Binder, Graph
 from numba_atomflow.backends.cuda.tokens import TokenChannel
 from numba_atomflow.backends.cuda.upload import Uploader, upload
+from numba_atomflow.checkpoint import HeadFormat, head_part
 from numba_atomflow.decode import Head, Op, Weight, Weights, build_head, build_step
-from numba_atomflow.driver import Device, DriverError, call, open_device
+from numba_atomflow.driver import DriverError, call, open_device
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.ops import rope
@@ -63,7 +64,8 @@ class CudaBackend:
         try:
             self._gpu = open_device()
             self._open.callback(self._gpu.close)
-            self.kernels = ModelKernels(geometry, chip_of(self._gpu), dependent=dependent)
+            head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
+            self.kernels = ModelKernels(geometry, chip_of(self._gpu), head, dependent=dependent)
             self.block = min(self.kernels.block, max_seq_len)
             self.plan = cuda_plan(self.kernels, max_seq_len)
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
@@ -94,16 +96,17 @@ class CudaBackend:
         self._bound: dict[tuple[int, Head], list[Launch]] = {}
 
     def _weight_views(self) -> Weights:
-        projections, norms = {}, {}
+        projections, vectors = {}, {}
         for buffer in self.plan.buffers:
             if buffer.pool != "weights":
                 continue
             if buffer.dtype == "float32":
-                norms[buffer.name] = self._arena[buffer.name]
+                vectors[buffer.name] = self._arena[buffer.name]
             else:
                 layout = self.kernels.layout_of(buffer.name)
                 projections[buffer.name] = Weight(layout.rows, layout.columns, self._arena[buffer.name])
-        return Weights(projections, norms)
+        norms = {name: view for name, view in vectors.items() if name.endswith("_norm")}
+        return Weights(projections, norms, {name: view for name, view in vectors.items() if name not in norms})
 
     # --- life and death ----------------------------------------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class CudaBackend:
         self.compile_seconds = time.perf_counter() - started
         with self._running():
             loaded = {spec.name: self._load(spec, code) for spec, code in codes.items()}
-            self._upload(loaded["repack"], progress)
+            self._upload(loaded, progress)
             scratch, ring = self._buffers.__getitem__, self._tokens.ring
             self._binder = Binder(self.kernels, loaded, scratch, ring, self.stream)
             for tokens in range(1, self.block + 1):
@@ -153,7 +156,7 @@ class CudaBackend:
         self._open.callback(self._in_context, kernel.unload)
         return kernel
 
-    def _upload(self, repack: Kernel, progress: Progress | None) -> None:
+    def _upload(self, loaded: Mapping[str, Kernel], progress: Progress | None) -> None:
         if self._arrays is None:
             raise RuntimeError("prepare was called before")
         targets = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
@@ -166,7 +169,7 @@ class CudaBackend:
                 progress("weights to the GPU", min(done, total) >> 20, total >> 20)
 
         staging = self._arena.behind("weights")
-        upload(Uploader(repack, staging, self.stream), self._arrays, targets, self.kernels.layout_of, moved)
+        upload(Uploader(loaded, staging, self.stream), self._arrays, targets, self.kernels.layout_of, moved)
         # Padding of activations must be zero, and counters start at zero; the cache holds what was staged: noise.
         for buffer in self.plan.buffers:
             if buffer.pool in {"activations", "workspace"}:
@@ -337,8 +340,3 @@ class CudaBackend:
             self._open.callback(self._in_context, graph.destroy)
             self._graphs[tokens, head] = graph
         return self._graphs[tokens, head]
-
-
-def chip_of(device: Device) -> Chip:
-    """What cutting the work must know of a device."""
-    return Chip(device.multiprocessors, device.shared_bytes, device.capability)

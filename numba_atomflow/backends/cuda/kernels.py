@@ -7,9 +7,11 @@ whose surplus columns compute something that nobody looks at: weights pass throu
 from dataclasses import dataclass
 from functools import cached_property
 
+from numba_atomflow.checkpoint import HeadFormat
+from numba_atomflow.driver import Device
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.cuda import attention, embedding, fragments, sample
+from numba_atomflow.ops.cuda import attention, embedding, fragments, rope, sample
 from numba_atomflow.ops.cuda.attention import AttentionShape
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
 from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
@@ -44,6 +46,11 @@ class Chip:
         return self.capability >= (9, 0)
 
 
+def chip_of(device: Device) -> Chip:
+    """What cutting the work must know of a device."""
+    return Chip(device.multiprocessors, device.shared_bytes, device.capability)
+
+
 @dataclass(frozen=True)
 class Planned:
     """A kernel and the number of blocks that it is launched with."""
@@ -55,12 +62,18 @@ class Planned:
 class ModelKernels:
     """The kernels of one geometry on one chip.
 
+    Args:
+        head: format of the vocabulary projection.
+        dependent: programmatic dependent launch; where the chip has it, if None.
+
     Raises:
         BackendError: one token's activations do not fit into the chip's shared memory.
     """
 
-    def __init__(self, geometry: ModelGeometry, chip: Chip, *, dependent: bool | None = None) -> None:
-        self.geometry, self.chip = geometry, chip
+    def __init__(
+        self, geometry: ModelGeometry, chip: Chip, head: HeadFormat = "fp8", *, dependent: bool | None = None
+    ) -> None:
+        self.geometry, self.chip, self.head = geometry, chip, head
         self.dependent = chip.dependent_launch if dependent is None else dependent
         self.block = next((n for n in range(MOST_COLUMNS, 0, -1) if self._fits(n)), 0)
         if not self.block:
@@ -74,19 +87,24 @@ class ModelKernels:
     @cached_property
     def layouts(self) -> dict[str, FragmentLayout]:
         """Fragment order of each kind of projection."""
-        g, fp8 = self.geometry, self.chip.hardware_fp8
+        g, fp8, halves = self.geometry, self.chip.hardware_fp8, self.head == "fp16"
         return {
-            "qkv": FragmentLayout(g.q_dim + 2 * g.kv_dim, g.hidden, g.head_dim // 2, fp8),
+            "embedding": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, halves and g.tied_embeddings),
+            "qkv": FragmentLayout(g.q_dim + 2 * g.kv_dim, g.hidden, 0 if self.rotates_apart else g.head_dim // 2, fp8),
             "o": FragmentLayout(g.hidden, g.q_dim, 0, fp8),
             "gate_up": FragmentLayout(2 * g.ffn, g.hidden, g.ffn, fp8),
             "down": FragmentLayout(g.hidden, g.ffn, 0, fp8),
-            "vocabulary": FragmentLayout(g.vocabulary, g.hidden, 0, fp8),
+            "vocabulary": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, halves),
         }
+
+    @property
+    def rotates_apart(self) -> bool:
+        """Whether q and k are rotated by a kernel of their own, because something must happen to whole heads first."""
+        return self.geometry.qkv_bias or self.geometry.qk_norm
 
     def layout_of(self, part: str) -> FragmentLayout:
         """The fragment order of a part of the checkpoint, such as ``layer.3.qkv`` or ``embedding``."""
-        kind = part.rpartition(".")[2]
-        return self.layouts["vocabulary" if kind == "embedding" else kind]
+        return self.layouts[part.rpartition(".")[2]]
 
     def attention_shape(self, columns: int) -> AttentionShape:
         """How attention of `columns` tokens is cut."""
@@ -94,11 +112,15 @@ class ModelKernels:
         splits = attention.choose_splits(g.heads, g.kv_heads, columns, self.chip.multiprocessors)
         return AttentionShape(g.heads, g.kv_heads, g.head_dim, columns, self.layouts["o"].padded_columns, splits)
 
+    @property
+    def _projections(self) -> list[str]:
+        return [kind for kind in self.layouts if kind != "embedding"]
+
     def _shape(self, kind: str, columns: int) -> ProjectionShape:
         return choose_shape(self.layouts[kind], columns, self.chip.multiprocessors)
 
     def _fits(self, columns: int) -> bool:
-        needed = [self._shape(kind, columns).shared_bytes for kind in self.layouts]
+        needed = [self._shape(kind, columns).shared_bytes for kind in self._projections]
         needed.append(self.attention_shape(columns).shared_bytes)
         return max(needed) <= self.chip.shared_bytes
 
@@ -115,7 +137,11 @@ class ModelKernels:
         kernels = [self._repack, self._argmax, self._sample, self._advance(sampled=False), self._advance(sampled=True)]
         for columns in self.widths:
             kernels += [self._embed(columns), self._attention(columns)]
-            kernels += [self._projection(kind, columns) for kind in self.layouts]
+            kernels += [self._projection(kind, columns) for kind in self._projections]
+            if self.rotates_apart:
+                kernels.append(self._rope(columns))
+        if self.head == "fp16":
+            kernels.append(self._repack_halves)
         return {kernel.spec.name: kernel for kernel in kernels}
 
     def _projection(self, kind: str, columns: int) -> Planned:
@@ -126,6 +152,8 @@ class ModelKernels:
         signature: tuple[str, ...]
         more: dict[str, object]
         match kind:
+            case "qkv" if self.rotates_apart:
+                factory, signature, more = "make_store", (*normed, F32), eps
             case "qkv":
                 factory, signature = "make_qkv", (*normed, I64, F32, F32, U16, U16, U16)
                 more = eps | {"heads": g.heads, "kv_heads": g.kv_heads}
@@ -160,7 +188,7 @@ class ModelKernels:
         return Planned(spec, shape.blocks)
 
     def _embed(self, columns: int) -> Planned:
-        layout = self.layouts["vocabulary"]
+        layout = self.layouts["embedding"]
         spec = kernel_spec(
             f"embed_x{columns}",
             "embedding:make_embed",
@@ -168,9 +196,31 @@ class ModelKernels:
             embedding.THREADS,
             layout=layout,
             columns=columns,
-            dependent=self.dependent,
         )
         return Planned(spec, embedding.embed_blocks(layout, columns))
+
+    def _rope(self, columns: int) -> Planned:
+        g = self.geometry
+        spec = kernel_spec(
+            f"rope_x{columns}",
+            "rope:make_rope",
+            (F32, F32, F32, F32, I64, F32, F32, U16, U16, U16),
+            rope.THREADS,
+            heads=g.heads,
+            kv_heads=g.kv_heads,
+            head_dim=g.head_dim,
+            columns=columns,
+            eps=g.norm_eps,
+            bias=g.qkv_bias,
+            norm=g.qk_norm,
+            dependent=self.dependent,
+        )
+        return Planned(spec, rope.rope_blocks(g.heads, g.kv_heads, columns))
+
+    @property
+    def _repack_halves(self) -> Planned:
+        signature = (U16, U32, NUMBER, NUMBER)
+        return Planned(kernel_spec("repack_halves", "fragments:make_repack_halves", signature, fragments.THREADS), 0)
 
     @property
     def _repack(self) -> Planned:
@@ -198,7 +248,7 @@ class ModelKernels:
         spec = kernel_spec(
             "sample",
             "sample:make_sample",
-            (F32, U32, F64, U64, I64, I32, I32),
+            (F32, U32, F64, U64, I64, I32),
             sample.SAMPLE_THREADS,
             sample.sample_shared_bytes(sample.BINS, sample.CAPACITY),
             vocabulary=self.geometry.vocabulary,
@@ -210,7 +260,7 @@ class ModelKernels:
         spec = kernel_spec(
             "advance_sampled" if sampled else "advance",
             "sample:make_advance",
-            (I32, I64, U32, U64, I64, NUMBER),
+            (I32, I64, I64, U32, U64, I64, NUMBER),
             1,
             ring=RING,
             sampled=sampled,

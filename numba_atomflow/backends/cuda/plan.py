@@ -1,9 +1,12 @@
 """What the CUDA backend keeps in its one block of memory."""
 
-from numba_atomflow.backends.cuda.kernels import ModelKernels
-from numba_atomflow.checkpoint import fusion
+from typing import Any
+
+from numba_atomflow.backends.cuda.kernels import ModelKernels, chip_of
+from numba_atomflow.checkpoint import HeadFormat, fusion
 from numba_atomflow.decode import StepSizes, step_buffers
-from numba_atomflow.geometry import GROUP
+from numba_atomflow.driver import open_device
+from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 
 SMALLEST_STAGING = 4 << 20  # bytes behind the weights, where loading puts what it repacks
@@ -20,7 +23,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         cache="float16",
         multiple=GROUP,
         spare=block - 1,  # the surplus columns of a wide step
-        keep_qkv=False,
+        keep_qkv=kernels.rotates_apart,
     )
     attentions = [kernels.attention_shape(columns) for columns in kernels.widths]
     buffers = [
@@ -32,7 +35,6 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         Buffer("workspace", "sampling.options", (5,), "float64"),
         Buffer("workspace", "sampling.generator", (2,), "uint64"),
         Buffer("workspace", "sampling.best", (1,), "int64"),
-        Buffer("workspace", "sampling.chosen", (2,), "int32"),
         Buffer("workspace", "sampling.count", (1,), "int64"),
     ]
     spent = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
@@ -41,13 +43,29 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
     return plan_memory(buffers)
 
 
+def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: int) -> tuple[MemoryPlan, dict[str, Any]]:
+    """The plan that loading would carry out, and what the GPU has: name, memory and free memory in bytes.
+
+    Raises:
+        BackendError: there is no usable GPU.
+    """
+    device = open_device()
+    try:
+        plan = cuda_plan(ModelKernels(geometry, chip_of(device), head), max_seq_len)
+        record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
+        return plan, record
+    finally:
+        device.close()
+
+
 def weight_buffers(kernels: ModelKernels) -> list[Buffer]:
-    """One buffer for each projection, in fragment order, and for each norm; named as parts of the checkpoint."""
+    """One buffer for each projection, in fragment order, and for each vector; named as parts of the checkpoint."""
     shapes = kernels.geometry.parameters()
     buffers = []
     for part, theirs in fusion(kernels.geometry).items():
         if len(shapes[theirs[0]]) == 1:
-            buffers.append(Buffer("weights", part, shapes[theirs[0]], "float32"))
+            rows = sum(shapes[name][0] for name in theirs)
+            buffers.append(Buffer("weights", part, (rows,), "float32"))
         else:
             buffers.append(Buffer("weights", part, (kernels.layout_of(part).words,), "uint32"))
     return buffers

@@ -36,10 +36,7 @@ class Binder:
                 width = self._width(op.residual)
                 return [self._launch(f"embed_x{width}", op.embedding.codes, op.tokens, op.residual)]
             case Qkv():
-                tables = op.position, op.cosines, op.sines
-                stores = op.q, op.keys, op.values
-                normed = op.weight.codes, op.residual, op.norm, op.normed
-                return [self._launch(f"qkv_x{self._width(op.q)}", *normed, *tables, *stores)]
+                return self._bind_qkv(op)
             case Attention():
                 shared = scratch("attention.partials"), scratch("attention.counters")
                 inputs = op.q, op.keys, op.values, op.position
@@ -55,16 +52,28 @@ class Binder:
                 return [self._launch(f"vocabulary_x{self._width(op.logits)}", *normed, op.logits)]
             case Sample():
                 seen, options = scratch("sampling.seen"), scratch("sampling.options")
-                generator, best, chosen = (scratch(f"sampling.{name}") for name in ("generator", "best", "chosen"))
+                generator, best = scratch("sampling.generator"), scratch("sampling.best")
                 return [
                     self._launch("argmax", op.logits, seen, options, best),
-                    self._launch("sample", op.logits, seen, options, generator, best, op.token, chosen),
+                    self._launch("sample", op.logits, seen, options, generator, best, op.token),
                 ]
             case Advance():
-                chosen, seen, count = (scratch(f"sampling.{name}") for name in ("chosen", "seen", "count"))
-                name = "advance_sampled" if sampled else "advance"
-                return [self._launch(name, chosen, op.position, seen, self._ring, count, op.tokens)]
+                best, seen, count = (scratch(f"sampling.{name}") for name in ("best", "seen", "count"))
+                name, token = "advance_sampled" if sampled else "advance", scratch("tokens")
+                return [self._launch(name, token, best, op.position, seen, self._ring, count, op.tokens)]
         raise NotImplementedError(f"the CUDA backend has no kernel for {op.name}")
+
+    def _bind_qkv(self, op: Qkv) -> list[Launch]:
+        width = self._width(op.q)
+        normed = op.weight.codes, op.residual, op.norm, op.normed
+        rotation = op.position, op.cosines, op.sines, op.q, op.keys, op.values
+        if op.qkv is None:
+            return [self._launch(f"qkv_x{width}", *normed, *rotation)]
+        vectors = (vector or op.norm for vector in (op.bias, op.q_norm, op.k_norm))  # the norm stands for none
+        return [
+            self._launch(f"qkv_x{width}", *normed, op.qkv),
+            self._launch(f"rope_x{width}", op.qkv, *vectors, *rotation),
+        ]
 
     def _width(self, rows: View) -> int:
         return 1 if rows.shape[0] == 1 else self._kernels.block

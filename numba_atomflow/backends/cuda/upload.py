@@ -4,7 +4,7 @@ Each projection goes in pieces straight from the mapping into the memory behind 
 activations will use later, and is repacked from there: no copy of the weights on the host, none on the device.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.memory.device import copy_to_device
+from numba_atomflow.memory.plan import ALIGNMENT
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.fragments import TILE_ROWS, FragmentLayout, repack_blocks
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
@@ -40,8 +41,8 @@ def pieces(layout: FragmentLayout, room: int) -> Iterator[Piece]:
     Raises:
         ValueError: not even the smallest piece fits.
     """
-    row_bytes = layout.columns + 4 * layout.groups
-    fitting = (min(room, _LARGEST_PIECE) - 256) // row_bytes  # rows; codes and scales each begin at 128 bytes
+    row_bytes = 2 * layout.columns if layout.halves else layout.columns + 4 * layout.groups
+    fitting = (min(room, _LARGEST_PIECE) - ALIGNMENT) // row_bytes  # rows; scales begin at a multiple of it
     section = 2 * layout.half
     if not layout.half:
         step = fitting // TILE_ROWS * TILE_ROWS
@@ -74,40 +75,44 @@ class Uploader:
     """Copies and repacks through one staging area.
 
     Args:
-        repack: the loaded kernel. staging: first byte and size of the area. stream: that everything runs in.
+        loaded: kernels by name. staging: first byte and size of the area. stream: that everything runs in.
     """
 
-    def __init__(self, repack: Kernel, staging: tuple[int, int], stream: Any) -> None:
-        self._repack, self._staging, self._stream = repack, staging, stream
+    def __init__(self, loaded: Mapping[str, Kernel], staging: tuple[int, int], stream: Any) -> None:
+        self._loaded, self._staging, self._stream = loaded, staging, stream
 
     def projection(
         self,
         layout: FragmentLayout,
-        codes: NDArray[np.uint8],
-        scales: NDArray[np.float32],
+        parts: Sequence[NDArray[Any]],
         words: View,
         progress: Callable[[int], None],
     ) -> None:
-        """Bring a projection [N, K] to `words`. `progress` is told the bytes of each piece."""
-        start, room = self._staging
+        """Bring a projection [N, K] to `words`.
+
+        Args:
+            parts: codes uint8 [N, K] and scales float32 [N, groups]; or float16 [N, K] alone.
+            progress: told the bytes of each piece.
+        """
+        kernel = self._loaded["repack_halves" if layout.halves else "repack"]
+        address, room = self._staging
         for piece in pieces(layout, room):
-            raw = View("staging.codes", start, (piece.layout.rows * layout.columns,), "uint8")
-            at = -(-(start + raw.nbytes) // 128) * 128
-            factors = View("staging.scales", at, (piece.layout.rows * layout.groups,), "float32")
-            for target, source in ((raw, codes), (factors, scales)):
-                address = target.address
+            staged, at = [], address
+            for array in parts:
+                shape = (piece.layout.rows, array.shape[1])
+                staged.append(View("staging", at, shape, array.dtype.name))
                 for rows in piece.rows:
-                    part = source[rows]
-                    copy_to_device(address, part, self._stream)
-                    address += part.nbytes
+                    copy_to_device(at, array[rows], self._stream)
+                    at += array[rows].nbytes
+                at = -(-at // ALIGNMENT) * ALIGNMENT
             begin = piece.first_tile * layout.tile_words
             target = words.rows(begin, begin + piece.layout.words)
-            sizes = piece.layout.rows, piece.layout.columns, piece.layout.half
-            Launch(self._repack, repack_blocks(piece.layout), (raw, factors, target, *sizes), self._stream).run()
-            progress(raw.nbytes + factors.nbytes)
+            sizes = [piece.layout.rows, layout.columns] + ([] if layout.halves else [piece.layout.half])
+            Launch(kernel, repack_blocks(piece.layout), (*staged, target, *sizes), self._stream).run()
+            progress(sum(view.nbytes for view in staged))
 
-    def norm(self, values: NDArray[np.float32], target: View) -> None:
-        """Bring a norm's weights to the device."""
+    def vector(self, values: NDArray[np.float32], target: View) -> None:
+        """Bring a norm's weights or a bias to the device."""
         copy_to_device(target.address, values, self._stream)
 
 
@@ -125,7 +130,7 @@ def upload(
     """
     for part, target in targets.items():
         if part in arrays:
-            uploader.norm(arrays[part], target)
+            uploader.vector(arrays[part], target)
             continue
-        codes, scales = arrays[f"{part}.weight"], arrays[f"{part}.scale"]
-        uploader.projection(layout_of(part), codes, scales, target, progress)
+        stored = [arrays[name] for name in (f"{part}.weight", f"{part}.scale") if name in arrays]
+        uploader.projection(layout_of(part), stored, target, progress)

@@ -1,0 +1,305 @@
+"""Everything that must hold on a GPU, in one run and one table: correctness, speed, memory, start-up.
+
+    python scripts/gpu_check.py                          # all of it, some ten minutes
+    python scripts/gpu_check.py kernels speed --json out.json
+    python scripts/gpu_check.py model --model smollm2-135m-instruct
+
+Sections: kernels (tests/gpu against float64), model (a real model against the CPU backend), sanitizer
+(compute-sanitizer on a tiny model), speed (Llama geometries with random weights, against the two ceilings of the same
+run), start (cold and warm start to the first token). What cannot be run here is said to be so. Exit code 1 if a bar is
+missed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.engine import WeightArrays
+from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.machine import machine_record
+from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
+from numba_atomflow.presets import PRESETS
+from numba_atomflow.random_model import RandomModel
+from numba_atomflow.tables import render
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "The three most important inventions of the twentieth century were",
+    "Water boils at a temperature that depends on",
+)
+GREEDY_TOKENS = 256
+LOGITS_LIMIT = 2e-3  # relative L2 against the CPU backend
+SHARE_BARS = {"llama-3.2-3b": 0.50, "llama-3.1-8b": 0.60}  # of the copy engine's ceiling
+CONTEXTS = (16, 4096)
+OVERHEAD_BAR = 64 << 20  # bytes of device memory beyond weights and KV cache
+COLD_BAR, WARM_BAR = 60.0, 3.0  # seconds to the first token
+
+
+@dataclass
+class Row:
+    """A line of the table. `passed` is None where nothing is asked for, or nothing could be run."""
+
+    section: str
+    what: str
+    figure: str
+    bar: str = ""
+    passed: bool | None = None
+
+
+class Report:
+    """Rows as they come, shown at once."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def add(self, section: str, what: str, figure: str, bar: str = "", passed: bool | None = None) -> None:
+        self.rows.append(Row(section, what, figure, bar, passed))
+        verdict = {True: "ok  ", False: "MISS", None: "    "}[passed]
+        print(f"{verdict} {section}: {what}: {figure}" + (f" (bar: {bar})" if bar else ""), flush=True)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def check_kernels(report: Report, options: argparse.Namespace) -> None:
+    """tests/gpu, with the worst error of each family of kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder) / "figures.jsonl"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+        if find_spec("xdist"):  # most of the time goes into compiling, which other cores can share
+            command += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal", "-p", "no:benchmark"]
+        environment = os.environ | {"ATOMFLOW_FIGURES": str(figures)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        (options.logs / "tests-gpu.log").write_text(done.stdout + done.stderr)
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        report.add("kernels", "tests/gpu", last, "all pass", done.returncode == 0)
+        worst: dict[str, tuple[float, float]] = {}
+        for line in figures.read_text().splitlines() if figures.exists() else ():
+            entry = json.loads(line)
+            held = worst.get(entry["family"], (0.0, 1.0))
+            if entry["error"] / entry["limit"] >= held[0] / held[1]:
+                worst[entry["family"]] = entry["error"], entry["limit"]
+        for family, (error, limit) in worst.items():
+            figure = f"relative L2 {error:.2e}, {error / limit:.0%} of the tolerance"
+            report.add("kernels", f"{family}, worst", figure, f"{limit:.1e}", error <= limit)
+
+
+# --- a real model ----------------------------------------------------------------------------------------------------
+
+
+def check_model(report: Report, options: argparse.Namespace) -> None:
+    """Logits and greedy tokens of both backends."""
+    try:
+        path = find_checkpoint(options.model)
+    except AtomFlowError as error:
+        report.add("model", options.model, f"not run: {error}")
+        return
+    greedy = SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True)
+    with Engine.load(path, "cuda", 512) as gpu, Engine.load(path, "cpu", 512) as cpu:
+        same, errors, splits = [], [], []
+        for prompt in PROMPTS:
+            tokens = gpu.text.encode(prompt)
+            replies = [engine.generate(tokens, greedy).finish().token_ids for engine in (gpu, cpu)]
+            first = next((i for i, (a, b) in enumerate(zip(*replies, strict=True)) if a != b), GREEDY_TOKENS)
+            same.append(first)
+            logits = []
+            for engine in (gpu, cpu):
+                engine.reset()
+                logits.append(engine.feed(tokens + replies[1], all_logits=True).astype(np.float64))
+            errors.append(float(np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[1])))
+            if first < GREEDY_TOKENS:
+                row = len(tokens) - 1 + first
+                best = np.argsort(logits[1][row])[-2:]
+                margin = float(np.diff(logits[1][row][best])[0])
+                moved = abs(float(np.diff((logits[0] - logits[1])[row][best])[0]))
+                splits.append(
+                    f"token {first}: the CPU's two best are {margin:.4f} apart, the GPU moves them {moved:.4f}"
+                )
+        bar = f"{GREEDY_TOKENS} each"
+        report.add("model", "greedy tokens as on the CPU", str(same), bar, min(same) == GREEDY_TOKENS)
+        for split in splits:
+            report.add("model", "where they part", split)
+        figure = f"relative L2 {max(errors):.2e}"
+        report.add("model", "logits against the CPU", figure, f"{LOGITS_LIMIT}", max(errors) <= LOGITS_LIMIT)
+        reply = gpu.generate(PROMPTS[0], SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True)).finish()
+        report.add("model", "speed", f"{reply.stats.tokens_per_second:.0f} tok/s, TTFT {reply.stats.ttft * 1e3:.1f} ms")
+        print(f"     text: {reply.text[:100]!r}", flush=True)
+
+
+# --- sanitizer -------------------------------------------------------------------------------------------------------
+
+
+def check_sanitizer(report: Report, options: argparse.Namespace) -> None:
+    """memcheck and racecheck over prompts and decoding of a tiny model."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        report.add("sanitizer", "compute-sanitizer", "not run: it is not installed (it comes with the CUDA toolkit)")
+        return
+    program = ROOT / "tests" / "gpu" / "tiny_run.py"
+    subprocess.run([sys.executable, program], cwd=ROOT, check=True, capture_output=True)  # compiles, unobserved
+    for name in ("memcheck", "racecheck", "synccheck"):
+        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, str(program)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        (options.logs / f"{name}.log").write_text(done.stdout + done.stderr)
+        summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line] or [done.stderr[-200:]]
+        report.add("sanitizer", name, summary[-1].strip("= "), "no error", done.returncode == 0)
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def check_speed(report: Report, options: argparse.Namespace) -> None:
+    """Greedy decoding of large geometries, all host work included; the share of the ceilings; memory."""
+    for name in options.geometries:
+        geometry = PRESETS[name]
+        model = RandomModel(geometry, name=name)
+        started = time.perf_counter()
+        with Engine.random(geometry, "cuda", max(CONTEXTS) + GREEDY_TOKENS + 8, name=name) as engine:
+            report.add("speed", f"{name}, loading", f"{time.perf_counter() - started:.1f} s")
+            backend = engine.backend
+            ceilings = backend.ceilings()
+            figures = ", ".join(f"{way} {speed:.0f} GB/s" for way, speed in ceilings.items())
+            report.add("speed", f"{name}, ceilings", figures)
+            ceiling = ceilings.get("copy engine", max(ceilings.values()))
+            for context in CONTEXTS:
+                _decode_speed(report, engine, name, context, ceilings, ceiling)
+            replayed = _seconds_per_token(engine, 16, 64)
+            graph = backend.time_step(20)
+        eager = CudaBackend(geometry, WeightArrays(model), 512, graphs=False)
+        eager.prepare(None)
+        with Engine(model, eager, 512) as engine:
+            launched = _seconds_per_token(engine, 16, 64)
+        times = f"{launched * 1e3:.3f} ms a token against {replayed * 1e3:.3f}, of which the graph {graph * 1e3:.3f}"
+        figure = f"{launched / replayed:.2f}x ({times})"
+        report.add("speed", f"{name}, eager against replay", figure)
+        _memory(report, name)
+
+
+def _seconds_per_token(engine: Engine, context: int, count: int) -> float:
+    prompt = np.random.default_rng(0).integers(0, engine.geometry.vocabulary, context).tolist()
+    params = SamplingParams(max_tokens=count, ignore_eos=True)
+    return min(engine.generate_tokens(prompt, params).finish().stats.tpot for _ in range(3))
+
+
+def _decode_speed(
+    report: Report, engine: Engine, name: str, context: int, ceilings: dict[str, float], ceiling: float
+) -> None:
+    prompt = np.random.default_rng(context).integers(0, engine.geometry.vocabulary, context).tolist()
+    params = SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True)
+    replies = []
+    for _ in range(4):
+        engine.reset()
+        replies.append(engine.generate_tokens(prompt, params).finish().stats)
+    del replies[0]
+    tpots = [stats.tpot for stats in replies]
+    tpot = float(np.median(tpots))
+    length = context + GREEDY_TOKENS // 2
+    cache = sum(op.cache_bytes(length) for op in engine.backend.step(1, "sample"))
+    speed = (engine.weight_bytes_per_token + cache) / tpot / 1e9
+    shares = ", ".join(f"{speed / value:.1%} of {way}" for way, value in ceilings.items())
+    spread = f"{1 / max(tpots):.0f}-{1 / min(tpots):.0f}"
+    figure = f"{1 / tpot:.0f} tok/s ({spread}), TPOT {tpot * 1e3:.3f} ms, {speed:.0f} GB/s: {shares}"
+    bar = SHARE_BARS.get(name)
+    passed = None if bar is None else speed / ceiling >= bar
+    report.add("speed", f"{name}, {GREEDY_TOKENS} after {context}", figure, f"{bar:.0%}" if bar else "", passed)
+    ttft = float(np.median([stats.ttft for stats in replies]))
+    report.add("speed", f"{name}, prompt of {context}", f"TTFT {ttft * 1e3:.1f} ms, {context / ttft:.0f} tok/s")
+
+
+def _memory(report: Report, name: str) -> None:
+    """What 2,048 positions take on the device, by the driver's own count."""
+    from numba_atomflow.driver import open_device
+
+    device = open_device()
+    try:
+        free = device.free_bytes()
+        with Engine.random(PRESETS[name], "cuda", 2048, name=name) as engine:
+            used = free - device.free_bytes()
+            pools = engine.backend.plan.pool_bytes()
+            held = pools["weights"] + pools["kv cache"]
+    finally:
+        device.close()
+    figure = f"{used / 1e9:.3f} GB, of which weights and KV cache {held / 1e9:.3f}"
+    report.add("speed", f"{name}, VRAM at 2,048 positions", figure, "those + 64 MB", used - held <= OVERHEAD_BAR)
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+def check_start(report: Report, options: argparse.Namespace) -> None:
+    """From starting Python to the first text, with nothing compiled and with everything compiled."""
+    try:
+        path = find_checkpoint(options.model)
+    except AtomFlowError as error:
+        report.add("start", options.model, f"not run: {error}")
+        return
+    with tempfile.TemporaryDirectory() as home:
+        for what, bar in (("cold", COLD_BAR), ("warm", WARM_BAR), ("warm again", WARM_BAR)):
+            program = "import sys; from numba_atomflow.cli import main; sys.exit(main())"
+            command = [sys.executable, "-c", program, "generate", PROMPTS[0]]
+            command += ["--model", str(path), "--max-tokens", "4", "--backend", "cuda"]
+            environment = os.environ | {"NUMBA_ATOMFLOW_HOME": home, "PYTHONUNBUFFERED": "1"}
+            started = time.perf_counter()
+            pipe = subprocess.PIPE
+            with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe) as run:
+                first = run.stdout.read(1) if run.stdout else b""
+                seconds = time.perf_counter() - started
+                _, talk = run.communicate()
+            (options.logs / f"start-{what.replace(' ', '-')}.log").write_bytes(talk)
+            figure = f"{seconds:.2f} s to the first text" if first else "no text came"
+            report.add("start", what, figure, f"{bar:.0f} s", bool(first) and seconds <= bar)
+
+
+SECTIONS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
+    "kernels": check_kernels,
+    "model": check_model,
+    "sanitizer": check_sanitizer,
+    "speed": check_speed,
+    "start": check_start,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", help=f"what to run, of {', '.join(SECTIONS)}; everything by default")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint, for the sections model and start")
+    parser.add_argument("--geometries", nargs="+", default=list(SHARE_BARS), choices=list(PRESETS), metavar="NAME")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    logs = Path(tempfile.gettempdir())
+    parser.add_argument("--logs", type=Path, default=logs, help="folder for the logs of other tools")
+    options = parser.parse_args()
+    unknown = set(options.sections) - set(SECTIONS)
+    if unknown:
+        parser.error(f"there is no section {unknown.pop()!r}; choose of {', '.join(SECTIONS)}")
+    options.logs.mkdir(parents=True, exist_ok=True)
+    report, started = Report(), time.perf_counter()
+    for name in options.sections or SECTIONS:
+        SECTIONS[name](report, options)
+    verdicts = {True: "met", False: "**missed**", None: ""}
+    table = [[row.section, row.what, row.figure, row.bar, verdicts[row.passed]] for row in report.rows]
+    print("\n" + render("md", ["section", "what", "figure", "bar", "verdict"], table))
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    if options.json:
+        record = {"machine": machine_record(), "rows": [asdict(row) for row in report.rows]}
+        options.json.write_text(json.dumps(record, indent=1))
+    return 1 if any(row.passed is False for row in report.rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Kernels of the tests on a GPU, through the very code that the backend launches its kernels with."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.driver import Device, call, open_device
+from numba_atomflow.memory.view import View
+from numba_atomflow.ops.cuda.build import assemble, make_ptx
+from numba_atomflow.ops.cuda.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.spec import KernelSpec
+
+_loaded: dict[tuple[Any, ...], tuple[Any, Kernel]] = {}  # with numba's kernel, whose identity is part of the key
+
+
+@cache
+def _device() -> tuple[Device, Any]:
+    from cuda.bindings import driver
+
+    device = open_device()
+    with device.current():
+        return device, call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability."""
+    return _device()[0].capability
+
+
+def launch_on_device(kernel: Any, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
+    """Copy arrays to the device, run the kernel once, and copy them back. Numbers are passed as int64."""
+    device, stream = _device()
+    signature = tuple(f"{a.dtype.name}*" if isinstance(a, np.ndarray) else "int64" for a in arguments)
+    with device.current():
+        key = (id(kernel), signature, threads, shared_bytes)
+        if key not in _loaded:
+            spec = KernelSpec("tested", "", (), signature, threads, shared_bytes)
+            code, _ = assemble(make_ptx(kernel, spec, device.capability), device.capability)
+            _loaded[key] = kernel, Kernel(spec, code)
+        arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+        addresses = [int(call("cuMemAlloc", max(a.nbytes, 1))) for a in arrays]
+        try:
+            for address, array in zip(addresses, arrays, strict=True):
+                call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+            rest = iter(addresses)
+            values = [
+                View("x", next(rest), a.shape, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments
+            ]
+            Launch(_loaded[key][1], blocks, values, stream).run()
+            call("cuStreamSynchronize", stream)
+            for address, array in zip(addresses, arrays, strict=True):
+                call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)
+        finally:
+            for address in addresses:
+                call("cuMemFree", address)

@@ -1,0 +1,34 @@
+"""A tiny model's prompts and replies, greedy and sampled, replayed and eager: what compute-sanitizer looks at."""
+
+from pathlib import Path
+from sys import path
+
+path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from tiny_models import tiny_geometry  # noqa: E402
+
+from numba_atomflow import Engine, SamplingParams  # noqa: E402
+from numba_atomflow.backends.cuda.backend import CudaBackend  # noqa: E402
+from numba_atomflow.engine import WeightArrays  # noqa: E402
+from numba_atomflow.random_model import RandomModel  # noqa: E402
+
+SAMPLINGS = (SamplingParams(max_tokens=6), SamplingParams(max_tokens=6, temperature=1.0, top_p=0.9, seed=1))
+FAMILIES = ({}, {"qk_norm": True, "qkv_bias": True})
+
+
+def main() -> None:
+    for family in FAMILIES:
+        for graphs in (True, False):
+            model = RandomModel(tiny_geometry(**family))
+            backend = CudaBackend(model.geometry, WeightArrays(model), 300, graphs=graphs)
+            backend.prepare(None)
+            prompt = [7 * i % model.geometry.vocabulary for i in range(270)]
+            with Engine(model, backend, 300) as engine:
+                for params in SAMPLINGS:
+                    print(engine.generate_tokens(prompt, params).finish().token_ids)
+                engine.reset()
+                print(engine.feed(prompt[:11], all_logits=True).sum())
+
+
+if __name__ == "__main__":
+    main()
