@@ -74,10 +74,10 @@ def choose_windows(max_positions: int, context: int | None, stride: int | None) 
     """
     context = min(DEFAULT_CONTEXT, max_positions) if context is None else context
     if not 2 <= context <= max_positions:
-        raise OptionError(f"--context is {context}; this model allows 2 to {max_positions} tokens.")
+        raise OptionError(f"context is {context}; this model allows 2 to {max_positions} tokens.")
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride < context:
-        raise OptionError(f"--stride is {stride}; it must be from 1 to {context - 1}, below the context.")
+        raise OptionError(f"stride is {stride}; it must be from 1 to {context - 1}, below the context.")
     return context, stride
 
 

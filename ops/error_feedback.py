@@ -48,11 +48,12 @@ def round_with_feedback_reference(
 
 
 @cpu_kernel(exact=True)
-def _round_rows(weights, scales, factor, codes):  # type: ignore[no-untyped-def]
+def _round_rows(weights, scales, group_of, factor, codes):  # type: ignore[no-untyped-def]
     """All columns, in order.
 
     Args:
-        weights: float32 [N, K], changed. scales: float32 [N, K], one per weight.
+        weights: float32 [N, K], changed.
+        scales: float32 [N, groups]. group_of: int64 [K], each column's group.
         factor: U, float32 [K, K].
         codes: uint8 [N, K], out.
     """
@@ -65,9 +66,10 @@ def _round_rows(weights, scales, factor, codes):  # type: ignore[no-untyped-def]
             errors = np.empty((last - first, stop - start), np.float32)
             for n in range(first, last):
                 for j in range(start, stop):
-                    code = encode_one(weights[n, j] / scales[n, j])
+                    scale = scales[n, group_of[j]]
+                    code = encode_one(weights[n, j] / scale)
                     codes[n, j] = code
-                    error = (weights[n, j] - decode_biased(np.int8(code)) * UNBIAS * scales[n, j]) / factor[j, j]
+                    error = (weights[n, j] - decode_biased(np.int8(code)) * UNBIAS * scale) / factor[j, j]
                     errors[n - first, j - start] = error
                     for k in range(j + 1, stop):
                         weights[n, k] -= error * factor[j, k]
@@ -88,7 +90,7 @@ def round_with_feedback(
     order = np.argsort(-np.diag(gram), kind="stable")
     factor = _feedback_factor(gram, order)
     ordered = np.empty(weights.shape, np.uint8)
-    _round_rows(weights.take(order, axis=1), scales.take(order // GROUP, axis=1), factor, ordered)
+    _round_rows(weights.take(order, axis=1), scales, order // GROUP, factor, ordered)
     codes = np.empty_like(ordered)
     codes[:, order] = ordered
     return codes

@@ -33,6 +33,8 @@ _OPTIONS = frozenset(
         "stop",
         "max_seq_len",
         "threads",
+        "context",
+        "stride",
     }
 )
 

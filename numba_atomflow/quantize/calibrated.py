@@ -5,7 +5,7 @@ result depends on nothing that was rounded before it. In memory are one layer in
 inputs, and the residual stream of all calibration tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.quantize.calibration import Calibration
 from numba_atomflow.quantize.forward import LayerForward
 from numba_atomflow.quantize.inputs import Inputs
-from numba_atomflow.quantize.layer import quantize_layer
+from numba_atomflow.quantize.layer import QuantisedLayer, quantize_layer
 from numba_atomflow.quantize.projection import Method
 from numba_atomflow.quantize.threads import cores_for_blas, cores_for_kernels
 from numba_atomflow.quantize.unfinished import Unfinished
@@ -46,23 +46,37 @@ def quantize_layers(
     each = _layer_weights(g)
     for i in range(start, g.layers):
         report(f"layer {i}: calibrating", i * each, g.layers * each)
-        forward = LayerForward(g, stream.shape[1])
-        inputs = {"qkv": Inputs(g.hidden), "o": Inputs(g.q_dim), "gate_up": Inputs(g.hidden), "down": Inputs(g.ffn)}
-        layer = _read_layer(source, i)
-        with cores_for_blas():
-            for sequence in stream:
-                forward.run(layer, sequence, inputs)
-        del forward
-        for each_input in inputs.values():
-            each_input.finish()
 
         def starting(projection: str, left: int, i: int = i) -> None:
             report(f"layer {i}: {projection}", (i + 1) * each - left, g.layers * each)
 
-        with cores_for_kernels():
-            result = quantize_layer(g, layer, inputs, method, starting)
-        unfinished.save(i, result, stream)
+        unfinished.save(i, _quantize(source, i, stream, method, starting), stream)
     return stream
+
+
+def _quantize(
+    source: WeightSource, i: int, stream: NDArray[np.float32], method: Method, starting: Callable[[str, int], None]
+) -> QuantisedLayer:
+    """Layer i, through which the stream is taken. Nothing of it stays in memory but what is returned."""
+    layer = _read_layer(source, i)
+    inputs = _calibrate(source.geometry, layer, stream)
+    with cores_for_kernels():
+        return quantize_layer(source.geometry, layer, inputs, method, starting)
+
+
+def _calibrate(
+    geometry: ModelGeometry, layer: Mapping[str, NDArray[np.float32]], stream: NDArray[np.float32]
+) -> dict[str, Inputs]:
+    """Take the stream [sequences, T, H] through a layer, in place; what each projection was multiplied with."""
+    g = geometry
+    inputs = {"qkv": Inputs(g.hidden), "o": Inputs(g.q_dim), "gate_up": Inputs(g.hidden), "down": Inputs(g.ffn)}
+    forward = LayerForward(g, stream.shape[1])
+    with cores_for_blas():
+        for sequence in stream:
+            forward.run(layer, sequence, inputs)
+    for each in inputs.values():
+        each.finish()
+    return inputs
 
 
 def _layer_weights(geometry: ModelGeometry) -> int:

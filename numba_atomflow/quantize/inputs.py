@@ -7,6 +7,8 @@ by what it does to the outputs, without keeping a single input.
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.ops.fp8 import dequantize_groups
+
 _ROWS_AT_ONCE = 1024
 
 
@@ -49,4 +51,15 @@ def output_energy(weights: NDArray[np.float32], gram: NDArray[np.float32]) -> fl
     for start in range(0, len(weights), _ROWS_AT_ONCE):
         rows = weights[start : start + _ROWS_AT_ONCE]
         total += float(np.einsum("nk,nk->", rows @ gram, rows, dtype=np.float64))
+    return total
+
+
+def output_error(
+    weights: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.float32], gram: NDArray[np.float32]
+) -> float:
+    """Mean of |W x - Q x|^2, Q what codes [N, K] and scales [N, groups] stand for; some rows at a time."""
+    total = 0.0
+    for start in range(0, len(weights), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        total += output_energy(weights[rows] - dequantize_groups(codes[rows], scales[rows]), gram)
     return total

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.fp8 import dequantize_groups
-from numba_atomflow.quantize.inputs import Inputs, output_energy
+from numba_atomflow.quantize.inputs import Inputs, output_error
 
 Array = NDArray[np.float32]
 
@@ -59,4 +58,4 @@ def quantised(
     weights: Array, gram: Array, codes: NDArray[np.uint8], scales: Array, channels: Array | None = None
 ) -> Quantised:
     """With its error: `weights` and `gram` are those that `codes` and `scales` stand for (scaled by `channels`)."""
-    return Quantised(codes, scales, output_energy(weights - dequantize_groups(codes, scales), gram), channels)
+    return Quantised(codes, scales, output_error(weights, codes, scales, gram), channels)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numba_atomflow import Engine
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import OptionError, TextError
 from numba_atomflow.perplexity import choose_windows, measure
+from numba_atomflow.text import TextCodec
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. Æther."
 
@@ -70,21 +72,15 @@ def test_a_window_longer_than_a_block_of_rows(engine: Engine) -> None:
     assert measure(engine, text, 300, 200).perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
 
 
-def test_a_model_that_wants_a_bos_scores_the_first_token_too(tmp_path: Path) -> None:
-    from tiny_models import write_gguf
-
-    write_gguf(
-        tmp_path / "model.gguf",
-        tiny_geometry(vocabulary=260),
-        tokenizer=True,
-        fields={},
-    )
-    with Engine.load(convert(tmp_path / "model.gguf", tmp_path / "model"), backend="cpu", threads=1) as engine:
-        before = engine.text.encode("")
-        assert len(before) in (0, 1)
-        tokens = engine.text.encode(TEXT, add_special=False)
-        result = measure(engine, TEXT, 100, 50)
-        assert result.tokens == len(tokens) - 1 + len(before)
+def test_a_model_that_wants_a_bos_scores_the_first_token_too(checkpoint: Path) -> None:
+    with Engine.load(checkpoint, backend="cpu", threads=1) as engine:
+        engine.text = TextCodec(replace(engine.checkpoint.text, add_bos=True))
+        tokens = engine.text.encode(TEXT)
+        assert tokens[0] == 0
+        expected = losses(engine, tokens, 600, 300)
+        result = measure(engine, TEXT, 600, 300)
+    assert result.tokens == len(TEXT.encode())
+    assert result.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
 
 
 def test_a_reference_that_is_the_model_itself(engine: Engine, checkpoint: Path) -> None:
@@ -119,10 +115,10 @@ def test_a_reference_that_knows_nothing(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("context", "stride", "fragment"),
     [
-        (1, None, "--context is 1"),
-        (601, None, "--context is 601"),
-        (10, 10, "--stride is 10"),
-        (10, 0, "--stride is 0"),
+        (1, None, "context is 1"),
+        (601, None, "context is 601"),
+        (10, 10, "stride is 10"),
+        (10, 0, "stride is 0"),
     ],
 )
 def test_windows_that_cannot_be(context: int, stride: int | None, fragment: str) -> None:
