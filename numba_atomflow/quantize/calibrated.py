@@ -5,7 +5,9 @@ result depends on nothing that was rounded before it. In memory are one layer in
 inputs, and the residual stream of all calibration tokens.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +53,7 @@ def quantize_layers(
             report(f"layer {i}: {projection}", (i + 1) * each - left, g.layers * each)
 
         unfinished.save(i, _quantize(source, i, stream, method, starting), stream)
+        _return_freed_memory()
     return stream
 
 
@@ -60,6 +63,7 @@ def _quantize(
     """Layer i, through which the stream is taken. Nothing of it stays in memory but what is returned."""
     layer = _read_layer(source, i)
     inputs = _calibrate(source.geometry, layer, stream)
+    _return_freed_memory()
     with cores_for_kernels():
         return quantize_layer(source.geometry, layer, inputs, method, starting)
 
@@ -77,6 +81,12 @@ def _calibrate(
     for each in inputs.values():
         each.finish()
     return inputs
+
+
+def _return_freed_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps it in fragments, which would add to the next peak."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _layer_weights(geometry: ModelGeometry) -> int:
