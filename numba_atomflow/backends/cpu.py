@@ -100,7 +100,7 @@ class CpuBackend:
         threads: int | None = None,
     ) -> None:
         self.threads = choose_threads(threads)
-        self.device = f"{cpu_name()}, {self.threads} threads"
+        self.device = f"{cpu_name()}, {self.threads} thread{'s' if self.threads > 1 else ''}"
         self.geometry = geometry
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.block = min(BLOCK, max_seq_len)

@@ -23,6 +23,8 @@ from numba_atomflow.cli.info import EXAMPLES as INFO_EXAMPLES
 from numba_atomflow.cli.info import info
 from numba_atomflow.cli.perplexity import EXAMPLES as PERPLEXITY_EXAMPLES
 from numba_atomflow.cli.perplexity import perplexity
+from numba_atomflow.cli.profile import EXAMPLES as PROFILE_EXAMPLES
+from numba_atomflow.cli.profile import profile
 from numba_atomflow.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from numba_atomflow.cli.quantize import quantize
 from numba_atomflow.cli.validate import EXAMPLES as VALIDATE_EXAMPLES
@@ -81,6 +83,7 @@ app.command(cls=_Command, epilog=INFO_EXAMPLES)(info)
 app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
 app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
 app.command(cls=_Command, epilog=BENCH_EXAMPLES)(bench)
+app.command(cls=_Command, epilog=PROFILE_EXAMPLES)(profile)
 
 
 def invoke(arguments: Sequence[str]) -> int:

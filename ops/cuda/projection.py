@@ -37,7 +37,6 @@ from numba import cuda, float32, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
 
-BLOCKS = 2  # per multiprocessor: with 8 warps and 4 KB of weights each, 64 KB in flight
 LOG2_E = np.float32(math.log2(math.e))
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -53,6 +52,7 @@ class ProjectionShape:
         warps: per block.
         split: warps that share a tile: 1, 2, 4 ... up to `warps`.
         depth: groups of 128 columns whose weights a warp has in flight: 2 KB each.
+        resident: blocks per multiprocessor: with 8 warps and 4 KB of weights each, two have 64 KB in flight.
     """
 
     layout: FragmentLayout
@@ -60,6 +60,7 @@ class ProjectionShape:
     warps: int = 8
     split: int = 8
     depth: int = 2
+    resident: int = 2
 
     @property
     def threads(self) -> int:
@@ -79,7 +80,7 @@ class ProjectionShape:
     def blocks(self, multiprocessors: int) -> int:
         """Blocks of a launch: one wave at most."""
         needed = -(-self.layout.tiles // (self.warps // self.split))
-        return min(needed, multiprocessors * BLOCKS)
+        return min(needed, multiprocessors * self.resident)
 
 
 def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:

@@ -73,8 +73,14 @@ def test_greedy_tokens_are_those_of_the_cpu(engine: Engine, oracle: Engine) -> N
     for seed in range(4):
         prompt = tokens_of(engine.geometry, 11, seed)
         replies = [one.generate_tokens(prompt, SamplingParams(max_tokens=60)).finish() for one in (engine, oracle)]
-        assert replies[0].token_ids == replies[1].token_ids
         assert replies[0].finish_reason == replies[1].finish_reason == "max_tokens"
+        got, expected = (reply.token_ids for reply in replies)
+        first = next((i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b), None)
+        if first is not None:  # the two may part where the best tokens are as close as the two backends' logits
+            oracle.reset()
+            logits = oracle.feed(prompt + expected[:first])
+            gap = logits[expected[first]] - logits[got[first]]
+            assert gap <= 4 * LIMIT * np.linalg.norm(logits) / np.sqrt(len(logits)), f"token {first} of prompt {seed}"
 
 
 @pytest.mark.parametrize("family", [{"qkv_bias": True}, {"qk_norm": True}, {"qkv_bias": True, "qk_norm": True}])
