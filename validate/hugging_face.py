@@ -92,6 +92,27 @@ def make_ground_truth(
     )
 
 
+def original_logits(checkpoint: Checkpoint, source: Path) -> Callable[[Sequence[int]], Rows]:
+    """A function from token ids to the logits [T, V] of the model that a checkpoint was made from.
+
+    Raises:
+        GroundTruthError: transformers is not installed, or the source is not this checkpoint's.
+        SourceError: the source cannot be read.
+    """
+    _check_installed("A reference is computed")
+    with _quiet():
+        model = _original(checkpoint, source)
+
+    def logits(tokens: Sequence[int]) -> Rows:
+        import torch
+
+        with torch.no_grad():
+            rows: Rows = model(torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
+        return rows
+
+    return logits
+
+
 def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference: str, source: Path | None) -> None:
     if reference not in REFERENCES:
         raise OptionError(f"There is no reference {reference!r}; choose {' or '.join(REFERENCES)}.")
@@ -121,11 +142,14 @@ def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference
             f"transformers takes no Llama whose hidden size ({geometry.hidden}) is not a multiple of its "
             f"{geometry.heads} heads; compare backends instead."
         )
+    _check_installed("A ground truth is made")
+
+
+def _check_installed(what: str) -> None:
     for name in ("torch", "transformers", "accelerate"):  # without the last, transformers reads no GGUF
         if find_spec(name) is None:
             raise GroundTruthError(
-                f"A ground truth is made with transformers, but {name} is not installed; "
-                "run pip install 'numba-atomflow[validate]'."
+                f"{what} with transformers, but {name} is not installed; run pip install 'numba-atomflow[validate]'."
             )
 
 

@@ -20,20 +20,9 @@ Examples:
 
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A GGUF file, a Hugging Face folder with safetensors weights, or a model of the hub: org/name, or "
-            "org/name/file.gguf."
-        ),
-    ],
+    source: options.Source,
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint file to write.")],
-    revision: Annotated[
-        str | None,
-        typer.Option(
-            "--revision", metavar="REV", help="Of a model of the hub: branch, tag or commit.  [default: main]"
-        ),
-    ] = None,
+    revision: options.Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it is there.")] = False,
     as_json: options.Json = False,
 ) -> None:
