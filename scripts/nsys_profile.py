@@ -64,8 +64,8 @@ def check_report(report: Path) -> None:
     raw = report.with_suffix(".qdstrm")
     if raw.exists() and not report.exists():
         raise nsight.ToolError(
-            f"nsys recorded {raw} but made no report of it: its importer is missing or too old (the copy of nsys inside "
-            f"Nsight Compute has none); open the file with a complete Nsight Systems, or give its path with --nsys."
+            f"nsys recorded {raw} but made no report of it: its importer is missing (the copy of nsys inside "
+            "Nsight Compute has none); open the file with a complete Nsight Systems, or give its path with --nsys."
         )
 
 
