@@ -19,6 +19,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.machine import machine_record
 from numba_atomflow.picture import save_figure
 from numba_atomflow.random_model import RandomModel
+from numba_atomflow.spread import faster_half
 
 WARM_UP = 2  # runs that are thrown away
 TURNS = 5  # of the ops and the step, one after the other: what slows the machine down for a while hits both
@@ -52,7 +53,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """A profile, with what it takes to repeat it. Times in seconds per token, medians of `repeats` runs."""
+    """A profile, with what it takes to repeat it. Times in seconds per token, over `repeats` runs."""
 
     model: str
     random_weights: bool
@@ -105,7 +106,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
     Args:
         engine: what it remembers is lost.
         depth: tokens that the KV cache holds.
-        repeats: runs to take the median of, rounded up to a multiple of `TURNS`.
+        repeats: runs, the faster half of which counts, rounded up to a multiple of `TURNS`.
         progress: called with what is being done, parts done and parts in all.
 
     Raises:
@@ -136,7 +137,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
         timed_steps.append(backend.time_step(each))
     report("ops and step", turns + 2)
     ops = [op for op, _ in timed_ops[0]]
-    seconds = np.median([[took for _, took in timed] for timed in timed_ops], axis=0).tolist()
+    seconds = faster_half([[took for _, took in timed] for timed in timed_ops]).tolist()
     return ProfileReport(
         model=str(engine.checkpoint.path),
         random_weights=isinstance(engine.checkpoint, RandomModel),
@@ -147,7 +148,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
         repeats=turns * each,
         ceilings=ceilings,
         kernels=kernel_rows(list(zip(ops, seconds, strict=True)), depth + 1),
-        step_seconds=float(np.median(timed_steps)),
+        step_seconds=float(faster_half([[took] for took in timed_steps])[0]),
     )
 
 

@@ -154,7 +154,8 @@ def kernel_runs(
     plain: Sequence[Mapping[str, str | float]], renamed: Sequence[Mapping[str, str | float]]
 ) -> list[KernelRun]:
     """The kernels of a report, from its raw page with their own names and with those of their ranges."""
-    labels = {row["ID"]: str(row["Kernel Name"]) for row in renamed}
+    # ncu 2025.3 writes "layer.0.qkv/qkv_x1" where others write the range alone.
+    labels = {row["ID"]: str(row["Kernel Name"]).partition("/")[0] for row in renamed}
 
     def metric(row: Mapping[str, str | float], name: str) -> float | None:
         value = row.get(name)

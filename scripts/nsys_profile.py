@@ -55,6 +55,20 @@ def profile_command(nsys: str, out: Path, child: Sequence[str]) -> list[str]:
     ]
 
 
+def check_report(report: Path) -> None:
+    """Whether the recording has become a report.
+
+    Raises:
+        ToolError: nsys left what it recorded as it was.
+    """
+    raw = report.with_suffix(".qdstrm")
+    if raw.exists() and not report.exists():
+        raise nsight.ToolError(
+            f"nsys recorded {raw} but made no report of it: its importer is missing (the copy of nsys inside "
+            "Nsight Compute has none); open the file with a complete Nsight Systems, or give its path with --nsys."
+        )
+
+
 def stats_command(nsys: str, report: Path) -> list[str]:
     """Print the table of kernels as CSV."""
     return [nsys, "stats", f"--report={REPORT}", "--format=csv", "--output=-", "--force-export=true", str(report)]
@@ -125,6 +139,7 @@ def main() -> int:
             child = [str(nsight.CHILD), *nsight.model_arguments(options), "--tokens", str(options.tokens)]
             print(f"recording {options.tokens} tokens into {report}", file=sys.stderr)
             nsight.run(profile_command(nsys, options.out, child))
+            check_report(report)
         rows = parse_kernels(nsight.run(stats_command(nsys, report)))
     except nsight.ToolError as error:
         return nsight.leave(error)

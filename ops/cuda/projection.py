@@ -84,20 +84,25 @@ class ProjectionShape:
 
 
 def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
-    """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups.
+    """How to cut a projection: measured on an H100 at Llama 3.2 3B's shapes (docs/cuda-backend.md).
 
-    With one column, a warp's share of a tile is loaded at once if that is three groups at most. With more, decoding FP8
-    bit by bit (before sm_89) leaves registers for one group.
+    The least splitting that still makes four blocks of 8 warps per multiprocessor, and no more than there are groups. A
+    warp's share of a tile is loaded at once if that is three groups at most. With one column and two tiles or more for
+    every multiprocessor, one block of 16 warps stages x once where two of 8 would do it twice.
     """
     split = 1
     while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
         split *= 2
     share = -(-layout.groups // split)
-    if columns == 1:
-        depth = share if share <= 3 else 2
-    else:
-        depth = 2 if layout.hardware_fp8 else 1
-    return ProjectionShape(layout, columns, split=split, depth=depth)
+    if columns > 1:
+        # Before sm_89 FP8 is decoded bit by bit, which leaves registers for one group.
+        return ProjectionShape(layout, columns, split=split, depth=2 if layout.hardware_fp8 else 1)
+    if split == 1:
+        return ProjectionShape(layout, split=split)
+    if layout.tiles >= 2 * multiprocessors:
+        return ProjectionShape(layout, warps=16, split=split, depth=share if share <= 3 else 2, resident=1)
+    deep = 4 if layout.hardware_fp8 else 2
+    return ProjectionShape(layout, split=split, depth=share if share <= 3 else deep)
 
 
 def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:
