@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ class Unfinished:
         job: JSON-ready; everything that the result depends on.
 
     Raises:
-        DestinationError: another process is at work, or the folder cannot be written.
+        DestinationError: another process is at work, the folder cannot be written, or a file in it is damaged.
     """
 
     def __init__(self, destination: Path, job: Mapping[str, Any]) -> None:
@@ -78,12 +79,13 @@ class Unfinished:
     def finished(self) -> int:
         """How many layers are done, the first ones."""
         streams = [int(path.suffixes[0][1:]) for path in self.folder.glob("stream.*.npy")]
-        return max(streams, default=0)
+        done = max(streams, default=0)
+        return done if all(self._layer(i).exists() for i in range(done)) else 0
 
     def stream(self, layer: int) -> NDArray[np.float32]:
         """The residual stream before a layer, as it was saved."""
-        with self._explained():
-            stream: NDArray[np.float32] = np.load(self._stream(layer), allow_pickle=False)
+        with self._readable(self._stream(layer)) as file:
+            stream: NDArray[np.float32] = np.load(file, allow_pickle=False)
         return stream
 
     def save(self, layer: int, result: QuantisedLayer, stream: NDArray[np.float32]) -> None:
@@ -96,8 +98,8 @@ class Unfinished:
 
     def layer(self, layer: int) -> QuantisedLayer:
         """A finished layer."""
-        with self._explained(), np.load(self._layer(layer), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with self._readable(self._layer(layer)) as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
         errors = {name.removeprefix(_ERRORS): arrays.pop(name) for name in list(arrays) if name.startswith(_ERRORS)}
         return QuantisedLayer(arrays, {name: (float(pair[0]), float(pair[1])) for name, pair in errors.items()})
 
@@ -118,6 +120,14 @@ class Unfinished:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+    @contextmanager
+    def _readable(self, path: Path) -> Iterator[BinaryIO]:
+        try:
+            with path.open("rb") as file:
+                yield file
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DestinationError(f"{path} is damaged; delete {self.folder} and start again.") from error
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -324,6 +324,21 @@ def test_finished_layers_are_of_use_for_the_same_job_only(tmp_path: Path, text_f
     assert out.read_bytes() == expected["gptq"]
 
 
+@pytest.mark.parametrize("name", ["layer.0.npz", "stream.2.npy"])
+def test_a_damaged_layer_is_named_and_a_missing_one_made_again(tmp_path: Path, text_file: Path, name: str) -> None:
+    write_hf_folder(tmp_path / "hf", geometry(layers=3))
+    out = tmp_path / "out"
+    with pytest.raises(StopHereError):
+        convert(tmp_path / "hf", out, method="gptq", calibration=text_file, progress=stop_at(2))
+    damaged = tmp_path / "out.unfinished" / name
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    with pytest.raises(DestinationError, match=rf"{name} is damaged; delete .*out\.unfinished"):
+        convert(tmp_path / "hf", out, method="gptq", calibration=text_file)
+    damaged.unlink()
+    convert(tmp_path / "hf", out, method="gptq", calibration=text_file)
+    assert out.exists()
+
+
 def test_a_second_process_is_refused(tmp_path: Path, text_file: Path) -> None:
     write_hf_folder(tmp_path / "hf", geometry())
 
