@@ -177,6 +177,30 @@ def test_a_reply_that_stops_early_leaves_nothing_behind(engine: Engine) -> None:
         assert rest.stats.reused_tokens >= len(prompt) + stop_after - 1
 
 
+def test_ctrl_c_between_a_launch_and_counting_it_spoils_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, params = tokens_of(engine.geometry, 20), SamplingParams(max_tokens=12)
+    engine.reset()
+    expected = engine.generate_tokens(prompt, params).finish().token_ids
+    for interrupted in (1, 2, 3, 6):
+        engine.reset()
+        with monkeypatch.context() as patch:
+            count, calls = CudaBackend._count, 0
+
+            def interrupting(*arguments: Any, at: int = interrupted) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == at:
+                    raise KeyboardInterrupt
+                count(*arguments)
+
+            patch.setattr(CudaBackend, "_count", interrupting)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate_tokens(prompt, params).finish()
+        assert engine.generate_tokens(prompt, params).finish().token_ids == expected
+
+
 def test_the_end_of_the_context_is_reached_and_not_passed(engine: Engine) -> None:
     prompt = tokens_of(engine.geometry, MAX_SEQ_LEN - 3)
     reply = engine.generate_tokens(prompt).finish()
@@ -242,10 +266,7 @@ def test_nothing_is_allocated_after_loading(engine: Engine, monkeypatch: pytest.
             launch.run()  # eager
         backend._graphs.pop((3, "none"), None)
         backend._graph(3, "none").replay()  # a capture
-    backend.synchronize()
-    backend._queued += 1
-    backend._wanted = backend._queued
-    backend._position = -1  # the eager step has moved it
+    backend._sure = False  # the eager step has moved the position
     engine.reset()
     assert calls == []
     with Engine.random(tiny_geometry(), "cuda", 8):
