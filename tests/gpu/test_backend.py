@@ -183,21 +183,20 @@ def test_ctrl_c_between_a_launch_and_counting_it_spoils_nothing(
     prompt, params = tokens_of(engine.geometry, 20), SamplingParams(max_tokens=12)
     engine.reset()
     expected = engine.generate_tokens(prompt, params).finish().token_ids
+    count = CudaBackend._count
     for interrupted in (1, 2, 3, 6):
+        calls = iter(range(1, 100))
+
+        def interrupting(*arguments: Any, at: int = interrupted, calls: Iterator[int] = calls) -> None:
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            count(*arguments)
+
         engine.reset()
-        with monkeypatch.context() as patch:
-            count, calls = CudaBackend._count, 0
-
-            def interrupting(*arguments: Any, at: int = interrupted) -> None:
-                nonlocal calls
-                calls += 1
-                if calls == at:
-                    raise KeyboardInterrupt
-                count(*arguments)
-
-            patch.setattr(CudaBackend, "_count", interrupting)
-            with pytest.raises(KeyboardInterrupt):
-                engine.generate_tokens(prompt, params).finish()
+        monkeypatch.setattr(CudaBackend, "_count", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate_tokens(prompt, params).finish()
+        monkeypatch.undo()
         assert engine.generate_tokens(prompt, params).finish().token_ids == expected
 
 
