@@ -20,7 +20,7 @@ dtype alone says which it is.
 
 All F32 tensors come first, then F16, then the codes, then the tokenizer; spaces at the end of the header make what
 follows F32 start at a multiple of 128 bytes. The metadata holds JSON records: geometry, quantiser, source and its
-SHA-256, text.
+SHA-256, text, and calibration where there was one.
 """
 
 import json

@@ -58,6 +58,7 @@ class CheckpointWriter:
         quantiser: a JSON-ready record of how the weights were quantised.
         source: a JSON-ready record of where they came from.
         head: format of the vocabulary projection.
+        calibration: a JSON-ready record of the text that weights were quantised for, and of the errors that are left.
         overwrite: replace a file that has the final name by the time that this one is complete.
 
     Raises:
@@ -73,6 +74,7 @@ class CheckpointWriter:
         source: Mapping[str, Any],
         *,
         head: HeadFormat = "fp8",
+        calibration: Mapping[str, Any] | None = None,
         overwrite: bool = True,
     ) -> None:
         self.path = path
@@ -85,6 +87,8 @@ class CheckpointWriter:
             "source": json.dumps(dict(source)),
             "text": json.dumps(text.to_dict()),
         }
+        if calibration is not None:
+            metadata["calibration"] = json.dumps(dict(calibration))
         layout = tensor_layout(geometry, head)
         self._tokenizer = text.tokenizer_json
         if self._tokenizer is not None:
@@ -184,10 +188,11 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
-            raise DestinationError(_explanation(self.path, error)) from error
+            raise DestinationError(explanation(self.path, error)) from error
 
 
-def _explanation(path: Path, error: OSError) -> str:
+def explanation(path: Path, error: OSError) -> str:
+    """Why something could not be written for the checkpoint at `path`, as a sentence."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"{path} could not be written: the disk is full; make room, or choose another folder."

@@ -1,4 +1,4 @@
-"""Source to FP8 checkpoint, a few megabytes at a time."""
+"""Source to FP8 checkpoint: rounded a few megabytes at a time, or calibrated layer by layer."""
 
 import hashlib
 import stat
@@ -11,9 +11,10 @@ import numpy as np
 from numba_atomflow.chat_template import ChatTemplate
 from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
-from numba_atomflow.errors import DestinationError, SourceError, TextError
-from numba_atomflow.quantize import rtn
-from numba_atomflow.sources import WeightSource, open_source
+from numba_atomflow.errors import DestinationError, OptionError, SourceError, TextError
+from numba_atomflow.quantize import MethodName, rtn
+from numba_atomflow.quantize.checkpoint import convert_calibrated
+from numba_atomflow.sources import WeightSource, local_source, open_source
 from numba_atomflow.text import TextAssets, TextCodec
 
 Progress = Callable[[str, int, int], None]
@@ -22,41 +23,63 @@ VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 
 def convert(
-    source: Path,
+    source: Path | str,
     destination: Path,
     *,
+    revision: str | None = None,
+    method: MethodName = "rtn",
+    calibration: Path | None = None,
     head: HeadFormat = "fp8",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Quantise the model at `source` to FP8 and write it to `destination`.
 
-    Memory does not grow with the model: weights pass through in slabs of rows. The destination appears under its name
+    With "rtn", memory does not grow with the model: weights pass through in slabs of rows; those that are FP8 already
+    keep their codes and scales. The other methods hold one layer at a time; when they are stopped, finished layers stay
+    in ``<destination>.unfinished``, and the next call goes on from there. The destination appears under its name
     complete or not at all.
 
     Args:
-        source: a GGUF file or a Hugging Face folder.
+        source: a GGUF file, a Hugging Face folder, or a model of the hub (``org/name`` or ``org/name/file.gguf``).
         destination: the checkpoint file; missing folders are made.
+        revision: of a model of the hub: branch, tag or commit; "main" by default.
+        method: "rtn" (round to nearest), "awq" (channel scales and clipping) or "gptq" (clipping and error feedback).
+        calibration: for "awq" and "gptq" a text file; by default Python's documentation strings.
         head: format of the vocabulary projection (and of the embedding, where they are one).
         overwrite: replace an existing checkpoint.
-        progress: called before each step with its name, bytes done and bytes in all: first hashing, then writing.
+        progress: called before each step with its name, bytes done and bytes in all: fetching, hashing, calibrated
+            layers (of one byte per weight), writing.
 
     Returns:
         `destination`.
 
     Raises:
         SourceError, GeometryError: the source cannot be used.
+        HubError: it cannot be fetched.
+        TextError: the calibration text cannot be read, or there is no tokenizer for it.
+        OptionError: the calibration text is too short; "rtn" was given one; "awq" or "gptq" was asked for of weights
+            that are FP8 already.
         DestinationError: the destination exists, or cannot be written.
     """
+    if method == "rtn" and calibration is not None:
+        raise OptionError("rtn rounds weights without looking at any text; choose another method, or no calibration.")
     _check_destination(destination, overwrite)
+    source = local_source(source, revision, progress)
     weights = open_source(source)
     _check_text(source, weights.text)
     if destination.exists() and any(destination.samefile(file) for file in weights.files):
         raise DestinationError(f"{destination} is part of the source; choose another name.")
+    if method != "rtn" and weights.fp8_scheme:
+        raise OptionError(f"{source} is FP8 already; take the method rtn, which keeps its weights as they are.")
     report: Progress = progress or (lambda *_: None)
     origin = _describe(weights, report)
+    if method != "rtn":
+        convert_calibrated(weights, destination, method, calibration, head, origin, report, overwrite=overwrite)
+        return destination
+    quantiser = {"kept": weights.fp8_scheme} | rtn.RECORD if weights.fp8_scheme else rtn.RECORD
     writer = CheckpointWriter(
-        destination, weights.geometry, weights.text, rtn.RECORD, origin, head=head, overwrite=overwrite
+        destination, weights.geometry, weights.text, quantiser, origin, head=head, overwrite=overwrite
     )
     halves = head_part(weights.geometry) if head == "fp16" else None
     with writer:
@@ -91,11 +114,11 @@ def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, 
     rows, columns = shape
     slab = max(1, VALUES_AT_ONCE // columns)
     for start in range(0, rows, slab):
-        values = weights.read(name, start, min(rows, start + slab))
+        stop = min(rows, start + slab)
         if as_halves:
-            writer.write(part + ".weight", values.astype(np.float16))
+            writer.write(part + ".weight", weights.read(name, start, stop).astype(np.float16))
             continue
-        codes, scales = rtn.quantize(values)
+        codes, scales = weights.read_fp8(name, start, stop) or rtn.quantize(weights.read(name, start, stop))
         writer.write(part + ".weight", codes)
         writer.write(part + ".scale", scales)
 

@@ -16,6 +16,10 @@ class SourceError(AtomFlowError):
     """The weights to convert are missing, damaged, or do not fit their own description."""
 
 
+class HubError(AtomFlowError):
+    """A model cannot be fetched from the Hugging Face hub: no network, no such model, no access, damage on the way."""
+
+
 class CheckpointError(AtomFlowError):
     """An FP8 checkpoint is missing, damaged, or of another format version."""
 

@@ -39,6 +39,11 @@ def models() -> Path:
     return home() / "models"
 
 
+def downloads() -> Path:
+    """Folder of models fetched from the hub: ``<home>/downloads/<organisation>--<name>@<commit>/``."""
+    return home() / "downloads"
+
+
 def compiled() -> Path:
     """Folder of numba's compiled code, one sub-folder per hash of ``ops/``."""
     return home() / "compiled"

@@ -27,8 +27,8 @@ class RandomModel:
     """Stands wherever the engine takes a `Checkpoint`; it has no tokenizer.
 
     Codes are distributed as those of normal weights. Scales are such that a projection of inputs of unit variance has
-    outputs of about unit variance, and differ from group to group; norms are near 1. The same seed gives the same
-    arrays, whatever the order in which they are asked for.
+    outputs of about unit variance, and differ from group to group; norms are near 1, biases near 0. The same seed gives
+    the same arrays, whatever the order in which they are asked for.
 
     Args:
         geometry: of the model.
@@ -68,7 +68,8 @@ class RandomModel:
             spread = 0.5 + rng.random(shape, np.float32)  # of mean 1 and variance 1 / 12
             array = spread * np.float32(1 / np.sqrt(columns * _code_variance() * (1 + 1 / 12)))
         else:
-            array = np.asarray(1 + 0.1 * rng.standard_normal(shape, np.float32), np.float32)
+            centre = 1 if name.endswith("_norm") else 0  # else a bias
+            array = np.asarray(centre + 0.1 * rng.standard_normal(shape, np.float32), np.float32)
         array.flags.writeable = False
         return array
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +43,15 @@ class Spread:
         """For people: ``12.3 (12.1-12.8)``."""
         median, low, high = (f"{value * factor:.{digits}f}" for value in (self.median, self.low, self.high))
         return f"{median} ({low}-{high})"
+
+
+def faster_half(runs: ArrayLike) -> NDArray[np.float64]:
+    """What a run of several parts takes when nothing gets in its way: the mean of those runs [runs, parts] that are not
+    slower than their median.
+
+    Unlike the medians of the parts, the results add up: their sum is what this gives for the runs as a whole.
+    """
+    seconds = np.asarray(runs, np.float64)
+    totals = seconds.sum(axis=1)
+    mean: NDArray[np.float64] = seconds[totals <= np.median(totals)].mean(axis=0)
+    return mean

@@ -2,29 +2,34 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 Style = Literal["table", "md", "csv"]
 Rows = Sequence[Sequence[str]]
 
 
-def render(style: Style, headers: Sequence[str], rows: Rows) -> str:
-    """The table with a newline at its end. Every column but the first is aligned to the right."""
+def render(style: Style, headers: Sequence[str], rows: Rows, words: Collection[int] = (0,)) -> str:
+    """The table with a newline at its end.
+
+    Args:
+        style: of the table.
+        headers: of the columns.
+        rows: as many cells each.
+        words: columns that are aligned to the left; the others hold numbers.
+    """
+    columns = range(len(headers))
     match style:
         case "csv":
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows([headers, *rows])
             return text.getvalue()
         case "md":
-            dashes = ["---", *["---:"] * (len(headers) - 1)]
+            dashes = ["---" if i in words else "---:" for i in columns]
             return "".join("| " + " | ".join(row) + " |\n" for row in (headers, dashes, *rows))
-    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+    widths = [max(len(row[i]) for row in (headers, *rows)) for i in columns]
     lines = []
     for row in (headers, *rows):
-        cells = [
-            f"{cell:<{width}}" if not i else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = [row[i].ljust(widths[i]) if i in words else row[i].rjust(widths[i]) for i in columns]
         lines.append("  ".join(cells).rstrip() + "\n")
     return "".join(lines)

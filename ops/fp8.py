@@ -86,8 +86,8 @@ def decode_biased(code):  # type: ignore[no-untyped-def]
 
 
 @cpu_kernel(inline=True, exact=True)
-def _encode_one(value):  # type: ignore[no-untyped-def]
-    """One float32 with |value| <= 448 to its E4M3 code, rounding to nearest even on the bits."""
+def encode_one(value):  # type: ignore[no-untyped-def]
+    """One finite float32 to its E4M3 code: rounded to nearest even on the bits, saturated at 448."""
     bits = np.float32(value).view(np.int32)
     sign = (bits >> 24) & 0x80
     magnitude = np.int32(bits & 0x7FFFFFFF)
@@ -114,7 +114,22 @@ def _quantize(weights, codes, scales):  # type: ignore[no-untyped-def]
                 scale = np.float32(1.0)
             scales[n, g] = scale
             for k in range(start, stop):
-                codes[n, k] = _encode_one(weights[n, k] / scale)
+                codes[n, k] = encode_one(weights[n, k] / scale)
+
+
+@cpu_kernel(exact=True)
+def _encode_groups(weights, scales, codes):  # type: ignore[no-untyped-def]
+    rows, columns = weights.shape
+    for n in prange(rows):
+        for k in range(columns):
+            codes[n, k] = encode_one(weights[n, k] / scales[n, k // GROUP])
+
+
+def encode_groups(weights: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Weights [N, K] to the nearest codes under given group scales [N, ceil(K / 128)]; what is too large saturates."""
+    codes = np.empty(weights.shape, np.uint8)
+    _encode_groups(np.ascontiguousarray(weights, np.float32), scales, codes)
+    return codes
 
 
 def quantize_groups(weights: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

@@ -199,6 +199,8 @@ _GGUF_LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 _GGUF_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -212,7 +214,7 @@ def write_gguf(
     seed: int = 0,
     tokenizer: bool = False,
     fields: Mapping[str, Any] | None = None,
-    architecture: str = "llama",
+    architecture: str | None = None,
 ) -> Weights:
     """A GGUF file as llama.cpp's converter lays it out; returns its weights as float32, in Hugging Face order.
 
@@ -224,11 +226,11 @@ def write_gguf(
         seed: of the weights, if none are given.
         tokenizer: store a byte-level tokenizer of 260 tokens.
         fields: integer metadata to add or to override; None drops a field.
-        architecture: what general.architecture says.
+        architecture: what general.architecture says, if not the geometry's own.
     """
     geometry = geometry or tiny_geometry()
     weights = random_weights(geometry, seed) if weights is None else weights
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture or family_of(geometry))
     for key, value in (_gguf_integers(geometry) | dict(fields or {})).items():
         if value is not None:
             writer.add_uint32(key, value)
@@ -243,7 +245,7 @@ def write_gguf(
     for name, values in weights.items():
         kind = GGMLQuantizationType.F32 if values.ndim == 1 else matrices
         stored[name] = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
-        if "q_proj" in name or "k_proj" in name:
+        if family_of(geometry) == "llama" and ("q_proj" in name or "k_proj" in name):
             values = _interleaved(values, geometry.head_dim)
         writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -254,17 +256,18 @@ def write_gguf(
 
 
 def _gguf_integers(geometry: ModelGeometry) -> dict[str, Any]:
+    arch = family_of(geometry)
     return {
-        "llama.block_count": geometry.layers,
-        "llama.context_length": geometry.max_positions,
-        "llama.embedding_length": geometry.hidden,
-        "llama.feed_forward_length": geometry.ffn,
-        "llama.attention.head_count": geometry.heads,
-        "llama.attention.head_count_kv": geometry.kv_heads,
-        "llama.attention.key_length": geometry.head_dim,
-        "llama.attention.value_length": geometry.head_dim,
-        "llama.rope.dimension_count": geometry.head_dim,
-        "llama.vocab_size": geometry.vocabulary,
+        f"{arch}.block_count": geometry.layers,
+        f"{arch}.context_length": geometry.max_positions,
+        f"{arch}.embedding_length": geometry.hidden,
+        f"{arch}.feed_forward_length": geometry.ffn,
+        f"{arch}.attention.head_count": geometry.heads,
+        f"{arch}.attention.head_count_kv": geometry.kv_heads,
+        f"{arch}.attention.key_length": geometry.head_dim,
+        f"{arch}.attention.value_length": geometry.head_dim,
+        f"{arch}.rope.dimension_count": geometry.head_dim,
+        f"{arch}.vocab_size": geometry.vocabulary,
     }
 
 
@@ -281,11 +284,11 @@ def _add_gguf_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 
 def _gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
+    stem, _, kind = name.rpartition(".")
     if stem in _GGUF_OUTER:
         return _GGUF_OUTER[stem] + ".weight"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{_GGUF_LAYER[part]}.weight"
+    return f"blk.{layer}.{_GGUF_LAYER[part]}.{kind}"
 
 
 def _interleaved(values: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@
 
 from numba_atomflow.validate.compare import check
 from numba_atomflow.validate.ground_truth import check_fits, open_ground_truth, save_ground_truth
-from numba_atomflow.validate.hugging_face import make_ground_truth
+from numba_atomflow.validate.hugging_face import make_ground_truth, original_logits
 from numba_atomflow.validate.inject import SignFlip, inject
 from numba_atomflow.validate.precision import Precision
 from numba_atomflow.validate.probes import Probe, all_probes
@@ -34,6 +34,7 @@ __all__ = [
     "inject",
     "make_ground_truth",
     "open_ground_truth",
+    "original_logits",
     "record",
     "save_ground_truth",
 ]

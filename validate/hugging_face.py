@@ -92,6 +92,27 @@ def make_ground_truth(
     )
 
 
+def original_logits(checkpoint: Checkpoint, source: Path) -> Callable[[Sequence[int]], Rows]:
+    """A function from token ids to the logits [T, V] of the model that a checkpoint was made from.
+
+    Raises:
+        GroundTruthError: transformers is not installed, or the source is not this checkpoint's.
+        SourceError: the source cannot be read.
+    """
+    _check_installed("A reference is computed")
+    with _quiet():
+        model = _original(checkpoint, source)
+
+    def logits(tokens: Sequence[int]) -> Rows:
+        import torch
+
+        with torch.no_grad():
+            rows: Rows = model(torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
+        return rows
+
+    return logits
+
+
 def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference: str, source: Path | None) -> None:
     if reference not in REFERENCES:
         raise OptionError(f"There is no reference {reference!r}; choose {' or '.join(REFERENCES)}.")
@@ -121,11 +142,14 @@ def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference
             f"transformers takes no Llama whose hidden size ({geometry.hidden}) is not a multiple of its "
             f"{geometry.heads} heads; compare backends instead."
         )
+    _check_installed("A ground truth is made")
+
+
+def _check_installed(what: str) -> None:
     for name in ("torch", "transformers", "accelerate"):  # without the last, transformers reads no GGUF
         if find_spec(name) is None:
             raise GroundTruthError(
-                f"A ground truth is made with transformers, but {name} is not installed; "
-                "run pip install 'numba-atomflow[validate]'."
+                f"{what} with transformers, but {name} is not installed; run pip install 'numba-atomflow[validate]'."
             )
 
 
@@ -161,7 +185,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _original(checkpoint: Checkpoint, path: Path) -> Any:
-    """The model that the checkpoint was made from, read by transformers."""
+    """The model that the checkpoint was made from, read by transformers.
+
+    An FP8 checkpoint of the hubs is read by this program's own reader, which expands it to float32: transformers reads
+    them only with a GPU or further packages, and rounds to bfloat16.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -170,6 +198,10 @@ def _original(checkpoint: Checkpoint, path: Path) -> Any:
     for file in source.files:
         if record.get("sha256", {}).get(file.name) != sha256(file):
             raise GroundTruthError(f"{file} is not what {checkpoint.path} was made from; give the same source.")
+    if source.fp8_scheme:
+        return _with_weights(
+            checkpoint.geometry, {name: torch.from_numpy(source.read(name)) for name in source.names()}
+        )
     folder, more = (path, {}) if source.kind == "hf" else (path.parent, {"gguf_file": path.name})
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, **more
@@ -180,7 +212,6 @@ def _original(checkpoint: Checkpoint, path: Path) -> Any:
 def _dequantised(checkpoint: Checkpoint) -> Any:
     """The checkpoint's weights, expanded, in transformers' model."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     state: dict[str, Any] = {}
     shapes = checkpoint.geometry.parameters()
@@ -191,9 +222,17 @@ def _dequantised(checkpoint: Checkpoint) -> Any:
             weights = checkpoint.matrix(part)
         ends = np.cumsum([shapes[name][0] for name in names])
         state |= {name: torch.from_numpy(rows) for name, rows in zip(names, np.split(weights, ends[:-1]), strict=True)}
-    if checkpoint.geometry.tied_embeddings:
+    return _with_weights(checkpoint.geometry, state)
+
+
+def _with_weights(geometry: ModelGeometry, state: dict[str, Any]) -> Any:
+    """The family's own class in transformers, with these weights in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if geometry.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config = _config(checkpoint.geometry)
+    config = _config(geometry)
     with torch.device("meta"):  # no memory, and no time for random weights
         auto: Any = AutoModelForCausalLM
         model: Any = auto.from_config(config, attn_implementation="eager")

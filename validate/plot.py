@@ -1,28 +1,9 @@
 """A picture of a validation: the error of each probe, and what is allowed. Needs the extra `plot` (matplotlib)."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
-from numba_atomflow.errors import DestinationError, OptionError
+from numba_atomflow.picture import save_figure
 from numba_atomflow.validate.report import Report
-
-
-def check_plot(path: Path) -> None:
-    """Complain before the work is done, not after.
-
-    Raises:
-        OptionError: matplotlib is not installed, or the name's ending is no format of it.
-        DestinationError: the folder does not exist.
-    """
-    if find_spec("matplotlib") is None:
-        raise OptionError("--plot needs matplotlib, which is not installed; run pip install 'numba-atomflow[plot]'.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in formats:
-        raise OptionError(f"--plot {path} has no ending that names a picture's format; use {path.stem}.png.")
-    if not path.parent.is_dir():
-        raise DestinationError(f"There is no folder {path.parent} for the plot; make it first.")
 
 
 def plot(report: Report, path: Path) -> None:
@@ -48,7 +29,4 @@ def plot(report: Report, path: Path) -> None:
         f"{report.backend}\nagainst {report.reference}" + (", layers isolated" * report.isolated), fontsize=9
     )
     axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another name.") from error
+    save_figure(figure, path)

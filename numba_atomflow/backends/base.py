@@ -80,11 +80,11 @@ class Backend(Protocol):
         """How fast this device's memory can be read, measured now: GB/s, by the name of the way of reading."""
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
-        """The decode step's ops in order, each with the median of its seconds over `repeats` runs.
+        """The decode step's ops in order, each with its typical seconds over `repeats` runs.
 
         Ops run one at a time, through the list that `decode` runs. Every run starts at the current position, which is
         what it was afterwards; the sampled token is another.
         """
 
     def time_step(self, repeats: int) -> float:
-        """Median seconds of the decode step as `decode` runs it, under the same conditions as `time_ops`."""
+        """Typical seconds of the decode step as `decode` runs it, under the same conditions as `time_ops`."""

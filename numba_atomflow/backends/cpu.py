@@ -41,6 +41,7 @@ from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View, view_of
 from numba_atomflow.ops import attention, bandwidth, embedding, projection, rms_norm, rope
 from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.spread import faster_half
 
 BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it
 HEAD_ROWS = 16  # positions whose logits are computed at once when all are asked for
@@ -100,7 +101,7 @@ class CpuBackend:
         threads: int | None = None,
     ) -> None:
         self.threads = choose_threads(threads)
-        self.device = f"{cpu_name()}, {self.threads} threads"
+        self.device = f"{cpu_name()}, {self.threads} thread{'s' if self.threads > 1 else ''}"
         self.geometry = geometry
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.block = min(BLOCK, max_seq_len)
@@ -197,28 +198,28 @@ class CpuBackend:
         return {"memory read": bandwidth.read_bandwidth()}
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
-        """The decode step's ops, each with the median of its seconds, by a clock around each."""
+        """The decode step's ops, each with its seconds in the faster half of the runs, by a clock around each."""
         ops, actions = self.step(1, "sample"), self._bound_step(1, "sample")
-        seconds = np.empty((len(ops), repeats))
+        seconds = np.empty((repeats, len(ops)))
 
         def timed(i: int, run: int) -> None:
             started = time.perf_counter()
             actions[i]()
-            seconds[i, run] = time.perf_counter() - started
+            seconds[run, i] = time.perf_counter() - started
 
         for run in range(repeats):
             self._run_in_place([partial(timed, i, run) for i in range(len(ops))])
-        return list(zip(ops, np.median(seconds, axis=1).tolist(), strict=True))
+        return list(zip(ops, faster_half(seconds).tolist(), strict=True))
 
     def time_step(self, repeats: int) -> float:
-        """Median seconds of the decode step."""
+        """Seconds of the decode step in the faster half of the runs."""
         actions = self._bound_step(1, "sample")
         seconds = []
         for _ in range(repeats):
             started = time.perf_counter()
             self._run_in_place(actions)
-            seconds.append(time.perf_counter() - started)
-        return float(np.median(seconds))
+            seconds.append([time.perf_counter() - started])
+        return float(faster_half(seconds)[0])
 
     # --- how ops become kernels ----------------------------------------------------------------------------------
 

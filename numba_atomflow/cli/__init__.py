@@ -1,4 +1,4 @@
-"""The command line: ``numba-atomflow generate | chat | convert | info | ground-truth | validate``.
+"""The command line: ``numba-atomflow generate | chat | convert | quantize | info | perplexity | validate | ...``.
 
 Results go to standard output, talk to standard error. Exit codes: 0 done, 1 a mistake in this program (and a validation
 that found a fault), 2 something that the user can put right (one line ``error: ...``), 130 Ctrl-C, 141 the reader of
@@ -33,6 +33,8 @@ _OPTIONS = frozenset(
         "stop",
         "max_seq_len",
         "threads",
+        "context",
+        "stride",
         "token_budget",
         "max_sequences",
         "block_size",

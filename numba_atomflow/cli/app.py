@@ -21,6 +21,12 @@ from numba_atomflow.cli.ground_truth import EXAMPLES as GROUND_TRUTH_EXAMPLES
 from numba_atomflow.cli.ground_truth import ground_truth
 from numba_atomflow.cli.info import EXAMPLES as INFO_EXAMPLES
 from numba_atomflow.cli.info import info
+from numba_atomflow.cli.perplexity import EXAMPLES as PERPLEXITY_EXAMPLES
+from numba_atomflow.cli.perplexity import perplexity
+from numba_atomflow.cli.profile import EXAMPLES as PROFILE_EXAMPLES
+from numba_atomflow.cli.profile import profile
+from numba_atomflow.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
+from numba_atomflow.cli.quantize import quantize
 from numba_atomflow.cli.sandbox import COMPARE_EXAMPLES, RUN_EXAMPLES
 from numba_atomflow.cli.sandbox import compare as sandbox_compare
 from numba_atomflow.cli.sandbox import run as sandbox_run
@@ -74,10 +80,13 @@ app = typer.Typer(cls=_Group, rich_markup_mode=None, add_completion=False, epilo
 app.command(cls=_Command, epilog=GENERATE_EXAMPLES)(generate)
 app.command(cls=_Command, epilog=CHAT_EXAMPLES)(chat)
 app.command(cls=_Command, epilog=CONVERT_EXAMPLES)(convert)
+app.command(cls=_Command, epilog=QUANTIZE_EXAMPLES)(quantize)
+app.command(cls=_Command, epilog=PERPLEXITY_EXAMPLES)(perplexity)
 app.command(cls=_Command, epilog=INFO_EXAMPLES)(info)
 app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
 app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
 app.command(cls=_Command, epilog=BENCH_EXAMPLES)(bench)
+app.command(cls=_Command, epilog=PROFILE_EXAMPLES)(profile)
 sandbox = typer.Typer(
     cls=_Group,
     rich_markup_mode=None,

@@ -1,12 +1,12 @@
 """``numba-atomflow bench``: speed at several depths of context, and how much of the device that is."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from numba_atomflow.cli import measured, options, output
+from numba_atomflow.cli.measured import Format
 from numba_atomflow.errors import OptionError
 from numba_atomflow.tables import render
 
@@ -26,15 +26,6 @@ Examples:
 Every figure is a median, with the 10th and 90th percentile in brackets.
 GB/s are those of weights and KV cache; ceilings are measured in the same run.
 """
-
-
-class Format(StrEnum):
-    """What may be given for --format."""
-
-    TABLE = "table"
-    MD = "md"
-    CSV = "csv"
-    JSON = "json"
 
 
 def bench(
@@ -59,7 +50,7 @@ def bench(
     ] = None,
     backend: options.Backend = options.BackendChoice.AUTO,
     threads: options.Threads = None,
-    form: Annotated[Format, typer.Option("--format", "-f", help="How to print the result.")] = Format.TABLE,
+    form: measured.Form = Format.TABLE,
     as_json: options.Json = False,
 ) -> None:
     """Measure prompt and decode speed, TTFT and TPOT, against what the memory of the device can do."""
@@ -115,14 +106,11 @@ def show(report: "BenchReport", earlier: "BenchReport | None", form: Format) -> 
 def _headline(report: "BenchReport") -> list[str]:
     """Everything that is the same at all depths, a line each."""
     machine, settings = report.machine, report.settings
-    versions = [f"{name} {version}" for name, version in machine["versions"].items() if version]
-    driver = machine["nvidia_driver"]
     return [
         f"model: {report.model}" + (", random weights" if report.random_weights else ""),
         f"device: {report.device}, {report.backend} backend",
-        f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}"
-        + (f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""),
-        f"versions: {', '.join(versions)}",
+        measured.machine_line(machine),
+        measured.versions_line(machine),
         f"commit: {machine['commit'] or 'installed package'}, {report.date}",
         "ceilings in this run: " + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
         f"each of {settings.repeats} turns: a prompt of {settings.prompt_tokens}, then {settings.decode_tokens} tokens",

@@ -1,4 +1,4 @@
-"""``numba-atomflow convert``: a GGUF file or a Hugging Face folder becomes an FP8 checkpoint."""
+"""``numba-atomflow convert``: a GGUF file, a Hugging Face folder or a model of the hub becomes an FP8 checkpoint."""
 
 import time
 from pathlib import Path
@@ -13,20 +13,23 @@ EXAMPLES = """\b
 Examples:
   numba-atomflow convert model.gguf model.safetensors
   numba-atomflow convert path/to/hugging-face-folder model.safetensors
+  numba-atomflow convert Qwen/Qwen3-0.6B qwen.safetensors
   numba-atomflow convert model.gguf ~/.cache/numba-atomflow/models/mine.safetensors
   numba-atomflow chat --model mine
 """
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A GGUF file, or a Hugging Face folder with safetensors weights.")],
+    source: options.Source,
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint file to write.")],
+    revision: options.Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it is there.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Quantise a model to FP8 and write it as one file.
 
-    DEST appears complete or not at all: a conversion that was stopped can be run again.
+    DEST appears complete or not at all: a conversion that was stopped can be run again. A model of the hub is kept in
+    the cache folder; a download that was stopped is continued. Weights that are FP8 already are kept as they are.
     """
     started = time.perf_counter()
 
@@ -34,7 +37,7 @@ def convert(
     from numba_atomflow.convert import convert as convert_model
 
     with output.bytes_bar() as progress:
-        convert_model(home.expand_user(source), home.expand_user(destination), overwrite=overwrite, progress=progress)
+        convert_model(source, home.expand_user(destination), revision=revision, overwrite=overwrite, progress=progress)
     seconds = time.perf_counter() - started
     with Checkpoint.open(home.expand_user(destination)) as checkpoint:
         parameters, written = checkpoint.geometry.parameter_count(), checkpoint.path.stat().st_size

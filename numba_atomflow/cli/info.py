@@ -136,7 +136,7 @@ def _model_table(record: dict[str, Any]) -> Table:
         ("parameters", f"{record['parameters']:,}"),
         ("layers", f"{g['layers']}"),
         ("hidden, ffn", f"{g['hidden']}, {g['ffn']}"),
-        ("heads", f"{g['heads']} of {g['head_dim']}, {g['kv_heads']} for keys and values"),
+        ("heads", f"{g['heads']} of {g['head_dim']}, {g['kv_heads']} for keys and values{_extras(g)}"),
         ("vocabulary", f"{g['vocabulary']:,} tokens, {'tied' if g['tied_embeddings'] else 'untied'} embeddings"),
         ("head", f"{record['head']} vocabulary projection"),
         ("positions", f"at most {g['max_positions']:,}"),
@@ -154,6 +154,11 @@ def _model_table(record: dict[str, Any]) -> Table:
         *((f"  {pool}", f"{output.size(count):>10}") for pool, count in plan["allocated_bytes"].items()),
         ("  allocated", f"{output.size(plan['allocated_total']):>10}  {_of_device(plan)}"),
     ]
+
+
+def _extras(geometry: dict[str, Any]) -> str:
+    """What attention has beyond Llama's."""
+    return (", biases" if geometry["qkv_bias"] else "") + (", norms of q and k" if geometry["qk_norm"] else "")
 
 
 def _of_device(plan: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What `bench` and `profile` measure: a checkpoint, or a well-known geometry with random weights."""
 
-from typing import TYPE_CHECKING, Annotated
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +31,18 @@ Geometry = Annotated[
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="With --geometry: nothing is downloaded, the text is nonsense.")
 ]
+
+
+class Format(StrEnum):
+    """What may be given for --format."""
+
+    TABLE = "table"
+    MD = "md"
+    CSV = "csv"
+    JSON = "json"
+
+
+Form = Annotated[Format, typer.Option("--format", "-f", help="How to print the result.")]
 
 
 class Measured:
@@ -74,3 +87,16 @@ class Measured:
                 return Engine.load(self._path, backend.value, max_seq_len, threads, progress)
             name = self._preset or "random"
             return Engine.random(self.geometry, backend.value, max_seq_len, threads, progress, name=name)
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Processor, system and driver of a report."""
+    driver = machine["nvidia_driver"]
+    return f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}" + (
+        f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""
+    )
+
+
+def versions_line(machine: dict[str, Any]) -> str:
+    """Versions of what is installed."""
+    return "versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)

@@ -17,6 +17,17 @@ class BackendChoice(StrEnum):
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A checkpoint file, or the name of one in the models folder.")
 ]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A GGUF file, a Hugging Face folder with safetensors weights, or a model of the hub: org/name, or "
+        "org/name/file.gguf."
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="Of a model of the hub: branch, tag or commit.  [default: main]"),
+]
 Backend = Annotated[BackendChoice, typer.Option("--backend", help="auto takes the best one that can run here.")]
 MaxSeqLen = Annotated[
     int | None,

@@ -103,16 +103,20 @@ def bytes_bar() -> Iterator[Progress | None]:
 
 
 @contextmanager
-def steps_bar(title: str | None = None) -> Iterator[Progress | None]:
-    """A bar for work counted in steps, under one title or the name of each step; None if nobody would see it."""
+def steps_bar(title: str | None = None, time_left: bool = False) -> Iterator[Progress | None]:
+    """A bar for work counted in steps, under one title or the name of each step; None if nobody would see it.
+
+    With `time_left` it ends with the time left, instead of the time that has passed.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    clock = TimeRemainingColumn() if time_left else TimeElapsedColumn()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), clock)
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title or "starting", total=None)
 

@@ -72,7 +72,7 @@ def validate(
 
     from numba_atomflow import validate as validator
     from numba_atomflow.engine import Engine
-    from numba_atomflow.validate.plot import check_plot
+    from numba_atomflow.picture import check_plot
     from numba_atomflow.validate.plot import plot as draw
 
     if plot is not None:

@@ -25,6 +25,7 @@ class WeightSource(Protocol):
     kind: str  # "gguf" or "hf"
     geometry: ModelGeometry
     text: TextAssets
+    fp8_scheme: str | None  # of the weights that are FP8 already, in words; None: there are none
     files: tuple[Path, ...]  # everything that the source was read from
 
     def names(self) -> list[str]: ...
@@ -36,6 +37,17 @@ class WeightSource(Protocol):
 
         Raises:
             SourceError: the file cannot be read, or the tensor holds a NaN or an infinity.
+        """
+
+    def read_fp8(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
+        """The same rows as codes uint8 [n, K] and group scales float32 [n, ceil(K / 128)]; None if they are not FP8.
+
+        `read` gives ``code * scale`` of them.
+
+        Raises:
+            SourceError: the file cannot be read, or holds a NaN, or a scale that cannot be one.
         """
 
 
@@ -71,9 +83,7 @@ def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, t
             )
     for name in shapes:
         if name not in expected:
-            raise SourceError(
-                f"{path} holds the tensor {name}, which is not part of a Llama model of this description."
-            )
+            raise SourceError(f"{path} holds the tensor {name}, which is not part of a model of this description.")
 
 
 def check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:

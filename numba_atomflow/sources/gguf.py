@@ -1,8 +1,8 @@
-"""A Llama-architecture GGUF file as a source of weights.
+"""A GGUF file of a Llama, Qwen2 or Qwen3 as a source of weights; llama.cpp's converter calls Mistral a Llama.
 
-Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Two things differ from Hugging Face:
-rows of q and k are stored so that rotary pairs are neighbours (2i, 2i + 1), not half a head apart, and Llama 3's RoPE
-scaling is a tensor of divisors, not four numbers.
+Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A Llama differs from Hugging Face in two
+things: rows of q and k are stored so that rotary pairs are neighbours (2i, 2i + 1), not half a head apart, and Llama
+3's RoPE scaling is a tensor of divisors, not four numbers.
 """
 
 from dataclasses import replace
@@ -19,6 +19,7 @@ from numba_atomflow.sources.base import check_finite, check_parameters, describe
 from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor, read_gguf_file
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
 # What Llama 3.1, 3.2 and 3.3 were trained with; a GGUF file does not say.
 LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR, LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
@@ -33,7 +34,10 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
 }
+_BIASED = ("attn_q", "attn_k", "attn_v")
 _OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -45,6 +49,7 @@ class GgufSource:
     """A GGUF file; see `WeightSource`."""
 
     kind = "gguf"
+    fp8_scheme: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,6 +57,7 @@ class GgufSource:
         file = read_gguf_file(path)
         with described_by(path):
             self.geometry = _geometry(file)
+        self._neighbours = file.fields["general.architecture"] == "llama"
         self._tensors = {_hugging_face_name(path, n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
         tokens = _Fields(file).length("tokenizer.ggml.tokens") or 0
@@ -68,12 +74,15 @@ class GgufSource:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         rows = self.shape(name)[0]
         start, stop, _ = slice(start, stop).indices(rows)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if self._neighbours and name.endswith(("q_proj.weight", "k_proj.weight")):
             values = self._read_rotary(name, start, stop)
         else:
             values = _read_rows(self.path, name, self._tensors[name], start, stop)
         check_finite(self.path, name, values)
         return values
+
+    def read_fp8(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """GGUF has no FP8."""
 
     def _read_rotary(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows of q or k in Hugging Face order: whole heads are read, each with its pairs taken apart."""
@@ -89,14 +98,16 @@ def _hugging_face_name(path: Path, name: str) -> str:
     """The name of a GGUF tensor in Hugging Face's terms; two GGUF names never share one.
 
     Raises:
-        SourceError: no tensor of a Llama model has this name in a GGUF file (it may be Hugging Face's own).
+        SourceError: no tensor of such a model has this name in a GGUF file (it may be Hugging Face's own).
     """
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
     match name.split("."):
         case ["blk", layer, part, "weight"] if part in _LAYER_NAMES:
             return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
-    raise SourceError(f"{path} holds the tensor {name}, which is not part of a Llama model in a GGUF file.")
+        case ["blk", layer, part, "bias"] if part in _BIASED:
+            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.bias"
+    raise SourceError(f"{path} holds the tensor {name}, which is not part of a model of this kind in a GGUF file.")
 
 
 def _read_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
@@ -122,25 +133,30 @@ def _read_block_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop
 def _geometry(file: GgufFile) -> ModelGeometry:
     fields = _Fields(file)
     _refuse_other_models(file, fields)
-    hidden, heads = fields.integer("llama.embedding_length"), fields.integer("llama.attention.head_count")
-    if heads < 1 or hidden % heads:
+    arch = file.fields["general.architecture"]
+    hidden, heads = fields.integer(f"{arch}.embedding_length"), fields.integer(f"{arch}.attention.head_count")
+    if heads < 1 or (hidden % heads and f"{arch}.attention.key_length" not in file.fields):
         raise SourceError(f"{file.path} has hidden size {hidden} and {heads} attention heads, which do not fit.")
-    head_dim = fields.integer("llama.attention.key_length", hidden // heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    head_dim = fields.integer(f"{arch}.attention.key_length", hidden // heads)
+    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         if fields.integer(key, head_dim) != head_dim:
             raise SourceError(f"{file.path} has {key} {file.fields[key]}, but heads of {head_dim}; they must be equal.")
+    max_positions = fields.integer(f"{arch}.context_length")
     geometry = ModelGeometry(
-        layers=fields.integer("llama.block_count"),
+        layers=fields.integer(f"{arch}.block_count"),
         hidden=hidden,
         heads=heads,
-        kv_heads=fields.integer("llama.attention.head_count_kv", heads),
+        kv_heads=fields.integer(f"{arch}.attention.head_count_kv", heads),
         head_dim=head_dim,
-        ffn=fields.integer("llama.feed_forward_length"),
-        vocabulary=fields.integer("llama.vocab_size", fields.length("tokenizer.ggml.tokens")),
-        max_positions=fields.integer("llama.context_length"),
-        rope_theta=fields.number("llama.rope.freq_base", 10000.0),
-        norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
+        ffn=fields.integer(f"{arch}.feed_forward_length"),
+        vocabulary=fields.integer(f"{arch}.vocab_size", fields.length("tokenizer.ggml.tokens")),
+        # the context ends where a sliding window would begin to slide; 0: there is none
+        max_positions=min(max_positions, fields.integer(f"{arch}.attention.sliding_window", 0) or max_positions),
+        rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
+        norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         tied_embeddings="output.weight" not in file.tensors,
+        qkv_bias=arch == "qwen2",
+        qk_norm=arch == "qwen3",
     )
     if ROPE_FACTORS not in file.tensors:
         return geometry
@@ -148,17 +164,19 @@ def _geometry(file: GgufFile) -> ModelGeometry:
 
 
 def _refuse_other_models(file: GgufFile, fields: "_Fields") -> None:
-    architecture = file.fields.get("general.architecture")
-    if architecture != "llama":
-        raise SourceError(f"{file.path} is of the architecture {architecture!r}; only 'llama' is supported.")
+    arch = file.fields.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise SourceError(
+            f"{file.path} is of the architecture {arch!r}; supported are {', '.join(map(repr, ARCHITECTURES))}."
+        )
     if fields.integer("split.count", 1) > 1:
         raise SourceError(f"{file.path} is one part of a split model; merge the parts with gguf-split first.")
-    if fields.integer("llama.expert_count", 0) > 0:
+    if fields.integer(f"{arch}.expert_count", 0) > 0:
         raise SourceError(f"{file.path} is a mixture of experts, which is not supported.")
-    scaling = file.fields.get("llama.rope.scaling.type", "none")
+    scaling = file.fields.get(f"{arch}.rope.scaling.type", "none")
     if scaling != "none":
         raise SourceError(f"{file.path} uses RoPE scaling of type {scaling!r}, which is not supported.")
-    if fields.number("llama.rope.scale_linear", 1.0) != 1.0:
+    if fields.number(f"{arch}.rope.scale_linear", 1.0) != 1.0:
         raise SourceError(f"{file.path} uses linear RoPE scaling, which is not supported.")
 
 

@@ -1,9 +1,13 @@
 """A Hugging Face model folder as a source of weights: config.json and one or several safetensors files.
 
+Weights are float32, float16 or bfloat16; or FP8 with scales, in one of the schemes of `fp8_schemes`: which of them are
+is seen from the tensors themselves, not from the lists of names in config.json.
+
 Formats: https://huggingface.co/docs/transformers/model_doc/llama (config) and
 https://huggingface.co/docs/safetensors (weights; sharded ones have model.safetensors.index.json beside them).
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.sources.base import check_finite, check_parameters, read_bytes
-from numba_atomflow.sources.huggingface_config import config_geometry
+from numba_atomflow.ops.fp8 import LARGEST, dequantize_groups
+from numba_atomflow.sources.base import LARGEST_WEIGHT, check_finite, check_parameters, read_bytes
+from numba_atomflow.sources.fp8_schemes import OF_NO_USE, Block, Fp8Scheme, decode_e8m0, grid_of, group_scales
+from numba_atomflow.sources.huggingface_config import config_geometry, config_scheme
 from numba_atomflow.sources.huggingface_text import folder_text
 from numba_atomflow.sources.json_file import read_json
 from numba_atomflow.tensor_file import TensorEntry, TensorFile, read_tensor_file
@@ -20,6 +26,8 @@ from numba_atomflow.tensor_file import TensorEntry, TensorFile, read_tensor_file
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CODES = "F8_E4M3"
+LARGEST_SCALE = LARGEST_WEIGHT / LARGEST  # see `check_finite`
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer of constants, which old checkpoints store
@@ -37,6 +45,7 @@ class HuggingFaceSource:
             raise SourceError(f"{path} holds no {CONFIG}; {_what_else(path)}.")
         config = read_json(config_path)
         self.geometry = config_geometry(config_path, config)
+        scheme = config_scheme(config_path, config)
         index_files, shards = _weight_files(path)
         self._entries = {
             name: (shard.path, entry)
@@ -44,6 +53,9 @@ class HuggingFaceSource:
             for name, entry in shard.entries.items()
             if not name.endswith(IGNORED_SUFFIX)
         }
+        self._scales = _take_scales(self._entries, scheme) if scheme else {}
+        used = tuple(dict.fromkeys(scales.block for scales in self._scales.values()))
+        self.fp8_scheme = str(replace(scheme, blocks=used)) if scheme and used else None
         # Some tied models store the shared matrix under both names: allowed if the two are equal, see `read`.
         shapes = {name: entry.shape for name, (_, entry) in self._entries.items()}
         self._stored_twice = self.geometry.tied_embeddings and shapes.get(HEAD, ()) == shapes.get(EMBEDDING)
@@ -69,14 +81,101 @@ class HuggingFaceSource:
             )
         return values
 
-    def _read(self, name: str, start: int, stop: int | None) -> NDArray[np.float32]:
+    def read_fp8(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
+        if name not in self._scales:
+            return None
+        if name == EMBEDDING and self._stored_twice:
+            self.read(name, start, stop)  # compares the two
+        return self._codes_and_scales(name, start, stop)
+
+    def _codes_and_scales(
+        self, name: str, start: int, stop: int | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         path, entry = self._entries[name]
-        start, stop, _ = slice(start, stop).indices(entry.shape[0])
-        row_bytes = entry.nbytes // entry.shape[0]
-        raw = read_bytes(path, entry.offset + start * row_bytes, (stop - start) * row_bytes)
-        values = _to_float32(path, name, entry, raw).reshape(stop - start, *entry.shape[1:])
+        rows = range(*slice(start, stop).indices(entry.shape[0]))
+        codes = self._rows(name, rows)
+        if ((codes & 0x7F) == 0x7F).any():
+            raise SourceError(f"Tensor {name} of {path} holds a NaN; the file is damaged, get it again.")
+        scales = self._scales[name]
+        return codes, group_scales(scales.read(), scales.block, rows, entry.shape[1])
+
+    def _read(self, name: str, start: int, stop: int | None) -> NDArray[np.float32]:
+        if name in self._scales:
+            return dequantize_groups(*self._codes_and_scales(name, start, stop))
+        path, entry = self._entries[name]
+        rows = range(*slice(start, stop).indices(entry.shape[0]))
+        values = _to_float32(path, name, entry, self._rows(name, rows)).reshape(len(rows), *entry.shape[1:])
         check_finite(path, name, values)
         return values
+
+    def _rows(self, name: str, rows: range) -> NDArray[np.uint8]:
+        """The bytes of some rows: [rows, bytes of a row]."""
+        path, entry = self._entries[name]
+        row_bytes = entry.nbytes // entry.shape[0]
+        raw = read_bytes(path, entry.offset + rows.start * row_bytes, len(rows) * row_bytes)
+        return raw.reshape(len(rows), row_bytes)
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """The multipliers of one FP8 weight: where they are, and for which blocks of it."""
+
+    name: str
+    path: Path
+    entry: TensorEntry
+    block: Block
+    grid: tuple[int, int]
+
+    def read(self) -> NDArray[np.float32]:
+        """All of them, as a grid of blocks."""
+        raw = read_bytes(self.path, self.entry.offset, self.entry.nbytes)
+        if self.entry.dtype == "F8_E8M0":
+            values = decode_e8m0(raw)
+        else:
+            values = _to_float32(self.path, self.name, self.entry, raw)
+        wrong = values[~((values > 0) & (values <= LARGEST_SCALE))]
+        if wrong.size:
+            raise SourceError(
+                f"Tensor {self.name} of {self.path} holds the scale {wrong[0]:.3g}, which is not between 0 and "
+                f"{LARGEST_SCALE:.0f}; the file is damaged, get it again."
+            )
+        return values.reshape(self.grid)
+
+
+def _take_scales(entries: dict[str, tuple[Path, TensorEntry]], scheme: Fp8Scheme) -> dict[str, _Scales]:
+    """Remove from `entries` what belongs to FP8 weights; by the name of the weight, where its multipliers are.
+
+    Raises:
+        SourceError: a weight in FP8 has no multipliers, or too many or too few of them.
+    """
+    scales: dict[str, _Scales] = {}
+    for name in list(entries):
+        weight = scheme.scale_of(name)
+        if name.rpartition(".")[2] in OF_NO_USE:
+            del entries[name]
+        elif weight in entries and weight not in scales and _is_fp8_matrix(entries[weight][1]):
+            path, entry = entries.pop(name)
+            shape = entries[weight][1].shape
+            block = scheme.block_of(shape, entry.shape)
+            if block is None:
+                raise SourceError(
+                    f"Tensor {name} of {path} has shape {list(entry.shape)}, not {scheme.shapes_for(shape)}, as "
+                    f"{scheme} has for a weight of {list(shape)}."
+                )
+            scales[weight] = _Scales(name, path, entry, block, grid_of(shape, block))
+    for name, (path, entry) in entries.items():
+        if entry.dtype == CODES and name not in scales:
+            raise SourceError(
+                f"Tensor {name} of {path} is FP8, but {path.parent} holds no scale for it "
+                f"({scheme.suffixes[0]}); get the complete model."
+            )
+    return scales
+
+
+def _is_fp8_matrix(entry: TensorEntry) -> bool:
+    return entry.dtype == CODES and len(entry.shape) == 2
 
 
 def _to_float32(path: Path, name: str, entry: TensorEntry, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -97,16 +196,30 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:
         return (), [read_tensor_file(single, SourceError)]
     if not index.exists():
         raise SourceError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; {_what_else(folder)}.")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(_is_file_name(value) for value in weight_map.values()):
-        raise SourceError(f"{index} has no weight_map from tensor names to files in the same folder.")
+    weight_map = _weight_map(index)
     shards = []
-    for file_name in sorted(set(weight_map.values())):
+    for file_name in shard_names(index):
         if not (folder / file_name).exists():
             raise SourceError(f"{index} names {file_name}, which is not in {folder}; get the complete model.")
         shards.append(read_tensor_file(folder / file_name, SourceError))
     _check_index(index, weight_map, shards)
     return (index,), shards
+
+
+def shard_names(index: Path) -> list[str]:
+    """The weight files that an index names.
+
+    Raises:
+        SourceError: the index is malformed.
+    """
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_file_name(value) for value in weight_map.values()):
+        raise SourceError(f"{index} has no weight_map from tensor names to files in the same folder.")
+    return weight_map
 
 
 def _check_index(index: Path, weight_map: dict[str, str], shards: list[TensorFile]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from numba_atomflow.errors import SourceError
 from numba_atomflow.geometry import ModelGeometry, RopeScaling
 from numba_atomflow.sources.base import described_by
+from numba_atomflow.sources.fp8_schemes import Fp8Scheme, scheme_of
 from numba_atomflow.sources.json_file import integer, number
 
 
@@ -54,6 +55,16 @@ def config_geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
     _refuse_other_models(path, config)
     with described_by(path):
         return _geometry(path, config)
+
+
+def config_scheme(path: Path, config: Mapping[str, Any]) -> Fp8Scheme | None:
+    """How weights are stored in FP8, if config.json says that some are.
+
+    Raises:
+        SourceError: they are quantised in a way that cannot be read.
+    """
+    quantisation = _mapping(path, config, "quantization_config")
+    return scheme_of(path, quantisation) if quantisation else None
 
 
 def _geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
@@ -104,10 +115,6 @@ def _refuse_other_models(path: Path, config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise SourceError(f"{path} is of model_type {model_type!r}; supported are {', '.join(FAMILIES)}.")
-    quantisation = _mapping(path, config, "quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown")
-        raise SourceError(f"{path} is quantised by {method!r}, which cannot be read; give the unquantised model.")
     for key, where in (("attention_bias", "o_proj"), ("mlp_bias", "the MLP")):
         if _flag(path, config, key):
             raise SourceError(f"{path} sets {key}; a bias in {where} is not supported.")

@@ -17,6 +17,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION_CONFIG, CHAT_TEMPLATE)
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -32,8 +33,7 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
     Raises:
         SourceError: a file is malformed, or an end-of-reply id is outside the vocabulary.
     """
-    names = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION_CONFIG, CHAT_TEMPLATE)
-    contents = {name: read_file(folder / name) for name in names if (folder / name).exists()}
+    contents = {name: read_file(folder / name) for name in TEXT_FILES if (folder / name).exists()}
     records = {name: parse_json(folder / name, data) for name, data in contents.items() if name != CHAT_TEMPLATE}
 
     tokenizer_config = records.get(TOKENIZER_CONFIG, {})

@@ -146,8 +146,8 @@ def make_paged_attention(shape: AttentionShape, paging: Paging, *, dependent: bo
     Arguments, one-dimensional: q uint32 pairs of float16 [columns, heads * head_dim]; keys and values uint32 pairs of
     float16 [slots, kv_heads * head_dim]; positions int64 [columns]; known int64 [columns], positions of the token's
     sequence that earlier steps have written; rows int64 [columns], of the page table; pages int32 [rows, stride],
-    blocks in the order of positions; partials and counters, `columns` times those of `shape`; out uint32 pairs of float16
-    [columns, out_width].
+    blocks in the order of positions; partials and counters, `columns` times those of `shape`; out uint32 pairs of
+    float16 [columns, out_width].
     """
     if shape.columns != 1:
         raise ValueError("the shape is that of one token")

@@ -37,7 +37,6 @@ from numba import cuda, float32, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
 
-BLOCKS = 2  # per multiprocessor: with 8 warps and 4 KB of weights each, 64 KB in flight
 LOG2_E = np.float32(math.log2(math.e))
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -53,6 +52,7 @@ class ProjectionShape:
         warps: per block.
         split: warps that share a tile: 1, 2, 4 ... up to `warps`.
         depth: groups of 128 columns whose weights a warp has in flight: 2 KB each.
+        resident: blocks per multiprocessor: with 8 warps and 4 KB of weights each, two have 64 KB in flight.
     """
 
     layout: FragmentLayout
@@ -60,6 +60,7 @@ class ProjectionShape:
     warps: int = 8
     split: int = 8
     depth: int = 2
+    resident: int = 2
 
     @property
     def threads(self) -> int:
@@ -79,19 +80,29 @@ class ProjectionShape:
     def blocks(self, multiprocessors: int) -> int:
         """Blocks of a launch: one wave at most."""
         needed = -(-self.layout.tiles // (self.warps // self.split))
-        return min(needed, multiprocessors * BLOCKS)
+        return min(needed, multiprocessors * self.resident)
 
 
 def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
-    """The least splitting that still makes four blocks per multiprocessor, and no more than there are groups.
+    """How to cut a projection: measured on an H100 at Llama 3.2 3B's shapes (docs/cuda-backend.md).
 
-    With one column, a warp's share of a tile is loaded at once if that is three groups at most.
+    The least splitting that still makes four blocks of 8 warps per multiprocessor, and no more than there are groups. A
+    warp's share of a tile is loaded at once if that is three groups at most. With one column and two tiles or more for
+    every multiprocessor, one block of 16 warps stages x once where two of 8 would do it twice.
     """
     split = 1
     while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
         split *= 2
     share = -(-layout.groups // split)
-    return ProjectionShape(layout, columns, split=split, depth=share if share <= 3 and columns == 1 else 2)
+    if columns > 1:
+        # Before sm_89 FP8 is decoded bit by bit, which leaves registers for one group.
+        return ProjectionShape(layout, columns, split=split, depth=2 if layout.hardware_fp8 else 1)
+    if split == 1:
+        return ProjectionShape(layout, split=split)
+    if layout.tiles >= 2 * multiprocessors:
+        return ProjectionShape(layout, warps=16, split=split, depth=share if share <= 3 else 2, resident=1)
+    deep = 4 if layout.hardware_fp8 else 2
+    return ProjectionShape(layout, split=split, depth=share if share <= 3 else deep)
 
 
 def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.projection import BLOCKS, LOG2_E, ProjectionShape, make_runner
+from numba_atomflow.ops.cuda.projection import LOG2_E, ProjectionShape, make_runner
 
 _ONE = np.float32(1.0)
 
@@ -34,7 +34,7 @@ def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -
 
     run = make_runner(shape, "norm", eps, dependent, store)
 
-    @ptx.kernel(shape.threads, BLOCKS)
+    @ptx.kernel(shape.threads, shape.resident)
     def project_store(weights, residual, norm, normed, logits):  # type: ignore[no-untyped-def]
         run(weights, residual, norm, normed, (logits,))
 
@@ -58,7 +58,7 @@ def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
 
     run = make_runner(shape, "copy", 0.0, dependent, add)
 
-    @ptx.kernel(shape.threads, BLOCKS)
+    @ptx.kernel(shape.threads, shape.resident)
     def project_add(weights, x, residual):  # type: ignore[no-untyped-def]
         run(weights, x, residual, x, (residual,))
 
@@ -83,7 +83,7 @@ def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: 
 
     run = make_runner(shape, "norm", eps, dependent, swiglu)
 
-    @ptx.kernel(shape.threads, BLOCKS)
+    @ptx.kernel(shape.threads, shape.resident)
     def project_swiglu(weights, residual, norm, normed, y):  # type: ignore[no-untyped-def]
         run(weights, residual, norm, normed, (y,))
 
@@ -101,7 +101,7 @@ def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, d
     rotate = _make_rotate(shape, heads, kv_heads, paged=False)
     run = make_runner(shape, "norm", eps, dependent, rotate)
 
-    @ptx.kernel(shape.threads, BLOCKS)
+    @ptx.kernel(shape.threads, shape.resident)
     def project_qkv(  # type: ignore[no-untyped-def]
         weights, residual, norm, normed, position, cosines, sines, q, keys, values
     ):
@@ -119,7 +119,7 @@ def make_paged_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int
     rotate = _make_rotate(shape, heads, kv_heads, paged=True)
     run = make_runner(shape, "norm", eps, dependent, rotate)
 
-    @ptx.kernel(shape.threads, BLOCKS)
+    @ptx.kernel(shape.threads, shape.resident)
     def project_paged_qkv(  # type: ignore[no-untyped-def]
         weights, residual, norm, normed, positions, slots, cosines, sines, q, keys, values
     ):

@@ -24,7 +24,7 @@ from numba_atomflow.compile_times import CompileTimes, measure_compile_times
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.machine import commit, machine_record, nvidia_driver
 from numba_atomflow.ops.bandwidth import read_bandwidth, total, total_reference
-from numba_atomflow.spread import Spread
+from numba_atomflow.spread import Spread, faster_half
 from numba_atomflow.tables import render
 
 SETTINGS = Settings(prompt_tokens=6, decode_tokens=4, depths=(0, 20), repeats=3)
@@ -226,6 +226,14 @@ def test_a_spread_is_a_median_and_the_middle_four_fifths() -> None:
     assert spread.text(1, 2.0) == "10.0 (2.0-18.0)"
     assert Spread.from_dict(spread.to_dict()) == spread
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 1)
+
+
+def test_the_faster_half_adds_up_where_medians_do_not() -> None:
+    runs = [[1.0, 9.0], [9.0, 1.0], [1.0, 1.0], [2.0, 1.0], [2.0, 2.0]]  # a stall hits one part or the other
+    parts = faster_half(runs)
+    assert parts.tolist() == pytest.approx([5 / 3, 4 / 3])
+    assert parts.sum() == pytest.approx(faster_half([[sum(run)] for run in runs])[0])
+    assert faster_half([[3.0, 4.0]]).tolist() == [3.0, 4.0]
 
 
 def test_a_table_in_three_styles() -> None:

@@ -4,6 +4,7 @@ import re
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,8 +23,11 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_gguf_and_a_folder_of_the_same_weights_are_the_same_source(tmp_path: Path, tied: bool) -> None:
-    geometry = tiny_geometry(tied_embeddings=tied, rope_theta=500000.0)
+@pytest.mark.parametrize("family", [{}, {"qkv_bias": True}, {"qk_norm": True, "hidden": 224, "heads": 6}])
+def test_a_gguf_and_a_folder_of_the_same_weights_are_the_same_source(
+    tmp_path: Path, tied: bool, family: dict[str, Any]
+) -> None:
+    geometry = tiny_geometry(tied_embeddings=tied, rope_theta=500000.0, **family)
     weights = random_weights(geometry)
     write_hf_folder(tmp_path / "hf", geometry, weights=weights)
     write_gguf(tmp_path / "model.gguf", geometry, weights=weights)
@@ -292,9 +296,9 @@ def test_an_extra_tensor(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     geometry = tiny_geometry(layers=3)
     write_gguf(path, geometry, fields={"llama.block_count": 2})
-    refused(path, "holds the tensor model.layers.2.", "not part of a Llama model")
+    refused(path, "holds the tensor model.layers.2.", "not part of a model")
     path.write_bytes(path.read_bytes().replace(b"blk.0.attn_q.weight", b"blk.0.attn_q_biasxx"))
-    refused(path, "holds the tensor blk.0.attn_q_biasxx", "not part of a Llama model")
+    refused(path, "holds the tensor blk.0.attn_q_biasxx", "not part of a model")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -308,7 +312,7 @@ def test_a_stray_tensor_by_a_hugging_face_name_does_not_replace_the_real_one(
     monkeypatch.setattr(tiny_models, "_gguf_name", lambda key: key[6:] if key.startswith("stray ") else gguf_name(key))
     stray = np.zeros_like(weights.get(name, weights[EMBEDDING]))
     write_gguf(tmp_path / "model.gguf", geometry, weights=weights | {f"stray {name}": stray})
-    refused(tmp_path / "model.gguf", f"holds the tensor {name}", "not part of a Llama model")
+    refused(tmp_path / "model.gguf", f"holds the tensor {name}", "not part of a model")
 
 
 def test_a_wrong_shape(tmp_path: Path) -> None:
@@ -357,7 +361,29 @@ def test_numbers_that_no_kernel_supports(tmp_path: Path) -> None:
 
 def test_unknown_architecture(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", architecture="gemma3")
-    refused(tmp_path / "model.gguf", "architecture 'gemma3'", "'llama'")
+    refused(tmp_path / "model.gguf", "architecture 'gemma3'", "'llama', 'qwen2', 'qwen3'")
+
+
+@pytest.mark.parametrize(("window", "positions"), [(0, 512), (300, 300), (1000, 512)])
+def test_the_context_ends_where_a_window_would_slide(tmp_path: Path, window: int, positions: int) -> None:
+    geometry = tiny_geometry(qkv_bias=True)
+    write_gguf(tmp_path / "model.gguf", geometry, fields={"qwen2.attention.sliding_window": window})
+    assert open_source(tmp_path / "model.gguf").geometry == replace(geometry, max_positions=positions)
+
+
+@pytest.mark.parametrize(("family", "missing"), [("qkv_bias", "v_proj.bias"), ("qk_norm", "k_norm.weight")])
+def test_a_model_that_lacks_what_its_family_has(tmp_path: Path, family: str, missing: str) -> None:
+    geometry = tiny_geometry(**{family: True})
+    weights = random_weights(geometry)
+    del weights[f"model.layers.0.self_attn.{missing}"]
+    write_gguf(tmp_path / "model.gguf", geometry, weights=weights)
+    refused(tmp_path / "model.gguf", f"lacks the tensor model.layers.0.self_attn.{missing}")
+
+
+def test_a_llama_with_a_bias_is_refused(tmp_path: Path) -> None:
+    biased = tiny_geometry(qkv_bias=True)
+    write_gguf(tmp_path / "model.gguf", weights=random_weights(biased))
+    refused(tmp_path / "model.gguf", "holds the tensor model.layers.0.self_attn.q_proj.bias", "not part of a model")
 
 
 def test_head_dim_defaults_to_an_even_share(tmp_path: Path) -> None:

@@ -52,6 +52,18 @@ def test_the_same_seed_gives_the_same_arrays_in_any_order() -> None:
     assert not np.array_equal(one.array("layer.0.o.weight"), one.array("layer.1.o.weight"))
 
 
+def test_norms_are_near_one_and_biases_near_zero() -> None:
+    model = RandomModel(tiny_geometry(qkv_bias=True, qk_norm=True))
+    for name, mean in (
+        ("layer.0.attention_norm", 1),
+        ("layer.1.q_norm", 1),
+        ("final_norm", 1),
+        ("layer.1.qkv_bias", 0),
+    ):
+        assert np.mean(model.array(name)) == pytest.approx(mean, abs=0.1)
+        assert 0.05 < np.std(model.array(name)) < 0.15
+
+
 @pytest.mark.parametrize("part", ["layer.0.qkv", "layer.1.o", "layer.0.gate_up", "layer.1.down", "vocabulary"])
 def test_a_projection_keeps_activations_near_unit_size(model: RandomModel, part: str, rng: np.random.Generator) -> None:
     weights = dequantize_groups(model.array(f"{part}.weight"), model.array(f"{part}.scale"))

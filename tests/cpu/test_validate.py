@@ -264,7 +264,8 @@ def test_memory_is_read_by_copy_and_written_through(subject: Subject) -> None:
 
 def test_a_plot_is_drawn(subject: Subject, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws: pip install '.[plot]'")
-    from numba_atomflow.validate.plot import check_plot, plot
+    from numba_atomflow.picture import check_plot
+    from numba_atomflow.validate.plot import plot
 
     picture = tmp_path / "errors.png"
     check_plot(picture)

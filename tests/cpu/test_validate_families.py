@@ -1,16 +1,22 @@
 """The validator on models with biases or norms of q and k: sound ones pass, faults in either are put down to Qkv."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from validator_models import BLOCK, Subject, make_subject, three_layers
+from tiny_models import tiny_geometry, write_gguf
+from validator_models import BLOCK, PROMPT, Subject, make_subject, three_layers
 
 pytest.importorskip("transformers", reason="transformers makes the ground truth: pip install '.[validate]'")
 
+from numba_atomflow.backends.cpu import CpuBackend
+from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.convert import convert
 from numba_atomflow.errors import GroundTruthError
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.validate import check, make_ground_truth, record
 
 Weights = dict[str, NDArray[Any]]
@@ -39,6 +45,26 @@ def test_the_ground_truth_of_the_original_weights(subject: Subject) -> None:
     report = check(subject.backend(), truth)
     assert report.passed, report.verdict()
     assert max(probe.relative_l2 for probe in report.probes) > 1e-3  # FP8 is somewhere in between
+
+
+@pytest.mark.parametrize(
+    "geometry",  # transformers does not take vocabulary and head_dim from where this reader does
+    [
+        tiny_geometry(vocabulary=260, hidden=256, qkv_bias=True),
+        tiny_geometry(vocabulary=260, head_dim=128, qk_norm=True),
+    ],
+    ids=["qwen2", "qwen3"],
+)
+def test_a_gguf_as_transformers_itself_reads_it(tmp_path: Path, geometry: ModelGeometry) -> None:
+    """Rows of q and k must be in the order that its own reader gives them."""
+    source = tmp_path / "model.gguf"
+    write_gguf(source, geometry, tokenizer=True)
+    with Checkpoint.open(convert(source, tmp_path / "out.safetensors")) as checkpoint:
+        truth = make_ground_truth(checkpoint, [token % 260 for token in PROMPT], 0, "original", source)
+        weights = {name: checkpoint.array(name) for name in checkpoint.names() if name != "tokenizer.json"}
+        report = check(CpuBackend(geometry, weights, len(PROMPT)), truth)
+    assert report.passed, report.verdict()
+    assert next(probe for probe in report.probes if probe.name == "layer.0.q").relative_l2 < 0.1
 
 
 def bias_left_out(weights: Weights) -> None:

@@ -53,7 +53,9 @@ def test_answers_that_need_no_model_import_nothing_heavy(cli_home: Path, argumen
     assert done.stdout.splitlines()[-1] == f"{code} []"
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "convert", "info", "ground-truth", "validate"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "convert", "info", "ground-truth", "validate", "quantize", "perplexity"]
+)
 def test_help_of_every_command_teaches_by_example(cli: InProcess, command: str) -> None:
     outcome = cli(command, "--help")
     assert outcome.code == 0

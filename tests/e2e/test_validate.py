@@ -287,9 +287,9 @@ def test_another_backend_is_compared_with_the_cpu(
 def test_without_matplotlib(
     cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from numba_atomflow.validate import plot
+    from numba_atomflow import picture
 
-    monkeypatch.setattr(plot, "find_spec", lambda _name: None)
+    monkeypatch.setattr(picture, "find_spec", lambda _name: None)
     refused = cli("validate", tiny_checkpoint, "-g", truth_file, "--plot", tmp_path / "errors.png")
     assert_refused(refused, "matplotlib", "numba-atomflow[plot]")
 

@@ -73,8 +73,14 @@ def test_greedy_tokens_are_those_of_the_cpu(engine: Engine, oracle: Engine) -> N
     for seed in range(4):
         prompt = tokens_of(engine.geometry, 11, seed)
         replies = [one.generate_tokens(prompt, SamplingParams(max_tokens=60)).finish() for one in (engine, oracle)]
-        assert replies[0].token_ids == replies[1].token_ids
         assert replies[0].finish_reason == replies[1].finish_reason == "max_tokens"
+        got, expected = (reply.token_ids for reply in replies)
+        first = next((i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b), None)
+        if first is not None:  # the two may part where the best tokens are as close as the two backends' logits
+            oracle.reset()
+            logits = oracle.feed(prompt + expected[:first])
+            gap = logits[expected[first]] - logits[got[first]]
+            assert gap <= 4 * LIMIT * np.linalg.norm(logits) / np.sqrt(len(logits)), f"token {first} of prompt {seed}"
 
 
 @pytest.mark.parametrize("family", [{"qkv_bias": True}, {"qk_norm": True}, {"qkv_bias": True, "qk_norm": True}])
@@ -171,6 +177,29 @@ def test_a_reply_that_stops_early_leaves_nothing_behind(engine: Engine) -> None:
         assert rest.stats.reused_tokens >= len(prompt) + stop_after - 1
 
 
+def test_ctrl_c_between_a_launch_and_counting_it_spoils_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, params = tokens_of(engine.geometry, 20), SamplingParams(max_tokens=12)
+    engine.reset()
+    expected = engine.generate_tokens(prompt, params).finish().token_ids
+    count = CudaBackend._count
+    for interrupted in (1, 2, 3, 6):
+        calls = iter(range(1, 100))
+
+        def interrupting(*arguments: Any, at: int = interrupted, calls: Iterator[int] = calls) -> None:
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            count(*arguments)
+
+        engine.reset()
+        monkeypatch.setattr(CudaBackend, "_count", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate_tokens(prompt, params).finish()
+        monkeypatch.undo()
+        assert engine.generate_tokens(prompt, params).finish().token_ids == expected
+
+
 def test_the_end_of_the_context_is_reached_and_not_passed(engine: Engine) -> None:
     prompt = tokens_of(engine.geometry, MAX_SEQ_LEN - 3)
     reply = engine.generate_tokens(prompt).finish()
@@ -236,10 +265,7 @@ def test_nothing_is_allocated_after_loading(engine: Engine, monkeypatch: pytest.
             launch.run()  # eager
         backend._graphs.pop((3, "none"), None)
         backend._graph(3, "none").replay()  # a capture
-    backend.synchronize()
-    backend._queued += 1
-    backend._wanted = backend._queued
-    backend._position = -1  # the eager step has moved it
+    backend._sure = False  # the eager step has moved the position
     engine.reset()
     assert calls == []
     with Engine.random(tiny_geometry(), "cuda", 8):

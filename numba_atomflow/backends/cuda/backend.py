@@ -77,6 +77,7 @@ class CudaBackend:
         self._position = 0  # of the device, when all that is queued has run
         self._queued = 0  # number of the last token that the device will make
         self._wanted = 0  # number of the last token that was asked for
+        self._sure = True  # whether these numbers are right: not after Ctrl-C between a launch and counting it
 
     def _allocate(self) -> None:
         from cuda.bindings import driver
@@ -191,11 +192,10 @@ class CudaBackend:
 
     def seek(self, position: int) -> None:
         """Set the position at which the next token will be written. Replays that were queued ahead are thrown away."""
-        if position == self._position and self._wanted == self._queued:
+        if self._sure and position == self._position and self._wanted == self._queued:
             return
         with self._running():
-            self._memory.write(self._buffers["position"], np.array([position]))
-        self._position, self._wanted = position, self._queued
+            self._settle(position)
 
     def start(self, sampler: Sampler) -> None:
         """Use this sampler for the following steps."""
@@ -248,6 +248,7 @@ class CudaBackend:
         with self._running():
             self._tokens.send(tokens, self._buffers["tokens"])
             sampled = head == "sample"
+            self._sure = False
             for op in self.step(len(tokens), head):
                 self._observed(op, self._binder.bind(op, sampled=sampled), observer)
             self._count(len(tokens), head)
@@ -299,11 +300,17 @@ class CudaBackend:
         position = self._position
         with self._running():
             yield
-            self._queued = self._wanted = int(self._memory.read(self._buffers["sampling.count"])[0])
-            self._memory.write(self._buffers["position"], np.array([position]))
-            self._position = position
+            self._settle(position)
 
     # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _settle(self, position: int) -> None:
+        """Wait for all that is queued, count its tokens as seen, and set the position."""
+        self._sure = False
+        self._memory.write(self._buffers["position"], np.array([position]))
+        self._queued = self._wanted = int(self._memory.read(self._buffers["sampling.count"])[0])
+        self._position = position
+        self._sure = True
 
     def _observed(self, op: Op, launches: Sequence[Launch], observer: Observer | None) -> None:
         if observer:
@@ -314,6 +321,7 @@ class CudaBackend:
             observer.after(op, self._memory)
 
     def _run(self, tokens: int, head: Head) -> None:
+        self._sure = False
         if self._use_graphs:
             self._graph(tokens, head).replay()
         else:
@@ -325,6 +333,7 @@ class CudaBackend:
         self._position += tokens
         if head == "sample":
             self._queued += 1
+        self._sure = True
 
     def _launches(self, tokens: int, head: Head) -> list[Launch]:
         """The launches of a step, with their arguments in place."""

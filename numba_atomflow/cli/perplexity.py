@@ -1,0 +1,94 @@
+"""``numba-atomflow perplexity``: how well a model predicts a text, and how far it is from its source."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from numba_atomflow import home
+from numba_atomflow.cli import options, output
+
+if TYPE_CHECKING:
+    from numba_atomflow.perplexity import Perplexity
+
+EXAMPLES = """\b
+Examples:
+  numba-atomflow perplexity smollm2-135m-instruct --text book.txt
+  numba-atomflow perplexity my-model.safetensors --text book.txt --context 2048 --stride 512
+  numba-atomflow perplexity my-model.safetensors --text book.txt --reference path/to/model.gguf --json
+
+\b
+--reference needs transformers: pip install 'numba-atomflow[validate]'
+"""
+
+
+def perplexity(
+    model: Annotated[str, typer.Argument(help="A checkpoint file, or the name of one in the models folder.")],
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="The text to predict, in UTF-8.")],
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", metavar="N", help="Tokens of a window.  [default: 1024, or less if the model has less]"
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option("--stride", metavar="M", help="New tokens of each window.  [default: half of the context]"),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference", metavar="SOURCE", help="Compare with the GGUF file or folder that MODEL was made from."
+        ),
+    ] = None,
+    backend: options.Backend = options.BackendChoice.AUTO,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure perplexity, bits per byte and speed on a text; with --reference also KL and top-1 agreement.
+
+    Every token is scored once, most of them with at least N - M tokens before them.
+    """
+    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.engine import Engine
+    from numba_atomflow.model_names import find_checkpoint
+    from numba_atomflow.perplexity import choose_windows, measure
+    from numba_atomflow.text import read_text_file
+
+    contents = read_text_file(home.expand_user(text))
+    with Checkpoint.open(find_checkpoint(model)) as checkpoint:
+        context, stride = choose_windows(checkpoint.geometry.max_positions, context, stride)
+        logits = None
+        if reference is not None:
+            from numba_atomflow.validate import original_logits
+
+            logits = original_logits(checkpoint, home.expand_user(reference))
+    with output.loading_bar() as progress:
+        engine = Engine.load(model, backend.value, context, threads, progress)
+    with engine, output.steps_bar(time_left=True) as progress:
+        result = measure(engine, contents, context, stride, logits, progress)
+    described = {"model": model, "text": str(text)}
+    if as_json:
+        output.emit_json(described | result.to_dict())
+    else:
+        _show(described, result)
+
+
+def _show(described: dict[str, Any], result: "Perplexity") -> None:
+    rows = [
+        ("model", described["model"]),
+        ("text", f"{described['text']}, {result.tokens:,} tokens scored"),
+        ("perplexity", f"{result.perplexity:.4f}"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ("speed", f"{result.tokens_per_second:.1f} tokens/s"),
+        ("windows", f"{result.context} tokens, {result.stride} new in each"),
+    ]
+    other = result.divergence
+    if other is not None:
+        change = result.perplexity / other.reference_perplexity - 1
+        rows += [
+            ("reference", f"perplexity {other.reference_perplexity:.4f}; the model's is {change:+.2%} from it"),
+            ("mean KL", f"{other.mean_kl:.5f} nats per token"),
+            ("top-1", f"{other.top1:.2%} of positions agree"),
+        ]
+    output.emit("".join(f"{name:<15}{value}\n" for name, value in rows))

@@ -1,0 +1,103 @@
+"""From a source to a calibrated checkpoint: layers one by one, then everything into one file."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow import __version__
+from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
+from numba_atomflow.checkpoint_writer import CheckpointWriter
+from numba_atomflow.geometry import GROUP
+from numba_atomflow.ops.fp8 import encode_groups
+from numba_atomflow.ops.jit import source_hash
+from numba_atomflow.ops.scale_search import search_scales
+from numba_atomflow.quantize import MethodName, awq, gptq, rtn
+from numba_atomflow.quantize.calibrated import Report, quantize_layers, read_slabs
+from numba_atomflow.quantize.calibration import read_calibration
+from numba_atomflow.quantize.forward import final_inputs
+from numba_atomflow.quantize.projection import Method
+from numba_atomflow.quantize.threads import cores_for_kernels
+from numba_atomflow.quantize.unfinished import Unfinished
+from numba_atomflow.sources import WeightSource
+
+METHODS: dict[str, Method] = {"awq": awq.quantize, "gptq": gptq.quantize}
+
+Array = NDArray[np.float32]
+
+
+def convert_calibrated(
+    source: WeightSource,
+    destination: Path,
+    method: MethodName,
+    calibration: Path | None,
+    head: HeadFormat,
+    origin: Mapping[str, Any],
+    report: Report,
+    *,
+    overwrite: bool,
+) -> None:
+    """What `numba_atomflow.convert.convert` does for "awq" and "gptq", once source and destination have been checked.
+
+    `origin` is the record of the source; the hashes in it tell whether finished layers are of the same one.
+    """
+    g = source.geometry
+    text = read_calibration(calibration, source.text, g)
+    job = {"version": __version__, "kernels": source_hash(), "method": method, "source": origin, "text": text.record()}
+    with Unfinished(destination, job) as unfinished:
+        stream = quantize_layers(source, text, METHODS[method], unfinished, report)
+        record = text.record() | {"errors": _errors(unfinished, g.layers)}
+        quantiser = {"method": method, "group_size": GROUP}
+        writer = CheckpointWriter(
+            destination, g, source.text, quantiser, origin, head=head, calibration=record, overwrite=overwrite
+        )
+        with writer:
+            report("embedding", writer.written_bytes, writer.total_bytes)
+            _write_outer(source, stream, head, writer)
+            for i in range(g.layers):
+                report(f"layer {i}", writer.written_bytes, writer.total_bytes)
+                for name, tensor in unfinished.layer(i).tensors.items():
+                    writer.write(f"layer.{i}.{name}", tensor)
+            report("verifying", writer.written_bytes, writer.total_bytes)
+        unfinished.remove()
+
+
+def _errors(unfinished: Unfinished, layers: int) -> dict[str, dict[str, float]]:
+    """Relative output errors on the calibration text, by projection: rounded to nearest, and as they are."""
+    errors = {f"layer.{i}.{name}": pair for i in range(layers) for name, pair in unfinished.layer(i).errors.items()}
+    return {name: {"rtn": _short(rounded), "kept": _short(kept)} for name, (rounded, kept) in errors.items()}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _write_outer(source: WeightSource, stream: Array, head: HeadFormat, writer: CheckpointWriter) -> None:
+    """Embedding, final norm and vocabulary projection."""
+    g = source.geometry
+    outer = {part: names[0] for part, names in fusion(g).items() if not part.startswith("layer.")}
+    norm = source.read(outer["final_norm"])
+    writer.write("final_norm", norm)
+    if head == "fp8":
+        gram = final_inputs(g, stream, norm).gram
+    for part, name in outer.items():
+        if part == "final_norm":
+            continue
+        for _, rows in read_slabs(source, name):
+            if part != head_part(g):
+                tensors = _fp8(*rtn.quantize(rows))
+            elif head == "fp16":
+                tensors = iter([(".weight", rows.astype(np.float16))])
+            else:
+                with cores_for_kernels():
+                    scales = search_scales(rows, gram)
+                tensors = _fp8(encode_groups(rows, scales), scales)
+            for suffix, values in tensors:
+                writer.write(part + suffix, values)
+
+
+def _fp8(codes: NDArray[np.uint8], scales: Array) -> Iterator[tuple[str, NDArray[Any]]]:
+    yield ".weight", codes
+    yield ".scale", scales

@@ -1,0 +1,79 @@
+"""One decoder layer on the source's own weights: the calibration's forward pass, in float32.
+
+Its kernels are those of the CPU backend. It is not `decode.py`'s list of ops: that one is about FP8 weights and a KV
+cache. Here every sequence goes through a whole layer before the next layer is read.
+"""
+
+from collections.abc import Mapping
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.ops import attention, projection, rms_norm, rope
+from numba_atomflow.quantize.inputs import Inputs
+
+Array = NDArray[np.float32]
+
+
+class LayerForward:
+    """Takes sequences of `tokens` tokens through layers, one layer at a time; to be used within `cores_for_blas`."""
+
+    def __init__(self, geometry: ModelGeometry, tokens: int) -> None:
+        g = self._geometry = geometry
+        self._cosines, self._sines = rope.rope_table(rope_inverse_frequencies(g), tokens)
+        self._position = np.zeros(1, np.int64)
+        self._normed = np.empty((tokens, g.hidden), np.float32)
+        self._q = np.empty((tokens, g.q_dim), np.float32)
+        self._keys = np.empty((tokens, g.kv_dim), np.float32)
+        self._values = np.empty((tokens, g.kv_dim), np.float32)
+        self._attended = np.empty((tokens, g.q_dim), np.float32)
+        self._ffn = np.empty((tokens, g.ffn), np.float32)
+        self._scratch = np.empty((numba.config.NUMBA_NUM_THREADS, attention.block_scratch(g.head_dim)), np.float32)
+
+    def run(self, layer: Mapping[str, Array], stream: Array, inputs: Mapping[str, Inputs]) -> None:
+        """One sequence through one layer.
+
+        Args:
+            layer: its weights by the names of its parts in a checkpoint: "qkv" [N, K], "attention_norm" [H], ...
+            stream: residual stream [T, H], updated in place.
+            inputs: takes in what "qkv", "o", "gate_up" and "down" are multiplied with.
+        """
+        self._attend(layer, stream, inputs)
+        normed = self._norm(stream, layer["ffn_norm"])
+        inputs["gate_up"].add(normed)
+        projection.swiglu(normed @ layer["gate_up"].T, self._ffn)
+        inputs["down"].add(self._ffn)
+        stream += self._ffn @ layer["down"].T
+
+    def _attend(self, layer: Mapping[str, Array], stream: Array, inputs: Mapping[str, Inputs]) -> None:
+        g = self._geometry
+        normed = self._norm(stream, layer["attention_norm"])
+        inputs["qkv"].add(normed)
+        qkv = normed @ layer["qkv"].T
+        if g.qkv_bias:
+            qkv += layer["qkv_bias"]
+        if g.qk_norm:
+            eps = np.float32(g.norm_eps)
+            rms_norm.rms_norm_heads(qkv, layer["q_norm"], layer["k_norm"], g.q_dim, g.kv_dim, eps)
+        rope.rope_and_store(qkv, self._position, self._cosines, self._sines, self._q, self._keys, self._values)
+        attention.attend_block(
+            self._q, self._keys, self._values, self._position, g.head_dim, self._scratch, self._attended
+        )
+        inputs["o"].add(self._attended)
+        stream += self._attended @ layer["o"].T
+
+    def _norm(self, stream: Array, weight: Array) -> Array:
+        rms_norm.rms_norm(stream, weight, np.float32(self._geometry.norm_eps), self._normed)
+        return self._normed
+
+
+def final_inputs(geometry: ModelGeometry, stream: Array, norm: Array) -> Inputs:
+    """What the vocabulary projection is multiplied with: stream [sequences, T, H] after the last layer, normed."""
+    inputs, normed = Inputs(geometry.hidden), np.empty(stream.shape[1:], np.float32)
+    for sequence in stream:
+        rms_norm.rms_norm(sequence, norm, np.float32(geometry.norm_eps), normed)
+        inputs.add(normed)
+    inputs.finish()
+    return inputs

@@ -1,0 +1,275 @@
+"""Models of the Hugging Face hub, fetched into a folder of our own; a download that broke off is continued.
+
+The hub's client (package huggingface-hub, extra ``hub``) knows addresses, tokens, redirects and retries. Since its
+version 2 it begins a file anew in every process, so the file on disk is this module's: it grows as ``NAME.partial``,
+and takes its name when its bytes have the digest that the hub's listing says: SHA-256 of a large file, git's SHA-1 of a
+small one. Sources: https://huggingface.co/docs/hub/api and https://git-scm.com/book/en/v2/Git-Internals-Git-Objects.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from numba_atomflow import home
+from numba_atomflow.errors import HubError
+from numba_atomflow.sources.huggingface import CONFIG, INDEX, SINGLE, shard_names
+from numba_atomflow.sources.huggingface_text import TEXT_FILES
+
+Progress = Callable[[str, int, int], None]
+
+_NAME = r"[A-Za-z0-9][\w.-]{0,95}"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_HTTP_CLIENTS = ("requests", "httpx", "httpx2", "httpcore", "httpcore2")
+_MODEL = re.compile(rf"({_NAME}/{_NAME})(?:/({_NAME}\.gguf))?")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the hub.
+
+    Attributes:
+        repo: ``organisation/name``.
+        file: the GGUF file in it that is meant; None: config.json and safetensors.
+        revision: a branch, a tag or a commit.
+    """
+
+    repo: str
+    file: str | None = None
+    revision: str = "main"
+
+    @classmethod
+    def parse(cls, text: str, revision: str | None = None) -> "HubModel | None":
+        """``org/name`` or ``org/name/file.gguf``; None if `text` can be neither, or is rather a file's path."""
+        match = _MODEL.fullmatch(text)
+        if match is None or match[1].endswith((".gguf", ".safetensors", ".bin")):
+            return None
+        return cls(match[1], match[2], revision or "main")
+
+
+@dataclass(frozen=True)
+class _RemoteFile:
+    """A file as the hub lists it: bytes, and the SHA-256, or git's SHA-1, of what is in it."""
+
+    name: str
+    size: int
+    digest: str
+
+
+def fetch(model: HubModel, progress: Progress | None = None, endpoint: str | None = None) -> Path:
+    """Fetch a model, or what is missing of it.
+
+    Args:
+        model: which one.
+        progress: called with a file's name, bytes done and bytes in all.
+        endpoint: address of the hub; what HF_ENDPOINT says, or https://huggingface.co, if None.
+
+    Returns:
+        The folder, below `home.downloads`, or the GGUF file in it.
+
+    Raises:
+        HubError: the hub cannot be reached, has no such model, or does not give it to you; or the client is missing.
+    """
+    if find_spec("huggingface_hub") is None:
+        raise HubError(
+            f"There is no folder or file {model.repo} here; to fetch it from the hub, install its client: "
+            "pip install 'numba-atomflow[hub]'."
+        )
+    with _explained(model):
+        commit, files = _listing(model, endpoint)
+    folder = home.downloads() / f"{model.repo.replace('/', '--')}@{commit[:12]}"
+    download = _Download(model, commit, folder, endpoint, progress or (lambda *_: None))
+    with _explained(model), _alone_in(folder):
+        if model.file is not None:
+            download.get([_wanted(model, files, model.file)])
+            return folder / model.file
+        download.get([file for name, file in files.items() if name in {CONFIG, INDEX, *TEXT_FILES}])
+        if CONFIG not in files or not {SINGLE, INDEX} & set(files):
+            raise HubError(_no_weights(model, files))
+        shards = [SINGLE] if SINGLE in files else shard_names(folder / INDEX)
+        download.get([_wanted(model, files, name) for name in shards])
+    return folder
+
+
+def _listing(model: HubModel, endpoint: str | None) -> tuple[str, dict[str, _RemoteFile]]:
+    """The commit that the revision stands for now, and its files."""
+    from huggingface_hub import HfApi
+
+    info: Any = HfApi(endpoint=endpoint).model_info(model.repo, revision=model.revision, files_metadata=True)
+    files = {}
+    for entry in info.siblings or ():
+        digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        files[entry.rfilename] = _RemoteFile(entry.rfilename, entry.size or 0, digest or "")
+    return str(info.sha), files
+
+
+def _wanted(model: HubModel, files: dict[str, _RemoteFile], name: str) -> _RemoteFile:
+    if name not in files:
+        raise HubError(f"{model.repo} on the hub has no file {name}; look at its list of files there.")
+    return files[name]
+
+
+def _no_weights(model: HubModel, files: dict[str, _RemoteFile]) -> str:
+    gguf = sorted(name for name in files if name.endswith(".gguf") and "/" not in name)
+    if gguf:
+        return f"{model.repo} on the hub holds GGUF files; name one of them: {model.repo}/{gguf[0]}."
+    return f"{model.repo} on the hub holds no {CONFIG} with safetensors weights; choose another model."
+
+
+@dataclass(frozen=True)
+class _Download:
+    """One model's way into its folder."""
+
+    model: HubModel
+    commit: str
+    folder: Path
+    endpoint: str | None
+    report: Progress
+
+    def get(self, files: list[_RemoteFile]) -> None:
+        """Fetch what is not there yet."""
+        total, done = sum(file.size for file in files), 0
+        missing = [file for file in files if not (self.folder / file.name).exists()]
+        free = shutil.disk_usage(self.folder).free
+        there = sum(part.stat().st_size for file in missing if (part := self._partial(file)).exists())
+        if free < sum(file.size for file in missing) - there:
+            raise HubError(
+                f"{self.model.repo} needs {total / 1e6:.0f} MB in {self.folder}, but only {free / 1e6:.0f} MB are "
+                "free; make room, or set NUMBA_ATOMFLOW_HOME to another disk."
+            )
+        for file in files:
+            self.report(file.name, done, total)
+            if file in missing:
+                self._get(file, done, total)
+            done += file.size
+
+    def _partial(self, file: _RemoteFile) -> Path:
+        return self.folder / f"{file.name}.partial"
+
+    def _get(self, file: _RemoteFile, done: int, total: int) -> None:
+        """Fetch one file from where an earlier try ended, and let it have its name if it is sound."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        partial = self._partial(file)
+        partial.touch()
+        with partial.open("r+b") as opened:
+            start = opened.seek(0, os.SEEK_END)
+            if start > file.size:
+                start = opened.seek(0)
+                opened.truncate()
+            url = hf_hub_url(self.model.repo, file.name, revision=self.commit, endpoint=self.endpoint)
+            target: Any = _Reporting(opened, lambda at: self.report(file.name, done + at, total))
+            with _quietly():
+                http_get(url, target, resume_size=start, headers=build_hf_headers(), expected_size=file.size)
+        if _digest(partial, file) != file.digest:
+            partial.unlink()
+            raise HubError(
+                f"{file.name} of {self.model.repo} was damaged on its way (its SHA is not the one in the hub's list), "
+                "and has been removed; run the command again."
+            )
+        partial.replace(self.folder / file.name)
+
+
+class _Reporting:
+    """A file that tells how far it has been written; as much of one as `http_get` asks for."""
+
+    def __init__(self, file: BinaryIO, report: Callable[[int], None]) -> None:
+        self._file, self._report = file, report
+        self.seek, self.tell, self.truncate = file.seek, file.tell, file.truncate
+
+    def write(self, data: bytes) -> int:
+        written = self._file.write(data)
+        self._report(self._file.tell())
+        return written
+
+
+def _digest(path: Path, file: _RemoteFile) -> str:
+    """SHA-256, or git's name of a blob, whichever the listing has."""
+    with path.open("rb") as opened:
+        if len(file.digest) == 64:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+        blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+        blob.update(opened.read())
+        return blob.hexdigest()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two processes must not write the same file: the second waits for the first, and then finds it complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the client's own bars, and its word on every try."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    disabled, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if not disabled:
+            enable_progress_bars()
+
+
+@contextmanager
+def _explained(model: HubModel) -> Iterator[None]:
+    """The client's errors, and those of the disk, become sentences.
+
+    The client has been built on requests, httpx and httpx2; a lost connection is another class in each.
+    """
+    from huggingface_hub import errors as theirs
+
+    where = f"{model.repo} on the hub"
+    nowhere = f"There is no folder or file {model.repo} here, and"
+    try:
+        yield
+    except theirs.GatedRepoError as error:
+        raise HubError(
+            f"{where} is given only to those who accepted its terms; do so on its page, then run `hf auth login`."
+        ) from error
+    except theirs.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{nowhere} no such model on the hub that you may see; check the name, or run `hf auth login` if it is "
+            "private."
+        ) from error
+    except theirs.RevisionNotFoundError as error:
+        raise HubError(f"{where} has no revision {model.revision!r}; give a branch, a tag or a commit.") from error
+    except theirs.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "an error")
+        raise HubError(f"{where} could not be fetched: the hub answered {status}; try again later.") from error
+    except OSError as error:
+        if error.errno in _OF_THE_DISK:
+            raise HubError(
+                f"{where} could not be kept in {home.downloads()} ({error.strerror}); make room, or set "
+                "NUMBA_ATOMFLOW_HOME to another folder."
+            ) from error
+        raise HubError(f"{nowhere} the hub {_unreachable(error)}") from error
+    except Exception as error:
+        if not any(kind.__module__.partition(".")[0] in _HTTP_CLIENTS for kind in type(error).__mro__):
+            raise
+        raise HubError(f"{nowhere} the hub {_unreachable(error)}") from error
+
+
+def _unreachable(error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return (
+        f"could not be reached ({reason}); check the name and the network, and run the command again: a download goes "
+        "on where it broke off."
+    )

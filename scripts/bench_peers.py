@@ -1,0 +1,203 @@
+"""Our engine and others, one after another, on the same geometry, prompt and number of tokens.
+
+    python scripts/bench_peers.py --geometry llama-3.2-3b
+    python scripts/bench_peers.py --geometry llama-3.1-8b --llama-bench ~/llama.cpp/build/bin/llama-bench --format md
+    python scripts/bench_peers.py --geometry smollm2-135m --device cpu --peers transformers
+
+Whatever is installed runs, each in a process of its own, with random weights; what is missing is said to be missing. No
+figure is remembered from another day. The ratio is our decode speed over theirs: above 1, this engine is faster. Each
+peer runs as its users would have it run, in the numbers that it has: BF16, its own FP8, or Q8_0 for llama.cpp.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).with_name("peers")))
+from protocol import Answer, Task
+
+from numba_atomflow import AtomFlowError
+from numba_atomflow.machine import machine_record
+from numba_atomflow.presets import PRESETS, find_preset
+from numba_atomflow.spread import Spread
+from numba_atomflow.tables import render
+
+PEERS = Path(__file__).with_name("peers")
+OURS = "numba-atomflow"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One to compare with.
+
+    Attributes:
+        name: in the table, and for --peers.
+        script: in scripts/peers.
+        modules: that must be installed.
+        advice: how to get it.
+    """
+
+    name: str
+    script: str
+    modules: tuple[str, ...] = ()
+    advice: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def missing(self) -> str | None:
+        """Why it cannot run, or None."""
+        absent = [module for module in self.modules if find_spec(module) is None]
+        if absent:
+            return f"{', '.join(absent)} not installed; {self.advice}"
+        return None
+
+
+@dataclass(frozen=True)
+class LlamaCpp(Peer):
+    """A binary, not a package."""
+
+    def missing(self) -> str | None:
+        binary = self.options["binary"]
+        if binary is None:
+            return self.advice
+        return None if shutil.which(binary) else f"{binary} is no program; {self.advice}"
+
+
+def all_peers(llama_bench: str | None) -> list[Peer]:
+    """Our engine first."""
+    vllm = ("vllm_engine.py", ("vllm",), "pip install vllm")
+    return [
+        Peer(OURS, "this_engine.py"),
+        Peer("transformers", "hf_transformers.py", ("torch", "transformers"), "pip install torch transformers"),
+        Peer("vllm-bf16", *vllm),
+        Peer("vllm-fp8", *vllm, options={"quantization": "fp8"}),
+        LlamaCpp("llama.cpp", "llama_bench.py", (), "give --llama-bench PATH", {"binary": llama_bench}),
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a peer: figures, or why there are none."""
+
+    peer: str
+    answer: Answer | None
+    problem: str = ""
+
+
+def run_peer(peer: Peer, task: Task) -> Outcome:
+    """Run a peer in a process of its own, if it can run."""
+    problem = peer.missing()
+    if problem:
+        return Outcome(peer.name, None, f"missing: {problem}")
+    with_options = Task(**vars(task) | {"options": peer.options})
+    command = [sys.executable, str(PEERS / peer.script), with_options.to_json()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+        return Outcome(peer.name, None, f"failed: {said}")
+    return Outcome(peer.name, Answer(**json.loads(lines[-1])))
+
+
+def run_all(peers: Sequence[Peer], task: Task, tell: Callable[[str], None]) -> list[Outcome]:
+    """One after another."""
+    outcomes = []
+    for i, peer in enumerate(peers):
+        tell(f"[{i + 1}/{len(peers)}] {peer.name}")
+        outcomes.append(run_peer(peer, task))
+    return outcomes
+
+
+def record_of(outcomes: Sequence[Outcome], task: Task, name: str) -> dict[str, Any]:
+    """Everything, ready for JSON."""
+    ours = next((outcome.answer for outcome in outcomes if outcome.peer == OURS), None)
+    rows = []
+    for outcome in outcomes:
+        row: dict[str, Any] = {"peer": outcome.peer, "problem": outcome.problem or None}
+        if outcome.answer:
+            speed = Spread.of([1 / tpot for tpot in outcome.answer.tpot])
+            row |= {
+                "what": outcome.answer.what,
+                "decode_tokens_per_second": speed.to_dict(),
+                "ttft_seconds": Spread.of(outcome.answer.ttft).to_dict(),
+            }
+            if ours:
+                row["ratio"] = Spread.of([1 / tpot for tpot in ours.tpot]).over(speed).to_dict()
+        rows.append(row)
+    return {
+        "geometry": name,
+        "prompt_tokens": task.prompt_tokens,
+        "decode_tokens": task.decode_tokens,
+        "repeats": task.repeats,
+        "device": task.device,
+        "machine": machine_record(),
+        "peers": rows,
+    }
+
+
+def report(record: dict[str, Any], style: str) -> str:
+    """For people."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        if row["problem"]:
+            return [row["peer"], "-", "-", "-", row["problem"]]
+        speed, ttft = (Spread.from_dict(row[name]) for name in ("decode_tokens_per_second", "ttft_seconds"))
+        ratio = Spread.from_dict(row["ratio"]).text(2) if "ratio" in row else "-"
+        return [row["peer"], speed.text(1), ttft.text(1, 1e3), ratio, row["what"]]
+
+    machine = record["machine"]
+    driver = f", NVIDIA driver {machine['nvidia_driver']}" if machine["nvidia_driver"] else ""
+    head = (
+        f"{record['geometry']}, random weights: a prompt of {record['prompt_tokens']}, then {record['decode_tokens']} "
+        f"tokens, {record['repeats']} turns; {machine['cpu']}{driver}, commit {machine['commit']}\n\n"
+    )
+    headers = ["peer", "decode tok/s", "TTFT ms", "ours / theirs", "what"]
+    return head + render(
+        "md" if style == "md" else "table", headers, [cells(row) for row in record["peers"]], words=(0, 4)
+    )
+
+
+def main() -> int:
+    """Parse options, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", default="llama-3.2-3b", metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("-p", "--prompt-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("-n", "--decode-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("-r", "--repeats", type=int, default=5, metavar="N", help="turns to take the median of")
+    parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--peers", metavar="A,B,...", help="only these, and this engine")
+    parser.add_argument("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench")
+    parser.add_argument("--format", choices=["table", "md", "json"], default="table", help="how to print the result")
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="short for --format json")
+    options = parser.parse_args()
+    peers = all_peers(options.llama_bench)
+    try:
+        geometry = find_preset(options.geometry)
+    except AtomFlowError as error:
+        parser.error(str(error))
+    if min(options.prompt_tokens, options.decode_tokens, options.repeats) < 1:
+        parser.error("-p, -n and -r must be at least 1.")
+    if options.peers:
+        wanted = {OURS, *options.peers.split(",")}
+        unknown = wanted - {peer.name for peer in peers}
+        if unknown:
+            parser.error(f"There is no peer {min(unknown)}; choose of {', '.join(peer.name for peer in peers[1:])}.")
+        peers = [peer for peer in peers if peer.name in wanted]
+    task = Task(geometry, options.prompt_tokens, options.decode_tokens, options.repeats, options.device)
+    outcomes = run_all(peers, task, lambda text: print(text, file=sys.stderr))
+    record = record_of(outcomes, task, options.geometry)
+    if options.format == "json":
+        print(json.dumps(record, indent=2))
+    else:
+        print(report(record, options.format), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

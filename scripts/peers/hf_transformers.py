@@ -1,0 +1,87 @@
+"""transformers with a static cache and torch.compile, BF16.
+
+Its best case: the next token never leaves the device, and the host waits only once, at the end of a turn.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import transformers
+from protocol import Answer, Task, answer, config_json
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class StaticDecoder:
+    """Greedy decoding with random weights and a cache of fixed size."""
+
+    def __init__(self, task: Task, device: str, dtype: torch.dtype) -> None:
+        config = LlamaConfig(**config_json(task.geometry))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # made in float32 first, the largest models would not fit
+        try:
+            with torch.device(device):
+                self.model = LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+        self.cache = StaticCache(config=config, max_cache_len=task.positions)
+        self.places = torch.arange(task.positions, device=device)
+
+    def step(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Tokens [1, T] at positions [T] to the token that follows, [1, 1]."""
+        out = self.model(
+            tokens,
+            past_key_values=self.cache,
+            cache_position=at,  # transformers 4; later caches count by themselves
+            position_ids=at[None],
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def turn(self, prompt: torch.Tensor, count: int, decode: Step) -> Iterator[torch.Tensor]:
+        """The token after the prompt [1, P], then `count` more by `decode`."""
+        self.cache.reset()
+        length = prompt.shape[1]
+        token = self.step(prompt, self.places[:length])
+        yield token
+        for at in range(length, length + count):
+            token = decode(token, self.places[at : at + 1]).clone()  # a replay overwrites what the last one returned
+            yield token
+
+
+def measure(task: Task) -> Answer:
+    """Time it."""
+    device = "cuda" if task.device != "cpu" and torch.cuda.is_available() else "cpu"
+    compiled = task.options.get("compile", True)
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    decoder = StaticDecoder(task, device, torch.bfloat16)
+    prompt = torch.tensor([task.prompt()], device=device)
+    decode = torch.compile(decoder.step, mode="reduce-overhead", fullgraph=True) if compiled else decoder.step
+
+    def clock() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def turn() -> tuple[float, float]:
+        tokens = decoder.turn(prompt, task.decode_tokens, decode)
+        started = clock()
+        next(tokens)
+        first = clock()
+        for _ in tokens:
+            pass
+        return first - started, (clock() - first) / task.decode_tokens
+
+    with torch.inference_mode():
+        turns = [turn() for _ in range(task.repeats + 2)][2:]  # the first compiles, the second may record graphs
+    how = "static cache, torch.compile" if compiled else "static cache, eager"
+    what = f"transformers {transformers.__version__}, torch {torch.__version__}, {device}, BF16, {how}"
+    return Answer(what, [ttft for ttft, _ in turns], [tpot for _, tpot in turns])
+
+
+if __name__ == "__main__":
+    answer(measure)

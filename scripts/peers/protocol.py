@@ -1,0 +1,104 @@
+"""What every peer is asked, and what it answers.
+
+A peer is a script of its own, run in a process of its own, so that it gives the GPU's memory back. Its only argument is
+a `Task` as JSON; the last line of its standard output is an `Answer` as JSON. The work is the same for all: a prompt of
+P tokens, then N tokens, one at a time, greedy; `repeats` times, after one that is thrown away.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.geometry import ModelGeometry
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to run.
+
+    Attributes:
+        device: "auto" (a GPU if there is one) or "cpu".
+        options: of one peer alone.
+    """
+
+    geometry: ModelGeometry
+    prompt_tokens: int
+    decode_tokens: int
+    repeats: int
+    device: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> int:
+        """Prompt and reply."""
+        return self.prompt_tokens + self.decode_tokens + 1
+
+    def prompt(self) -> list[int]:
+        """The same tokens for everybody."""
+        tokens: list[int] = np.random.default_rng(0).integers(0, self.geometry.vocabulary, self.prompt_tokens).tolist()
+        return tokens
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Task":
+        record = json.loads(text)
+        return cls(**record | {"geometry": ModelGeometry.from_dict(record["geometry"])})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a peer measured.
+
+    Attributes:
+        what: version, types, settings.
+        ttft: seconds from the prompt to the first token, per turn.
+        tpot: mean seconds per token after it, per turn.
+    """
+
+    what: str
+    ttft: list[float]
+    tpot: list[float]
+
+
+def answer(measure: Callable[[Task], Answer]) -> None:
+    """Be a peer."""
+    print(json.dumps(asdict(measure(Task.from_json(sys.argv[1])))))
+
+
+def config_json(geometry: ModelGeometry) -> dict[str, Any]:
+    """The geometry as a Hugging Face ``config.json``, for peers that read one."""
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "num_hidden_layers": geometry.layers,
+        "hidden_size": geometry.hidden,
+        "num_attention_heads": geometry.heads,
+        "num_key_value_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+        "intermediate_size": geometry.ffn,
+        "vocab_size": geometry.vocabulary,
+        "max_position_embeddings": geometry.max_positions,
+        "rms_norm_eps": geometry.norm_eps,
+        "rope_theta": geometry.rope_theta,
+        "tie_word_embeddings": geometry.tied_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "torch_dtype": "bfloat16",
+    }
+    scaling = geometry.rope_scaling
+    if scaling is not None:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return config

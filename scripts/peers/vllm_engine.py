@@ -1,0 +1,48 @@
+"""vLLM with dummy weights, BF16 or FP8 (its own online quantisation: weights and activations, vocabulary in BF16).
+
+Time per token is the difference between replies of one token and of N + 1, so that the prompt drops out.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import vllm
+from protocol import Answer, Task, answer, config_json
+
+
+def measure(task: Task) -> Answer:
+    """Time it."""
+    quantization = task.options.get("quantization")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config_json(task.geometry)))
+        llm = vllm.LLM(
+            model=folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            quantization=quantization,
+            max_model_len=task.positions,
+            max_num_seqs=1,
+            enable_prefix_caching=False,  # else the prompt would be computed once for all turns
+        )
+        prompt = {"prompt_token_ids": task.prompt()}
+
+        def seconds(tokens: int) -> float:
+            params = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            started = time.perf_counter()
+            (output,) = llm.generate([prompt], params, use_tqdm=False)
+            took = time.perf_counter() - started
+            made = len(output.outputs[0].token_ids)
+            if made != tokens:
+                raise RuntimeError(f"vLLM made {made} tokens instead of {tokens}")
+            return took
+
+        turns = [(seconds(1), seconds(task.decode_tokens + 1)) for _ in range(task.repeats + 1)][1:]
+    what = f"vLLM {vllm.__version__}, {(quantization or 'bf16').upper()}"
+    return Answer(what, [one for one, _ in turns], [(many - one) / task.decode_tokens for one, many in turns])
+
+
+if __name__ == "__main__":
+    answer(measure)
