@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-from numba_atomflow.backends.cuda.kernels import Chip, ModelKernels
+from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.ops.cuda import ceiling
+from numba_atomflow.ops.cuda.chip import Chip
 from numba_atomflow.ops.cuda.spec import U32, KernelSpec, kernel_spec
 from numba_atomflow.presets import PRESETS
+from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
+from numba_atomflow.sandbox.runner import CacheSizes
 
 MULTIPROCESSORS, SHARED_BYTES = 132, 232448  # of an H200
 COPY_ENGINE = (9, 0)  # the first with one
@@ -15,6 +18,8 @@ LLAMA = PRESETS["llama-3.2-3b"]
 # Heads of 80, no GQA, Qwen's norms and bias, a float16 head: what the other kernels are for.
 OTHER = replace(LLAMA, heads=32, kv_heads=32, head_dim=80, qkv_bias=True, qk_norm=True)
 _OF_OTHER = ("attention_x1", "rope_x8", "embed_x1", "vocabulary_x1", "vocabulary_x8", "repack_halves")
+CACHE = CacheSizes(slots=1 << 16, block_sizes=(8, 32), sequences=8, longest=8192)  # of the sandbox
+_OF_SANDBOX = ("attention_paged8_x8", "attention_paged32_x8", "attention_static_x8", "qkv_x8")
 _HARDWARE_FP8 = ("qkv", "o", "gate_up", "down", "vocabulary", "embed", "repack")
 
 
@@ -56,6 +61,10 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     entries = [Entry(name, kernel.spec) for name, kernel in ModelKernels(LLAMA, chip).planned.items()]
     other = ModelKernels(OTHER, chip, "fp16").planned
     entries += [Entry(f"{name} of halves, heads of 80", other[name].spec) for name in _OF_OTHER]
+    sandbox = SandboxKernels(LLAMA, chip, CACHE, halves=False).planned
+    entries += [Entry(f"{name} of the sandbox", sandbox[name].spec) for name in _OF_SANDBOX]
+    sandbox = SandboxKernels(OTHER, chip, CACHE, halves=False).planned
+    entries.append(Entry("attention_paged8_x1, heads of 80", sandbox["attention_paged8_x1"].spec))
     shared = ceiling.bulk_shared_bytes()
     entries += [
         Entry("read", kernel_spec("read", "ceiling:make_read", (U32, U32), ceiling.THREADS)),

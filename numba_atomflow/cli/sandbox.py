@@ -295,7 +295,7 @@ def _contexts(option: str, text: str | None, default: str, limit: int) -> tuple[
 
 def _check_plot(path: Path | None) -> None:
     if path is not None:
-        from numba_atomflow.validate.plot import check_plot
+        from numba_atomflow.picture import check_plot
 
         check_plot(path)
 

@@ -1,11 +1,12 @@
-"""Which device the sandbox runs on."""
+"""Which device the sandbox runs on: the GPU where there is a usable one, else the CPU."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from numba_atomflow.errors import BackendError
+from numba_atomflow.driver import open_device
+from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.sandbox.runner import CacheSizes, Runner
 
@@ -27,8 +28,20 @@ def make_runner(
         BackendError: the device cannot be used here.
         OptionError: threads are given for the GPU, or there are not that many cores; no kernels for this model.
     """
-    if device == "cuda":
-        raise BackendError("The sandbox runs on the CPU so far; use --backend cpu.")
+    if device == "cuda" and threads is not None:
+        raise OptionError("--threads is for the CPU; leave it out, or use --backend cpu.")
+    if device == "cuda" or (device == "auto" and threads is None and _gpu_is_usable()):
+        from numba_atomflow.sandbox.gpu_runner import GpuRunner
+
+        return GpuRunner(geometry, weights, sizes)
     from numba_atomflow.sandbox.cpu_runner import CpuRunner
 
     return CpuRunner(geometry, dict(weights), sizes, threads)
+
+
+def _gpu_is_usable() -> bool:
+    try:
+        open_device().close()
+    except BackendError:
+        return False
+    return True

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from numba_atomflow.errors import DestinationError
+from numba_atomflow.picture import save_figure
 from numba_atomflow.sandbox.compare import Comparison
 from numba_atomflow.sandbox.server import StepRecord
 
@@ -28,7 +28,7 @@ def plot_run(steps: Sequence[StepRecord], blocks: int, path: Path) -> None:
     lower.plot(times, speeds, ".", color="tab:purple")
     lower.set_ylabel("tokens / s")
     lower.set_xlabel("seconds of the server's clock")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
@@ -56,7 +56,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
     right.set_ylabel("whole step, ms (solid: static)")
     right.legend(fontsize=8)
     figure.suptitle(f"{comparison.model}, {comparison.device}", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _figure(panels: int) -> tuple[Any, Any]:
@@ -64,13 +64,3 @@ def _figure(panels: int) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(7.5, 2.4 * panels + 0.6), layout="constrained")
     return figure, figure.subplots(panels, 1)
-
-
-def _save(figure: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format=path.suffix.lstrip(".").lower(), dpi=150)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
