@@ -102,21 +102,21 @@ class ServerEngine:
 
     def step(self) -> list[Request]:
         """Plan and run one step; the requests that ended with it. Does nothing if there is nothing to do."""
-        scheduler = self.scheduler
-        started, table_before = time.perf_counter(), scheduler.table_seconds
+        scheduler, table_before = self.scheduler, self.scheduler.table_seconds
+        started = time.perf_counter()
         batch = scheduler.plan()
         if batch is None:
             return []
+        used, planned = self.manager.used_count, time.perf_counter()
         self.runner.pages_changed(scheduler.table.dirty)
         scheduler.table.clean()
-        planned, used = time.perf_counter(), self.manager.used_count
+        ready = time.perf_counter()
         tokens = self.runner.run(batch)
         ran = time.perf_counter()
-        self.now += ran - started
-        ended = scheduler.finish_step(batch, tokens, self.now)
+        ended = scheduler.finish_step(batch, tokens, self.now + ran - started)
         done = time.perf_counter()
-        self.now += done - ran
-        table = scheduler.table_seconds - table_before
+        self.now += done - started
+        slots = scheduler.table_seconds - table_before  # of the plan
         self.steps.append(
             StepRecord(
                 now=self.now,
@@ -125,9 +125,9 @@ class ServerEngine:
                 running=len(scheduler.running) + len(ended),
                 waiting=len(scheduler.waiting),
                 used_blocks=used,
-                schedule_seconds=planned - started - table + done - ran,
-                table_seconds=table,
-                model_seconds=ran - planned,
+                schedule_seconds=planned - started - slots + done - ran,
+                table_seconds=slots + ready - planned,
+                model_seconds=ran - ready,
             )
         )
         self.finished += ended
