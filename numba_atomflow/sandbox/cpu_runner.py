@@ -23,9 +23,8 @@ from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_fa
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
 
 MOST_COLUMNS = 64
-FEW = (
-    16  # up to here, reading the weights once per column is faster than decoding them into scratch for BLAS (one core)
-)
+FEW = 16  # up to here, one core reads the weights once per column sooner than it decodes them into scratch for BLAS
+
 
 Weight = tuple[NDArray[Any], NDArray[np.float32] | None]  # codes and scales as kernels take them
 
