@@ -44,22 +44,27 @@ def attend_reference(
 
 
 @cpu_kernel(inline=True)
-def attend_head(  # type: ignore[no-untyped-def]
-    query, keys, values, start, length, page, block_size, scores, result
-):
+def attend_head(query, keys, values, start, length, page, run, scores, result):  # type: ignore[no-untyped-def]
     """One query over `length` keys of one key/value head.
 
     Args:
         query, result: float32 [head_dim].
         keys, values: float32 [rows, kv_heads * head_dim]; the head begins at column `start`.
-        page: None: position s is row s. Else int32, the blocks of a paged cache (ops/paged_attention.py).
+        page: None: position s is row s. Else int32, the blocks of a paged cache, each of `run`
+            positions (ops/paged_attention.py).
         scores: float32 [at least length], scratch.
     """
     head_dim = query.shape[0]
     scale = np.float32(1.0 / math.sqrt(head_dim))
     largest = _LOWEST
+    row, left = 0, 0
     for s in range(length):
-        row = s if page is None else page[s // block_size] * block_size + s % block_size
+        if page is None:
+            row = s
+        else:
+            row, left = row + 1, left - 1
+            if left < 0:  # the next block: no division for every key
+                row, left = page[s // run] * run, run - 1
         key = keys[row, start : start + head_dim]
         dot = np.float32(0.0)
         for d in range(head_dim):
@@ -72,8 +77,14 @@ def attend_head(  # type: ignore[no-untyped-def]
         scores[s] = weight
         total += weight
     result[:] = np.float32(0.0)
+    row, left = 0, 0
     for s in range(length):
-        row = s if page is None else page[s // block_size] * block_size + s % block_size
+        if page is None:
+            row = s
+        else:
+            row, left = row + 1, left - 1
+            if left < 0:
+                row, left = page[s // run] * run, run - 1
         value = values[row, start : start + head_dim]
         weight = scores[s]
         for d in range(head_dim):
