@@ -23,7 +23,10 @@ from numba_atomflow.random_model import RandomModel
 
 LIMIT = 3e-3  # relative L2 of logits: activations are float16 (2^-11 per rounding, a few dozen of them)
 MAX_SEQ_LEN = 96
-ALLOCATIONS = ("cuMemAlloc", "cuMemAllocAsync", "cuMemAllocManaged", "cuMemAllocPitch", "cuMemCreate", "cuMemHostAlloc")
+ALLOCATIONS = (
+    *(f"cuMemAlloc{kind}" for kind in ("", "Async", "FromPoolAsync", "Managed", "Pitch", "Host")),
+    *("cuMemCreate", "cuMemHostAlloc", "cuMemHostRegister", "cuArrayCreate"),
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
 
@@ -255,9 +258,12 @@ def test_nothing_is_allocated_after_loading(engine: Engine, monkeypatch: pytest.
 
     for name in ALLOCATIONS:
         monkeypatch.setattr(driver, name, counted(name))
-    short = [SamplingParams(max_tokens=40, seed=i, temperature=float(i % 2)) for i in range(26)]
-    for params in short:
-        engine.generate_tokens(tokens_of(engine.geometry, 8), params).finish()
+    free, replayed = cuda(engine)._gpu.free_bytes(), 0
+    for i in range(26):
+        params = SamplingParams(max_tokens=41, seed=i, temperature=float(i % 2), ignore_eos=True)
+        replayed += engine.generate_tokens(tokens_of(engine.geometry, 8), params).finish().stats.tokens - 1
+    assert replayed >= 1000
+    assert cuda(engine)._gpu.free_bytes() == free
     backend = cuda(engine)
     engine.reset()
     with backend._running():

@@ -1,11 +1,12 @@
 """The list of ops as launches: run one by one, or captured into a graph once and replayed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.decode import Advance, Attention, Embed, GateUp, Op, ProjectAdd, Qkv, Sample, Vocabulary
-from numba_atomflow.driver import call
+from numba_atomflow.driver import DriverError, call
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
 
@@ -95,14 +96,21 @@ class Graph:
         try:
             for launch in launches:
                 launch.run()
-        finally:
-            graph = call("cuStreamEndCapture", stream)
+        except BaseException:
+            with suppress(DriverError):  # the launch's own error is the one to tell
+                call("cuGraphDestroy", call("cuStreamEndCapture", stream))
+            raise
+        graph = call("cuStreamEndCapture", stream)
         self._stream = stream
         try:
             self._executable = call("cuGraphInstantiate", graph, 0)
         finally:
             call("cuGraphDestroy", graph)
-        call("cuGraphUpload", self._executable, stream)
+        try:
+            call("cuGraphUpload", self._executable, stream)
+        except BaseException:
+            self.destroy()
+            raise
 
     def replay(self) -> None:
         """Put the step into the stream once more."""
