@@ -70,7 +70,7 @@ def measure_ceilings(device: Device, stream: Any) -> dict[str, float]:
     if room < _LEAST_CACHES * device.l2_bytes:
         needed = 2 * _LEAST_CACHES * device.l2_bytes
         raise BackendError(
-            f"Measuring how fast the GPU's memory can be read takes {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB "
+            f"Measuring how fast the GPU's memory is takes {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB "
             "are free; use a smaller --max-seq-len, or close other programs."
         )
     specs = {"loads": kernel_spec("read", "ceiling:make_read", (U32, U32), ceiling.THREADS)}
