@@ -40,6 +40,10 @@ class BackendError(AtomFlowError):
     """The backend that was asked for cannot run on this machine."""
 
 
+class OutOfBlocksError(AtomFlowError):
+    """The paged KV cache has too few free blocks for what a sequence needs next."""
+
+
 class TextError(AtomFlowError):
     """A tokenizer, a chat template or a chat message is missing, damaged, or of a kind that is not supported."""
 

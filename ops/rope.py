@@ -39,6 +39,18 @@ def _rotate(source, start, cosines, sines, out, out_start, half):  # type: ignor
         out[out_start + half + i] = high * cosines[i] + low * sines[i]
 
 
+@cpu_kernel(inline=True)
+def _store_token(qkv, position, slot, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
+    """One token: q rotated into q [q_dim]; k rotated and v into row `slot` of the cache."""
+    q_dim, kv_dim, half = q.shape[0], keys.shape[1], cosines.shape[1]
+    for start in range(0, q_dim, 2 * half):
+        _rotate(qkv, start, cosines[position], sines[position], q, start, half)
+    for start in range(0, kv_dim, 2 * half):
+        _rotate(qkv, q_dim + start, cosines[position], sines[position], keys[slot], start, half)
+    for k in range(kv_dim):
+        values[slot, k] = qkv[q_dim + kv_dim + k]
+
+
 @cpu_kernel(parallel=False)
 def rope_and_store(qkv, position, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
     """Split qkv, rotate q and k, and append k and v to one layer's cache.
@@ -50,14 +62,18 @@ def rope_and_store(qkv, position, cosines, sines, q, keys, values):  # type: ign
         q: float32 [T, q_dim], out.
         keys, values: float32 [positions, kv_dim], written at rows position .. position + T - 1.
     """
-    tokens = qkv.shape[0]
-    q_dim, kv_dim = q.shape[1], keys.shape[1]
-    half = cosines.shape[1]
-    for t in range(tokens):
+    for t in range(qkv.shape[0]):
         slot = position[0] + t
-        for start in range(0, q_dim, 2 * half):
-            _rotate(qkv[t], start, cosines[slot], sines[slot], q[t], start, half)
-        for start in range(0, kv_dim, 2 * half):
-            _rotate(qkv[t], q_dim + start, cosines[slot], sines[slot], keys[slot], start, half)
-        for k in range(kv_dim):
-            values[slot, k] = qkv[t, q_dim + kv_dim + k]
+        _store_token(qkv[t], slot, slot, cosines, sines, q[t], keys, values)
+
+
+@cpu_kernel(parallel=False)
+def rope_and_store_paged(qkv, positions, slots, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
+    """The same for tokens of any sequences: token t has rotary position positions[t] and cache row slots[t].
+
+    Args:
+        positions, slots: int64 [T].
+        keys, values: float32 [slots of the cache, kv_dim].
+    """
+    for t in range(qkv.shape[0]):
+        _store_token(qkv[t], positions[t], slots[t], cosines, sines, q[t], keys, values)

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-from numba_atomflow.backends.cuda.kernels import Chip, ModelKernels
+from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.ops.cuda import ceiling
+from numba_atomflow.ops.cuda.chip import Chip
 from numba_atomflow.ops.cuda.spec import U32, KernelSpec, kernel_spec
 from numba_atomflow.presets import PRESETS
+from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
+from numba_atomflow.sandbox.runner import CacheSizes
 
 MULTIPROCESSORS = 132  # of an H200
 SHARED_BYTES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # per block: how wide a step can be
@@ -15,6 +18,8 @@ LLAMA = PRESETS["llama-3.2-3b"]
 # Heads of 80, no GQA, Qwen's norms and bias, a float16 head: what the other kernels are for.
 OTHER = replace(LLAMA, heads=32, kv_heads=32, head_dim=80, qkv_bias=True, qk_norm=True)
 _OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "vocabulary_x1", "vocabulary_x{}", "repack_halves")
+CACHE = CacheSizes(slots=1 << 16, block_sizes=(8, 32), sequences=8, longest=8192)  # of the sandbox
+_OF_SANDBOX = ("attention_paged8_x{}", "attention_paged32_x{}", "attention_static_x{}", "qkv_x{}")
 _HARDWARE_FP8 = ("qkv", "o", "gate_up", "down", "vocabulary", "embed", "repack")
 
 
@@ -53,6 +58,11 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     other = ModelKernels(OTHER, chip, "fp16").planned
     names = [name.format(wide) for name in _OF_OTHER]
     entries += [Entry(f"{name} of halves, heads of 80", other[name].spec) for name in names]
+    sandbox = SandboxKernels(LLAMA, chip, CACHE, halves=False).planned
+    names = [name.format(wide) for name in _OF_SANDBOX]
+    entries += [Entry(f"{name} of the sandbox", sandbox[name].spec) for name in names]
+    sandbox = SandboxKernels(OTHER, chip, CACHE, halves=False).planned
+    entries.append(Entry("attention_paged8_x1, heads of 80", sandbox["attention_paged8_x1"].spec))
     entries.append(Entry("read", kernel_spec("read", "ceiling:make_read", (U32, U32), ceiling.THREADS)))
     if capability >= COPY_ENGINE:
         shared = ceiling.bulk_shared_bytes()

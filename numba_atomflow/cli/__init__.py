@@ -35,6 +35,10 @@ _OPTIONS = frozenset(
         "threads",
         "context",
         "stride",
+        "token_budget",
+        "max_sequences",
+        "block_size",
+        "blocks",
     }
 )
 
@@ -45,6 +49,12 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may well write what a terminal cannot show
     sys.exit(run(sys.argv[1:]))
+
+
+def sandbox_main() -> None:
+    """The console script ``numba-atomflow-sandbox``: the sandbox's commands alone."""
+    sys.argv.insert(1, "sandbox")
+    main()
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -27,6 +27,9 @@ from numba_atomflow.cli.profile import EXAMPLES as PROFILE_EXAMPLES
 from numba_atomflow.cli.profile import profile
 from numba_atomflow.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from numba_atomflow.cli.quantize import quantize
+from numba_atomflow.cli.sandbox import COMPARE_EXAMPLES, RUN_EXAMPLES
+from numba_atomflow.cli.sandbox import compare as sandbox_compare
+from numba_atomflow.cli.sandbox import run as sandbox_run
 from numba_atomflow.cli.validate import EXAMPLES as VALIDATE_EXAMPLES
 from numba_atomflow.cli.validate import validate
 from numba_atomflow.errors import OptionError
@@ -84,6 +87,15 @@ app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
 app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
 app.command(cls=_Command, epilog=BENCH_EXAMPLES)(bench)
 app.command(cls=_Command, epilog=PROFILE_EXAMPLES)(profile)
+sandbox = typer.Typer(
+    cls=_Group,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Many requests over one model with a paged KV cache, and what that costs.",
+)
+sandbox.command("run", cls=_Command, epilog=RUN_EXAMPLES)(sandbox_run)
+sandbox.command("compare", cls=_Command, epilog=COMPARE_EXAMPLES)(sandbox_compare)
+app.add_typer(sandbox, name="sandbox")
 
 
 def invoke(arguments: Sequence[str]) -> int:

@@ -14,6 +14,12 @@ is the same at every length, and blocks without a chunk leave at once.
 Keys beyond the last token are never loaded (their place is taken by the last valid one, with weight 0): whatever the
 cache holds there changes nothing.
 
+Paged (`make_paged_attention`): the same work for each of up to 8 tokens of any sequences, a token with its heads being
+what a block's queries are. Only the row of the cache in which a key lies is found in another way: a step's 16 keys
+begin at a multiple of 16, so that their place takes one look into the page table (two for blocks of 8). With
+`Paging(block_size=0)` every sequence has a contiguous part of the cache instead, and there is no table: what paging is
+measured against.
+
 Cost model: 4 * length * kv_heads * head_dim bytes. Llama 3.2 3B (8 heads of 128): at 4,096 positions 16.8 MB, 3.6 us
 at 4.66 TB/s, predicted 7-9 us with launch, ramp and the last block's additions; at 16,384 67 MB, 14.4 us, predicted
 18-22 us. Below 1,000 positions it is all latency: 4-5 us.
@@ -96,6 +102,21 @@ class AttentionShape:
         return 4 * (self.q_words + max(self.warps * (self.head_dim + 2), self.splits * 2) * self.rows + 1)
 
 
+@dataclass(frozen=True)
+class Paging:
+    """Where the sequences of a step lie in the cache.
+
+    Attributes:
+        columns: tokens of the step.
+        block_size: positions of a block, a multiple of 8. 0: each sequence has `stride` contiguous positions.
+        stride: entries from one row of the page table to the next; or those positions.
+    """
+
+    columns: int
+    block_size: int
+    stride: int
+
+
 def choose_splits(heads: int, kv_heads: int, columns: int, multiprocessors: int) -> int:
     """About one block per multiprocessor."""
     query_tiles = -(-columns * heads // kv_heads // 16)
@@ -109,6 +130,41 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
     float16 [positions, kv_heads * head_dim]; position int64 [1], of the first token (all tokens are in the cache
     already); partials float32 [shape.partials]; counters uint32 [shape.units], zero before the first launch; out uint32
     pairs of float16 [columns, out_width].
+    """
+    attend = _make_attend(shape, None, dependent)
+
+    @ptx.kernel(shape.threads, 1)
+    def attention(q, keys, values, position, partials, counters, out):  # type: ignore[no-untyped-def]
+        attend(q, keys, values, position, position, position, position, partials, counters, out)
+
+    return attention
+
+
+def make_paged_attention(shape: AttentionShape, paging: Paging, *, dependent: bool = False) -> Any:
+    """Kernel for `paging.columns` times the blocks of `shape`, which says how the work for one token is cut.
+
+    Arguments, one-dimensional: q uint32 pairs of float16 [columns, heads * head_dim]; keys and values uint32 pairs of
+    float16 [slots, kv_heads * head_dim]; positions int64 [columns]; known int64 [columns], positions of the token's
+    sequence that earlier steps have written; rows int64 [columns], of the page table; pages int32 [rows, stride],
+    blocks in the order of positions; partials and counters, `columns` times those of `shape`; out uint32 pairs of
+    float16 [columns, out_width].
+    """
+    if shape.columns != 1:
+        raise ValueError("the shape is that of one token")
+    attend = _make_attend(shape, paging, dependent)
+
+    @ptx.kernel(shape.threads, 1)
+    def paged_attention(  # type: ignore[no-untyped-def]
+        q, keys, values, positions, known, rows, pages, partials, counters, out
+    ):
+        attend(q, keys, values, positions, known, rows, pages, partials, counters, out)
+
+    return paged_attention
+
+
+def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) -> Any:
+    """Device function with the arguments of `make_paged_attention`; without paging, only `positions` [1] is read of
+    positions, known, rows and pages.
     """
     head_dim, columns, warps, threads = shape.head_dim, shape.columns, shape.warps, shape.threads
     splits, rows, queries, kv_heads = shape.splits, shape.rows, shape.queries, shape.kv_heads
@@ -126,7 +182,12 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
     sums_start = shape.q_words
     stats_start = sums_start + warps * rows * head_dim
     flag_index = shape.shared_bytes // 4 - 1
-    stats_global = shape.blocks * rows * head_dim
+    tokens = 1 if paging is None else paging.columns
+    stats_global = tokens * shape.blocks * rows * head_dim
+    paged = paging is not None
+    block_size, stride = (0, 0) if paging is None else (paging.block_size, paging.stride)
+    same_page = block_size % KEYS == 0  # both halves of a step's keys lie in one block
+    units = shape.units
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
 
     @ptx.device_function
@@ -152,14 +213,31 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
             out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
 
     @ptx.device_function
-    def load_step(keys, values, base, length, kv, g, t, k_part, v_part):  # type: ignore[no-untyped-def]
+    def find_page(pages, first, key):  # type: ignore[no-untyped-def]
+        """What is added to a key's position, or to its place in its block, to give its row of the cache."""
+        # 32 bits, as every register counts on sm_80.
+        return pages[first + np.int32(key) // block_size] * block_size if block_size > 0 else first
+
+    @ptx.device_function
+    def row_of(page, key):  # type: ignore[no-untyped-def]
+        if block_size > 0:
+            return int64(page + np.int32(key) % block_size)
+        return page + key if paged else key
+
+    @ptx.device_function
+    def load_step(keys, values, pages, first_page, base, length, kv, g, t, k_part, v_part):  # type: ignore[no-untyped-def]
         """A lane's part of the keys and values of one step."""
+        low = find_page(pages, first_page, base)
+        # Keys behind the last one are replaced by it: where the second half has none of its own, it is in the first.
+        high = low if same_page else find_page(pages, first_page, min(base + 8, length - 1))
         for h in range(2):
             key = min(base + h * 8 + g, length - 1)
-            load_row(keys, key * kv_row + kv * head_words, t, k_part, h * row_registers)
+            row = row_of(low if h == 0 else high, key)
+            load_row(keys, row * kv_row + kv * head_words, t, k_part, h * row_registers)
         for i in range(4):
             key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
-            load_value(values, key * kv_row + kv * head_words, g, v_part, i * (v_registers // 4))
+            row = row_of(low if i // 2 == 0 else high, key)
+            load_value(values, row * kv_row + kv * head_words, g, v_part, i * (v_registers // 4))
 
     @ptx.device_function
     def element(t, column, j):  # type: ignore[no-untyped-def]
@@ -182,14 +260,14 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
         return x + ptx.shuffle_xor_f32(x, 2)
 
     @ptx.device_function
-    def put(out, query, kv, d, o0, o1, o2, o3):  # type: ignore[no-untyped-def]
+    def put(out, token, query, kv, d, o0, o1, o2, o3):  # type: ignore[no-untyped-def]
         """Four elements of a query's result."""
-        start = query // ratio * out_row + (kv * ratio + query % ratio) * head_words + d // 2
+        start = (token + query // ratio) * out_row + (kv * ratio + query % ratio) * head_words + d // 2
         out[start] = np.uint32(ptx.pack_f16x2(o0, o1))
         out[start + 1] = np.uint32(ptx.pack_f16x2(o2, o3))
 
-    @ptx.kernel(threads, 1)
-    def attend(q, keys, values, position, partials, counters, out):  # type: ignore[no-untyped-def]
+    @ptx.device_function
+    def attend(q, keys, values, positions, known, rows_of, pages, partials, counters, out):  # type: ignore[no-untyped-def]
         floats = cuda.shared.array(0, float32)
         words = cuda.shared.array(0, uint32)
         q_part = cuda.local.array(k_registers, uint32)
@@ -203,9 +281,12 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
         split, unit = cuda.blockIdx.x % splits, cuda.blockIdx.x // splits
-        kv, first_query = unit % kv_heads, unit // kv_heads * 16
+        token = unit // units if paged else int64(0)
+        tile = unit % units if paged else unit
+        kv, first_query = unit % kv_heads, tile // kv_heads * 16
+        first_page = np.int32(rows_of[token] * stride) if paged else np.int32(0)
 
-        length = position[0] + columns
+        length = positions[token] + columns
         chunk = ((length + splits - 1) // splits + step_keys - 1) // step_keys * step_keys
         if length <= _ALONE * step_keys:
             chunk = int64(_ALONE * step_keys)
@@ -215,20 +296,21 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
         start, end = split * chunk, min(length, (split + 1) * chunk)
         base = start + warp * KEYS
         # Nothing of this step's launches moves the position or writes to earlier keys: they need not be waited for.
-        early = dependent and base < end and base + KEYS <= position[0]
+        early = dependent and base < end and base + KEYS <= known[token]
         if early:
-            load_step(keys, values, base, length, kv, g, t, k_part, v_part)
+            load_step(keys, values, pages, first_page, base, length, kv, g, t, k_part, v_part)
         if dependent:
             ptx.wait_for_previous_kernel()
 
         query_0, query_1 = min(first_query + g, queries - 1), min(first_query + g + 8, queries - 1)
         # The last key that each sees. 32 bits, as every register counts on sm_80.
-        limit_0, limit_1 = np.int32(position[0] + query_0 // ratio), np.int32(position[0] + query_1 // ratio)
+        limit_0 = np.int32(positions[token] + (query_0 // ratio if columns > 1 else 0))
+        limit_1 = np.int32(positions[token] + query_1 // ratio) if columns > 1 else limit_0
         if warp == 0:
             # Queries go to shared memory as A fragments, so that they take no registers in the loop.
             for h in range(2):
                 query = query_0 if h == 0 else query_1
-                start_q = query // ratio * q_row + (kv * ratio + query % ratio) * head_words
+                start_q = (token + query // ratio) * q_row + (kv * ratio + query % ratio) * head_words
                 load_row(q, start_q, t, q_part, h * row_registers)
             for i in range(row_registers // 2):
                 for h in range(2):
@@ -242,7 +324,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
         largest_0, largest_1, total_0, total_1 = _LOWEST, _LOWEST, _ZERO, _ZERO
         while base < end:
             if not early:
-                load_step(keys, values, base, length, kv, g, t, k_part, v_part)
+                load_step(keys, values, pages, first_page, base, length, kv, g, t, k_part, v_part)
             early = False
             s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
             s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
@@ -323,7 +405,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
                 o3 += weight * floats[at + 3]
             if active == 1:
                 if first_query + row < queries:
-                    put(out, first_query + row, kv, d, o0 / total, o1 / total, o2 / total, o3 / total)
+                    put(out, token, first_query + row, kv, d, o0 / total, o1 / total, o2 / total, o3 / total)
             else:
                 at = (block * rows + row) * head_dim + d
                 partials[at], partials[at + 1], partials[at + 2], partials[at + 3] = o0, o1, o2, o3
@@ -377,7 +459,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
                         o3 += weight * loaded[4 * i + 3]
                 s += _BATCH
             if first_query + row < queries:
-                put(out, first_query + row, kv, d, o0 / total, o1 / total, o2 / total, o3 / total)
+                put(out, token, first_query + row, kv, d, o0 / total, o1 / total, o2 / total, o3 / total)
             entry += threads
 
     return attend

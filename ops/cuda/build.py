@@ -170,7 +170,7 @@ def _check_compiler() -> None:
     missing = missing_compiler()
     if missing:
         raise BackendError(
-            f"The GPU's compiler is not complete ({missing} is missing); pip install 'numba-atomflow[cu13]' (or [cu12] for "
+            f"The GPU's compiler lacks {missing}; pip install 'numba-atomflow[cu13]' (or [cu12] for "
             "CUDA 12), or use --backend cpu."
         )
 

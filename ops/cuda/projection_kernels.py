@@ -98,6 +98,38 @@ def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, d
     of float16 [columns, heads * head_dim], keys and values uint16 bits of float16 [positions, kv_heads * head_dim]).
     Rows paired with half = head_dim / 2. Column t is the token at position[0] + t.
     """
+    rotate = _make_rotate(shape, heads, kv_heads, paged=False)
+    run = make_runner(shape, "norm", eps, dependent, rotate)
+
+    @ptx.kernel(shape.threads, shape.resident)
+    def project_qkv(  # type: ignore[no-untyped-def]
+        weights, residual, norm, normed, position, cosines, sines, q, keys, values
+    ):
+        run(weights, residual, norm, normed, (position, position, cosines, sines, q, keys, values))
+
+    return project_qkv
+
+
+def make_paged_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
+    """The same for tokens of any sequences: column t is at positions[t], and its k and v go to slot slots[t].
+
+    Kernel (weights, residual, norm and normed as above, positions and slots int64 [columns], cosines and sines, q, keys
+    and values uint16 bits of float16 [slots of the cache, kv_heads * head_dim]).
+    """
+    rotate = _make_rotate(shape, heads, kv_heads, paged=True)
+    run = make_runner(shape, "norm", eps, dependent, rotate)
+
+    @ptx.kernel(shape.threads, shape.resident)
+    def project_paged_qkv(  # type: ignore[no-untyped-def]
+        weights, residual, norm, normed, positions, slots, cosines, sines, q, keys, values
+    ):
+        run(weights, residual, norm, normed, (positions, slots, cosines, sines, q, keys, values))
+
+    return project_paged_qkv
+
+
+def _make_rotate(shape: ProjectionShape, heads: int, kv_heads: int, paged: bool) -> Any:
+    """The epilogue with outputs (positions, slots, cosines, sines, q, keys, values)."""
     half, section_tiles = shape.layout.half, shape.layout.section_tiles
     q_width, kv_width = 2 * half * heads, 2 * half * kv_heads
 
@@ -108,13 +140,14 @@ def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, d
 
     @ptx.device_function
     def rotate(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
-        position, cosines, sines, q, keys, values = outputs
+        positions, slots, cosines, sines, q, keys, values = outputs
         head, i = tile // section_tiles, tile % section_tiles * 8 + r
-        slot = position[0] + column
+        position = positions[column] if paged else positions[0] + column
+        slot = slots[column] if paged else position
         if head >= heads + kv_heads:
             put(values, slot * kv_width + (head - heads - kv_heads) * 2 * half + i, low, high)
         else:
-            cosine, sine = cosines[slot * half + i], sines[slot * half + i]
+            cosine, sine = cosines[position * half + i], sines[position * half + i]
             rotated_low = low * cosine - high * sine
             rotated_high = high * cosine + low * sine
             if head < heads:
@@ -122,12 +155,4 @@ def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, d
             else:
                 put(keys, slot * kv_width + (head - heads) * 2 * half + i, rotated_low, rotated_high)
 
-    run = make_runner(shape, "norm", eps, dependent, rotate)
-
-    @ptx.kernel(shape.threads, shape.resident)
-    def project_qkv(  # type: ignore[no-untyped-def]
-        weights, residual, norm, normed, position, cosines, sines, q, keys, values
-    ):
-        run(weights, residual, norm, normed, (position, cosines, sines, q, keys, values))
-
-    return project_qkv
+    return rotate

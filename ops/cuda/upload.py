@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.memory.device import copy_to_device
-from numba_atomflow.memory.plan import ALIGNMENT
-from numba_atomflow.memory.view import View
+from numba_atomflow.driver import call
 from numba_atomflow.ops.cuda.fragments import TILE_ROWS, FragmentLayout, repack_blocks
-from numba_atomflow.ops.cuda.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
 
+ALIGNMENT = 128  # bytes, of what is staged
 _LARGEST_PIECE = 64 << 20  # bytes: the progress bar moves
 
 
@@ -71,6 +70,14 @@ def _positive(step: int) -> int:
     return step
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Bytes of device memory, as a kernel's argument."""
+
+    address: int
+    extent: int
+
+
 class Uploader:
     """Copies and repacks through one staging area.
 
@@ -85,7 +92,7 @@ class Uploader:
         self,
         layout: FragmentLayout,
         parts: Sequence[NDArray[Any]],
-        words: View,
+        words: DeviceArray,
         progress: Callable[[int], None],
     ) -> None:
         """Bring a projection [N, K] to `words`.
@@ -99,34 +106,37 @@ class Uploader:
         for piece in pieces(layout, room):
             staged, at = [], address
             for array in parts:
-                shape = (piece.layout.rows, array.shape[1])
-                staged.append(View("staging", at, shape, array.dtype.name))
+                staged.append(_Span(at, piece.layout.rows * array.shape[1] * array.itemsize))
                 for rows in piece.rows:
-                    copy_to_device(at, array[rows], self._stream)
+                    self._copy(at, array[rows])
                     at += array[rows].nbytes
                 at = -(-at // ALIGNMENT) * ALIGNMENT
-            begin = piece.first_tile * layout.tile_words
-            target = words.rows(begin, begin + piece.layout.words)
+            target = _Span(words.address + 4 * piece.first_tile * layout.tile_words, 4 * piece.layout.words)
             sizes = [piece.layout.rows, layout.columns] + ([] if layout.halves else [piece.layout.half])
             Launch(kernel, repack_blocks(piece.layout), (*staged, target, *sizes), self._stream).run()
-            progress(sum(view.nbytes for view in staged))
+            progress(sum(span.extent for span in staged))
 
-    def vector(self, values: NDArray[np.float32], target: View) -> None:
+    def vector(self, values: NDArray[np.float32], target: DeviceArray) -> None:
         """Bring a norm's weights or a bias to the device."""
-        copy_to_device(target.address, values, self._stream)
+        self._copy(target.address, values)
+
+    def _copy(self, address: int, values: NDArray[Any]) -> None:
+        """From pageable memory, which the driver has taken when this returns."""
+        if values.nbytes:
+            call("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
 
 
 def upload(
     uploader: Uploader,
     arrays: Mapping[str, NDArray[Any]],
-    targets: Mapping[str, View],
+    targets: Mapping[str, DeviceArray],
     layout_of: Callable[[str], FragmentLayout],
     progress: Callable[[int], None],
 ) -> None:
     """Bring all weights to the device.
 
     Args:
-        arrays: the checkpoint's, by name. targets: views of the arena by the checkpoint's parts.
+        arrays: the checkpoint's, by name. targets: places on the device by the checkpoint's parts.
     """
     for part, target in targets.items():
         if part in arrays:

@@ -1,0 +1,145 @@
+"""Requests to serve: from a trace, or arrivals of a Poisson process.
+
+A trace is a file of JSON objects, a line each:
+
+    {"id": 1, "arrival": 0.0, "prompt": "Once upon a time", "max_tokens": 32}
+    {"id": 2, "arrival": 0.5, "tokens": [5, 6, 7], "max_tokens": 32}
+    {"id": 3, "fork_of": 1, "after": 10, "prompt": " But then", "max_tokens": 32}
+
+A fork goes on from what request 1 has when 10 tokens of its reply are there. `id` is the line's number if left out.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.errors import OptionError
+from numba_atomflow.sandbox.requests import Request
+from numba_atomflow.sandbox.server import Fork
+
+_FIELDS = {"id", "arrival", "prompt", "tokens", "max_tokens", "fork_of", "after"}
+
+
+@dataclass
+class Workload:
+    """What comes to the server."""
+
+    requests: list[Request] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
+
+
+def read_trace(
+    path: Path, encode: Callable[[str], list[int]] | None, vocabulary: int, end_tokens: frozenset[int] = frozenset()
+) -> Workload:
+    """The workload of a trace.
+
+    Args:
+        encode: text to token ids; None if the model has no tokenizer.
+        vocabulary: ids are below it.
+
+    Raises:
+        OptionError: the file cannot be read, or a line is no request.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"The trace {path} cannot be read ({error}); check --trace.") from error
+    workload, seen = Workload(), set[int]()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = _Line(json.loads(line), number, encode, vocabulary)
+        except (ValueError, TypeError, KeyError) as error:
+            raise OptionError(f"Line {number} of the trace {path} is no request ({error}); correct it.") from error
+        if entry.id in seen or (entry.parent is not None and entry.parent not in seen):
+            fault = f"id {entry.id} is there twice" if entry.id in seen else f"there is no request {entry.parent}"
+            raise OptionError(f"Line {number} of the trace {path} is no request ({fault} before it); correct it.")
+        seen.add(entry.id)
+        if entry.parent is None:
+            workload.requests.append(Request(entry.id, entry.tokens, entry.max_tokens, end_tokens, entry.arrival))
+        else:
+            fork = Fork(entry.id, entry.parent, entry.after, entry.tokens, entry.max_tokens, end_tokens)
+            workload.forks.append(fork)
+    if not workload.requests:
+        raise OptionError(f"The trace {path} holds no request; write one JSON object per line.")
+    return workload
+
+
+class _Line:
+    """A line's fields, checked."""
+
+    def __init__(self, record: Any, number: int, encode: Callable[[str], list[int]] | None, vocabulary: int) -> None:
+        if not isinstance(record, dict):
+            raise TypeError("not a JSON object")
+        if unknown := set(record) - _FIELDS:
+            raise ValueError(f"unknown field {min(unknown)}")
+        self.id = _whole(record, "id", number, 0)
+        self.max_tokens = _whole(record, "max_tokens", 32, 1)
+        self.after = _whole(record, "after", 1, 1)
+        self.parent = _whole(record, "fork_of", 0, 0) if "fork_of" in record else None
+        self.arrival = float(record.get("arrival", 0.0))
+        if not 0.0 <= self.arrival < np.inf:
+            raise ValueError("arrival is no time")
+        if ("prompt" in record) == ("tokens" in record):
+            raise ValueError("it needs a prompt or tokens")
+        if "tokens" in record:
+            self.tokens = [int(token) for token in record["tokens"]]
+        elif encode is None:
+            raise ValueError("the model has no tokenizer; give tokens")
+        else:
+            self.tokens = encode(str(record["prompt"]))
+        if not self.tokens or not all(0 <= token < vocabulary for token in self.tokens):
+            raise ValueError("its tokens are none of the model's, or there are none")
+
+
+def _whole(record: dict[str, Any], name: str, default: int, least: int) -> int:
+    value = record.get(name, default)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}")
+    return value
+
+
+def poisson_arrivals(
+    rate: float,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    end_tokens: frozenset[int] = frozenset(),
+    seed: int = 0,
+) -> Workload:
+    """A request per prompt; times between arrivals are exponential with mean 1 / rate seconds.
+
+    Raises:
+        OptionError: the rate or the number of tokens is not positive.
+    """
+    if not 0.0 < rate < np.inf:
+        raise OptionError(f"The rate of --poisson is {rate}; it must be above 0 requests per second.")
+    if max_tokens < 1:
+        raise OptionError(f"max_tokens is {max_tokens}; it must be 1 or more.")
+    times = np.cumsum(np.random.default_rng(seed).exponential(1.0 / rate, len(prompts))).tolist()
+    return Workload(
+        [
+            Request(number, prompt, max_tokens, end_tokens, arrival)
+            for number, (prompt, arrival) in enumerate(zip(prompts, times, strict=True), 1)
+        ]
+    )
+
+
+def random_prompts(count: int, tokens: int, vocabulary: int, common: int = 0, seed: int = 0) -> list[list[int]]:
+    """Prompts of random tokens, the first `common` of which all have in common.
+
+    Raises:
+        OptionError: a number is out of range.
+    """
+    if count < 1 or tokens < 1 or not 0 <= common <= tokens:
+        raise OptionError(
+            f"{count} prompts of {tokens} tokens with {common} in common cannot be made; "
+            "give --requests and --prompt-tokens of at least 1, and --common-tokens up to that."
+        )
+    rng = np.random.default_rng(seed)
+    beginning = rng.integers(0, vocabulary, common).tolist()
+    return [[*beginning, *rng.integers(0, vocabulary, tokens - common).tolist()] for _ in range(count)]

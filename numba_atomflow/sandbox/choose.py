@@ -1,0 +1,47 @@
+"""Which device the sandbox runs on: the GPU where there is a usable one, else the CPU."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from numba_atomflow.driver import open_device
+from numba_atomflow.errors import BackendError, OptionError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.sandbox.runner import CacheSizes, Runner
+
+
+def make_runner(
+    device: Literal["auto", "cpu", "cuda"],
+    geometry: ModelGeometry,
+    weights: Mapping[str, NDArray[Any]],
+    sizes: CacheSizes,
+    threads: int | None = None,
+) -> Runner:
+    """A runner for a model; `prepare` it before use.
+
+    Args:
+        weights: the checkpoint's arrays by name, which must stay mapped.
+        threads: of the CPU; with "auto", naming them chooses it.
+
+    Raises:
+        BackendError: the device cannot be used here.
+        OptionError: threads are given for the GPU, or there are not that many cores; no kernels for this model.
+    """
+    if device == "cuda" and threads is not None:
+        raise OptionError("--threads is for the CPU; leave it out, or use --backend cpu.")
+    if device == "cuda" or (device == "auto" and threads is None and _gpu_is_usable()):
+        from numba_atomflow.sandbox.gpu_runner import GpuRunner
+
+        return GpuRunner(geometry, weights, sizes)
+    from numba_atomflow.sandbox.cpu_runner import CpuRunner
+
+    return CpuRunner(geometry, dict(weights), sizes, threads)
+
+
+def _gpu_is_usable() -> bool:
+    try:
+        open_device().close()
+    except BackendError:
+        return False
+    return True

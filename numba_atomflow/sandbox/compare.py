@@ -1,0 +1,230 @@
+"""The comparison: what paging and batching cost a decode step, against static contiguous KV and a single stream.
+
+Static and paged run in the same process, on the same cache, with the same kernels for everything else. Static: each
+sequence has a contiguous part of the cache and the address of a key is plain arithmetic. Paged: the same number of
+positions in blocks whose order is random. The cache holds noise: times do not depend on it.
+
+Where a step's time goes, at each batch size:
+- indirection: the paged step on the device, less the static one;
+- page tables: the host's upkeep of tables and slots, per step;
+- scheduling: planning the step and taking its tokens, per step;
+- host: what else passes between two steps: columns to the device, starting the step, tokens back.
+The latter three are measured in `ServerEngine` itself while it decodes a full batch.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.memory.paged import BlockManager
+from numba_atomflow.sandbox.requests import Request
+from numba_atomflow.sandbox.runner import Runner
+from numba_atomflow.sandbox.scheduler import Batch, Chunk
+from numba_atomflow.sandbox.server import ServerEngine
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """Attention of one layer for one token, in seconds."""
+
+    context: int
+    block_size: int
+    static_seconds: float
+    paged_seconds: float
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A decode step of `batch` sequences, in seconds.
+
+    Attributes:
+        static_seconds, paged_seconds: of the device, with the choice of a token.
+        table_seconds, schedule_seconds: of the host, per step.
+        wall_seconds: from one step to the next in `ServerEngine`, everything included.
+    """
+
+    batch: int
+    context: int
+    block_size: int
+    static_seconds: float
+    paged_seconds: float
+    table_seconds: float
+    schedule_seconds: float
+    wall_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences together, as the server runs."""
+        return self.batch / self.wall_seconds
+
+    def shares(self) -> dict[str, float]:
+        """Each cause's part of the time from one step to the next. Noise may make a small one negative."""
+        indirection = self.paged_seconds - self.static_seconds
+        known = self.paged_seconds + self.table_seconds + self.schedule_seconds
+        return {
+            "indirection": indirection / self.wall_seconds,
+            "page tables": self.table_seconds / self.wall_seconds,
+            "scheduling": self.schedule_seconds / self.wall_seconds,
+            "host": (self.wall_seconds - known) / self.wall_seconds,
+        }
+
+
+@dataclass
+class Comparison:
+    """Everything that was measured."""
+
+    model: str
+    device: str
+    repeats: int
+    attention: list[AttentionRow] = field(default_factory=list)
+    steps: list[StepRow] = field(default_factory=list)
+
+    def steps_by_kind(self) -> dict[tuple[int, int], list[StepRow]]:
+        """Rows by (block size, context), in the order of the batch."""
+        kinds: dict[tuple[int, int], list[StepRow]] = {}
+        for row in sorted(self.steps, key=lambda row: (row.block_size, row.context, row.batch)):
+            kinds.setdefault((row.block_size, row.context), []).append(row)
+        return kinds
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record."""
+        steps = [
+            asdict(row) | {"tokens_per_second": row.tokens_per_second, "shares": row.shares()} for row in self.steps
+        ]
+        return asdict(self) | {"steps": steps}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured: attention at `contexts`, whole steps at `step_contexts`, each for all of the runner's block
+    sizes.
+
+    Attributes:
+        batches: sequences of a step.
+        server_steps: steps of the server per row; each of them moves every sequence on by a token.
+    """
+
+    contexts: Sequence[int]
+    step_contexts: Sequence[int]
+    batches: Sequence[int]
+    repeats: int = 20
+    server_steps: int = 32
+
+    @property
+    def longest(self) -> int:
+        """Positions that a sequence needs."""
+        return max(*self.contexts, *(context + self.server_steps + 2 for context in self.step_contexts))
+
+
+def compare(runner: Runner, model: str, grid: Grid, progress: Progress | None = None) -> Comparison:
+    """Measure. The runner's cache must hold `grid.longest` positions for the largest batch."""
+    found = Comparison(model, runner.device, grid.repeats)
+    sizes = runner.sizes.block_sizes
+    total = len(sizes) * (len(grid.contexts) + len(grid.step_contexts) * len(grid.batches))
+
+    def report(what: str) -> None:
+        if progress:
+            progress(what, len(found.attention) + len(found.steps), total)
+
+    for block_size in sizes:
+        runner.use_block_size(block_size)
+        for context in grid.contexts:
+            report(f"attention at {context}, blocks of {block_size}")
+            found.attention.append(_attention_row(runner, context, grid.repeats))
+        for context in grid.step_contexts:
+            for batch in grid.batches:
+                report(f"{batch} sequences at {context}, blocks of {block_size}")
+                found.steps.append(_step_row(runner, batch, context, grid))
+    report("done")
+    return found
+
+
+def _attention_row(runner: Runner, context: int, repeats: int) -> AttentionRow:
+    step = scattered_step(runner, 1, context)
+    static = runner.time_attention(step.static, "static", repeats)
+    paged = runner.time_attention(step.paged, "paged", repeats)
+    return AttentionRow(context, runner.block_size, static, paged)
+
+
+def _step_row(runner: Runner, batch: int, context: int, grid: Grid) -> StepRow:
+    step = scattered_step(runner, batch, context)
+    static = runner.time_step(step.static, "static", grid.repeats)
+    paged = runner.time_step(step.paged, "paged", grid.repeats)
+    table, schedule, wall = _serve(runner, batch, context, grid.server_steps)
+    return StepRow(batch, context, runner.block_size, static, paged, table, schedule, wall)
+
+
+@dataclass(frozen=True)
+class ScatteredStep:
+    """A decode step in both layouts: the same tokens and positions, other slots."""
+
+    static: Batch
+    paged: Batch
+
+
+def scattered_step(runner: Runner, batch: int, context: int, seed: int = 0) -> ScatteredStep:
+    """A decode step of `batch` sequences that hold `context` positions each, the new one included; the blocks of the
+    paged one are in random order, in the runner's page table.
+    """
+    size, each = runner.block_size, -(-context // runner.block_size)
+    order = np.random.default_rng(seed).permutation(runner.sizes.slots // size)[: batch * each].reshape(batch, each)
+    runner.pages[:batch, :each] = order
+    runner.pages_changed(dict.fromkeys(range(batch), (0, each)))
+    last = context - 1
+    rows = np.arange(batch)
+    places = {
+        "static": rows * runner.sizes.capacity + last,
+        "paged": order[:, last // size].astype(np.int64) * size + last % size,
+    }
+    made = {}
+    for layout, slots in places.items():
+        requests = [Request(row, [1], 1) for row in range(batch)]
+        chunks = [Chunk(request, last, context, []) for request in requests]
+        positions, tokens = np.full(batch, last), np.full(batch, 1, np.int32)
+        made[layout] = Batch(chunks, tokens, positions, positions, rows, slots, list(range(batch)), [])
+    return ScatteredStep(made["static"], made["paged"])
+
+
+def _serve(runner: Runner, batch: int, context: int, steps: int) -> tuple[float, float, float]:
+    """Medians, in seconds, per step of a server that decodes `batch` sequences: page tables, scheduling, wall time."""
+    server = ServerEngine(_WithoutPrompts(runner, batch * context))
+    rng = np.random.default_rng(batch)
+    for number in range(batch):
+        prompt = rng.integers(0, 1000, context - 1).tolist()
+        server.submit(Request(number, prompt, steps + 1))
+    server.step()  # all prompts
+    server.steps.clear()
+    moments = [time.perf_counter()]
+    while not server.scheduler.idle and len(server.steps) < steps - 1:
+        server.step()
+        moments.append(time.perf_counter())
+    table = float(np.median([step.table_seconds for step in server.steps]))
+    schedule = float(np.median([step.schedule_seconds for step in server.steps]))
+    return table, schedule, float(np.median(np.diff(moments)))
+
+
+class _WithoutPrompts:
+    """Takes prompts of any length at once, without computing them: what the cache holds does not matter for times."""
+
+    def __init__(self, runner: Runner, most_columns: int) -> None:
+        self._runner = runner
+        self.most_columns = most_columns
+        self.sizes, self.pages, self.block_size = runner.sizes, runner.pages, runner.block_size
+
+    def pages_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
+        self._runner.pages_changed(dirty)
+
+    def run(self, batch: Batch) -> list[int]:
+        if any(not chunk.request.output for chunk in batch.chunks):
+            return [1] * len(batch.wanted)
+        return self._runner.run(batch)
+
+
+def blocks_needed(grid: Grid, block_size: int) -> int:
+    """Blocks of this size for the largest batch at the longest context."""
+    return max(grid.batches) * BlockManager(1, block_size).blocks_for(grid.longest)

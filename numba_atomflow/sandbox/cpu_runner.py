@@ -1,0 +1,229 @@
+"""The sandbox's model on the CPU: the engine's kernels, with the cache in pages. Float32 but for the weights."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+from numba_atomflow.errors import CheckpointError, OptionError
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.machine import cpu_name
+from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.paged import BlockCopy, paged_cache_buffer
+from numba_atomflow.memory.plan import Buffer, plan_memory
+from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
+from numba_atomflow.ops.paged_attention import attend_paged
+from numba_atomflow.sandbox.requests import Request
+from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_family
+from numba_atomflow.sandbox.scheduler import Batch, Chunk
+
+MOST_COLUMNS = 64
+FEW = 4  # up to here, reading the weights once per column is faster than decoding them into scratch for BLAS
+
+Weight = tuple[NDArray[Any], NDArray[np.float32] | None]  # codes and scales as kernels take them
+
+
+class CpuRunner:
+    """Args:
+        geometry: of the model.
+        weights: the checkpoint's arrays by name, which must stay mapped.
+        sizes: of the cache.
+        threads: that kernels run on; all cores by default.
+
+    Raises:
+        OptionError: no such number of cores, or no kernels for this family of models.
+    """
+
+    most_columns = MOST_COLUMNS
+
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        weights: Mapping[str, NDArray[Any]],
+        sizes: CacheSizes,
+        threads: int | None = None,
+    ) -> None:
+        check_family(geometry)
+        cores: int = numba.config.NUMBA_NUM_THREADS
+        if threads is not None and not 1 <= threads <= cores:
+            raise OptionError(f"threads is {threads}; this machine allows 1 to {cores}.")
+        self.threads = threads or cores
+        self.device = f"{cpu_name()}, {self.threads} threads"
+        self.geometry, self.sizes, self._weights = geometry, sizes, weights
+        self.block_size = sizes.block_sizes[0]
+        self.pages = np.zeros((sizes.sequences, sizes.table_width), np.int32)
+        g = geometry
+        scratch = projection.LARGEST_TILE * (max(g.hidden, g.q_dim, g.ffn) + MOST_COLUMNS)
+        widths = {
+            "residual": g.hidden,
+            "normed": g.hidden,
+            "qkv": g.q_dim + 2 * g.kv_dim,
+            "q": g.q_dim,
+            "attended": g.q_dim,
+            "gate_up": 2 * g.ffn,
+            "ffn": g.ffn,
+            "logits": g.vocabulary,
+        }
+        self._arena = HostArena(
+            plan_memory(
+                [
+                    paged_cache_buffer(g.layers, sizes.slots, g.kv_dim, "float32"),
+                    *(Buffer("activations", name, (MOST_COLUMNS, n), "float32") for name, n in widths.items()),
+                    Buffer("workspace", "scores", (max(self.threads, g.heads), sizes.longest), "float32"),
+                    Buffer("workspace", "scratch", (self.threads, scratch), "float32"),
+                ]
+            )
+        )
+        self._cache = self._array("paged_kv")
+        self._cosines, self._sines = rope.rope_table(rope_inverse_frequencies(g), sizes.longest)
+        self._blas: ThreadpoolController | None = None
+
+    def _array(self, name: str) -> NDArray[Any]:
+        return self._arena[name].host_array()
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Run a small step of each kind, so that numba compiles all kernels."""
+        for done, columns in enumerate((1, FEW + 1)):
+            if progress:
+                progress("compiling kernels", done, 2)
+            self.run(_dry_step(columns))
+        if progress:
+            progress("compiling kernels", 2, 2)
+
+    def use_block_size(self, block_size: int) -> None:
+        """Choose another block size."""
+        self.block_size = block_size
+
+    def pages_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
+        """Kernels read `pages` itself."""
+        del dirty
+
+    def close(self) -> None:
+        """The memory goes with this object."""
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def run(self, batch: Batch) -> list[int]:
+        """Take a step through the model: the most likely token behind each wanted column."""
+        return self._run(batch, self._attend_paged)
+
+    def _run(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
+        g, weights, columns = self.geometry, self._weights, batch.columns
+        residual, normed, qkv = (self._array(name)[:columns] for name in ("residual", "normed", "qkv"))
+        q, attended, ffn = (self._array(name)[:columns] for name in ("q", "attended", "ffn"))
+        self._copy(batch.copies)
+        with self._kernel_threads(columns):
+            embedding.embed(batch.tokens, *self._weight("embedding"), residual)
+            for i in range(g.layers):
+                rms_norm.rms_norm(residual, weights[f"layer.{i}.attention_norm"], g.norm_eps, normed)
+                self._project(f"layer.{i}.qkv", normed, qkv)
+                tables = self._cosines, self._sines
+                rope.rope_and_store_paged(qkv, batch.positions, batch.slots, *tables, q, *self._cache[i])
+                attend(batch, i)
+                self._project(f"layer.{i}.o", attended, residual, accumulate=True)
+                rms_norm.rms_norm(residual, weights[f"layer.{i}.ffn_norm"], g.norm_eps, normed)
+                self._gate_up(f"layer.{i}.gate_up", normed, ffn)
+                self._project(f"layer.{i}.down", ffn, residual, accumulate=True)
+        return self._choose(residual[batch.wanted]) if batch.wanted else []
+
+    def _choose(self, residual: NDArray[np.float32]) -> list[int]:
+        rows = len(residual)
+        normed, logits = self._array("normed")[:rows], self._array("logits")[:rows]
+        with self._kernel_threads(rows):
+            rms_norm.rms_norm(residual, self._weights["final_norm"], self.geometry.norm_eps, normed)
+            self._project("embedding" if self.geometry.tied_embeddings else "vocabulary", normed, logits)
+        if not np.isfinite(logits.max()):
+            raise CheckpointError("The model computes no numbers (NaN): its checkpoint is damaged; convert it again.")
+        tokens: list[int] = logits.argmax(axis=1).tolist()
+        return tokens
+
+    def _attend_paged(self, batch: Batch, layer: int) -> None:
+        q, attended = self._array("q")[: batch.columns], self._array("attended")[: batch.columns]
+        places = self.pages, batch.rows, batch.positions, self.block_size
+        attend_paged(q, *self._cache[layer], *places, self.geometry.head_dim, self._array("scores"), attended)
+
+    def _attend_static(self, batch: Batch, layer: int) -> None:
+        """What the engine does for one token, for each of the columns."""
+        q, attended, scores = self._array("q"), self._array("attended"), self._array("scores")
+        for t, row in enumerate(batch.rows.tolist()):
+            first = row * self.sizes.capacity
+            keys, values = self._cache[layer, :, first : first + self.sizes.capacity]
+            position = batch.positions[t : t + 1]
+            attention.attend_token(q[t], keys, values, position, self.geometry.head_dim, scores, attended[t])
+
+    def _copy(self, copies: list[BlockCopy]) -> None:
+        size = self.block_size
+        for copy in copies:
+            source = self._cache[:, :, copy.source * size : (copy.source + 1) * size]
+            self._cache[:, :, copy.target * size : (copy.target + 1) * size] = source
+
+    def _weight(self, part: str) -> Weight:
+        codes = self._weights[f"{part}.weight"]
+        if f"{part}.scale" in self._weights:
+            return codes.view(np.int8), self._weights[f"{part}.scale"]
+        return codes.view(np.int16), None
+
+    def _project(self, part: str, x: NDArray[Any], y: NDArray[Any], *, accumulate: bool = False) -> None:
+        codes, scales = self._weight(part)
+        if len(x) <= FEW:
+            for t in range(len(x)):
+                projection.project_token(codes, scales, x[t], y[t], accumulate)
+        else:
+            projection.project_block(codes, scales, x, y, accumulate, self._array("scratch"))
+
+    def _gate_up(self, part: str, x: NDArray[Any], y: NDArray[Any]) -> None:
+        codes, scales = self._weight(part)
+        if len(x) <= FEW:
+            for t in range(len(x)):
+                projection.project_token_swiglu(codes, scales, x[t], y[t])
+        else:
+            gate_up = self._array("gate_up")[: len(x)]
+            projection.project_block(codes, scales, x, gate_up, False, self._array("scratch"))
+            projection.swiglu(gate_up, y)
+
+    @contextmanager
+    def _kernel_threads(self, columns: int) -> Iterator[None]:
+        """Kernels call BLAS from inside their parallel loops, where its own threads would only get in the way."""
+        numba.set_num_threads(self.threads)
+        if columns > FEW and self._blas is None:
+            import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls; slow to import
+
+            self._blas = ThreadpoolController()
+        with self._blas.limit(limits=1, user_api="blas") if columns > FEW and self._blas else nullcontext():
+            yield
+
+    # --- times -------------------------------------------------------------------------------------------------------
+
+    def time_attention(self, batch: Batch, layout: Layout, repeats: int) -> float:
+        """Median seconds of one layer's attention. Layers take turns, as in a step: their caches are cold."""
+        attend = self._attend_paged if layout == "paged" else self._attend_static
+        numba.set_num_threads(self.threads)
+        return _median_seconds(lambda i: attend(batch, i % self.geometry.layers), repeats)
+
+    def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
+        """Median seconds of the whole step."""
+        attend = self._attend_paged if layout == "paged" else self._attend_static
+        return _median_seconds(lambda _: self._run(batch, attend), repeats)
+
+
+def _median_seconds(action: Callable[[int], object], repeats: int) -> float:
+    """Of `repeats` runs, after one that is thrown away."""
+    seconds = []
+    for i in range(repeats + 1):
+        started = time.perf_counter()
+        action(i)
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[1:]))
+
+
+def _dry_step(columns: int) -> Batch:
+    """A step that means nothing: every column is its own row's first token."""
+    zeros = np.zeros(columns, np.int64)
+    chunk = Chunk(Request(0, [0] * columns, 1), 0, columns, [])
+    positions = np.zeros(columns, np.int64)
+    return Batch([chunk], np.zeros(columns, np.int32), positions, zeros, zeros, zeros, list(range(columns)), [])

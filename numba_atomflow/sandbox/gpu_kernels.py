@@ -1,0 +1,236 @@
+"""Which kernels the sandbox's steps are made of on a GPU, and how each one's work is cut.
+
+A step has 1, 2, 4 or 8 columns; what does not fill one is padded with columns that nobody looks at. Projections are
+the engine's; attention comes in three forms: `paged` for each block size, `static` (every sequence contiguous), and
+`single`, the engine's own for one token, to which a single stream is compared.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from numba_atomflow.errors import BackendError
+from numba_atomflow.geometry import GROUP, ModelGeometry
+from numba_atomflow.memory.paged import paged_cache_buffer
+from numba_atomflow.memory.plan import Buffer, MemoryPlan, Pool, plan_memory
+from numba_atomflow.ops.cuda import embedding, fragments, sample
+from numba_atomflow.ops.cuda.attention import AttentionShape, Paging, choose_splits
+from numba_atomflow.ops.cuda.chip import Chip
+from numba_atomflow.ops.cuda.fragments import FragmentLayout
+from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
+from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U8, U16, U32, KernelSpec, kernel_spec
+from numba_atomflow.sandbox.runner import CacheSizes
+
+WIDTHS = (1, 2, 4, 8)  # columns of a step
+PROJECTIONS = ("qkv", "o", "gate_up", "down", "vocabulary")
+STEP_INPUTS = ("positions", "known", "rows", "slots", "tokens")  # int64 each, in one buffer that a step brings along
+_ARGMAX_BLOCKS = 2  # per multiprocessor
+_STAGING = 4 << 20  # bytes behind the weights at least, where loading puts what it repacks
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A kernel and the number of blocks that it is launched with."""
+
+    spec: KernelSpec
+    blocks: int
+
+
+class SandboxKernels:
+    """The kernels of one model, cache and chip.
+
+    Args:
+        halves: the vocabulary projection is float16.
+        same_width: every step has the greatest width, padded: then a token's bits do not depend on how many others go
+            through the model with it. Otherwise a step is as narrow as it can be, and sums are taken in other orders.
+
+    Raises:
+        BackendError: one token's activations do not fit into the chip's shared memory.
+    """
+
+    def __init__(
+        self, geometry: ModelGeometry, chip: Chip, sizes: CacheSizes, *, halves: bool, same_width: bool = False
+    ) -> None:
+        self.geometry, self.chip, self.sizes, self.halves = geometry, chip, sizes, halves
+        self.widths = tuple(width for width in WIDTHS if self._fits(width))[-1 if same_width else 0 :]
+        if not self.widths:
+            raise BackendError(
+                f"A token of this model (ffn {geometry.ffn}) needs more than the {chip.shared_bytes // 1024} KB of "
+                "shared memory that this GPU has; use --backend cpu."
+            )
+
+    # --- shapes ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def layouts(self) -> dict[str, FragmentLayout]:
+        """Fragment order of each kind of projection."""
+        g, fp8 = self.geometry, self.chip.hardware_fp8
+        return {
+            "embedding": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, self.halves and g.tied_embeddings),
+            "qkv": FragmentLayout(g.q_dim + 2 * g.kv_dim, g.hidden, g.head_dim // 2, fp8),
+            "o": FragmentLayout(g.hidden, g.q_dim, 0, fp8),
+            "gate_up": FragmentLayout(2 * g.ffn, g.hidden, g.ffn, fp8),
+            "down": FragmentLayout(g.hidden, g.ffn, 0, fp8),
+            "vocabulary": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, self.halves),
+        }
+
+    def layout_of(self, part: str) -> FragmentLayout:
+        """The fragment order of a part of the checkpoint, such as ``layer.3.qkv``."""
+        return self.layouts[part.rpartition(".")[2]]
+
+    def width_for(self, columns: int) -> int:
+        """The step that so many columns take."""
+        return next(width for width in self.widths if width >= columns)
+
+    def attention_shape(self, width: int) -> AttentionShape:
+        """How one token's attention is cut in a step of this width: about a block per multiprocessor in all."""
+        g = self.geometry
+        splits = max(1, choose_splits(g.heads, g.kv_heads, 1, self.chip.multiprocessors) // width)
+        return AttentionShape(g.heads, g.kv_heads, g.head_dim, 1, self.layouts["o"].padded_columns, splits)
+
+    def _shape(self, kind: str, width: int) -> ProjectionShape:
+        return choose_shape(self.layouts[kind], width, self.chip.multiprocessors)
+
+    def _fits(self, width: int) -> bool:
+        needed = [self._shape(kind, width).shared_bytes for kind in PROJECTIONS]
+        return max(*needed, self.attention_shape(width).shared_bytes) <= self.chip.shared_bytes
+
+    # --- memory ------------------------------------------------------------------------------------------------------
+
+    def plan(self, vectors: dict[str, int], projections: list[str]) -> MemoryPlan:
+        """Everything that is kept on the device.
+
+        Args:
+            vectors: sizes of norms by name. projections: names of the checkpoint's parts that are matrices.
+        """
+        g, most = self.geometry, self.widths[-1]
+        shapes = {width: self.attention_shape(width) for width in self.widths}
+        pad = {name: -(-n // GROUP) * GROUP for name, n in (("h", g.hidden), ("q", g.q_dim), ("f", g.ffn))}
+
+        def buffer(pool: Pool, name: str, dtype: str, *shape: int) -> Buffer:
+            return Buffer(pool, name, shape, dtype)
+
+        buffers = [
+            *(buffer("weights", part, "uint32", self.layout_of(part).words) for part in projections),
+            *(buffer("weights", name, "float32", size) for name, size in vectors.items()),
+            # One block more than sequences have: where the columns that pad a step write to.
+            paged_cache_buffer(g.layers, self.sizes.slots + max(self.sizes.block_sizes), g.kv_dim, "float16"),
+            buffer("activations", "step", "int64", len(STEP_INPUTS), most),
+            buffer("activations", "pages", "int32", self.sizes.sequences + 1, self.sizes.table_width),
+            buffer("activations", "residual", "float32", most, g.hidden),
+            buffer("activations", "normed", "float16", most, pad["h"]),
+            buffer("activations", "q", "float16", most, g.q_dim),
+            buffer("activations", "attended", "float16", most, pad["q"]),
+            buffer("activations", "ffn", "float16", most, pad["f"]),
+            buffer("activations", "logits", "float32", most, g.vocabulary),
+            buffer("activations", "best", "int64", most),
+            buffer("workspace", "cosines", "float32", self.sizes.longest, g.head_dim // 2),
+            buffer("workspace", "sines", "float32", self.sizes.longest, g.head_dim // 2),
+            buffer("workspace", "partials", "float32", max(n * shape.partials for n, shape in shapes.items())),
+            buffer("workspace", "counters", "uint32", max(n * shape.units for n, shape in shapes.items())),
+            buffer("workspace", "seen", "uint32", -(-g.vocabulary // 32)),
+            buffer("workspace", "options", "float64", 5),
+            buffer("workspace", "staging", "uint8", _STAGING),
+        ]
+        return plan_memory(buffers)
+
+    # --- kernels -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def planned(self) -> dict[str, Planned]:
+        """All kernels by name; what a step of n columns takes is called ``<kind>_x<n>``."""
+        kernels = [self._repack, self._argmax, self._attention(1, "single", None), self._single_qkv]
+        if self.halves:
+            signature = (U16, U32, NUMBER, NUMBER)
+            spec = kernel_spec("repack_halves", "fragments:make_repack_halves", signature, fragments.THREADS)
+            kernels.append(Planned(spec, 0))
+        for width in self.widths:
+            kernels.append(self._embed(width))
+            kernels += [self._projection(kind, width) for kind in PROJECTIONS]
+            kernels.append(self._attention(width, "static", Paging(width, 0, self.sizes.capacity)))
+            for size in self.sizes.block_sizes:
+                kernels.append(self._attention(width, f"paged{size}", Paging(width, size, self.sizes.table_width)))
+        return {kernel.spec.name: kernel for kernel in kernels}
+
+    def _attention(self, width: int, form: str, paging: Paging | None) -> Planned:
+        shape = self.attention_shape(width)
+        places = (I64,) if paging is None else (I64, I64, I64, I32)
+        more: dict[str, object] = {} if paging is None else {"paging": paging}
+        spec = kernel_spec(
+            f"attention_{form}_x{width}",
+            "attention:make_attention" if paging is None else "attention:make_paged_attention",
+            (U32, U32, U32, *places, F32, U32, U32),
+            shape.threads,
+            shape.shared_bytes,
+            shape=shape,
+            dependent=self.chip.dependent_launch,
+            **more,
+        )
+        return Planned(spec, width * shape.blocks)
+
+    def _projection(self, kind: str, width: int) -> Planned:
+        g, normed = self.geometry, (U32, U32, F32, U32)  # weights, residual, norm, normed
+        signature: tuple[str, ...]
+        more: dict[str, object] = {"eps": g.norm_eps}
+        match kind:
+            case "qkv":
+                factory, signature = "make_paged_qkv", (*normed, I64, I64, F32, F32, U16, U16, U16)
+                more |= {"heads": g.heads, "kv_heads": g.kv_heads}
+            case "gate_up":
+                factory, signature = "make_swiglu", (*normed, U16)
+                more |= {"y_width": self.layouts["down"].padded_columns}
+            case "vocabulary":
+                factory, signature = "make_store", (*normed, F32)
+            case _:
+                factory, signature, more = "make_add", (U32, U32, F32), {}
+        return self._projection_kernel(f"{kind}_x{width}", kind, width, factory, signature, more)
+
+    @property
+    def _single_qkv(self) -> Planned:
+        """The engine's own, with one position for rotation and cache."""
+        g = self.geometry
+        signature = (U32, U32, F32, U32, I64, F32, F32, U16, U16, U16)
+        more: dict[str, object] = {"eps": g.norm_eps, "heads": g.heads, "kv_heads": g.kv_heads}
+        return self._projection_kernel("qkv_single_x1", "qkv", 1, "make_qkv", signature, more)
+
+    def _projection_kernel(
+        self, name: str, kind: str, width: int, factory: str, signature: tuple[str, ...], more: dict[str, object]
+    ) -> Planned:
+        shape = self._shape(kind, width)
+        spec = kernel_spec(
+            name,
+            f"projection_kernels:{factory}",
+            signature,
+            shape.threads,
+            shape.shared_bytes,
+            shape=shape,
+            dependent=self.chip.dependent_launch,
+            **more,
+        )
+        return Planned(spec, shape.blocks(self.chip.multiprocessors))
+
+    def _embed(self, width: int) -> Planned:
+        layout = self.layouts["embedding"]
+        signature = (U32, I32, F32)
+        name, factory = f"embed_x{width}", "embedding:make_embed"
+        spec = kernel_spec(name, factory, signature, embedding.THREADS, layout=layout, columns=width)
+        return Planned(spec, embedding.embed_blocks(layout, width))
+
+    @property
+    def _repack(self) -> Planned:
+        signature, fp8 = (U8, F32, U32, NUMBER, NUMBER, NUMBER), self.chip.hardware_fp8
+        spec = kernel_spec("repack", "fragments:make_repack", signature, fragments.THREADS, hardware_fp8=fp8)
+        return Planned(spec, 0)
+
+    @property
+    def _argmax(self) -> Planned:
+        vocabulary = self.geometry.vocabulary
+        spec = kernel_spec(
+            "argmax",
+            "sample:make_argmax",
+            (F32, U32, F64, I64),
+            sample.ARGMAX_THREADS,
+            vocabulary=vocabulary,
+            dependent=self.chip.dependent_launch,
+        )
+        needed = -(-vocabulary // sample.ARGMAX_THREADS)
+        return Planned(spec, min(needed, _ARGMAX_BLOCKS * self.chip.multiprocessors))

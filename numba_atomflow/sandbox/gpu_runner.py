@@ -1,0 +1,321 @@
+"""The sandbox's model on an NVIDIA GPU: a captured graph per width of a step, with what changes in device memory.
+
+A step brings its columns along in one copy from pinned memory (positions, slots, rows of the page table, tokens), and
+what has changed in the page table in another. The host waits for the step's tokens: the next plan depends on them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.driver import DriverError, call, open_device
+from numba_atomflow.errors import CheckpointError
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.memory.device import DeviceArena, DeviceMemory, PinnedArray, copy_to_device
+from numba_atomflow.memory.paged import BlockCopy
+from numba_atomflow.memory.view import View
+from numba_atomflow.ops import rope
+from numba_atomflow.ops.cuda.build import build
+from numba_atomflow.ops.cuda.chip import chip_of
+from numba_atomflow.ops.cuda.graph import Graph, time_graph, time_launches
+from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
+from numba_atomflow.ops.cuda.sample import token_of
+from numba_atomflow.ops.cuda.upload import Uploader, upload
+from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
+from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_family
+from numba_atomflow.sandbox.scheduler import Batch
+
+_GREEDY = (0.0, 0.0, 1.0, 0.0, 1.0)  # temperature, top-k, top-p, min-p, repetition penalty
+_NOISE = 1 << 24  # float16 elements that are drawn; the cache is filled with copies of them
+
+
+class GpuRunner:
+    """Args:
+        geometry: of the model.
+        weights: the checkpoint's arrays by name; not needed any more when `prepare` has returned.
+        sizes: of the cache.
+        same_width: as of `SandboxKernels`: the same bits whatever the batch.
+
+    Raises:
+        BackendError: no usable GPU, or too little memory on it.
+        OptionError: no kernels for this family of models.
+    """
+
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        weights: Mapping[str, NDArray[Any]],
+        sizes: CacheSizes,
+        *,
+        same_width: bool = False,
+    ) -> None:
+        check_family(geometry)
+        self.geometry, self.sizes, self._weights = geometry, sizes, weights
+        self._projections = [n.removesuffix(".weight") for n in weights if n.endswith(".weight")]
+        vectors = [n for n in weights if not n.endswith((".weight", ".scale"))]
+        self._head = "embedding" if geometry.tied_embeddings else "vocabulary"
+        self._graphs: dict[tuple[Any, ...], Graph] = {}
+        self._open = ExitStack()  # what `close` takes back, last made first
+        try:
+            self._gpu = open_device()
+            self._open.callback(self._gpu.close)
+            halves = f"{self._head}.scale" not in weights
+            chip = chip_of(self._gpu)
+            self.kernels = SandboxKernels(geometry, chip, sizes, halves=halves, same_width=same_width)
+            self.most_columns = self.kernels.widths[-1]
+            self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
+            self.plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, self._projections)
+            with self._gpu.current():
+                self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self) -> None:
+        from cuda.bindings import driver
+
+        self._stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._open.callback(self._in_context, call, "cuStreamDestroy", self._stream)
+        self._arena = DeviceArena(self.plan)
+        self._open.callback(self._in_context, self._arena.free)
+        self._memory = DeviceMemory(self._stream)
+        self._step = self._pinned((len(STEP_INPUTS), self.most_columns), "int64")
+        self._best = self._pinned((self.most_columns,), "int64")
+        self._pages = self._pinned(self._arena["pages"].shape, "int32")
+        self.pages: NDArray[np.int32] = self._pages.array[: self.sizes.sequences]
+        self._open.callback(self._in_context, call, "cuStreamSynchronize", self._stream)
+
+    def _pinned(self, shape: tuple[int, ...], dtype: str) -> PinnedArray:
+        array = PinnedArray(shape, dtype)
+        self._open.callback(self._in_context, array.free)
+        return array
+
+    # --- life and death ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give all memory of the GPU back. Closing twice is fine."""
+        self._open.close()
+
+    def _in_context(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """For taking things back: after a failure of the GPU they went with the context, and it says so each time."""
+        with suppress(DriverError), self._gpu.current():
+            action(*arguments)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """The context is current; a failure of the GPU makes it unusable."""
+        try:
+            with self._gpu.current():
+                yield
+        except DriverError:
+            self._gpu.abandon()
+            raise
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Compile the kernels or load them from the cache, bring the weights to the device, capture the steps."""
+        planned = self.kernels.planned
+        codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
+        with self._running():
+            self._loaded = {spec.name: self._load(spec, code) for spec, code in codes.items()}
+            self._upload(progress)
+            self.use_block_size(self.sizes.block_sizes[0])
+            for width in self.kernels.widths:
+                for wanted in (False, True):
+                    self._graph(width, "paged", wanted)
+        self._weights = {}
+
+    def _load(self, spec: Any, code: bytes) -> Kernel:
+        kernel = Kernel(spec, code)
+        self._open.callback(self._in_context, kernel.unload)
+        return kernel
+
+    def _upload(self, progress: Progress | None) -> None:
+        targets = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
+        total, done = self.plan.pool_bytes()["weights"], 0
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress:
+                progress("weights to the GPU", min(done, total) >> 20, total >> 20)
+
+        staging = self._arena.behind("weights")
+        upload(Uploader(self._loaded, staging, self._stream), self._weights, targets, self.kernels.layout_of, moved)
+        # Padding of activations must be zero, and counters start at zero.
+        for buffer in self.plan.buffers:
+            if buffer.pool in {"activations", "workspace"}:
+                view = self._arena[buffer.name]
+                call("cuMemsetD8Async", view.address, 0, view.nbytes, self._stream)
+        tables = rope.rope_table(rope_inverse_frequencies(self.geometry), self.sizes.longest)
+        for name, table in zip(("cosines", "sines"), tables, strict=True):
+            self._memory.write(self._arena[name], table)
+        self._memory.write(self._arena["options"], np.array(_GREEDY))
+        self._fill_cache()
+
+    def _fill_cache(self) -> None:
+        """Finite noise: the comparison attends to positions that nobody has written."""
+        cache = self._arena["paged_kv"]
+        noise = np.random.default_rng(0).standard_normal(min(_NOISE, cache.nbytes // 2), np.float32).astype(np.float16)
+        copy_to_device(cache.address, noise, self._stream)
+        for start in range(noise.nbytes, cache.nbytes, noise.nbytes):
+            count = min(noise.nbytes, cache.nbytes - start)
+            call("cuMemcpyDtoDAsync", cache.address + start, cache.address, count, self._stream)
+        call("cuStreamSynchronize", self._stream)
+
+    # --- what the server calls ---------------------------------------------------------------------------------------
+
+    def use_block_size(self, block_size: int) -> None:
+        """Choose another block size. The columns that pad a step read the first slot behind those of sequences."""
+        self.block_size = block_size
+        row = self.sizes.sequences
+        self._pages.array[row, 0] = self.sizes.slots // block_size
+        self.pages_changed({row: (0, 1)})
+
+    def pages_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
+        """Copy these entries to the device, in stream order. The last step has ended: pinned memory may be written."""
+        if not dirty:
+            return
+        with self._running():
+            for row, (first, last) in dirty.items():
+                entries = self._pages.array[row, first:last]
+                copy_to_device(self._arena["pages"].index(row).rows(first, last).address, entries, self._stream)
+
+    def run(self, batch: Batch) -> list[int]:
+        """Take a step through the model: the most likely token behind each wanted column."""
+        with self._running():
+            self._copy(batch.copies)
+            width = self._bring(batch, self.sizes.slots)
+            self._graph(width, "paged", bool(batch.wanted)).replay()
+            best = self._best.view
+            call(
+                "cuMemcpyDtoHAsync",
+                self._best.array.ctypes.data,
+                self._arena["best"].address,
+                best.nbytes,
+                self._stream,
+            )
+            call("cuStreamSynchronize", self._stream)
+        tokens = [token_of(int(self._best.array[column])) for column in batch.wanted]
+        if None in tokens:
+            raise CheckpointError("The model computes no numbers (NaN): its checkpoint is damaged; convert it again.")
+        return [token for token in tokens if token is not None]
+
+    def _bring(self, batch: Batch, spare_slot: int) -> int:
+        """A step's columns to the device; the step's width. Columns that pad it write to `spare_slot`."""
+        width, columns = self.kernels.width_for(batch.columns), batch.columns
+        step = self._step.array
+        for place, values in enumerate((batch.positions, batch.known, batch.rows, batch.slots)):
+            step[place, :columns] = values
+        for place, spare in enumerate((0, 0, self.sizes.sequences, spare_slot)):
+            step[place, columns:] = spare
+        tokens = step[-1].view(np.int32)
+        tokens[:columns], tokens[columns:] = batch.tokens, 0
+        copy_to_device(self._arena["step"].address, step, self._stream)
+        self._forget_best()
+        return width
+
+    def _forget_best(self) -> None:
+        """All bits set: what stands there before an arg-max."""
+        best = self._arena["best"]
+        call("cuMemsetD8Async", best.address, 0xFF, best.nbytes, self._stream)
+
+    def _copy(self, copies: list[BlockCopy]) -> None:
+        """One strided copy per block: the same slots of keys and values in every layer."""
+        if not copies:
+            return
+        from cuda.bindings import driver
+
+        layers, parts, slots, _ = self._arena["paged_kv"].shape
+        pitch = self._arena["paged_kv"].index(0, 0).nbytes
+        block = pitch // slots * self.block_size
+        for copy in copies:
+            one = driver.CUDA_MEMCPY2D()
+            one.srcMemoryType = one.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+            one.srcDevice = self._arena["paged_kv"].address + copy.source * block
+            one.dstDevice = self._arena["paged_kv"].address + copy.target * block
+            one.srcPitch = one.dstPitch = pitch
+            one.WidthInBytes, one.Height = block, layers * parts
+            call("cuMemcpy2DAsync", one, self._stream)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _graph(self, width: int, layout: Layout, wanted: bool) -> Graph:
+        """The step of this width, with or without the choice of tokens."""
+        key = width, layout, self.block_size if layout == "paged" else 0, wanted
+        if key not in self._graphs:
+            graph = Graph(self._step_launches(width, layout, wanted), self._stream)
+            self._open.callback(self._in_context, graph.destroy)
+            self._graphs[key] = graph
+        return self._graphs[key]
+
+    def _step_launches(self, width: int, layout: Layout, wanted: bool) -> list[Launch]:
+        at = self._arena.__getitem__
+        residual, normed, ffn = at("residual"), at("normed"), at("ffn")
+        launches = [self._launch(f"embed_x{width}", at("embedding"), self._input("tokens"), residual)]
+        for i in range(self.geometry.layers):
+            layer = f"layer.{i}"
+            launches += [
+                self._qkv(width, layout, i),
+                self._attention(width, layout, i),
+                self._launch(f"o_x{width}", at(f"{layer}.o"), at("attended"), residual),
+                self._launch(
+                    f"gate_up_x{width}", at(f"{layer}.gate_up"), residual, at(f"{layer}.ffn_norm"), normed, ffn
+                ),
+                self._launch(f"down_x{width}", at(f"{layer}.down"), ffn, residual),
+            ]
+        if wanted:
+            head = at(self._head), residual, at("final_norm"), normed, at("logits")
+            launches.append(self._launch(f"vocabulary_x{width}", *head))
+            for column in range(width):
+                logits, best = at("logits").index(column), at("best").rows(column, column + 1)
+                launches.append(self._launch("argmax", logits, at("seen"), at("options"), best))
+        return launches
+
+    def _qkv(self, width: int, layout: Layout, layer: int) -> Launch:
+        at = self._arena.__getitem__
+        normed = at(f"layer.{layer}.qkv"), at("residual"), at(f"layer.{layer}.attention_norm"), at("normed")
+        outputs = at("cosines"), at("sines"), at("q"), *self._layer_cache(layer)
+        if layout == "static" and width == 1:
+            return self._launch("qkv_single_x1", *normed, self._input("positions"), *outputs)
+        return self._launch(f"qkv_x{width}", *normed, self._input("positions"), self._input("slots"), *outputs)
+
+    def _attention(self, width: int, layout: Layout, layer: int) -> Launch:
+        at = self._arena.__getitem__
+        cached = at("q"), *self._layer_cache(layer)
+        shared = at("partials"), at("counters"), at("attended")
+        if layout == "static" and width == 1:
+            return self._launch("attention_single_x1", *cached, self._input("positions"), *shared)
+        form = f"paged{self.block_size}" if layout == "paged" else "static"
+        places = *(self._input(name) for name in ("positions", "known", "rows")), at("pages")
+        return self._launch(f"attention_{form}_x{width}", *cached, *places, *shared)
+
+    def _layer_cache(self, layer: int) -> tuple[View, View]:
+        return self._arena["paged_kv"].index(layer, 0), self._arena["paged_kv"].index(layer, 1)
+
+    def _input(self, name: str) -> View:
+        return self._arena["step"].index(STEP_INPUTS.index(name))
+
+    def _launch(self, name: str, *arguments: DeviceArray | int) -> Launch:
+        return Launch(self._loaded[name], self.kernels.planned[name].blocks, arguments, self._stream)
+
+    # --- times -------------------------------------------------------------------------------------------------------
+
+    def time_attention(self, batch: Batch, layout: Layout, repeats: int) -> float:
+        """Median seconds of one layer's attention: that of all layers, each with its own cache, in one graph."""
+        with self._running():
+            width = self._bring(batch, self._spare_slot(layout))
+            launches = [self._attention(width, layout, i) for i in range(self.geometry.layers)]
+            return time_launches(launches, self._stream, repeats)
+
+    def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
+        """Median seconds of the whole step's graph."""
+        with self._running():
+            graph = self._graph(self._bring(batch, self._spare_slot(layout)), layout, bool(batch.wanted))
+            return float(np.median(time_graph(graph, self._stream, repeats, self._forget_best)))
+
+    def _spare_slot(self, layout: Layout) -> int:
+        """Where columns that pad a step write to: position 0 of the row behind those of sequences."""
+        return self.sizes.slots if layout == "paged" else self.sizes.sequences * self.sizes.capacity

@@ -1,0 +1,56 @@
+"""Grouped-query attention over a paged KV cache, for tokens of several sequences at once.
+
+One layer's cache is two arrays [slots, kv_heads * head_dim]. Position s of a sequence lies in slot
+``page[s // block_size] * block_size + s % block_size``, with `page` the sequence's row of the page table. A token is a
+column of the step, whatever its sequence: it attends to positions 0 .. its own. Tokens of one prompt are neighbouring
+columns with the same row; their keys are all in the cache before any of them attends.
+
+Cost model: what static attention costs (8 * S * kv_dim bytes per token), and one look-up per key on the CPU.
+"""
+
+import numpy as np
+from numba import get_thread_id, prange
+from numpy.typing import NDArray
+
+from numba_atomflow.ops.attention import attend_head, attend_reference
+from numba_atomflow.ops.jit import cpu_kernel
+
+
+def attend_paged_reference(
+    q: NDArray[np.float64],
+    keys: NDArray[np.float64],
+    values: NDArray[np.float64],
+    pages: NDArray[np.int32],
+    rows: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    block_size: int,
+    head_dim: int,
+) -> NDArray[np.float64]:
+    """What `attend_paged` computes: each sequence's slots are gathered into a static cache."""
+    out = np.empty_like(q)
+    for t, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+        slots = [pages[row, s // block_size] * block_size + s % block_size for s in range(position + 1)]
+        out[t] = attend_reference(q[t : t + 1], keys[slots], values[slots], position, head_dim)[0]
+    return out
+
+
+@cpu_kernel()
+def attend_paged(  # type: ignore[no-untyped-def]
+    q, keys, values, pages, rows, positions, block_size, head_dim, scores, out
+):
+    """Attention of T tokens, each over its own sequence.
+
+    Args:
+        q, out: float32 [T, heads * head_dim].
+        keys, values: float32 [slots, kv_heads * head_dim].
+        pages: int32 [rows, width], page tables. rows, positions: int64 [T].
+        scores: float32 [threads, longest sequence], scratch.
+    """
+    heads = q.shape[1] // head_dim
+    ratio = heads // (keys.shape[1] // head_dim)
+    for item in prange(q.shape[0] * heads):
+        t, h = item // heads, item % heads
+        query = q[t, h * head_dim : (h + 1) * head_dim]
+        result = out[t, h * head_dim : (h + 1) * head_dim]
+        page, length, own = pages[rows[t]], positions[t] + 1, scores[get_thread_id()]
+        attend_head(query, keys, values, h // ratio * head_dim, length, page, block_size, own, result)

@@ -1,0 +1,158 @@
+"""Continuous batching with a model that costs nothing: every request gets the tokens that it would get alone."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from numba_atomflow.errors import ContextError, OptionError
+from numba_atomflow.memory.paged import BlockManager, PageTable
+from numba_atomflow.sandbox.requests import Request
+from numba_atomflow.sandbox.scheduler import Batch, Scheduler
+
+HISTORIES = int(os.environ.get("ATOMFLOW_HISTORIES", "4000"))
+VOCABULARY = 3  # beginnings are often the same
+
+
+def reply(tokens: tuple[int, ...], count: int, end: int | None) -> list[int]:
+    """What the model says alone: each token follows from all before it."""
+    out: list[int] = []
+    while len(out) < count and (not out or out[-1] != end):
+        out.append(hash((*tokens, *out)) % VOCABULARY)
+    return out
+
+
+class Model:
+    """Reads every token's whole past through the page table, as attention does."""
+
+    def __init__(self, blocks: int, block_size: int, budget: int, sequences: int) -> None:
+        self.manager = BlockManager(blocks, block_size)
+        self.table = PageTable(np.full((sequences, blocks), -1, np.int32))
+        self.scheduler = Scheduler(self.manager, self.table, budget, sequences)
+        self.slots = np.full(blocks * block_size, -1)
+        self.now = 0.0
+
+    def run(self, batch: Batch) -> list[int]:
+        size = self.manager.block_size
+        for copy in batch.copies:
+            source = self.slots[copy.source * size : (copy.source + 1) * size]
+            self.slots[copy.target * size : (copy.target + 1) * size] = source
+        assert len(set(batch.slots.tolist())) == batch.columns, "two columns write to one slot"
+        for chunk in batch.chunks:
+            blocks = self.manager.blocks(chunk.request.id)
+            written = {p // size for p in range(chunk.start, chunk.stop)}
+            assert all(self.manager.references(blocks[i]) == 1 for i in written), "a write to a shared block"
+        self.slots[batch.slots] = batch.tokens
+        tokens = []
+        for column in batch.wanted:
+            positions = np.arange(batch.positions[column] + 1)
+            page = self.table.array[batch.rows[column]]
+            past = self.slots[page[positions // size] * size + positions % size]
+            tokens.append(hash(tuple(past.tolist())) % VOCABULARY)
+        return tokens
+
+    def step(self) -> list[Request]:
+        batch = self.scheduler.plan()
+        assert batch is not None, "nothing can be done, though somebody waits"
+        assert 1 <= batch.columns <= self.scheduler.token_budget
+        assert len(self.scheduler.running) <= self.scheduler.max_sequences
+        self.now += 1
+        ended = self.scheduler.finish_step(batch, self.run(batch), self.now)
+        self.manager.audit()
+        return ended
+
+
+@settings(max_examples=HISTORIES, deadline=None)
+@given(
+    blocks=st.integers(2, 12),
+    block_size=st.integers(1, 4),
+    budget=st.integers(1, 6),
+    sequences=st.integers(1, 6),
+    history=st.binary(min_size=1, max_size=30),
+)
+def test_any_history(blocks: int, block_size: int, budget: int, sequences: int, history: bytes) -> None:
+    """Bytes are arrivals, forks and steps. Whatever happens, each request ends with its own tokens."""
+    model = Model(blocks, block_size, budget, min(sequences, budget))
+    room, requests = blocks * block_size, []
+    for number, value in enumerate(history):
+        end = 0 if value & 8 else None
+        ends = frozenset() if end is None else frozenset([end])
+        parents = [r for r in model.scheduler.running if r.output and r.length + 2 <= room]
+        if value % 4 == 0:
+            prompt = [(value >> i) % VOCABULARY for i in range(1 + min(value // 16, room - 2))]
+            request = Request(number, prompt, 1 + min(value // 8 % 8, room - len(prompt) - 1), ends, model.now)
+            model.scheduler.submit(request)
+            requests.append(request)
+        elif value % 4 == 1 and parents:
+            parent = parents[value // 4 % len(parents)]
+            prompt = [*parent.tokens(0, parent.length), value % VOCABULARY]
+            child = Request(number, prompt, 1 + min(value // 8 % 8, room - len(prompt) - 1), ends, model.now)
+            model.scheduler.fork(parent, child)
+            requests.append(child)
+        elif not model.scheduler.idle:
+            model.step()
+    steps = 0
+    while not model.scheduler.idle:
+        model.step()
+        steps += 1
+        assert steps < 10_000, "it does not come to an end"
+    assert model.manager.free_count == blocks
+    for request in requests:
+        assert request.output == reply(tuple(request.prompt), request.max_tokens, 0 if request.end_tokens else None)
+        assert request.finish_reason == ("eos" if request.output[-1] in request.end_tokens else "max_tokens")
+        assert request.token_times == sorted(request.token_times)
+
+
+def test_decodes_go_on_while_a_long_prompt_comes_in_chunks() -> None:
+    model = Model(20, 4, budget=4, sequences=3)
+    model.scheduler.submit(Request(1, [0], 20))
+    model.step()
+    model.scheduler.submit(Request(2, [1] * 9, 1))
+    batches = [model.scheduler.plan()]
+    for batch in batches:
+        assert batch is not None
+        assert [(chunk.request.id, chunk.stop - chunk.start) for chunk in batch.chunks] == [(1, 1), (2, 3)]
+        assert batch.wanted == [0]
+        assert batch.known.tolist() == [1, 0, 0, 0]
+        assert batch.positions.tolist() == [1, 0, 1, 2]
+
+
+def test_a_prompt_that_was_there_before_and_a_fork_cost_only_what_is_new() -> None:
+    model = Model(20, 2, budget=8, sequences=3)
+    first = Request(1, [0, 1, 2, 0, 1], 6)
+    model.scheduler.submit(first)
+    model.step()
+    again, child = Request(2, first.prompt, 1), Request(3, [*first.tokens(0, 6), 2], 2)
+    model.scheduler.submit(again)
+    model.scheduler.fork(first, child)
+    batch = model.scheduler.plan()
+    assert batch is not None
+    assert [(c.request.id, c.start, c.stop) for c in batch.chunks] == [(1, 5, 6), (3, 5, 7), (2, 4, 5)]
+    assert (again.shared_tokens, child.shared_tokens) == (4, 5)
+    assert len(batch.copies) == 1
+    assert model.manager.used_count == 2 + 1 + 2 + 1  # two full ones that all share, and what each has beyond
+
+
+def test_who_came_last_makes_room_and_is_computed_again() -> None:
+    model = Model(4, 2, budget=4, sequences=2)
+    first, second = Request(1, [0, 1, 2], 5), Request(2, [2, 2], 6)
+    for request in (first, second):
+        model.scheduler.submit(request)
+    order = []
+    while not model.scheduler.idle:
+        order += [request.id for request in model.step()]
+    assert order == [1, 2]
+    assert first.preemptions == 0
+    assert second.preemptions >= 1
+    assert second.output == reply((2, 2), 6, None)
+
+
+def test_what_can_never_fit_is_refused_before_it_waits() -> None:
+    model = Model(4, 2, budget=4, sequences=2)
+    with pytest.raises(ContextError, match=r"Request 7 may come to 9 tokens, but the cache has 4 blocks of 2; give"):
+        model.scheduler.submit(Request(7, [0] * 4, 5))
+    assert model.scheduler.idle
+    with pytest.raises(OptionError, match="max_sequences is 5; it must be 1 to 4"):
+        Model(4, 2, budget=4, sequences=5)

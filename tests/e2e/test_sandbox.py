@@ -1,0 +1,169 @@
+"""The sandbox with real tokens of SmolLM2: many requests at once say what each says alone. On the CPU."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_runner import InProcess, assert_refused
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.engine import WeightArrays
+from numba_atomflow.sandbox.cpu_runner import CpuRunner
+from numba_atomflow.sandbox.requests import Request
+from numba_atomflow.sandbox.runner import cache_sizes
+from numba_atomflow.sandbox.server import Fork, ServerEngine
+
+PROMPTS = (
+    "The capital of France is",
+    "The capital of France is a city that",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "Water boils at a temperature that depends on",
+    "The three most important inventions of the twentieth century were",
+    "1, 2, 3,",
+    "The capital of France is",
+)
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2_checkpoint: Path) -> Iterator[Engine]:
+    with Engine.load(smollm2_checkpoint, "cpu", 256, threads=1) as engine:
+        yield engine
+
+
+def server(checkpoint: Path, blocks: int, block_size: int, sequences: int) -> ServerEngine:
+    opened = Checkpoint.open(checkpoint)
+    sizes = cache_sizes(opened.geometry, blocks, (block_size,), sequences)
+    runner = CpuRunner(opened.geometry, dict(WeightArrays(opened)), sizes, threads=1)
+    runner.prepare()
+    return ServerEngine(runner)
+
+
+def assert_as_alone(engine: Engine, served: list[Request]) -> None:
+    for request in served:
+        params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
+        assert request.output == engine.generate_tokens(list(request.prompt), params).finish().token_ids
+        assert request.finish_reason == "max_tokens"
+
+
+def test_eight_at_once_with_a_fork_and_a_shared_beginning(engine: Engine, smollm2_checkpoint: Path) -> None:
+    one = server(smollm2_checkpoint, blocks=200, block_size=8, sequences=9)
+    requests = [Request(i, engine.text.encode(text), TOKENS) for i, text in enumerate(PROMPTS)]
+    late = Request(8, [*requests[5].prompt, *engine.text.encode(" the")], 8, arrival=1e-3)
+    served = one.serve([*requests, late], [Fork(100, 2, 9, engine.text.encode(" a dragon"), TOKENS)])
+    assert len(served) == 10
+    assert_as_alone(engine, served)
+    assert late.shared_tokens == 8
+    assert served[-1].shared_tokens > len(requests[2].prompt)
+    assert one.manager.copies >= 1
+    assert one.manager.free_count == 200
+
+
+def test_too_few_blocks_force_preemptions_and_change_no_token(engine: Engine, smollm2_checkpoint: Path) -> None:
+    one = server(smollm2_checkpoint, blocks=12, block_size=8, sequences=8)
+    requests = [Request(i, engine.text.encode(text), TOKENS) for i, text in enumerate(PROMPTS)]
+    served = one.serve(requests)
+    assert sum(request.preemptions for request in served) >= 1
+    assert_as_alone(engine, served)
+    assert one.manager.free_count == 12
+
+
+def test_ten_times_more_requests_than_blocks(engine: Engine, smollm2_checkpoint: Path) -> None:
+    one = server(smollm2_checkpoint, blocks=4, block_size=16, sequences=4)
+    requests = [Request(i, engine.text.encode(PROMPTS[i % len(PROMPTS)])[:5], 4) for i in range(40)]
+    served = one.serve(requests)
+    assert [len(request.output) for request in served] == [4] * 40
+    assert_as_alone(engine, served[:8])
+
+
+def test_the_command_serves_a_trace(cli: InProcess, smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(
+        '{"prompt": "The capital of France is", "max_tokens": 8}\n\n'
+        '{"id": 9, "arrival": 0.001, "tokens": [504, 3575], "max_tokens": 3}\n'
+        '{"fork_of": 1, "after": 2, "prompt": " not", "max_tokens": 4, "id": 7}\n'
+    )
+    common = "sandbox", "run", smollm2_checkpoint, "--trace", trace, "--backend", "cpu", "--ignore-eos"
+    outcome = cli(*common, "--json", "--block-size", 8, "--plot", tmp_path / "run.png")
+    assert outcome.code == 0, outcome
+    record = json.loads(outcome.out)
+    assert [reply["id"] for reply in record["replies"]] == [1, 7, 9]
+    assert [len(reply["token_ids"]) for reply in record["replies"]] == [8, 4, 3]
+    assert record["tokens"] == 15
+    assert record["throughput"] == pytest.approx(15 / record["seconds"])
+    assert 0 < record["mean_utilisation"] <= record["peak_utilisation"] <= 1
+    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+    table = cli(*common)
+    assert table.code == 0
+    assert "3 requests, " in table.out
+
+
+def test_the_command_serves_arrivals_at_random(cli: InProcess, smollm2_checkpoint: Path) -> None:
+    common = "sandbox", "run", smollm2_checkpoint, "--poisson", 50, "--requests", 3, "--max-tokens", 3, "--backend"
+    assert cli(*common, "cpu").code == 0
+    outcome = cli(*common, "cpu", "--prompt-tokens", 20, "--common-tokens", 16, "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["prompt_tokens"] == 60
+
+
+def test_the_comparison(cli: InProcess, smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    sizes = "--contexts", "8,40", "--step-contexts", "24", "--block-sizes", "8,32", "--batches", "1,3"
+    plot = tmp_path / "comparison.svg"
+    command = "sandbox", "compare", smollm2_checkpoint, *sizes, "--backend", "cpu", "--repeats", 2
+    outcome = cli(*command, "--json", "--plot", plot)
+    assert outcome.code == 0, outcome
+    record = json.loads(outcome.out)
+    assert [(r["context"], r["block_size"]) for r in record["attention"]] == [(8, 8), (40, 8), (8, 32), (40, 32)]
+    assert [(r["batch"], r["block_size"]) for r in record["steps"]] == [(1, 8), (3, 8), (1, 32), (3, 32)]
+    for row in record["steps"]:
+        assert row["wall_seconds"] > row["table_seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["wall_seconds"])
+        assert set(row["shares"]) == {"indirection", "page tables", "scheduling", "host"}
+    assert "<svg" in plot.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprits"),
+    [
+        (["run"], ["--trace FILE or --poisson RATE"]),
+        (["run", "--poisson", "0"], ["--poisson"]),
+        (["run", "--poisson", "1", "--block-size", "7"], ["--block-size is 7", "8, 16, 32, 64, 128"]),
+        (["run", "--poisson", "1", "--blocks", "0"], ["--blocks is 0"]),
+        (["run", "--poisson", "1", "--blocks", "1", "--max-tokens", "60"], ["Request 1", "shorter"]),
+        (["run", "--trace", "no-such-file"], ["no-such-file"]),
+        (["run", "--poisson", "1", "--plot", "picture.xyz"], ["picture.xyz"]),
+        (["compare", "--batches", "9"], ["--batches"]),
+        (["compare", "--contexts", "100000"], ["--contexts 100000"]),
+        (["compare", "--block-sizes", "8,x"], ["--block-sizes 8,x"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    cli: InProcess, smollm2_checkpoint: Path, arguments: list[str], culprits: list[str]
+) -> None:
+    command, *rest = arguments
+    assert_refused(cli("sandbox", command, smollm2_checkpoint, *rest, "--backend", "cpu"), *culprits)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("nonsense", "Line 1"),
+        ("[1]", "not a JSON object"),
+        ('{"prompt": "x", "speed": 1}', "unknown field speed"),
+        ('{"tokens": []}', "there are none"),
+        ('{"tokens": [99999999]}', "none of the model's"),
+        ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
+        ('{"prompt": "x", "fork_of": 3}', "there is no request 3"),
+        ('{"prompt": "x", "arrival": -1}', "arrival"),
+    ],
+)
+def test_a_wrong_line_of_a_trace_is_named(
+    cli: InProcess, smollm2_checkpoint: Path, tmp_path: Path, line: str, fault: str
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(line + "\n")
+    outcome = cli("sandbox", "run", smollm2_checkpoint, "--trace", trace, "--backend", "cpu")
+    assert_refused(outcome, str(trace), fault)

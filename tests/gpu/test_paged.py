@@ -1,0 +1,168 @@
+"""The sandbox on a GPU: its kernels beside the static ones, and its server beside the engine."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kernel_cases import ProjectionCase, qkv_case
+from paged_kernel_cases import PAGED, PAGED_QKV, PagedCase, check_paged_attention, check_paged_qkv
+from tiny_models import tiny_geometry
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.engine import WeightArrays
+from numba_atomflow.memory.paged import BLOCK_SIZES
+from numba_atomflow.random_model import RandomModel
+from numba_atomflow.sandbox.compare import Grid, blocks_needed, compare
+from numba_atomflow.sandbox.cpu_runner import CpuRunner
+from numba_atomflow.sandbox.gpu_runner import GpuRunner
+from numba_atomflow.sandbox.requests import Request
+from numba_atomflow.sandbox.runner import Runner, cache_sizes
+from numba_atomflow.sandbox.server import Fork, ServerEngine
+
+pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
+
+LENGTHS = (1, 2, 127, 128, 129, 4096, 16384, 700)  # of eight sequences in one launch
+LARGE_QKV = qkv_case(3072, 8, 128, 24, 8, warps=8, split=8, blocks=264)
+
+
+@pytest.mark.parametrize("case", PAGED, ids=str)
+def test_paged_attention(case: PagedCase) -> None:
+    check_paged_attention(case)
+
+
+@pytest.mark.parametrize("block_size", [0, *BLOCK_SIZES])
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(128, 24, 8), (64, 9, 3), (80, 4, 4), (96, 16, 2)])
+def test_paged_attention_at_every_block_size(head_dim: int, heads: int, kv_heads: int, block_size: int) -> None:
+    case = PagedCase(head_dim, heads, kv_heads, block_size, LENGTHS, splits=16, warps=8)
+    check_paged_attention(case)
+    check_paged_attention(replace(case, lengths=(4000, 4001, 4002, 4003), rows=(2, 2, 2, 2)))
+
+
+@pytest.mark.parametrize("case", [*PAGED_QKV, LARGE_QKV], ids=str)
+def test_paged_qkv(case: ProjectionCase) -> None:
+    check_paged_qkv(case)
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+def requests_of(vocabulary: int) -> list[Request]:
+    """Eight prompts of several lengths; the last two begin alike."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, vocabulary, length).tolist() for length in (1, 3, 8, 9, 17, 30, 40)]
+    return [Request(i, prompt, 24) for i, prompt in enumerate([*prompts, [*prompts[-1][:33], 5]])]
+
+
+@pytest.mark.parametrize("blocks", [60, 14], ids=["enough blocks", "preemptions"])
+@pytest.mark.parametrize("block_size", [8, 64])
+def test_the_gpu_says_what_the_cpu_says(block_size: int, blocks: int) -> None:
+    model = RandomModel(tiny_geometry())
+    weights = dict(WeightArrays(model))
+    sizes = cache_sizes(model.geometry, max(blocks * 8 // block_size, 2), (block_size,), 8)
+    outputs = []
+    runners: list[Runner] = [GpuRunner(model.geometry, weights, sizes), CpuRunner(model.geometry, weights, sizes)]
+    for runner in runners:
+        runner.prepare(None)
+        server = ServerEngine(runner, token_budget=8)
+        served = server.serve(requests_of(model.geometry.vocabulary), [Fork(100, 2, 4, [7, 8], 20)])
+        assert server.manager.free_count == server.manager.block_count
+        outputs.append([request.output for request in served])
+        runner.close()
+    parted = sum(ours != theirs for ours, theirs in zip(*outputs, strict=True))
+    assert parted <= 2, outputs  # of nine: float16 activations decide close calls otherwise
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_checkpoint: Path) -> Iterator[tuple[Engine, Checkpoint]]:
+    with Engine.load(smollm2_checkpoint, "cuda", 256) as engine, Checkpoint.open(smollm2_checkpoint) as checkpoint:
+        yield engine, checkpoint
+
+
+TEXTS = (
+    "The capital of France is",
+    "The capital of France is a city that",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "Water boils at a temperature that depends on",
+    "The three most important inventions of the twentieth century were",
+    "1, 2, 3,",
+    "The capital of France is",
+)
+
+
+def gpu_runner(checkpoint: Checkpoint, blocks: int, block_size: int, *, same_width: bool) -> GpuRunner:
+    sizes = cache_sizes(checkpoint.geometry, blocks, (block_size,), 8)
+    runner = GpuRunner(checkpoint.geometry, WeightArrays(checkpoint), sizes, same_width=same_width)
+    runner.prepare()
+    return runner
+
+
+def alone(runner: GpuRunner, request: Request) -> list[int]:
+    """What a request's reply is when the server has nothing else to do."""
+    (single,) = ServerEngine(runner).serve([Request(1, request.prompt, request.max_tokens)])
+    return single.output
+
+
+@pytest.mark.parametrize("same_width", [True, False])
+@pytest.mark.parametrize("blocks", [200, 14], ids=["enough blocks", "preemptions"])
+def test_eight_requests_at_once_say_what_each_says_alone(
+    smollm2: tuple[Engine, Checkpoint], blocks: int, same_width: bool
+) -> None:
+    engine, checkpoint = smollm2
+    runner = gpu_runner(checkpoint, blocks, 8, same_width=same_width)
+    server = ServerEngine(runner)
+    fork = Fork(100, 2, 9, engine.text.encode(" a dragon"), 24)
+    served = server.serve([Request(i, engine.text.encode(text), 24) for i, text in enumerate(TEXTS)], [fork])
+    assert (sum(request.preemptions for request in served) > 0) == (blocks < 100)
+    # In steps of other widths sums are taken in another order, and float16 may then decide a close call otherwise.
+    allowed = 0 if same_width else 1
+    assert sum(request.output != alone(runner, request) for request in served) <= allowed
+    parted = 0
+    for request in served:
+        params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
+        parted += request.output != engine.generate_tokens(list(request.prompt), params).finish().token_ids
+    print(f"{parted} of {len(served)} replies part from the engine's")
+    assert parted <= 1
+    runner.close()
+
+
+def test_a_fork_copies_blocks_on_the_device(smollm2: tuple[Engine, Checkpoint]) -> None:
+    engine, checkpoint = smollm2
+    runner = gpu_runner(checkpoint, 60, 32, same_width=True)
+    server = ServerEngine(runner)
+    prompt = engine.text.encode(TEXTS[2])
+    served = server.serve([Request(0, prompt, 24)], [Fork(i, 0, 3 * i, [i + 5], 16) for i in (1, 2, 3)])
+    assert server.manager.copies >= 3
+    for request in served:
+        assert request.output == alone(runner, request)
+    runner.close()
+
+
+def test_overload_loses_nothing(smollm2: tuple[Engine, Checkpoint]) -> None:
+    """Ten times more requests than blocks."""
+    engine, checkpoint = smollm2
+    runner = gpu_runner(checkpoint, 20, 16, same_width=False)
+    server = ServerEngine(runner)
+    requests = [Request(i, engine.text.encode(TEXTS[i % 8]), 1 + i % 40, arrival=i * 1e-4) for i in range(200)]
+    served = server.serve(requests)
+    assert [len(request.output) for request in served] == [1 + i % 40 for i in range(200)]
+    assert all(request.ttft > 0 for request in served)
+    runner.close()
+
+
+def test_the_comparison_runs() -> None:
+    model = RandomModel(tiny_geometry())
+    grid = Grid((16, 100), (40,), (1, 3, 8), repeats=3, server_steps=6)
+    sizes = cache_sizes(model.geometry, blocks_needed(grid, 64) * 8, (8, 64), 8, grid.longest)
+    runner = GpuRunner(model.geometry, WeightArrays(model), sizes)
+    runner.prepare()
+    found = compare(runner, "tiny", grid)
+    assert len(found.attention) == 4
+    assert len(found.steps) == 6
+    for row in found.steps:
+        assert min(row.static_seconds, row.paged_seconds, row.table_seconds, row.schedule_seconds) > 0
+        assert row.wall_seconds >= row.paged_seconds
+    runner.close()

@@ -1,0 +1,91 @@
+"""The sandbox's steps on a GPU, as far as they can be seen without one: every launch fits its kernel and its memory."""
+
+import os
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import tiny_geometry
+
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.memory.view import View
+from numba_atomflow.presets import PRESETS
+
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+    pytest.skip("the simulator replaces the compiler in this process", allow_module_level=True)
+
+from numba_atomflow.ops.cuda.chip import Chip
+from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
+from numba_atomflow.sandbox.gpu_runner import GpuRunner
+from numba_atomflow.sandbox.runner import CacheSizes
+
+H100 = Chip(132, 232448, (9, 0))
+RTX_4090 = Chip(128, 101376, (8, 9))
+SIZES = CacheSizes(slots=4096, block_sizes=(16, 8), sequences=8, longest=1024)
+
+
+def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple[Any, ...]]]) -> GpuRunner:
+    """A runner that has everything but a GPU; its launches are collected."""
+    made = GpuRunner.__new__(GpuRunner)
+    made.geometry, made.sizes, made.block_size = geometry, SIZES, 16
+    made.kernels = SandboxKernels(geometry, chip, SIZES, halves=False)
+    made._head = "embedding" if geometry.tied_embeddings else "vocabulary"
+    kinds = ("qkv", "o", "gate_up", "down")
+    parts = ["embedding", *(f"layer.{i}.{kind}" for i in range(geometry.layers) for kind in kinds)]
+    parts += [] if geometry.tied_embeddings else ["vocabulary"]
+    norms = [f"layer.{i}.{kind}_norm" for i in range(geometry.layers) for kind in ("attention", "ffn")]
+    plan = made.kernels.plan(dict.fromkeys([*norms, "final_norm"], geometry.hidden), parts)
+    made._arena = {  # type: ignore[assignment]
+        buffer.name: View(buffer.name, offset, buffer.shape, buffer.dtype)
+        for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
+    }
+
+    def launch(name: str, *arguments: Any) -> Any:
+        seen.append((name, made.kernels.planned[name].blocks, arguments))
+
+    made._launch = launch  # type: ignore[method-assign]
+    return made
+
+
+@pytest.mark.parametrize("layout", ["paged", "static"])
+@pytest.mark.parametrize("chip", [H100, RTX_4090], ids=["H100", "RTX 4090"])
+@pytest.mark.parametrize("geometry", [tiny_geometry(), PRESETS["llama-3.2-3b"], PRESETS["llama-3.1-8b"]], ids=str)
+def test_every_launch_fits_its_kernel_and_stays_in_its_memory(geometry: ModelGeometry, chip: Chip, layout: Any) -> None:
+    seen: list[tuple[str, int, tuple[Any, ...]]] = []
+    made = runner(geometry, chip, seen)
+    for width in made.kernels.widths:
+        seen.clear()
+        made._step_launches(width, layout, True)
+        assert len(seen) == 1 + 5 * geometry.layers + 1 + width
+        for name, blocks, arguments in seen:
+            spec = made.kernels.planned[name].spec
+            assert len(arguments) == len(spec.signature), name
+            assert blocks > 0
+            assert spec.shared_bytes <= chip.shared_bytes
+            for kind, view in zip(spec.signature, arguments, strict=True):
+                size = np.dtype(kind.removesuffix("*")).itemsize
+                assert view.extent % size == 0, (name, view.name)
+                assert view.dtype == kind.removesuffix("*") or {view.dtype, kind} in SAME_BYTES, (name, view.name, kind)
+        q, keys, _, *_, partials, counters, attended = next(a for n, _, a in seen if n.startswith("attention"))
+        shape = made.kernels.attention_shape(width)
+        assert prod(q.shape) >= width * geometry.q_dim
+        assert keys.shape == (SIZES.slots + 16, geometry.kv_dim)
+        assert partials.shape[0] >= width * shape.partials
+        assert counters.shape[0] >= width * shape.units
+        assert attended.shape[1] == shape.out_width
+
+
+SAME_BYTES: tuple[set[str], ...] = (
+    {"float16", "uint16*"},
+    {"float16", "uint32*"},
+    {"float32", "uint32*"},
+    {"int64", "int32*"},  # tokens: the last of a step's inputs
+)
+
+
+def test_wide_steps_are_those_that_fit_into_shared_memory() -> None:
+    llama = PRESETS["llama-3.1-8b"]
+    assert SandboxKernels(PRESETS["llama-3.2-3b"], H100, SIZES, halves=False).widths == (1, 2, 4, 8)
+    assert SandboxKernels(llama, H100, SIZES, halves=False).widths == (1, 2, 4)
+    assert SandboxKernels(llama, RTX_4090, SIZES, halves=False).width_for(2) == 2
