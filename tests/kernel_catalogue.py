@@ -58,11 +58,11 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     other = ModelKernels(OTHER, chip, "fp16").planned
     names = [name.format(wide) for name in _OF_OTHER]
     entries += [Entry(f"{name} of halves, heads of 80", other[name].spec) for name in names]
-    sandbox = SandboxKernels(LLAMA, chip, CACHE, halves=False).planned
-    names = [name.format(wide) for name in _OF_SANDBOX]
-    entries += [Entry(f"{name} of the sandbox", sandbox[name].spec) for name in names]
-    sandbox = SandboxKernels(OTHER, chip, CACHE, halves=False).planned
-    entries.append(Entry("attention_paged8_x1, heads of 80", sandbox["attention_paged8_x1"].spec))
+    sandbox = SandboxKernels(LLAMA, chip, CACHE, halves=False)
+    names = [name.format(sandbox.widths[-1]) for name in _OF_SANDBOX]
+    entries += [Entry(f"{name} of the sandbox", sandbox.planned[name].spec) for name in names]
+    sandbox = SandboxKernels(OTHER, chip, CACHE, halves=False)
+    entries.append(Entry("attention_paged8_x1, heads of 80", sandbox.planned["attention_paged8_x1"].spec))
     entries.append(Entry("read", kernel_spec("read", "ceiling:make_read", (U32, U32), ceiling.THREADS)))
     if capability >= COPY_ENGINE:
         shared = ceiling.bulk_shared_bytes()

@@ -10,6 +10,7 @@ from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda import ceiling
 from numba_atomflow.ops.cuda.build import build
+from numba_atomflow.ops.cuda.chip import chip_of
 from numba_atomflow.ops.cuda.graph import Graph, time_graph
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.spec import U32, kernel_spec
