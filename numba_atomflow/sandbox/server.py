@@ -60,12 +60,19 @@ class ServerEngine:
         runner: prepared; it is the caller's to close.
         token_budget: columns of a step; as many as the runner takes, if None.
         max_sequences: requests that run at once; as many as the page table has rows, but no more than columns, if None.
+        block_order: in which blocks are handed out at first.
 
     Raises:
         OptionError: a number is out of range.
     """
 
-    def __init__(self, runner: StepRunner, token_budget: int | None = None, max_sequences: int | None = None) -> None:
+    def __init__(
+        self,
+        runner: StepRunner,
+        token_budget: int | None = None,
+        max_sequences: int | None = None,
+        block_order: Sequence[int] | None = None,
+    ) -> None:
         budget = runner.most_columns if token_budget is None else token_budget
         if not 1 <= budget <= runner.most_columns:
             raise OptionError(f"token_budget is {budget}; a step here takes 1 to {runner.most_columns} tokens.")
@@ -74,7 +81,7 @@ class ServerEngine:
         if sequences > rows:
             raise OptionError(f"max_sequences is {sequences}; the page table has {rows} rows.")
         self.runner = runner
-        self.manager = BlockManager(runner.sizes.slots // runner.block_size, runner.block_size)
+        self.manager = BlockManager(runner.sizes.slots // runner.block_size, runner.block_size, block_order)
         self.scheduler = Scheduler(self.manager, PageTable(runner.pages), budget, sequences)
         self.now = 0.0
         self.steps: list[StepRecord] = []
