@@ -51,18 +51,20 @@ class BlockManager:
 
     Args:
         blocks: of the cache. block_size: positions per block.
+        order: in which blocks are handed out at first; by number, if None.
 
     Attributes:
         copies: blocks copied before a write so far.
     """
 
-    def __init__(self, blocks: int, block_size: int) -> None:
+    def __init__(self, blocks: int, block_size: int, order: Sequence[int] | None = None) -> None:
         if blocks < 1 or block_size < 1:
             raise ValueError(f"{blocks} blocks of {block_size} positions")
         self.block_count, self.block_size = blocks, block_size
         self.copies = 0
         self._references = [0] * blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))  # given back first, taken first
+        # What was given back first is taken first.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks) if order is None else order)
         self._block_of: dict[bytes, int] = {}  # full, written blocks by the digest of all tokens up to their end
         self._digest_of: dict[int, bytes] = {}
         self._sequences: dict[int, _Sequence] = {}

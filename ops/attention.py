@@ -44,40 +44,41 @@ def attend_reference(
 
 
 @cpu_kernel(inline=True)
-def attend_head(  # type: ignore[no-untyped-def]
-    query, keys, values, start, length, page, block_size, scores, result
-):
+def attend_head(query, keys, values, start, length, page, run, scores, result):  # type: ignore[no-untyped-def]
     """One query over `length` keys of one key/value head.
 
     Args:
         query, result: float32 [head_dim].
         keys, values: float32 [rows, kv_heads * head_dim]; the head begins at column `start`.
-        page: None: position s is row s. Else int32, the blocks of a paged cache (ops/paged_attention.py).
+        page: None: position s is row s, and `run` is `length`. Else int32, the blocks of a paged cache, each of `run`
+            positions (ops/paged_attention.py).
         scores: float32 [at least length], scratch.
     """
     head_dim = query.shape[0]
     scale = np.float32(1.0 / math.sqrt(head_dim))
     largest = _LOWEST
-    for s in range(length):
-        row = s if page is None else page[s // block_size] * block_size + s % block_size
-        key = keys[row, start : start + head_dim]
-        dot = np.float32(0.0)
-        for d in range(head_dim):
-            dot += query[d] * key[d]
-        scores[s] = dot * scale
-        largest = max(largest, dot * scale)
+    for first in range(0, length, run):
+        row = 0 if page is None else page[first // run] * run
+        for i in range(min(run, length - first)):
+            key = keys[row + i, start : start + head_dim]
+            dot = np.float32(0.0)
+            for d in range(head_dim):
+                dot += query[d] * key[d]
+            scores[first + i] = dot * scale
+            largest = max(largest, dot * scale)
     total = np.float32(0.0)
     for s in range(length):
         weight = exp(scores[s] - largest)
         scores[s] = weight
         total += weight
     result[:] = np.float32(0.0)
-    for s in range(length):
-        row = s if page is None else page[s // block_size] * block_size + s % block_size
-        value = values[row, start : start + head_dim]
-        weight = scores[s]
-        for d in range(head_dim):
-            result[d] += weight * value[d]
+    for first in range(0, length, run):
+        row = 0 if page is None else page[first // run] * run
+        for i in range(min(run, length - first)):
+            value = values[row + i, start : start + head_dim]
+            weight = scores[first + i]
+            for d in range(head_dim):
+                result[d] += weight * value[d]
     for d in range(head_dim):
         result[d] /= total
 
@@ -98,7 +99,7 @@ def attend_token(q, keys, values, position, head_dim, scores, out):  # type: ign
     for h in prange(heads):
         query = q[h * head_dim : (h + 1) * head_dim]
         result = out[h * head_dim : (h + 1) * head_dim]
-        attend_head(query, keys, values, h // ratio * head_dim, length, None, 1, scores[h], result)
+        attend_head(query, keys, values, h // ratio * head_dim, length, None, length, scores[h], result)
 
 
 @cpu_kernel()

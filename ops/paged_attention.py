@@ -5,7 +5,7 @@ One layer's cache is two arrays [slots, kv_heads * head_dim]. Position s of a se
 column of the step, whatever its sequence: it attends to positions 0 .. its own. Tokens of one prompt are neighbouring
 columns with the same row; their keys are all in the cache before any of them attends.
 
-Cost model: what static attention costs (8 * S * kv_dim bytes per token), and one look-up per key on the CPU.
+Cost model: what static attention costs (8 * S * kv_dim bytes per token), and one look-up per block.
 """
 
 import numpy as np

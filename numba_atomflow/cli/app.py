@@ -87,12 +87,7 @@ app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
 app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
 app.command(cls=_Command, epilog=BENCH_EXAMPLES)(bench)
 app.command(cls=_Command, epilog=PROFILE_EXAMPLES)(profile)
-sandbox = typer.Typer(
-    cls=_Group,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    help="Many requests over one model with a paged KV cache, and what that costs.",
-)
+sandbox = typer.Typer(cls=_Group, rich_markup_mode=None)
 sandbox.command("run", cls=_Command, epilog=RUN_EXAMPLES)(sandbox_run)
 sandbox.command("compare", cls=_Command, epilog=COMPARE_EXAMPLES)(sandbox_compare)
 app.add_typer(sandbox, name="sandbox")
@@ -139,6 +134,13 @@ def _main(
         output.emit(context.get_help() + "\n")
     else:
         _check_environment()
+
+
+@sandbox.callback(invoke_without_command=True)
+def _sandbox(context: typer.Context) -> None:
+    """Many requests over one model with a paged KV cache, and what that costs."""
+    if context.invoked_subcommand is None:
+        output.emit(context.get_help() + "\n")
 
 
 def _check_environment() -> None:

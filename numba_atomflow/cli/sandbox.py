@@ -96,9 +96,9 @@ def run(
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
-    """Serve requests as they arrive, with continuous batching and real tokens, and report what it cost.
+    """Serve requests as they arrive, and report what it cost.
 
-    Replies are greedy.
+    Continuous batching over a paged KV cache, with real tokens; replies are greedy.
     """
     if (trace is None) == (poisson is None):
         raise OptionError("There are no arrivals; give either --trace FILE or --poisson RATE.")
@@ -162,7 +162,10 @@ def compare(
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a decode step with paged KV beside one with static KV, and where the difference goes."""
+    """Measure what paging and batching cost a decode step.
+
+    Attention and whole steps with paged and with static KV, and each cause's share of the time.
+    """
     sizes_wanted, batch_list = _numbers("--block-sizes", block_sizes), _numbers("--batches", batches)
     if repeats < 1 or max(batch_list) > 8:
         raise OptionError("--repeats must be 1 or more, and --batches 1 to 8; correct them.")

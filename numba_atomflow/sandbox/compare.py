@@ -15,6 +15,7 @@ The latter three are measured in `ServerEngine` itself while it decodes a full b
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import Runner
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
 from numba_atomflow.sandbox.server import ServerEngine
+
+ROUNDS = 3  # in which static, paged and served take turns: what drifts on the machine meets all of them
 
 Progress = Callable[[str, int, int], None]
 
@@ -113,7 +116,7 @@ class Grid:
     step_contexts: Sequence[int]
     batches: Sequence[int]
     repeats: int = 20
-    server_steps: int = 32
+    server_steps: int = 16
 
     @property
     def longest(self) -> int:
@@ -146,17 +149,22 @@ def compare(runner: Runner, model: str, grid: Grid, progress: Progress | None = 
 
 def _attention_row(runner: Runner, context: int, repeats: int) -> AttentionRow:
     step = scattered_step(runner, 1, context)
-    static = runner.time_attention(step.static, "static", repeats)
-    paged = runner.time_attention(step.paged, "paged", repeats)
-    return AttentionRow(context, runner.block_size, static, paged)
+    static, paged = [], []
+    for _ in range(ROUNDS):
+        static.append(runner.time_attention(step.static, "static", repeats))
+        paged.append(runner.time_attention(step.paged, "paged", repeats))
+    return AttentionRow(context, runner.block_size, median(static), median(paged))
 
 
 def _step_row(runner: Runner, batch: int, context: int, grid: Grid) -> StepRow:
-    step = scattered_step(runner, batch, context)
-    static = runner.time_step(step.static, "static", grid.repeats)
-    paged = runner.time_step(step.paged, "paged", grid.repeats)
-    table, schedule, wall = _serve(runner, batch, context, grid.server_steps)
-    return StepRow(batch, context, runner.block_size, static, paged, table, schedule, wall)
+    static, paged, served = [], [], []
+    for _ in range(ROUNDS):
+        step = scattered_step(runner, batch, context)
+        static.append(runner.time_step(step.static, "static", grid.repeats))
+        paged.append(runner.time_step(step.paged, "paged", grid.repeats))
+        served.append(_serve(runner, batch, context, grid.server_steps))
+    table, schedule, wall = (median(values) for values in zip(*served, strict=True))
+    return StepRow(batch, context, runner.block_size, median(static), median(paged), table, schedule, wall)
 
 
 @dataclass(frozen=True)
@@ -192,8 +200,9 @@ def scattered_step(runner: Runner, batch: int, context: int, seed: int = 0) -> S
 
 def _serve(runner: Runner, batch: int, context: int, steps: int) -> tuple[float, float, float]:
     """Medians, in seconds, per step of a server that decodes `batch` sequences: page tables, scheduling, wall time."""
-    server = ServerEngine(_WithoutPrompts(runner, batch * context))
     rng = np.random.default_rng(batch)
+    order = rng.permutation(runner.sizes.slots // runner.block_size).tolist()
+    server = ServerEngine(_WithoutPrompts(runner, batch * context), block_order=order)
     for number in range(batch):
         prompt = rng.integers(0, 1000, context - 1).tolist()
         server.submit(Request(number, prompt, steps + 1))

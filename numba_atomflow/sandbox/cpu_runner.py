@@ -23,7 +23,8 @@ from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_fa
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
 
 MOST_COLUMNS = 64
-FEW = 4  # up to here, reading the weights once per column is faster than decoding them into scratch for BLAS
+FEW = 16  # up to here, one core reads the weights once per column sooner than it decodes them into scratch for BLAS
+
 
 Weight = tuple[NDArray[Any], NDArray[np.float32] | None]  # codes and scales as kernels take them
 
@@ -203,22 +204,23 @@ class CpuRunner:
         """Median seconds of one layer's attention. Layers take turns, as in a step: their caches are cold."""
         attend = self._attend_paged if layout == "paged" else self._attend_static
         numba.set_num_threads(self.threads)
-        return _median_seconds(lambda i: attend(batch, i % self.geometry.layers), repeats)
+        layers = self.geometry.layers
+        return _median_seconds(lambda i: attend(batch, i % layers), repeats, warm=layers)
 
     def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of the whole step."""
         attend = self._attend_paged if layout == "paged" else self._attend_static
-        return _median_seconds(lambda _: self._run(batch, attend), repeats)
+        return _median_seconds(lambda _: self._run(batch, attend), repeats, warm=1)
 
 
-def _median_seconds(action: Callable[[int], object], repeats: int) -> float:
-    """Of `repeats` runs, after one that is thrown away."""
+def _median_seconds(action: Callable[[int], object], repeats: int, warm: int) -> float:
+    """Of `repeats` runs, after `warm` that are thrown away: the first to touch a page of memory waits for it."""
     seconds = []
-    for i in range(repeats + 1):
+    for i in range(warm + repeats):
         started = time.perf_counter()
         action(i)
         seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]))
+    return float(np.median(seconds[warm:]))
 
 
 def _dry_step(columns: int) -> Batch:

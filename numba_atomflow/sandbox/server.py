@@ -60,12 +60,19 @@ class ServerEngine:
         runner: prepared; it is the caller's to close.
         token_budget: columns of a step; as many as the runner takes, if None.
         max_sequences: requests that run at once; as many as the page table has rows, but no more than columns, if None.
+        block_order: in which blocks are handed out at first.
 
     Raises:
         OptionError: a number is out of range.
     """
 
-    def __init__(self, runner: StepRunner, token_budget: int | None = None, max_sequences: int | None = None) -> None:
+    def __init__(
+        self,
+        runner: StepRunner,
+        token_budget: int | None = None,
+        max_sequences: int | None = None,
+        block_order: Sequence[int] | None = None,
+    ) -> None:
         budget = runner.most_columns if token_budget is None else token_budget
         if not 1 <= budget <= runner.most_columns:
             raise OptionError(f"token_budget is {budget}; a step here takes 1 to {runner.most_columns} tokens.")
@@ -74,7 +81,7 @@ class ServerEngine:
         if sequences > rows:
             raise OptionError(f"max_sequences is {sequences}; the page table has {rows} rows.")
         self.runner = runner
-        self.manager = BlockManager(runner.sizes.slots // runner.block_size, runner.block_size)
+        self.manager = BlockManager(runner.sizes.slots // runner.block_size, runner.block_size, block_order)
         self.scheduler = Scheduler(self.manager, PageTable(runner.pages), budget, sequences)
         self.now = 0.0
         self.steps: list[StepRecord] = []
@@ -102,21 +109,21 @@ class ServerEngine:
 
     def step(self) -> list[Request]:
         """Plan and run one step; the requests that ended with it. Does nothing if there is nothing to do."""
-        scheduler = self.scheduler
-        started, table_before = time.perf_counter(), scheduler.table_seconds
+        scheduler, table_before = self.scheduler, self.scheduler.table_seconds
+        started = time.perf_counter()
         batch = scheduler.plan()
         if batch is None:
             return []
+        used, planned = self.manager.used_count, time.perf_counter()
         self.runner.pages_changed(scheduler.table.dirty)
         scheduler.table.clean()
-        planned, used = time.perf_counter(), self.manager.used_count
+        ready = time.perf_counter()
         tokens = self.runner.run(batch)
         ran = time.perf_counter()
-        self.now += ran - started
-        ended = scheduler.finish_step(batch, tokens, self.now)
+        ended = scheduler.finish_step(batch, tokens, self.now + ran - started)
         done = time.perf_counter()
-        self.now += done - ran
-        table = scheduler.table_seconds - table_before
+        self.now += done - started
+        slots = scheduler.table_seconds - table_before  # of the plan
         self.steps.append(
             StepRecord(
                 now=self.now,
@@ -125,9 +132,9 @@ class ServerEngine:
                 running=len(scheduler.running) + len(ended),
                 waiting=len(scheduler.waiting),
                 used_blocks=used,
-                schedule_seconds=planned - started - table + done - ran,
-                table_seconds=table,
-                model_seconds=ran - planned,
+                schedule_seconds=planned - started - slots + done - ran,
+                table_seconds=slots + ready - planned,
+                model_seconds=ran - ready,
             )
         )
         self.finished += ended

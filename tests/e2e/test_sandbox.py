@@ -9,6 +9,7 @@ from cli_runner import InProcess, assert_refused
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.cli import sandbox_main
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
 from numba_atomflow.sandbox.requests import Request
@@ -99,6 +100,19 @@ def test_the_command_serves_a_trace(cli: InProcess, smollm2_checkpoint: Path, tm
     table = cli(*common)
     assert table.code == 0
     assert "3 requests, " in table.out
+
+
+def test_a_console_script_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["numba-atomflow-sandbox"])
+    with pytest.raises(SystemExit) as leave:
+        sandbox_main()
+    assert leave.value.code == 0
+    out = capsys.readouterr().out
+    assert "compare" in out
+    monkeypatch.setattr("sys.argv", ["numba-atomflow-sandbox", "run", "--poisson", "-1"])
+    with pytest.raises(SystemExit) as leave:
+        sandbox_main()
+    assert leave.value.code == 2
 
 
 def test_the_command_serves_arrivals_at_random(cli: InProcess, smollm2_checkpoint: Path) -> None:

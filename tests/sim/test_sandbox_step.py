@@ -1,0 +1,119 @@
+"""A whole step of the sandbox's GPU runner in the simulator, over host memory, beside the same step on the CPU."""
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_cases import generator, relative_error
+from numpy.typing import NDArray
+from tiny_models import tiny_geometry
+
+from numba_atomflow.engine import WeightArrays
+from numba_atomflow.geometry import rope_inverse_frequencies
+from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.view import View
+from numba_atomflow.ops import rope
+from numba_atomflow.ops.cuda.chip import Chip
+from numba_atomflow.ops.cuda.fragments import to_fragments_reference
+from numba_atomflow.ops.cuda.sample import token_of
+from numba_atomflow.random_model import RandomModel
+from numba_atomflow.sandbox import gpu_runner
+from numba_atomflow.sandbox.cpu_runner import CpuRunner
+from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
+from numba_atomflow.sandbox.gpu_runner import GpuRunner
+from numba_atomflow.sandbox.requests import Request
+from numba_atomflow.sandbox.runner import CacheSizes
+from numba_atomflow.sandbox.scheduler import Batch, Chunk
+
+GEOMETRY = tiny_geometry(layers=1, hidden=128, heads=2, kv_heads=1, ffn=128, vocabulary=48)
+SIZES = CacheSizes(slots=96, block_sizes=(8,), sequences=3, longest=32)
+CHIP = Chip(multiprocessors=1, shared_bytes=232448, capability=(8, 0))
+LIMIT = 3e-3  # relative L2, as on a GPU
+
+
+class SimulatedRunner(GpuRunner):
+    """A runner whose device memory is the host's, and whose launches run in the simulator."""
+
+    def __init__(self, weights: WeightArrays) -> None:
+        self.geometry, self.sizes, self.block_size = GEOMETRY, SIZES, 8
+        self.kernels = SandboxKernels(GEOMETRY, CHIP, SIZES, halves=False)
+        self.most_columns, self._head, self._stream = self.kernels.widths[-1], "vocabulary", None
+        self._step: Any = SimpleNamespace(array=np.zeros((len(STEP_INPUTS), self.most_columns), np.int64))
+        parts = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+        vectors = [name for name in weights if not name.endswith((".weight", ".scale"))]
+        plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, parts)
+        self._arena: Any = HostArena(plan)  # type: ignore[assignment]
+        for name in vectors:
+            self.array(name)[:] = weights[name]
+        for part in parts:
+            codes, scales = weights[f"{part}.weight"], weights[f"{part}.scale"]
+            self.array(part)[:] = to_fragments_reference(codes, scales, self.kernels.layout_of(part))
+        tables = rope.rope_table(rope_inverse_frequencies(GEOMETRY), SIZES.longest)
+        self.array("cosines")[:], self.array("sines")[:] = tables
+        self.array("options")[:] = 0.0, 0.0, 1.0, 0.0, 1.0
+
+    def array(self, name: str) -> NDArray[Any]:
+        return self._arena[name].host_array()  # type: ignore[no-any-return]
+
+    def _launch(self, name: str, *arguments: Any) -> Any:
+        planned = self.kernels.planned[name]
+        spec = planned.spec
+        arrays = [plain(view, kind) for kind, view in zip(spec.signature, arguments, strict=True)]
+
+        def run() -> None:
+            spec.make()[planned.blocks, spec.threads, 0, spec.shared_bytes](*arrays)
+
+        return run
+
+    def _forget_best(self) -> None:
+        self.array("best")[:] = -1
+
+    def step(self, batch: Batch, layout: Any) -> None:
+        width = self._bring(batch, self._spare_slot(layout))
+        for launch in self._step_launches(width, layout, True):
+            launch()
+
+
+def copy_in_memory(address: int, values: NDArray[Any], stream: Any) -> None:
+    assert stream is None
+    ctypes.memmove(address, values.ctypes.data, values.nbytes)
+
+
+def plain(view: View, kind: str) -> NDArray[Any]:
+    """A view as a kernel sees it: one dimension, of the kernel's own type."""
+    return view.host_array().reshape(-1).view(kind.removesuffix("*"))
+
+
+@pytest.mark.parametrize("layout", ["paged", "static"])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_step_is_that_of_the_cpu(layout: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences with 20, 9 and no positions behind them, in a step of four columns; or the first one alone."""
+    monkeypatch.setattr(gpu_runner, "copy_to_device", copy_in_memory)
+    rng = generator(columns)
+    weights = WeightArrays(RandomModel(GEOMETRY))
+    gpu, cpu = SimulatedRunner(weights), CpuRunner(GEOMETRY, dict(weights), SIZES, threads=1)
+    noise = rng.standard_normal(gpu.array("paged_kv").shape).astype(np.float16)
+    gpu.array("paged_kv")[:] = noise
+    cpu._cache[:] = noise[:, :, : SIZES.slots]
+    pages = rng.permutation(12).reshape(3, 4).astype(np.int32)
+    gpu.array("pages")[:3], cpu.pages[:] = pages, pages
+    gpu.array("pages")[3, 0] = 12  # the block that nobody has
+    positions, rows = np.array([20, 9, 0])[:columns], np.arange(columns)
+    slots = rows * SIZES.capacity + positions
+    if layout == "paged":
+        slots = pages[rows, positions // 8].astype(np.int64) * 8 + positions % 8
+    tokens = rng.integers(0, GEOMETRY.vocabulary, columns).astype(np.int32)
+    chunks = [Chunk(Request(row, [1], 1), 0, 1, []) for row in range(columns)]
+    batch = Batch(chunks, tokens, positions, positions, rows, slots, list(range(columns)), [])
+    gpu.step(batch, layout)
+    cpu._run(batch, cpu._attend_paged if layout == "paged" else cpu._attend_static)
+    expected = cpu._array("logits")[:columns].astype(np.float64)
+    assert relative_error(gpu.array("logits")[:columns], expected) <= LIMIT
+    best = [token_of(int(key)) for key in gpu.array("best")[:columns]]
+    assert best == gpu.array("logits")[:columns].argmax(axis=1).tolist()
+    written = gpu.array("paged_kv")[:, :, slots].astype(np.float64)
+    assert relative_error(written, cpu._cache[:, :, slots].astype(np.float64)) <= LIMIT
+    others = np.setdiff1d(np.arange(SIZES.slots), slots)
+    np.testing.assert_array_equal(gpu.array("paged_kv")[:, :, others], noise[:, :, others])
