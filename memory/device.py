@@ -26,10 +26,12 @@ class DeviceArena:
     def __init__(self, plan: MemoryPlan) -> None:
         self.plan = plan
         free, total = (int(count) for count in call("cuMemGetInfo"))
-        needed = ", ".join(f"{pool} {size / 1e9:.2f}" for pool, size in plan.pool_bytes().items())
+        pools = plan.pool_bytes()
+        needed = ", ".join(f"{pool} {size / 1e9:.2f}" for pool, size in pools.items())
+        shorter = "use a smaller --max-seq-len, or " if pools["weights"] + _HEADROOM < free else "use "
         refusal = (
             f"The model needs {plan.total / 1e9:.2f} GB on the GPU ({needed}), but only {free / 1e9:.2f} of its "
-            f"{total / 1e9:.2f} GB are free; use a smaller --max-seq-len, or --backend cpu."
+            f"{total / 1e9:.2f} GB are free; {shorter}--backend cpu."
         )
         if plan.total + _HEADROOM > free:
             raise BackendError(refusal)
@@ -115,7 +117,11 @@ class PinnedArray:
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         flags = driver.CU_MEMHOSTALLOC_DEVICEMAP
         self._pointer: int | None = int(call("cuMemHostAlloc", nbytes, flags))
-        address = int(call("cuMemHostGetDevicePointer", self._pointer, 0))
+        try:
+            address = int(call("cuMemHostGetDevicePointer", self._pointer, 0))
+        except BaseException:
+            self.free()
+            raise
         self.view = View("pinned", address, shape, dtype)
         self.array = View("pinned", self._pointer, shape, dtype).host_array()
         self.array[:] = 0

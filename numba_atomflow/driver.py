@@ -9,6 +9,7 @@ included: measured with driver 580. The process goes on all the same, on the CPU
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 from numba_atomflow.errors import BackendError
@@ -34,6 +35,15 @@ _FINAL = {
     )
 }
 
+_OTHER_LIBRARIES = "install the CUDA libraries that fit the driver: numba-atomflow[cu13] or [cu12]"
+_ADVICE = {
+    "CUDA_ERROR_OUT_OF_MEMORY": "free memory on the GPU or use a smaller --max-seq-len",
+    "CUDA_ERROR_INVALID_IMAGE": _OTHER_LIBRARIES,
+    "CUDA_ERROR_INVALID_PTX": _OTHER_LIBRARIES,
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": _OTHER_LIBRARIES,
+    "CUDA_ERROR_NO_BINARY_FOR_GPU": _OTHER_LIBRARIES,
+}
+
 _lock = threading.Lock()
 
 
@@ -45,9 +55,16 @@ class DriverError(BackendError):
     """
 
     def __init__(self, function: str, code: str, explanation: str) -> None:
-        advice = "start a new process to use the GPU again" if code in _FINAL else "load the model again"
+        advice = (
+            "start a new process to use the GPU again" if code in _FINAL else _ADVICE.get(code, "load the model again")
+        )
         super().__init__(f"The GPU failed in {function}: {explanation} ({code}); {advice}, or use --backend cpu.")
         self.code = code
+
+    @property
+    def final(self) -> bool:
+        """Whether this process cannot use the GPU any more."""
+        return self.code in _FINAL
 
 
 def call(function: str, *arguments: Any) -> Any:
@@ -60,7 +77,12 @@ def call(function: str, *arguments: Any) -> Any:
     driver = _bindings()
     try:
         status, *results = getattr(driver, function)(*arguments)
-    except RuntimeError as error:  # the bindings found no driver library
+    except RuntimeError as error:
+        if type(error).__name__ == "FunctionNotFoundError":
+            raise BackendError(
+                f"The NVIDIA driver is too old for these bindings (it has no {function}); update it, install "
+                "'numba-atomflow[cu12]', or use --backend cpu."
+            ) from error
         raise BackendError("This machine has no NVIDIA driver; install one, or use --backend cpu.") from error
     if status != 0:
         code, explanation = status.name, ""
@@ -70,6 +92,7 @@ def call(function: str, *arguments: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
+@cache
 def _bindings() -> Any:
     try:
         from cuda.bindings import driver
@@ -141,7 +164,9 @@ class Device:
                     call("cuCtxDestroy", self._context)
 
     def abandon(self) -> None:
-        """After an error of the GPU: the next `open_device` makes a new context; this one's users still close it."""
+        """After a final error: the next `open_device` asks the driver anew, which refuses; this one's users still
+        close it.
+        """
         global _shared  # noqa: PLW0603  the process's one device
         with _lock:
             if _shared is self:

@@ -416,12 +416,6 @@ def barrier_expect(barriers, index, nbytes):  # type: ignore[no-untyped-def]
     _advance_barrier(barriers, index, 1, int(nbytes))
 
 
-@_instruction(_SHARED + " mbarrier.arrive.shared::cta.b64 _, [b]; }", (), (_ADDRESS,), memory=True)
-def barrier_arrive(barriers, index):  # type: ignore[no-untyped-def]
-    """Arrive: what this thread has read or written before is done for whoever waits for the phase."""
-    _advance_barrier(barriers, index, 1, 0)
-
-
 @_instruction(
     _SHARED + " .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [b], $1; @!p bra WAIT; }",
     (),

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend
+from numba_atomflow.driver import Device
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
 
@@ -22,14 +23,28 @@ def check_name(name: str) -> None:
 
 
 def gpu_is_usable() -> bool:
-    """Whether this machine has a GPU, a driver and the bindings that the CUDA backend needs."""
+    """Whether this machine has a GPU, a driver, the bindings and the compiler that the CUDA backend needs."""
+    device = _usable_gpu()
+    if device is None:
+        return False
+    device.close()
+    return True
+
+
+def _usable_gpu() -> Device | None:
+    """The GPU, opened; None where there is none, or no compiler for it (the extras cu12 and cu13 bring it)."""
     from numba_atomflow.driver import open_device
 
     try:
-        open_device().close()
+        device = open_device()
     except BackendError:
-        return False
-    return True
+        return None
+    from numba_atomflow.ops.cuda.build import missing_compiler
+
+    if missing_compiler():
+        device.close()
+        return None
+    return device
 
 
 def make_backend(
@@ -54,10 +69,15 @@ def make_backend(
     if name == "cuda" and threads is not None:
         raise OptionError("--threads is for the CPU backend; leave it out, or use --backend cpu.")
     # numba is slow to import: not before it is needed.
-    if name == "cuda" or (name == "auto" and threads is None and gpu_is_usable()):
+    device = _usable_gpu() if name == "auto" and threads is None else None
+    if name == "cuda" or device is not None:
         from numba_atomflow.backends.cuda.backend import CudaBackend
 
-        return CudaBackend(geometry, weights, max_seq_len)
+        try:
+            return CudaBackend(geometry, weights, max_seq_len)
+        finally:
+            if device is not None:  # it was kept open, so that its context need not be made twice
+                device.close()
     from numba_atomflow.backends.cpu import CpuBackend
 
     return CpuBackend(geometry, dict(weights), max_seq_len, threads)

@@ -76,7 +76,8 @@ def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
 def compilers() -> str:
     """Versions of what turns Python into machine code."""
     found = []
-    for package in ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvcc", "nvidia-nvjitlink", "cuda-core"):
+    libraries = ("nvidia-nvvm", "nvidia-cuda-nvcc", "nvidia-cuda-nvrtc", "nvidia-nvjitlink")
+    for package in ("numba", "numba-cuda", "cuda-core", *libraries, *(f"{library}-cu12" for library in libraries)):
         with suppress(metadata.PackageNotFoundError):
             found.append(f"{package} {metadata.version(package)}")
     return ", ".join(found)
@@ -123,6 +124,8 @@ def build(
 ) -> dict[KernelSpec, bytes]:
     """Machine code of all specs, from the cache where it is there.
 
+    `progress` is called on the thread of the caller.
+
     Raises:
         BackendError: the compiler is not installed, or failed.
     """
@@ -149,14 +152,27 @@ def build(
     return done
 
 
-def _check_compiler() -> None:
+def missing_compiler() -> str | None:
+    """The library of the compiler that is not installed; None if all are there. A plain install has none of them."""
     try:
-        import cuda.core  # noqa: F401
-        import numba.cuda  # noqa: F401
-    except ImportError as error:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+    except ImportError:
+        return "cuda-python"
+    for name in ("nvvm", "nvrtc", "nvJitLink"):
+        try:
+            load_nvidia_dynamic_lib(name)
+        except RuntimeError:  # its class for a library that is not found
+            return name
+    return None
+
+
+def _check_compiler() -> None:
+    missing = missing_compiler()
+    if missing:
         raise BackendError(
-            f"The GPU's compiler is missing ({error}); pip install 'numba-atomflow[cu13]', or use --backend cpu."
-        ) from error
+            f"The GPU's compiler lacks {missing}; pip install 'numba-atomflow[cu13]' (or [cu12] for "
+            "CUDA 12), or use --backend cpu."
+        )
 
 
 def _compile_in_parallel(
@@ -166,34 +182,33 @@ def _compile_in_parallel(
     waiting: SimpleQueue[KernelSpec] = SimpleQueue()
     for spec in specs:
         waiting.put(spec)
-    failures: list[str] = []
-    lock = threading.Lock()
-    workers = [_Worker() for _ in range(min(len(specs), os.cpu_count() or 1, _MOST_WORKERS))]
+    finished: SimpleQueue[tuple[KernelSpec, bytes, str]] = SimpleQueue()
+    workers: list[_Worker] = []
 
     def serve(worker: _Worker) -> None:
-        while not failures:
+        while True:
             try:
                 spec = waiting.get_nowait()
             except Empty:
                 return
-            code, failure = worker.compile(spec, capability)
-            with lock:
-                if failure:
-                    failures.append(f"{spec.name}: {failure}")
-                else:
-                    report(spec, code)
+            finished.put((spec, *worker.compile(spec, capability)))
 
-    threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for _ in range(min(len(specs), len(os.sched_getaffinity(0)), _MOST_WORKERS)):
+            workers.append(_Worker())
+            threading.Thread(target=serve, args=(workers[-1],), daemon=True).start()
+        for _ in specs:
+            spec, code, failure = finished.get()
+            if failure:
+                raise BackendError(
+                    f"A GPU kernel could not be compiled ({spec.name}: {failure}); use --backend cpu, and report this."
+                )
+            report(spec, code)
+    except OSError as error:
+        raise BackendError(f"The GPU's compiler could not be started ({error}); use --backend cpu.") from error
     finally:  # also after Ctrl-C: no compiler goes on by itself
         for worker in workers:
             worker.stop()
-    if failures:
-        raise BackendError(f"A GPU kernel could not be compiled ({failures[0]}); use --backend cpu, and report this.")
 
 
 class _Worker:
@@ -222,7 +237,9 @@ class _Worker:
             stdin.flush()
             answer = json.loads(stdout.readline())
         except (OSError, ValueError):
-            return b"", "the compiler's process ended before it was done"
+            code = self._process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return b"", f"the compiler's process {how}"
         return base64.b64decode(answer["code"]), str(answer["failure"])
 
     def stop(self) -> None:

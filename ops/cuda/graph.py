@@ -1,11 +1,12 @@
 """Launches captured into a graph and replayed; and times, by events around replays: the host takes no part in them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from numba_atomflow.driver import call
+from numba_atomflow.driver import DriverError, call
 from numba_atomflow.ops.cuda.launch import Launch
 
 LEAST_LAUNCHES = 32  # in a timed graph: starting it costs some 5 us, which this many share
@@ -24,14 +25,21 @@ class Graph:
         try:
             for launch in launches:
                 launch.run()
-        finally:
-            graph = call("cuStreamEndCapture", stream)
+        except BaseException:
+            with suppress(DriverError):  # the launch's own error is the one to tell
+                call("cuGraphDestroy", call("cuStreamEndCapture", stream))
+            raise
+        graph = call("cuStreamEndCapture", stream)
         self._stream = stream
         try:
             self._executable = call("cuGraphInstantiate", graph, 0)
         finally:
             call("cuGraphDestroy", graph)
-        call("cuGraphUpload", self._executable, stream)
+        try:
+            call("cuGraphUpload", self._executable, stream)
+        except BaseException:
+            self.destroy()
+            raise
 
     def replay(self) -> None:
         """Put the step into the stream once more."""

@@ -174,7 +174,6 @@ def make_sample(
         some_k = top_k > 0 and top_k < vocabulary
         # Infinity and NaN leave no probabilities to draw from.
         if temperature == 0.0 or top_k == 1 or best_key >= _INFINITE:
-            cuda.syncthreads()
             if thread == 0:
                 token[0] = best_token
             return

@@ -1,6 +1,7 @@
 """The CUDA backend as the engine sees it."""
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -16,7 +17,7 @@ from numba_atomflow.backends.cuda.steps import Binder
 from numba_atomflow.backends.cuda.tokens import TokenChannel
 from numba_atomflow.checkpoint import HeadFormat, head_part
 from numba_atomflow.decode import Head, Op, Weight, Weights, build_head, build_step
-from numba_atomflow.driver import DriverError, call, open_device
+from numba_atomflow.driver import Device, DriverError, call, open_device
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.ops import rope
@@ -39,7 +40,7 @@ class CudaBackend:
         weights: the checkpoint's arrays by name; not needed any more when `prepare` has returned.
         max_seq_len: positions of the KV cache.
         dependent: programmatic dependent launch; where the GPU has it, if None.
-        graphs: replay captured steps; without, every launch is made anew (to measure what that costs).
+        graphs: replay captured steps; without, kernels are launched one by one (to measure what that costs).
 
     Raises:
         BackendError: no usable GPU, or too little memory on it.
@@ -61,11 +62,11 @@ class CudaBackend:
         self._max_seq_len = max_seq_len
         self._use_graphs = graphs
         self.compile_seconds = 0.0
-        self._stream_is_open = False
         self._open = ExitStack()  # what `close` takes back, last made first
         try:
             self._gpu = open_device()
             self._open.callback(self._gpu.close)
+            self._release = weakref.finalize(self, _release, self._gpu, self._open)  # also if nobody calls `close`
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             self.kernels = ModelKernels(geometry, chip_of(self._gpu), head, dependent=dependent)
             self.block = min(self.kernels.block, max_seq_len)
@@ -74,7 +75,7 @@ class CudaBackend:
             with self._gpu.current():
                 self._allocate()
         except BaseException:
-            self.close()
+            self._open.close()
             raise
         self._position = 0  # of the device, when all that is queued has run
         self._queued = 0  # number of the last token that the device will make
@@ -85,12 +86,11 @@ class CudaBackend:
         from cuda.bindings import driver
 
         self.stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        self._stream_is_open = True
-        self._open.callback(self._in_context, call, "cuStreamDestroy", self.stream)
+        self._take_back(call, "cuStreamDestroy", self.stream)
         self._arena = DeviceArena(self.plan)
-        self._open.callback(self._in_context, self._arena.free)
+        self._take_back(self._arena.free)
         self._tokens = TokenChannel(self.stream)
-        self._open.callback(self._in_context, self._tokens.free)
+        self._take_back(self._tokens.free)
         self._memory = DeviceMemory(self.stream)
         names = [buffer.name for buffer in self.plan.buffers if buffer.pool != "weights"]
         self._buffers = {name: self._arena[name] for name in names}
@@ -115,25 +115,22 @@ class CudaBackend:
 
     def close(self) -> None:
         """Give all memory of the GPU back. Closing twice is fine."""
-        if self._stream_is_open:  # replays that nobody waits for any more
-            self._stream_is_open = False
-            self._in_context(call, "cuStreamSynchronize", self.stream)
         self._arrays = None
-        self._open.close()
+        self._release()
 
-    def _in_context(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """For taking things back: after a failure of the GPU they went with the context, and it says so each time."""
-        with suppress(DriverError), self._gpu.current():
-            action(*arguments)
+    def _take_back(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """Have `close` do this, too; it must not refer to the backend, which could not be collected otherwise."""
+        self._open.callback(_in_context, self._gpu, action, *arguments)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """The context is current; a failure of the GPU makes it unusable, and the next engine gets a new one."""
+        """The context is current; after a final failure of the GPU no other engine will get it."""
         try:
             with self._gpu.current():
                 yield
-        except DriverError:
-            self._gpu.abandon()
+        except DriverError as error:
+            if error.final:
+                self._gpu.abandon()
             raise
 
     def prepare(self, progress: Progress | None = None) -> None:
@@ -147,16 +144,17 @@ class CudaBackend:
             self._upload(loaded, progress)
             scratch, ring = self._buffers.__getitem__, self._tokens.ring
             self._binder = Binder(self.kernels, loaded, scratch, ring, self.stream)
+            ready = self._graph if self._use_graphs else self._launches
             for tokens in range(1, self.block + 1):
-                self._graph(tokens, "none")
-                self._graph(tokens, "sample")
+                ready(tokens, "none")
+                ready(tokens, "sample")
             self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
             self.seek(0)
         self._arrays = None
 
     def _load(self, spec: Any, code: bytes) -> Kernel:
         kernel = Kernel(spec, code)
-        self._open.callback(self._in_context, kernel.unload)
+        self._take_back(kernel.unload)
         return kernel
 
     def _upload(self, loaded: Mapping[str, Kernel], progress: Progress | None) -> None:
@@ -230,8 +228,19 @@ class CudaBackend:
 
     def sampled_token(self) -> int:
         """The token that was asked for last; waits for it."""
+        return self._tokens.receive(self._wanted, self._check)
+
+    def _check(self) -> None:
+        """Raise if the GPU has failed, or has nothing to do any more and has not made the token that is waited for."""
+        from cuda.bindings import driver
+
         with self._running():
-            return self._tokens.receive(self._wanted)
+            (status,) = driver.cuStreamQuery(self.stream)
+            if status == driver.CUresult.CUDA_ERROR_NOT_READY:
+                return
+            call("cuStreamSynchronize", self.stream)  # an error is raised here
+            if int(self._memory.read(self._buffers["sampling.count"])[0]) < self._wanted:
+                raise RuntimeError("the GPU has finished without the token that was waited for")
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
@@ -256,17 +265,12 @@ class CudaBackend:
             self._count(len(tokens), head)
             self._wanted = self._queued
 
-    def synchronize(self) -> None:
-        """Wait until the GPU has done all that is queued."""
-        with self._running():
-            call("cuStreamSynchronize", self.stream)
-
     # --- what `bench` and `profile` ask ------------------------------------------------------------------------------
 
     def ceilings(self) -> dict[str, float]:
         """GB/s of reading this GPU's memory, by loads and by the copy engine, measured now."""
         with self._running():
-            return measure_ceilings(self.kernels.chip, self.stream)
+            return measure_ceilings(self._gpu, self.stream)
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
         """The decode step's ops in order, each with the seconds of its kind.
@@ -300,6 +304,7 @@ class CudaBackend:
     def _measuring(self) -> Iterator[None]:
         """Position and count of tokens are put right afterwards."""
         position = self._position
+        self._sure = False
         with self._running():
             yield
             self._settle(position)
@@ -310,6 +315,9 @@ class CudaBackend:
         """Wait for all that is queued, count its tokens as seen, and set the position."""
         self._sure = False
         self._memory.write(self._buffers["position"], np.array([position]))
+        self._memory.write(
+            self._buffers["sampling.best"], np.array([_NO_TOKEN])
+        )  # a step may have ended before its end
         self._queued = self._wanted = int(self._memory.read(self._buffers["sampling.count"])[0])
         self._position = position
         self._sure = True
@@ -348,6 +356,18 @@ class CudaBackend:
     def _graph(self, tokens: int, head: Head) -> Graph:
         if (tokens, head) not in self._graphs:
             graph = Graph(self._launches(tokens, head), self.stream)
-            self._open.callback(self._in_context, graph.destroy)
+            self._take_back(graph.destroy)
             self._graphs[tokens, head] = graph
         return self._graphs[tokens, head]
+
+
+def _in_context(gpu: Device, action: Callable[..., Any], *arguments: Any) -> None:
+    """For taking things back: after a failure of the GPU they went with the context, and it says so each time."""
+    with suppress(DriverError), gpu.current():
+        action(*arguments)
+
+
+def _release(gpu: Device, made: ExitStack) -> None:
+    """Wait for replays that nobody waits for any more, then take back all that was made."""
+    _in_context(gpu, call, "cuCtxSynchronize")
+    made.close()

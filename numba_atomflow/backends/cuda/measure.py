@@ -1,29 +1,43 @@
 """How fast the GPU's memory can be read."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
-from numba_atomflow.driver import call
+from numba_atomflow.driver import Device, call
+from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda import ceiling
 from numba_atomflow.ops.cuda.build import build
-from numba_atomflow.ops.cuda.chip import Chip
+from numba_atomflow.ops.cuda.chip import chip_of
 from numba_atomflow.ops.cuda.graph import Graph, time_graph
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.spec import U32, kernel_spec
 
 _CEILING_BYTES = 2 << 30  # read per pass: far more than any second-level cache holds
+_LEAST_CACHES = 4  # second-level caches that it must be larger than
 _CEILING_PASSES = 12
 _READ_BLOCKS = 4  # per multiprocessor
 
 
-def measure_ceilings(chip: Chip, stream: Any) -> dict[str, float]:
+def measure_ceilings(device: Device, stream: Any) -> dict[str, float]:
     """GB/s (medians) of reading memory: by loads, and where there is a copy engine, by it.
 
     Takes 2 GB of device memory for as long as it runs, or half of what is free if that is less.
+
+    Raises:
+        BackendError: what is free is too little to be slower than the second-level cache.
     """
-    room = min(_CEILING_BYTES, int(call("cuMemGetInfo")[0]) // 2) // (1 << 20) * (1 << 20)
+    chip = chip_of(device)
+    free = int(call("cuMemGetInfo")[0])
+    room = min(_CEILING_BYTES, free // 2) // (1 << 20) * (1 << 20)
+    if room < _LEAST_CACHES * device.l2_bytes:
+        needed = 2 * _LEAST_CACHES * device.l2_bytes
+        raise BackendError(
+            f"Measuring how fast the GPU's memory is takes {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB "
+            "are free; use a smaller --max-seq-len, or close other programs."
+        )
     specs = {"loads": kernel_spec("read", "ceiling:make_read", (U32, U32), ceiling.THREADS)}
     blocks = {"loads": _READ_BLOCKS * chip.multiprocessors, "copy engine": chip.multiprocessors}
     if chip.capability >= (9, 0):
@@ -37,12 +51,12 @@ def measure_ceilings(chip: Chip, stream: Any) -> dict[str, float]:
         source = View("ceiling.source", address, (room // 4 - 1024,), "uint32")
         total = View("ceiling.total", address + room - 4096, (1,), "uint32")
         for name, spec in specs.items():
-            kernel = Kernel(spec, codes[spec])
-            graph = Graph([Launch(kernel, blocks[name], (source, total), stream)], stream)
-            seconds = float(np.median(time_graph(graph, stream, _CEILING_PASSES)))
-            graph.destroy()
-            kernel.unload()
-            found[name] = source.nbytes / seconds / 1e9
+            with ExitStack() as made:
+                kernel = Kernel(spec, codes[spec])
+                made.callback(kernel.unload)
+                graph = Graph([Launch(kernel, blocks[name], (source, total), stream)], stream)
+                made.callback(graph.destroy)
+                found[name] = source.nbytes / float(np.median(time_graph(graph, stream, _CEILING_PASSES))) / 1e9
     finally:
         call("cuMemFree", address)
     return found

@@ -6,10 +6,8 @@ there.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from numba_atomflow.backends.cuda.kernels import RING
 from numba_atomflow.driver import call
@@ -28,7 +26,11 @@ class TokenChannel:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._to_device = PinnedArray((_STAGED,), "int32")
-        self._to_host = PinnedArray((RING,), "uint64")
+        try:
+            self._to_host = PinnedArray((RING,), "uint64")
+        except BaseException:
+            self._to_device.free()
+            raise
         self._staged = 0
 
     @property
@@ -46,11 +48,14 @@ class TokenChannel:
         self._staged += len(tokens)
         copy_to_device(target.address, staged, self._stream)
 
-    def receive(self, number: int) -> int:
+    def receive(self, number: int, check: Callable[[], None]) -> int:
         """The token with this number (from 1 on), as soon as the device has made it.
 
+        Args:
+            check: called now and then while nothing comes; raises if the stream has failed, or waits until it has
+                ended, if it has nothing to do any more.
+
         Raises:
-            DriverError: the GPU failed, and it will never come.
             CheckpointError: its logits are no numbers.
         """
         slot, wanted = self._to_host.array[(number - 1) % RING : (number - 1) % RING + 1], number & 0xFFFFFFFF
@@ -61,25 +66,14 @@ class TokenChannel:
                 break
             polls += 1
             if polls % _POLLS == 0:
-                self._check(slot, wanted)
+                check()
+                time.sleep(0)  # let other threads run
         if entry >> _ID_BITS & 1:
             raise CheckpointError(
                 "The model computes no numbers (NaN): its checkpoint is damaged; check it with "
                 "`numba-atomflow info MODEL --verify`, or convert it again."
             )
         return entry & ((1 << _ID_BITS) - 1)
-
-    def _check(self, slot: "np.ndarray[Any, np.dtype[np.uint64]]", wanted: int) -> None:
-        """Nothing has come for a while: has the stream failed, or ended without it?"""
-        from cuda.bindings import driver
-
-        (status,) = driver.cuStreamQuery(self._stream)
-        if status == driver.CUresult.CUDA_ERROR_NOT_READY:
-            time.sleep(0)  # let other threads run
-            return
-        call("cuStreamSynchronize", self._stream)  # an error is raised here
-        if int(slot[0]) >> 32 != wanted:
-            raise RuntimeError("the GPU has finished without the token that was waited for")
 
     def free(self) -> None:
         """Give the pinned memory back."""
