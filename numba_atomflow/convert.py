@@ -15,7 +15,7 @@ from numba_atomflow.errors import DestinationError, OptionError, SourceError, Te
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
-from numba_atomflow.text import TextAssets, TextCodec
+from numba_atomflow.text import TextAssets, TextCodec, read_text_file
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,7 +46,8 @@ def convert(
         revision: of a model of the hub: branch, tag or commit; "main" by default.
         method: "rtn" (round to nearest), "awq" (channel scales and clipping) or "gptq" (clipping and error feedback).
         calibration: for "awq" and "gptq" a text file; by default Python's documentation strings.
-        head: format of the vocabulary projection (and of the embedding, where they are one).
+        head: format of the vocabulary projection (and of the embedding, where they are one); one that is FP8 already
+            stays as it is.
         overwrite: replace an existing checkpoint.
         progress: called before each step with its name, bytes done and bytes in all: fetching, hashing, calibrated
             layers (of one byte per weight), writing.
@@ -65,6 +66,8 @@ def convert(
     if method == "rtn" and calibration is not None:
         raise OptionError("rtn rounds weights without looking at any text; choose another method, or no calibration.")
     _check_destination(destination, overwrite)
+    if calibration is not None:
+        read_text_file(calibration)  # before a model is fetched for nothing
     source = local_source(source, revision, progress)
     weights = open_source(source)
     _check_text(source, weights.text)
@@ -77,6 +80,8 @@ def convert(
     if method != "rtn":
         convert_calibrated(weights, destination, method, calibration, head, origin, report, overwrite=overwrite)
         return destination
+    if head == "fp16" and _is_fp8(weights, head_part(weights.geometry)):
+        head = "fp8"  # float16 would round its products, and take twice the space
     quantiser = {"kept": weights.fp8_scheme} | rtn.RECORD if weights.fp8_scheme else rtn.RECORD
     writer = CheckpointWriter(
         destination, weights.geometry, weights.text, quantiser, origin, head=head, overwrite=overwrite
@@ -89,6 +94,12 @@ def convert(
                 _convert_tensor(weights, name, writer, part, as_halves=part == halves)
         report("verifying", writer.written_bytes, writer.total_bytes)
     return destination
+
+
+def _is_fp8(weights: WeightSource, part: str) -> bool:
+    """Whether a part of the model is FP8 in the source."""
+    (name,) = fusion(weights.geometry)[part]
+    return weights.read_fp8(name, 0, 1) is not None
 
 
 def _check_text(source: Path, text: TextAssets) -> None:

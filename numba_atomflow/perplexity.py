@@ -19,7 +19,7 @@ from numba_atomflow.engine import Engine
 from numba_atomflow.errors import OptionError, TextError
 
 DEFAULT_CONTEXT = 1024
-_ROWS_AT_ONCE = 128  # positions whose logits are in memory
+_ROWS_AT_ONCE = 128  # positions whose probabilities are in memory; of a reference, a window's logits are as well
 
 Logits = Callable[[Sequence[int]], NDArray[np.float32]]  # of every position [T, V]
 Progress = Callable[[str, int, int], None]
@@ -104,7 +104,8 @@ def measure(
         TextError: the text is too short, or the model has no tokenizer.
     """
     context, stride = choose_windows(engine.max_seq_len, context, stride)
-    before, tokens = engine.text.encode(""), engine.text.encode(text, add_special=False)
+    before = engine.text.encode("")[:1]  # a BOS, if the model has one; some tokenizers put an EOS behind it
+    tokens = engine.text.encode(text, add_special=False)
     unscored = 0 if before else 1  # nothing predicts the first token but a BOS
     if len(tokens) <= unscored:
         raise TextError("The text is too short to be measured; give at least two tokens.")
@@ -113,7 +114,7 @@ def measure(
         if progress:
             progress("scoring", first, len(tokens))
         window = [*before, *tokens[start:stop]]
-        theirs = _log_softmax(reference(window)) if reference else None
+        theirs = reference(window) if reference else None
         engine.reset()
         offset = len(before) - start  # of a token's position in the window
         for row in range(0, len(window), _ROWS_AT_ONCE):
@@ -127,7 +128,7 @@ def measure(
                 rows = np.array(targets) + offset - 1
                 expected = np.array([tokens[t] for t in targets])
                 ours = _log_softmax(logits[rows - row])
-                totals += _score(ours, expected, None if theirs is None else theirs[rows])
+                totals += _score(ours, expected, None if theirs is None else _log_softmax(theirs[rows]))
         fed += len(window)
     scored = len(tokens) - unscored
     text_bytes = len(text.encode()) - len(engine.text.decode(tokens[:unscored], skip_special=False).encode())

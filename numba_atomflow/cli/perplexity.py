@@ -36,10 +36,8 @@ def perplexity(
         typer.Option("--stride", metavar="M", help="New tokens of each window.  [default: half of the context]"),
     ] = None,
     reference: Annotated[
-        Path | None,
-        typer.Option(
-            "--reference", metavar="SOURCE", help="Compare with the GGUF file or folder that MODEL was made from."
-        ),
+        str | None,
+        typer.Option("--reference", metavar="SOURCE", help="Compare with the source that MODEL was made from."),
     ] = None,
     backend: options.Backend = options.BackendChoice.AUTO,
     threads: options.Threads = None,
@@ -60,9 +58,11 @@ def perplexity(
         context, stride = choose_windows(checkpoint.geometry.max_positions, context, stride)
         logits = None
         if reference is not None:
+            from numba_atomflow.sources import local_source
             from numba_atomflow.validate import original_logits
 
-            logits = original_logits(checkpoint, home.expand_user(reference))
+            with output.bytes_bar() as fetching:
+                logits = original_logits(checkpoint, local_source(reference, progress=fetching))
     with output.loading_bar() as progress:
         engine = Engine.load(model, backend.value, context, threads, progress)
     with engine, output.steps_bar(time_left=True) as progress:

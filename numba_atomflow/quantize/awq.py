@@ -48,7 +48,8 @@ def _searched(
     gram = inputs.gram
     if channels is not None:
         weights = weights * channels
-        gram = gram / channels / channels[:, None]
+        gram = gram / channels
+        gram /= channels[:, None]
         if np.abs(weights).max() > _LARGEST_WEIGHT:
             return Quantised(np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), np.inf)
     scales = search_scales(weights, gram) if factors is None else search_scales(weights, gram, factors)

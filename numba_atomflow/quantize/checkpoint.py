@@ -1,13 +1,15 @@
 """From a source to a calibrated checkpoint: layers one by one, then everything into one file."""
 
+import hashlib
+import platform
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow import __version__
 from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter
 from numba_atomflow.geometry import GROUP
@@ -45,7 +47,7 @@ def convert_calibrated(
     """
     g = source.geometry
     text = read_calibration(calibration, source.text, g)
-    job = {"version": __version__, "kernels": source_hash(), "method": method, "source": origin, "text": text.record()}
+    job = {"made_by": _versions(), "method": method, "source": origin, "text": text.record()}
     with Unfinished(destination, job) as unfinished:
         stream = quantize_layers(source, text, METHODS[method], unfinished, report)
         record = text.record() | {"errors": _errors(unfinished, g.layers)}
@@ -62,6 +64,15 @@ def convert_calibrated(
                     writer.write(f"layer.{i}.{name}", tensor)
             report("verifying", writer.written_bytes, writer.total_bytes)
         unfinished.remove()
+
+
+def _versions() -> dict[str, str]:
+    """What a layer's bits depend on beside its inputs: half a model by one algorithm and half by another is none."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    libraries = {name: metadata.version(name) for name in ("numpy", "scipy", "numba")}
+    return libraries | {"kernels": source_hash(), "quantiser": code.hexdigest(), "machine": platform.machine()}
 
 
 def _errors(unfinished: Unfinished, layers: int) -> dict[str, dict[str, float]]:

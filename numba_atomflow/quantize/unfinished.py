@@ -2,7 +2,7 @@
 
 A folder beside the destination, ``<name>.unfinished``, locked by the process that works in it:
 
-    job.json          what is being made of what; for another job the folder is emptied
+    job.json          what is being made of what; for another job these files are removed
     layer.{i}.npz     tensors and errors of a finished layer
     stream.{i}.npy    the residual stream before layer i, of which there is one: layers below i are finished
 
@@ -28,6 +28,7 @@ from numba_atomflow.errors import DestinationError
 from numba_atomflow.quantize.layer import QuantisedLayer
 
 _ERRORS = "error/"  # before a projection's name
+_OWN_FILES = ("job.json*", "layer.*.npz*", "stream.*.npy*")
 
 
 class Unfinished:
@@ -53,13 +54,20 @@ class Unfinished:
             self._lock = (self.folder / "lock").open("wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise DestinationError(
                 f"{self.destination} is being made by another process; wait for it, or choose another name."
             ) from error
-        with self._explained():
-            self._keep_own_job()
+        except OSError as error:  # a file system without locks
+            self._lock.close()
+            raise DestinationError(explanation(self.destination, error)) from error
+        try:
+            with self._explained():
+                self._keep_own_job()
+        except BaseException:
+            self._lock.close()
+            raise
         return self
 
     def __exit__(
@@ -71,8 +79,8 @@ class Unfinished:
         path = self.folder / "job.json"
         if path.exists() and path.read_text() == self._job:
             return
-        for old in self.folder.iterdir():
-            if old.name != "lock":
+        for pattern in _OWN_FILES:  # and nothing else that a user may keep in a folder of this name
+            for old in self.folder.glob(pattern):
                 old.unlink()
         self._write(path, lambda file: file.write(self._job.encode()))
 
@@ -92,7 +100,8 @@ class Unfinished:
         """A layer is done; `stream` is what comes out of it."""
         arrays = result.tensors | {_ERRORS + name: np.array(pair) for name, pair in result.errors.items()}
         with self._explained():
-            self._write(self._layer(layer), lambda file: np.savez(file, allow_pickle=False, **arrays))
+            # NumPy 2.2 and later annotate a keyword, allow_pickle, that earlier ones would store as an array.
+            self._write(self._layer(layer), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
             self._write(self._stream(layer + 1), lambda file: np.save(file, stream))
             self._stream(layer).unlink(missing_ok=True)
 

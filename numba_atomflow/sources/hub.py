@@ -251,6 +251,10 @@ def _explained(model: HubModel) -> Iterator[None]:
         ) from error
     except theirs.RevisionNotFoundError as error:
         raise HubError(f"{where} has no revision {model.revision!r}; give a branch, a tag or a commit.") from error
+    except theirs.HFValidationError as error:
+        raise HubError(
+            f"{model.repo} is not here, and the hub can have no model of that name; check the path or the name."
+        ) from error
     except theirs.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
         raise HubError(f"{where} could not be fetched: the hub answered {status}; try again later.") from error
