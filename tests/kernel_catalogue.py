@@ -19,7 +19,14 @@ LLAMA = PRESETS["llama-3.2-3b"]
 OTHER = replace(LLAMA, heads=32, kv_heads=32, head_dim=80, qkv_bias=True, qk_norm=True)
 _OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "vocabulary_x1", "vocabulary_x{}", "repack_halves")
 CACHE = CacheSizes(slots=1 << 16, block_sizes=(8, 32), sequences=8, longest=8192)  # of the sandbox
-_OF_SANDBOX = ("attention_paged8_x{}", "attention_paged32_x{}", "attention_static_x{}", "qkv_x{}")
+_OF_SANDBOX = (
+    "attention_paged8_x{}",
+    "attention_paged32_x{}",
+    "attention_static_x{}",
+    "qkv_x{}",
+    "gate_up_x{}",
+    "down_x{}",
+)
 _HARDWARE_FP8 = ("qkv", "o", "gate_up", "down", "vocabulary", "embed", "repack")
 
 

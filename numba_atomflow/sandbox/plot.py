@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from numba_atomflow.picture import save_figure
@@ -39,8 +40,8 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
     """
     figure, (left, right) = _figure(2)
     contexts = sorted({row.context for row in comparison.attention})
-    static = {row.context: row.static_seconds * 1e6 for row in comparison.attention}
-    left.plot(contexts, [static[context] for context in contexts], "k.-", label="static")
+    static = [median(r.static_seconds for r in comparison.attention if r.context == context) for context in contexts]
+    left.plot(contexts, [seconds * 1e6 for seconds in static], "k.-", label="static")
     for size in sorted({row.block_size for row in comparison.attention}):
         rows = sorted((r for r in comparison.attention if r.block_size == size), key=lambda r: r.context)
         left.plot([r.context for r in rows], [r.paged_seconds * 1e6 for r in rows], ".--", label=f"blocks of {size}")

@@ -115,18 +115,18 @@ def test_a_console_script_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert leave.value.code == 2
 
 
-def test_the_command_serves_arrivals_at_random(cli: InProcess, smollm2_checkpoint: Path) -> None:
-    common = "sandbox", "run", smollm2_checkpoint, "--poisson", 50, "--requests", 3, "--max-tokens", 3, "--backend"
+def test_the_command_serves_arrivals_at_random(cli: InProcess, tiny_checkpoint: Path) -> None:
+    common = "sandbox", "run", tiny_checkpoint, "--poisson", 50, "--requests", 3, "--max-tokens", 3, "--backend"
     assert cli(*common, "cpu").code == 0
     outcome = cli(*common, "cpu", "--prompt-tokens", 20, "--common-tokens", 16, "--json")
     assert outcome.code == 0
     assert json.loads(outcome.out)["prompt_tokens"] == 60
 
 
-def test_the_comparison(cli: InProcess, smollm2_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_comparison(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
     sizes = "--contexts", "8,40", "--step-contexts", "24", "--block-sizes", "8,32", "--batches", "1,3"
     plot = tmp_path / "comparison.svg"
-    command = "sandbox", "compare", smollm2_checkpoint, *sizes, "--backend", "cpu", "--repeats", 2
+    command = "sandbox", "compare", tiny_checkpoint, *sizes, "--backend", "cpu", "--repeats", 2
     outcome = cli(*command, "--json", "--plot", plot)
     assert outcome.code == 0, outcome
     record = json.loads(outcome.out)
@@ -155,10 +155,10 @@ def test_the_comparison(cli: InProcess, smollm2_checkpoint: Path, tmp_path: Path
     ],
 )
 def test_what_cannot_be_done_is_refused(
-    cli: InProcess, smollm2_checkpoint: Path, arguments: list[str], culprits: list[str]
+    cli: InProcess, tiny_checkpoint: Path, arguments: list[str], culprits: list[str]
 ) -> None:
     command, *rest = arguments
-    assert_refused(cli("sandbox", command, smollm2_checkpoint, *rest, "--backend", "cpu"), *culprits)
+    assert_refused(cli("sandbox", command, tiny_checkpoint, *rest, "--backend", "cpu"), *culprits)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_what_cannot_be_done_is_refused(
     ],
 )
 def test_a_wrong_line_of_a_trace_is_named(
-    cli: InProcess, smollm2_checkpoint: Path, tmp_path: Path, line: str, fault: str
+    cli: InProcess, tiny_checkpoint: Path, tmp_path: Path, line: str, fault: str
 ) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text(line + "\n")
-    outcome = cli("sandbox", "run", smollm2_checkpoint, "--trace", trace, "--backend", "cpu")
+    outcome = cli("sandbox", "run", tiny_checkpoint, "--trace", trace, "--backend", "cpu")
     assert_refused(outcome, str(trace), fault)

@@ -1,7 +1,7 @@
 """The paged kernels in numba's CUDA simulator (the checks: tests/paged_kernel_cases.py)."""
 
 import pytest
-from kernel_cases import ProjectionCase
+from kernel_cases import ProjectionCase, check_projection
 from paged_kernel_cases import PAGED, PAGED_QKV, PagedCase, check_paged_attention, check_paged_qkv
 
 
@@ -13,3 +13,8 @@ def test_paged_attention(case: PagedCase) -> None:
 @pytest.mark.parametrize("case", PAGED_QKV, ids=str)
 def test_paged_qkv(case: ProjectionCase) -> None:
     check_paged_qkv(case)
+
+
+def test_a_block_of_sixteen_warps() -> None:
+    """What a step of eight columns takes where x leaves room for one block per multiprocessor."""
+    check_projection(ProjectionCase("add", 40, 520, 8, warps=16, split=4, depth=1))
