@@ -5,7 +5,7 @@ the engine's; attention comes in three forms: `paged` for each block size, `stat
 `single`, the engine's own for one token, to which a single stream is compared.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from numba_atomflow.errors import BackendError
@@ -17,22 +17,14 @@ from numba_atomflow.ops.cuda.attention import AttentionShape, Paging, choose_spl
 from numba_atomflow.ops.cuda.chip import Chip
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
 from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
-from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U8, U16, U32, KernelSpec, kernel_spec
+from numba_atomflow.ops.cuda.projection_kernels import projection_kernel
+from numba_atomflow.ops.cuda.spec import F32, I32, I64, U32, Planned, kernel_spec
 from numba_atomflow.sandbox.runner import CacheSizes
 
 WIDTHS = (1, 2, 4, 8)  # columns of a step
 PROJECTIONS = ("qkv", "o", "gate_up", "down", "vocabulary")
 STEP_INPUTS = ("positions", "known", "rows", "slots", "tokens")  # int64 each, in one buffer that a step brings along
-_ARGMAX_BLOCKS = 2  # per multiprocessor
 _STAGING = 4 << 20  # bytes behind the weights at least, where loading puts what it repacks
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A kernel and the number of blocks that it is launched with."""
-
-    spec: KernelSpec
-    blocks: int
 
 
 class SandboxKernels:
@@ -147,13 +139,18 @@ class SandboxKernels:
     @cached_property
     def planned(self) -> dict[str, Planned]:
         """All kernels by name; what a step of n columns takes is called ``<kind>_x<n>``."""
-        kernels = [self._repack, self._argmax, self._attention(1, "single", None), self._single_qkv]
+        chip = self.chip
+        argmax = sample.argmax_kernel(self.geometry.vocabulary, chip.multiprocessors, chip.dependent_launch)
+        kernels = [
+            fragments.repack_kernel(chip.hardware_fp8),
+            argmax,
+            self._attention(1, "single", None),
+            self._single_qkv,
+        ]
         if self.halves:
-            signature = (U16, U32, NUMBER, NUMBER)
-            spec = kernel_spec("repack_halves", "fragments:make_repack_halves", signature, fragments.THREADS)
-            kernels.append(Planned(spec, 0))
+            kernels.append(fragments.repack_halves_kernel())
         for width in self.widths:
-            kernels.append(self._embed(width))
+            kernels.append(embedding.embed_kernel(self.layouts["embedding"], width))
             kernels += [self._projection(kind, width) for kind in PROJECTIONS]
             kernels.append(self._attention(width, "static", Paging(width, 0, self.sizes.capacity)))
             for size in self.sizes.block_sizes:
@@ -177,69 +174,28 @@ class SandboxKernels:
         return Planned(spec, width * shape.blocks)
 
     def _projection(self, kind: str, width: int) -> Planned:
-        g, normed = self.geometry, (U32, U32, F32, U32)  # weights, residual, norm, normed
-        signature: tuple[str, ...]
+        g = self.geometry
         more: dict[str, object] = {"eps": g.norm_eps}
         match kind:
             case "qkv":
-                factory, signature = "make_paged_qkv", (*normed, I64, I64, F32, F32, U16, U16, U16)
+                factory = "make_paged_qkv"
                 more |= {"heads": g.heads, "kv_heads": g.kv_heads}
             case "gate_up":
-                factory, signature = "make_swiglu", (*normed, U16)
+                factory = "make_swiglu"
                 more |= {"y_width": self.layouts["down"].padded_columns}
             case "vocabulary":
-                factory, signature = "make_store", (*normed, F32)
+                factory = "make_store"
             case _:
-                factory, signature, more = "make_add", (U32, U32, F32), {}
-        return self._projection_kernel(f"{kind}_x{width}", kind, width, factory, signature, more)
+                factory, more = "make_add", {}
+        return self._projection_kernel(f"{kind}_x{width}", kind, width, factory, more)
 
     @property
     def _single_qkv(self) -> Planned:
         """The engine's own, with one position for rotation and cache."""
         g = self.geometry
-        signature = (U32, U32, F32, U32, I64, F32, F32, U16, U16, U16)
         more: dict[str, object] = {"eps": g.norm_eps, "heads": g.heads, "kv_heads": g.kv_heads}
-        return self._projection_kernel("qkv_single_x1", "qkv", 1, "make_qkv", signature, more)
+        return self._projection_kernel("qkv_single_x1", "qkv", 1, "make_qkv", more)
 
-    def _projection_kernel(
-        self, name: str, kind: str, width: int, factory: str, signature: tuple[str, ...], more: dict[str, object]
-    ) -> Planned:
-        shape = self._shape(kind, width)
-        spec = kernel_spec(
-            name,
-            f"projection_kernels:{factory}",
-            signature,
-            shape.threads,
-            shape.shared_bytes,
-            shape=shape,
-            dependent=self.chip.dependent_launch,
-            **more,
-        )
-        return Planned(spec, shape.blocks(self.chip.multiprocessors))
-
-    def _embed(self, width: int) -> Planned:
-        layout = self.layouts["embedding"]
-        signature = (U32, I32, F32)
-        name, factory = f"embed_x{width}", "embedding:make_embed"
-        spec = kernel_spec(name, factory, signature, embedding.THREADS, layout=layout, columns=width)
-        return Planned(spec, embedding.embed_blocks(layout, width))
-
-    @property
-    def _repack(self) -> Planned:
-        signature, fp8 = (U8, F32, U32, NUMBER, NUMBER, NUMBER), self.chip.hardware_fp8
-        spec = kernel_spec("repack", "fragments:make_repack", signature, fragments.THREADS, hardware_fp8=fp8)
-        return Planned(spec, 0)
-
-    @property
-    def _argmax(self) -> Planned:
-        vocabulary = self.geometry.vocabulary
-        spec = kernel_spec(
-            "argmax",
-            "sample:make_argmax",
-            (F32, U32, F64, I64),
-            sample.ARGMAX_THREADS,
-            vocabulary=vocabulary,
-            dependent=self.chip.dependent_launch,
-        )
-        needed = -(-vocabulary // sample.ARGMAX_THREADS)
-        return Planned(spec, min(needed, _ARGMAX_BLOCKS * self.chip.multiprocessors))
+    def _projection_kernel(self, name: str, kind: str, width: int, factory: str, more: dict[str, object]) -> Planned:
+        shape, chip = self._shape(kind, width), self.chip
+        return projection_kernel(name, factory, shape, chip.multiprocessors, chip.dependent_launch, **more)

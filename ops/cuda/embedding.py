@@ -13,6 +13,7 @@ from numba import cuda
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
+from numba_atomflow.ops.cuda.spec import F32, I32, U32, Planned, kernel_spec
 
 THREADS = 256
 
@@ -78,6 +79,13 @@ def _make_embed_halves(layout: FragmentLayout, columns: int) -> Any:
                 residual[start + 2 * i + 1] = high
 
     return embed_halves
+
+
+def embed_kernel(layout: FragmentLayout, columns: int) -> Planned:
+    """The kernel of `make_embed`."""
+    name, signature = f"embed_x{columns}", (U32, I32, F32)
+    spec = kernel_spec(name, "embedding:make_embed", signature, THREADS, layout=layout, columns=columns)
+    return Planned(spec, embed_blocks(layout, columns))
 
 
 def embed_blocks(layout: FragmentLayout, columns: int) -> int:

@@ -33,6 +33,7 @@ from numba import cuda
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.spec import F32, NUMBER, U8, U16, U32, Planned, kernel_spec
 from numba_atomflow.ops.fp8 import GROUP, group_count
 
 TILE_ROWS = 16
@@ -252,6 +253,17 @@ def make_repack_halves() -> Any:
         words[index] = np.uint32(low | half(weights, row, column + 1, rows, columns) << 16)
 
     return repack_halves
+
+
+def repack_kernel(hardware_fp8: bool) -> Planned:
+    """The kernel of `make_repack`."""
+    signature = (U8, F32, U32, NUMBER, NUMBER, NUMBER)
+    return Planned(kernel_spec("repack", "fragments:make_repack", signature, THREADS, hardware_fp8=hardware_fp8), 0)
+
+
+def repack_halves_kernel() -> Planned:
+    """The kernel of `make_repack_halves`."""
+    return Planned(kernel_spec("repack_halves", "fragments:make_repack_halves", (U16, U32, NUMBER, NUMBER), THREADS), 0)
 
 
 def repack_blocks(layout: FragmentLayout) -> int:

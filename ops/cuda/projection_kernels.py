@@ -12,8 +12,30 @@ import numpy as np
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.projection import LOG2_E, ProjectionShape, make_runner
+from numba_atomflow.ops.cuda.spec import F32, I64, U16, U32, Planned, kernel_spec
 
 _ONE = np.float32(1.0)
+
+
+# Types of the kernels' arguments, by factory.
+_NORMED = (U32, U32, F32, U32)  # weights, residual, norm, normed
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    "make_store": (*_NORMED, F32),
+    "make_add": (U32, U32, F32),
+    "make_swiglu": (*_NORMED, U16),
+    "make_qkv": (*_NORMED, I64, F32, F32, U16, U16, U16),
+    "make_paged_qkv": (*_NORMED, I64, I64, F32, F32, U16, U16, U16),
+}
+
+
+def projection_kernel(
+    name: str, factory: str, shape: ProjectionShape, multiprocessors: int, dependent: bool, **more: Any
+) -> Planned:
+    """A kernel of one of the factories below, which takes `more` beside shape and `dependent`."""
+    signature, where = SIGNATURES[factory], f"projection_kernels:{factory}"
+    options = {"shape": shape, "dependent": dependent} | more
+    spec = kernel_spec(name, where, signature, shape.threads, shape.shared_bytes, **options)
+    return Planned(spec, shape.blocks(multiprocessors))
 
 
 def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -> Any:

@@ -26,8 +26,10 @@ import numpy as np
 from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.spec import F32, F64, I64, U32, Planned, kernel_spec
 
 ARGMAX_THREADS = 256
+_ARGMAX_BLOCKS = 2  # per multiprocessor
 SAMPLE_THREADS = 1024
 BINS, CAPACITY = 2048, 512  # of the histogram; of the list of tokens that are ranked among themselves
 TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY = range(5)  # places in `options`, float64 [5]
@@ -97,6 +99,13 @@ def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
             cuda.atomic.max(best, 0, largest)
 
     return argmax
+
+
+def argmax_kernel(vocabulary: int, multiprocessors: int, dependent: bool) -> Planned:
+    """The kernel of `make_argmax`."""
+    signature, options = (F32, U32, F64, I64), {"vocabulary": vocabulary, "dependent": dependent}
+    spec = kernel_spec("argmax", "sample:make_argmax", signature, ARGMAX_THREADS, **options)
+    return Planned(spec, min(-(-vocabulary // ARGMAX_THREADS), _ARGMAX_BLOCKS * multiprocessors))
 
 
 def sample_shared_bytes(bins: int, capacity: int) -> int:

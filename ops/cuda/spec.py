@@ -55,6 +55,14 @@ class KernelSpec:
         return hashlib.sha256(repr((self.factory, self.arguments, self.signature)).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A kernel and the number of blocks that it is launched with; 0 where that is decided at each launch."""
+
+    spec: KernelSpec
+    blocks: int
+
+
 def kernel_spec(
     name: str, factory: str, signature: tuple[str, ...], threads: int, shared_bytes: int = 0, **arguments: Any
 ) -> KernelSpec:

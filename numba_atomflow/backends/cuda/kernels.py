@@ -4,7 +4,6 @@ There are two widths of a step: 1 token, and a block of up to 8. A shorter end o
 whose surplus columns compute something that nobody looks at: weights pass through once, however many columns there are.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 
 from numba_atomflow.checkpoint import HeadFormat
@@ -15,19 +14,11 @@ from numba_atomflow.ops.cuda.attention import AttentionShape
 from numba_atomflow.ops.cuda.chip import Chip
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
 from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
-from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U8, U16, U32, U64, KernelSpec, kernel_spec
+from numba_atomflow.ops.cuda.projection_kernels import projection_kernel
+from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 
 MOST_COLUMNS = 8  # of `mma.m16n8k16`
 RING = 1024  # tokens that may be on their way to the host
-ARGMAX_BLOCKS_PER_MULTIPROCESSOR = 2
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A kernel and the number of blocks that it is launched with."""
-
-    spec: KernelSpec
-    blocks: int
 
 
 class ModelKernels:
@@ -105,45 +96,36 @@ class ModelKernels:
     @cached_property
     def planned(self) -> dict[str, Planned]:
         """All kernels by name: what a step of `columns` tokens takes is called ``<kind>_x<columns>``."""
-        kernels = [self._repack, self._argmax, self._sample, self._advance(sampled=False), self._advance(sampled=True)]
+        argmax = sample.argmax_kernel(self.geometry.vocabulary, self.chip.multiprocessors, self.dependent)
+        kernels = [fragments.repack_kernel(self.chip.hardware_fp8), argmax, self._sample]
+        kernels += [self._advance(sampled=False), self._advance(sampled=True)]
         for columns in self.widths:
-            kernels += [self._embed(columns), self._attention(columns)]
+            kernels += [embedding.embed_kernel(self.layouts["embedding"], columns), self._attention(columns)]
             kernels += [self._projection(kind, columns) for kind in self._projections]
             if self.rotates_apart:
                 kernels.append(self._rope(columns))
         if self.head == "fp16":
-            kernels.append(self._repack_halves)
+            kernels.append(fragments.repack_halves_kernel())
         return {kernel.spec.name: kernel for kernel in kernels}
 
     def _projection(self, kind: str, columns: int) -> Planned:
-        g, shape = self.geometry, self._shape(kind, columns)
-        common: dict[str, object] = {"shape": shape, "dependent": self.dependent}
-        eps: dict[str, object] = {"eps": g.norm_eps}
-        normed = (U32, U32, F32, U32)  # weights, residual, norm, normed
-        signature: tuple[str, ...]
-        more: dict[str, object]
+        g = self.geometry
+        more: dict[str, object] = {"eps": g.norm_eps}
         match kind:
             case "qkv" if self.rotates_apart:
-                factory, signature, more = "make_store", (*normed, F32), eps
+                factory = "make_store"
             case "qkv":
-                factory, signature = "make_qkv", (*normed, I64, F32, F32, U16, U16, U16)
-                more = eps | {"heads": g.heads, "kv_heads": g.kv_heads}
+                factory = "make_qkv"
+                more |= {"heads": g.heads, "kv_heads": g.kv_heads}
             case "gate_up":
-                factory, signature = "make_swiglu", (*normed, U16)
-                more = eps | {"y_width": self.layouts["down"].padded_columns}
+                factory = "make_swiglu"
+                more |= {"y_width": self.layouts["down"].padded_columns}
             case "vocabulary":
-                factory, signature, more = "make_store", (*normed, F32), eps
+                factory = "make_store"
             case _:
-                factory, signature, more = "make_add", (U32, U32, F32), {}
-        spec = kernel_spec(
-            f"{kind}_x{columns}",
-            f"projection_kernels:{factory}",
-            signature,
-            shape.threads,
-            shape.shared_bytes,
-            **(common | more),
-        )
-        return Planned(spec, shape.blocks(self.chip.multiprocessors))
+                factory, more = "make_add", {}
+        shape, multiprocessors = self._shape(kind, columns), self.chip.multiprocessors
+        return projection_kernel(f"{kind}_x{columns}", factory, shape, multiprocessors, self.dependent, **more)
 
     def _attention(self, columns: int) -> Planned:
         shape = self.attention_shape(columns)
@@ -157,18 +139,6 @@ class ModelKernels:
             dependent=self.dependent,
         )
         return Planned(spec, shape.blocks)
-
-    def _embed(self, columns: int) -> Planned:
-        layout = self.layouts["embedding"]
-        spec = kernel_spec(
-            f"embed_x{columns}",
-            "embedding:make_embed",
-            (U32, I32, F32),
-            embedding.THREADS,
-            layout=layout,
-            columns=columns,
-        )
-        return Planned(spec, embedding.embed_blocks(layout, columns))
 
     def _rope(self, columns: int) -> Planned:
         g = self.geometry
@@ -187,32 +157,6 @@ class ModelKernels:
             dependent=self.dependent,
         )
         return Planned(spec, rope.rope_blocks(g.heads, g.kv_heads, columns))
-
-    @property
-    def _repack_halves(self) -> Planned:
-        signature = (U16, U32, NUMBER, NUMBER)
-        return Planned(kernel_spec("repack_halves", "fragments:make_repack_halves", signature, fragments.THREADS), 0)
-
-    @property
-    def _repack(self) -> Planned:
-        signature = (U8, F32, U32, NUMBER, NUMBER, NUMBER)
-        fp8 = self.chip.hardware_fp8
-        return Planned(
-            kernel_spec("repack", "fragments:make_repack", signature, fragments.THREADS, hardware_fp8=fp8), 0
-        )
-
-    @property
-    def _argmax(self) -> Planned:
-        spec = kernel_spec(
-            "argmax",
-            "sample:make_argmax",
-            (F32, U32, F64, I64),
-            sample.ARGMAX_THREADS,
-            vocabulary=self.geometry.vocabulary,
-            dependent=self.dependent,
-        )
-        needed = -(-self.geometry.vocabulary // sample.ARGMAX_THREADS)
-        return Planned(spec, min(needed, ARGMAX_BLOCKS_PER_MULTIPROCESSOR * self.chip.multiprocessors))
 
     @property
     def _sample(self) -> Planned:
