@@ -3,6 +3,7 @@
 Everything runs in the context that is current on the calling thread.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,13 @@ class DeviceArena:
         ]
         start = -(-max(ends, default=0) // 128) * 128
         return self.base + start, self.plan.total - start
+
+    def clear(self, pools: Collection[str], stream: Any) -> None:
+        """Fill every buffer of these pools with zeros, in stream order."""
+        for buffer in self.plan.buffers:
+            if buffer.pool in pools:
+                view = self[buffer.name]
+                call("cuMemsetD8Async", view.address, 0, view.nbytes, stream)
 
     def free(self) -> None:
         """Give the memory back."""

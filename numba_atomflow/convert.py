@@ -15,11 +15,10 @@ from numba_atomflow.errors import DestinationError, OptionError, SourceError, Te
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
+from numba_atomflow.sources.base import slabs
 from numba_atomflow.text import TextAssets, TextCodec, read_text_file
 
 Progress = Callable[[str, int, int], None]
-
-VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 
 def convert(
@@ -123,9 +122,7 @@ def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, 
         writer.write(part, weights.read(name))
         return
     rows, columns = shape
-    slab = max(1, VALUES_AT_ONCE // columns)
-    for start in range(0, rows, slab):
-        stop = min(rows, start + slab)
+    for start, stop in slabs(rows, columns):
         if as_halves:
             writer.write(part + ".weight", weights.read(name, start, stop).astype(np.float16))
             continue

@@ -7,7 +7,7 @@ included: measured with driver 580. The process goes on all the same, on the CPU
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -139,10 +139,17 @@ class Device:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context the thread's own for a while; whatever was current before is so again afterwards."""
+        """Make the context the thread's own for a while; whatever was current before is so again afterwards.
+
+        After a final failure of the GPU inside, no later `open_device` gives this device out.
+        """
         call("cuCtxPushCurrent", self._context)
         try:
             yield
+        except DriverError as error:
+            if error.final:
+                self._abandon()
+            raise
         finally:
             with suppress(DriverError):
                 call("cuCtxPopCurrent")
@@ -163,10 +170,13 @@ class Device:
                 with suppress(DriverError):  # after a failed kernel, destroying may report that failure once more
                     call("cuCtxDestroy", self._context)
 
-    def abandon(self) -> None:
-        """After a final error: the next `open_device` asks the driver anew, which refuses; this one's users still
-        close it.
-        """
+    def quietly(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """For taking things back: after a failure of the GPU they went with the context, and it says so each time."""
+        with suppress(DriverError), self.current():
+            action(*arguments)
+
+    def _abandon(self) -> None:
+        """The next `open_device` asks the driver anew, which refuses; this one's users still close it."""
         global _shared  # noqa: PLW0603  the process's one device
         with _lock:
             if _shared is self:

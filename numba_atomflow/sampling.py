@@ -145,6 +145,14 @@ def _nucleus_candidates(
     return _sorted_prefix(scaled, np.arange(len(scaled)))
 
 
+def no_numbers() -> CheckpointError:
+    """What to raise where the best logit is NaN or an infinity."""
+    return CheckpointError(
+        "The model computes no numbers (NaN): its checkpoint is damaged; check it with "
+        "`numba-atomflow info MODEL --verify`, or convert it again."
+    )
+
+
 class Sampler:
     """Draws tokens for one reply: remembers what the context holds and how many draws were made.
 
@@ -168,10 +176,7 @@ class Sampler:
             CheckpointError: the logits hold a NaN or an infinity.
         """
         if not np.isfinite(logits[np.argmax(logits)]):  # arg-max finds a NaN if there is one
-            raise CheckpointError(
-                "The model computes no numbers (NaN): its checkpoint is damaged; check it with "
-                "`numba-atomflow info MODEL --verify`, or convert it again."
-            )
+            raise no_numbers()
         token = self._choose(penalise(logits, self.seen, self.params.repetition_penalty))
         self.seen[token] = True
         return token

@@ -105,14 +105,9 @@ def show(report: "BenchReport", earlier: "BenchReport | None", form: Format) -> 
 
 def _headline(report: "BenchReport") -> list[str]:
     """Everything that is the same at all depths, a line each."""
-    machine, settings = report.machine, report.settings
+    settings = report.settings
     return [
-        f"model: {report.model}" + (", random weights" if report.random_weights else ""),
-        f"device: {report.device}, {report.backend} backend",
-        measured.machine_line(machine),
-        measured.versions_line(machine),
-        f"commit: {machine['commit'] or 'installed package'}, {report.date}",
-        "ceilings in this run: " + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
+        *measured.headline(report),
         f"each of {settings.repeats} turns: a prompt of {settings.prompt_tokens}, then {settings.decode_tokens} tokens",
     ]
 

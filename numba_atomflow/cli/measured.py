@@ -1,7 +1,7 @@
 """What `bench` and `profile` measure: a checkpoint, or a well-known geometry with random weights."""
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +12,10 @@ from numba_atomflow.model_names import DEFAULT_MODEL
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numba_atomflow.bench import BenchReport
     from numba_atomflow.engine import Engine
     from numba_atomflow.geometry import ModelGeometry
+    from numba_atomflow.profile import ProfileReport
 
 _PRESETS = "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, smollm2-135m"  # not imported: --help must not wait for NumPy
 
@@ -89,14 +91,17 @@ class Measured:
             return Engine.random(self.geometry, backend.value, max_seq_len, threads, progress, name=name)
 
 
-def machine_line(machine: dict[str, Any]) -> str:
-    """Processor, system and driver of a report."""
+def headline(report: "BenchReport | ProfileReport") -> list[str]:
+    """What was measured, on what, and how fast its memory is: a line each."""
+    machine = report.machine
     driver = machine["nvidia_driver"]
-    return f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}" + (
-        f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""
-    )
-
-
-def versions_line(machine: dict[str, Any]) -> str:
-    """Versions of what is installed."""
-    return "versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    return [
+        f"model: {report.model}" + (", random weights" if report.random_weights else ""),
+        f"device: {report.device}, {report.backend} backend",
+        f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}"
+        + (f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""),
+        f"versions: {versions}",
+        f"commit: {machine['commit'] or 'installed package'}, {report.date}",
+        "ceilings in this run: " + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
+    ]

@@ -67,14 +67,8 @@ def profile(
 
 
 def _headline(report: "ProfileReport") -> list[str]:
-    machine = report.machine
     return [
-        f"model: {report.model}" + (", random weights" if report.random_weights else ""),
-        f"device: {report.device}, {report.backend} backend",
-        measured.machine_line(machine),
-        measured.versions_line(machine),
-        f"commit: {machine['commit'] or 'installed package'}, {report.date}",
-        "ceilings in this run: " + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
+        *measured.headline(report),
         f"a decode step behind {report.depth} tokens, the faster half of {report.repeats} runs",
     ]
 

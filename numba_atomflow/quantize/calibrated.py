@@ -22,8 +22,7 @@ from numba_atomflow.quantize.projection import Method
 from numba_atomflow.quantize.threads import cores_for_blas, cores_for_kernels
 from numba_atomflow.quantize.unfinished import Unfinished
 from numba_atomflow.sources import WeightSource
-
-VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
+from numba_atomflow.sources.base import slabs
 
 Report = Callable[[str, int, int], None]
 
@@ -126,6 +125,5 @@ def _read_part(source: WeightSource, names: Sequence[str]) -> NDArray[np.float32
 def read_slabs(source: WeightSource, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """A tensor some rows at a time, each time with the number of the first."""
     rows, *width = source.shape(name)
-    slab = max(1, VALUES_AT_ONCE // (width[0] if width else 1))
-    for start in range(0, rows, slab):
-        yield start, source.read(name, start, min(rows, start + slab))
+    for start, stop in slabs(rows, width[0] if width else 1):
+        yield start, source.read(name, start, stop)

@@ -4,14 +4,14 @@ A step brings its columns along in one copy from pinned memory (positions, slots
 what has changed in the page table in another. The host waits for the step's tokens: the next plan depends on them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.driver import DriverError, call, open_device
+from numba_atomflow.driver import call, open_device
 from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory, PinnedArray, copy_to_device
@@ -78,19 +78,19 @@ class GpuRunner:
         from cuda.bindings import driver
 
         self._stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        self._open.callback(self._in_context, call, "cuStreamDestroy", self._stream)
+        self._open.callback(self._gpu.quietly, call, "cuStreamDestroy", self._stream)
         self._arena = DeviceArena(self.plan)
-        self._open.callback(self._in_context, self._arena.free)
+        self._open.callback(self._gpu.quietly, self._arena.free)
         self._memory = DeviceMemory(self._stream)
         self._step = self._pinned((len(STEP_INPUTS), self.most_columns), "int64")
         self._best = self._pinned((self.most_columns,), "int64")
         self._pages = self._pinned(self._arena["pages"].shape, "int32")
         self.pages: NDArray[np.int32] = self._pages.array[: self.sizes.sequences]
-        self._open.callback(self._in_context, call, "cuStreamSynchronize", self._stream)
+        self._open.callback(self._gpu.quietly, call, "cuStreamSynchronize", self._stream)
 
     def _pinned(self, shape: tuple[int, ...], dtype: str) -> PinnedArray:
         array = PinnedArray(shape, dtype)
-        self._open.callback(self._in_context, array.free)
+        self._open.callback(self._gpu.quietly, array.free)
         return array
 
     # --- life and death ----------------------------------------------------------------------------------------------
@@ -99,26 +99,11 @@ class GpuRunner:
         """Give all memory of the GPU back. Closing twice is fine."""
         self._open.close()
 
-    def _in_context(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """For taking things back: after a failure of the GPU they went with the context, and it says so each time."""
-        with suppress(DriverError), self._gpu.current():
-            action(*arguments)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """The context is current; a failure of the GPU makes it unusable."""
-        try:
-            with self._gpu.current():
-                yield
-        except DriverError:
-            self._gpu.abandon()
-            raise
-
     def prepare(self, progress: Progress | None = None) -> None:
         """Compile the kernels or load them from the cache, bring the weights to the device, capture the steps."""
         planned = self.kernels.planned
         codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
-        with self._running():
+        with self._gpu.current():
             self._loaded = {spec.name: self._load(spec, code) for spec, code in codes.items()}
             self._upload(progress)
             self.use_block_size(self.sizes.block_sizes[0])
@@ -129,26 +114,15 @@ class GpuRunner:
 
     def _load(self, spec: Any, code: bytes) -> Kernel:
         kernel = Kernel(spec, code)
-        self._open.callback(self._in_context, kernel.unload)
+        self._open.callback(self._gpu.quietly, kernel.unload)
         return kernel
 
     def _upload(self, progress: Progress | None) -> None:
         targets = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
-        total, done = self.plan.pool_bytes()["weights"], 0
-
-        def moved(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress:
-                progress("weights to the GPU", min(done, total) >> 20, total >> 20)
-
         staging = self._arena.behind("weights")
-        upload(Uploader(self._loaded, staging, self._stream), self._weights, targets, self.kernels.layout_of, moved)
+        upload(Uploader(self._loaded, staging, self._stream), self._weights, targets, self.kernels.layout_of, progress)
         # Padding of activations must be zero, and counters start at zero.
-        for buffer in self.plan.buffers:
-            if buffer.pool in {"activations", "workspace"}:
-                view = self._arena[buffer.name]
-                call("cuMemsetD8Async", view.address, 0, view.nbytes, self._stream)
+        self._arena.clear(("activations", "workspace"), self._stream)
         tables = rope.rope_table(rope_inverse_frequencies(self.geometry), self.sizes.longest)
         for name, table in zip(("cosines", "sines"), tables, strict=True):
             self._memory.write(self._arena[name], table)
@@ -178,14 +152,14 @@ class GpuRunner:
         """Copy these entries to the device, in stream order. The last step has ended: pinned memory may be written."""
         if not dirty:
             return
-        with self._running():
+        with self._gpu.current():
             for row, (first, last) in dirty.items():
                 entries = self._pages.array[row, first:last]
                 copy_to_device(self._arena["pages"].index(row).rows(first, last).address, entries, self._stream)
 
     def run(self, batch: Batch) -> list[int]:
         """Take a step through the model: the most likely token behind each wanted column."""
-        with self._running():
+        with self._gpu.current():
             self._copy(batch.copies)
             width = self._bring(batch, self.sizes.slots)
             self._graph(width, "paged", bool(batch.wanted)).replay()
@@ -247,7 +221,7 @@ class GpuRunner:
         key = width, layout, self.block_size if layout == "paged" else 0, wanted
         if key not in self._graphs:
             graph = Graph(self._step_launches(width, layout, wanted), self._stream)
-            self._open.callback(self._in_context, graph.destroy)
+            self._open.callback(self._gpu.quietly, graph.destroy)
             self._graphs[key] = graph
         return self._graphs[key]
 
@@ -305,14 +279,14 @@ class GpuRunner:
 
     def time_attention(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of one layer's attention: that of all layers, each with its own cache, in one graph."""
-        with self._running():
+        with self._gpu.current():
             width = self._bring(batch, self._spare_slot(layout))
             launches = [self._attention(width, layout, i) for i in range(self.geometry.layers)]
             return time_launches(launches, self._stream, repeats)
 
     def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of the whole step's graph."""
-        with self._running():
+        with self._gpu.current():
             graph = self._graph(self._bring(batch, self._spare_slot(layout)), layout, bool(batch.wanted))
             return float(np.median(time_graph(graph, self._stream, repeats, self._forget_best)))
 

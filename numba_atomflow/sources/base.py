@@ -13,6 +13,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.text import TextAssets
 
 LARGEST_WEIGHT = 65504.0  # the largest float16
+VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 
 class WeightSource(Protocol):
@@ -49,6 +50,13 @@ class WeightSource(Protocol):
         Raises:
             SourceError: the file cannot be read, or holds a NaN, or a scale that cannot be one.
         """
+
+
+def slabs(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that together are all, each of at most `VALUES_AT_ONCE` values or one row."""
+    step = max(1, VALUES_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
 
 
 @contextmanager

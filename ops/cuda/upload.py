@@ -15,6 +15,8 @@ from numba_atomflow.driver import call
 from numba_atomflow.ops.cuda.fragments import TILE_ROWS, FragmentLayout, repack_blocks
 from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
 
+Progress = Callable[[str, int, int], None]
+
 ALIGNMENT = 128  # bytes, of what is staged
 _LARGEST_PIECE = 64 << 20  # bytes: the progress bar moves
 
@@ -131,16 +133,26 @@ def upload(
     arrays: Mapping[str, NDArray[Any]],
     targets: Mapping[str, DeviceArray],
     layout_of: Callable[[str], FragmentLayout],
-    progress: Callable[[int], None],
+    progress: Progress | None,
 ) -> None:
     """Bring all weights to the device.
 
     Args:
         arrays: the checkpoint's, by name. targets: places on the device by the checkpoint's parts.
+        progress: called with what is being done, MB done and MB in all.
     """
+    total, done = sum(target.extent for target in targets.values()), 0
+
+    def moved(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress("weights to the GPU", min(done, total) >> 20, total >> 20)
+
     for part, target in targets.items():
         if part in arrays:
             uploader.vector(arrays[part], target)
             continue
         stored = [arrays[name] for name in (f"{part}.weight", f"{part}.scale") if name in arrays]
-        uploader.projection(layout_of(part), stored, target, progress)
+        uploader.projection(layout_of(part), stored, target, moved)
+    moved(total)

@@ -25,12 +25,12 @@ from tiny_models import (
     write_json,
 )
 
-from numba_atomflow import convert as convert_module
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import DestinationError, SourceError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups_reference
+from numba_atomflow.sources import base
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def check_values(path: Path, weights: Weights) -> None:
 @pytest.mark.parametrize("slab", [1, 5000, 1 << 21])
 @pytest.mark.parametrize("tied", [True, False])
 def test_values_end_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int, tied: bool) -> None:
-    monkeypatch.setattr(convert_module, "VALUES_AT_ONCE", slab)
+    monkeypatch.setattr(base, "VALUES_AT_ONCE", slab)
     weights = write_hf_folder(tmp_path / "hf", tiny_geometry(tied_embeddings=tied), dtype="BF16", shards=2)
     made = convert(tmp_path / "hf", tmp_path / "out" / "model.safetensors")
     assert made == tmp_path / "out" / "model.safetensors"

@@ -3,7 +3,7 @@
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numba_atomflow.backends.cuda.steps import Binder
 from numba_atomflow.backends.cuda.tokens import TokenChannel
 from numba_atomflow.checkpoint import HeadFormat, head_part
 from numba_atomflow.decode import Head, Op, Weight, Weights, build_head, build_step
-from numba_atomflow.driver import Device, DriverError, call, open_device
+from numba_atomflow.driver import Device, call, open_device
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.ops import rope
@@ -25,11 +25,11 @@ from numba_atomflow.ops.cuda.build import build
 from numba_atomflow.ops.cuda.chip import chip_of
 from numba_atomflow.ops.cuda.graph import Graph, time_graph, time_launches
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.sample import LOWEST_KEY
 from numba_atomflow.ops.cuda.upload import Uploader, upload
 from numba_atomflow.sampling import Sampler, SamplingParams
 
 AHEAD = 3  # replays that are queued before their tokens are asked for; the surplus at a reply's end is thrown away
-_NO_TOKEN = -1  # arg-max's start
 
 
 class CudaBackend:
@@ -120,18 +120,7 @@ class CudaBackend:
 
     def _take_back(self, action: Callable[..., Any], *arguments: Any) -> None:
         """Have `close` do this, too; it must not refer to the backend, which could not be collected otherwise."""
-        self._open.callback(_in_context, self._gpu, action, *arguments)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """The context is current; after a final failure of the GPU no other engine will get it."""
-        try:
-            with self._gpu.current():
-                yield
-        except DriverError as error:
-            if error.final:
-                self._gpu.abandon()
-            raise
+        self._open.callback(self._gpu.quietly, action, *arguments)
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Compile the kernels or load them from the cache, bring the weights to the device, capture the steps."""
@@ -139,7 +128,7 @@ class CudaBackend:
         started = time.perf_counter()
         codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
         self.compile_seconds = time.perf_counter() - started
-        with self._running():
+        with self._gpu.current():
             loaded = {spec.name: self._load(spec, code) for spec, code in codes.items()}
             self._upload(loaded, progress)
             scratch, ring = self._buffers.__getitem__, self._tokens.ring
@@ -161,28 +150,15 @@ class CudaBackend:
         if self._arrays is None:
             raise RuntimeError("prepare was called before")
         targets = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
-        total, done = self.plan.pool_bytes()["weights"], 0
-
-        def moved(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress:
-                progress("weights to the GPU", min(done, total) >> 20, total >> 20)
-
         staging = self._arena.behind("weights")
-        upload(Uploader(loaded, staging, self.stream), self._arrays, targets, self.kernels.layout_of, moved)
+        upload(Uploader(loaded, staging, self.stream), self._arrays, targets, self.kernels.layout_of, progress)
         # Padding of activations must be zero, and counters start at zero; the cache holds what was staged: noise.
-        for buffer in self.plan.buffers:
-            if buffer.pool in {"activations", "workspace"}:
-                view = self._arena[buffer.name]
-                call("cuMemsetD8Async", view.address, 0, view.nbytes, self.stream)
+        self._arena.clear(("activations", "workspace"), self.stream)
         positions = self._buffers["rope.cosines"].shape[0]
         tables = rope.rope_table(rope_inverse_frequencies(self.geometry), positions)
         for name, table in zip(("rope.cosines", "rope.sines"), tables, strict=True):
             self._memory.write(self._buffers[name], table)
-        self._memory.write(self._buffers["sampling.best"], np.array([_NO_TOKEN]))
-        if progress:
-            progress("weights to the GPU", total >> 20, total >> 20)
+        self._forget_best()
 
     # --- what the engine calls ---------------------------------------------------------------------------------------
 
@@ -194,7 +170,7 @@ class CudaBackend:
         """Set the position at which the next token will be written. Replays that were queued ahead are thrown away."""
         if self._sure and position == self._position and self._wanted == self._queued:
             return
-        with self._running():
+        with self._gpu.current():
             self._settle(position)
 
     def start(self, sampler: Sampler) -> None:
@@ -203,14 +179,14 @@ class CudaBackend:
         options = [params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
         seen = np.packbits(sampler.seen, bitorder="little")
         bitmap = np.pad(seen, (0, -len(seen) % 4)).view(np.uint32)
-        with self._running():
+        with self._gpu.current():
             self._memory.write(self._buffers["sampling.options"], np.array(options, np.float64))
             self._memory.write(self._buffers["sampling.generator"], np.array([sampler.seed, 0], np.uint64))
             self._memory.write(self._buffers["sampling.seen"], bitmap)
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Take up to `block` tokens through the model at the current position, and advance it. Does not wait."""
-        with self._running():
+        with self._gpu.current():
             self._tokens.send(tokens, self._buffers["tokens"])
             self._run(len(tokens), head)
         self._wanted = self._queued
@@ -220,7 +196,7 @@ class CudaBackend:
         some more steps are queued behind it, so that the GPU need not wait for the host.
         """
         self._wanted += 1
-        with self._running():
+        with self._gpu.current():
             while self._queued < self._wanted + AHEAD and self._position < self._max_seq_len:
                 self._run(1, "sample")
         if self._queued < self._wanted:
@@ -234,7 +210,7 @@ class CudaBackend:
         """Raise if the GPU has failed, or has nothing to do any more and has not made the token that is waited for."""
         from cuda.bindings import driver
 
-        with self._running():
+        with self._gpu.current():
             (status,) = driver.cuStreamQuery(self.stream)
             if status == driver.CUresult.CUDA_ERROR_NOT_READY:
                 return
@@ -245,7 +221,7 @@ class CudaBackend:
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
         rows = []
-        with self._running():
+        with self._gpu.current():
             # From row 0 on, all rows in one pass over the weights; one row, or some in the middle, each in its own.
             pieces = [(start, stop)] if start == 0 else [(row, row + 1) for row in range(start, stop)]
             for first, last in pieces:
@@ -256,7 +232,7 @@ class CudaBackend:
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""
-        with self._running():
+        with self._gpu.current():
             self._tokens.send(tokens, self._buffers["tokens"])
             sampled = head == "sample"
             self._sure = False
@@ -269,7 +245,7 @@ class CudaBackend:
 
     def ceilings(self) -> dict[str, float]:
         """GB/s of reading this GPU's memory, by loads and by the copy engine, measured now."""
-        with self._running():
+        with self._gpu.current():
             return measure_ceilings(self._gpu, self.stream)
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
@@ -305,7 +281,7 @@ class CudaBackend:
         """Position and count of tokens are put right afterwards."""
         position = self._position
         self._sure = False
-        with self._running():
+        with self._gpu.current():
             yield
             self._settle(position)
 
@@ -315,12 +291,14 @@ class CudaBackend:
         """Wait for all that is queued, count its tokens as seen, and set the position."""
         self._sure = False
         self._memory.write(self._buffers["position"], np.array([position]))
-        self._memory.write(
-            self._buffers["sampling.best"], np.array([_NO_TOKEN])
-        )  # a step may have ended before its end
+        self._forget_best()  # a step may have ended between its arg-max and its end
         self._queued = self._wanted = int(self._memory.read(self._buffers["sampling.count"])[0])
         self._position = position
         self._sure = True
+
+    def _forget_best(self) -> None:
+        """Make ready for an arg-max."""
+        self._memory.write(self._buffers["sampling.best"], np.array([LOWEST_KEY]))
 
     def _observed(self, op: Op, launches: Sequence[Launch], observer: Observer | None) -> None:
         if observer:
@@ -361,13 +339,7 @@ class CudaBackend:
         return self._graphs[tokens, head]
 
 
-def _in_context(gpu: Device, action: Callable[..., Any], *arguments: Any) -> None:
-    """For taking things back: after a failure of the GPU they went with the context, and it says so each time."""
-    with suppress(DriverError), gpu.current():
-        action(*arguments)
-
-
 def _release(gpu: Device, made: ExitStack) -> None:
     """Wait for replays that nobody waits for any more, then take back all that was made."""
-    _in_context(gpu, call, "cuCtxSynchronize")
+    gpu.quietly(call, "cuCtxSynchronize")
     made.close()

@@ -11,9 +11,9 @@ from typing import Any
 
 from numba_atomflow.backends.cuda.kernels import RING
 from numba_atomflow.driver import call
-from numba_atomflow.errors import CheckpointError
 from numba_atomflow.memory.device import PinnedArray, copy_to_device
 from numba_atomflow.memory.view import View
+from numba_atomflow.sampling import no_numbers
 
 _STAGED = 1 << 14  # tokens of prompts that may be on their way to the device
 _POLLS = 2000  # looks at the ring (some 100 us) between looks at the stream
@@ -69,10 +69,7 @@ class TokenChannel:
                 check()
                 time.sleep(0)  # let other threads run
         if entry >> _ID_BITS & 1:
-            raise CheckpointError(
-                "The model computes no numbers (NaN): its checkpoint is damaged; check it with "
-                "`numba-atomflow info MODEL --verify`, or convert it again."
-            )
+            raise no_numbers()
         return entry & ((1 << _ID_BITS) - 1)
 
     def free(self) -> None:

@@ -1,0 +1,162 @@
+"""The checked driver calls and the process's one context, over a driver that is only pretended."""
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import pytest
+
+from numba_atomflow import driver
+from numba_atomflow.driver import Device, DriverError, call, open_device
+from numba_atomflow.errors import BackendError
+from numba_atomflow.memory.device import DeviceArena
+from numba_atomflow.memory.plan import Buffer, plan_memory
+
+
+class Status(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
+
+
+class _Anything:
+    """Whatever is asked of an enumeration."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+class PretendedDriver:
+    """Bindings whose functions succeed, but for those in `failing`; `calls` has their names."""
+
+    CUDA_VERSION = 13000
+    CUdevice_attribute = CUctx_flags = _Anything()
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.failing: dict[str, Status] = {}
+        self.cleared: list[tuple[int, int]] = []
+        self.gpus = 1
+
+    def __getattr__(self, name: str) -> Any:
+        results: dict[str, Any] = {
+            "cuDeviceGetCount": self.gpus,
+            "cuDeviceGet": 0,
+            "cuDeviceGetAttribute": 9,
+            "cuDeviceGetName": b"Pretended GPU\0",
+            "cuDeviceTotalMem": 1 << 33,
+            "cuDriverGetVersion": 13000,
+            "cuCtxCreate": object(),
+            "cuCtxPopCurrent": object(),
+            "cuMemGetInfo": (1 << 32, 1 << 33),
+            "cuMemAlloc": 1 << 20,
+            "cuGetErrorString": b"it went wrong",
+        }
+
+        def function(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            if name == "cuMemsetD8Async":
+                self.cleared.append((arguments[0], arguments[2]))
+            status = self.failing.get(name, Status.CUDA_SUCCESS)
+            if status or name not in results:
+                return (status,)
+            result = results[name]
+            return (status, *result) if isinstance(result, tuple) else (status, result)
+
+        return function
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> PretendedDriver:
+    bindings = PretendedDriver()
+    monkeypatch.setattr(driver, "_bindings", lambda: bindings)
+    monkeypatch.setattr(driver, "_shared", None)
+    return bindings
+
+
+def fail(function: str) -> None:
+    call(function)
+
+
+def test_one_context_for_all_users_until_the_last_closes(pretended: PretendedDriver) -> None:
+    first, second = open_device(), open_device()
+    assert first is second
+    assert (first.name, first.capability, first.driver_version) == ("Pretended GPU", (9, 9), (13, 0))
+    first.close()
+    assert "cuCtxDestroy" not in pretended.calls
+    second.close()
+    assert pretended.calls.count("cuCtxCreate") == pretended.calls.count("cuCtxDestroy") == 1
+    third = open_device()
+    assert third is not first
+    third.close()
+
+
+def test_the_context_is_current_for_a_while(pretended: PretendedDriver) -> None:
+    device = open_device()
+    del pretended.calls[:]
+    with device.current():
+        assert pretended.calls == ["cuCtxPushCurrent"]
+    assert pretended.calls == ["cuCtxPushCurrent", "cuCtxPopCurrent"]
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "final", "advice"),
+    [
+        (Status.CUDA_ERROR_OUT_OF_MEMORY, False, "free memory on the GPU or use a smaller --max-seq-len"),
+        (Status.CUDA_ERROR_ILLEGAL_ADDRESS, True, "start a new process to use the GPU again"),
+    ],
+)
+def test_a_failed_call_is_one_sentence_and_a_final_one_takes_the_device_away(
+    pretended: PretendedDriver, status: Status, final: bool, advice: str
+) -> None:
+    device = open_device()
+    pretended.failing = {"cuMemAlloc": status}
+    with pytest.raises(DriverError) as caught, device.current():
+        fail("cuMemAlloc")
+    assert str(caught.value) == (
+        f"The GPU failed in cuMemAlloc: it went wrong ({status.name}); {advice}, or use --backend cpu."
+    )
+    assert caught.value.final == final
+    later = open_device()
+    assert (later is device) != final
+    later.close()
+    device.close()
+
+
+def test_taking_back_goes_on_when_the_gpu_has_failed(pretended: PretendedDriver) -> None:
+    device: Device = open_device()
+    pretended.failing = {"cuMemFree": Status.CUDA_ERROR_ILLEGAL_ADDRESS}
+    device.quietly(fail, "cuMemFree")
+    assert pretended.calls[-1] == "cuCtxPopCurrent"
+    device.close()
+
+
+def test_no_gpu_is_one_sentence(pretended: PretendedDriver) -> None:
+    pretended.gpus = 0
+    with pytest.raises(BackendError, match="sees no GPU; check CUDA_VISIBLE_DEVICES, or use --backend cpu"):
+        open_device()
+
+
+def test_an_arena_allocates_once_and_clears_what_it_is_told(pretended: PretendedDriver) -> None:
+    buffers = [
+        Buffer("weights", "w", (100,), "float32"),
+        Buffer("activations", "x", (3, 5), "float16"),
+        Buffer("workspace", "y", (7,), "int64"),
+    ]
+    arena = DeviceArena(plan_memory(buffers))
+    arena.clear(("activations", "workspace"), stream=None)
+    assert pretended.calls.count("cuMemAlloc") == 1
+    assert pretended.cleared == [(arena["x"].address, 30), (arena["y"].address, 56)]
+    assert arena.behind("weights") == (arena["x"].address, arena.plan.total - 512)
+    arena.free()
+    arena.free()
+    assert pretended.calls.count("cuMemFree") == 1
+    assert np.dtype(arena["x"].dtype) == np.float16
+
+
+def test_a_plan_larger_than_what_is_free_is_refused_with_the_numbers(pretended: PretendedDriver) -> None:
+    plan = plan_memory([Buffer("weights", "w", (1 << 30,), "float64")])
+    with pytest.raises(BackendError, match=r"needs 8\.59 GB on the GPU \(weights 8\.59, .* use --backend cpu\."):
+        DeviceArena(plan)
+    assert "cuMemAlloc" not in pretended.calls
