@@ -29,6 +29,7 @@ from numba_atomflow.ops.cuda.fragments import (
     make_repack,
     make_repack_halves,
     repack_blocks,
+    repack_sizes,
     to_fragments_reference,
 )
 from numba_atomflow.ops.cuda.projection import ProjectionShape
@@ -85,6 +86,9 @@ LAYOUTS = (
     FragmentLayout(37, 200, hardware_fp8=True),  # neither rows nor columns fill a tile
     FragmentLayout(40, 130, half=20, hardware_fp8=True),  # gate and up whose number is no multiple of 8
     FragmentLayout(160, 64, half=40),  # two heads of 80
+    FragmentLayout(16, 576, chunk=4),  # 5 groups: a chunk of 4 and one of 1, each with padding of its own
+    FragmentLayout(12, 330, half=6, hardware_fp8=True, chunk=1),
+    FragmentLayout(9, 130, chunk=4),  # fewer groups than a chunk may have
 )
 
 
@@ -101,15 +105,18 @@ def halves(layout: FragmentLayout, rng: np.random.Generator) -> NDArray[np.float
     return values.astype(np.float16)
 
 
-HALF_LAYOUTS = (FragmentLayout(16, 128, halves=True), FragmentLayout(37, 202, halves=True))
+HALF_LAYOUTS = (
+    FragmentLayout(16, 128, halves=True),
+    FragmentLayout(37, 202, halves=True),
+    FragmentLayout(20, 300, halves=True, chunk=4),  # 6 groups of 64
+)
 
 
 def check_repack_halves(layout: FragmentLayout) -> None:
     values = halves(layout, generator(layout.rows))
     words = poisoned(layout.words, dtype=np.uint32)
     source = values.reshape(-1).view(np.uint16)
-    sizes = layout.rows, layout.columns
-    launch(make_repack_halves(), repack_blocks(layout), THREADS, 0, source, words, *sizes)
+    launch(make_repack_halves(), repack_blocks(layout), THREADS, 0, source, words, *repack_sizes(layout))
     np.testing.assert_array_equal(words, halves_to_fragments_reference(values, layout))
 
 
@@ -117,9 +124,8 @@ def check_repack(layout: FragmentLayout) -> None:
     rng = generator(layout.rows)
     codes, scales = weights(layout, rng)
     words = poisoned(layout.words, dtype=np.uint32)
-    sizes = layout.rows, layout.columns, layout.half
-    kernel = make_repack(layout.hardware_fp8)
-    launch(kernel, repack_blocks(layout), THREADS, 0, codes.reshape(-1), scales.reshape(-1), words, *sizes)
+    arrays = codes.reshape(-1), scales.reshape(-1), words
+    launch(make_repack(layout.hardware_fp8), repack_blocks(layout), THREADS, 0, *arrays, *repack_sizes(layout))
     np.testing.assert_array_equal(words, to_fragments_reference(codes, scales, layout))
     back_codes, back_scales = from_fragments_reference(words, layout)
     np.testing.assert_array_equal(back_codes, codes)

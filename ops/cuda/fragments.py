@@ -1,15 +1,19 @@
 """Weights in fragment order: what a projection's tensor-core kernel reads, and the kernel that makes it.
 
 The checkpoint stores a projection plain: codes [N, K] and scales [N, groups], row-major. On the device, rows come in
-tiles of 16. One tile is one run of 32-bit words:
+tiles of 16. A tile is one chunk or several, one behind the other, and a chunk is one run of 32-bit words:
 
 - codes: for every 64 columns, rows 0-7 and then rows 8-15, 32 lanes of 16 bytes each. Lane 4 g + t holds row g (or
   g + 8), columns 16 t to 16 t + 15. Every load of a warp is 512 contiguous bytes, and what a lane loads is what it
   multiplies: which columns meet in one `mma` is free, as long as the vector's follow the same order.
-- scales: for every 128 columns, 8 pairs of float32 (rows g and g + 8). They stand behind the codes of their own tile:
-  a warp fetches them in the same batch of loads, from addresses known as early. Float32, because anything shorter
-  would round the checkpoint's scales, and a projection is to be exact to 1e-5.
-- padding to a multiple of 128 bytes, so that no load straddles a cache line.
+- scales: for every 128 columns, 8 pairs of float32 (rows g and g + 8). They stand behind the codes of their own
+  chunk: a warp fetches them in the same batch of loads, from addresses known as early. Float32, because anything
+  shorter would round the checkpoint's scales, and a projection is to be exact to 1e-5.
+- padding to a multiple of 128 bytes, so that no load straddles a cache line and every bulk copy is aligned.
+
+Chunks: a kernel whose warps load weights themselves wants the whole tile as one (chunk = 0). One that copies weights
+to shared memory in bulk wants pieces of a few groups with their own scales (chunk = 4: 8448 bytes). The last chunk of
+a tile may have fewer groups.
 
 Two orders of rows. Plain: tile i holds rows 16 i to 16 i + 15. Paired, with distance `half`: rows i and i + half of a
 section of 2 * half rows are put at r and r + 8 of a tile. Both then end in the same lane: gate and up of one
@@ -22,9 +26,10 @@ to the value times 2^-8, so the scale takes 2^8: exact.
 Padding rows and columns are zero codes with scale 0. Cost model of the kernel: N * K bytes read and written, once.
 
 Float16 weights (the vocabulary projection may have them) follow the same plan without scales: a group is 64 columns,
-so that it has as many bytes, and lane 4 g + t holds 8 neighbouring columns of 32.
+so that it has as many bytes, and lane 4 g + t holds 8 neighbouring columns of 32. Nothing stands between their chunks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +54,7 @@ class FragmentLayout:
         half: distance of the rows that are paired; 0: plain order.
         hardware_fp8: bytes and scales are ordered for `decode_fp8_cvt` (sm_89 and later), else for `decode_fp8_bits`.
         halves: the weights are float16, without scales; plain order only.
+        chunk: groups of columns per chunk of a tile; 0: all of them.
     """
 
     rows: int
@@ -56,6 +62,7 @@ class FragmentLayout:
     half: int = 0
     hardware_fp8: bool = False
     halves: bool = False
+    chunk: int = 0
 
     @property
     def group_columns(self) -> int:
@@ -83,11 +90,38 @@ class FragmentLayout:
         return -(-self.rows // TILE_ROWS)
 
     @property
+    def chunk_groups(self) -> int:
+        """Groups of every chunk of a tile but the last."""
+        return min(self.chunk or self.groups, self.groups)
+
+    @property
+    def chunk_words(self) -> int:
+        """32-bit words from one chunk of a tile to the next: a multiple of 32."""
+        return self._words_of(self.chunk_groups)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks per tile."""
+        return -(-self.groups // self.chunk_groups)
+
+    @property
+    def last_chunk_groups(self) -> int:
+        """Groups of a tile's last chunk: 1 to `chunk_groups`."""
+        return self.groups - (self.chunks - 1) * self.chunk_groups
+
+    @property
+    def last_chunk_words(self) -> int:
+        """32-bit words of a tile's last chunk: a multiple of 32, `chunk_words` at most."""
+        return self._words_of(self.last_chunk_groups)
+
+    @property
     def tile_words(self) -> int:
         """32-bit words from one tile to the next."""
-        if self.halves:
-            return self.groups * GROUP_WORDS
-        return -(-self.groups * (GROUP_WORDS + TILE_ROWS) // 32) * 32
+        return (self.chunks - 1) * self.chunk_words + self.last_chunk_words
+
+    def _words_of(self, groups: int) -> int:
+        """32-bit words of a chunk of so many groups."""
+        return -(-groups * (GROUP_WORDS + (0 if self.halves else TILE_ROWS)) // 32) * 32
 
     @property
     def words(self) -> int:
@@ -120,6 +154,16 @@ class FragmentLayout:
         source = section * 2 * self.half + row // 8 * self.half + unit
         return np.where(unit < self.half, source, -1)
 
+    def chunk_slices(self) -> Iterator[tuple[slice, slice, slice]]:
+        """For each chunk of a tile: its groups; which of the tile's words hold their codes; and which their scales."""
+        for chunk in range(self.chunks):
+            first = chunk * self.chunk_groups
+            last = min(first + self.chunk_groups, self.groups)
+            start = chunk * self.chunk_words
+            codes_end = start + (last - first) * GROUP_WORDS
+            scales_end = codes_end + (0 if self.halves else (last - first) * TILE_ROWS)
+            yield slice(first, last), slice(start, codes_end), slice(codes_end, scales_end)
+
 
 # --- reference ---------------------------------------------------------------------------------------------------
 
@@ -127,20 +171,21 @@ class FragmentLayout:
 def to_fragments_reference(
     codes: NDArray[np.uint8], scales: NDArray[np.float32], layout: FragmentLayout
 ) -> NDArray[np.uint32]:
-    """Codes [N, K] and scales [N, groups] to words [layout.words]; the padding at the ends of tiles is zero."""
+    """Codes [N, K] and scales [N, groups] to words [layout.words]; the padding at the ends of chunks is zero."""
     source = layout.source_rows()
     padded = np.zeros((layout.tiles, TILE_ROWS, layout.padded_columns), np.uint8)
     padded[source >= 0, : layout.columns] = codes[source[source >= 0]]
     # axes: tile, row / 8, g, 64 columns, t, word, byte -> tile, 64 columns, row / 8, g, t, word, byte
     blocks = padded.reshape(layout.tiles, 2, 8, -1, 4, 4, 4)[..., list(layout.byte_order)]
-    ordered = np.ascontiguousarray(blocks.transpose(0, 3, 1, 2, 4, 5, 6)).reshape(layout.tiles, -1).view(np.uint32)
+    ordered = np.ascontiguousarray(blocks.transpose(0, 3, 1, 2, 4, 5, 6)).view(np.uint32)
+    ordered = ordered.reshape(layout.tiles, layout.groups, GROUP_WORDS)
     factors = np.zeros((layout.tiles, TILE_ROWS, layout.groups), np.float32)
     factors[source >= 0] = scales[source[source >= 0]] * np.float32(layout.scale_factor)
-    pairs = np.ascontiguousarray(factors.reshape(layout.tiles, 2, 8, -1).transpose(0, 3, 2, 1))
+    pairs = np.ascontiguousarray(factors.reshape(layout.tiles, 2, 8, -1).transpose(0, 3, 2, 1)).view(np.uint32)
     words = np.zeros((layout.tiles, layout.tile_words), np.uint32)
-    codes_end = layout.groups * GROUP_WORDS
-    words[:, :codes_end] = ordered
-    words[:, codes_end : codes_end + layout.groups * TILE_ROWS] = pairs.reshape(layout.tiles, -1).view(np.uint32)
+    for groups, codes_at, scales_at in layout.chunk_slices():
+        words[:, codes_at] = ordered[:, groups].reshape(layout.tiles, -1)
+        words[:, scales_at] = pairs[:, groups].reshape(layout.tiles, -1)
     return words.reshape(-1)
 
 
@@ -149,12 +194,18 @@ def from_fragments_reference(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The inverse: codes [N, K] and scales [N, groups]."""
     tiles = words.reshape(layout.tiles, layout.tile_words)
-    codes_end = layout.groups * GROUP_WORDS
-    blocks = np.ascontiguousarray(tiles[:, :codes_end]).view(np.uint8).reshape(layout.tiles, -1, 2, 8, 4, 4, 4)
+    places = list(layout.chunk_slices())
+    ordered = np.concatenate([tiles[:, codes_at] for _, codes_at, _ in places], axis=1)
+    pairs = np.concatenate([tiles[:, scales_at] for _, _, scales_at in places], axis=1)
+    blocks = ordered.view(np.uint8).reshape(layout.tiles, -1, 2, 8, 4, 4, 4)
     inverse = np.argsort(layout.byte_order)
     rows = blocks[..., inverse].transpose(0, 2, 3, 1, 4, 5, 6).reshape(layout.tiles, TILE_ROWS, -1)
-    factors = np.ascontiguousarray(tiles[:, codes_end : codes_end + layout.groups * TILE_ROWS]).view(np.float32)
-    by_row = factors.reshape(layout.tiles, -1, 8, 2).transpose(0, 3, 2, 1).reshape(layout.tiles, TILE_ROWS, -1)
+    by_row = (
+        pairs.view(np.float32)
+        .reshape(layout.tiles, -1, 8, 2)
+        .transpose(0, 3, 2, 1)
+        .reshape(layout.tiles, TILE_ROWS, -1)
+    )
     source = layout.source_rows()
     codes = np.empty((layout.rows, layout.columns), np.uint8)
     scales = np.empty((layout.rows, layout.groups), np.float32)
@@ -176,8 +227,8 @@ def halves_to_fragments_reference(weights: NDArray[np.float16], layout: Fragment
 
 
 def make_repack(hardware_fp8: bool) -> Any:
-    """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words], then the layout's rows,
-    columns and half as int64): one thread per word. One kernel for all layouts, because it runs once.
+    """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words], then the numbers of
+    `repack_sizes(layout)`): one thread per word. One kernel for all layouts, because it runs once.
 
     Launch: `repack_blocks(layout)` blocks of `THREADS` threads, no shared memory.
     """
@@ -199,19 +250,23 @@ def make_repack(hardware_fp8: bool) -> Any:
         return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
 
     @ptx.kernel(THREADS, 1)
-    def repack(codes, scales, words, rows, columns, half):  # type: ignore[no-untyped-def]
+    def repack(codes, scales, words, rows, columns, half, chunk_groups):  # type: ignore[no-untyped-def]
         groups = (columns + 127) // 128
-        tile_words = (groups * 528 + 31) // 32 * 32
-        codes_end = groups * 512
+        chunk_words = (chunk_groups * 528 + 31) // 32 * 32
+        whole_chunks = (groups - 1) // chunk_groups
+        tile_words = whole_chunks * chunk_words + ((groups - whole_chunks * chunk_groups) * 528 + 31) // 32 * 32
         section_tiles = max((half + 7) // 8, 1)
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if index >= len(words):
             return
-        tile, word = index // tile_words, index % tile_words
+        tile = index // tile_words
+        chunk, word = index % tile_words // chunk_words, index % tile_words % chunk_words
+        first_group = chunk * chunk_groups
+        codes_end = min(chunk_groups, groups - first_group) * 512
         value = np.uint32(0)
         if word < codes_end:
             row = source_row(tile, word % 256 // 128 * 8 + word % 128 // 16, rows, half, section_tiles)
-            column = word // 256 * 64 + word % 16 * 4
+            column = first_group * 128 + word // 256 * 64 + word % 16 * 4
             if row >= 0:
                 value = np.uint32(
                     code(codes, row, column + order_0, columns)
@@ -219,19 +274,19 @@ def make_repack(hardware_fp8: bool) -> Any:
                     | code(codes, row, column + order_2, columns) << 16
                     | code(codes, row, column + order_3, columns) << 24
                 )
-        elif word < codes_end + groups * 16:
+        elif word < codes_end + codes_end // 32:  # 16 scales for 512 words of codes
             entry = word - codes_end
             row = source_row(tile, entry % 2 * 8 + entry % 16 // 2, rows, half, section_tiles)
             if row >= 0:
-                value = np.uint32(ptx.f32_bits(scales[row * groups + entry // 16] * factor))
+                value = np.uint32(ptx.f32_bits(scales[row * groups + first_group + entry // 16] * factor))
         words[index] = value
 
     return repack
 
 
 def make_repack_halves() -> Any:
-    """Kernel (weights uint16 [N * K], words uint32 [layout.words], the layout's rows and columns as int64): one thread
-    per word. Launched as `make_repack`'s.
+    """Kernel (weights uint16 [N * K], words uint32 [layout.words], then the numbers of `repack_sizes(layout)`): one
+    thread per word. Launched as `make_repack`'s.
     """
 
     @ptx.device_function
@@ -257,7 +312,7 @@ def make_repack_halves() -> Any:
 
 def repack_kernel(hardware_fp8: bool) -> Planned:
     """The kernel of `make_repack`."""
-    signature = (U8, F32, U32, NUMBER, NUMBER, NUMBER)
+    signature = (U8, F32, U32, NUMBER, NUMBER, NUMBER, NUMBER)
     return Planned(kernel_spec("repack", "fragments:make_repack", signature, THREADS, hardware_fp8=hardware_fp8), 0)
 
 
@@ -269,3 +324,9 @@ def repack_halves_kernel() -> Planned:
 def repack_blocks(layout: FragmentLayout) -> int:
     """Blocks of the repack kernel."""
     return -(-layout.words // THREADS)
+
+
+def repack_sizes(layout: FragmentLayout) -> tuple[int, ...]:
+    """What a repack kernel is told about a layout: rows, columns, and, with scales, `half` and groups per chunk."""
+    sizes = (layout.rows, layout.columns)
+    return sizes if layout.halves else (*sizes, layout.half, layout.chunk_groups)

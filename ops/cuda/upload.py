@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.driver import call
-from numba_atomflow.ops.cuda.fragments import TILE_ROWS, FragmentLayout, repack_blocks
+from numba_atomflow.ops.cuda.fragments import TILE_ROWS, FragmentLayout, repack_blocks, repack_sizes
 from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
 
 Progress = Callable[[str, int, int], None]
@@ -114,8 +114,8 @@ class Uploader:
                     at += array[rows].nbytes
                 at = -(-at // ALIGNMENT) * ALIGNMENT
             target = _Span(words.address + 4 * piece.first_tile * layout.tile_words, 4 * piece.layout.words)
-            sizes = [piece.layout.rows, layout.columns] + ([] if layout.halves else [piece.layout.half])
-            Launch(kernel, repack_blocks(piece.layout), (*staged, target, *sizes), self._stream).run()
+            arguments: list[DeviceArray | int] = [*staged, target, *repack_sizes(piece.layout)]
+            Launch(kernel, repack_blocks(piece.layout), arguments, self._stream).run()
             progress(sum(span.extent for span in staged))
 
     def vector(self, values: NDArray[np.float32], target: DeviceArray) -> None:
