@@ -152,11 +152,12 @@ class ProjectionCase:
     heads: int = 1
     kv_heads: int = 1
     halves: bool = False
+    chunk: int = 0
 
     @property
     def shape(self) -> ProjectionShape:
         half = {"swiglu": self.rows // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
-        layout = FragmentLayout(self.rows, self.width, half, self.hardware_fp8, self.halves)
+        layout = FragmentLayout(self.rows, self.width, half, self.hardware_fp8, self.halves, self.chunk)
         return ProjectionShape(layout, self.columns, self.warps, self.split, self.depth)
 
 
@@ -175,6 +176,10 @@ PROJECTIONS = (
     ProjectionCase("add", 16, 300, 2, warps=4, split=2, depth=1),  # a slot without a tile
     ProjectionCase("swiglu", 40, 256, 4, depth=1, blocks=2),  # 20 units: the last tile is not full
     ProjectionCase("swiglu", 16, 576, 1, hardware_fp8=True),
+    ProjectionCase("store", 37, 576, 1, chunk=4),  # chunks of 4 groups and of 1
+    ProjectionCase("store", 20, 576, 2, depth=1, halves=True, chunk=4),
+    ProjectionCase("add", 24, 1100, 3, depth=3, hardware_fp8=True, chunk=3),  # three equal chunks
+    ProjectionCase("swiglu", 16, 330, 1, chunk=2, hardware_fp8=True),
     qkv_case(128, 7, 64, 2, 1, depth=1, blocks=3),
     qkv_case(192, 1, 80, 1, 1, depth=1, warps=1, split=1, hardware_fp8=True),
     qkv_case(128, 2, 96, 1, 1, depth=1, warps=1, split=1),

@@ -16,6 +16,9 @@ EMBEDDINGS = (
     (FragmentLayout(40, 130, hardware_fp8=True), 3),  # neither fills its tiles
     (FragmentLayout(33, 576), 1),
     (FragmentLayout(40, 130, halves=True), 3),
+    (FragmentLayout(33, 576, hardware_fp8=True, chunk=4), 2),  # chunks of 4 and 1 groups
+    (FragmentLayout(20, 1100, chunk=3), 1),  # three equal chunks, of no power of two
+    (FragmentLayout(40, 300, halves=True, chunk=4), 3),
 )
 
 

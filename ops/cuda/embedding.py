@@ -12,7 +12,7 @@ from typing import Any
 from numba import cuda
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
+from numba_atomflow.ops.cuda.fragments import FragmentLayout, make_places
 from numba_atomflow.ops.cuda.spec import F32, I32, U32, Planned, kernel_spec
 
 THREADS = 256
@@ -26,10 +26,11 @@ def make_embed(layout: FragmentLayout, columns: int) -> Any:
     """
     if layout.halves:
         return _make_embed_halves(layout, columns)
-    hidden, tile_words, scales_start = layout.columns, layout.tile_words, layout.groups * GROUP_WORDS
+    hidden, tile_words = layout.columns, layout.tile_words
     row_words = -(-hidden // 4)
     total = columns * row_words
     decode = layout.decode
+    gap_before, scales_at = make_places(layout)
 
     @ptx.kernel(THREADS, 1)
     def embed(words, tokens, residual):  # type: ignore[no-untyped-def]
@@ -38,9 +39,9 @@ def make_embed(layout: FragmentLayout, columns: int) -> Any:
             return
         column, word = index // row_words, index % row_words
         row = tokens[column]
-        tile, r = row // 16 * tile_words, row % 16
-        code = words[tile + word // 16 * 256 + r // 8 * 128 + r % 8 * 16 + word % 16]
-        scale = ptx.bits_f32(words[tile + scales_start + word // 32 * 16 + r % 8 * 2 + r // 8])
+        tile, r, group = row // 16 * tile_words, row % 16, word // 32
+        code = words[tile + word // 16 * 256 + gap_before(group) + r // 8 * 128 + r % 8 * 16 + word % 16]
+        scale = ptx.bits_f32(words[tile + scales_at(group) + r % 8 * 2 + r // 8])
         pair_0, pair_1 = decode(code)
         x0, x1 = ptx.unpack_f16x2(pair_0)
         x2, x3 = ptx.unpack_f16x2(pair_1)

@@ -226,6 +226,45 @@ def halves_to_fragments_reference(weights: NDArray[np.float16], layout: Fragment
 # --- GPU ---------------------------------------------------------------------------------------------------------
 
 
+def make_places(layout: FragmentLayout) -> tuple[Any, Any]:
+    """Device functions that tell where weights are, in words from the start of their tile; groups are not negative.
+
+    `gap_before(group)`: what stands between the codes of earlier groups, so that a group's codes begin at
+    `group * GROUP_WORDS + gap_before(group)`. `scales_at(group)`: where a group's scales begin. Where a tile is one
+    chunk, the gap is 0 and costs nothing.
+    """
+    groups, chunk_groups, chunk_words = layout.groups, layout.chunk_groups, layout.chunk_words
+    scales_start = chunk_groups * GROUP_WORDS
+    gap = chunk_words - scales_start
+    even = layout.last_chunk_groups == chunk_groups
+
+    @ptx.device_function
+    def no_gap(group):  # type: ignore[no-untyped-def]
+        return 0
+
+    @ptx.device_function
+    def scales_behind_all_codes(group):  # type: ignore[no-untyped-def]
+        return scales_start + group * TILE_ROWS
+
+    @ptx.device_function
+    def chunk_of(group):  # type: ignore[no-untyped-def]
+        # Unsigned, so that a power of two is a shift; then int64, because numba makes a float of uint64 + int64.
+        return np.int64(np.uint32(group) // np.uint32(chunk_groups))
+
+    @ptx.device_function
+    def gaps_of_chunks(group):  # type: ignore[no-untyped-def]
+        return chunk_of(group) * gap
+
+    @ptx.device_function
+    def scales_in_chunk(group):  # type: ignore[no-untyped-def]
+        chunk = chunk_of(group)
+        first = chunk * chunk_groups
+        codes = scales_start if even else min(chunk_groups, groups - first) * GROUP_WORDS
+        return chunk * chunk_words + codes + (group - first) * TILE_ROWS
+
+    return (no_gap, scales_behind_all_codes) if layout.chunks == 1 else (gaps_of_chunks, scales_in_chunk)
+
+
 def make_repack(hardware_fp8: bool) -> Any:
     """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words], then the numbers of
     `repack_sizes(layout)`): one thread per word. One kernel for all layouts, because it runs once.

@@ -35,7 +35,7 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
+from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout, make_places
 
 LOG2_E = np.float32(math.log2(math.e))
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -121,7 +121,6 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
     warps, split, depth, threads = shape.warps, shape.split, shape.depth, shape.threads
     slots = warps // split
     width, groups, tiles, tile_words = layout.columns, layout.groups, layout.tiles, layout.tile_words
-    scales_start = groups * GROUP_WORDS
     share = -(-groups // split)
     batches = -(-share // depth)
     halves, x_step = layout.halves, layout.group_columns // 2  # words of x per group
@@ -135,6 +134,7 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
     pairs_per_slot, slot_threads = 8 * columns, split * 32
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(eps)
     decode = layout.decode
+    gap_before, scales_at = make_places(layout)
 
     @ptx.device_function
     def load(weights, tile, batch, part, lane, codes, scales):  # type: ignore[no-untyped-def]
@@ -143,10 +143,10 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
             group = part + (batch * depth + u) * split
             if even or group < groups:
                 if not halves:
-                    start = tile * tile_words + scales_start + group * 16 + (lane >> 2) * 2
+                    start = tile * tile_words + scales_at(group) + (lane >> 2) * 2
                     scales[2 * u], scales[2 * u + 1] = ptx.load_constant_f32x2(weights, start)
                 for i in range(4):
-                    start = tile * tile_words + group * GROUP_WORDS + i * 128 + lane * 4
+                    start = tile * tile_words + group * GROUP_WORDS + gap_before(group) + i * 128 + lane * 4
                     w0, w1, w2, w3 = ptx.load_stream_16(weights, start)
                     at = 16 * u + 4 * i
                     codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
