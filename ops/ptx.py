@@ -132,6 +132,13 @@ def device_function(function: Callable[..., Any]) -> Any:
     return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, inline="always")(function)
 
 
+def large_device_function(function: Callable[..., Any]) -> Any:
+    """Decorator: the same for large ones, typed and compiled by themselves and inlined by the machine's own compiler: numba
+    takes minutes over a kernel into which it has to inline thousands of statements.
+    """
+    return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
+
+
 def kernel(threads: int, blocks: int) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: a kernel of `threads` threads per block, with registers to spare for `blocks` per multiprocessor."""
     decorator: Callable[[Callable[..., Any]], Any] = (
@@ -219,6 +226,28 @@ def load_remote_f32(array, index):  # type: ignore[no-untyped-def]
 def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
     """Four float32 that another block of this launch wrote, past the first-level cache."""
     return tuple(np.float32(array[index + i]) for i in range(4))
+
+
+@_instruction(
+    "{ .reg .b64 a, b; ld.relaxed.gpu.global.v2.b64 {a, b}, [$4]; mov.b64 {$0, $1}, a; mov.b64 {$2, $3}, b; }",
+    (u32,) * 4,
+    (_ADDRESS,),
+    memory=True,
+)
+def load_words(array, index):  # type: ignore[no-untyped-def]
+    """Two words of 8 bytes that other blocks of this launch may be writing, as halves (low, high, low, high). Each word is
+    read whole: both halves are of one `publish`. index: even.
+    """
+    first, second = int(array[index]), int(array[index + 1])
+    return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
+
+
+@_instruction(
+    "{ .reg .b64 a; mov.b64 a, {$1, $2}; st.relaxed.gpu.global.b64 [$0], a; }", (), (_ADDRESS, u32, u32), memory=True
+)
+def publish(array, index, low, high):  # type: ignore[no-untyped-def]
+    """Write a word of 8 bytes whole, for readers in other blocks of this launch."""
+    array[index] = int(low) | int(high) << 32
 
 
 @_instruction(_PLAIN_LOAD, (u32,) * 4, (_ADDRESS,))
@@ -337,6 +366,16 @@ def sync_warp():  # type: ignore[no-untyped-def]
     _exchange(None)
 
 
+@_instruction("bar.sync $0, $1;", (), (u32, u32), memory=True)
+def sync_threads(number, threads):  # type: ignore[no-untyped-def]
+    """`syncthreads` for so many threads of the block, whole warps, at a barrier (1 to 15) of their own."""
+    thread: Any = threading.current_thread()
+    with _warp_lock:
+        barriers = vars(thread._manager).setdefault("atomflow_barriers", {})  # noqa: SLF001  as in `_exchange`
+        barrier = barriers.setdefault(int(number), threading.Barrier(int(threads), timeout=120))
+    barrier.wait()
+
+
 @_instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", (f32,), (f32, u32), effect=True)
 def shuffle_xor_f32(value, lanes):  # type: ignore[no-untyped-def]
     """The value of the lane whose number differs from the own one in the bits `lanes`."""
@@ -378,6 +417,12 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
     top, bottom = _exchange((a0, a1, a2, a3, b0, b1, c0, c1, c2, c3), _multiply_fragments)
     row, column = _lane() >> 2, (_lane() & 3) * 2
     return top[row, column], top[row, column + 1], bottom[row, column], bottom[row, column + 1]
+
+
+@_instruction("mov.u64 $0, %globaltimer;", (u64,), (), effect=True)
+def nanoseconds():  # type: ignore[no-untyped-def]
+    """A clock that all multiprocessors share."""
+    return time.perf_counter_ns()
 
 
 # --- between kernels ---------------------------------------------------------------------------------------------
@@ -430,6 +475,28 @@ def barrier_wait(barriers, index, parity):  # type: ignore[no-untyped-def]
                 return
         time.sleep(1e-4)
     raise RuntimeError("a barrier's phase never completed")
+
+
+@_instruction(_SHARED + " mbarrier.arrive.shared::cta.b64 _, [b]; }", (), (_ADDRESS,), memory=True)
+def barrier_arrive(barriers, index):  # type: ignore[no-untyped-def]
+    """Arrive."""
+    _advance_barrier(barriers, index, 1, 0)
+
+
+@_instruction(
+    "{ .reg .u64 b; .reg .pred p; cvta.to.shared.u64 b, $1;"
+    " mbarrier.try_wait.parity.shared::cta.b64 p, [b], $2; selp.u32 $0, 1, 0, p; }",
+    (u32,),
+    (_ADDRESS, u32),
+    memory=True,
+)
+def barrier_ready(barriers, index, parity):  # type: ignore[no-untyped-def]
+    """1 if the phase of this parity is complete, perhaps after a short wait for it; else 0."""
+    with _warp_lock:
+        ready = int(barriers[index]) & 1 != int(parity) & 1
+    if not ready:
+        time.sleep(1e-4)
+    return int(ready)
 
 
 @_instruction(

@@ -1,6 +1,6 @@
 """Embedding lookup out of the vocabulary projection's own weights: with tied embeddings they are stored once.
 
-One thread decodes one word of 4 columns, wherever `fragments.py` has put it. Cost model: one launch (2-3 us); the
+One thread takes 4 columns, wherever `fragments.py` has put it. Cost model: one launch (2-3 us); the
 bytes, hidden * 1.03 read and 4 * hidden written per token, are nothing beside it. The result is the CPU's, bit for bit.
 
 It begins a step and is always launched plainly: it starts when the step before has ended. So the later kernels of a
@@ -18,68 +18,62 @@ from numba_atomflow.ops.cuda.spec import F32, I32, U32, Planned, kernel_spec
 THREADS = 256
 
 
+def make_quad(layout: FragmentLayout) -> Any:
+    """Device function (words, start, row, quad) -> elements 4 quad .. 4 quad + 3 of a row of the embedding, which begins at
+    word `start`. Plain rows.
+    """
+    tile_words = layout.tile_words
+    decode = layout.decode
+    gap_before, scales_at = make_places(layout)
+
+    @ptx.device_function
+    def quad_of_codes(words, start, row, quad):  # type: ignore[no-untyped-def]
+        tile, r, group = start + row // 16 * tile_words, row % 16, quad // 32
+        code = words[tile + quad // 16 * 256 + gap_before(group) + r // 8 * 128 + r % 8 * 16 + quad % 16]
+        scale = ptx.bits_f32(words[tile + scales_at(group) + r % 8 * 2 + r // 8])
+        pair_0, pair_1 = decode(code)
+        x0, x1 = ptx.unpack_f16x2(pair_0)
+        x2, x3 = ptx.unpack_f16x2(pair_1)
+        return x0 * scale, x1 * scale, x2 * scale, x3 * scale
+
+    @ptx.device_function
+    def quad_of_halves(words, start, row, quad):  # type: ignore[no-untyped-def]
+        at = start + row // 16 * tile_words + quad // 8 * 256 + row % 16 // 8 * 128 + row % 8 * 16 + quad % 8 * 2
+        x0, x1 = ptx.unpack_f16x2(words[at])
+        x2, x3 = ptx.unpack_f16x2(words[at + 1])
+        return x0, x1, x2, x3
+
+    return quad_of_halves if layout.halves else quad_of_codes
+
+
 def make_embed(layout: FragmentLayout, columns: int) -> Any:
     """residual[t] = row tokens[t] of the embedding.
 
     Kernel (words uint32 [layout.words], tokens int32 [columns], residual float32 [columns * hidden]). Plain rows.
     Launch: `embed_blocks(layout, columns)` blocks of `THREADS` threads, no shared memory.
     """
-    if layout.halves:
-        return _make_embed_halves(layout, columns)
-    hidden, tile_words = layout.columns, layout.tile_words
-    row_words = -(-hidden // 4)
-    total = columns * row_words
-    decode = layout.decode
-    gap_before, scales_at = make_places(layout)
+    hidden = layout.columns
+    row_quads = -(-hidden // 4)
+    total = columns * row_quads
+    quad_of = make_quad(layout)
 
     @ptx.kernel(THREADS, 1)
     def embed(words, tokens, residual):  # type: ignore[no-untyped-def]
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if index >= total:
             return
-        column, word = index // row_words, index % row_words
-        row = tokens[column]
-        tile, r, group = row // 16 * tile_words, row % 16, word // 32
-        code = words[tile + word // 16 * 256 + gap_before(group) + r // 8 * 128 + r % 8 * 16 + word % 16]
-        scale = ptx.bits_f32(words[tile + scales_at(group) + r % 8 * 2 + r // 8])
-        pair_0, pair_1 = decode(code)
-        x0, x1 = ptx.unpack_f16x2(pair_0)
-        x2, x3 = ptx.unpack_f16x2(pair_1)
-        start = column * hidden + word * 4
-        residual[start] = x0 * scale
-        if word * 4 + 1 < hidden:
-            residual[start + 1] = x1 * scale
-        if word * 4 + 2 < hidden:
-            residual[start + 2] = x2 * scale
-        if word * 4 + 3 < hidden:
-            residual[start + 3] = x3 * scale
+        column, quad = index // row_quads, index % row_quads
+        x0, x1, x2, x3 = quad_of(words, 0, tokens[column], quad)
+        start = column * hidden + quad * 4
+        residual[start] = x0
+        if quad * 4 + 1 < hidden:
+            residual[start + 1] = x1
+        if quad * 4 + 2 < hidden:
+            residual[start + 2] = x2
+        if quad * 4 + 3 < hidden:
+            residual[start + 3] = x3
 
     return embed
-
-
-def _make_embed_halves(layout: FragmentLayout, columns: int) -> Any:
-    """The same for float16 weights; a thread copies 4 columns, two words."""
-    hidden, tile_words = layout.columns, layout.tile_words
-    row_words = -(-hidden // 4)
-    total = columns * row_words
-
-    @ptx.kernel(THREADS, 1)
-    def embed_halves(words, tokens, residual):  # type: ignore[no-untyped-def]
-        index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        if index >= total:
-            return
-        column, quad = index // row_words, index % row_words
-        row = tokens[column]
-        at = row // 16 * tile_words + quad // 8 * 256 + row % 16 // 8 * 128 + row % 8 * 16 + quad % 8 * 2
-        start = column * hidden + quad * 4
-        for i in range(2):
-            low, high = ptx.unpack_f16x2(words[at + i])
-            if quad * 4 + 2 * i < hidden:
-                residual[start + 2 * i] = low
-            if quad * 4 + 2 * i + 1 < hidden:
-                residual[start + 2 * i + 1] = high
-
-    return embed_halves
 
 
 def embed_kernel(layout: FragmentLayout, columns: int) -> Planned:

@@ -62,12 +62,34 @@ def rank(logit):  # type: ignore[no-untyped-def]
 
 
 @ptx.device_function
-def penalised(logits, seen, token, penalty):  # type: ignore[no-untyped-def]
-    """The token's logit after the repetition penalty."""
-    logit = logits[token]
-    if (int64(seen[token // 32]) >> (token % 32)) & 1:
+def penalise(logit, seen, token, penalty):  # type: ignore[no-untyped-def]
+    """A token's logit after the repetition penalty; `seen`: the word of the bitmap that has its bit."""
+    if (int64(seen) >> (token % 32)) & 1:
         logit = logit / penalty if logit > np.float32(0.0) else logit * penalty
     return logit
+
+
+@ptx.device_function
+def penalised(logits, seen, token, penalty):  # type: ignore[no-untyped-def]
+    """The token's logit after the repetition penalty."""
+    return penalise(logits[token], seen[token // 32], token, penalty)
+
+
+@ptx.device_function
+def sort_key(logit, token):  # type: ignore[no-untyped-def]
+    """A token's place in the order: the largest key wins the arg-max."""
+    return rank(logit) << _ID_BITS | (_ID_MASK - token)
+
+
+@ptx.device_function
+def shuffle_max(key):  # type: ignore[no-untyped-def]
+    """The largest key of the warp's lanes; `LOWEST_KEY` for none."""
+    for step in range(5):
+        high = int64(ptx.shuffle_xor_u32((key >> 31) & 0xFFFFFFFF, 16 >> step))
+        low = int64(ptx.shuffle_xor_u32(key & 0x7FFFFFFF, 16 >> step))
+        other = int64(LOWEST_KEY) if high == 0xFFFFFFFF else high << 31 | low
+        key = max(key, other)
+    return key
 
 
 def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
@@ -87,14 +109,9 @@ def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
         largest = int64(LOWEST_KEY)
         token = cuda.blockIdx.x * ARGMAX_THREADS + thread
         while token < vocabulary:
-            key = rank(penalised(logits, seen, token, penalty)) << _ID_BITS | (_ID_MASK - token)
-            largest = max(largest, key)
+            largest = max(largest, sort_key(penalised(logits, seen, token, penalty), token))
             token += cuda.gridDim.x * ARGMAX_THREADS
-        for step in range(5):
-            high = int64(ptx.shuffle_xor_u32((largest >> 31) & 0xFFFFFFFF, 16 >> step))
-            low = int64(ptx.shuffle_xor_u32(largest & 0x7FFFFFFF, 16 >> step))
-            other = int64(LOWEST_KEY) if high == 0xFFFFFFFF else high << 31 | low
-            largest = max(largest, other)
+        largest = shuffle_max(largest)
         if thread & 31 == 0:
             cuda.atomic.max(best, 0, largest)
 

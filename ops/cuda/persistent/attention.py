@@ -1,0 +1,332 @@
+"""Attention of the persistent kernel: one token's heads over the cache, by as many blocks as the sequence is worth.
+
+A block takes a key/value head and a chunk of the sequence, as in `ops/cuda/attention.py`, whose order of fragments it
+shares; with one token, the heads that share a key/value head fill at most 8 rows of a fragment, and the other 8 are
+left out. What differs is the way of the newest key and value: they come with q through the exchange, and the first
+chunk's block adds them as one more sum. So all keys that are read from the cache were written by earlier launches, and
+the first ones are loaded before q is there.
+
+Chunks are added up by the blocks that made them: each takes its share of the result's elements, a lane for each chunk.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32, uint32
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.persistent.exchange import give_up
+from numba_atomflow.ops.cuda.persistent.shape import (
+    ALONE,
+    CONSUMERS,
+    KEYS,
+    MOST_QUERIES,
+    STEP_KEYS,
+    THREADS,
+    PersistentShape,
+)
+from numba_atomflow.ops.cuda.persistent.staging import meet
+
+_ZERO, _LOWEST = np.float32(0.0), np.float32(-1.0e30)
+
+
+def make_attend(shape: PersistentShape) -> Any:
+    """Device function (exchange, epoch, position, cache, key_start, value_start, attended, thread, words, halves, floats,
+    patience, fault).
+
+    Args of it: cache uint32 pairs of float16, the layer's keys and values from these words on; attended uint32, where a
+    validator looks; words, halves (uint16) and floats are views of shared memory.
+    """
+    head_dim, ratio, splits, kv_heads = shape.head_dim, shape.ratio, shape.splits, shape.kv_heads
+    head_words, kv_row = head_dim // 2, shape.kv_heads * head_dim // 2
+    half = head_dim // 2
+    wide, narrow = head_dim // 32, head_dim % 32 // 16  # pieces of a key: 32 elements, then 16
+    blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a value
+    row_registers = 4 * wide + 2 * narrow
+    k_registers = 2 * row_registers
+    per_key = 2 * (2 * blocks_64 + block_32) + block_16
+    v_registers = 4 * per_key
+    sum_registers = head_dim // 4
+    pitch, parts = shape.query_pitch, shape.sum_parts
+    x_start = shape.x_start
+    token_start = x_start + MOST_QUERIES * pitch  # the newest key, then its value: head_dim halves each
+    sums_start = token_start + head_dim
+    stats_start = sums_start + parts * ratio * head_dim
+    quads, pairs = ratio * head_dim // 4, ratio * head_dim // 2
+    places = shape.exchange
+    q_place, k_place, v_place = places["q"], places["k"], places["v"]
+    sum_place, stat_place, out_place = places["sums"], places["stats"], places["attended"]
+    scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
+
+    @ptx.device_function
+    def load_row(array, start, t, out, at):  # type: ignore[no-untyped-def]
+        """A lane's part of one row of Q or K: 4 words per 32 elements, 2 per 16."""
+        for c in range(wide):
+            a0, a1, a2, a3 = ptx.load_16(array, start + c * 16 + t * 4)
+            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
+        for _ in range(narrow):
+            a0, a1 = ptx.load_8(array, start + wide * 16 + t * 2)
+            out[at + 4 * wide], out[at + 4 * wide + 1] = a0, a1
+
+    @ptx.device_function
+    def load_value(array, start, g, out, at):  # type: ignore[no-untyped-def]
+        """A lane's part of one row of V: 4 words per 64 elements, 2 per 32, 1 per 16."""
+        for c in range(blocks_64):
+            a0, a1, a2, a3 = ptx.load_16(array, start + c * 32 + g * 4)
+            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
+        for _ in range(block_32):
+            a0, a1 = ptx.load_8(array, start + blocks_64 * 32 + g * 2)
+            out[at + 4 * blocks_64], out[at + 4 * blocks_64 + 1] = a0, a1
+        for _ in range(block_16):
+            out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
+
+    @ptx.large_device_function
+    def load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part):  # type: ignore[no-untyped-def]
+        """A lane's part of the keys and values of one step; the last key stands for those behind it."""
+        for h in range(2):
+            key = min(base + h * 8 + g, end - 1)
+            load_row(cache, key_start + key * kv_row + kv * head_words, t, k_part, h * row_registers)
+        for i in range(4):
+            key = min(base + 2 * t + i % 2 + i // 2 * 8, end - 1)
+            load_value(cache, value_start + key * kv_row + kv * head_words, g, v_part, i * per_key)
+
+    @ptx.device_function
+    def element(t, column, j):  # type: ignore[no-untyped-def]
+        """The element of the head that fragment j of the sums holds in column 2 t + column."""
+        n = 2 * t + column
+        if j < 8 * blocks_64:
+            return j // 8 * 64 + n * 8 + j % 8
+        if block_32 > 0 and j < 8 * blocks_64 + 4:
+            return blocks_64 * 64 + n * 4 + j - 8 * blocks_64
+        return blocks_64 * 64 + block_32 * 32 + n * 2 + j - 8 * blocks_64 - 4 * block_32
+
+    @ptx.large_device_function
+    def receive(exchange, place, epoch, patience, fault, out):  # type: ignore[no-untyped-def]
+        """Two words of the exchange, when they are there."""
+        tries = np.uint32(0)
+        waiting = True
+        while waiting:
+            w0, e0, w1, e1 = ptx.load_words(exchange, place)
+            out[0], out[1] = w0, w1
+            tries = np.uint32(tries + np.uint32(1))
+            waiting = e0 != epoch or e1 != epoch
+            if waiting and give_up(patience, fault, tries):
+                waiting = False
+
+    @ptx.device_function
+    def spread(halves, start, i, pair):  # type: ignore[no-untyped-def]
+        """A pair of elements that RoPE rotated together, to their places in a head."""
+        halves[start + i] = np.uint16(pair & np.uint32(0xFFFF))
+        halves[start + i + half] = np.uint16(pair >> np.uint32(16))
+
+    @ptx.large_device_function
+    def take_token(exchange, epoch, kv, newest, thread, halves, patience, fault):  # type: ignore[no-untyped-def]
+        """q of the block's heads and, in the first chunk's block, the newest key and value, to shared memory."""
+        got = cuda.local.array(2, uint32)
+        q_loads, kv_loads = ratio * half // 2, half // 2
+        entry = thread
+        while entry < q_loads + (2 * kv_loads if newest else 0):
+            if entry < q_loads:
+                word = 2 * entry
+                receive(exchange, q_place + kv * ratio * half + word, epoch, patience, fault, got)
+                start = 2 * (x_start + word // half * pitch)
+            else:
+                other = entry - q_loads
+                word = 2 * (other % kv_loads)
+                place = k_place if other < kv_loads else v_place
+                receive(exchange, place + kv * half + word, epoch, patience, fault, got)
+                start = 2 * token_start + (0 if other < kv_loads else head_dim)
+            spread(halves, start, word % half, got[0])
+            spread(halves, start, word % half + 1, got[1])
+            entry += THREADS
+
+    @ptx.device_function
+    def quad_max(x):  # type: ignore[no-untyped-def]
+        x = max(x, ptx.shuffle_xor_f32(x, 1))
+        return max(x, ptx.shuffle_xor_f32(x, 2))
+
+    @ptx.device_function
+    def quad_sum(x):  # type: ignore[no-untyped-def]
+        x += ptx.shuffle_xor_f32(x, 1)
+        return x + ptx.shuffle_xor_f32(x, 2)
+
+    @ptx.device_function
+    def warp_max(x):  # type: ignore[no-untyped-def]
+        for step in range(5):
+            x = max(x, ptx.shuffle_xor_f32(x, 16 >> step))
+        return x
+
+    @ptx.device_function
+    def warp_sum(x):  # type: ignore[no-untyped-def]
+        for step in range(5):
+            x += ptx.shuffle_xor_f32(x, 16 >> step)
+        return x
+
+    @ptx.large_device_function
+    def add_newest(lane, warp, words, floats):  # type: ignore[no-untyped-def]
+        """The newest key's score and value, as a sum of their own: a warp for each head."""
+        row = warp
+        while row < ratio:
+            dot = _ZERO
+            word = lane
+            while word < head_words:
+                a, b = ptx.unpack_f16x2(words[x_start + row * pitch + word])
+                c, d = ptx.unpack_f16x2(words[token_start + word])
+                dot += a * c + b * d
+                e, f = ptx.unpack_f16x2(words[token_start + head_words + word])
+                at = sums_start + (CONSUMERS * ratio + row) * head_dim + 2 * word
+                floats[at], floats[at + 1] = e, f
+                word += 32
+            dot = warp_sum(dot)
+            if lane == 0:
+                at = stats_start + (CONSUMERS * ratio + row) * 2
+                floats[at], floats[at + 1] = dot * scale, np.float32(1.0)
+            row += CONSUMERS
+
+    @ptx.device_function
+    def put(exchange, epoch, attended, kv, pair, low, high):  # type: ignore[no-untyped-def]
+        """Two elements of the result."""
+        word = ptx.pack_f16x2(low, high)
+        ptx.publish(exchange, out_place + kv * pairs + pair, word, epoch)
+        attended[kv * pairs + pair] = word
+
+    @ptx.large_device_function
+    def add_chunks(exchange, epoch, attended, kv, split, active, lane, warp, patience, fault):  # type: ignore[no-untyped-def]
+        """The block's share of adding up the chunks: every `active`-th pair, a lane for each chunk."""
+        got = cuda.local.array(2, uint32)
+        chunk = min(lane, active - 1)
+        pair = split + active * warp
+        while pair < pairs:
+            row, d = pair // head_words, pair % head_words * 2
+            unit = ((kv * splits + chunk) * ratio + row)
+            receive(exchange, stat_place + unit * 2, epoch, patience, fault, got)
+            peak, total = ptx.bits_f32(got[0]), ptx.bits_f32(got[1])
+            receive(exchange, sum_place + unit * head_dim + d, epoch, patience, fault, got)
+            weight = ptx.exp2(peak - warp_max(peak)) if lane < active else _ZERO
+            whole = warp_sum(total * weight)
+            low = warp_sum(ptx.bits_f32(got[0]) * weight)
+            high = warp_sum(ptx.bits_f32(got[1]) * weight)
+            if lane == 0:
+                put(exchange, epoch, attended, kv, pair, low / whole, high / whole)
+            pair += active * CONSUMERS
+
+    @ptx.large_device_function
+    def attend(  # type: ignore[no-untyped-def]
+        exchange, epoch, position, cache, key_start, value_start, attended, thread, words, halves, floats, patience, fault
+    ):
+        q_part = cuda.local.array(4, uint32)
+        k_part = cuda.local.array(k_registers, uint32)
+        v_part = cuda.local.array(v_registers, uint32)
+        sums = cuda.local.array(sum_registers, float32)
+        lane, warp = thread & 31, thread >> 5
+        g, t = lane >> 2, lane & 3
+        kv, split = np.int32(cuda.blockIdx.x) // splits, np.int32(cuda.blockIdx.x) % splits
+        chunk = ((position + splits - 1) // splits + STEP_KEYS - 1) // STEP_KEYS * STEP_KEYS
+        chunk = max(chunk, ALONE if position <= ALONE else STEP_KEYS)
+        active = max((position + chunk - 1) // chunk, 1)
+        if kv < kv_heads and split < active:
+            start, end = split * chunk, min(position, (split + 1) * chunk)
+            base = start + warp * KEYS
+            early = base < end
+            if early:
+                load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part)
+            take_token(exchange, epoch, kv, split == 0, thread, halves, patience, fault)
+            meet()
+            for i in range(sum_registers):
+                sums[i] = _ZERO
+            largest, total = _LOWEST, _ZERO
+            while base < end:
+                if not early:
+                    load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part)
+                early = False
+                s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
+                s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
+                q_row = x_start + min(g, ratio - 1) * pitch
+                for c in range(wide + narrow):
+                    if c < wide:
+                        a0, a1, a2, a3 = ptx.load_block_16(words, q_row + c * 16 + t * 4)
+                        q_part[0], q_part[1], q_part[2], q_part[3] = a0, a1, a2, a3
+                    else:
+                        a0, a1 = ptx.load_8(words, q_row + wide * 16 + t * 2)
+                        q_part[0], q_part[1] = a0, a1
+                    for i in range(2 if c < wide else 1):
+                        a0, a2, none = q_part[2 * i], q_part[2 * i + 1], np.uint32(0)
+                        at = 4 * c + 2 * i
+                        b0, b1 = k_part[at], k_part[at + 1]
+                        s0, s1, s2, s3 = ptx.mma(a0, none, a2, none, b0, b1, s0, s1, s2, s3)
+                        b0, b1 = k_part[row_registers + at], k_part[row_registers + at + 1]
+                        s4, s5, s6, s7 = ptx.mma(a0, none, a2, none, b0, b1, s4, s5, s6, s7)
+                key = base + 2 * t
+                s0 = s0 * scale if key < end else _LOWEST
+                s1 = s1 * scale if key + 1 < end else _LOWEST
+                s4 = s4 * scale if key + 8 < end else _LOWEST
+                s5 = s5 * scale if key + 9 < end else _LOWEST
+                peak = max(largest, quad_max(max(max(s0, s1), max(s4, s5))))
+                shrink = ptx.exp2(largest - peak)
+                largest = peak
+                s0, s1, s4, s5 = ptx.exp2(s0 - peak), ptx.exp2(s1 - peak), ptx.exp2(s4 - peak), ptx.exp2(s5 - peak)
+                total = total * shrink + ((s0 + s1) + (s4 + s5))
+                p0, p2, none = ptx.pack_f16x2(s0, s1), ptx.pack_f16x2(s4, s5), np.uint32(0)
+                for word in range(per_key):
+                    v0, v1 = v_part[word], v_part[per_key + word]
+                    v2, v3 = v_part[2 * per_key + word], v_part[3 * per_key + word]
+                    for odd in range(2):
+                        if odd == 0:
+                            b0, b1 = ptx.low_halves(v0, v1), ptx.low_halves(v2, v3)
+                        else:
+                            b0, b1 = ptx.high_halves(v0, v1), ptx.high_halves(v2, v3)
+                        at = 4 * word + 2 * odd
+                        c0, c1 = sums[at] * shrink, sums[at + 1] * shrink
+                        c0, c1, _, _ = ptx.mma(p0, none, p2, none, b0, b1, c0, c1, _ZERO, _ZERO)
+                        sums[at], sums[at + 1] = c0, c1
+                base += STEP_KEYS
+
+            # The warps' sums, and that of the newest key, meet in shared memory.
+            total = quad_sum(total)
+            if g < ratio:
+                for j in range(sum_registers // 2):
+                    for column in range(2):
+                        at = sums_start + (warp * ratio + g) * head_dim + element(t, column, j)
+                        floats[at] = sums[2 * j + column]
+                if t == 0:
+                    at = stats_start + (warp * ratio + g) * 2
+                    floats[at], floats[at + 1] = largest, total
+            if split == 0:
+                add_newest(lane, warp, words, floats)
+            meet()
+            entry = thread
+            counted = parts if split == 0 else CONSUMERS
+            while entry < quads:
+                row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
+                peak, whole = _LOWEST, _ZERO
+                o0, o1, o2, o3 = _ZERO, _ZERO, _ZERO, _ZERO
+                for w in range(counted):
+                    peak = max(peak, floats[stats_start + (w * ratio + row) * 2])
+                for w in range(counted):
+                    weight = ptx.exp2(floats[stats_start + (w * ratio + row) * 2] - peak)
+                    whole += weight * floats[stats_start + (w * ratio + row) * 2 + 1]
+                    at = sums_start + (w * ratio + row) * head_dim + d
+                    o0 += weight * floats[at]
+                    o1 += weight * floats[at + 1]
+                    o2 += weight * floats[at + 2]
+                    o3 += weight * floats[at + 3]
+                if active == 1:
+                    put(exchange, epoch, attended, kv, entry * 2, o0 / whole, o1 / whole)
+                    put(exchange, epoch, attended, kv, entry * 2 + 1, o2 / whole, o3 / whole)
+                else:
+                    unit = (kv * splits + split) * ratio + row
+                    at = sum_place + unit * head_dim + d
+                    ptx.publish(exchange, at, ptx.f32_bits(o0), epoch)
+                    ptx.publish(exchange, at + 1, ptx.f32_bits(o1), epoch)
+                    ptx.publish(exchange, at + 2, ptx.f32_bits(o2), epoch)
+                    ptx.publish(exchange, at + 3, ptx.f32_bits(o3), epoch)
+                    if d == 0:
+                        ptx.publish(exchange, stat_place + unit * 2, ptx.f32_bits(peak), epoch)
+                        ptx.publish(exchange, stat_place + unit * 2 + 1, ptx.f32_bits(whole), epoch)
+                entry += THREADS
+            if active > 1:
+                add_chunks(exchange, epoch, attended, kv, split, active, lane, warp, patience, fault)
+            meet()
+
+    return attend

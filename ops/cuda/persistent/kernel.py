@@ -1,0 +1,217 @@
+"""The persistent kernel: a token from its embedding to its logits and their largest, in one launch.
+
+Launch: `shape.multiprocessors` blocks, all resident at once (cooperative), of `BLOCK_THREADS` threads with
+`shape.block_bytes` of dynamic shared memory. Cost model: the bytes of weights and cache, once; see docs/persistent-kernel.md
+for what it costs beside them.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32, int64, uint16, uint32, uint64
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.embedding import make_quad
+from numba_atomflow.ops.cuda.persistent.attention import make_attend
+from numba_atomflow.ops.cuda.persistent.exchange import PATIENCE, publish_pair
+from numba_atomflow.ops.cuda.persistent.finish import make_add, make_logits, make_qkv, make_swiglu
+from numba_atomflow.ops.cuda.persistent.projection import CHUNKS, TURN
+from numba_atomflow.ops.cuda.persistent.ring import make_deal, make_produce
+from numba_atomflow.ops.cuda.persistent.shape import BLOCK_THREADS, THREADS, PersistentShape
+from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet
+from numba_atomflow.ops.cuda.sample import LOWEST_KEY, PENALTY, shuffle_max
+
+EVENTS = 4  # of an op in the trace: begun, x staged, computed, published
+BEGUN, STAGED, DONE = 0, 1, 3
+
+
+def make_persistent(shape: PersistentShape) -> Any:
+    """Kernel with these arguments, one-dimensional arrays of device memory:
+
+    weights uint32: all of the model's; table int64 [2 * ops]: for each op where its weights and its norm begin, in units of 128
+    bytes; cache16 uint16 and cache uint32: the KV cache [layer][k, v][positions][kv_heads * head_dim] float16, seen in two
+    ways; exchange uint64 [shape.exchange["end"]]; tokens int32 [1]; position int64 [1]; count int64 [1]: tokens made so far;
+    cosines and sines float32 [positions, head_dim / 2]; residual float32 [hidden]; normed and final_normed uint32, ffn and
+    attended uint32 (pairs of float16); q uint16; logits float32 [V]; seen uint32 bitmap; options float64 [5]; best int64 [1],
+    `LOWEST_KEY` before; fault int32 [1]; times int64 [blocks, ops, EVENTS] (with `shape.trace`); plane: elements of a layer's keys;
+    first and last: ops first .. last - 1 are run.
+    """
+    layers, ops = shape.layers, shape.ops
+    hidden, blocks, trace = shape.hidden, shape.multiprocessors, shape.trace
+    table_start, barriers_start, scalars = shape.table_start, shape.barriers_start, shape.scalars_start
+    slots = shape.slots
+    words_per_row = hidden // 4
+    places = shape.exchange
+    entering, entering_exact, middle = places["entering"], places["entering_exact"], places["middle"]
+    attended_place, ffn_place = places["attended"], places["ffn"]
+    qkv_tiles, o_tiles, gate_up_tiles = shape.qkv.tiles, shape.o.tiles, shape.gate_up.tiles
+    down_tiles, vocabulary_tiles = shape.down.tiles, shape.vocabulary.tiles
+    x_start = shape.x_start
+    normed_words = hidden // 2
+    look_up = make_quad(shape.embedding)
+    produce, deal = make_produce(shape), make_deal(blocks)
+    stage_norm = make_stage_norm(shape, shape.qkv.padded_columns)
+    stage_attended = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_columns)
+    stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
+    project_qkv, project_gate_up = make_qkv(shape), make_swiglu(shape)
+    project_o, project_down = make_add(shape, "o"), make_add(shape, "down")
+    project_vocabulary, attend = make_logits(shape), make_attend(shape)
+
+    @ptx.device_function
+    def note(times, op, event, thread):  # type: ignore[no-untyped-def]
+        if trace and thread == 0:
+            times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + event] = int64(ptx.nanoseconds())
+
+    @ptx.large_device_function
+    def embed(weights, words, tokens, exchange, epoch, residual, thread):  # type: ignore[no-untyped-def]
+        index = np.int32(cuda.blockIdx.x) * THREADS + thread
+        if index < words_per_row:
+            x0, x1, x2, x3 = look_up(weights, int64(words[table_start]) * 32, int64(tokens[0]), int64(index))
+            at = index * 4
+            publish_pair(exchange, entering + at // 2, x0, x1, epoch)
+            publish_pair(exchange, entering + at // 2 + 1, x2, x3, epoch)
+            ptx.publish(exchange, entering_exact + at, ptx.f32_bits(x0), epoch)
+            ptx.publish(exchange, entering_exact + at + 1, ptx.f32_bits(x1), epoch)
+            ptx.publish(exchange, entering_exact + at + 2, ptx.f32_bits(x2), epoch)
+            ptx.publish(exchange, entering_exact + at + 3, ptx.f32_bits(x3), epoch)
+            residual[at], residual[at + 1], residual[at + 2], residual[at + 3] = x0, x1, x2, x3
+
+    @ptx.device_function
+    def report(normed, first, thread, words):  # type: ignore[no-untyped-def]
+        """The normalised vector, for whoever validates: by the block with the first tile."""
+        if first == 0:
+            word = thread
+            while word < normed_words:
+                normed[word] = words[x_start + word]
+                word += THREADS
+
+    @ptx.device_function
+    def norm_of(words, op):  # type: ignore[no-untyped-def]
+        return int64(words[table_start + 2 * op + 1]) * 32
+
+    @ptx.large_device_function
+    def consume(  # type: ignore[no-untyped-def]
+        weights, cache16, cache, exchange, tokens, position, count, cosines, sines, residual, normed, final_normed, q,
+        attended, ffn, logits, seen, options, best, fault, times, plane, first, last, thread, words, halves, floats, keys,
+        barriers,
+    ):
+        state = cuda.local.array(2, uint32)
+        patience = cuda.local.array(1, uint32)
+        own_best = cuda.local.array(1, int64)
+        state[TURN], state[CHUNKS] = np.uint32(0), np.uint32(0)
+        patience[0] = np.uint32(PATIENCE)
+        epoch = np.uint32(count[0] * (layers + 1) + 1)
+        place = position[0]
+        offset = np.int32(0)
+        if first == 0:
+            embed(weights, words, tokens, exchange, epoch, residual, thread)
+        for layer in range(layers):
+            op = 1 + 5 * layer
+            before = np.uint32(epoch + np.uint32(layer))
+            now = np.uint32(before + np.uint32(1))
+            key_start = 2 * layer * plane
+            value_start = key_start + plane
+            own = deal(offset)
+            if own < qkv_tiles and first <= op < last:
+                note(times, op, BEGUN, thread)
+                norm = norm_of(words, op)
+                stage_norm(exchange, entering, before, weights, norm, thread, words, floats, patience, fault)
+                note(times, op, STAGED, thread)
+                report(normed, own, thread, words)
+                given = (exchange, now, place, cosines, sines, q, cache16, key_start, value_start)
+                project_qkv(own, thread, words, floats, barriers, state, patience, fault, given)
+                note(times, op, DONE, thread)
+            offset = (offset + np.int32(qkv_tiles % blocks)) % np.int32(blocks)
+            if first <= op + 1 < last:
+                note(times, op + 1, BEGUN, thread)
+                attend(
+                    exchange, now, place, cache, key_start // 2, value_start // 2, attended, thread, words, halves, floats,
+                    patience, fault,
+                )
+                note(times, op + 1, DONE, thread)
+            own = deal(offset)
+            if own < o_tiles and first <= op + 2 < last:
+                note(times, op + 2, BEGUN, thread)
+                stage_attended(exchange, attended_place, now, thread, words, patience, fault)
+                note(times, op + 2, STAGED, thread)
+                given_o = (exchange, before, now, residual)
+                project_o(own, thread, words, floats, barriers, state, patience, fault, given_o)
+                note(times, op + 2, DONE, thread)
+            offset = (offset + np.int32(o_tiles % blocks)) % np.int32(blocks)
+            own = deal(offset)
+            if own < gate_up_tiles and first <= op + 3 < last:
+                note(times, op + 3, BEGUN, thread)
+                norm = norm_of(words, op + 3)
+                stage_norm(exchange, middle, now, weights, norm, thread, words, floats, patience, fault)
+                note(times, op + 3, STAGED, thread)
+                report(normed, own, thread, words)
+                project_gate_up(own, thread, words, floats, barriers, state, patience, fault, (exchange, now, ffn))
+                note(times, op + 3, DONE, thread)
+            offset = (offset + np.int32(gate_up_tiles % blocks)) % np.int32(blocks)
+            own = deal(offset)
+            if own < down_tiles and first <= op + 4 < last:
+                note(times, op + 4, BEGUN, thread)
+                stage_ffn(exchange, ffn_place, now, thread, words, patience, fault)
+                note(times, op + 4, STAGED, thread)
+                given_down = (exchange, now, now, residual)
+                project_down(own, thread, words, floats, barriers, state, patience, fault, given_down)
+                note(times, op + 4, DONE, thread)
+            offset = (offset + np.int32(down_tiles % blocks)) % np.int32(blocks)
+
+        op = 1 + 5 * layers
+        own = deal(offset)
+        if own < vocabulary_tiles and first <= op < last:
+            own_best[0] = int64(LOWEST_KEY)
+            note(times, op, BEGUN, thread)
+            norm, now = norm_of(words, op), np.uint32(epoch + np.uint32(layers))
+            stage_norm(exchange, entering, now, weights, norm, thread, words, floats, patience, fault)
+            note(times, op, STAGED, thread)
+            report(final_normed, own, thread, words)
+            given_logits = (logits, seen, np.float32(options[PENALTY]), own_best)
+            project_vocabulary(own, thread, words, floats, barriers, state, patience, fault, given_logits)
+            largest = shuffle_max(own_best[0])
+            meet()
+            if thread & 31 == 0:
+                keys[scalars // 2 + (thread >> 5)] = largest
+            meet()
+            if thread == 0:
+                for warp in range(THREADS // 32):
+                    largest = max(largest, keys[scalars // 2 + warp])
+                cuda.atomic.max(best, 0, largest)
+            note(times, op, DONE, thread)
+
+    @ptx.kernel(BLOCK_THREADS, 1)
+    def persistent(  # type: ignore[no-untyped-def]
+        weights, table, cache16, cache, exchange, tokens, position, count, cosines, sines, residual, normed, final_normed, q,
+        attended, ffn, logits, seen, options, best, fault, times, plane, first, last,
+    ):
+        words = cuda.shared.array(0, uint32)
+        floats = cuda.shared.array(0, float32)
+        halves = cuda.shared.array(0, uint16)
+        keys = cuda.shared.array(0, int64)
+        barriers = cuda.shared.array(0, uint64)
+        thread = np.int32(cuda.threadIdx.x)
+        entry = thread
+        while entry < 2 * ops:
+            words[table_start + entry] = np.uint32(table[entry])
+            entry += BLOCK_THREADS
+        if thread == 0:
+            for slot in range(2 * slots):
+                ptx.barrier_init(barriers, barriers_start + slot, 1)
+            ptx.fence_barriers()
+        cuda.syncthreads()
+        if thread >= THREADS:
+            if thread == THREADS:
+                sent = cuda.local.array(1, uint32)
+                hope = cuda.local.array(1, uint32)
+                sent[0], hope[0] = np.uint32(0), np.uint32(PATIENCE)
+                produce(weights, words, barriers, first, last, sent, hope, fault)
+        else:
+            consume(
+                weights, cache16, cache, exchange, tokens, position, count, cosines, sines, residual, normed, final_normed, q,
+                attended, ffn, logits, seen, options, best, fault, times, plane, first, last, thread, words, halves, floats,
+                keys, barriers,
+            )
+
+    return persistent
+

@@ -1,0 +1,141 @@
+"""A projection of the persistent kernel: a block's tiles, chunk by chunk, out of the ring.
+
+Chunk q of a round goes to warp q % `CONSUMERS`, whatever its tile; a chunk's sums over its own columns, 16 rows, go to shared
+memory, and when the round's chunks are done a few threads add up each tile's in order of the columns: the same bits in
+every run. Rounds take turns between two sets of sums, so that one meeting per round is enough.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32, uint32
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
+from numba_atomflow.ops.cuda.persistent.ring import await_barrier
+from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, Matrix, PersistentShape
+from numba_atomflow.ops.cuda.persistent.staging import meet
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; chunks that the block has had
+
+
+def make_project(shape: PersistentShape, layout: FragmentLayout, entries: int, prepare: Any, finish: Any) -> Any:
+    """Device function (first, thread, words, floats, barriers, state, patience, fault, given): all but the staging of x.
+
+    Args of it: first, the block's first tile. given: handed on to `prepare` and `finish`.
+
+    Args:
+        entries: threads that finish a tile.
+        prepare: device function (given, tile, entry, ahead): start the loads that `finish` needs for this entry, into four
+            words `ahead`; called before the weights are waited for.
+        finish: device function (given, tile, entry, ahead, floats, sums): what becomes of a tile; the sums of row r stand at
+            floats[sums + 16 * chunk + r].
+    """
+    matrix = Matrix(layout)
+    tiles, chunks, round_tiles = matrix.tiles, matrix.chunks, matrix.round_tiles
+    slots, slot_words, blocks = shape.slots, shape.slot_words, shape.multiprocessors
+    landed, free = shape.barriers_start, shape.barriers_start + slots
+    x_start, partials, partial_words = shape.x_start, shape.partials_start, shape.partial_words
+    halves, decode = layout.halves, layout.decode
+    x_step = layout.group_columns // 2
+    last_groups = layout.last_chunk_groups
+    even = last_groups == CHUNK
+    code_registers = 16 * CHUNK
+    scale_registers = 2 * CHUNK
+
+    @ptx.large_device_function
+    def multiply(words, floats, slot, chunk, lane, total):  # type: ignore[no-untyped-def]
+        """total = the chunk's sums for rows g and g + 8."""
+        codes = cuda.local.array(code_registers, uint32)
+        scales = cuda.local.array(scale_registers, float32)
+        start = slot * slot_words
+        groups = CHUNK if even or chunk < chunks - 1 else last_groups
+        for u in range(CHUNK):
+            if even or u < groups:
+                for i in range(4):
+                    w0, w1, w2, w3 = ptx.load_block_16(words, start + u * GROUP_WORDS + i * 128 + lane * 4)
+                    at = 16 * u + 4 * i
+                    codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
+                if not halves:
+                    at = start + groups * GROUP_WORDS + u * 16 + (lane >> 2) * 2
+                    scales[2 * u], scales[2 * u + 1] = floats[at], floats[at + 1]
+        low, high = _ZERO, _ZERO
+        x_row = x_start + chunk * (CHUNK * x_step) + (lane & 3) * (4 if halves else 8)
+        for u in range(CHUNK):
+            if even or u < groups:
+                c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
+                for s in range(2):
+                    at = 16 * u + 8 * s
+                    if halves:
+                        b0, b1, b2, b3 = ptx.load_block_16(words, x_row + u * x_step + s * 16)
+                        a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
+                        c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
+                        a0, a1, a2, a3 = codes[at + 2], codes[at + 6], codes[at + 3], codes[at + 7]
+                        c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, c0, c1, c2, c3)
+                    else:
+                        for h in range(2):
+                            b0, b1, b2, b3 = ptx.load_block_16(words, x_row + u * x_step + s * 32 + h * 4)
+                            low_0, low_1 = decode(codes[at + 2 * h])
+                            high_0, high_1 = decode(codes[at + 4 + 2 * h])
+                            c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
+                            low_0, low_1 = decode(codes[at + 2 * h + 1])
+                            high_0, high_1 = decode(codes[at + 5 + 2 * h])
+                            c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, c0, c1, c2, c3)
+                low += c0 * (_ONE if halves else scales[2 * u])
+                high += c2 * (_ONE if halves else scales[2 * u + 1])
+        total[0], total[1] = low, high
+
+    @ptx.large_device_function
+    def project(first, thread, words, floats, barriers, state, patience, fault, given):  # type: ignore[no-untyped-def]
+        ahead = cuda.local.array(4, uint32)
+        total = cuda.local.array(2, float32)
+        lane, warp = thread & 31, thread >> 5
+        own = (tiles - first + blocks - 1) // blocks
+        done = 0
+        while done < own:
+            now = min(round_tiles, own - done)
+            sums = partials + int(state[TURN]) * partial_words
+            if thread < now * entries:
+                prepare(given, first + (done + thread // entries) * blocks, thread % entries, ahead)
+            q = warp
+            while q < now * chunks:
+                n = np.uint32(state[CHUNKS] + np.uint32(q))
+                slot, parity = n % np.uint32(slots), n // np.uint32(slots) & np.uint32(1)
+                await_barrier(barriers, landed + slot, parity, patience, fault)
+                multiply(words, floats, int(slot), q % chunks, lane, total)
+                ptx.sync_warp()
+                if lane == 0:
+                    ptx.barrier_arrive(barriers, free + slot)
+                if lane & 3 == 0:
+                    floats[sums + q * 16 + (lane >> 2)] = total[0]
+                    floats[sums + q * 16 + 8 + (lane >> 2)] = total[1]
+                q += CONSUMERS
+            state[CHUNKS] = np.uint32(state[CHUNKS] + np.uint32(now * chunks))
+            meet()
+            entry = thread
+            while entry < now * entries:
+                tile, part = done + entry // entries, entry % entries
+                if entry != thread:
+                    prepare(given, first + tile * blocks, part, ahead)
+                finish(given, first + tile * blocks, part, ahead, floats, sums + entry // entries * chunks * 16)
+                entry += THREADS
+            state[TURN] = np.uint32(state[TURN] ^ np.uint32(1))
+            done += now
+
+    return project
+
+
+def make_row_sum(layout: FragmentLayout) -> Any:
+    """Device function (floats, sums, row) -> a row's sum over all chunks."""
+    chunks = layout.chunks
+
+    @ptx.device_function
+    def row_sum(floats, sums, row):  # type: ignore[no-untyped-def]
+        total = _ZERO
+        for chunk in range(chunks):
+            total += floats[sums + chunk * 16 + row]
+        return total
+
+    return row_sum
+

@@ -1,0 +1,204 @@
+"""What the persistent kernel is made for: a geometry, cut for a chip.
+
+Every multiprocessor runs one block for the whole step: `CONSUMERS` warps that compute, and one that has weights copied
+into a ring of slots in shared memory. Projections are cut into tiles of 16 rows, tiles into chunks of `CHUNK` groups of
+128 columns: a chunk is what a slot holds, with its scales. Tiles are dealt to the blocks in turn, from one projection
+to the next, so that over a few layers every block has the same to copy.
+"""
+
+from dataclasses import dataclass
+
+from numba_atomflow.ops.cuda.fragments import FragmentLayout
+
+CHUNK = 4  # groups of 128 columns per chunk: 8 KB and its scales, large enough for the copy engine
+CONSUMERS = 8  # warps that compute
+THREADS = 32 * CONSUMERS
+BLOCK_THREADS = THREADS + 32
+SPLITS = 32  # chunks of the sequence at most: a lane each when they are added up
+MOST_QUERIES = 8  # heads that share a key/value head: rows of a fragment
+KEYS = 16  # per step of a warp in attention
+STEP_KEYS = KEYS * CONSUMERS
+ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with what adding up takes
+_PARTIALS = 64  # chunks' sums that are kept until they are added up
+_SCALARS = 64  # float32 for sums over the block
+_TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A projection as the kernel walks it.
+
+    Attributes:
+        layout: with chunks of `CHUNK` groups.
+    """
+
+    layout: FragmentLayout
+
+    @property
+    def tiles(self) -> int:
+        return self.layout.tiles
+
+    @property
+    def chunks(self) -> int:
+        """Per tile."""
+        return self.layout.chunks
+
+    @property
+    def round_tiles(self) -> int:
+        """Tiles whose chunks' sums a block keeps before it adds them up."""
+        return max(1, _PARTIALS // self.chunks)
+
+
+@dataclass(frozen=True)
+class PersistentShape:
+    """Everything that the kernel is compiled for.
+
+    Attributes:
+        multiprocessors: blocks of the launch.
+        shared_bytes: the most that a block may have; the ring takes what the rest leaves.
+        in_flight: chunks on their way at once: more would make every small access wait behind them.
+        trace: whether every block writes down when it does what.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    qkv: FragmentLayout
+    o: FragmentLayout
+    gate_up: FragmentLayout
+    down: FragmentLayout
+    vocabulary: FragmentLayout
+    embedding: FragmentLayout
+    multiprocessors: int
+    shared_bytes: int
+    in_flight: int = 6
+    trace: bool = False
+
+    # --- ops -----------------------------------------------------------------------------------------------------
+
+    @property
+    def ops(self) -> int:
+        """Embedding, five ops a layer, vocabulary: in the order of `decode.build_step`."""
+        return 5 * self.layers + 2
+
+    @property
+    def ratio(self) -> int:
+        """Heads that share a key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def splits(self) -> int:
+        """Chunks of the sequence, per key/value head, at most."""
+        return max(1, min(SPLITS, self.multiprocessors // self.kv_heads))
+
+    # --- shared memory, in 32-bit words ------------------------------------------------------------------------------
+
+    @property
+    def slot_words(self) -> int:
+        """A chunk of any projection."""
+        return max(m.chunk_words for m in (self.qkv, self.o, self.gate_up, self.down, self.vocabulary))
+
+    @property
+    def slots(self) -> int:
+        """Of the ring."""
+        return (self.shared_bytes // 4 - self._rest_words) // (self.slot_words + 4)
+
+    @property
+    def _rest_words(self) -> int:
+        return self.x_words + 2 * self.partial_words + _SCALARS + self.table_words
+
+    @property
+    def query_pitch(self) -> int:
+        """Words from one query to the next in shared memory: 16 more than a multiple of 32, for the banks."""
+        words = self.head_dim // 2
+        return words + (16 - words) % 32
+
+    @property
+    def x_words(self) -> int:
+        """The vector that a projection reads, float16; or what attention keeps: queries, the token's own value, sums."""
+        widest = max(m.padded_columns for m in (self.qkv, self.o, self.gate_up, self.down)) // 2
+        attention = MOST_QUERIES * self.query_pitch + self.head_dim + self.sum_parts * self.ratio * (self.head_dim + 2)
+        return -(-max(widest, attention) // 32) * 32
+
+    @property
+    def sum_parts(self) -> int:
+        """What attention adds up in a block: a sum for each warp, and the token's own key."""
+        return CONSUMERS + 1
+
+    @property
+    def partial_words(self) -> int:
+        """Sums of the chunks of a round: 16 rows each."""
+        chunks = max(m.chunks for m in (self.qkv, self.o, self.gate_up, self.down, self.vocabulary))
+        return max(_PARTIALS, chunks) * 16
+
+    @property
+    def table_words(self) -> int:
+        return -(-2 * self.ops // 4) * 4
+
+    @property
+    def x_start(self) -> int:
+        return self.slots * self.slot_words
+
+    @property
+    def partials_start(self) -> int:
+        return self.x_start + self.x_words
+
+    @property
+    def scalars_start(self) -> int:
+        return self.partials_start + 2 * self.partial_words
+
+    @property
+    def table_start(self) -> int:
+        return self.scalars_start + _SCALARS
+
+    @property
+    def barriers_start(self) -> int:
+        """In words of 8 bytes: `slots` barriers of chunks that have landed, then `slots` of slots that are free."""
+        return (self.table_start + self.table_words) // 2
+
+    @property
+    def block_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return 8 * (self.barriers_start + 2 * self.slots)
+
+    # --- the exchange between blocks, in words of 8 bytes ------------------------------------------------------------
+
+    @property
+    def exchange(self) -> dict[str, int]:
+        """Where each op's results lie in the exchange, and under "end" its size. See `exchange.py`."""
+        sizes = {
+            "entering": self.hidden // 2,  # residual stream before attention, as pairs
+            "entering_exact": self.hidden,
+            "middle": self.hidden // 2,  # before the MLP
+            "middle_exact": self.hidden,
+            "q": self.heads * self.head_dim // 2,
+            "k": self.kv_heads * self.head_dim // 2,
+            "v": self.kv_heads * self.head_dim // 2,
+            "attended": self.heads * self.head_dim // 2,
+            "ffn": self.ffn // 2,
+            "sums": self.splits * self.heads * self.head_dim,
+            "stats": self.splits * self.heads * 2,
+        }
+        starts, at = {}, 0
+        for name, size in sizes.items():
+            starts[name] = at
+            at += -(-size // 16) * 16
+        return starts | {"end": at}
+
+    # --- what does not work ------------------------------------------------------------------------------------------
+
+    def refusal(self) -> str | None:
+        """Why this shape can't be run; None if it can."""
+        if self.hidden % 16 or self.ffn % 8 or self.head_dim % 16:
+            return "its widths are not multiples of 16"
+        if self.ratio > MOST_QUERIES:
+            return f"{self.ratio} heads share a key/value head, and {MOST_QUERIES} is the most"
+        if self.kv_heads > self.multiprocessors:
+            return f"it has more key/value heads than this GPU has multiprocessors ({self.multiprocessors})"
+        if self.slots < self.in_flight + 1:
+            return f"{self.shared_bytes // 1024} KB of shared memory leave no room for a ring of weights"
+        return None

@@ -1,0 +1,136 @@
+"""What a projection reads, brought into shared memory as float16: from words of the exchange, as soon as they are there.
+
+Every thread asks for its words until all of them are of the epoch that it waits for. Columns that pad the vector are set to
+zero, which the weights' padding is, too (zero times NaN would be NaN).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32, uint32
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.persistent.exchange import give_up, is_pair_of, pair_of
+from numba_atomflow.ops.cuda.persistent.shape import CONSUMERS, THREADS, PersistentShape
+
+CONSUMERS_MEET = 1  # number of the barrier at which the warps that compute meet: the producer takes no part
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+@ptx.device_function
+def meet():  # type: ignore[no-untyped-def]
+    """All warps that compute arrive; what they wrote to shared memory is seen by the others."""
+    ptx.sync_threads(np.uint32(CONSUMERS_MEET), np.uint32(THREADS))
+
+
+def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
+    """Device function (exchange, start, epoch, weights, norm, thread, words, floats, patience, fault): x = RMSNorm.
+
+    Args of it: the residual stream as pairs from word `start` of the exchange on; the norm's weights from word `norm` of
+    `weights` on. padded: columns of x with padding.
+    """
+    width, x_start, scalars = shape.hidden, shape.x_start, shape.scalars_start
+    quads, all_quads = width // 4, padded // 4
+    each = -(-quads // THREADS)
+    rounds = -(-all_quads // THREADS)
+    registers = 4 * each
+    inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
+
+    @ptx.large_device_function
+    def stage_norm(  # type: ignore[no-untyped-def]
+        exchange, start, epoch, weights, norm, thread, words, floats, patience, fault
+    ):
+        gains = cuda.local.array(registers, float32)
+        values = cuda.local.array(registers, float32)
+        received = cuda.local.array(registers, uint32)
+        for i in range(each):
+            quad = i * THREADS + thread
+            if quad < quads:
+                w0, w1, w2, w3 = ptx.load_16(weights, norm + quad * 4)
+                gains[4 * i], gains[4 * i + 1] = ptx.bits_f32(w0), ptx.bits_f32(w1)
+                gains[4 * i + 2], gains[4 * i + 3] = ptx.bits_f32(w2), ptx.bits_f32(w3)
+        tries = np.uint32(0)
+        waiting = True
+        while waiting:
+            for i in range(each):
+                quad = min(i * THREADS + thread, quads - 1)
+                w0, w1, w2, w3 = ptx.load_words(exchange, start + 2 * quad)
+                received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
+            waiting = False
+            for i in range(each):
+                if not (is_pair_of(received[4 * i + 1], epoch) and is_pair_of(received[4 * i + 3], epoch)):
+                    waiting = True
+            tries = np.uint32(tries + np.uint32(1))
+            if waiting and give_up(patience, fault, tries):
+                waiting = False
+        squares = _ZERO
+        for i in range(each):
+            a, b = pair_of(received[4 * i], received[4 * i + 1])
+            c, d = pair_of(received[4 * i + 2], received[4 * i + 3])
+            values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3] = a, b, c, d
+            if i * THREADS + thread < quads:
+                squares += (a * a + b * b) + (c * c + d * d)
+        for step in range(5):
+            squares += ptx.shuffle_xor_f32(squares, 16 >> step)
+        if thread & 31 == 0:
+            floats[scalars + (thread >> 5)] = squares
+        meet()
+        squares = _ZERO
+        for warp in range(CONSUMERS):
+            squares += floats[scalars + warp]
+        factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
+        for i in range(rounds):
+            quad = i * THREADS + thread
+            at = x_start + 2 * quad
+            if i < each and quad < quads:
+                words[at] = ptx.pack_f16x2(values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1])
+                words[at + 1] = ptx.pack_f16x2(
+                    values[4 * i + 2] * factor * gains[4 * i + 2], values[4 * i + 3] * factor * gains[4 * i + 3]
+                )
+            elif quad < all_quads:
+                words[at] = np.uint32(0)
+                words[at + 1] = np.uint32(0)
+        meet()
+
+    return stage_norm
+
+
+def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
+    """Device function (exchange, start, epoch, thread, words, patience, fault): x = float16 pairs, as they come."""
+    x_start = shape.x_start
+    quads, all_quads = width // 4, padded // 4
+    each = -(-quads // THREADS)
+    rounds = -(-all_quads // THREADS)
+    registers = 4 * each
+
+    @ptx.large_device_function
+    def stage_copy(exchange, start, epoch, thread, words, patience, fault):  # type: ignore[no-untyped-def]
+        received = cuda.local.array(registers, uint32)
+        tries = np.uint32(0)
+        waiting = True
+        while waiting:
+            for i in range(each):
+                quad = min(i * THREADS + thread, quads - 1)
+                w0, w1, w2, w3 = ptx.load_words(exchange, start + 2 * quad)
+                received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
+            waiting = False
+            for i in range(each):
+                if received[4 * i + 1] != epoch or received[4 * i + 3] != epoch:
+                    waiting = True
+            tries = np.uint32(tries + np.uint32(1))
+            if waiting and give_up(patience, fault, tries):
+                waiting = False
+        for i in range(rounds):
+            quad = i * THREADS + thread
+            at = x_start + 2 * quad
+            if i < each and quad < quads:
+                words[at] = received[4 * i]
+                words[at + 1] = received[4 * i + 2]
+            elif quad < all_quads:
+                words[at] = np.uint32(0)
+                words[at + 1] = np.uint32(0)
+        meet()
+
+    return stage_copy
