@@ -67,16 +67,36 @@ class Launch:
         config.blockDimX, config.blockDimY, config.blockDimZ = spec.threads, 1, 1
         config.sharedMemBytes = spec.shared_bytes
         config.hStream = stream
-        if spec.dependent:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+        attributes = _attributes(spec)
+        config.attrs, config.numAttrs = attributes, len(attributes)
         self._config = config
 
     def run(self) -> None:
-        """Put it into its stream."""
+        """Put it into its stream.
+
+        Raises:
+            DriverError: it cannot be launched; CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE if it is cooperative and the
+                GPU cannot hold all of its blocks at once.
+        """
         call("cuLaunchKernelEx", self._config, self.kernel.function, ctypes.addressof(self._pointers), 0)
+
+
+def _attributes(spec: KernelSpec) -> list[Any]:
+    """The driver's attributes of a launch."""
+    from cuda.bindings import driver
+
+    attributes, kinds = [], driver.CUlaunchAttributeID
+    if spec.dependent:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    if spec.cooperative:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        attribute.value.cooperative = 1
+        attributes.append(attribute)
+    return attributes
 
 
 def _pack(kind: str, value: DeviceArray | int) -> tuple[int, ...]:

@@ -25,6 +25,8 @@ class KernelSpec:
         signature: of the kernel: types of its arguments.
         threads: per block. shared_bytes: dynamic shared memory.
         dependent: it may be launched before the kernel before it has ended (programmatic dependent launch).
+        cooperative: its blocks wait for each other, so that all must be resident at once; the driver refuses a grid
+            that does not fit, which would wait for ever.
     """
 
     name: str
@@ -34,6 +36,7 @@ class KernelSpec:
     threads: int
     shared_bytes: int = 0
     dependent: bool = False
+    cooperative: bool = False
 
     def make(self) -> Any:
         """The kernel as numba has it."""
@@ -66,6 +69,9 @@ class Planned:
 def kernel_spec(
     name: str, factory: str, signature: tuple[str, ...], threads: int, shared_bytes: int = 0, **arguments: Any
 ) -> KernelSpec:
-    """A spec whose factory takes `arguments`; one of them, `dependent`, also says how it is launched."""
+    """A spec whose factory takes `arguments`; one of them, `dependent`, also says how it is launched.
+
+    A cooperative one is `replace(kernel_spec(...), cooperative=True)`: its factory need not know.
+    """
     dependent = bool(arguments.get("dependent", False))
     return KernelSpec(name, factory, tuple(sorted(arguments.items())), signature, threads, shared_bytes, dependent)

@@ -1,5 +1,6 @@
 """The checked driver calls and the process's one context, over a driver that is only pretended."""
 
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -11,12 +12,15 @@ from numba_atomflow.driver import Device, DriverError, call, open_device
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.device import DeviceArena
 from numba_atomflow.memory.plan import Buffer, plan_memory
+from numba_atomflow.ops.cuda.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.spec import NUMBER, KernelSpec, kernel_spec
 
 
 class Status(IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE = 720
 
 
 class _Anything:
@@ -36,6 +40,7 @@ class PretendedDriver:
         self.calls: list[str] = []
         self.failing: dict[str, Status] = {}
         self.cleared: list[tuple[int, int]] = []
+        self.launched: list[Any] = []  # configurations
         self.gpus = 1
 
     def __getattr__(self, name: str) -> Any:
@@ -57,6 +62,8 @@ class PretendedDriver:
             self.calls.append(name)
             if name == "cuMemsetD8Async":
                 self.cleared.append((arguments[0], arguments[2]))
+            if name == "cuLaunchKernelEx":
+                self.launched.append(arguments[0])
             status = self.failing.get(name, Status.CUDA_SUCCESS)
             if status or name not in results:
                 return (status,)
@@ -160,3 +167,38 @@ def test_a_plan_larger_than_what_is_free_is_refused_with_the_numbers(pretended: 
     with pytest.raises(BackendError, match=r"needs 8\.59 GB on the GPU \(weights 8\.59, .* use --backend cpu\."):
         DeviceArena(plan)
     assert "cuMemAlloc" not in pretended.calls
+
+
+def spec_of(dependent: bool = False, cooperative: bool = False) -> KernelSpec:
+    spec = kernel_spec("k", "module:factory", (NUMBER,), 96, 4096, dependent=dependent)
+    return replace(spec, cooperative=cooperative)
+
+
+@pytest.mark.parametrize("cooperative", [False, True])
+@pytest.mark.parametrize("dependent", [False, True])
+def test_a_launch_has_the_attributes_of_its_spec(
+    pretended: PretendedDriver, dependent: bool, cooperative: bool
+) -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
+    kernel = Kernel(spec_of(dependent=dependent, cooperative=cooperative), b"code")
+    Launch(kernel, 132, (7,), stream=0).run()
+    (config,) = pretended.launched
+    assert (config.gridDimX, config.blockDimX, config.sharedMemBytes) == (132, 96, 4096)
+    found = {attribute.id.name.removeprefix("CU_LAUNCH_ATTRIBUTE_"): attribute.value for attribute in config.attrs}
+    assert config.numAttrs == len(found) == dependent + cooperative
+    assert ("COOPERATIVE" in found) == cooperative
+    assert ("PROGRAMMATIC_STREAM_SERIALIZATION" in found) == dependent
+    if cooperative:
+        assert found["COOPERATIVE"].cooperative == 1
+    if dependent:
+        assert found["PROGRAMMATIC_STREAM_SERIALIZATION"].programmaticStreamSerializationAllowed == 1
+
+
+def test_a_cooperative_grid_that_does_not_fit_is_an_error(pretended: PretendedDriver) -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
+    launch = Launch(Kernel(spec_of(cooperative=True), b"code"), 1 << 20, (7,), stream=0)
+    pretended.failing = {"cuLaunchKernelEx": Status.CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE}
+    with pytest.raises(DriverError, match="in cuLaunchKernelEx") as caught:
+        launch.run()
+    assert caught.value.code == "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"
+    assert not caught.value.final

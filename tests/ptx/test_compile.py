@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,18 @@ def test_programmatic_dependent_launch_is_in_the_code(cc: tuple[int, int]) -> No
     wait, first_read = ptx.index("griddepcontrol.wait"), ptx.index("ld.global")
     assert wait < first_read, "read what the previous kernel may still write"
     assemble(ptx, cc)
+
+
+@pytest.mark.parametrize("name", ["down_x1", "qkv_x8"])
+def test_finding_the_weights_of_a_chunk_takes_no_division(name: str) -> None:
+    cc = (9, 0)
+    spec = CATALOGUES[cc][name].spec
+    arguments = dict(spec.arguments)
+    shape = arguments["shape"]
+    assert shape.layout.groups > 4
+    arguments["shape"] = replace(shape, layout=replace(shape.layout, chunk=4))
+    spec = replace(spec, arguments=tuple(sorted(arguments.items())))
+    ptx = make_ptx(spec.make(), spec, cc)
+    assert not re.search(r"\b(?:div|rem)\.[su]", ptx)
+    _, log = assemble(ptx, cc)
+    assert number(r"(\d+) bytes spill stores", log) == 0
