@@ -9,6 +9,8 @@ import pytest
 from pretended_gpu import PretendedGpu
 from tiny_models import tiny_geometry
 
+pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
+
 from numba_atomflow import Engine
 from numba_atomflow.backends.base import Decode, DecodePath
 from numba_atomflow.backends.cpu import CpuBackend
