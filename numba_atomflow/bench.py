@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.backends.base import Progress
+from numba_atomflow.backends.base import DecodePath, Progress
 from numba_atomflow.compile_times import CompileTimes
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, OptionError
@@ -110,6 +110,7 @@ class BenchReport:
     results: list[DepthResult]
     load_seconds: float
     compile_times: CompileTimes | None = None
+    decode: DecodePath | None = None  # how decode steps ran, where there is a choice
     machine: dict[str, Any] = field(default_factory=machine_record)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -124,11 +125,13 @@ class BenchReport:
         if record["format"] != FORMAT:
             raise ValueError(record["format"])
         settings, times = record["settings"], record["compile_times"]
+        path = record.get("decode")  # earlier versions had no choice
         fields = dict(record) | {
             "geometry": ModelGeometry.from_dict(record["geometry"]),
             "settings": Settings(**settings | {"depths": tuple(settings["depths"])}),
             "results": [DepthResult.from_dict(result) for result in record["results"]],
             "compile_times": None if times is None else CompileTimes(**times),
+            "decode": None if path is None else DecodePath(**path),
         }
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 
@@ -168,6 +171,7 @@ def bench(
         results=results,
         load_seconds=engine.load_seconds,
         compile_times=compile_times,
+        decode=engine.backend.decode_path,
     )
 
 
@@ -288,7 +292,8 @@ def differences(now: BenchReport, earlier: BenchReport) -> dict[str, tuple[Any, 
     def facts(report: BenchReport) -> dict[str, Any]:
         machine = {name: value for name, value in report.machine.items() if name != "versions"}
         where = {"model": report.model, "backend": report.backend, "device": report.device}
-        return {**where, **machine, **report.machine["versions"]}
+        how = {"decode": report.decode and report.decode.name}
+        return {**where, **how, **machine, **report.machine["versions"]}
 
     old, new = facts(earlier), facts(now)
     return {name: (old.get(name), new.get(name)) for name in new | old if old.get(name) != new.get(name)}

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow import home
-from numba_atomflow.backends.base import Progress
+from numba_atomflow.backends.base import Decode, Progress
 from numba_atomflow.backends.choose import BackendName
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, BackendError
 from numba_atomflow.geometry import ModelGeometry
+
+REFUSED = 2  # exit code of a start that a user's input or machine made impossible
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,15 @@ def measure_compile_times(
     max_seq_len: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    *,
+    decode: Decode = "auto",
 ) -> CompileTimes:
     """Start twice: the kernels of a checkpoint, or of a model with random weights.
 
     Raises:
         BackendError: a start failed.
     """
-    options: dict[str, Any] = {"backend": backend, "max_seq_len": max_seq_len, "threads": threads}
+    options: dict[str, Any] = {"backend": backend, "max_seq_len": max_seq_len, "threads": threads, "decode": decode}
     if isinstance(model, ModelGeometry):
         options["geometry"] = model.to_dict()
     else:
@@ -66,6 +70,8 @@ def _start(options: dict[str, Any], folder: Path) -> float:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if done.returncode == REFUSED:
+            raise BackendError(last)  # a sentence that is complete without us
         raise BackendError(f"A start to measure compile times failed ({last}); leave them out with --no-compile-times.")
     return float(done.stdout)
 
@@ -81,7 +87,7 @@ def main() -> int:
             engine = Engine.load(path, **options)
     except AtomFlowError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
+        return REFUSED
     with engine:
         sys.stdout.write(f"{engine.compile_seconds}\n")
     return 0

@@ -16,8 +16,8 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Backend, Progress
-from numba_atomflow.backends.choose import BackendName, check_name, make_backend
+from numba_atomflow.backends.base import Backend, Decode, Progress
+from numba_atomflow.backends.choose import BackendName, check_decode, check_name, make_backend
 from numba_atomflow.checkpoint import TOKENIZER, Checkpoint
 from numba_atomflow.decode import Head
 from numba_atomflow.errors import ContextError, OptionError
@@ -137,6 +137,8 @@ class Engine:
         max_seq_len: int | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
+        *,
+        decode: Decode = "auto",
     ) -> "Engine":
         """Open a checkpoint and make its backend ready to run.
 
@@ -147,16 +149,19 @@ class Engine:
             threads: cores that the CPU backend uses; all of them by default. Fewer are faster where other programs keep
                 some busy.
             progress: called with what is being done, steps finished and steps in all.
+            decode: how the GPU runs decode steps: "graph", kernel after kernel; "persistent", in one kernel; "auto",
+                in the latter where GPU and model allow it. `engine.backend.decode_path` has what was chosen.
 
         Raises:
             CheckpointError: no such checkpoint, or a damaged one.
-            OptionError: `max_seq_len` or `threads` is out of range.
-            BackendError: the backend cannot run here.
+            OptionError: `max_seq_len` or `threads` is out of range, or `decode` is given for the CPU.
+            BackendError: the backend cannot run here, or not in the way that `decode` asks for.
         """
         started = time.perf_counter()
         check_name(backend)
+        check_decode(decode, backend, threads)
         checkpoint = Checkpoint.open(find_checkpoint(path_or_name))
-        return cls._make_ready(checkpoint, backend, max_seq_len, threads, progress, started)
+        return cls._make_ready(checkpoint, backend, max_seq_len, threads, progress, decode, started)
 
     @classmethod
     def random(
@@ -167,6 +172,7 @@ class Engine:
         threads: int | None = None,
         progress: Progress | None = None,
         *,
+        decode: Decode = "auto",
         seed: int = 0,
         name: str = "random",
     ) -> "Engine":
@@ -176,8 +182,9 @@ class Engine:
         """
         started = time.perf_counter()
         check_name(backend)
+        check_decode(decode, backend, threads)
         model = RandomModel(geometry, seed, name)
-        return cls._make_ready(model, backend, max_seq_len, threads, progress, started)
+        return cls._make_ready(model, backend, max_seq_len, threads, progress, decode, started)
 
     @classmethod
     def _make_ready(
@@ -187,12 +194,13 @@ class Engine:
         max_seq_len: int | None,
         threads: int | None,
         progress: Progress | None,
+        decode: Decode,
         started: float,
     ) -> "Engine":
         device: Backend | None = None
         try:
             positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
-            device = make_backend(backend, checkpoint.geometry, WeightArrays(checkpoint), positions, threads)
+            device = make_backend(backend, checkpoint.geometry, WeightArrays(checkpoint), positions, threads, decode)
             device.prepare(progress)
         except BaseException:
             if device is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.backends.base import Progress
+from numba_atomflow.backends.base import DecodePath, Progress
 from numba_atomflow.decode import Op
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import OptionError
@@ -65,6 +65,7 @@ class ProfileReport:
     ceilings: dict[str, float]  # GB/s, measured in this run
     kernels: list[KernelRow]  # those that take longest first
     step_seconds: float
+    decode: DecodePath | None = None  # how the step ran, where there is a choice
     machine: dict[str, Any] = field(default_factory=machine_record)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -149,6 +150,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
         ceilings=ceilings,
         kernels=kernel_rows(list(zip(ops, seconds, strict=True)), depth + 1),
         step_seconds=float(faster_half([[took] for took in timed_steps])[0]),
+        decode=backend.decode_path,
     )
 
 

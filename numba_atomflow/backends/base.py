@@ -1,7 +1,8 @@
 """What the engine asks of a backend."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,23 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.sampling import Sampler
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps finished, steps in all
+Decode = Literal["auto", "graph", "persistent"]  # how a GPU is asked to run decode steps
+
+
+@dataclass(frozen=True)
+class DecodePath:
+    """How decode steps run on a GPU.
+
+    Attributes:
+        name: "graph", the step's kernels one after the other, or "persistent", one kernel for the whole step.
+        reason: why it is not "persistent", as a clause; "" if it is.
+    """
+
+    name: Literal["graph", "persistent"]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}, because {self.reason}" if self.reason else self.name
 
 
 class Memory(Protocol):
@@ -40,6 +58,10 @@ class Backend(Protocol):
     plan: MemoryPlan
     block: int  # most tokens of one prefill step
     compile_seconds: float  # that `prepare` spent on compiling kernels or loading them from the cache
+
+    @property
+    def decode_path(self) -> DecodePath | None:
+        """How decode steps run, where there is more than one way; None on the CPU."""
 
     def close(self) -> None:
         """Release the memory at once, not when the garbage collector comes by."""

@@ -1,11 +1,11 @@
 """Which backend runs a model: the GPU where there is a usable one, else the CPU."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Backend
+from numba_atomflow.backends.base import Backend, Decode
 from numba_atomflow.driver import Device
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
@@ -20,6 +20,18 @@ def check_name(name: str) -> None:
     """
     if name not in NAMES:
         raise BackendError(f"There is no backend {name!r}; choose auto, cpu or cuda.")
+
+
+def check_decode(decode: str, backend: BackendName, threads: int | None) -> None:
+    """Raises:
+    OptionError: there is no such way to run decode steps, or the choice is the GPU's, and the CPU was asked for.
+    """
+    if decode not in get_args(Decode):
+        raise OptionError(f"--decode {decode} does not exist; choose auto, graph or persistent.")
+    if decode != "auto" and backend == "cpu":
+        raise OptionError(f"--decode {decode} is for the CUDA backend; leave it out, or use --backend cuda.")
+    if decode != "auto" and threads is not None:
+        raise OptionError(f"--threads is for the CPU backend and --decode {decode} for the CUDA one; leave one out.")
 
 
 def gpu_is_usable() -> bool:
@@ -53,6 +65,7 @@ def make_backend(
     weights: Mapping[str, NDArray[Any]],
     max_seq_len: int,
     threads: int | None = None,
+    decode: Decode = "auto",
 ) -> Backend:
     """A backend for a model; `prepare` it before use.
 
@@ -60,12 +73,16 @@ def make_backend(
         name: "auto" takes the GPU if there is a usable one and no number of threads is given.
         weights: the checkpoint's arrays by name, possibly made only when they are asked for.
         threads: of the CPU backend.
+        decode: of the CUDA backend; anything but "auto" asks for that backend.
 
     Raises:
         BackendError: the backend cannot run here.
-        OptionError: threads are given for the GPU, or there are not that many cores.
+        OptionError: threads are given for the GPU or `decode` for the CPU, or there are not that many cores.
     """
     check_name(name)
+    check_decode(decode, name, threads)
+    if decode != "auto":
+        name = "cuda"
     if name == "cuda" and threads is not None:
         raise OptionError("--threads is for the CPU backend; leave it out, or use --backend cpu.")
     # numba is slow to import: not before it is needed.
@@ -74,7 +91,7 @@ def make_backend(
         from numba_atomflow.backends.cuda.backend import CudaBackend
 
         try:
-            return CudaBackend(geometry, weights, max_seq_len)
+            return CudaBackend(geometry, weights, max_seq_len, decode=decode)
         finally:
             if device is not None:  # it was kept open, so that its context need not be made twice
                 device.close()

@@ -92,6 +92,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    decode_path = None  # there is one way only
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ Examples:
   numba-atomflow bench --geometry llama-3.2-3b --random-weights --format md
   numba-atomflow bench --format json > before.json
   numba-atomflow bench --compare before.json
+  numba-atomflow bench --backend cuda --decode graph            whether or not the GPU could run a persistent kernel
 
 \b
 Every figure is a median, with the 10th and 90th percentile in brackets.
@@ -49,6 +50,7 @@ def bench(
         Path | None, typer.Option("--compare", metavar="FILE", help="An earlier --format json: show the ratio.")
     ] = None,
     backend: options.Backend = options.BackendChoice.AUTO,
+    decode: options.Decode = options.DecodeChoice.AUTO,
     threads: options.Threads = None,
     form: measured.Form = Format.TABLE,
     as_json: options.Json = False,
@@ -70,8 +72,10 @@ def bench(
         from numba_atomflow.compile_times import measure_compile_times
 
         with output.steps_bar() as progress:
-            times = measure_compile_times(chosen.source, backend.value, positions, threads, progress)
-    with chosen.open(backend, positions, threads) as engine, output.steps_bar() as progress:
+            times = measure_compile_times(
+                chosen.source, backend.value, positions, threads, progress, decode=decode.value
+            )
+    with chosen.open(backend, positions, threads, decode) as engine, output.steps_bar() as progress:
         report = benchmark.bench(engine, settings, times, progress)
     show(report, earlier, form)
 
@@ -184,6 +188,7 @@ def _csv(report: "BenchReport", earlier: "BenchReport | None") -> str:
             "random_weights": report.random_weights,
             "backend": report.backend,
             "device": report.device,
+            "decode": report.decode and report.decode.name,
             "nvidia_driver": machine["nvidia_driver"],
             "commit": machine["commit"],
             "date": report.date,

@@ -40,6 +40,7 @@ def chat(
     max_seq_len: options.MaxSeqLen = None,
     threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.AUTO,
+    decode: options.Decode = options.DecodeChoice.AUTO,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each reply as one line of JSON, and nothing else (not at a terminal).")
     ] = False,
@@ -64,6 +65,6 @@ def chat(
         stop=tuple(stop or ()),
     )
     with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, max_seq_len, threads, progress)
+        engine = Engine.load(model, backend.value, max_seq_len, threads, progress, decode=decode.value)
     with engine:
         ChatSession(engine, params, system, quiet=quiet, as_json=as_json).run()

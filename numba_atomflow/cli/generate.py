@@ -47,6 +47,7 @@ def generate(
     max_seq_len: options.MaxSeqLen = None,
     threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.AUTO,
+    decode: options.Decode = options.DecodeChoice.AUTO,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -71,7 +72,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, max_seq_len, threads, progress)
+        engine = Engine.load(model, backend.value, max_seq_len, threads, progress, decode=decode.value)
     with engine:
         generation = engine.chat([{"role": "user", "content": text}], params) if chat else engine.generate(text, params)
         if as_json:

@@ -153,6 +153,7 @@ def _model_table(record: dict[str, Any]) -> Table:
         ),
         *((f"  {pool}", f"{output.size(count):>10}") for pool, count in plan["allocated_bytes"].items()),
         ("  allocated", f"{output.size(plan['allocated_total']):>10}  {_of_device(plan)}"),
+        *_decode(plan),
     ]
 
 
@@ -167,6 +168,14 @@ def _of_device(plan: dict[str, Any]) -> str:
         return "without the weights"
     free, total = output.size(device["free_bytes"]), output.size(device["memory_bytes"])
     return f"in one block; {device['name']} has {free} free of {total}"
+
+
+def _decode(plan: dict[str, Any]) -> Table:
+    """How this GPU would run decode steps."""
+    from numba_atomflow.backends.base import DecodePath
+
+    path = plan["device"].get("decode")
+    return [] if path is None else [("decode", str(DecodePath(**path)))]
 
 
 def _yes(there: bool) -> str:

@@ -80,15 +80,24 @@ class Measured:
         """The checkpoint's path, or a geometry."""
         return self._path or self.geometry
 
-    def open(self, backend: options.BackendChoice, max_seq_len: int, threads: int | None) -> "Engine":
+    def open(
+        self, backend: options.BackendChoice, max_seq_len: int, threads: int | None, decode: options.DecodeChoice
+    ) -> "Engine":
         """An engine that is ready to run, with a bar on the way there."""
         from numba_atomflow.engine import Engine
 
         with output.loading_bar() as progress:
             if self._path is not None:
-                return Engine.load(self._path, backend.value, max_seq_len, threads, progress)
-            name = self._preset or "random"
-            return Engine.random(self.geometry, backend.value, max_seq_len, threads, progress, name=name)
+                return Engine.load(self._path, backend.value, max_seq_len, threads, progress, decode=decode.value)
+            return Engine.random(
+                self.geometry,
+                backend.value,
+                max_seq_len,
+                threads,
+                progress,
+                decode=decode.value,
+                name=self._preset or "random",
+            )
 
 
 def headline(report: "BenchReport | ProfileReport") -> list[str]:
@@ -99,6 +108,7 @@ def headline(report: "BenchReport | ProfileReport") -> list[str]:
     return [
         f"model: {report.model}" + (", random weights" if report.random_weights else ""),
         f"device: {report.device}, {report.backend} backend",
+        *([] if report.decode is None else [f"decode: {report.decode}"]),
         f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}"
         + (f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""),
         f"versions: {versions}",

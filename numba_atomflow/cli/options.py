@@ -14,6 +14,14 @@ class BackendChoice(StrEnum):
     CUDA = "cuda"
 
 
+class DecodeChoice(StrEnum):
+    """What may be given for --decode."""
+
+    AUTO = "auto"
+    GRAPH = "graph"
+    PERSISTENT = "persistent"
+
+
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A checkpoint file, or the name of one in the models folder.")
 ]
@@ -29,6 +37,13 @@ Revision = Annotated[
     typer.Option("--revision", metavar="REV", help="Of a model of the hub: branch, tag or commit.  [default: main]"),
 ]
 Backend = Annotated[BackendChoice, typer.Option("--backend", help="auto takes the best one that can run here.")]
+Decode = Annotated[
+    DecodeChoice,
+    typer.Option(
+        "--decode",
+        help="How the GPU makes a token: kernel after kernel (graph), or in one (persistent); auto: in one if it can.",
+    ),
+]
 MaxSeqLen = Annotated[
     int | None,
     typer.Option(

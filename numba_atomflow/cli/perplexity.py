@@ -40,6 +40,7 @@ def perplexity(
         typer.Option("--reference", metavar="SOURCE", help="Compare with the source that MODEL was made from."),
     ] = None,
     backend: options.Backend = options.BackendChoice.AUTO,
+    decode: options.Decode = options.DecodeChoice.AUTO,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -64,7 +65,7 @@ def perplexity(
             with output.bytes_bar() as fetching:
                 logits = original_logits(checkpoint, local_source(reference, progress=fetching))
     with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, context, threads, progress)
+        engine = Engine.load(model, backend.value, context, threads, progress, decode=decode.value)
     with engine, output.steps_bar(time_left=True) as progress:
         result = measure(engine, contents, context, stride, logits, progress)
     described = {"model": model, "text": str(text)}

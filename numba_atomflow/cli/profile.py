@@ -36,6 +36,7 @@ def profile(
         Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw every kernel against the ceiling.")
     ] = None,
     backend: options.Backend = options.BackendChoice.AUTO,
+    decode: options.Decode = options.DecodeChoice.AUTO,
     threads: options.Threads = None,
     form: measured.Form = Format.TABLE,
     as_json: options.Json = False,
@@ -49,7 +50,7 @@ def profile(
     profiler.check_profile(depth, repeats)
     if plot is not None:
         check_plot(plot.expanduser())
-    with chosen.open(backend, depth + 1, threads) as engine, output.steps_bar() as progress:
+    with chosen.open(backend, depth + 1, threads, decode) as engine, output.steps_bar() as progress:
         report = profiler.profile(engine, depth, repeats, progress)
     if plot is not None:
         profiler.plot(report, plot.expanduser())

@@ -59,6 +59,7 @@ def validate(
     plot: Annotated[Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw the errors into a file.")] = None,
     inject: Annotated[str | None, typer.Option("--inject", metavar="OP", hidden=True)] = None,
     backend: options.Backend = options.BackendChoice.AUTO,
+    decode: options.Decode = options.DecodeChoice.AUTO,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -81,9 +82,10 @@ def validate(
     if ground_truth is not None:
         reference = _open(ground_truth.expanduser(), model, text)
     else:
-        reference = _record(model, text, decode_steps, backend, threads)
+        reference = _record(model, text, decode_steps, backend, threads, decode)
     with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, len(reference.tokens), threads, progress)
+        positions = len(reference.tokens)
+        engine = Engine.load(model, backend.value, positions, threads, progress, decode=decode.value)
     with engine, output.steps_bar() as progress:
         device = engine.backend
         observers = [validator.inject(inject, device.step(1, "sample"))] if inject is not None else []
@@ -125,7 +127,12 @@ def _open(path: Path, model: str, text: str | None) -> "Reference":
 
 
 def _record(
-    model: str, text: str | None, steps: int, backend: options.BackendChoice, threads: int | None
+    model: str,
+    text: str | None,
+    steps: int,
+    backend: options.BackendChoice,
+    threads: int | None,
+    decode: options.DecodeChoice,
 ) -> "Reference":
     """What the CPU backend makes of a prompt, if the backend to be compared is another one."""
     from numba_atomflow.engine import Engine
@@ -135,7 +142,7 @@ def _record(
         raise OptionError("--diff-backends needs a text to run; give --prompt TEXT.")
     if steps < 0:
         raise OptionError(f"--decode-steps is {steps}; it must be 0 or more.")
-    with Engine.load(model, backend.value, 1, threads) as engine:
+    with Engine.load(model, backend.value, 1, threads, decode=decode.value) as engine:
         name, prompt = engine.backend.name, engine.text.encode(text)
     if name == "cpu":
         raise BackendError("--diff-backends compares another backend with the CPU one, but only the CPU one runs here.")

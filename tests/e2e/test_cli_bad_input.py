@@ -484,7 +484,7 @@ def test_closed_standard_streams(cli_home: Path, tiny_checkpoint: Path) -> None:
 def test_the_unexpected_is_one_line_and_a_traceback_for_those_who_ask(
     cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
         raise KeyError("lost")
 
     monkeypatch.setattr(numba_atomflow.engine.Engine, "load", fail)

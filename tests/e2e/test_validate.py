@@ -267,16 +267,19 @@ def test_another_backend_is_compared_with_the_cpu(
 ) -> None:
     """The other one is the CPU backend under another name, with one op spoilt or none."""
     load = Engine.load
+    paths: list[tuple[str, str]] = []
 
-    def pretend(model: str, backend: Any, *rest: Any) -> Engine:
+    def pretend(model: str, backend: Any, *rest: Any, decode: str = "auto") -> Engine:
+        paths.append((backend, decode))
         engine = load(model, backend, *rest)
         engine.backend.name = "other" if backend == "auto" else engine.backend.name
         return engine
 
     monkeypatch.setattr(Engine, "load", pretend)
     given = ("validate", tiny_checkpoint, "--diff-backends", "-p", TEXT, "--decode-steps", "2")
-    outcome = cli(*given)
+    outcome = cli(*given, "--decode", "graph")
     assert outcome.code == 0, outcome
+    assert paths == [("auto", "graph"), ("cpu", "auto"), ("auto", "graph")]
     assert "other (" in outcome.out
     assert "against cpu backend" in outcome.out
     spoilt = cli(*given, "--inject", "layer.0.gate_up", "--isolate")

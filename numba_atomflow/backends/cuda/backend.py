@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Observer, Progress
+from numba_atomflow.backends.base import Decode, Observer, Progress
+from numba_atomflow.backends.cuda.decode_path import choose_decode_path
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.measure import measure_ceilings
 from numba_atomflow.backends.cuda.plan import cuda_plan
@@ -41,9 +42,10 @@ class CudaBackend:
         max_seq_len: positions of the KV cache.
         dependent: programmatic dependent launch; where the GPU has it, if None.
         graphs: replay captured steps; without, kernels are launched one by one (to measure what that costs).
+        decode: how decode steps run; `decode_path` has what was chosen.
 
     Raises:
-        BackendError: no usable GPU, or too little memory on it.
+        BackendError: no usable GPU, too little memory on it, or `decode` is not possible.
     """
 
     name = "cuda"
@@ -56,6 +58,7 @@ class CudaBackend:
         *,
         dependent: bool | None = None,
         graphs: bool = True,
+        decode: Decode = "auto",
     ) -> None:
         self.geometry = geometry
         self._arrays: Mapping[str, NDArray[Any]] | None = weights
@@ -69,6 +72,7 @@ class CudaBackend:
             self._release = weakref.finalize(self, _release, self._gpu, self._open)  # also if nobody calls `close`
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             self.kernels = ModelKernels(geometry, chip_of(self._gpu), head, dependent=dependent)
+            self.decode_path = choose_decode_path(self.kernels, decode)
             self.block = min(self.kernels.block, max_seq_len)
             self.plan = cuda_plan(self.kernels, max_seq_len)
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"

@@ -1,7 +1,9 @@
 """What the CUDA backend keeps in its one block of memory."""
 
+from dataclasses import asdict
 from typing import Any
 
+from numba_atomflow.backends.cuda.decode_path import choose_decode_path
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.checkpoint import HeadFormat, fusion
 from numba_atomflow.decode import StepSizes, step_buffers
@@ -45,16 +47,17 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
 
 
 def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: int) -> tuple[MemoryPlan, dict[str, Any]]:
-    """The plan that loading would carry out, and what the GPU has: name, memory and free memory in bytes.
+    """The plan that loading would carry out, and the GPU: name, memory and free memory in bytes, how it would decode.
 
     Raises:
         BackendError: there is no usable GPU.
     """
     device = open_device()
     try:
-        plan = cuda_plan(ModelKernels(geometry, chip_of(device), head), max_seq_len)
+        kernels = ModelKernels(geometry, chip_of(device), head)
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
-        return plan, record
+        record["decode"] = asdict(choose_decode_path(kernels, "auto"))
+        return cuda_plan(kernels, max_seq_len), record
     finally:
         device.close()
 

@@ -1,0 +1,177 @@
+"""How decode steps run: what is chosen for which chip and model, what is refused, and where the choice is told."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+from pretended_gpu import PretendedGpu
+from tiny_models import tiny_geometry
+
+pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
+
+from numba_atomflow import Engine
+from numba_atomflow.backends.base import Decode, DecodePath
+from numba_atomflow.backends.cpu import CpuBackend
+from numba_atomflow.backends.cuda import decode_path
+from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.backends.cuda.decode_path import choose_decode_path
+from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.backends.cuda.plan import plan_for_this_gpu
+from numba_atomflow.bench import BenchReport, Settings, bench, differences
+from numba_atomflow.cli.measured import headline
+from numba_atomflow.errors import BackendError, OptionError
+from numba_atomflow.ops.cuda.chip import Chip
+from numba_atomflow.profile import profile
+
+HOPPER, ADA = Chip(132, 232448, (9, 0)), Chip(128, 101376, (8, 9))
+BLACKWELL = Chip(170, 101376, (12, 0))
+LLAMA, QWEN2, QWEN3 = tiny_geometry(), tiny_geometry(qkv_bias=True), tiny_geometry(qk_norm=True)
+GRAPH = DecodePath("graph", "the moon is full")
+
+CAPABILITY = "this GPU's compute capability is 8.9, and bulk copies need 9.0"
+APART = "the model's q and k are rotated by a kernel of their own"
+
+
+@pytest.fixture
+def it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the persistent kernel could be cut for every model."""
+    monkeypatch.setattr(decode_path, "persistent_shape", lambda _kernels: object())
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("it_fits")
+@pytest.mark.parametrize("chip", [HOPPER, BLACKWELL])
+def test_auto_and_persistent_are_persistent_where_everything_is_there(chip: Chip) -> None:
+    kernels = ModelKernels(LLAMA, chip)
+    for wanted in ("auto", "persistent"):
+        path = choose_decode_path(kernels, wanted)
+        assert (path.name, path.reason, str(path)) == ("persistent", "", "persistent")
+
+
+@pytest.mark.usefixtures("it_fits")
+@pytest.mark.parametrize(("chip", "geometry"), [(HOPPER, LLAMA), (HOPPER, QWEN3), (ADA, LLAMA)])
+def test_a_graph_that_is_asked_for_is_made(chip: Chip, geometry: Any) -> None:
+    assert str(choose_decode_path(ModelKernels(geometry, chip), "graph")) == "graph, because it was asked for"
+
+
+@pytest.mark.usefixtures("it_fits")
+@pytest.mark.parametrize(
+    ("chip", "geometry", "reason"),
+    [(ADA, LLAMA, CAPABILITY), (ADA, QWEN3, CAPABILITY), (HOPPER, QWEN2, APART), (HOPPER, QWEN3, APART)],
+)
+def test_chip_and_model_may_stand_in_the_way(chip: Chip, geometry: Any, reason: str) -> None:
+    assert_impossible(ModelKernels(geometry, chip), reason)
+
+
+def test_a_kernel_that_cannot_be_cut_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_path, "persistent_shape", lambda _kernels: None)
+    path = choose_decode_path(ModelKernels(LLAMA, HOPPER), "auto")
+    assert path.name == "graph"
+    assert_impossible(ModelKernels(LLAMA, HOPPER), path.reason)
+
+
+def assert_impossible(kernels: ModelKernels, reason: str) -> None:
+    """ "auto" gives way and tells why; "persistent" is refused with the same reason, and with what to do."""
+    assert reason
+    assert choose_decode_path(kernels, "auto") == DecodePath("graph", reason)
+    with pytest.raises(BackendError) as caught:
+        choose_decode_path(kernels, "persistent")
+    assert str(caught.value) == f"--decode persistent is not possible because {reason}; use --decode graph."
+
+
+# --- the backend and the engine --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ada(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
+    gpu = PretendedGpu((8, 9))
+    for module in ("backend", "plan"):
+        monkeypatch.setattr(f"numba_atomflow.backends.cuda.{module}.open_device", gpu.open)
+    monkeypatch.setattr(CudaBackend, "_allocate", lambda _self: None)
+    yield gpu
+    assert gpu.users == 0
+
+
+@pytest.mark.parametrize(("wanted", "reason"), [("auto", CAPABILITY), ("graph", "it was asked for")])
+def test_the_backend_says_how_it_decodes(ada: PretendedGpu, wanted: Decode, reason: str) -> None:
+    backend = CudaBackend(LLAMA, {}, 32, decode=wanted)
+    assert ada.users == 1
+    assert backend.decode_path == DecodePath("graph", reason)
+    backend.close()
+
+
+@pytest.mark.usefixtures("ada")
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_what_the_gpu_cannot_do_is_refused_and_the_gpu_given_back(backend: Any) -> None:
+    with pytest.raises(BackendError, match=f"^--decode persistent is not possible because {CAPABILITY}"):
+        Engine.random(LLAMA, backend, decode="persistent")
+
+
+@pytest.mark.usefixtures("ada")
+def test_the_plan_for_a_gpu_comes_with_how_it_would_decode() -> None:
+    _, device = plan_for_this_gpu(LLAMA, "fp8", 32)
+    assert device["decode"] == {"name": "graph", "reason": CAPABILITY}
+
+
+@pytest.mark.parametrize("load", [partial(Engine.load, "no-such-model"), partial(Engine.random, LLAMA)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "cpu", "decode": "graph"}, "--decode graph is for the CUDA backend; leave it out"),
+        ({"backend": "cpu", "decode": "persistent"}, "--decode persistent is for the CUDA backend; leave it out"),
+        ({"threads": 1, "decode": "graph"}, "--threads is for the CPU backend and --decode graph for the CUDA one"),
+        ({"decode": "quick"}, "--decode quick does not exist; choose auto, graph or persistent"),
+    ],
+)
+def test_contradictions_are_refused_before_a_model_is_looked_for(
+    load: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        load(**options)
+
+
+def test_auto_is_for_every_backend() -> None:
+    with Engine.random(LLAMA, "cpu", 16, 1, decode="auto") as engine:
+        assert engine.backend.decode_path is None
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.random(LLAMA, max_seq_len=16, threads=1) as engine:
+        engine.backend.ceilings = lambda: {"memory read": 10.0}
+        yield engine
+
+
+def measured(engine: Engine) -> BenchReport:
+    return bench(engine, Settings(prompt_tokens=2, decode_tokens=2, repeats=1))
+
+
+def test_reports_tell_the_path_where_there_is_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = measured(engine)
+    monkeypatch.setattr(CpuBackend, "decode_path", GRAPH)
+    for report in (measured(engine), profile(engine, 0, 1)):
+        assert report.to_dict()["decode"] == {"name": "graph", "reason": "the moon is full"}
+        assert headline(report)[2] == "decode: graph, because the moon is full"
+    assert not any(line.startswith("decode") for line in headline(without))
+
+
+def test_a_report_is_read_back_with_its_path_and_from_before_there_was_one(engine: Engine) -> None:
+    report = measured(engine)
+    for path in (None, GRAPH, DecodePath("persistent")):
+        record = {**report.to_dict(), "decode": path and {"name": path.name, "reason": path.reason}}
+        assert BenchReport.from_dict(record).decode == path
+    old = {name: value for name, value in report.to_dict().items() if name != "decode"}
+    assert BenchReport.from_dict(old) == report
+
+
+def test_another_path_is_a_difference(engine: Engine) -> None:
+    report = measured(engine)
+    then, now = replace(report, decode=GRAPH), replace(report, decode=DecodePath("persistent"))
+    assert differences(now, then) == {"decode": ("graph", "persistent")}
