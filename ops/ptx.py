@@ -13,7 +13,9 @@ import inspect
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,6 +139,19 @@ def large_device_function(function: Callable[..., Any]) -> Any:
     takes minutes over a kernel into which it has to inline thousands of statements.
     """
     return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
+
+
+@contextmanager
+def compiling_for(capability: tuple[int, int]) -> Iterator[None]:
+    """While it is open, numba-cuda compiles device functions for this architecture, and needs no driver to ask which it is."""
+    from numba.cuda import dispatcher
+
+    asked = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = asked
 
 
 def kernel(threads: int, blocks: int) -> Callable[[Callable[..., Any]], Any]:

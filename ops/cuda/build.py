@@ -27,6 +27,7 @@ from typing import Any
 from numba_atomflow.errors import BackendError
 from numba_atomflow.ops import jit
 from numba_atomflow.ops.cuda.spec import KernelSpec
+from numba_atomflow.ops.ptx import compiling_for
 
 Progress = Callable[[str, int, int], None]  # what was done, kernels finished, kernels in all
 
@@ -48,7 +49,8 @@ def make_ptx(kernel: Any, spec: KernelSpec, capability: tuple[int, int]) -> str:
     from numba import cuda
 
     bounds = kernel.targetoptions["launch_bounds"]  # `compile_ptx` does not look there
-    ptx, _ = cuda.compile_ptx(kernel.py_func, spec.numba_signature(), cc=capability, launch_bounds=bounds)
+    with compiling_for(capability):
+        ptx, _ = cuda.compile_ptx(kernel.py_func, spec.numba_signature(), cc=capability, launch_bounds=bounds)
     return rename(str(ptx), spec.name)
 
 

@@ -39,6 +39,7 @@ _ID_BITS = 24
 _ID_MASK = (1 << _ID_BITS) - 1
 _NAN_RANK = 0xFFFFFFFF  # above infinity's
 _INFINITE = (0x80000000 + 0x7F800000) << _ID_BITS  # the least key of a logit that is infinite or no number
+BROKEN_KEY = _NAN_RANK << _ID_BITS  # of a token whose logit is no number
 _UNIT = float(2**44)
 _DIGIT_BITS, _DIGITS = 8, 256
 _KEY_BITS = 32 + _ID_BITS

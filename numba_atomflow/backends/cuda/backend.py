@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Decode, Observer, Progress
-from numba_atomflow.backends.cuda.decode_path import choose_decode_path
-from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.measure import measure_ceilings
+from numba_atomflow.backends.cuda.persistent import PersistentStep, fault_sentence
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.steps import Binder
 from numba_atomflow.backends.cuda.tokens import TokenChannel
 from numba_atomflow.checkpoint import HeadFormat, head_part
-from numba_atomflow.decode import Head, Op, Weight, Weights, build_head, build_step
+from numba_atomflow.decode import Head, Op, Sample, Weight, Weights, build_head, build_step
 from numba_atomflow.driver import Device, call, open_device
+from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.ops import rope
@@ -71,8 +72,8 @@ class CudaBackend:
             self._open.callback(self._gpu.close)
             self._release = weakref.finalize(self, _release, self._gpu, self._open)  # also if nobody calls `close`
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
-            self.kernels = ModelKernels(geometry, chip_of(self._gpu), head, dependent=dependent)
-            self.decode_path = choose_decode_path(self.kernels, decode)
+            chip = chip_of(self._gpu)
+            self.kernels, self.decode_path = kernels_for(geometry, chip, head, decode, dependent=dependent)
             self.block = min(self.kernels.block, max_seq_len)
             self.plan = cuda_plan(self.kernels, max_seq_len)
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
@@ -99,6 +100,7 @@ class CudaBackend:
         names = [buffer.name for buffer in self.plan.buffers if buffer.pool != "weights"]
         self._buffers = {name: self._arena[name] for name in names}
         self._weights = self._weight_views()
+        self._persistent: PersistentStep | None = None
         self._graphs: dict[tuple[int, Head], Graph] = {}
         self._bound: dict[tuple[int, Head], list[Launch]] = {}
 
@@ -137,6 +139,10 @@ class CudaBackend:
             self._upload(loaded, progress)
             scratch, ring = self._buffers.__getitem__, self._tokens.ring
             self._binder = Binder(self.kernels, loaded, scratch, ring, self.stream)
+            if self.kernels.persistent:
+                weights = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
+                self._persistent = PersistentStep(self.kernels, loaded, self._buffers, weights, self.stream)
+                self._memory.write(self._buffers["persistent.table"], self._persistent.table())
             ready = self._graph if self._use_graphs else self._launches
             for tokens in range(1, self.block + 1):
                 ready(tokens, "none")
@@ -208,7 +214,19 @@ class CudaBackend:
 
     def sampled_token(self) -> int:
         """The token that was asked for last; waits for it."""
-        return self._tokens.receive(self._wanted, self._check)
+        try:
+            return self._tokens.receive(self._wanted, self._check)
+        except CheckpointError as error:
+            if self._gave_up():
+                raise fault_sentence() from error
+            raise
+
+    def _gave_up(self) -> bool:
+        """Whether the persistent kernel stopped waiting for itself; then it marks its token like one without logits."""
+        if self._persistent is None:
+            return False
+        with self._gpu.current():
+            return bool(self._memory.read(self._buffers["persistent.fault"])[0])
 
     def _check(self) -> None:
         """Raise if the GPU has failed, or has nothing to do any more and has not made the token that is waited for."""
@@ -238,12 +256,19 @@ class CudaBackend:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""
         with self._gpu.current():
             self._tokens.send(tokens, self._buffers["tokens"])
-            sampled = head == "sample"
             self._sure = False
-            for op in self.step(len(tokens), head):
-                self._observed(op, self._binder.bind(op, sampled=sampled), observer)
+            for index, op in enumerate(self.step(len(tokens), head)):
+                self._observed(op, self._alone(index, op, len(tokens), head), observer)
             self._count(len(tokens), head)
             self._wanted = self._queued
+
+    def _alone(self, index: int, op: Op, tokens: int, head: Head) -> list[Launch]:
+        """An op of a step by itself, reading what the views hold."""
+        if self._persistent is not None and self._is_persistent(tokens, head) and index < self._persistent.shape.ops:
+            return self._persistent.op_launches(index, op)
+        if isinstance(op, Sample):
+            self._forget_best()  # the persistent kernel has its arg-max where its logits are made
+        return self._binder.bind(op, sampled=head == "sample")
 
     # --- what `bench` and `profile` ask ------------------------------------------------------------------------------
 
@@ -331,9 +356,19 @@ class CudaBackend:
         """The launches of a step, with their arguments in place."""
         if (tokens, head) not in self._bound:
             ops = self.step(tokens, head)
-            sampled = head == "sample"
-            self._bound[tokens, head] = [launch for op in ops for launch in self._binder.bind(op, sampled=sampled)]
+            launches, ranked = [], False
+            if self._persistent is not None and self._is_persistent(tokens, head):
+                made, ranked = self._persistent.shape.ops, True
+                launches.append(self._persistent.launch(0, made))
+                ops = ops[made:]
+            for op in ops:
+                launches += self._binder.bind(op, sampled=head == "sample", ranked=ranked)
+            self._bound[tokens, head] = launches
         return self._bound[tokens, head]
+
+    def _is_persistent(self, tokens: int, head: Head) -> bool:
+        """Whether a step is the one that the persistent kernel makes: a token for a token."""
+        return tokens == 1 and head == "sample"
 
     def _graph(self, tokens: int, head: Head) -> Graph:
         if (tokens, head) not in self._graphs:

@@ -2,9 +2,27 @@
 
 from numba_atomflow.backends.base import Decode, DecodePath
 from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.checkpoint import HeadFormat
 from numba_atomflow.errors import BackendError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.ops.cuda.chip import Chip
 
 _LEAST_CAPABILITY = (9, 0)  # bulk copies and the mbarriers that tell of their arrival
+
+
+def kernels_for(
+    geometry: ModelGeometry, chip: Chip, head: HeadFormat, wanted: Decode, *, dependent: bool | None = None
+) -> tuple[ModelKernels, DecodePath]:
+    """A model's kernels for the way that decode steps will run.
+
+    Raises:
+        BackendError: as `ModelKernels` and `choose_decode_path`.
+    """
+    kernels = ModelKernels(geometry, chip, head, dependent=dependent)
+    path = choose_decode_path(kernels, wanted)
+    if path.name == "persistent":
+        kernels = ModelKernels(geometry, chip, head, dependent=dependent, persistent=True)
+    return kernels, path
 
 
 def choose_decode_path(kernels: ModelKernels, wanted: Decode) -> DecodePath:
@@ -31,15 +49,4 @@ def _obstacle(kernels: ModelKernels) -> str | None:
         return f"this GPU's compute capability is {has}, and bulk copies need {needed}"
     if kernels.rotates_apart:
         return "the model's q and k are rotated by a kernel of their own"
-    if persistent_shape(kernels) is None:
-        return "this version has no persistent kernel"
-    return None
-
-
-def persistent_shape(kernels: ModelKernels) -> object | None:
-    """How the persistent kernel is cut for this model and chip; None where it cannot be.
-
-    It cannot be anywhere: there is no such kernel in this version.
-    """
-    del kernels
-    return None
+    return kernels.persistent_shape.refusal()

@@ -13,6 +13,9 @@ from numba_atomflow.ops.cuda import attention, embedding, fragments, rope, sampl
 from numba_atomflow.ops.cuda.attention import AttentionShape
 from numba_atomflow.ops.cuda.chip import Chip
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
+from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
+from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
+from numba_atomflow.ops.cuda.persistent.shape import CHUNK, PersistentShape
 from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
 from numba_atomflow.ops.cuda.projection_kernels import projection_kernel
 from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
@@ -27,16 +30,24 @@ class ModelKernels:
     Args:
         head: format of the vocabulary projection.
         dependent: programmatic dependent launch; where the chip has it, if None.
+        persistent: single tokens take the persistent kernel, for which weights are kept in small chunks.
 
     Raises:
         BackendError: one token's activations do not fit into the chip's shared memory.
     """
 
     def __init__(
-        self, geometry: ModelGeometry, chip: Chip, head: HeadFormat = "fp8", *, dependent: bool | None = None
+        self,
+        geometry: ModelGeometry,
+        chip: Chip,
+        head: HeadFormat = "fp8",
+        *,
+        dependent: bool | None = None,
+        persistent: bool = False,
     ) -> None:
         self.geometry, self.chip, self.head = geometry, chip, head
         self.dependent = chip.dependent_launch if dependent is None else dependent
+        self.persistent = persistent
         self.block = next((n for n in range(MOST_COLUMNS, 0, -1) if self._fits(n)), 0)
         if not self.block:
             raise BackendError(
@@ -49,15 +60,41 @@ class ModelKernels:
     @cached_property
     def layouts(self) -> dict[str, FragmentLayout]:
         """Fragment order of each kind of projection."""
+        return self._layouts(CHUNK if self.persistent else 0)
+
+    def _layouts(self, chunk: int) -> dict[str, FragmentLayout]:
         g, fp8, halves = self.geometry, self.chip.hardware_fp8, self.head == "fp16"
+        half = 0 if self.rotates_apart else g.head_dim // 2
         return {
-            "embedding": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, halves and g.tied_embeddings),
-            "qkv": FragmentLayout(g.q_dim + 2 * g.kv_dim, g.hidden, 0 if self.rotates_apart else g.head_dim // 2, fp8),
-            "o": FragmentLayout(g.hidden, g.q_dim, 0, fp8),
-            "gate_up": FragmentLayout(2 * g.ffn, g.hidden, g.ffn, fp8),
-            "down": FragmentLayout(g.hidden, g.ffn, 0, fp8),
-            "vocabulary": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, halves),
+            "embedding": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, halves and g.tied_embeddings, chunk),
+            "qkv": FragmentLayout(g.q_dim + 2 * g.kv_dim, g.hidden, half, fp8, False, chunk),
+            "o": FragmentLayout(g.hidden, g.q_dim, 0, fp8, False, chunk),
+            "gate_up": FragmentLayout(2 * g.ffn, g.hidden, g.ffn, fp8, False, chunk),
+            "down": FragmentLayout(g.hidden, g.ffn, 0, fp8, False, chunk),
+            "vocabulary": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, halves, chunk),
         }
+
+    @cached_property
+    def persistent_shape(self) -> PersistentShape:
+        """How the persistent kernel is cut for this model and chip; ask its `refusal` whether it can run."""
+        g, layouts = self.geometry, self._layouts(CHUNK)
+        return PersistentShape(
+            layers=g.layers,
+            hidden=g.hidden,
+            ffn=g.ffn,
+            heads=g.heads,
+            kv_heads=g.kv_heads,
+            head_dim=g.head_dim,
+            eps=g.norm_eps,
+            multiprocessors=self.chip.multiprocessors,
+            shared_bytes=self.chip.shared_bytes,
+            qkv=layouts["qkv"],
+            o=layouts["o"],
+            gate_up=layouts["gate_up"],
+            down=layouts["down"],
+            vocabulary=layouts["vocabulary"],
+            embedding=layouts["embedding"],
+        )
 
     @property
     def rotates_apart(self) -> bool:
@@ -106,6 +143,8 @@ class ModelKernels:
                 kernels.append(self._rope(columns))
         if self.head == "fp16":
             kernels.append(fragments.repack_halves_kernel())
+        if self.persistent:
+            kernels += [persistent_kernel(self.persistent_shape), publish_kernel(self.persistent_shape)]
         return {kernel.spec.name: kernel for kernel in kernels}
 
     def _projection(self, kind: str, columns: int) -> Planned:

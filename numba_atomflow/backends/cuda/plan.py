@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from numba_atomflow.backends.cuda.decode_path import choose_decode_path
+from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.backends.cuda.persistent import persistent_buffers
 from numba_atomflow.checkpoint import HeadFormat, fusion
 from numba_atomflow.decode import StepSizes, step_buffers
 from numba_atomflow.driver import open_device
@@ -40,6 +41,8 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         Buffer("workspace", "sampling.best", (1,), "int64"),
         Buffer("workspace", "sampling.count", (1,), "int64"),
     ]
+    if kernels.persistent:
+        buffers += persistent_buffers(kernels.persistent_shape)
     spent = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
     if spent < SMALLEST_STAGING:
         buffers.append(Buffer("workspace", "staging", (SMALLEST_STAGING - spent,), "uint8"))
@@ -54,9 +57,9 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
     """
     device = open_device()
     try:
-        kernels = ModelKernels(geometry, chip_of(device), head)
+        kernels, path = kernels_for(geometry, chip_of(device), head, "auto")
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
-        record["decode"] = asdict(choose_decode_path(kernels, "auto"))
+        record["decode"] = asdict(path)
         return cuda_plan(kernels, max_seq_len), record
     finally:
         device.close()

@@ -27,8 +27,10 @@ class Binder:
         self._kernels, self._loaded, self._scratch = kernels, loaded, scratch
         self._ring, self._stream = ring, stream
 
-    def bind(self, op: Op, *, sampled: bool) -> list[Launch]:
-        """The launches of an op. `sampled`: the step chooses a token, which its last op hands to the host."""
+    def bind(self, op: Op, *, sampled: bool, ranked: bool = False) -> list[Launch]:
+        """The launches of an op. `sampled`: the step chooses a token, which its last op hands to the host. `ranked`: the
+        largest logit is known already.
+        """
         scratch = self._scratch
         match op:
             case Embed():
@@ -52,10 +54,8 @@ class Binder:
             case Sample():
                 seen, options = scratch("sampling.seen"), scratch("sampling.options")
                 generator, best = scratch("sampling.generator"), scratch("sampling.best")
-                return [
-                    self._launch("argmax", op.logits, seen, options, best),
-                    self._launch("sample", op.logits, seen, options, generator, best, op.token),
-                ]
+                choose = self._launch("sample", op.logits, seen, options, generator, best, op.token)
+                return [choose] if ranked else [self._launch("argmax", op.logits, seen, options, best), choose]
             case Advance():
                 best, seen, count = (scratch(f"sampling.{name}") for name in ("best", "seen", "count"))
                 name, token = "advance_sampled" if sampled else "advance", scratch("tokens")

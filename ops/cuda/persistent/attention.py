@@ -199,7 +199,7 @@ def make_attend(shape: PersistentShape) -> Any:
         pair = split + active * warp
         while pair < pairs:
             row, d = pair // head_words, pair % head_words * 2
-            unit = ((kv * splits + chunk) * ratio + row)
+            unit = (kv * splits + chunk) * ratio + row
             receive(exchange, stat_place + unit * 2, epoch, patience, fault, got)
             peak, total = ptx.bits_f32(got[0]), ptx.bits_f32(got[1])
             receive(exchange, sum_place + unit * head_dim + d, epoch, patience, fault, got)
@@ -213,7 +213,19 @@ def make_attend(shape: PersistentShape) -> Any:
 
     @ptx.large_device_function
     def attend(  # type: ignore[no-untyped-def]
-        exchange, epoch, position, cache, key_start, value_start, attended, thread, words, halves, floats, patience, fault
+        exchange,
+        epoch,
+        position,
+        cache,
+        key_start,
+        value_start,
+        attended,
+        thread,
+        words,
+        halves,
+        floats,
+        patience,
+        fault,
     ):
         q_part = cuda.local.array(4, uint32)
         k_part = cuda.local.array(k_registers, uint32)

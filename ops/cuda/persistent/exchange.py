@@ -49,7 +49,9 @@ def publish_pair(exchange, index, low, high, epoch):  # type: ignore[no-untyped-
 def pair_of(first, second):  # type: ignore[no-untyped-def]
     """The two float32 of a word that `publish_pair` wrote."""
     low = ptx.bits_f32(np.uint32(first << np.uint32(8)))
-    high = ptx.bits_f32(np.uint32((first >> np.uint32(24)) << np.uint32(8) | (second & np.uint32(0xFFFF)) << np.uint32(16)))
+    high = ptx.bits_f32(
+        np.uint32((first >> np.uint32(24)) << np.uint32(8) | (second & np.uint32(0xFFFF)) << np.uint32(16))
+    )
     return low, high
 
 

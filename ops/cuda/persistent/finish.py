@@ -142,5 +142,3 @@ def make_logits(shape: PersistentShape) -> Any:
             best[0] = max(best[0], sort_key(penalise(logit, ahead[0], row, penalty), row))
 
     return make_project(shape, layout, 16, prepare, finish)
-
-

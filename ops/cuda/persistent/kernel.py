@@ -5,6 +5,7 @@ Launch: `shape.multiprocessors` blocks, all resident at once (cooperative), of `
 for what it costs beside them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,39 @@ from numba_atomflow.ops.cuda.persistent.exchange import PATIENCE, publish_pair
 from numba_atomflow.ops.cuda.persistent.finish import make_add, make_logits, make_qkv, make_swiglu
 from numba_atomflow.ops.cuda.persistent.projection import CHUNKS, TURN
 from numba_atomflow.ops.cuda.persistent.ring import make_deal, make_produce
-from numba_atomflow.ops.cuda.persistent.shape import BLOCK_THREADS, THREADS, PersistentShape
+from numba_atomflow.ops.cuda.persistent.shape import BLOCK_THREADS, TABLE_UNIT, THREADS, PersistentShape
 from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet
-from numba_atomflow.ops.cuda.sample import LOWEST_KEY, PENALTY, shuffle_max
+from numba_atomflow.ops.cuda.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, shuffle_max
+from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+
+# Types of the kernel's arguments.
+SIGNATURE = (
+    U32,
+    I64,
+    U16,
+    U32,
+    U64,
+    I32,
+    I64,
+    I64,
+    F32,
+    F32,
+    F32,
+    U32,
+    U32,
+    U16,
+    U32,
+    U32,
+    F32,
+    U32,
+    F64,
+    I64,
+    I32,
+    I64,
+    NUMBER,
+    NUMBER,
+    NUMBER,
+)
 
 EVENTS = 4  # of an op in the trace: begun, x staged, computed, published
 BEGUN, STAGED, DONE = 0, 1, 3
@@ -66,7 +97,7 @@ def make_persistent(shape: PersistentShape) -> Any:
     def embed(weights, words, tokens, exchange, epoch, residual, thread):  # type: ignore[no-untyped-def]
         index = np.int32(cuda.blockIdx.x) * THREADS + thread
         if index < words_per_row:
-            x0, x1, x2, x3 = look_up(weights, int64(words[table_start]) * 32, int64(tokens[0]), int64(index))
+            x0, x1, x2, x3 = look_up(weights, int64(words[table_start]) * TABLE_UNIT, int64(tokens[0]), int64(index))
             at = index * 4
             publish_pair(exchange, entering + at // 2, x0, x1, epoch)
             publish_pair(exchange, entering + at // 2 + 1, x2, x3, epoch)
@@ -87,12 +118,39 @@ def make_persistent(shape: PersistentShape) -> Any:
 
     @ptx.device_function
     def norm_of(words, op):  # type: ignore[no-untyped-def]
-        return int64(words[table_start + 2 * op + 1]) * 32
+        return int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
 
     @ptx.large_device_function
     def consume(  # type: ignore[no-untyped-def]
-        weights, cache16, cache, exchange, tokens, position, count, cosines, sines, residual, normed, final_normed, q,
-        attended, ffn, logits, seen, options, best, fault, times, plane, first, last, thread, words, halves, floats, keys,
+        weights,
+        cache16,
+        cache,
+        exchange,
+        tokens,
+        position,
+        count,
+        cosines,
+        sines,
+        residual,
+        normed,
+        final_normed,
+        q,
+        attended,
+        ffn,
+        logits,
+        seen,
+        options,
+        best,
+        fault,
+        times,
+        plane,
+        first,
+        last,
+        thread,
+        words,
+        halves,
+        floats,
+        keys,
         barriers,
     ):
         state = cuda.local.array(2, uint32)
@@ -125,8 +183,19 @@ def make_persistent(shape: PersistentShape) -> Any:
             if first <= op + 1 < last:
                 note(times, op + 1, BEGUN, thread)
                 attend(
-                    exchange, now, place, cache, key_start // 2, value_start // 2, attended, thread, words, halves, floats,
-                    patience, fault,
+                    exchange,
+                    now,
+                    place,
+                    cache,
+                    key_start // 2,
+                    value_start // 2,
+                    attended,
+                    thread,
+                    words,
+                    halves,
+                    floats,
+                    patience,
+                    fault,
                 )
                 note(times, op + 1, DONE, thread)
             own = deal(offset)
@@ -177,13 +246,37 @@ def make_persistent(shape: PersistentShape) -> Any:
             if thread == 0:
                 for warp in range(THREADS // 32):
                     largest = max(largest, keys[scalars // 2 + warp])
-                cuda.atomic.max(best, 0, largest)
+                # A block that gave up waiting has computed nonsense: the token is marked as one without logits.
+                cuda.atomic.max(best, 0, largest if patience[0] > 0 else int64(BROKEN_KEY))
             note(times, op, DONE, thread)
 
     @ptx.kernel(BLOCK_THREADS, 1)
     def persistent(  # type: ignore[no-untyped-def]
-        weights, table, cache16, cache, exchange, tokens, position, count, cosines, sines, residual, normed, final_normed, q,
-        attended, ffn, logits, seen, options, best, fault, times, plane, first, last,
+        weights,
+        table,
+        cache16,
+        cache,
+        exchange,
+        tokens,
+        position,
+        count,
+        cosines,
+        sines,
+        residual,
+        normed,
+        final_normed,
+        q,
+        attended,
+        ffn,
+        logits,
+        seen,
+        options,
+        best,
+        fault,
+        times,
+        plane,
+        first,
+        last,
     ):
         words = cuda.shared.array(0, uint32)
         floats = cuda.shared.array(0, float32)
@@ -208,10 +301,44 @@ def make_persistent(shape: PersistentShape) -> Any:
                 produce(weights, words, barriers, first, last, sent, hope, fault)
         else:
             consume(
-                weights, cache16, cache, exchange, tokens, position, count, cosines, sines, residual, normed, final_normed, q,
-                attended, ffn, logits, seen, options, best, fault, times, plane, first, last, thread, words, halves, floats,
-                keys, barriers,
+                weights,
+                cache16,
+                cache,
+                exchange,
+                tokens,
+                position,
+                count,
+                cosines,
+                sines,
+                residual,
+                normed,
+                final_normed,
+                q,
+                attended,
+                ffn,
+                logits,
+                seen,
+                options,
+                best,
+                fault,
+                times,
+                plane,
+                first,
+                last,
+                thread,
+                words,
+                halves,
+                floats,
+                keys,
+                barriers,
             )
 
     return persistent
 
+
+def persistent_kernel(shape: PersistentShape) -> Planned:
+    """The kernel of `make_persistent`."""
+    name = "persistent_traced" if shape.trace else "persistent"
+    factory = "persistent.kernel:make_persistent"
+    spec = kernel_spec(name, factory, SIGNATURE, BLOCK_THREADS, shape.block_bytes, shape=shape)
+    return Planned(replace(spec, cooperative=True), shape.multiprocessors)

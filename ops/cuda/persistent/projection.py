@@ -138,4 +138,3 @@ def make_row_sum(layout: FragmentLayout) -> Any:
         return total
 
     return row_sum
-

@@ -17,7 +17,7 @@ from numba import cuda
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
-from numba_atomflow.ops.cuda.persistent.shape import PersistentShape
+from numba_atomflow.ops.cuda.persistent.shape import TABLE_UNIT, PersistentShape
 
 
 @ptx.device_function
@@ -60,7 +60,7 @@ def make_produce(shape: PersistentShape) -> Any:
         def stream(weights, words, barriers, op, offset, active, state, patience, fault):  # type: ignore[no-untyped-def]
             """Copy the block's chunks of one projection. state: chunks so far."""
             tile = deal(offset)
-            start = np.int64(words[table_start + 2 * op]) * 32
+            start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
             while tile < tiles and active:
                 for chunk in range(chunks):
                     n = state[0]

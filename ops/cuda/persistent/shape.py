@@ -21,7 +21,7 @@ STEP_KEYS = KEYS * CONSUMERS
 ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with what adding up takes
 _PARTIALS = 64  # chunks' sums that are kept until they are added up
 _SCALARS = 64  # float32 for sums over the block
-_TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
+TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
             quad = i * THREADS + thread
             at = x_start + 2 * quad
             if i < each and quad < quads:
-                words[at] = ptx.pack_f16x2(values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1])
+                words[at] = ptx.pack_f16x2(
+                    values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1]
+                )
                 words[at + 1] = ptx.pack_f16x2(
                     values[4 * i + 2] * factor * gains[4 * i + 2], values[4 * i + 3] * factor * gains[4 * i + 3]
                 )

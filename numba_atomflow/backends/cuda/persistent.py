@@ -1,0 +1,137 @@
+"""The persistent kernel bound to a model's memory: the whole decode step, or some of its ops, as a launch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.decode import Op
+from numba_atomflow.errors import BackendError
+from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
+from numba_atomflow.memory.plan import Buffer
+from numba_atomflow.memory.view import View
+from numba_atomflow.ops.cuda.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.persistent.kernel import EVENTS
+from numba_atomflow.ops.cuda.persistent.shape import TABLE_UNIT, PersistentShape
+
+_BYTES = 4 * TABLE_UNIT  # that the table of weights counts in
+
+
+def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
+    """What the kernel needs beside what every decode step has."""
+    events = shape.multiprocessors * shape.ops * EVENTS
+    return [
+        Buffer("workspace", "persistent.exchange", (shape.exchange["end"],), "uint64"),
+        Buffer("workspace", "persistent.table", (2 * shape.ops,), "int64"),
+        Buffer("workspace", "persistent.fault", (1,), "int32"),
+        Buffer("workspace", "persistent.times", (events,), "int64"),
+    ]
+
+
+class PersistentStep:
+    """Launches of the persistent kernel.
+
+    Args:
+        loaded: kernels by name. buffers: all views that are no weights, by name. weights: views of the weights by name.
+    """
+
+    def __init__(
+        self,
+        kernels: ModelKernels,
+        loaded: Mapping[str, Kernel],
+        buffers: Mapping[str, View],
+        weights: Mapping[str, View],
+        stream: Any,
+    ) -> None:
+        self._kernels, self._loaded, self._stream = kernels, loaded, stream
+        self._buffers, self._weights = buffers, weights
+        self.shape = kernels.persistent_shape
+        self._base = min(view.address for view in weights.values())
+
+    def table(self) -> NDArray[np.int64]:
+        """For each op where its weights and its norm begin."""
+        g, entries = self._kernels.geometry, []
+        entries.append(self._entry("embedding", None))
+        for i in range(g.layers):
+            entries.append(self._entry(f"layer.{i}.qkv", f"layer.{i}.attention_norm"))
+            entries.append((0, 0))
+            entries.append(self._entry(f"layer.{i}.o", None))
+            entries.append(self._entry(f"layer.{i}.gate_up", f"layer.{i}.ffn_norm"))
+            entries.append(self._entry(f"layer.{i}.down", None))
+        entries.append(self._entry("embedding" if g.tied_embeddings else "vocabulary", "final_norm"))
+        return np.array(entries, np.int64).reshape(-1)
+
+    def _entry(self, weight: str, norm: str | None) -> tuple[int, int]:
+        return self._place(weight), 0 if norm is None else self._place(norm)
+
+    def _place(self, name: str) -> int:
+        place, rest = divmod(self._weights[name].address - self._base, _BYTES)
+        if rest:
+            raise RuntimeError(f"{name} does not begin at a multiple of {_BYTES} bytes")
+        return place
+
+    def launch(self, first: int, last: int, *, traced: bool = False) -> Launch:
+        """Ops first .. last - 1 of the step, counted as in `decode.build_step`."""
+        b = self._buffers
+        end = max(view.address + view.nbytes for view in self._weights.values())
+        weights = View("weights", self._base, ((end - self._base) // 4,), "uint32")
+        cache = b[KV_CACHE]
+        name = "persistent_traced" if traced else "persistent"
+        arguments = (
+            weights,
+            b["persistent.table"],
+            cache,
+            cache,
+            b["persistent.exchange"],
+            b["tokens"],
+            b["position"],
+            b["sampling.count"],
+            b["rope.cosines"],
+            b["rope.sines"],
+            b["residual"],
+            b["normed"],
+            b["final_normed"],
+            b["q"],
+            b["attended"],
+            b["ffn"],
+            b["logits"],
+            b["sampling.seen"],
+            b["sampling.options"],
+            b["sampling.best"],
+            b["persistent.fault"],
+            b["persistent.times"],
+            self._plane,
+            first,
+            last,
+        )
+        return Launch(self._loaded[name], self.shape.multiprocessors, arguments, self._stream)
+
+    def publish(self, layer: int) -> Launch:
+        """What lets an op of this layer run by itself; the vocabulary's is behind the last."""
+        b, planned = self._buffers, self._kernels.planned["publish"]
+        cache = b[KV_CACHE]
+        views = b["residual"], b["q"], cache, b["attended"], b["ffn"], b["persistent.exchange"], b["position"]
+        return Launch(
+            self._loaded["publish"], planned.blocks, (*views, b["sampling.count"], self._plane, layer), self._stream
+        )
+
+    @property
+    def _plane(self) -> int:
+        """Elements of a layer's keys."""
+        cache = self._buffers[KV_CACHE]
+        return cache.nbytes // 2 // (2 * self._kernels.geometry.layers)
+
+    def op_launches(self, index: int, op: Op) -> list[Launch]:
+        """One op by itself, reading what the views hold."""
+        layer = self.shape.layers if op.name == "vocabulary" else max(0, (index - 1) // 5)
+        return [self.publish(layer), self.launch(index, index + 1)]
+
+
+def fault_sentence() -> BackendError:
+    """What a launch means whose blocks stopped waiting for each other."""
+    return BackendError(
+        "The persistent decode kernel waited too long for a result of its own and gave up; "
+        "its tokens are wrong. Use --decode graph, and please report it."
+    )
