@@ -434,6 +434,12 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
     return top[row, column], top[row, column + 1], bottom[row, column], bottom[row, column + 1]
 
 
+@_instruction("nanosleep.u32 $0;", (), (u32,), effect=True)
+def pause(nanoseconds):  # type: ignore[no-untyped-def]
+    """Do nothing for about so long."""
+    time.sleep(int(nanoseconds) * 1e-9)
+
+
 @_instruction("mov.u64 $0, %globaltimer;", (u64,), (), effect=True)
 def nanoseconds():  # type: ignore[no-untyped-def]
     """A clock that all multiprocessors share."""
