@@ -69,14 +69,18 @@ def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
     Kernel (weights uint32, x uint32 pairs of float16 [columns, padded K], residual float32 [columns, N]). Plain rows.
     """
     rows = shape.layout.rows
+    whole = rows % 16 == 0
 
     @ptx.device_function
     def add(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
-        row = tile * 16 + r
-        if row < rows:
-            outputs[0][column * rows + row] += low
-        if row + 8 < rows:
-            outputs[0][column * rows + row + 8] += high
+        sums, row = outputs[0], tile * 16 + r
+        at = column * rows + row
+        if whole or row + 8 < rows:
+            upper, lower = sums[at], sums[at + 8]  # both on their way before the first is stored
+            sums[at] = upper + low
+            sums[at + 8] = lower + high
+        elif row < rows:
+            sums[at] += low
 
     run = make_runner(shape, "copy", 0.0, dependent, add)
 
