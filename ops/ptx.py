@@ -217,6 +217,11 @@ def load_8(array, index):  # type: ignore[no-untyped-def]
     return tuple(int(array[index + i]) for i in range(2))
 
 
+@_instruction("prefetch.global.L2 [$0];", (), (_ADDRESS,), effect=True)
+def prefetch(array, index):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of an element to be brought into the second-level cache. It changes nothing."""
+
+
 @_instruction(_PLAIN_LOAD, (f32,) * 4, (_ADDRESS,))
 def load_f32x4(array, index):  # type: ignore[no-untyped-def]
     """Four float32 that an earlier kernel wrote, out of a float32 array or of a uint32 array of their bits."""

@@ -145,6 +145,7 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
     copy_whole = x_words == copy_vectors * 4 * team
     vector = 4 if width % 4 == 0 else 2
     norm_vectors = -(-2 * x_words // (vector * team))
+    norm_lines = -(-width // (32 * threads))  # lines of 128 bytes, per thread
     norm_whole = width == norm_vectors * vector * team
     partials_start = columns * x_pitch
     buffer_size = warps * 16 * columns
@@ -200,6 +201,14 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
                 total[1] += c1 * low_scale
                 total[2] += c2 * high_scale
                 total[3] += c3 * high_scale
+
+    @ptx.device_function
+    def announce(norm, thread):  # type: ignore[no-untyped-def]
+        """The norm was last read a step ago: bring it out of memory while the kernel before still runs."""
+        for i in range(norm_lines):
+            at = (i * threads + thread) * 32
+            if at < width:
+                ptx.prefetch(norm, at)
 
     @ptx.device_function
     def copy(source, thread, words):  # type: ignore[no-untyped-def]
@@ -327,6 +336,8 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
         first = cuda.blockIdx.x * slots
         tile = min(first + slot, tiles - 1)  # a slot without a tile repeats the last one, and drops the result
         load(weights, tile, 0, part, lane, codes, scales)
+        if prologue == "norm":
+            announce(norm, thread)
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
