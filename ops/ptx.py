@@ -351,8 +351,8 @@ def reciprocal_root(x):  # type: ignore[no-untyped-def]
 @_instruction("ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,))
 def exp2(x):  # type: ignore[no-untyped-def]
     """2^x; relative error about 2^-22, results below 2^-126 become 0."""
-    value = np.exp2(np.float64(max(float(x), -1000.0)))
     with np.errstate(over="ignore"):
+        value = np.exp2(np.float64(max(float(x), -1000.0)))
         return np.float32(value if value >= 2.0**-126 else 0.0)
 
 

@@ -112,18 +112,26 @@ def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> 
     return ProjectionShape(layout, split=split, depth=share if share <= 3 else deep)
 
 
-def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:
+@ptx.device_function
+def nothing_ahead(outputs, thread):  # type: ignore[no-untyped-def]
+    """What an epilogue reads was written in this step."""
+
+
+def make_runner(
+    shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any, ahead: Any = nothing_ahead
+) -> Any:
     """Device function (weights, source, norm, normed, outputs): everything but the epilogue's own work.
 
     Args:
         prologue: "copy": source is float16 [columns, padded K] as uint32 words, its padding finite, `norm` is not
             read. "norm": source is the float32 residual [columns, K] as uint32 words, norm float32 [K]; K is even.
-            The last blocks also write what they made to normed, a column each, pairs of float16 [columns, padded K]: a
-            few kilobytes, behind loads that are on their way anyway, which let a validator see the inside of the
-            running kernel.
+            The last blocks also write what they made to normed, a column each, pairs of float16 [columns, padded K],
+            behind loads that are on their way anyway: so a validator sees the inside of the running kernel.
         eps: of the norm.
         dependent: launched with programmatic dependent launch (sm_90 and later).
         epilogue: device function (outputs, tile, r, column, low, high) for the finished rows r and r + 8 of a tile.
+        ahead: device function (outputs, thread) that may `ptx.prefetch` what the epilogue will read and no
+            kernel of this step writes.
     """
     layout, columns = shape.layout, shape.columns
     warps, split, depth, threads = shape.warps, shape.split, shape.depth, shape.threads
@@ -145,7 +153,6 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
     copy_whole = x_words == copy_vectors * 4 * team
     vector = 4 if width % 4 == 0 else 2
     norm_vectors = -(-2 * x_words // (vector * team))
-    norm_lines = -(-width // (32 * threads))  # lines of 128 bytes, per thread
     norm_whole = width == norm_vectors * vector * team
     partials_start = columns * x_pitch
     buffer_size = warps * 16 * columns
@@ -205,10 +212,10 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
     @ptx.device_function
     def announce(norm, thread):  # type: ignore[no-untyped-def]
         """The norm was last read a step ago: bring it out of memory while the kernel before still runs."""
-        for i in range(norm_lines):
-            at = (i * threads + thread) * 32
-            if at < width:
-                ptx.prefetch(norm, at)
+        line = thread
+        while 32 * line < width:
+            ptx.prefetch(norm, 32 * line)
+            line += threads
 
     @ptx.device_function
     def copy(source, thread, words):  # type: ignore[no-untyped-def]
@@ -340,6 +347,7 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
             announce(norm, thread)
         if dependent:
             ptx.let_next_kernel_start()
+            ahead(outputs, thread)
             ptx.wait_for_previous_kernel()
         if prologue == "norm":
             normalise(source, norm, thread, words, floats)
