@@ -152,6 +152,7 @@ def make_runner(
     copy_whole = x_words == copy_vectors * 4 * team
     vector = 4 if width % 4 == 0 else 2
     norm_vectors = -(-2 * x_words // (vector * team))
+    norm_lines = -(-width // (32 * threads))  # lines of 128 bytes, per thread
     norm_whole = width == norm_vectors * vector * team
     partials_start = columns * x_pitch
     buffer_size = warps * 16 * columns
@@ -212,10 +213,10 @@ def make_runner(
     @ptx.device_function
     def announce(norm, thread):  # type: ignore[no-untyped-def]
         """The norm was last read a step ago: bring it out of memory while the kernel before still runs."""
-        line = thread
-        while 32 * line < width:
-            ptx.prefetch(norm, 32 * line)
-            line += threads
+        for i in range(norm_lines):
+            at = (i * threads + thread) * 32
+            if at < width:
+                ptx.prefetch(norm, at)
 
     @ptx.device_function
     def copy(source, thread, words):  # type: ignore[no-untyped-def]
