@@ -249,7 +249,8 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part)
             take_token(exchange, epoch, kv, split == 0, thread, halves, patience, fault)
             meet()
-            note(times, op, STAGED, thread)
+            if thread == 0:
+                note(times, op, STAGED)
             for i in range(sum_registers):
                 sums[i] = _ZERO
             largest, total = _LOWEST, _ZERO

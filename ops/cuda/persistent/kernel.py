@@ -30,7 +30,7 @@ from numba_atomflow.ops.cuda.persistent.shape import (
     PersistentShape,
 )
 from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet
-from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_note
+from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_note, make_note_clocks
 from numba_atomflow.ops.cuda.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, shuffle_max
 from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 
@@ -97,7 +97,7 @@ def make_persistent(shape: PersistentShape) -> Any:
     stage_attended = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_columns)
     stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
     prepare = make_prepare(shape)
-    note = make_note(shape)
+    note, note_clocks = make_note(shape), make_note_clocks(shape)
     project, attend = make_project(shape, prepare, make_finish(shape, prepare)), make_attend(shape, note)
 
     @ptx.large_device_function
@@ -163,6 +163,8 @@ def make_persistent(shape: PersistentShape) -> Any:
         epoch = np.uint32(count[0] * (layers + 1) + 1)
         place = position[0]
         penalty = np.float32(options[PENALTY])
+        if thread == 0:
+            note_clocks(times, 0)
         own_best[0] = int64(LOWEST_KEY)
         offset = np.int32(0)
         if first == 0:
@@ -177,7 +179,8 @@ def make_persistent(shape: PersistentShape) -> Any:
             run = first <= op < last
             if kind == ATTENTION:
                 if run:
-                    note(times, op, BEGUN, thread)
+                    if thread == 0:
+                        note(times, op, BEGUN)
                     attend(
                         exchange,
                         now,
@@ -195,12 +198,14 @@ def make_persistent(shape: PersistentShape) -> Any:
                         times,
                         op,
                     )
-                    note(times, op, DONE, thread)
+                    if thread == 0:
+                        note(times, op, DONE)
             else:
                 own, tiles = deal(offset), tiles_of(kind)
                 offset = (offset + tiles) % np.int32(blocks)
                 if run and own < tiles:
-                    note(times, op, BEGUN, thread)
+                    if thread == 0:
+                        note(times, op, BEGUN)
                     if kind == O:
                         stage_attended(exchange, attended_place, now, thread, words, patience, fault)
                     elif kind == DOWN:
@@ -211,7 +216,8 @@ def make_persistent(shape: PersistentShape) -> Any:
                         stage_norm(exchange, start, since, weights, norm, thread, words, floats, patience, fault)
                         if own == 0:
                             report(final_normed if kind == VOCABULARY else normed, thread, words)
-                    note(times, op, STAGED, thread)
+                    if thread == 0:
+                        note(times, op, STAGED)
                     given = (
                         exchange,
                         before,
@@ -230,8 +236,11 @@ def make_persistent(shape: PersistentShape) -> Any:
                         penalty,
                         own_best,
                     )
-                    project(kind, own, thread, words, floats, barriers, state, patience, fault, given)
-                    note(times, op, DONE, thread)
+                    project(kind, own, thread, words, floats, barriers, state, patience, fault, given, times, op)
+                    if thread == 0:
+                        note(times, op, DONE)
+        if thread == 0:
+            note_clocks(times, 1)
         if first < ops <= last and deal(offset - tiles_of(VOCABULARY) % np.int32(blocks)) < tiles_of(VOCABULARY):
             largest = shuffle_max(own_best[0])
             meet()
@@ -291,7 +300,7 @@ def make_persistent(shape: PersistentShape) -> Any:
             if thread == THREADS:
                 patience = cuda.local.array(1, uint32)
                 patience[0] = np.uint32(PATIENCE)
-                produce(weights, words, barriers, first, last, patience, fault)
+                produce(weights, words, barriers, first, last, patience, fault, times)
         else:
             consume(
                 weights,

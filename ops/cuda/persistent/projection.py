@@ -11,13 +11,14 @@ each does not stay in the instruction cache from one layer to the next (measured
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32, uint32
+from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import GROUP_WORDS
 from numba_atomflow.ops.cuda.persistent.ring import await_barrier
 from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, PersistentShape
 from numba_atomflow.ops.cuda.persistent.staging import meet
+from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; chunks that the block has had
@@ -79,7 +80,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
 
 
 def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
-    """Device function (kind, first, thread, words, floats, barriers, state, patience, fault, given): all but the staging of x.
+    """Device function (kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op): all but the staging of x.
 
     Args of it: kind, which projection; first, the block's first tile; given: handed on to `prepare` and `finish`.
 
@@ -96,6 +97,7 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
         shape.partial_words,
     )
     landed, free = shape.barriers_start, shape.barriers_start + slots
+    trace, ops = shape.trace, shape.ops
     multiply = make_multiply(shape, halves=False)
     halves = shape.vocabulary.halves
     multiply_halves = make_multiply(shape, halves=True) if halves else multiply
@@ -108,7 +110,7 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
     round_tiles_of, entries_of = shape.picker("round_tiles"), shape.picker("entries")
 
     @ptx.large_device_function
-    def project(kind, first, thread, words, floats, barriers, state, patience, fault, given):  # type: ignore[no-untyped-def]
+    def project(kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op):  # type: ignore[no-untyped-def]
         ahead = cuda.local.array(4, uint32)
         total = cuda.local.array(2, float32)
         lane, warp = thread & 31, thread >> 5
@@ -126,7 +128,10 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
                 n = np.uint32(state[CHUNKS] + np.uint32(q))
                 turn = n // np.uint32(slots)
                 slot = np.int32(n - turn * np.uint32(slots))
+                began = ptx.cycles() if trace else np.uint64(0)
                 await_barrier(barriers, landed + slot, turn & np.uint32(1), patience, fault)
+                if trace and thread == 0:
+                    times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + WAITED] += int64(ptx.cycles() - began)
                 groups = last_groups if chunk == chunks - 1 else np.int32(CHUNK)
                 if halves and kind == vocabulary:
                     multiply_halves(words, floats, slot, chunk, groups, lane, total)

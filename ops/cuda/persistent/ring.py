@@ -17,6 +17,7 @@ from numba import cuda
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
 from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, TABLE_UNIT, VOCABULARY, PersistentShape
+from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_note
 
 
 @ptx.device_function
@@ -51,7 +52,7 @@ def make_kind_of(shape: PersistentShape) -> Any:
 
 
 def make_produce(shape: PersistentShape) -> Any:
-    """Device function (weights, words, barriers, first, last, patience, fault): the producer's whole life; one thread.
+    """Device function (weights, words, barriers, first, last, patience, fault, times): the producer's whole life; one thread.
 
     Args of it: weights uint32, all of the model's; words uint32 and barriers uint64, views of shared memory; ops first ..
     last - 1 are run.
@@ -72,10 +73,10 @@ def make_produce(shape: PersistentShape) -> Any:
     tiles_of, chunks_of = shape.picker("tiles"), shape.picker("chunks")
     tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("chunk_words")
     last_words_of, ops = shape.picker("last_chunk_words"), shape.ops
-    kind_of = make_kind_of(shape)
+    kind_of, note = make_kind_of(shape), make_note(shape)
 
     @ptx.large_device_function
-    def produce(weights, words, barriers, first, last, patience, fault):  # type: ignore[no-untyped-def]
+    def produce(weights, words, barriers, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
         offset = np.int32(0)
         n, slot, old_slot = np.uint32(0), np.uint32(0), np.uint32(0)  # chunks so far; their slots
         turn, old_turn = (
@@ -90,6 +91,8 @@ def make_produce(shape: PersistentShape) -> Any:
             chunk_words, last_words = chunk_words_of(kind), last_words_of(kind)
             start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
             tile = deal(offset) if first <= op < last else tiles
+            if tile < tiles:
+                note(times, op, COPY_BEGUN)
             while tile < tiles:
                 source = start + np.int64(tile) * tile_words_of(kind)
                 for chunk in range(chunks):
@@ -106,6 +109,7 @@ def make_produce(shape: PersistentShape) -> Any:
                     slot, turn = following(slot, turn)
                     n = np.uint32(n + np.uint32(1))
                 tile += np.int32(blocks)
+                note(times, op, COPY_DONE)
             offset = (offset + tiles) % np.int32(blocks)
         # A block must not end while copies into its shared memory are on their way.
         for _ in range(in_flight):
