@@ -20,7 +20,8 @@ from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, 
 from numba_atomflow.ops.cuda.persistent.staging import meet
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_ZERO = np.float32(0.0)
+_BITS_FACTOR = np.float32(256.0)  # what `decode_fp8_bits` leaves out
 TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; chunks that the block has had
 
 
@@ -28,11 +29,13 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
     """Device function (words, floats, slot, chunk, groups, lane, total): total = a chunk's sums for rows g and g + 8.
 
     Args of it: slot, of the ring; chunk, of its tile; groups, that it has.
+
+    Words of codes are decoded by the conversion instruction and by shifts in turn: these use different units of the chip, and
+    either alone is slower than memory. x is in the order of both (`staging.put_quad`), and their sums are kept apart.
     """
     slot_words, x_start = shape.slot_words, shape.x_start
     matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
     even = all(matrix.last_chunk_groups == CHUNK for matrix in matrices)
-    decode = shape.qkv.decode
     x_step = 32 if halves else 64  # words of x per group
     code_registers, scale_registers = 16 * CHUNK, 2 * CHUNK
 
@@ -55,6 +58,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
         for u in range(CHUNK):
             if even or u < groups:
                 c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
+                d0, d1, d2, d3 = _ZERO, _ZERO, _ZERO, _ZERO
                 for s in range(2):
                     at = 16 * u + 8 * s
                     if halves:
@@ -62,18 +66,22 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
                         a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
                         c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
                         a0, a1, a2, a3 = codes[at + 2], codes[at + 6], codes[at + 3], codes[at + 7]
-                        c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, c0, c1, c2, c3)
+                        d0, d1, d2, d3 = ptx.mma(a0, a1, a2, a3, b2, b3, d0, d1, d2, d3)
                     else:
                         for h in range(2):
                             b0, b1, b2, b3 = ptx.load_block_16(words, x_row + u * x_step + s * 32 + h * 4)
-                            low_0, low_1 = decode(codes[at + 2 * h])
-                            high_0, high_1 = decode(codes[at + 4 + 2 * h])
+                            low_0, low_1 = ptx.decode_fp8_cvt(codes[at + 2 * h])
+                            high_0, high_1 = ptx.decode_fp8_cvt(codes[at + 4 + 2 * h])
                             c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
-                            low_0, low_1 = decode(codes[at + 2 * h + 1])
-                            high_0, high_1 = decode(codes[at + 5 + 2 * h])
-                            c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, c0, c1, c2, c3)
-                low += c0 * (_ONE if halves else scales[2 * u])
-                high += c2 * (_ONE if halves else scales[2 * u + 1])
+                            low_0, low_1 = ptx.decode_fp8_bits(codes[at + 2 * h + 1])
+                            high_0, high_1 = ptx.decode_fp8_bits(codes[at + 5 + 2 * h])
+                            d0, d1, d2, d3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, d0, d1, d2, d3)
+                if halves:
+                    low += c0 + d0
+                    high += c2 + d2
+                else:
+                    low += (c0 + d0 * _BITS_FACTOR) * scales[2 * u]
+                    high += (c2 + d2 * _BITS_FACTOR) * scales[2 * u + 1]
         total[0], total[1] = low, high
 
     return multiply
@@ -121,8 +129,9 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
         while done < own:
             now = min(round_tiles, np.int32(own - done))
             sums = np.int32(partials) + np.int32(state[TURN]) * np.int32(partial_words)
-            if thread < now * entries:
-                prepare(kind, given, first + (done + thread // entries) * np.int32(blocks), thread % entries, ahead)
+            # By all threads, as a branch would wait for what is loaded in it.
+            entry = min(np.int32(thread), np.int32(now * entries - 1))
+            prepare(kind, given, first + (done + entry // entries) * np.int32(blocks), entry % entries, ahead)
             q, chunk = warp, warp % chunks
             while q < now * chunks:
                 n = np.uint32(state[CHUNKS] + np.uint32(q))

@@ -57,8 +57,8 @@ class PersistentShape:
     embedding: FragmentLayout
     multiprocessors: int
     shared_bytes: int
-    in_flight: int = 6
-    pause: int = 0
+    in_flight: int = 5
+    pause: int = 30
     trace: bool = False
 
     # --- ops -----------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class PersistentShape:
 
     @property
     def _rest_words(self) -> int:
-        return self.x_words + 2 * self.partial_words + _SCALARS + self.table_words
+        return self.x_words + 2 * self.partial_words + _SCALARS + self.head_dim + self.table_words
 
     @property
     def query_pitch(self) -> int:
@@ -168,8 +168,13 @@ class PersistentShape:
         return self.partials_start + 2 * self.partial_words
 
     @property
-    def table_start(self) -> int:
+    def rope_start(self) -> int:
+        """Cosines, then sines, of the token's position."""
         return self.scalars_start + _SCALARS
+
+    @property
+    def table_start(self) -> int:
+        return self.rope_start + self.head_dim
 
     @property
     def barriers_start(self) -> int:
