@@ -255,6 +255,7 @@ def load_words(array, index):  # type: ignore[no-untyped-def]
 
     Each word is read whole: both halves are of one `publish`. index: even.
     """
+    time.sleep(1e-6)  # who looks again and again lets the writers run
     first, second = int(array[index]), int(array[index + 1])
     return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
 

@@ -103,12 +103,11 @@ class PersistentCase:
 
 CASES = (
     PersistentCase(64, 128, 2, 1, 64, position=0, layers=2),  # the first token; all columns padded to one group
-    PersistentCase(64, 128, 2, 1, 64, position=131, layers=2, hardware_fp8=True),  # a warp's second step of keys
-    PersistentCase(192, 640, 1, 1, 80, position=20, half_head=True),  # chunks of 4 groups and of 1; heads of 80 = 64 + 16
+    PersistentCase(112, 640, 1, 1, 80, position=131, half_head=True),  # chunks of 4 groups and of 1; 80 = 64 + 16
 )
 CASES_OF_MANY_BLOCKS = (
-    PersistentCase(192, 640, 3, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
-    PersistentCase(128, 136, 4, 2, 64, position=290, blocks=5, hardware_fp8=True),  # two chunks of two heads; a block idles
+    PersistentCase(144, 136, 3, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
+    PersistentCase(128, 200, 4, 2, 64, position=290, blocks=5, hardware_fp8=True),  # two of each head; a block idles
 )
 
 
