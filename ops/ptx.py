@@ -28,6 +28,7 @@ SIMULATED = bool(config.ENABLE_CUDASIM)
 _REGISTER = {types.uint16: "h", types.uint32: "r", types.int32: "r", types.uint64: "l", types.float32: "f"}
 _ADDRESS = "address"  # stands for two arguments: an array and an index
 _PLAIN_LOAD = "load"  # not assembly but the compiler's own load of a vector: it knows shared memory and folds offsets
+_PLAIN_STORE = "store"  # and its own store of one
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
 
@@ -102,7 +103,7 @@ class _Emitter:
             if argument is _ADDRESS:
                 array = context.make_array(kind)(context, builder, value)
                 value = builder.gep(array.data, [next(rest)[1]])
-                if self.assembly != _PLAIN_LOAD:
+                if self.assembly not in {_PLAIN_LOAD, _PLAIN_STORE}:
                     value = builder.ptrtoint(value, ir.IntType(64))
             values.append(value)
             letters.append("l" if argument is _ADDRESS else _REGISTER[argument])
@@ -111,6 +112,13 @@ class _Emitter:
             loaded = builder.load(builder.bitcast(values[0], vector.as_pointer()), align=4 * len(self.results))
             parts = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(len(self.results))]
             return context.make_tuple(builder, signature.return_type, parts)
+        if self.assembly == _PLAIN_STORE:
+            address, *elements = values
+            vector = ir.Constant(ir.VectorType(elements[0].type, len(elements)), ir.Undefined)
+            for i, element in enumerate(elements):
+                vector = builder.insert_element(vector, element, ir.Constant(ir.IntType(32), i))
+            builder.store(vector, builder.bitcast(address, vector.type.as_pointer()), align=4 * len(elements))
+            return context.get_dummy_value()
         outputs = [context.get_value_type(result) for result in self.results]
         returned = ir.VoidType() if not outputs else outputs[0]
         if len(outputs) > 1:
@@ -232,6 +240,23 @@ def load_8(array, index):  # type: ignore[no-untyped-def]
     return tuple(int(array[index + i]) for i in range(2))
 
 
+@_instruction("prefetch.global.L2 [$0];", (), (_ADDRESS,), effect=True)
+def prefetch(array, index):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of an element to be brought into the second-level cache. It changes nothing."""
+
+
+@_instruction(_PLAIN_LOAD, (f32,) * 4, (_ADDRESS,))
+def load_f32x4(array, index):  # type: ignore[no-untyped-def]
+    """Four float32 that an earlier kernel wrote, out of a float32 array or of a uint32 array of their bits."""
+    return tuple(np.asarray(array[index + i]).view(np.float32)[()] for i in range(4))
+
+
+@_instruction(_PLAIN_LOAD, (f32,) * 2, (_ADDRESS,))
+def load_f32x2(array, index):  # type: ignore[no-untyped-def]
+    """Two of them."""
+    return tuple(np.asarray(array[index + i]).view(np.float32)[()] for i in range(2))
+
+
 @_instruction("ld.relaxed.gpu.global.f32 $0, [$1];", (f32,), (_ADDRESS,), memory=True)
 def load_remote_f32(array, index):  # type: ignore[no-untyped-def]
     """A float32 that another block of this launch wrote, past the first-level cache."""
@@ -272,6 +297,19 @@ def publish(array, index, low, high):  # type: ignore[no-untyped-def]
 def load_block_16(array, index):  # type: ignore[no-untyped-def]
     """16 bytes of shared memory."""
     return tuple(int(array[index + i]) for i in range(4))
+
+
+@_instruction(_PLAIN_STORE, (), (_ADDRESS,) + (u32,) * 4)
+def store_block_16(array, index, a, b, c, d):  # type: ignore[no-untyped-def]
+    """16 bytes into shared memory."""
+    for i, word in enumerate((a, b, c, d)):
+        array[index + i] = word
+
+
+@_instruction(_PLAIN_STORE, (), (_ADDRESS, u32, u32))
+def store_block_8(array, index, a, b):  # type: ignore[no-untyped-def]
+    """8 bytes into shared memory."""
+    array[index], array[index + 1] = a, b
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
@@ -351,11 +389,18 @@ def high_halves(a, b):  # type: ignore[no-untyped-def]
     return int(a) >> 16 | int(b) & 0xFFFF0000
 
 
+@_instruction("rsqrt.approx.ftz.f32 $0, $1;", (f32,), (f32,))
+def reciprocal_root(x):  # type: ignore[no-untyped-def]
+    """1 / sqrt(x) of a normal number above 0; relative error about 2^-22.9."""
+    return np.float32(1.0 / np.sqrt(np.float64(x)))
+
+
 @_instruction("ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,))
 def exp2(x):  # type: ignore[no-untyped-def]
     """2^x; relative error about 2^-22, results below 2^-126 become 0."""
-    value = np.exp2(np.float64(max(float(x), -1000.0)))
-    return np.float32(value if value >= 2.0**-126 else 0.0)
+    with np.errstate(over="ignore"):
+        value = np.exp2(np.float64(max(float(x), -1000.0)))
+        return np.float32(value if value >= 2.0**-126 else 0.0)
 
 
 @_instruction(
@@ -437,9 +482,21 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
     return top[row, column], top[row, column + 1], bottom[row, column], bottom[row, column + 1]
 
 
+@_instruction("nanosleep.u32 $0;", (), (u32,), effect=True)
+def pause(nanoseconds):  # type: ignore[no-untyped-def]
+    """Do nothing for about so long."""
+    time.sleep(int(nanoseconds) * 1e-9)
+
+
 @_instruction("mov.u64 $0, %globaltimer;", (u64,), (), effect=True)
 def nanoseconds():  # type: ignore[no-untyped-def]
-    """A clock that all multiprocessors share."""
+    """A clock that all multiprocessors share; reading it takes long."""
+    return time.perf_counter_ns()
+
+
+@_instruction("mov.u64 $0, %clock64;", (u64,), (), effect=True)
+def cycles():  # type: ignore[no-untyped-def]
+    """The multiprocessor's own clock."""
     return time.perf_counter_ns()
 
 

@@ -180,6 +180,9 @@ PROJECTIONS = (
     ProjectionCase("store", 20, 576, 2, depth=1, halves=True, chunk=4),
     ProjectionCase("add", 24, 1100, 3, depth=3, hardware_fp8=True, chunk=3),  # three equal chunks
     ProjectionCase("swiglu", 16, 330, 1, chunk=2, hardware_fp8=True),
+    ProjectionCase("store", 16, 640, 2, warps=4, split=2, depth=1),  # two warps stage a column together
+    ProjectionCase("store", 16, 130, 3, warps=2, split=1),  # no 16 bytes of float32 in a row; teams take turns
+    ProjectionCase("store", 16, 192, 2, warps=5, split=1, depth=1),  # a warp that belongs to no team
     qkv_case(128, 7, 64, 2, 1, depth=1, blocks=3),
     qkv_case(192, 1, 80, 1, 1, depth=1, warps=1, split=1, hardware_fp8=True),
     qkv_case(128, 2, 96, 1, 1, depth=1, warps=1, split=1),

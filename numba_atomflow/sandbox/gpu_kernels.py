@@ -5,7 +5,6 @@ the engine's; attention comes in three forms: `paged` for each block size, `stat
 `single`, the engine's own for one token, to which a single stream is compared.
 """
 
-from dataclasses import replace
 from functools import cached_property
 
 from numba_atomflow.errors import BackendError
@@ -80,16 +79,7 @@ class SandboxKernels:
         return AttentionShape(g.heads, g.kv_heads, g.head_dim, 1, self.layouts["o"].padded_columns, splits)
 
     def _shape(self, kind: str, width: int) -> ProjectionShape:
-        """As for the engine, but a multiprocessor has one block of 16 warps instead of two of 8 if that keeps all of
-        them busy, or if only one finds room: x, which grows with the width, is then staged once and not twice.
-        """
-        chip = self.chip
-        shape = choose_shape(self.layouts[kind], width, chip.multiprocessors)
-        twice = replace(shape, warps=2 * shape.warps, resident=1)
-        busy = twice.blocks(chip.multiprocessors) == chip.multiprocessors
-        if width > 1 and shape.resident == 2 and (busy or 2 * shape.shared_bytes > chip.shared_bytes):
-            return twice
-        return shape
+        return choose_shape(self.layouts[kind], width, self.chip.multiprocessors)
 
     def _fits(self, width: int) -> bool:
         needed = [self._shape(kind, width).shared_bytes for kind in PROJECTIONS]

@@ -40,6 +40,8 @@ from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout, make_
 LOG2_E = np.float32(math.log2(math.e))
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
+_SCALED_AT_ONCE = 4  # loads of x (and of the norm) that the compiler may gather: more would spill the first weights
+
 Prologue = Literal["copy", "norm"]
 
 
@@ -87,35 +89,49 @@ def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> 
     """How to cut a projection: measured on an H100 at Llama 3.2 3B's shapes (docs/cuda-backend.md).
 
     The least splitting that still makes four blocks of 8 warps per multiprocessor, and no more than there are groups. A
-    warp's share of a tile is loaded at once if that is three groups at most. With one column and two tiles or more for
-    every multiprocessor, one block of 16 warps stages x once where two of 8 would do it twice.
+    warp's share of a tile is loaded at once if that is three groups at most. One block of 16 warps stages x once where
+    two of 8 would do it twice: with one column that pays from two tiles per multiprocessor on; with more, when there is
+    a tile for each.
     """
     split = 1
     while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
         split *= 2
     share = -(-layout.groups // split)
+    at_once = share if share <= 3 else 2
     if columns > 1:
         # Before sm_89 FP8 is decoded bit by bit, which leaves registers for one group.
-        return ProjectionShape(layout, columns, split=split, depth=2 if layout.hardware_fp8 else 1)
+        depth = at_once if layout.hardware_fp8 else 1
+        if layout.tiles >= multiprocessors:
+            return ProjectionShape(layout, columns, warps=16, split=split, depth=depth, resident=1)
+        return ProjectionShape(layout, columns, split=split, depth=depth)
     if split == 1:
         return ProjectionShape(layout, split=split)
     if layout.tiles >= 2 * multiprocessors:
-        return ProjectionShape(layout, warps=16, split=split, depth=share if share <= 3 else 2, resident=1)
+        return ProjectionShape(layout, warps=16, split=split, depth=at_once, resident=1)
     deep = 4 if layout.hardware_fp8 else 2
     return ProjectionShape(layout, split=split, depth=share if share <= 3 else deep)
 
 
-def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any) -> Any:
+@ptx.device_function
+def nothing_ahead(outputs, thread):  # type: ignore[no-untyped-def]
+    """What an epilogue reads was written in this step."""
+
+
+def make_runner(
+    shape: ProjectionShape, prologue: Prologue, eps: float, dependent: bool, epilogue: Any, ahead: Any = nothing_ahead
+) -> Any:
     """Device function (weights, source, norm, normed, outputs): everything but the epilogue's own work.
 
     Args:
         prologue: "copy": source is float16 [columns, padded K] as uint32 words, its padding finite, `norm` is not
             read. "norm": source is the float32 residual [columns, K] as uint32 words, norm float32 [K]; K is even.
-            The last block also writes what it made to normed, pairs of float16 [columns, padded K]: a few kilobytes,
-            behind loads that are on their way anyway, which let a validator see the inside of the running kernel.
+            The last blocks also write what they made to normed, a column each, pairs of float16 [columns, padded K],
+            behind loads that are on their way anyway: so a validator sees the inside of the running kernel.
         eps: of the norm.
         dependent: launched with programmatic dependent launch (sm_90 and later).
         epilogue: device function (outputs, tile, r, column, low, high) for the finished rows r and r + 8 of a tile.
+        ahead: device function (outputs, thread) that may `ptx.prefetch` what the epilogue will read and no
+            kernel of this step writes.
     """
     layout, columns = shape.layout, shape.columns
     warps, split, depth, threads = shape.warps, shape.split, shape.depth, shape.threads
@@ -127,6 +143,17 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
     even = groups == batches * depth * split  # then every warp has the same work, and nothing is tested
     x_pitch, x_words = shape.x_pitch, layout.padded_columns // 2
     words_per_thread = -(-x_words // threads)
+    # The prologue gives every column to a team of threads; with fewer warps than columns, teams take turns.
+    team = 32 * max(1, warps // columns)
+    teams = threads // team
+    turns = -(-columns // teams)
+    all_work = columns * team == turns * threads
+    copy_vectors = -(-x_words // (4 * team))
+    copy_whole = x_words == copy_vectors * 4 * team
+    vector = 4 if width % 4 == 0 else 2
+    norm_vectors = -(-2 * x_words // (vector * team))
+    norm_lines = -(-width // (32 * threads))  # lines of 128 bytes, per thread
+    norm_whole = width == norm_vectors * vector * team
     partials_start = columns * x_pitch
     buffer_size = warps * 16 * columns
     squares_start = partials_start + 2 * buffer_size
@@ -184,50 +211,125 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
                 total[3] += c3 * high_scale
 
     @ptx.device_function
-    def copy(source, thread, words):  # type: ignore[no-untyped-def]
-        for column in range(columns):
-            for i in range(words_per_thread):
-                word = i * threads + thread
-                if word < x_words:
-                    words[column * x_pitch + word] = source[column * x_words + word]
+    def announce(norm, thread):  # type: ignore[no-untyped-def]
+        """The norm was last read a step ago: bring it out of memory while the kernel before still runs."""
+        for i in range(norm_lines):
+            at = (i * threads + thread) * 32
+            if at < width:
+                ptx.prefetch(norm, at)
 
     @ptx.device_function
-    def normalise(source, norm, thread, words, floats):  # type: ignore[no-untyped-def]
-        for column in range(columns):
-            squares = _ZERO
-            for i in range(words_per_thread):
-                pair = i * threads + thread
-                if 2 * pair < width:
-                    a, b = ptx.load_8(source, column * width + 2 * pair)
-                    low, high = ptx.bits_f32(a), ptx.bits_f32(b)
-                    squares += low * low + high * high
+    def copy(source, thread, words):  # type: ignore[no-untyped-def]
+        """Every column by its team."""
+        member = thread % team
+        for turn in range(turns):
+            column = turn * teams + thread // team
+            if all_work or column < columns:
+                for i in range(copy_vectors):
+                    word = (i * team + member) * 4
+                    if copy_whole or word < x_words:
+                        a, b, c, d = ptx.load_16(source, column * x_words + word)
+                        ptx.store_block_16(words, column * x_pitch + word, a, b, c, d)
+
+    @ptx.device_function
+    def normalise_one(source, norm, thread, words, floats):  # type: ignore[no-untyped-def]
+        """The only column, by all threads."""
+        squares = _ZERO
+        for i in range(words_per_thread):
+            pair = i * threads + thread
+            if 2 * pair < width:
+                a, b = ptx.load_8(source, 2 * pair)
+                low, high = ptx.bits_f32(a), ptx.bits_f32(b)
+                squares += low * low + high * high
+        for step in range(5):
+            squares += ptx.shuffle_xor_f32(squares, 16 >> step)
+        if thread & 31 == 0:
+            floats[squares_start + (thread >> 5)] = squares
+        cuda.syncthreads()
+        squares = _ZERO
+        for warp in range(warps):
+            squares += floats[squares_start + warp]
+        factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
+        for i in range(words_per_thread):
+            pair = i * threads + thread
+            if 2 * pair < width:
+                a, b = ptx.load_8(source, 2 * pair)
+                low = ptx.bits_f32(a) * factor * norm[2 * pair]
+                high = ptx.bits_f32(b) * factor * norm[2 * pair + 1]
+                words[pair] = ptx.pack_f16x2(low, high)
+            elif pair < x_words:
+                words[pair] = np.uint32(0)
+
+    @ptx.device_function
+    def sum_squares(source, column, member):  # type: ignore[no-untyped-def]
+        """A thread's share of a column's sum of squares."""
+        squares = _ZERO
+        for i in range(norm_vectors):
+            at = (i * team + member) * vector
+            if norm_whole or at < width:
+                if vector == 4:
+                    a, b, c, d = ptx.load_f32x4(source, column * width + at)
+                    squares += a * a + b * b + (c * c + d * d)
+                else:
+                    a, b = ptx.load_f32x2(source, column * width + at)
+                    squares += a * a + b * b
+        return squares
+
+    @ptx.device_function
+    def scale(source, norm, column, member, works, factor, words):  # type: ignore[no-untyped-def]
+        """A thread's share of a column times factor and norm, as float16 into shared memory, padding included."""
+        for i in range(norm_vectors):
+            if i > 0 and i % _SCALED_AT_ONCE == 0:
+                ptx.sync_warp()
+            at = (i * team + member) * vector
+            word = column * x_pitch + at // 2
+            if (all_work or works) and (norm_whole or at < width):
+                if vector == 4:
+                    a, b, c, d = ptx.load_f32x4(source, column * width + at)
+                    e, f, g, h = ptx.load_f32x4(norm, at)
+                    low = ptx.pack_f16x2(a * factor * e, b * factor * f)
+                    high = ptx.pack_f16x2(c * factor * g, d * factor * h)
+                    ptx.store_block_8(words, word, low, high)
+                else:
+                    a, b = ptx.load_f32x2(source, column * width + at)
+                    e, f = ptx.load_f32x2(norm, at)
+                    words[word] = ptx.pack_f16x2(a * factor * e, b * factor * f)
+            elif (all_work or works) and not norm_whole and at < 2 * x_words:
+                for j in range(vector // 2):
+                    words[word + j] = np.uint32(0)
+
+    @ptx.device_function
+    def normalise_columns(source, norm, thread, words, floats):  # type: ignore[no-untyped-def]
+        """Every column by its team, one reduction each. The second reading comes out of the first-level cache."""
+        member = thread % team
+        for turn in range(turns):
+            column = turn * teams + thread // team
+            works = all_work or column < columns
+            squares = sum_squares(source, column, member) if works else _ZERO
             for step in range(5):
                 squares += ptx.shuffle_xor_f32(squares, 16 >> step)
-            if thread & 31 == 0:
-                floats[squares_start + (thread >> 5) * columns + column] = squares
-        cuda.syncthreads()
-        for column in range(columns):
-            squares = _ZERO
-            for warp in range(warps):
-                squares += floats[squares_start + warp * columns + column]
-            factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
-            for i in range(words_per_thread):
-                pair = i * threads + thread
-                if 2 * pair < width:
-                    a, b = ptx.load_8(source, column * width + 2 * pair)
-                    low = ptx.bits_f32(a) * factor * norm[2 * pair]
-                    high = ptx.bits_f32(b) * factor * norm[2 * pair + 1]
-                    words[column * x_pitch + pair] = ptx.pack_f16x2(low, high)
-                elif pair < x_words:
-                    words[column * x_pitch + pair] = np.uint32(0)
+            if team > 32:  # then there is but one turn
+                if thread & 31 == 0:
+                    floats[squares_start + (thread >> 5)] = squares
+                cuda.syncthreads()
+                squares = _ZERO
+                for i in range(team // 32):
+                    squares += floats[squares_start + thread // team * (team // 32) + i]
+            # Not 1 / sqrt: the exact ones are subroutines, around which weights in flight would be spilled.
+            factor = ptx.reciprocal_root(squares * inverse_width + epsilon)
+            scale(source, norm, column, member, works, factor, words)
+
+    normalise = normalise_one if columns == 1 else normalise_columns
 
     @ptx.device_function
     def report(normed, thread, words):  # type: ignore[no-untyped-def]
+        """What was staged, a column from each of the last blocks: none of them is held up by all columns."""
         for column in range(columns):
-            for i in range(words_per_thread):
-                pair = i * threads + thread
-                if 2 * pair < width:
-                    normed[column * x_words + pair] = words[column * x_pitch + pair]
+            if cuda.blockIdx.x == max(cuda.gridDim.x - 1 - column, 0):
+                for i in range(words_per_thread):
+                    pair = i * threads + thread
+                    if 2 * pair < width:
+                        normed[column * x_words + pair] = words[column * x_pitch + pair]
 
     @ptx.device_function
     def run(weights, source, norm, normed, outputs):  # type: ignore[no-untyped-def]
@@ -242,15 +344,18 @@ def make_runner(shape: ProjectionShape, prologue: Prologue, eps: float, dependen
         first = cuda.blockIdx.x * slots
         tile = min(first + slot, tiles - 1)  # a slot without a tile repeats the last one, and drops the result
         load(weights, tile, 0, part, lane, codes, scales)
+        if prologue == "norm":
+            announce(norm, thread)
         if dependent:
             ptx.let_next_kernel_start()
+            ahead(outputs, thread)
             ptx.wait_for_previous_kernel()
         if prologue == "norm":
             normalise(source, norm, thread, words, floats)
         else:
             copy(source, thread, words)
         cuda.syncthreads()
-        if prologue == "norm" and cuda.blockIdx.x == cuda.gridDim.x - 1:
+        if prologue == "norm":
             report(normed, thread, words)
         parity = 0
         while first < tiles:

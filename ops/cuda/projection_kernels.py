@@ -69,14 +69,18 @@ def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
     Kernel (weights uint32, x uint32 pairs of float16 [columns, padded K], residual float32 [columns, N]). Plain rows.
     """
     rows = shape.layout.rows
+    whole = rows % 16 == 0
 
     @ptx.device_function
     def add(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
-        row = tile * 16 + r
-        if row < rows:
-            outputs[0][column * rows + row] += low
-        if row + 8 < rows:
-            outputs[0][column * rows + row + 8] += high
+        sums, row = outputs[0], tile * 16 + r
+        at = column * rows + row
+        if whole or row + 8 < rows:
+            upper, lower = sums[at], sums[at + 8]  # both on their way before the first is stored
+            sums[at] = upper + low
+            sums[at + 8] = lower + high
+        elif row < rows:
+            sums[at] += low
 
     run = make_runner(shape, "copy", 0.0, dependent, add)
 
@@ -121,7 +125,7 @@ def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, d
     Rows paired with half = head_dim / 2. Column t is the token at position[0] + t.
     """
     rotate = _make_rotate(shape, heads, kv_heads, paged=False)
-    run = make_runner(shape, "norm", eps, dependent, rotate)
+    run = make_runner(shape, "norm", eps, dependent, rotate, _make_angles_ahead(shape, paged=False))
 
     @ptx.kernel(shape.threads, shape.resident)
     def project_qkv(  # type: ignore[no-untyped-def]
@@ -139,7 +143,7 @@ def make_paged_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int
     and values uint16 bits of float16 [slots of the cache, kv_heads * head_dim]).
     """
     rotate = _make_rotate(shape, heads, kv_heads, paged=True)
-    run = make_runner(shape, "norm", eps, dependent, rotate)
+    run = make_runner(shape, "norm", eps, dependent, rotate, _make_angles_ahead(shape, paged=True))
 
     @ptx.kernel(shape.threads, shape.resident)
     def project_paged_qkv(  # type: ignore[no-untyped-def]
@@ -148,6 +152,29 @@ def make_paged_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int
         run(weights, residual, norm, normed, (positions, slots, cosines, sines, q, keys, values))
 
     return project_paged_qkv
+
+
+def _make_angles_ahead(shape: ProjectionShape, paged: bool) -> Any:
+    """Device function (outputs, thread): bring the columns' cosines and sines out of memory. No kernel of a step writes
+    positions, so that they may be read while the kernel before still runs.
+    """
+    half, columns, threads = shape.layout.half, shape.columns, shape.threads
+    lines = -(-half // 32)  # of 128 bytes, in a row of a table
+    per_thread = -(-columns * lines // threads)
+
+    @ptx.device_function
+    def angles_ahead(outputs, thread):  # type: ignore[no-untyped-def]
+        positions, cosines, sines = outputs[0], outputs[2], outputs[3]
+        for i in range(per_thread):
+            line = i * threads + thread
+            if line < columns * lines:
+                column = line // lines
+                position = positions[column] if paged else positions[0] + column
+                at = position * half + line % lines * 32
+                ptx.prefetch(cosines, at)
+                ptx.prefetch(sines, at)
+
+    return angles_ahead
 
 
 def _make_rotate(shape: ProjectionShape, heads: int, kv_heads: int, paged: bool) -> Any:

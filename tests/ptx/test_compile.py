@@ -1,8 +1,8 @@
 """Every GPU kernel compiled down to machine code for four architectures: no GPU, driver or toolkit is needed.
 
 What is asked of the code: no spills, no stack, no local memory; weights come in 16-byte loads past the first-level
-cache; no float64 that slipped in through NumPy's or numba's promotion rules. Registers are compared with those in
-registers.json (ATOMFLOW_RECORD_REGISTERS=1 writes it).
+cache, and activations are staged 16 bytes at a time; no float64 that slipped in through NumPy's or numba's promotion
+rules. Registers are compared with those in registers.json (ATOMFLOW_RECORD_REGISTERS=1 writes it).
 """
 
 import importlib.util
@@ -90,6 +90,8 @@ def test_machine_code(name: str, cc: tuple[int, int]) -> None:
         assert ptx.count(WEIGHT_LOAD) >= 4
         assert ptx.count("L1::no_allocate") == ptx.count(WEIGHT_LOAD)
         assert "mma.sync.aligned.m16n8k16" in ptx
+    if entry.kind in ("o", "down"):
+        assert re.search(r"st\.shared\.v4\.\w32", ptx), "x is staged in less than 16 bytes at a time"
     if entry.decodes:
         assert ("e4m3x2" in ptx) == (cc >= (8, 9) and entry.kind != "repack")
     if cc < (9, 0):

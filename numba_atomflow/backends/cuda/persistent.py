@@ -13,8 +13,8 @@ from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import Buffer
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
-from numba_atomflow.ops.cuda.persistent.kernel import EVENTS
 from numba_atomflow.ops.cuda.persistent.shape import TABLE_UNIT, PersistentShape
+from numba_atomflow.ops.cuda.persistent.trace import EVENTS
 
 _BYTES = 4 * TABLE_UNIT  # that the table of weights counts in
 

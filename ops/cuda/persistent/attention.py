@@ -27,11 +27,12 @@ from numba_atomflow.ops.cuda.persistent.shape import (
     PersistentShape,
 )
 from numba_atomflow.ops.cuda.persistent.staging import meet
+from numba_atomflow.ops.cuda.persistent.trace import STAGED
 
 _ZERO, _LOWEST = np.float32(0.0), np.float32(-1.0e30)
 
 
-def make_attend(shape: PersistentShape) -> Any:
+def make_attend(shape: PersistentShape, note: Any) -> Any:
     """Device function (exchange, epoch, position, cache, key_start, value_start, attended, thread, words, halves, floats,
     patience, fault).
 
@@ -203,7 +204,8 @@ def make_attend(shape: PersistentShape) -> Any:
             receive(exchange, stat_place + unit * 2, epoch, patience, fault, got)
             peak, total = ptx.bits_f32(got[0]), ptx.bits_f32(got[1])
             receive(exchange, sum_place + unit * head_dim + d, epoch, patience, fault, got)
-            weight = ptx.exp2(peak - warp_max(peak)) if lane < active else _ZERO
+            highest = warp_max(peak)  # by all lanes, also those without a chunk
+            weight = ptx.exp2(peak - highest) if lane < active else _ZERO
             whole = warp_sum(total * weight)
             low = warp_sum(ptx.bits_f32(got[0]) * weight)
             high = warp_sum(ptx.bits_f32(got[1]) * weight)
@@ -226,6 +228,8 @@ def make_attend(shape: PersistentShape) -> Any:
         floats,
         patience,
         fault,
+        times,
+        op,
     ):
         q_part = cuda.local.array(4, uint32)
         k_part = cuda.local.array(k_registers, uint32)
@@ -245,6 +249,8 @@ def make_attend(shape: PersistentShape) -> Any:
                 load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part)
             take_token(exchange, epoch, kv, split == 0, thread, halves, patience, fault)
             meet()
+            if thread == 0:
+                note(times, op, STAGED)
             for i in range(sum_registers):
                 sums[i] = _ZERO
             largest, total = _LOWEST, _ZERO

@@ -1,8 +1,12 @@
 """What becomes of a projection's sums in the persistent kernel: rotation and cache, residual stream, SwiGLU, logits.
 
-Every result goes to the exchange, where the next op's readers wait for it, and to the view that the same op writes in other
-ways of running a step, where a validator looks. `prepare` starts the loads that an entry needs, before its weights are
-waited for.
+Every result goes to the exchange, where the next op's readers wait for it, and to the view that the same op writes in
+other ways of running a step, where a validator looks. `prepare` starts the loads that an entry needs, before its weights
+are waited for.
+
+`given`, for all of them: (exchange, epoch of what the layer read, epoch of what it makes, position, cosines, sines, q uint16,
+cache uint16, start of the layer's keys in it, start of its values, residual float32, ffn uint32 pairs of float16, logits
+float32, seen uint32, penalty float32, best: the thread's own int64 [1]).
 """
 
 from typing import Any
@@ -11,30 +15,63 @@ import numpy as np
 from numba import int64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.persistent.exchange import publish_pair
-from numba_atomflow.ops.cuda.persistent.projection import make_project, make_row_sum
-from numba_atomflow.ops.cuda.persistent.shape import PersistentShape
+from numba_atomflow.ops.cuda.persistent.exchange import PATIENCE, publish_pair
+from numba_atomflow.ops.cuda.persistent.projection import make_row_sum
+from numba_atomflow.ops.cuda.persistent.shape import DOWN, GATE_UP, QKV, VOCABULARY, O, PersistentShape
 from numba_atomflow.ops.cuda.projection import LOG2_E
 from numba_atomflow.ops.cuda.sample import penalise, sort_key
 
 _ONE = np.float32(1.0)
 
 
-def make_qkv(shape: PersistentShape) -> Any:
-    """q, k and v, rotated; k and v also to the cache. Given: (exchange, epoch, position, cosines, sines, q uint16, cache
-    uint16, start of the layer's keys and of its values in it).
-    """
-    half, heads, kv_heads = shape.head_dim // 2, shape.heads, shape.kv_heads
-    head_tiles, kv_width = shape.qkv.section_tiles, kv_heads * shape.head_dim
-    places = shape.exchange
-    q_start, k_start, v_start = places["q"], places["k"], places["v"]
-    row_sum = make_row_sum(shape.qkv)
+def make_prepare(shape: PersistentShape) -> Any:
+    """Device function (kind, given, tile, entry, ahead)."""
+    half, rotated_heads, rows = shape.head_dim // 2, shape.heads + shape.kv_heads, shape.vocabulary.rows
+    head_tiles = shape.qkv.section_tiles
+    entering, middle = shape.exchange["entering_exact"], shape.exchange["middle_exact"]
 
     @ptx.device_function
-    def prepare(given, tile, entry, ahead):  # type: ignore[no-untyped-def]
-        at = given[2] * half + tile % head_tiles * 8 + entry
-        if tile // head_tiles < heads + kv_heads:
-            ahead[0], ahead[1] = ptx.f32_bits(given[3][at]), ptx.f32_bits(given[4][at])
+    def prepare(kind, given, tile, entry, ahead):  # type: ignore[no-untyped-def]
+        if kind == QKV:
+            if tile // head_tiles < rotated_heads:
+                at = given[3] * half + tile % head_tiles * 8 + entry
+                ahead[0], ahead[1] = ptx.f32_bits(given[4][at]), ptx.f32_bits(given[5][at])
+        elif kind == O or kind == DOWN:  # noqa: PLR1714  numba
+            w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == O else middle) + tile * 16 + 2 * entry)
+            ahead[0], ahead[1], ahead[2], ahead[3] = w0, w1, w2, w3
+        elif kind == VOCABULARY:
+            ahead[0] = given[13][min(tile * 16 + entry, rows - 1) // 32]
+
+    return prepare
+
+
+def make_finish(shape: PersistentShape, prepare: Any) -> Any:
+    """Device function (kind, given, tile, entry, ahead, floats, sums)."""
+    finish_qkv, finish_o, finish_down = _make_qkv(shape), _make_add(shape, O, prepare), _make_add(shape, DOWN, prepare)
+    finish_gate_up, finish_vocabulary = _make_swiglu(shape), _make_logits(shape)
+
+    @ptx.device_function
+    def finish(kind, given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
+        if kind == QKV:
+            finish_qkv(given, tile, entry, ahead, floats, sums)
+        elif kind == O:
+            finish_o(given, tile, entry, ahead, floats, sums)
+        elif kind == GATE_UP:
+            finish_gate_up(given, tile, entry, ahead, floats, sums)
+        elif kind == DOWN:
+            finish_down(given, tile, entry, ahead, floats, sums)
+        else:
+            finish_vocabulary(given, tile, entry, ahead, floats, sums)
+
+    return finish
+
+
+def _make_qkv(shape: PersistentShape) -> Any:
+    """q, k and v, rotated; k and v also to the cache."""
+    half, heads, kv_heads = shape.head_dim // 2, shape.heads, shape.kv_heads
+    head_tiles, kv_width = shape.qkv.section_tiles, kv_heads * shape.head_dim
+    q_start, k_start, v_start = (shape.exchange[name] for name in ("q", "k", "v"))
+    row_sum = make_row_sum(shape.qkv.chunks)
 
     @ptx.device_function
     def put(target, start, low, high):  # type: ignore[no-untyped-def]
@@ -43,7 +80,7 @@ def make_qkv(shape: PersistentShape) -> Any:
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
-        exchange, epoch, position, _, _, q, cache, keys, values = given
+        exchange, epoch, position, q, cache = given[0], given[2], given[3], given[6], given[7]
         low, high = row_sum(floats, sums, entry), row_sum(floats, sums, entry + 8)
         head, i = tile // head_tiles, tile % head_tiles * 8 + entry
         if head < heads + kv_heads:
@@ -55,37 +92,31 @@ def make_qkv(shape: PersistentShape) -> Any:
         if head < heads:
             ptx.publish(exchange, q_start + head * half + i, pair, epoch)
             put(q, head * 2 * half + i, low, high)
-        elif head < heads + kv_heads:
-            ptx.publish(exchange, k_start + (head - heads) * half + i, pair, epoch)
-            put(cache, keys + position * kv_width + (head - heads) * 2 * half + i, low, high)
         else:
-            ptx.publish(exchange, v_start + (head - heads - kv_heads) * half + i, pair, epoch)
-            put(cache, values + position * kv_width + (head - heads - kv_heads) * 2 * half + i, low, high)
+            is_key = head < heads + kv_heads
+            kv = head - heads if is_key else head - heads - kv_heads
+            ptx.publish(exchange, (k_start if is_key else v_start) + kv * half + i, pair, epoch)
+            put(cache, (given[8] if is_key else given[9]) + position * kv_width + kv * 2 * half + i, low, high)
 
-    return make_project(shape, shape.qkv, 8, prepare, finish)
+    return finish
 
 
-def make_add(shape: PersistentShape, part: str) -> Any:
-    """The residual stream plus what "o" or "down" makes. Given: (exchange, epoch of what is added to, epoch of the result,
-    residual float32).
-    """
-    layout = shape.o if part == "o" else shape.down
-    before, after = ("entering", "middle") if part == "o" else ("middle", "entering")
-    places = shape.exchange
-    old, new, pairs = places[f"{before}_exact"], places[f"{after}_exact"], places[after]
-    row_sum = make_row_sum(layout)
-
-    @ptx.device_function
-    def prepare(given, tile, entry, ahead):  # type: ignore[no-untyped-def]
-        w0, w1, w2, w3 = ptx.load_words(given[0], old + tile * 16 + 2 * entry)
-        ahead[0], ahead[1], ahead[2], ahead[3] = w0, w1, w2, w3
+def _make_add(shape: PersistentShape, kind: int, prepare: Any) -> Any:
+    """The residual stream plus what "o" or "down" makes."""
+    layout = shape.o if kind == O else shape.down
+    after = "middle" if kind == O else "entering"
+    new, pairs = shape.exchange[f"{after}_exact"], shape.exchange[after]
+    known = 1 if kind == O else 2  # which of the epochs given what is added to has
+    row_sum = make_row_sum(layout.chunks)
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
-        exchange, known, epoch, residual = given
+        exchange, epoch, residual = given[0], given[2], given[10]
         row = tile * 16 + 2 * entry
-        while ahead[1] != known or ahead[3] != known:  # hardly ever: all of it was needed to come this far
-            prepare(given, tile, entry, ahead)
+        tries = 0  # hardly ever any: all of the words were needed to come this far
+        while (ahead[1] != given[known] or ahead[3] != given[known]) and tries < PATIENCE:
+            prepare(kind, given, tile, entry, ahead)
+            tries += 1
         low = ptx.bits_f32(ahead[0]) + row_sum(floats, sums, 2 * entry)
         high = ptx.bits_f32(ahead[2]) + row_sum(floats, sums, 2 * entry + 1)
         publish_pair(exchange, pairs + row // 2, low, high, epoch)
@@ -93,17 +124,13 @@ def make_add(shape: PersistentShape, part: str) -> Any:
         ptx.publish(exchange, new + row + 1, ptx.f32_bits(high), epoch)
         residual[row], residual[row + 1] = low, high
 
-    return make_project(shape, layout, 8, prepare, finish)
+    return finish
 
 
-def make_swiglu(shape: PersistentShape) -> Any:
-    """silu(gate) * up. Given: (exchange, epoch, ffn uint32 pairs of float16)."""
+def _make_swiglu(shape: PersistentShape) -> Any:
+    """silu(gate) * up, two units at once."""
     start = shape.exchange["ffn"]
-    row_sum = make_row_sum(shape.gate_up)
-
-    @ptx.device_function
-    def prepare(given, tile, entry, ahead):  # type: ignore[no-untyped-def]
-        pass
+    row_sum = make_row_sum(shape.gate_up.chunks)
 
     @ptx.device_function
     def unit(floats, sums, row):  # type: ignore[no-untyped-def]
@@ -112,33 +139,25 @@ def make_swiglu(shape: PersistentShape) -> Any:
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
-        exchange, epoch, ffn = given
         pair = ptx.pack_f16x2(unit(floats, sums, 2 * entry), unit(floats, sums, 2 * entry + 1))
-        ptx.publish(exchange, start + tile * 4 + entry, pair, epoch)
-        ffn[tile * 4 + entry] = pair
+        ptx.publish(given[0], start + tile * 4 + entry, pair, given[2])
+        given[11][tile * 4 + entry] = pair
 
-    return make_project(shape, shape.gate_up, 4, prepare, finish)
+    return finish
 
 
-def make_logits(shape: PersistentShape) -> Any:
-    """Logits, and the largest of the thread's sort keys. Given: (logits float32, seen uint32, penalty float32, best: the
-    thread's own int64 [1]).
-    """
-    layout = shape.vocabulary
-    rows = layout.rows
-    row_sum = make_row_sum(layout)
-
-    @ptx.device_function
-    def prepare(given, tile, entry, ahead):  # type: ignore[no-untyped-def]
-        ahead[0] = given[1][min(tile * 16 + entry, rows - 1) // 32]
+def _make_logits(shape: PersistentShape) -> Any:
+    """Logits, and the largest of the thread's sort keys."""
+    rows = shape.vocabulary.rows
+    row_sum = make_row_sum(shape.vocabulary.chunks)
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
-        logits, _, penalty, best = given
+        logits, penalty, best = given[12], given[14], given[15]
         row = int64(tile * 16 + entry)
         if row < rows:
             logit = row_sum(floats, sums, entry)
             logits[row] = logit
             best[0] = max(best[0], sort_key(penalise(logit, ahead[0], row, penalty), row))
 
-    return make_project(shape, layout, 16, prepare, finish)
+    return finish

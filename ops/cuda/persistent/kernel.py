@@ -15,11 +15,22 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.embedding import make_quad
 from numba_atomflow.ops.cuda.persistent.attention import make_attend
 from numba_atomflow.ops.cuda.persistent.exchange import PATIENCE, publish_pair
-from numba_atomflow.ops.cuda.persistent.finish import make_add, make_logits, make_qkv, make_swiglu
-from numba_atomflow.ops.cuda.persistent.projection import CHUNKS, TURN
-from numba_atomflow.ops.cuda.persistent.ring import make_deal, make_produce
-from numba_atomflow.ops.cuda.persistent.shape import BLOCK_THREADS, TABLE_UNIT, THREADS, PersistentShape
+from numba_atomflow.ops.cuda.persistent.finish import make_finish, make_prepare
+from numba_atomflow.ops.cuda.persistent.projection import CHUNKS, TURN, make_project
+from numba_atomflow.ops.cuda.persistent.ring import make_deal, make_kind_of, make_produce
+from numba_atomflow.ops.cuda.persistent.shape import (
+    ATTENTION,
+    BLOCK_THREADS,
+    DOWN,
+    GATE_UP,
+    O,
+    TABLE_UNIT,
+    THREADS,
+    VOCABULARY,
+    PersistentShape,
+)
 from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet
+from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_note, make_note_clocks
 from numba_atomflow.ops.cuda.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, shuffle_max
 from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 
@@ -52,9 +63,6 @@ SIGNATURE = (
     NUMBER,
 )
 
-EVENTS = 4  # of an op in the trace: begun, x staged, computed, published
-BEGUN, STAGED, DONE = 0, 1, 3
-
 
 def make_persistent(shape: PersistentShape) -> Any:
     """Kernel with these arguments, one-dimensional arrays of device memory:
@@ -67,31 +75,30 @@ def make_persistent(shape: PersistentShape) -> Any:
     `LOWEST_KEY` before; fault int32 [1]; times int64 [blocks, ops, EVENTS] (with `shape.trace`); plane: elements of a layer's keys;
     first and last: ops first .. last - 1 are run.
     """
-    layers, ops = shape.layers, shape.ops
-    hidden, blocks, trace = shape.hidden, shape.multiprocessors, shape.trace
-    table_start, barriers_start, scalars = shape.table_start, shape.barriers_start, shape.scalars_start
-    slots = shape.slots
-    words_per_row = hidden // 4
-    places = shape.exchange
-    entering, entering_exact, middle = places["entering"], places["entering_exact"], places["middle"]
-    attended_place, ffn_place = places["attended"], places["ffn"]
-    qkv_tiles, o_tiles, gate_up_tiles = shape.qkv.tiles, shape.o.tiles, shape.gate_up.tiles
-    down_tiles, vocabulary_tiles = shape.down.tiles, shape.vocabulary.tiles
-    x_start = shape.x_start
-    normed_words = hidden // 2
+    layers, ops, hidden, blocks, trace = shape.layers, shape.ops, shape.hidden, shape.multiprocessors, shape.trace
+    table_start, barriers_start, scalars, slots = (
+        shape.table_start,
+        shape.barriers_start,
+        shape.scalars_start,
+        shape.slots,
+    )
+    words_per_row, normed_words, x_start = hidden // 4, hidden // 2, shape.x_start
+    entering, entering_exact, middle, attended_place, ffn_place = (
+        shape.exchange[name] for name in ("entering", "entering_exact", "middle", "attended", "ffn")
+    )
     look_up = make_quad(shape.embedding)
-    produce, deal = make_produce(shape), make_deal(blocks)
+    produce, deal, kind_of, tiles_of = (
+        make_produce(shape),
+        make_deal(blocks),
+        make_kind_of(shape),
+        shape.picker("tiles"),
+    )
     stage_norm = make_stage_norm(shape, shape.qkv.padded_columns)
     stage_attended = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_columns)
     stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
-    project_qkv, project_gate_up = make_qkv(shape), make_swiglu(shape)
-    project_o, project_down = make_add(shape, "o"), make_add(shape, "down")
-    project_vocabulary, attend = make_logits(shape), make_attend(shape)
-
-    @ptx.device_function
-    def note(times, op, event, thread):  # type: ignore[no-untyped-def]
-        if trace and thread == 0:
-            times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + event] = int64(ptx.nanoseconds())
+    prepare = make_prepare(shape)
+    note, note_clocks = make_note(shape), make_note_clocks(shape)
+    project, attend = make_project(shape, prepare, make_finish(shape, prepare)), make_attend(shape, note)
 
     @ptx.large_device_function
     def embed(weights, words, tokens, exchange, epoch, residual, thread):  # type: ignore[no-untyped-def]
@@ -108,17 +115,12 @@ def make_persistent(shape: PersistentShape) -> Any:
             residual[at], residual[at + 1], residual[at + 2], residual[at + 3] = x0, x1, x2, x3
 
     @ptx.device_function
-    def report(normed, first, thread, words):  # type: ignore[no-untyped-def]
+    def report(normed, thread, words):  # type: ignore[no-untyped-def]
         """The normalised vector, for whoever validates: by the block with the first tile."""
-        if first == 0:
-            word = thread
-            while word < normed_words:
-                normed[word] = words[x_start + word]
-                word += THREADS
-
-    @ptx.device_function
-    def norm_of(words, op):  # type: ignore[no-untyped-def]
-        return int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
+        word = thread
+        while word < normed_words:
+            normed[word] = words[x_start + word]
+            word += THREADS
 
     @ptx.large_device_function
     def consume(  # type: ignore[no-untyped-def]
@@ -160,84 +162,86 @@ def make_persistent(shape: PersistentShape) -> Any:
         patience[0] = np.uint32(PATIENCE)
         epoch = np.uint32(count[0] * (layers + 1) + 1)
         place = position[0]
+        penalty = np.float32(options[PENALTY])
+        if thread == 0:
+            note_clocks(times, 0)
+        own_best[0] = int64(LOWEST_KEY)
         offset = np.int32(0)
         if first == 0:
             embed(weights, words, tokens, exchange, epoch, residual, thread)
-        for layer in range(layers):
-            op = 1 + 5 * layer
+        for op in range(1, ops):
+            kind = kind_of(op)
+            layer = (op - 1) // 5
             before = np.uint32(epoch + np.uint32(layer))
             now = np.uint32(before + np.uint32(1))
-            key_start = 2 * layer * plane
-            value_start = key_start + plane
-            own = deal(offset)
-            if own < qkv_tiles and first <= op < last:
-                note(times, op, BEGUN, thread)
-                norm = norm_of(words, op)
-                stage_norm(exchange, entering, before, weights, norm, thread, words, floats, patience, fault)
-                note(times, op, STAGED, thread)
-                report(normed, own, thread, words)
-                given = (exchange, now, place, cosines, sines, q, cache16, key_start, value_start)
-                project_qkv(own, thread, words, floats, barriers, state, patience, fault, given)
-                note(times, op, DONE, thread)
-            offset = (offset + np.int32(qkv_tiles % blocks)) % np.int32(blocks)
-            if first <= op + 1 < last:
-                note(times, op + 1, BEGUN, thread)
-                attend(
-                    exchange,
-                    now,
-                    place,
-                    cache,
-                    key_start // 2,
-                    value_start // 2,
-                    attended,
-                    thread,
-                    words,
-                    halves,
-                    floats,
-                    patience,
-                    fault,
-                )
-                note(times, op + 1, DONE, thread)
-            own = deal(offset)
-            if own < o_tiles and first <= op + 2 < last:
-                note(times, op + 2, BEGUN, thread)
-                stage_attended(exchange, attended_place, now, thread, words, patience, fault)
-                note(times, op + 2, STAGED, thread)
-                given_o = (exchange, before, now, residual)
-                project_o(own, thread, words, floats, barriers, state, patience, fault, given_o)
-                note(times, op + 2, DONE, thread)
-            offset = (offset + np.int32(o_tiles % blocks)) % np.int32(blocks)
-            own = deal(offset)
-            if own < gate_up_tiles and first <= op + 3 < last:
-                note(times, op + 3, BEGUN, thread)
-                norm = norm_of(words, op + 3)
-                stage_norm(exchange, middle, now, weights, norm, thread, words, floats, patience, fault)
-                note(times, op + 3, STAGED, thread)
-                report(normed, own, thread, words)
-                project_gate_up(own, thread, words, floats, barriers, state, patience, fault, (exchange, now, ffn))
-                note(times, op + 3, DONE, thread)
-            offset = (offset + np.int32(gate_up_tiles % blocks)) % np.int32(blocks)
-            own = deal(offset)
-            if own < down_tiles and first <= op + 4 < last:
-                note(times, op + 4, BEGUN, thread)
-                stage_ffn(exchange, ffn_place, now, thread, words, patience, fault)
-                note(times, op + 4, STAGED, thread)
-                given_down = (exchange, now, now, residual)
-                project_down(own, thread, words, floats, barriers, state, patience, fault, given_down)
-                note(times, op + 4, DONE, thread)
-            offset = (offset + np.int32(down_tiles % blocks)) % np.int32(blocks)
-
-        op = 1 + 5 * layers
-        own = deal(offset)
-        if own < vocabulary_tiles and first <= op < last:
-            own_best[0] = int64(LOWEST_KEY)
-            note(times, op, BEGUN, thread)
-            norm, now = norm_of(words, op), np.uint32(epoch + np.uint32(layers))
-            stage_norm(exchange, entering, now, weights, norm, thread, words, floats, patience, fault)
-            note(times, op, STAGED, thread)
-            report(final_normed, own, thread, words)
-            given_logits = (logits, seen, np.float32(options[PENALTY]), own_best)
-            project_vocabulary(own, thread, words, floats, barriers, state, patience, fault, given_logits)
+            keys_at = 2 * layer * plane
+            values_at = keys_at + plane
+            run = first <= op < last
+            if kind == ATTENTION:
+                if run:
+                    if thread == 0:
+                        note(times, op, BEGUN)
+                    attend(
+                        exchange,
+                        now,
+                        place,
+                        cache,
+                        keys_at // 2,
+                        values_at // 2,
+                        attended,
+                        thread,
+                        words,
+                        halves,
+                        floats,
+                        patience,
+                        fault,
+                        times,
+                        op,
+                    )
+                    if thread == 0:
+                        note(times, op, DONE)
+            else:
+                own, tiles = deal(offset), tiles_of(kind)
+                offset = (offset + tiles) % np.int32(blocks)
+                if run and own < tiles:
+                    if thread == 0:
+                        note(times, op, BEGUN)
+                    if kind == O:
+                        stage_attended(exchange, attended_place, now, thread, words, patience, fault)
+                    elif kind == DOWN:
+                        stage_ffn(exchange, ffn_place, now, thread, words, patience, fault)
+                    else:
+                        norm = int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
+                        start, since = (middle, now) if kind == GATE_UP else (entering, before)
+                        stage_norm(exchange, start, since, weights, norm, thread, words, floats, patience, fault)
+                        if own == 0:
+                            report(final_normed if kind == VOCABULARY else normed, thread, words)
+                    if thread == 0:
+                        note(times, op, STAGED)
+                    given = (
+                        exchange,
+                        before,
+                        now,
+                        place,
+                        cosines,
+                        sines,
+                        q,
+                        cache16,
+                        keys_at,
+                        values_at,
+                        residual,
+                        ffn,
+                        logits,
+                        seen,
+                        penalty,
+                        own_best,
+                    )
+                    project(kind, own, thread, words, floats, barriers, state, patience, fault, given, times, op)
+                    if thread == 0:
+                        note(times, op, DONE)
+        if thread == 0:
+            note_clocks(times, 1)
+        if first < ops <= last and deal(offset - tiles_of(VOCABULARY) % np.int32(blocks)) < tiles_of(VOCABULARY):
             largest = shuffle_max(own_best[0])
             meet()
             if thread & 31 == 0:
@@ -248,7 +252,6 @@ def make_persistent(shape: PersistentShape) -> Any:
                     largest = max(largest, keys[scalars // 2 + warp])
                 # A block that gave up waiting has computed nonsense: the token is marked as one without logits.
                 cuda.atomic.max(best, 0, largest if patience[0] > 0 else int64(BROKEN_KEY))
-            note(times, op, DONE, thread)
 
     @ptx.kernel(BLOCK_THREADS, 1)
     def persistent(  # type: ignore[no-untyped-def]
@@ -295,10 +298,9 @@ def make_persistent(shape: PersistentShape) -> Any:
         cuda.syncthreads()
         if thread >= THREADS:
             if thread == THREADS:
-                sent = cuda.local.array(1, uint32)
-                hope = cuda.local.array(1, uint32)
-                sent[0], hope[0] = np.uint32(0), np.uint32(PATIENCE)
-                produce(weights, words, barriers, first, last, sent, hope, fault)
+                patience = cuda.local.array(1, uint32)
+                patience[0] = np.uint32(PATIENCE)
+                produce(weights, words, barriers, first, last, patience, fault, times)
         else:
             consume(
                 weights,

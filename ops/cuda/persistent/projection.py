@@ -1,56 +1,46 @@
 """A projection of the persistent kernel: a block's tiles, chunk by chunk, out of the ring.
 
-Chunk q of a round goes to warp q % `CONSUMERS`, whatever its tile; a chunk's sums over its own columns, 16 rows, go to shared
-memory, and when the round's chunks are done a few threads add up each tile's in order of the columns: the same bits in
-every run. Rounds take turns between two sets of sums, so that one meeting per round is enough.
+Chunk q of a round goes to warp q % `CONSUMERS`, whatever its tile; a chunk's sums over its own columns, 16 rows, go to
+shared memory, and when the round's chunks are done a few threads add up each tile's in order of the columns: the same
+bits in every run. Rounds take turns between two sets of sums, so that one meeting per round is enough.
+
+All projections of a step run through this one piece of code, with their sizes as variables: code that is specialised for
+each does not stay in the instruction cache from one layer to the next (measured: docs/persistent-kernel.md).
 """
 
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32, uint32
+from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout
+from numba_atomflow.ops.cuda.fragments import GROUP_WORDS
 from numba_atomflow.ops.cuda.persistent.ring import await_barrier
-from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, Matrix, PersistentShape
+from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, PersistentShape
 from numba_atomflow.ops.cuda.persistent.staging import meet
+from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; chunks that the block has had
 
 
-def make_project(shape: PersistentShape, layout: FragmentLayout, entries: int, prepare: Any, finish: Any) -> Any:
-    """Device function (first, thread, words, floats, barriers, state, patience, fault, given): all but the staging of x.
+def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
+    """Device function (words, floats, slot, chunk, groups, lane, total): total = a chunk's sums for rows g and g + 8.
 
-    Args of it: first, the block's first tile. given: handed on to `prepare` and `finish`.
-
-    Args:
-        entries: threads that finish a tile.
-        prepare: device function (given, tile, entry, ahead): start the loads that `finish` needs for this entry, into four
-            words `ahead`; called before the weights are waited for.
-        finish: device function (given, tile, entry, ahead, floats, sums): what becomes of a tile; the sums of row r stand at
-            floats[sums + 16 * chunk + r].
+    Args of it: slot, of the ring; chunk, of its tile; groups, that it has.
     """
-    matrix = Matrix(layout)
-    tiles, chunks, round_tiles = matrix.tiles, matrix.chunks, matrix.round_tiles
-    slots, slot_words, blocks = shape.slots, shape.slot_words, shape.multiprocessors
-    landed, free = shape.barriers_start, shape.barriers_start + slots
-    x_start, partials, partial_words = shape.x_start, shape.partials_start, shape.partial_words
-    halves, decode = layout.halves, layout.decode
-    x_step = layout.group_columns // 2
-    last_groups = layout.last_chunk_groups
-    even = last_groups == CHUNK
-    code_registers = 16 * CHUNK
-    scale_registers = 2 * CHUNK
+    slot_words, x_start = shape.slot_words, shape.x_start
+    matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
+    even = all(matrix.last_chunk_groups == CHUNK for matrix in matrices)
+    decode = shape.qkv.decode
+    x_step = 32 if halves else 64  # words of x per group
+    code_registers, scale_registers = 16 * CHUNK, 2 * CHUNK
 
     @ptx.large_device_function
-    def multiply(words, floats, slot, chunk, lane, total):  # type: ignore[no-untyped-def]
-        """total = the chunk's sums for rows g and g + 8."""
+    def multiply(words, floats, slot, chunk, groups, lane, total):  # type: ignore[no-untyped-def]
         codes = cuda.local.array(code_registers, uint32)
         scales = cuda.local.array(scale_registers, float32)
         start = slot * slot_words
-        groups = CHUNK if even or chunk < chunks - 1 else last_groups
         for u in range(CHUNK):
             if even or u < groups:
                 for i in range(4):
@@ -58,7 +48,7 @@ def make_project(shape: PersistentShape, layout: FragmentLayout, entries: int, p
                     at = 16 * u + 4 * i
                     codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
                 if not halves:
-                    at = start + groups * GROUP_WORDS + u * 16 + (lane >> 2) * 2
+                    at = start + (CHUNK if even else groups) * GROUP_WORDS + u * 16 + (lane >> 2) * 2
                     scales[2 * u], scales[2 * u + 1] = floats[at], floats[at + 1]
         low, high = _ZERO, _ZERO
         x_row = x_start + chunk * (CHUNK * x_step) + (lane & 3) * (4 if halves else 8)
@@ -86,39 +76,94 @@ def make_project(shape: PersistentShape, layout: FragmentLayout, entries: int, p
                 high += c2 * (_ONE if halves else scales[2 * u + 1])
         total[0], total[1] = low, high
 
+    return multiply
+
+
+def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
+    """Device function (kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op): all but the staging of x.
+
+    Args of it: kind, which projection; first, the block's first tile; given: handed on to `prepare` and `finish`.
+
+    Args:
+        prepare: device function (kind, given, tile, entry, ahead): start the loads that `finish` needs for this entry, into
+            four words `ahead`; called before the weights are waited for.
+        finish: device function (kind, given, tile, entry, ahead, floats, sums): what becomes of a tile, entry by entry; the
+            sums of row r stand at floats[sums + 16 * chunk + r].
+    """
+    slots, blocks, partials, partial_words = (
+        shape.slots,
+        shape.multiprocessors,
+        shape.partials_start,
+        shape.partial_words,
+    )
+    landed, free = shape.barriers_start, shape.barriers_start + slots
+    trace, ops = shape.trace, shape.ops
+    multiply = make_multiply(shape, halves=False)
+    halves = shape.vocabulary.halves
+    multiply_halves = make_multiply(shape, halves=True) if halves else multiply
+    vocabulary = shape.kinds - 1
+    tiles_of, chunks_of, last_groups_of = (
+        shape.picker("tiles"),
+        shape.picker("chunks"),
+        shape.picker("last_chunk_groups"),
+    )
+    round_tiles_of, entries_of = shape.picker("round_tiles"), shape.picker("entries")
+
     @ptx.large_device_function
-    def project(first, thread, words, floats, barriers, state, patience, fault, given):  # type: ignore[no-untyped-def]
+    def project(kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op):  # type: ignore[no-untyped-def]
         ahead = cuda.local.array(4, uint32)
         total = cuda.local.array(2, float32)
         lane, warp = thread & 31, thread >> 5
-        own = (tiles - first + blocks - 1) // blocks
-        done = 0
+        chunks, round_tiles, entries = chunks_of(kind), round_tiles_of(kind), entries_of(kind)
+        last_groups = last_groups_of(kind)
+        own = (tiles_of(kind) - first + np.int32(blocks - 1)) // np.int32(blocks)
+        done = np.int32(0)
         while done < own:
-            now = min(round_tiles, own - done)
-            sums = partials + int(state[TURN]) * partial_words
+            now = min(round_tiles, np.int32(own - done))
+            sums = np.int32(partials) + np.int32(state[TURN]) * np.int32(partial_words)
             if thread < now * entries:
-                prepare(given, first + (done + thread // entries) * blocks, thread % entries, ahead)
-            q = warp
+                prepare(kind, given, first + (done + thread // entries) * np.int32(blocks), thread % entries, ahead)
+            q, chunk = warp, warp % chunks
             while q < now * chunks:
                 n = np.uint32(state[CHUNKS] + np.uint32(q))
-                slot, parity = n % np.uint32(slots), n // np.uint32(slots) & np.uint32(1)
-                await_barrier(barriers, landed + slot, parity, patience, fault)
-                multiply(words, floats, int(slot), q % chunks, lane, total)
+                turn = n // np.uint32(slots)
+                slot = np.int32(n - turn * np.uint32(slots))
+                began = ptx.cycles() if trace else np.uint64(0)
+                await_barrier(barriers, landed + slot, turn & np.uint32(1), patience, fault)
+                if trace and thread == 0:
+                    times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + WAITED] += int64(ptx.cycles() - began)
+                groups = last_groups if chunk == chunks - 1 else np.int32(CHUNK)
+                if halves and kind == vocabulary:
+                    multiply_halves(words, floats, slot, chunk, groups, lane, total)
+                else:
+                    multiply(words, floats, slot, chunk, groups, lane, total)
                 ptx.sync_warp()
                 if lane == 0:
                     ptx.barrier_arrive(barriers, free + slot)
                 if lane & 3 == 0:
-                    floats[sums + q * 16 + (lane >> 2)] = total[0]
-                    floats[sums + q * 16 + 8 + (lane >> 2)] = total[1]
+                    at = sums + q * 16 + (lane >> 2)
+                    floats[at], floats[at + 8] = total[0], total[1]
                 q += CONSUMERS
+                chunk += CONSUMERS
+                while chunk >= chunks:
+                    chunk -= chunks
             state[CHUNKS] = np.uint32(state[CHUNKS] + np.uint32(now * chunks))
             meet()
             entry = thread
             while entry < now * entries:
-                tile, part = done + entry // entries, entry % entries
+                tile = entry // entries
+                part = entry - tile * entries
                 if entry != thread:
-                    prepare(given, first + tile * blocks, part, ahead)
-                finish(given, first + tile * blocks, part, ahead, floats, sums + entry // entries * chunks * 16)
+                    prepare(kind, given, first + (done + tile) * np.int32(blocks), part, ahead)
+                finish(
+                    kind,
+                    given,
+                    first + (done + tile) * np.int32(blocks),
+                    part,
+                    ahead,
+                    floats,
+                    sums + tile * chunks * 16,
+                )
                 entry += THREADS
             state[TURN] = np.uint32(state[TURN] ^ np.uint32(1))
             done += now
@@ -126,9 +171,8 @@ def make_project(shape: PersistentShape, layout: FragmentLayout, entries: int, p
     return project
 
 
-def make_row_sum(layout: FragmentLayout) -> Any:
-    """Device function (floats, sums, row) -> a row's sum over all chunks."""
-    chunks = layout.chunks
+def make_row_sum(chunks: int) -> Any:
+    """Device function (floats, sums, row) -> a row's sum over all chunks of its tile."""
 
     @ptx.device_function
     def row_sum(floats, sums, row):  # type: ignore[no-untyped-def]

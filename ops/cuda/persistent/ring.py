@@ -15,9 +15,9 @@ import numpy as np
 from numba import cuda
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import FragmentLayout
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
-from numba_atomflow.ops.cuda.persistent.shape import TABLE_UNIT, PersistentShape
+from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, TABLE_UNIT, VOCABULARY, PersistentShape
+from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_note
 
 
 @ptx.device_function
@@ -40,80 +40,81 @@ def make_deal(blocks: int) -> Any:
     return deal
 
 
-def make_produce(shape: PersistentShape) -> Any:
-    """Device function (weights, slots, barriers, table, first, last, fault): the producer's whole life; one thread.
+def make_kind_of(shape: PersistentShape) -> Any:
+    """Device function (op) -> its kind; op from 1 on."""
+    ops = shape.ops
 
-    Args of it: weights uint32, all of the model's; slots and table uint32, barriers uint64, all views of shared memory;
-    ops first .. last - 1 are run.
+    @ptx.device_function
+    def kind_of(op):  # type: ignore[no-untyped-def]
+        return np.int32(VOCABULARY) if op == ops - 1 else np.int32((np.int32(op) - np.int32(1)) % np.int32(5))
+
+    return kind_of
+
+
+def make_produce(shape: PersistentShape) -> Any:
+    """Device function (weights, words, barriers, first, last, patience, fault, times): the producer's whole life; one thread.
+
+    Args of it: weights uint32, all of the model's; words uint32 and barriers uint64, views of shared memory; ops first ..
+    last - 1 are run.
     """
     slots, slot_words, in_flight = shape.slots, shape.slot_words, shape.in_flight
     landed, free = shape.barriers_start, shape.barriers_start + slots
-    table_start, layers, blocks = shape.table_start, shape.layers, shape.multiprocessors
+    table_start, blocks = shape.table_start, shape.multiprocessors
     deal = make_deal(blocks)
 
-    def make_stream(layout: FragmentLayout) -> Any:
-        tiles, chunks, tile_words = layout.tiles, layout.chunks, layout.tile_words
-        chunk_words = layout.chunk_words
-        chunk_bytes, last_bytes = 4 * chunk_words, 4 * layout.last_chunk_words
+    @ptx.device_function
+    def following(slot, turn):  # type: ignore[no-untyped-def]
+        """The next slot, and the parity that goes with it."""
+        slot = np.uint32(slot + np.uint32(1))
+        if slot == np.uint32(slots):
+            return np.uint32(0), np.uint32(turn ^ np.uint32(1))
+        return slot, turn
 
-        @ptx.large_device_function
-        def stream(weights, words, barriers, op, offset, active, state, patience, fault):  # type: ignore[no-untyped-def]
-            """Copy the block's chunks of one projection. state: chunks so far."""
-            tile = deal(offset)
-            start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
-            while tile < tiles and active:
-                for chunk in range(chunks):
-                    n = state[0]
-                    slot = n % np.uint32(slots)
-                    turn = n // np.uint32(slots)
-                    if n >= np.uint32(slots):
-                        await_barrier(barriers, free + slot, (turn - np.uint32(1)) & np.uint32(1), patience, fault)
-                    if n >= np.uint32(in_flight):
-                        old = np.uint32(n - np.uint32(in_flight))
-                        old_slot, old_turn = old % np.uint32(slots), old // np.uint32(slots)
-                        await_barrier(barriers, landed + old_slot, old_turn & np.uint32(1), patience, fault)
-                    nbytes = np.uint32(last_bytes if chunk == chunks - 1 else chunk_bytes)
-                    ptx.barrier_expect(barriers, landed + slot, nbytes)
-                    ptx.bulk_copy(
-                        words,
-                        slot * np.uint32(slot_words),
-                        weights,
-                        start + np.int64(tile) * tile_words + chunk * chunk_words,
-                        nbytes,
-                        barriers,
-                        landed + slot,
-                    )
-                    state[0] = np.uint32(n + np.uint32(1))
-                tile += np.int32(blocks)
-            return (offset + np.int32(tiles % blocks)) % np.int32(blocks)
-
-        return stream
-
-    stream_qkv, stream_o = make_stream(shape.qkv), make_stream(shape.o)
-    stream_gate_up, stream_down = make_stream(shape.gate_up), make_stream(shape.down)
-    stream_vocabulary = make_stream(shape.vocabulary)
+    tiles_of, chunks_of = shape.picker("tiles"), shape.picker("chunks")
+    tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("chunk_words")
+    last_words_of, ops = shape.picker("last_chunk_words"), shape.ops
+    kind_of, note = make_kind_of(shape), make_note(shape)
 
     @ptx.large_device_function
-    def produce(weights, words, barriers, first, last, state, patience, fault):  # type: ignore[no-untyped-def]
+    def produce(weights, words, barriers, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
         offset = np.int32(0)
-        for layer in range(layers):
-            op = 1 + 5 * layer
-            active = first <= op < last
-            offset = stream_qkv(weights, words, barriers, op, offset, active, state, patience, fault)
-            active = first <= op + 2 < last
-            offset = stream_o(weights, words, barriers, op + 2, offset, active, state, patience, fault)
-            active = first <= op + 3 < last
-            offset = stream_gate_up(weights, words, barriers, op + 3, offset, active, state, patience, fault)
-            active = first <= op + 4 < last
-            offset = stream_down(weights, words, barriers, op + 4, offset, active, state, patience, fault)
-        op = 1 + 5 * layers
-        stream_vocabulary(weights, words, barriers, op, offset, first <= op < last, state, patience, fault)
+        n, slot, old_slot = np.uint32(0), np.uint32(0), np.uint32(0)  # chunks so far; their slots
+        turn, old_turn = (
+            np.uint32(1),
+            np.uint32(0),
+        )  # parities: of the slot's last release, of the oldest copy under way
+        for op in range(1, ops):
+            kind = kind_of(op)
+            if kind == ATTENTION:
+                continue
+            tiles, chunks = tiles_of(kind), chunks_of(kind)
+            chunk_words, last_words = chunk_words_of(kind), last_words_of(kind)
+            start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
+            tile = deal(offset) if first <= op < last else tiles
+            if tile < tiles:
+                note(times, op, COPY_BEGUN)
+            while tile < tiles:
+                source = start + np.int64(tile) * tile_words_of(kind)
+                for chunk in range(chunks):
+                    if n >= np.uint32(slots):
+                        await_barrier(barriers, free + slot, turn, patience, fault)
+                    if n >= np.uint32(in_flight):
+                        await_barrier(barriers, landed + old_slot, old_turn, patience, fault)
+                        old_slot, old_turn = following(old_slot, old_turn)
+                    nbytes = np.uint32(4 * (last_words if chunk == chunks - 1 else chunk_words))
+                    ptx.barrier_expect(barriers, landed + slot, nbytes)
+                    at = slot * np.uint32(slot_words)
+                    ptx.bulk_copy(words, at, weights, source, nbytes, barriers, landed + slot)
+                    source += chunk_words
+                    slot, turn = following(slot, turn)
+                    n = np.uint32(n + np.uint32(1))
+                tile += np.int32(blocks)
+                note(times, op, COPY_DONE)
+            offset = (offset + tiles) % np.int32(blocks)
         # A block must not end while copies into its shared memory are on their way.
-        for back in range(in_flight):
-            n = state[0]
-            if n > np.uint32(back):
-                old = np.uint32(n - np.uint32(1) - np.uint32(back))
-                old_slot, old_turn = old % np.uint32(slots), old // np.uint32(slots)
-                await_barrier(barriers, landed + old_slot, old_turn & np.uint32(1), patience, fault)
+        for _ in range(in_flight):
+            if old_slot != slot:
+                await_barrier(barriers, landed + old_slot, old_turn, patience, fault)
+                old_slot, old_turn = following(old_slot, old_turn)
 
     return produce

@@ -7,7 +7,11 @@ to the next, so that over a few layers every block has the same to copy.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
 
 CHUNK = 4  # groups of 128 columns per chunk: 8 KB and its scales, large enough for the copy engine
@@ -21,32 +25,9 @@ STEP_KEYS = KEYS * CONSUMERS
 ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with what adding up takes
 _PARTIALS = 64  # chunks' sums that are kept until they are added up
 _SCALARS = 64  # float32 for sums over the block
+QKV, ATTENTION, O, GATE_UP, DOWN, VOCABULARY = range(6)  # kinds of ops, behind the embedding
+_ENTRIES = {QKV: 8, O: 8, GATE_UP: 4, DOWN: 8, VOCABULARY: 16}  # threads that finish a tile
 TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A projection as the kernel walks it.
-
-    Attributes:
-        layout: with chunks of `CHUNK` groups.
-    """
-
-    layout: FragmentLayout
-
-    @property
-    def tiles(self) -> int:
-        return self.layout.tiles
-
-    @property
-    def chunks(self) -> int:
-        """Per tile."""
-        return self.layout.chunks
-
-    @property
-    def round_tiles(self) -> int:
-        """Tiles whose chunks' sums a block keeps before it adds them up."""
-        return max(1, _PARTIALS // self.chunks)
 
 
 @dataclass(frozen=True)
@@ -57,6 +38,7 @@ class PersistentShape:
         multiprocessors: blocks of the launch.
         shared_bytes: the most that a block may have; the ring takes what the rest leaves.
         in_flight: chunks on their way at once: more would make every small access wait behind them.
+        pause: nanoseconds between two looks at the exchange.
         trace: whether every block writes down when it does what.
     """
 
@@ -76,6 +58,7 @@ class PersistentShape:
     multiprocessors: int
     shared_bytes: int
     in_flight: int = 6
+    pause: int = 0
     trace: bool = False
 
     # --- ops -----------------------------------------------------------------------------------------------------
@@ -84,6 +67,39 @@ class PersistentShape:
     def ops(self) -> int:
         """Embedding, five ops a layer, vocabulary: in the order of `decode.build_step`."""
         return 5 * self.layers + 2
+
+    @property
+    def kinds(self) -> int:
+        """Of ops, the embedding not counted."""
+        return VOCABULARY + 1
+
+    @property
+    def matrices(self) -> tuple[FragmentLayout, ...]:
+        """Projections, in the order of their kinds."""
+        return self.qkv, self.o, self.gate_up, self.down, self.vocabulary
+
+    def sizes(self, what: str) -> dict[int, int]:
+        """A number for each kind of projection: an attribute of its layout, "entries" (threads that finish a tile), or
+        "round_tiles" (tiles whose chunks' sums a block keeps before it adds them up).
+        """
+        layouts = dict(zip(_ENTRIES, self.matrices, strict=True))
+        if what == "entries":
+            return _ENTRIES
+        if what == "round_tiles":
+            return {kind: max(1, _PARTIALS // layout.chunks) for kind, layout in layouts.items()}
+        return {kind: int(getattr(layout, what)) for kind, layout in layouts.items()}
+
+    def picker(self, what: str) -> Any:
+        """Device function (kind) -> the number that `sizes` has for it."""
+        sizes = self.sizes(what)
+        qkv, o, gate_up, down, vocabulary = (np.int32(size) for size in sizes.values())
+
+        @ptx.device_function
+        def pick(kind):  # type: ignore[no-untyped-def]
+            size = qkv if kind == QKV else o if kind == O else gate_up
+            return down if kind == DOWN else vocabulary if kind == VOCABULARY else size
+
+        return pick
 
     @property
     def ratio(self) -> int:
@@ -100,7 +116,7 @@ class PersistentShape:
     @property
     def slot_words(self) -> int:
         """A chunk of any projection."""
-        return max(m.chunk_words for m in (self.qkv, self.o, self.gate_up, self.down, self.vocabulary))
+        return max(m.chunk_words for m in self.matrices)
 
     @property
     def slots(self) -> int:
@@ -132,7 +148,7 @@ class PersistentShape:
     @property
     def partial_words(self) -> int:
         """Sums of the chunks of a round: 16 rows each."""
-        chunks = max(m.chunks for m in (self.qkv, self.o, self.gate_up, self.down, self.vocabulary))
+        chunks = max(m.chunks for m in self.matrices)
         return max(_PARTIALS, chunks) * 16
 
     @property

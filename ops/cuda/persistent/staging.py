@@ -36,6 +36,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
     each = -(-quads // THREADS)
     rounds = -(-all_quads // THREADS)
     registers = 4 * each
+    pause = shape.pause
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
 
     @ptx.large_device_function
@@ -63,8 +64,10 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
                 if not (is_pair_of(received[4 * i + 1], epoch) and is_pair_of(received[4 * i + 3], epoch)):
                     waiting = True
             tries = np.uint32(tries + np.uint32(1))
-            if waiting and give_up(patience, fault, tries):
-                waiting = False
+            if waiting:
+                ptx.pause(np.uint32(pause))
+                if give_up(patience, fault, tries):
+                    waiting = False
         squares = _ZERO
         for i in range(each):
             a, b = pair_of(received[4 * i], received[4 * i + 1])
@@ -106,6 +109,7 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
     each = -(-quads // THREADS)
     rounds = -(-all_quads // THREADS)
     registers = 4 * each
+    pause = shape.pause
 
     @ptx.large_device_function
     def stage_copy(exchange, start, epoch, thread, words, patience, fault):  # type: ignore[no-untyped-def]
@@ -122,8 +126,10 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
                 if received[4 * i + 1] != epoch or received[4 * i + 3] != epoch:
                     waiting = True
             tries = np.uint32(tries + np.uint32(1))
-            if waiting and give_up(patience, fault, tries):
-                waiting = False
+            if waiting:
+                ptx.pause(np.uint32(pause))
+                if give_up(patience, fault, tries):
+                    waiting = False
         for i in range(rounds):
             quad = i * THREADS + thread
             at = x_start + 2 * quad
