@@ -280,8 +280,12 @@ def load_words(array, index):  # type: ignore[no-untyped-def]
 
     Each word is read whole: both halves are of one `publish`. index: even.
     """
-    time.sleep(1e-6)  # who looks again and again lets the writers run
     first, second = int(array[index]), int(array[index + 1])
+    look = int(index), first, second
+    own = vars(threading.current_thread())
+    if own.get("atomflow_look") == look:
+        time.sleep(0.02)  # hundreds of threads that look again and again would leave the writers no time
+    own["atomflow_look"] = look
     return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
 
 
@@ -570,7 +574,7 @@ def barrier_ready(barriers, index, parity):  # type: ignore[no-untyped-def]
     with _warp_lock:
         ready = int(barriers[index]) & 1 != int(parity) & 1
     if not ready:
-        time.sleep(1e-4)
+        time.sleep(1e-3)
     return int(ready)
 
 

@@ -1,8 +1,7 @@
 """The persistent decode kernel against NumPy, at small shapes: the same checks in numba's simulator and on a GPU.
 
-A case has a whole model's memory: weights in one array as the kernel reads them, the cache, the exchange, and a view for
-each op's result. Outputs and shared memory begin as NaN, the exchange as words of the token before, the cache behind
-the past as NaN.
+A case has a whole model's memory: weights in one array as the kernel reads them, the cache, the exchange, and a view
+for each op's result. Outputs begin as NaN, as does the cache behind the past, the exchange as words of the token before.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +20,9 @@ from numba_atomflow.ops.cuda.fragments import (
     to_fragments_reference,
 )
 from numba_atomflow.ops.cuda.persistent import publish
-from numba_atomflow.ops.cuda.persistent.kernel import EVENTS, make_persistent
+from numba_atomflow.ops.cuda.persistent.kernel import make_persistent
 from numba_atomflow.ops.cuda.persistent.shape import BLOCK_THREADS, CHUNK, TABLE_UNIT, PersistentShape
+from numba_atomflow.ops.cuda.persistent.trace import EVENTS
 from numba_atomflow.ops.cuda.sample import LOWEST_KEY, token_of
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
@@ -106,8 +106,8 @@ CASES = (
     PersistentCase(112, 640, 1, 1, 80, position=131, half_head=True),  # chunks of 4 groups and of 1; 80 = 64 + 16
 )
 CASES_OF_MANY_BLOCKS = (
-    PersistentCase(144, 136, 3, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
-    PersistentCase(128, 200, 4, 2, 64, position=290, blocks=5, hardware_fp8=True),  # two of each head; a block idles
+    PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
+    PersistentCase(64, 72, 4, 2, 32, position=290, blocks=5, hardware_fp8=True),  # two chunks per head; a block idles
 )
 
 
@@ -274,7 +274,7 @@ class Memory:
 
 
 def check_step(case: PersistentCase) -> None:
-    """A step op by op, each op against float64 from what it was given; then the whole step, which leaves the same bits."""
+    """A step op by op, each against float64 from what it was given; then the whole step, which leaves the same bits."""
     model = Model.draw(case, generator(case.hidden, case.position))
     alone, whole = (Memory(case, model, generator(case.ffn, case.position)) for _ in range(2))
     alone.run(0, 1)
