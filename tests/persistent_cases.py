@@ -1,7 +1,7 @@
 """The persistent decode kernel against NumPy, at small shapes: the same checks in numba's simulator and on a GPU.
 
 A case has a whole model's memory: weights in one array as the kernel reads them, the cache, the exchange, and a view
-for each op's result. Outputs begin as NaN, as does the cache behind the past, the exchange as words of the token before.
+for each op. Results begin as NaN, as does the cache behind the past; the exchange as words of the token before.
 """
 
 from dataclasses import dataclass, field
