@@ -143,15 +143,16 @@ def device_function(function: Callable[..., Any]) -> Any:
 
 
 def large_device_function(function: Callable[..., Any]) -> Any:
-    """Decorator: the same for large ones, typed and compiled by themselves and inlined by the machine's own compiler: numba
-    takes minutes over a kernel into which it has to inline thousands of statements.
+    """Decorator: the same for large ones, typed and compiled by themselves and inlined by the machine's own compiler.
+
+    numba takes minutes over a kernel into which it has to inline thousands of statements.
     """
     return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
 @contextmanager
 def compiling_for(capability: tuple[int, int]) -> Iterator[None]:
-    """While it is open, numba-cuda compiles device functions for this architecture, and needs no driver to ask which it is."""
+    """While it is open, numba-cuda compiles device functions for this architecture, and asks no driver which it is."""
     from numba.cuda import dispatcher
 
     asked = dispatcher.get_current_device
@@ -275,10 +276,16 @@ def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
     memory=True,
 )
 def load_words(array, index):  # type: ignore[no-untyped-def]
-    """Two words of 8 bytes that other blocks of this launch may be writing, as halves (low, high, low, high). Each word is
-    read whole: both halves are of one `publish`. index: even.
+    """Two words of 8 bytes that other blocks of this launch may be writing, as halves (low, high, low, high).
+
+    Each word is read whole: both halves are of one `publish`. index: even.
     """
     first, second = int(array[index]), int(array[index + 1])
+    look = int(index), first, second
+    own = vars(threading.current_thread())
+    if own.get("atomflow_look") == look:
+        time.sleep(0.02)  # hundreds of threads that look again and again would leave the writers no time
+    own["atomflow_look"] = look
     return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
 
 
@@ -567,7 +574,7 @@ def barrier_ready(barriers, index, parity):  # type: ignore[no-untyped-def]
     with _warp_lock:
         ready = int(barriers[index]) & 1 != int(parity) & 1
     if not ready:
-        time.sleep(1e-4)
+        time.sleep(1e-3)
     return int(ready)
 
 

@@ -19,8 +19,9 @@ THREADS = 256
 
 
 def make_quad(layout: FragmentLayout) -> Any:
-    """Device function (words, start, row, quad) -> elements 4 quad .. 4 quad + 3 of a row of the embedding, which begins at
-    word `start`. Plain rows.
+    """Device function (words, start, row, quad) -> elements 4 quad .. 4 quad + 3 of a row of the embedding.
+
+    The embedding begins at word `start` of `words` uint32. Plain rows.
     """
     tile_words = layout.tile_words
     decode = layout.decode

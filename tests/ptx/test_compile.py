@@ -5,39 +5,21 @@ cache, and activations are staged 16 bytes at a time; no float64 that slipped in
 rules. Registers are compared with those in registers.json (ATOMFLOW_RECORD_REGISTERS=1 writes it).
 """
 
-import importlib.util
-import json
-import os
 import re
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
+from machine_code import check_registers, float64_arithmetic, number, skip_without_compiler
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator replaces the compiler in this process"
-)
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-if not (_is_there("nvidia.cu13") or _is_there("nvidia.cuda_nvcc")) or not _is_there("cuda.core"):
-    pytest.skip("no CUDA compiler from pip: pip install 'numba-atomflow[cu13]'", allow_module_level=True)
+skip_without_compiler()
 
 from kernel_catalogue import Entry, catalogue  # noqa: E402
 
 from numba_atomflow.ops.cuda.build import assemble, make_ptx, rename  # noqa: E402
 
 ARCHITECTURES = ((8, 0), (8, 9), (9, 0), (12, 0))
-REGISTERS = Path(__file__).with_name("registers.json")
-RECORD = os.environ.get("ATOMFLOW_RECORD_REGISTERS") == "1"
 WEIGHT_LOAD = "ld.global.nc.L1::no_allocate.v4.u32"
 CATALOGUES = {cc: {entry.name: entry for entry in catalogue(cc)} for cc in ARCHITECTURES}
 # Kernels of the same name one after the other: architectures with the same abilities share what is slow.
@@ -60,16 +42,6 @@ def lower(entry: Entry) -> tuple[Any, tuple[int, int]]:
     return library, bounds
 
 
-def number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    assert found, f"ptxas does not say {pattern!r}:\n{text}"
-    return int(found[1])
-
-
-def recorded() -> dict[str, Any]:
-    return json.loads(REGISTERS.read_text()) if REGISTERS.exists() else {}  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize(("name", "cc"), CASES, ids=lambda x: x if isinstance(x, str) else f"sm_{x[0]}{x[1]}")
 def test_machine_code(name: str, cc: tuple[int, int]) -> None:
     entry = CATALOGUES[cc][name]
@@ -84,8 +56,7 @@ def test_machine_code(name: str, cc: tuple[int, int]) -> None:
     assert not re.search(r"\.local\b", ptx)
     assert registers * threads * blocks <= 65536
     if not entry.doubles:
-        arithmetic = re.findall(r"\b(?:add|sub|mul|div|fma|max|min|cvt\.f64)\S*\.f64\b.*|cvt\.rn\.f64\.\S+.*", ptx)
-        assert not arithmetic, "float64 arithmetic"
+        assert not float64_arithmetic(ptx)
     if entry.weights:
         assert ptx.count(WEIGHT_LOAD) >= 4
         assert ptx.count("L1::no_allocate") == ptx.count(WEIGHT_LOAD)
@@ -97,12 +68,7 @@ def test_machine_code(name: str, cc: tuple[int, int]) -> None:
     if cc < (9, 0):
         assert not re.search(r"griddepcontrol|cp\.async\.bulk|mbarrier", ptx)
 
-    table, architecture = recorded(), f"sm_{cc[0]}{cc[1]}"
-    if RECORD:
-        table.setdefault(entry.name, {})[architecture] = registers
-        REGISTERS.write_text(json.dumps(table, indent=1) + "\n")
-    else:
-        assert registers <= 1.1 * table[entry.name][architecture], "many more registers than recorded"
+    check_registers(entry.name, cc, registers)
 
 
 @pytest.mark.parametrize("cc", [(9, 0), (12, 0)], ids=str)

@@ -28,8 +28,8 @@ class Binder:
         self._ring, self._stream = ring, stream
 
     def bind(self, op: Op, *, sampled: bool, ranked: bool = False) -> list[Launch]:
-        """The launches of an op. `sampled`: the step chooses a token, which its last op hands to the host. `ranked`: the
-        largest logit is known already.
+        """The launches of an op. `sampled`: the step chooses a token, which its last op hands to the host.
+        `ranked`: the largest logit is known already.
         """
         scratch = self._scratch
         match op:

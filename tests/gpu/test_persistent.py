@@ -1,0 +1,20 @@
+"""The persistent decode kernel on a GPU, at the small shapes of tests/sim (the checks: tests/persistent_cases.py)."""
+
+import pytest
+from device_launch import capability
+from persistent_cases import CASES, CASES_OF_MANY_BLOCKS, PersistentCase, check_giving_up, check_step
+
+
+@pytest.fixture(autouse=True)
+def _copy_engine() -> None:
+    if capability() < (9, 0):
+        pytest.skip("this GPU has no copy engine for bulk copies (sm_90 and later have)")
+
+
+@pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_BLOCKS], ids=str)
+def test_a_step(case: PersistentCase) -> None:
+    check_step(case)
+
+
+def test_a_block_does_not_wait_for_ever() -> None:
+    check_giving_up(CASES[0])

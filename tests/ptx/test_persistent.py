@@ -1,0 +1,57 @@
+"""The persistent decode kernel compiled down to machine code: no GPU, driver or toolkit is needed.
+
+One layer of SmolLM2: all layers run through the same code. It takes half a minute to compile, and below sm_90 does not
+run at all: so it is not among the kernels of `kernel_catalogue.py`, but its registers are recorded with theirs.
+"""
+
+import re
+
+import pytest
+from machine_code import check_registers, float64_arithmetic, number, skip_without_compiler
+from tiny_models import tiny_geometry
+
+skip_without_compiler()
+
+from kernel_catalogue import MULTIPROCESSORS, SHARED_BYTES  # noqa: E402
+
+from numba_atomflow.backends.cuda.kernels import ModelKernels  # noqa: E402
+from numba_atomflow.ops.cuda.build import assemble, make_ptx  # noqa: E402
+from numba_atomflow.ops.cuda.chip import Chip  # noqa: E402
+
+SMOLLM2 = tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152)
+
+
+@pytest.mark.parametrize("name", ["persistent", "publish"])
+@pytest.mark.parametrize("cc", [(9, 0), (12, 0)], ids=str)
+def test_machine_code(name: str, cc: tuple[int, int]) -> None:
+    """No spills, stack or local memory; no float64; weights come by bulk copies, and in no other way."""
+    kernels = ModelKernels(SMOLLM2, Chip(MULTIPROCESSORS, SHARED_BYTES[cc], cc), persistent=True)
+    assert kernels.persistent_shape.refusal() is None
+    spec = kernels.planned[name].spec
+    ptx = make_ptx(spec.make(), spec, cc)
+    _, log = assemble(ptx, cc)
+    registers = number(r"Used (\d+) registers", log)
+    print(f"{name}: {registers} registers")
+
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes stack frame", log) == 0
+    assert not re.search(r"\.local\b", ptx)
+    assert registers * spec.threads <= 65536
+    assert not float64_arithmetic(ptx)
+    if name == "persistent":
+        assert spec.cooperative
+        assert "L1::no_allocate" not in ptx
+        for instruction in (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+            "mbarrier.init.shared::cta.b64",
+            "mbarrier.arrive.expect_tx.shared::cta.b64",
+            "mbarrier.try_wait.parity.shared::cta.b64",
+            "fence.mbarrier_init.release.cluster",
+            "mma.sync.aligned.m16n8k16",
+            "e4m3x2",
+        ):
+            assert instruction in ptx
+        # Words of the exchange: two of 8 bytes at once, past the first-level cache, and never as ordinary accesses.
+        assert "ld.relaxed.gpu.global.v2.b64" in ptx
+        assert "st.relaxed.gpu.global.b64" in ptx
+    check_registers(f"{name} of SmolLM2's layer", cc, registers)

@@ -1,0 +1,169 @@
+"""What instructions of ops/ptx.py mean where no kernel's own test would tell; and words of the exchange."""
+
+import numpy as np
+import pytest
+from kernel_cases import generator, launch
+from numba import cuda, uint32, uint64
+from numpy.typing import NDArray
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.persistent.exchange import cut_24, is_pair_of, pair_of, publish_pair
+
+WORD = 0xFFFFFFFF
+
+
+def test_words_are_published_and_loaded_whole() -> None:
+    @ptx.kernel(32, 1)
+    def hand_over(words, out):  # type: ignore[no-untyped-def]
+        thread = cuda.threadIdx.x
+        if thread < 2:
+            ptx.publish(words, 2 + thread, np.uint32(WORD - thread), np.uint32(7 + thread))
+        ptx.sync_warp()
+        if thread == 31:
+            out[0], out[1], out[2], out[3] = ptx.load_words(words, 2)
+
+    words, out = np.arange(6, dtype=np.uint64), np.zeros(4, np.uint32)
+    launch(hand_over, 1, 32, 0, words, out)
+    assert words.tolist() == [0, 1, 7 << 32 | WORD, 8 << 32 | WORD - 1, 4, 5]
+    assert out.tolist() == [WORD, 7, WORD - 1, 8]
+
+
+def test_a_reader_that_looks_again_and_again_lets_the_writer_run() -> None:
+    @ptx.kernel(256, 1)
+    def wait(words, out):  # type: ignore[no-untyped-def]
+        thread = cuda.threadIdx.x
+        if thread == 255:
+            ptx.publish(words, 0, np.uint32(5), np.uint32(1))
+            ptx.publish(words, 1, np.uint32(6), np.uint32(1))
+        else:
+            _, e0, _, e1 = ptx.load_words(words, 0)
+            while e0 == 0 or e1 == 0:
+                _, e0, _, e1 = ptx.load_words(words, 0)
+            out[thread] = 1
+
+    out = np.zeros(256, np.uint32)
+    launch(wait, 1, 256, 0, np.zeros(2, np.uint64), out)
+    assert out.sum() == 255
+
+
+def test_some_warps_meet_and_the_others_take_no_part() -> None:
+    """Twice over, so that the barrier serves again; a third warp never comes."""
+
+    @ptx.kernel(96, 1)
+    def meet(out):  # type: ignore[no-untyped-def]
+        values = cuda.shared.array(0, uint32)
+        thread = cuda.threadIdx.x
+        if thread < 64:
+            values[thread] = thread
+            ptx.sync_threads(np.uint32(3), np.uint32(64))
+            other = values[63 - thread]
+            ptx.sync_threads(np.uint32(3), np.uint32(64))
+            values[thread] = other
+            ptx.sync_threads(np.uint32(3), np.uint32(64))
+            out[thread] = values[thread ^ 1]
+
+    out = np.zeros(64, np.uint32)
+    launch(meet, 1, 96, 96 * 4, out)
+    assert out.tolist() == [63 - (thread ^ 1) for thread in range(64)]
+
+
+def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
+    """Ready means the phase of that parity is over: before any, the one "before" phase 0, of parity 1, is."""
+
+    @ptx.kernel(32, 1)
+    def phases(source, out):  # type: ignore[no-untyped-def]
+        words = cuda.shared.array(0, uint32)
+        barriers = cuda.shared.array(0, uint64)
+        if cuda.threadIdx.x == 0:
+            ptx.barrier_init(barriers, 8, 2)
+            ptx.barrier_init(barriers, 9, 1)
+            ptx.fence_barriers()
+            out[0], out[1] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
+            ptx.barrier_arrive(barriers, 8)
+            out[2] = ptx.barrier_ready(barriers, 8, 0)  # one of two has come
+            ptx.barrier_arrive(barriers, 8)
+            out[3], out[4] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
+            ptx.barrier_arrive(barriers, 8)
+            ptx.barrier_arrive(barriers, 8)
+            out[5], out[6] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
+            ptx.barrier_expect(barriers, 9, 32)
+            out[7] = ptx.barrier_ready(barriers, 9, 0)  # it has arrived, the bytes have not
+            ptx.bulk_copy(words, 0, source, 4, 16, barriers, 9)
+            out[8] = ptx.barrier_ready(barriers, 9, 0)
+            ptx.bulk_copy(words, 4, source, 0, 16, barriers, 9)
+            out[9] = ptx.barrier_ready(barriers, 9, 0)
+            ptx.barrier_wait(barriers, 9, 0)
+            for i in range(8):
+                out[10 + i] = words[i]
+
+    out = np.full(18, 9, np.uint32)
+    launch(phases, 1, 32, 80, np.arange(8, dtype=np.uint32), out)
+    assert out[:10].tolist() == [0, 1, 0, 1, 0, 0, 1, 0, 0, 1]
+    assert out[10:].tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+
+
+# --- words of the exchange -----------------------------------------------------------------------------------------
+
+SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, 1.0, -1.0, 3.4028235e38, -3.4028235e38, 1e-45, 65504.0], np.float32)
+NANS = np.array([0x7FC00000, 0xFFC00000, 0xFFFFFFFF, 0x7FFFFFFF], np.uint32).view(np.float32)  # those of arithmetic
+
+
+def there_and_back(values: NDArray[np.float32], epoch: int) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
+    """Pairs of values after a way through the exchange, and its words."""
+
+    @ptx.kernel(32, 1)
+    def travel(values, words, out, known):  # type: ignore[no-untyped-def]
+        epoch = np.uint32(uint64(known))
+        pair = cuda.threadIdx.x
+        while 2 * pair < len(values):
+            publish_pair(words, pair, values[2 * pair], values[2 * pair + 1], epoch)
+            pair += 32
+        ptx.sync_warp()
+        pair = cuda.threadIdx.x
+        while 2 * pair < len(values):
+            first, second, _, _ = ptx.load_words(words, pair)
+            if is_pair_of(np.uint32(second), epoch):
+                out[2 * pair], out[2 * pair + 1] = pair_of(np.uint32(first), np.uint32(second))
+            pair += 32
+
+    words, out = np.zeros(len(values) // 2 + 1, np.uint64), np.full(len(values), -7.0, np.float32)
+    launch(travel, 1, 32, 0, values, words, out, epoch)
+    return out, words
+
+
+@pytest.mark.parametrize("epoch", [1, 0xFFFF, 0x10000, 0x12345678])
+def test_a_pair_keeps_24_bits_of_each(epoch: int) -> None:
+    rng = generator(epoch)
+    values = (rng.standard_normal(200) * np.exp2(rng.integers(-120, 120, 200))).astype(np.float32)
+    back, words = there_and_back(values, epoch)
+    assert (np.abs(back - values) <= np.abs(values) * 2.0**-16).all()
+    assert not (back.view(np.uint32) & 0xFF).any()
+    assert (words[:-1] >> np.uint64(48) == epoch & 0xFFFF).all()
+
+
+def test_what_has_24_bits_comes_back_as_it_was() -> None:
+    """Zeros with their signs and infinities among them; the largest numbers round to infinity."""
+    rng = generator(24)
+    exact = (rng.integers(0, 1 << 32, 100, np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
+    exact = np.concatenate([exact[np.isfinite(exact)][:80], SPECIAL[:6]])
+    back, _ = there_and_back(exact, 3)
+    np.testing.assert_array_equal(back.view(np.uint32), exact.view(np.uint32))
+    back, _ = there_and_back(SPECIAL[6:], 3)
+    np.testing.assert_array_equal(back, np.array([np.inf, -np.inf, 0.0, 65504.0], np.float32))
+
+
+def test_nan_stays_nan() -> None:
+    back, _ = there_and_back(np.repeat(NANS, 2), 3)
+    assert np.isnan(back).all()
+
+
+def test_another_epoch_is_not_taken() -> None:
+    for other in (4, 0x20003, 3):
+        assert bool(is_pair_of(np.uint32(0x0003ABCD), np.uint32(other))) == (other & 0xFFFF == 3)
+
+
+def test_ties_round_away_from_zero() -> None:
+    """Half a unit of the last place that is kept: up in magnitude, whatever the sign."""
+    for sign in (0, 1 << 31):
+        bits = np.uint32(0x3F800080 | sign)
+        assert int(cut_24(bits.view(np.float32))) == (0x3F8001 | sign >> 8)
