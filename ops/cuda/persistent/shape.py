@@ -15,7 +15,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
 
 CHUNK = 4  # groups of 128 columns per chunk: 8 KB and its scales, large enough for the copy engine
-CONSUMERS = 8  # warps that compute
+CONSUMERS = 7  # warps that compute: with the one that copies, 8, which may have 255 registers each
 THREADS = 32 * CONSUMERS
 BLOCK_THREADS = THREADS + 32
 SPLITS = 32  # chunks of the sequence at most: a lane each when they are added up
@@ -26,7 +26,7 @@ ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with wha
 _PARTIALS = 64  # chunks' sums that are kept until they are added up
 _SCALARS = 64  # float32 for sums over the block
 QKV, ATTENTION, O, GATE_UP, DOWN, VOCABULARY = range(6)  # kinds of ops, behind the embedding
-_ENTRIES = {QKV: 8, O: 8, GATE_UP: 4, DOWN: 8, VOCABULARY: 16}  # threads that finish a tile
+_ENTRY_BITS = {QKV: 3, O: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}  # 2^so many threads finish a tile
 TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
 
 
@@ -79,12 +79,12 @@ class PersistentShape:
         return self.qkv, self.o, self.gate_up, self.down, self.vocabulary
 
     def sizes(self, what: str) -> dict[int, int]:
-        """A number for each kind of projection: an attribute of its layout, "entries" (threads that finish a tile), or
+        """A number for each kind of projection: an attribute of its layout, "entry_bits" (2^so many threads finish a tile), or
         "round_tiles" (tiles whose chunks' sums a block keeps before it adds them up).
         """
-        layouts = dict(zip(_ENTRIES, self.matrices, strict=True))
-        if what == "entries":
-            return _ENTRIES
+        layouts = dict(zip(_ENTRY_BITS, self.matrices, strict=True))
+        if what == "entry_bits":
+            return _ENTRY_BITS
         if what == "round_tiles":
             return {kind: max(1, _PARTIALS // layout.chunks) for kind, layout in layouts.items()}
         return {kind: int(getattr(layout, what)) for kind, layout in layouts.items()}
