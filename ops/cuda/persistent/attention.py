@@ -70,6 +70,8 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
     sums_start = token_start + head_dim
     stats_start = sums_start + parts * ratio * head_dim
     quads, pairs = ratio * head_dim // 4, ratio * head_dim // 2
+    team = 16 if splits <= 16 else 32  # lanes that add up the chunks of a pair
+    team_steps = team.bit_length() - 1
     places = shape.exchange
     q_place, k_place, v_place = places["q"], places["k"], places["v"]
     sum_place, stat_place, out_place = places["sums"], places["stats"], places["attended"]
@@ -171,12 +173,6 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         return x + ptx.shuffle_xor_f32(x, 2)
 
     @ptx.device_function
-    def warp_max(x):  # type: ignore[no-untyped-def]
-        for step in range(5):
-            x = max(x, ptx.shuffle_xor_f32(x, 16 >> step))
-        return x
-
-    @ptx.device_function
     def warp_sum(x):  # type: ignore[no-untyped-def]
         for step in range(5):
             x += ptx.shuffle_xor_f32(x, 16 >> step)
@@ -210,26 +206,54 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         ptx.publish(exchange, out_place + kv * pairs + pair, word, epoch)
         attended[kv * pairs + pair] = word
 
+    @ptx.device_function
+    def receive_both(exchange, place, other, epoch, patience, fault, out):  # type: ignore[no-untyped-def]
+        """Two words of the exchange each from two places, asked for together."""
+        tries = np.uint32(0)
+        waiting = True
+        while waiting:
+            w0, e0, w1, e1 = ptx.load_words(exchange, place)
+            w2, e2, w3, e3 = ptx.load_words(exchange, other)
+            out[0], out[1], out[2], out[3] = w0, w1, w2, w3
+            tries = np.uint32(tries + np.uint32(1))
+            waiting = e0 != epoch or e1 != epoch or e2 != epoch or e3 != epoch
+            if waiting and give_up(patience, fault, tries):
+                waiting = False
+
+    @ptx.device_function
+    def team_max(x):  # type: ignore[no-untyped-def]
+        for step in range(team_steps):
+            x = max(x, ptx.shuffle_xor_f32(x, team // 2 >> step))
+        return x
+
+    @ptx.device_function
+    def team_sum(x):  # type: ignore[no-untyped-def]
+        for step in range(team_steps):
+            x += ptx.shuffle_xor_f32(x, team // 2 >> step)
+        return x
+
     @ptx.large_device_function
-    def add_chunks(exchange, epoch, attended, kv, split, active, lane, warp, patience, fault):  # type: ignore[no-untyped-def]
-        """The block's share of adding up the chunks: every `active`-th pair, a lane for each chunk."""
-        got = cuda.local.array(2, uint32)
-        chunk = min(lane, active - 1)
-        pair = split + active * warp
-        while pair < pairs:
+    def add_chunks(exchange, epoch, attended, kv, split, active, thread, patience, fault):  # type: ignore[no-untyped-def]
+        """The block's share of adding up the chunks: every `active`-th pair, by a team with a lane for each chunk."""
+        got = cuda.local.array(4, uint32)
+        lane = thread % team
+        chunk = min(lane, np.int32(active - 1))
+        first = split + active * (thread // team)
+        # All lanes of a warp must come to the shuffles: a team without a pair repeats the last one.
+        while split + active * (thread // 32 * (32 // team)) < pairs and first < pairs + active * (32 // team):
+            pair = min(first, pairs - 1)
             row, d = pair // head_words, pair % head_words * 2
             unit = (kv * splits + chunk) * ratio + row
-            receive(exchange, stat_place + unit * 2, epoch, patience, fault, got)
+            receive_both(exchange, stat_place + unit * 2, sum_place + unit * head_dim + d, epoch, patience, fault, got)
             peak, total = ptx.bits_f32(got[0]), ptx.bits_f32(got[1])
-            receive(exchange, sum_place + unit * head_dim + d, epoch, patience, fault, got)
-            highest = warp_max(peak)  # by all lanes, also those without a chunk
+            highest = team_max(peak)
             weight = ptx.exp2(peak - highest) if lane < active else _ZERO
-            whole = warp_sum(total * weight)
-            low = warp_sum(ptx.bits_f32(got[0]) * weight)
-            high = warp_sum(ptx.bits_f32(got[1]) * weight)
-            if lane == 0:
+            whole = team_sum(total * weight)
+            low = team_sum(ptx.bits_f32(got[2]) * weight)
+            high = team_sum(ptx.bits_f32(got[3]) * weight)
+            if lane == 0 and first < pairs:
                 put(exchange, epoch, attended, kv, pair, low / whole, high / whole)
-            pair += active * CONSUMERS
+            first += active * (THREADS // team)
 
     @ptx.large_device_function
     def attend(  # type: ignore[no-untyped-def]
@@ -366,7 +390,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                         ptx.publish(exchange, stat_place + unit * 2 + 1, ptx.f32_bits(whole), epoch)
                 entry += THREADS
             if active > 1:
-                add_chunks(exchange, epoch, attended, kv, split, active, lane, warp, patience, fault)
+                add_chunks(exchange, epoch, attended, kv, split, active, thread, patience, fault)
             meet()
 
     return attend
