@@ -198,9 +198,12 @@ def _lane() -> int:
 def _exchange(value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
     """combine(values of all 32 lanes), computed once per warp; every lane must call."""
     thread: Any = threading.current_thread()
+    number = thread.thread_id // 32
     with _warp_lock:
         warps = vars(thread._manager).setdefault("atomflow_warps", {})  # noqa: SLF001  what lanes of a block share
-        warp: _Warp = warps.setdefault(thread.thread_id // 32, _Warp())
+        if number not in warps:
+            warps[number] = _Warp()
+    warp: _Warp = warps[number]
     warp.brought[thread.thread_id % 32] = value
     warp.combine = combine
     warp.barrier.wait()
@@ -269,6 +272,16 @@ def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
     return tuple(np.float32(array[index + i]) for i in range(4))
 
 
+def _be_patient(look: tuple[int, int, int]) -> None:
+    """Sleep, longer every time, if this thread saw the same before: hundreds that wait must leave the writers time."""
+    own = vars(threading.current_thread())
+    same, nap = own.get("atomflow_look", (None, 0.0))
+    nap = min(2 * nap, 0.2) if same == look else 0.002
+    if same == look:
+        time.sleep(nap)
+    own["atomflow_look"] = look, nap
+
+
 @_instruction(
     "{ .reg .b64 a, b; ld.relaxed.gpu.global.v2.b64 {a, b}, [$4]; mov.b64 {$0, $1}, a; mov.b64 {$2, $3}, b; }",
     (u32,) * 4,
@@ -281,11 +294,7 @@ def load_words(array, index):  # type: ignore[no-untyped-def]
     Each word is read whole: both halves are of one `publish`. index: even.
     """
     first, second = int(array[index]), int(array[index + 1])
-    look = int(index), first, second
-    own = vars(threading.current_thread())
-    if own.get("atomflow_look") == look:
-        time.sleep(0.02)  # hundreds of threads that look again and again would leave the writers no time
-    own["atomflow_look"] = look
+    _be_patient((int(index), first, second))
     return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
 
 
@@ -439,8 +448,9 @@ def sync_threads(number, threads):  # type: ignore[no-untyped-def]
     thread: Any = threading.current_thread()
     with _warp_lock:
         barriers = vars(thread._manager).setdefault("atomflow_barriers", {})  # noqa: SLF001  as in `_exchange`
-        barrier = barriers.setdefault(int(number), threading.Barrier(int(threads), timeout=120))
-    barrier.wait()
+        if number not in barriers:
+            barriers[number] = threading.Barrier(int(threads), timeout=120)
+    barriers[number].wait()
 
 
 @_instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", (f32,), (f32, u32), effect=True)
