@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,17 +175,44 @@ def kernel(threads: int, blocks: int) -> Callable[[Callable[..., Any]], Any]:
 
 
 class _Warp:
-    """Where 32 simulated threads meet: each brings a value, all see all values."""
+    """Where 32 simulated threads meet: each brings a value, all see all values.
+
+    A lane sleeps at a gate of its own until the last one opens them: in `threading.Barrier` all of them would first
+    queue for one lock.
+    """
 
     def __init__(self) -> None:
         self.brought: list[Any] = [None] * 32
-        self.seen: list[Any] = []
-        self.combine: Callable[[list[Any]], Any] = list
-        self.barrier = threading.Barrier(32, action=self._meet, timeout=120)
+        self.seen: Any = None
+        self.arrived, self.broken = 0, False
+        self.lock, self.gates = threading.Lock(), [threading.Lock() for _ in range(32)]
+        for gate in self.gates:
+            gate.acquire()
 
-    def _meet(self) -> None:
-        self.seen = self.combine(self.brought)
-        self.brought = [None] * 32  # a lane may bring its next value before others have looked at this one
+    def meet(self, lane: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
+        """combine(values of all lanes), computed by the last to come."""
+        with self.lock:
+            self.brought[lane] = value
+            self.arrived = (self.arrived + 1) % 32
+            last = self.arrived == 0
+        if last:
+            brought, self.brought = self.brought, [None] * 32  # a lane may bring its next value before others see this
+            self.seen = combine(brought)
+            for other, gate in enumerate(self.gates):
+                if other != lane:
+                    gate.release()
+        elif not self.gates[lane].acquire(timeout=120):
+            self.abort()
+        if self.broken:
+            raise threading.BrokenBarrierError
+        return self.seen
+
+    def abort(self) -> None:
+        """Nobody waits any more: a lane failed, or never came."""
+        self.broken = True
+        for gate in self.gates:
+            with suppress(RuntimeError):  # it stands open
+                gate.release()
 
 
 _warp_lock = threading.Lock()
@@ -203,11 +230,7 @@ def _exchange(value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
         warps = vars(thread._manager).setdefault("atomflow_warps", {})  # noqa: SLF001  what lanes of a block share
         if number not in warps:
             warps[number] = _Warp()
-    warp: _Warp = warps[number]
-    warp.brought[thread.thread_id % 32] = value
-    warp.combine = combine
-    warp.barrier.wait()
-    return warp.seen
+    return warps[number].meet(thread.thread_id % 32, value, combine)
 
 
 def _halves(word: int) -> tuple[float, float]:
