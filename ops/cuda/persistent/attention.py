@@ -32,9 +32,24 @@ from numba_atomflow.ops.cuda.persistent.trace import STAGED
 _ZERO, _LOWEST = np.float32(0.0), np.float32(-1.0e30)
 
 
+def make_share(shape: PersistentShape) -> Any:
+    """Device function (position) -> the block's key/value head, its chunk's number, keys per chunk, and chunks in all."""
+    splits = shape.splits
+
+    @ptx.device_function
+    def share(position):  # type: ignore[no-untyped-def]
+        chunk = ((position + splits - 1) // splits + STEP_KEYS - 1) // STEP_KEYS * STEP_KEYS
+        chunk = max(chunk, ALONE if position <= ALONE else STEP_KEYS)
+        active = max((position + chunk - 1) // chunk, 1)
+        block = np.int32(cuda.blockIdx.x)
+        return np.int32(block // splits), np.int32(block % splits), np.int32(chunk), np.int32(active)
+
+    return share
+
+
 def make_attend(shape: PersistentShape, note: Any) -> Any:
-    """Device function (exchange, epoch, position, cache, key_start, value_start, attended, thread, words, halves, floats,
-    patience, fault).
+    """Device function (exchange, epoch, position, kv, split, chunk, active, cache, key_start, value_start, attended,
+    thread, words, halves, floats, patience, fault, times, op); kv to active from `make_share`.
 
     Args of it: cache uint32 pairs of float16, the layer's keys and values from these words on; attended uint32, where a
     validator looks; words, halves (uint16) and floats are views of shared memory.
@@ -85,12 +100,13 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
     @ptx.large_device_function
     def load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part):  # type: ignore[no-untyped-def]
         """A lane's part of the keys and values of one step; the last key stands for those behind it."""
+        last = np.int32(end - 1)
         for h in range(2):
-            key = min(base + h * 8 + g, end - 1)
-            load_row(cache, key_start + key * kv_row + kv * head_words, t, k_part, h * row_registers)
+            key = min(np.int32(base + h * 8 + g), last)
+            load_row(cache, key_start + np.int32(key * kv_row + kv * head_words), t, k_part, h * row_registers)
         for i in range(4):
-            key = min(base + 2 * t + i % 2 + i // 2 * 8, end - 1)
-            load_value(cache, value_start + key * kv_row + kv * head_words, g, v_part, i * per_key)
+            key = min(np.int32(base + 2 * t + i % 2 + i // 2 * 8), last)
+            load_value(cache, value_start + np.int32(key * kv_row + kv * head_words), g, v_part, i * per_key)
 
     @ptx.device_function
     def element(t, column, j):  # type: ignore[no-untyped-def]
@@ -218,6 +234,10 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         exchange,
         epoch,
         position,
+        kv,
+        split,
+        chunk,
+        active,
         cache,
         key_start,
         value_start,
@@ -237,13 +257,9 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         sums = cuda.local.array(sum_registers, float32)
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
-        kv, split = np.int32(cuda.blockIdx.x) // splits, np.int32(cuda.blockIdx.x) % splits
-        chunk = ((position + splits - 1) // splits + STEP_KEYS - 1) // STEP_KEYS * STEP_KEYS
-        chunk = max(chunk, ALONE if position <= ALONE else STEP_KEYS)
-        active = max((position + chunk - 1) // chunk, 1)
         if kv < kv_heads and split < active:
-            start, end = split * chunk, min(position, (split + 1) * chunk)
-            base = start + warp * KEYS
+            end = min(position, np.int32((split + 1) * chunk))
+            base = np.int32(split * chunk + warp * KEYS)
             early = base < end
             if early:
                 load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part)
@@ -298,7 +314,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                         c0, c1 = sums[at] * shrink, sums[at + 1] * shrink
                         c0, c1, _, _ = ptx.mma(p0, none, p2, none, b0, b1, c0, c1, _ZERO, _ZERO)
                         sums[at], sums[at + 1] = c0, c1
-                base += STEP_KEYS
+                base = np.int32(base + STEP_KEYS)
 
             # The warps' sums, and that of the newest key, meet in shared memory.
             total = quad_sum(total)

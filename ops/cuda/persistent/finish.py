@@ -4,7 +4,7 @@ Every result goes to the exchange, where the next op's readers wait for it, and 
 other ways of running a step, where a validator looks. `prepare` starts the loads that an entry needs, before its weights
 are waited for.
 
-`given`, for all of them: (exchange, epoch of what the layer read, epoch of what it makes, position, cosines, sines, q uint16,
+`given`, for all of them: (exchange, epoch of what the layer read, epoch of what it makes, position, q uint16,
 cache uint16, start of the layer's keys in it, start of its values, residual float32, ffn uint32 pairs of float16, logits
 float32, seen uint32, penalty float32, best: the thread's own int64 [1]).
 """
@@ -26,21 +26,16 @@ _ONE = np.float32(1.0)
 
 def make_prepare(shape: PersistentShape) -> Any:
     """Device function (kind, given, tile, entry, ahead)."""
-    half, rotated_heads, rows = shape.head_dim // 2, shape.heads + shape.kv_heads, shape.vocabulary.rows
-    head_tiles = shape.qkv.section_tiles
+    rows = shape.vocabulary.rows
     entering, middle = shape.exchange["entering_exact"], shape.exchange["middle_exact"]
 
     @ptx.device_function
     def prepare(kind, given, tile, entry, ahead):  # type: ignore[no-untyped-def]
-        if kind == QKV:
-            if tile // head_tiles < rotated_heads:
-                at = given[3] * half + tile % head_tiles * 8 + entry
-                ahead[0], ahead[1] = ptx.f32_bits(given[4][at]), ptx.f32_bits(given[5][at])
-        elif kind == O or kind == DOWN:  # noqa: PLR1714  numba
+        if kind == O or kind == DOWN:  # noqa: PLR1714  numba
             w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == O else middle) + tile * 16 + 2 * entry)
             ahead[0], ahead[1], ahead[2], ahead[3] = w0, w1, w2, w3
         elif kind == VOCABULARY:
-            ahead[0] = given[13][min(tile * 16 + entry, rows - 1) // 32]
+            ahead[0] = given[11][min(tile * 16 + entry, rows - 1) // 32]
 
     return prepare
 
@@ -71,7 +66,7 @@ def _make_qkv(shape: PersistentShape) -> Any:
     half, heads, kv_heads = shape.head_dim // 2, shape.heads, shape.kv_heads
     head_tiles, kv_width = shape.qkv.section_tiles, kv_heads * shape.head_dim
     q_start, k_start, v_start = (shape.exchange[name] for name in ("q", "k", "v"))
-    row_sum = make_row_sum(shape.qkv.chunks)
+    row_sum, rope_start = make_row_sum(shape.qkv.chunks), shape.rope_start
 
     @ptx.device_function
     def put(target, start, low, high):  # type: ignore[no-untyped-def]
@@ -80,11 +75,11 @@ def _make_qkv(shape: PersistentShape) -> Any:
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
-        exchange, epoch, position, q, cache = given[0], given[2], given[3], given[6], given[7]
+        exchange, epoch, position, q, cache = given[0], given[2], given[3], given[4], given[5]
         low, high = row_sum(floats, sums, entry), row_sum(floats, sums, entry + 8)
         head, i = tile // head_tiles, tile % head_tiles * 8 + entry
         if head < heads + kv_heads:
-            cosine, sine = ptx.bits_f32(ahead[0]), ptx.bits_f32(ahead[1])
+            cosine, sine = floats[rope_start + i], floats[rope_start + half + i]
             rotated = low * cosine - high * sine
             high = high * cosine + low * sine
             low = rotated
@@ -96,7 +91,7 @@ def _make_qkv(shape: PersistentShape) -> Any:
             is_key = head < heads + kv_heads
             kv = head - heads if is_key else head - heads - kv_heads
             ptx.publish(exchange, (k_start if is_key else v_start) + kv * half + i, pair, epoch)
-            put(cache, (given[8] if is_key else given[9]) + position * kv_width + kv * 2 * half + i, low, high)
+            put(cache, (given[6] if is_key else given[7]) + position * kv_width + kv * 2 * half + i, low, high)
 
     return finish
 
@@ -111,7 +106,7 @@ def _make_add(shape: PersistentShape, kind: int, prepare: Any) -> Any:
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
-        exchange, epoch, residual = given[0], given[2], given[10]
+        exchange, epoch, residual = given[0], given[2], given[8]
         row = tile * 16 + 2 * entry
         tries = 0  # hardly ever any: all of the words were needed to come this far
         while (ahead[1] != given[known] or ahead[3] != given[known]) and tries < PATIENCE:
@@ -141,7 +136,7 @@ def _make_swiglu(shape: PersistentShape) -> Any:
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
         pair = ptx.pack_f16x2(unit(floats, sums, 2 * entry), unit(floats, sums, 2 * entry + 1))
         ptx.publish(given[0], start + tile * 4 + entry, pair, given[2])
-        given[11][tile * 4 + entry] = pair
+        given[9][tile * 4 + entry] = pair
 
     return finish
 
@@ -153,7 +148,7 @@ def _make_logits(shape: PersistentShape) -> Any:
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
-        logits, penalty, best = given[12], given[14], given[15]
+        logits, penalty, best = given[10], given[12], given[13]
         row = int64(tile * 16 + entry)
         if row < rows:
             logit = row_sum(floats, sums, entry)

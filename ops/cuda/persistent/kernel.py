@@ -13,7 +13,7 @@ from numba import cuda, float32, int64, uint16, uint32, uint64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.embedding import make_quad
-from numba_atomflow.ops.cuda.persistent.attention import make_attend
+from numba_atomflow.ops.cuda.persistent.attention import make_attend, make_share
 from numba_atomflow.ops.cuda.persistent.exchange import PATIENCE, publish_pair
 from numba_atomflow.ops.cuda.persistent.finish import make_finish, make_prepare
 from numba_atomflow.ops.cuda.persistent.projection import CHUNKS, TURN, make_project
@@ -75,7 +75,7 @@ def make_persistent(shape: PersistentShape) -> Any:
     `LOWEST_KEY` before; fault int32 [1]; times int64 [blocks, ops, EVENTS] (with `shape.trace`); plane: elements of a layer's keys;
     first and last: ops first .. last - 1 are run.
     """
-    layers, ops, hidden, blocks, trace = shape.layers, shape.ops, shape.hidden, shape.multiprocessors, shape.trace
+    layers, ops, hidden, blocks = shape.layers, shape.ops, shape.hidden, shape.multiprocessors
     table_start, barriers_start, scalars, slots = (
         shape.table_start,
         shape.barriers_start,
@@ -97,6 +97,8 @@ def make_persistent(shape: PersistentShape) -> Any:
     stage_attended = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_columns)
     stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
     prepare = make_prepare(shape)
+    half, rope_start, halves_head = shape.head_dim // 2, shape.rope_start, shape.vocabulary.halves
+    share = make_share(shape)
     note, note_clocks = make_note(shape), make_note_clocks(shape)
     project, attend = make_project(shape, prepare, make_finish(shape, prepare)), make_attend(shape, note)
 
@@ -115,12 +117,15 @@ def make_persistent(shape: PersistentShape) -> Any:
             residual[at], residual[at + 1], residual[at + 2], residual[at + 3] = x0, x1, x2, x3
 
     @ptx.device_function
-    def report(normed, thread, words):  # type: ignore[no-untyped-def]
+    def report(normed, mixed, thread, words):  # type: ignore[no-untyped-def]
         """The normalised vector, for whoever validates: by the block with the first tile."""
-        word = thread
+        word = thread * 2
         while word < normed_words:
-            normed[word] = words[x_start + word]
-            word += THREADS
+            a, b = words[x_start + word], words[x_start + word + 1]
+            odd = mixed and word & 2 != 0
+            normed[word] = ptx.low_halves(b, a) if odd else a
+            normed[word + 1] = ptx.high_halves(b, a) if odd else b
+            word += 2 * THREADS
 
     @ptx.large_device_function
     def consume(  # type: ignore[no-untyped-def]
@@ -167,6 +172,12 @@ def make_persistent(shape: PersistentShape) -> Any:
             note_clocks(times, 0)
         own_best[0] = int64(LOWEST_KEY)
         offset = np.int32(0)
+        entry = thread
+        while entry < half:
+            floats[rope_start + entry] = cosines[place * half + entry]
+            floats[rope_start + half + entry] = sines[place * half + entry]
+            entry += THREADS
+        kv, split, chunk, active = share(place)
         if first == 0:
             embed(weights, words, tokens, exchange, epoch, residual, thread)
         for op in range(1, ops):
@@ -184,7 +195,11 @@ def make_persistent(shape: PersistentShape) -> Any:
                     attend(
                         exchange,
                         now,
-                        place,
+                        np.int32(place),
+                        kv,
+                        split,
+                        chunk,
+                        active,
                         cache,
                         keys_at // 2,
                         values_at // 2,
@@ -213,9 +228,10 @@ def make_persistent(shape: PersistentShape) -> Any:
                     else:
                         norm = int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
                         start, since = (middle, now) if kind == GATE_UP else (entering, before)
-                        stage_norm(exchange, start, since, weights, norm, thread, words, floats, patience, fault)
+                        mixed = kind != VOCABULARY or not halves_head
+                        stage_norm(exchange, start, since, weights, norm, mixed, thread, words, floats, patience, fault)
                         if own == 0:
-                            report(final_normed if kind == VOCABULARY else normed, thread, words)
+                            report(final_normed if kind == VOCABULARY else normed, mixed, thread, words)
                     if thread == 0:
                         note(times, op, STAGED)
                     given = (
@@ -223,8 +239,6 @@ def make_persistent(shape: PersistentShape) -> Any:
                         before,
                         now,
                         place,
-                        cosines,
-                        sines,
                         q,
                         cache16,
                         keys_at,

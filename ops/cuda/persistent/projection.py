@@ -20,7 +20,8 @@ from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, 
 from numba_atomflow.ops.cuda.persistent.staging import meet
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_ZERO = np.float32(0.0)
+_BITS_FACTOR = np.float32(256.0)  # what `decode_fp8_bits` leaves out
 TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; chunks that the block has had
 
 
@@ -28,11 +29,13 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
     """Device function (words, floats, slot, chunk, groups, lane, total): total = a chunk's sums for rows g and g + 8.
 
     Args of it: slot, of the ring; chunk, of its tile; groups, that it has.
+
+    Words of codes are decoded by the conversion instruction and by shifts in turn: these use different units of the chip, and
+    either alone is slower than memory. x is in the order of both (`staging.put_quad`), and their sums are kept apart.
     """
     slot_words, x_start = shape.slot_words, shape.x_start
     matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
     even = all(matrix.last_chunk_groups == CHUNK for matrix in matrices)
-    decode = shape.qkv.decode
     x_step = 32 if halves else 64  # words of x per group
     code_registers, scale_registers = 16 * CHUNK, 2 * CHUNK
 
@@ -40,7 +43,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
     def multiply(words, floats, slot, chunk, groups, lane, total):  # type: ignore[no-untyped-def]
         codes = cuda.local.array(code_registers, uint32)
         scales = cuda.local.array(scale_registers, float32)
-        start = slot * slot_words
+        start = np.uint32(slot * np.uint32(slot_words))
         for u in range(CHUNK):
             if even or u < groups:
                 for i in range(4):
@@ -55,6 +58,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
         for u in range(CHUNK):
             if even or u < groups:
                 c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
+                d0, d1, d2, d3 = _ZERO, _ZERO, _ZERO, _ZERO
                 for s in range(2):
                     at = 16 * u + 8 * s
                     if halves:
@@ -62,18 +66,22 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
                         a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
                         c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
                         a0, a1, a2, a3 = codes[at + 2], codes[at + 6], codes[at + 3], codes[at + 7]
-                        c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, c0, c1, c2, c3)
+                        d0, d1, d2, d3 = ptx.mma(a0, a1, a2, a3, b2, b3, d0, d1, d2, d3)
                     else:
                         for h in range(2):
                             b0, b1, b2, b3 = ptx.load_block_16(words, x_row + u * x_step + s * 32 + h * 4)
-                            low_0, low_1 = decode(codes[at + 2 * h])
-                            high_0, high_1 = decode(codes[at + 4 + 2 * h])
+                            low_0, low_1 = ptx.decode_fp8_cvt(codes[at + 2 * h])
+                            high_0, high_1 = ptx.decode_fp8_cvt(codes[at + 4 + 2 * h])
                             c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
-                            low_0, low_1 = decode(codes[at + 2 * h + 1])
-                            high_0, high_1 = decode(codes[at + 5 + 2 * h])
-                            c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, c0, c1, c2, c3)
-                low += c0 * (_ONE if halves else scales[2 * u])
-                high += c2 * (_ONE if halves else scales[2 * u + 1])
+                            low_0, low_1 = ptx.decode_fp8_bits(codes[at + 2 * h + 1])
+                            high_0, high_1 = ptx.decode_fp8_bits(codes[at + 5 + 2 * h])
+                            d0, d1, d2, d3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, d0, d1, d2, d3)
+                if halves:
+                    low += c0 + d0
+                    high += c2 + d2
+                else:
+                    low += (c0 + d0 * _BITS_FACTOR) * scales[2 * u]
+                    high += (c2 + d2 * _BITS_FACTOR) * scales[2 * u + 1]
         total[0], total[1] = low, high
 
     return multiply
@@ -107,66 +115,77 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
         shape.picker("chunks"),
         shape.picker("last_chunk_groups"),
     )
-    round_tiles_of, entries_of = shape.picker("round_tiles"), shape.picker("entries")
+    round_tiles_of, entry_bits_of = shape.picker("round_tiles"), shape.picker("entry_bits")
+
+    @ptx.device_function
+    def split_entry(entry, bits):  # type: ignore[no-untyped-def]
+        """Tile of the round, and part of it."""
+        tile = np.uint32(entry >> bits)
+        return tile, np.uint32(entry - (tile << bits))
 
     @ptx.large_device_function
     def project(kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op):  # type: ignore[no-untyped-def]
         ahead = cuda.local.array(4, uint32)
         total = cuda.local.array(2, float32)
-        lane, warp = thread & 31, thread >> 5
-        chunks, round_tiles, entries = chunks_of(kind), round_tiles_of(kind), entries_of(kind)
+        # 32 bits without sign: no index has to be looked at for being negative.
+        me, blocks_now = np.uint32(thread), np.uint32(blocks)
+        lane, warp = np.uint32(me & np.uint32(31)), np.uint32(me >> np.uint32(5))
+        chunks, round_tiles, bits = (
+            np.uint32(chunks_of(kind)),
+            np.uint32(round_tiles_of(kind)),
+            np.uint32(entry_bits_of(kind)),
+        )
         last_groups = last_groups_of(kind)
-        own = (tiles_of(kind) - first + np.int32(blocks - 1)) // np.int32(blocks)
-        done = np.int32(0)
-        while done < own:
-            now = min(round_tiles, np.int32(own - done))
-            sums = np.int32(partials) + np.int32(state[TURN]) * np.int32(partial_words)
-            if thread < now * entries:
-                prepare(kind, given, first + (done + thread // entries) * np.int32(blocks), thread % entries, ahead)
-            q, chunk = warp, warp % chunks
-            while q < now * chunks:
-                n = np.uint32(state[CHUNKS] + np.uint32(q))
-                turn = n // np.uint32(slots)
-                slot = np.int32(n - turn * np.uint32(slots))
+        start = np.uint32(first)
+        own = np.uint32((np.uint32(tiles_of(kind)) - start + blocks_now - np.uint32(1)) // blocks_now)
+        while own > np.uint32(0):
+            now = min(round_tiles, own)
+            sums = np.uint32(np.uint32(partials) + state[TURN] * np.uint32(partial_words))
+            # By all threads, as a branch would wait for what is loaded in it.
+            entries = np.uint32(now << bits)
+            entry = min(me, np.uint32(entries - np.uint32(1)))
+            tile, part = split_entry(entry, bits)
+            prepare(kind, given, np.uint32(start + tile * blocks_now), part, ahead)
+            q, chunk = warp, warp
+            while chunk >= chunks:
+                chunk = np.uint32(chunk - chunks)
+            while q < np.uint32(now * chunks):
+                n = np.uint32(state[CHUNKS] + q)
+                turn = np.uint32(n // np.uint32(slots))
+                slot = np.uint32(n - turn * np.uint32(slots))
                 began = ptx.cycles() if trace else np.uint64(0)
                 await_barrier(barriers, landed + slot, turn & np.uint32(1), patience, fault)
                 if trace and thread == 0:
                     times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + WAITED] += int64(ptx.cycles() - began)
-                groups = last_groups if chunk == chunks - 1 else np.int32(CHUNK)
+                groups = last_groups if chunk == np.uint32(chunks - np.uint32(1)) else np.int32(CHUNK)
                 if halves and kind == vocabulary:
                     multiply_halves(words, floats, slot, chunk, groups, lane, total)
                 else:
                     multiply(words, floats, slot, chunk, groups, lane, total)
                 ptx.sync_warp()
-                if lane == 0:
+                if lane == np.uint32(0):
                     ptx.barrier_arrive(barriers, free + slot)
-                if lane & 3 == 0:
-                    at = sums + q * 16 + (lane >> 2)
-                    floats[at], floats[at + 8] = total[0], total[1]
-                q += CONSUMERS
-                chunk += CONSUMERS
+                if lane & np.uint32(3) == np.uint32(0):
+                    at = np.uint32(sums + q * np.uint32(16) + (lane >> np.uint32(2)))
+                    floats[at] = total[0]
+                    floats[np.uint32(at + np.uint32(8))] = total[1]
+                q = np.uint32(q + np.uint32(CONSUMERS))
+                chunk = np.uint32(chunk + np.uint32(CONSUMERS))
                 while chunk >= chunks:
-                    chunk -= chunks
-            state[CHUNKS] = np.uint32(state[CHUNKS] + np.uint32(now * chunks))
+                    chunk = np.uint32(chunk - chunks)
+            state[CHUNKS] = np.uint32(state[CHUNKS] + now * chunks)
             meet()
-            entry = thread
-            while entry < now * entries:
-                tile = entry // entries
-                part = entry - tile * entries
-                if entry != thread:
-                    prepare(kind, given, first + (done + tile) * np.int32(blocks), part, ahead)
-                finish(
-                    kind,
-                    given,
-                    first + (done + tile) * np.int32(blocks),
-                    part,
-                    ahead,
-                    floats,
-                    sums + tile * chunks * 16,
-                )
-                entry += THREADS
+            entry = me
+            while entry < entries:
+                tile, part = split_entry(entry, bits)
+                row_tile = np.uint32(start + tile * blocks_now)
+                if entry != me:
+                    prepare(kind, given, row_tile, part, ahead)
+                finish(kind, given, row_tile, part, ahead, floats, np.uint32(sums + tile * chunks * np.uint32(16)))
+                entry = np.uint32(entry + np.uint32(THREADS))
             state[TURN] = np.uint32(state[TURN] ^ np.uint32(1))
-            done += now
+            start = np.uint32(start + now * blocks_now)
+            own = np.uint32(own - now)
 
     return project
 

@@ -15,7 +15,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import FragmentLayout
 
 CHUNK = 4  # groups of 128 columns per chunk: 8 KB and its scales, large enough for the copy engine
-CONSUMERS = 8  # warps that compute
+CONSUMERS = 7  # warps that compute: with the one that copies, 8, which may have 255 registers each
 THREADS = 32 * CONSUMERS
 BLOCK_THREADS = THREADS + 32
 SPLITS = 32  # chunks of the sequence at most: a lane each when they are added up
@@ -26,7 +26,7 @@ ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with wha
 _PARTIALS = 64  # chunks' sums that are kept until they are added up
 _SCALARS = 64  # float32 for sums over the block
 QKV, ATTENTION, O, GATE_UP, DOWN, VOCABULARY = range(6)  # kinds of ops, behind the embedding
-_ENTRIES = {QKV: 8, O: 8, GATE_UP: 4, DOWN: 8, VOCABULARY: 16}  # threads that finish a tile
+_ENTRY_BITS = {QKV: 3, O: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}  # 2^so many threads finish a tile
 TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
 
 
@@ -57,8 +57,8 @@ class PersistentShape:
     embedding: FragmentLayout
     multiprocessors: int
     shared_bytes: int
-    in_flight: int = 6
-    pause: int = 0
+    in_flight: int = 5
+    pause: int = 30
     trace: bool = False
 
     # --- ops -----------------------------------------------------------------------------------------------------
@@ -79,12 +79,12 @@ class PersistentShape:
         return self.qkv, self.o, self.gate_up, self.down, self.vocabulary
 
     def sizes(self, what: str) -> dict[int, int]:
-        """A number for each kind of projection: an attribute of its layout, "entries" (threads that finish a tile), or
+        """A number for each kind of projection: an attribute of its layout, "entry_bits" (2^so many threads finish a tile), or
         "round_tiles" (tiles whose chunks' sums a block keeps before it adds them up).
         """
-        layouts = dict(zip(_ENTRIES, self.matrices, strict=True))
-        if what == "entries":
-            return _ENTRIES
+        layouts = dict(zip(_ENTRY_BITS, self.matrices, strict=True))
+        if what == "entry_bits":
+            return _ENTRY_BITS
         if what == "round_tiles":
             return {kind: max(1, _PARTIALS // layout.chunks) for kind, layout in layouts.items()}
         return {kind: int(getattr(layout, what)) for kind, layout in layouts.items()}
@@ -125,7 +125,7 @@ class PersistentShape:
 
     @property
     def _rest_words(self) -> int:
-        return self.x_words + 2 * self.partial_words + _SCALARS + self.table_words
+        return self.x_words + 2 * self.partial_words + _SCALARS + self.head_dim + self.table_words
 
     @property
     def query_pitch(self) -> int:
@@ -168,8 +168,13 @@ class PersistentShape:
         return self.partials_start + 2 * self.partial_words
 
     @property
-    def table_start(self) -> int:
+    def rope_start(self) -> int:
+        """Cosines, then sines, of the token's position."""
         return self.scalars_start + _SCALARS
+
+    @property
+    def table_start(self) -> int:
+        return self.rope_start + self.head_dim
 
     @property
     def barriers_start(self) -> int:

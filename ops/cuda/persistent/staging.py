@@ -25,23 +25,60 @@ def meet():  # type: ignore[no-untyped-def]
     ptx.sync_threads(np.uint32(CONSUMERS_MEET), np.uint32(THREADS))
 
 
+@ptx.device_function
+def put_quad(words, at, odd, low, high):  # type: ignore[no-untyped-def]
+    """Four neighbouring elements of x, as pairs (0, 1) and (2, 3); of odd quads, as (1, 3) and (0, 2): the order in which
+    `decode_fp8_bits` has the weights.
+    """
+    words[at] = ptx.high_halves(low, high) if odd else low
+    words[at + 1] = ptx.low_halves(low, high) if odd else high
+
+
+def make_await_some(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
+    """Device function (exchange, start, epoch, thread, patience, fault): wait for 32 of the words, spread over all.
+
+    One warp looks for a few words, while the others rest: all words asked for again and again by every block would fill the
+    second-level cache's queues. When these are there, the others are, too, or will be in a moment.
+    """
+    pause, spread = shape.pause, max(1, quads // 32)
+
+    @ptx.device_function
+    def await_some(exchange, start, epoch, thread, patience, fault):  # type: ignore[no-untyped-def]
+        if thread < 32:
+            quad = min(thread * spread, quads - 1)
+            tries = np.uint32(0)
+            waiting = True
+            while waiting:
+                _, e0, _, e1 = ptx.load_words(exchange, start + 2 * quad)
+                waiting = not (is_pair_of(e1, epoch) if pairs else e1 == epoch)
+                tries = np.uint32(tries + np.uint32(1))
+                if waiting:
+                    ptx.pause(np.uint32(pause))
+                    if give_up(patience, fault, tries):
+                        waiting = False
+        meet()
+
+    return await_some
+
+
 def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
-    """Device function (exchange, start, epoch, weights, norm, thread, words, floats, patience, fault): x = RMSNorm.
+    """Device function (exchange, start, epoch, weights, norm, mixed, thread, words, floats, patience, fault): x =
+    RMSNorm.
 
     Args of it: the residual stream as pairs from word `start` of the exchange on; the norm's weights from word `norm` of
-    `weights` on. padded: columns of x with padding.
+    `weights` on; mixed: whether odd quads take the order of `put_quad`. padded: columns of x with padding.
     """
     width, x_start, scalars = shape.hidden, shape.x_start, shape.scalars_start
     quads, all_quads = width // 4, padded // 4
     each = -(-quads // THREADS)
     rounds = -(-all_quads // THREADS)
     registers = 4 * each
-    pause = shape.pause
+    pause, await_some = shape.pause, make_await_some(shape, quads, pairs=True)
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
 
     @ptx.large_device_function
     def stage_norm(  # type: ignore[no-untyped-def]
-        exchange, start, epoch, weights, norm, thread, words, floats, patience, fault
+        exchange, start, epoch, weights, norm, mixed, thread, words, floats, patience, fault
     ):
         gains = cuda.local.array(registers, float32)
         values = cuda.local.array(registers, float32)
@@ -52,6 +89,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
                 w0, w1, w2, w3 = ptx.load_16(weights, norm + quad * 4)
                 gains[4 * i], gains[4 * i + 1] = ptx.bits_f32(w0), ptx.bits_f32(w1)
                 gains[4 * i + 2], gains[4 * i + 3] = ptx.bits_f32(w2), ptx.bits_f32(w3)
+        await_some(exchange, start, epoch, thread, patience, fault)
         tries = np.uint32(0)
         waiting = True
         while waiting:
@@ -88,12 +126,11 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
             quad = i * THREADS + thread
             at = x_start + 2 * quad
             if i < each and quad < quads:
-                words[at] = ptx.pack_f16x2(
+                low = ptx.pack_f16x2(
                     values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1]
                 )
-                words[at + 1] = ptx.pack_f16x2(
-                    values[4 * i + 2] * factor * gains[4 * i + 2], values[4 * i + 3] * factor * gains[4 * i + 3]
-                )
+                a, b = values[4 * i + 2] * factor * gains[4 * i + 2], values[4 * i + 3] * factor * gains[4 * i + 3]
+                put_quad(words, at, quad & 1 and mixed, low, ptx.pack_f16x2(a, b))
             elif quad < all_quads:
                 words[at] = np.uint32(0)
                 words[at + 1] = np.uint32(0)
@@ -109,11 +146,12 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
     each = -(-quads // THREADS)
     rounds = -(-all_quads // THREADS)
     registers = 4 * each
-    pause = shape.pause
+    pause, await_some = shape.pause, make_await_some(shape, quads, pairs=False)
 
     @ptx.large_device_function
     def stage_copy(exchange, start, epoch, thread, words, patience, fault):  # type: ignore[no-untyped-def]
         received = cuda.local.array(registers, uint32)
+        await_some(exchange, start, epoch, thread, patience, fault)
         tries = np.uint32(0)
         waiting = True
         while waiting:
@@ -134,8 +172,7 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
             quad = i * THREADS + thread
             at = x_start + 2 * quad
             if i < each and quad < quads:
-                words[at] = received[4 * i]
-                words[at + 1] = received[4 * i + 2]
+                put_quad(words, at, quad & 1, received[4 * i], received[4 * i + 2])
             elif quad < all_quads:
                 words[at] = np.uint32(0)
                 words[at + 1] = np.uint32(0)
