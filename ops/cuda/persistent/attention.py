@@ -38,7 +38,7 @@ def make_share(shape: PersistentShape) -> Any:
 
     @ptx.device_function
     def share(position):  # type: ignore[no-untyped-def]
-        chunk = ((position + splits - 1) // splits + STEP_KEYS - 1) // STEP_KEYS * STEP_KEYS
+        chunk = ((position + splits - 1) // splits + KEYS - 1) // KEYS * KEYS
         chunk = max(chunk, ALONE if position <= ALONE else STEP_KEYS)
         active = max((position + chunk - 1) // chunk, 1)
         block = np.int32(cuda.blockIdx.x)
@@ -97,16 +97,18 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         for _ in range(block_16):
             out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
 
-    @ptx.large_device_function
-    def load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part):  # type: ignore[no-untyped-def]
-        """A lane's part of the keys and values of one step; the last key stands for those behind it."""
-        last = np.int32(end - 1)
+    @ptx.device_function
+    def load_keys(cache, start, base, last, kv, g, t, k_part):  # type: ignore[no-untyped-def]
+        """A lane's part of the keys of one step; the last key stands for those behind it."""
         for h in range(2):
             key = min(np.int32(base + h * 8 + g), last)
-            load_row(cache, key_start + np.int32(key * kv_row + kv * head_words), t, k_part, h * row_registers)
+            load_row(cache, start + np.int32(key * kv_row + kv * head_words), t, k_part, h * row_registers)
+
+    @ptx.device_function
+    def load_values(cache, start, base, last, kv, g, t, v_part):  # type: ignore[no-untyped-def]
         for i in range(4):
             key = min(np.int32(base + 2 * t + i % 2 + i // 2 * 8), last)
-            load_value(cache, value_start + np.int32(key * kv_row + kv * head_words), g, v_part, i * per_key)
+            load_value(cache, start + np.int32(key * kv_row + kv * head_words), g, v_part, i * per_key)
 
     @ptx.device_function
     def element(t, column, j):  # type: ignore[no-untyped-def]
@@ -260,9 +262,10 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         if kv < kv_heads and split < active:
             end = min(position, np.int32((split + 1) * chunk))
             base = np.int32(split * chunk + warp * KEYS)
-            early = base < end
-            if early:
-                load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part)
+            last = np.int32(end - 1)
+            if base < end:
+                load_keys(cache, key_start, base, last, kv, g, t, k_part)
+                load_values(cache, value_start, base, last, kv, g, t, v_part)
             take_token(exchange, epoch, kv, split == 0, thread, halves, patience, fault)
             meet()
             if thread == 0:
@@ -271,9 +274,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 sums[i] = _ZERO
             largest, total = _LOWEST, _ZERO
             while base < end:
-                if not early:
-                    load_step(cache, key_start, value_start, base, end, kv, g, t, k_part, v_part)
-                early = False
+                following = np.int32(base + STEP_KEYS)
                 s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
                 s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
                 q_row = x_start + min(g, ratio - 1) * pitch
@@ -291,6 +292,9 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                         s0, s1, s2, s3 = ptx.mma(a0, none, a2, none, b0, b1, s0, s1, s2, s3)
                         b0, b1 = k_part[row_registers + at], k_part[row_registers + at + 1]
                         s4, s5, s6, s7 = ptx.mma(a0, none, a2, none, b0, b1, s4, s5, s6, s7)
+                # The next keys are on their way while softmax and values are done, the next values after that.
+                if following < end:
+                    load_keys(cache, key_start, following, last, kv, g, t, k_part)
                 key = base + 2 * t
                 s0 = s0 * scale if key < end else _LOWEST
                 s1 = s1 * scale if key + 1 < end else _LOWEST
@@ -314,7 +318,9 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                         c0, c1 = sums[at] * shrink, sums[at + 1] * shrink
                         c0, c1, _, _ = ptx.mma(p0, none, p2, none, b0, b1, c0, c1, _ZERO, _ZERO)
                         sums[at], sums[at + 1] = c0, c1
-                base = np.int32(base + STEP_KEYS)
+                if following < end:
+                    load_values(cache, value_start, following, last, kv, g, t, v_part)
+                base = following
 
             # The warps' sums, and that of the newest key, meet in shared memory.
             total = quad_sum(total)

@@ -314,7 +314,7 @@ def make_persistent(shape: PersistentShape) -> Any:
             if thread == THREADS:
                 patience = cuda.local.array(1, uint32)
                 patience[0] = np.uint32(PATIENCE)
-                produce(weights, words, barriers, first, last, patience, fault, times)
+                produce(weights, cache, plane, position[0], words, barriers, first, last, patience, fault, times)
         else:
             consume(
                 weights,

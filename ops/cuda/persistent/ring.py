@@ -52,9 +52,10 @@ def make_kind_of(shape: PersistentShape) -> Any:
 
 
 def make_produce(shape: PersistentShape) -> Any:
-    """Device function (weights, words, barriers, first, last, patience, fault, times): the producer's whole life; one thread.
+    """Device function (weights, cache, plane, position, words, barriers, first, last, patience, fault, times): the producer's
+    whole life; one thread.
 
-    Args of it: weights uint32, all of the model's; words uint32 and barriers uint64, views of shared memory; ops first ..
+    Args of it: weights uint32, all of the model's; cache uint32; words uint32 and barriers uint64, views of shared memory; ops first ..
     last - 1 are run.
     """
     slots, slot_words, in_flight = shape.slots, shape.slot_words, shape.in_flight
@@ -74,9 +75,21 @@ def make_produce(shape: PersistentShape) -> Any:
     tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("chunk_words")
     last_words_of, ops = shape.picker("last_chunk_words"), shape.ops
     kind_of, note = make_kind_of(shape), make_note(shape)
+    kv_row = shape.kv_heads * shape.head_dim // 2  # words of a position's keys
+
+    @ptx.device_function
+    def ask_for_keys(cache, keys_at, plane, position):  # type: ignore[no-untyped-def]
+        """Have the block's part of a layer's keys and values brought into the second-level cache."""
+        total = position * kv_row
+        part = (total + blocks - 1) // blocks // 32 * 32 + 32
+        at = part * np.int64(cuda.blockIdx.x)
+        if at < total:
+            nbytes = np.uint32(4 * min(part, total - at))
+            ptx.prefetch_bulk(cache, keys_at // 2 + at, nbytes)
+            ptx.prefetch_bulk(cache, (keys_at + plane) // 2 + at, nbytes)
 
     @ptx.large_device_function
-    def produce(weights, words, barriers, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
+    def produce(weights, cache, plane, position, words, barriers, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
         offset = np.int32(0)
         n, slot, old_slot = np.uint32(0), np.uint32(0), np.uint32(0)  # chunks so far; their slots
         turn, old_turn = (
@@ -86,6 +99,8 @@ def make_produce(shape: PersistentShape) -> Any:
         for op in range(1, ops):
             kind = kind_of(op)
             if kind == ATTENTION:
+                if first <= op < last:
+                    ask_for_keys(cache, 2 * ((op - 1) // 5) * plane, plane, position)
                 continue
             tiles, chunks = tiles_of(kind), chunks_of(kind)
             chunk_words, last_words = chunk_words_of(kind), last_words_of(kind)

@@ -34,31 +34,27 @@ def put_quad(words, at, odd, low, high):  # type: ignore[no-untyped-def]
     words[at + 1] = ptx.low_halves(low, high) if odd else high
 
 
-def make_await_some(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
-    """Device function (exchange, start, epoch, thread, patience, fault): wait for 32 of the words, spread over all.
+def make_await_word(shape: PersistentShape, *, pairs: bool) -> Any:
+    """Device function (exchange, place, epoch, patience, fault): wait for the two words at `place`.
 
-    One warp looks for a few words, while the others rest: all words asked for again and again by every block would fill the
-    second-level cache's queues. When these are there, the others are, too, or will be in a moment.
+    A thread that misses any of its words waits for one of them, and asks for the rest only then: all words asked for again
+    and again by every block would fill the second-level cache's queues.
     """
-    pause, spread = shape.pause, max(1, quads // 32)
+    pause = shape.pause
 
     @ptx.device_function
-    def await_some(exchange, start, epoch, thread, patience, fault):  # type: ignore[no-untyped-def]
-        if thread < 32:
-            quad = min(thread * spread, quads - 1)
-            tries = np.uint32(0)
-            waiting = True
-            while waiting:
-                _, e0, _, e1 = ptx.load_words(exchange, start + 2 * quad)
-                waiting = not (is_pair_of(e1, epoch) if pairs else e1 == epoch)
-                tries = np.uint32(tries + np.uint32(1))
-                if waiting:
-                    ptx.pause(np.uint32(pause))
-                    if give_up(patience, fault, tries):
-                        waiting = False
-        meet()
+    def await_word(exchange, place, epoch, patience, fault):  # type: ignore[no-untyped-def]
+        tries = np.uint32(0)
+        waiting = True
+        while waiting:
+            ptx.pause(np.uint32(pause))
+            _, e0, _, e1 = ptx.load_words(exchange, place)
+            waiting = not (is_pair_of(e0, epoch) and is_pair_of(e1, epoch) if pairs else e0 == epoch and e1 == epoch)
+            tries = np.uint32(tries + np.uint32(1))
+            if waiting and give_up(patience, fault, tries):
+                waiting = False
 
-    return await_some
+    return await_word
 
 
 def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
@@ -73,7 +69,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
     each = -(-quads // THREADS)
     rounds = -(-all_quads // THREADS)
     registers = 4 * each
-    pause, await_some = shape.pause, make_await_some(shape, quads, pairs=True)
+    await_word = make_await_word(shape, pairs=True)
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
 
     @ptx.large_device_function
@@ -89,23 +85,21 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
                 w0, w1, w2, w3 = ptx.load_16(weights, norm + quad * 4)
                 gains[4 * i], gains[4 * i + 1] = ptx.bits_f32(w0), ptx.bits_f32(w1)
                 gains[4 * i + 2], gains[4 * i + 3] = ptx.bits_f32(w2), ptx.bits_f32(w3)
-        await_some(exchange, start, epoch, thread, patience, fault)
-        tries = np.uint32(0)
         waiting = True
         while waiting:
             for i in range(each):
                 quad = min(i * THREADS + thread, quads - 1)
                 w0, w1, w2, w3 = ptx.load_words(exchange, start + 2 * quad)
                 received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
-            waiting = False
+            missing = -1
             for i in range(each):
                 if not (is_pair_of(received[4 * i + 1], epoch) and is_pair_of(received[4 * i + 3], epoch)):
-                    waiting = True
-            tries = np.uint32(tries + np.uint32(1))
+                    missing = i
+            waiting = missing >= 0
             if waiting:
-                ptx.pause(np.uint32(pause))
-                if give_up(patience, fault, tries):
-                    waiting = False
+                quad = min(missing * THREADS + thread, quads - 1)
+                await_word(exchange, start + 2 * quad, epoch, patience, fault)
+                waiting = patience[0] > 0
         squares = _ZERO
         for i in range(each):
             a, b = pair_of(received[4 * i], received[4 * i + 1])
@@ -146,28 +140,26 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
     each = -(-quads // THREADS)
     rounds = -(-all_quads // THREADS)
     registers = 4 * each
-    pause, await_some = shape.pause, make_await_some(shape, quads, pairs=False)
+    await_word = make_await_word(shape, pairs=False)
 
     @ptx.large_device_function
     def stage_copy(exchange, start, epoch, thread, words, patience, fault):  # type: ignore[no-untyped-def]
         received = cuda.local.array(registers, uint32)
-        await_some(exchange, start, epoch, thread, patience, fault)
-        tries = np.uint32(0)
         waiting = True
         while waiting:
             for i in range(each):
                 quad = min(i * THREADS + thread, quads - 1)
                 w0, w1, w2, w3 = ptx.load_words(exchange, start + 2 * quad)
                 received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
-            waiting = False
+            missing = -1
             for i in range(each):
                 if received[4 * i + 1] != epoch or received[4 * i + 3] != epoch:
-                    waiting = True
-            tries = np.uint32(tries + np.uint32(1))
+                    missing = i
+            waiting = missing >= 0
             if waiting:
-                ptx.pause(np.uint32(pause))
-                if give_up(patience, fault, tries):
-                    waiting = False
+                quad = min(missing * THREADS + thread, quads - 1)
+                await_word(exchange, start + 2 * quad, epoch, patience, fault)
+                waiting = patience[0] > 0
         for i in range(rounds):
             quad = i * THREADS + thread
             at = x_start + 2 * quad
