@@ -51,7 +51,6 @@ class PersistentCase:
     vocabulary: int = 40
     blocks: int = 1
     slots: int = 8  # of the ring: so few that it goes round many times
-    hardware_fp8: bool = False
     half_head: bool = False
 
     @property
@@ -71,7 +70,7 @@ class PersistentCase:
             "vocabulary": (self.vocabulary, self.hidden, 0),
         }[kind]
         halves = self.half_head and kind == "vocabulary"
-        return FragmentLayout(rows, columns, half, self.hardware_fp8, halves, CHUNK)
+        return FragmentLayout(rows, columns, half, True, halves, CHUNK)  # as on every GPU that has bulk copies
 
     @cached_property
     def shape(self) -> PersistentShape:
@@ -107,7 +106,7 @@ CASES = (
 )
 CASES_OF_MANY_BLOCKS = (
     PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
-    PersistentCase(64, 72, 4, 2, 32, position=290, blocks=5, hardware_fp8=True),  # two chunks per head; a block idles
+    PersistentCase(64, 72, 4, 2, 32, position=290, blocks=5),  # two chunks per head; a block idles
 )
 
 
