@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,17 +175,44 @@ def kernel(threads: int, blocks: int) -> Callable[[Callable[..., Any]], Any]:
 
 
 class _Warp:
-    """Where 32 simulated threads meet: each brings a value, all see all values."""
+    """Where 32 simulated threads meet: each brings a value, all see all values.
+
+    A lane sleeps at a gate of its own until the last one opens them: in `threading.Barrier` all of them would first
+    queue for one lock.
+    """
 
     def __init__(self) -> None:
         self.brought: list[Any] = [None] * 32
-        self.seen: list[Any] = []
-        self.combine: Callable[[list[Any]], Any] = list
-        self.barrier = threading.Barrier(32, action=self._meet, timeout=120)
+        self.seen: Any = None
+        self.arrived, self.broken = 0, False
+        self.lock, self.gates = threading.Lock(), [threading.Lock() for _ in range(32)]
+        for gate in self.gates:
+            gate.acquire()
 
-    def _meet(self) -> None:
-        self.seen = self.combine(self.brought)
-        self.brought = [None] * 32  # a lane may bring its next value before others have looked at this one
+    def meet(self, lane: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
+        """combine(values of all lanes), computed by the last to come."""
+        with self.lock:
+            self.brought[lane] = value
+            self.arrived = (self.arrived + 1) % 32
+            last = self.arrived == 0
+        if last:
+            brought, self.brought = self.brought, [None] * 32  # a lane may bring its next value before others see this
+            self.seen = combine(brought)
+            for other, gate in enumerate(self.gates):
+                if other != lane:
+                    gate.release()
+        elif not self.gates[lane].acquire(timeout=120):
+            self.abort()
+        if self.broken:
+            raise threading.BrokenBarrierError
+        return self.seen
+
+    def abort(self) -> None:
+        """Nobody waits any more: a lane failed, or never came."""
+        self.broken = True
+        for gate in self.gates:
+            with suppress(RuntimeError):  # it stands open
+                gate.release()
 
 
 _warp_lock = threading.Lock()
@@ -198,13 +225,12 @@ def _lane() -> int:
 def _exchange(value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
     """combine(values of all 32 lanes), computed once per warp; every lane must call."""
     thread: Any = threading.current_thread()
+    number = thread.thread_id // 32
     with _warp_lock:
         warps = vars(thread._manager).setdefault("atomflow_warps", {})  # noqa: SLF001  what lanes of a block share
-        warp: _Warp = warps.setdefault(thread.thread_id // 32, _Warp())
-    warp.brought[thread.thread_id % 32] = value
-    warp.combine = combine
-    warp.barrier.wait()
-    return warp.seen
+        if number not in warps:
+            warps[number] = _Warp()
+    return warps[number].meet(thread.thread_id % 32, value, combine)
 
 
 def _halves(word: int) -> tuple[float, float]:
@@ -269,6 +295,16 @@ def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
     return tuple(np.float32(array[index + i]) for i in range(4))
 
 
+def _be_patient(look: tuple[int, int, int]) -> None:
+    """Sleep, longer every time, if this thread saw the same before: hundreds that wait must leave the writers time."""
+    own = vars(threading.current_thread())
+    same, nap = own.get("atomflow_look", (None, 0.0))
+    nap = min(2 * nap, 0.2) if same == look else 0.002
+    if same == look:
+        time.sleep(nap)
+    own["atomflow_look"] = look, nap
+
+
 @_instruction(
     "{ .reg .b64 a, b; ld.relaxed.gpu.global.v2.b64 {a, b}, [$4]; mov.b64 {$0, $1}, a; mov.b64 {$2, $3}, b; }",
     (u32,) * 4,
@@ -281,11 +317,7 @@ def load_words(array, index):  # type: ignore[no-untyped-def]
     Each word is read whole: both halves are of one `publish`. index: even.
     """
     first, second = int(array[index]), int(array[index + 1])
-    look = int(index), first, second
-    own = vars(threading.current_thread())
-    if own.get("atomflow_look") == look:
-        time.sleep(0.02)  # hundreds of threads that look again and again would leave the writers no time
-    own["atomflow_look"] = look
+    _be_patient((int(index), first, second))
     return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
 
 
@@ -439,8 +471,9 @@ def sync_threads(number, threads):  # type: ignore[no-untyped-def]
     thread: Any = threading.current_thread()
     with _warp_lock:
         barriers = vars(thread._manager).setdefault("atomflow_barriers", {})  # noqa: SLF001  as in `_exchange`
-        barrier = barriers.setdefault(int(number), threading.Barrier(int(threads), timeout=120))
-    barrier.wait()
+        if number not in barriers:
+            barriers[number] = threading.Barrier(int(threads), timeout=120)
+    barriers[number].wait()
 
 
 @_instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", (f32,), (f32, u32), effect=True)
@@ -596,7 +629,7 @@ def bulk_copy(target, at, source, start, nbytes, barriers, index):  # type: igno
 
 @_instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", (), (_ADDRESS, u32), memory=True)
 def prefetch_bulk(source, start, nbytes):  # type: ignore[no-untyped-def]
-    """Ask for `nbytes` (a multiple of 16, as is the address) to be brought into the second-level cache. From sm_90 on."""
+    """Ask for `nbytes` (a multiple of 16, as is the address) to come into the second-level cache. From sm_90 on."""
 
 
 def _barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:

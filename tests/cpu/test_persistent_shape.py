@@ -77,7 +77,7 @@ def test_sizes_are_those_of_the_projections(geometry: ModelGeometry) -> None:
         rounds = shape.sizes("round_tiles")[kind]
         assert rounds >= 1
         assert rounds * layout.chunks * 16 <= shape.partial_words, "a round's sums do not fit"
-    assert shape.sizes("entries") == {QKV: 8, O: 8, GATE_UP: 4, DOWN: 8, VOCABULARY: 16}
+    assert shape.sizes("entry_bits") == {QKV: 3, O: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 132])
@@ -90,6 +90,7 @@ def test_shared_memory_holds_everything_side_by_side(geometry: ModelGeometry, sh
         (shape.x_start, shape.x_words),
         (shape.partials_start, 2 * shape.partial_words),
         (shape.scalars_start, THREADS // 32 * 2),  # a float32 of each warp, or a key
+        (shape.rope_start, shape.head_dim),
         (shape.table_start, 2 * shape.ops),
         (2 * shape.barriers_start, 4 * shape.slots),
     ]

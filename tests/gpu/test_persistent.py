@@ -2,7 +2,7 @@
 
 import pytest
 from device_launch import capability
-from persistent_cases import CASES, CASES_OF_MANY_BLOCKS, PersistentCase, check_giving_up, check_step
+from persistent_cases import CASES, CASES_OF_MANY_BLOCKS, PersistentCase, check_giving_up, check_ops
 
 
 @pytest.fixture(autouse=True)
@@ -12,8 +12,8 @@ def _copy_engine() -> None:
 
 
 @pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_BLOCKS], ids=str)
-def test_a_step(case: PersistentCase) -> None:
-    check_step(case)
+def test_a_step_op_by_op_and_as_a_whole(case: PersistentCase) -> None:
+    check_ops(case)
 
 
 def test_a_block_does_not_wait_for_ever() -> None:

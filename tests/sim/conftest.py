@@ -33,7 +33,7 @@ def _start_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> list[
         except BaseException:
             barrier.abort()
             for warp in manager.__dict__.get("atomflow_warps", {}).values():
-                warp.barrier.abort()
+                warp.abort()
             raise
 
     threads = [BlockThread(run, manager, grid_point, point, manager._debug) for point in points]

@@ -1,14 +1,14 @@
 """The persistent decode kernel in numba's CUDA simulator (the checks: tests/persistent_cases.py)."""
 
 import pytest
-from persistent_cases import CASES, CASES_OF_MANY_BLOCKS, PersistentCase, check_giving_up, check_step
+from persistent_cases import CASES, CASES_OF_MANY_BLOCKS, PersistentCase, check_giving_up, check_ops, check_step
 
 from numba_atomflow.ops.cuda.persistent import kernel
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_step(case: PersistentCase) -> None:
-    check_step(case)
+def test_a_step_op_by_op_and_as_a_whole(case: PersistentCase) -> None:
+    check_ops(case)
 
 
 @pytest.mark.usefixtures("all_blocks_at_once")
