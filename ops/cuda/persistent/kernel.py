@@ -265,7 +265,7 @@ def make_persistent(shape: PersistentShape) -> Any:
                 for warp in range(THREADS // 32):
                     largest = max(largest, keys[scalars // 2 + warp])
                 # A block that gave up waiting has computed nonsense: the token is marked as one without logits.
-                cuda.atomic.max(best, 0, largest if patience[0] > 0 else int64(BROKEN_KEY))
+                cuda.atomic.max(best, 0, largest if fault[0] == 0 else int64(BROKEN_KEY))
 
     @ptx.kernel(BLOCK_THREADS, 1)
     def persistent(  # type: ignore[no-untyped-def]

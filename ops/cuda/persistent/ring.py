@@ -16,7 +16,7 @@ from numba import cuda
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
-from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, TABLE_UNIT, VOCABULARY, PersistentShape
+from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, DOWN, QKV, TABLE_UNIT, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_note
 
 
@@ -76,31 +76,36 @@ def make_produce(shape: PersistentShape) -> Any:
     last_words_of, ops = shape.picker("last_chunk_words"), shape.ops
     kind_of, note = make_kind_of(shape), make_note(shape)
     kv_row = shape.kv_heads * shape.head_dim // 2  # words of a position's keys
+    # Chunks that every block has of these, at least.
+    ahead_chunks = max(1, sum(m.tiles // blocks * m.chunks for m in (shape.down, shape.qkv)))
+    prefetch = shape.prefetch
 
     @ptx.device_function
-    def ask_for_keys(cache, keys_at, plane, position):  # type: ignore[no-untyped-def]
-        """Have the block's part of a layer's keys and values brought into the second-level cache."""
-        total = position * kv_row
-        part = (total + blocks - 1) // blocks // 32 * 32 + 32
-        at = part * np.int64(cuda.blockIdx.x)
-        if at < total:
-            nbytes = np.uint32(4 * min(part, total - at))
-            ptx.prefetch_bulk(cache, keys_at // 2 + at, nbytes)
-            ptx.prefetch_bulk(cache, (keys_at + plane) // 2 + at, nbytes)
+    def ask_for_keys(cache, keys_at, plane, part, begin, end):  # type: ignore[no-untyped-def]
+        """Have pieces of a layer's keys and values brought into the second-level cache: words begin .. end - 1 of the block's
+        part of each.
+        """
+        at = np.int64(part) * np.int64(cuda.blockIdx.x)
+        nbytes = np.uint32(4 * (end - begin))
+        ptx.prefetch_bulk(cache, keys_at // 2 + at + begin, nbytes)
+        ptx.prefetch_bulk(cache, (keys_at + plane) // 2 + at + begin, nbytes)
 
     @ptx.large_device_function
     def produce(weights, cache, plane, position, words, barriers, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
         offset = np.int32(0)
         n, slot, old_slot = np.uint32(0), np.uint32(0), np.uint32(0)  # chunks so far; their slots
-        turn, old_turn = (
-            np.uint32(1),
-            np.uint32(0),
-        )  # parities: of the slot's last release, of the oldest copy under way
+        # Keys and values come in pieces, one with each chunk of the two projections before attention, so that no other access
+        # has to queue behind all of them.
+        total = position * kv_row
+        part = np.int32((total + blocks - 1) // blocks // 32 * 32 + 32)
+        mine = np.int32(max(np.int64(0), min(np.int64(part), total - np.int64(part) * np.int64(cuda.blockIdx.x))))
+        piece = np.int32((mine + ahead_chunks - 1) // ahead_chunks // 32 * 32 + 32)
+        asked = np.int32(0)
+        # Parities: of the slot's last release, of the oldest copy under way.
+        turn, old_turn = np.uint32(1), np.uint32(0)
         for op in range(1, ops):
             kind = kind_of(op)
             if kind == ATTENTION:
-                if first <= op < last:
-                    ask_for_keys(cache, 2 * ((op - 1) // 5) * plane, plane, position)
                 continue
             tiles, chunks = tiles_of(kind), chunks_of(kind)
             chunk_words, last_words = chunk_words_of(kind), last_words_of(kind)
@@ -108,6 +113,10 @@ def make_produce(shape: PersistentShape) -> Any:
             tile = deal(offset) if first <= op < last else tiles
             if tile < tiles:
                 note(times, op, COPY_BEGUN)
+            if kind == DOWN:
+                asked = np.int32(0)
+            keys_at = 2 * ((op + 4) // 5) * plane if kind == DOWN else 2 * ((op - 1) // 5) * plane
+            asking = (kind == DOWN and op < ops - 2) or kind == QKV
             while tile < tiles:
                 source = start + np.int64(tile) * tile_words_of(kind)
                 for chunk in range(chunks):
@@ -121,6 +130,10 @@ def make_produce(shape: PersistentShape) -> Any:
                     at = slot * np.uint32(slot_words)
                     ptx.bulk_copy(words, at, weights, source, nbytes, barriers, landed + slot)
                     source += chunk_words
+                    if prefetch and asking and asked < mine:
+                        upto = min(np.int32(asked + piece), mine)
+                        ask_for_keys(cache, keys_at, plane, part, asked, upto)
+                        asked = upto
                     slot, turn = following(slot, turn)
                     n = np.uint32(n + np.uint32(1))
                 tile += np.int32(blocks)

@@ -59,6 +59,7 @@ class PersistentShape:
     shared_bytes: int
     in_flight: int = 5
     pause: int = 30
+    prefetch: bool = True
     trace: bool = False
 
     # --- ops -----------------------------------------------------------------------------------------------------
