@@ -238,10 +238,11 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         got = cuda.local.array(4, uint32)
         lane = thread % team
         chunk = min(lane, np.int32(active - 1))
-        first = split + active * (thread // team)
-        # All lanes of a warp must come to the shuffles: a team without a pair repeats the last one.
-        while split + active * (thread // 32 * (32 // team)) < pairs and first < pairs + active * (32 // team):
-            pair = min(first, pairs - 1)
+        warp_pair = split + active * (thread // 32 * (32 // team))  # of the warp's first team
+        while warp_pair < pairs:
+            # All lanes of a warp must come to the shuffles: a team without a pair repeats the last one.
+            own = warp_pair + active * (thread % 32 // team)
+            pair = min(own, pairs - 1)
             row, d = pair // head_words, pair % head_words * 2
             unit = (kv * splits + chunk) * ratio + row
             receive_both(exchange, stat_place + unit * 2, sum_place + unit * head_dim + d, epoch, patience, fault, got)
@@ -251,9 +252,9 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             whole = team_sum(total * weight)
             low = team_sum(ptx.bits_f32(got[2]) * weight)
             high = team_sum(ptx.bits_f32(got[3]) * weight)
-            if lane == 0 and first < pairs:
+            if lane == 0 and own < pairs:
                 put(exchange, epoch, attended, kv, pair, low / whole, high / whole)
-            first += active * (THREADS // team)
+            warp_pair += active * (THREADS // team)
 
     @ptx.large_device_function
     def attend(  # type: ignore[no-untyped-def]
