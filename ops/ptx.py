@@ -627,11 +627,6 @@ def bulk_copy(target, at, source, start, nbytes, barriers, index):  # type: igno
     _advance_barrier(barriers, index, 0, -int(nbytes))
 
 
-@_instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", (), (_ADDRESS, u32), memory=True)
-def prefetch_bulk(source, start, nbytes):  # type: ignore[no-untyped-def]
-    """Ask for `nbytes` (a multiple of 16, as is the address) to come into the second-level cache. From sm_90 on."""
-
-
 def _barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:
     """A simulated mbarrier: the phase's parity, arrivals to come, arrivals of every phase, bytes to come (biased)."""
     return phase & 1 | pending << 1 | arrivals << 16 | (nbytes + (1 << 30)) << 32

@@ -31,7 +31,7 @@ from numba_atomflow.sampling import penalise
 
 Matrix = NDArray[np.float64]
 
-COUNT = 21845  # tokens made before: with two layers, the 16 bits of a pair's epoch begin at zero with this token
+STEPS = 21845  # made before: with two layers, the 16 bits of a pair's epoch begin at zero with this one
 PENALTY = 1.5
 SPARE = 3  # words behind each view, which nobody may write
 KINDS = ("qkv", "attention", "o", "gate_up", "down")
@@ -194,12 +194,12 @@ class Memory:
         self.logits = poisoned(case.vocabulary + SPARE)
         self.seen = rng.random(case.vocabulary) < 0.3
         self.best, self.fault = np.array([LOWEST_KEY], np.int64), np.zeros(1, np.int32)
-        self.count, self.position = np.array([COUNT], np.int64), np.array([case.position], np.int64)
+        self.steps, self.position = np.array([STEPS, 0], np.int64), np.array([case.position], np.int64)
 
     @property
     def epoch(self) -> int:
         """Of the embedding; layer i makes words of epoch + i + 1."""
-        return COUNT * (self.case.layers + 1) + 1
+        return STEPS * (self.case.layers + 1) + 1
 
     @property
     def stale_word(self) -> int:
@@ -228,7 +228,7 @@ class Memory:
             self.exchange,
             np.array([self.token], np.int32),
             self.position,
-            self.count,
+            self.steps,
             self.cosines.reshape(-1),
             self.sines.reshape(-1),
             self.residual,
@@ -251,7 +251,7 @@ class Memory:
     def publish(self, layer: int) -> None:
         """What lets an op of the layer run by itself."""
         views = self.residual, self.q, self.cache.reshape(-1).view(np.uint16), self.attended, self.ffn, self.exchange
-        launch(kernels(self.shape)[1], 1, publish.THREADS, 0, *views, self.position, self.count, self.plane, layer)
+        launch(kernels(self.shape)[1], 1, publish.THREADS, 0, *views, self.position, self.steps, self.plane, layer)
 
     # --- the views as numbers ------------------------------------------------------------------------------------
 
@@ -288,6 +288,7 @@ def whole_step(case: PersistentCase) -> Memory:
     within("persistent cache", relative_error(whole.cache[:, :, case.position], written), 4e-3)
     best = int(np.argmax(penalise(whole.logits[: case.vocabulary], whole.seen, PENALTY)))
     assert token_of(int(whole.best[0])) == best
+    assert whole.steps.tolist() == [STEPS + 1, 0]
     return whole
 
 

@@ -25,6 +25,7 @@ def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
     return [
         Buffer("workspace", "persistent.exchange", (shape.exchange["end"],), "uint64"),
         Buffer("workspace", "persistent.table", (2 * shape.ops,), "int64"),
+        Buffer("workspace", "persistent.steps", (2,), "int64"),
         Buffer("workspace", "persistent.fault", (1,), "int32"),
         Buffer("workspace", "persistent.times", (events,), "int64"),
     ]
@@ -87,7 +88,7 @@ class PersistentStep:
             b["persistent.exchange"],
             b["tokens"],
             b["position"],
-            b["sampling.count"],
+            b["persistent.steps"],
             b["rope.cosines"],
             b["rope.sines"],
             b["residual"],
@@ -114,7 +115,7 @@ class PersistentStep:
         cache = b[KV_CACHE]
         views = b["residual"], b["q"], cache, b["attended"], b["ffn"], b["persistent.exchange"], b["position"]
         return Launch(
-            self._loaded["publish"], planned.blocks, (*views, b["sampling.count"], self._plane, layer), self._stream
+            self._loaded["publish"], planned.blocks, (*views, b["persistent.steps"], self._plane, layer), self._stream
         )
 
     @property

@@ -33,7 +33,7 @@ _ZERO, _LOWEST = np.float32(0.0), np.float32(-1.0e30)
 
 
 def make_share(shape: PersistentShape) -> Any:
-    """Device function (position) -> the block's key/value head, its chunk's number, keys per chunk, and chunks in all."""
+    """Device function (position) -> the block's key/value head, its chunk's number, keys per chunk, chunks in all."""
     splits = shape.splits
 
     @ptx.device_function
@@ -48,11 +48,13 @@ def make_share(shape: PersistentShape) -> Any:
 
 
 def make_attend(shape: PersistentShape, note: Any) -> Any:
-    """Device function (exchange, epoch, position, kv, split, chunk, active, cache, key_start, value_start, attended,
-    thread, words, halves, floats, patience, fault, times, op); kv to active from `make_share`.
+    """Device function (exchange, epoch, position, part, cached, attended, thread, shared, patience, fault, times, op).
 
-    Args of it: cache uint32 pairs of float16, the layer's keys and values from these words on; attended uint32, where a
-    validator looks; words, halves (uint16) and floats are views of shared memory.
+    Args of it: part, from `make_share`; cached: the cache, uint32 pairs of float16, and the words at which the layer's
+    keys and values begin; attended uint32, where a validator looks; shared: views of shared memory.
+
+    Args:
+        note: from `trace.make_note`.
     """
     head_dim, ratio, splits, kv_heads = shape.head_dim, shape.ratio, shape.splits, shape.kv_heads
     head_words, kv_row = head_dim // 2, shape.kv_heads * head_dim // 2
@@ -258,26 +260,11 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
 
     @ptx.large_device_function
     def attend(  # type: ignore[no-untyped-def]
-        exchange,
-        epoch,
-        position,
-        kv,
-        split,
-        chunk,
-        active,
-        cache,
-        key_start,
-        value_start,
-        attended,
-        thread,
-        words,
-        halves,
-        floats,
-        patience,
-        fault,
-        times,
-        op,
+        exchange, epoch, position, part, cached, attended, thread, shared, patience, fault, times, op
     ):
+        kv, split, chunk, active = part
+        cache, key_start, value_start = cached
+        words, halves, floats = shared[0], shared[1], shared[2]
         q_part = cuda.local.array(4, uint32)
         k_part = cuda.local.array(k_registers, uint32)
         v_part = cuda.local.array(v_registers, uint32)
@@ -325,7 +312,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 s1 = s1 * scale if key + 1 < end else _LOWEST
                 s4 = s4 * scale if key + 8 < end else _LOWEST
                 s5 = s5 * scale if key + 9 < end else _LOWEST
-                peak = max(largest, quad_max(max(max(s0, s1), max(s4, s5))))
+                peak = max(largest, quad_max(max(s0, s1, s4, s5)))
                 shrink = ptx.exp2(largest - peak)
                 largest = peak
                 s0, s1, s4, s5 = ptx.exp2(s0 - peak), ptx.exp2(s1 - peak), ptx.exp2(s4 - peak), ptx.exp2(s5 - peak)

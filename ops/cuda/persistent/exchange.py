@@ -3,22 +3,23 @@
 A word has 8 bytes: a result, and the epoch in which it was made. It is written by one store and read by one load of 8
 bytes, relaxed, at GPU scope. PTX's memory model makes such accesses single-copy atomic ("morally strong" operations of
 8 bytes do not tear): who reads the epoch that it waits for has the result that was stored with it. Nothing else is ever
-inferred from an epoch: neither of another word nor of other memory. So there is no barrier between the ops of a step, no
-fence, and no flag; a word takes one write to the second-level cache and one read from there.
+inferred from an epoch: neither of another word nor of other memory. So there is no barrier between the ops of a step,
+no fence, and no flag; a word takes one write to the second-level cache and one read from there.
 
-Why a word is never overwritten before all have read it. Every buffer is written once per layer. Whoever writes the words
-of layer i + 1 has computed them from all results of the op before, each of which was computed from all results of
+Why a word is never overwritten before all have read it. Every buffer is written once per layer. Whoever writes the
+words of layer i + 1 has computed them from all results of the op before, each of which was computed from all results of
 the op before that, and so on around the layer: also from the results of every block that read the words of layer i, and
 their values depend on that reading. For such a reader to see the later word, a value would have to depend on itself
-through reads and dependencies: PTX's no-thin-air axiom forbids that. A block that has no work in an op does not read its
-input at all, and so nobody needs to wait for it.
+through reads and dependencies: PTX's no-thin-air axiom forbids that. A block that has no work in an op does not read
+its input at all, and so nobody needs to wait for it.
 
-Epochs are numbered by token and layer: `count` tokens made so far times (layers + 1), plus 1, plus the layer. Stale words
-are of the layer before, or of the token before; the number returns after 2^32 layers (2^16 for pairs), when every word
-has been rewritten many times.
+Epochs are numbered by step and layer: the steps made so far times (layers + 1), plus 1, plus the layer. Stale words are
+of the layer before or of the step before, as every step writes every word; the number returns after 2^32 layers (2^16
+for pairs).
 
-Kinds of words: float32 with an epoch of 32 bits; two float16 with an epoch of 32 bits; and, for the residual stream, whose
-readers round it to float16 after they have normalised it, a pair of float32 cut to 24 bits each with an epoch of 16.
+Kinds of words: float32 with an epoch of 32 bits; two float16 with an epoch of 32 bits; and, for the residual stream,
+whose readers round it to float16 after they have normalised it, a pair of float32 cut to 24 bits each with an epoch of
+16 bits.
 """
 
 import numpy as np

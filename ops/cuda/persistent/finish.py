@@ -1,12 +1,12 @@
 """What becomes of a projection's sums in the persistent kernel: rotation and cache, residual stream, SwiGLU, logits.
 
 Every result goes to the exchange, where the next op's readers wait for it, and to the view that the same op writes in
-other ways of running a step, where a validator looks. `prepare` starts the loads that an entry needs, before its weights
-are waited for.
+other ways of running a step, where a validator looks. `prepare` starts the loads that an entry needs, before its
+weights are waited for.
 
 `given`, for all of them: (exchange, epoch of what the layer read, epoch of what it makes, position, q uint16,
-cache uint16, start of the layer's keys in it, start of its values, residual float32, ffn uint32 pairs of float16, logits
-float32, seen uint32, penalty float32, best: the thread's own int64 [1]).
+cache uint16, start of the layer's keys in it, start of its values, residual float32, ffn uint32 pairs of float16,
+logits float32, seen uint32, penalty float32, best: the thread's own int64 [1]).
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from numba import int64
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.exchange import PATIENCE, publish_pair
 from numba_atomflow.ops.cuda.persistent.projection import make_row_sum
-from numba_atomflow.ops.cuda.persistent.shape import DOWN, GATE_UP, QKV, VOCABULARY, O, PersistentShape
+from numba_atomflow.ops.cuda.persistent.shape import DOWN, GATE_UP, OUT, QKV, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.projection import LOG2_E
 from numba_atomflow.ops.cuda.sample import penalise, sort_key
 
@@ -31,8 +31,8 @@ def make_prepare(shape: PersistentShape) -> Any:
 
     @ptx.device_function
     def prepare(kind, given, tile, entry, ahead):  # type: ignore[no-untyped-def]
-        if kind == O or kind == DOWN:  # noqa: PLR1714  numba
-            w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == O else middle) + tile * 16 + 2 * entry)
+        if kind in (OUT, DOWN):
+            w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == OUT else middle) + tile * 16 + 2 * entry)
             ahead[0], ahead[1], ahead[2], ahead[3] = w0, w1, w2, w3
         elif kind == VOCABULARY:
             ahead[0] = given[11][min(tile * 16 + entry, rows - 1) // 32]
@@ -42,14 +42,18 @@ def make_prepare(shape: PersistentShape) -> Any:
 
 def make_finish(shape: PersistentShape, prepare: Any) -> Any:
     """Device function (kind, given, tile, entry, ahead, floats, sums)."""
-    finish_qkv, finish_o, finish_down = _make_qkv(shape), _make_add(shape, O, prepare), _make_add(shape, DOWN, prepare)
+    finish_qkv, finish_o, finish_down = (
+        _make_qkv(shape),
+        _make_add(shape, OUT, prepare),
+        _make_add(shape, DOWN, prepare),
+    )
     finish_gate_up, finish_vocabulary = _make_swiglu(shape), _make_logits(shape)
 
     @ptx.device_function
     def finish(kind, given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
         if kind == QKV:
             finish_qkv(given, tile, entry, ahead, floats, sums)
-        elif kind == O:
+        elif kind == OUT:
             finish_o(given, tile, entry, ahead, floats, sums)
         elif kind == GATE_UP:
             finish_gate_up(given, tile, entry, ahead, floats, sums)
@@ -98,10 +102,10 @@ def _make_qkv(shape: PersistentShape) -> Any:
 
 def _make_add(shape: PersistentShape, kind: int, prepare: Any) -> Any:
     """The residual stream plus what "o" or "down" makes."""
-    layout = shape.o if kind == O else shape.down
-    after = "middle" if kind == O else "entering"
+    layout = shape.o if kind == OUT else shape.down
+    after = "middle" if kind == OUT else "entering"
     new, pairs = shape.exchange[f"{after}_exact"], shape.exchange[after]
-    known = 1 if kind == O else 2  # which of the epochs given what is added to has
+    known = 1 if kind == OUT else 2  # which of the epochs given what is added to has
     row_sum = make_row_sum(layout.chunks)
 
     @ptx.large_device_function

@@ -1,8 +1,8 @@
 """The persistent kernel: a token from its embedding to its logits and their largest, in one launch.
 
 Launch: `shape.multiprocessors` blocks, all resident at once (cooperative), of `BLOCK_THREADS` threads with
-`shape.block_bytes` of dynamic shared memory. Cost model: the bytes of weights and cache, once; see docs/persistent-kernel.md
-for what it costs beside them.
+`shape.block_bytes` of dynamic shared memory. Cost model: the bytes of weights and cache, once; see
+docs/persistent-kernel.md for what it costs beside them.
 """
 
 from dataclasses import replace
@@ -21,9 +21,10 @@ from numba_atomflow.ops.cuda.persistent.ring import make_deal, make_kind_of, mak
 from numba_atomflow.ops.cuda.persistent.shape import (
     ATTENTION,
     BLOCK_THREADS,
+    CONSUMERS,
     DOWN,
     GATE_UP,
-    O,
+    OUT,
     TABLE_UNIT,
     THREADS,
     VOCABULARY,
@@ -36,236 +37,105 @@ from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U
 
 # Types of the kernel's arguments.
 SIGNATURE = (
-    U32,
-    I64,
-    U16,
-    U32,
-    U64,
-    I32,
-    I64,
-    I64,
-    F32,
-    F32,
-    F32,
-    U32,
-    U32,
-    U16,
-    U32,
-    U32,
-    F32,
-    U32,
-    F64,
-    I64,
-    I32,
-    I64,
-    NUMBER,
-    NUMBER,
-    NUMBER,
+    *(U32, I64, U16, U32, U64, I32, I64, I64, F32, F32, F32, U32, U32, U16, U32, U32, F32, U32, F64, I64, I32, I64),
+    *(NUMBER, NUMBER, NUMBER),
 )
 
 
 def make_persistent(shape: PersistentShape) -> Any:
-    """Kernel with these arguments, one-dimensional arrays of device memory:
+    """Kernel with these arguments, all but the last three one-dimensional arrays of device memory:
 
-    weights uint32: all of the model's; table int64 [2 * ops]: for each op where its weights and its norm begin, in units of 128
-    bytes; cache16 uint16 and cache uint32: the KV cache [layer][k, v][positions][kv_heads * head_dim] float16, seen in two
-    ways; exchange uint64 [shape.exchange["end"]]; tokens int32 [1]; position int64 [1]; count int64 [1]: tokens made so far;
-    cosines and sines float32 [positions, head_dim / 2]; residual float32 [hidden]; normed and final_normed uint32, ffn and
-    attended uint32 (pairs of float16); q uint16; logits float32 [V]; seen uint32 bitmap; options float64 [5]; best int64 [1],
-    `LOWEST_KEY` before; fault int32 [1]; times int64 [blocks, ops, EVENTS] (with `shape.trace`); plane: elements of a layer's keys;
-    first and last: ops first .. last - 1 are run.
+    - weights uint32: all of the model's;
+    - table int64 [2 * ops]: for each op where its weights and its norm begin, in units of 128 bytes;
+    - cache16 uint16 and cache uint32: the KV cache [layer][k, v][positions][kv_heads * head_dim] float16, seen twice;
+    - exchange uint64 [shape.exchange["end"]], zero before the first step;
+    - tokens int32 [1]; position int64 [1];
+    - steps int64 [2]: made so far, and blocks that have ended one; zero before the first;
+    - cosines and sines float32 [positions, head_dim / 2];
+    - residual float32 [hidden]; normed, final_normed, attended and ffn uint32 pairs of float16; q uint16 bits of
+      float16: what a validator sees;
+    - logits float32 [V]; seen uint32 bitmap; options float64 [5]; best int64 [1], `LOWEST_KEY` before;
+    - fault int32 [1]: set when a block gave up waiting;
+    - times int64 [blocks, ops, EVENTS], written with `shape.trace`;
+    - plane: elements of a layer's keys; first and last: ops first .. last - 1 are run.
     """
-    layers, ops, hidden, blocks = shape.layers, shape.ops, shape.hidden, shape.multiprocessors
-    table_start, barriers_start, scalars, slots = (
-        shape.table_start,
-        shape.barriers_start,
-        shape.scalars_start,
-        shape.slots,
-    )
-    words_per_row, normed_words, x_start = hidden // 4, hidden // 2, shape.x_start
-    entering, entering_exact, middle, attended_place, ffn_place = (
-        shape.exchange[name] for name in ("entering", "entering_exact", "middle", "attended", "ffn")
-    )
-    look_up = make_quad(shape.embedding)
-    produce, deal, kind_of, tiles_of = (
-        make_produce(shape),
-        make_deal(blocks),
-        make_kind_of(shape),
-        shape.picker("tiles"),
-    )
-    stage_norm = make_stage_norm(shape, shape.qkv.padded_columns)
-    stage_attended = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_columns)
-    stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
-    prepare = make_prepare(shape)
-    half, rope_start, halves_head = shape.head_dim // 2, shape.rope_start, shape.vocabulary.halves
-    share = make_share(shape)
-    note, note_clocks = make_note(shape), make_note_clocks(shape)
+    layers, ops, blocks, slots = shape.layers, shape.ops, shape.multiprocessors, shape.slots
+    table_start, barriers_start, rope_start = shape.table_start, shape.barriers_start, shape.rope_start
+    half, halves_head = shape.head_dim // 2, shape.vocabulary.halves
+    deal, kind_of, tiles_of = make_deal(blocks), make_kind_of(shape), shape.picker("tiles")
+    prepare, (note, note_clocks) = make_prepare(shape), (make_note(shape), make_note_clocks(shape))
+    produce, embed, stage = make_produce(shape), _make_embed(shape), _make_stage(shape)
     project, attend = make_project(shape, prepare, make_finish(shape, prepare)), make_attend(shape, note)
+    share, settle_best = make_share(shape), _make_settle_best(shape)
 
     @ptx.large_device_function
-    def embed(weights, words, tokens, exchange, epoch, residual, thread):  # type: ignore[no-untyped-def]
-        index = np.int32(cuda.blockIdx.x) * THREADS + thread
-        if index < words_per_row:
-            x0, x1, x2, x3 = look_up(weights, int64(words[table_start]) * TABLE_UNIT, int64(tokens[0]), int64(index))
-            at = index * 4
-            publish_pair(exchange, entering + at // 2, x0, x1, epoch)
-            publish_pair(exchange, entering + at // 2 + 1, x2, x3, epoch)
-            ptx.publish(exchange, entering_exact + at, ptx.f32_bits(x0), epoch)
-            ptx.publish(exchange, entering_exact + at + 1, ptx.f32_bits(x1), epoch)
-            ptx.publish(exchange, entering_exact + at + 2, ptx.f32_bits(x2), epoch)
-            ptx.publish(exchange, entering_exact + at + 3, ptx.f32_bits(x3), epoch)
-            residual[at], residual[at + 1], residual[at + 2], residual[at + 3] = x0, x1, x2, x3
-
-    @ptx.device_function
-    def report(normed, mixed, thread, words):  # type: ignore[no-untyped-def]
-        """The normalised vector, for whoever validates: by the block with the first tile."""
-        word = thread * 2
-        while word < normed_words:
-            a, b = words[x_start + word], words[x_start + word + 1]
-            odd = mixed and word & 2 != 0
-            normed[word] = ptx.low_halves(b, a) if odd else a
-            normed[word + 1] = ptx.high_halves(b, a) if odd else b
-            word += 2 * THREADS
-
-    @ptx.large_device_function
-    def consume(  # type: ignore[no-untyped-def]
-        weights,
-        cache16,
-        cache,
-        exchange,
-        tokens,
-        position,
-        count,
-        cosines,
-        sines,
-        residual,
-        normed,
-        final_normed,
-        q,
-        attended,
-        ffn,
-        logits,
-        seen,
-        options,
-        best,
-        fault,
-        times,
-        plane,
-        first,
-        last,
-        thread,
-        words,
-        halves,
-        floats,
-        keys,
-        barriers,
-    ):
+    def consume(io, shared, thread):  # type: ignore[no-untyped-def]
+        """What a warp that computes does with a step. io: the kernel's arguments; shared: views of shared memory."""
+        weights, _, cache16, cache, exchange, tokens, position, steps, cosines, sines = io[:10]
+        residual, normed, final_normed, q, attended, ffn, logits, seen, options, best = io[10:20]
+        fault, times, plane, first, last = io[20:]
+        words, _, floats, keys, barriers = shared
         state = cuda.local.array(2, uint32)
         patience = cuda.local.array(1, uint32)
         own_best = cuda.local.array(1, int64)
         state[TURN], state[CHUNKS] = np.uint32(0), np.uint32(0)
-        patience[0] = np.uint32(PATIENCE)
-        epoch = np.uint32(count[0] * (layers + 1) + 1)
-        place = position[0]
-        penalty = np.float32(options[PENALTY])
-        if thread == 0:
+        patience[0], own_best[0] = np.uint32(PATIENCE), int64(LOWEST_KEY)
+        noting = thread == 0
+        if noting:
             note_clocks(times, 0)
-        own_best[0] = int64(LOWEST_KEY)
-        offset = np.int32(0)
+        epoch, place = np.uint32(steps[0] * (layers + 1) + 1), position[0]
         entry = thread
         while entry < half:
             floats[rope_start + entry] = cosines[place * half + entry]
             floats[rope_start + half + entry] = sines[place * half + entry]
             entry += THREADS
-        kv, split, chunk, active = share(place)
+        part = share(place)
         if first == 0:
             embed(weights, words, tokens, exchange, epoch, residual, thread)
+
+        offset, own = np.int32(0), np.int32(0)
         for op in range(1, ops):
-            kind = kind_of(op)
-            layer = (op - 1) // 5
+            kind, layer, run = kind_of(op), (op - 1) // 5, first <= op < last
             before = np.uint32(epoch + np.uint32(layer))
             now = np.uint32(before + np.uint32(1))
             keys_at = 2 * layer * plane
-            values_at = keys_at + plane
-            run = first <= op < last
             if kind == ATTENTION:
                 if run:
-                    if thread == 0:
+                    if noting:
                         note(times, op, BEGUN)
-                    attend(
-                        exchange,
-                        now,
-                        np.int32(place),
-                        kv,
-                        split,
-                        chunk,
-                        active,
-                        cache,
-                        keys_at // 2,
-                        values_at // 2,
-                        attended,
-                        thread,
-                        words,
-                        halves,
-                        floats,
-                        patience,
-                        fault,
-                        times,
-                        op,
-                    )
-                    if thread == 0:
+                    cached = cache, keys_at // 2, (keys_at + plane) // 2
+                    at = np.int32(place)
+                    attend(exchange, now, at, part, cached, attended, thread, shared, patience, fault, times, op)
+                    if noting:
                         note(times, op, DONE)
-            else:
-                own, tiles = deal(offset), tiles_of(kind)
-                offset = (offset + tiles) % np.int32(blocks)
-                if run and own < tiles:
-                    if thread == 0:
-                        note(times, op, BEGUN)
-                    if kind == O:
-                        stage_attended(exchange, attended_place, now, thread, words, patience, fault)
-                    elif kind == DOWN:
-                        stage_ffn(exchange, ffn_place, now, thread, words, patience, fault)
-                    else:
-                        norm = int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
-                        start, since = (middle, now) if kind == GATE_UP else (entering, before)
-                        mixed = kind != VOCABULARY or not halves_head
-                        stage_norm(exchange, start, since, weights, norm, mixed, thread, words, floats, patience, fault)
-                        if own == 0:
-                            report(final_normed if kind == VOCABULARY else normed, mixed, thread, words)
-                    if thread == 0:
-                        note(times, op, STAGED)
-                    given = (
-                        exchange,
-                        before,
-                        now,
-                        place,
-                        q,
-                        cache16,
-                        keys_at,
-                        values_at,
-                        residual,
-                        ffn,
-                        logits,
-                        seen,
-                        penalty,
-                        own_best,
-                    )
-                    project(kind, own, thread, words, floats, barriers, state, patience, fault, given, times, op)
-                    if thread == 0:
-                        note(times, op, DONE)
-        if thread == 0:
+                continue
+            own = deal(offset)
+            offset = (offset + tiles_of(kind)) % np.int32(blocks)
+            if run and own < tiles_of(kind):
+                if noting:
+                    note(times, op, BEGUN)
+                norm = weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
+                mixed = kind != VOCABULARY or not halves_head
+                shown = final_normed if kind == VOCABULARY else normed
+                stage(kind, exchange, before, now, norm, mixed, shown, own == 0, thread, shared, patience, fault)
+                if noting:
+                    note(times, op, STAGED)
+                given = (
+                    *(exchange, before, now, place, q, cache16, keys_at, keys_at + plane, residual, ffn, logits, seen),
+                    *(np.float32(options[PENALTY]), own_best),
+                )
+                project(kind, own, thread, words, floats, barriers, state, patience, fault, given, times, op)
+                if noting:
+                    note(times, op, DONE)
+        if noting:
             note_clocks(times, 1)
-        if first < ops <= last and deal(offset - tiles_of(VOCABULARY) % np.int32(blocks)) < tiles_of(VOCABULARY):
-            largest = shuffle_max(own_best[0])
+        if last == ops:
+            if own < tiles_of(VOCABULARY):
+                settle_best(own_best[0], keys, best, fault, thread)
             meet()
-            if thread & 31 == 0:
-                keys[scalars // 2 + (thread >> 5)] = largest
-            meet()
-            if thread == 0:
-                for warp in range(THREADS // 32):
-                    largest = max(largest, keys[scalars // 2 + warp])
-                # A block that gave up waiting has computed nonsense: the token is marked as one without logits.
-                cuda.atomic.max(best, 0, largest if fault[0] == 0 else int64(BROKEN_KEY))
+            if thread == 0 and cuda.atomic.add(steps, 1, 1) == blocks - 1:
+                steps[0] += 1  # by the last block: all others have read it
+                steps[1] = 0
 
     @ptx.kernel(BLOCK_THREADS, 1)
     def persistent(  # type: ignore[no-untyped-def]
@@ -276,7 +146,7 @@ def make_persistent(shape: PersistentShape) -> Any:
         exchange,
         tokens,
         position,
-        count,
+        steps,
         cosines,
         sines,
         residual,
@@ -310,46 +180,103 @@ def make_persistent(shape: PersistentShape) -> Any:
                 ptx.barrier_init(barriers, barriers_start + slot, 1)
             ptx.fence_barriers()
         cuda.syncthreads()
-        if thread >= THREADS:
-            if thread == THREADS:
-                patience = cuda.local.array(1, uint32)
-                patience[0] = np.uint32(PATIENCE)
-                produce(weights, cache, plane, position[0], words, barriers, first, last, patience, fault, times)
-        else:
-            consume(
-                weights,
-                cache16,
-                cache,
-                exchange,
-                tokens,
-                position,
-                count,
-                cosines,
-                sines,
-                residual,
-                normed,
-                final_normed,
-                q,
-                attended,
-                ffn,
-                logits,
-                seen,
-                options,
-                best,
-                fault,
-                times,
-                plane,
-                first,
-                last,
-                thread,
-                words,
-                halves,
-                floats,
-                keys,
-                barriers,
+        if thread < THREADS:
+            io = (
+                *(weights, table, cache16, cache, exchange, tokens, position, steps, cosines, sines),
+                *(residual, normed, final_normed, q, attended, ffn, logits, seen, options, best),
+                *(fault, times, plane, first, last),
             )
+            consume(io, (words, halves, floats, keys, barriers), thread)
+        elif thread == THREADS:
+            patience = cuda.local.array(1, uint32)
+            patience[0] = np.uint32(PATIENCE)
+            produce(weights, words, barriers, first, last, patience, fault, times)
 
     return persistent
+
+
+def _make_embed(shape: PersistentShape) -> Any:
+    """Device function (weights, words, tokens, exchange, epoch, residual, thread): the token's row of the embedding."""
+    quads, table_start = shape.hidden // 4, shape.table_start
+    pairs, exact = shape.exchange["entering"], shape.exchange["entering_exact"]
+    look_up = make_quad(shape.embedding)
+
+    @ptx.large_device_function
+    def embed(weights, words, tokens, exchange, epoch, residual, thread):  # type: ignore[no-untyped-def]
+        quad = np.int32(cuda.blockIdx.x) * THREADS + thread
+        while quad < quads:
+            x0, x1, x2, x3 = look_up(weights, int64(words[table_start]) * TABLE_UNIT, int64(tokens[0]), int64(quad))
+            at = quad * 4
+            publish_pair(exchange, pairs + at // 2, x0, x1, epoch)
+            publish_pair(exchange, pairs + at // 2 + 1, x2, x3, epoch)
+            ptx.publish(exchange, exact + at, ptx.f32_bits(x0), epoch)
+            ptx.publish(exchange, exact + at + 1, ptx.f32_bits(x1), epoch)
+            ptx.publish(exchange, exact + at + 2, ptx.f32_bits(x2), epoch)
+            ptx.publish(exchange, exact + at + 3, ptx.f32_bits(x3), epoch)
+            residual[at], residual[at + 1], residual[at + 2], residual[at + 3] = x0, x1, x2, x3
+            quad += np.int32(cuda.gridDim.x) * THREADS
+
+    return embed
+
+
+def _make_stage(shape: PersistentShape) -> Any:
+    """Device function (kind, exchange, before, now, norm, mixed, normed, first, thread, shared, patience, fault): what
+    a projection reads, to shared memory. The block with the first tile also writes a normalised vector to `normed`.
+
+    Args of it: norm: the model's weights, and the word at which the norm's begin.
+    """
+    words_of_x, x_start = shape.hidden // 2, shape.x_start
+    entering, middle, attended, ffn = (shape.exchange[name] for name in ("entering", "middle", "attended", "ffn"))
+    stage_norm = make_stage_norm(shape, shape.qkv.padded_columns)
+    stage_attended = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_columns)
+    stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
+
+    @ptx.device_function
+    def report(normed, mixed, thread, words):  # type: ignore[no-untyped-def]
+        word = thread * 2
+        while word < words_of_x:
+            a, b = words[x_start + word], words[x_start + word + 1]
+            odd = mixed and word & 2 != 0  # in the order of `put_quad`
+            normed[word] = ptx.low_halves(b, a) if odd else a
+            normed[word + 1] = ptx.high_halves(b, a) if odd else b
+            word += 2 * THREADS
+
+    @ptx.large_device_function
+    def stage(  # type: ignore[no-untyped-def]
+        kind, exchange, before, now, norm, mixed, normed, first, thread, shared, patience, fault
+    ):
+        words, floats = shared[0], shared[2]
+        if kind == OUT:
+            stage_attended(exchange, attended, now, thread, words, patience, fault)
+        elif kind == DOWN:
+            stage_ffn(exchange, ffn, now, thread, words, patience, fault)
+        else:
+            start, epoch = (middle, now) if kind == GATE_UP else (entering, before)
+            stage_norm(exchange, start, epoch, norm[0], norm[1], mixed, thread, words, floats, patience, fault)
+            if first:
+                report(normed, mixed, thread, words)
+
+    return stage
+
+
+def _make_settle_best(shape: PersistentShape) -> Any:
+    """Device function (key, keys, best, fault, thread): the largest of the block's keys goes into `best`."""
+    start = shape.scalars_start // 2
+
+    @ptx.device_function
+    def settle_best(key, keys, best, fault, thread):  # type: ignore[no-untyped-def]
+        largest = shuffle_max(key)
+        meet()
+        if thread & 31 == 0:
+            keys[start + (thread >> 5)] = largest
+        meet()
+        if thread == 0:
+            for warp in range(CONSUMERS):
+                largest = max(largest, keys[start + warp])
+            # A block that gave up waiting has computed nonsense: the token is marked as one without logits.
+            cuda.atomic.max(best, 0, largest if fault[0] == 0 else int64(BROKEN_KEY))
+
+    return settle_best
 
 
 def persistent_kernel(shape: PersistentShape) -> Planned:

@@ -4,8 +4,8 @@ Chunk q of a round goes to warp q % `CONSUMERS`, whatever its tile; a chunk's su
 shared memory, and when the round's chunks are done a few threads add up each tile's in order of the columns: the same
 bits in every run. Rounds take turns between two sets of sums, so that one meeting per round is enough.
 
-All projections of a step run through this one piece of code, with their sizes as variables: code that is specialised for
-each does not stay in the instruction cache from one layer to the next (measured: docs/persistent-kernel.md).
+All projections of a step run through this one piece of code, with their sizes as variables: a copy for each made the
+kernel half as long again, took three times as long to compile, and was no faster.
 """
 
 from typing import Any
@@ -30,8 +30,9 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
 
     Args of it: slot, of the ring; chunk, of its tile; groups, that it has.
 
-    Words of codes are decoded by the conversion instruction and by shifts in turn: these use different units of the chip, and
-    either alone is slower than memory. x is in the order of both (`staging.put_quad`), and their sums are kept apart.
+    Words of codes are decoded by the conversion instruction and by shifts in turn, which keeps two units of the chip
+    busy instead of one. x is in the order of both (`staging.put_quad`), and their sums are
+    kept apart.
     """
     slot_words, x_start = shape.slot_words, shape.x_start
     matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
@@ -88,15 +89,16 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
 
 
 def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
-    """Device function (kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op): all but the staging of x.
+    """Device function (kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op): all but
+    the staging of x.
 
     Args of it: kind, which projection; first, the block's first tile; given: handed on to `prepare` and `finish`.
 
     Args:
-        prepare: device function (kind, given, tile, entry, ahead): start the loads that `finish` needs for this entry, into
-            four words `ahead`; called before the weights are waited for.
-        finish: device function (kind, given, tile, entry, ahead, floats, sums): what becomes of a tile, entry by entry; the
-            sums of row r stand at floats[sums + 16 * chunk + r].
+        prepare: device function (kind, given, tile, entry, ahead): start the loads that `finish` needs for this entry,
+            into four words `ahead`; called before the weights are waited for.
+        finish: device function (kind, given, tile, entry, ahead, floats, sums): what becomes of a tile, entry by entry;
+            the sums of row r stand at floats[sums + 16 * chunk + r].
     """
     slots, blocks, partials, partial_words = (
         shape.slots,

@@ -1,7 +1,7 @@
 """Views into the exchange: what lets a single op of the persistent kernel run by itself.
 
-Whoever looks at a step op by op may change what an op reads, in the views that all ways of running a step share. Before such
-an op, this kernel makes words of everything that it could wait for. It is not part of a decode step.
+Whoever looks at a step op by op may change what an op reads, in the views that all ways of running a step share. Before
+such an op, this kernel makes words of everything that it could wait for. It is not part of a decode step.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ _BLOCKS = 16
 
 
 def make_publish(shape: PersistentShape) -> Any:
-    """Kernel (residual float32 [hidden]; q and cache uint16; attended and ffn uint32 pairs of float16; exchange uint64; position
-    and count int64 [1]; plane: elements of a layer's keys; layer, or `shape.layers` for the vocabulary): the words that an op of
-    the layer may read. Launch: any number of blocks of `THREADS` threads.
+    """Kernel (residual float32 [hidden]; q and cache uint16; attended and ffn uint32 pairs of float16; exchange uint64;
+    position int64 [1]; steps int64 [2]; plane: elements of a layer's keys; layer, or `shape.layers` for the
+    vocabulary): the words that an op of the layer may read. Launch: any number of blocks of `THREADS` threads.
     """
     layers, hidden, half = shape.layers, shape.hidden, shape.head_dim // 2
     q_words, kv_words = shape.heads * half, shape.kv_heads * half
@@ -39,8 +39,8 @@ def make_publish(shape: PersistentShape) -> Any:
         return np.uint32(np.uint32(array[at]) | np.uint32(array[at + half]) << np.uint32(16))
 
     @ptx.kernel(THREADS, 1)
-    def publish(residual, q, cache, attended, ffn, exchange, position, count, plane, layer):  # type: ignore[no-untyped-def]
-        before = np.uint32(count[0] * (layers + 1) + 1 + layer)
+    def publish(residual, q, cache, attended, ffn, exchange, position, steps, plane, layer):  # type: ignore[no-untyped-def]
+        before = np.uint32(steps[0] * (layers + 1) + 1 + layer)
         now = np.uint32(before + np.uint32(1))
         word = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         while word < most:

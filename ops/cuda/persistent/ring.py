@@ -2,11 +2,12 @@
 
 The producer knows the whole step in advance: which tiles its block has in which projection. It never waits for an op to
 end, only for a free slot, and so the copies of the next op's weights are on their way, or have landed, while the blocks
-still exchange the results of this one. At most `in_flight` copies are on their way at a time: the memory system is busy with
-that many, and small accesses (the exchange, the cache) need not queue behind more.
+still exchange the results of this one. At most `in_flight` copies are on their way at a time: the memory system is busy
+with that many, and small accesses (the exchange, the cache) need not queue behind more.
 
-Slot n % slots holds chunk n of the block. Two barriers per slot: `landed` completes when the chunk's bytes are there, `free`
-when the warp that took them has them in registers. Chunk n waits for the phase of parity (n // slots) & 1 of `landed`.
+Slot n % slots holds chunk n of the block. Two barriers per slot: `landed` completes when the chunk's bytes are there,
+`free` when the warp that took them has them in registers. Chunk n waits for the phase of parity (n // slots) & 1 of
+`landed`.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from numba import cuda
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
-from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, DOWN, QKV, TABLE_UNIT, VOCABULARY, PersistentShape
+from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, TABLE_UNIT, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_note
 
 
@@ -52,11 +53,11 @@ def make_kind_of(shape: PersistentShape) -> Any:
 
 
 def make_produce(shape: PersistentShape) -> Any:
-    """Device function (weights, cache, plane, position, words, barriers, first, last, patience, fault, times): the producer's
-    whole life; one thread.
+    """Device function (weights, words, barriers, first, last, patience, fault, times): the producer's whole life; one
+    thread.
 
-    Args of it: weights uint32, all of the model's; cache uint32; words uint32 and barriers uint64, views of shared memory; ops first ..
-    last - 1 are run.
+    Args of it: weights uint32, all of the model's; words uint32 and barriers uint64, views of shared
+    memory; ops first .. last - 1 are run.
     """
     slots, slot_words, in_flight = shape.slots, shape.slot_words, shape.in_flight
     landed, free = shape.barriers_start, shape.barriers_start + slots
@@ -75,32 +76,11 @@ def make_produce(shape: PersistentShape) -> Any:
     tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("chunk_words")
     last_words_of, ops = shape.picker("last_chunk_words"), shape.ops
     kind_of, note = make_kind_of(shape), make_note(shape)
-    kv_row = shape.kv_heads * shape.head_dim // 2  # words of a position's keys
-    # Chunks that every block has of these, at least.
-    ahead_chunks = max(1, sum(m.tiles // blocks * m.chunks for m in (shape.down, shape.qkv)))
-    prefetch = shape.prefetch
-
-    @ptx.device_function
-    def ask_for_keys(cache, keys_at, plane, part, begin, end):  # type: ignore[no-untyped-def]
-        """Have pieces of a layer's keys and values brought into the second-level cache: words begin .. end - 1 of the block's
-        part of each.
-        """
-        at = np.int64(part) * np.int64(cuda.blockIdx.x)
-        nbytes = np.uint32(4 * (end - begin))
-        ptx.prefetch_bulk(cache, keys_at // 2 + at + begin, nbytes)
-        ptx.prefetch_bulk(cache, (keys_at + plane) // 2 + at + begin, nbytes)
 
     @ptx.large_device_function
-    def produce(weights, cache, plane, position, words, barriers, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
+    def produce(weights, words, barriers, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
         offset = np.int32(0)
         n, slot, old_slot = np.uint32(0), np.uint32(0), np.uint32(0)  # chunks so far; their slots
-        # Keys and values come in pieces, one with each chunk of the two projections before attention, so that no other access
-        # has to queue behind all of them.
-        total = position * kv_row
-        part = np.int32((total + blocks - 1) // blocks // 32 * 32 + 32)
-        mine = np.int32(max(np.int64(0), min(np.int64(part), total - np.int64(part) * np.int64(cuda.blockIdx.x))))
-        piece = np.int32((mine + ahead_chunks - 1) // ahead_chunks // 32 * 32 + 32)
-        asked = np.int32(0)
         # Parities: of the slot's last release, of the oldest copy under way.
         turn, old_turn = np.uint32(1), np.uint32(0)
         for op in range(1, ops):
@@ -113,10 +93,6 @@ def make_produce(shape: PersistentShape) -> Any:
             tile = deal(offset) if first <= op < last else tiles
             if tile < tiles:
                 note(times, op, COPY_BEGUN)
-            if kind == DOWN:
-                asked = np.int32(0)
-            keys_at = 2 * ((op + 4) // 5) * plane if kind == DOWN else 2 * ((op - 1) // 5) * plane
-            asking = (kind == DOWN and op < ops - 2) or kind == QKV
             while tile < tiles:
                 source = start + np.int64(tile) * tile_words_of(kind)
                 for chunk in range(chunks):
@@ -130,10 +106,6 @@ def make_produce(shape: PersistentShape) -> Any:
                     at = slot * np.uint32(slot_words)
                     ptx.bulk_copy(words, at, weights, source, nbytes, barriers, landed + slot)
                     source += chunk_words
-                    if prefetch and asking and asked < mine:
-                        upto = min(np.int32(asked + piece), mine)
-                        ask_for_keys(cache, keys_at, plane, part, asked, upto)
-                        asked = upto
                     slot, turn = following(slot, turn)
                     n = np.uint32(n + np.uint32(1))
                 tile += np.int32(blocks)

@@ -25,8 +25,8 @@ STEP_KEYS = KEYS * CONSUMERS
 ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with what adding up takes
 _PARTIALS = 64  # chunks' sums that are kept until they are added up
 _SCALARS = 64  # float32 for sums over the block
-QKV, ATTENTION, O, GATE_UP, DOWN, VOCABULARY = range(6)  # kinds of ops, behind the embedding
-_ENTRY_BITS = {QKV: 3, O: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}  # 2^so many threads finish a tile
+QKV, ATTENTION, OUT, GATE_UP, DOWN, VOCABULARY = range(6)  # kinds of ops, behind the embedding
+_ENTRY_BITS = {QKV: 3, OUT: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}  # 2^so many threads finish a tile
 TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
 
 
@@ -59,7 +59,6 @@ class PersistentShape:
     shared_bytes: int
     in_flight: int = 5
     pause: int = 30
-    prefetch: bool = True
     trace: bool = False
 
     # --- ops -----------------------------------------------------------------------------------------------------
@@ -80,8 +79,8 @@ class PersistentShape:
         return self.qkv, self.o, self.gate_up, self.down, self.vocabulary
 
     def sizes(self, what: str) -> dict[int, int]:
-        """A number for each kind of projection: an attribute of its layout, "entry_bits" (2^so many threads finish a tile), or
-        "round_tiles" (tiles whose chunks' sums a block keeps before it adds them up).
+        """A number for each kind of projection: an attribute of its layout, "entry_bits" (2^so many threads finish a
+        tile), or "round_tiles" (tiles whose chunks' sums a block keeps before it adds them up).
         """
         layouts = dict(zip(_ENTRY_BITS, self.matrices, strict=True))
         if what == "entry_bits":
@@ -97,7 +96,7 @@ class PersistentShape:
 
         @ptx.device_function
         def pick(kind):  # type: ignore[no-untyped-def]
-            size = qkv if kind == QKV else o if kind == O else gate_up
+            size = qkv if kind == QKV else o if kind == OUT else gate_up
             return down if kind == DOWN else vocabulary if kind == VOCABULARY else size
 
         return pick
@@ -136,7 +135,7 @@ class PersistentShape:
 
     @property
     def x_words(self) -> int:
-        """The vector that a projection reads, float16; or what attention keeps: queries, the token's own value, sums."""
+        """The vector that a projection reads, float16; or what attention keeps: queries, the newest key, sums."""
         widest = max(m.padded_columns for m in (self.qkv, self.o, self.gate_up, self.down)) // 2
         attention = MOST_QUERIES * self.query_pitch + self.head_dim + self.sum_parts * self.ratio * (self.head_dim + 2)
         return -(-max(widest, attention) // 32) * 32

@@ -1,7 +1,8 @@
-"""What a projection reads, brought into shared memory as float16: from words of the exchange, as soon as they are there.
+"""What a projection reads, brought into shared memory as float16: from words of the exchange, as soon as they are
+there.
 
-Every thread asks for its words until all of them are of the epoch that it waits for. Columns that pad the vector are set to
-zero, which the weights' padding is, too (zero times NaN would be NaN).
+Every thread asks for its words until all of them are of the epoch that it waits for. Columns that pad the vector are
+set to zero, which the weights' padding is, too (zero times NaN would be NaN).
 """
 
 import math
@@ -27,8 +28,8 @@ def meet():  # type: ignore[no-untyped-def]
 
 @ptx.device_function
 def put_quad(words, at, odd, low, high):  # type: ignore[no-untyped-def]
-    """Four neighbouring elements of x, as pairs (0, 1) and (2, 3); of odd quads, as (1, 3) and (0, 2): the order in which
-    `decode_fp8_bits` has the weights.
+    """Four neighbouring elements of x, as pairs (0, 1) and (2, 3); of odd quads, as (1, 3) and (0, 2): the order in
+    which `decode_fp8_bits` has the weights.
     """
     words[at] = ptx.high_halves(low, high) if odd else low
     words[at + 1] = ptx.low_halves(low, high) if odd else high
@@ -37,8 +38,8 @@ def put_quad(words, at, odd, low, high):  # type: ignore[no-untyped-def]
 def make_await_some(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
     """Device function (exchange, start, epoch, thread, patience, fault): wait for 32 of the words, spread over all.
 
-    One warp looks for a few words, while the others rest: all words asked for again and again by every block would fill the
-    second-level cache's queues. When these are there, the others are, too, or will be in a moment.
+    One warp looks for a few words, while the others rest: all words asked for again and again by every block would fill
+    the second-level cache's queues. When these are there, the others are, too, or will be in a moment.
     """
     pause, spread = shape.pause, max(1, quads // 32)
 
@@ -49,7 +50,7 @@ def make_await_some(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
             tries = np.uint32(0)
             waiting = True
             while waiting:
-                _, e0, _, e1 = ptx.load_words(exchange, start + 2 * quad)
+                _, _, _, e1 = ptx.load_words(exchange, start + 2 * quad)
                 waiting = not (is_pair_of(e1, epoch) if pairs else e1 == epoch)
                 tries = np.uint32(tries + np.uint32(1))
                 if waiting:
@@ -65,8 +66,8 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
     """Device function (exchange, start, epoch, weights, norm, mixed, thread, words, floats, patience, fault): x =
     RMSNorm.
 
-    Args of it: the residual stream as pairs from word `start` of the exchange on; the norm's weights from word `norm` of
-    `weights` on; mixed: whether odd quads take the order of `put_quad`. padded: columns of x with padding.
+    Args of it: the residual stream as pairs from word `start` of the exchange on; the norm's weights from word `norm`
+    of `weights` on; mixed: whether odd quads take the order of `put_quad`. padded: columns of x with padding.
     """
     width, x_start, scalars = shape.hidden, shape.x_start, shape.scalars_start
     quads, all_quads = width // 4, padded // 4

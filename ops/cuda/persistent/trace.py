@@ -14,8 +14,8 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.shape import PersistentShape
 
 EVENTS = 6
-# Of an op: the block turns to it; what it reads is there; its results are published; the first and the last of its weights
-# are asked for; and, a duration, how long the block's first warp waited for weights.
+# Of an op: the block turns to it; what it reads is there; its results are published; the first and the last of its
+# weights are asked for; and, a duration, how long the block's first warp waited for weights.
 BEGUN, STAGED, DONE, COPY_BEGUN, COPY_DONE, WAITED = range(EVENTS)
 # In the place of op 0: the common clock and the block's own, at its beginning and at its end.
 _CLOCKS = 4
@@ -51,7 +51,7 @@ def make_note_clocks(shape: PersistentShape) -> Any:
 
 
 def to_nanoseconds(times: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Times [blocks, ops, EVENTS] of a traced launch in nanoseconds of the common clock; NaN where nothing was noted."""
+    """Times [blocks, ops, EVENTS] of a traced launch in nanoseconds of the common clock; NaN where none was noted."""
     begun, begun_cycles, ended, ended_cycles = (times[:, 0, i].astype(np.float64) for i in range(_CLOCKS))
     length = (ended - begun) / (ended_cycles - begun_cycles)
     found = (times - begun_cycles[:, None, None]) * length[:, None, None] + begun[:, None, None]

@@ -1,0 +1,85 @@
+"""The same reply over and over: every bit must come out the same, and nothing may hang.
+
+    python scripts/soak.py --steps 1000000                          # a tiny model, some minutes
+    python scripts/soak.py --geometry llama-3.2-3b --steps 100000
+    python scripts/soak.py --steps 200 --backend cpu --json
+
+A model with random weights answers the same prompt greedily, again and again. Every pass must give the tokens of the
+first, and its last token the same logits, bit for bit: these depend on everything that was computed before. Exit code 1
+if not.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.machine import machine_record
+from numba_atomflow.presets import PRESETS
+
+TINY = ModelGeometry(
+    layers=2, hidden=192, heads=4, kv_heads=2, head_dim=64, ffn=320, vocabulary=288, max_positions=1024
+)
+PROMPT = [1, 7, 3, 11, 5, 2, 13, 9]
+
+
+def soak(engine: Engine, steps: int, reply_tokens: int) -> dict[str, object]:
+    """Replies of `reply_tokens` until `steps` decode steps are done.
+
+    Returns:
+        A JSON-ready record: passes, steps, seconds, and the number of the first pass that differed, or None.
+    """
+    params = SamplingParams(max_tokens=reply_tokens, ignore_eos=True)
+    expected, passes, done, differed = None, 0, 0, None
+    started = time.perf_counter()
+    while done < steps and differed is None:
+        engine.reset()  # otherwise the prompt would be found in the cache, where another step of another width put it
+        reply = engine.generate_tokens(PROMPT, params).finish()
+        logits = engine.backend.logits(0, 1)
+        found = reply.token_ids, hashlib.sha256(logits.tobytes()).hexdigest()
+        expected = expected or found
+        if found != expected:
+            differed = passes
+        passes += 1
+        done += reply_tokens - 1  # the first token comes from the prompt
+    return {"passes": passes, "steps": done, "seconds": time.perf_counter() - started, "first_difference": differed}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=list(PRESETS), metavar="NAME", help="instead of a tiny model")
+    parser.add_argument("--steps", type=int, default=100_000, help="decode steps in all")
+    parser.add_argument("--reply", type=int, default=400, help="tokens of a reply")
+    parser.add_argument("--backend", default="auto", choices=["auto", "cuda", "cpu"])
+    parser.add_argument("--decode", default="auto", choices=["auto", "graph", "persistent"])
+    parser.add_argument("--json", action="store_true", help="print a record")
+    options = parser.parse_args()
+    if options.steps < 1 or options.reply < 2:
+        parser.error("--steps must be 1 or more, and --reply 2 or more")
+    geometry = PRESETS[options.geometry] if options.geometry else TINY
+    length = len(PROMPT) + options.reply
+    try:
+        with Engine.random(geometry, options.backend, length, decode=options.decode) as engine:
+            record = soak(engine, options.steps, options.reply)
+            path = engine.backend.decode_path
+            record |= {"device": engine.backend.device, "decode": None if path is None else path.name}
+    except AtomFlowError as error:
+        print(f"soak: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(record | {"machine": machine_record()}))
+    else:
+        verdict = "all the same" if record["first_difference"] is None else f"pass {record['first_difference']} DIFFERS"
+        print(
+            f"{record['device']}, decode {record['decode'] or 'step'}: {record['passes']} passes, "
+            f"{record['steps']} steps in {record['seconds']:.1f} s: {verdict}"
+        )
+    return 1 if record["first_difference"] is not None else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
