@@ -9,20 +9,20 @@ from typing import Any
 from numba_atomflow.errors import DestinationError, OptionError
 
 
-def check_plot(path: Path) -> None:
-    """Complain before the work is done, not after.
+def check_plot(path: Path, option: str = "--plot") -> None:
+    """Complain before the work is done, not after; `option` is where the path comes from.
 
     Raises:
         OptionError: matplotlib is not installed, or the name's ending is no format of it.
         DestinationError: the folder does not exist.
     """
     if find_spec("matplotlib") is None:
-        raise OptionError("--plot needs matplotlib, which is not installed; run pip install 'numba-atomflow[plot]'.")
+        raise OptionError(f"{option} needs matplotlib, which is not installed; run pip install 'numba-atomflow[plot]'.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in formats:
-        raise OptionError(f"--plot {path} has no ending that names a picture's format; use {path.stem}.png.")
+        raise OptionError(f"{option} {path} has no ending that names a picture's format; use {path.stem}.png.")
     if not path.parent.is_dir():
         raise DestinationError(f"There is no folder {path.parent} for the plot; make it first.")
 

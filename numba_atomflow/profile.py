@@ -1,7 +1,8 @@
 """Where the time of a decode step goes: each op on its own, then the step as a whole.
 
 On a GPU the ops are launched one by one with an event around each, and the step is a replay of the captured graph. What
-the two leave between them, the gap, is what launching, or overlapping, the ops makes of their sum.
+the two leave between them, the gap, is what launching, or overlapping, the ops makes of their sum. Where one persistent
+kernel makes the token, its ops are timed by a trace of it, which slows it a little: then the gap may be negative.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,8 @@ from numba_atomflow.machine import machine_record
 from numba_atomflow.picture import save_figure
 from numba_atomflow.random_model import RandomModel
 from numba_atomflow.spread import faster_half
+from numba_atomflow.step_trace import StepTrace
+from numba_atomflow.timeline import draw_timeline
 
 WARM_UP = 2  # runs that are thrown away
 TURNS = 5  # of the ops and the step, one after the other: what slows the machine down for a while hits both
@@ -66,6 +69,7 @@ class ProfileReport:
     kernels: list[KernelRow]  # those that take longest first
     step_seconds: float
     decode: DecodePath | None = None  # how the step ran, where there is a choice
+    trace: StepTrace | None = None  # of the persistent kernel, by which all but the step's last ops were timed then
     machine: dict[str, Any] = field(default_factory=machine_record)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -75,8 +79,13 @@ class ProfileReport:
         return sum(kernel.seconds for kernel in self.kernels)
 
     @property
+    def ops_measured(self) -> str:
+        """How the ops were timed: "one by one", or "as traced": in the persistent kernel, by its trace."""
+        return "one by one" if self.trace is None else "as traced"
+
+    @property
     def gap_seconds(self) -> float:
-        """What the step takes more than its ops one by one; negative if it takes less."""
+        """What the step, never traced, takes more than its ops together; negative if it takes less."""
         return self.step_seconds - self.ops_seconds
 
     @property
@@ -98,7 +107,9 @@ class ProfileReport:
         ]
         record = asdict(self)
         record["kernels"] = [kernel | more for kernel, more in zip(record["kernels"], derived, strict=True)]
-        return record | {"ops_seconds": self.ops_seconds, "gap_seconds": self.gap_seconds}
+        record["trace"] = self.trace and [asdict(row) for row in self.trace.phases()]
+        sums = {"ops_seconds": self.ops_seconds, "ops_measured": self.ops_measured, "gap_seconds": self.gap_seconds}
+        return record | sums
 
 
 def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progress | None = None) -> ProfileReport:
@@ -131,6 +142,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
     engine.feed(np.random.default_rng(0).integers(0, engine.geometry.vocabulary, depth + 1).tolist())
     engine.rewind(depth)
     backend.time_step(WARM_UP)
+    trace = backend.trace_step(each, progress)  # compiles what traces: not in the turns
     timed_ops, timed_steps = [], []
     for turn in range(turns):
         report("ops and step", turn + 2)
@@ -151,6 +163,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
         kernels=kernel_rows(list(zip(ops, seconds, strict=True)), depth + 1),
         step_seconds=float(faster_half([[took] for took in timed_steps])[0]),
         decode=backend.decode_path,
+        trace=trace,
     )
 
 
@@ -164,6 +177,19 @@ def check_profile(depth: int, repeats: int) -> None:
         raise OptionError(f"depth is {depth}; it must be 0 or more.")
     if repeats < 1:
         raise OptionError(f"repeats is {repeats}; it must be at least 1.")
+
+
+def check_timeline(engine: Engine) -> None:
+    """Complain before anything is measured.
+
+    Raises:
+        OptionError: no persistent kernel makes this engine's tokens, which could be traced.
+    """
+    path = engine.backend.decode_path
+    if path is None:
+        raise OptionError("--timeline shows the persistent kernel of a GPU, and this is the CPU backend; use --plot.")
+    if path.name != "persistent":
+        raise OptionError(f"--timeline shows the persistent kernel, and this model decodes by {path}; use --plot.")
 
 
 def kind_of(op: Op) -> str:
@@ -214,7 +240,22 @@ def plot(report: ProfileReport, path: Path) -> None:
     speeds.set_xlabel("GB/s")
     figure.suptitle(
         f"{report.model}, {report.depth} tokens before\n{report.device}: step {report.step_seconds * 1e6:.0f} us, "
-        f"ops one by one {report.ops_seconds * 1e6:.0f} us",
+        f"ops {report.ops_measured} {report.ops_seconds * 1e6:.0f} us",
         fontsize=9,
     )
     save_figure(figure, path)
+
+
+def plot_timeline(report: ProfileReport, path: Path) -> None:
+    """Draw the report's trace: what each kind of op does with its time, and one layer block by block.
+
+    Raises:
+        DestinationError: the file cannot be written.
+    """
+    if report.trace is None:
+        raise ValueError("the step was not traced")
+    title = (
+        f"{report.model}, {report.depth} tokens before\n{report.device}: traced kernel "
+        f"{report.trace.ends[-1] / 1e3:.0f} us, step without trace {report.step_seconds * 1e6:.0f} us"
+    )
+    draw_timeline(report.trace, title, path)

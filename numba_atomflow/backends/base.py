@@ -11,6 +11,7 @@ from numba_atomflow.decode import Head, Op
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
 from numba_atomflow.sampling import Sampler
+from numba_atomflow.step_trace import StepTrace
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps finished, steps in all
 Decode = Literal["auto", "graph", "persistent"]  # how a GPU is asked to run decode steps
@@ -104,9 +105,17 @@ class Backend(Protocol):
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
         """The decode step's ops in order, each with its typical seconds over `repeats` runs.
 
-        Ops run one at a time, through the list that `decode` runs. Every run starts at the current position, which is
-        what it was afterwards; the sampled token is another.
+        Ops run one at a time, through the list that `decode` runs; those that are parts of one kernel have the seconds
+        that each adds to `trace_step`. Every run starts at the current position, which is what it was afterwards; the
+        sampled token is another.
         """
 
     def time_step(self, repeats: int) -> float:
         """Typical seconds of the decode step as `decode` runs it, under the same conditions as `time_ops`."""
+
+    def trace_step(self, repeats: int, progress: Progress | None = None) -> StepTrace | None:
+        """When each block of the decode step's one kernel did what, in that of `repeats` runs which is the median by
+        length, under the same conditions; None where a step is not one kernel.
+
+        The first call compiles the kernel that takes the times, or loads it from the cache.
+        """

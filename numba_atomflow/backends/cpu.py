@@ -222,6 +222,9 @@ class CpuBackend:
             seconds.append([time.perf_counter() - started])
         return float(faster_half(seconds)[0])
 
+    def trace_step(self, repeats: int, progress: Progress | None = None) -> None:
+        """A step is many kernels here."""
+
     # --- how ops become kernels ----------------------------------------------------------------------------------
 
     def _run(self, actions: Sequence[Action], tokens: int) -> None:

@@ -17,10 +17,16 @@ Examples:
   numba-atomflow profile                                        the default model
   numba-atomflow profile my-model.safetensors --depth 2048
   numba-atomflow profile --geometry llama-3.2-3b --random-weights --plot roofline.svg
+  numba-atomflow profile --decode persistent --timeline timeline.svg
   numba-atomflow profile --json | jq '.kernels[0]'
 
 \b
 MB are what an op must move at least: weights, KV cache, activations; GB/s are those over its time.
+
+\b
+Where a token is made by the GPU's persistent kernel, its ops are timed by a trace of it: what each adds to the step.
+--timeline draws that trace: waiting for what an op reads, waiting for weights, computing, waiting for the slowest
+multiprocessor; and one layer, multiprocessor by multiprocessor. --json has the same sums as "trace".
 """
 
 
@@ -35,6 +41,12 @@ def profile(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw every kernel against the ceiling.")
     ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            "--timeline", metavar="IMAGE", help="Draw when each multiprocessor does what (persistent kernel)."
+        ),
+    ] = None,
     backend: options.Backend = options.BackendChoice.AUTO,
     decode: options.Decode = options.DecodeChoice.AUTO,
     threads: options.Threads = None,
@@ -48,12 +60,17 @@ def profile(
     from numba_atomflow.picture import check_plot
 
     profiler.check_profile(depth, repeats)
-    if plot is not None:
-        check_plot(plot.expanduser())
+    for option, path in (("--plot", plot), ("--timeline", timeline)):
+        if path is not None:
+            check_plot(path.expanduser(), option)
     with chosen.open(backend, depth + 1, threads, decode) as engine, output.steps_bar() as progress:
+        if timeline is not None:
+            profiler.check_timeline(engine)
         report = profiler.profile(engine, depth, repeats, progress)
     if plot is not None:
         profiler.plot(report, plot.expanduser())
+    if timeline is not None:
+        profiler.plot_timeline(report, timeline.expanduser())
     match Format.JSON if as_json else form:
         case Format.JSON:
             output.emit_json(report.to_dict())
@@ -68,10 +85,16 @@ def profile(
 
 
 def _headline(report: "ProfileReport") -> list[str]:
-    return [
+    lines = [
         *measured.headline(report),
         f"a decode step behind {report.depth} tokens, the faster half of {report.repeats} runs",
     ]
+    if report.trace is not None:
+        lines.append(
+            "all ops up to the vocabulary are parts of one kernel, timed by its trace, which slows it by some percent; "
+            "the step as a whole is not traced"
+        )
+    return lines
 
 
 def _table(report: "ProfileReport", style: Style) -> str:
@@ -96,6 +119,7 @@ def _table(report: "ProfileReport", style: Style) -> str:
 def _sums(report: "ProfileReport") -> str:
     gap = report.gap_seconds
     return (
-        f"ops one by one {report.ops_seconds * 1e6:.1f} us, the step as a whole {report.step_seconds * 1e6:.1f} us: "
+        f"ops {report.ops_measured} {report.ops_seconds * 1e6:.1f} us, "
+        f"the step as a whole {report.step_seconds * 1e6:.1f} us: "
         f"a gap of {gap * 1e6:+.1f} us, {gap / report.step_seconds:+.1%} of the step\n"
     )

@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.sample import LOWEST_KEY
 from numba_atomflow.ops.cuda.upload import Uploader, upload
 from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.step_trace import StepTrace
 
 AHEAD = 3  # replays that are queued before their tokens are asked for; the surplus at a reply's end is thrown away
 
@@ -101,6 +103,7 @@ class CudaBackend:
         self._buffers = {name: self._arena[name] for name in names}
         self._weights = self._weight_views()
         self._persistent: PersistentStep | None = None
+        self._traced: Kernel | None = None
         self._graphs: dict[tuple[int, Head], Graph] = {}
         self._bound: dict[tuple[int, Head], list[Launch]] = {}
 
@@ -278,22 +281,26 @@ class CudaBackend:
             return measure_ceilings(self._gpu, self.stream)
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
-        """The decode step's ops in order, each with the seconds of its kind.
+        """The decode step's ops in order, each with the seconds of its kind; those of the persistent kernel with what
+        each adds to a traced step.
 
-        All ops of a kind run one after the other, each with its own weights, in a graph of their own: a single op is
-        shorter than what starting it by itself costs.
+        All others of a kind run one after the other, each with its own weights, in a graph of their own: a single op
+        is shorter than what starting it by itself costs.
         """
         ops = self.step(1, "sample")
+        trace = self.trace_step(repeats)
+        traced = [] if trace is None else list(zip(ops, trace.op_seconds, strict=False))
+        bind = partial(self._binder.bind, sampled=True, ranked=trace is not None)
         kinds: dict[str, list[Op]] = {}
-        for op in ops:
+        for op in ops[len(traced) :]:
             kinds.setdefault(op.name.rpartition(".")[2], []).append(op)
         seconds = {}
         with self._measuring():
             for kind, members in kinds.items():
-                launches = [launch for op in members for launch in self._binder.bind(op, sampled=True)]
+                launches = [launch for op in members for launch in bind(op)]
                 each = time_launches(launches, self.stream, repeats)
                 seconds[kind] = each * len(launches) / len(members)
-        return [(op, seconds[op.name.rpartition(".")[2]]) for op in ops]
+        return traced + [(op, seconds[op.name.rpartition(".")[2]]) for op in ops[len(traced) :]]
 
     def time_step(self, repeats: int) -> float:
         """Median seconds of the decode step's graph."""
@@ -304,6 +311,34 @@ class CudaBackend:
                 graph, self.stream, repeats, lambda: self._memory.write(self._buffers["position"], position)
             )
         return float(np.median(times))
+
+    def trace_step(self, repeats: int, progress: Progress | None = None) -> StepTrace | None:
+        """When each block of the persistent kernel did what, in that of `repeats` runs which is the median by length;
+        None without that kernel. The kernel that takes the times is compiled, or loaded from the cache, on first use.
+
+        Raises:
+            BackendError: it could not be compiled, or gave up waiting for itself.
+        """
+        if self._persistent is None:
+            return None
+        traces, times = [], self._buffers["persistent.times"]
+        ops = self.step(1, "sample")
+        with self._measuring():
+            if self._traced is None:
+                spec = self.kernels.persistent_traced.spec
+                self._traced = self._load(spec, build([spec], self._gpu.capability, progress)[spec])
+            position = self._memory.read(self._buffers["position"])
+            whole = self._persistent.launch(0, self._persistent.shape.ops, traced=self._traced)
+            launches = [whole, *self._launches(1, "sample")[1:]]  # behind it what every step ends with
+            for _ in range(repeats + 1):
+                self._memory.write(times, np.zeros(times.shape, np.int64))
+                self._memory.write(self._buffers["position"], position)
+                for launch in launches:
+                    launch.run()
+                traces.append(self._persistent.trace(ops, self._memory.read(times)))
+        if self._gave_up():
+            raise fault_sentence()
+        return sorted(traces[1:], key=lambda trace: trace.ends[-1])[(repeats - 1) // 2]
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ There are two widths of a step: 1 token, and a block of up to 8. A shorter end o
 whose surplus columns compute something that nobody looks at: weights pass through once, however many columns there are.
 """
 
+from dataclasses import replace
 from functools import cached_property
 
 from numba_atomflow.checkpoint import HeadFormat
@@ -146,6 +147,11 @@ class ModelKernels:
         if self.persistent:
             kernels += [persistent_kernel(self.persistent_shape), publish_kernel(self.persistent_shape)]
         return {kernel.spec.name: kernel for kernel in kernels}
+
+    @cached_property
+    def persistent_traced(self) -> Planned:
+        """The persistent kernel that also writes down when it does what; not among `planned`: few ask for it."""
+        return persistent_kernel(replace(self.persistent_shape, trace=True))
 
     def _projection(self, kind: str, columns: int) -> Planned:
         g = self.geometry

@@ -1,6 +1,6 @@
 """The persistent kernel bound to a model's memory: the whole decode step, or some of its ops, as a launch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,17 @@ from numba_atomflow.memory.plan import Buffer
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.persistent.shape import TABLE_UNIT, PersistentShape
-from numba_atomflow.ops.cuda.persistent.trace import EVENTS
+from numba_atomflow.ops.cuda.persistent.trace import (
+    BEGUN,
+    COPY_BEGUN,
+    COPY_DONE,
+    DONE,
+    EVENTS,
+    STAGED,
+    WAITED,
+    to_nanoseconds,
+)
+from numba_atomflow.step_trace import StepTrace
 
 _BYTES = 4 * TABLE_UNIT  # that the table of weights counts in
 
@@ -73,13 +83,12 @@ class PersistentStep:
             raise RuntimeError(f"{name} does not begin at a multiple of {_BYTES} bytes")
         return place
 
-    def launch(self, first: int, last: int, *, traced: bool = False) -> Launch:
-        """Ops first .. last - 1 of the step, counted as in `decode.build_step`."""
+    def launch(self, first: int, last: int, *, traced: Kernel | None = None) -> Launch:
+        """Ops first .. last - 1 of the step, counted as in `decode.build_step`; by the kernel `traced`, if given."""
         b = self._buffers
         end = max(view.address + view.nbytes for view in self._weights.values())
         weights = View("weights", self._base, ((end - self._base) // 4,), "uint32")
         cache = b[KV_CACHE]
-        name = "persistent_traced" if traced else "persistent"
         arguments = (
             weights,
             b["persistent.table"],
@@ -107,7 +116,8 @@ class PersistentStep:
             first,
             last,
         )
-        return Launch(self._loaded[name], self.shape.multiprocessors, arguments, self._stream)
+        kernel = traced or self._loaded["persistent"]
+        return Launch(kernel, self.shape.multiprocessors, arguments, self._stream)
 
     def publish(self, layer: int) -> Launch:
         """What lets an op of this layer run by itself; the vocabulary's is behind the last."""
@@ -116,6 +126,20 @@ class PersistentStep:
         views = b["residual"], b["q"], cache, b["attended"], b["ffn"], b["persistent.exchange"], b["position"]
         return Launch(
             self._loaded["publish"], planned.blocks, (*views, b["persistent.steps"], self._plane, layer), self._stream
+        )
+
+    def trace(self, ops: Sequence[Op], times: NDArray[np.int64]) -> StepTrace:
+        """What a traced launch of a whole step has left in `persistent.times`, int64 [blocks * ops * EVENTS]."""
+        made = self.shape.ops
+        found = to_nanoseconds(times.reshape(self.shape.multiprocessors, made, EVENTS))
+        return StepTrace(
+            names=tuple(op.name for op in ops[:made]),
+            begun=found[..., BEGUN],
+            staged=found[..., STAGED],
+            done=found[..., DONE],
+            copy_begun=found[..., COPY_BEGUN],
+            copy_done=found[..., COPY_DONE],
+            waited=found[..., WAITED],
         )
 
     @property

@@ -51,10 +51,13 @@ def make_note_clocks(shape: PersistentShape) -> Any:
 
 
 def to_nanoseconds(times: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Times [blocks, ops, EVENTS] of a traced launch in nanoseconds of the common clock; NaN where none was noted."""
-    begun, begun_cycles, ended, ended_cycles = (times[:, 0, i].astype(np.float64) for i in range(_CLOCKS))
+    """Times [blocks, ops, EVENTS] of a traced launch in nanoseconds since its first block began; NaN where nothing was
+    noted.
+    """
+    begun, begun_cycles, ended, ended_cycles = (times[:, 0, i] for i in range(_CLOCKS))
     length = (ended - begun) / (ended_cycles - begun_cycles)
-    found = (times - begun_cycles[:, None, None]) * length[:, None, None] + begun[:, None, None]
+    since = begun - begun.min()  # the common clock counts from 1970: too far for a float64 to tell nanoseconds apart
+    found = (times - begun_cycles[:, None, None]) * length[:, None, None] + since[:, None, None]
     found[..., WAITED] = times[..., WAITED] * length[:, None]
     found[times == 0] = np.nan
     found[:, 0] = np.nan
