@@ -14,7 +14,6 @@ pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there 
 from numba_atomflow import Engine
 from numba_atomflow.backends.base import Decode, DecodePath
 from numba_atomflow.backends.cpu import CpuBackend
-from numba_atomflow.backends.cuda import decode_path
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.backends.cuda.decode_path import choose_decode_path
 from numba_atomflow.backends.cuda.kernels import ModelKernels
@@ -34,16 +33,9 @@ CAPABILITY = "this GPU's compute capability is 8.9, and bulk copies need 9.0"
 APART = "the model's q and k are rotated by a kernel of their own"
 
 
-@pytest.fixture
-def it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the persistent kernel could be cut for every model."""
-    monkeypatch.setattr(decode_path, "persistent_shape", lambda _kernels: object())
-
-
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("it_fits")
 @pytest.mark.parametrize("chip", [HOPPER, BLACKWELL])
 def test_auto_and_persistent_are_persistent_where_everything_is_there(chip: Chip) -> None:
     kernels = ModelKernels(LLAMA, chip)
@@ -52,13 +44,11 @@ def test_auto_and_persistent_are_persistent_where_everything_is_there(chip: Chip
         assert (path.name, path.reason, str(path)) == ("persistent", "", "persistent")
 
 
-@pytest.mark.usefixtures("it_fits")
 @pytest.mark.parametrize(("chip", "geometry"), [(HOPPER, LLAMA), (HOPPER, QWEN3), (ADA, LLAMA)])
 def test_a_graph_that_is_asked_for_is_made(chip: Chip, geometry: Any) -> None:
     assert str(choose_decode_path(ModelKernels(geometry, chip), "graph")) == "graph, because it was asked for"
 
 
-@pytest.mark.usefixtures("it_fits")
 @pytest.mark.parametrize(
     ("chip", "geometry", "reason"),
     [(ADA, LLAMA, CAPABILITY), (ADA, QWEN3, CAPABILITY), (HOPPER, QWEN2, APART), (HOPPER, QWEN3, APART)],
@@ -67,11 +57,11 @@ def test_chip_and_model_may_stand_in_the_way(chip: Chip, geometry: Any, reason: 
     assert_impossible(ModelKernels(geometry, chip), reason)
 
 
-def test_a_kernel_that_cannot_be_cut_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_path, "persistent_shape", lambda _kernels: None)
-    path = choose_decode_path(ModelKernels(LLAMA, HOPPER), "auto")
-    assert path.name == "graph"
-    assert_impossible(ModelKernels(LLAMA, HOPPER), path.reason)
+def test_a_kernel_that_cannot_be_cut_stands_in_the_way() -> None:
+    many = tiny_geometry(heads=18, kv_heads=2)
+    assert_impossible(ModelKernels(many, HOPPER), "9 heads share a key/value head, and 8 is the most")
+    narrow = replace(HOPPER, shared_bytes=48 << 10)
+    assert_impossible(ModelKernels(LLAMA, narrow), "48 KB of shared memory leave no room for a ring of weights")
 
 
 def assert_impossible(kernels: ModelKernels, reason: str) -> None:

@@ -18,11 +18,11 @@ from numba_atomflow.ops.cuda.persistent.shape import (
     CHUNK,
     DOWN,
     GATE_UP,
+    OUT,
     QKV,
     SPLITS,
     THREADS,
     VOCABULARY,
-    O,
     PersistentShape,
 )
 from numba_atomflow.presets import PRESETS
@@ -30,7 +30,7 @@ from numba_atomflow.presets import PRESETS
 SMOLLM2 = tiny_geometry(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152)
 TINY = tiny_geometry(hidden=64, heads=1, kv_heads=1, ffn=72, vocabulary=40)
 GEOMETRIES = [TINY, SMOLLM2, PRESETS["llama-3.2-3b"], PRESETS["llama-3.1-8b"]]
-WEIGHED = {QKV: "qkv", O: "o", GATE_UP: "gate_up", DOWN: "down", VOCABULARY: "vocabulary"}
+WEIGHED = {QKV: "qkv", OUT: "o", GATE_UP: "gate_up", DOWN: "down", VOCABULARY: "vocabulary"}
 
 
 def shape_of(geometry: ModelGeometry, blocks: int = 132, shared_bytes: int = 232448) -> PersistentShape:
@@ -40,7 +40,7 @@ def shape_of(geometry: ModelGeometry, blocks: int = 132, shared_bytes: int = 232
 
 def kinds(shape: PersistentShape) -> list[int]:
     """Of ops 1, 2, ...: what the kernel's `kind_of` says."""
-    return [QKV, ATTENTION, O, GATE_UP, DOWN] * shape.layers + [VOCABULARY]
+    return [QKV, ATTENTION, OUT, GATE_UP, DOWN] * shape.layers + [VOCABULARY]
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 132])
@@ -77,7 +77,7 @@ def test_sizes_are_those_of_the_projections(geometry: ModelGeometry) -> None:
         rounds = shape.sizes("round_tiles")[kind]
         assert rounds >= 1
         assert rounds * layout.chunks * 16 <= shape.partial_words, "a round's sums do not fit"
-    assert shape.sizes("entry_bits") == {QKV: 3, O: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}
+    assert shape.sizes("entry_bits") == {QKV: 3, OUT: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 132])
