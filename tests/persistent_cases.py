@@ -23,7 +23,7 @@ from numba_atomflow.ops.cuda.persistent import publish
 from numba_atomflow.ops.cuda.persistent.kernel import make_persistent
 from numba_atomflow.ops.cuda.persistent.shape import BLOCK_THREADS, CHUNK, TABLE_UNIT, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS
-from numba_atomflow.ops.cuda.sample import LOWEST_KEY, token_of
+from numba_atomflow.ops.cuda.sample import BROKEN_KEY, LOWEST_KEY, token_of
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 from numba_atomflow.ops.rope import rope_reference, rope_table
@@ -50,7 +50,7 @@ class PersistentCase:
     layers: int = 1
     vocabulary: int = 40
     blocks: int = 1
-    slots: int = 8  # of the ring: so few that it goes round many times
+    slots: int = 7  # of the ring: so few that it goes round many times
     half_head: bool = False
 
     @property
@@ -102,7 +102,7 @@ class PersistentCase:
 
 CASES = (
     PersistentCase(64, 128, 2, 1, 64, position=0, layers=2),  # the first token; all columns padded to one group
-    PersistentCase(80, 520, 1, 1, 80, position=131, half_head=True),  # chunks of 4 groups and of 1; 80 = 64 + 16
+    PersistentCase(80, 520, 1, 1, 80, position=131, slots=12, half_head=True),  # chunks of 4 groups and of 1
 )
 CASES_OF_MANY_BLOCKS = (
     PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
@@ -461,4 +461,9 @@ def check_giving_up(case: PersistentCase) -> None:
     memory = Memory(case, model, generator(case.ffn))
     memory.run(memory.shape.ops - 1, memory.shape.ops)
     assert memory.fault[0] == 1
-    assert token_of(int(memory.best[0])) is None
+    assert memory.best[0] == BROKEN_KEY
+    assert token_of(BROKEN_KEY) is None
+    assert ~BROKEN_KEY & 0xFFFFFF == 0, "what is sampled from it must be a row of the embedding: token 0"
+    memory.fault[0] = 0
+    memory.run(3, 4)  # o: neither its input nor what it adds to is there
+    assert memory.fault[0] == 1

@@ -219,17 +219,17 @@ class CudaBackend:
         """The token that was asked for last; waits for it."""
         try:
             return self._tokens.receive(self._wanted, self._check)
-        except CheckpointError as error:
-            if self._gave_up():
-                raise fault_sentence() from error
+        except CheckpointError:
+            self._check_waits()
             raise
 
-    def _gave_up(self) -> bool:
-        """Whether the persistent kernel stopped waiting for itself; then it marks its token like one without logits."""
+    def _check_waits(self) -> None:
+        """Raise if the persistent kernel gave up waiting for itself; then it marks its token like one without logits."""
         if self._persistent is None:
-            return False
+            return
         with self._gpu.current():
-            return bool(self._memory.read(self._buffers["persistent.fault"])[0])
+            if self._memory.read(self._buffers["persistent.fault"])[0]:
+                raise fault_sentence()
 
     def _check(self) -> None:
         """Raise if the GPU has failed, or has nothing to do any more and has not made the token that is waited for."""
@@ -303,13 +303,18 @@ class CudaBackend:
         return traced + [(op, seconds[op.name.rpartition(".")[2]]) for op in ops[len(traced) :]]
 
     def time_step(self, repeats: int) -> float:
-        """Median seconds of the decode step's graph."""
+        """Median seconds of the decode step's graph.
+
+        Raises:
+            BackendError: the persistent kernel gave up waiting for itself.
+        """
         with self._measuring():
             position = self._memory.read(self._buffers["position"])
             graph = self._graph(1, "sample")
             times = time_graph(
                 graph, self.stream, repeats, lambda: self._memory.write(self._buffers["position"], position)
             )
+            self._check_waits()
         return float(np.median(times))
 
     def trace_step(self, repeats: int, progress: Progress | None = None) -> StepTrace | None:
@@ -336,8 +341,7 @@ class CudaBackend:
                 for launch in launches:
                     launch.run()
                 traces.append(self._persistent.trace(ops, self._memory.read(times)))
-        if self._gave_up():
-            raise fault_sentence()
+            self._check_waits()
         return sorted(traces[1:], key=lambda trace: trace.ends[-1])[(repeats - 1) // 2]
 
     @contextmanager
@@ -356,6 +360,8 @@ class CudaBackend:
         self._sure = False
         self._memory.write(self._buffers["position"], np.array([position]))
         self._forget_best()  # a step may have ended between its arg-max and its end
+        if self._persistent is not None:
+            self._persistent.begin_anew(self._memory)
         self._queued = self._wanted = int(self._memory.read(self._buffers["sampling.count"])[0])
         self._position = position
         self._sure = True

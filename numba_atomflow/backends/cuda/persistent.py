@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.decode import Op
 from numba_atomflow.errors import BackendError
+from numba_atomflow.memory.device import DeviceMemory
 from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import Buffer
 from numba_atomflow.memory.view import View
@@ -141,6 +142,12 @@ class PersistentStep:
             copy_done=found[..., COPY_DONE],
             waited=found[..., WAITED],
         )
+
+    def begin_anew(self, memory: DeviceMemory) -> None:
+        """After a step that may have been left halfway, or have failed: the next one uses epochs of its own."""
+        steps = int(memory.read(self._buffers["persistent.steps"])[0])
+        memory.write(self._buffers["persistent.steps"], np.array([steps + 1, 0]))
+        memory.write(self._buffers["persistent.fault"], np.zeros(1, np.int32))
 
     @property
     def _plane(self) -> int:

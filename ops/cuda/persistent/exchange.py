@@ -11,11 +11,16 @@ words of layer i + 1 has computed them from all results of the op before, each o
 the op before that, and so on around the layer: also from the results of every block that read the words of layer i, and
 their values depend on that reading. For such a reader to see the later word, a value would have to depend on itself
 through reads and dependencies: PTX's no-thin-air axiom forbids that. A block that has no work in an op does not read
-its input at all, and so nobody needs to wait for it.
+its input at all, and so nobody needs to wait for it. That a word's two writes, by different blocks, come in this order
+for every reader is more than the axioms say of relaxed accesses; on these chips a word has one home, in the
+second-level cache. Were it otherwise, a reader would miss its epoch and give up; it would never take a wrong result.
 
 Epochs are numbered by step and layer: the steps made so far times (layers + 1), plus 1, plus the layer. Stale words are
-of the layer before or of the step before, as every step writes every word; the number returns after 2^32 layers (2^16
-for pairs).
+of the layer before or of the step before, as every step writes every word (but those of chunks of the sequence that it
+does not need, whose epochs have 32 bits); the number returns after 2^32 layers (2^16 for pairs).
+
+The views that validators read are written beside it by plain stores, which nothing orders between ops; they lie an op
+apart, and within a step nothing reads them.
 
 Kinds of words: float32 with an epoch of 32 bits; two float16 with an epoch of 32 bits; and, for the residual stream,
 whose readers round it to float16 after they have normalised it, a pair of float32 cut to 24 bits each with an epoch of

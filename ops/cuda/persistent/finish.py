@@ -6,7 +6,7 @@ weights are waited for.
 
 `given`, for all of them: (exchange, epoch of what the layer read, epoch of what it makes, position, q uint16,
 cache uint16, start of the layer's keys in it, start of its values, residual float32, ffn uint32 pairs of float16,
-logits float32, seen uint32, penalty float32, best: the thread's own int64 [1]).
+logits float32, seen uint32, penalty float32, best: the thread's own int64 [1], patience, fault).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from numba import int64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.persistent.exchange import PATIENCE, publish_pair
+from numba_atomflow.ops.cuda.persistent.exchange import give_up, publish_pair
 from numba_atomflow.ops.cuda.persistent.projection import make_row_sum
 from numba_atomflow.ops.cuda.persistent.shape import DOWN, GATE_UP, OUT, QKV, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.projection import LOG2_E
@@ -112,10 +112,12 @@ def _make_add(shape: PersistentShape, kind: int, prepare: Any) -> Any:
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
         exchange, epoch, residual = given[0], given[2], given[8]
         row = tile * 16 + 2 * entry
-        tries = 0  # hardly ever any: all of the words were needed to come this far
-        while (ahead[1] != given[known] or ahead[3] != given[known]) and tries < PATIENCE:
+        tries = np.uint32(0)  # hardly ever any: all of the words were needed to come this far
+        while ahead[1] != given[known] or ahead[3] != given[known]:
             prepare(kind, given, tile, entry, ahead)
-            tries += 1
+            tries = np.uint32(tries + np.uint32(1))
+            if give_up(given[14], given[15], tries):
+                break
         low = ptx.bits_f32(ahead[0]) + row_sum(floats, sums, 2 * entry)
         high = ptx.bits_f32(ahead[2]) + row_sum(floats, sums, 2 * entry + 1)
         publish_pair(exchange, pairs + row // 2, low, high, epoch)

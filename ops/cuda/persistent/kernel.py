@@ -122,7 +122,7 @@ def make_persistent(shape: PersistentShape) -> Any:
                     note(times, op, STAGED)
                 given = (
                     *(exchange, before, now, place, q, cache16, keys_at, keys_at + plane, residual, ffn, logits, seen),
-                    *(np.float32(options[PENALTY]), own_best),
+                    *(np.float32(options[PENALTY]), own_best, patience, fault),
                 )
                 project(kind, own, thread, words, floats, barriers, state, patience, fault, given, times, op)
                 if noting:

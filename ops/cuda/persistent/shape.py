@@ -120,8 +120,15 @@ class PersistentShape:
 
     @property
     def slots(self) -> int:
-        """Of the ring."""
-        return (self.shared_bytes // 4 - self._rest_words) // (self.slot_words + 4)
+        """Of the ring.
+
+        A barrier's parity tells a chunk from the one before it in the same slot, not from the one before that. A warp
+        may wait for chunk n when chunk n - `CONSUMERS`, which it had, is the last that it knows to have landed, and
+        with it all up to n - `CONSUMERS` - `in_flight`; chunk n - `slots` must be among these. Or it is the warp's own
+        last one.
+        """
+        room = (self.shared_bytes // 4 - self._rest_words) // (self.slot_words + 4)
+        return room if room >= self.in_flight + CONSUMERS else min(room, CONSUMERS)
 
     @property
     def _rest_words(self) -> int:
@@ -220,6 +227,6 @@ class PersistentShape:
             return f"{self.ratio} heads share a key/value head, and {MOST_QUERIES} is the most"
         if self.kv_heads > self.multiprocessors:
             return f"it has more key/value heads than this GPU has multiprocessors ({self.multiprocessors})"
-        if self.slots < self.in_flight + 1:
+        if self.slots < max(CONSUMERS, self.in_flight + 1):
             return f"{self.shared_bytes // 1024} KB of shared memory leave no room for a ring of weights"
         return None
