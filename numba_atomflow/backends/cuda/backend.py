@@ -224,7 +224,7 @@ class CudaBackend:
             raise
 
     def _check_waits(self) -> None:
-        """Raise if the persistent kernel gave up waiting for itself; then it marks its token like one without logits."""
+        """Raise if the persistent kernel gave up waiting for itself; its token is then marked as one without logits."""
         if self._persistent is None:
             return
         with self._gpu.current():
