@@ -33,6 +33,7 @@ import numpy as np
 from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.attention_fragments import make_head_fragments, quad_max, quad_sum
 
 KEYS = 16  # per step of a warp
 _ALONE = 2  # steps of a block that are sooner done by one than shared, with what adding up the chunks takes
@@ -171,11 +172,10 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
     ratio = shape.heads // kv_heads
     q_row, kv_row, out_row = shape.heads * head_dim // 2, kv_heads * head_dim // 2, shape.out_width // 2
     head_words = head_dim // 2
-    wide, narrow = head_dim // 32, head_dim % 32 // 16  # pieces of a key: 32 elements, then 16
-    blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a value
-    row_registers = 4 * wide + 2 * narrow
-    k_registers = 2 * row_registers
-    v_registers = 4 * (4 * blocks_64 + 2 * block_32 + block_16)
+    fragments = make_head_fragments(head_dim)
+    row_registers, per_key = fragments.row_registers, fragments.value_registers
+    load_row, load_value, element = fragments.load_row, fragments.load_value, fragments.element
+    k_registers, v_registers = 2 * row_registers, 4 * per_key
     sum_registers = head_dim // 2
     step_keys = KEYS * warps
     quads = rows * head_dim // 4
@@ -189,28 +189,6 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
     same_page = block_size % KEYS == 0  # both halves of a step's keys lie in one block
     units = shape.units
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
-
-    @ptx.device_function
-    def load_row(array, start, t, out, at):  # type: ignore[no-untyped-def]
-        """A lane's part of one row of Q or K: 4 words per 32 elements, 2 per 16."""
-        for c in range(wide):
-            a0, a1, a2, a3 = ptx.load_16(array, start + c * 16 + t * 4)
-            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
-        for _ in range(narrow):
-            a0, a1 = ptx.load_8(array, start + wide * 16 + t * 2)
-            out[at + 4 * wide], out[at + 4 * wide + 1] = a0, a1
-
-    @ptx.device_function
-    def load_value(array, start, g, out, at):  # type: ignore[no-untyped-def]
-        """A lane's part of one row of V: 4 words per 64 elements, 2 per 32, 1 per 16."""
-        for c in range(blocks_64):
-            a0, a1, a2, a3 = ptx.load_16(array, start + c * 32 + g * 4)
-            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
-        for _ in range(block_32):
-            a0, a1 = ptx.load_8(array, start + blocks_64 * 32 + g * 2)
-            out[at + 4 * blocks_64], out[at + 4 * blocks_64 + 1] = a0, a1
-        for _ in range(block_16):
-            out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
 
     @ptx.device_function
     def find_page(pages, first, key):  # type: ignore[no-untyped-def]
@@ -237,27 +215,7 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
         for i in range(4):
             key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
             row = row_of(low if i // 2 == 0 else high, key)
-            load_value(values, row * kv_row + kv * head_words, g, v_part, i * (v_registers // 4))
-
-    @ptx.device_function
-    def element(t, column, j):  # type: ignore[no-untyped-def]
-        """The element of the head that fragment j of the sums holds in column 2 t + column."""
-        n = 2 * t + column
-        if j < 8 * blocks_64:
-            return j // 8 * 64 + n * 8 + j % 8
-        if block_32 > 0 and j < 8 * blocks_64 + 4:
-            return blocks_64 * 64 + n * 4 + j - 8 * blocks_64
-        return blocks_64 * 64 + block_32 * 32 + n * 2 + j - 8 * blocks_64 - 4 * block_32
-
-    @ptx.device_function
-    def quad_max(x):  # type: ignore[no-untyped-def]
-        x = max(x, ptx.shuffle_xor_f32(x, 1))
-        return max(x, ptx.shuffle_xor_f32(x, 2))
-
-    @ptx.device_function
-    def quad_sum(x):  # type: ignore[no-untyped-def]
-        x += ptx.shuffle_xor_f32(x, 1)
-        return x + ptx.shuffle_xor_f32(x, 2)
+            load_value(values, row * kv_row + kv * head_words, g, v_part, i * per_key)
 
     @ptx.device_function
     def put(out, token, query, kv, d, o0, o1, o2, o3):  # type: ignore[no-untyped-def]
@@ -357,7 +315,6 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
                 ptx.pack_f16x2(s4, s5),
                 ptx.pack_f16x2(s6, s7),
             )
-            per_key = v_registers // 4
             for word in range(per_key):
                 v0, v1 = v_part[word], v_part[per_key + word]
                 v2, v3 = v_part[2 * per_key + word], v_part[3 * per_key + word]

@@ -16,6 +16,7 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.attention_fragments import make_head_fragments, quad_max, quad_sum
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
 from numba_atomflow.ops.cuda.persistent.shape import (
     ALONE,
@@ -59,12 +60,11 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
     head_dim, ratio, splits, kv_heads = shape.head_dim, shape.ratio, shape.splits, shape.kv_heads
     head_words, kv_row = head_dim // 2, shape.kv_heads * head_dim // 2
     half = head_dim // 2
-    wide, narrow = head_dim // 32, head_dim % 32 // 16  # pieces of a key: 32 elements, then 16
-    blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a value
-    row_registers = 4 * wide + 2 * narrow
-    k_registers = 2 * row_registers
-    per_key = 2 * (2 * blocks_64 + block_32) + block_16
-    v_registers = 4 * per_key
+    fragments = make_head_fragments(head_dim)
+    wide, narrow = fragments.wide, fragments.narrow
+    row_registers, per_key = fragments.row_registers, fragments.value_registers
+    load_row, load_value, element = fragments.load_row, fragments.load_value, fragments.element
+    k_registers, v_registers = 2 * row_registers, 4 * per_key
     sum_registers = head_dim // 4
     pitch, parts = shape.query_pitch, shape.sum_parts
     x_start = shape.x_start
@@ -80,28 +80,6 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
 
     @ptx.device_function
-    def load_row(array, start, t, out, at):  # type: ignore[no-untyped-def]
-        """A lane's part of one row of Q or K: 4 words per 32 elements, 2 per 16."""
-        for c in range(wide):
-            a0, a1, a2, a3 = ptx.load_16(array, start + c * 16 + t * 4)
-            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
-        for _ in range(narrow):
-            a0, a1 = ptx.load_8(array, start + wide * 16 + t * 2)
-            out[at + 4 * wide], out[at + 4 * wide + 1] = a0, a1
-
-    @ptx.device_function
-    def load_value(array, start, g, out, at):  # type: ignore[no-untyped-def]
-        """A lane's part of one row of V: 4 words per 64 elements, 2 per 32, 1 per 16."""
-        for c in range(blocks_64):
-            a0, a1, a2, a3 = ptx.load_16(array, start + c * 32 + g * 4)
-            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
-        for _ in range(block_32):
-            a0, a1 = ptx.load_8(array, start + blocks_64 * 32 + g * 2)
-            out[at + 4 * blocks_64], out[at + 4 * blocks_64 + 1] = a0, a1
-        for _ in range(block_16):
-            out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
-
-    @ptx.device_function
     def load_keys(cache, start, base, last, kv, g, t, k_part):  # type: ignore[no-untyped-def]
         """A lane's part of the keys of one step; the last key stands for those behind it."""
         for h in range(2):
@@ -113,16 +91,6 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         for i in range(4):
             key = min(np.int32(base + 2 * t + i % 2 + i // 2 * 8), last)
             load_value(cache, start + np.int32(key * kv_row + kv * head_words), g, v_part, i * per_key)
-
-    @ptx.device_function
-    def element(t, column, j):  # type: ignore[no-untyped-def]
-        """The element of the head that fragment j of the sums holds in column 2 t + column."""
-        n = 2 * t + column
-        if j < 8 * blocks_64:
-            return j // 8 * 64 + n * 8 + j % 8
-        if block_32 > 0 and j < 8 * blocks_64 + 4:
-            return blocks_64 * 64 + n * 4 + j - 8 * blocks_64
-        return blocks_64 * 64 + block_32 * 32 + n * 2 + j - 8 * blocks_64 - 4 * block_32
 
     @ptx.large_device_function
     def receive(exchange, place, epoch, patience, fault, out):  # type: ignore[no-untyped-def]
@@ -163,16 +131,6 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             spread(halves, start, word % half, got[0])
             spread(halves, start, word % half + 1, got[1])
             entry += THREADS
-
-    @ptx.device_function
-    def quad_max(x):  # type: ignore[no-untyped-def]
-        x = max(x, ptx.shuffle_xor_f32(x, 1))
-        return max(x, ptx.shuffle_xor_f32(x, 2))
-
-    @ptx.device_function
-    def quad_sum(x):  # type: ignore[no-untyped-def]
-        x += ptx.shuffle_xor_f32(x, 1)
-        return x + ptx.shuffle_xor_f32(x, 2)
 
     @ptx.device_function
     def warp_sum(x):  # type: ignore[no-untyped-def]

@@ -1,0 +1,86 @@
+"""How heads of keys, queries and values lie in the registers of a warp: the same for every kernel of attention.
+
+Loads are of 16 bytes where the head allows it. For queries and keys a lane's 8 neighbouring elements stand for 4 pairs
+of what is summed over, in any order, as long as both sides have the same; for values they are 8 columns of the result,
+and `element` says which.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from numba_atomflow.ops import ptx
+
+
+@dataclass(frozen=True)
+class HeadFragments:
+    """Of one head.
+
+    Attributes:
+        wide, narrow: pieces of 32 and of 16 elements that a query or key is loaded in.
+        row_registers: words that a lane has of one row of Q or K.
+        value_registers: words that a lane has of one row of V.
+        load_row: device function (array, start, t, out, at): a lane's part of one row of Q or K, from word `start`.
+        load_value: device function (array, start, g, out, at): a lane's part of one row of V.
+        element: device function (t, column, j): the element of the head that fragment j of the sums holds in column
+            2 t + column.
+    """
+
+    wide: int
+    narrow: int
+    row_registers: int
+    value_registers: int
+    load_row: Any
+    load_value: Any
+    element: Any
+
+
+def make_head_fragments(head_dim: int) -> HeadFragments:
+    """For heads of 64, 80, 96, 128 ... elements."""
+    wide, narrow = head_dim // 32, head_dim % 32 // 16
+    blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a value
+
+    @ptx.device_function
+    def load_row(array, start, t, out, at):  # type: ignore[no-untyped-def]
+        for c in range(wide):
+            a0, a1, a2, a3 = ptx.load_16(array, start + c * 16 + t * 4)
+            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
+        for _ in range(narrow):
+            a0, a1 = ptx.load_8(array, start + wide * 16 + t * 2)
+            out[at + 4 * wide], out[at + 4 * wide + 1] = a0, a1
+
+    @ptx.device_function
+    def load_value(array, start, g, out, at):  # type: ignore[no-untyped-def]
+        for c in range(blocks_64):
+            a0, a1, a2, a3 = ptx.load_16(array, start + c * 32 + g * 4)
+            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
+        for _ in range(block_32):
+            a0, a1 = ptx.load_8(array, start + blocks_64 * 32 + g * 2)
+            out[at + 4 * blocks_64], out[at + 4 * blocks_64 + 1] = a0, a1
+        for _ in range(block_16):
+            out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
+
+    @ptx.device_function
+    def element(t, column, j):  # type: ignore[no-untyped-def]
+        n = 2 * t + column
+        if j < 8 * blocks_64:
+            return j // 8 * 64 + n * 8 + j % 8
+        if block_32 > 0 and j < 8 * blocks_64 + 4:
+            return blocks_64 * 64 + n * 4 + j - 8 * blocks_64
+        return blocks_64 * 64 + block_32 * 32 + n * 2 + j - 8 * blocks_64 - 4 * block_32
+
+    value_registers = 4 * blocks_64 + 2 * block_32 + block_16
+    return HeadFragments(wide, narrow, 4 * wide + 2 * narrow, value_registers, load_row, load_value, element)
+
+
+@ptx.device_function
+def quad_max(x):  # type: ignore[no-untyped-def]
+    """The largest x of the four lanes that hold a row of the scores."""
+    x = max(x, ptx.shuffle_xor_f32(x, 1))
+    return max(x, ptx.shuffle_xor_f32(x, 2))
+
+
+@ptx.device_function
+def quad_sum(x):  # type: ignore[no-untyped-def]
+    """The sum of x over the four lanes that hold a row of the scores."""
+    x += ptx.shuffle_xor_f32(x, 1)
+    return x + ptx.shuffle_xor_f32(x, 2)
