@@ -16,7 +16,7 @@ from numba import cuda, float32, int64, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import GROUP_WORDS
 from numba_atomflow.ops.cuda.persistent.ring import await_barrier
-from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, PersistentShape
+from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.staging import meet
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
@@ -31,8 +31,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
     Args of it: slot, of the ring; chunk, of its tile; groups, that it has.
 
     Words of codes are decoded by the conversion instruction and by shifts in turn, which keeps two units of the chip
-    busy instead of one. x is in the order of both (`staging.put_quad`), and their sums are
-    kept apart.
+    busy instead of one. x is in the order of both (`staging.put_quad`), and their sums are kept apart.
     """
     slot_words, x_start = shape.slot_words, shape.x_start
     matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
@@ -100,23 +99,15 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
         finish: device function (kind, given, tile, entry, ahead, floats, sums): what becomes of a tile, entry by entry;
             the sums of row r stand at floats[sums + 16 * chunk + r].
     """
-    slots, blocks, partials, partial_words = (
-        shape.slots,
-        shape.multiprocessors,
-        shape.partials_start,
-        shape.partial_words,
-    )
+    slots, blocks = shape.slots, shape.multiprocessors
+    partials, partial_words = shape.partials_start, shape.partial_words
     landed, free = shape.barriers_start, shape.barriers_start + slots
     trace, ops = shape.trace, shape.ops
-    multiply = make_multiply(shape, halves=False)
     halves = shape.vocabulary.halves
+    multiply = make_multiply(shape, halves=False)
     multiply_halves = make_multiply(shape, halves=True) if halves else multiply
-    vocabulary = shape.kinds - 1
-    tiles_of, chunks_of, last_groups_of = (
-        shape.picker("tiles"),
-        shape.picker("chunks"),
-        shape.picker("last_chunk_groups"),
-    )
+    tiles_of, chunks_of = shape.picker("tiles"), shape.picker("chunks")
+    last_groups_of = shape.picker("last_chunk_groups")
     round_tiles_of, entry_bits_of = shape.picker("round_tiles"), shape.picker("entry_bits")
 
     @ptx.device_function
@@ -132,11 +123,8 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
         # 32 bits without sign: no index has to be looked at for being negative.
         me, blocks_now = np.uint32(thread), np.uint32(blocks)
         lane, warp = np.uint32(me & np.uint32(31)), np.uint32(me >> np.uint32(5))
-        chunks, round_tiles, bits = (
-            np.uint32(chunks_of(kind)),
-            np.uint32(round_tiles_of(kind)),
-            np.uint32(entry_bits_of(kind)),
-        )
+        chunks, round_tiles = np.uint32(chunks_of(kind)), np.uint32(round_tiles_of(kind))
+        bits = np.uint32(entry_bits_of(kind))
         last_groups = last_groups_of(kind)
         start = np.uint32(first)
         own = np.uint32((np.uint32(tiles_of(kind)) - start + blocks_now - np.uint32(1)) // blocks_now)
@@ -160,7 +148,7 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
                 if trace and thread == 0:
                     times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + WAITED] += int64(ptx.cycles() - began)
                 groups = last_groups if chunk == np.uint32(chunks - np.uint32(1)) else np.int32(CHUNK)
-                if halves and kind == vocabulary:
+                if halves and kind == VOCABULARY:
                     multiply_halves(words, floats, slot, chunk, groups, lane, total)
                 else:
                     multiply(words, floats, slot, chunk, groups, lane, total)

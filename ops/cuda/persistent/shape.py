@@ -69,11 +69,6 @@ class PersistentShape:
         return 5 * self.layers + 2
 
     @property
-    def kinds(self) -> int:
-        """Of ops, the embedding not counted."""
-        return VOCABULARY + 1
-
-    @property
     def matrices(self) -> tuple[FragmentLayout, ...]:
         """Projections, in the order of their kinds."""
         return self.qkv, self.o, self.gate_up, self.down, self.vocabulary

@@ -1,8 +1,6 @@
-"""What a projection reads, brought into shared memory as float16: from words of the exchange, as soon as they are
-there.
+"""What a projection reads, brought into shared memory as float16: from the exchange, as soon as it is there.
 
-Every thread asks for its words until all of them are of the epoch that it waits for. Columns that pad the vector are
-set to zero, which the weights' padding is, too (zero times NaN would be NaN).
+Columns that pad the vector are set to zero, which the weights' padding is, too (zero times NaN would be NaN).
 """
 
 import math
@@ -35,36 +33,54 @@ def put_quad(words, at, odd, low, high):  # type: ignore[no-untyped-def]
     words[at + 1] = ptx.low_halves(low, high) if odd else high
 
 
-def make_await_some(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
-    """Device function (exchange, start, epoch, thread, patience, fault): wait for 32 of the words, spread over all.
+def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
+    """Device function (exchange, start, epoch, thread, received, patience, fault): `quads` times two words from word
+    `start` on, when they are all there; those of quad i * THREADS + thread go to received[4 i] .. received[4 i + 3].
 
-    One warp looks for a few words, while the others rest: all words asked for again and again by every block would fill
-    the second-level cache's queues. When these are there, the others are, too, or will be in a moment.
+    One warp looks for 32 of them, spread over all, while the others rest: all words asked for again and again by every
+    block would fill the second-level cache's queues. When these are there, the others are, too, or will be in a moment.
     """
-    pause, spread = shape.pause, max(1, quads // 32)
+    each, pause, spread = -(-quads // THREADS), shape.pause, max(1, quads // 32)
 
     @ptx.device_function
-    def await_some(exchange, start, epoch, thread, patience, fault):  # type: ignore[no-untyped-def]
-        if thread < 32:
-            quad = min(thread * spread, quads - 1)
-            tries = np.uint32(0)
-            waiting = True
-            while waiting:
-                _, _, _, e1 = ptx.load_words(exchange, start + 2 * quad)
-                waiting = not (is_pair_of(e1, epoch) if pairs else e1 == epoch)
-                tries = np.uint32(tries + np.uint32(1))
-                if waiting:
-                    ptx.pause(np.uint32(pause))
-                    if give_up(patience, fault, tries):
-                        waiting = False
-        meet()
+    def is_there(e0, e1, epoch):  # type: ignore[no-untyped-def]
+        return is_pair_of(e0, epoch) and is_pair_of(e1, epoch) if pairs else e0 == epoch and e1 == epoch
 
-    return await_some
+    @ptx.device_function
+    def receive(exchange, start, epoch, thread, received, patience, fault):  # type: ignore[no-untyped-def]
+        tries = np.uint32(0)
+        waiting = thread < 32
+        while waiting:
+            _, e0, _, e1 = ptx.load_words(exchange, start + 2 * min(thread * spread, quads - 1))
+            tries = np.uint32(tries + np.uint32(1))
+            waiting = not is_there(e0, e1, epoch)
+            if waiting:
+                ptx.pause(np.uint32(pause))
+                if give_up(patience, fault, tries):
+                    waiting = False
+        meet()
+        waiting = True
+        while waiting:
+            for i in range(each):
+                quad = min(i * THREADS + thread, quads - 1)
+                w0, w1, w2, w3 = ptx.load_words(exchange, start + 2 * quad)
+                received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
+            waiting = False
+            for i in range(each):
+                if not is_there(received[4 * i + 1], received[4 * i + 3], epoch):
+                    waiting = True
+            tries = np.uint32(tries + np.uint32(1))
+            if waiting:
+                ptx.pause(np.uint32(pause))
+                if give_up(patience, fault, tries):
+                    waiting = False
+
+    return receive
 
 
 def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
-    """Device function (exchange, start, epoch, weights, norm, mixed, thread, words, floats, patience, fault): x =
-    RMSNorm.
+    """Device function (exchange, start, epoch, weights, norm, mixed, thread, words, floats, patience, fault): x is the
+    RMSNorm of the residual stream.
 
     Args of it: the residual stream as pairs from word `start` of the exchange on; the norm's weights from word `norm`
     of `weights` on; mixed: whether odd quads take the order of `put_quad`. padded: columns of x with padding.
@@ -74,7 +90,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
     each = -(-quads // THREADS)
     rounds = -(-all_quads // THREADS)
     registers = 4 * each
-    pause, await_some = shape.pause, make_await_some(shape, quads, pairs=True)
+    receive = make_receive(shape, quads, pairs=True)
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
 
     @ptx.large_device_function
@@ -90,23 +106,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
                 w0, w1, w2, w3 = ptx.load_16(weights, norm + quad * 4)
                 gains[4 * i], gains[4 * i + 1] = ptx.bits_f32(w0), ptx.bits_f32(w1)
                 gains[4 * i + 2], gains[4 * i + 3] = ptx.bits_f32(w2), ptx.bits_f32(w3)
-        await_some(exchange, start, epoch, thread, patience, fault)
-        tries = np.uint32(0)
-        waiting = True
-        while waiting:
-            for i in range(each):
-                quad = min(i * THREADS + thread, quads - 1)
-                w0, w1, w2, w3 = ptx.load_words(exchange, start + 2 * quad)
-                received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
-            waiting = False
-            for i in range(each):
-                if not (is_pair_of(received[4 * i + 1], epoch) and is_pair_of(received[4 * i + 3], epoch)):
-                    waiting = True
-            tries = np.uint32(tries + np.uint32(1))
-            if waiting:
-                ptx.pause(np.uint32(pause))
-                if give_up(patience, fault, tries):
-                    waiting = False
+        receive(exchange, start, epoch, thread, received, patience, fault)
         squares = _ZERO
         for i in range(each):
             a, b = pair_of(received[4 * i], received[4 * i + 1])
@@ -147,28 +147,12 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
     each = -(-quads // THREADS)
     rounds = -(-all_quads // THREADS)
     registers = 4 * each
-    pause, await_some = shape.pause, make_await_some(shape, quads, pairs=False)
+    receive = make_receive(shape, quads, pairs=False)
 
     @ptx.large_device_function
     def stage_copy(exchange, start, epoch, thread, words, patience, fault):  # type: ignore[no-untyped-def]
         received = cuda.local.array(registers, uint32)
-        await_some(exchange, start, epoch, thread, patience, fault)
-        tries = np.uint32(0)
-        waiting = True
-        while waiting:
-            for i in range(each):
-                quad = min(i * THREADS + thread, quads - 1)
-                w0, w1, w2, w3 = ptx.load_words(exchange, start + 2 * quad)
-                received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
-            waiting = False
-            for i in range(each):
-                if received[4 * i + 1] != epoch or received[4 * i + 3] != epoch:
-                    waiting = True
-            tries = np.uint32(tries + np.uint32(1))
-            if waiting:
-                ptx.pause(np.uint32(pause))
-                if give_up(patience, fault, tries):
-                    waiting = False
+        receive(exchange, start, epoch, thread, received, patience, fault)
         for i in range(rounds):
             quad = i * THREADS + thread
             at = x_start + 2 * quad
