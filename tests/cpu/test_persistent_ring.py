@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+
 from numba_atomflow.ops.cuda.persistent.shape import CONSUMERS
 
 
