@@ -295,14 +295,14 @@ def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
     return tuple(np.float32(array[index + i]) for i in range(4))
 
 
-def _be_patient(look: tuple[int, int, int]) -> None:
-    """Sleep, longer every time, if this thread saw the same before: hundreds that wait must leave the writers time."""
-    own = vars(threading.current_thread())
-    same, nap = own.get("atomflow_look", (None, 0.0))
-    nap = min(2 * nap, 0.2) if same == look else 0.002
-    if same == look:
+def _be_patient(index: int, words: tuple[int, int]) -> None:
+    """Sleep, longer every time, if this thread saw the same there before: waiting leaves the writers time."""
+    looks = vars(threading.current_thread()).setdefault("atomflow_looks", {})
+    before, nap = looks.get(index, (None, 0.0))
+    nap = min(2 * nap, 0.2) if before == words else 0.002
+    if before == words:
         time.sleep(nap)
-    own["atomflow_look"] = look, nap
+    looks[index] = words, nap
 
 
 @_instruction(
@@ -317,7 +317,7 @@ def load_words(array, index):  # type: ignore[no-untyped-def]
     Each word is read whole: both halves are of one `publish`. index: even.
     """
     first, second = int(array[index]), int(array[index + 1])
-    _be_patient((int(index), first, second))
+    _be_patient(int(index), (first, second))
     return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
 
 
