@@ -33,12 +33,12 @@ import numpy as np
 from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.attention_fragments import make_head_fragments, quad_max, quad_sum
+from numba_atomflow.ops.cuda.attention_fragments import LOWEST, make_head_fragments, make_merge, quad_max, quad_sum
 
 KEYS = 16  # per step of a warp
 _ALONE = 2  # steps of a block that are sooner done by one than shared, with what adding up the chunks takes
 _BATCH = 8  # chunks that the last block loads at a time
-_ZERO, _LOWEST = np.float32(0.0), np.float32(-1.0e30)
+_ZERO = np.float32(0.0)
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
     quads = rows * head_dim // 4
     sums_start = shape.q_words
     stats_start = sums_start + warps * rows * head_dim
+    merge = make_merge(head_dim, rows, sums_start, stats_start)
     flag_index = shape.shared_bytes // 4 - 1
     tokens = 1 if paging is None else paging.columns
     stats_global = tokens * shape.blocks * rows * head_dim
@@ -279,7 +280,7 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
 
         for i in range(sum_registers):
             sums[i] = _ZERO
-        largest_0, largest_1, total_0, total_1 = _LOWEST, _LOWEST, _ZERO, _ZERO
+        largest_0, largest_1, total_0, total_1 = LOWEST, LOWEST, _ZERO, _ZERO
         while base < end:
             if not early:
                 load_step(keys, values, pages, first_page, base, length, kv, g, t, k_part, v_part)
@@ -293,14 +294,14 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
                 b0, b1 = k_part[row_registers + 2 * i], k_part[row_registers + 2 * i + 1]
                 s4, s5, s6, s7 = ptx.mma(a0, a1, a2, a3, b0, b1, s4, s5, s6, s7)
             key = base + 2 * t
-            s0 = s0 * scale if np.int32(key) <= limit_0 else _LOWEST
-            s1 = s1 * scale if np.int32(key + 1) <= limit_0 else _LOWEST
-            s2 = s2 * scale if np.int32(key) <= limit_1 else _LOWEST
-            s3 = s3 * scale if np.int32(key + 1) <= limit_1 else _LOWEST
-            s4 = s4 * scale if np.int32(key + 8) <= limit_0 else _LOWEST
-            s5 = s5 * scale if np.int32(key + 9) <= limit_0 else _LOWEST
-            s6 = s6 * scale if np.int32(key + 8) <= limit_1 else _LOWEST
-            s7 = s7 * scale if np.int32(key + 9) <= limit_1 else _LOWEST
+            s0 = s0 * scale if np.int32(key) <= limit_0 else LOWEST
+            s1 = s1 * scale if np.int32(key + 1) <= limit_0 else LOWEST
+            s2 = s2 * scale if np.int32(key) <= limit_1 else LOWEST
+            s3 = s3 * scale if np.int32(key + 1) <= limit_1 else LOWEST
+            s4 = s4 * scale if np.int32(key + 8) <= limit_0 else LOWEST
+            s5 = s5 * scale if np.int32(key + 9) <= limit_0 else LOWEST
+            s6 = s6 * scale if np.int32(key + 8) <= limit_1 else LOWEST
+            s7 = s7 * scale if np.int32(key + 9) <= limit_1 else LOWEST
             peak_0 = max(largest_0, quad_max(max(s0, s1, s4, s5)))
             peak_1 = max(largest_1, quad_max(max(s2, s3, s6, s7)))
             shrink_0, shrink_1 = ptx.exp2(largest_0 - peak_0), ptx.exp2(largest_1 - peak_1)
@@ -348,18 +349,7 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
         entry = thread
         while entry < quads:
             row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
-            peak, total = _LOWEST, _ZERO
-            o0, o1, o2, o3 = _ZERO, _ZERO, _ZERO, _ZERO
-            for w in range(warps):
-                peak = max(peak, floats[stats_start + (w * rows + row) * 2])
-            for w in range(warps):
-                weight = ptx.exp2(floats[stats_start + (w * rows + row) * 2] - peak)
-                total += weight * floats[stats_start + (w * rows + row) * 2 + 1]
-                at = sums_start + (w * rows + row) * head_dim + d
-                o0 += weight * floats[at]
-                o1 += weight * floats[at + 1]
-                o2 += weight * floats[at + 2]
-                o3 += weight * floats[at + 3]
+            peak, total, o0, o1, o2, o3 = merge(floats, warps, row, d)
             if active == 1:
                 if first_query + row < queries:
                     put(out, token, first_query + row, kv, d, o0 / total, o1 / total, o2 / total, o3 / total)
@@ -392,7 +382,7 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
         entry = thread
         while entry < quads:
             row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
-            peak, total = _LOWEST, _ZERO
+            peak, total = LOWEST, _ZERO
             for s in range(active):
                 peak = max(peak, floats[sums_start + (s * rows + row) * 2])
             for s in range(active):

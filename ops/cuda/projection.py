@@ -45,6 +45,19 @@ _SCALED_AT_ONCE = 4  # loads of x (and of the norm) that the compiler may gather
 Prologue = Literal["copy", "norm"]
 
 
+@ptx.device_function
+def gated(gate, up):  # type: ignore[no-untyped-def]
+    """silu(gate) * up."""
+    sigmoid = _ONE / (_ONE + ptx.exp2(-gate * LOG2_E))
+    return gate * sigmoid * up
+
+
+@ptx.device_function
+def rotated(low, high, cosine, sine):  # type: ignore[no-untyped-def]
+    """The two elements of a head that RoPE rotates together, rotated."""
+    return low * cosine - high * sine, high * cosine + low * sine
+
+
 @dataclass(frozen=True)
 class ProjectionShape:
     """How the work is cut.

@@ -11,11 +11,8 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.projection import LOG2_E, ProjectionShape, make_runner
+from numba_atomflow.ops.cuda.projection import ProjectionShape, gated, make_runner, rotated
 from numba_atomflow.ops.cuda.spec import F32, I64, U16, U32, Planned, kernel_spec
-
-_ONE = np.float32(1.0)
-
 
 # Types of the kernels' arguments, by factory.
 _NORMED = (U32, U32, F32, U32)  # weights, residual, norm, normed
@@ -104,8 +101,7 @@ def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: 
     def swiglu(outputs, tile, r, column, gate, up):  # type: ignore[no-untyped-def]
         unit = tile * 8 + r
         if unit < ffn:
-            sigmoid = _ONE / (_ONE + ptx.exp2(-gate * LOG2_E))
-            outputs[0][column * y_width + unit] = np.uint16(ptx.f16_bits(gate * sigmoid * up))
+            outputs[0][column * y_width + unit] = np.uint16(ptx.f16_bits(gated(gate, up)))
 
     run = make_runner(shape, "norm", eps, dependent, swiglu)
 
@@ -197,8 +193,7 @@ def _make_rotate(shape: ProjectionShape, heads: int, kv_heads: int, paged: bool)
             put(values, slot * kv_width + (head - heads - kv_heads) * 2 * half + i, low, high)
         else:
             cosine, sine = cosines[position * half + i], sines[position * half + i]
-            rotated_low = low * cosine - high * sine
-            rotated_high = high * cosine + low * sine
+            rotated_low, rotated_high = rotated(low, high, cosine, sine)
             if head < heads:
                 put(q, column * q_width + head * 2 * half + i, rotated_low, rotated_high)
             else:

@@ -12,6 +12,7 @@ import numpy as np
 from numba import cuda, float32
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.projection import rotated
 
 THREADS = 128
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -81,7 +82,7 @@ def make_rope(
                         low *= factor * weight[i]
                         high *= factor * weight[half + i]
                     cosine, sine = cosines[slot * half + i], sines[slot * half + i]
-                    low, high = low * cosine - high * sine, high * cosine + low * sine
+                    low, high = rotated(low, high, cosine, sine)
                 low_bits, high_bits = np.uint16(ptx.f16_bits(low)), np.uint16(ptx.f16_bits(high))
                 if head < heads:
                     at = (column * heads + head) * head_dim + i

@@ -23,6 +23,7 @@ from numba_atomflow.driver import Device, call, open_device
 from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
+from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.build import build
 from numba_atomflow.ops.cuda.chip import chip_of
@@ -107,16 +108,17 @@ class CudaBackend:
         self._graphs: dict[tuple[int, Head], Graph] = {}
         self._bound: dict[tuple[int, Head], list[Launch]] = {}
 
+    def _weight_buffers(self) -> dict[str, View]:
+        return {buffer.name: self._arena[buffer.name] for buffer in self.plan.buffers if buffer.pool == "weights"}
+
     def _weight_views(self) -> Weights:
         projections, vectors = {}, {}
-        for buffer in self.plan.buffers:
-            if buffer.pool != "weights":
-                continue
-            if buffer.dtype == "float32":
-                vectors[buffer.name] = self._arena[buffer.name]
+        for name, view in self._weight_buffers().items():
+            if view.dtype == "float32":
+                vectors[name] = view
             else:
-                layout = self.kernels.layout_of(buffer.name)
-                projections[buffer.name] = Weight(layout.rows, layout.columns, self._arena[buffer.name])
+                layout = self.kernels.layout_of(name)
+                projections[name] = Weight(layout.rows, layout.columns, view)
         norms = {name: view for name, view in vectors.items() if name.endswith("_norm")}
         return Weights(projections, norms, {name: view for name, view in vectors.items() if name not in norms})
 
@@ -143,8 +145,9 @@ class CudaBackend:
             scratch, ring = self._buffers.__getitem__, self._tokens.ring
             self._binder = Binder(self.kernels, loaded, scratch, ring, self.stream)
             if self.kernels.persistent:
-                weights = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
-                self._persistent = PersistentStep(self.kernels, loaded, self._buffers, weights, self.stream)
+                self._persistent = PersistentStep(
+                    self.kernels, loaded, self._buffers, self._weight_buffers(), self.stream
+                )
                 self._memory.write(self._buffers["persistent.table"], self._persistent.table())
             ready = self._graph if self._use_graphs else self._launches
             for tokens in range(1, self.block + 1):
@@ -162,9 +165,8 @@ class CudaBackend:
     def _upload(self, loaded: Mapping[str, Kernel], progress: Progress | None) -> None:
         if self._arrays is None:
             raise RuntimeError("prepare was called before")
-        targets = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
-        staging = self._arena.behind("weights")
-        upload(Uploader(loaded, staging, self.stream), self._arrays, targets, self.kernels.layout_of, progress)
+        uploader = Uploader(loaded, self._arena.behind("weights"), self.stream)
+        upload(uploader, self._arrays, self._weight_buffers(), self.kernels.layout_of, progress)
         # Padding of activations must be zero, and counters start at zero; the cache holds what was staged: noise.
         self._arena.clear(("activations", "workspace"), self.stream)
         positions = self._buffers["rope.cosines"].shape[0]

@@ -16,7 +16,7 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.attention_fragments import make_head_fragments, quad_max, quad_sum
+from numba_atomflow.ops.cuda.attention_fragments import LOWEST, make_head_fragments, make_merge, quad_max, quad_sum
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
 from numba_atomflow.ops.cuda.persistent.shape import (
     ALONE,
@@ -30,7 +30,7 @@ from numba_atomflow.ops.cuda.persistent.shape import (
 from numba_atomflow.ops.cuda.persistent.staging import meet
 from numba_atomflow.ops.cuda.persistent.trace import STAGED
 
-_ZERO, _LOWEST = np.float32(0.0), np.float32(-1.0e30)
+_ZERO = np.float32(0.0)
 
 
 def make_share(shape: PersistentShape) -> Any:
@@ -46,6 +46,25 @@ def make_share(shape: PersistentShape) -> Any:
         return np.int32(block // splits), np.int32(block % splits), np.int32(chunk), np.int32(active)
 
     return share
+
+
+def _make_team(lanes: int) -> tuple[Any, Any]:
+    """Device functions (x) -> the largest x, and the sum of x, over neighbouring lanes: a power of two of them."""
+    steps = lanes.bit_length() - 1
+
+    @ptx.device_function
+    def team_max(x):  # type: ignore[no-untyped-def]
+        for step in range(steps):
+            x = max(x, ptx.shuffle_xor_f32(x, lanes // 2 >> step))
+        return x
+
+    @ptx.device_function
+    def team_sum(x):  # type: ignore[no-untyped-def]
+        for step in range(steps):
+            x += ptx.shuffle_xor_f32(x, lanes // 2 >> step)
+        return x
+
+    return team_max, team_sum
 
 
 def make_attend(shape: PersistentShape, note: Any) -> Any:
@@ -71,9 +90,11 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
     token_start = x_start + MOST_QUERIES * pitch  # the newest key, then its value: head_dim halves each
     sums_start = token_start + head_dim
     stats_start = sums_start + parts * ratio * head_dim
+    merge = make_merge(head_dim, ratio, sums_start, stats_start)
     quads, pairs = ratio * head_dim // 4, ratio * head_dim // 2
     team = 16 if splits <= 16 else 32  # lanes that add up the chunks of a pair
-    team_steps = team.bit_length() - 1
+    _, warp_sum = _make_team(32)
+    team_max, team_sum = _make_team(team)
     places = shape.exchange
     q_place, k_place, v_place = places["q"], places["k"], places["v"]
     sum_place, stat_place, out_place = places["sums"], places["stats"], places["attended"]
@@ -132,12 +153,6 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             spread(halves, start, word % half + 1, got[1])
             entry += THREADS
 
-    @ptx.device_function
-    def warp_sum(x):  # type: ignore[no-untyped-def]
-        for step in range(5):
-            x += ptx.shuffle_xor_f32(x, 16 >> step)
-        return x
-
     @ptx.large_device_function
     def add_newest(lane, warp, words, floats):  # type: ignore[no-untyped-def]
         """The newest key's score and value, as a sum of their own: a warp for each head."""
@@ -179,18 +194,6 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             waiting = e0 != epoch or e1 != epoch or e2 != epoch or e3 != epoch
             if waiting and give_up(patience, fault, tries):
                 waiting = False
-
-    @ptx.device_function
-    def team_max(x):  # type: ignore[no-untyped-def]
-        for step in range(team_steps):
-            x = max(x, ptx.shuffle_xor_f32(x, team // 2 >> step))
-        return x
-
-    @ptx.device_function
-    def team_sum(x):  # type: ignore[no-untyped-def]
-        for step in range(team_steps):
-            x += ptx.shuffle_xor_f32(x, team // 2 >> step)
-        return x
 
     @ptx.large_device_function
     def add_chunks(exchange, epoch, attended, kv, split, active, thread, patience, fault):  # type: ignore[no-untyped-def]
@@ -242,7 +245,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 note(times, op, STAGED)
             for i in range(sum_registers):
                 sums[i] = _ZERO
-            largest, total = _LOWEST, _ZERO
+            largest, total = LOWEST, _ZERO
             while base < end:
                 following = np.int32(base + STEP_KEYS)
                 s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
@@ -266,10 +269,10 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 if following < end:
                     load_keys(cache, key_start, following, last, kv, g, t, k_part)
                 key = base + 2 * t
-                s0 = s0 * scale if key < end else _LOWEST
-                s1 = s1 * scale if key + 1 < end else _LOWEST
-                s4 = s4 * scale if key + 8 < end else _LOWEST
-                s5 = s5 * scale if key + 9 < end else _LOWEST
+                s0 = s0 * scale if key < end else LOWEST
+                s1 = s1 * scale if key + 1 < end else LOWEST
+                s4 = s4 * scale if key + 8 < end else LOWEST
+                s5 = s5 * scale if key + 9 < end else LOWEST
                 peak = max(largest, quad_max(max(s0, s1, s4, s5)))
                 shrink = ptx.exp2(largest - peak)
                 largest = peak
@@ -309,18 +312,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             counted = parts if split == 0 else CONSUMERS
             while entry < quads:
                 row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
-                peak, whole = _LOWEST, _ZERO
-                o0, o1, o2, o3 = _ZERO, _ZERO, _ZERO, _ZERO
-                for w in range(counted):
-                    peak = max(peak, floats[stats_start + (w * ratio + row) * 2])
-                for w in range(counted):
-                    weight = ptx.exp2(floats[stats_start + (w * ratio + row) * 2] - peak)
-                    whole += weight * floats[stats_start + (w * ratio + row) * 2 + 1]
-                    at = sums_start + (w * ratio + row) * head_dim + d
-                    o0 += weight * floats[at]
-                    o1 += weight * floats[at + 1]
-                    o2 += weight * floats[at + 2]
-                    o3 += weight * floats[at + 3]
+                peak, whole, o0, o1, o2, o3 = merge(floats, counted, row, d)
                 if active == 1:
                     put(exchange, epoch, attended, kv, entry * 2, o0 / whole, o1 / whole)
                     put(exchange, epoch, attended, kv, entry * 2 + 1, o2 / whole, o3 / whole)

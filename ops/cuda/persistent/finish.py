@@ -18,10 +18,8 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.exchange import give_up, publish_pair
 from numba_atomflow.ops.cuda.persistent.projection import make_row_sum
 from numba_atomflow.ops.cuda.persistent.shape import DOWN, GATE_UP, OUT, QKV, VOCABULARY, PersistentShape
-from numba_atomflow.ops.cuda.projection import LOG2_E
+from numba_atomflow.ops.cuda.projection import gated, rotated
 from numba_atomflow.ops.cuda.sample import penalise, sort_key
-
-_ONE = np.float32(1.0)
 
 
 def make_prepare(shape: PersistentShape) -> Any:
@@ -83,10 +81,7 @@ def _make_qkv(shape: PersistentShape) -> Any:
         low, high = row_sum(floats, sums, entry), row_sum(floats, sums, entry + 8)
         head, i = tile // head_tiles, tile % head_tiles * 8 + entry
         if head < heads + kv_heads:
-            cosine, sine = floats[rope_start + i], floats[rope_start + half + i]
-            rotated = low * cosine - high * sine
-            high = high * cosine + low * sine
-            low = rotated
+            low, high = rotated(low, high, floats[rope_start + i], floats[rope_start + half + i])
         pair = ptx.pack_f16x2(low, high)
         if head < heads:
             ptx.publish(exchange, q_start + head * half + i, pair, epoch)
@@ -135,8 +130,7 @@ def _make_swiglu(shape: PersistentShape) -> Any:
 
     @ptx.device_function
     def unit(floats, sums, row):  # type: ignore[no-untyped-def]
-        gate, up = row_sum(floats, sums, row), row_sum(floats, sums, row + 8)
-        return gate * (_ONE / (_ONE + ptx.exp2(-gate * LOG2_E))) * up
+        return gated(row_sum(floats, sums, row), row_sum(floats, sums, row + 8))
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
