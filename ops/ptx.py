@@ -612,6 +612,19 @@ def barrier_ready(barriers, index, parity):  # type: ignore[no-untyped-def]
 
 
 @_instruction(
+    "{ .reg .u64 b; .reg .pred p; cvta.to.shared.u64 b, $1;"
+    " mbarrier.test_wait.parity.shared::cta.b64 p, [b], $2; selp.u32 $0, 1, 0, p; }",
+    (u32,),
+    (_ADDRESS, u32),
+    memory=True,
+)
+def barrier_passed(barriers, index, parity):  # type: ignore[no-untyped-def]
+    """1 if the phase of this parity is complete, else 0; at once."""
+    with _warp_lock:
+        return int(int(barriers[index]) & 1 != int(parity) & 1)
+
+
+@_instruction(
     "{ .reg .u64 d, b; cvta.to.shared.u64 d, $0; cvta.to.shared.u64 b, $3;"
     " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [d], [$1], $2, [b]; }",
     (),
@@ -625,6 +638,11 @@ def bulk_copy(target, at, source, start, nbytes, barriers, index):  # type: igno
     count = int(nbytes) // target.itemsize
     target[at : at + count] = source[start : start + count]
     _advance_barrier(barriers, index, 0, -int(nbytes))
+
+
+@_instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", (), (_ADDRESS, u32), memory=True)
+def prefetch_bulk(source, start, nbytes):  # type: ignore[no-untyped-def]
+    """Ask for `nbytes` (a multiple of 16, as is the address) to come into the second-level cache. From sm_90 on."""
 
 
 def _barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:

@@ -29,7 +29,7 @@ def make_prepare(shape: PersistentShape) -> Any:
 
     @ptx.device_function
     def prepare(kind, given, tile, entry, ahead):  # type: ignore[no-untyped-def]
-        if kind in (OUT, DOWN):
+        if kind == OUT or kind == DOWN:  # noqa: SIM109 (numba makes a loop of `in`, for every op)
             w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == OUT else middle) + tile * 16 + 2 * entry)
             ahead[0], ahead[1], ahead[2], ahead[3] = w0, w1, w2, w3
         elif kind == VOCABULARY:

@@ -61,7 +61,7 @@ def make_persistent(shape: PersistentShape) -> Any:
     """
     layers, ops, blocks, slots = shape.layers, shape.ops, shape.multiprocessors, shape.slots
     table_start, barriers_start, rope_start = shape.table_start, shape.barriers_start, shape.rope_start
-    half, halves_head = shape.head_dim // 2, shape.vocabulary.halves
+    half = shape.head_dim // 2
     deal, kind_of, tiles_of = make_deal(blocks), make_kind_of(shape), shape.picker("tiles")
     prepare, (note, note_clocks) = make_prepare(shape), (make_note(shape), make_note_clocks(shape))
     produce, embed, stage = make_produce(shape), _make_embed(shape), _make_stage(shape)
@@ -84,6 +84,7 @@ def make_persistent(shape: PersistentShape) -> Any:
         if noting:
             note_clocks(times, 0)
         epoch, place = np.uint32(steps[0] * (layers + 1) + 1), position[0]
+        penalty = np.float32(options[PENALTY])  # here, as every op would wait for it
         entry = thread
         while entry < half:
             floats[rope_start + entry] = cosines[place * half + entry]
@@ -115,14 +116,13 @@ def make_persistent(shape: PersistentShape) -> Any:
                 if noting:
                     note(times, op, BEGUN)
                 norm = weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
-                mixed = kind != VOCABULARY or not halves_head
                 shown = final_normed if kind == VOCABULARY else normed
-                stage(kind, exchange, before, now, norm, mixed, shown, own == 0, thread, shared, patience, fault)
+                stage(kind, exchange, before, now, norm, shown, own == 0, thread, shared, patience, fault)
                 if noting:
                     note(times, op, STAGED)
                 given = (
                     *(exchange, before, now, place, q, cache16, keys_at, keys_at + plane, residual, ffn, logits, seen),
-                    *(np.float32(options[PENALTY]), own_best, patience, fault),
+                    *(penalty, own_best, patience, fault),
                 )
                 project(kind, own, thread, words, floats, barriers, state, patience, fault, given, times, op)
                 if noting:
@@ -220,7 +220,7 @@ def _make_embed(shape: PersistentShape) -> Any:
 
 
 def _make_stage(shape: PersistentShape) -> Any:
-    """Device function (kind, exchange, before, now, norm, mixed, normed, first, thread, shared, patience, fault): what
+    """Device function (kind, exchange, before, now, norm, normed, first, thread, shared, patience, fault): what
     a projection reads, to shared memory. The block with the first tile also writes a normalised vector to `normed`.
 
     Args of it: norm: the model's weights, and the word at which the norm's begin.
@@ -232,18 +232,15 @@ def _make_stage(shape: PersistentShape) -> Any:
     stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
 
     @ptx.device_function
-    def report(normed, mixed, thread, words):  # type: ignore[no-untyped-def]
-        word = thread * 2
+    def report(normed, thread, words):  # type: ignore[no-untyped-def]
+        word = thread
         while word < words_of_x:
-            a, b = words[x_start + word], words[x_start + word + 1]
-            odd = mixed and word & 2 != 0  # in the order of `put_quad`
-            normed[word] = ptx.low_halves(b, a) if odd else a
-            normed[word + 1] = ptx.high_halves(b, a) if odd else b
-            word += 2 * THREADS
+            normed[word] = words[x_start + word]
+            word += THREADS
 
     @ptx.large_device_function
     def stage(  # type: ignore[no-untyped-def]
-        kind, exchange, before, now, norm, mixed, normed, first, thread, shared, patience, fault
+        kind, exchange, before, now, norm, normed, first, thread, shared, patience, fault
     ):
         words, floats = shared[0], shared[2]
         if kind == OUT:
@@ -252,9 +249,9 @@ def _make_stage(shape: PersistentShape) -> Any:
             stage_ffn(exchange, ffn, now, thread, words, patience, fault)
         else:
             start, epoch = (middle, now) if kind == GATE_UP else (entering, before)
-            stage_norm(exchange, start, epoch, norm[0], norm[1], mixed, thread, words, floats, patience, fault)
+            stage_norm(exchange, start, epoch, norm[0], norm[1], thread, words, floats, patience, fault)
             if first:
-                report(normed, mixed, thread, words)
+                report(normed, thread, words)
 
     return stage
 

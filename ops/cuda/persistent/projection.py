@@ -21,7 +21,6 @@ from numba_atomflow.ops.cuda.persistent.staging import meet
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
 _ZERO = np.float32(0.0)
-_BITS_FACTOR = np.float32(256.0)  # what `decode_fp8_bits` leaves out
 TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; chunks that the block has had
 
 
@@ -30,8 +29,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
 
     Args of it: slot, of the ring; chunk, of its tile; groups, that it has.
 
-    Words of codes are decoded by the conversion instruction and by shifts in turn, which keeps two units of the chip
-    busy instead of one. x is in the order of both (`staging.put_quad`), and their sums are kept apart.
+    Two chains of sums for each group of columns, so that the tensor cores need not wait for themselves.
     """
     slot_words, x_start = shape.slot_words, shape.x_start
     matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
@@ -73,15 +71,15 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
                             low_0, low_1 = ptx.decode_fp8_cvt(codes[at + 2 * h])
                             high_0, high_1 = ptx.decode_fp8_cvt(codes[at + 4 + 2 * h])
                             c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
-                            low_0, low_1 = ptx.decode_fp8_bits(codes[at + 2 * h + 1])
-                            high_0, high_1 = ptx.decode_fp8_bits(codes[at + 5 + 2 * h])
+                            low_0, low_1 = ptx.decode_fp8_cvt(codes[at + 2 * h + 1])
+                            high_0, high_1 = ptx.decode_fp8_cvt(codes[at + 5 + 2 * h])
                             d0, d1, d2, d3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, d0, d1, d2, d3)
                 if halves:
                     low += c0 + d0
                     high += c2 + d2
                 else:
-                    low += (c0 + d0 * _BITS_FACTOR) * scales[2 * u]
-                    high += (c2 + d2 * _BITS_FACTOR) * scales[2 * u + 1]
+                    low += (c0 + d0) * scales[2 * u]
+                    high += (c2 + d2) * scales[2 * u + 1]
         total[0], total[1] = low, high
 
     return multiply

@@ -62,6 +62,7 @@ def make_produce(shape: PersistentShape) -> Any:
     slots, slot_words, in_flight = shape.slots, shape.slot_words, shape.in_flight
     landed, free = shape.barriers_start, shape.barriers_start + slots
     table_start, blocks = shape.table_start, shape.multiprocessors
+    ahead, pace = shape.ahead, shape.pace
     deal = make_deal(blocks)
 
     @ptx.device_function
@@ -83,32 +84,51 @@ def make_produce(shape: PersistentShape) -> Any:
         n, slot, old_slot = np.uint32(0), np.uint32(0), np.uint32(0)  # chunks so far; their slots
         # Parities: of the slot's last release, of the oldest copy under way.
         turn, old_turn = np.uint32(1), np.uint32(0)
+        asked = ptx.cycles()
         for op in range(1, ops):
             kind = kind_of(op)
             if kind == ATTENTION:
                 continue
-            tiles, chunks = tiles_of(kind), chunks_of(kind)
-            chunk_words, last_words = chunk_words_of(kind), last_words_of(kind)
+            tiles, chunks = tiles_of(kind), np.int32(chunks_of(kind))
+            chunk_words, tile_words = np.int64(chunk_words_of(kind)), np.int64(tile_words_of(kind))
+            chunk_bytes, last_bytes = np.uint32(4 * chunk_words), np.uint32(4 * last_words_of(kind))
             start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
             tile = deal(offset) if first <= op < last else tiles
             if tile < tiles:
                 note(times, op, COPY_BEGUN)
+            far, far_tile, far_chunk, far_source = n, tile, np.int32(0), start + np.int64(tile) * tile_words
             while tile < tiles:
-                source = start + np.int64(tile) * tile_words_of(kind)
+                source = start + np.int64(tile) * tile_words
                 for chunk in range(chunks):
                     if n >= np.uint32(slots):
-                        await_barrier(barriers, free + slot, turn, patience, fault)
+                        full = ptx.barrier_passed(barriers, free + slot, turn) == 0
+                        if full and far < n:
+                            far, far_tile, far_chunk, far_source = n, tile, np.int32(chunk), source
+                        while full and far < n + np.uint32(ahead) and far_tile < tiles:
+                            if ptx.cycles() - asked >= np.uint64(pace):
+                                asked = ptx.cycles()
+                                far = np.uint32(far + np.uint32(1))
+                                far_chunk = np.int32(far_chunk + np.int32(1))
+                                ends = far_chunk == chunks
+                                ptx.prefetch_bulk(weights, far_source, last_bytes if ends else chunk_bytes)
+                                far_source += chunk_words
+                                if ends:
+                                    far_chunk, far_tile = np.int32(0), np.int32(far_tile + np.int32(blocks))
+                                    far_source = start + np.int64(far_tile) * tile_words
+                            full = ptx.barrier_passed(barriers, free + slot, turn) == 0
+                        if full:
+                            await_barrier(barriers, free + slot, turn, patience, fault)
                     if n >= np.uint32(in_flight):
                         await_barrier(barriers, landed + old_slot, old_turn, patience, fault)
                         old_slot, old_turn = following(old_slot, old_turn)
-                    nbytes = np.uint32(4 * (last_words if chunk == chunks - 1 else chunk_words))
+                    nbytes = last_bytes if chunk == chunks - 1 else chunk_bytes
                     ptx.barrier_expect(barriers, landed + slot, nbytes)
                     at = slot * np.uint32(slot_words)
                     ptx.bulk_copy(words, at, weights, source, nbytes, barriers, landed + slot)
                     source += chunk_words
                     slot, turn = following(slot, turn)
                     n = np.uint32(n + np.uint32(1))
-                tile += np.int32(blocks)
+                tile = np.int32(tile + np.int32(blocks))
                 note(times, op, COPY_DONE)
             offset = (offset + tiles) % np.int32(blocks)
         # A block must not end while copies into its shared memory are on their way.

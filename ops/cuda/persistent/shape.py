@@ -58,6 +58,8 @@ class PersistentShape:
     multiprocessors: int
     shared_bytes: int
     in_flight: int = 5
+    ahead: int = 16
+    pace: int = 400
     pause: int = 30
     trace: bool = False
 

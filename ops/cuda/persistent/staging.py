@@ -24,15 +24,6 @@ def meet():  # type: ignore[no-untyped-def]
     ptx.sync_threads(np.uint32(CONSUMERS_MEET), np.uint32(THREADS))
 
 
-@ptx.device_function
-def put_quad(words, at, odd, low, high):  # type: ignore[no-untyped-def]
-    """Four neighbouring elements of x, as pairs (0, 1) and (2, 3); of odd quads, as (1, 3) and (0, 2): the order in
-    which `decode_fp8_bits` has the weights.
-    """
-    words[at] = ptx.high_halves(low, high) if odd else low
-    words[at + 1] = ptx.low_halves(low, high) if odd else high
-
-
 def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
     """Device function (exchange, start, epoch, thread, received, patience, fault): `quads` times two words from word
     `start` on, when they are all there; those of quad i * THREADS + thread go to received[4 i] .. received[4 i + 3].
@@ -79,11 +70,11 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
 
 
 def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
-    """Device function (exchange, start, epoch, weights, norm, mixed, thread, words, floats, patience, fault): x is the
+    """Device function (exchange, start, epoch, weights, norm, thread, words, floats, patience, fault): x is the
     RMSNorm of the residual stream.
 
     Args of it: the residual stream as pairs from word `start` of the exchange on; the norm's weights from word `norm`
-    of `weights` on; mixed: whether odd quads take the order of `put_quad`. padded: columns of x with padding.
+    of `weights` on. padded: columns of x with padding.
     """
     width, x_start, scalars = shape.hidden, shape.x_start, shape.scalars_start
     quads, all_quads = width // 4, padded // 4
@@ -95,7 +86,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
 
     @ptx.large_device_function
     def stage_norm(  # type: ignore[no-untyped-def]
-        exchange, start, epoch, weights, norm, mixed, thread, words, floats, patience, fault
+        exchange, start, epoch, weights, norm, thread, words, floats, patience, fault
     ):
         gains = cuda.local.array(registers, float32)
         values = cuda.local.array(registers, float32)
@@ -127,11 +118,10 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
             quad = i * THREADS + thread
             at = x_start + 2 * quad
             if i < each and quad < quads:
-                low = ptx.pack_f16x2(
-                    values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1]
-                )
+                a, b = values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1]
+                words[at] = ptx.pack_f16x2(a, b)
                 a, b = values[4 * i + 2] * factor * gains[4 * i + 2], values[4 * i + 3] * factor * gains[4 * i + 3]
-                put_quad(words, at, quad & 1 and mixed, low, ptx.pack_f16x2(a, b))
+                words[at + 1] = ptx.pack_f16x2(a, b)
             elif quad < all_quads:
                 words[at] = np.uint32(0)
                 words[at + 1] = np.uint32(0)
@@ -157,7 +147,7 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
             quad = i * THREADS + thread
             at = x_start + 2 * quad
             if i < each and quad < quads:
-                put_quad(words, at, quad & 1, received[4 * i], received[4 * i + 2])
+                words[at], words[at + 1] = received[4 * i], received[4 * i + 2]
             elif quad < all_quads:
                 words[at] = np.uint32(0)
                 words[at + 1] = np.uint32(0)
