@@ -248,6 +248,12 @@ def load_stream_16(array, index):  # type: ignore[no-untyped-def]
     return tuple(int(array[index + i]) for i in range(4))
 
 
+@_instruction("ld.global.nc.f32 $0, [$1];", (f32,), (_ADDRESS,), effect=True)
+def load_constant_f32(array, index):  # type: ignore[no-untyped-def]
+    """A float32, out of a uint32 array that no kernel writes."""
+    return np.uint32(array[index]).view(np.float32)
+
+
 @_instruction("ld.global.nc.v2.f32 {$0, $1}, [$2];", (f32, f32), (_ADDRESS,), effect=True)
 def load_constant_f32x2(array, index):  # type: ignore[no-untyped-def]
     """Two float32, out of a uint32 array that no kernel writes."""

@@ -107,6 +107,7 @@ CASES = (
 CASES_OF_MANY_BLOCKS = (
     PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
     PersistentCase(64, 72, 4, 2, 32, position=290, blocks=5),  # two chunks per head; a block idles
+    PersistentCase(64, 1024, 1, 1, 64, position=5, blocks=3),  # half tiles of "down"
 )
 
 
@@ -185,7 +186,8 @@ class Memory:
         angles = 10000.0 ** (-np.arange(0, case.head_dim, 2) / case.head_dim)
         self.cosines, self.sines = rope_table(angles, positions)
         self.token = int(rng.integers(case.vocabulary))
-        self.exchange = np.full(self.shape.exchange["end"], self.stale_word, np.uint64)
+        self.stale = self._stale_words()
+        self.exchange = self.stale.copy()
         self.residual = poisoned(case.hidden + SPARE)
         self.q = poisoned(case.q_dim + SPARE, dtype=np.uint16)
         self.attended = poisoned(case.q_dim // 2 + SPARE, dtype=np.uint32)
@@ -201,10 +203,13 @@ class Memory:
         """Of the embedding; layer i makes words of epoch + i + 1."""
         return STEPS * (self.case.layers + 1) + 1
 
-    @property
-    def stale_word(self) -> int:
-        """NaN, of the last layer of the token before."""
-        return (self.epoch - 1) << 32 | 0xFFFFFFFF
+    def _stale_words(self) -> NDArray[np.uint64]:
+        """An exchange of NaN, of the last layer of the token before."""
+        before, places = self.epoch - 1, self.shape.exchange
+        words = np.full(places["end"], before << 32 | 0xFFFFFFFF, np.uint64)
+        for pairs, behind in (("entering", "entering_exact"), ("middle", "middle_exact")):
+            words[places[pairs] : places[behind]] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
+        return words
 
     @property
     def plane(self) -> int:
@@ -407,9 +412,9 @@ def check_exchange(memory: Memory) -> None:
     places = memory.shape.exchange
     ends = dict(zip(places, [*list(places.values())[1:], None], strict=True))
     for name, words in expected.items():
-        buffer = memory.exchange[places[name] : ends[name]]
+        buffer, stale = (whole[places[name] : ends[name]] for whole in (memory.exchange, memory.stale))
         np.testing.assert_array_equal(buffer[: len(words)], words, err_msg=name)
-        assert (buffer[len(words) :] == memory.stale_word).all(), f"{name}: wrote behind it"
+        np.testing.assert_array_equal(buffer[len(words) :], stale[len(words) :], err_msg=f"{name}: wrote behind it")
     exact = memory.exchange[places["middle_exact"] : ends["middle_exact"]][: case.hidden]
     assert (exact >> np.uint64(32) == epoch).all()
     middle = (exact & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.float32)

@@ -25,13 +25,13 @@ def make_quad(layout: FragmentLayout) -> Any:
     """
     tile_words = layout.tile_words
     decode = layout.decode
-    gap_before, scales_at = make_places(layout)
+    codes_at, scale_at = make_places(layout)
 
     @ptx.device_function
     def quad_of_codes(words, start, row, quad):  # type: ignore[no-untyped-def]
         tile, r, group = start + row // 16 * tile_words, row % 16, quad // 32
-        code = words[tile + quad // 16 * 256 + gap_before(group) + r // 8 * 128 + r % 8 * 16 + quad % 16]
-        scale = ptx.bits_f32(words[tile + scales_at(group) + r % 8 * 2 + r // 8])
+        code = words[tile + codes_at(group, quad // 16 % 2, r // 8) + r % 8 * 16 + quad % 16]
+        scale = ptx.bits_f32(words[tile + scale_at(group, r)])
         pair_0, pair_1 = decode(code)
         x0, x1 = ptx.unpack_f16x2(pair_0)
         x2, x3 = ptx.unpack_f16x2(pair_1)

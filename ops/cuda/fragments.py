@@ -13,7 +13,8 @@ tiles of 16. A tile is one chunk or several, one behind the other, and a chunk i
 
 Chunks: a kernel whose warps load weights themselves wants the whole tile as one (chunk = 0). One that copies weights
 to shared memory in bulk wants pieces of a few groups with their own scales (chunk = 4: 8448 bytes). The last chunk of
-a tile may have fewer groups.
+a tile may have fewer groups. In such chunks rows 0-7, codes and then scales, stand before rows 8-15: each half is a
+piece that can be copied alone, by a block that has half of a tile.
 
 Two orders of rows. Plain: tile i holds rows 16 i to 16 i + 15. Paired, with distance `half`: rows i and i + half of a
 section of 2 * half rows are put at r and r + 8 of a tile. Both then end in the same lane: gate and up of one
@@ -43,6 +44,7 @@ from numba_atomflow.ops.fp8 import GROUP, group_count
 
 TILE_ROWS = 16
 GROUP_WORDS = TILE_ROWS * GROUP // 4  # codes of 16 rows and 128 columns
+_HALF_WORDS = (GROUP_WORDS + TILE_ROWS) // 2  # codes and scales of 8 rows and 128 columns
 THREADS = 256
 
 
@@ -119,6 +121,11 @@ class FragmentLayout:
         """32-bit words from one tile to the next."""
         return (self.chunks - 1) * self.chunk_words + self.last_chunk_words
 
+    @property
+    def halves_apart(self) -> bool:
+        """Whether rows 0-7 of a chunk stand before its rows 8-15, each with their scales."""
+        return bool(self.chunk) and not self.halves
+
     def _words_of(self, groups: int) -> int:
         """32-bit words of a chunk of so many groups."""
         return -(-groups * (GROUP_WORDS + (0 if self.halves else TILE_ROWS)) // 32) * 32
@@ -154,15 +161,20 @@ class FragmentLayout:
         source = section * 2 * self.half + row // 8 * self.half + unit
         return np.where(unit < self.half, source, -1)
 
-    def chunk_slices(self) -> Iterator[tuple[slice, slice, slice]]:
-        """For each chunk of a tile: its groups; which of the tile's words hold their codes; and which their scales."""
+    def pieces(self) -> Iterator[tuple[slice, slice, slice, slice]]:
+        """What stands together in a tile, in its order: for each chunk, or for each half of one, its groups, its rows'
+        halves (0: rows 0-7), and which of the tile's words hold their codes and which their scales.
+        """
         for chunk in range(self.chunks):
             first = chunk * self.chunk_groups
             last = min(first + self.chunk_groups, self.groups)
             start = chunk * self.chunk_words
-            codes_end = start + (last - first) * GROUP_WORDS
-            scales_end = codes_end + (0 if self.halves else (last - first) * TILE_ROWS)
-            yield slice(first, last), slice(start, codes_end), slice(codes_end, scales_end)
+            for half in (slice(0, 1), slice(1, 2)) if self.halves_apart else (slice(0, 2),):
+                share = half.stop - half.start
+                codes_end = start + (last - first) * share * (GROUP_WORDS // 2)
+                scales_end = codes_end + (0 if self.halves else (last - first) * share * (TILE_ROWS // 2))
+                yield slice(first, last), half, slice(start, codes_end), slice(codes_end, scales_end)
+                start = scales_end
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
@@ -178,14 +190,14 @@ def to_fragments_reference(
     # axes: tile, row / 8, g, 64 columns, t, word, byte -> tile, 64 columns, row / 8, g, t, word, byte
     blocks = padded.reshape(layout.tiles, 2, 8, -1, 4, 4, 4)[..., list(layout.byte_order)]
     ordered = np.ascontiguousarray(blocks.transpose(0, 3, 1, 2, 4, 5, 6)).view(np.uint32)
-    ordered = ordered.reshape(layout.tiles, layout.groups, GROUP_WORDS)
+    ordered = ordered.reshape(layout.tiles, layout.groups, 2, 2, GROUP_WORDS // 4)  # .., 64 columns, row / 8, ..
     factors = np.zeros((layout.tiles, TILE_ROWS, layout.groups), np.float32)
     factors[source >= 0] = scales[source[source >= 0]] * np.float32(layout.scale_factor)
     pairs = np.ascontiguousarray(factors.reshape(layout.tiles, 2, 8, -1).transpose(0, 3, 2, 1)).view(np.uint32)
     words = np.zeros((layout.tiles, layout.tile_words), np.uint32)
-    for groups, codes_at, scales_at in layout.chunk_slices():
-        words[:, codes_at] = ordered[:, groups].reshape(layout.tiles, -1)
-        words[:, scales_at] = pairs[:, groups].reshape(layout.tiles, -1)
+    for groups, half, codes_at, scales_at in layout.pieces():
+        words[:, codes_at] = ordered[:, groups, :, half].reshape(layout.tiles, -1)
+        words[:, scales_at] = pairs[:, groups, :, half].reshape(layout.tiles, -1)
     return words.reshape(-1)
 
 
@@ -194,9 +206,11 @@ def from_fragments_reference(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The inverse: codes [N, K] and scales [N, groups]."""
     tiles = words.reshape(layout.tiles, layout.tile_words)
-    places = list(layout.chunk_slices())
-    ordered = np.concatenate([tiles[:, codes_at] for _, codes_at, _ in places], axis=1)
-    pairs = np.concatenate([tiles[:, scales_at] for _, _, scales_at in places], axis=1)
+    ordered = np.empty((layout.tiles, layout.groups, 2, 2, GROUP_WORDS // 4), np.uint32)
+    pairs = np.empty((layout.tiles, layout.groups, 8, 2), np.uint32)
+    for groups, half, codes_at, scales_at in layout.pieces():
+        for place, at in ((ordered[:, groups, :, half], codes_at), (pairs[:, groups, :, half], scales_at)):
+            place[:] = tiles[:, at].reshape(place.shape)
     blocks = ordered.view(np.uint8).reshape(layout.tiles, -1, 2, 8, 4, 4, 4)
     inverse = np.argsort(layout.byte_order)
     rows = blocks[..., inverse].transpose(0, 2, 3, 1, 4, 5, 6).reshape(layout.tiles, TILE_ROWS, -1)
@@ -227,42 +241,42 @@ def halves_to_fragments_reference(weights: NDArray[np.float16], layout: Fragment
 
 
 def make_places(layout: FragmentLayout) -> tuple[Any, Any]:
-    """Device functions that tell where weights are, in words from the start of their tile; groups are not negative.
+    """Device functions that tell where weights are, in words from the start of their tile; nothing is negative.
 
-    `gap_before(group)`: what stands between the codes of earlier groups, so that a group's codes begin at
-    `group * GROUP_WORDS + gap_before(group)`. `scales_at(group)`: where a group's scales begin. Where a tile is one
-    chunk, the gap is 0 and costs nothing.
+    `codes_at(group, part, half)`: the 128 words of 64 columns (part 0 or 1 of the group) and 8 rows (half 0: rows 0-7).
+    `scale_at(group, row)`: a row's scale.
     """
     groups, chunk_groups, chunk_words = layout.groups, layout.chunk_groups, layout.chunk_words
-    scales_start = chunk_groups * GROUP_WORDS
-    gap = chunk_words - scales_start
+    scales_start = groups * GROUP_WORDS
     even = layout.last_chunk_groups == chunk_groups
 
     @ptx.device_function
-    def no_gap(group):  # type: ignore[no-untyped-def]
-        return 0
+    def codes_in_tile(group, part, half):  # type: ignore[no-untyped-def]
+        return group * GROUP_WORDS + part * 256 + half * 128
 
     @ptx.device_function
-    def scales_behind_all_codes(group):  # type: ignore[no-untyped-def]
-        return scales_start + group * TILE_ROWS
+    def scale_in_tile(group, row):  # type: ignore[no-untyped-def]
+        return scales_start + group * TILE_ROWS + row % 8 * 2 + row // 8
 
     @ptx.device_function
-    def chunk_of(group):  # type: ignore[no-untyped-def]
+    def split(group):  # type: ignore[no-untyped-def]
+        """Where the group's chunk begins; the group's number in it; groups that it has."""
         # Unsigned, so that a power of two is a shift; then int64, because numba makes a float of uint64 + int64.
-        return np.int64(np.uint32(group) // np.uint32(chunk_groups))
-
-    @ptx.device_function
-    def gaps_of_chunks(group):  # type: ignore[no-untyped-def]
-        return chunk_of(group) * gap
-
-    @ptx.device_function
-    def scales_in_chunk(group):  # type: ignore[no-untyped-def]
-        chunk = chunk_of(group)
+        chunk = np.int64(np.uint32(group) // np.uint32(chunk_groups))
         first = chunk * chunk_groups
-        codes = scales_start if even else min(chunk_groups, groups - first) * GROUP_WORDS
-        return chunk * chunk_words + codes + (group - first) * TILE_ROWS
+        return chunk * chunk_words, group - first, chunk_groups if even else min(chunk_groups, groups - first)
 
-    return (no_gap, scales_behind_all_codes) if layout.chunks == 1 else (gaps_of_chunks, scales_in_chunk)
+    @ptx.device_function
+    def codes_in_chunk(group, part, half):  # type: ignore[no-untyped-def]
+        start, number, count = split(group)
+        return start + half * count * _HALF_WORDS + number * 256 + part * 128
+
+    @ptx.device_function
+    def scale_in_chunk(group, row):  # type: ignore[no-untyped-def]
+        start, number, count = split(group)
+        return start + row // 8 * count * _HALF_WORDS + count * 256 + number * 8 + row % 8
+
+    return (codes_in_chunk, scale_in_chunk) if layout.halves_apart else (codes_in_tile, scale_in_tile)
 
 
 def make_repack(hardware_fp8: bool) -> Any:
@@ -289,7 +303,7 @@ def make_repack(hardware_fp8: bool) -> Any:
         return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
 
     @ptx.kernel(THREADS, 1)
-    def repack(codes, scales, words, rows, columns, half, chunk_groups):  # type: ignore[no-untyped-def]
+    def repack(codes, scales, words, rows, columns, half, chunk_groups, apart):  # type: ignore[no-untyped-def]
         groups = (columns + 127) // 128
         chunk_words = (chunk_groups * 528 + 31) // 32 * 32
         whole_chunks = (groups - 1) // chunk_groups
@@ -301,23 +315,32 @@ def make_repack(hardware_fp8: bool) -> Any:
         tile = index // tile_words
         chunk, word = index % tile_words // chunk_words, index % tile_words % chunk_words
         first_group = chunk * chunk_groups
-        codes_end = min(chunk_groups, groups - first_group) * 512
+        count = min(chunk_groups, groups - first_group)
         value = np.uint32(0)
-        if word < codes_end:
-            row = source_row(tile, word % 256 // 128 * 8 + word % 128 // 16, rows, half, section_tiles)
-            column = first_group * 128 + word // 256 * 64 + word % 16 * 4
-            if row >= 0:
-                value = np.uint32(
-                    code(codes, row, column + order_0, columns)
-                    | code(codes, row, column + order_1, columns) << 8
-                    | code(codes, row, column + order_2, columns) << 16
-                    | code(codes, row, column + order_3, columns) << 24
-                )
-        elif word < codes_end + codes_end // 32:  # 16 scales for 512 words of codes
-            entry = word - codes_end
-            row = source_row(tile, entry % 2 * 8 + entry % 16 // 2, rows, half, section_tiles)
-            if row >= 0:
-                value = np.uint32(ptx.f32_bits(scales[row * groups + first_group + entry // 16] * factor))
+        if word < count * 528:  # else padding
+            # Where both halves of the rows stand together, their blocks of 128 words, and their scales, take turns.
+            lower = word // (count * 264) * 8 if apart else 0
+            word = word % (count * 264) if apart else word
+            codes_end = count * (256 if apart else 512)
+            if word < codes_end:
+                block = word // 128
+                row = lower + word % 128 // 16 if apart else block % 2 * 8 + word % 128 // 16
+                row = source_row(tile, row, rows, half, section_tiles)
+                column = first_group * 128 + (block if apart else block // 2) * 64 + word % 16 * 4
+                if row >= 0:
+                    value = np.uint32(
+                        code(codes, row, column + order_0, columns)
+                        | code(codes, row, column + order_1, columns) << 8
+                        | code(codes, row, column + order_2, columns) << 16
+                        | code(codes, row, column + order_3, columns) << 24
+                    )
+            else:
+                entry = word - codes_end
+                row = lower + entry % 8 if apart else entry % 2 * 8 + entry % 16 // 2
+                row = source_row(tile, row, rows, half, section_tiles)
+                group = first_group + entry // (8 if apart else 16)
+                if row >= 0:
+                    value = np.uint32(ptx.f32_bits(scales[row * groups + group] * factor))
         words[index] = value
 
     return repack
@@ -351,7 +374,7 @@ def make_repack_halves() -> Any:
 
 def repack_kernel(hardware_fp8: bool) -> Planned:
     """The kernel of `make_repack`."""
-    signature = (U8, F32, U32, NUMBER, NUMBER, NUMBER, NUMBER)
+    signature = (U8, F32, U32, NUMBER, NUMBER, NUMBER, NUMBER, NUMBER)
     return Planned(kernel_spec("repack", "fragments:make_repack", signature, THREADS, hardware_fp8=hardware_fp8), 0)
 
 
@@ -366,6 +389,8 @@ def repack_blocks(layout: FragmentLayout) -> int:
 
 
 def repack_sizes(layout: FragmentLayout) -> tuple[int, ...]:
-    """What a repack kernel is told about a layout: rows, columns, and, with scales, `half` and groups per chunk."""
+    """What a repack kernel is told about a layout: rows, columns, and, with scales, `half`, groups per chunk, and
+    whether the halves of the rows stand apart.
+    """
     sizes = (layout.rows, layout.columns)
-    return sizes if layout.halves else (*sizes, layout.half, layout.chunk_groups)
+    return sizes if layout.halves else (*sizes, layout.half, layout.chunk_groups, int(layout.halves_apart))

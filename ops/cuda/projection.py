@@ -35,7 +35,7 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, FragmentLayout, make_places
+from numba_atomflow.ops.cuda.fragments import FragmentLayout, make_places
 
 LOG2_E = np.float32(math.log2(math.e))
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -153,6 +153,7 @@ def make_runner(
     share = -(-groups // split)
     batches = -(-share // depth)
     halves, x_step = layout.halves, layout.group_columns // 2  # words of x per group
+    apart = layout.halves_apart
     even = groups == batches * depth * split  # then every warp has the same work, and nothing is tested
     x_pitch, x_words = shape.x_pitch, layout.padded_columns // 2
     words_per_thread = -(-x_words // threads)
@@ -174,7 +175,7 @@ def make_runner(
     pairs_per_slot, slot_threads = 8 * columns, split * 32
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(eps)
     decode = layout.decode
-    gap_before, scales_at = make_places(layout)
+    codes_at, scale_at = make_places(layout)
 
     @ptx.device_function
     def load(weights, tile, batch, part, lane, codes, scales):  # type: ignore[no-untyped-def]
@@ -183,10 +184,15 @@ def make_runner(
             group = part + (batch * depth + u) * split
             if even or group < groups:
                 if not halves:
-                    start = tile * tile_words + scales_at(group) + (lane >> 2) * 2
-                    scales[2 * u], scales[2 * u + 1] = ptx.load_constant_f32x2(weights, start)
+                    start = tile * tile_words + scale_at(group, lane >> 2)
+                    if apart:
+                        scales[2 * u] = ptx.load_constant_f32(weights, start)
+                        start = tile * tile_words + scale_at(group, (lane >> 2) + 8)
+                        scales[2 * u + 1] = ptx.load_constant_f32(weights, start)
+                    else:  # both stand side by side
+                        scales[2 * u], scales[2 * u + 1] = ptx.load_constant_f32x2(weights, start)
                 for i in range(4):
-                    start = tile * tile_words + group * GROUP_WORDS + gap_before(group) + i * 128 + lane * 4
+                    start = tile * tile_words + codes_at(group, i // 2, i % 2) + lane * 4
                     w0, w1, w2, w3 = ptx.load_stream_16(weights, start)
                     at = 16 * u + 4 * i
                     codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3

@@ -47,21 +47,23 @@ def kinds(shape: PersistentShape) -> list[int]:
 @pytest.mark.parametrize("blocks", [1, 7, 132])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_every_chunk_is_dealt_exactly_once(geometry: ModelGeometry, blocks: int) -> None:
-    """As `make_deal` deals tiles, going on where the projection before left off; blocks get the same, give or take."""
+    """As `make_deal` deals shares, going on where the projection before left off; blocks get the same, give or take."""
     shape = shape_of(geometry, blocks)
-    tiles, chunks = shape.sizes("tiles"), shape.sizes("chunks")
-    assert set(tiles) == set(WEIGHED)
+    shares, slots = shape.sizes("shares"), shape.sizes("slots")
+    assert set(shares) == set(WEIGHED)
     offset, load = 0, np.zeros(blocks, np.int64)
     for kind in kinds(shape):
         if kind == ATTENTION:
             continue
-        dealt = np.zeros((tiles[kind], chunks[kind]), np.int64)
+        dealt = np.zeros((shares[kind], slots[kind]), np.int64)
         for block in range(blocks):
             first = (block + blocks - offset) % blocks
             dealt[first::blocks] += 1
-            load[block] += len(range(first, tiles[kind], blocks))
+            load[block] += len(range(first, shares[kind], blocks))
         assert (dealt == 1).all()
-        offset = (offset + tiles[kind]) % blocks
+        offset = (offset + shares[kind]) % blocks
+        layout = getattr(shape, WEIGHED[kind])
+        assert shares[kind] * slots[kind] == layout.tiles * layout.chunks
     assert load.max() - load.min() <= 1
 
 
@@ -72,13 +74,24 @@ def test_sizes_are_those_of_the_projections(geometry: ModelGeometry) -> None:
     for kind, name in WEIGHED.items():
         layout = getattr(shape, name)
         assert layout.chunk == CHUNK
-        assert shape.sizes("chunks")[kind] == -(-layout.padded_columns // (layout.group_columns * CHUNK))
-        assert shape.sizes("tiles")[kind] * 16 >= layout.rows
+        halved = shape.sizes("halved")[kind]
+        assert shape.sizes("slots")[kind] * (1 + halved) == -(-layout.columns // (layout.group_columns * CHUNK))
+        assert shape.sizes("shares")[kind] * (16 >> halved) >= layout.rows
         assert shape.sizes("tile_words")[kind] == layout.tile_words
-        rounds = shape.sizes("round_tiles")[kind]
+        rounds = shape.sizes("round_shares")[kind]
         assert rounds >= 1
-        assert rounds * layout.chunks * 16 <= shape.partial_words, "a round's sums do not fit"
-    assert shape.sizes("entry_bits") == {QKV: 3, OUT: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}
+        assert rounds * shape.sizes("slots")[kind] * 16 <= shape.partial_words, "a round's sums do not fit"
+        results = {QKV: 2, OUT: 2, GATE_UP: 4, DOWN: 2, VOCABULARY: 1}[kind]
+        assert (16 >> halved) == results << shape.sizes("entry_bits")[kind]
+
+
+@pytest.mark.parametrize(
+    ("name", "halved"),
+    [("llama-3.2-1b", True), ("llama-3.2-3b", True), ("llama-3.1-8b", True), ("smollm2-135m", False)],
+)
+def test_half_tiles_where_chunks_make_pairs(name: str, halved: bool) -> None:
+    kinds = shape_of(PRESETS[name]).sizes("halved")
+    assert kinds == {QKV: 0, OUT: halved, GATE_UP: 0, DOWN: kinds[DOWN], VOCABULARY: 0}
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 132])

@@ -81,8 +81,10 @@ def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
             out[0], out[1] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
             ptx.barrier_arrive(barriers, 8)
             out[2] = ptx.barrier_ready(barriers, 8, 0)  # one of two has come
+            out[18] = ptx.barrier_passed(barriers, 8, 0)
             ptx.barrier_arrive(barriers, 8)
             out[3], out[4] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
+            out[19], out[20] = ptx.barrier_passed(barriers, 8, 0), ptx.barrier_passed(barriers, 8, 1)
             ptx.barrier_arrive(barriers, 8)
             ptx.barrier_arrive(barriers, 8)
             out[5], out[6] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
@@ -96,10 +98,11 @@ def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
             for i in range(8):
                 out[10 + i] = words[i]
 
-    out = np.full(18, 9, np.uint32)
+    out = np.full(21, 9, np.uint32)
     launch(phases, 1, 32, 80, np.arange(8, dtype=np.uint32), out)
     assert out[:10].tolist() == [0, 1, 0, 1, 0, 0, 1, 0, 0, 1]
-    assert out[10:].tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert out[10:18].tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert out[18:].tolist() == [0, 1, 0]
 
 
 # --- words of the exchange -----------------------------------------------------------------------------------------

@@ -23,23 +23,24 @@ from numba_atomflow.ops.cuda.sample import penalise, sort_key
 
 
 def make_prepare(shape: PersistentShape) -> Any:
-    """Device function (kind, given, tile, entry, ahead)."""
-    rows = shape.vocabulary.rows
+    """Device function (kind, given, share, entry, ahead)."""
+    rows, halved_of = shape.vocabulary.rows, shape.picker("halved")
     entering, middle = shape.exchange["entering_exact"], shape.exchange["middle_exact"]
 
     @ptx.device_function
-    def prepare(kind, given, tile, entry, ahead):  # type: ignore[no-untyped-def]
+    def prepare(kind, given, share, entry, ahead):  # type: ignore[no-untyped-def]
         if kind == OUT or kind == DOWN:  # noqa: SIM109 (numba makes a loop of `in`, for every op)
-            w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == OUT else middle) + tile * 16 + 2 * entry)
+            row = (share * 16 >> np.uint32(halved_of(kind))) + 2 * entry
+            w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == OUT else middle) + row)
             ahead[0], ahead[1], ahead[2], ahead[3] = w0, w1, w2, w3
         elif kind == VOCABULARY:
-            ahead[0] = given[11][min(tile * 16 + entry, rows - 1) // 32]
+            ahead[0] = given[11][min(share * 16 + entry, rows - 1) // 32]
 
     return prepare
 
 
 def make_finish(shape: PersistentShape, prepare: Any) -> Any:
-    """Device function (kind, given, tile, entry, ahead, floats, sums)."""
+    """Device function (kind, given, share, entry, ahead, floats, sums)."""
     finish_qkv, finish_o, finish_down = (
         _make_qkv(shape),
         _make_add(shape, OUT, prepare),
@@ -48,17 +49,17 @@ def make_finish(shape: PersistentShape, prepare: Any) -> Any:
     finish_gate_up, finish_vocabulary = _make_swiglu(shape), _make_logits(shape)
 
     @ptx.device_function
-    def finish(kind, given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
+    def finish(kind, given, share, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
         if kind == QKV:
-            finish_qkv(given, tile, entry, ahead, floats, sums)
+            finish_qkv(given, share, entry, ahead, floats, sums)
         elif kind == OUT:
-            finish_o(given, tile, entry, ahead, floats, sums)
+            finish_o(given, share, entry, ahead, floats, sums)
         elif kind == GATE_UP:
-            finish_gate_up(given, tile, entry, ahead, floats, sums)
+            finish_gate_up(given, share, entry, ahead, floats, sums)
         elif kind == DOWN:
-            finish_down(given, tile, entry, ahead, floats, sums)
+            finish_down(given, share, entry, ahead, floats, sums)
         else:
-            finish_vocabulary(given, tile, entry, ahead, floats, sums)
+            finish_vocabulary(given, share, entry, ahead, floats, sums)
 
     return finish
 
@@ -68,7 +69,7 @@ def _make_qkv(shape: PersistentShape) -> Any:
     half, heads, kv_heads = shape.head_dim // 2, shape.heads, shape.kv_heads
     head_tiles, kv_width = shape.qkv.section_tiles, kv_heads * shape.head_dim
     q_start, k_start, v_start = (shape.exchange[name] for name in ("q", "k", "v"))
-    row_sum, rope_start = make_row_sum(shape.qkv.chunks), shape.rope_start
+    row_sum, rope_start = make_row_sum(shape, QKV), shape.rope_start
 
     @ptx.device_function
     def put(target, start, low, high):  # type: ignore[no-untyped-def]
@@ -97,19 +98,19 @@ def _make_qkv(shape: PersistentShape) -> Any:
 
 def _make_add(shape: PersistentShape, kind: int, prepare: Any) -> Any:
     """The residual stream plus what "o" or "down" makes."""
-    layout = shape.o if kind == OUT else shape.down
+    rows = 16 >> shape.sizes("halved")[kind]
     after = "middle" if kind == OUT else "entering"
     new, pairs = shape.exchange[f"{after}_exact"], shape.exchange[after]
     known = 1 if kind == OUT else 2  # which of the epochs given what is added to has
-    row_sum = make_row_sum(layout.chunks)
+    row_sum = make_row_sum(shape, kind)
 
     @ptx.large_device_function
-    def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
+    def finish(given, share, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
         exchange, epoch, residual = given[0], given[2], given[8]
-        row = tile * 16 + 2 * entry
+        row = share * rows + 2 * entry
         tries = np.uint32(0)  # hardly ever any: all of the words were needed to come this far
         while ahead[1] != given[known] or ahead[3] != given[known]:
-            prepare(kind, given, tile, entry, ahead)
+            prepare(kind, given, share, entry, ahead)
             tries = np.uint32(tries + np.uint32(1))
             if give_up(given[14], given[15], tries):
                 break
@@ -126,7 +127,7 @@ def _make_add(shape: PersistentShape, kind: int, prepare: Any) -> Any:
 def _make_swiglu(shape: PersistentShape) -> Any:
     """silu(gate) * up, two units at once."""
     start = shape.exchange["ffn"]
-    row_sum = make_row_sum(shape.gate_up.chunks)
+    row_sum = make_row_sum(shape, GATE_UP)
 
     @ptx.device_function
     def unit(floats, sums, row):  # type: ignore[no-untyped-def]
@@ -144,7 +145,7 @@ def _make_swiglu(shape: PersistentShape) -> Any:
 def _make_logits(shape: PersistentShape) -> Any:
     """Logits, and the largest of the thread's sort keys."""
     rows = shape.vocabulary.rows
-    row_sum = make_row_sum(shape.vocabulary.chunks)
+    row_sum = make_row_sum(shape, VOCABULARY)
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]

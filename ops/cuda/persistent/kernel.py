@@ -62,7 +62,7 @@ def make_persistent(shape: PersistentShape) -> Any:
     layers, ops, blocks, slots = shape.layers, shape.ops, shape.multiprocessors, shape.slots
     table_start, barriers_start, rope_start = shape.table_start, shape.barriers_start, shape.rope_start
     half = shape.head_dim // 2
-    deal, kind_of, tiles_of = make_deal(blocks), make_kind_of(shape), shape.picker("tiles")
+    deal, kind_of, shares_of = make_deal(blocks), make_kind_of(shape), shape.picker("shares")
     prepare, (note, note_clocks) = make_prepare(shape), (make_note(shape), make_note_clocks(shape))
     produce, embed, stage = make_produce(shape), _make_embed(shape), _make_stage(shape)
     project, attend = make_project(shape, prepare, make_finish(shape, prepare)), make_attend(shape, note)
@@ -111,8 +111,8 @@ def make_persistent(shape: PersistentShape) -> Any:
                         note(times, op, DONE)
                 continue
             own = deal(offset)
-            offset = (offset + tiles_of(kind)) % np.int32(blocks)
-            if run and own < tiles_of(kind):
+            offset = (offset + shares_of(kind)) % np.int32(blocks)
+            if run and own < shares_of(kind):
                 if noting:
                     note(times, op, BEGUN)
                 norm = weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
@@ -130,7 +130,7 @@ def make_persistent(shape: PersistentShape) -> Any:
         if noting:
             note_clocks(times, 1)
         if last == ops:
-            if own < tiles_of(VOCABULARY):
+            if own < shares_of(VOCABULARY):
                 settle_best(own_best[0], keys, best, fault, thread)
             meet()
             if thread == 0 and cuda.atomic.add(steps, 1, 1) == blocks - 1:
@@ -190,7 +190,7 @@ def make_persistent(shape: PersistentShape) -> Any:
         elif thread == THREADS:
             patience = cuda.local.array(1, uint32)
             patience[0] = np.uint32(PATIENCE)
-            produce(weights, words, barriers, first, last, patience, fault, times)
+            produce(weights, words, barriers, position[0], first, last, patience, fault, times)
 
     return persistent
 

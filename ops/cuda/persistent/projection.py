@@ -1,8 +1,8 @@
-"""A projection of the persistent kernel: a block's tiles, chunk by chunk, out of the ring.
+"""A projection of the persistent kernel: a block's shares, slot by slot, out of the ring.
 
-Chunk q of a round goes to warp q % `CONSUMERS`, whatever its tile; a chunk's sums over its own columns, 16 rows, go to
-shared memory, and when the round's chunks are done a few threads add up each tile's in order of the columns: the same
-bits in every run. Rounds take turns between two sets of sums, so that one meeting per round is enough.
+Slot q of a round goes to warp q % `CONSUMERS`, whatever its share; its sums, 16 of them, go to shared memory, and when
+the round's slots are done a few threads add up each share's in order of the columns: the same bits in every run. Rounds
+take turns between two sets of sums, so that one meeting per round is enough.
 
 All projections of a step run through this one piece of code, with their sizes as variables: a copy for each made the
 kernel half as long again, took three times as long to compile, and was no faster.
@@ -25,34 +25,43 @@ TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; chun
 
 
 def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
-    """Device function (words, floats, slot, chunk, groups, lane, total): total = a chunk's sums for rows g and g + 8.
+    """Device function (words, floats, slot, x, apart, groups, lane, total): total = a slot's sums for rows g and g + 8.
 
-    Args of it: slot, of the ring; chunk, of its tile; groups, that it has.
+    Args of it: slot, of the ring; x, the word of shared memory at which the vector's elements for it begin; apart, from
+    there to those for rows 8-15: 0, or, where these are the next chunk's rows 0-7, a chunk's; groups, that a chunk has.
+
+    The vector takes all 8 columns of the other factor: even ones for rows 0-7, and odd ones for rows 8-15.
 
     Two chains of sums for each group of columns, so that the tensor cores need not wait for themselves.
     """
-    slot_words, x_start = shape.slot_words, shape.x_start
+    slot_words = shape.slot_words
     matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
     even = all(matrix.last_chunk_groups == CHUNK for matrix in matrices)
     x_step = 32 if halves else 64  # words of x per group
     code_registers, scale_registers = 16 * CHUNK, 2 * CHUNK
 
     @ptx.large_device_function
-    def multiply(words, floats, slot, chunk, groups, lane, total):  # type: ignore[no-untyped-def]
+    def multiply(words, floats, slot, x, apart, groups, lane, total):  # type: ignore[no-untyped-def]
         codes = cuda.local.array(code_registers, uint32)
         scales = cuda.local.array(scale_registers, float32)
         start = np.uint32(slot * np.uint32(slot_words))
+        count = np.uint32(CHUNK if even else groups)
+        second = np.uint32(start + count * np.uint32(264))  # of rows 8-15: codes, then scales
         for u in range(CHUNK):
             if even or u < groups:
                 for i in range(4):
-                    w0, w1, w2, w3 = ptx.load_block_16(words, start + u * GROUP_WORDS + i * 128 + lane * 4)
+                    if halves:
+                        place = start + u * GROUP_WORDS + i * 128
+                    else:
+                        place = (second if i % 2 else start) + u * 256 + i // 2 * 128
+                    w0, w1, w2, w3 = ptx.load_block_16(words, place + lane * 4)
                     at = 16 * u + 4 * i
                     codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
                 if not halves:
-                    at = start + (CHUNK if even else groups) * GROUP_WORDS + u * 16 + (lane >> 2) * 2
-                    scales[2 * u], scales[2 * u + 1] = floats[at], floats[at + 1]
+                    at = count * np.uint32(256) + u * 8 + (lane >> 2)
+                    scales[2 * u], scales[2 * u + 1] = floats[start + at], floats[second + at]
         low, high = _ZERO, _ZERO
-        x_row = x_start + chunk * (CHUNK * x_step) + (lane & 3) * (4 if halves else 8)
+        x_row = x + (lane >> 2 & 1) * apart + (lane & 3) * (4 if halves else 8)
         for u in range(CHUNK):
             if even or u < groups:
                 c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
@@ -76,10 +85,10 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
                             d0, d1, d2, d3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, d0, d1, d2, d3)
                 if halves:
                     low += c0 + d0
-                    high += c2 + d2
+                    high += c3 + d3
                 else:
                     low += (c0 + d0) * scales[2 * u]
-                    high += (c2 + d2) * scales[2 * u + 1]
+                    high += (c3 + d3) * scales[2 * u + 1]
         total[0], total[1] = low, high
 
     return multiply
@@ -89,13 +98,13 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
     """Device function (kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op): all but
     the staging of x.
 
-    Args of it: kind, which projection; first, the block's first tile; given: handed on to `prepare` and `finish`.
+    Args of it: kind, which projection; first, the block's first share; given: handed on to `prepare` and `finish`.
 
     Args:
-        prepare: device function (kind, given, tile, entry, ahead): start the loads that `finish` needs for this entry,
+        prepare: device function (kind, given, share, entry, ahead): start the loads that `finish` needs for this entry,
             into four words `ahead`; called before the weights are waited for.
-        finish: device function (kind, given, tile, entry, ahead, floats, sums): what becomes of a tile, entry by entry;
-            the sums of row r stand at floats[sums + 16 * chunk + r].
+        finish: device function (kind, given, share, entry, ahead, floats, sums): what becomes of a share, entry by
+            entry; the sums of row r of its n-th slot stand at floats[sums + 16 * n + r].
     """
     slots, blocks = shape.slots, shape.multiprocessors
     partials, partial_words = shape.partials_start, shape.partial_words
@@ -104,15 +113,16 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
     halves = shape.vocabulary.halves
     multiply = make_multiply(shape, halves=False)
     multiply_halves = make_multiply(shape, halves=True) if halves else multiply
-    tiles_of, chunks_of = shape.picker("tiles"), shape.picker("chunks")
-    last_groups_of = shape.picker("last_chunk_groups")
-    round_tiles_of, entry_bits_of = shape.picker("round_tiles"), shape.picker("entry_bits")
+    shares_of, slots_of, halved_of = shape.picker("shares"), shape.picker("slots"), shape.picker("halved")
+    last_groups_of, x_start = shape.picker("last_chunk_groups"), shape.x_start
+    round_shares_of, entry_bits_of = shape.picker("round_shares"), shape.picker("entry_bits")
+    x_words = np.uint32(CHUNK * 64)  # of a chunk
 
     @ptx.device_function
     def split_entry(entry, bits):  # type: ignore[no-untyped-def]
-        """Tile of the round, and part of it."""
-        tile = np.uint32(entry >> bits)
-        return tile, np.uint32(entry - (tile << bits))
+        """Share of the round, and part of it."""
+        share = np.uint32(entry >> bits)
+        return share, np.uint32(entry - (share << bits))
 
     @ptx.large_device_function
     def project(kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op):  # type: ignore[no-untyped-def]
@@ -121,23 +131,25 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
         # 32 bits without sign: no index has to be looked at for being negative.
         me, blocks_now = np.uint32(thread), np.uint32(blocks)
         lane, warp = np.uint32(me & np.uint32(31)), np.uint32(me >> np.uint32(5))
-        chunks, round_tiles = np.uint32(chunks_of(kind)), np.uint32(round_tiles_of(kind))
+        pieces, round_shares = np.uint32(slots_of(kind)), np.uint32(round_shares_of(kind))
+        halved = np.uint32(halved_of(kind))
+        apart = np.uint32(halved * x_words)
         bits = np.uint32(entry_bits_of(kind))
         last_groups = last_groups_of(kind)
         start = np.uint32(first)
-        own = np.uint32((np.uint32(tiles_of(kind)) - start + blocks_now - np.uint32(1)) // blocks_now)
+        own = np.uint32((np.uint32(shares_of(kind)) - start + blocks_now - np.uint32(1)) // blocks_now)
         while own > np.uint32(0):
-            now = min(round_tiles, own)
+            now = min(round_shares, own)
             sums = np.uint32(np.uint32(partials) + state[TURN] * np.uint32(partial_words))
             # By all threads, as a branch would wait for what is loaded in it.
             entries = np.uint32(now << bits)
             entry = min(me, np.uint32(entries - np.uint32(1)))
-            tile, part = split_entry(entry, bits)
-            prepare(kind, given, np.uint32(start + tile * blocks_now), part, ahead)
-            q, chunk = warp, warp
-            while chunk >= chunks:
-                chunk = np.uint32(chunk - chunks)
-            while q < np.uint32(now * chunks):
+            share, part = split_entry(entry, bits)
+            prepare(kind, given, np.uint32(start + share * blocks_now), part, ahead)
+            q, piece = warp, warp
+            while piece >= pieces:
+                piece = np.uint32(piece - pieces)
+            while q < np.uint32(now * pieces):
                 n = np.uint32(state[CHUNKS] + q)
                 turn = np.uint32(n // np.uint32(slots))
                 slot = np.uint32(n - turn * np.uint32(slots))
@@ -145,11 +157,13 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
                 await_barrier(barriers, landed + slot, turn & np.uint32(1), patience, fault)
                 if trace and thread == 0:
                     times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + WAITED] += int64(ptx.cycles() - began)
-                groups = last_groups if chunk == np.uint32(chunks - np.uint32(1)) else np.int32(CHUNK)
+                groups = last_groups if piece == np.uint32(pieces - np.uint32(1)) else np.int32(CHUNK)
                 if halves and kind == VOCABULARY:
-                    multiply_halves(words, floats, slot, chunk, groups, lane, total)
+                    x = np.uint32(np.uint32(x_start) + (piece * x_words >> np.uint32(1)))
+                    multiply_halves(words, floats, slot, x, apart, groups, lane, total)
                 else:
-                    multiply(words, floats, slot, chunk, groups, lane, total)
+                    x = np.uint32(np.uint32(x_start) + (piece * x_words << halved))
+                    multiply(words, floats, slot, x, apart, groups, lane, total)
                 ptx.sync_warp()
                 if lane == np.uint32(0):
                     ptx.barrier_arrive(barriers, free + slot)
@@ -158,18 +172,18 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
                     floats[at] = total[0]
                     floats[np.uint32(at + np.uint32(8))] = total[1]
                 q = np.uint32(q + np.uint32(CONSUMERS))
-                chunk = np.uint32(chunk + np.uint32(CONSUMERS))
-                while chunk >= chunks:
-                    chunk = np.uint32(chunk - chunks)
-            state[CHUNKS] = np.uint32(state[CHUNKS] + now * chunks)
+                piece = np.uint32(piece + np.uint32(CONSUMERS))
+                while piece >= pieces:
+                    piece = np.uint32(piece - pieces)
+            state[CHUNKS] = np.uint32(state[CHUNKS] + now * pieces)
             meet()
             entry = me
             while entry < entries:
-                tile, part = split_entry(entry, bits)
-                row_tile = np.uint32(start + tile * blocks_now)
+                number, part = split_entry(entry, bits)
+                share = np.uint32(start + number * blocks_now)
                 if entry != me:
-                    prepare(kind, given, row_tile, part, ahead)
-                finish(kind, given, row_tile, part, ahead, floats, np.uint32(sums + tile * chunks * np.uint32(16)))
+                    prepare(kind, given, share, part, ahead)
+                finish(kind, given, share, part, ahead, floats, np.uint32(sums + number * pieces * np.uint32(16)))
                 entry = np.uint32(entry + np.uint32(THREADS))
             state[TURN] = np.uint32(state[TURN] ^ np.uint32(1))
             start = np.uint32(start + now * blocks_now)
@@ -178,14 +192,17 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
     return project
 
 
-def make_row_sum(chunks: int) -> Any:
-    """Device function (floats, sums, row) -> a row's sum over all chunks of its tile."""
+def make_row_sum(shape: PersistentShape, kind: int) -> Any:
+    """Device function (floats, sums, row) -> a row's sum over all chunks of its tile, in their order."""
+    slots, halved = shape.sizes("slots")[kind], shape.sizes("halved")[kind]
 
     @ptx.device_function
     def row_sum(floats, sums, row):  # type: ignore[no-untyped-def]
         total = _ZERO
-        for chunk in range(chunks):
-            total += floats[sums + chunk * 16 + row]
+        for slot in range(slots):
+            total += floats[sums + slot * 16 + row]
+            if halved:
+                total += floats[sums + slot * 16 + row + 8]
         return total
 
     return row_sum

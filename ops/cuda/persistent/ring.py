@@ -1,9 +1,12 @@
 """The ring of chunks in shared memory: one warp has weights copied into it, the others take them out.
 
-The producer knows the whole step in advance: which tiles its block has in which projection. It never waits for an op to
-end, only for a free slot, and so the copies of the next op's weights are on their way, or have landed, while the blocks
-still exchange the results of this one. At most `in_flight` copies are on their way at a time: the memory system is busy
-with that many, and small accesses (the exchange, the cache) need not queue behind more.
+The producer knows the whole step in advance: which shares its block has of which projection. It never waits for an op
+to end, only for a free slot, and so the copies of the next op's weights are on their way, or have landed, while the
+blocks still exchange the results of this one. At most `in_flight` copies are on their way at a time: the memory system
+is busy with that many, and small accesses (the exchange, the cache) need not queue behind more.
+
+While the ring is full, memory would have nothing to do: the producer then asks for the chunks that come next to be
+brought into the second-level cache, out of which they are copied faster later.
 
 Slot n % slots holds chunk n of the block. Two barriers per slot: `landed` completes when the chunk's bytes are there,
 `free` when the warp that took them has them in registers. Chunk n waits for the phase of parity (n // slots) & 1 of
@@ -13,12 +16,14 @@ Slot n % slots holds chunk n of the block. Two barriers per slot: `landed` compl
 from typing import Any
 
 import numpy as np
-from numba import cuda
+from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
 from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, TABLE_UNIT, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_note
+
+NUMBER, SHARE, PIECE, SOURCE, ASKED = range(5)  # of what is asked for ahead
 
 
 @ptx.device_function
@@ -32,7 +37,7 @@ def await_barrier(barriers, index, parity, patience, fault):  # type: ignore[no-
 
 
 def make_deal(blocks: int) -> Any:
-    """Device function (offset) -> the block's first tile of a projection, when `offset` tiles were dealt before."""
+    """Device function (offset) -> the block's first share of a projection, when `offset` were dealt before."""
 
     @ptx.device_function
     def deal(offset):  # type: ignore[no-untyped-def]
@@ -52,18 +57,87 @@ def make_kind_of(shape: PersistentShape) -> Any:
     return kind_of
 
 
+def make_cut(shape: PersistentShape) -> tuple[Any, Any]:
+    """Device functions that tell where a projection's weights are, and in which pieces they are copied.
+
+    Returns:
+        cut (words, op, kind) -> of: where they begin; words of a tile and of a chunk; slots that a share takes; 1 if
+            shares are half tiles, else 0; bytes of a copy, and of the share's last one. A half tile's slot takes two
+            copies: the same half of two chunks.
+        place (of, share) -> the word of the model's weights at which a share begins.
+    """
+    table_start, slots_of, halved_of = shape.table_start, shape.picker("slots"), shape.picker("halved")
+    tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("chunk_words")
+    last_words_of = shape.picker("last_chunk_words")
+
+    @ptx.device_function
+    def cut(words, op, kind):  # type: ignore[no-untyped-def]
+        start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
+        halved, chunk_words = np.int32(halved_of(kind)), np.int64(chunk_words_of(kind))
+        nbytes = np.uint32(4 * chunk_words >> np.int64(halved))
+        last_bytes = nbytes if halved else np.uint32(4 * last_words_of(kind))
+        return start, np.int64(tile_words_of(kind)), chunk_words, np.int32(slots_of(kind)), halved, nbytes, last_bytes
+
+    @ptx.device_function
+    def place(of, share):  # type: ignore[no-untyped-def]
+        start, tile_words, chunk_words, halved = of[0], of[1], of[2], of[4]
+        return start + np.int64(share >> halved) * tile_words + np.int64(share & halved) * (chunk_words // 2)
+
+    return cut, place
+
+
+def make_await_free(shape: PersistentShape, place: Any) -> Any:
+    """Device function (weights, barriers, slot, turn, n, share, piece, source, of, shares, ahead, far, patience,
+    fault): wait until slot n % slots is free, and use the time.
+
+    Args of it: share, piece and source: what comes into the slot; of, from `cut`; shares, of the projection; ahead,
+    chunks from n on that may be asked for; far int64 [5]: the chunk that is asked for next (its number, share, piece
+    and place), and when the last one was.
+    """
+    free, pace, blocks = shape.barriers_start + shape.slots, shape.pace, shape.multiprocessors
+
+    @ptx.large_device_function
+    def await_free(  # type: ignore[no-untyped-def]
+        weights, barriers, slot, turn, n, share, piece, source, of, shares, ahead, far, patience, fault
+    ):
+        chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
+        full = ptx.barrier_passed(barriers, free + slot, turn) == 0
+        if full and far[NUMBER] < n:
+            far[NUMBER], far[SHARE], far[PIECE], far[SOURCE] = n, share, piece, source
+        while full and far[NUMBER] < n + ahead and far[SHARE] < shares:
+            if int64(ptx.cycles()) - far[ASKED] >= pace:
+                far[ASKED] = int64(ptx.cycles())
+                far[NUMBER] += 1
+                far[PIECE] += 1
+                ends = far[PIECE] == pieces
+                ptx.prefetch_bulk(weights, far[SOURCE], last_bytes if ends else nbytes)
+                if halved:
+                    ptx.prefetch_bulk(weights, far[SOURCE] + chunk_words, nbytes)
+                far[SOURCE] += chunk_words << np.int64(halved)
+                if ends:
+                    far[PIECE], far[SHARE] = 0, far[SHARE] + blocks
+                    far[SOURCE] = place(of, np.int32(far[SHARE]))
+            full = ptx.barrier_passed(barriers, free + slot, turn) == 0
+        if full:
+            await_barrier(barriers, free + slot, turn, patience, fault)
+
+    return await_free
+
+
 def make_produce(shape: PersistentShape) -> Any:
-    """Device function (weights, words, barriers, first, last, patience, fault, times): the producer's whole life; one
-    thread.
+    """Device function (weights, words, barriers, position, first, last, patience, fault, times): the producer's whole
+    life; one thread.
 
     Args of it: weights uint32, all of the model's; words uint32 and barriers uint64, views of shared
     memory; ops first .. last - 1 are run.
     """
-    slots, slot_words, in_flight = shape.slots, shape.slot_words, shape.in_flight
-    landed, free = shape.barriers_start, shape.barriers_start + slots
-    table_start, blocks = shape.table_start, shape.multiprocessors
-    ahead, pace = shape.ahead, shape.pace
-    deal = make_deal(blocks)
+    slots, slot_words, in_flight, landed = shape.slots, shape.slot_words, shape.in_flight, shape.barriers_start
+    blocks, ops, shares_of = shape.multiprocessors, shape.ops, shape.picker("shares")
+    deal, kind_of, note = make_deal(blocks), make_kind_of(shape), make_note(shape)
+    cut, place = make_cut(shape)
+    await_free = make_await_free(shape, place)
+    # What attention reads takes the time that is idle otherwise: so many chunks less are asked for ahead.
+    most_ahead, kv_bytes, slot_bytes = shape.ahead, 4 * shape.kv_heads * shape.head_dim, blocks * 4 * slot_words
 
     @ptx.device_function
     def following(slot, turn):  # type: ignore[no-untyped-def]
@@ -73,64 +147,53 @@ def make_produce(shape: PersistentShape) -> Any:
             return np.uint32(0), np.uint32(turn ^ np.uint32(1))
         return slot, turn
 
-    tiles_of, chunks_of = shape.picker("tiles"), shape.picker("chunks")
-    tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("chunk_words")
-    last_words_of, ops = shape.picker("last_chunk_words"), shape.ops
-    kind_of, note = make_kind_of(shape), make_note(shape)
+    @ptx.device_function
+    def copy(weights, words, barriers, slot, source, nbytes, of):  # type: ignore[no-untyped-def]
+        chunk_words, halved = of[2], of[4]
+        at = slot * np.uint32(slot_words)
+        ptx.barrier_expect(barriers, landed + slot, np.uint32(nbytes << np.uint32(halved)))
+        ptx.bulk_copy(words, at, weights, source, nbytes, barriers, landed + slot)
+        if halved:
+            second = np.uint32(at + np.uint32(chunk_words // 2))
+            ptx.bulk_copy(words, second, weights, source + chunk_words, nbytes, barriers, landed + slot)
 
     @ptx.large_device_function
-    def produce(weights, words, barriers, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
+    def produce(weights, words, barriers, position, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
+        far = cuda.local.array(5, int64)
+        far[ASKED] = int64(ptx.cycles())
+        ahead = max(most_ahead - position * kv_bytes // slot_bytes, 0)
         offset = np.int32(0)
         n, slot, old_slot = np.uint32(0), np.uint32(0), np.uint32(0)  # chunks so far; their slots
         # Parities: of the slot's last release, of the oldest copy under way.
         turn, old_turn = np.uint32(1), np.uint32(0)
-        asked = ptx.cycles()
         for op in range(1, ops):
             kind = kind_of(op)
             if kind == ATTENTION:
                 continue
-            tiles, chunks = tiles_of(kind), np.int32(chunks_of(kind))
-            chunk_words, tile_words = np.int64(chunk_words_of(kind)), np.int64(tile_words_of(kind))
-            chunk_bytes, last_bytes = np.uint32(4 * chunk_words), np.uint32(4 * last_words_of(kind))
-            start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
-            tile = deal(offset) if first <= op < last else tiles
-            if tile < tiles:
+            of, shares = cut(words, op, kind), np.int32(shares_of(kind))
+            chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
+            share = deal(offset) if first <= op < last else shares
+            if share < shares:
                 note(times, op, COPY_BEGUN)
-            far, far_tile, far_chunk, far_source = n, tile, np.int32(0), start + np.int64(tile) * tile_words
-            while tile < tiles:
-                source = start + np.int64(tile) * tile_words
-                for chunk in range(chunks):
+            far[NUMBER] = 0  # it may not be of this op: begin anew
+            while share < shares:
+                source = place(of, share)
+                for piece in range(pieces):
                     if n >= np.uint32(slots):
-                        full = ptx.barrier_passed(barriers, free + slot, turn) == 0
-                        if full and far < n:
-                            far, far_tile, far_chunk, far_source = n, tile, np.int32(chunk), source
-                        while full and far < n + np.uint32(ahead) and far_tile < tiles:
-                            if ptx.cycles() - asked >= np.uint64(pace):
-                                asked = ptx.cycles()
-                                far = np.uint32(far + np.uint32(1))
-                                far_chunk = np.int32(far_chunk + np.int32(1))
-                                ends = far_chunk == chunks
-                                ptx.prefetch_bulk(weights, far_source, last_bytes if ends else chunk_bytes)
-                                far_source += chunk_words
-                                if ends:
-                                    far_chunk, far_tile = np.int32(0), np.int32(far_tile + np.int32(blocks))
-                                    far_source = start + np.int64(far_tile) * tile_words
-                            full = ptx.barrier_passed(barriers, free + slot, turn) == 0
-                        if full:
-                            await_barrier(barriers, free + slot, turn, patience, fault)
+                        await_free(
+                            *(weights, barriers, slot, turn, int64(n), share, piece, source),
+                            *(of, shares, ahead, far, patience, fault),
+                        )
                     if n >= np.uint32(in_flight):
                         await_barrier(barriers, landed + old_slot, old_turn, patience, fault)
                         old_slot, old_turn = following(old_slot, old_turn)
-                    nbytes = last_bytes if chunk == chunks - 1 else chunk_bytes
-                    ptx.barrier_expect(barriers, landed + slot, nbytes)
-                    at = slot * np.uint32(slot_words)
-                    ptx.bulk_copy(words, at, weights, source, nbytes, barriers, landed + slot)
-                    source += chunk_words
+                    copy(weights, words, barriers, slot, source, last_bytes if piece == pieces - 1 else nbytes, of)
+                    source += chunk_words << np.int64(halved)
                     slot, turn = following(slot, turn)
                     n = np.uint32(n + np.uint32(1))
-                tile = np.int32(tile + np.int32(blocks))
+                share = np.int32(share + np.int32(blocks))
                 note(times, op, COPY_DONE)
-            offset = (offset + tiles) % np.int32(blocks)
+            offset = (offset + shares) % np.int32(blocks)
         # A block must not end while copies into its shared memory are on their way.
         for _ in range(in_flight):
             if old_slot != slot:

@@ -2,8 +2,9 @@
 
 Every multiprocessor runs one block for the whole step: `CONSUMERS` warps that compute, and one that has weights copied
 into a ring of slots in shared memory. Projections are cut into tiles of 16 rows, tiles into chunks of `CHUNK` groups of
-128 columns: a chunk is what a slot holds, with its scales. Tiles are dealt to the blocks in turn, from one projection
-to the next, so that over a few layers every block has the same to copy.
+128 columns: a chunk is what a slot holds, with its scales. Shares are dealt to the blocks in turn, from one projection
+to the next, so that over a few layers every block has the same to copy. A share is a tile; or, of "o" and "down", of
+which blocks get but one tile or two, half a tile: then a slot holds 8 rows of two neighbouring chunks.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with wha
 _PARTIALS = 64  # chunks' sums that are kept until they are added up
 _SCALARS = 64  # float32 for sums over the block
 QKV, ATTENTION, OUT, GATE_UP, DOWN, VOCABULARY = range(6)  # kinds of ops, behind the embedding
+_KINDS = (QKV, OUT, GATE_UP, DOWN, VOCABULARY)  # projections
 _ENTRY_BITS = {QKV: 3, OUT: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}  # 2^so many threads finish a tile
 TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
 
@@ -38,6 +40,8 @@ class PersistentShape:
         multiprocessors: blocks of the launch.
         shared_bytes: the most that a block may have; the ring takes what the rest leaves.
         in_flight: chunks on their way at once: more would make every small access wait behind them.
+        ahead: chunks that may be asked for beyond a full ring; pace: cycles from one to the next, as long as memory
+            takes for all blocks'.
         pause: nanoseconds between two looks at the exchange.
         trace: whether every block writes down when it does what.
     """
@@ -58,8 +62,8 @@ class PersistentShape:
     multiprocessors: int
     shared_bytes: int
     in_flight: int = 5
-    ahead: int = 16
-    pace: int = 400
+    ahead: int = 12
+    pace: int = 800
     pause: int = 30
     trace: bool = False
 
@@ -76,14 +80,27 @@ class PersistentShape:
         return self.qkv, self.o, self.gate_up, self.down, self.vocabulary
 
     def sizes(self, what: str) -> dict[int, int]:
-        """A number for each kind of projection: an attribute of its layout, "entry_bits" (2^so many threads finish a
-        tile), or "round_tiles" (tiles whose chunks' sums a block keeps before it adds them up).
+        """A number for each kind of projection: an attribute of its layout, or
+
+        - "halved": 1 if its shares are half tiles, else 0;
+        - "shares": how many there are; "slots": of the ring that one takes;
+        - "entry_bits": 2^so many threads finish a share;
+        - "round_shares": those whose slots' sums a block keeps before it adds them up.
         """
-        layouts = dict(zip(_ENTRY_BITS, self.matrices, strict=True))
-        if what == "entry_bits":
-            return _ENTRY_BITS
-        if what == "round_tiles":
-            return {kind: max(1, _PARTIALS // layout.chunks) for kind, layout in layouts.items()}
+        layouts = dict(zip(_KINDS, self.matrices, strict=True))
+        halved = {kind: int(kind in (OUT, DOWN) and _can_be_halved(layout)) for kind, layout in layouts.items()}
+        slots = {kind: layout.chunks // (1 + halved[kind]) for kind, layout in layouts.items()}
+        match what:
+            case "halved":
+                return halved
+            case "shares":
+                return {kind: layout.tiles * (1 + halved[kind]) for kind, layout in layouts.items()}
+            case "slots":
+                return slots
+            case "entry_bits":
+                return {kind: bits - halved[kind] for kind, bits in _ENTRY_BITS.items()}
+            case "round_shares":
+                return {kind: max(1, _PARTIALS // count) for kind, count in slots.items()}
         return {kind: int(getattr(layout, what)) for kind, layout in layouts.items()}
 
     def picker(self, what: str) -> Any:
@@ -151,9 +168,8 @@ class PersistentShape:
 
     @property
     def partial_words(self) -> int:
-        """Sums of the chunks of a round: 16 rows each."""
-        chunks = max(m.chunks for m in self.matrices)
-        return max(_PARTIALS, chunks) * 16
+        """Sums of the slots of a round: 16 rows each."""
+        return max(_PARTIALS, *self.sizes("slots").values()) * 16
 
     @property
     def table_words(self) -> int:
@@ -227,3 +243,8 @@ class PersistentShape:
         if self.slots < max(CONSUMERS, self.in_flight + 1):
             return f"{self.shared_bytes // 1024} KB of shared memory leave no room for a ring of weights"
         return None
+
+
+def _can_be_halved(layout: FragmentLayout) -> bool:
+    """Whether the chunks of a tile make whole pairs."""
+    return layout.halves_apart and layout.chunks % 2 == 0 and layout.last_chunk_groups == CHUNK
