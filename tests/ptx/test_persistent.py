@@ -46,6 +46,8 @@ def test_machine_code(name: str, cc: tuple[int, int]) -> None:
             "mbarrier.init.shared::cta.b64",
             "mbarrier.arrive.expect_tx.shared::cta.b64",
             "mbarrier.try_wait.parity.shared::cta.b64",
+            "mbarrier.test_wait.parity.shared::cta.b64",
+            "cp.async.bulk.prefetch.L2.global",
             "fence.mbarrier_init.release.cluster",
             "mma.sync.aligned.m16n8k16",
             "e4m3x2",
