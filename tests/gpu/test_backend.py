@@ -5,15 +5,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from device_launch import capability
 from numpy.typing import NDArray
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.cpu import CpuBackend
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.decode import Embed, Op, Qkv
@@ -40,10 +43,18 @@ def relative_l2(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine.random(tiny_geometry(), "cuda", MAX_SEQ_LEN) as engine:
+@pytest.fixture(scope="module", params=["graph", "persistent"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    if request.param == "persistent" and capability() < (9, 0):
+        pytest.skip("this GPU has no copy engine for bulk copies (sm_90 and later have)")
+    with Engine.random(tiny_geometry(), "cuda", MAX_SEQ_LEN, decode=request.param) as engine:
         yield engine
+
+
+def decode_of(engine: Engine) -> Decode:
+    path = engine.backend.decode_path
+    assert path is not None
+    return path.name
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +162,7 @@ def test_eager_and_dependent_launches_change_no_bit(engine: Engine, options: dic
         return logits, one.generate_tokens(prompt, SamplingParams(max_tokens=50)).finish().token_ids
 
     model = RandomModel(engine.geometry)
-    backend = CudaBackend(engine.geometry, WeightArrays(model), MAX_SEQ_LEN, **options)
+    backend = CudaBackend(engine.geometry, WeightArrays(model), MAX_SEQ_LEN, decode=decode_of(engine), **options)
     backend.prepare(None)
     with Engine(model, backend, MAX_SEQ_LEN) as other:
         assert outcome(other) == outcome(engine)
@@ -274,7 +285,7 @@ def test_nothing_is_allocated_after_loading(engine: Engine, monkeypatch: pytest.
     backend._sure = False  # the eager step has moved the position
     engine.reset()
     assert calls == []
-    with Engine.random(tiny_geometry(), "cuda", 8):
+    with Engine.random(tiny_geometry(), "cuda", 8, decode=decode_of(engine)):
         pass
     assert calls.count("cuMemAlloc") == 1
 
@@ -299,7 +310,7 @@ def test_two_engines_at_once_and_memory_comes_back(engine: Engine, monkeypatch: 
     monkeypatch.setattr(driver, "cuMemFree", freed)
     prompt, params = tokens_of(engine.geometry, 9), SamplingParams(max_tokens=12)
     expected = engine.generate_tokens(prompt, params).finish().token_ids
-    with Engine.random(tiny_geometry(), "cuda", MAX_SEQ_LEN) as second:
+    with Engine.random(tiny_geometry(), "cuda", MAX_SEQ_LEN, decode=decode_of(engine)) as second:
         assert second.generate_tokens(prompt, params).finish().token_ids == expected
         assert len(live) == 1
     second.close()  # twice is fine
@@ -310,6 +321,22 @@ def test_two_engines_at_once_and_memory_comes_back(engine: Engine, monkeypatch: 
     gc.collect()
     assert not live, "an engine that nobody closed keeps its memory"
     assert engine.generate_tokens(prompt, params).finish().token_ids == expected
+
+
+def test_engines_that_decode_at_the_same_time_get_along(engine: Engine) -> None:
+    """Also where each takes every multiprocessor for itself: one waits until the other's step is done."""
+    prompt, params = tokens_of(engine.geometry, 9), SamplingParams(max_tokens=60, ignore_eos=True)
+    expected = engine.generate_tokens(prompt, params).finish().token_ids
+
+    def replies(one: Engine) -> list[list[int]]:
+        return [one.generate_tokens(prompt, params).finish().token_ids for _ in range(20)]
+
+    with (
+        Engine.random(tiny_geometry(), "cuda", MAX_SEQ_LEN, decode=decode_of(engine)) as second,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        for found in pool.map(replies, (engine, second), timeout=120):
+            assert found == [expected] * 20
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_numbers(engine: Engine) -> None:

@@ -13,14 +13,14 @@ from numba_atomflow.engine import WeightArrays  # noqa: E402
 from numba_atomflow.random_model import RandomModel  # noqa: E402
 
 SAMPLINGS = (SamplingParams(max_tokens=6), SamplingParams(max_tokens=6, temperature=1.0, top_p=0.9, seed=1))
-FAMILIES = ({}, {"qk_norm": True, "qkv_bias": True})
+FAMILIES = (({}, "graph"), ({}, "auto"), ({"qk_norm": True, "qkv_bias": True}, "graph"))  # auto: persistent, if it can
 
 
 def main() -> None:
-    for family in FAMILIES:
+    for family, decode in FAMILIES:
         for graphs in (True, False):
             model = RandomModel(tiny_geometry(**family))
-            backend = CudaBackend(model.geometry, WeightArrays(model), 300, graphs=graphs)
+            backend = CudaBackend(model.geometry, WeightArrays(model), 300, graphs=graphs, decode=decode)
             backend.prepare(None)
             prompt = [7 * i % model.geometry.vocabulary for i in range(270)]
             with Engine(model, backend, 300) as engine:
