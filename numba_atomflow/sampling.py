@@ -28,7 +28,9 @@ class SamplingParams:
         min_p: drop tokens less likely than min_p times the most likely one; 0 keeps all.
         repetition_penalty: logits of tokens already in the context are divided by it if positive, multiplied if
             negative; 1 changes nothing. Source: Keskar et al., "CTRL" (2019).
-        seed: of the random draws; None takes a fresh one for every reply.
+        seed: of the random draws; None takes a fresh one for every reply. The same seed gives the same text if the
+            reply also starts from the same KV cache (`Engine.reset`): what is still in it of the prompt is not computed
+            again, and in steps of other widths a GPU rounds otherwise.
         max_tokens: most tokens to generate; None goes on to the end of the context.
         stop: strings that end the reply; they are not part of the text.
         ignore_eos: go on after an end-of-sequence token (for benchmarks).

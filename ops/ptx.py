@@ -649,6 +649,9 @@ def bulk_copy(target, at, source, start, nbytes, barriers, index):  # type: igno
 @_instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", (), (_ADDRESS, u32), memory=True)
 def prefetch_bulk(source, start, nbytes):  # type: ignore[no-untyped-def]
     """Ask for `nbytes` (a multiple of 16, as is the address) to come into the second-level cache. From sm_90 on."""
+    end = int(start) + int(nbytes) // source.itemsize
+    if int(nbytes) % 16 or int(start) * source.itemsize % 16 or not 0 <= start < end <= source.size:
+        raise IndexError(f"words {start} to {end} of {source.size} cannot be asked for in one piece")
 
 
 def _barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:

@@ -87,6 +87,7 @@ LAYOUTS = (
     FragmentLayout(40, 130, half=20, hardware_fp8=True),  # gate and up whose number is no multiple of 8
     FragmentLayout(160, 64, half=40),  # two heads of 80
     FragmentLayout(16, 576, chunk=4),  # 5 groups: a chunk of 4 and one of 1, each with padding of its own
+    FragmentLayout(40, 1024, hardware_fp8=True, chunk=4),  # a pair of whole chunks: half tiles can be copied
     FragmentLayout(12, 330, half=6, hardware_fp8=True, chunk=1),
     FragmentLayout(9, 130, chunk=4),  # fewer groups than a chunk may have
 )

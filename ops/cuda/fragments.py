@@ -9,12 +9,13 @@ tiles of 16. A tile is one chunk or several, one behind the other, and a chunk i
 - scales: for every 128 columns, 8 pairs of float32 (rows g and g + 8). They stand behind the codes of their own
   chunk: a warp fetches them in the same batch of loads, from addresses known as early. Float32, because anything
   shorter would round the checkpoint's scales, and a projection is to be exact to 1e-5.
-- padding to a multiple of 128 bytes, so that no load straddles a cache line and every bulk copy is aligned.
+- padding to a multiple of 128 bytes, so that every bulk copy is aligned and no load straddles a cache line (but those
+  of rows 8-15 in a chunk whose groups are no multiple of 4).
 
 Chunks: a kernel whose warps load weights themselves wants the whole tile as one (chunk = 0). One that copies weights
 to shared memory in bulk wants pieces of a few groups with their own scales (chunk = 4: 8448 bytes). The last chunk of
-a tile may have fewer groups. In such chunks rows 0-7, codes and then scales, stand before rows 8-15: each half is a
-piece that can be copied alone, by a block that has half of a tile.
+a tile may have fewer groups. In such chunks the halves of the rows stand apart, rows 0-7 before rows 8-15, and of each
+half first all codes and then all scales: a piece that can be copied alone, by a block that has half of a tile.
 
 Two orders of rows. Plain: tile i holds rows 16 i to 16 i + 15. Paired, with distance `half`: rows i and i + half of a
 section of 2 * half rows are put at r and r + 8 of a tile. Both then end in the same lane: gate and up of one
@@ -44,7 +45,7 @@ from numba_atomflow.ops.fp8 import GROUP, group_count
 
 TILE_ROWS = 16
 GROUP_WORDS = TILE_ROWS * GROUP // 4  # codes of 16 rows and 128 columns
-_HALF_WORDS = (GROUP_WORDS + TILE_ROWS) // 2  # codes and scales of 8 rows and 128 columns
+HALF_WORDS = (GROUP_WORDS + TILE_ROWS) // 2  # codes and scales of 8 rows and 128 columns
 THREADS = 256
 
 
@@ -162,8 +163,8 @@ class FragmentLayout:
         return np.where(unit < self.half, source, -1)
 
     def pieces(self) -> Iterator[tuple[slice, slice, slice, slice]]:
-        """What stands together in a tile, in its order: for each chunk, or for each half of one, its groups, its rows'
-        halves (0: rows 0-7), and which of the tile's words hold their codes and which their scales.
+        """What stands together in a tile, in its order: for each chunk, or for each half of one, which groups, which
+        halves of the rows (0: rows 0-7, 1: rows 8-15), and which of the tile's words hold their codes and scales.
         """
         for chunk in range(self.chunks):
             first = chunk * self.chunk_groups
@@ -269,12 +270,12 @@ def make_places(layout: FragmentLayout) -> tuple[Any, Any]:
     @ptx.device_function
     def codes_in_chunk(group, part, half):  # type: ignore[no-untyped-def]
         start, number, count = split(group)
-        return start + half * count * _HALF_WORDS + number * 256 + part * 128
+        return start + half * count * HALF_WORDS + number * 256 + part * 128
 
     @ptx.device_function
     def scale_in_chunk(group, row):  # type: ignore[no-untyped-def]
         start, number, count = split(group)
-        return start + row // 8 * count * _HALF_WORDS + count * 256 + number * 8 + row % 8
+        return start + row // 8 * count * HALF_WORDS + count * 256 + number * 8 + row % 8
 
     return (codes_in_chunk, scale_in_chunk) if layout.halves_apart else (codes_in_tile, scale_in_tile)
 

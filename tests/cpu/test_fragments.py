@@ -40,6 +40,7 @@ def test_pieces_follow_each_other_and_fill_the_tile(width: int, chunk: int, floa
         assert groups.start == number * layout.chunk_groups
         assert (half.start, half.stop) == ((piece, piece + 1) if per_chunk == 2 else (0, 2))
         assert codes.stop - codes.start == count * GROUP_WORDS // per_chunk
+        assert codes.start % 4 == 0, "loads of 16 bytes would not be aligned"
         assert scales.start == codes.stop
         assert scales.stop - scales.start == (0 if float16 else count * TILE_ROWS // per_chunk)
         if piece == 0:

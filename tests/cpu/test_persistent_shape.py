@@ -51,7 +51,7 @@ def test_every_chunk_is_dealt_exactly_once(geometry: ModelGeometry, blocks: int)
     shape = shape_of(geometry, blocks)
     shares, slots = shape.sizes("shares"), shape.sizes("slots")
     assert set(shares) == set(WEIGHED)
-    offset, load = 0, np.zeros(blocks, np.int64)
+    offset, load, copied = 0, np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
     for kind in kinds(shape):
         if kind == ATTENTION:
             continue
@@ -59,12 +59,16 @@ def test_every_chunk_is_dealt_exactly_once(geometry: ModelGeometry, blocks: int)
         for block in range(blocks):
             first = (block + blocks - offset) % blocks
             dealt[first::blocks] += 1
-            load[block] += len(range(first, shares[kind], blocks))
+            own = len(range(first, shares[kind], blocks))
+            load[block] += own
+            copied[block] += own * slots[kind]
         assert (dealt == 1).all()
         offset = (offset + shares[kind]) % blocks
         layout = getattr(shape, WEIGHED[kind])
         assert shares[kind] * slots[kind] == layout.tiles * layout.chunks
     assert load.max() - load.min() <= 1
+    if geometry.hidden > 1000:  # in smaller ones a share is much
+        assert copied.max() <= 1.03 * copied.mean()
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -90,8 +94,8 @@ def test_sizes_are_those_of_the_projections(geometry: ModelGeometry) -> None:
     [("llama-3.2-1b", True), ("llama-3.2-3b", True), ("llama-3.1-8b", True), ("smollm2-135m", False)],
 )
 def test_half_tiles_where_chunks_make_pairs(name: str, halved: bool) -> None:
-    kinds = shape_of(PRESETS[name]).sizes("halved")
-    assert kinds == {QKV: 0, OUT: halved, GATE_UP: 0, DOWN: kinds[DOWN], VOCABULARY: 0}
+    expected = {QKV: 0, OUT: halved, GATE_UP: 0, DOWN: halved, VOCABULARY: 0}
+    assert shape_of(PRESETS[name]).sizes("halved") == expected
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 132])

@@ -1,7 +1,8 @@
 """The persistent decode kernel compiled down to machine code: no GPU, driver or toolkit is needed.
 
-One layer of SmolLM2: all layers run through the same code. It takes half a minute to compile, and below sm_90 does not
-run at all: so it is not among the kernels of `kernel_catalogue.py`, but its registers are recorded with theirs.
+One layer of SmolLM2, and one of Llama 3.2 1B, which has half tiles: all layers run through the same code. It takes half
+a minute to compile, and below sm_90 does not run at all: so it is not among the kernels of `kernel_catalogue.py`, but
+its registers are recorded with theirs.
 """
 
 import re
@@ -15,18 +16,26 @@ skip_without_compiler()
 from kernel_catalogue import MULTIPROCESSORS, SHARED_BYTES  # noqa: E402
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels  # noqa: E402
+from numba_atomflow.geometry import ModelGeometry  # noqa: E402
 from numba_atomflow.ops.cuda.build import assemble, make_ptx  # noqa: E402
 from numba_atomflow.ops.cuda.chip import Chip  # noqa: E402
+from numba_atomflow.ops.cuda.persistent.shape import DOWN  # noqa: E402
 
 SMOLLM2 = tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152)
+LLAMA = tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096)
 
 
-@pytest.mark.parametrize("name", ["persistent", "publish"])
+@pytest.mark.parametrize(
+    ("name", "model", "geometry"),
+    [("persistent", "SmolLM2", SMOLLM2), ("persistent", "Llama 1B", LLAMA), ("publish", "SmolLM2", SMOLLM2)],
+    ids=str,
+)
 @pytest.mark.parametrize("cc", [(9, 0), (12, 0)], ids=str)
-def test_machine_code(name: str, cc: tuple[int, int]) -> None:
+def test_machine_code(name: str, model: str, geometry: ModelGeometry, cc: tuple[int, int]) -> None:
     """No spills, stack or local memory; no float64; weights come by bulk copies, and in no other way."""
-    kernels = ModelKernels(SMOLLM2, Chip(MULTIPROCESSORS, SHARED_BYTES[cc], cc), persistent=True)
+    kernels = ModelKernels(geometry, Chip(MULTIPROCESSORS, SHARED_BYTES[cc], cc), persistent=True)
     assert kernels.persistent_shape.refusal() is None
+    assert kernels.persistent_shape.sizes("halved")[DOWN] == (model == "Llama 1B")
     spec = kernels.planned[name].spec
     ptx = make_ptx(spec.make(), spec, cc)
     _, log = assemble(ptx, cc)
@@ -56,4 +65,4 @@ def test_machine_code(name: str, cc: tuple[int, int]) -> None:
         # Words of the exchange: two of 8 bytes at once, past the first-level cache, and never as ordinary accesses.
         assert "ld.relaxed.gpu.global.v2.b64" in ptx
         assert "st.relaxed.gpu.global.b64" in ptx
-    check_registers(f"{name} of SmolLM2's layer", cc, registers)
+    check_registers(f"{name} of {model}'s layer", cc, registers)

@@ -221,7 +221,7 @@ def _make_embed(shape: PersistentShape) -> Any:
 
 def _make_stage(shape: PersistentShape) -> Any:
     """Device function (kind, exchange, before, now, norm, normed, first, thread, shared, patience, fault): what
-    a projection reads, to shared memory. The block with the first tile also writes a normalised vector to `normed`.
+    a projection reads, to shared memory. The block with the first share also writes a normalised vector to `normed`.
 
     Args of it: norm: the model's weights, and the word at which the norm's begin.
     """

@@ -14,14 +14,14 @@ import numpy as np
 from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import GROUP_WORDS
+from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, HALF_WORDS
 from numba_atomflow.ops.cuda.persistent.ring import await_barrier
 from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.staging import meet
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
 _ZERO = np.float32(0.0)
-TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; chunks that the block has had
+TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; slots' contents that the block has had
 
 
 def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
@@ -46,7 +46,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
         scales = cuda.local.array(scale_registers, float32)
         start = np.uint32(slot * np.uint32(slot_words))
         count = np.uint32(CHUNK if even else groups)
-        second = np.uint32(start + count * np.uint32(264))  # of rows 8-15: codes, then scales
+        second = np.uint32(start + count * np.uint32(HALF_WORDS))  # of rows 8-15: codes, then scales
         for u in range(CHUNK):
             if even or u < groups:
                 for i in range(4):
@@ -104,7 +104,8 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
         prepare: device function (kind, given, share, entry, ahead): start the loads that `finish` needs for this entry,
             into four words `ahead`; called before the weights are waited for.
         finish: device function (kind, given, share, entry, ahead, floats, sums): what becomes of a share, entry by
-            entry; the sums of row r of its n-th slot stand at floats[sums + 16 * n + r].
+            entry; the sums of row r of its n-th slot stand at floats[sums + 16 * n + r], where in half tiles rows
+            8-15 are rows 0-7 over the next chunk.
     """
     slots, blocks = shape.slots, shape.multiprocessors
     partials, partial_words = shape.partials_start, shape.partial_words

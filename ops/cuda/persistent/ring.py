@@ -5,12 +5,12 @@ to end, only for a free slot, and so the copies of the next op's weights are on 
 blocks still exchange the results of this one. At most `in_flight` copies are on their way at a time: the memory system
 is busy with that many, and small accesses (the exchange, the cache) need not queue behind more.
 
-While the ring is full, memory would have nothing to do: the producer then asks for the chunks that come next to be
-brought into the second-level cache, out of which they are copied faster later.
+While the ring is full, memory would have nothing to do: the producer then asks for the op's chunks that come next to be
+brought into the second-level cache, out of which they are copied faster later. It does so at memory's own pace.
 
-Slot n % slots holds chunk n of the block. Two barriers per slot: `landed` completes when the chunk's bytes are there,
-`free` when the warp that took them has them in registers. Chunk n waits for the phase of parity (n // slots) & 1 of
-`landed`.
+Slot n % slots holds chunk n of the block, or of a half tile the same half of two chunks, which count as one here. Two
+barriers per slot: `landed` completes when the chunk's bytes are there, `free` when the warp that took them has them in
+registers. Chunk n waits for the phase of parity (n // slots) & 1 of `landed`.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from numba_atomflow.ops.cuda.persistent.exchange import give_up
 from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, TABLE_UNIT, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_note
 
-NUMBER, SHARE, PIECE, SOURCE, ASKED = range(5)  # of what is asked for ahead
+NEXT, SHARE, PIECE, SOURCE, ASKED = range(5)  # of what is asked for ahead
 
 
 @ptx.device_function
@@ -102,12 +102,12 @@ def make_await_free(shape: PersistentShape, place: Any) -> Any:
     ):
         chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
         full = ptx.barrier_passed(barriers, free + slot, turn) == 0
-        if full and far[NUMBER] < n:
-            far[NUMBER], far[SHARE], far[PIECE], far[SOURCE] = n, share, piece, source
-        while full and far[NUMBER] < n + ahead and far[SHARE] < shares:
+        if full and far[NEXT] < n:
+            far[NEXT], far[SHARE], far[PIECE], far[SOURCE] = n, share, piece, source
+        while full and far[NEXT] < n + ahead and far[SHARE] < shares:
             if int64(ptx.cycles()) - far[ASKED] >= pace:
                 far[ASKED] = int64(ptx.cycles())
-                far[NUMBER] += 1
+                far[NEXT] += 1
                 far[PIECE] += 1
                 ends = far[PIECE] == pieces
                 ptx.prefetch_bulk(weights, far[SOURCE], last_bytes if ends else nbytes)
@@ -175,7 +175,7 @@ def make_produce(shape: PersistentShape) -> Any:
             share = deal(offset) if first <= op < last else shares
             if share < shares:
                 note(times, op, COPY_BEGUN)
-            far[NUMBER] = 0  # it may not be of this op: begin anew
+            far[NEXT] = 0  # it may not be of this op: begin anew
             while share < shares:
                 source = place(of, share)
                 for piece in range(pieces):

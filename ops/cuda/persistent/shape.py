@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import FragmentLayout
+from numba_atomflow.ops.cuda.fragments import HALF_WORDS, FragmentLayout
 
 CHUNK = 4  # groups of 128 columns per chunk: 8 KB and its scales, large enough for the copy engine
 CONSUMERS = 7  # warps that compute: with the one that copies, 8, which may have 255 registers each
@@ -40,8 +40,9 @@ class PersistentShape:
         multiprocessors: blocks of the launch.
         shared_bytes: the most that a block may have; the ring takes what the rest leaves.
         in_flight: chunks on their way at once: more would make every small access wait behind them.
-        ahead: chunks that may be asked for beyond a full ring; pace: cycles from one to the next, as long as memory
-            takes for all blocks'.
+        ahead: chunks that may be asked for beyond a full ring; pace: cycles from one to the next. Found on an H100,
+            whose
+            memory gives all blocks a chunk each in 640 cycles.
         pause: nanoseconds between two looks at the exchange.
         trace: whether every block writes down when it does what.
     """
@@ -234,6 +235,8 @@ class PersistentShape:
 
     def refusal(self) -> str | None:
         """Why this shape can't be run; None if it can."""
+        if not all(matrix.halves or matrix.hardware_fp8 for matrix in self.matrices):
+            return "it has no instruction that decodes FP8 (sm_89 and later do)"
         if self.hidden % 16 or self.ffn % 8 or self.head_dim % 16:
             return "its widths are not multiples of 16"
         if self.ratio > MOST_QUERIES:
@@ -247,4 +250,5 @@ class PersistentShape:
 
 def _can_be_halved(layout: FragmentLayout) -> bool:
     """Whether the chunks of a tile make whole pairs."""
-    return layout.halves_apart and layout.chunks % 2 == 0 and layout.last_chunk_groups == CHUNK
+    whole = layout.chunks % 2 == 0 and layout.last_chunk_groups == CHUNK
+    return layout.halves_apart and whole and layout.chunk_words == 2 * CHUNK * HALF_WORDS  # nothing pads the halves
