@@ -559,6 +559,10 @@ def let_next_kernel_start():  # type: ignore[no-untyped-def]
 # --- the copy engine: memory to shared memory, past the registers -------------------------------------------------
 
 _SHARED = "{ .reg .u64 b; cvta.to.shared.u64 b, $0;"  # the barrier's address as the instructions want it
+_ASK = (  # whether a phase is complete; {}: at once (test_wait), or after a while (try_wait)
+    "{{ .reg .u64 b; .reg .pred p; cvta.to.shared.u64 b, $1;"
+    " mbarrier.{}.parity.shared::cta.b64 p, [b], $2; selp.u32 $0, 1, 0, p; }}"
+)
 
 
 @_instruction(_SHARED + " mbarrier.init.shared::cta.b64 [b], $1; }", (), (_ADDRESS, u32), memory=True)
@@ -588,9 +592,8 @@ def barrier_expect(barriers, index, nbytes):  # type: ignore[no-untyped-def]
 def barrier_wait(barriers, index, parity):  # type: ignore[no-untyped-def]
     """Wait until the phase of this parity (0, 1, 0, ...) is complete."""
     for _ in range(1_200_000):
-        with _warp_lock:
-            if int(barriers[index]) & 1 != int(parity) & 1:
-                return
+        if _is_complete(barriers, index, parity):
+            return
         time.sleep(1e-4)
     raise RuntimeError("a barrier's phase never completed")
 
@@ -601,33 +604,19 @@ def barrier_arrive(barriers, index):  # type: ignore[no-untyped-def]
     _advance_barrier(barriers, index, 1, 0)
 
 
-@_instruction(
-    "{ .reg .u64 b; .reg .pred p; cvta.to.shared.u64 b, $1;"
-    " mbarrier.try_wait.parity.shared::cta.b64 p, [b], $2; selp.u32 $0, 1, 0, p; }",
-    (u32,),
-    (_ADDRESS, u32),
-    memory=True,
-)
+@_instruction(_ASK.format("try_wait"), (u32,), (_ADDRESS, u32), memory=True)
 def barrier_ready(barriers, index, parity):  # type: ignore[no-untyped-def]
     """1 if the phase of this parity is complete, perhaps after a short wait for it; else 0."""
-    with _warp_lock:
-        ready = int(barriers[index]) & 1 != int(parity) & 1
-    if not ready:
+    complete = _is_complete(barriers, index, parity)
+    if not complete:
         time.sleep(1e-3)
-    return int(ready)
+    return int(complete)
 
 
-@_instruction(
-    "{ .reg .u64 b; .reg .pred p; cvta.to.shared.u64 b, $1;"
-    " mbarrier.test_wait.parity.shared::cta.b64 p, [b], $2; selp.u32 $0, 1, 0, p; }",
-    (u32,),
-    (_ADDRESS, u32),
-    memory=True,
-)
+@_instruction(_ASK.format("test_wait"), (u32,), (_ADDRESS, u32), memory=True)
 def barrier_passed(barriers, index, parity):  # type: ignore[no-untyped-def]
     """1 if the phase of this parity is complete, else 0; at once."""
-    with _warp_lock:
-        return int(int(barriers[index]) & 1 != int(parity) & 1)
+    return int(_is_complete(barriers, index, parity))
 
 
 @_instruction(
@@ -652,6 +641,12 @@ def prefetch_bulk(source, start, nbytes):  # type: ignore[no-untyped-def]
     end = int(start) + int(nbytes) // source.itemsize
     if int(nbytes) % 16 or int(start) * source.itemsize % 16 or not 0 <= start < end <= source.size:
         raise IndexError(f"words {start} to {end} of {source.size} cannot be asked for in one piece")
+
+
+def _is_complete(barriers: Any, index: Any, parity: Any) -> bool:
+    """Whether a simulated mbarrier's phase of this parity is over."""
+    with _warp_lock:
+        return int(barriers[index]) & 1 != int(parity) & 1
 
 
 def _barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:

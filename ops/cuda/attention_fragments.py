@@ -39,30 +39,33 @@ class HeadFragments:
     element: Any
 
 
+def _make_load(lanes: int, fours: int, twos: int, ones: int) -> Any:
+    """Device function (array, start, lane, out, at): what one of `lanes` has of a row that begins at word `start`. The
+    row consists of pieces of which every lane has four words, then of those with two words, then with one.
+    """
+    twos_start = fours * 4 * lanes
+    ones_start = twos_start + twos * 2 * lanes
+
+    @ptx.device_function
+    def load(array, start, lane, out, at):  # type: ignore[no-untyped-def]
+        for c in range(fours):
+            a0, a1, a2, a3 = ptx.load_16(array, start + c * 4 * lanes + lane * 4)
+            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
+        for _ in range(twos):
+            a0, a1 = ptx.load_8(array, start + twos_start + lane * 2)
+            out[at + 4 * fours], out[at + 4 * fours + 1] = a0, a1
+        for _ in range(ones):
+            out[at + 4 * fours + 2 * twos] = array[start + ones_start + lane]
+
+    return load
+
+
 def make_head_fragments(head_dim: int) -> HeadFragments:
     """For heads of 64, 80, 96, 128 ... elements."""
     wide, narrow = head_dim // 32, head_dim % 32 // 16
     blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a value
 
-    @ptx.device_function
-    def load_row(array, start, t, out, at):  # type: ignore[no-untyped-def]
-        for c in range(wide):
-            a0, a1, a2, a3 = ptx.load_16(array, start + c * 16 + t * 4)
-            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
-        for _ in range(narrow):
-            a0, a1 = ptx.load_8(array, start + wide * 16 + t * 2)
-            out[at + 4 * wide], out[at + 4 * wide + 1] = a0, a1
-
-    @ptx.device_function
-    def load_value(array, start, g, out, at):  # type: ignore[no-untyped-def]
-        for c in range(blocks_64):
-            a0, a1, a2, a3 = ptx.load_16(array, start + c * 32 + g * 4)
-            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
-        for _ in range(block_32):
-            a0, a1 = ptx.load_8(array, start + blocks_64 * 32 + g * 2)
-            out[at + 4 * blocks_64], out[at + 4 * blocks_64 + 1] = a0, a1
-        for _ in range(block_16):
-            out[at + 4 * blocks_64 + 2 * block_32] = array[start + blocks_64 * 32 + block_32 * 16 + g]
+    load_row, load_value = _make_load(4, wide, narrow, 0), _make_load(8, blocks_64, block_32, block_16)
 
     @ptx.device_function
     def element(t, column, j):  # type: ignore[no-untyped-def]

@@ -41,12 +41,8 @@ def make_prepare(shape: PersistentShape) -> Any:
 
 def make_finish(shape: PersistentShape, prepare: Any) -> Any:
     """Device function (kind, given, share, entry, ahead, floats, sums)."""
-    finish_qkv, finish_o, finish_down = (
-        _make_qkv(shape),
-        _make_add(shape, OUT, prepare),
-        _make_add(shape, DOWN, prepare),
-    )
-    finish_gate_up, finish_vocabulary = _make_swiglu(shape), _make_logits(shape)
+    finish_o, finish_down = (_make_add(shape, kind, prepare) for kind in (OUT, DOWN))
+    finish_qkv, finish_gate_up, finish_vocabulary = _make_qkv(shape), _make_swiglu(shape), _make_logits(shape)
 
     @ptx.device_function
     def finish(kind, given, share, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]

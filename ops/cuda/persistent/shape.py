@@ -40,9 +40,9 @@ class PersistentShape:
         multiprocessors: blocks of the launch.
         shared_bytes: the most that a block may have; the ring takes what the rest leaves.
         in_flight: chunks on their way at once: more would make every small access wait behind them.
-        ahead: chunks that may be asked for beyond a full ring; pace: cycles from one to the next. Found on an H100,
-            whose
-            memory gives all blocks a chunk each in 640 cycles.
+        ahead: chunks that may be asked for beyond a full ring.
+        pace: cycles from one of them to the next. Both found on an H100, whose memory gives all blocks a chunk each in
+            640 cycles.
         pause: nanoseconds between two looks at the exchange.
         trace: whether every block writes down when it does what.
     """
