@@ -304,7 +304,7 @@ def make_repack(hardware_fp8: bool) -> Any:
         return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
 
     @ptx.kernel(THREADS, 1)
-    def repack(codes, scales, words, rows, columns, half, chunk_groups, apart):  # type: ignore[no-untyped-def]
+    def repack(codes, scales, words, rows, columns, half, chunk_groups, together):  # type: ignore[no-untyped-def]
         groups = (columns + 127) // 128
         chunk_words = (chunk_groups * 528 + 31) // 32 * 32
         whole_chunks = (groups - 1) // chunk_groups
@@ -319,15 +319,14 @@ def make_repack(hardware_fp8: bool) -> Any:
         count = min(chunk_groups, groups - first_group)
         value = np.uint32(0)
         if word < count * 528:  # else padding
-            # Where both halves of the rows stand together, their blocks of 128 words, and their scales, take turns.
-            lower = word // (count * 264) * 8 if apart else 0
-            word = word % (count * 264) if apart else word
-            codes_end = count * (256 if apart else 512)
+            # Blocks of 128 words, and scales, of the halves of the rows that stand together take turns.
+            piece, word = word // (count * 264 * together), word % (count * 264 * together)
+            codes_end = count * 256 * together
             if word < codes_end:
                 block = word // 128
-                row = lower + word % 128 // 16 if apart else block % 2 * 8 + word % 128 // 16
+                row = (piece + block % together) * 8 + word % 128 // 16
                 row = source_row(tile, row, rows, half, section_tiles)
-                column = first_group * 128 + (block if apart else block // 2) * 64 + word % 16 * 4
+                column = first_group * 128 + block // together * 64 + word % 16 * 4
                 if row >= 0:
                     value = np.uint32(
                         code(codes, row, column + order_0, columns)
@@ -337,9 +336,9 @@ def make_repack(hardware_fp8: bool) -> Any:
                     )
             else:
                 entry = word - codes_end
-                row = lower + entry % 8 if apart else entry % 2 * 8 + entry % 16 // 2
+                row = (piece + entry % together) * 8 + entry // together % 8
                 row = source_row(tile, row, rows, half, section_tiles)
-                group = first_group + entry // (8 if apart else 16)
+                group = first_group + entry // (8 * together)
                 if row >= 0:
                     value = np.uint32(ptx.f32_bits(scales[row * groups + group] * factor))
         words[index] = value
@@ -390,8 +389,8 @@ def repack_blocks(layout: FragmentLayout) -> int:
 
 
 def repack_sizes(layout: FragmentLayout) -> tuple[int, ...]:
-    """What a repack kernel is told about a layout: rows, columns, and, with scales, `half`, groups per chunk, and
-    whether the halves of the rows stand apart.
+    """What a repack kernel is told about a layout: rows, columns, and, with scales, `half`, groups per chunk, and how
+    many halves of the rows stand together.
     """
     sizes = (layout.rows, layout.columns)
-    return sizes if layout.halves else (*sizes, layout.half, layout.chunk_groups, int(layout.halves_apart))
+    return sizes if layout.halves else (*sizes, layout.half, layout.chunk_groups, 1 if layout.halves_apart else 2)
