@@ -6,6 +6,7 @@ decorator wins and the body is dropped; in numba's CUDA simulator (NUMBA_ENABLE_
 knows no warps: functions that exchange data between lanes meet at a barrier of 32 threads (`_exchange`).
 
 16-byte accesses want 16-byte aligned addresses. An ``array, index`` pair becomes an address: index counts elements.
+An address in shared memory (`shared_address`) counts bytes; in the simulator, from its beginning on.
 Source of the instructions and of the layout of matrix fragments: PTX ISA 9.0, sections 9.7.9, 9.7.13 to 9.7.15.
 """
 
@@ -27,6 +28,9 @@ SIMULATED = bool(config.ENABLE_CUDASIM)
 
 _REGISTER = {types.uint16: "h", types.uint32: "r", types.int32: "r", types.uint64: "l", types.float32: "f"}
 _ADDRESS = "address"  # stands for two arguments: an array and an index
+_SHARED_ADDRESS = "shared address"  # the same of an array in shared memory: 32 bits
+_ARRAY = "array"  # an array that only the simulator needs, beside an address in it
+_SHARED_SPACE = 3  # LLVM's number for it
 _PLAIN_LOAD = "load"  # not assembly but the compiler's own load of a vector: it knows shared memory and folds offsets
 _PLAIN_STORE = "store"  # and its own store of one
 
@@ -75,7 +79,9 @@ def _expected(given: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
     """Types that the lowered call takes: those declared; an address keeps its array's type and an int64 index."""
     rest, expected = iter(given), []
     for argument in arguments:
-        if argument is _ADDRESS:
+        if argument is _ARRAY:
+            expected.append(next(rest))
+        elif argument in {_ADDRESS, _SHARED_ADDRESS}:
             expected += [next(rest), types.int64]
             next(rest)
         else:
@@ -100,13 +106,18 @@ class _Emitter:
         values, letters, rest = [], [], iter(zip(signature.args, args, strict=True))
         for argument in self.arguments:
             kind, value = next(rest)
-            if argument is _ADDRESS:
+            if argument is _ARRAY:
+                continue
+            if argument in {_ADDRESS, _SHARED_ADDRESS}:
                 array = context.make_array(kind)(context, builder, value)
                 value = builder.gep(array.data, [next(rest)[1]])
-                if self.assembly not in {_PLAIN_LOAD, _PLAIN_STORE}:
+                if argument is _SHARED_ADDRESS:
+                    value = builder.addrspacecast(value, value.type.pointee.as_pointer(_SHARED_SPACE))
+                    value = builder.ptrtoint(value, ir.IntType(32))
+                elif self.assembly not in {_PLAIN_LOAD, _PLAIN_STORE}:
                     value = builder.ptrtoint(value, ir.IntType(64))
             values.append(value)
-            letters.append("l" if argument is _ADDRESS else _REGISTER[argument])
+            letters.append({_ADDRESS: "l", _SHARED_ADDRESS: "r"}.get(argument) or _REGISTER[argument])
         if self.assembly == _PLAIN_LOAD:
             vector = ir.VectorType(context.get_value_type(self.results[0]), len(self.results))
             loaded = builder.load(builder.bitcast(values[0], vector.as_pointer()), align=4 * len(self.results))
@@ -543,6 +554,12 @@ def cycles():  # type: ignore[no-untyped-def]
     return time.perf_counter_ns()
 
 
+@_instruction("mov.u32 $0, %clock;", (u32,), (), effect=True)
+def short_cycles():  # type: ignore[no-untyped-def]
+    """The lower half of the multiprocessor's own clock."""
+    return time.perf_counter_ns() >> 8 & 0x7FFFFFFF
+
+
 # --- between kernels ---------------------------------------------------------------------------------------------
 
 
@@ -558,18 +575,23 @@ def let_next_kernel_start():  # type: ignore[no-untyped-def]
 
 # --- the copy engine: memory to shared memory, past the registers -------------------------------------------------
 
-_SHARED = "{ .reg .u64 b; cvta.to.shared.u64 b, $0;"  # the barrier's address as the instructions want it
+
+@_instruction("mov.u32 $0, $1;", (u32,), (_SHARED_ADDRESS,))
+def shared_address(array, index):  # type: ignore[no-untyped-def]
+    """The address of an element of shared memory."""
+    return int(index) * array.itemsize
+
+
 _ASK = (  # whether a phase is complete; {}: at once (test_wait), or after a while (try_wait)
-    "{{ .reg .u64 b; .reg .pred p; cvta.to.shared.u64 b, $1;"
-    " mbarrier.{}.parity.shared::cta.b64 p, [b], $2; selp.u32 $0, 1, 0, p; }}"
+    "{{ .reg .pred p; mbarrier.{}.parity.shared::cta.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }}"
 )
 
 
-@_instruction(_SHARED + " mbarrier.init.shared::cta.b64 [b], $1; }", (), (_ADDRESS, u32), memory=True)
-def barrier_init(barriers, index, arrivals):  # type: ignore[no-untyped-def]
+@_instruction("mbarrier.init.shared::cta.b64 [$0], $1;", (), (_ARRAY, u32, u32), memory=True)
+def barrier_init(barriers, address, arrivals):  # type: ignore[no-untyped-def]
     """Make an mbarrier out of 8 bytes of shared memory. `fence_barriers` before other threads or copies use it."""
     with _warp_lock:
-        barriers[index] = _barrier_word(0, int(arrivals), int(arrivals), 0)
+        barriers[int(address) // 8] = _barrier_word(0, int(arrivals), int(arrivals), 0)
 
 
 @_instruction("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", (), (), memory=True)
@@ -577,62 +599,61 @@ def fence_barriers():  # type: ignore[no-untyped-def]
     """What `barrier_init` wrote is seen by copies; `syncthreads` then makes it so for the other threads."""
 
 
-@_instruction(_SHARED + " mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], $1; }", (), (_ADDRESS, u32), memory=True)
-def barrier_expect(barriers, index, nbytes):  # type: ignore[no-untyped-def]
+@_instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (), (_ARRAY, u32, u32), memory=True)
+def barrier_expect(barriers, address, nbytes):  # type: ignore[no-untyped-def]
     """Arrive, and make the barrier's phase wait for `nbytes` of copies as well."""
-    _advance_barrier(barriers, index, 1, int(nbytes))
+    _advance_barrier(barriers, address, 1, int(nbytes))
 
 
 @_instruction(
-    _SHARED + " .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [b], $1; @!p bra WAIT; }",
+    "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }",
     (),
-    (_ADDRESS, u32),
+    (_ARRAY, u32, u32),
     memory=True,
 )
-def barrier_wait(barriers, index, parity):  # type: ignore[no-untyped-def]
+def barrier_wait(barriers, address, parity):  # type: ignore[no-untyped-def]
     """Wait until the phase of this parity (0, 1, 0, ...) is complete."""
     for _ in range(1_200_000):
-        if _is_complete(barriers, index, parity):
+        if _is_complete(barriers, address, parity):
             return
         time.sleep(1e-4)
     raise RuntimeError("a barrier's phase never completed")
 
 
-@_instruction(_SHARED + " mbarrier.arrive.shared::cta.b64 _, [b]; }", (), (_ADDRESS,), memory=True)
-def barrier_arrive(barriers, index):  # type: ignore[no-untyped-def]
+@_instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", (), (_ARRAY, u32), memory=True)
+def barrier_arrive(barriers, address):  # type: ignore[no-untyped-def]
     """Arrive."""
-    _advance_barrier(barriers, index, 1, 0)
+    _advance_barrier(barriers, address, 1, 0)
 
 
-@_instruction(_ASK.format("try_wait"), (u32,), (_ADDRESS, u32), memory=True)
-def barrier_ready(barriers, index, parity):  # type: ignore[no-untyped-def]
+@_instruction(_ASK.format("try_wait"), (u32,), (_ARRAY, u32, u32), memory=True)
+def barrier_ready(barriers, address, parity):  # type: ignore[no-untyped-def]
     """1 if the phase of this parity is complete, perhaps after a short wait for it; else 0."""
-    complete = _is_complete(barriers, index, parity)
+    complete = _is_complete(barriers, address, parity)
     if not complete:
         time.sleep(1e-3)
     return int(complete)
 
 
-@_instruction(_ASK.format("test_wait"), (u32,), (_ADDRESS, u32), memory=True)
-def barrier_passed(barriers, index, parity):  # type: ignore[no-untyped-def]
+@_instruction(_ASK.format("test_wait"), (u32,), (_ARRAY, u32, u32), memory=True)
+def barrier_passed(barriers, address, parity):  # type: ignore[no-untyped-def]
     """1 if the phase of this parity is complete, else 0; at once."""
-    return int(_is_complete(barriers, index, parity))
+    return int(_is_complete(barriers, address, parity))
 
 
 @_instruction(
-    "{ .reg .u64 d, b; cvta.to.shared.u64 d, $0; cvta.to.shared.u64 b, $3;"
-    " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [d], [$1], $2, [b]; }",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
     (),
-    (_ADDRESS, _ADDRESS, u32, _ADDRESS),
+    (_ARRAY, u32, _ADDRESS, u32, _ARRAY, u32),
     memory=True,
 )
-def bulk_copy(target, at, source, start, nbytes, barriers, index):  # type: ignore[no-untyped-def]
-    """Start a copy of `nbytes` (a multiple of 16, as are both addresses) from global to shared memory, which is
-    counted by the barrier when it has landed. From sm_90 on.
+def bulk_copy(target, at, source, start, nbytes, barriers, address):  # type: ignore[no-untyped-def]
+    """Start a copy of `nbytes` (a multiple of 16, as are both addresses), from element `start` of global memory on to
+    address `at` of shared memory; the barrier at `address` counts it when it has landed. From sm_90 on.
     """
-    count = int(nbytes) // target.itemsize
-    target[at : at + count] = source[start : start + count]
-    _advance_barrier(barriers, index, 0, -int(nbytes))
+    begin, count = int(at) // target.itemsize, int(nbytes) // target.itemsize
+    target[begin : begin + count] = source[start : start + count]
+    _advance_barrier(barriers, address, 0, -int(nbytes))
 
 
 @_instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", (), (_ADDRESS, u32), memory=True)
@@ -643,10 +664,10 @@ def prefetch_bulk(source, start, nbytes):  # type: ignore[no-untyped-def]
         raise IndexError(f"words {start} to {end} of {source.size} cannot be asked for in one piece")
 
 
-def _is_complete(barriers: Any, index: Any, parity: Any) -> bool:
+def _is_complete(barriers: Any, address: Any, parity: Any) -> bool:
     """Whether a simulated mbarrier's phase of this parity is over."""
     with _warp_lock:
-        return int(barriers[index]) & 1 != int(parity) & 1
+        return int(barriers[int(address) // 8]) & 1 != int(parity) & 1
 
 
 def _barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:
@@ -654,7 +675,8 @@ def _barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:
     return phase & 1 | pending << 1 | arrivals << 16 | (nbytes + (1 << 30)) << 32
 
 
-def _advance_barrier(barriers: Any, index: Any, arrived: int, nbytes: int) -> None:
+def _advance_barrier(barriers: Any, address: Any, arrived: int, nbytes: int) -> None:
+    index = int(address) // 8
     with _warp_lock:
         word = int(barriers[index])
         phase, pending, arrivals = word & 1, (word >> 1 & 0x7FFF) - arrived, word >> 16 & 0xFFFF

@@ -66,27 +66,22 @@ def make_bulk_read(stages: int = STAGES, tile_words: int = TILE_WORDS) -> Any:
         tiles = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(0, uint64)
         if cuda.threadIdx.x == 0:
+            first_barrier = ptx.shared_address(barriers, barriers_start)
             for stage in range(stages):
-                ptx.barrier_init(barriers, barriers_start + stage, 1)
+                ptx.barrier_init(barriers, first_barrier + 8 * stage, 1)
             ptx.fence_barriers()
             count = len(source) // tile_words
             own = (count - cuda.blockIdx.x + cuda.gridDim.x - 1) // cuda.gridDim.x
             for i in range(own + stages):
                 stage = i % stages
+                barrier = first_barrier + 8 * stage
                 if i >= stages:
-                    ptx.barrier_wait(barriers, barriers_start + stage, (i // stages - 1) & 1)
+                    ptx.barrier_wait(barriers, barrier, (i // stages - 1) & 1)
                 if i < own:
-                    tile = cuda.blockIdx.x + i * cuda.gridDim.x
-                    ptx.barrier_expect(barriers, barriers_start + stage, tile_words * 4)
-                    ptx.bulk_copy(
-                        tiles,
-                        stage * tile_words,
-                        source,
-                        tile * tile_words,
-                        tile_words * 4,
-                        barriers,
-                        barriers_start + stage,
-                    )
+                    tile, nbytes = cuda.blockIdx.x + i * cuda.gridDim.x, tile_words * 4
+                    ptx.barrier_expect(barriers, barrier, nbytes)
+                    at = ptx.shared_address(tiles, stage * tile_words)
+                    ptx.bulk_copy(tiles, at, source, tile * tile_words, nbytes, barriers, barrier)
             cuda.atomic.add(total, 0, np.uint32(own))
 
     return bulk_read

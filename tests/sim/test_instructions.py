@@ -75,26 +75,27 @@ def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
         words = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(0, uint64)
         if cuda.threadIdx.x == 0:
-            ptx.barrier_init(barriers, 8, 2)
-            ptx.barrier_init(barriers, 9, 1)
+            first, second = ptx.shared_address(barriers, 8), ptx.shared_address(barriers, 9)
+            ptx.barrier_init(barriers, first, 2)
+            ptx.barrier_init(barriers, second, 1)
             ptx.fence_barriers()
-            out[0], out[1] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
-            ptx.barrier_arrive(barriers, 8)
-            out[2] = ptx.barrier_ready(barriers, 8, 0)  # one of two has come
-            out[18] = ptx.barrier_passed(barriers, 8, 0)
-            ptx.barrier_arrive(barriers, 8)
-            out[3], out[4] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
-            out[19], out[20] = ptx.barrier_passed(barriers, 8, 0), ptx.barrier_passed(barriers, 8, 1)
-            ptx.barrier_arrive(barriers, 8)
-            ptx.barrier_arrive(barriers, 8)
-            out[5], out[6] = ptx.barrier_ready(barriers, 8, 0), ptx.barrier_ready(barriers, 8, 1)
-            ptx.barrier_expect(barriers, 9, 32)
-            out[7] = ptx.barrier_ready(barriers, 9, 0)  # it has arrived, the bytes have not
-            ptx.bulk_copy(words, 0, source, 4, 16, barriers, 9)
-            out[8] = ptx.barrier_ready(barriers, 9, 0)
-            ptx.bulk_copy(words, 4, source, 0, 16, barriers, 9)
-            out[9] = ptx.barrier_ready(barriers, 9, 0)
-            ptx.barrier_wait(barriers, 9, 0)
+            out[0], out[1] = ptx.barrier_ready(barriers, first, 0), ptx.barrier_ready(barriers, first, 1)
+            ptx.barrier_arrive(barriers, first)
+            out[2] = ptx.barrier_ready(barriers, first, 0)  # one of two has come
+            out[18] = ptx.barrier_passed(barriers, first, 0)
+            ptx.barrier_arrive(barriers, first)
+            out[3], out[4] = ptx.barrier_ready(barriers, first, 0), ptx.barrier_ready(barriers, first, 1)
+            out[19], out[20] = ptx.barrier_passed(barriers, first, 0), ptx.barrier_passed(barriers, first, 1)
+            ptx.barrier_arrive(barriers, first)
+            ptx.barrier_arrive(barriers, first)
+            out[5], out[6] = ptx.barrier_ready(barriers, first, 0), ptx.barrier_ready(barriers, first, 1)
+            ptx.barrier_expect(barriers, second, 32)
+            out[7] = ptx.barrier_ready(barriers, second, 0)  # it has arrived, the bytes have not
+            ptx.bulk_copy(words, ptx.shared_address(words, 0), source, 4, 16, barriers, second)
+            out[8] = ptx.barrier_ready(barriers, second, 0)
+            ptx.bulk_copy(words, ptx.shared_address(words, 4), source, 0, 16, barriers, second)
+            out[9] = ptx.barrier_ready(barriers, second, 0)
+            ptx.barrier_wait(barriers, second, 0)
             for i in range(8):
                 out[10 + i] = words[i]
 

@@ -30,7 +30,7 @@ from numba_atomflow.ops.cuda.persistent.shape import (
     VOCABULARY,
     PersistentShape,
 )
-from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet
+from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet, swizzled
 from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_note, make_note_clocks
 from numba_atomflow.ops.cuda.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, shuffle_max
 from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
@@ -177,7 +177,7 @@ def make_persistent(shape: PersistentShape) -> Any:
             entry += BLOCK_THREADS
         if thread == 0:
             for slot in range(2 * slots):
-                ptx.barrier_init(barriers, barriers_start + slot, 1)
+                ptx.barrier_init(barriers, ptx.shared_address(barriers, barriers_start + slot), 1)
             ptx.fence_barriers()
         cuda.syncthreads()
         if thread < THREADS:
@@ -235,7 +235,7 @@ def _make_stage(shape: PersistentShape) -> Any:
     def report(normed, thread, words):  # type: ignore[no-untyped-def]
         word = thread
         while word < words_of_x:
-            normed[word] = words[x_start + word]
+            normed[word] = words[x_start + swizzled(word)]
             word += THREADS
 
     @ptx.large_device_function

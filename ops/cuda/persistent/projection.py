@@ -17,7 +17,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, HALF_WORDS
 from numba_atomflow.ops.cuda.persistent.ring import await_barrier
 from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, VOCABULARY, PersistentShape
-from numba_atomflow.ops.cuda.persistent.staging import meet
+from numba_atomflow.ops.cuda.persistent.staging import meet, swizzled
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
 _ZERO = np.float32(0.0)
@@ -25,25 +25,30 @@ TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; slot
 
 
 def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
-    """Device function (words, floats, slot, x, apart, groups, lane, total): total = a slot's sums for rows g and g + 8.
+    """Device function (words, floats, slot, x, apart, groups, lane) -> a slot's sums: lane 4 g has that of row g, lane
+    4 g + 2 that of row g + 8.
 
     Args of it: slot, of the ring; x, the word of shared memory at which the vector's elements for it begin; apart, from
     there to those for rows 8-15: 0, or, where these are the next chunk's rows 0-7, a chunk's; groups, that a chunk has.
 
-    The vector takes all 8 columns of the other factor: even ones for rows 0-7, and odd ones for rows 8-15.
-
-    Two chains of sums for each group of columns, so that the tensor cores need not wait for themselves.
+    A block's warps can have 128 bytes a cycle brought into registers, no more, and were the vector all 8 columns of the
+    other factor, it would take as many as the weights. So each group of 128 columns has a column of its own, 0-3 for
+    rows 0-7 and 4-7 for rows 8-15: one fragment of the vector serves four groups, which are multiplied by all columns,
+    and each of which is then taken from its own.
     """
     slot_words = shape.slot_words
     matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
     even = all(matrix.last_chunk_groups == CHUNK for matrix in matrices)
     x_step = 32 if halves else 64  # words of x per group
-    code_registers, scale_registers = 16 * CHUNK, 2 * CHUNK
+    code_registers, sum_registers = 16 * CHUNK, 4 * CHUNK
+    fragments = 2 if halves else 4  # of 16 bytes, of x
 
     @ptx.large_device_function
-    def multiply(words, floats, slot, x, apart, groups, lane, total):  # type: ignore[no-untyped-def]
+    def multiply(words, floats, slot, x, apart, groups, lane):  # type: ignore[no-untyped-def]
         codes = cuda.local.array(code_registers, uint32)
-        scales = cuda.local.array(scale_registers, float32)
+        sums = cuda.local.array(sum_registers, float32)
+        g, t = np.uint32(lane >> np.uint32(2)), np.uint32(lane & np.uint32(3))
+        odd, upper = t & np.uint32(1) == np.uint32(1), t >= np.uint32(2)
         start = np.uint32(slot * np.uint32(slot_words))
         count = np.uint32(CHUNK if even else groups)
         second = np.uint32(start + count * np.uint32(HALF_WORDS))  # of rows 8-15: codes, then scales
@@ -57,39 +62,42 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
                     w0, w1, w2, w3 = ptx.load_block_16(words, place + lane * 4)
                     at = 16 * u + 4 * i
                     codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
-                if not halves:
-                    at = count * np.uint32(256) + u * 8 + (lane >> 2)
-                    scales[2 * u], scales[2 * u + 1] = floats[start + at], floats[second + at]
-        low, high = _ZERO, _ZERO
-        x_row = x + (lane >> 2 & 1) * apart + (lane & 3) * (4 if halves else 8)
-        for u in range(CHUNK):
-            if even or u < groups:
-                c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
-                d0, d1, d2, d3 = _ZERO, _ZERO, _ZERO, _ZERO
-                for s in range(2):
-                    at = 16 * u + 8 * s
-                    if halves:
-                        b0, b1, b2, b3 = ptx.load_block_16(words, x_row + u * x_step + s * 16)
-                        a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
-                        c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
-                        a0, a1, a2, a3 = codes[at + 2], codes[at + 6], codes[at + 3], codes[at + 7]
-                        d0, d1, d2, d3 = ptx.mma(a0, a1, a2, a3, b2, b3, d0, d1, d2, d3)
-                    else:
-                        for h in range(2):
-                            b0, b1, b2, b3 = ptx.load_block_16(words, x_row + u * x_step + s * 32 + h * 4)
-                            low_0, low_1 = ptx.decode_fp8_cvt(codes[at + 2 * h])
-                            high_0, high_1 = ptx.decode_fp8_cvt(codes[at + 4 + 2 * h])
-                            c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
-                            low_0, low_1 = ptx.decode_fp8_cvt(codes[at + 2 * h + 1])
-                            high_0, high_1 = ptx.decode_fp8_cvt(codes[at + 5 + 2 * h])
-                            d0, d1, d2, d3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, d0, d1, d2, d3)
-                if halves:
-                    low += c0 + d0
-                    high += c3 + d3
-                else:
-                    low += (c0 + d0) * scales[2 * u]
-                    high += (c3 + d3) * scales[2 * u + 1]
-        total[0], total[1] = low, high
+        for i in range(sum_registers):
+            sums[i] = _ZERO
+        column = np.uint32((g >> np.uint32(2)) * apart + (g & np.uint32(3)) * np.uint32(x_step))
+        for i in range(fragments):
+            unit = np.uint32(4 * i + t) if halves else np.uint32(i // 2 * 8 + i % 2 + 2 * t)
+            b0, b1, b2, b3 = ptx.load_block_16(words, np.uint32(x + swizzled(np.uint32(column + unit * np.uint32(4)))))
+            for k in range(2):
+                for u in range(CHUNK):
+                    if even or u < groups:
+                        if halves:
+                            at = 16 * u + 8 * i + 2 * k
+                            a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
+                        else:
+                            at = 16 * u + i // 2 * 8 + i % 2 * 2 + k
+                            a0, a2 = ptx.decode_fp8_cvt(codes[at])
+                            a1, a3 = ptx.decode_fp8_cvt(codes[at + 4])
+                        c0, c1, c2, c3 = sums[4 * u], sums[4 * u + 1], sums[4 * u + 2], sums[4 * u + 3]
+                        if k == 0:
+                            c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
+                        else:
+                            c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, c0, c1, c2, c3)
+                        sums[4 * u], sums[4 * u + 1], sums[4 * u + 2], sums[4 * u + 3] = c0, c1, c2, c3
+        # Columns 2 t and 2 t + 1 are a lane's: those of two of the groups, for its row above or below.
+        above, below = (sums[8], sums[10]) if odd else (sums[0], sums[2])
+        first = below if upper else above
+        above, below = (sums[13], sums[15]) if odd else (sums[5], sums[7])
+        other = below if upper else above
+        if not halves:
+            group = np.uint32(t & np.uint32(1)) * np.uint32(2)
+            at = np.uint32((second if upper else start) + count * np.uint32(256) + group * np.uint32(8) + g)
+            if even or group < groups:
+                first *= floats[at]
+            if even or group + 1 < groups:
+                other *= floats[np.uint32(at + np.uint32(8))]
+        total = first + other
+        return total + ptx.shuffle_xor_f32(total, 1)
 
     return multiply
 
@@ -128,10 +136,10 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
     @ptx.large_device_function
     def project(kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op):  # type: ignore[no-untyped-def]
         ahead = cuda.local.array(4, uint32)
-        total = cuda.local.array(2, float32)
         # 32 bits without sign: no index has to be looked at for being negative.
         me, blocks_now = np.uint32(thread), np.uint32(blocks)
         lane, warp = np.uint32(me & np.uint32(31)), np.uint32(me >> np.uint32(5))
+        first_landed, first_free = ptx.shared_address(barriers, landed), ptx.shared_address(barriers, free)
         pieces, round_shares = np.uint32(slots_of(kind)), np.uint32(round_shares_of(kind))
         halved = np.uint32(halved_of(kind))
         apart = np.uint32(halved * x_words)
@@ -155,23 +163,22 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
                 turn = np.uint32(n // np.uint32(slots))
                 slot = np.uint32(n - turn * np.uint32(slots))
                 began = ptx.cycles() if trace else np.uint64(0)
-                await_barrier(barriers, landed + slot, turn & np.uint32(1), patience, fault)
+                await_barrier(barriers, first_landed + slot * np.uint32(8), turn & np.uint32(1), patience, fault)
                 if trace and thread == 0:
                     times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + WAITED] += int64(ptx.cycles() - began)
                 groups = last_groups if piece == np.uint32(pieces - np.uint32(1)) else np.int32(CHUNK)
                 if halves and kind == VOCABULARY:
                     x = np.uint32(np.uint32(x_start) + (piece * x_words >> np.uint32(1)))
-                    multiply_halves(words, floats, slot, x, apart, groups, lane, total)
+                    total = multiply_halves(words, floats, slot, x, apart, groups, lane)
                 else:
                     x = np.uint32(np.uint32(x_start) + (piece * x_words << halved))
-                    multiply(words, floats, slot, x, apart, groups, lane, total)
+                    total = multiply(words, floats, slot, x, apart, groups, lane)
                 ptx.sync_warp()
                 if lane == np.uint32(0):
-                    ptx.barrier_arrive(barriers, free + slot)
-                if lane & np.uint32(3) == np.uint32(0):
-                    at = np.uint32(sums + q * np.uint32(16) + (lane >> np.uint32(2)))
-                    floats[at] = total[0]
-                    floats[np.uint32(at + np.uint32(8))] = total[1]
+                    ptx.barrier_arrive(barriers, first_free + slot * np.uint32(8))
+                if lane & np.uint32(1) == np.uint32(0):
+                    row = (lane >> np.uint32(2)) + (lane & np.uint32(2)) * np.uint32(4)
+                    floats[np.uint32(sums + q * np.uint32(16) + row)] = total
                 q = np.uint32(q + np.uint32(CONSUMERS))
                 piece = np.uint32(piece + np.uint32(CONSUMERS))
                 while piece >= pieces:

@@ -16,21 +16,21 @@ registers. Chunk n waits for the phase of parity (n // slots) & 1 of `landed`.
 from typing import Any
 
 import numpy as np
-from numba import cuda, int64
+from numba import cuda, int32, int64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.exchange import give_up
 from numba_atomflow.ops.cuda.persistent.shape import ATTENTION, TABLE_UNIT, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_note
 
-NEXT, SHARE, PIECE, SOURCE, ASKED = range(5)  # of what is asked for ahead
+LEAD, SHARE, PIECE, ASKED = range(4)  # of what is asked for ahead
 
 
 @ptx.device_function
-def await_barrier(barriers, index, parity, patience, fault):  # type: ignore[no-untyped-def]
+def await_barrier(barriers, address, parity, patience, fault):  # type: ignore[no-untyped-def]
     """Wait for a phase of an mbarrier; not for ever."""
     tries = np.uint32(0)
-    while ptx.barrier_ready(barriers, index, parity) == 0:
+    while ptx.barrier_ready(barriers, address, parity) == 0:
         tries = np.uint32(tries + np.uint32(1))
         if give_up(patience, fault, tries):
             break
@@ -87,39 +87,45 @@ def make_cut(shape: PersistentShape) -> tuple[Any, Any]:
 
 
 def make_await_free(shape: PersistentShape, place: Any) -> Any:
-    """Device function (weights, barriers, slot, turn, n, share, piece, source, of, shares, ahead, far, patience,
-    fault): wait until slot n % slots is free, and use the time.
+    """Device function (weights, barriers, address, parity, share, piece, source, of, shares, ahead, far, far_source,
+    patience, fault): wait until a slot is free, and use the time.
 
     Args of it: share, piece and source: what comes into the slot; of, from `cut`; shares, of the projection; ahead,
-    chunks from n on that may be asked for; far int64 [5]: the chunk that is asked for next (its number, share, piece
-    and place), and when the last one was.
+    chunks from this one on that may be asked for; far int32 [4] and far_source int64 [1]: how many have been (`LEAD`),
+    share, piece and place of the one that is asked for next, and when the last one was.
     """
-    free, pace, blocks = shape.barriers_start + shape.slots, shape.pace, shape.multiprocessors
+    pace, blocks = np.int32(shape.pace), np.int32(shape.multiprocessors)
+
+    @ptx.device_function
+    def begin(share, piece, source, far, far_source):  # type: ignore[no-untyped-def]
+        far[SHARE], far[PIECE], far_source[0] = share, piece, source
 
     @ptx.large_device_function
     def await_free(  # type: ignore[no-untyped-def]
-        weights, barriers, slot, turn, n, share, piece, source, of, shares, ahead, far, patience, fault
+        weights, barriers, address, parity, share, piece, source, of, shares, ahead, far, far_source, patience, fault
     ):
         chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
-        full = ptx.barrier_passed(barriers, free + slot, turn) == 0
-        if full and far[NEXT] < n:
-            far[NEXT], far[SHARE], far[PIECE], far[SOURCE] = n, share, piece, source
-        while full and far[NEXT] < n + ahead and far[SHARE] < shares:
-            if int64(ptx.cycles()) - far[ASKED] >= pace:
-                far[ASKED] = int64(ptx.cycles())
-                far[NEXT] += 1
+        if far[LEAD] <= 0:
+            begin(share, piece, source, far, far_source)
+            far[LEAD] = 0
+        full = True
+        while full and far[LEAD] < ahead and far[SHARE] < shares:
+            now = np.int32(ptx.short_cycles())
+            if np.int32(now - far[ASKED]) >= pace:
+                far[ASKED] = now
+                far[LEAD] += 1
                 far[PIECE] += 1
                 ends = far[PIECE] == pieces
-                ptx.prefetch_bulk(weights, far[SOURCE], last_bytes if ends else nbytes)
+                ptx.prefetch_bulk(weights, far_source[0], last_bytes if ends else nbytes)
                 if halved:
-                    ptx.prefetch_bulk(weights, far[SOURCE] + chunk_words, nbytes)
-                far[SOURCE] += chunk_words << np.int64(halved)
+                    ptx.prefetch_bulk(weights, far_source[0] + chunk_words, nbytes)
+                far_source[0] += chunk_words << np.int64(halved)
                 if ends:
                     far[PIECE], far[SHARE] = 0, far[SHARE] + blocks
-                    far[SOURCE] = place(of, np.int32(far[SHARE]))
-            full = ptx.barrier_passed(barriers, free + slot, turn) == 0
+                    far_source[0] = place(of, far[SHARE])
+            full = ptx.barrier_passed(barriers, address, parity) == 0
         if full:
-            await_barrier(barriers, free + slot, turn, patience, fault)
+            await_barrier(barriers, address, parity, patience, fault)
 
     return await_free
 
@@ -130,74 +136,75 @@ def make_produce(shape: PersistentShape) -> Any:
 
     Args of it: weights uint32, all of the model's; words uint32 and barriers uint64, views of shared
     memory; ops first .. last - 1 are run.
+
+    A copy takes memory 360 ns of each multiprocessor's time on an H100, and less out of the second-level cache: this
+    one thread must not take longer over it. So slots and barriers are addresses that are counted up, and two barriers
+    are looked at without asking whether there is anything to wait for yet: the first phase's parity says no.
     """
-    slots, slot_words, in_flight, landed = shape.slots, shape.slot_words, shape.in_flight, shape.barriers_start
-    blocks, ops, shares_of = shape.multiprocessors, shape.ops, shape.picker("shares")
+    slots, in_flight, blocks, ops = shape.slots, shape.in_flight, shape.multiprocessors, shape.ops
+    slot_bytes, barriers_bytes = np.uint32(4 * shape.slot_words), np.uint32(8 * slots)
+    landed, shares_of = shape.barriers_start, shape.picker("shares")
     deal, kind_of, note = make_deal(blocks), make_kind_of(shape), make_note(shape)
     cut, place = make_cut(shape)
     await_free = make_await_free(shape, place)
     # What attention reads takes the time that is idle otherwise: so many chunks less are asked for ahead.
-    most_ahead, kv_bytes, slot_bytes = shape.ahead, 4 * shape.kv_heads * shape.head_dim, blocks * 4 * slot_words
-
-    @ptx.device_function
-    def following(slot, turn):  # type: ignore[no-untyped-def]
-        """The next slot, and the parity that goes with it."""
-        slot = np.uint32(slot + np.uint32(1))
-        if slot == np.uint32(slots):
-            return np.uint32(0), np.uint32(turn ^ np.uint32(1))
-        return slot, turn
-
-    @ptx.device_function
-    def copy(weights, words, barriers, slot, source, nbytes, of):  # type: ignore[no-untyped-def]
-        chunk_words, halved = of[2], of[4]
-        at = slot * np.uint32(slot_words)
-        ptx.barrier_expect(barriers, landed + slot, np.uint32(nbytes << np.uint32(halved)))
-        ptx.bulk_copy(words, at, weights, source, nbytes, barriers, landed + slot)
-        if halved:
-            second = np.uint32(at + np.uint32(chunk_words // 2))
-            ptx.bulk_copy(words, second, weights, source + chunk_words, nbytes, barriers, landed + slot)
+    most_ahead, kv_bytes = shape.ahead, 4 * shape.kv_heads * shape.head_dim
+    ahead_bytes = blocks * 4 * shape.slot_words
 
     @ptx.large_device_function
     def produce(weights, words, barriers, position, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
-        far = cuda.local.array(5, int64)
-        far[ASKED] = int64(ptx.cycles())
-        ahead = max(most_ahead - position * kv_bytes // slot_bytes, 0)
+        far = cuda.local.array(4, int32)
+        far_source = cuda.local.array(1, int64)
+        far[LEAD], far[SHARE], far[PIECE], far[ASKED] = 0, 0, 0, np.int32(ptx.short_cycles())
+        ahead = np.int32(max(most_ahead - position * kv_bytes // ahead_bytes, 0))
+        first_slot, first_barrier = ptx.shared_address(words, 0), ptx.shared_address(barriers, landed)
+        end = np.uint32(first_barrier + barriers_bytes)
+        # The slot that is filled next, its barrier, and the parity of its last release; the oldest copy under way.
+        slot, barrier, turn = first_slot, first_barrier, np.uint32(1)
+        oldest, oldest_turn = np.uint32(end - np.uint32(8 * in_flight)), np.uint32(1)
         offset = np.int32(0)
-        n, slot, old_slot = np.uint32(0), np.uint32(0), np.uint32(0)  # chunks so far; their slots
-        # Parities: of the slot's last release, of the oldest copy under way.
-        turn, old_turn = np.uint32(1), np.uint32(0)
         for op in range(1, ops):
             kind = kind_of(op)
             if kind == ATTENTION:
                 continue
             of, shares = cut(words, op, kind), np.int32(shares_of(kind))
             chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
-            share = deal(offset) if first <= op < last else shares
+            share = np.int32(deal(offset)) if first <= op < last else shares
             if share < shares:
                 note(times, op, COPY_BEGUN)
-            far[NEXT] = 0  # it may not be of this op: begin anew
+            far[LEAD] = 0  # what was asked for may be of another op
             while share < shares:
                 source = place(of, share)
                 for piece in range(pieces):
-                    if n >= np.uint32(slots):
+                    if ptx.barrier_passed(barriers, barrier + barriers_bytes, turn) == 0:
                         await_free(
-                            *(weights, barriers, slot, turn, int64(n), share, piece, source),
-                            *(of, shares, ahead, far, patience, fault),
+                            *(weights, barriers, np.uint32(barrier + barriers_bytes), turn, share, piece, source),
+                            *(of, shares, ahead, far, far_source, patience, fault),
                         )
-                    if n >= np.uint32(in_flight):
-                        await_barrier(barriers, landed + old_slot, old_turn, patience, fault)
-                        old_slot, old_turn = following(old_slot, old_turn)
-                    copy(weights, words, barriers, slot, source, last_bytes if piece == pieces - 1 else nbytes, of)
+                    await_barrier(barriers, oldest, oldest_turn, patience, fault)
+                    size = last_bytes if piece == pieces - 1 else nbytes
+                    ptx.barrier_expect(barriers, barrier, np.uint32(size << np.uint32(halved)))
+                    ptx.bulk_copy(words, slot, weights, source, size, barriers, barrier)
+                    if halved:
+                        other = np.uint32(slot + nbytes)
+                        ptx.bulk_copy(words, other, weights, source + chunk_words, nbytes, barriers, barrier)
                     source += chunk_words << np.int64(halved)
-                    slot, turn = following(slot, turn)
-                    n = np.uint32(n + np.uint32(1))
+                    far[LEAD] -= 1
+                    slot = np.uint32(slot + slot_bytes)
+                    barrier = np.uint32(barrier + np.uint32(8))
+                    if barrier == end:
+                        slot, barrier, turn = first_slot, first_barrier, np.uint32(turn ^ np.uint32(1))
+                    oldest = np.uint32(oldest + np.uint32(8))
+                    if oldest == end:
+                        oldest, oldest_turn = first_barrier, np.uint32(oldest_turn ^ np.uint32(1))
                 share = np.int32(share + np.int32(blocks))
                 note(times, op, COPY_DONE)
-            offset = (offset + shares) % np.int32(blocks)
+            offset = np.int32((offset + shares) % np.int32(blocks))
         # A block must not end while copies into its shared memory are on their way.
         for _ in range(in_flight):
-            if old_slot != slot:
-                await_barrier(barriers, landed + old_slot, old_turn, patience, fault)
-                old_slot, old_turn = following(old_slot, old_turn)
+            await_barrier(barriers, oldest, oldest_turn, patience, fault)
+            oldest = np.uint32(oldest + np.uint32(8))
+            if oldest == end:
+                oldest, oldest_turn = first_barrier, np.uint32(oldest_turn ^ np.uint32(1))
 
     return produce

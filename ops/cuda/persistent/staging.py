@@ -24,6 +24,14 @@ def meet():  # type: ignore[no-untyped-def]
     ptx.sync_threads(np.uint32(CONSUMERS_MEET), np.uint32(THREADS))
 
 
+@ptx.device_function
+def swizzled(word):  # type: ignore[no-untyped-def]
+    """Where word `word` of x lies, from its beginning on: neighbouring groups of 128 columns are read side by side, and
+    would be in the same banks.
+    """
+    return word ^ (word >> 4 & 4)
+
+
 def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
     """Device function (exchange, start, epoch, thread, received, patience, fault): `quads` times two words from word
     `start` on, when they are all there; those of quad i * THREADS + thread go to received[4 i] .. received[4 i + 3].
@@ -116,7 +124,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
         factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
         for i in range(rounds):
             quad = i * THREADS + thread
-            at = x_start + 2 * quad
+            at = x_start + swizzled(2 * quad)
             if i < each and quad < quads:
                 a, b = values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1]
                 words[at] = ptx.pack_f16x2(a, b)
@@ -145,7 +153,7 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
         receive(exchange, start, epoch, thread, received, patience, fault)
         for i in range(rounds):
             quad = i * THREADS + thread
-            at = x_start + 2 * quad
+            at = x_start + swizzled(2 * quad)
             if i < each and quad < quads:
                 words[at], words[at + 1] = received[4 * i], received[4 * i + 2]
             elif quad < all_quads:
