@@ -482,6 +482,17 @@ def sync_warp():  # type: ignore[no-untyped-def]
     _exchange(None)
 
 
+@_instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; popc.b32 $0, $0; }",
+    (u32,),
+    (u32,),
+    effect=True,
+)
+def count_lanes(yes):  # type: ignore[no-untyped-def]
+    """How many lanes of the warp say something else than 0. All of them must ask."""
+    return _exchange(int(yes), lambda said: sum(each != 0 for each in said))
+
+
 @_instruction("bar.sync $0, $1;", (), (u32, u32), memory=True)
 def sync_threads(number, threads):  # type: ignore[no-untyped-def]
     """`syncthreads` for so many threads of the block, whole warps, at a barrier (1 to 15) of their own."""

@@ -30,7 +30,7 @@ from numba_atomflow.ops.cuda.persistent.shape import (
 from numba_atomflow.ops.cuda.persistent.staging import meet
 from numba_atomflow.ops.cuda.persistent.trace import STAGED
 
-_ZERO = np.float32(0.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 def make_share(shape: PersistentShape) -> Any:
@@ -309,13 +309,16 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 add_newest(lane, warp, words, floats)
             meet()
             entry = thread
-            counted = parts if split == 0 else CONSUMERS
             while entry < quads:
                 row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
-                peak, whole, o0, o1, o2, o3 = merge(floats, counted, row, d)
+                if split == 0:  # two numbers that the compiler knows: it takes the sums side by side
+                    peak, whole, o0, o1, o2, o3 = merge(floats, parts, row, d)
+                else:
+                    peak, whole, o0, o1, o2, o3 = merge(floats, CONSUMERS, row, d)
                 if active == 1:
-                    put(exchange, epoch, attended, kv, entry * 2, o0 / whole, o1 / whole)
-                    put(exchange, epoch, attended, kv, entry * 2 + 1, o2 / whole, o3 / whole)
+                    part = _ONE / whole
+                    put(exchange, epoch, attended, kv, entry * 2, o0 * part, o1 * part)
+                    put(exchange, epoch, attended, kv, entry * 2 + 1, o2 * part, o3 * part)
                 else:
                     unit = (kv * splits + split) * ratio + row
                     at = sum_place + unit * head_dim + d

@@ -62,7 +62,8 @@ def make_persistent(shape: PersistentShape) -> Any:
     layers, ops, blocks, slots = shape.layers, shape.ops, shape.multiprocessors, shape.slots
     table_start, barriers_start, rope_start = shape.table_start, shape.barriers_start, shape.rope_start
     half = shape.head_dim // 2
-    deal, kind_of, shares_of = make_deal(blocks), make_kind_of(shape), shape.picker("shares")
+    deal, kind_of = make_deal(blocks), make_kind_of(shape)
+    shares_of, dealt_of = shape.picker("shares"), shape.picker("dealt")
     prepare, (note, note_clocks) = make_prepare(shape), (make_note(shape), make_note_clocks(shape))
     produce, embed, stage = make_produce(shape), _make_embed(shape), _make_stage(shape)
     project, attend = make_project(shape, prepare, make_finish(shape, prepare)), make_attend(shape, note)
@@ -111,7 +112,7 @@ def make_persistent(shape: PersistentShape) -> Any:
                         note(times, op, DONE)
                 continue
             own = deal(offset)
-            offset = (offset + shares_of(kind)) % np.int32(blocks)
+            offset = (offset + dealt_of(kind)) % np.int32(blocks)
             if run and own < shares_of(kind):
                 if noting:
                     note(times, op, BEGUN)

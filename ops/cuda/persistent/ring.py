@@ -143,7 +143,7 @@ def make_produce(shape: PersistentShape) -> Any:
     """
     slots, in_flight, blocks, ops = shape.slots, shape.in_flight, shape.multiprocessors, shape.ops
     slot_bytes, barriers_bytes = np.uint32(4 * shape.slot_words), np.uint32(8 * slots)
-    landed, shares_of = shape.barriers_start, shape.picker("shares")
+    landed, shares_of, dealt_of = shape.barriers_start, shape.picker("shares"), shape.picker("dealt")
     deal, kind_of, note = make_deal(blocks), make_kind_of(shape), make_note(shape)
     cut, place = make_cut(shape)
     await_free = make_await_free(shape, place)
@@ -199,7 +199,7 @@ def make_produce(shape: PersistentShape) -> Any:
                         oldest, oldest_turn = first_barrier, np.uint32(oldest_turn ^ np.uint32(1))
                 share = np.int32(share + np.int32(blocks))
                 note(times, op, COPY_DONE)
-            offset = np.int32((offset + shares) % np.int32(blocks))
+            offset = np.int32((offset + dealt_of(kind)) % np.int32(blocks))
         # A block must not end while copies into its shared memory are on their way.
         for _ in range(in_flight):
             await_barrier(barriers, oldest, oldest_turn, patience, fault)

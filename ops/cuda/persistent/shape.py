@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.fragments import HALF_WORDS, FragmentLayout
@@ -24,6 +25,7 @@ MOST_QUERIES = 8  # heads that share a key/value head: rows of a fragment
 KEYS = 16  # per step of a warp in attention
 STEP_KEYS = KEYS * CONSUMERS
 ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with what adding up takes
+_SHIFTS = 32  # ways of dealing that are compared
 _PARTIALS = 64  # chunks' sums that are kept until they are added up
 _SCALARS = 64  # float32 for sums over the block
 QKV, ATTENTION, OUT, GATE_UP, DOWN, VOCABULARY = range(6)  # kinds of ops, behind the embedding
@@ -62,9 +64,9 @@ class PersistentShape:
     embedding: FragmentLayout
     multiprocessors: int
     shared_bytes: int
-    in_flight: int = 5
-    ahead: int = 12
-    pace: int = 800
+    in_flight: int = 4
+    ahead: int = 20
+    pace: int = 680
     pause: int = 30
     trace: bool = False
 
@@ -85,6 +87,7 @@ class PersistentShape:
 
         - "halved": 1 if its shares are half tiles, else 0;
         - "shares": how many there are; "slots": of the ring that one takes;
+        - "dealt": by how many blocks dealing goes on behind it;
         - "entry_bits": 2^so many threads finish a share;
         - "round_shares": those whose slots' sums a block keeps before it adds them up.
         """
@@ -98,11 +101,30 @@ class PersistentShape:
                 return {kind: layout.tiles * (1 + halved[kind]) for kind, layout in layouts.items()}
             case "slots":
                 return slots
+            case "dealt":
+                return self.sizes("shares") | {DOWN: self.sizes("shares")[DOWN] + self.shift}
             case "entry_bits":
                 return {kind: bits - halved[kind] for kind, bits in _ENTRY_BITS.items()}
             case "round_shares":
                 return {kind: max(1, _PARTIALS // count) for kind, count in slots.items()}
         return {kind: int(getattr(layout, what)) for kind, layout in layouts.items()}
+
+    @property
+    def shift(self) -> int:
+        """Blocks that dealing skips behind every layer, so that no block has much more to copy than others: where a
+        layer's shares are a multiple of the blocks, the same blocks would get more than their part in each.
+        """
+        return min(range(_SHIFTS), key=lambda shift: self.copied(shift).max())
+
+    def copied(self, shift: int) -> NDArray[np.int64]:
+        """Slots that each block fills in a step, if dealing skips so many blocks behind every layer."""
+        shares, slots, blocks = self.sizes("shares"), self.sizes("slots"), self.multiprocessors
+        offset, copied = 0, np.zeros(blocks, np.int64)
+        for kind in (QKV, OUT, GATE_UP, DOWN) * self.layers + (VOCABULARY,):
+            first = (np.arange(blocks) - offset) % blocks
+            copied += -((first - shares[kind]) // blocks) * slots[kind] * (first < shares[kind])
+            offset += shares[kind] + (shift if kind == DOWN else 0)
+        return copied
 
     def picker(self, what: str) -> Any:
         """Device function (kind) -> the number that `sizes` has for it."""

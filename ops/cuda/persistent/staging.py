@@ -15,6 +15,8 @@ from numba_atomflow.ops.cuda.persistent.shape import CONSUMERS, THREADS, Persist
 
 CONSUMERS_MEET = 1  # number of the barrier at which the warps that compute meet: the producer takes no part
 
+_FEW = 8  # of 32 words may be missing when all are asked for
+_NARROW = 1024  # quads that take a moment
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
@@ -37,9 +39,11 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
     `start` on, when they are all there; those of quad i * THREADS + thread go to received[4 i] .. received[4 i + 3].
 
     One warp looks for 32 of them, spread over all, while the others rest: all words asked for again and again by every
-    block would fill the second-level cache's queues. When these are there, the others are, too, or will be in a moment.
+    block would fill the second-level cache's queues. When most of these are there, the others are, too, or will be in a
+    moment; of a wide vector, whose words take long, when all are.
     """
     each, pause, spread = -(-quads // THREADS), shape.pause, max(1, quads // 32)
+    few = _FEW if quads <= _NARROW else 0
 
     @ptx.device_function
     def is_there(e0, e1, epoch):  # type: ignore[no-untyped-def]
@@ -48,15 +52,18 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
     @ptx.device_function
     def receive(exchange, start, epoch, thread, received, patience, fault):  # type: ignore[no-untyped-def]
         tries = np.uint32(0)
-        waiting = thread < 32
-        while waiting:
-            _, e0, _, e1 = ptx.load_words(exchange, start + 2 * min(thread * spread, quads - 1))
-            tries = np.uint32(tries + np.uint32(1))
-            waiting = not is_there(e0, e1, epoch)
-            if waiting:
-                ptx.pause(np.uint32(pause))
-                if give_up(patience, fault, tries):
-                    waiting = False
+        if thread < 32:
+            missing, lacks = np.uint32(32), True
+            while missing > np.uint32(few):
+                if lacks:
+                    _, e0, _, e1 = ptx.load_words(exchange, start + 2 * min(thread * spread, quads - 1))
+                    lacks = not is_there(e0, e1, epoch)
+                tries = np.uint32(tries + np.uint32(1))
+                if lacks and give_up(patience, fault, tries):
+                    lacks = False
+                missing = np.uint32(ptx.count_lanes(np.uint32(lacks)))
+                if missing > np.uint32(few):
+                    ptx.pause(np.uint32(pause))
         meet()
         waiting = True
         while waiting:
