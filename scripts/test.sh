@@ -49,19 +49,31 @@ if [ ${#here[@]} -eq 0 ] && [ ${#simulated[@]} -eq 0 ]; then
 fi
 
 reports=$(mktemp -d)
+beside='' status=0
 trap 'rm -rf "$reports"' EXIT
-status=0
+trap '[ -z "$beside" ] || kill "$beside" 2>/dev/null || true; exit 130' INT TERM # what runs in the background does not hear of Ctrl-C
 
-# run_pytest NAME ARGUMENTS...: exit code 5 (no test was selected) is judged at the end, over both processes.
+# run_pytest NAME ARGUMENTS...: in the place of a subshell.
 run_pytest() {
-    local name=$1 code=0
-    shift
-    "$python" -m pytest --junit-xml "$reports/$name.xml" "$@" ${options[@]+"${options[@]}"} || code=$?
-    [ $code -eq 0 ] || [ $code -eq 5 ] || status=$code
+    exec "$python" -m pytest --junit-xml "$reports/$1.xml" "${@:2}" ${options[@]+"${options[@]}"}
 }
 
-[ ${#here[@]} -eq 0 ] || run_pytest here --ignore=tests/sim "${here[@]}"
-[ ${#simulated[@]} -eq 0 ] || NUMBA_ENABLE_CUDASIM=1 run_pytest simulated "${simulated[@]}"
+# judge EXIT_CODE: 5 (no test was selected) is judged at the end, over both processes.
+judge() { [ "$1" -eq 5 ] || status=$1; }
+
+if [ ${#here[@]} -eq 0 ]; then
+    (NUMBA_ENABLE_CUDASIM=1 run_pytest simulated "${simulated[@]}") || judge $?
+elif [ ${#simulated[@]} -eq 0 ]; then
+    (run_pytest here --ignore=tests/sim "${here[@]}") || judge $?
+else
+    # The simulator's threads take turns, and so it keeps one core busy: it runs beside the rest, and is shown behind it.
+    (NUMBA_ENABLE_CUDASIM=1 run_pytest simulated "${simulated[@]}") >"$reports/simulated.log" 2>&1 &
+    beside=$!
+    (run_pytest here --ignore=tests/sim "${here[@]}") || judge $?
+    wait "$beside" || judge $?
+    beside=''
+    cat "$reports/simulated.log"
+fi
 
 # --- the sum --------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,10 @@
 """scripts/bootstrap.sh and scripts/test.sh: checks, order, what is repeated; with stand-ins for Python, pip and df."""
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,10 +274,13 @@ def test_an_unknown_option_is_refused_by_name(clone: Clone) -> None:
 # --- scripts/test.sh ------------------------------------------------------------------------------------------------
 
 
+RECORDER = '#!/bin/sh\necho "${NUMBA_ENABLE_CUDASIM:-0} $*" >>"$CALLS"\n'
+
+
 @pytest.mark.parametrize("form", ["{}", "./{}", "{root}/{}"])
 def test_a_test_file_is_run_where_it_belongs_however_it_is_named(clone: Clone, form: str) -> None:
     shutil.copy(ROOT / "scripts" / "test.sh", clone.folder / "scripts")
-    clone.program("recorder", '#!/bin/sh\necho "${NUMBA_ENABLE_CUDASIM:-0} $*" >>"$CALLS"\n')
+    clone.program("recorder", RECORDER)
     names = [form.format(name, root=clone.folder) for name in ("tests/cpu/test_x.py", "tests/sim/test_y.py::test_z")]
     subprocess.run(
         ["bash", "scripts/test.sh", *names, "-x"],
@@ -283,7 +288,27 @@ def test_a_test_file_is_run_where_it_belongs_however_it_is_named(clone: Clone, f
         env={"PATH": os.environ["PATH"], "PYTHON": str(clone.programs / "recorder"), "CALLS": str(clone.calls_file)},
         check=True,
     )
-    runs = [call.split() for call in clone.calls("-m pytest")]
+    runs = sorted(call.split() for call in clone.calls("-m pytest"))  # they run side by side
     assert [run[0] for run in runs] == ["0", "1"]
     assert runs[0][-3:] == ["--ignore=tests/sim", "tests/cpu/test_x.py", "-x"]
     assert runs[1][-2:] == ["tests/sim/test_y.py::test_z", "-x"]
+
+
+@pytest.mark.parametrize(("simulated", "here", "expected"), [(0, 0, 5), (1, 0, 1), (0, 1, 1), (5, 0, 5), (2, 5, 2)])
+def test_whichever_process_fails_the_suite_does(clone: Clone, simulated: int, here: int, expected: int) -> None:
+    """Without a report no test has run: 5, if nothing worse has happened."""
+    shutil.copy(ROOT / "scripts" / "test.sh", clone.folder / "scripts")
+    # The script's own sum is real Python; pytest is stood in for.
+    clone.program(
+        "judged",
+        '#!/bin/sh\ncase "$*" in *pytest*--junit-xml*) [ -z "${NUMBA_ENABLE_CUDASIM:-}" ] || exit '
+        f'{simulated}; exit {here} ;; "- "*) exec {shlex.quote(sys.executable)} "$@" ;; esac\n',
+    )
+    done = subprocess.run(
+        ["bash", "scripts/test.sh", "tests/cpu/test_x.py", "tests/sim/test_y.py"],
+        cwd=clone.folder,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(clone.programs / "judged")},
+        check=False,
+        capture_output=True,
+    )
+    assert done.returncode == expected
