@@ -33,6 +33,7 @@ Matrix = NDArray[np.float64]
 
 STEPS = 21845  # made before: with two layers, the 16 bits of a pair's epoch begin at zero with this one
 PENALTY = 1.5
+RING, COUNTED = 4, 6  # entries for the host; tokens that were made before
 SPARE = 3  # words behind each view, which nobody may write
 KINDS = ("qkv", "attention", "o", "gate_up", "down")
 
@@ -187,6 +188,7 @@ class Memory:
         angles = 10000.0 ** (-np.arange(0, case.head_dim, 2) / case.head_dim)
         self.cosines, self.sines = rope_table(angles, positions)
         self.token = int(rng.integers(case.vocabulary))
+        self.tokens = np.array([self.token], np.int32)
         self.stale = self._stale_words()
         self.exchange = self.stale.copy()
         self.residual = poisoned(case.hidden + SPARE)
@@ -196,6 +198,9 @@ class Memory:
         self.normed, self.final_normed = (poisoned(case.hidden // 2 + SPARE, dtype=np.uint32) for _ in range(2))
         self.logits = poisoned(case.vocabulary + SPARE)
         self.seen = rng.random(case.vocabulary) < 0.3
+        bits = np.packbits(self.seen, bitorder="little")
+        self.seen_bits = np.pad(bits, (0, -len(bits) % 4)).view(np.uint32)
+        self.ring, self.count = np.zeros(RING, np.uint64), np.array([COUNTED], np.int64)
         self.best, self.fault = np.array([LOWEST_KEY], np.int64), np.zeros(1, np.int32)
         self.steps, self.position = np.array([STEPS, 0], np.int64), np.array([case.position], np.int64)
 
@@ -216,11 +221,10 @@ class Memory:
     def plane(self) -> int:
         return self.cache[0, 0].size
 
-    def run(self, first: int, last: int) -> None:
+    def run(self, first: int, last: int, *, choose: bool = False) -> None:
         """Ops first .. last - 1."""
         shape = self.shape
         options = np.array([0.0, 0.0, 1.0, 0.0, PENALTY], np.float64)
-        bits = np.packbits(self.seen, bitorder="little")
         cache = self.cache.reshape(-1)
         launch(
             kernels(shape)[0],
@@ -232,7 +236,7 @@ class Memory:
             cache.view(np.uint16),
             self.cache.reshape(-1).copy().view(np.uint32),  # what it writes, it need not read
             self.exchange,
-            np.array([self.token], np.int32),
+            self.tokens,
             self.position,
             self.steps,
             self.cosines.reshape(-1),
@@ -244,14 +248,17 @@ class Memory:
             self.attended,
             self.ffn,
             self.logits,
-            np.pad(bits, (0, -len(bits) % 4)).view(np.uint32),
+            self.seen_bits,
             options,
             self.best,
+            self.ring,
+            self.count,
             self.fault,
             np.zeros(shape.multiprocessors * shape.ops * EVENTS, np.int64),
             self.plane,
             first,
             last,
+            int(choose),
         )
 
     def publish(self, layer: int) -> None:
@@ -296,6 +303,29 @@ def whole_step(case: PersistentCase) -> Memory:
     assert token_of(int(whole.best[0])) == best
     assert whole.steps.tolist() == [STEPS + 1, 0]
     return whole
+
+
+def check_choosing(case: PersistentCase) -> None:
+    """A step that takes the most likely token leaves all as one that does not, and hands the token over."""
+    model = Model.draw(case, generator(case.hidden, case.position))
+    left, taken = (Memory(case, model, generator(case.ffn, case.position)) for _ in range(2))
+    left.run(0, left.shape.ops)
+    taken.run(0, taken.shape.ops, choose=True)
+    token = int(np.argmax(penalise(left.logits[: case.vocabulary], left.seen, PENALTY)))
+    assert taken.tokens.tolist() == [token]
+    assert taken.position.tolist() == [case.position + 1]
+    assert taken.best.tolist() == [LOWEST_KEY], "the next arg-max begins anew"
+    assert taken.steps.tolist() == [STEPS + 1, 0]
+    assert taken.count.tolist() == [COUNTED + 1]
+    assert taken.ring.tolist() == [0, 0, (COUNTED + 1) << 32 | token, 0]
+    seen = left.seen.copy()
+    seen[token] = True
+    np.testing.assert_array_equal(np.unpackbits(taken.seen_bits.view(np.uint8), bitorder="little")[: seen.size], seen)
+    assert left.tokens.tolist() == [left.token]
+    assert (left.position.tolist(), left.count.tolist(), left.ring.any()) == ([case.position], [COUNTED], False)
+    for (name, one), other in zip(left.outputs().items(), taken.outputs().values(), strict=True):
+        if name != "best":
+            np.testing.assert_array_equal(one, other, err_msg=name)
 
 
 def check_ops(case: PersistentCase) -> None:
@@ -470,6 +500,10 @@ def check_giving_up(case: PersistentCase) -> None:
     assert memory.best[0] == BROKEN_KEY
     assert token_of(BROKEN_KEY) is None
     assert ~BROKEN_KEY & 0xFFFFFF == 0, "what is sampled from it must be a row of the embedding: token 0"
-    memory.fault[0] = 0
+    memory.fault[0], memory.best[0] = 0, LOWEST_KEY
+    memory.run(memory.shape.ops - 1, memory.shape.ops, choose=True)
+    assert memory.tokens.tolist() == [0]
+    assert memory.ring.tolist() == [0, 0, (COUNTED + 1) << 32 | 1 << 31, 0], "the host is told that it is no token"
+    memory.position[0], memory.fault[0] = case.position, 0
     memory.run(3, 4)  # o: neither its input nor what it adds to is there
     assert memory.fault[0] == 1

@@ -93,6 +93,12 @@ def shuffle_max(key):  # type: ignore[no-untyped-def]
     return key
 
 
+@ptx.device_function
+def token_id(best):  # type: ignore[no-untyped-def]
+    """The token of an arg-max's key."""
+    return _ID_MASK - (best & _ID_MASK)
+
+
 def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
     """best[0] = max(best[0], key of every token). `best` must hold `LOWEST_KEY` before.
 
@@ -197,7 +203,7 @@ def make_sample(
         temperature, top_k = options[TEMPERATURE], int64(options[TOP_K])
         top_p, min_p, penalty = options[TOP_P], options[MIN_P], np.float32(options[PENALTY])
         best_key = best[0]
-        best_token = _ID_MASK - (best_key & _ID_MASK)
+        best_token = token_id(best_key)
         some_k = top_k > 0 and top_k < vocabulary
         # Infinity and NaN leave no probabilities to draw from.
         if temperature == 0.0 or top_k == 1 or best_key >= _INFINITE:
@@ -333,14 +339,29 @@ def make_sample(
     return sample
 
 
-def make_advance(ring: int, *, sampled: bool, dependent: bool = False) -> Any:
-    """The step's last kernel: the position moves, the token is marked as seen, the host is told, and `best` is made
-    ready for the next arg-max.
+@ptx.device_function
+def hand_over(token, best, seen, ring_entries, size, count):  # type: ignore[no-untyped-def]
+    """A token is chosen: it is marked as seen, and the host is told.
 
-    Kernel (token int32 [1] from `sample`, best int64 [1] from the arg-max, position int64 [1], seen uint32 bitmap, ring
-    uint64 [ring] in pinned host memory, count int64 [1], tokens int64: how far the position moves). Without `sampled`
-    only the position moves. An entry of the ring is one store of 8 bytes: the number of the token, from 1 on, above its
-    id, with bit 31 set if its logit is infinite or no number; so whoever reads the number has the rest as well.
+    Args of it: token; best, its arg-max's key; seen uint32 bitmap, ring_entries uint64 [size] in pinned host memory,
+    count int64 [1]. An entry of the ring is one store of 8 bytes: the number of the token, from 1 on, above its id,
+    with bit 31 set if its logit is infinite or no number; so whoever reads the number has the rest as well.
+    """
+    number = count[0] + 1
+    count[0] = number
+    seen[token // 32] = np.uint32(int64(seen[token // 32]) | int64(1) << (token % 32))
+    broken = int64(1) if best >= _INFINITE else int64(0)
+    word = (number & 0xFFFFFFFF) << 32 | broken << 31 | token
+    ring_entries[(number - 1) % size] = np.uint64(word)
+    cuda.threadfence_system()
+
+
+def make_advance(ring: int, *, sampled: bool, dependent: bool = False) -> Any:
+    """The step's last kernel: the position moves. If a token was chosen, it is handed over, and `best` is made ready
+    for the next arg-max.
+
+    Kernel (token int32 [1] from `sample`, best int64 [1] from the arg-max, position int64 [1], seen, ring of `ring`
+    entries and count as in `hand_over`, tokens int64: how far the position moves).
     Launch: one block of one thread.
     """
 
@@ -351,13 +372,7 @@ def make_advance(ring: int, *, sampled: bool, dependent: bool = False) -> Any:
             ptx.wait_for_previous_kernel()
         position[0] += tokens
         if sampled:
-            new, number = int64(token[0]), count[0] + 1
-            count[0] = number
-            seen[new // 32] = np.uint32(int64(seen[new // 32]) | int64(1) << (new % 32))
-            broken = int64(1) if best[0] >= _INFINITE else int64(0)
+            hand_over(int64(token[0]), best[0], seen, ring_entries, ring, count)
             best[0] = LOWEST_KEY
-            word = (number & 0xFFFFFFFF) << 32 | broken << 31 | new
-            ring_entries[(number - 1) % ring] = np.uint64(word)
-            cuda.threadfence_system()
 
     return advance

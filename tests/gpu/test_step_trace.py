@@ -63,5 +63,5 @@ def test_a_profile_is_made_of_it(engine: Engine) -> None:
     assert report.ops_measured == "as traced"
     counts = {kernel.kind: kernel.count for kernel in report.kernels}
     layers = dict.fromkeys(("qkv", "attention", "o", "gate_up", "down"), 2)
-    assert counts == layers | {"embed": 1, "vocabulary": 1, "sample": 1, "advance": 1}
+    assert counts == layers | {"embed": 1, "vocabulary": 1}, "the kernel makes the whole step"
     assert abs(report.gap_seconds) < report.step_seconds

@@ -3,7 +3,15 @@
 from typing import Any
 
 import pytest
-from persistent_cases import CASES, CASES_OF_MANY_BLOCKS, PersistentCase, check_giving_up, check_ops, check_step
+from persistent_cases import (
+    CASES,
+    CASES_OF_MANY_BLOCKS,
+    PersistentCase,
+    check_choosing,
+    check_giving_up,
+    check_ops,
+    check_step,
+)
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent import kernel
@@ -35,6 +43,11 @@ def test_a_step_of_many_blocks(case: PersistentCase, monkeypatch: pytest.MonkeyP
     check_step(case)
     assert set(asked) <= set(copied)
     assert asked or case.ffn < 1000  # there the ring is never full for long
+
+
+@pytest.mark.usefixtures("all_blocks_at_once")
+def test_the_most_likely_token_is_handed_over_by_the_last_block() -> None:
+    check_choosing(CASES_OF_MANY_BLOCKS[1])
 
 
 def test_a_block_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,8 +105,9 @@ class CudaBackend:
         self._weights = self._weight_views()
         self._persistent: PersistentStep | None = None
         self._traced: Kernel | None = None
-        self._graphs: dict[tuple[int, Head], Graph] = {}
-        self._bound: dict[tuple[int, Head], list[Launch]] = {}
+        self._graphs: dict[tuple[int, Head, bool], Graph] = {}
+        self._bound: dict[tuple[int, Head, bool], list[Launch]] = {}
+        self._greedy = False  # whether the most likely token is the next one
 
     def _weight_buffers(self) -> dict[str, View]:
         return {buffer.name: self._arena[buffer.name] for buffer in self.plan.buffers if buffer.pool == "weights"}
@@ -146,13 +147,15 @@ class CudaBackend:
             self._binder = Binder(self.kernels, loaded, scratch, ring, self.stream)
             if self.kernels.persistent:
                 self._persistent = PersistentStep(
-                    self.kernels, loaded, self._buffers, self._weight_buffers(), self.stream
+                    self.kernels, loaded, self._buffers, self._weight_buffers(), ring, self.stream
                 )
                 self._memory.write(self._buffers["persistent.table"], self._persistent.table())
             ready = self._graph if self._use_graphs else self._launches
             for tokens in range(1, self.block + 1):
                 ready(tokens, "none")
                 ready(tokens, "sample")
+            self._greedy = True
+            ready(1, "sample")  # which may end otherwise
             self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
             self.seek(0)
         self._arrays = None
@@ -198,6 +201,7 @@ class CudaBackend:
             self._memory.write(self._buffers["sampling.options"], np.array(options, np.float64))
             self._memory.write(self._buffers["sampling.generator"], np.array([sampler.seed, 0], np.uint64))
             self._memory.write(self._buffers["sampling.seen"], bitmap)
+        self._greedy = params.greedy
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Take up to `block` tokens through the model at the current position, and advance it. Does not wait."""
@@ -292,6 +296,8 @@ class CudaBackend:
         ops = self.step(1, "sample")
         trace = self.trace_step(repeats)
         traced = [] if trace is None else list(zip(ops, trace.op_seconds, strict=False))
+        if trace is not None and self._greedy:
+            return traced  # the persistent kernel makes the whole step
         bind = partial(self._binder.bind, sampled=True, ranked=trace is not None)
         kinds: dict[str, list[Op]] = {}
         for op in ops[len(traced) :]:
@@ -335,7 +341,8 @@ class CudaBackend:
                 spec = self.kernels.persistent_traced.spec
                 self._traced = self._load(spec, build([spec], self._gpu.capability, progress)[spec])
             position = self._memory.read(self._buffers["position"])
-            whole = self._persistent.launch(0, self._persistent.shape.ops, traced=self._traced)
+            made = self._persistent.shape.ops
+            whole = self._persistent.launch(0, made, choose=self._greedy, traced=self._traced)
             launches = [whole, *self._launches(1, "sample")[1:]]  # behind it what every step ends with
             for _ in range(repeats + 1):
                 self._memory.write(times, np.zeros(times.shape, np.int64))
@@ -397,28 +404,35 @@ class CudaBackend:
 
     def _launches(self, tokens: int, head: Head) -> list[Launch]:
         """The launches of a step, with their arguments in place."""
-        if (tokens, head) not in self._bound:
+        choose = self._chooses(tokens, head)
+        key = tokens, head, choose
+        if key not in self._bound:
             ops = self.step(tokens, head)
             launches, ranked = [], False
             if self._persistent is not None and self._is_persistent(tokens, head):
                 made, ranked = self._persistent.shape.ops, True
-                launches.append(self._persistent.launch(0, made))
-                ops = ops[made:]
+                launches.append(self._persistent.launch(0, made, choose=choose))
+                ops = [] if choose else ops[made:]
             for op in ops:
                 launches += self._binder.bind(op, sampled=head == "sample", ranked=ranked)
-            self._bound[tokens, head] = launches
-        return self._bound[tokens, head]
+            self._bound[key] = launches
+        return self._bound[key]
 
     def _is_persistent(self, tokens: int, head: Head) -> bool:
         """Whether a step is the one that the persistent kernel makes: a token for a token."""
         return tokens == 1 and head == "sample"
 
+    def _chooses(self, tokens: int, head: Head) -> bool:
+        """Whether the persistent kernel takes the next token as well: the most likely one."""
+        return self._persistent is not None and self._greedy and self._is_persistent(tokens, head)
+
     def _graph(self, tokens: int, head: Head) -> Graph:
-        if (tokens, head) not in self._graphs:
+        key = tokens, head, self._chooses(tokens, head)
+        if key not in self._graphs:
             graph = Graph(self._launches(tokens, head), self.stream)
             self._take_back(graph.destroy)
-            self._graphs[tokens, head] = graph
-        return self._graphs[tokens, head]
+            self._graphs[key] = graph
+        return self._graphs[key]
 
 
 def _release(gpu: Device, made: ExitStack) -> None:

@@ -47,6 +47,7 @@ class PersistentStep:
 
     Args:
         loaded: kernels by name. buffers: all views that are no weights, by name. weights: views of the weights by name.
+        ring: where the host finds tokens.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class PersistentStep:
         loaded: Mapping[str, Kernel],
         buffers: Mapping[str, View],
         weights: Mapping[str, View],
+        ring: View,
         stream: Any,
     ) -> None:
         self._kernels, self._loaded, self._stream = kernels, loaded, stream
-        self._buffers, self._weights = buffers, weights
+        self._buffers, self._weights, self._ring = buffers, weights, ring
         self.shape = kernels.persistent_shape
         self._base = min(view.address for view in weights.values())
 
@@ -84,8 +86,10 @@ class PersistentStep:
             raise RuntimeError(f"{name} does not begin at a multiple of {_BYTES} bytes")
         return place
 
-    def launch(self, first: int, last: int, *, traced: Kernel | None = None) -> Launch:
-        """Ops first .. last - 1 of the step, counted as in `decode.build_step`; by the kernel `traced`, if given."""
+    def launch(self, first: int, last: int, *, choose: bool = False, traced: Kernel | None = None) -> Launch:
+        """Ops first .. last - 1 of the step, counted as in `decode.build_step`; by the kernel `traced`, if given.
+        choose: the most likely token is the next one, and the step ends with this launch.
+        """
         b = self._buffers
         end = max(view.address + view.nbytes for view in self._weights.values())
         weights = View("weights", self._base, ((end - self._base) // 4,), "uint32")
@@ -111,11 +115,14 @@ class PersistentStep:
             b["sampling.seen"],
             b["sampling.options"],
             b["sampling.best"],
+            self._ring,
+            b["sampling.count"],
             b["persistent.fault"],
             b["persistent.times"],
             self._plane,
             first,
             last,
+            int(choose),
         )
         kernel = traced or self._loaded["persistent"]
         return Launch(kernel, self.shape.multiprocessors, arguments, self._stream)

@@ -316,9 +316,9 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 else:
                     peak, whole, o0, o1, o2, o3 = merge(floats, CONSUMERS, row, d)
                 if active == 1:
-                    part = _ONE / whole
-                    put(exchange, epoch, attended, kv, entry * 2, o0 * part, o1 * part)
-                    put(exchange, epoch, attended, kv, entry * 2 + 1, o2 * part, o3 * part)
+                    inverse = _ONE / whole
+                    put(exchange, epoch, attended, kv, entry * 2, o0 * inverse, o1 * inverse)
+                    put(exchange, epoch, attended, kv, entry * 2 + 1, o2 * inverse, o3 * inverse)
                 else:
                     unit = (kv * splits + split) * ratio + row
                     at = sum_place + unit * head_dim + d

@@ -1,4 +1,4 @@
-"""The persistent kernel: a token from its embedding to its logits and their largest, in one launch.
+"""The persistent kernel: a token from its embedding to its logits and the next token, in one launch.
 
 Launch: `shape.multiprocessors` blocks, all resident at once (cooperative), of `BLOCK_THREADS` threads with
 `shape.block_bytes` of dynamic shared memory. Cost model: the bytes of weights and cache, once; see
@@ -32,18 +32,18 @@ from numba_atomflow.ops.cuda.persistent.shape import (
 )
 from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet, swizzled
 from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_note, make_note_clocks
-from numba_atomflow.ops.cuda.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, shuffle_max
+from numba_atomflow.ops.cuda.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, hand_over, shuffle_max, token_id
 from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 
 # Types of the kernel's arguments.
 SIGNATURE = (
-    *(U32, I64, U16, U32, U64, I32, I64, I64, F32, F32, F32, U32, U32, U16, U32, U32, F32, U32, F64, I64, I32, I64),
-    *(NUMBER, NUMBER, NUMBER),
+    *(U32, I64, U16, U32, U64, I32, I64, I64, F32, F32, F32, U32, U32, U16, U32, U32, F32, U32, F64, I64, U64, I64),
+    *(I32, I64, NUMBER, NUMBER, NUMBER, NUMBER),
 )
 
 
 def make_persistent(shape: PersistentShape) -> Any:
-    """Kernel with these arguments, all but the last three one-dimensional arrays of device memory:
+    """Kernel with these arguments, all but the last four one-dimensional arrays of device memory:
 
     - weights uint32: all of the model's;
     - table int64 [2 * ops]: for each op where its weights and its norm begin, in units of 128 bytes;
@@ -55,9 +55,11 @@ def make_persistent(shape: PersistentShape) -> Any:
     - residual float32 [hidden]; normed, final_normed, attended and ffn uint32 pairs of float16; q uint16 bits of
       float16: what a validator sees;
     - logits float32 [V]; seen uint32 bitmap; options float64 [5]; best int64 [1], `LOWEST_KEY` before;
+    - ring_entries uint64, in pinned host memory, and count int64 [1]: as in `sample.hand_over`;
     - fault int32 [1]: set when a block gave up waiting;
     - times int64 [blocks, ops, EVENTS], written with `shape.trace`;
-    - plane: elements of a layer's keys; first and last: ops first .. last - 1 are run.
+    - plane: elements of a layer's keys; first and last: ops first .. last - 1 are run; choose: 1 if the most likely
+      token is taken, and the step ends with it; 0 leaves that to the kernels that follow.
     """
     layers, ops, blocks, slots = shape.layers, shape.ops, shape.multiprocessors, shape.slots
     table_start, barriers_start, rope_start = shape.table_start, shape.barriers_start, shape.rope_start
@@ -67,14 +69,14 @@ def make_persistent(shape: PersistentShape) -> Any:
     prepare, (note, note_clocks) = make_prepare(shape), (make_note(shape), make_note_clocks(shape))
     produce, embed, stage = make_produce(shape), _make_embed(shape), _make_stage(shape)
     project, attend = make_project(shape, prepare, make_finish(shape, prepare)), make_attend(shape, note)
-    share, settle_best = make_share(shape), _make_settle_best(shape)
+    share, settle_best, end_step = make_share(shape), _make_settle_best(shape), _make_end_step(blocks)
 
     @ptx.large_device_function
     def consume(io, shared, thread):  # type: ignore[no-untyped-def]
         """What a warp that computes does with a step. io: the kernel's arguments; shared: views of shared memory."""
         weights, _, cache16, cache, exchange, tokens, position, steps, cosines, sines = io[:10]
         residual, normed, final_normed, q, attended, ffn, logits, seen, options, best = io[10:20]
-        fault, times, plane, first, last = io[20:]
+        ring_entries, count, fault, times, plane, first, last, choose = io[20:]
         words, _, floats, keys, barriers = shared
         state = cuda.local.array(2, uint32)
         patience = cuda.local.array(1, uint32)
@@ -134,9 +136,8 @@ def make_persistent(shape: PersistentShape) -> Any:
             if own < shares_of(VOCABULARY):
                 settle_best(own_best[0], keys, best, fault, thread)
             meet()
-            if thread == 0 and cuda.atomic.add(steps, 1, 1) == blocks - 1:
-                steps[0] += 1  # by the last block: all others have read it
-                steps[1] = 0
+            if thread == 0:
+                end_step(steps, choose, best, tokens, position, seen, ring_entries, count)
 
     @ptx.kernel(BLOCK_THREADS, 1)
     def persistent(  # type: ignore[no-untyped-def]
@@ -160,11 +161,14 @@ def make_persistent(shape: PersistentShape) -> Any:
         seen,
         options,
         best,
+        ring_entries,
+        count,
         fault,
         times,
         plane,
         first,
         last,
+        choose,
     ):
         words = cuda.shared.array(0, uint32)
         floats = cuda.shared.array(0, float32)
@@ -185,7 +189,7 @@ def make_persistent(shape: PersistentShape) -> Any:
             io = (
                 *(weights, table, cache16, cache, exchange, tokens, position, steps, cosines, sines),
                 *(residual, normed, final_normed, q, attended, ffn, logits, seen, options, best),
-                *(fault, times, plane, first, last),
+                *(ring_entries, count, fault, times, plane, first, last, choose),
             )
             consume(io, (words, halves, floats, keys, barriers), thread)
         elif thread == THREADS:
@@ -275,6 +279,28 @@ def _make_settle_best(shape: PersistentShape) -> Any:
             cuda.atomic.max(best, 0, largest if fault[0] == 0 else int64(BROKEN_KEY))
 
     return settle_best
+
+
+def _make_end_step(blocks: int) -> Any:
+    """Device function (steps, choose, best, tokens, position, seen, ring_entries, count): a block has ended its step;
+    the last one to do so changes what the others have read.
+    """
+
+    @ptx.device_function
+    def end_step(steps, choose, best, tokens, position, seen, ring_entries, count):  # type: ignore[no-untyped-def]
+        cuda.threadfence()  # the block's largest key is in `best` before the block is counted
+        if cuda.atomic.add(steps, 1, 1) == blocks - 1:
+            steps[0] += 1
+            steps[1] = 0
+            if choose:
+                cuda.threadfence()  # it was the last to be counted: now the others' keys are there
+                largest = cuda.atomic.exch(best, 0, int64(LOWEST_KEY))
+                token = token_id(largest)
+                tokens[0] = np.int32(token)
+                position[0] += 1
+                hand_over(token, largest, seen, ring_entries, len(ring_entries), count)
+
+    return end_step
 
 
 def persistent_kernel(shape: PersistentShape) -> Planned:

@@ -91,11 +91,11 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
         other = below if upper else above
         if not halves:
             group = np.uint32(t & np.uint32(1)) * np.uint32(2)
-            at = np.uint32((second if upper else start) + count * np.uint32(256) + group * np.uint32(8) + g)
+            scale = np.uint32((second if upper else start) + count * np.uint32(256) + group * np.uint32(8) + g)
             if even or group < groups:
-                first *= floats[at]
+                first *= floats[scale]
             if even or group + 1 < groups:
-                other *= floats[np.uint32(at + np.uint32(8))]
+                other *= floats[np.uint32(scale + np.uint32(8))]
         total = first + other
         return total + ptx.shuffle_xor_f32(total, 1)
 
