@@ -69,7 +69,7 @@ class ProfileReport:
     kernels: list[KernelRow]  # those that take longest first
     step_seconds: float
     decode: DecodePath | None = None  # how the step ran, where there is a choice
-    trace: StepTrace | None = None  # of the persistent kernel, by which all but the step's last ops were timed then
+    trace: StepTrace | None = None  # of the persistent kernel, by which the ops that it makes were timed then
     machine: dict[str, Any] = field(default_factory=machine_record)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 

@@ -227,6 +227,7 @@ class _Warp:
 
 
 _warp_lock = threading.Lock()
+_BEGUN = time.perf_counter_ns()
 
 
 def _lane() -> int:
@@ -568,7 +569,7 @@ def cycles():  # type: ignore[no-untyped-def]
 @_instruction("mov.u32 $0, %clock;", (u32,), (), effect=True)
 def short_cycles():  # type: ignore[no-untyped-def]
     """The lower half of the multiprocessor's own clock."""
-    return time.perf_counter_ns() >> 8 & 0x7FFFFFFF
+    return (time.perf_counter_ns() - _BEGUN) >> 8 & 0x7FFFFFFF
 
 
 # --- between kernels ---------------------------------------------------------------------------------------------

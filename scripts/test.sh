@@ -51,7 +51,8 @@ fi
 reports=$(mktemp -d)
 beside='' status=0
 trap 'rm -rf "$reports"' EXIT
-trap '[ -z "$beside" ] || kill "$beside" 2>/dev/null || true; exit 130' INT TERM # what runs in the background does not hear of Ctrl-C
+# Interrupted: what runs in the background ends, too, and what it has said so far is shown.
+trap '[ -z "$beside" ] || { kill "$beside" 2>/dev/null || true; cat "$reports/simulated.log"; }; exit 130' INT TERM
 
 # run_pytest NAME ARGUMENTS...: in the place of a subshell.
 run_pytest() {
@@ -67,7 +68,8 @@ elif [ ${#simulated[@]} -eq 0 ]; then
     (run_pytest here --ignore=tests/sim "${here[@]}") || judge $?
 else
     # The simulator's threads take turns, and so it keeps one core busy: it runs beside the rest, and is shown behind it.
-    (NUMBA_ENABLE_CUDASIM=1 run_pytest simulated "${simulated[@]}") >"$reports/simulated.log" 2>&1 &
+    # Each remembers what failed in a folder of its own: two at once would overwrite each other's.
+    (NUMBA_ENABLE_CUDASIM=1 run_pytest simulated -o cache_dir=.pytest_cache/simulated "${simulated[@]}") >"$reports/simulated.log" 2>&1 &
     beside=$!
     (run_pytest here --ignore=tests/sim "${here[@]}") || judge $?
     wait "$beside" || judge $?

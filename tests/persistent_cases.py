@@ -108,6 +108,7 @@ CASES = (
 CASES_OF_MANY_BLOCKS = (
     PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
     PersistentCase(64, 72, 4, 2, 32, position=290, blocks=5),  # two chunks per head; a block idles
+    PersistentCase(80, 520, 1, 1, 32, position=5, layers=3, blocks=3),  # dealing skips a block behind each layer
     PersistentCase(64, 1024, 1, 1, 64, position=5, blocks=3),  # half tiles of "down"
     PersistentCase(64, 2048, 8, 1, 128, position=5, blocks=3),  # of "o", too; "down" takes two slots for each
 )

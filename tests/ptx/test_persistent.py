@@ -21,6 +21,7 @@ from numba_atomflow.ops.cuda.build import assemble, make_ptx  # noqa: E402
 from numba_atomflow.ops.cuda.chip import Chip  # noqa: E402
 from numba_atomflow.ops.cuda.persistent.shape import DOWN  # noqa: E402
 
+VECTORS = 3  # the residual stream, what attention makes, what the MLP does
 SMOLLM2 = tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152)
 LLAMA = tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096)
 
@@ -62,6 +63,8 @@ def test_machine_code(name: str, model: str, geometry: ModelGeometry, cc: tuple[
             "e4m3x2",
         ):
             assert instruction in ptx
+        # All lanes of a warp must come to a vote: once for each kind of vector that is waited for, in no branch's copy.
+        assert ptx.count("vote.sync.ballot.b32") == VECTORS
         # Words of the exchange: two of 8 bytes at once, past the first-level cache, and never as ordinary accesses.
         assert "ld.relaxed.gpu.global.v2.b64" in ptx
         assert "st.relaxed.gpu.global.b64" in ptx

@@ -67,6 +67,17 @@ def test_some_warps_meet_and_the_others_take_no_part() -> None:
     assert out.tolist() == [63 - (thread ^ 1) for thread in range(64)]
 
 
+def test_lanes_that_say_yes_are_counted_warp_by_warp() -> None:
+    @ptx.kernel(64, 1)
+    def count(out):  # type: ignore[no-untyped-def]
+        thread = cuda.threadIdx.x
+        out[thread] = ptx.count_lanes(np.uint32(thread if thread % 3 == 0 else 0))
+
+    out = np.zeros(64, np.uint32)
+    launch(count, 1, 64, 0, out)
+    assert out.tolist() == [10] * 32 + [11] * 32  # 3, 6 ... 30; 33 ... 63
+
+
 def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
     """Ready means the phase of that parity is over: before any, the one "before" phase 0, of parity 1, is."""
 

@@ -283,7 +283,8 @@ def _make_settle_best(shape: PersistentShape) -> Any:
 
 def _make_end_step(blocks: int) -> Any:
     """Device function (steps, choose, best, tokens, position, seen, ring_entries, count): a block has ended its step;
-    the last one to do so changes what the others have read.
+    the last one to do so changes what the others have read. (A producer without a share may read the next position: it
+    only makes less of asking ahead.)
     """
 
     @ptx.device_function

@@ -90,11 +90,11 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
         above, below = (sums[13], sums[15]) if odd else (sums[5], sums[7])
         other = below if upper else above
         if not halves:
-            group = np.uint32(t & np.uint32(1)) * np.uint32(2)
+            group = np.uint32((t & np.uint32(1)) * np.uint32(2))
             scale = np.uint32((second if upper else start) + count * np.uint32(256) + group * np.uint32(8) + g)
-            if even or group < groups:
+            if even or group < count:
                 first *= floats[scale]
-            if even or group + 1 < groups:
+            if even or np.uint32(group + np.uint32(1)) < count:
                 other *= floats[np.uint32(scale + np.uint32(8))]
         total = first + other
         return total + ptx.shuffle_xor_f32(total, 1)

@@ -29,7 +29,7 @@ def meet():  # type: ignore[no-untyped-def]
 @ptx.device_function
 def swizzled(word):  # type: ignore[no-untyped-def]
     """Where word `word` of x lies, from its beginning on: neighbouring groups of 128 columns are read side by side, and
-    would be in the same banks.
+    would be in the same banks. (Of the groups of 64 of float16 weights, only every other pair is kept apart.)
     """
     return word ^ (word >> 4 & 4)
 

@@ -1,0 +1,89 @@
+"""A warp of the persistent kernel and one slot of its ring: every number of groups, and half tiles."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_cases import generator, launch, poisoned, relative_error, within
+from numba import cuda, float32, uint32
+from numpy.typing import NDArray
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.fragments import (
+    HALF_WORDS,
+    FragmentLayout,
+    halves_to_fragments_reference,
+    to_fragments_reference,
+)
+from numba_atomflow.ops.cuda.persistent.projection import make_multiply
+from numba_atomflow.ops.cuda.persistent.shape import CHUNK
+from numba_atomflow.ops.cuda.persistent.staging import swizzled
+from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
+
+SLOT, SPARE = 1, 192  # slots before the one that is multiplied; words behind x that are read, and must not matter
+
+
+def multiplied(
+    layout: FragmentLayout, slot: NDArray[np.uint32], x: NDArray[np.float16], apart: int
+) -> NDArray[np.float32]:
+    """Sums of rows 0 to 15, by a warp; NaN everywhere but in the slot and in x."""
+    slot_words = layout.chunk_words
+    memory = poisoned((SLOT + 1) * slot_words + x.size // 2 + SPARE, dtype=np.uint32)
+    memory[SLOT * slot_words :][: slot.size] = slot
+    place, pairs = (SLOT + 1) * slot_words, x.view(np.uint32)
+    for word in range(pairs.size):
+        memory[place + swizzled(word)] = pairs[word]
+    shape: Any = SimpleNamespace(slot_words=slot_words, matrices=(layout,))
+    multiply, groups = make_multiply(shape, halves=layout.halves), min(layout.groups, CHUNK)
+    assert layout.group_columns * groups * (1 + (apart > 0)) == x.size
+
+    @ptx.kernel(32, 1)
+    def warp(given, sums):  # type: ignore[no-untyped-def]
+        words, floats = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
+        lane = np.uint32(cuda.threadIdx.x)
+        if lane == 0:
+            for word in range(len(given)):
+                words[word] = given[word]
+        ptx.sync_warp()
+        total = multiply(words, floats, np.uint32(SLOT), np.uint32(place), np.uint32(apart), groups, lane)
+        if lane % 4 == 0:
+            sums[lane // 4] = total
+        if lane % 4 == 2:
+            sums[lane // 4 + 8] = total
+
+    sums = poisoned(16)
+    launch(warp, 1, 32, 4 * memory.size, memory, sums)
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("groups", "halves"), [(1, False), (2, False), (3, False), (4, False), (2, True), (4, True)], ids=str
+)
+def test_a_chunk_of_so_many_groups(groups: int, halves: bool) -> None:
+    rng = generator(groups, halves)
+    columns = groups * (64 if halves else 128)
+    layout = FragmentLayout(16, columns, 0, True, halves, CHUNK)
+    values = rng.standard_normal((16, columns)).astype(np.float32)
+    if halves:
+        weights, slot = values.astype(np.float16), halves_to_fragments_reference(values.astype(np.float16), layout)
+    else:
+        codes, scales = quantize_groups(values)
+        weights, slot = dequantize_groups(codes, scales), to_fragments_reference(codes, scales, layout)
+    x = rng.standard_normal(columns).astype(np.float16)
+    sums = multiplied(layout, slot, x, 0)
+    within("a chunk's sums", relative_error(sums, weights.astype(np.float64) @ x.astype(np.float64)), 1e-5)
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_the_same_half_of_two_chunks(lower: bool) -> None:
+    """Sums 0-7 are those of 8 rows over the first chunk, 8-15 those of the same rows over the second."""
+    rng = generator(int(lower))
+    layout = FragmentLayout(16, 2 * CHUNK * 128, 0, True, False, CHUNK)
+    codes, scales = quantize_groups(rng.standard_normal((16, 1024)).astype(np.float32))
+    chunks = to_fragments_reference(codes, scales, layout).reshape(2, 2, CHUNK * HALF_WORDS)
+    x = rng.standard_normal(1024).astype(np.float16)
+    sums = multiplied(layout, chunks[:, int(lower)].reshape(-1), x, CHUNK * 64)
+    rows = dequantize_groups(codes, scales).astype(np.float64)[8 * lower : 8 * lower + 8].reshape(8, 2, 512)
+    expected = np.einsum("rcx,cx->cr", rows, x.astype(np.float64).reshape(2, 512)).reshape(-1)
+    within("a half tile's sums", relative_error(sums, expected), 1e-5)
