@@ -44,7 +44,7 @@ class PersistentShape:
         in_flight: chunks on their way at once: more would make every small access wait behind them.
         ahead: chunks that may be asked for beyond a full ring.
         pace: cycles from one of them to the next. Both found on an H100, whose memory gives all blocks a chunk each in
-            640 cycles.
+            725 cycles (366 ns), and no worse than others on an H200.
         pause: nanoseconds between two looks at the exchange.
         trace: whether every block writes down when it does what.
     """
