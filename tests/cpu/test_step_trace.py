@@ -108,7 +108,8 @@ def test_the_kernels_clocks_become_a_trace() -> None:
 
     chip = Chip(multiprocessors=2, shared_bytes=232448, capability=(9, 0))
     kernels = ModelKernels(tiny_geometry(), chip, persistent=True)
-    step = PersistentStep(kernels, {}, {}, {"w": View("w", 0, (1,), "uint32")}, None)
+    words = View("w", 0, (1,), "uint32")
+    step = PersistentStep(kernels, {}, {}, {"w": words}, words, None)
     ops = step.shape.ops
     times = np.zeros((2, ops, noted.EVENTS), np.int64)
     now = 1_795_000_000_000_000_003
