@@ -26,10 +26,18 @@ from numba.cuda import types
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 
-_REGISTER = {types.uint16: "h", types.uint32: "r", types.int32: "r", types.uint64: "l", types.float32: "f"}
 _ADDRESS = "address"  # stands for two arguments: an array and an index
 _SHARED_ADDRESS = "shared address"  # the same of an array in shared memory: 32 bits
 _ARRAY = "array"  # an array that only the simulator needs, beside an address in it
+_REGISTER = {
+    types.uint16: "h",
+    types.uint32: "r",
+    types.int32: "r",
+    types.uint64: "l",
+    types.float32: "f",
+    _ADDRESS: "l",
+    _SHARED_ADDRESS: "r",
+}
 _SHARED_SPACE = 3  # LLVM's number for it
 _PLAIN_LOAD = "load"  # not assembly but the compiler's own load of a vector: it knows shared memory and folds offsets
 _PLAIN_STORE = "store"  # and its own store of one
@@ -117,7 +125,7 @@ class _Emitter:
                 elif self.assembly not in {_PLAIN_LOAD, _PLAIN_STORE}:
                     value = builder.ptrtoint(value, ir.IntType(64))
             values.append(value)
-            letters.append({_ADDRESS: "l", _SHARED_ADDRESS: "r"}.get(argument) or _REGISTER[argument])
+            letters.append(_REGISTER[argument])
         if self.assembly == _PLAIN_LOAD:
             vector = ir.VectorType(context.get_value_type(self.results[0]), len(self.results))
             loaded = builder.load(builder.bitcast(values[0], vector.as_pointer()), align=4 * len(self.results))

@@ -95,7 +95,7 @@ def shuffle_max(key):  # type: ignore[no-untyped-def]
 
 @ptx.device_function
 def token_id(best):  # type: ignore[no-untyped-def]
-    """The token of an arg-max's key."""
+    """The token of a sort key."""
     return _ID_MASK - (best & _ID_MASK)
 
 
@@ -325,7 +325,7 @@ def make_sample(
                     in_front = in_front_count if by_count else in_front_mass
                     held = int64(1) if by_count else mass
                     if in_front < need and in_front + held >= need:
-                        shared[chosen] = _ID_MASK - (key & _ID_MASK)
+                        shared[chosen] = token_id(key)
                         shared[reached] = in_front_mass + mass
                     entry += threads
                 cuda.syncthreads()

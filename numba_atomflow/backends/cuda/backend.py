@@ -296,7 +296,7 @@ class CudaBackend:
         ops = self.step(1, "sample")
         trace = self.trace_step(repeats)
         traced = [] if trace is None else list(zip(ops, trace.op_seconds, strict=False))
-        if trace is not None and self._greedy:
+        if self._chooses(1, "sample"):
             return traced  # the persistent kernel makes the whole step
         bind = partial(self._binder.bind, sampled=True, ranked=trace is not None)
         kinds: dict[str, list[Op]] = {}
@@ -342,7 +342,7 @@ class CudaBackend:
                 self._traced = self._load(spec, build([spec], self._gpu.capability, progress)[spec])
             position = self._memory.read(self._buffers["position"])
             made = self._persistent.shape.ops
-            whole = self._persistent.launch(0, made, choose=self._greedy, traced=self._traced)
+            whole = self._persistent.launch(0, made, choose=self._chooses(1, "sample"), traced=self._traced)
             launches = [whole, *self._launches(1, "sample")[1:]]  # behind it what every step ends with
             for _ in range(repeats + 1):
                 self._memory.write(times, np.zeros(times.shape, np.int64))

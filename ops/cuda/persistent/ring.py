@@ -96,18 +96,13 @@ def make_await_free(shape: PersistentShape, place: Any) -> Any:
     """
     pace, blocks = np.int32(shape.pace), np.int32(shape.multiprocessors)
 
-    @ptx.device_function
-    def begin(share, piece, source, far, far_source):  # type: ignore[no-untyped-def]
-        far[SHARE], far[PIECE], far_source[0] = share, piece, source
-
     @ptx.large_device_function
     def await_free(  # type: ignore[no-untyped-def]
         weights, barriers, address, parity, share, piece, source, of, shares, ahead, far, far_source, patience, fault
     ):
         chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
         if far[LEAD] <= 0:
-            begin(share, piece, source, far, far_source)
-            far[LEAD] = 0
+            far[LEAD], far[SHARE], far[PIECE], far_source[0] = 0, share, piece, source
         full = True
         while full and far[LEAD] < ahead and far[SHARE] < shares:
             now = np.int32(ptx.short_cycles())
@@ -151,6 +146,12 @@ def make_produce(shape: PersistentShape) -> Any:
     most_ahead, kv_bytes = shape.ahead, 4 * shape.kv_heads * shape.head_dim
     ahead_bytes = blocks * 4 * shape.slot_words
 
+    @ptx.device_function
+    def following(barrier, turn, first, end):  # type: ignore[no-untyped-def]
+        """The next slot's barrier, and the parity that goes with it."""
+        barrier = np.uint32(barrier + np.uint32(8))
+        return (first, np.uint32(turn ^ np.uint32(1))) if barrier == end else (barrier, turn)
+
     @ptx.large_device_function
     def produce(weights, words, barriers, position, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
         far = cuda.local.array(4, int32)
@@ -190,21 +191,15 @@ def make_produce(shape: PersistentShape) -> Any:
                         ptx.bulk_copy(words, other, weights, source + chunk_words, nbytes, barriers, barrier)
                     source += chunk_words << np.int64(halved)
                     far[LEAD] -= 1
-                    slot = np.uint32(slot + slot_bytes)
-                    barrier = np.uint32(barrier + np.uint32(8))
-                    if barrier == end:
-                        slot, barrier, turn = first_slot, first_barrier, np.uint32(turn ^ np.uint32(1))
-                    oldest = np.uint32(oldest + np.uint32(8))
-                    if oldest == end:
-                        oldest, oldest_turn = first_barrier, np.uint32(oldest_turn ^ np.uint32(1))
+                    barrier, turn = following(barrier, turn, first_barrier, end)
+                    slot = first_slot if barrier == first_barrier else np.uint32(slot + slot_bytes)
+                    oldest, oldest_turn = following(oldest, oldest_turn, first_barrier, end)
                 share = np.int32(share + np.int32(blocks))
                 note(times, op, COPY_DONE)
             offset = np.int32((offset + dealt_of(kind)) % np.int32(blocks))
         # A block must not end while copies into its shared memory are on their way.
         for _ in range(in_flight):
             await_barrier(barriers, oldest, oldest_turn, patience, fault)
-            oldest = np.uint32(oldest + np.uint32(8))
-            if oldest == end:
-                oldest, oldest_turn = first_barrier, np.uint32(oldest_turn ^ np.uint32(1))
+            oldest, oldest_turn = following(oldest, oldest_turn, first_barrier, end)
 
     return produce

@@ -122,7 +122,7 @@ class PersistentShape:
         offset, copied = 0, np.zeros(blocks, np.int64)
         for kind in (QKV, OUT, GATE_UP, DOWN) * self.layers + (VOCABULARY,):
             first = (np.arange(blocks) - offset) % blocks
-            copied += -((first - shares[kind]) // blocks) * slots[kind] * (first < shares[kind])
+            copied += -((first - shares[kind]) // blocks) * slots[kind]
             offset += shares[kind] + (shift if kind == DOWN else 0)
         return copied
 
