@@ -2,6 +2,7 @@
 
 import hashlib
 import stat
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from numba_atomflow.chat_template import ChatTemplate
 from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
-from numba_atomflow.errors import DestinationError, OptionError, SourceError, TextError
+from numba_atomflow.errors import DestinationError, OptionError, SourceError, SourceWarning, TextError
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
@@ -31,6 +32,7 @@ def convert(
     head: HeadFormat = "fp8",
     overwrite: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Path:
     """Quantise the model at `source` to FP8 and write it to `destination`.
 
@@ -50,6 +52,8 @@ def convert(
         overwrite: replace an existing checkpoint.
         progress: called before each step with its name, bytes done and bytes in all: fetching, hashing, calibrated
             layers (of one byte per weight), writing.
+        warn: called with each sentence about what the source says and is not followed; by default they are Python
+            warnings of the class `SourceWarning`.
 
     Returns:
         `destination`.
@@ -69,6 +73,11 @@ def convert(
         read_text_file(calibration)  # before a model is fetched for nothing
     source = local_source(source, revision, progress)
     weights = open_source(source)
+    for warning in weights.warnings:
+        if warn is None:
+            warnings.warn(warning, SourceWarning, stacklevel=2)
+        else:
+            warn(warning)
     _check_text(source, weights.text)
     if destination.exists() and any(destination.samefile(file) for file in weights.files):
         raise DestinationError(f"{destination} is part of the source; choose another name.")

@@ -16,6 +16,10 @@ class SourceError(AtomFlowError):
     """The weights to convert are missing, damaged, or do not fit their own description."""
 
 
+class SourceWarning(UserWarning):
+    """A model to convert says something that is not followed; the sentence tells what is done instead."""
+
+
 class HubError(AtomFlowError):
     """A model cannot be fetched from the Hugging Face hub: no network, no such model, no access, damage on the way."""
 

@@ -29,6 +29,8 @@ class TextAssets:
     pad_token: str | None = None
     eos_ids: tuple[int, ...] = ()  # each of them ends a reply
     add_bos: bool = False  # a text starts with bos_token, whether or not tokenizer.json says so itself
+    # Sentences about what the source says and was not followed; for whoever converts it, not stored in a checkpoint.
+    warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def special_tokens(self) -> dict[str, str]:
         """The named special tokens that exist, for chat templates: ``{"bos_token": "<s>", ...}``."""
@@ -36,9 +38,9 @@ class TextAssets:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready record of everything but ``tokenizer_json``, which a checkpoint stores as bytes."""
+        """A JSON-ready record of all that a checkpoint stores, but ``tokenizer_json``, which is stored as bytes."""
         record = asdict(self)
-        del record["tokenizer_json"]
+        del record["tokenizer_json"], record["warnings"]
         return record | {"eos_ids": list(self.eos_ids)}
 
     @classmethod

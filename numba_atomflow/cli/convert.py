@@ -37,7 +37,14 @@ def convert(
     from numba_atomflow.convert import convert as convert_model
 
     with output.bytes_bar() as progress:
-        convert_model(source, home.expand_user(destination), revision=revision, overwrite=overwrite, progress=progress)
+        convert_model(
+            source,
+            home.expand_user(destination),
+            revision=revision,
+            overwrite=overwrite,
+            progress=progress,
+            warn=output.warn,
+        )
     seconds = time.perf_counter() - started
     with Checkpoint.open(home.expand_user(destination)) as checkpoint:
         parameters, written = checkpoint.geometry.parameter_count(), checkpoint.path.stat().st_size

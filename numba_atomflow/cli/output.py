@@ -60,6 +60,11 @@ def say(text: str, end: str = "\n") -> None:
         discard(sys.stderr)
 
 
+def warn(sentence: str) -> None:
+    """Tell a user what was done in another way than they may expect; the command goes on."""
+    say(f"warning: {' '.join(sentence.split())}")
+
+
 def discard(stream: TextIO) -> None:
     """Point a stream nowhere: what it still holds would fail again when the interpreter flushes it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -92,6 +92,7 @@ def quantize(
             head=lm_head.value,
             overwrite=overwrite,
             progress=progress,
+            warn=output.warn,
         )
     with Checkpoint.open(destination) as checkpoint:
         record = _record(checkpoint, method, time.perf_counter() - started)

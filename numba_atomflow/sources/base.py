@@ -28,6 +28,8 @@ class WeightSource(Protocol):
     text: TextAssets
     fp8_scheme: str | None  # of the weights that are FP8 already, in words; None: there are none
     files: tuple[Path, ...]  # everything that the source was read from
+    # Sentences for the user about what was not followed, those of `text` included. Each is whole: it names the file.
+    warnings: tuple[str, ...]
 
     def names(self) -> list[str]: ...
 

@@ -64,6 +64,7 @@ class GgufSource:
         if tokens > self.geometry.vocabulary:
             raise SourceError(f"{path} has {tokens} tokens, but embeddings for {self.geometry.vocabulary} only.")
         self.text = assets_from_gguf(file.fields)
+        self.warnings = self.text.warnings
 
     def names(self) -> list[str]:
         return list(self._tensors)

@@ -64,6 +64,7 @@ class HuggingFaceSource:
         check_parameters(path, self.geometry, shapes)
         self._names = list(shapes)
         self.text, text_files = folder_text(path, config, self.geometry.vocabulary)
+        self.warnings = self.text.warnings
         self.files: tuple[Path, ...] = (config_path, *index_files, *(shard.path for shard in shards), *text_files)
 
     def names(self) -> list[str]:

@@ -3,13 +3,12 @@
 Every file is optional: a model without them can still be fed token ids.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.sources.json_file import parse_json, read_file
+from numba_atomflow.sources.json_file import parse_json, read_file, shortened
 from numba_atomflow.text import TextAssets
 
 TOKENIZER = "tokenizer.json"
@@ -31,19 +30,21 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
         vocabulary: number of rows of the embedding; token ids must be below.
 
     Raises:
-        SourceError: a file is malformed, or an end-of-reply id is outside the vocabulary.
+        SourceError: a file is malformed, or an end-of-reply id is no number.
     """
     contents = {name: read_file(folder / name) for name in TEXT_FILES if (folder / name).exists()}
     records = {name: parse_json(folder / name, data) for name, data in contents.items() if name != CHAT_TEMPLATE}
 
     tokenizer_config = records.get(TOKENIZER_CONFIG, {})
     tokens = _special_tokens(records.get(SPECIAL_TOKENS, {}) | tokenizer_config)
+    eos_ids, warnings = _eos_ids(folder, records, config, tokens["eos_token"], vocabulary)
     assets = TextAssets(
         tokenizer_json=contents.get(TOKENIZER),
         chat_template=_chat_template(folder, contents, tokenizer_config),
-        eos_ids=_eos_ids(folder, records, config, tokens["eos_token"], vocabulary),
+        eos_ids=eos_ids,
         add_bos=tokenizer_config.get("add_bos_token") is True,
         **tokens,
+        warnings=warnings,
     )
     return assets, tuple(folder / name for name in contents)
 
@@ -79,20 +80,26 @@ def _eos_ids(
     config: Mapping[str, Any],
     eos_token: str | None,
     vocabulary: int,
-) -> tuple[int, ...]:
-    """Ids from generation_config.json, or else config.json, and that of the tokenizer's own end token."""
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Ids from generation_config.json, or else config.json, and that of the tokenizer's own end token; and warnings.
+
+    An id that the vocabulary has not can never be sampled: transformers loads such a model, and so does this program.
+    """
     value = records.get(GENERATION_CONFIG, {}).get("eos_token_id")
     if value is None:
         value = config.get("eos_token_id")
     listed = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int for item in listed):
-        raise SourceError(f"{folder} has an unusable eos_token_id: {json.dumps(value)[:60]}; it must be a token id.")
+        raise SourceError(f"{folder} has an unusable eos_token_id: {shortened(value)}; it must be a token id.")
     ids: set[int] = set(listed)
     added = records.get(TOKENIZER, {}).get("added_tokens")
     for token in added if isinstance(added, list) else ():
         if isinstance(token, dict) and token.get("content") == eos_token and type(token.get("id")) is int:
             ids.add(token["id"])
-    outside = [token_id for token_id in ids if not 0 <= token_id < vocabulary]
-    if outside:
-        raise SourceError(f"{folder} has eos_token_id {outside[0]}, outside its vocabulary of {vocabulary} tokens.")
-    return tuple(sorted(ids))
+    outside = sorted(token_id for token_id in ids if not 0 <= token_id < vocabulary)
+    warnings = tuple(
+        f"{folder} has the eos_token_id {shortened(token_id)}, outside its vocabulary of {vocabulary} tokens; "
+        "it is ignored."
+        for token_id in outside
+    )
+    return tuple(sorted(ids.difference(outside))), warnings

@@ -50,7 +50,7 @@ def integer(path: Path, record: Mapping[str, Any], key: str, default: int | None
     value = record.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _unusable(path, key, value)
+        raise unusable(path, key, value)
     return value
 
 
@@ -59,17 +59,30 @@ def number(path: Path, record: Mapping[str, Any], key: str, default: float | Non
     value = record.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _unusable(path, key, value)
+        raise unusable(path, key, value)
     try:
         number = float(value)
     except OverflowError:  # JSON's integers know no limit
         number = math.inf
     if not 0 < number < math.inf:
-        raise _unusable(path, key, value)
+        raise unusable(path, key, value)
     return number
 
 
-def _unusable(path: Path, key: str, value: Any) -> SourceError:
+def shortened(value: Any) -> str:
+    """A JSON value as Python shows it, cut off after 60 characters, for messages.
+
+    Python refuses to print integers of thousands of digits, wherever in the value they are.
+    """
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a huge number"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def unusable(path: Path, key: str, value: Any) -> SourceError:
+    """The error about a value of a wrong type or size; None: the key is missing."""
     if value is None:
         return SourceError(f"{path} lacks {key}; get the complete model.")
-    return SourceError(f"{path} has an unusable value for {key}: {str(value)[:60]!r}.")
+    return SourceError(f"{path} has an unusable value for {key}: {shortened(value)}.")

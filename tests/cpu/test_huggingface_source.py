@@ -18,7 +18,8 @@ from tiny_models import (
     write_safetensors,
 )
 
-from numba_atomflow.errors import AtomFlowError, GeometryError, SourceError
+from numba_atomflow.convert import convert
+from numba_atomflow.errors import AtomFlowError, GeometryError, SourceError, SourceWarning
 from numba_atomflow.geometry import RopeScaling
 from numba_atomflow.sources import open_source
 
@@ -272,9 +273,21 @@ def test_numbers_out_of_range_name_the_config(folder: Path, changes: dict[str, A
     refused(folder, "config.json", fragment, error=GeometryError)
 
 
-def test_eos_outside_the_vocabulary(folder: Path) -> None:
-    write_json(folder / "generation_config.json", {"eos_token_id": 288})
-    refused(folder, "eos_token_id 288", "288 tokens")
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("outside", [288, -1, 10**400])
+def test_eos_ids_outside_the_vocabulary_are_ignored_with_a_warning(folder: Path, where: str, outside: int) -> None:
+    write_json(folder / "generation_config.json", {})
+    change_json(folder / where, eos_token_id=[outside, 5])
+    source = open_source(folder)
+    assert source.text.eos_ids == (1, 5)
+    (warning,) = source.warnings
+    assert f"eos_token_id {str(outside)[:50]}" in warning
+    assert str(folder) in warning
+    with pytest.warns(SourceWarning, match="outside its vocabulary of 288 tokens; it is ignored"):
+        convert(folder, folder.parent / "python.safetensors")
+    told: list[str] = []
+    convert(folder, folder.parent / "cli.safetensors", warn=told.append)
+    assert told == [warning]
 
 
 # --- tied embeddings -----------------------------------------------------------------------------------------------

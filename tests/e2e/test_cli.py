@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import InProcess, assert_refused, command_line, environment, names_in, run_cli
-from tiny_models import write_gguf
+from tiny_models import write_gguf, write_hf_folder, write_json
 
 from numba_atomflow import __version__
 from numba_atomflow.checkpoint import Checkpoint
@@ -208,6 +208,21 @@ def test_convert(cli: InProcess, tiny_folder: Path, tmp_path: Path, kind: str) -
         "parameters": parameters,
         "seconds": record["seconds"],
     }
+
+
+@pytest.mark.parametrize("command", [("convert",), ("quantize", "--method", "rtn")])
+def test_warnings_of_a_source_are_lines_of_standard_error(
+    cli: InProcess, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    write_hf_folder(tmp_path / "hf")
+    write_json(tmp_path / "hf" / "generation_config.json", {"eos_token_id": [-1, 400]})
+    outcome = cli(*command, tmp_path / "hf", tmp_path / "out.safetensors")
+    assert outcome.code == 0
+    lines = outcome.err.splitlines()
+    assert [line.partition(" has the ")[2] for line in lines] == [
+        f"eos_token_id {outside}, outside its vocabulary of 288 tokens; it is ignored." for outside in (-1, 400)
+    ]
+    assert all(line.startswith("warning: ") for line in lines)
 
 
 def test_progress_is_shown_to_people_only(cli_home: Path, tiny_folder: Path, tmp_path: Path) -> None:
