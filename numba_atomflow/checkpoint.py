@@ -23,7 +23,6 @@ follows F32 start at a multiple of 128 bytes. The metadata holds JSON records: g
 SHA-256, text, and calibration where there was one.
 """
 
-import json
 import math
 import mmap
 from collections.abc import Iterator
@@ -36,7 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import CheckpointError, GeometryError
-from numba_atomflow.geometry import GROUP, ModelGeometry
+from numba_atomflow.foreign import load_json, short, shown
+from numba_atomflow.geometry import GROUP, ModelGeometry, layers_fit
 from numba_atomflow.tensor_file import TensorEntry, TensorFile, read_tensor_file
 from numba_atomflow.text import TextAssets
 
@@ -227,7 +227,8 @@ def _geometry(file: TensorFile) -> ModelGeometry:
     version = file.metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file.path} has format version {version}, this program reads {FORMAT_VERSION}; convert the model again."
+            f"{file.path} has format version {short(str(version))}, this program reads {FORMAT_VERSION}; "
+            "convert the model again."
         )
     try:
         return ModelGeometry.from_dict(_record(file, "geometry"))
@@ -237,8 +238,8 @@ def _geometry(file: TensorFile) -> ModelGeometry:
 
 def _record(file: TensorFile, key: str) -> dict[str, Any]:
     try:
-        record = json.loads(file.metadata.get(key, ""))
-    except (ValueError, RecursionError) as error:
+        record = load_json(file.metadata.get(key, ""))
+    except ValueError as error:
         raise CheckpointError(f"The {key} record of {file.path} is not JSON; convert the model again.") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"The {key} record of {file.path} is not a JSON object; convert the model again.")
@@ -251,7 +252,7 @@ def _head_format(file: TensorFile, geometry: ModelGeometry) -> HeadFormat:
 
 
 def _check_tensors(file: TensorFile, geometry: ModelGeometry, head: HeadFormat) -> None:
-    if geometry.layers > len(file.entries):  # before a layout is made for an absurd number of layers
+    if not layers_fit(geometry, len(file.entries)):
         raise CheckpointError(f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} tensors.")
     layout = tensor_layout(geometry, head)
     for name, (dtype, shape) in layout.items():
@@ -260,11 +261,11 @@ def _check_tensors(file: TensorFile, geometry: ModelGeometry, head: HeadFormat) 
             raise CheckpointError(f"{file.path} lacks the tensor {name}; convert the model again.")
         if (entry.dtype, entry.shape) != (dtype, shape):
             raise CheckpointError(
-                f"Tensor {name} of {file.path} is {entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}; "
+                f"Tensor {name} of {file.path} is {entry.dtype} {shown(list(entry.shape))}, not {dtype} {list(shape)}; "
                 "convert the model again."
             )
         if entry.offset % DTYPES[dtype].itemsize:
             raise CheckpointError(f"Tensor {name} of {file.path} is misaligned; convert the model again.")
     for name, entry in file.entries.items():
         if name not in layout and (name != TOKENIZER or entry.dtype != BYTES):
-            raise CheckpointError(f"{file.path} holds an unknown tensor {name}; convert the model again.")
+            raise CheckpointError(f"{file.path} holds an unknown tensor {short(name)}; convert the model again.")

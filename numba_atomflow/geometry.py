@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import GeometryError
+from numba_atomflow.foreign import short, shown
 
 GROUP = 128  # weights along K that share one scale
 HEAD_DIMS = (64, 80, 96, 128)
 LARGEST_COUNT = 2**63 - 1  # kernels compute in int64
+_TENSORS_OF_A_LAYER = 9  # at least: two norms and seven projections
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,10 @@ class ModelGeometry:
         for field in ("rope_theta", "norm_eps"):
             _check_number(field, getattr(self, field))
         if not isinstance(self.rope_scaling, RopeScaling | None):
-            raise GeometryError(
-                f"The model's rope_scaling is {_short(self.rope_scaling)}; it must be a record or null."
-            )
+            raise GeometryError(f"The model's rope_scaling is {shown(self.rope_scaling)}; it must be a record or null.")
         for field in ("tied_embeddings", "qkv_bias", "qk_norm"):
             if not isinstance(getattr(self, field), bool):
-                raise GeometryError(f"The model's {field} is {_short(getattr(self, field))}; it must be true or false.")
+                raise GeometryError(f"The model's {field} is {shown(getattr(self, field))}; it must be true or false.")
         if self.heads % self.kv_heads:
             raise GeometryError(
                 f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly; check the config."
@@ -156,8 +156,17 @@ class ModelGeometry:
             return cls(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
         except TypeError as error:
             raise GeometryError(
-                f"The checkpoint's geometry record cannot be read ({error}); convert it again."
+                f"The checkpoint's geometry record cannot be read ({short(str(error))}); convert it again."
             ) from error
+
+
+def layers_fit(geometry: ModelGeometry, tensors: int) -> bool:
+    """Whether so many tensors may be all of the model's: asked before a list is made for an absurd number of layers.
+
+    Where few are missing, the list names them, which says more.
+    """
+    least = geometry.layers if geometry.layers <= 1000 else _TENSORS_OF_A_LAYER * geometry.layers
+    return least <= tensors
 
 
 def rope_inverse_frequencies(geometry: ModelGeometry) -> NDArray[np.float64]:
@@ -181,13 +190,9 @@ def rope_inverse_frequencies(geometry: ModelGeometry) -> NDArray[np.float64]:
 def _check_count(field: str, value: object) -> None:
     """`value` is an integer (a float or a bool that equals one is none) from 1 to `LARGEST_COUNT`."""
     if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
-        raise GeometryError(f"The model's {field} is {_short(value)}; it must be a whole number, at least 1.")
+        raise GeometryError(f"The model's {field} is {shown(value)}; it must be a whole number, at least 1.")
 
 
 def _check_number(field: str, value: object) -> None:
     if not isinstance(value, float) or not 0 < value < math.inf:
-        raise GeometryError(f"The model's {field} is {_short(value)}; it must be a positive finite number.")
-
-
-def _short(value: object) -> str:
-    return repr(value)[:60]
+        raise GeometryError(f"The model's {field} is {shown(value)}; it must be a positive finite number.")

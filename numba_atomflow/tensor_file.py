@@ -5,17 +5,20 @@ tensor name to dtype, shape and [begin, end) in the data section, then the data 
 anything, so nothing is allocated or mapped before every claim has been compared with the size of the file.
 """
 
-import json
 import math
-from collections.abc import Sequence
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.foreign import load_json, short, shown
 
 METADATA = "__metadata__"
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the format's reference implementation
+LONGEST_READ = 4 << 20  # bytes of a header; the largest model (405B, 2,300 tensors) needs less than a tenth of it
+MOST_DIMENSIONS = 64  # as in NumPy
+LARGEST_SIZE = 2**64 - 1  # of a dimension or an offset
 
 ITEM_SIZES = {
     "BOOL": 1,
@@ -72,11 +75,14 @@ def read_tensor_file(path: Path, error: type[AtomFlowError]) -> TensorFile:
     end = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
-            raise error(f"Tensor {name} of {path} starts at byte {entry.offset}, not at {end}; the file is damaged.")
+            raise error(
+                f"Tensor {short(name)} of {path} starts at byte {entry.offset}, not at {end}; the file is damaged."
+            )
         end += entry.nbytes
         if end > file_size:
             raise error(
-                f"{path} is truncated: tensor {name} ends at byte {end}, the file at {file_size}; get the file again."
+                f"{path} is truncated: tensor {short(name)} ends at byte {end}, the file at {file_size}; "
+                "get the file again."
             )
     if end != file_size:
         raise error(f"{path} has {file_size - end} bytes after its last tensor; the file is damaged, get it again.")
@@ -86,6 +92,8 @@ def read_tensor_file(path: Path, error: type[AtomFlowError]) -> TensorFile:
 def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any], int, int]:
     """The header, the byte at which the data starts, and the size of the file."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would wait for somebody to write
+            raise error(f"{path} is not a file; check the path.")
         with path.open("rb") as file:
             file_size = file.seek(0, 2)
             file.seek(0)
@@ -93,12 +101,17 @@ def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any]
             if file_size < 8:
                 raise error(f"{path} is truncated: it holds {file_size} bytes; get the file again.")
             first = file.read(1)
-            if first != b"{" or length > LARGEST_HEADER:
+            if first != b"{" or not 2 <= length <= LARGEST_HEADER:
                 raise error(f"{path} is not a safetensors file, or its header is damaged; get the file again.")
             if 8 + length > file_size:
                 raise error(
                     f"{path} is truncated: its header ends at byte {8 + length}, the file at {file_size}; "
                     "get the file again."
+                )
+            if length > LONGEST_READ:
+                raise error(
+                    f"The header of {path} has {length} bytes, more than the {LONGEST_READ} that a model can need; the "
+                    "file is damaged."
                 )
             text = first + file.read(length - 1)
     except FileNotFoundError as problem:
@@ -106,35 +119,37 @@ def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any]
     except OSError as problem:
         raise error(f"{path} cannot be read ({problem.strerror}); check the path and its permissions.") from problem
     try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as problem:
+        header = load_json(text, unique=True)
+    except ValueError as problem:
         raise error(f"The header of {path} is not valid JSON ({problem}); the file is damaged.") from problem
     return header, 8 + length, file_size
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} is listed twice")
-    return record
-
-
 def _entry(path: Path, name: str, record: Any, data_start: int, error: type[AtomFlowError]) -> TensorEntry:
-    if not isinstance(record, dict) or set(record) != {"dtype", "shape", "data_offsets"}:
-        raise error(f"The header of {path} does not describe tensor {name} by dtype, shape and data_offsets.")
+    if not isinstance(record, dict) or record.keys() != {"dtype", "shape", "data_offsets"}:
+        raise error(f"The header of {path} does not describe tensor {short(name)} by dtype, shape and data_offsets.")
     dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise error(f"Tensor {name} of {path} has dtype {dtype!r}, which is not supported.")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise error(f"Tensor {name} of {path} has impossible shape {shape} or data_offsets {offsets}.")
+        raise error(f"Tensor {short(name)} of {path} has dtype {shown(dtype)}, which is not supported.")
+    if not _are_sizes(shape, MOST_DIMENSIONS) or not _are_sizes(offsets, 2) or len(offsets) != 2:
+        raise error(
+            f"Tensor {short(name)} of {path} has impossible shape {shown(shape)} or data_offsets {shown(offsets)}; "
+            "the file is damaged."
+        )
     begin, end = offsets
     nbytes = ITEM_SIZES[dtype] * math.prod(shape)
     if end - begin != nbytes:
-        raise error(f"Tensor {name} of {path} is {dtype} {shape}, {nbytes} bytes, but its data_offsets are {offsets}.")
+        raise error(
+            f"Tensor {short(name)} of {path} is {dtype} {shown(shape)}, {shown(nbytes)} bytes, but its data_offsets "
+            f"are {shown(offsets)}; the file is damaged."
+        )
     return TensorEntry(dtype, tuple(shape), data_start + begin, nbytes)
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, Sequence) and all(type(value) is int and value >= 0 for value in values)
+def _are_sizes(values: Any, most: int) -> bool:
+    """Whether it is a list of at most `most` numbers of bytes or elements: products of so few stay small."""
+    return (
+        isinstance(values, list)
+        and len(values) <= most
+        and all(type(value) is int and 0 <= value <= LARGEST_SIZE for value in values)
+    )

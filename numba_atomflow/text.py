@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numba_atomflow.errors import CheckpointError, TextError
+from numba_atomflow.foreign import short, shown
 from numba_atomflow.stream_decoder import StreamDecoder, TokenBytes
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class TextAssets:
                 sound = name == "add_bos" and isinstance(value, bool)
             if not sound:
                 raise CheckpointError(
-                    f"The checkpoint's text record has an unusable {name}: {repr(value)[:60]}; convert the model again."
+                    f"The checkpoint's text record has an unusable {short(name)}: {shown(value)}; convert the model "
+                    "again."
                 )
         return cls(**dict(record) | {"tokenizer_json": tokenizer_json, "eos_ids": tuple(record.get("eos_ids", ()))})
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import GeometryError, SourceError
-from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.foreign import short, shown
+from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.text import TextAssets
 
 LARGEST_WEIGHT = 65504.0  # the largest float16
@@ -76,7 +77,7 @@ def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, t
     Raises:
         SourceError: naming the first tensor that is missing, misshapen or unknown.
     """
-    if geometry.layers > len(shapes):  # before a list of parameters is made for an absurd number of layers
+    if not layers_fit(geometry, len(shapes)):
         raise SourceError(f"{path} describes {geometry.layers} layers but holds only {len(shapes)} tensors.")
     expected = geometry.parameters()
     missing = [name for name in expected if name not in shapes]
@@ -89,11 +90,14 @@ def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, t
     for name, shape in expected.items():
         if tuple(shapes[name]) != shape:
             raise SourceError(
-                f"Tensor {name} of {path} has shape {tuple(shapes[name])}, but the model's description says {shape}."
+                f"Tensor {name} of {path} has shape {shown(tuple(shapes[name]))}, but the model's description says "
+                f"{shape}."
             )
     for name in shapes:
         if name not in expected:
-            raise SourceError(f"{path} holds the tensor {name}, which is not part of a model of this description.")
+            raise SourceError(
+                f"{path} holds the tensor {short(name)}, which is not part of a model of this description."
+            )
 
 
 def check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:

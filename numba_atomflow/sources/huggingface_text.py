@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.sources.json_file import parse_json, read_file, shortened
+from numba_atomflow.foreign import shown
+from numba_atomflow.sources.json_file import parse_json, read_file
 from numba_atomflow.text import TextAssets
 
 TOKENIZER = "tokenizer.json"
@@ -90,7 +91,7 @@ def _eos_ids(
         value = config.get("eos_token_id")
     listed = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int for item in listed):
-        raise SourceError(f"{folder} has an unusable eos_token_id: {shortened(value)}; it must be a token id.")
+        raise SourceError(f"{folder} has an unusable eos_token_id: {shown(value)}; it must be a token id.")
     ids: set[int] = set(listed)
     added = records.get(TOKENIZER, {}).get("added_tokens")
     for token in added if isinstance(added, list) else ():
@@ -98,7 +99,7 @@ def _eos_ids(
             ids.add(token["id"])
     outside = sorted(token_id for token_id in ids if not 0 <= token_id < vocabulary)
     warnings = tuple(
-        f"{folder} has the eos_token_id {shortened(token_id)}, outside its vocabulary of {vocabulary} tokens; "
+        f"{folder} has the eos_token_id {shown(token_id)}, outside its vocabulary of {vocabulary} tokens; "
         "it is ignored."
         for token_id in outside
     )

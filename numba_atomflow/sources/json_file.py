@@ -1,12 +1,12 @@
 """Reading the JSON files of a model folder, with errors that name the file and the key."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
+from numba_atomflow.foreign import load_json, shown
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
         SourceError: the contents are malformed or something else than an object.
     """
     try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        record = load_json(data)
+    except ValueError as error:
         raise SourceError(f"{path} is not valid JSON ({error}); get the file again.") from error
     if not isinstance(record, dict):
         raise SourceError(f"{path} holds a JSON {type(record).__name__}, not an object; get the file again.")
@@ -69,20 +69,8 @@ def number(path: Path, record: Mapping[str, Any], key: str, default: float | Non
     return number
 
 
-def shortened(value: Any) -> str:
-    """A JSON value as Python shows it, cut off after 60 characters, for messages.
-
-    Python refuses to print integers of thousands of digits, wherever in the value they are.
-    """
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a huge number"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def unusable(path: Path, key: str, value: Any) -> SourceError:
     """The error about a value of a wrong type or size; None: the key is missing."""
     if value is None:
         return SourceError(f"{path} lacks {key}; get the complete model.")
-    return SourceError(f"{path} has an unusable value for {key}: {shortened(value)}.")
+    return SourceError(f"{path} has an unusable value for {key}: {shown(value)}.")
