@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite.binding import Linkage
 from numba.core import config
 from numba.core.caching import FunctionCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 
 from numba_atomflow import home
 
@@ -88,6 +91,38 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
             super().save_overload(sig, data)
 
 
+_SHARED = (Linkage.linkonce_odr, Linkage.weak_odr)  # how numba marks what may be defined several times
+
+
+class _SelfContainedLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """A kernel's machine code with private copies of the functions that it calls.
+
+    numba emits a called function, the body of a parallel loop too, with "linkonce_odr": one copy in the library that it
+    was compiled in, and one in every library that links it, where it has been through the optimiser once more and may
+    add floats in another order. Of all copies in a process the dynamic linker takes the one that was loaded first. So
+    a kernel would compute other bits after a compilation than after a load from the cache, and again other ones where
+    another kernel with the same building block was loaded before. Internal linkage leaves nothing to choose.
+    """
+
+    def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage in _SHARED:
+                function.linkage = Linkage.internal
+        super()._optimize_final_module()
+
+
+class _KernelCompiler(Compiler):  # type: ignore[misc]
+    """numba's compiler, into a library of the above kind."""
+
+    def define_pipelines(self) -> Any:
+        """The passes are numba's own."""
+        state = self.state
+        if state.library is None:
+            state.library = _SelfContainedLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+            state.library.enable_object_caching()
+        return super().define_pipelines()
+
+
 def cpu_kernel(
     *, parallel: bool = True, inline: bool = False, exact: bool = False
 ) -> Callable[[Callable[..., Any]], Any]:
@@ -106,16 +141,17 @@ def cpu_kernel(
         "error_model": "numpy",
         "boundscheck": False,
     }
+    kernel_flags = flags | {"parallel": parallel, "nogil": True, "pipeline_class": _KernelCompiler}
 
     def compile_it(function: Callable[..., Any]) -> Any:
         if inline:
             return numba.njit(**flags)(function)
         folder = cache_folder()
         if folder is None:
-            return numba.njit(parallel=parallel, nogil=True, **flags)(function)
+            return numba.njit(**kernel_flags)(function)
         previous, config.CACHE_DIR = config.CACHE_DIR, str(folder)
         try:
-            kernel = numba.njit(parallel=parallel, nogil=True, **flags)(function)
+            kernel = numba.njit(**kernel_flags)(function)
             kernel._cache = _KernelCache(function)  # noqa: SLF001  as its enable_caching() does, with our class
             return kernel
         finally:

@@ -1,0 +1,41 @@
+"""A kernel's bits depend on its source and on the CPU, not on what else the process has compiled or loaded before."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from cli_runner import ROOT, SECONDS, environment
+
+
+def run_kernels(home: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """What tests/kernel_bits.py says about these kernels, called in this order by a process of its own."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "kernel_bits.py", *names],
+        env=environment(home),
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    answer: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return answer
+
+
+def test_bits_whatever_the_process_has_compiled_or_loaded_before(tmp_path: Path) -> None:
+    everything = run_kernels(tmp_path / "a", ["static", "paged", "norm"])
+    assert all(everything["code"].values()), "nothing was compiled"
+    assert everything["bits"]["static"] == everything["bits"]["paged"]
+
+    # Another order, and one kernel loaded before another with the same building block is compiled.
+    first = run_kernels(tmp_path / "b", ["norm", "paged"])
+    second = run_kernels(tmp_path / "b", ["paged", "static"])
+    assert second["code"]["paged"] is None, "it was not loaded"
+    compiled = second["code"] | first["code"]
+    assert compiled == everything["code"]
+    assert first["bits"] | second["bits"] == everything["bits"]
+
+    loaded = run_kernels(tmp_path / "a", ["norm", "paged", "static"])
+    assert not any(loaded["code"].values()), "something was compiled"
+    assert loaded["bits"] == everything["bits"]
