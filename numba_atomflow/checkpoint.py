@@ -23,8 +23,6 @@ follows F32 start at a multiple of 128 bytes. The metadata holds JSON records: g
 SHA-256, text, and calibration where there was one.
 """
 
-import math
-import mmap
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +35,7 @@ from numpy.typing import NDArray
 from numba_atomflow.errors import CheckpointError, GeometryError
 from numba_atomflow.foreign import load_json, short, shown
 from numba_atomflow.geometry import GROUP, ModelGeometry, layers_fit
+from numba_atomflow.memory.mapped_file import MappedFile
 from numba_atomflow.tensor_file import TensorEntry, TensorFile, read_tensor_file
 from numba_atomflow.text import TextAssets
 
@@ -109,6 +108,11 @@ class Checkpoint:
     """An FP8 checkpoint, mapped read-only. Use as a context manager, or `close` it.
 
     Opening reads the header alone and checks it against the geometry and the size of the file; `verify` reads the rest.
+    Arrays are views of the file: if another program writes into it, they change, and `check_unchanged` raises.
+
+    Args:
+        file: its header.
+        private_copy: arrays are of a copy in memory, which takes as much of it as the file is long.
     """
 
     path: Path
@@ -118,7 +122,7 @@ class Checkpoint:
     head: HeadFormat  # of the vocabulary projection
     payload_bytes: int  # weights, scales and norms: what a model takes in memory
 
-    def __init__(self, file: TensorFile) -> None:
+    def __init__(self, file: TensorFile, *, private_copy: bool = False) -> None:
         self.path, self.metadata = file.path, file.metadata
         self._entries = file.entries
         self.geometry = _geometry(file)
@@ -127,21 +131,18 @@ class Checkpoint:
         self.head = _head_format(file, self.geometry)
         _check_tensors(file, self.geometry, self.head)
         self.payload_bytes = sum(entry.nbytes for name, entry in file.entries.items() if name != TOKENIZER)
+        self._file = MappedFile(file.path, file.stamp, CheckpointError, private_copy=private_copy)
         try:
-            with file.path.open("rb") as opened:
-                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CheckpointError(f"{file.path} cannot be mapped ({error.strerror}).") from error
-        try:
-            tokenizer = self.array(TOKENIZER).tobytes() if TOKENIZER in self._entries else None
+            entry = self._entries.get(TOKENIZER)
+            tokenizer = None if entry is None else self._file.read(entry.offset, entry.nbytes)
             self.text = TextAssets.from_dict(_record(file, "text"), tokenizer)
         except BaseException:
-            self._map.close()
+            self._file.close()
             raise
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Map the checkpoint at `path`.
+    def open(cls, path: Path, *, private_copy: bool = False) -> Self:
+        """Open the checkpoint at `path`.
 
         Raises:
             CheckpointError: the file is missing, damaged, of another version, or no checkpoint of this project.
@@ -151,17 +152,21 @@ class Checkpoint:
         with suppress(OSError), path.open("rb") as file:  # if it cannot be read, the reader below says why
             if file.read(4) == b"GGUF":
                 raise CheckpointError(f"{path} is a GGUF file; convert it first: `numba-atomflow convert {path} DEST`.")
-        return cls(read_tensor_file(path, CheckpointError))
+        return cls(read_tensor_file(path, CheckpointError), private_copy=private_copy)
 
     def names(self) -> list[str]:
         """Names of all tensors."""
         return list(self._entries)
 
     def array(self, name: str) -> NDArray[Any]:
-        """A read-only view into the mapped file: codes and tokenizer as uint8, scales and norms as float32, F16."""
+        """A read-only view into the mapped file: codes and tokenizer as uint8, scales and norms as float32, F16.
+
+        Raises:
+            ClosedError: the checkpoint was closed. Arrays from before stay valid.
+            CheckpointError: the file has changed, or cannot be mapped.
+        """
         entry = self._entries[name]
-        view = np.frombuffer(self._map, DTYPES[entry.dtype], math.prod(entry.shape), entry.offset)
-        return view.reshape(entry.shape)
+        return self._file.array(DTYPES[entry.dtype], entry.shape, entry.offset)
 
     def matrix(self, part: str) -> NDArray[np.float32]:
         """A projection or the embedding, [N, K], as the numbers that its stored weights stand for (a copy)."""
@@ -192,24 +197,21 @@ class Checkpoint:
                     raise CheckpointError(f"Tensor {name} of {self.path} is damaged; convert the model again.")
 
     def _pieces(self, entry: TensorEntry) -> Iterator[NDArray[Any]]:
-        dtype = DTYPES[entry.dtype]
-        try:
-            with self.path.open("rb") as file:
-                file.seek(entry.offset)
-                left = entry.nbytes
-                while left:
-                    piece = np.fromfile(file, dtype, min(left, _VERIFIED_AT_ONCE) // dtype.itemsize)
-                    if not piece.size:
-                        raise CheckpointError(f"{self.path} became shorter while it was read; convert the model again.")
-                    left -= piece.nbytes
-                    yield piece
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read ({error.strerror}).") from error
+        for start in range(0, entry.nbytes, _VERIFIED_AT_ONCE):
+            data = self._file.read(entry.offset + start, min(entry.nbytes - start, _VERIFIED_AT_ONCE))
+            yield np.frombuffer(data, DTYPES[entry.dtype])
+
+    def check_unchanged(self) -> None:
+        """No other program has written into the file, or cut it, since it was opened. Costs one system call.
+
+        Raises:
+            CheckpointError: one has; what was computed from arrays since the last check must not be used.
+        """
+        self._file.check_unchanged()
 
     def close(self) -> None:
         """Unmap the file, unless arrays from it are still in use: then the mapping goes with the last of them."""
-        with suppress(BufferError):
-            self._map.close()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self

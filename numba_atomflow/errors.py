@@ -44,6 +44,14 @@ class BackendError(AtomFlowError):
     """The backend that was asked for cannot run on this machine."""
 
 
+class ClosedError(AtomFlowError):
+    """An engine, a backend or a checkpoint was used after it had been closed."""
+
+
+class EngineBusyError(AtomFlowError):
+    """An engine was used while another thread uses it, or in the middle of one of its own steps."""
+
+
 class OutOfBlocksError(AtomFlowError):
     """The paged KV cache has too few free blocks for what a sequence needs next."""
 

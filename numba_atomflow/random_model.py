@@ -73,6 +73,9 @@ class RandomModel:
         array.flags.writeable = False
         return array
 
+    def check_unchanged(self) -> None:
+        """Nobody else can change it."""
+
     def close(self) -> None:
         """Forget the random block."""
         vars(self).pop("_block", None)

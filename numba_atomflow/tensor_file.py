@@ -6,12 +6,14 @@ anything, so nothing is allocated or mapped before every claim has been compared
 """
 
 import math
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.file_stamp import FileStamp
 from numba_atomflow.foreign import load_json, short, shown
 
 METADATA = "__metadata__"
@@ -52,9 +54,13 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What the header of a safetensors file says, found consistent with the file."""
+    """What the header of a safetensors file says, found consistent with the file.
+
+    Whoever opens the file again compares its stamp: the header is of no other.
+    """
 
     path: Path
+    stamp: FileStamp
     metadata: dict[str, str]
     entries: dict[str, TensorEntry]
 
@@ -65,7 +71,8 @@ def read_tensor_file(path: Path, error: type[AtomFlowError]) -> TensorFile:
     Raises:
         AtomFlowError: of the class `error`: the file is missing, unreadable, truncated, damaged or no safetensors file.
     """
-    header, data_start, file_size = _read_header(path, error)
+    header, data_start, stamp = _read_header(path, error)
+    file_size = stamp.size
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise error(f"The {METADATA} of {path} must map names to strings; the file is damaged, get it again.")
@@ -86,17 +93,17 @@ def read_tensor_file(path: Path, error: type[AtomFlowError]) -> TensorFile:
             )
     if end != file_size:
         raise error(f"{path} has {file_size - end} bytes after its last tensor; the file is damaged, get it again.")
-    return TensorFile(path, metadata, entries)
+    return TensorFile(path, stamp, metadata, entries)
 
 
-def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any], int, int]:
-    """The header, the byte at which the data starts, and the size of the file."""
+def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any], int, FileStamp]:
+    """The header, the byte at which the data starts, and the stamp of the file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would wait for somebody to write
             raise error(f"{path} is not a file; check the path.")
         with path.open("rb") as file:
-            file_size = file.seek(0, 2)
-            file.seek(0)
+            stamp = FileStamp.of(os.fstat(file.fileno()))
+            file_size = stamp.size
             length = int.from_bytes(file.read(8), "little")
             if file_size < 8:
                 raise error(f"{path} is truncated: it holds {file_size} bytes; get the file again.")
@@ -122,7 +129,7 @@ def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any]
         header = load_json(text, unique=True)
     except ValueError as problem:
         raise error(f"The header of {path} is not valid JSON ({problem}); the file is damaged.") from problem
-    return header, 8 + length, file_size
+    return header, 8 + length, stamp
 
 
 def _entry(path: Path, name: str, record: Any, data_start: int, error: type[AtomFlowError]) -> TensorEntry:

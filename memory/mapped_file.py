@@ -1,0 +1,163 @@
+"""A file's bytes as read-only arrays, and the certainty that they are still those of the file that was opened."""
+
+import math
+import mmap
+import os
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.errors import AtomFlowError, ClosedError
+from numba_atomflow.file_stamp import FileStamp, changed_sentence
+from numba_atomflow.memory.fault_handler import Watch
+
+_READ_AT_ONCE = 1 << 26  # bytes
+
+
+class MappedFile:
+    """A regular file, opened once: what is mapped, what is read and what is checked belong to the same one.
+
+    It is mapped when an array is first asked for. Other programs may replace or delete the file, which leaves this one
+    as it was. If they write into it, or cut it, arrays hold other bytes from then on (zeros, where there is no file any
+    more), and `check_unchanged` raises.
+
+    Args:
+        path: of the file.
+        stamp: that the file must have: of what was read from it before.
+        error: class of the exceptions.
+        private_copy: arrays are of a copy in memory, which nobody else can change.
+
+    Raises:
+        AtomFlowError: of the class `error`: it cannot be opened, or is not the one with that stamp.
+    """
+
+    def __init__(self, path: Path, stamp: FileStamp, error: type[AtomFlowError], *, private_copy: bool = False) -> None:
+        self.path, self._error, self._private_copy = path, error, private_copy
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as problem:
+            raise self._unreadable(problem) from problem
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._map: mmap.mmap | None = None
+        self._watch: Watch | None = None
+        status = os.fstat(self._descriptor)
+        self._stamp, self._changed_at = stamp, status.st_ctime_ns
+        self._attributes = _attributes(status)
+        if FileStamp.of(status) != stamp:
+            self._close()
+            raise self._changed()
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset`, without mapping anything.
+
+        Raises:
+            AtomFlowError: they cannot be read, or the file has changed.
+        """
+        self._check_open()
+        try:
+            data = os.pread(self._descriptor, count, offset)
+            while len(data) < count and (more := os.pread(self._descriptor, count - len(data), offset + len(data))):
+                data += more
+        except OSError as problem:
+            raise self._unreadable(problem) from problem
+        self.check_unchanged()
+        if len(data) < count:
+            raise self._changed()
+        return data
+
+    def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> NDArray[Any]:
+        """A read-only view of the bytes at `offset`. It stays valid when this object is closed.
+
+        Raises:
+            AtomFlowError: the file cannot be mapped, or has changed before it was copied.
+        """
+        self._check_open()
+        if self._map is None:
+            self._map = self._copied() if self._private_copy else self._mapped()
+        view = np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)  # it holds the mapping
+        view.flags.writeable = False
+        return view
+
+    def check_unchanged(self) -> None:
+        """The bytes that were read or mapped are still those of the file that was opened.
+
+        Costs one system call.
+
+        Raises:
+            AtomFlowError: another program has written into the file, or cut it.
+        """
+        if not self._close.alive or (self._private_copy and self._map is not None):
+            return
+        status = os.fstat(self._descriptor)
+        if self._watch is not None and self._watch.faulted:
+            raise self._changed()
+        if status.st_ctime_ns == self._changed_at and status.st_size == self._stamp.size:
+            return
+        if FileStamp.of(status) != self._stamp or self._is_backdated(status):
+            raise self._changed()
+        self._changed_at, self._attributes = status.st_ctime_ns, _attributes(status)
+
+    def close(self) -> None:
+        """Unmap the file, unless arrays from it are still in use: then the mapping goes with the last of them."""
+        self._close()
+        if self._map is not None:
+            with suppress(BufferError):
+                self._map.close()
+                if self._watch is not None:
+                    self._watch.end()
+            self._map = None
+
+    def _is_backdated(self, status: os.stat_result) -> bool:
+        """Whether the file may have been written and given its old time back, as ``cp -p`` and ``rsync -t`` do.
+
+        A new name, another owner, other permissions and a deletion change the status as well, and can be told from it.
+        """
+        try:
+            named = self.path.stat()
+        except OSError:
+            return False
+        return _attributes(status) == self._attributes and os.path.samestat(named, status)
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            mapped = mmap.mmap(self._descriptor, self._stamp.size, access=mmap.ACCESS_READ)
+        except ValueError as problem:  # longer than the file is now
+            raise self._changed() from problem
+        except OSError as problem:
+            raise self._error(f"{self.path} cannot be mapped ({problem.strerror}).") from problem
+        self._watch = Watch(mapped, np.frombuffer(mapped, np.uint8).ctypes.data)
+        return mapped
+
+    def _copied(self) -> mmap.mmap:
+        copy = mmap.mmap(-1, self._stamp.size)
+        done = 0
+        with memoryview(copy) as whole:
+            while done < self._stamp.size:
+                try:
+                    count = os.preadv(self._descriptor, [whole[done : done + _READ_AT_ONCE]], done)
+                except OSError as problem:
+                    raise self._unreadable(problem) from problem
+                if not count:
+                    raise self._changed()
+                done += count
+        self.check_unchanged()
+        return copy
+
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise ClosedError(f"{self.path} was closed before; open it again.")
+
+    def _changed(self) -> AtomFlowError:
+        return self._error(changed_sentence(self.path))
+
+    def _unreadable(self, problem: OSError) -> AtomFlowError:
+        return self._error(f"{self.path} cannot be read ({problem.strerror}); check the path and its permissions.")
+
+
+def _attributes(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes a file's status without changing its contents."""
+    return status.st_nlink, status.st_mode, status.st_uid, status.st_gid
