@@ -1,164 +1,195 @@
 """A model's chat template: Jinja source that came with the weights, and is not trusted.
 
-Templates are written for `transformers`, so the environment offers what it offers there: trimmed blocks, loop
-controls, ``generation`` blocks, ``raise_exception``, ``strftime_now`` and a ``tojson`` that escapes nothing. Jinja's
-sandbox keeps a template away from Python's internals; it sees plain strings, copied from the messages, nothing else.
+It runs in a process of its own (`template_process`), bounded in time, memory and length of text, and sees plain data,
+copied from the messages, nothing else. Importing this module costs nothing: Jinja is loaded in that process alone.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from numba_atomflow import template_process
+from numba_atomflow.errors import OptionError, TextError
 
-from numba_atomflow.errors import TextError
+Message = Mapping[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# What a template calls by name: a variable may not take the place of one. Those of Jinja are reserved as well.
+RESERVED = frozenset(
+    {
+        *("messages", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token"),
+        *("range", "dict", "namespace", "cycler", "joiner", "raise_exception", "strftime_now"),
+        *("self", "loop", "caller", "varargs", "kwargs", "context", "environment"),
+        *("true", "false", "none", "True", "False", "None"),
+    }
+)
+
+_DEEPEST = 64  # levels of lists and mappings in a message
+_LARGEST = 1 << 64  # of a whole number in a message
 
 
 class ChatTemplate:
-    """A compiled chat template.
+    """A chat template that is known to compile.
 
     Args:
         source: Jinja text.
         special_tokens: what the template may write by name, such as ``bos_token``.
 
     Raises:
-        TextError: the source is not valid Jinja.
+        TextError: the source is not valid Jinja, or compiling it takes too much time or memory.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self._source = source
         self._special_tokens = dict(special_tokens)
-        try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise TextError(f"The model's chat template is not valid Jinja ({_one_line(error)}).") from error
+        self._process = template_process.shared()
+        self._ask(None)
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as the text that the model was trained on.
 
         Args:
-            messages: ``{"role": ..., "content": ...}`` each; roles are those of `ROLES`.
+            messages: ``{"role": ..., "content": ...}`` each, as in OpenAI's interface; roles are those of `ROLES`.
+                The content is a text or a list of text parts, which are joined; it may be missing or None beside
+                ``tool_calls``. Other fields reach the template as plain data.
             add_generation_prompt: end with the opening of the assistant's reply.
+            template_variables: more names that the template knows, such as ``{"enable_thinking": False}``, or the
+                ``tools`` that the model may call.
 
         Raises:
-            TextError: a message is malformed, or the template refuses the conversation or fails on it.
+            TextError: a message is malformed, or the template refuses the conversation, fails on it, or takes too much
+                time, memory or text for it.
+            OptionError: a variable has a name that templates use otherwise, or a value that is no plain data.
         """
-        plain = [_plain_message(number, message) for number, message in enumerate(messages, start=1)]
+        plain = _plain_messages(messages)
         if not plain:
             raise TextError("The chat has no messages; give at least one with role 'user'.")
-        try:
-            return self._template.render(
-                messages=plain,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
-            )
-        except _Refusal as error:
-            raise TextError(f"The model's chat template refuses this conversation: {_one_line(error)}") from error
-        except Exception as error:  # foreign code: it may divide by zero, recurse without end, or fill the memory
-            raise TextError(f"The model's chat template cannot be rendered ({_one_line(error)}).") from error
+        if "developer" not in self._source:  # OpenAI's newer name for the system's role, which few templates know
+            plain = [message | {"role": "system"} if message["role"] == "developer" else message for message in plain]
+        return self._ask(
+            {"tools": None, "documents": None}
+            | plain_variables({} if template_variables is None else template_variables)
+            | self._special_tokens
+            | {"messages": plain, "add_generation_prompt": bool(add_generation_prompt)}
+        )
+
+    def _ask(self, variables: Mapping[str, Any] | None) -> str:
+        match self._process.ask(self._source, variables):
+            case {"text": text}:
+                return text
+            case {"refusal": reason}:
+                raise TextError(f"The model's chat template refuses this conversation: {reason}")
+            case {"invalid": reason}:
+                raise TextError(f"The model's chat template is not valid Jinja ({reason}).")
+            case answer:
+                raise TextError(f"The model's chat template cannot be rendered ({answer.get('failure')}).")
 
 
-class _Refusal(jinja2.TemplateError):
-    """Raised by a template through ``raise_exception``."""
-
-
-class _Generation(Extension):
-    """``{% generation %}``: marks the assistant's text for training; here it only lets its body through."""
-
-    tags: set[str] = {"generation"}  # noqa: RUF012 - how Jinja declares it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _PublicNamespace(Namespace):
-    """``namespace()`` whose attributes cannot pass for Python's own (``__call__``, ``__html__`` and their kind)."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        # `self` is taken from args, as Jinja does, so that a template may name an attribute `self`.
-        Namespace.__init__(*args, **kwargs)
-        for name in dict(*args[1:], **kwargs):
-            _check_public(name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_public(name)
-        super().__setitem__(name, value)
-
-
-def _check_public(name: object) -> None:
-    if not isinstance(name, str) or name.startswith("_"):
-        raise SecurityError(f"a namespace attribute may not be called {name!r}")
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    # Jinja's other globals are left out: no chat template needs them, and each is one more object to climb from.
-    environment.globals = {
-        "range": environment.globals["range"],  # limited in length by the sandbox
-        "dict": _make_dict,  # the class itself would lend its methods
-        "namespace": _PublicNamespace,
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-    }
-    return environment
-
-
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _Refusal(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)  # noqa: DTZ005 - the user's own clock, as everywhere
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _plain_message(number: int, message: Mapping[str, str]) -> dict[str, str]:
-    """A copy made of plain strings: subclasses of str could carry methods that the sandbox does not know.
+def plain_variables(variables: Mapping[Any, Any]) -> dict[str, Any]:
+    """A copy of variables for a template, in plain data.
 
     Raises:
-        TextError: the role or the content is missing, unknown or not text.
+        OptionError: a name is reserved or no name at all, or a value is no plain data.
+    """
+    if not isinstance(variables, Mapping):
+        raise OptionError("template_variables must map names to values.")
+    plain = {}
+    for name, value in variables.items():
+        if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+            raise OptionError(f"The template variable {name!r} has no usable name; take letters, digits and _.")
+        if name in RESERVED:
+            raise OptionError(f"The template variable {name!r} is reserved; the template gets it from the model.")
+        try:
+            plain[str.__str__(name)] = _plain(value)
+        except _NotPlainError as error:
+            raise OptionError(f"The template variable {name!r} {error}.") from error
+    return plain
+
+
+def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    if isinstance(messages, Mapping | str) or not isinstance(messages, Iterable):
+        raise TextError("A chat is a list of messages, each a mapping with 'role' and 'content'.")
+    return [_plain_message(number, message) for number, message in enumerate(messages, start=1)]
+
+
+def _plain_message(number: int, message: Message) -> dict[str, Any]:
+    """A copy in plain data: objects of other classes could not be handed to the template's process.
+
+    Raises:
+        TextError: the role or the content is missing, unknown or of a wrong type, or another field is no plain data.
     """
     if not isinstance(message, Mapping):
         raise TextError(f"Message {number} of the chat is not a mapping with 'role' and 'content'.")
+    calls = bool(message.get("tool_calls"))
     for key in ("role", "content"):
-        if message.get(key) is None:
+        if message.get(key) is None and not (key == "content" and calls):
             raise TextError(f"Message {number} of the chat has no {key!r}; each message needs 'role' and 'content'.")
+    plain: dict[str, Any] = {}
     for key, value in message.items():
-        if not isinstance(value, str):
-            raise TextError(f"The {key!r} of message {number} of the chat is {type(value).__name__}; it must be text.")
-    if message["role"] not in ROLES:
-        raise TextError(
-            f"Message {number} of the chat has the unknown role {message['role']!r}; roles are {', '.join(ROLES)}."
-        )
-    return {str.__str__(key): str.__str__(value) for key, value in message.items()}
+        if not isinstance(key, str):
+            raise TextError(f"Message {number} of the chat has a field with the name {key!r}, which is no text.")
+        try:
+            plain[str.__str__(key)] = _text(value) if key == "content" and value is not None else _plain(value)
+        except _NotPlainError as error:
+            raise TextError(f"The {key!r} of message {number} of the chat {error}.") from error
+    role = plain["role"]
+    if not isinstance(role, str):
+        raise TextError(f"The 'role' of message {number} of the chat is {type(role).__name__}; it must be text.")
+    if role not in ROLES:
+        raise TextError(f"Message {number} of the chat has the unknown role {role!r}; roles are {', '.join(ROLES)}.")
+    return plain
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+class _NotPlainError(Exception):
+    """The end of a sentence about a value that no template can be given."""
+
+
+def _text(content: Any) -> str:
+    """A message's content as one text: parts of type "text" are joined with nothing between them."""
+    if isinstance(content, str):
+        return str.__str__(content)
+    if isinstance(content, Mapping) or not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+        raise _NotPlainError(f"is {type(content).__name__}; it must be text, or a list of text parts")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            what = f"of type {kind!r}" if isinstance(kind, str) and kind != "text" else "that is no text part"
+            raise _NotPlainError(f'has a part {what}; this program takes {{"type": "text", "text": ...}} alone')
+        texts.append(str.__str__(part["text"]))
+    return "".join(texts)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A copy made of dict, list, str, int, float, bool and None."""
+    if depth > _DEEPEST:
+        raise _NotPlainError(f"is nested more than {_DEEPEST} levels deep")
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return str.__str__(value)
+        case Integral():
+            number = int(value)
+            if abs(number) >= _LARGEST:
+                raise _NotPlainError("holds a whole number of more than 64 bits")
+            return number
+        case Real():
+            if not math.isfinite(value):
+                raise _NotPlainError("holds a number that is not finite")
+            return float(value)
+        case Mapping():
+            for key in value:
+                if not isinstance(key, str):
+                    raise _NotPlainError(f"holds the name {key!r}, which is no text")
+            return {str.__str__(key): _plain(item, depth + 1) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item, depth + 1) for item in value]
+    raise _NotPlainError(f"holds {type(value).__name__}; text, numbers, lists and mappings are plain data")

@@ -32,7 +32,7 @@ from numba_atomflow.text import TextCodec
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
 
 FinishReason = Literal["eos", "stop", "max_tokens", "context", "interrupted"]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Item = TypeVar("Item", int, str)
 
 
@@ -368,15 +368,29 @@ class Engine:
             decoder.push(token)  # some tokenizers write a space before every word but the first: the prompt was first
         return self._start(prompt, decoder, params, started)
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
-        """Reply to a conversation: a list of ``{"role": ..., "content": ...}``.
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Generation:
+        """Reply to a conversation.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each, in the shape of OpenAI's interface; roles are system,
+                developer, user, assistant and tool. The content is a text or a list of text parts.
+            params: how tokens are chosen, and when the reply ends.
+            template_variables: what the model's chat template may be told besides, such as
+                ``{"enable_thinking": False}`` or ``{"tools": [...]}``; plain data.
 
         Raises:
-            TextError: the model has no chat template, or the template refuses the messages.
+            TextError: the model has no chat template, or the template refuses the messages or fails on them.
+            OptionError: a template variable has a reserved name, or is no plain data.
             ContextError: the conversation leaves no room for a token.
         """
         started = time.perf_counter()
-        prompt = self._checked(self.text.encode_chat(messages), taken=0)
+        prompt = self._checked(self.text.encode_chat(messages, template_variables), taken=0)
         return self._start(prompt, self.text.stream(), params, started)
 
     def _start(

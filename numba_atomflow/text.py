@@ -142,21 +142,29 @@ class TextCodec:
         """A decoder for the tokens of one reply, as they arrive."""
         return StreamDecoder(self._token_bytes)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as one text, in the format of the model's chat template.
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as one text, in the format of the model's chat template: see `ChatTemplate.render`.
 
         Raises:
             TextError: the model has no chat template, a message is malformed, or the template refuses or fails.
+            OptionError: a template variable cannot be used.
         """
-        return self._chat_template.render(messages, add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt, template_variables)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], template_variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's reply. The template writes the BOS itself.
 
         Raises:
-            TextError: as `render_chat`, and as `encode`.
+            TextError, OptionError: as `render_chat`, and as `encode`.
         """
-        return self.encode(self.render_chat(messages), add_special=False)
+        return self.encode(self.render_chat(messages, template_variables=template_variables), add_special=False)
 
     @cached_property
     def _chat_template(self) -> "ChatTemplate":
