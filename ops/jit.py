@@ -3,16 +3,20 @@
 `cpu_kernel` is numba's ``njit`` with this project's flags and an on-disk cache. Numba's own cache looks only at the
 file of the compiled function: it would miss an edit in a function that the kernel *calls*. So the cache folder
 carries a hash of every file in ``ops/``: any edit there starts an empty folder, and everything is compiled afresh.
+
+In a process that was forked from one whose OpenMP pool runs, kernels raise BackendError.
 """
 
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numba
 from llvmlite.binding import Linkage
@@ -20,15 +24,18 @@ from numba.core import config
 from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.np.ufunc import parallel as pool
 
-from numba_atomflow import home
+from numba_atomflow import home, numba_settings
+from numba_atomflow.errors import BackendError
 
 _KEPT_CACHES = 4  # older folders, left behind by edits of ops/, are deleted
 
 # numba's OpenMP layer keeps its threads spinning between parallel loops: starting a loop costs 2 us. The TBB and
 # workqueue layers put them to sleep, and waking one costs 20-130 us; a decode step has 150 parallel loops.
-if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+if config.THREADING_LAYER_PRIORITY == ["tbb", "omp", "workqueue"]:  # numba's own default
     config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+numba_settings.check()
 
 
 def source_hash(target: str = "cpu") -> str:
@@ -46,7 +53,7 @@ def source_hash(target: str = "cpu") -> str:
 @cache
 def cache_folder(target: str = "cpu") -> Path | None:
     """Folder of code compiled for "cpu" or "cuda" from this very state of ``ops/``; None if it cannot be written."""
-    folder = home.compiled() / f"{target}-{source_hash(target)}"
+    folder = home.compiled() / f"{target}-{source_hash(target)}{numba_settings.compiler_suffix()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.touch()  # marks it as in use: pruning goes by age
@@ -148,13 +155,56 @@ def cpu_kernel(
             return numba.njit(**flags)(function)
         folder = cache_folder()
         if folder is None:
-            return numba.njit(**kernel_flags)(function)
+            return _guarded(numba.njit(**kernel_flags)(function))
         previous, config.CACHE_DIR = config.CACHE_DIR, str(folder)
         try:
             kernel = numba.njit(**kernel_flags)(function)
             kernel._cache = _KernelCache(function)  # noqa: SLF001  as its enable_caching() does, with our class
-            return kernel
+            return _guarded(kernel)
         finally:
             config.CACHE_DIR = previous
 
     return compile_it
+
+
+# --- forked processes ------------------------------------------------------------------------------------------------
+
+_kernels: list[Any] = []
+_pool_lost = False  # by a fork: GNU OpenMP's threads stay in the parent, and numba ends a child that calls them
+
+
+def _guarded(kernel: Any) -> Any:
+    """The kernel, remembered for `_after_fork`."""
+    _kernels.append(kernel)
+    if _pool_lost:
+        _disable(kernel)
+    return kernel
+
+
+def _after_fork() -> None:
+    """In the child: disable all kernels, if they would be the end of it."""
+    global _pool_lost  # noqa: PLW0603  a property of the process
+    if not pool._is_initialized or pool._threading_layer != "omp":  # noqa: SLF001  `threading_layer()` raises
+        return
+    omppool = import_module("numba.np.ufunc.omppool")  # loaded already: a compiled module without annotations
+    if omppool.openmp_vendor == "GNU" and sys.platform == "linux":
+        _pool_lost = True
+        for kernel in _kernels:
+            _disable(kernel)
+
+
+def _disable(kernel: Any) -> None:
+    """Take the compiled code out of a kernel: what it calls in order to compile anew raises."""
+    kernel._compile_for_args = _refuse  # noqa: SLF001
+    kernel._clear()  # noqa: SLF001
+
+
+def _refuse(*_arguments: Any, **_named: Any) -> NoReturn:
+    raise BackendError(
+        "This process was forked from one that had run CPU kernels, and their threads do not survive that; "
+        'start it by "spawn" or "forkserver" (multiprocessing.get_context), or fork before the first engine is loaded.'
+    )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

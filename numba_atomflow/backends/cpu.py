@@ -33,7 +33,6 @@ from numba_atomflow.decode import (
     build_step,
     step_buffers,
 )
-from numba_atomflow.errors import OptionError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.machine import cpu_name
 from numba_atomflow.memory.arena import HostArena
@@ -42,6 +41,7 @@ from numba_atomflow.memory.view import View, view_of
 from numba_atomflow.ops import attention, bandwidth, embedding, projection, rms_norm, rope
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.spread import faster_half
+from numba_atomflow.threads import choose_threads, described
 
 BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it
 HEAD_ROWS = 16  # positions whose logits are computed at once when all are asked for
@@ -49,18 +49,6 @@ KEPT_STEPS = 8  # prompt lengths whose steps stay bound
 FEW = 4  # up to here, reading the weights once per token is faster than decoding them into scratch for BLAS
 
 Action = Callable[[], None]
-
-
-def choose_threads(wanted: int | None) -> int:
-    """Threads that kernels run on; all cores by default.
-
-    Raises:
-        OptionError: `wanted` is not between 1 and the number of cores.
-    """
-    cores: int = numba.config.NUMBA_NUM_THREADS
-    if wanted is not None and not 1 <= wanted <= cores:
-        raise OptionError(f"threads is {wanted}; this machine allows 1 to {cores}.")
-    return wanted or cores
 
 
 def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryPlan:
@@ -85,7 +73,7 @@ class CpuBackend:
         geometry: of the model.
         weights: the checkpoint's arrays by name, kept mapped while the backend lives.
         max_seq_len: positions of the KV cache.
-        threads: that kernels run on; all cores by default.
+        threads: that kernels run on; by default all cores, or what a CPU quota allows.
 
     Raises:
         OptionError: there are not that many cores.
@@ -102,7 +90,7 @@ class CpuBackend:
         threads: int | None = None,
     ) -> None:
         self.threads = choose_threads(threads)
-        self.device = f"{cpu_name()}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        self.device = f"{cpu_name()}, {described(self.threads, threads)}"
         self.geometry = geometry
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.block = min(BLOCK, max_seq_len)

@@ -1,13 +1,12 @@
 """The commands, put together."""
 
-import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from numba_atomflow import __version__
+from numba_atomflow import __version__, numba_settings
 from numba_atomflow.cli import output
 from numba_atomflow.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from numba_atomflow.cli.bench import bench
@@ -69,6 +68,10 @@ class _HelpThroughOutput:
 
 class _Command(_HelpThroughOutput, TyperCommand):
     """A command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        numba_settings.check_import()
+        return super().invoke(ctx)
 
 
 class _Group(_HelpThroughOutput, TyperGroup):
@@ -132,8 +135,6 @@ def _main(
     """Run a language model on your machine: one user, one stream of tokens, FP8 weights."""
     if context.invoked_subcommand is None:
         output.emit(context.get_help() + "\n")
-    else:
-        _check_environment()
 
 
 @sandbox.callback(invoke_without_command=True)
@@ -141,15 +142,3 @@ def _sandbox(context: typer.Context) -> None:
     """Many requests over one model with a paged KV cache, and what that costs."""
     if context.invoked_subcommand is None:
         output.emit(context.get_help() + "\n")
-
-
-def _check_environment() -> None:
-    """Refuse what numba would meet with a traceback when it is imported.
-
-    Raises:
-        OptionError: NUMBA_NUM_THREADS is no number of threads.
-    """
-    name = "NUMBA_NUM_THREADS"
-    threads = os.environ.get(name)
-    if threads is not None and not (threads.isdecimal() and int(threads) > 0):
-        raise OptionError(f"{name} is {threads!r}; set it to the number of threads, 1 or more, or remove it.")

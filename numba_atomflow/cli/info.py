@@ -102,7 +102,8 @@ def _memory_plan(checkpoint: "Checkpoint", max_seq_len: int | None, backend: opt
         name, mapped = "cuda", {}
         plan, device = plan_for_this_gpu(checkpoint.geometry, checkpoint.head, positions)
     else:
-        from numba_atomflow.backends.cpu import choose_threads, cpu_plan
+        from numba_atomflow.backends.cpu import cpu_plan
+        from numba_atomflow.threads import choose_threads
 
         name, mapped, device = "cpu", {"weights": checkpoint.payload_bytes}, {}
         plan = cpu_plan(checkpoint.geometry, positions, choose_threads(None))
@@ -186,13 +187,16 @@ def _yes(there: bool) -> str:
 
 
 def _machine() -> dict[str, Any]:
-    import numba
     from llvmlite import binding
+
+    from numba_atomflow.cpu_quota import cpu_quota
+    from numba_atomflow.threads import default_threads
 
     return {
         "versions": machine.versions(),
         "cpu": {"name": machine.cpu_name(), "llvm_name": binding.get_host_cpu_name(), "cores": os.cpu_count()},
-        "threads": numba.config.NUMBA_NUM_THREADS,
+        "threads": default_threads(),
+        "cpu_quota": cpu_quota(),
         "threading_layers": _threading_layers(),
         "memory_bytes": math.prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")),
         "cuda_driver": machine.cuda_driver(),
@@ -208,12 +212,16 @@ def _machine_table(record: dict[str, Any]) -> Table:
         *((name, version or "not installed") for name, version in record["versions"].items()),
         ("CPU", f"{cpu['name']} ({cpu['llvm_name']}), {cpu['cores']} cores"),
         ("memory", output.size(record["memory_bytes"])),
-        ("threads", f"{record['threads']}"),
+        ("threads", _threads(record["threads"], record["cpu_quota"])),
         ("threading layers", ", ".join(layers) + advice),
         ("CUDA driver", record["cuda_driver"] or "none"),
         ("home", record["home"]),
         ("models", ", ".join(record["models"]) or "none yet"),
     ]
+
+
+def _threads(count: int, quota: float | None) -> str:
+    return str(count) + ("" if quota is None else f" (CPU quota of {quota:g})")
 
 
 def _threading_layers() -> list[str]:

@@ -57,7 +57,7 @@ Threads = Annotated[
     typer.Option(
         "--threads",
         metavar="N",
-        help="Cores to use; fewer are faster where other programs keep some busy.  [default: all]",
+        help="Cores to use; fewer are faster where other programs keep some busy.  [default: all, or the CPU quota]",
     ),
 ]
 

@@ -6,13 +6,13 @@ cache. Here every sequence goes through a whole layer before the next layer is r
 
 from collections.abc import Mapping
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.ops import attention, projection, rms_norm, rope
 from numba_atomflow.quantize.inputs import Inputs
+from numba_atomflow.threads import most_threads
 
 Array = NDArray[np.float32]
 
@@ -30,7 +30,7 @@ class LayerForward:
         self._values = np.empty((tokens, g.kv_dim), np.float32)
         self._attended = np.empty((tokens, g.q_dim), np.float32)
         self._ffn = np.empty((tokens, g.ffn), np.float32)
-        self._scratch = np.empty((numba.config.NUMBA_NUM_THREADS, attention.block_scratch(g.head_dim)), np.float32)
+        self._scratch = np.empty((most_threads(), attention.block_scratch(g.head_dim)), np.float32)
 
     def run(self, layer: Mapping[str, Array], stream: Array, inputs: Mapping[str, Inputs]) -> None:
         """One sequence through one layer.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from numba_atomflow.errors import CheckpointError, OptionError
+from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.machine import cpu_name
 from numba_atomflow.memory.arena import HostArena
@@ -21,6 +21,7 @@ from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_family
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
+from numba_atomflow.threads import choose_threads, described
 
 MOST_COLUMNS = 64
 FEW = 16  # up to here, one core reads the weights once per column sooner than it decodes them into scratch for BLAS
@@ -34,7 +35,7 @@ class CpuRunner:
         geometry: of the model.
         weights: the checkpoint's arrays by name, which must stay mapped.
         sizes: of the cache.
-        threads: that kernels run on; all cores by default.
+        threads: that kernels run on; by default all cores, or what a CPU quota allows.
 
     Raises:
         OptionError: no such number of cores, or no kernels for this family of models.
@@ -50,11 +51,8 @@ class CpuRunner:
         threads: int | None = None,
     ) -> None:
         check_family(geometry)
-        cores: int = numba.config.NUMBA_NUM_THREADS
-        if threads is not None and not 1 <= threads <= cores:
-            raise OptionError(f"threads is {threads}; this machine allows 1 to {cores}.")
-        self.threads = threads or cores
-        self.device = f"{cpu_name()}, {self.threads} threads"
+        self.threads = choose_threads(threads)
+        self.device = f"{cpu_name()}, {described(self.threads, threads)}"
         self.geometry, self.sizes, self._weights = geometry, sizes, weights
         self.block_size = sizes.block_sizes[0]
         self.pages = np.zeros((sizes.sequences, sizes.table_width), np.int32)

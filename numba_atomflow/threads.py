@@ -1,0 +1,49 @@
+"""How many threads the kernels run on.
+
+The most is the size of numba's pool: every core that this process may run on, or NUMBA_NUM_THREADS. By default it is
+also no more than a container's CPU quota, in whole cores. The kernels' threads wait for each other at the end of every
+parallel loop, 150 times a token: with more threads than quota, all would be stopped for a part of every 100 ms.
+"""
+
+import os
+from pathlib import Path
+
+import numba
+
+from numba_atomflow.cpu_quota import cpu_quota
+from numba_atomflow.errors import OptionError
+
+_SYSTEM = Path("/")
+
+
+def most_threads() -> int:
+    """Size of numba's pool: thread numbers in kernels are below it."""
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+def default_threads(root: Path = _SYSTEM) -> int:
+    """Threads where nobody asks for a number.
+
+    Args:
+        root: folder that holds ``proc`` and ``sys``.
+    """
+    quota = cpu_quota(root)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else most_threads()
+    return max(1, min(most_threads(), allowed, most_threads() if quota is None else int(quota)))
+
+
+def choose_threads(wanted: int | None) -> int:
+    """Threads that kernels run on: `wanted`, or the default.
+
+    Raises:
+        OptionError: `wanted` is not between 1 and the number of cores.
+    """
+    if wanted is not None and not 1 <= wanted <= most_threads():
+        raise OptionError(f"threads is {wanted}; this machine allows 1 to {most_threads()}.")
+    return wanted or default_threads()
+
+
+def described(threads: int, wanted: int | None) -> str:
+    """A number of threads for people, with the reason where nobody asked for it: "1 thread (CPU quota of 1.5)"."""
+    quota = cpu_quota() if wanted is None and threads < most_threads() else None
+    return f"{threads} thread{'s' if threads > 1 else ''}" + ("" if quota is None else f" (CPU quota of {quota:g})")

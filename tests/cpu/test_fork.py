@@ -1,0 +1,72 @@
+"""Kernels in forked processes: they work, or raise; GNU OpenMP would end the process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from cli_runner import environment
+
+from numba_atomflow import home
+from numba_atomflow.errors import BackendError
+from numba_atomflow.ops.bandwidth import total
+from numba_atomflow.ops.fp8 import quantize_groups
+from numba_atomflow.ops.rms_norm import rms_norm
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+REFUSED, WORKED = 11, 12
+
+FORK_FIRST = """
+import os, numpy as np
+from numba_atomflow.ops.bandwidth import total
+pid = os.fork()
+if pid == 0:
+    os._exit(int(total(np.ones(12, np.float32))))
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(total(np.ones(5, np.float32))))
+"""
+
+
+def use_kernel(name: str) -> None:
+    ones = np.ones((1, 128), np.float32)
+    match name:
+        case "total":
+            total(ones[0])
+        case "quantize":
+            quantize_groups(ones)
+        case "rms_norm":  # perhaps never compiled before
+            rms_norm(ones, ones[0], np.float32(1e-6), np.empty_like(ones))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of what this is about
+@pytest.mark.parametrize("kernel", ["total", "quantize", "rms_norm"])
+def test_a_kernel_in_a_child_of_a_process_that_ran_kernels_raises(kernel: str) -> None:
+    total(np.ones(3, np.float32))
+    lost = sys.platform == "linux" and numba.threading_layer() == "omp"
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            use_kernel(kernel)
+            code = WORKED
+        except BackendError as error:
+            code = REFUSED if "forked" in str(error) else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (REFUSED if lost else WORKED)
+    use_kernel(kernel)  # the parent's kernels are as they were
+
+
+def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp_path: Path) -> None:
+    (tmp_path / "compiled").symlink_to(home.compiled().resolve())
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK_FIRST],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "12 5\n"), done.stderr

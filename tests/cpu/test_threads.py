@@ -1,0 +1,110 @@
+"""How many threads kernels run on: cores, affinity, and the CPU quotas of containers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from numba_atomflow import threads
+from numba_atomflow.cpu_quota import cpu_quota
+from numba_atomflow.errors import OptionError
+
+V2_MOUNT = "30 23 0:28 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+V1_MOUNT = "33 31 0:30 {root} /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct"
+V1_MEMORY = "34 31 0:31 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+def version_2(root: Path, own: str, limits: dict[str, str], shown: str = "/") -> Path:
+    write(root, {"proc/self/cgroup": f"0::{own}", "proc/self/mountinfo": V2_MOUNT.format(root=shown)})
+    return write(root, {f"sys/fs/cgroup/{group}/cpu.max": limit for group, limit in limits.items()})
+
+
+def version_1(root: Path, own: str, limits: dict[str, tuple[int, int]], shown: str = "/") -> Path:
+    groups = f"9:name=systemd:/\n4:memory:/elsewhere\n2:cpu,cpuacct:{own}\n0::/"
+    write(root, {"proc/self/cgroup": groups, "proc/self/mountinfo": f"{V1_MEMORY}\n{V1_MOUNT.format(root=shown)}"})
+    for group, (quota, period) in limits.items():
+        folder = f"sys/fs/cgroup/cpu,cpuacct/{group}"
+        write(root, {f"{folder}/cpu.cfs_quota_us": str(quota), f"{folder}/cpu.cfs_period_us": str(period)})
+    return root
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "quota"),
+    [
+        ("/", {}, None),
+        ("/", {".": "max 100000"}, None),
+        ("/", {".": "100000 100000"}, 1.0),
+        ("/", {".": "150000"}, 1.5),
+        ("/a/b", {"a/b": "max 100000", "a": "200000 100000"}, 2.0),
+        ("/a/b", {"a/b": "400000 100000", "a": "max 100000", ".": "50000 100000"}, 0.5),
+        ("/a/b", {"a/b": "400000 100000", "a/c": "50000 100000"}, 4.0),
+        ("/", {".": "nonsense here"}, None),
+        ("/../../other", {".": "300000 100000"}, 3.0),
+    ],
+)
+def test_the_least_quota_of_nested_groups_counts(
+    tmp_path: Path, own: str, limits: dict[str, str], quota: float | None
+) -> None:
+    assert cpu_quota(version_2(tmp_path, own, limits)) == quota
+
+
+@pytest.mark.parametrize(
+    ("own", "shown", "limits", "quota"),
+    [
+        ("/", "/", {".": (-1, 100000)}, None),
+        ("/", "/", {".": (250000, 100000)}, 2.5),
+        ("/a/b", "/", {"a/b": (-1, 100000), "a": (50000, 50000)}, 1.0),
+        ("/docker/0123", "/docker/0123", {".": (100000, 100000)}, 1.0),  # no name space of its own
+        ("/docker/0123/in", "/docker/0123", {"in": (300000, 100000), ".": (400000, 100000)}, 3.0),
+    ],
+)
+def test_quotas_of_version_1(
+    tmp_path: Path, own: str, shown: str, limits: dict[str, tuple[int, int]], quota: float | None
+) -> None:
+    assert cpu_quota(version_1(tmp_path, own, limits, shown)) == quota
+
+
+def test_a_mount_point_with_a_space(tmp_path: Path) -> None:
+    mount = V2_MOUNT.format(root="/").replace("/sys/fs/cgroup", "/sys/fs/my\\040groups")
+    write(tmp_path, {"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mount})
+    write(tmp_path, {"sys/fs/my groups/a/cpu.max": "100000 200000"})
+    assert cpu_quota(tmp_path) == 0.5
+
+
+def test_a_system_without_control_groups_has_no_quota(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path) is None
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max 100000", 8), ("50000 100000", 1), ("390000 100000", 3)])
+def test_the_default_is_the_quota_in_whole_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
+) -> None:
+    monkeypatch.setattr(threads, "most_threads", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert threads.default_threads(version_2(tmp_path, "/", {".": limit})) == expected
+
+
+def test_the_default_knows_an_affinity_that_was_set_after_numba_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "most_threads", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
+    assert threads.default_threads(tmp_path) == 1
+
+
+def test_more_threads_than_the_quota_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "most_threads", lambda: 8)
+    monkeypatch.setattr(threads, "cpu_quota", lambda *_: 1.5)
+    assert threads.choose_threads(None) == 1
+    assert threads.choose_threads(8) == 8
+    with pytest.raises(OptionError, match=r"^threads is 9; this machine allows 1 to 8\.$"):
+        threads.choose_threads(9)
+    assert threads.described(1, None) == "1 thread (CPU quota of 1.5)"
+    assert threads.described(1, 1) == "1 thread"
