@@ -6,24 +6,35 @@ returns logits, `position` says how many tokens the KV cache holds, and `rewind`
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.arguments import whole_number
 from numba_atomflow.backends.base import Backend, Decode, Progress
 from numba_atomflow.backends.choose import BackendName, check_decode, check_name, make_backend
 from numba_atomflow.checkpoint import TOKENIZER, Checkpoint
 from numba_atomflow.decode import Head
-from numba_atomflow.errors import ContextError, OptionError
+from numba_atomflow.errors import ClosedError, ContextError, OptionError
+from numba_atomflow.foreign import shown
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
+from numba_atomflow.one_caller import OneCaller
 from numba_atomflow.random_model import RandomModel
+from numba_atomflow.replies import (
+    FinishReason,
+    Generation,
+    GenerationStats,
+    Reply,
+    ReplyState,
+    TokenGeneration,
+)
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.stop_strings import StopStrings
 from numba_atomflow.stream_decoder import StreamDecoder
@@ -31,103 +42,31 @@ from numba_atomflow.text import TextCodec
 
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
 
-FinishReason = Literal["eos", "stop", "max_tokens", "context", "interrupted"]
 Message = Mapping[str, Any]
-Item = TypeVar("Item", int, str)
+NewReply = TypeVar("NewReply", bound=Reply[Any])
 
-
-@dataclass
-class GenerationStats:
-    """What a reply cost. Times in seconds."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0  # of the prompt, still in the KV cache from before
-    tokens: int = 0  # generated, the end-of-sequence token included
-    ttft: float = 0.0  # from the call to the first token
-    decode_seconds: float = 0.0  # from the first token to the last, with all that the host and the caller did between
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode speed: tokens after the first, per second; 0 if there were none."""
-        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 else 0.0
-
-    @property
-    def tpot(self) -> float:
-        """Mean time per output token after the first, in seconds; 0 if there were none."""
-        return self.decode_seconds / (self.tokens - 1) if self.tokens > 1 else 0.0
-
-
-class _Reply(Generic[Item]):
-    """What replies of tokens and of text have in common."""
-
-    def __init__(self, make_items: Callable[[Self], Iterator[Item]]) -> None:
-        self._items: Iterator[Item] = make_items(self)
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.stats = GenerationStats()
-
-    def __iter__(self) -> Iterator[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        try:
-            return next(self._items)
-        except StopIteration:
-            raise
-        except BaseException:  # Ctrl-C, for one
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Stop here. What was generated stays in the KV cache, so that a chat can go on."""
-        if self.finish_reason is None:
-            self.finish_reason = "interrupted"
-        self._items = iter(())
-
-    def finish(self) -> Self:
-        """Generate to the end without looking at the pieces."""
-        for _ in self:
-            pass
-        return self
-
-
-class TokenGeneration(_Reply[int]):
-    """A reply in the making: iterate over it to get its token ids one by one, an end-of-sequence token included.
-
-    Attributes:
-        token_ids, finish_reason, stats: as those of `Generation`; there is no "stop".
-    """
-
-
-class Generation(_Reply[str]):
-    """A reply in the making: iterate over it to get its text piece by piece.
-
-    Attributes:
-        text: all text so far. token_ids: all generated tokens so far. finish_reason: None while it goes on, then
-        "eos", "stop" (a stop string), "max_tokens", "context" (it is full) or
-            "interrupted" (closed early).
-        stats: counts and times.
-    """
-
-    text = ""
-
-    def __next__(self) -> str:
-        piece = super().__next__()
-        self.text += piece
-        return piece
+__all__ = ["Engine", "FinishReason", "Generation", "GenerationStats", "Message", "TokenGeneration"]
 
 
 class Engine:
-    """One model on one backend, with one KV cache. Not for use by several threads at once."""
+    """One model on one backend, with one KV cache.
+
+    Threads may take turns. A call while another thread's call runs, or while a reply is in the making that another
+    thread holds, raises EngineBusyError; `close` waits for the call. The backend itself, for research, is not guarded.
+    After `close`, whatever needs the backend raises ClosedError. If another program writes into the checkpoint's file,
+    a backend that reads the weights there (the CPU's) raises CheckpointError from then on; load the engine again.
+    """
 
     def __init__(self, checkpoint: Checkpoint | RandomModel, backend: Backend, max_seq_len: int) -> None:
         self.checkpoint = checkpoint
-        self.backend = backend
+        self._backend: Backend | None = backend
         self.max_seq_len = max_seq_len
         self.load_seconds = 0.0
         self.compile_seconds = 0.0  # of them, spent on compiling kernels or loading them from the cache
         self._tokens: list[int] = []  # what the KV cache holds, in order
-        self._reply: _Reply[Any] | None = None  # in the making, going on from what the KV cache holds
+        self._calls = OneCaller()
+        # In the making, going on from what the KV cache holds. One that nobody holds cannot go on.
+        self._reply: weakref.ref[Reply[Any]] | None = None
 
     @classmethod
     def load(
@@ -200,8 +139,10 @@ class Engine:
         device: Backend | None = None
         try:
             positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
-            device = make_backend(backend, checkpoint.geometry, WeightArrays(checkpoint), positions, threads, decode)
+            weights, check = WeightArrays(checkpoint), checkpoint.check_unchanged
+            device = make_backend(backend, checkpoint.geometry, weights, positions, threads, decode, check)
             device.prepare(progress)
+            checkpoint.check_unchanged()
         except BaseException:
             if device is not None:
                 device.close()
@@ -213,10 +154,18 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Release the backend's memory and the mapped checkpoint; the engine cannot be used afterwards."""
-        self._end_reply()
-        backend = vars(self).pop("backend", None)
-        if backend is not None:  # closing twice is fine
+        """Release the backend's memory and the mapped checkpoint; the engine cannot be used afterwards.
+
+        A reply in the making ends; a call that runs in another thread is waited for. Closing twice is fine.
+        """
+        self._calls.wait_and_run(self._close)
+
+    def _close(self) -> None:
+        reply = self._reply() if self._reply is not None else None
+        if reply is not None:
+            reply.close()
+        backend, self._backend = self._backend, None
+        if backend is not None:
             backend.close()
         self.checkpoint.close()
 
@@ -227,6 +176,17 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def backend(self) -> Backend:
+        """The device that runs the model.
+
+        Raises:
+            ClosedError: the engine was closed.
+        """
+        if self._backend is None:
+            raise ClosedError(f"The engine of {self.checkpoint.path} was closed; load it again.")
+        return self._backend
 
     @property
     def geometry(self) -> ModelGeometry:
@@ -248,11 +208,12 @@ class Engine:
     @property
     def position(self) -> int:
         """Tokens that the KV cache holds: the next one is written here."""
-        return len(self._tokens)
+        return len(self.token_ids)
 
     @property
     def token_ids(self) -> list[int]:
         """The tokens that the KV cache holds (a copy)."""
+        _ = self.backend  # it must be there
         return list(self._tokens)
 
     def reset(self) -> None:
@@ -264,12 +225,18 @@ class Engine:
 
         Raises:
             ContextError: the KV cache holds fewer tokens.
+            OptionError: `position` is no whole number.
         """
+        position = whole_number("position", position)
+        self._calls.run(lambda: self._rewind(position))
+
+    def _rewind(self, position: int) -> None:
+        backend, held = self.backend, len(self._tokens)
         self._end_reply()
-        if not 0 <= position <= self.position:
-            raise ContextError(f"The context holds {self.position} tokens; it cannot be rewound to {position}.")
+        if not 0 <= position <= held:
+            raise ContextError(f"The context holds {held} tokens; it cannot be rewound to {shown(position)}.")
         del self._tokens[position:]
-        self.backend.seek(position)
+        backend.seek(position)
 
     def feed(self, token_ids: Sequence[int], all_logits: bool = False) -> NDArray[np.float32]:
         """Take tokens through the model and keep them in the KV cache. A reply in the making ends here.
@@ -285,52 +252,59 @@ class Engine:
             ContextError: they do not fit behind what the KV cache holds.
             OptionError: there are none, or one is not a token of this model.
         """
-        token_ids = self._checked(token_ids, self.position)
+        return self._calls.run(lambda: self._feed(token_ids, all_logits))
+
+    def _feed(self, token_ids: Sequence[int], all_logits: bool) -> NDArray[np.float32]:
+        backend, ids = self.backend, self._checked(token_ids, len(self._tokens))
         self._end_reply()
         if all_logits:
             rows = []
-            for start in range(0, len(token_ids), self.backend.block):
-                block = token_ids[start : start + self.backend.block]
+            for start in range(0, len(ids), backend.block):
+                block = ids[start : start + backend.block]
                 self._prefill(block, "none")
-                rows.append(self.backend.logits(0, len(block)))
+                rows.append(backend.logits(0, len(block)))
             return np.concatenate(rows)
-        self._prefill(token_ids, "none")
-        last = (len(token_ids) - 1) % self.backend.block
-        logits: NDArray[np.float32] = self.backend.logits(last, last + 1)[0]
+        self._prefill(ids, "none")
+        last = (len(ids) - 1) % backend.block
+        logits: NDArray[np.float32] = backend.logits(last, last + 1)[0]
         return logits
 
     def _end_reply(self) -> None:
-        """Interrupt a reply before the KV cache changes under it: it would go on from somebody else's text."""
-        if self._reply is not None:
-            self._reply.close()
-            self._reply = None
+        """Interrupt a reply before the KV cache changes under it.
+
+        Raises:
+            EngineBusyError: it is another thread's.
+        """
+        reply = self._reply() if self._reply is not None else None
+        if reply is not None:
+            reply.make_way()
+        self._reply = None
 
     def _checked(self, token_ids: Sequence[int], taken: int) -> list[int]:
         """The tokens as a list, sure to be of this model and to fit behind `taken` others."""
-        ids = np.asarray(token_ids)
-        if ids.size == 0:
+        ids = _whole_numbers(token_ids)
+        if not ids:
             raise OptionError("The prompt is empty; give at least one token.")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise OptionError("Token ids must be a flat list of whole numbers.")
         vocabulary = self.geometry.vocabulary
-        for token in (ids.min(), ids.max()):
+        for token in (min(ids), max(ids)):
             if not 0 <= token < vocabulary:
-                raise OptionError(f"Token {token} does not exist; the vocabulary has {vocabulary} tokens.")
+                raise OptionError(f"Token {shown(token)} does not exist; the vocabulary has {vocabulary} tokens.")
         if len(ids) > self.max_seq_len - taken:
             behind = f", of which {taken} are taken" if taken else ""
             raise ContextError(
                 f"The prompt has {len(ids)} tokens, but the context holds {self.max_seq_len}{behind}; "
                 f"shorten it or raise --max-seq-len (the model allows {self.geometry.max_positions})."
             )
-        return [int(token) for token in ids]
+        return ids
 
     def _prefill(self, token_ids: Sequence[int], head: Head) -> None:
         """Feed in blocks; only the last one needs a head."""
-        self.backend.seek(self.position)  # a step that was interrupted (Ctrl-C) may have left it elsewhere
-        for start in range(0, len(token_ids), self.backend.block):
-            block = token_ids[start : start + self.backend.block]
+        backend = self.backend
+        backend.seek(len(self._tokens))  # a step that was interrupted (Ctrl-C) may have left it elsewhere
+        for start in range(0, len(token_ids), backend.block):
+            block = token_ids[start : start + backend.block]
             last = start + len(block) == len(token_ids)
-            self.backend.prefill(block, head if last else "none")
+            backend.prefill(block, head if last else "none")
             self._tokens.extend(block)
 
     # --- replies -------------------------------------------------------------------------------------------------
@@ -343,14 +317,15 @@ class Engine:
             OptionError: the prompt is empty, or holds an unknown token id; or there are stop strings.
         """
         started = time.perf_counter()
-        params = params or SamplingParams()
-        if params.stop:
+        chosen = _given(params)
+        if chosen.stop:
             raise OptionError("Stop strings need text; use generate, or leave them out of generate_tokens.")
         prompt = self._checked(token_ids, taken=0)
-        reused = self._rewind_to_common_prefix(prompt)
-        reply = TokenGeneration(lambda reply: self._token_loop(reply, prompt, reused, params, started))
-        self._reply = reply
-        return reply
+
+        def start(reused: int) -> TokenGeneration:
+            return TokenGeneration(lambda state: self._token_loop(state, prompt, reused, chosen, started), self._calls)
+
+        return self._begin(prompt, start)
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
         """Continue a text, or a list of token ids. What the KV cache already holds of it is not computed again.
@@ -396,15 +371,25 @@ class Engine:
     def _start(
         self, prompt: list[int], decoder: StreamDecoder, params: SamplingParams | None, started: float
     ) -> Generation:
-        params = params or SamplingParams()
-        reused = self._rewind_to_common_prefix(prompt)
+        chosen = _given(params)
 
-        def pieces(reply: Generation) -> Iterator[str]:
-            return _pieces(reply, self._token_loop(reply, prompt, reused, params, started), decoder, params)
+        def start(reused: int) -> Generation:
+            def pieces(state: ReplyState) -> Iterator[str]:
+                return _pieces(state, self._token_loop(state, prompt, reused, chosen, started), decoder, chosen)
 
-        reply = Generation(pieces)
-        self._reply = reply
-        return reply
+            return Generation(pieces, self._calls)
+
+        return self._begin(prompt, start)
+
+    def _begin(self, prompt: list[int], start: Callable[[int], NewReply]) -> NewReply:
+        """The reply that `start` makes, told how much of the prompt need not be computed again."""
+
+        def begin() -> NewReply:
+            reply = start(self._rewind_to_common_prefix(prompt))
+            self._reply = weakref.ref(reply)
+            return reply
+
+        return self._calls.run(begin)
 
     def _rewind_to_common_prefix(self, token_ids: Sequence[int]) -> int:
         """Keep what the KV cache and the prompt share; at least one token is left to be fed."""
@@ -413,47 +398,48 @@ class Engine:
             if held != wanted:
                 break
             shared += 1
-        self.rewind(shared)
+        self._rewind(shared)
         return shared
 
     def _token_loop(
-        self, reply: _Reply[Any], prompt: list[int], reused: int, params: SamplingParams, started: float
+        self, state: ReplyState, prompt: list[int], reused: int, params: SamplingParams, started: float
     ) -> Iterator[int]:
         """Generate token by token. A backend may work while the host goes on: `sampled_token` is what waits for it."""
-        stats = reply.stats
+        stats = state.stats
         stats.prompt_tokens, stats.reused_tokens = len(prompt), reused
         eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
-        self.backend.start(Sampler(params, self.geometry.vocabulary, prompt))
+        backend = self.backend
+        backend.start(Sampler(params, self.geometry.vocabulary, prompt))
         self._prefill(prompt[reused:], "sample")
-        token = self.backend.sampled_token()
+        token = backend.sampled_token()
         stats.ttft = time.perf_counter() - started
         while True:
-            reply.token_ids.append(token)
+            state.token_ids.append(token)
             stats.tokens += 1
             if token in eos_ids:
-                reply.finish_reason = "eos"
+                state.finish_reason = "eos"
             elif params.max_tokens is not None and stats.tokens >= params.max_tokens:
-                reply.finish_reason = "max_tokens"
-            elif self.position >= self.max_seq_len:
-                reply.finish_reason = "context"
+                state.finish_reason = "max_tokens"
+            elif len(self._tokens) >= self.max_seq_len:
+                state.finish_reason = "context"
             yield token
-            if reply.finish_reason:
+            if state.finish_reason:
                 return
-            self.backend.decode()
+            backend.decode()
             self._tokens.append(token)
-            token = self.backend.sampled_token()
+            token = backend.sampled_token()
             stats.decode_seconds = time.perf_counter() - started - stats.ttft
 
 
-def _pieces(reply: Generation, tokens: Iterator[int], decoder: StreamDecoder, params: SamplingParams) -> Iterator[str]:
+def _pieces(state: ReplyState, tokens: Iterator[int], decoder: StreamDecoder, params: SamplingParams) -> Iterator[str]:
     """Text that is sure to belong to the reply, as its tokens come."""
     stops = StopStrings(params.stop)
     for token in tokens:
-        if reply.finish_reason == "eos":
+        if state.finish_reason == "eos":
             break
         piece = stops.push(decoder.push(token))
         if stops.found:
-            reply.finish_reason = "stop"
+            state.finish_reason = "stop"
         if piece:
             yield piece
         if stops.found:
@@ -491,6 +477,30 @@ def choose_max_seq_len(geometry: ModelGeometry, wanted: int | None) -> int:
     """
     if wanted is None:
         return min(geometry.max_positions, DEFAULT_MAX_SEQ_LEN)
+    wanted = whole_number("max_seq_len", wanted)
     if not 1 <= wanted <= geometry.max_positions:
-        raise OptionError(f"max_seq_len is {wanted}; this model allows 1 to {geometry.max_positions} positions.")
+        raise OptionError(f"max_seq_len is {shown(wanted)}; this model allows 1 to {geometry.max_positions} positions.")
     return wanted
+
+
+def _given(params: SamplingParams | None) -> SamplingParams:
+    """The caller's options, or the default ones."""
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise OptionError(f"params is {shown(params)}; give SamplingParams(...), or nothing.")
+    return params
+
+
+def _whole_numbers(token_ids: Sequence[int]) -> list[int]:
+    """Token ids of whatever kind, as a list."""
+    wrong = f"Token ids must be a flat list of whole numbers, not {shown(token_ids)}."
+    if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Iterable):
+        raise OptionError(wrong)
+    try:
+        ids = list(token_ids)
+        if all(type(token) is int for token in ids):  # a long prompt is that
+            return ids
+        return [whole_number("a token", token) for token in ids]
+    except (TypeError, OptionError):  # an array without dimensions cannot be iterated over
+        raise OptionError(wrong) from None

@@ -1,6 +1,6 @@
 """Which backend runs a model: the GPU where there is a usable one, else the CPU."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
@@ -66,6 +66,7 @@ def make_backend(
     max_seq_len: int,
     threads: int | None = None,
     decode: Decode = "auto",
+    check_weights: Callable[[], None] = lambda: None,
 ) -> Backend:
     """A backend for a model; `prepare` it before use.
 
@@ -74,6 +75,7 @@ def make_backend(
         weights: the checkpoint's arrays by name, possibly made only when they are asked for.
         threads: of the CPU backend.
         decode: of the CUDA backend; anything but "auto" asks for that backend.
+        check_weights: raises if the arrays are not what they were; asked by a backend that reads them at every step.
 
     Raises:
         BackendError: the backend cannot run here.
@@ -97,4 +99,4 @@ def make_backend(
                 device.close()
     from numba_atomflow.backends.cpu import CpuBackend
 
-    return CpuBackend(geometry, dict(weights), max_seq_len, threads)
+    return CpuBackend(geometry, dict(weights), max_seq_len, threads, check_weights=check_weights)

@@ -33,6 +33,7 @@ from numba_atomflow.decode import (
     build_step,
     step_buffers,
 )
+from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.machine import cpu_name
 from numba_atomflow.memory.arena import HostArena
@@ -74,6 +75,7 @@ class CpuBackend:
         weights: the checkpoint's arrays by name, kept mapped while the backend lives.
         max_seq_len: positions of the KV cache.
         threads: that kernels run on; by default all cores, or what a CPU quota allows.
+        check_weights: called after every step; raises if the arrays are not what they were.
 
     Raises:
         OptionError: there are not that many cores.
@@ -88,8 +90,11 @@ class CpuBackend:
         weights: Mapping[str, NDArray[Any]],
         max_seq_len: int,
         threads: int | None = None,
+        *,
+        check_weights: Callable[[], None] = lambda: None,
     ) -> None:
         self.threads = choose_threads(threads)
+        self._check_weights = check_weights
         self.device = f"{cpu_name()}, {described(self.threads, threads)}"
         self.geometry = geometry
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
@@ -149,6 +154,7 @@ class CpuBackend:
 
     def start(self, sampler: Sampler) -> None:
         """Use this sampler for the following steps."""
+        self._check_weights()  # before a long prompt is computed for nothing
         self._sampler = sampler
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
@@ -217,13 +223,18 @@ class CpuBackend:
 
     def _run(self, actions: Sequence[Action], tokens: int) -> None:
         numba.set_num_threads(self.threads)  # it holds for the whole process: another engine may want another number
-        if tokens <= FEW:
-            for action in actions:
-                action()
-        else:
-            with self._single_threaded_blas():
+        try:
+            if tokens <= FEW:
                 for action in actions:
                     action()
+            else:
+                with self._single_threaded_blas():
+                    for action in actions:
+                        action()
+        except CheckpointError:  # weights that have changed look like damaged ones
+            self._check_weights()
+            raise
+        self._check_weights()
 
     def _run_in_place(self, actions: Sequence[Action]) -> None:
         """A decode step that leaves the position where it was."""
