@@ -16,7 +16,7 @@ from numba_atomflow.errors import DestinationError, OptionError, SourceError, So
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
-from numba_atomflow.sources.base import slabs
+from numba_atomflow.sources.base import TEXT_RULES, slabs
 from numba_atomflow.text import TextAssets, TextCodec, read_text_file
 
 Progress = Callable[[str, int, int], None]
@@ -158,7 +158,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
 
 
 def _describe(weights: WeightSource, report: Progress) -> dict[str, Any]:
-    """Name, kind and SHA-256 of everything that a source was read from."""
+    """Name, kind and SHA-256 of everything that a source was read from, and by which rules."""
     digests: dict[str, str] = {}
     done = 0
     for path in weights.files:
@@ -170,4 +170,5 @@ def _describe(weights: WeightSource, report: Progress) -> dict[str, Any]:
                 done += file.tell()
         except OSError as error:
             raise SourceError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
-    return {"path": weights.path.resolve().name, "kind": weights.kind, "sha256": digests}
+    name = weights.path.resolve().name
+    return {"path": name, "kind": weights.kind, "sha256": digests, "text_rules": TEXT_RULES}

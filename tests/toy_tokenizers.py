@@ -1,17 +1,20 @@
 """Small tokenizers trained on the spot, with the GGUF metadata that describes them: no download, no transformers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from text_samples import SAMPLES
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
 # How the models themselves cut text, written in the parts of the tokenizers library.
 PRE_TOKENIZERS: Mapping[str, pre_tokenizers.PreTokenizer] = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
     "llama-bpe": pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
@@ -39,32 +42,39 @@ PRE_TOKENIZERS: Mapping[str, pre_tokenizers.PreTokenizer] = {
 }
 
 
-def byte_level(pre: str = "gpt-2") -> tuple[Tokenizer, dict[str, Any]]:
-    """A byte-level BPE tokenizer of some 900 tokens, and the same as GGUF fields.
+def byte_level(
+    pre: str = "gpt-2",
+    control: Sequence[str] = ("<s>", "<|endoftext|>", "<|im_end|>"),
+    user_defined: Sequence[str] = ("<think>",),
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """A byte-level BPE tokenizer of some 900 tokens, as a model's own tokenizer.json has it, and as GGUF fields.
 
-    Tokens 0 to 2 are ``<s>``, ``<|endoftext|>`` and ``<|im_end|>``; the last is ``<think>``, which is user-defined.
+    The control tokens come first, the user-defined ones last. The first is the BOS, the second the EOS.
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
-    control = ["<s>", "<|endoftext|>", "<|im_end|>"]
     tokenizer.train_from_iterator(
         SAMPLES,
         trainers.BpeTrainer(
             vocab_size=900,
             min_frequency=2,
-            special_tokens=control,
+            special_tokens=list(control),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
-    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
     spellings = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     fields = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": spellings,
-        "tokenizer.ggml.token_type": [CONTROL] * 3 + [NORMAL] * (len(spellings) - 4) + [USER_DEFINED],
+        "tokenizer.ggml.token_type": [CONTROL] * len(control)
+        + [NORMAL] * (len(spellings) - len(control) - len(user_defined))
+        + [USER_DEFINED] * len(user_defined),
         "tokenizer.ggml.merges": [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
@@ -73,12 +83,14 @@ def byte_level(pre: str = "gpt-2") -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, fields
 
 
-def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
+def sentencepiece(further_control: Sequence[str] = ()) -> tuple[Tokenizer, dict[str, Any]]:
     """A Llama-2-like tokenizer of some 600 tokens, 256 of them bytes, and the same as GGUF fields.
 
     Tokens 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``. Ids say nothing of the order of merging, only scores do.
+    With further control tokens it is like that of Mistral 7B Instruct v0.3: a space at the very beginning alone.
     """
-    latin = [text for text in SAMPLES if text.isascii()]  # every other script falls back to bytes
+    # Every other script falls back to bytes, and control tokens of other models are no words.
+    latin = [text for text in SAMPLES if text.isascii() and "<|" not in text]
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     learner.train_from_iterator(latin, trainers.BpeTrainer(vocab_size=800, min_frequency=2, show_progress=False))
@@ -86,7 +98,7 @@ def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
     merges = [tuple(pair) for pair in model["merges"]]
     merged = [left + right for left, right in merges]
     letters = sorted(set(model["vocab"]) - set(merged))
-    control = ["<unk>", "<s>", "</s>"]
+    control = ["<unk>", "<s>", "</s>", *further_control]
     spellings = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *reversed(merged)]
     tokenizer = Tokenizer(
         models.BPE(
@@ -98,15 +110,21 @@ def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
         )
     )
     tokenizer.add_special_tokens(control)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if further_control:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     fields = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": spellings,
-        "tokenizer.ggml.token_type": [2, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(letters) + len(merged)),
-        "tokenizer.ggml.scores": [0.0] * 259
+        "tokenizer.ggml.token_type": [2]
+        + [CONTROL] * (len(control) - 1)
+        + [BYTE] * 256
+        + [NORMAL] * (len(letters) + len(merged)),
+        "tokenizer.ggml.scores": [0.0] * (len(control) + 256)
         + [-1000.0] * len(letters)
         + [-float(rank) for rank in reversed(range(len(merged)))],
         "tokenizer.ggml.bos_token_id": 1,

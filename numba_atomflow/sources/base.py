@@ -14,6 +14,8 @@ from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.text import TextAssets
 
 LARGEST_WEIGHT = 65504.0  # the largest float16
+# Raised when the same files give other tokens than they gave before; a checkpoint says with which it was made.
+TEXT_RULES = 2
 VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 

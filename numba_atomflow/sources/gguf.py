@@ -7,15 +7,17 @@ things: rows of q and k are stored so that rotary pairs are neighbours (2i, 2i +
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
+from numba_atomflow.foreign import short, shown
 from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_frequencies
 from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
+from numba_atomflow.sources.gguf_computation import refuse_other_computations
+from numba_atomflow.sources.gguf_fields import GgufFields
 from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor, read_gguf_file
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 
@@ -55,15 +57,16 @@ class GgufSource:
         self.path = path
         self.files: tuple[Path, ...] = (path,)
         file = read_gguf_file(path)
+        fields = GgufFields(file.fields, path)
         with described_by(path):
-            self.geometry = _geometry(file)
+            self.geometry = _geometry(file, fields)
         self._neighbours = file.fields["general.architecture"] == "llama"
         self._tensors = {_hugging_face_name(path, n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
-        tokens = _Fields(file).length("tokenizer.ggml.tokens") or 0
+        tokens = len(fields.items("tokenizer.ggml.tokens", str) or ())
         if tokens > self.geometry.vocabulary:
             raise SourceError(f"{path} has {tokens} tokens, but embeddings for {self.geometry.vocabulary} only.")
-        self.text = assets_from_gguf(file.fields)
+        self.text = assets_from_gguf(file.fields, path)
         self.warnings = self.text.warnings
 
     def names(self) -> list[str]:
@@ -108,7 +111,9 @@ def _hugging_face_name(path: Path, name: str) -> str:
             return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
         case ["blk", layer, part, "bias"] if part in _BIASED:
             return f"model.layers.{layer}.{_LAYER_NAMES[part]}.bias"
-    raise SourceError(f"{path} holds the tensor {name}, which is not part of a model of this kind in a GGUF file.")
+    raise SourceError(
+        f"{path} holds the tensor {short(name)}, which is not part of a model of this kind in a GGUF file."
+    )
 
 
 def _read_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
@@ -131,26 +136,26 @@ def _read_block_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop
     return np.asarray(values, np.float32)
 
 
-def _geometry(file: GgufFile) -> ModelGeometry:
-    fields = _Fields(file)
-    _refuse_other_models(file, fields)
-    arch = file.fields["general.architecture"]
-    hidden, heads = fields.integer(f"{arch}.embedding_length"), fields.integer(f"{arch}.attention.head_count")
-    if heads < 1 or (hidden % heads and f"{arch}.attention.key_length" not in file.fields):
+def _geometry(file: GgufFile, fields: GgufFields) -> ModelGeometry:
+    arch = _architecture(fields)
+    layers, hidden = fields.integer(f"{arch}.block_count"), fields.integer(f"{arch}.embedding_length")
+    heads = fields.integer_of_layers(f"{arch}.attention.head_count", layers)
+    if heads < 1 or (hidden % heads and f"{arch}.attention.key_length" not in fields):
         raise SourceError(f"{file.path} has hidden size {hidden} and {heads} attention heads, which do not fit.")
     head_dim = fields.integer(f"{arch}.attention.key_length", hidden // heads)
     for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         if fields.integer(key, head_dim) != head_dim:
             raise SourceError(f"{file.path} has {key} {file.fields[key]}, but heads of {head_dim}; they must be equal.")
+    refuse_other_computations(fields, arch, head_dim)
     max_positions = fields.integer(f"{arch}.context_length")
     geometry = ModelGeometry(
-        layers=fields.integer(f"{arch}.block_count"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=fields.integer(f"{arch}.attention.head_count_kv", heads),
+        kv_heads=fields.integer_of_layers(f"{arch}.attention.head_count_kv", layers, heads),
         head_dim=head_dim,
-        ffn=fields.integer(f"{arch}.feed_forward_length"),
-        vocabulary=fields.integer(f"{arch}.vocab_size", fields.length("tokenizer.ggml.tokens")),
+        ffn=fields.integer_of_layers(f"{arch}.feed_forward_length", layers),
+        vocabulary=fields.integer(f"{arch}.vocab_size", len(fields.items("tokenizer.ggml.tokens", str) or ()) or None),
         # the context ends where a sliding window would begin to slide; 0: there is none
         max_positions=min(max_positions, fields.integer(f"{arch}.attention.sliding_window", 0) or max_positions),
         rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
@@ -164,24 +169,23 @@ def _geometry(file: GgufFile) -> ModelGeometry:
     return _with_llama3_scaling(file, fields, geometry)
 
 
-def _refuse_other_models(file: GgufFile, fields: "_Fields") -> None:
-    arch = file.fields.get("general.architecture")
+def _architecture(fields: GgufFields) -> str:
+    """The architecture, which is also the prefix of the keys that describe the model.
+
+    Raises:
+        SourceError: it is not supported, or the file is a part of a model.
+    """
+    arch = fields.values.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise SourceError(
-            f"{file.path} is of the architecture {arch!r}; supported are {', '.join(map(repr, ARCHITECTURES))}."
+            f"{fields.where} is of the architecture {shown(arch)}; supported are {', '.join(map(repr, ARCHITECTURES))}."
         )
     if fields.integer("split.count", 1) > 1:
-        raise SourceError(f"{file.path} is one part of a split model; merge the parts with gguf-split first.")
-    if fields.integer(f"{arch}.expert_count", 0) > 0:
-        raise SourceError(f"{file.path} is a mixture of experts, which is not supported.")
-    scaling = file.fields.get(f"{arch}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise SourceError(f"{file.path} uses RoPE scaling of type {scaling!r}, which is not supported.")
-    if fields.number(f"{arch}.rope.scale_linear", 1.0) != 1.0:
-        raise SourceError(f"{file.path} uses linear RoPE scaling, which is not supported.")
+        raise SourceError(f"{fields.where} is one part of a split model; merge the parts with gguf-split first.")
+    return str(arch)
 
 
-def _with_llama3_scaling(file: GgufFile, fields: "_Fields", geometry: ModelGeometry) -> ModelGeometry:
+def _with_llama3_scaling(file: GgufFile, fields: GgufFields, geometry: ModelGeometry) -> ModelGeometry:
     """`geometry` with the RopeScaling that divides its plain frequencies by the stored factors [head_dim / 2]."""
     tensor = file.tensors[ROPE_FACTORS]
     if tensor.shape != (geometry.head_dim // 2,):
@@ -191,46 +195,15 @@ def _with_llama3_scaling(file: GgufFile, fields: "_Fields", geometry: ModelGeome
     if factors.min() < 1:
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} holds a factor below 1, which Llama 3 has not.")
     scaling = RopeScaling(
-        factor=_shortest(factors.max()),
+        factor=float(str(factors.max())),
         low_freq_factor=LLAMA3_LOW_FREQ_FACTOR,
         high_freq_factor=LLAMA3_HIGH_FREQ_FACTOR,
-        original_max_positions=fields.integer("llama.rope.scaling.original_context_length", LLAMA3_ORIGINAL_POSITIONS),
+        original_max_positions=fields.integer(
+            f"{file.fields['general.architecture']}.rope.scaling.original_context_length", LLAMA3_ORIGINAL_POSITIONS
+        ),
     )
     scaled = replace(geometry, rope_scaling=scaling)
     plain = rope_inverse_frequencies(geometry)
     if not np.allclose(rope_inverse_frequencies(scaled), plain / factors, rtol=1e-4, atol=0.0):
         raise SourceError(f"{file.path} scales RoPE by factors ({ROPE_FACTORS}) that are not those of Llama 3.")
     return scaled
-
-
-def _shortest(value: Any) -> float:
-    """A float32 as the shortest decimal that rounds to it: 1e-5, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-class _Fields:
-    """Typed access to metadata; errors name the file and the key."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self._file = file
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._file.fields.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._unusable(key, value)
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._file.fields.get(key, default)
-        if not isinstance(value, float) or not np.isfinite(value) or value <= 0:
-            raise self._unusable(key, value)
-        return _shortest(value)
-
-    def length(self, key: str) -> int | None:
-        value = self._file.fields.get(key)
-        return len(value) if isinstance(value, list) else None
-
-    def _unusable(self, key: str, value: Any) -> SourceError:
-        if value is None:
-            return SourceError(f"{self._file.path} lacks the metadata field {key}; get the complete model.")
-        return SourceError(f"{self._file.path} has an unusable value in the metadata field {key}: {str(value)[:60]!r}.")

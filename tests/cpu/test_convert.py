@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from child_processes import finish, run
 from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from tiny_models import (
@@ -118,7 +117,7 @@ def test_the_source_is_recorded_with_its_hashes(tmp_path: Path) -> None:
         record = json.loads(checkpoint.metadata["source"])
         assert json.loads(checkpoint.metadata["quantiser"]) == {"method": "rtn", "group_size": 128}
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / "hf").iterdir()}
-    assert record == {"path": "hf", "kind": "hf", "sha256": hashes}
+    assert record == {"path": "hf", "kind": "hf", "sha256": hashes, "text_rules": base.TEXT_RULES}
 
 
 def test_extreme_weights_survive(tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ print(peak() - before)
 def peak_growth(source: Path, destination: Path) -> int:
     """Bytes by which the largest resident size of a process grows when it converts."""
     command = [sys.executable, "-c", PEAK, source, destination]
-    done = run(command, cwd=REPOSITORY, text=True, check=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300)
     return int(done.stdout)
 
 
@@ -363,6 +362,6 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     out = tmp_path / "out" / "model.safetensors"
     with half_way(tmp_path / "model.gguf", out) as process:
         process.send_signal(signal.SIGINT)
-        _, errors = finish(process)
+        _, errors = process.communicate(timeout=30)
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert names_in(out.parent) == []

@@ -13,6 +13,7 @@ from numba_atomflow.checkpoint import tensor_layout
 from numba_atomflow.checkpoint_writer import CheckpointWriter
 from numba_atomflow.errors import SourceError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.sources.base import TEXT_RULES
 from numba_atomflow.text import TextAssets
 
 GGUF = b"stands for a GGUF"
@@ -62,8 +63,8 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return sources
 
 
-def write_checkpoint(path: Path, sha256: str) -> None:
-    source = {"path": demo.GGUF_NAME, "kind": "gguf", "sha256": {demo.GGUF_NAME: sha256}}
+def write_checkpoint(path: Path, sha256: str, text_rules: int = TEXT_RULES) -> None:
+    source = {"path": demo.GGUF_NAME, "kind": "gguf", "sha256": {demo.GGUF_NAME: sha256}, "text_rules": text_rules}
     with CheckpointWriter(path, GEOMETRY, TextAssets(), {"method": "rtn", "group_size": 128}, source) as writer:
         for name, (dtype, shape) in tensor_layout(GEOMETRY).items():
             writer.write(name, np.ones(shape, np.float32 if dtype == "F32" else np.uint8))
@@ -118,7 +119,7 @@ def test_a_checkpoint_with_a_damaged_record_is_converted_again(
     path = demo.prepare()
     data = path.read_bytes()
     start = data.index(b'"source":"') + len(b'"source":"')
-    end = data.index(b'}}"', start) + 2  # JSON in JSON: the record ends where its string does
+    end = data.index(b'}"', start) + 1  # JSON in JSON: the record ends where its string does
     path.write_bytes(data[:start] + record.ljust(end - start) + data[end:])
     assert demo.existing() is None
     assert demo.prepare() == path == demo.existing()
@@ -127,6 +128,13 @@ def test_a_checkpoint_with_a_damaged_record_is_converted_again(
 
 def test_a_checkpoint_of_another_source_is_converted_again(package: Path, conversions: list[Path]) -> None:
     write_checkpoint(demo.checkpoint_path(), sha256="0" * 64)
+    assert demo.existing() is None
+    demo.prepare()
+    assert len(conversions) == 1
+
+
+def test_a_checkpoint_with_tokens_by_older_rules_is_converted_again(package: Path, conversions: list[Path]) -> None:
+    write_checkpoint(demo.checkpoint_path(), demo.GGUF_SHA256, text_rules=TEXT_RULES - 1)
     assert demo.existing() is None
     demo.prepare()
     assert len(conversions) == 1

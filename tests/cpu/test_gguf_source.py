@@ -349,9 +349,73 @@ def test_nan_and_infinity_are_named_when_read(tmp_path: Path, poison: float, nam
         ({"general.alignment": 48}, "general.alignment 48"),
     ],
 )
-def test_metadata_that_does_not_fit_the_weights(tmp_path: Path, fields: dict[str, int | None], fragment: str) -> None:
+def test_metadata_that_does_not_fit_the_weights(tmp_path: Path, fields: dict[str, Any], fragment: str) -> None:
     write_gguf(tmp_path / "model.gguf", fields=fields)
     refused(tmp_path / "model.gguf", fragment, "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"llama.rope.scaling.factor": 4.0},  # no type: linear
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.type": "longrope"},
+        {"llama.rope.scale_linear": 8.0},
+        {"llama.rope.scaling.attn_factor": 1.2},
+        {"llama.rope.scaling.yarn_attn_factor": 0.5},
+        {"llama.rope.scaling.alpha": 1000.0},
+        {"llama.rope.dimension_sections": [16, 24, 24, 0]},
+        {"llama.rope.freq_base_swa": 1e6},
+        {"llama.rope.dimension_count_swa": 32},
+        {"llama.rope.partial_factor": 0.5},  # unknown to everybody
+        {"llama.attention.scale": 0.5},
+        {"llama.attention.causal": False},
+        {"llama.attention.clamp_kqv": 8.0},
+        {"llama.final_logit_softcapping": 30.0},
+        {"llama.logit_scale": 0.0625},
+    ],
+    ids=str,
+)
+def test_what_would_compute_something_else_is_refused_by_name(tmp_path: Path, fields: dict[str, Any]) -> None:
+    write_gguf(tmp_path / "model.gguf", fields=fields)
+    refused(tmp_path / "model.gguf", "model.gguf", list(fields)[-1], "not supported")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"llama.rope.scaling.factor": 1.0},
+        {"llama.rope.scaling.factor": 0.0},  # llama.cpp: as if it were not there
+        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 1.0, "llama.rope.scale_linear": 4.0},  # the old name counts only by itself
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 1.0,
+            "llama.rope.scaling.attn_factor": 1.0,
+            "llama.rope.scaling.original_context_length": 4096,
+            "llama.rope.scaling.finetuned": True,
+            "llama.rope.scaling.yarn_beta_fast": 32.0,
+            "llama.rope.scaling.yarn_beta_slow": 1.0,
+            "llama.rope.scaling.yarn_log_multiplier": 0.1,
+        },
+        {"llama.rope.freq_base_swa": 10000.0, "llama.rope.dimension_count_swa": 64},
+        {"llama.attention.scale": 0.125, "llama.attention.causal": True, "llama.logit_scale": 0.0},
+        {"llama.attention.head_count": [4, 4], "llama.attention.head_count_kv": [2, 2]},
+        {"llama.feed_forward_length": [320, 320]},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_taken(tmp_path: Path, fields: dict[str, Any]) -> None:
+    write_gguf(tmp_path / "model.gguf", fields=fields)
+    assert open_source(tmp_path / "model.gguf").geometry == tiny_geometry()
+
+
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
+@pytest.mark.parametrize(("values", "fragment"), [([2, 4], "layers that differ"), ([2], "unusable"), ([], "unusable")])
+def test_layers_of_different_sizes(tmp_path: Path, key: str, values: list[int], fragment: str) -> None:
+    write_gguf(tmp_path / "model.gguf", fields={f"llama.{key}": np.array(values, np.uint32).tolist() or [""]})
+    refused(tmp_path / "model.gguf", "model.gguf", f"llama.{key}", fragment)
 
 
 def test_numbers_that_no_kernel_supports(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Metadata of a GGUF file that changes what is computed: honoured, proven to change nothing, or refused by name.
+
+What a file asks for and the engine does not do would otherwise give wrong text without a word. Sources: `Keys` of the
+gguf package, and llama.cpp for what an absent key means.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from numba_atomflow.errors import SourceError
+from numba_atomflow.foreign import short, shown
+from numba_atomflow.sources.gguf_fields import GgufFields
+
+# Values with which a key changes nothing; another value is refused. Keys of RoPE stand below.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.output_scale": (0.0, 1.0),
+    "attention.shared_kv_layers": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "swin_norm": (False,),
+    "use_parallel_residual": (False,),
+}
+# Read by `sources.gguf`.
+_ROPE_READ = ("dimension_count", "freq_base")
+# Divide or multiply something by a power of the scaling factor, or say how it was trained: nothing, if the factor is 1.
+_ROPE_OF_THE_FACTOR = (
+    "scaling.finetuned",
+    "scaling.original_context_length",
+    "scaling.yarn_beta_fast",
+    "scaling.yarn_beta_slow",
+    "scaling.yarn_ext_factor",
+    "scaling.yarn_log_multiplier",
+)
+_ROPE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "dimension_sections": ([0, 0, 0, 0], [0, 0, 0]),
+    "scaling.alpha": (0.0, 1.0),
+    "scaling.attn_factor": (1.0,),
+    "scaling.yarn_attn_factor": (1.0,),
+}
+_ROPE_TYPES = ("none", "linear", "yarn")  # nothing else is known to change nothing with a factor of 1
+
+
+def refuse_other_computations(fields: GgufFields, arch: str, head_dim: int) -> None:
+    """Refuse what would compute something else than `ModelGeometry` describes.
+
+    Args:
+        fields: all metadata.
+        arch: general.architecture, the prefix of the keys.
+        head_dim: width of a head.
+
+    Raises:
+        SourceError: naming the key and its value.
+    """
+    if fields.values.get(f"{arch}.expert_count"):
+        raise SourceError(f"{fields.where} is a mixture of experts, which is not supported; take a dense model.")
+    for key, neutral in _NEUTRAL.items():
+        _check_neutral(fields, f"{arch}.{key}", neutral)
+    scale = fields.value(f"{arch}.attention.scale", float, 0.0)
+    if scale and abs(scale * head_dim**0.5 - 1) > 1e-5:
+        raise _not_supported(fields, f"{arch}.attention.scale")
+    _check_rope(fields, arch, head_dim)
+
+
+def _check_rope(fields: GgufFields, arch: str, head_dim: int) -> None:
+    prefix = f"{arch}.rope."
+    _check_scaling(fields, prefix)
+    for key in fields.values:
+        name = key.removeprefix(prefix)
+        if not key.startswith(f"{arch}.rope") or name in (*_ROPE_READ, *_ROPE_OF_THE_FACTOR):
+            continue
+        if name in ("scale_linear", "scaling.factor", "scaling.type"):
+            continue
+        if name == "dimension_count_swa":
+            _check_neutral(fields, key, (head_dim,))
+        elif name == "freq_base_swa":
+            _check_neutral(fields, key, (fields.values.get(f"{prefix}freq_base", 10000.0),))
+        elif name in _ROPE_NEUTRAL:
+            _check_neutral(fields, key, _ROPE_NEUTRAL[name])
+        else:
+            raise _not_supported(fields, key)
+
+
+def _check_scaling(fields: GgufFields, prefix: str) -> None:
+    """The scaling factor is 1, or its type says that it is not used.
+
+    As in llama.cpp, the type is linear if none is named, the factor has an older name, and a factor of 0 counts as 1.
+    """
+    kind = fields.value(f"{prefix}scaling.type", str, "linear")
+    if kind not in _ROPE_TYPES:
+        raise _not_supported(fields, f"{prefix}scaling.type")
+    name = "scaling.factor" if f"{prefix}scaling.factor" in fields else "scale_linear"
+    if fields.value(f"{prefix}{name}", float, 1.0) not in (0.0, 1.0) and kind != "none":
+        raise _not_supported(fields, f"{prefix}{name}")
+
+
+def _check_neutral(fields: GgufFields, key: str, neutral: tuple[Any, ...]) -> None:
+    value = fields.values.get(key)
+    if value is not None and value not in neutral:
+        raise _not_supported(fields, key)
+
+
+def _not_supported(fields: GgufFields, key: str) -> SourceError:
+    return SourceError(
+        f"{fields.where} has {short(key)} {shown(fields.values[key])}, which changes what the model computes in a way "
+        "that is not supported; take another model."
+    )
