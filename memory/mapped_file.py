@@ -1,5 +1,6 @@
 """A file's bytes as read-only arrays, and the certainty that they are still those of the file that was opened."""
 
+import hashlib
 import math
 import mmap
 import os
@@ -16,6 +17,7 @@ from numba_atomflow.file_stamp import FileStamp, changed_sentence
 from numba_atomflow.memory.fault_handler import Watch
 
 _READ_AT_ONCE = 1 << 26  # bytes
+_HASHED_AT_ONCE = 1 << 20
 
 
 class MappedFile:
@@ -68,6 +70,17 @@ class MappedFile:
         if len(data) < count:
             raise self._changed()
         return data
+
+    def sha256(self) -> str:
+        """Hash of the whole file, in hexadecimal digits.
+
+        Raises:
+            AtomFlowError: it cannot be read, or has changed.
+        """
+        digest = hashlib.sha256()
+        for start in range(0, self._stamp.size, _HASHED_AT_ONCE):
+            digest.update(self.read(start, min(_HASHED_AT_ONCE, self._stamp.size - start)))
+        return digest.hexdigest()
 
     def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> NDArray[Any]:
         """A read-only view of the bytes at `offset`. It stays valid when this object is closed.

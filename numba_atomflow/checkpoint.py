@@ -201,6 +201,14 @@ class Checkpoint:
             data = self._file.read(entry.offset + start, min(entry.nbytes - start, _VERIFIED_AT_ONCE))
             yield np.frombuffer(data, DTYPES[entry.dtype])
 
+    def sha256(self) -> str:
+        """Hash of the file, in hexadecimal digits.
+
+        Raises:
+            CheckpointError: it cannot be read, or has changed.
+        """
+        return self._file.sha256()
+
     def check_unchanged(self) -> None:
         """No other program has written into the file, or cut it, since it was opened. Costs one system call.
 

@@ -4,6 +4,7 @@ import hashlib
 import stat
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numba_atomflow.chat_template import ChatTemplate
 from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, OptionError, SourceError, SourceWarning, TextError
+from numba_atomflow.file_stamp import stamps_of, unchanged
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
@@ -72,6 +74,7 @@ def convert(
     if calibration is not None:
         read_text_file(calibration)  # before a model is fetched for nothing
     source = local_source(source, revision, progress)
+    before = stamps_of(_files_of(source))
     weights = open_source(source)
     for warning in weights.warnings:
         if warn is None:
@@ -83,11 +86,32 @@ def convert(
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     if method != "rtn" and weights.fp8_scheme:
         raise OptionError(f"{source} is FP8 already; take the method rtn, which keeps its weights as they are.")
-    report: Progress = progress or (lambda *_: None)
+    with unchanged({path: before.get(path) for path in weights.files}, SourceError) as check:
+
+        def report(what: str, done: int, total: int) -> None:
+            check()  # the last report comes when all has been read, and before the file gets its name
+            if progress is not None:
+                progress(what, done, total)
+
+        _write(weights, destination, method, calibration, head, report, overwrite=overwrite)
+    return destination
+
+
+def _write(
+    weights: WeightSource,
+    destination: Path,
+    method: MethodName,
+    calibration: Path | None,
+    head: HeadFormat,
+    report: Progress,
+    *,
+    overwrite: bool,
+) -> None:
+    """What `convert` does once source and destination have been checked."""
     origin = _describe(weights, report)
     if method != "rtn":
         convert_calibrated(weights, destination, method, calibration, head, origin, report, overwrite=overwrite)
-        return destination
+        return
     if head == "fp16" and _is_fp8(weights, head_part(weights.geometry)):
         head = "fp8"  # float16 would round its products, and take twice the space
     quantiser = {"kept": weights.fp8_scheme} | rtn.RECORD if weights.fp8_scheme else rtn.RECORD
@@ -101,7 +125,13 @@ def convert(
             for name in names:
                 _convert_tensor(weights, name, writer, part, as_halves=part == halves)
         report("verifying", writer.written_bytes, writer.total_bytes)
-    return destination
+
+
+def _files_of(source: Path) -> list[Path]:
+    """All files that a source may be read from."""
+    with suppress(OSError):  # whoever opens it says why
+        return list(source.iterdir()) if source.is_dir() else [source]
+    return []
 
 
 def _is_fp8(weights: WeightSource, part: str) -> bool:

@@ -1,7 +1,9 @@
 """Whether a file is still the one that was opened: what the operating system says of it, compared with what it said."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -39,6 +41,23 @@ def check_unchanged(stamps: Mapping[Path, FileStamp | None], error: type[AtomFlo
     for path, stamp in stamps.items():
         if _stamp(path) != stamp:
             raise error(changed_sentence(path))
+
+
+@contextmanager
+def unchanged(stamps: Mapping[Path, FileStamp | None], error: type[AtomFlowError]) -> Iterator[Callable[[], None]]:
+    """Within it, files are read, and must not change meanwhile; yields a function that checks it at any time.
+
+    Raises:
+        AtomFlowError: of the class `error`, when it is left, or instead of another error of this program: what was read
+            from a file that was being written may have looked damaged.
+    """
+    check = partial(check_unchanged, stamps, error)
+    try:
+        yield check
+    except AtomFlowError:
+        check()
+        raise
+    check()
 
 
 def changed_sentence(path: Path) -> str:

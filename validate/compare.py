@@ -41,6 +41,7 @@ def check(
     Raises:
         ContextError: the backend's KV cache is too short for the reference's tokens.
         OptionError: `layers` names none of the model, or `block` is not positive.
+        GroundTruthError: another program has written into the reference's file since it was opened.
     """
     _check_options(backend, reference, layers, block)
     probes = all_probes(reference.geometry)
@@ -55,6 +56,7 @@ def check(
 
     prober = Prober(probes, compare, clock.advanced, reference.rows if isolate else None, observers)
     walk(backend, reference.tokens, reference.prompt_tokens, prober, block, progress)
+    reference.check_unchanged()
     return Report(
         reference=reference.label,
         backend=f"{backend.name} ({backend.device})",

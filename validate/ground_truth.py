@@ -18,6 +18,7 @@ import numpy as np
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.errors import CheckpointError, DestinationError, GeometryError, GroundTruthError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.memory.mapped_file import MappedFile
 from numba_atomflow.tensor_file import METADATA, TensorFile, read_tensor_file
 from numba_atomflow.text import TextCodec
 from numba_atomflow.validate.precision import E4M3, Precision
@@ -106,18 +107,21 @@ def open_ground_truth(path: Path) -> Reference:
         raise GroundTruthError(f"The description in {path} cannot be read ({error}); {_AGAIN}.") from error
     if not 1 <= prompt_tokens <= len(tokens) or not all(0 <= token < geometry.vocabulary for token in tokens):
         raise GroundTruthError(f"The tokens in {path} do not fit its description; {_AGAIN}.")
+    mapped = MappedFile(path, file.stamp, GroundTruthError)
+    tensors = _map_tensors(file, mapped, geometry, len(tokens))
     return Reference(
         label=f"transformers, {metadata['reference']} weights",
         geometry=geometry,
         tokens=tokens,
         prompt_tokens=prompt_tokens,
         precision=precision_of(metadata["reference"]),
-        tensors=_map_tensors(file, geometry, len(tokens)),
+        tensors=tensors,
         metadata=metadata,
+        check_unchanged=mapped.check_unchanged,
     )
 
 
-def _map_tensors(file: TensorFile, geometry: ModelGeometry, positions: int) -> dict[str, Rows]:
+def _map_tensors(file: TensorFile, mapped: MappedFile, geometry: ModelGeometry, positions: int) -> dict[str, Rows]:
     if geometry.layers > len(file.entries):  # before a list is made for an absurd number of layers
         raise GroundTruthError(
             f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} probes; {_AGAIN}."
@@ -133,8 +137,10 @@ def _map_tensors(file: TensorFile, geometry: ModelGeometry, positions: int) -> d
                 f"Probe {probe.name} of {file.path} is {entry.dtype} {list(entry.shape)}, not F32 {list(shape)}; "
                 f"{_AGAIN}."
             )
-        tensors[probe.name] = np.memmap(file.path, "<f4", "r", entry.offset, shape)
-        if not np.isfinite(tensors[probe.name]).all():
+        tensors[probe.name] = mapped.array(np.dtype("<f4"), shape, entry.offset)
+        sound = np.isfinite(tensors[probe.name]).all()
+        mapped.check_unchanged()
+        if not sound:
             raise GroundTruthError(f"Probe {probe.name} of {file.path} holds a NaN or an infinity; {_AGAIN}.")
     return tensors
 
@@ -156,7 +162,7 @@ def check_fits(truth: Reference, path: Path, checkpoint: Checkpoint, prompt: str
         raise GroundTruthError(
             f"{path} is of another model: its {field} is {theirs}, that of {checkpoint.path} is {ours}; {_AGAIN}."
         )
-    theirs, ours = truth.metadata["checkpoint_sha256"], sha256(checkpoint.path)
+    theirs, ours = truth.metadata["checkpoint_sha256"], checkpoint.sha256()
     if theirs != ours:
         raise GroundTruthError(
             f"{path} is of another checkpoint (SHA-256 {theirs[:12]}, {checkpoint.path} has {ours[:12]}); {_AGAIN}."

@@ -22,9 +22,10 @@ import numpy as np
 from numba_atomflow import __version__
 from numba_atomflow.backends.base import Progress
 from numba_atomflow.checkpoint import Checkpoint, fusion
-from numba_atomflow.errors import ContextError, GroundTruthError, OptionError
+from numba_atomflow.errors import ContextError, GroundTruthError, OptionError, SourceError
+from numba_atomflow.file_stamp import stamps_of, unchanged
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.sources import open_source
+from numba_atomflow.sources import WeightSource, open_source
 from numba_atomflow.text import TextCodec
 from numba_atomflow.validate.ground_truth import FORMAT, FORMAT_VERSION, REFERENCES, precision_of, sha256
 from numba_atomflow.validate.probes import Rows, all_probes
@@ -86,7 +87,7 @@ def make_ground_truth(
             "prompt_tokens": str(prompt_tokens),
             "geometry": json.dumps(checkpoint.geometry.to_dict()),
             "versions": json.dumps(_versions()),
-            "checkpoint_sha256": sha256(checkpoint.path),
+            "checkpoint_sha256": checkpoint.sha256(),
             "source": checkpoint.metadata.get("source", "{}"),
         },
     )
@@ -190,10 +191,16 @@ def _original(checkpoint: Checkpoint, path: Path) -> Any:
     An FP8 checkpoint of the hubs is read by this program's own reader, which expands it to float32: transformers reads
     them only with a GPU or further packages, and rounds to bfloat16.
     """
+    source = open_source(path)
+    with unchanged(stamps_of(source.files), SourceError):
+        return _read_original(checkpoint, source)
+
+
+def _read_original(checkpoint: Checkpoint, source: WeightSource) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    source = open_source(path)
+    path = source.path
     record = json.loads(checkpoint.metadata.get("source", "{}"))
     for file in source.files:
         if record.get("sha256", {}).get(file.name) != sha256(file):
@@ -222,6 +229,7 @@ def _dequantised(checkpoint: Checkpoint) -> Any:
             weights = checkpoint.matrix(part)
         ends = np.cumsum([shapes[name][0] for name in names])
         state |= {name: torch.from_numpy(rows) for name, rows in zip(names, np.split(weights, ends[:-1]), strict=True)}
+    checkpoint.check_unchanged()
     return _with_weights(checkpoint.geometry, state)
 
 

@@ -1,6 +1,6 @@
 """What a model is compared with: the values of every probe at every position, from transformers or another backend."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,7 @@ class Reference:
         precision: how its values were rounded.
         tensors: float32 [positions, width] by probe name.
         metadata: what else is known about it.
+        check_unchanged: raises if `tensors` are of a file that another program has written into since it was opened.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Reference:
     precision: Precision
     tensors: Mapping[str, Rows]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    check_unchanged: Callable[[], None] = lambda: None
 
     def rows(self, name: str, start: int, count: int) -> Rows:
         """Rows start .. start + count - 1 of a probe."""

@@ -225,9 +225,11 @@ def _runner(
     from numba_atomflow.sandbox.choose import make_runner
 
     with output.loading_bar() as progress:
-        runner = make_runner(backend.value, weights.geometry, WeightArrays(weights), sizes, threads)
+        arrays, check = WeightArrays(weights), weights.check_unchanged
+        runner = make_runner(backend.value, weights.geometry, arrays, sizes, threads, check)
         try:
             runner.prepare(progress)
+            check()
         except BaseException:
             runner.close()
             raise

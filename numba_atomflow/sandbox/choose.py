@@ -1,6 +1,6 @@
 """Which device the sandbox runs on: the GPU where there is a usable one, else the CPU."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -17,12 +17,14 @@ def make_runner(
     weights: Mapping[str, NDArray[Any]],
     sizes: CacheSizes,
     threads: int | None = None,
+    check_weights: Callable[[], None] = lambda: None,
 ) -> Runner:
     """A runner for a model; `prepare` it before use.
 
     Args:
         weights: the checkpoint's arrays by name, which must stay mapped.
         threads: of the CPU; with "auto", naming them chooses it.
+        check_weights: raises if the arrays are not what they were; asked by a runner that reads them at every step.
 
     Raises:
         BackendError: the device cannot be used here.
@@ -36,7 +38,7 @@ def make_runner(
         return GpuRunner(geometry, weights, sizes)
     from numba_atomflow.sandbox.cpu_runner import CpuRunner
 
-    return CpuRunner(geometry, dict(weights), sizes, threads)
+    return CpuRunner(geometry, dict(weights), sizes, threads, check_weights=check_weights)
 
 
 def _gpu_is_usable() -> bool:

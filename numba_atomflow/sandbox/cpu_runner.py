@@ -36,6 +36,7 @@ class CpuRunner:
         weights: the checkpoint's arrays by name, which must stay mapped.
         sizes: of the cache.
         threads: that kernels run on; by default all cores, or what a CPU quota allows.
+        check_weights: called after every step; raises if the arrays are not what they were.
 
     Raises:
         OptionError: no such number of cores, or no kernels for this family of models.
@@ -49,8 +50,11 @@ class CpuRunner:
         weights: Mapping[str, NDArray[Any]],
         sizes: CacheSizes,
         threads: int | None = None,
+        *,
+        check_weights: Callable[[], None] = lambda: None,
     ) -> None:
         check_family(geometry)
+        self._check_weights = check_weights
         self.threads = choose_threads(threads)
         self.device = f"{cpu_name()}, {described(self.threads, threads)}"
         self.geometry, self.sizes, self._weights = geometry, sizes, weights
@@ -112,6 +116,15 @@ class CpuRunner:
         return self._run(batch, self._attend_paged)
 
     def _run(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
+        try:
+            tokens = self._step(batch, attend)
+        except CheckpointError:  # weights that have changed look like damaged ones
+            self._check_weights()
+            raise
+        self._check_weights()
+        return tokens
+
+    def _step(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
         g, weights, columns = self.geometry, self._weights, batch.columns
         residual, normed, qkv = (self._array(name)[:columns] for name in ("residual", "normed", "qkv"))
         q, attended, ffn = (self._array(name)[:columns] for name in ("q", "attended", "ffn"))
