@@ -15,11 +15,12 @@ from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, OptionError, SourceError, SourceWarning, TextError
 from numba_atomflow.file_stamp import stamps_of, unchanged
+from numba_atomflow.plain_text import read_text_file
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
 from numba_atomflow.sources.base import TEXT_RULES, slabs
-from numba_atomflow.text import TextAssets, TextCodec, read_text_file
+from numba_atomflow.text import TextAssets, TextCodec
 
 Progress = Callable[[str, int, int], None]
 

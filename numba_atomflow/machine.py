@@ -66,7 +66,7 @@ def commit(folder: Path = _ROOT) -> str | None:
 def cpu_name() -> str:
     """The processor as its maker calls it, where Linux tells."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -76,7 +76,7 @@ def cpu_name() -> str:
 def nvidia_driver(file: Path = _DRIVER) -> str | None:
     """Version of the NVIDIA driver as its kernel module says it, or None."""
     try:
-        found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", file.read_text())
+        found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
     return found[1] if found else None

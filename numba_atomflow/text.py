@@ -7,7 +7,6 @@ costs nothing: the tokenizers library is loaded with the first codec, Jinja with
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numba_atomflow.errors import CheckpointError, TextError
@@ -65,20 +64,6 @@ class TextAssets:
                     "again."
                 )
         return cls(**dict(record) | {"tokenizer_json": tokenizer_json, "eos_ids": tuple(record.get("eos_ids", ()))})
-
-
-def read_text_file(path: Path) -> str:
-    """A text file in UTF-8.
-
-    Raises:
-        TextError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise TextError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
 
 
 class TextCodec:

@@ -46,8 +46,7 @@ _OPTIONS = frozenset(
 def main() -> None:
     """The console script."""
     _open_missing_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may well write what a terminal cannot show
+    _set_encodings()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -85,6 +84,16 @@ def _open_missing_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
+
+
+def _set_encodings() -> None:
+    """Pipes and files take UTF-8 in every locale; a terminal takes its own encoding.
+
+    A model may well write what a terminal cannot show, and a file's name may hold bytes that are no text.
+    """
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
 
 
 def _fail(message: str, code: int) -> int:

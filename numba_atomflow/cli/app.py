@@ -1,12 +1,16 @@
 """The commands, put together."""
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from numba_atomflow import __version__, numba_settings
+from numba_atomflow import __version__, home, numba_settings
 from numba_atomflow.cli import output
 from numba_atomflow.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from numba_atomflow.cli.bench import bench
@@ -32,6 +36,7 @@ from numba_atomflow.cli.sandbox import run as sandbox_run
 from numba_atomflow.cli.validate import EXAMPLES as VALIDATE_EXAMPLES
 from numba_atomflow.cli.validate import validate
 from numba_atomflow.errors import OptionError
+from numba_atomflow.plain_text import typed
 
 PROGRAM = "numba-atomflow"
 
@@ -69,30 +74,50 @@ class _HelpThroughOutput:
 class _Command(_HelpThroughOutput, TyperCommand):
     """A command."""
 
-    def invoke(self, ctx: Any) -> Any:
-        numba_settings.check_import()
-        return super().invoke(ctx)
-
 
 class _Group(_HelpThroughOutput, TyperGroup):
     """The program."""
 
 
+# Arguments and options that are text for the model. Others are names and numbers; a path must keep its bytes.
+_TEXTS = {"prompt": "The prompt", "system": "--system", "stop": "--stop"}
+
+
+def _prepared(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, given paths with ``~`` replaced, and texts as Unicode whatever the locale; numba can be imported."""
+
+    def prepare(name: str, value: Any) -> Any:
+        if isinstance(value, Path):
+            return home.expand_user(value)
+        if name in _TEXTS and isinstance(value, str):
+            return typed(value, _TEXTS[name])
+        if name in _TEXTS and isinstance(value, list):
+            return [typed(text, _TEXTS[name]) for text in value]
+        return value
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        numba_settings.check_import()
+        command(**{name: prepare(name, value) for name, value in values.items()})
+
+    return run
+
+
 # Plain help: it starts faster than a rich one, and keeps examples as they are written.
 app = typer.Typer(cls=_Group, rich_markup_mode=None, add_completion=False, epilog=_EXAMPLES)
-app.command(cls=_Command, epilog=GENERATE_EXAMPLES)(generate)
-app.command(cls=_Command, epilog=CHAT_EXAMPLES)(chat)
-app.command(cls=_Command, epilog=CONVERT_EXAMPLES)(convert)
-app.command(cls=_Command, epilog=QUANTIZE_EXAMPLES)(quantize)
-app.command(cls=_Command, epilog=PERPLEXITY_EXAMPLES)(perplexity)
-app.command(cls=_Command, epilog=INFO_EXAMPLES)(info)
-app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(ground_truth)
-app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(validate)
-app.command(cls=_Command, epilog=BENCH_EXAMPLES)(bench)
-app.command(cls=_Command, epilog=PROFILE_EXAMPLES)(profile)
+app.command(cls=_Command, epilog=GENERATE_EXAMPLES)(_prepared(generate))
+app.command(cls=_Command, epilog=CHAT_EXAMPLES)(_prepared(chat))
+app.command(cls=_Command, epilog=CONVERT_EXAMPLES)(_prepared(convert))
+app.command(cls=_Command, epilog=QUANTIZE_EXAMPLES)(_prepared(quantize))
+app.command(cls=_Command, epilog=PERPLEXITY_EXAMPLES)(_prepared(perplexity))
+app.command(cls=_Command, epilog=INFO_EXAMPLES)(_prepared(info))
+app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(_prepared(ground_truth))
+app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(_prepared(validate))
+app.command(cls=_Command, epilog=BENCH_EXAMPLES)(_prepared(bench))
+app.command(cls=_Command, epilog=PROFILE_EXAMPLES)(_prepared(profile))
 sandbox = typer.Typer(cls=_Group, rich_markup_mode=None)
-sandbox.command("run", cls=_Command, epilog=RUN_EXAMPLES)(sandbox_run)
-sandbox.command("compare", cls=_Command, epilog=COMPARE_EXAMPLES)(sandbox_compare)
+sandbox.command("run", cls=_Command, epilog=RUN_EXAMPLES)(_prepared(sandbox_run))
+sandbox.command("compare", cls=_Command, epilog=COMPARE_EXAMPLES)(_prepared(sandbox_compare))
 app.add_typer(sandbox, name="sandbox")
 
 
@@ -115,8 +140,15 @@ def invoke(arguments: Sequence[str]) -> int:
         where = at.command_path if at else PROGRAM
         message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
         message = " ".join(message.split()).rstrip(".")
-        raise OptionError(f"{message}; see `{where} --help`.") from error
+        raise OptionError(f"{message}{_dash_advice(arguments)}; see `{where} --help`.") from error
     return 0
+
+
+def _dash_advice(arguments: Sequence[str]) -> str:
+    """Words for a text or a file that was taken for an option; none if there is no sign of that."""
+    no_option = re.compile(r"-(?!-?[A-Za-z]|$)|-[^-].*\s|--[^=]*\s")
+    mistaken = any(map(no_option.match, itertools.takewhile(lambda argument: argument != "--", arguments)))
+    return " (what begins with a dash is an option, unless -- stands before it)" if mistaken else ""
 
 
 def _show_version(wanted: bool) -> None:

@@ -64,7 +64,7 @@ def bench(
 
     settings = benchmark.Settings(prompt_tokens, decode_tokens, parse_depths(depths), repeats)
     positions = settings.positions(chosen.geometry)
-    earlier = None if compare is None else benchmark.read_report(compare.expanduser())
+    earlier = None if compare is None else benchmark.read_report(compare)
     if earlier is not None:
         benchmark.check_comparable(earlier, chosen.geometry, settings)
     times = None

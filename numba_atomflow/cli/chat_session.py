@@ -15,6 +15,7 @@ from numba_atomflow import home
 from numba_atomflow.cli import output
 from numba_atomflow.engine import Engine, Generation
 from numba_atomflow.errors import AtomFlowError, ContextError, DestinationError, TextError
+from numba_atomflow.plain_text import read_line, typed
 from numba_atomflow.sampling import SamplingParams
 
 PROMPT = "> "
@@ -57,6 +58,7 @@ class ChatSession:
         self.interactive = sys.stdin.isatty()
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._opening)
+        self._first_line = True
         self._saved: set[Path] = set()  # files of this session, which it may replace
         engine.text.render_chat(
             [*self._opening, {"role": "user", "content": "Hello"}]
@@ -202,10 +204,12 @@ class ChatSession:
         """The next line, or None if the user leaves."""
         try:
             if self.interactive and sys.stdout.isatty():
-                return input(PROMPT)
+                return typed(input(PROMPT), "The line", sys.stdin.encoding)
             if self.interactive:
                 output.say(PROMPT, end="")  # standard output goes to a file, which is for replies alone
-            return sys.stdin.readline() or None
+            line = read_line(self._first_line)
+            self._first_line = False
+            return line or None
         except EOFError:
             line = None
         except KeyboardInterrupt:

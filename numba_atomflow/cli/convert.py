@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from numba_atomflow import home
 from numba_atomflow.cli import options, output
 
 EXAMPLES = """\b
@@ -39,14 +38,14 @@ def convert(
     with output.bytes_bar() as progress:
         convert_model(
             source,
-            home.expand_user(destination),
+            destination,
             revision=revision,
             overwrite=overwrite,
             progress=progress,
             warn=output.warn,
         )
     seconds = time.perf_counter() - started
-    with Checkpoint.open(home.expand_user(destination)) as checkpoint:
+    with Checkpoint.open(destination) as checkpoint:
         parameters, written = checkpoint.geometry.parameter_count(), checkpoint.path.stat().st_size
         if as_json:
             output.emit_json(

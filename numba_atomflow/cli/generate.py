@@ -1,15 +1,15 @@
 """``numba-atomflow generate``: continue a text, or answer it, streamed to standard output."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from numba_atomflow.cli import options, output
-from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.errors import OptionError
 from numba_atomflow.machine import versions
 from numba_atomflow.model_names import DEFAULT_MODEL
+from numba_atomflow.plain_text import read_standard_input, read_text_file
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine, Generation
@@ -21,15 +21,22 @@ Examples:
   numba-atomflow generate --chat "Name three rivers." --temperature 0.7 --seed 1
   numba-atomflow generate --file story.txt --max-tokens 100 --stop "The end"
   git diff | numba-atomflow generate --chat - --quiet
+  numba-atomflow generate --max-tokens 20 -- "- milk, - bread,"
   numba-atomflow generate "1, 2, 3," --json | jq .stats.tokens_per_second
 """
 
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to go on from; - reads standard input.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The text to go on from (after -- if it begins with a dash); - reads standard input.",
+            show_default=False,
+        ),
     ] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file; - is standard input.")
+    ] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat/--raw", help="Ask the prompt as a question (chat template), or continue it as it is."),
@@ -87,32 +94,19 @@ def generate(
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None and prompt is not None:
         raise OptionError("There are two prompts, the argument and --file; give one of them.")
-    if file is not None:
-        text = _read_file(file)
-    elif prompt == "-":
-        text = _decode("Standard input", sys.stdin.buffer.read())
+    if prompt == "-" or (file is not None and str(file) == "-"):
+        text = read_standard_input().removesuffix("\n")
+    elif file is not None:
+        text = read_text_file(file, "The prompt file").removesuffix("\n")
     elif prompt is not None:
         text = prompt
     else:
-        raise OptionError("There is no prompt; give a text, --file FILE, or - to read standard input.")
+        raise OptionError(
+            "There is no prompt; give a text (after -- if it begins with a dash), --file FILE, or - for standard input."
+        )
     if not text:
         raise OptionError("The prompt is empty; give some text.")
     return text
-
-
-def _read_file(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise OptionError(f"The prompt file {path} cannot be read ({error.strerror}); check --file.") from error
-    return _decode(f"The prompt file {path}", data)
-
-
-def _decode(origin: str, data: bytes) -> str:
-    try:
-        return data.decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{origin} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
 
 
 def _stream(generation: "Generation") -> None:

@@ -1,6 +1,5 @@
 """``numba-atomflow ground-truth``: what transformers makes of a prompt, layer by layer, as a file."""
 
-import sys
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Annotated
 import typer
 
 from numba_atomflow.cli import options, output
-from numba_atomflow.errors import DestinationError, TextError
+from numba_atomflow.errors import DestinationError
+from numba_atomflow.plain_text import read_standard_input
 
 EXAMPLES = """\b
 Examples:
@@ -51,18 +51,16 @@ def ground_truth(
     FILE appears complete or not at all.
     """
     started = time.perf_counter()
-    out = out.expanduser()
     if out.exists() and not overwrite:
         raise DestinationError(f"{out} exists; choose another name, or replace it with --overwrite.")
-    text = read_text(prompt)
+    text = read_prompt(prompt)
 
     from numba_atomflow.checkpoint import Checkpoint
     from numba_atomflow.model_names import find_checkpoint
     from numba_atomflow.validate import make_ground_truth, save_ground_truth
 
     with Checkpoint.open(find_checkpoint(model)) as checkpoint, output.steps_bar() as progress:
-        place = source.expanduser() if source is not None else None
-        truth = make_ground_truth(checkpoint, text, decode_steps, reference.value, place, progress)
+        truth = make_ground_truth(checkpoint, text, decode_steps, reference.value, source, progress)
         save_ground_truth(truth, out)
     record = {
         "path": str(out),
@@ -82,11 +80,6 @@ def ground_truth(
         )
 
 
-def read_text(prompt: str) -> str:
+def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for ``-``; one newline at its end is dropped."""
-    if prompt != "-":
-        return prompt
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise TextError(f"Standard input is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+    return read_standard_input().removesuffix("\n") if prompt == "-" else prompt

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from numba_atomflow import home
 from numba_atomflow.cli import options, output
 
 if TYPE_CHECKING:
@@ -24,7 +23,9 @@ Examples:
 
 def perplexity(
     model: Annotated[str, typer.Argument(help="A checkpoint file, or the name of one in the models folder.")],
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="The text to predict, in UTF-8.")],
+    text: Annotated[
+        Path, typer.Option("--text", metavar="FILE", help="The text to predict, in UTF-8; - reads standard input.")
+    ],
     context: Annotated[
         int | None,
         typer.Option(
@@ -52,9 +53,9 @@ def perplexity(
     from numba_atomflow.engine import Engine
     from numba_atomflow.model_names import find_checkpoint
     from numba_atomflow.perplexity import choose_windows, measure
-    from numba_atomflow.text import read_text_file
+    from numba_atomflow.plain_text import read_standard_input, read_text_file
 
-    contents = read_text_file(home.expand_user(text))
+    contents = read_standard_input() if str(text) == "-" else read_text_file(text)
     with Checkpoint.open(find_checkpoint(model)) as checkpoint:
         context, stride = choose_windows(checkpoint.geometry.max_positions, context, stride)
         logits = None

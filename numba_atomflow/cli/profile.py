@@ -62,15 +62,15 @@ def profile(
     profiler.check_profile(depth, repeats)
     for option, path in (("--plot", plot), ("--timeline", timeline)):
         if path is not None:
-            check_plot(path.expanduser(), option)
+            check_plot(path, option)
     with chosen.open(backend, depth + 1, threads, decode) as engine, output.steps_bar() as progress:
         if timeline is not None:
             profiler.check_timeline(engine)
         report = profiler.profile(engine, depth, repeats, progress)
     if plot is not None:
-        profiler.plot(report, plot.expanduser())
+        profiler.plot(report, plot)
     if timeline is not None:
-        profiler.plot_timeline(report, timeline.expanduser())
+        profiler.plot_timeline(report, timeline)
     match Format.JSON if as_json else form:
         case Format.JSON:
             output.emit_json(report.to_dict())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from numba_atomflow import home
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError
 
@@ -75,9 +74,6 @@ def quantize(
     started = time.perf_counter()
     if group_size != 128:
         raise OptionError(f"--group-size is {group_size}; kernels read groups of 128 only, so leave it out.")
-    destination = home.expand_user(destination)
-    if calibration is not None:
-        calibration = home.expand_user(calibration)
 
     from numba_atomflow.checkpoint import Checkpoint
     from numba_atomflow.convert import convert

@@ -267,7 +267,7 @@ def _workload(
 
     vocabulary = weights.geometry.vocabulary
     if trace is not None:
-        return read_trace(trace.expanduser(), encode, vocabulary, end_tokens)
+        return read_trace(trace, encode, vocabulary, end_tokens)
     if encode is None or prompt_tokens is not None:
         prompts = random_prompts(count, prompt_tokens or 64, vocabulary, common_tokens, seed)
     elif count < 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from numba_atomflow.cli import options, output
-from numba_atomflow.cli.ground_truth import read_text
+from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.errors import BackendError, OptionError
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def validate(
     from numba_atomflow.validate.plot import plot as draw
 
     if plot is not None:
-        check_plot(plot.expanduser())
-    text = None if prompt is None else read_text(prompt)
+        check_plot(plot)
+    text = None if prompt is None else read_prompt(prompt)
     if ground_truth is not None:
-        reference = _open(ground_truth.expanduser(), model, text)
+        reference = _open(ground_truth, model, text)
     else:
         reference = _record(model, text, decode_steps, backend, threads, decode)
     with output.loading_bar() as progress:
@@ -97,7 +97,7 @@ def validate(
         else:
             _show(engine, report)
     if plot is not None:
-        draw(report, plot.expanduser())
+        draw(report, plot)
     if not report.passed:
         raise typer.Exit(FAILED)
 

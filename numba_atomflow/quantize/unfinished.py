@@ -77,7 +77,7 @@ class Unfinished:
 
     def _keep_own_job(self) -> None:
         path = self.folder / "job.json"
-        if path.exists() and path.read_text() == self._job:
+        if path.exists() and path.read_bytes() == self._job.encode():
             return
         for pattern in _OWN_FILES:  # and nothing else that a user may keep in a folder of this name
             for old in self.folder.glob(pattern):

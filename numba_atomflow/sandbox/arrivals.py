@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.errors import OptionError
+from numba_atomflow.plain_text import read_text_file
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.server import Fork
 
@@ -42,12 +43,10 @@ def read_trace(
         vocabulary: ids are below it.
 
     Raises:
-        OptionError: the file cannot be read, or a line is no request.
+        TextError: the file cannot be read.
+        OptionError: a line is no request.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"The trace {path} cannot be read ({error}); check --trace.") from error
+    lines = read_text_file(path, "The trace").split("\n")
     workload, seen = Workload(), set[int]()
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from numba_atomflow.errors import SourceError
+from numba_atomflow.errors import SourceError, TextError
 from numba_atomflow.foreign import shown
+from numba_atomflow.plain_text import decode_text
 from numba_atomflow.sources.json_file import parse_json, read_file
 from numba_atomflow.text import TextAssets
 
@@ -64,9 +65,9 @@ def _chat_template(folder: Path, contents: Mapping[str, bytes], tokenizer_config
     """The template file if there is one, else that in tokenizer_config.json (of several, the one named default)."""
     if CHAT_TEMPLATE in contents:
         try:
-            return contents[CHAT_TEMPLATE].decode()
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{folder / CHAT_TEMPLATE} is not UTF-8; get the file again.") from error
+            return decode_text(contents[CHAT_TEMPLATE], str(folder / CHAT_TEMPLATE))
+        except TextError as error:
+            raise SourceError(str(error)) from error
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
         template = next(

@@ -25,7 +25,7 @@ def read_file(path: Path) -> bytes:
         SourceError: the file cannot be read.
     """
     try:
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no part of a text
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
 

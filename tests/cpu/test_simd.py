@@ -1,0 +1,55 @@
+"""Float16 to float32 on processors with and without an instruction for it."""
+
+import platform
+from types import SimpleNamespace
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from llvmlite import binding
+
+from numba_atomflow.ops import simd
+
+X86 = platform.machine() in {"x86_64", "AMD64"}
+
+
+@pytest.mark.parametrize("instruction", [True, False])
+def test_every_float16(monkeypatch: pytest.MonkeyPatch, instruction: bool) -> None:
+    if instruction and not simd._widens_halves(numba.core.registry.cpu_target.target_context.codegen()):
+        pytest.skip("this processor has no instruction for it")
+    monkeypatch.setattr(simd, "_widens_halves", lambda _: instruction)
+
+    @numba.njit
+    def widen(halves: Any, out: Any) -> None:
+        for i in range(halves.size):
+            out[i] = simd.half_to_float(halves[i])
+
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    out = np.empty(halves.size, np.float32)
+    widen(halves.view(np.int16), out)
+    expected = halves.view(np.float16).astype(np.float32)
+    expected.view(np.uint32)[np.isnan(expected)] |= 0x00400000  # the instruction makes a NaN quiet
+    np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.skipif(not X86, reason="names of x86 processors")
+@pytest.mark.parametrize(
+    ("name", "features", "has"),
+    [
+        ("x86-64", "", False),
+        ("x86-64-v2", "", False),
+        ("sandybridge", "", False),
+        ("ivybridge", "", True),
+        ("x86-64-v3", "", True),
+        ("x86-64-v3", "-f16c", False),
+        ("x86-64-v2", "+f16c,+avx", True),
+    ],
+)
+def test_whether_a_processor_has_the_instruction(name: str, features: str, has: bool) -> None:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=name, features=features)
+    codegen = SimpleNamespace(_tm=machine, magic_tuple=lambda: (target.triple, name, features))
+    assert simd._widens_halves(codegen) is has
