@@ -85,7 +85,8 @@ class ChatTemplate:
             case {"text": text}:
                 return text
             case {"refusal": reason}:
-                raise TextError(f"The model's chat template refuses this conversation: {reason}")
+                end = "" if reason.endswith((".", "!", "?")) else "."
+                raise TextError(f"The model's chat template refuses this conversation: {reason}{end}")
             case {"invalid": reason}:
                 raise TextError(f"The model's chat template is not valid Jinja ({reason}).")
             case answer:

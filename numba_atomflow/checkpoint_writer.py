@@ -40,6 +40,7 @@ from numba_atomflow.errors import DestinationError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.tensor_file import ITEM_SIZES, METADATA, TensorEntry
 from numba_atomflow.text import TextAssets
+from numba_atomflow.whole_file import publish_new
 
 ALIGNMENT = 128  # bytes; where the weights start
 _ORDER = {SCALES: 0, HALVES: 1, CODES: 2, BYTES: 3}  # of dtypes in the file: the widest first, so that all are aligned
@@ -163,7 +164,10 @@ class CheckpointWriter:
             if self.overwrite:
                 self._partial.replace(self.path)
             else:
-                _publish_new(self._partial, self.path)
+                try:
+                    publish_new(self._partial, self.path)
+                except FileExistsError as error:  # another process has taken the name since it was looked for
+                    raise destination_exists(self.path) from error
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)  # the new name itself must survive a power cut
@@ -241,27 +245,6 @@ def _open_locked(destination: Path) -> tuple[Path, BinaryIO]:
             file.close()
             raise
         file.close()
-
-
-def _publish_new(partial: Path, destination: Path) -> None:
-    """Give a complete file its final name, unless another process has taken that name since it was looked for.
-
-    A hard link is made or refused in one step. File systems without them (FAT, some network shares) leave a moment
-    between looking and renaming.
-
-    Raises:
-        DestinationError: the name is taken.
-    """
-    try:
-        os.link(partial, destination)
-    except FileExistsError as error:
-        raise destination_exists(destination) from error
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        if os.path.lexists(destination):
-            raise destination_exists(destination) from error
-        partial.replace(destination)
 
 
 def destination_exists(destination: Path) -> DestinationError:

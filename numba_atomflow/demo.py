@@ -19,6 +19,7 @@ from numba_atomflow import home
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, CheckpointError, SourceError
+from numba_atomflow.foreign import visible
 from numba_atomflow.sources.base import TEXT_RULES
 
 NAME = "smollm2-135m-instruct"
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 path = prepare(lambda _name, done, total: bar.update(task, completed=done, total=total, visible=True))
             except AtomFlowError as error:
-                console.print(str(error), soft_wrap=True, markup=False, highlight=False)
+                console.print(visible(str(error)), soft_wrap=True, markup=False, highlight=False)
                 return 2
     if path is None:
         return 1

@@ -6,11 +6,16 @@ and a message that repeats it all helps nobody; so whatever a message takes over
 """
 
 import json
+import re
 import reprlib
 from typing import Any
 
 MOST_DIGITS = 1000  # of an integer in JSON; Python converts no more than 4,300
 _LONGEST = 80  # characters of a value in a message
+
+# What a terminal obeys instead of showing it: control characters (C0 but tab and newline, DEL, C1), line and paragraph
+# separators, and what turns the order of the characters that follow.
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def load_json(text: str | bytes, *, unique: bool = False) -> Any:
@@ -41,6 +46,11 @@ def short(text: str) -> str:
     """A name or another text for a message, without quotes: one line of printable characters, cut where it is long."""
     text = text[: _LONGEST + 1]
     return _cut(text if text.isprintable() else repr(text)[1:-1])
+
+
+def visible(text: str) -> str:
+    r"""A text as a terminal may show it: what would be a command to it is spelt out, an escape character as \x1b."""
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _cut(text: str) -> str:

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,18 @@ def shared() -> TemplateProcess:
             process = TemplateProcess()
             _shared = weakref.ref(process)
         return process
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Hold the program's process, so that it gets ready beside other work.
+
+    Raises:
+        TextError: it cannot be started.
+    """
+    process = shared()
+    yield
+    del process
 
 
 def _after_fork_in_child() -> None:

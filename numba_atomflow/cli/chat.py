@@ -41,6 +41,8 @@ def chat(
     threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.AUTO,
     decode: options.Decode = options.DecodeChoice.AUTO,
+    template_var: options.TemplateVar = None,
+    raw_output: options.RawOutput = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each reply as one line of JSON, and nothing else (not at a terminal).")
     ] = False,
@@ -50,21 +52,26 @@ def chat(
     if as_json and sys.stdin.isatty():
         raise OptionError("--json is for a conversation through a pipe; give the messages on standard input.")
 
-    from numba_atomflow.cli.chat_session import ChatSession
-    from numba_atomflow.engine import Engine
-    from numba_atomflow.sampling import SamplingParams
+    variables = options.template_variables(template_var)
 
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-    )
-    with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, max_seq_len, threads, progress, decode=decode.value)
-    with engine:
-        ChatSession(engine, params, system, quiet=quiet, as_json=as_json).run()
+    from numba_atomflow import template_process
+
+    with template_process.running():  # gets ready while numba is imported
+        from numba_atomflow.cli.chat_session import ChatSession
+        from numba_atomflow.engine import Engine
+        from numba_atomflow.sampling import SamplingParams
+
+        params = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_tokens=max_tokens,
+            stop=tuple(stop or ()),
+        )
+        with output.loading_bar() as progress:
+            engine = Engine.load(model, backend.value, max_seq_len, threads, progress, decode=decode.value)
+        with engine:
+            ChatSession(engine, params, system, variables, quiet=quiet, as_json=as_json, raw_output=raw_output).run()

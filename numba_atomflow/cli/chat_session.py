@@ -5,8 +5,9 @@ turn. The model is shown the whole conversation at every turn; the engine comput
 """
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numba_atomflow.engine import Engine, Generation
 from numba_atomflow.errors import AtomFlowError, ContextError, DestinationError, TextError
 from numba_atomflow.plain_text import read_line, typed
 from numba_atomflow.sampling import SamplingParams
+from numba_atomflow.whole_file import write_whole
 
 PROMPT = "> "
 HISTORY_LINES = 1000
@@ -35,8 +37,10 @@ class ChatSession:
         engine: loaded; its KV cache is this session's.
         params: for every reply.
         system: a system message, or None.
+        template_variables: what the chat template is told besides.
         quiet: no report after a reply.
         as_json: each reply as one line of JSON, once it is complete; without a report. Not at a terminal.
+        raw_output: a terminal gets the control characters of a reply, too.
 
     Raises:
         TextError: the model cannot chat, or takes no system message.
@@ -47,22 +51,25 @@ class ChatSession:
         engine: Engine,
         params: SamplingParams,
         system: str | None = None,
+        template_variables: Mapping[str, Any] | None = None,
         *,
         quiet: bool = False,
         as_json: bool = False,
+        raw_output: bool = False,
     ) -> None:
         self.engine = engine
         self.params = params
         self.quiet = quiet
         self.as_json = as_json
+        self.template_variables = template_variables
+        self._write = output.reply_writer(raw_output)
         self.interactive = sys.stdin.isatty()
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._opening)
         self._first_line = True
         self._saved: set[Path] = set()  # files of this session, which it may replace
-        engine.text.render_chat(
-            [*self._opening, {"role": "user", "content": "Hello"}]
-        )  # fails now, not at the first turn
+        first = {"role": "user", "content": "Hello"}  # fails now, not at the first turn
+        engine.text.render_chat([*self._opening, first], template_variables=template_variables)
 
     def run(self) -> None:
         """Read lines and answer them until the user leaves.
@@ -116,10 +123,12 @@ class ChatSession:
         message = {"role": "user", "content": text}
         generation: Generation | None = None
         try:
-            generation = self.engine.chat([*self.messages, message], self.params)
+            generation = self.engine.chat(
+                [*self.messages, message], self.params, template_variables=self.template_variables
+            )
             for piece in generation:
                 if not self.as_json:
-                    output.emit(piece)
+                    self._write(piece)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -191,8 +200,9 @@ class ChatSession:
         record = {"model": str(self.engine.checkpoint.path), "messages": self.messages}
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         try:
-            with path.open("w" if path.resolve() in self._saved else "x", encoding="utf-8", errors="replace") as file:
-                file.write(text)
+            target = path.resolve()
+            own = target in self._saved
+            write_whole(target if own else path, text.encode(errors="replace"), replace=own)
         except FileExistsError as error:
             raise DestinationError(f"{path} exists; choose another name.") from error
         except OSError as error:
@@ -241,4 +251,6 @@ def _line_editing(wanted: bool) -> Iterator[None]:
         readline.set_history_length(HISTORY_LINES)
         with suppress(OSError):  # a history that cannot be kept is no reason to complain
             file.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(file)
+            partial = file.with_name(f".chat_history.{os.getpid()}")
+            readline.write_history_file(partial)
+            partial.replace(file.resolve())

@@ -1,5 +1,7 @@
 """``numba-atomflow generate``: continue a text, or answer it, streamed to standard output."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +57,8 @@ def generate(
     threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.AUTO,
     decode: options.Decode = options.DecodeChoice.AUTO,
+    template_var: options.TemplateVar = None,
+    raw_output: options.RawOutput = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -63,32 +67,42 @@ def generate(
     One newline at the end of a file or of standard input is not part of the prompt.
     """
     text = _read_prompt(prompt, file)
+    variables = options.template_variables(template_var)
+    if variables and not chat:
+        raise OptionError("--template-var is for chat templates; give --chat as well.")
 
-    from numba_atomflow.engine import Engine
-    from numba_atomflow.sampling import SamplingParams
+    from numba_atomflow import template_process
 
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-    )
-    with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, max_seq_len, threads, progress, decode=decode.value)
-    with engine:
-        generation = engine.chat([{"role": "user", "content": text}], params) if chat else engine.generate(text, params)
-        if as_json:
-            generation.finish()
-            output.emit_json(_record(engine, generation, params))
-        else:
-            _stream(generation)
-        if not quiet and not as_json:
-            output.say(_report(engine, generation))
+    with template_process.running() if chat else nullcontext():  # gets ready while numba is imported
+        from numba_atomflow.engine import Engine
+        from numba_atomflow.sampling import SamplingParams
+
+        params = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_tokens=max_tokens,
+            stop=tuple(stop or ()),
+            ignore_eos=ignore_eos,
+        )
+        with output.loading_bar() as progress:
+            engine = Engine.load(model, backend.value, max_seq_len, threads, progress, decode=decode.value)
+        with engine:
+            generation = (
+                engine.chat([{"role": "user", "content": text}], params, template_variables=variables)
+                if chat
+                else engine.generate(text, params)
+            )
+            if as_json:
+                generation.finish()
+                output.emit_json(_record(engine, generation, params))
+            else:
+                _stream(generation, output.reply_writer(raw_output))
+            if not quiet and not as_json:
+                output.say(_report(engine, generation))
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -109,10 +123,10 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _stream(generation: "Generation") -> None:
+def _stream(generation: "Generation", write: Callable[[str], None]) -> None:
     try:
         for piece in generation:
-            output.emit(piece)
+            write(piece)
     finally:
         if generation.text and not generation.text.endswith("\n"):
             output.emit("\n")

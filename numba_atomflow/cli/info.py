@@ -62,7 +62,9 @@ def _show(record: dict[str, Any], as_json: bool, table: Any) -> None:
         return
     rows: Table = table(record)
     width = max(len(name) for name, _ in rows) + 2
-    output.emit("".join(f"{name:<{width}}{value}".rstrip() + "\n" for name, value in rows))
+    output.emit(
+        "".join(f"{output.one_line(name):<{width}}{output.one_line(value)}".rstrip() + "\n" for name, value in rows)
+    )
 
 
 # --- a checkpoint ----------------------------------------------------------------------------------------------------

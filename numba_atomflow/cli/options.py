@@ -1,9 +1,13 @@
 """Options that several commands share. Ranges are checked in one place, by `SamplingParams` and `Engine.load`."""
 
+import json
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from numba_atomflow.errors import OptionError
 
 
 class BackendChoice(StrEnum):
@@ -78,6 +82,46 @@ Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the reply before this text; repeatable.")
 ]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token (for benchmarks).")]
+TemplateVar = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-var",
+        metavar="NAME=VALUE",
+        help="Tell the chat template more, as in enable_thinking=false; VALUE is JSON or a text; repeatable.",
+    ),
+]
 
+RawOutput = Annotated[
+    bool,
+    typer.Option("--raw-output", help="Send the model's control characters to the terminal, instead of showing them."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No report on standard error.")]
+
+
+def template_variables(settings: Sequence[str] | None) -> dict[str, Any]:
+    """The values of --template-var by name.
+
+    Raises:
+        OptionError: one of them names nothing, or a name is there twice or reserved.
+    """
+    if not settings:
+        return {}
+    from numba_atomflow.chat_template import plain_variables
+
+    variables: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise OptionError(f"--template-var {setting} has no name and value; write NAME=VALUE.")
+        if name in variables:
+            raise OptionError(f"--template-var gives {name} twice; give it once.")
+        try:
+            variables[name] = json.loads(value, parse_constant=_no_constant)
+        except (ValueError, RecursionError):  # not JSON: a text that needs no quotes
+            variables[name] = value
+    return plain_variables(variables)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)  # NaN and Infinity are no JSON

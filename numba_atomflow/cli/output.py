@@ -1,4 +1,9 @@
-"""Writing for people and programs: results to standard output, talk and progress bars to standard error."""
+"""Writing for people and programs: results to standard output, talk and progress bars to standard error.
+
+Whatever is written may hold text of others: a file's name, a tensor's, a model's reply. None of it commands the user's
+terminal: control characters are spelt out, in results and in talk. Only a reply that goes to a file or a pipe, or that
+the user wants raw, is written as it is.
+"""
 
 import json
 import os
@@ -8,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from numba_atomflow.errors import DestinationError
+from numba_atomflow.foreign import visible
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine, GenerationStats
@@ -15,12 +21,14 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
-def emit(text: str) -> None:
-    """Write a part of the result now.
+def emit(text: str, *, as_it_is: bool = False) -> None:
+    """Write a part of the result now; `as_it_is`, control characters are written and not spelt out.
 
     Raises:
         DestinationError: standard output is a file on a full disk, or the like.
     """
+    if not as_it_is:
+        text = visible(text)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -34,6 +42,12 @@ def emit(text: str) -> None:
 def emit_json(record: dict[str, Any], indent: int | None = 2) -> None:
     """Write a record as the result; without `indent`, on one line."""
     emit(json.dumps(record, indent=indent) + "\n")
+
+
+def reply_writer(raw: bool) -> Callable[[str], None]:
+    """Writes the pieces of a model's text: as they are to a file, a pipe, or with `raw`; spelt out to a terminal."""
+    as_it_is = raw or not sys.stdout.isatty()
+    return lambda piece: emit(piece, as_it_is=as_it_is)
 
 
 def stats_record(engine: "Engine", stats: "GenerationStats") -> dict[str, float]:
@@ -54,7 +68,7 @@ def stats_record(engine: "Engine", stats: "GenerationStats") -> dict[str, float]
 def say(text: str, end: str = "\n") -> None:
     """Write a line of talk. Where nobody can read it, the work goes on without."""
     try:
-        sys.stderr.write(text + end)
+        sys.stderr.write(visible(text) + end)
         sys.stderr.flush()
     except OSError:
         discard(sys.stderr)
@@ -63,6 +77,11 @@ def say(text: str, end: str = "\n") -> None:
 def warn(sentence: str) -> None:
     """Tell a user what was done in another way than they may expect; the command goes on."""
     say(f"warning: {' '.join(sentence.split())}")
+
+
+def one_line(text: str) -> str:
+    """A name for a table or a bar, on one line, whatever it holds."""
+    return visible(text).replace("\n", " ")
 
 
 def discard(stream: TextIO) -> None:
@@ -102,7 +121,7 @@ def bytes_bar() -> Iterator[Progress | None]:
             if total != phase:  # speed and time left begin anew
                 bar.reset(task)
                 phase = total
-            bar.update(task, description=what, completed=done, total=total)
+            bar.update(task, description=one_line(what), completed=done, total=total)
 
         yield report
 
@@ -126,6 +145,6 @@ def steps_bar(title: str | None = None, time_left: bool = False) -> Iterator[Pro
         task = bar.add_task(title or "starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=title or what, completed=done, total=total)
+            bar.update(task, description=title or one_line(what), completed=done, total=total)
 
         yield report

@@ -9,6 +9,7 @@ import typer
 from numba_atomflow.cli import options, output
 from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.errors import BackendError, OptionError
+from numba_atomflow.foreign import visible
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine
@@ -173,7 +174,7 @@ def _show(engine: "Engine", report: "Report") -> None:
     console = Console(file=lines, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
     console.print(report.rich_table())
     console.print(
-        f"\n{report.backend} against {report.reference}: {report.prompt_tokens} prompt tokens, "
+        f"\n{report.backend} against {visible(report.reference)}: {report.prompt_tokens} prompt tokens, "
         f"{report.decode_steps} decode steps" + (", layers isolated" if report.isolated else ""),
         markup=False,
     )
@@ -187,5 +188,5 @@ def _show(engine: "Engine", report: "Report") -> None:
         after = _next_token(engine, report)
         if after is not None:
             console.print(f"next token: {after['model']!r}, the reference's is {after['reference']!r}", markup=False)
-    console.print(report.verdict(), markup=False)
-    output.emit(lines.getvalue())
+    console.print(visible(report.verdict()), markup=False)
+    output.emit(lines.getvalue(), as_it_is=True)  # it may hold rich's own colours
