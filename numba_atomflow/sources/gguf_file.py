@@ -126,9 +126,12 @@ class _Cursor:
 
     def string(self, longest: int = LARGEST_HEADER) -> str:
         at, length = self.at, self.scalar(_U64)
-        self.need(length)
         if length > longest:
-            raise SourceError(f"{self.path} has a name of {length} bytes at byte {at}; get the file again.")
+            self.need(length)
+            raise SourceError(
+                f"{self.path} holds a string of {length} bytes at byte {at}, where {longest} are the most; "
+                "get the file again."
+            )
         try:
             return self.take(length).decode()
         except UnicodeDecodeError as error:

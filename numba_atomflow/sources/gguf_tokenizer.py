@@ -258,6 +258,13 @@ def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
 def _byte_level(vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer) -> dict[str, Any]:
     """Byte-level BPE (GPT-2, Llama 3, SmolLM, Qwen2): the parts of tokenizer.json that depend on the kind."""
     merges = [merge.split(" ") for merge in vocabulary.fields.required_items("tokenizer.ggml.merges", str)]
+    ids = vocabulary.by_spelling
+    for pair in merges:
+        if len(pair) != 2 or pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:
+            raise SourceError(
+                f"{vocabulary.fields.where} has the merge {shown(' '.join(pair))}, which is not one of two tokens to "
+                "a third; get the file again."
+            )
     return {
         "normalizer": {"type": "NFC"} if pre_tokenizer.nfc else None,
         "pre_tokenizer": pre_tokenizer.steps(),

@@ -327,7 +327,7 @@ def test_a_file_without_tokenizer_gives_assets_without_one(fields: dict[str, Any
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),
         ({"tokenizer.ggml.token_type": [CONTROL]}, "1 token types"),
         ({"tokenizer.ggml.merges": ["nowhere found"]}, "nowhere"),
-        ({"tokenizer.ggml.merges": ["nopair"]}, "damaged"),
+        ({"tokenizer.ggml.merges": ["nopair"]}, "the merge 'nopair'"),
         ({"tokenizer.ggml.model": ["gpt2"]}, "tokenizer.ggml.model: ['gpt2']"),
         ({"tokenizer.ggml.pre": ["default"]}, "tokenizer.ggml.pre: ['default']"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens: 1"),
