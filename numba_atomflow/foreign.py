@@ -10,6 +10,7 @@ import re
 import reprlib
 from typing import Any
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # in JSON's own spelling, or bare
 MOST_DIGITS = 1000  # of an integer in JSON; Python converts no more than 4,300
 _LONGEST = 80  # characters of a value in a message
 
@@ -27,10 +28,16 @@ def load_json(text: str | bytes, *, unique: bool = False) -> Any:
 
     Raises:
         ValueError: with a short message: it is malformed, nested too deeply, or holds an integer of more than
-            `MOST_DIGITS` digits.
+            `MOST_DIGITS` digits, or half of a surrogate pair, which nothing can encode later.
     """
     try:
-        return json.loads(text, parse_int=_integer, object_pairs_hook=_without_duplicates if unique else None)
+        text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+        values = json.loads(text, parse_int=_integer, object_pairs_hook=_without_duplicates if unique else None)
+        if _SURROGATE.search(text):  # few texts have them: emoji in what was written in ASCII
+            json.dumps(values, ensure_ascii=False).encode()
+        return values
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no text") from None
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
     except UnicodeDecodeError as error:  # its own message holds the whole text's encoding alone, but not where

@@ -29,18 +29,25 @@ class TextAssets:
     pad_token: str | None = None
     eos_ids: tuple[int, ...] = ()  # each of them ends a reply
     add_bos: bool = False  # a text starts with bos_token, whether or not tokenizer.json says so itself
+    other_tokens: Mapping[str, str] = field(
+        default_factory=dict
+    )  # by name, for chat templates: sep_token, cls_token, ...
     # Sentences about what the source says and was not followed; for whoever converts it, not stored in a checkpoint.
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def special_tokens(self) -> dict[str, str]:
         """The named special tokens that exist, for chat templates: ``{"bos_token": "<s>", ...}``."""
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None} | dict(
+            self.other_tokens
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready record of all that a checkpoint stores, but ``tokenizer_json``, which is stored as bytes."""
         record = asdict(self)
         del record["tokenizer_json"], record["warnings"]
+        if not self.other_tokens:  # as earlier versions wrote the record
+            del record["other_tokens"]
         return record | {"eos_ids": list(self.eos_ids)}
 
     @classmethod
@@ -56,6 +63,8 @@ class TextAssets:
                 sound = value is None or isinstance(value, str)
             elif name == "eos_ids":
                 sound = isinstance(value, list) and all(type(token_id) is int and token_id >= 0 for token_id in value)
+            elif name == "other_tokens":
+                sound = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
             else:
                 sound = name == "add_bos" and isinstance(value, bool)
             if not sound:
@@ -87,6 +96,7 @@ class TextCodec:
         # Some tokenizer.json files carry the settings of their training run, which would cut prompts or fill them up.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._post_processor_adds = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self._token_bytes = TokenBytes(self._tokenizer)
         self._bos_id = self._find_bos()
 
@@ -106,7 +116,7 @@ class TextCodec:
             TextError: the text holds a lone surrogate, which is no Unicode text.
         """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special)
         except TypeError as error:
             place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
             if place is None:
@@ -114,9 +124,20 @@ class TextCodec:
             raise TextError(
                 f"Character {place + 1} of the text is half of a surrogate pair; give the text as valid UTF-8."
             ) from error
+        ids: list[int] = encoding.ids
+        if add_special and self._post_processor_adds:
+            added = encoding.special_tokens_mask
+            before = added.index(0) if 0 in added else 0  # tokens that the post-processor put in front
+            if ids[:before] == ids[before : 2 * before]:  # the text spells them as well
+                del ids[:before]
         if add_special and self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids.insert(0, self._bos_id)
         return ids
+
+    def token_id(self, spelling: str) -> int | None:
+        """The id of a token as the vocabulary spells it, or None."""
+        token_id: int | None = self._tokenizer.token_to_id(spelling)
+        return token_id
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of a whole sequence of tokens; bytes that are not UTF-8 become U+FFFD."""

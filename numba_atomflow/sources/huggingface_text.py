@@ -3,24 +3,45 @@
 Every file is optional: a model without them can still be fed token ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError, TextError
 from numba_atomflow.foreign import shown
 from numba_atomflow.plain_text import decode_text
-from numba_atomflow.sources.json_file import parse_json, read_file
+from numba_atomflow.sources.huggingface_tokens import (
+    ADDED_TOKENS,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    CompleteTokenizer,
+    Records,
+    folder_tokens,
+)
+from numba_atomflow.sources.json_file import flag, parse_json, read_file, unusable
 from numba_atomflow.text import TextAssets
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION_CONFIG, CHAT_TEMPLATE)
+OLD_CHAT_TEMPLATE = "chat_template.json"
+TEXT_FILES = (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    ADDED_TOKENS,
+    GENERATION_CONFIG,
+    CHAT_TEMPLATE,
+    OLD_CHAT_TEMPLATE,
+)
+# Vocabularies in other formats: tokenizer.json is made from them.
+OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt", "spiece.model")
 
-_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Names of tokens that have a field of `TextAssets`, and of the other arguments of a chat template.
+_NOT_OTHER = (
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+    *("messages", "tools", "documents", "add_generation_prompt"),
+)
 
 
 def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tuple[TextAssets, tuple[Path, ...]]:
@@ -32,76 +53,113 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
         vocabulary: number of rows of the embedding; token ids must be below.
 
     Raises:
-        SourceError: a file is malformed, or an end-of-reply id is no number.
+        SourceError: a file is malformed, files contradict each other, or the vocabulary is in another format.
     """
     contents = {name: read_file(folder / name) for name in TEXT_FILES if (folder / name).exists()}
     records = {name: parse_json(folder / name, data) for name, data in contents.items() if name != CHAT_TEMPLATE}
+    other = other_tokenizer(name for name in OTHER_TOKENIZERS if (folder / name).exists())
+    if TOKENIZER not in contents and other is not None:
+        raise SourceError(
+            f"{folder} holds its tokenizer as {other}, but no {TOKENIZER}; make one with transformers "
+            "(AutoTokenizer.from_pretrained and save_pretrained), or remove that file if token ids are enough."
+        )
 
-    tokenizer_config = records.get(TOKENIZER_CONFIG, {})
-    tokens = _special_tokens(records.get(SPECIAL_TOKENS, {}) | tokenizer_config)
-    eos_ids, warnings = _eos_ids(folder, records, config, tokens["eos_token"], vocabulary)
+    tokens = folder_tokens(folder, records)
+    named = tokens.spellings()
+    data, ids = None, dict[str, int]()
+    if TOKENIZER in contents:
+        tokenizer = CompleteTokenizer(folder / TOKENIZER, contents[TOKENIZER], records[TOKENIZER], tokens)
+        data, ids = tokenizer.data, tokenizer.ids
+    listed = _listed_eos_ids(folder, records, config)
+    eos_ids = {*listed, *(ids[text] for text in _end_tokens(folder, records, named) if text in ids)}
+    add_bos = flag(folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {}), "add_bos_token")
     assets = TextAssets(
-        tokenizer_json=contents.get(TOKENIZER),
-        chat_template=_chat_template(folder, contents, tokenizer_config),
-        eos_ids=eos_ids,
-        add_bos=tokenizer_config.get("add_bos_token") is True,
-        **tokens,
-        warnings=warnings,
+        tokenizer_json=data,
+        chat_template=_chat_template(folder, contents, records),
+        bos_token=named.get("bos_token"),
+        eos_token=named.get("eos_token"),
+        unk_token=named.get("unk_token"),
+        pad_token=named.get("pad_token"),
+        eos_ids=tuple(sorted(token_id for token_id in eos_ids if 0 <= token_id < vocabulary)),
+        add_bos=add_bos and bool(named.get("bos_token")),
+        other_tokens={name: text for name, text in named.items() if name not in _NOT_OTHER},
+        warnings=(*_warnings_of_eos(folder, listed, vocabulary), *_warnings_of_tokens(folder, ids, vocabulary)),
     )
     return assets, tuple(folder / name for name in contents)
 
 
-def _special_tokens(record: Mapping[str, Any]) -> dict[str, str | None]:
-    """Special tokens by name; a record holds either the text or an object with the text as `content`."""
-    tokens: dict[str, str | None] = {}
-    for name in _TOKEN_NAMES:
-        value = record.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        tokens[name] = value if isinstance(value, str) else None
-    return tokens
+def other_tokenizer(names: Iterable[str]) -> str | None:
+    """The first of the names of a model's files that is a vocabulary in another format than tokenizer.json, or None."""
+    return next((name for name in names if name in OTHER_TOKENIZERS), None)
 
 
-def _chat_template(folder: Path, contents: Mapping[str, bytes], tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template file if there is one, else that in tokenizer_config.json (of several, the one named default)."""
+# --- chat template -------------------------------------------------------------------------------------------------
+
+
+def _chat_template(folder: Path, contents: Mapping[str, bytes], records: Records) -> str | None:
+    """That of the first place that has one: chat_template.jinja, tokenizer_config.json, chat_template.json."""
     if CHAT_TEMPLATE in contents:
         try:
-            return decode_text(contents[CHAT_TEMPLATE], str(folder / CHAT_TEMPLATE))
+            text = decode_text(contents[CHAT_TEMPLATE], str(folder / CHAT_TEMPLATE))
         except TextError as error:
             raise SourceError(str(error)) from error
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        template = next(
-            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
-        )
-    return template if isinstance(template, str) else None
+        if text:
+            return text
+    for name in (TOKENIZER_CONFIG, OLD_CHAT_TEMPLATE):
+        template = _default_template(folder / name, records.get(name, {}).get("chat_template"))
+        if template:
+            return template
+    return None
 
 
-def _eos_ids(
-    folder: Path,
-    records: Mapping[str, Mapping[str, Any]],
-    config: Mapping[str, Any],
-    eos_token: str | None,
-    vocabulary: int,
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Ids from generation_config.json, or else config.json, and that of the tokenizer's own end token; and warnings.
+def _default_template(path: Path, value: Any) -> str | None:
+    """Of several templates, in a list of records or by name, the one named default."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = next((item.get("template") for item in value if item.get("name") == "default"), None)
+    elif isinstance(value, dict):
+        value = value.get("default")
+    if value is not None and not isinstance(value, str):
+        raise unusable(path, "chat_template", value)
+    return value
 
-    An id that the vocabulary has not can never be sampled: transformers loads such a model, and so does this program.
-    """
+
+# --- ids -----------------------------------------------------------------------------------------------------------
+
+
+def _listed_eos_ids(folder: Path, records: Records, config: Mapping[str, Any]) -> list[int]:
+    """The end-of-reply ids of generation_config.json, or else of config.json."""
     value = records.get(GENERATION_CONFIG, {}).get("eos_token_id")
-    if value is None:
+    if value is None or value == []:
         value = config.get("eos_token_id")
     listed = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int for item in listed):
         raise SourceError(f"{folder} has an unusable eos_token_id: {shown(value)}; it must be a token id.")
-    ids: set[int] = set(listed)
-    added = records.get(TOKENIZER, {}).get("added_tokens")
-    for token in added if isinstance(added, list) else ():
-        if isinstance(token, dict) and token.get("content") == eos_token and type(token.get("id")) is int:
-            ids.add(token["id"])
-    outside = sorted(token_id for token_id in ids if not 0 <= token_id < vocabulary)
-    warnings = tuple(
-        f"{folder} has the eos_token_id {shown(token_id)}, outside its vocabulary of {vocabulary} tokens; "
-        "it is ignored."
-        for token_id in outside
-    )
-    return tuple(sorted(ids.difference(outside))), warnings
+    return listed
+
+
+def _end_tokens(folder: Path, records: Records, named: Mapping[str, str]) -> tuple[str, ...]:
+    """The tokenizer's own end token; without one, that of special_tokens_map.json, though its names may not count."""
+    if "eos_token" in named:
+        return (named["eos_token"],)
+    other = folder_tokens(folder, {SPECIAL_TOKENS: records.get(SPECIAL_TOKENS, {})}).spellings()
+    return (other["eos_token"],) if "eos_token" in other else ()
+
+
+def _warnings_of_eos(folder: Path, listed: list[int], vocabulary: int) -> Iterator[str]:
+    """An id that the model has no row for is never sampled: transformers loads such a model, and so do we."""
+    for token_id in sorted(set(listed)):
+        if not 0 <= token_id < vocabulary:
+            yield (
+                f"{folder} has the eos_token_id {shown(token_id)}, outside its vocabulary of {vocabulary} tokens; "
+                "it is ignored."
+            )
+
+
+def _warnings_of_tokens(folder: Path, ids: Mapping[str, int], vocabulary: int) -> Iterator[str]:
+    outside = [text for text, token_id in ids.items() if token_id >= vocabulary]
+    if outside:
+        more = f" and {len(outside) - 1} more tokens" if len(outside) > 1 else ""
+        yield (
+            f"{folder} has the token {shown(outside[0])}{more} beyond the {vocabulary} rows of its embedding; "
+            "a text that spells such a token will be refused."
+        )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import load_json, shown
+from numba_atomflow.foreign import load_json, short, shown
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,8 +69,28 @@ def number(path: Path, record: Mapping[str, Any], key: str, default: float | Non
     return number
 
 
+def mapping(path: Path, record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """`record[key]`, which must be an object; null and absent are an empty one."""
+    value = record.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise unusable(path, key, value)
+    return value
+
+
+def flag(path: Path, record: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """`record[key]`, which must be true or false; null and absent are `default`."""
+    value = record.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise unusable(path, key, value)
+    return value
+
+
 def unusable(path: Path, key: str, value: Any) -> SourceError:
     """The error about a value of a wrong type or size; None: the key is missing."""
     if value is None:
         return SourceError(f"{path} lacks {key}; get the complete model.")
-    return SourceError(f"{path} has an unusable value for {key}: {shown(value)}.")
+    return SourceError(f"{path} has an unusable value for {short(key)}: {shown(value)}.")
