@@ -13,18 +13,19 @@ from numba_atomflow.driver import DriverError, call
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
+from numba_atomflow.resources import Resources
 
 _HEADROOM = 64 << 20  # bytes left to the driver, for code and launches
 
 
 class DeviceArena:
-    """A single `cuMemAlloc` that holds every buffer of a plan.
+    """A single `cuMemAlloc` that holds every buffer of a plan; `made` owns it.
 
     Raises:
         BackendError: the GPU has too little free memory; the sentence has the numbers.
     """
 
-    def __init__(self, plan: MemoryPlan) -> None:
+    def __init__(self, plan: MemoryPlan, made: Resources) -> None:
         self.plan = plan
         free, total = (int(count) for count in call("cuMemGetInfo"))
         pools = plan.pool_bytes()
@@ -37,7 +38,7 @@ class DeviceArena:
         if plan.total + _HEADROOM > free:
             raise BackendError(refusal)
         try:
-            self.base = int(call("cuMemAlloc", plan.total))
+            self.base = int(made.call("cuMemAlloc", plan.total, undo="cuMemFree"))
         except DriverError as error:
             if error.code == "CUDA_ERROR_OUT_OF_MEMORY":  # somebody else was faster
                 raise BackendError(refusal) from error
@@ -66,12 +67,6 @@ class DeviceArena:
             if buffer.pool in pools:
                 view = self[buffer.name]
                 call("cuMemsetD8Async", view.address, 0, view.nbytes, stream)
-
-    def free(self) -> None:
-        """Give the memory back."""
-        if self.base:
-            call("cuMemFree", self.base)
-            self.base = 0
 
 
 def copy_to_device(address: int, values: NDArray[Any], stream: Any) -> None:
@@ -117,25 +112,16 @@ class DeviceMemory:
 
 
 class PinnedArray:
-    """Host memory that the GPU can reach: an array of zeros, and its address on the device."""
+    """Host memory that the GPU can reach: an array of zeros, and its address on the device. `made` owns it: when that
+    is closed, the array must not be used any more.
+    """
 
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, made: Resources) -> None:
         from cuda.bindings import driver
 
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        flags = driver.CU_MEMHOSTALLOC_DEVICEMAP
-        self._pointer: int | None = int(call("cuMemHostAlloc", nbytes, flags))
-        try:
-            address = int(call("cuMemHostGetDevicePointer", self._pointer, 0))
-        except BaseException:
-            self.free()
-            raise
+        pointer = int(made.call("cuMemHostAlloc", nbytes, driver.CU_MEMHOSTALLOC_DEVICEMAP, undo="cuMemFreeHost"))
+        address = int(call("cuMemHostGetDevicePointer", pointer, 0))
         self.view = View("pinned", address, shape, dtype)
-        self.array = View("pinned", self._pointer, shape, dtype).host_array()
+        self.array = View("pinned", pointer, shape, dtype).host_array()
         self.array[:] = 0
-
-    def free(self) -> None:
-        """Give the memory back; the array must not be used afterwards."""
-        if self._pointer is not None:
-            pointer, self._pointer = self._pointer, None
-            call("cuMemFreeHost", pointer)

@@ -2,17 +2,20 @@
 
 A process has at most one context here, made when the first engine wants a GPU and destroyed with the last one. It is a
 context of our own, not the primary one that numba and PyTorch share, so that closing the last engine gives all of it
-back. After a kernel has failed (an illegal address, say) CUDA refuses the GPU to the whole process, new contexts
-included: measured with driver 580. The process goes on all the same, on the CPU backend.
+back. It belongs to the process that made it: CUDA does not go on in a forked child. After a kernel has failed (an
+illegal address, say) CUDA refuses the GPU to the whole process, new contexts included: measured with driver 580. The
+process goes on all the same, on the CPU backend.
 """
 
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 from numba_atomflow.errors import BackendError
+from numba_atomflow.interrupts import deferred_interrupts
 
 OLDEST = (8, 0)  # compute capability: the first with `mma` on float16 with 16 columns and with `cp.async`
 _INSTALL = "pip install 'numba-atomflow[cu13]' (or [cu12] for an older driver)"
@@ -44,7 +47,8 @@ _ADVICE = {
     "CUDA_ERROR_NO_BINARY_FOR_GPU": _OTHER_LIBRARIES,
 }
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a forgotten engine may be collected, and closed, on the very thread that holds it
+_initialised_in: int | None = None  # process
 
 
 class DriverError(BackendError):
@@ -134,25 +138,44 @@ class Device:
         self.memory_bytes = int(call("cuDeviceTotalMem", handle))
         version = int(call("cuDriverGetVersion"))
         self.driver_version = version // 1000, version % 1000 // 10
-        self._users = 0
+        self._users: list[None] = []  # as many as there are: a list grows and shrinks in one step, a count does not
+        self._process = os.getpid()
         self._context: Any = _create_context(handle)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the context is gone."""
+        return self._context is None
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make the context the thread's own for a while; whatever was current before is so again afterwards.
 
         After a final failure of the GPU inside, no later `open_device` gives this device out.
+
+        Raises:
+            BackendError: the context is gone, or another process's.
         """
-        call("cuCtxPushCurrent", self._context)
+        if os.getpid() != self._process:
+            raise _forked()
+        if self._context is None:
+            raise BackendError("The GPU was given back; load the model again.")
+        undisturbed = False
         try:
+            call("cuCtxPushCurrent", self._context)
             yield
+            undisturbed = True
         except DriverError as error:
             if error.final:
                 self._abandon()
             raise
         finally:
             with suppress(DriverError):
-                call("cuCtxPopCurrent")
+                if undisturbed or self._is_current():  # Ctrl-C may have come before or after it was pushed
+                    call("cuCtxPopCurrent")
+
+    def _is_current(self) -> bool:
+        return self._context is not None and int(call("cuCtxGetCurrent")) == int(self._context)
 
     def free_bytes(self) -> int:
         """Device memory that nobody has allocated."""
@@ -160,20 +183,20 @@ class Device:
             return int(call("cuMemGetInfo")[0])
 
     def close(self) -> None:
-        """One user less; the last one takes the context along."""
+        """One user less; the last one takes the context along. In a forked child nothing happens."""
         global _shared  # noqa: PLW0603  the process's one device
-        with _lock:
-            self._users -= 1
-            if self._users == 0:
-                if _shared is self:
-                    _shared = None
-                with suppress(DriverError):  # after a failed kernel, destroying may report that failure once more
-                    call("cuCtxDestroy", self._context)
-
-    def quietly(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """For taking things back: after a failure of the GPU they went with the context, and it says so each time."""
-        with suppress(DriverError), self.current():
-            action(*arguments)
+        if os.getpid() != self._process:
+            return
+        with deferred_interrupts(), _lock:
+            if self._users:
+                self._users.pop()
+            if self._users or self._context is None:
+                return
+            context, self._context = self._context, None
+            if _shared is self:
+                _shared = None
+            with suppress(DriverError):  # after a failed kernel, destroying may report that failure once more
+                call("cuCtxDestroy", context)
 
     def _abandon(self) -> None:
         """The next `open_device` asks the driver anew, which refuses; this one's users still close it."""
@@ -187,20 +210,35 @@ _shared: Device | None = None
 
 
 def open_device() -> Device:
-    """The process's GPU, with one user more. Close it.
+    """The process's GPU, with one user more. Close it; `resources.DeviceResources` does so whatever happens.
 
     Raises:
         BackendError: there is no GPU that can be used; the sentence says why.
     """
-    global _shared  # noqa: PLW0603  the process's one device
-    with _lock:
-        if _shared is None:
-            call("cuInit", 0)
-            if call("cuDeviceGetCount") == 0:
-                raise BackendError("The NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES, or use --backend cpu.")
-            _shared = Device()
-        _shared._users += 1  # noqa: SLF001
-        return _shared
+    global _shared, _initialised_in  # noqa: PLW0603  the process's one device
+    if _initialised_in not in (None, os.getpid()):  # the lock may have been another thread's
+        raise _forked()
+    with deferred_interrupts(), _lock:
+        while True:
+            if _shared is None:
+                call("cuInit", 0)
+                _initialised_in = os.getpid()
+                if call("cuDeviceGetCount") == 0:
+                    raise BackendError(
+                        "The NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES, or use --backend cpu."
+                    )
+                _shared = Device()
+            device = _shared
+            device._users.append(None)  # noqa: SLF001
+            if not device.closed:  # its last user may have been collected a moment ago
+                return device
+
+
+def _forked() -> BackendError:
+    return BackendError(
+        "The GPU was used before this process was forked, and CUDA does not go on in a forked child; start processes "
+        "with multiprocessing's 'spawn', or use the GPU in the children alone."
+    )
 
 
 def _create_context(handle: Any) -> Any:
@@ -211,5 +249,10 @@ def _create_context(handle: Any) -> Any:
         context = call("cuCtxCreate", None, flags, handle)
     else:
         context = call("cuCtxCreate", flags, handle)
-    call("cuCtxPopCurrent")  # creating it has made it current
+    try:
+        call("cuCtxPopCurrent")  # creating it has made it current
+    except BaseException:
+        with suppress(DriverError):
+            call("cuCtxDestroy", context)
+        raise
     return context

@@ -8,6 +8,7 @@ returns logits, `position` says how many tokens the KV cache holds, and `rewind`
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -136,19 +137,16 @@ class Engine:
         decode: Decode,
         started: float,
     ) -> "Engine":
-        device: Backend | None = None
-        try:
+        with ExitStack() as refused:
+            refused.callback(checkpoint.close)
             positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
             weights, check = WeightArrays(checkpoint), checkpoint.check_unchanged
             device = make_backend(backend, checkpoint.geometry, weights, positions, threads, decode, check)
+            refused.callback(device.close)
             device.prepare(progress)
             checkpoint.check_unchanged()
-        except BaseException:
-            if device is not None:
-                device.close()
-            checkpoint.close()
-            raise
-        engine = cls(checkpoint, device, positions)
+            engine = cls(checkpoint, device, positions)
+            refused.pop_all()
         engine.compile_seconds = device.compile_seconds
         engine.load_seconds = time.perf_counter() - started
         return engine

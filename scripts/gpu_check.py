@@ -224,17 +224,15 @@ def _decode_speed(
 
 def _memory(report: Report, name: str) -> None:
     """What 2,048 positions take on the device, by the driver's own count."""
-    from numba_atomflow.driver import open_device
+    from numba_atomflow.resources import DeviceResources
 
-    device = open_device()
-    try:
+    with DeviceResources() as owner:
+        device = owner.open()
         free = device.free_bytes()
         with Engine.random(PRESETS[name], "cuda", 2048, name=name) as engine:
             used = free - device.free_bytes()
             pools = engine.backend.plan.pool_bytes()
             held = pools["weights"] + pools["kv cache"]
-    finally:
-        device.close()
     figure = f"{used / 1e9:.3f} GB, of which weights and KV cache {held / 1e9:.3f}"
     report.add("speed", f"{name}, VRAM at 2,048 positions", figure, "those + 64 MB", used - held <= OVERHEAD_BAR)
 

@@ -6,52 +6,46 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.driver import Device, call, open_device
+from numba_atomflow.driver import call
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.build import assemble, make_ptx
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.spec import KernelSpec
+from numba_atomflow.resources import DeviceResources
 
 _loaded: dict[tuple[Any, ...], tuple[Any, Kernel]] = {}  # with numba's kernel, whose identity is part of the key
 
 
 @cache
-def _device() -> tuple[Device, Any]:
-    from cuda.bindings import driver
-
-    device = open_device()
-    with device.current():
-        return device, call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+def _device() -> tuple[DeviceResources, tuple[int, int], Any]:
+    owner = DeviceResources()
+    capability = owner.open().capability
+    with owner.current():
+        return owner, capability, owner.made.stream()
 
 
 def capability() -> tuple[int, int]:
     """The GPU's compute capability."""
-    return _device()[0].capability
+    return _device()[1]
 
 
 def launch_on_device(kernel: Any, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
     """Copy arrays to the device, run the kernel once, and copy them back. Numbers are passed as int64."""
-    device, stream = _device()
+    owner, capability, stream = _device()
     signature = tuple(f"{a.dtype.name}*" if isinstance(a, np.ndarray) else "int64" for a in arguments)
-    with device.current():
+    with owner.current(), owner.made.scope(stream) as made:
         key = (id(kernel), signature, threads, shared_bytes)
         if key not in _loaded:
             spec = KernelSpec("tested", "", (), signature, threads, shared_bytes)
-            code, _ = assemble(make_ptx(kernel, spec, device.capability), device.capability)
-            _loaded[key] = kernel, Kernel(spec, code)
+            code, _ = assemble(make_ptx(kernel, spec, capability), capability)
+            _loaded[key] = kernel, Kernel(spec, code, owner.made)
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
-        addresses = [int(call("cuMemAlloc", max(a.nbytes, 1))) for a in arrays]
-        try:
-            for address, array in zip(addresses, arrays, strict=True):
-                call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
-            rest = iter(addresses)
-            values = [
-                View("x", next(rest), a.shape, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments
-            ]
-            Launch(_loaded[key][1], blocks, values, stream).run()
-            call("cuStreamSynchronize", stream)
-            for address, array in zip(addresses, arrays, strict=True):
-                call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)
-        finally:
-            for address in addresses:
-                call("cuMemFree", address)
+        addresses = [int(made.call("cuMemAlloc", max(a.nbytes, 1), undo="cuMemFree")) for a in arrays]
+        for address, array in zip(addresses, arrays, strict=True):
+            call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+        rest = iter(addresses)
+        values = [View("x", next(rest), a.shape, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments]
+        Launch(_loaded[key][1], blocks, values, stream).run()
+        call("cuStreamSynchronize", stream)
+        for address, array in zip(addresses, arrays, strict=True):
+            call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)

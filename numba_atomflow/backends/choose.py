@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Decode
-from numba_atomflow.driver import Device
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.resources import DeviceResources
 
 BackendName = Literal["auto", "cpu", "cuda"]
 NAMES = ("auto", "cpu", "cuda")
@@ -36,27 +36,19 @@ def check_decode(decode: str, backend: BackendName, threads: int | None) -> None
 
 def gpu_is_usable() -> bool:
     """Whether this machine has a GPU, a driver, the bindings and the compiler that the CUDA backend needs."""
-    device = _usable_gpu()
-    if device is None:
-        return False
-    device.close()
-    return True
+    with DeviceResources() as probe:
+        return _opened(probe)
 
 
-def _usable_gpu() -> Device | None:
-    """The GPU, opened; None where there is none, or no compiler for it (the extras cu12 and cu13 bring it)."""
-    from numba_atomflow.driver import open_device
-
+def _opened(probe: DeviceResources) -> bool:
+    """Open the GPU; whether there is one, and the compiler for it (the extras cu12 and cu13 bring it)."""
     try:
-        device = open_device()
+        probe.open()
     except BackendError:
-        return None
+        return False
     from numba_atomflow.ops.cuda.build import missing_compiler
 
-    if missing_compiler():
-        device.close()
-        return None
-    return device
+    return missing_compiler() is None
 
 
 def make_backend(
@@ -87,16 +79,12 @@ def make_backend(
         name = "cuda"
     if name == "cuda" and threads is not None:
         raise OptionError("--threads is for the CPU backend; leave it out, or use --backend cpu.")
-    # numba is slow to import: not before it is needed.
-    device = _usable_gpu() if name == "auto" and threads is None else None
-    if name == "cuda" or device is not None:
-        from numba_atomflow.backends.cuda.backend import CudaBackend
+    with DeviceResources() as probe:  # kept open meanwhile, so that the context need not be made twice
+        if name == "cuda" or (name == "auto" and threads is None and _opened(probe)):
+            # numba is slow to import: not before it is needed.
+            from numba_atomflow.backends.cuda.backend import CudaBackend
 
-        try:
             return CudaBackend(geometry, weights, max_seq_len, decode=decode)
-        finally:
-            if device is not None:  # it was kept open, so that its context need not be made twice
-                device.close()
     from numba_atomflow.backends.cpu import CpuBackend
 
     return CpuBackend(geometry, dict(weights), max_seq_len, threads, check_weights=check_weights)

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from numba_atomflow.driver import open_device
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.resources import DeviceResources
 from numba_atomflow.sandbox.runner import CacheSizes, Runner
 
 
@@ -43,7 +43,8 @@ def make_runner(
 
 def _gpu_is_usable() -> bool:
     try:
-        open_device().close()
+        with DeviceResources() as owner:
+            owner.open()
     except BackendError:
         return False
     return True

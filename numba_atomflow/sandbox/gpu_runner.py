@@ -5,13 +5,13 @@ what has changed in the page table in another. The host waits for the step's tok
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.driver import call, open_device
+from numba_atomflow.driver import call
 from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory, PinnedArray, copy_to_device
@@ -24,6 +24,7 @@ from numba_atomflow.ops.cuda.graph import Graph, time_graph, time_launches
 from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
 from numba_atomflow.ops.cuda.sample import token_of
 from numba_atomflow.ops.cuda.upload import Uploader, upload
+from numba_atomflow.resources import DeviceResources
 from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_family
 from numba_atomflow.sandbox.scheduler import Batch
@@ -58,64 +59,50 @@ class GpuRunner:
         vectors = [n for n in weights if not n.endswith((".weight", ".scale"))]
         self._head = "embedding" if geometry.tied_embeddings else "vocabulary"
         self._graphs: dict[tuple[Any, ...], Graph] = {}
-        self._open = ExitStack()  # what `close` takes back, last made first
+        self._owner = DeviceResources()  # of all that is made on the GPU; must not refer to the runner
         try:
-            self._gpu = open_device()
-            self._open.callback(self._gpu.close)
+            self._gpu = self._owner.open()
             halves = f"{self._head}.scale" not in weights
             chip = chip_of(self._gpu)
             self.kernels = SandboxKernels(geometry, chip, sizes, halves=halves, same_width=same_width)
             self.most_columns = self.kernels.widths[-1]
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
             self.plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, self._projections)
-            with self._gpu.current():
+            with self._owner.current():
                 self._allocate()
         except BaseException:
-            self.close()
+            with suppress(Exception):  # what went wrong first is what to tell
+                self._owner.close()
             raise
 
     def _allocate(self) -> None:
-        from cuda.bindings import driver
-
-        self._stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        self._open.callback(self._gpu.quietly, call, "cuStreamDestroy", self._stream)
-        self._arena = DeviceArena(self.plan)
-        self._open.callback(self._gpu.quietly, self._arena.free)
+        made = self._owner.made
+        self._stream = made.stream()
+        self._arena = DeviceArena(self.plan, made)
         self._memory = DeviceMemory(self._stream)
-        self._step = self._pinned((len(STEP_INPUTS), self.most_columns), "int64")
-        self._best = self._pinned((self.most_columns,), "int64")
-        self._pages = self._pinned(self._arena["pages"].shape, "int32")
+        self._step = PinnedArray((len(STEP_INPUTS), self.most_columns), "int64", made)
+        self._best = PinnedArray((self.most_columns,), "int64", made)
+        self._pages = PinnedArray(self._arena["pages"].shape, "int32", made)
         self.pages: NDArray[np.int32] = self._pages.array[: self.sizes.sequences]
-        self._open.callback(self._gpu.quietly, call, "cuStreamSynchronize", self._stream)
-
-    def _pinned(self, shape: tuple[int, ...], dtype: str) -> PinnedArray:
-        array = PinnedArray(shape, dtype)
-        self._open.callback(self._gpu.quietly, array.free)
-        return array
 
     # --- life and death ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give all memory of the GPU back. Closing twice is fine."""
-        self._open.close()
+        self._owner.close()
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Compile the kernels or load them from the cache, bring the weights to the device, capture the steps."""
         planned = self.kernels.planned
         codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
-        with self._gpu.current():
-            self._loaded = {spec.name: self._load(spec, code) for spec, code in codes.items()}
+        with self._owner.current():
+            self._loaded = {spec.name: Kernel(spec, code, self._owner.made) for spec, code in codes.items()}
             self._upload(progress)
             self.use_block_size(self.sizes.block_sizes[0])
             for width in self.kernels.widths:
                 for wanted in (False, True):
                     self._graph(width, "paged", wanted)
         self._weights = {}
-
-    def _load(self, spec: Any, code: bytes) -> Kernel:
-        kernel = Kernel(spec, code)
-        self._open.callback(self._gpu.quietly, kernel.unload)
-        return kernel
 
     def _upload(self, progress: Progress | None) -> None:
         targets = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
@@ -152,14 +139,14 @@ class GpuRunner:
         """Copy these entries to the device, in stream order. The last step has ended: pinned memory may be written."""
         if not dirty:
             return
-        with self._gpu.current():
+        with self._owner.current():
             for row, (first, last) in dirty.items():
                 entries = self._pages.array[row, first:last]
                 copy_to_device(self._arena["pages"].index(row).rows(first, last).address, entries, self._stream)
 
     def run(self, batch: Batch) -> list[int]:
         """Take a step through the model: the most likely token behind each wanted column."""
-        with self._gpu.current():
+        with self._owner.current():
             self._copy(batch.copies)
             width = self._bring(batch, self.sizes.slots)
             self._graph(width, "paged", bool(batch.wanted)).replay()
@@ -220,9 +207,7 @@ class GpuRunner:
         """The step of this width, with or without the choice of tokens."""
         key = width, layout, self.block_size if layout == "paged" else 0, wanted
         if key not in self._graphs:
-            graph = Graph(self._step_launches(width, layout, wanted), self._stream)
-            self._open.callback(self._gpu.quietly, graph.destroy)
-            self._graphs[key] = graph
+            self._graphs[key] = Graph(self._step_launches(width, layout, wanted), self._stream, self._owner.made)
         return self._graphs[key]
 
     def _step_launches(self, width: int, layout: Layout, wanted: bool) -> list[Launch]:
@@ -279,16 +264,16 @@ class GpuRunner:
 
     def time_attention(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of one layer's attention: that of all layers, each with its own cache, in one graph."""
-        with self._gpu.current():
+        with self._owner.current():
             width = self._bring(batch, self._spare_slot(layout))
             launches = [self._attention(width, layout, i) for i in range(self.geometry.layers)]
-            return time_launches(launches, self._stream, repeats)
+            return time_launches(launches, self._stream, repeats, self._owner.made)
 
     def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of the whole step's graph."""
-        with self._gpu.current():
+        with self._owner.current():
             graph = self._graph(self._bring(batch, self._spare_slot(layout)), layout, bool(batch.wanted))
-            return float(np.median(time_graph(graph, self._stream, repeats, self._forget_best)))
+            return float(np.median(time_graph(graph, repeats, self._forget_best)))
 
     def _spare_slot(self, layout: Layout) -> int:
         """Where columns that pad a step write to: position 0 of the row behind those of sequences."""

@@ -25,6 +25,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from numba_atomflow.errors import BackendError
+from numba_atomflow.interrupts import deferred_interrupts
 from numba_atomflow.ops import jit
 from numba_atomflow.ops.cuda.spec import KernelSpec
 from numba_atomflow.ops.ptx import compiling_for
@@ -196,9 +197,13 @@ def _compile_in_parallel(
             finished.put((spec, *worker.compile(spec, capability)))
 
     try:
-        for _ in range(min(len(specs), len(os.sched_getaffinity(0)), _MOST_WORKERS)):
-            workers.append(_Worker())
-            threading.Thread(target=serve, args=(workers[-1],), daemon=True).start()
+        try:
+            for _ in range(min(len(specs), len(os.sched_getaffinity(0)), _MOST_WORKERS)):
+                with deferred_interrupts():
+                    workers.append(_Worker())
+                threading.Thread(target=serve, args=(workers[-1],), daemon=True).start()
+        except (OSError, RuntimeError) as error:  # no more processes, or no more threads
+            raise BackendError(f"The GPU's compiler could not be started ({error}); use --backend cpu.") from error
         for _ in specs:
             spec, code, failure = finished.get()
             if failure:
@@ -206,11 +211,10 @@ def _compile_in_parallel(
                     f"A GPU kernel could not be compiled ({spec.name}: {failure}); use --backend cpu, and report this."
                 )
             report(spec, code)
-    except OSError as error:
-        raise BackendError(f"The GPU's compiler could not be started ({error}); use --backend cpu.") from error
     finally:  # also after Ctrl-C: no compiler goes on by itself
-        for worker in workers:
-            worker.stop()
+        with deferred_interrupts():
+            for worker in workers:
+                worker.stop()
 
 
 class _Worker:

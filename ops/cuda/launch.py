@@ -12,6 +12,7 @@ import numpy as np
 
 from numba_atomflow.driver import call
 from numba_atomflow.ops.cuda.spec import KernelSpec
+from numba_atomflow.resources import Resources
 
 _PLAIN_SHARED_BYTES = 48 * 1024  # a block may have more only if its function says so
 
@@ -26,21 +27,17 @@ class DeviceArray(Protocol):
 
 
 class Kernel:
-    """A kernel's machine code, loaded into the current context."""
+    """A kernel's machine code, loaded into the current context; `made` owns it."""
 
-    def __init__(self, spec: KernelSpec, code: bytes) -> None:
+    def __init__(self, spec: KernelSpec, code: bytes, made: Resources) -> None:
         self.spec = spec
-        self._module = call("cuModuleLoadData", code)
-        self.function = call("cuModuleGetFunction", self._module, spec.name.encode())
+        module = made.call("cuModuleLoadData", code, undo="cuModuleUnload")
+        self.function = call("cuModuleGetFunction", module, spec.name.encode())
         if spec.shared_bytes > _PLAIN_SHARED_BYTES:
             from cuda.bindings import driver
 
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             call("cuFuncSetAttribute", self.function, attribute, spec.shared_bytes)
-
-    def unload(self) -> None:
-        """Give its memory back."""
-        call("cuModuleUnload", self._module)
 
 
 class Launch:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from closeness import fresh_rng
+from pretended_gpu import PretendedDriver
 from threadpoolctl import ThreadpoolController
 
 
@@ -21,3 +22,13 @@ def single_threaded_blas() -> Iterator[None]:
 
     with ThreadpoolController().limit(limits=1, user_api="blas"):
         yield
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
+    """The process's GPU, in a test that must give everything back."""
+    gpu = PretendedDriver().install(monkeypatch)
+    yield gpu
+    gpu.behave()
+    gpu.assert_used_well()
+    assert gpu.counts() == {}

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from pretended_gpu import PretendedGpu
+from pretended_gpu import PretendedDriver
 from tiny_models import tiny_geometry
 
 pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
@@ -77,19 +77,18 @@ def assert_impossible(kernels: ModelKernels, reason: str) -> None:
 
 
 @pytest.fixture
-def ada(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
-    gpu = PretendedGpu((8, 9))
-    for module in ("backend", "plan"):
-        monkeypatch.setattr(f"numba_atomflow.backends.cuda.{module}.open_device", gpu.open)
+def ada(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
+    gpu = PretendedDriver((8, 9)).install(monkeypatch)
     monkeypatch.setattr(CudaBackend, "_allocate", lambda _self: None)
     yield gpu
-    assert gpu.users == 0
+    gpu.assert_used_well()
+    assert gpu.counts() == {}
 
 
 @pytest.mark.parametrize(("wanted", "reason"), [("auto", CAPABILITY), ("graph", "it was asked for")])
-def test_the_backend_says_how_it_decodes(ada: PretendedGpu, wanted: Decode, reason: str) -> None:
+def test_the_backend_says_how_it_decodes(ada: PretendedDriver, wanted: Decode, reason: str) -> None:
     backend = CudaBackend(LLAMA, {}, 32, decode=wanted)
-    assert ada.users == 1
+    assert ada.counts() == {"context": 1}
     assert backend.decode_path == DecodePath("graph", reason)
     backend.close()
 

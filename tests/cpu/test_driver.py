@@ -1,84 +1,18 @@
 """The checked driver calls and the process's one context, over a driver that is only pretended."""
 
 from dataclasses import replace
-from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import pytest
+from pretended_gpu import PretendedDriver, Status
 
-from numba_atomflow import driver
-from numba_atomflow.driver import Device, DriverError, call, open_device
+from numba_atomflow.driver import DriverError, call, open_device
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.device import DeviceArena
 from numba_atomflow.memory.plan import Buffer, plan_memory
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.spec import NUMBER, KernelSpec, kernel_spec
-
-
-class Status(IntEnum):
-    CUDA_SUCCESS = 0
-    CUDA_ERROR_OUT_OF_MEMORY = 2
-    CUDA_ERROR_ILLEGAL_ADDRESS = 700
-    CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE = 720
-
-
-class _Anything:
-    """Whatever is asked of an enumeration."""
-
-    def __getattr__(self, name: str) -> str:
-        return name
-
-
-class PretendedDriver:
-    """Bindings whose functions succeed, but for those in `failing`; `calls` has their names."""
-
-    CUDA_VERSION = 13000
-    CUdevice_attribute = CUctx_flags = _Anything()
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.failing: dict[str, Status] = {}
-        self.cleared: list[tuple[int, int]] = []
-        self.launched: list[Any] = []  # configurations
-        self.gpus = 1
-
-    def __getattr__(self, name: str) -> Any:
-        results: dict[str, Any] = {
-            "cuDeviceGetCount": self.gpus,
-            "cuDeviceGet": 0,
-            "cuDeviceGetAttribute": 9,
-            "cuDeviceGetName": b"Pretended GPU\0",
-            "cuDeviceTotalMem": 1 << 33,
-            "cuDriverGetVersion": 13000,
-            "cuCtxCreate": object(),
-            "cuCtxPopCurrent": object(),
-            "cuMemGetInfo": (1 << 32, 1 << 33),
-            "cuMemAlloc": 1 << 20,
-            "cuGetErrorString": b"it went wrong",
-        }
-
-        def function(*arguments: Any) -> tuple[Any, ...]:
-            self.calls.append(name)
-            if name == "cuMemsetD8Async":
-                self.cleared.append((arguments[0], arguments[2]))
-            if name == "cuLaunchKernelEx":
-                self.launched.append(arguments[0])
-            status = self.failing.get(name, Status.CUDA_SUCCESS)
-            if status or name not in results:
-                return (status,)
-            result = results[name]
-            return (status, *result) if isinstance(result, tuple) else (status, result)
-
-        return function
-
-
-@pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> PretendedDriver:
-    bindings = PretendedDriver()
-    monkeypatch.setattr(driver, "_bindings", lambda: bindings)
-    monkeypatch.setattr(driver, "_shared", None)
-    return bindings
+from numba_atomflow.resources import DeviceResources
 
 
 def fail(function: str) -> None:
@@ -88,7 +22,7 @@ def fail(function: str) -> None:
 def test_one_context_for_all_users_until_the_last_closes(pretended: PretendedDriver) -> None:
     first, second = open_device(), open_device()
     assert first is second
-    assert (first.name, first.capability, first.driver_version) == ("Pretended GPU", (9, 9), (13, 0))
+    assert (first.name, first.capability, first.driver_version) == ("Pretended GPU", (9, 0), (13, 0))
     first.close()
     assert "cuCtxDestroy" not in pretended.calls
     second.close()
@@ -131,14 +65,6 @@ def test_a_failed_call_is_one_sentence_and_a_final_one_takes_the_device_away(
     device.close()
 
 
-def test_taking_back_goes_on_when_the_gpu_has_failed(pretended: PretendedDriver) -> None:
-    device: Device = open_device()
-    pretended.failing = {"cuMemFree": Status.CUDA_ERROR_ILLEGAL_ADDRESS}
-    device.quietly(fail, "cuMemFree")
-    assert pretended.calls[-1] == "cuCtxPopCurrent"
-    device.close()
-
-
 def test_no_gpu_is_one_sentence(pretended: PretendedDriver) -> None:
     pretended.gpus = 0
     with pytest.raises(BackendError, match="sees no GPU; check CUDA_VISIBLE_DEVICES, or use --backend cpu"):
@@ -151,21 +77,26 @@ def test_an_arena_allocates_once_and_clears_what_it_is_told(pretended: Pretended
         Buffer("activations", "x", (3, 5), "float16"),
         Buffer("workspace", "y", (7,), "int64"),
     ]
-    arena = DeviceArena(plan_memory(buffers))
-    arena.clear(("activations", "workspace"), stream=None)
+    with DeviceResources() as owner:
+        owner.open()
+        with owner.current():
+            arena = DeviceArena(plan_memory(buffers), owner.made)
+            arena.clear(("activations", "workspace"), stream=None)
     assert pretended.calls.count("cuMemAlloc") == 1
     assert pretended.cleared == [(arena["x"].address, 30), (arena["y"].address, 56)]
     assert arena.behind("weights") == (arena["x"].address, arena.plan.total - 512)
-    arena.free()
-    arena.free()
     assert pretended.calls.count("cuMemFree") == 1
     assert np.dtype(arena["x"].dtype) == np.float16
 
 
 def test_a_plan_larger_than_what_is_free_is_refused_with_the_numbers(pretended: PretendedDriver) -> None:
+    pretended.free_bytes = 1 << 32
     plan = plan_memory([Buffer("weights", "w", (1 << 30,), "float64")])
-    with pytest.raises(BackendError, match=r"needs 8\.59 GB on the GPU \(weights 8\.59, .* use --backend cpu\."):
-        DeviceArena(plan)
+    with DeviceResources() as owner:
+        owner.open()
+        refusal = r"needs 8\.59 GB on the GPU \(weights 8\.59, .* use --backend cpu\."
+        with owner.current(), pytest.raises(BackendError, match=refusal):
+            DeviceArena(plan, owner.made)
     assert "cuMemAlloc" not in pretended.calls
 
 
@@ -180,8 +111,11 @@ def test_a_launch_has_the_attributes_of_its_spec(
     pretended: PretendedDriver, dependent: bool, cooperative: bool
 ) -> None:
     pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
-    kernel = Kernel(spec_of(dependent=dependent, cooperative=cooperative), b"code")
-    Launch(kernel, 132, (7,), stream=0).run()
+    with DeviceResources() as owner:
+        owner.open()
+        with owner.current():
+            kernel = Kernel(spec_of(dependent=dependent, cooperative=cooperative), b"code", owner.made)
+            Launch(kernel, 132, (7,), stream=0).run()
     (config,) = pretended.launched
     assert (config.gridDimX, config.blockDimX, config.sharedMemBytes) == (132, 96, 4096)
     found = {attribute.id.name.removeprefix("CU_LAUNCH_ATTRIBUTE_"): attribute.value for attribute in config.attrs}
@@ -196,9 +130,12 @@ def test_a_launch_has_the_attributes_of_its_spec(
 
 def test_a_cooperative_grid_that_does_not_fit_is_an_error(pretended: PretendedDriver) -> None:
     pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
-    launch = Launch(Kernel(spec_of(cooperative=True), b"code"), 1 << 20, (7,), stream=0)
     pretended.failing = {"cuLaunchKernelEx": Status.CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE}
-    with pytest.raises(DriverError, match="in cuLaunchKernelEx") as caught:
-        launch.run()
+    with DeviceResources() as owner:
+        owner.open()
+        with owner.current():
+            launch = Launch(Kernel(spec_of(cooperative=True), b"code", owner.made), 1 << 20, (7,), stream=0)
+            with pytest.raises(DriverError, match="in cuLaunchKernelEx") as caught:
+                launch.run()
     assert caught.value.code == "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"
     assert not caught.value.final

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import InProcess, assert_refused
-from pretended_gpu import PretendedGpu
+from pretended_gpu import PretendedDriver
 
 from numba_atomflow.backends.base import DecodePath
 
@@ -18,9 +18,7 @@ REASON = "this GPU's compute capability is 8.9, and bulk copies need 9.0"
 def _ada(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU before bulk copies, as far as it can be pretended: no model can be loaded onto it."""
     pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
-    gpu = PretendedGpu((8, 9))
-    for module in ("backend", "plan"):
-        monkeypatch.setattr(f"numba_atomflow.backends.cuda.{module}.open_device", gpu.open)
+    PretendedDriver((8, 9)).install(monkeypatch)
 
 
 def commands(model: Path, folder: Path) -> dict[str, tuple[object, ...]]:

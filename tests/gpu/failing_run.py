@@ -17,7 +17,7 @@ PROMPT, PARAMS = [5, 6, 7, 8], SamplingParams(max_tokens=12)
 
 
 def fail(backend: CudaBackend) -> None:
-    with backend._gpu.current():
+    with backend._owner.current():
         good = backend._launches(2, "sample")[0]  # the embedding of a prompt, whatever way tokens are decoded
         nowhere = View("nowhere", 0x10, (1 << 20,), "float32")
         table, tokens = backend._weights.projections["embedding"].codes, backend._buffers["tokens"]

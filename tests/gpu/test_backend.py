@@ -176,7 +176,7 @@ def test_noise_behind_the_position_changes_nothing(engine: Engine, noise: float)
     engine.reset()
     backend = cuda(engine)
     cache = backend._buffers["kv_cache"]
-    with backend._gpu.current():
+    with backend._owner.current():
         backend._memory.write(cache, np.full(cache.shape, noise, np.float16))
     assert engine.generate_tokens(prompt, params).finish().token_ids == expected
 
@@ -278,7 +278,7 @@ def test_nothing_is_allocated_after_loading(engine: Engine, monkeypatch: pytest.
     assert replayed >= 1000
     backend = cuda(engine)
     engine.reset()
-    with backend._gpu.current():
+    with backend._owner.current():
         for launch in backend._launches(1, "sample"):
             launch.run()  # eager
         backend._graphs.pop((3, "none"), None)

@@ -1,9 +1,8 @@
 """The CUDA backend as the engine sees it."""
 
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from numba_atomflow.backends.cuda.steps import Binder
 from numba_atomflow.backends.cuda.tokens import TokenChannel
 from numba_atomflow.checkpoint import HeadFormat, head_part
 from numba_atomflow.decode import Head, Op, Sample, Weight, Weights, build_head, build_step
-from numba_atomflow.driver import Device, call, open_device
+from numba_atomflow.driver import call
 from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
@@ -31,6 +30,7 @@ from numba_atomflow.ops.cuda.graph import Graph, time_graph, time_launches
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.sample import LOWEST_KEY
 from numba_atomflow.ops.cuda.upload import Uploader, upload
+from numba_atomflow.resources import DeviceResources, closed_sentence
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.step_trace import StepTrace
 
@@ -69,21 +69,20 @@ class CudaBackend:
         self._max_seq_len = max_seq_len
         self._use_graphs = graphs
         self.compile_seconds = 0.0
-        self._open = ExitStack()  # what `close` takes back, last made first
+        self._owner = DeviceResources()  # of all that is made on the GPU; must not refer to the backend
         try:
-            self._gpu = open_device()
-            self._open.callback(self._gpu.close)
-            self._release = weakref.finalize(self, _release, self._gpu, self._open)  # also if nobody calls `close`
+            self._gpu = self._owner.open()
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             chip = chip_of(self._gpu)
             self.kernels, self.decode_path = kernels_for(geometry, chip, head, decode, dependent=dependent)
             self.block = min(self.kernels.block, max_seq_len)
             self.plan = cuda_plan(self.kernels, max_seq_len)
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
-            with self._gpu.current():
+            with self._owner.current():
                 self._allocate()
         except BaseException:
-            self._open.close()
+            with suppress(Exception):  # what went wrong first is what to tell
+                self._owner.close()
             raise
         self._position = 0  # of the device, when all that is queued has run
         self._queued = 0  # number of the last token that the device will make
@@ -91,14 +90,10 @@ class CudaBackend:
         self._sure = True  # whether these numbers are right: not after Ctrl-C between a launch and counting it
 
     def _allocate(self) -> None:
-        from cuda.bindings import driver
-
-        self.stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        self._take_back(call, "cuStreamDestroy", self.stream)
-        self._arena = DeviceArena(self.plan)
-        self._take_back(self._arena.free)
-        self._tokens = TokenChannel(self.stream)
-        self._take_back(self._tokens.free)
+        made = self._owner.made
+        self.stream = made.stream()
+        self._arena = DeviceArena(self.plan, made)
+        self._tokens = TokenChannel(self.stream, made)
         self._memory = DeviceMemory(self.stream)
         names = [buffer.name for buffer in self.plan.buffers if buffer.pool != "weights"]
         self._buffers = {name: self._arena[name] for name in names}
@@ -126,13 +121,9 @@ class CudaBackend:
     # --- life and death ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give all memory of the GPU back. Closing twice is fine."""
+        """Give all memory of the GPU back. Closing twice is fine; every later use raises `ClosedError`."""
         self._arrays = None
-        self._release()
-
-    def _take_back(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """Have `close` do this, too; it must not refer to the backend, which could not be collected otherwise."""
-        self._open.callback(self._gpu.quietly, action, *arguments)
+        self._owner.close()
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Compile the kernels or load them from the cache, bring the weights to the device, capture the steps."""
@@ -140,8 +131,8 @@ class CudaBackend:
         started = time.perf_counter()
         codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
         self.compile_seconds = time.perf_counter() - started
-        with self._gpu.current():
-            loaded = {spec.name: self._load(spec, code) for spec, code in codes.items()}
+        with self._owner.current():
+            loaded = {spec.name: Kernel(spec, code, self._owner.made) for spec, code in codes.items()}
             self._upload(loaded, progress)
             scratch, ring = self._buffers.__getitem__, self._tokens.ring
             self._binder = Binder(self.kernels, loaded, scratch, ring, self.stream)
@@ -159,11 +150,6 @@ class CudaBackend:
             self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
             self.seek(0)
         self._arrays = None
-
-    def _load(self, spec: Any, code: bytes) -> Kernel:
-        kernel = Kernel(spec, code)
-        self._take_back(kernel.unload)
-        return kernel
 
     def _upload(self, loaded: Mapping[str, Kernel], progress: Progress | None) -> None:
         if self._arrays is None:
@@ -188,7 +174,7 @@ class CudaBackend:
         """Set the position at which the next token will be written. Replays that were queued ahead are thrown away."""
         if self._sure and position == self._position and self._wanted == self._queued:
             return
-        with self._gpu.current():
+        with self._owner.current():
             self._settle(position)
 
     def start(self, sampler: Sampler) -> None:
@@ -197,7 +183,7 @@ class CudaBackend:
         options = [params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
         seen = np.packbits(sampler.seen, bitorder="little")
         bitmap = np.pad(seen, (0, -len(seen) % 4)).view(np.uint32)
-        with self._gpu.current():
+        with self._owner.current():
             self._memory.write(self._buffers["sampling.options"], np.array(options, np.float64))
             self._memory.write(self._buffers["sampling.generator"], np.array([sampler.seed, 0], np.uint64))
             self._memory.write(self._buffers["sampling.seen"], bitmap)
@@ -205,7 +191,7 @@ class CudaBackend:
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Take up to `block` tokens through the model at the current position, and advance it. Does not wait."""
-        with self._gpu.current():
+        with self._owner.current():
             self._tokens.send(tokens, self._buffers["tokens"])
             self._run(len(tokens), head)
         self._wanted = self._queued
@@ -215,7 +201,7 @@ class CudaBackend:
         some more steps are queued behind it, so that the GPU need not wait for the host.
         """
         self._wanted += 1
-        with self._gpu.current():
+        with self._owner.current():
             while self._queued < self._wanted + AHEAD and self._position < self._max_seq_len:
                 self._run(1, "sample")
         if self._queued < self._wanted:
@@ -223,6 +209,8 @@ class CudaBackend:
 
     def sampled_token(self) -> int:
         """The token that was asked for last; waits for it."""
+        if self._owner.closed:  # the host's side of the ring is gone
+            raise closed_sentence()
         try:
             return self._tokens.receive(self._wanted, self._check)
         except CheckpointError:
@@ -233,7 +221,7 @@ class CudaBackend:
         """Raise if the persistent kernel gave up waiting for itself; its token is then marked as one without logits."""
         if self._persistent is None:
             return
-        with self._gpu.current():
+        with self._owner.current():
             if self._memory.read(self._buffers["persistent.fault"])[0]:
                 raise fault_sentence()
 
@@ -241,7 +229,7 @@ class CudaBackend:
         """Raise if the GPU has failed, or has nothing to do any more and has not made the token that is waited for."""
         from cuda.bindings import driver
 
-        with self._gpu.current():
+        with self._owner.current():
             (status,) = driver.cuStreamQuery(self.stream)
             if status == driver.CUresult.CUDA_ERROR_NOT_READY:
                 return
@@ -252,7 +240,7 @@ class CudaBackend:
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
         rows = []
-        with self._gpu.current():
+        with self._owner.current():
             # From row 0 on, all rows in one pass over the weights; one row, or some in the middle, each in its own.
             pieces = [(start, stop)] if start == 0 else [(row, row + 1) for row in range(start, stop)]
             for first, last in pieces:
@@ -263,7 +251,7 @@ class CudaBackend:
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""
-        with self._gpu.current():
+        with self._owner.current():
             self._tokens.send(tokens, self._buffers["tokens"])
             self._sure = False
             for index, op in enumerate(self.step(len(tokens), head)):
@@ -283,8 +271,8 @@ class CudaBackend:
 
     def ceilings(self) -> dict[str, float]:
         """GB/s of reading this GPU's memory, by loads and by the copy engine, measured now."""
-        with self._gpu.current():
-            return measure_ceilings(self._gpu, self.stream)
+        with self._owner.current():
+            return measure_ceilings(self._gpu, self.stream, self._owner.made)
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
         """The decode step's ops in order, each with the seconds of its kind; those of the persistent kernel with what
@@ -306,7 +294,7 @@ class CudaBackend:
         with self._measuring():
             for kind, members in kinds.items():
                 launches = [launch for op in members for launch in bind(op)]
-                each = time_launches(launches, self.stream, repeats)
+                each = time_launches(launches, self.stream, repeats, self._owner.made)
                 seconds[kind] = each * len(launches) / len(members)
         return traced + [(op, seconds[op.name.rpartition(".")[2]]) for op in ops[len(traced) :]]
 
@@ -319,9 +307,7 @@ class CudaBackend:
         with self._measuring():
             position = self._memory.read(self._buffers["position"])
             graph = self._graph(1, "sample")
-            times = time_graph(
-                graph, self.stream, repeats, lambda: self._memory.write(self._buffers["position"], position)
-            )
+            times = time_graph(graph, repeats, lambda: self._memory.write(self._buffers["position"], position))
             self._check_waits()
         return float(np.median(times))
 
@@ -339,7 +325,8 @@ class CudaBackend:
         with self._measuring():
             if self._traced is None:
                 spec = self.kernels.persistent_traced.spec
-                self._traced = self._load(spec, build([spec], self._gpu.capability, progress)[spec])
+                code = build([spec], self._gpu.capability, progress)[spec]
+                self._traced = Kernel(spec, code, self._owner.made)
             position = self._memory.read(self._buffers["position"])
             made = self._persistent.shape.ops
             whole = self._persistent.launch(0, made, choose=self._chooses(1, "sample"), traced=self._traced)
@@ -358,7 +345,7 @@ class CudaBackend:
         """Position and count of tokens are put right afterwards."""
         position = self._position
         self._sure = False
-        with self._gpu.current():
+        with self._owner.current():
             yield
             self._settle(position)
 
@@ -429,13 +416,5 @@ class CudaBackend:
     def _graph(self, tokens: int, head: Head) -> Graph:
         key = tokens, head, self._chooses(tokens, head)
         if key not in self._graphs:
-            graph = Graph(self._launches(tokens, head), self.stream)
-            self._take_back(graph.destroy)
-            self._graphs[key] = graph
+            self._graphs[key] = Graph(self._launches(tokens, head), self.stream, self._owner.made)
         return self._graphs[key]
-
-
-def _release(gpu: Device, made: ExitStack) -> None:
-    """Wait for replays that nobody waits for any more, then take back all that was made."""
-    gpu.quietly(call, "cuCtxSynchronize")
-    made.close()

@@ -1,6 +1,5 @@
 """How fast the GPU's memory can be read."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numba_atomflow.ops.cuda.chip import chip_of
 from numba_atomflow.ops.cuda.graph import Graph, time_graph
 from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.spec import U32, kernel_spec
+from numba_atomflow.resources import Resources
 
 _CEILING_BYTES = 2 << 30  # read per pass: far more than any second-level cache holds
 _LEAST_CACHES = 4  # second-level caches that it must be larger than
@@ -21,10 +21,13 @@ _CEILING_PASSES = 12
 _READ_BLOCKS = 4  # per multiprocessor
 
 
-def measure_ceilings(device: Device, stream: Any) -> dict[str, float]:
+def measure_ceilings(device: Device, stream: Any, made: Resources) -> dict[str, float]:
     """GB/s (medians) of reading memory: by loads, and where there is a copy engine, by it.
 
     Takes 2 GB of device memory for as long as it runs, or half of what is free if that is less.
+
+    Args:
+        made: owns that memory while it is needed.
 
     Raises:
         BackendError: what is free is too little to be slower than the second-level cache.
@@ -44,19 +47,14 @@ def measure_ceilings(device: Device, stream: Any) -> dict[str, float]:
         shared = ceiling.bulk_shared_bytes()
         specs["copy engine"] = kernel_spec("bulk_read", "ceiling:make_bulk_read", (U32, U32), 32, shared)
     codes = build(list(specs.values()), chip.capability)
-    address = int(call("cuMemAlloc", room))
     found = {}
-    try:
+    with made.scope(stream) as measuring:
+        address = int(measuring.call("cuMemAlloc", room, undo="cuMemFree"))
         call("cuMemsetD32Async", address, 0x3C5A96E1, room // 4, stream)
         source = View("ceiling.source", address, (room // 4 - 1024,), "uint32")
         total = View("ceiling.total", address + room - 4096, (1,), "uint32")
         for name, spec in specs.items():
-            with ExitStack() as made:
-                kernel = Kernel(spec, codes[spec])
-                made.callback(kernel.unload)
-                graph = Graph([Launch(kernel, blocks[name], (source, total), stream)], stream)
-                made.callback(graph.destroy)
-                found[name] = source.nbytes / float(np.median(time_graph(graph, stream, _CEILING_PASSES))) / 1e9
-    finally:
-        call("cuMemFree", address)
+            kernel = Kernel(spec, codes[spec], measuring)
+            graph = Graph([Launch(kernel, blocks[name], (source, total), stream)], stream, measuring)
+            found[name] = source.nbytes / float(np.median(time_graph(graph, _CEILING_PASSES))) / 1e9
     return found

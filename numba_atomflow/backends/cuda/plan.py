@@ -8,10 +8,10 @@ from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers
 from numba_atomflow.checkpoint import HeadFormat, fusion
 from numba_atomflow.decode import StepSizes, step_buffers
-from numba_atomflow.driver import open_device
 from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.ops.cuda.chip import chip_of
+from numba_atomflow.resources import DeviceResources
 
 SMALLEST_STAGING = 4 << 20  # bytes behind the weights, where loading puts what it repacks
 
@@ -55,14 +55,12 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
     Raises:
         BackendError: there is no usable GPU.
     """
-    device = open_device()
-    try:
+    with DeviceResources() as owner:
+        device = owner.open()
         kernels, path = kernels_for(geometry, chip_of(device), head, "auto")
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
         record["decode"] = asdict(path)
         return cuda_plan(kernels, max_seq_len), record
-    finally:
-        device.close()
 
 
 def weight_buffers(kernels: ModelKernels) -> list[Buffer]:

@@ -13,6 +13,7 @@ from numba_atomflow.backends.cuda.kernels import RING
 from numba_atomflow.driver import call
 from numba_atomflow.memory.device import PinnedArray, copy_to_device
 from numba_atomflow.memory.view import View
+from numba_atomflow.resources import Resources
 from numba_atomflow.sampling import no_numbers
 
 _STAGED = 1 << 14  # tokens of prompts that may be on their way to the device
@@ -21,16 +22,12 @@ _ID_BITS = 31
 
 
 class TokenChannel:
-    """Both directions for one stream."""
+    """Both directions for one stream. `made` owns the memory."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, made: Resources) -> None:
         self._stream = stream
-        self._to_device = PinnedArray((_STAGED,), "int32")
-        try:
-            self._to_host = PinnedArray((RING,), "uint64")
-        except BaseException:
-            self._to_device.free()
-            raise
+        self._to_device = PinnedArray((_STAGED,), "int32", made)
+        self._to_host = PinnedArray((RING,), "uint64", made)
         self._staged = 0
 
     @property
@@ -71,8 +68,3 @@ class TokenChannel:
         if entry >> _ID_BITS & 1:
             raise no_numbers()
         return entry & ((1 << _ID_BITS) - 1)
-
-    def free(self) -> None:
-        """Give the pinned memory back."""
-        self._to_device.free()
-        self._to_host.free()
