@@ -4,6 +4,7 @@ import math
 import numbers
 import operator
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,12 @@ def file_path(name: str, value: object) -> Path:
     """A `Path`, of a string or of anything that stands for a path.
 
     Raises:
-        OptionError: it is something else, or empty.
+        OptionError: it is something else, or what no file can be called.
     """
     if isinstance(value, str | os.PathLike):
         text = os.fspath(value)
-        if isinstance(text, str) and text:
-            return Path(text)
+        if isinstance(text, str) and text and "\0" not in text:
+            with suppress(UnicodeEncodeError):
+                os.fsencode(text)
+                return Path(text)
     raise OptionError(f"{name} is {shown(value)}; it must be the path of a file, as text or as a Path.")

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from numba_atomflow.arguments import whole_number
 from numba_atomflow.backends.base import DecodePath, Progress
 from numba_atomflow.compile_times import CompileTimes
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, OptionError
+from numba_atomflow.foreign import shown
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.machine import machine_record
 from numba_atomflow.random_model import RandomModel
@@ -46,8 +48,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "decode_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            number = whole_number(name, getattr(self, name))
+            if number < 1:
+                raise OptionError(f"{name} is {shown(number)}; it must be at least 1.")
+            object.__setattr__(self, name, number)
+        object.__setattr__(self, "depths", tuple(whole_number("a depth", depth) for depth in self.depths))
         if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
             raise OptionError(f"depths are {list(self.depths)}; give different numbers of tokens, 0 or more.")
 

@@ -32,6 +32,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.arguments import file_path
 from numba_atomflow.errors import CheckpointError, GeometryError
 from numba_atomflow.foreign import load_json, short, shown
 from numba_atomflow.geometry import GROUP, ModelGeometry, layers_fit
@@ -141,12 +142,13 @@ class Checkpoint:
             raise
 
     @classmethod
-    def open(cls, path: Path, *, private_copy: bool = False) -> Self:
+    def open(cls, path: Path | str, *, private_copy: bool = False) -> Self:
         """Open the checkpoint at `path`.
 
         Raises:
             CheckpointError: the file is missing, damaged, of another version, or no checkpoint of this project.
         """
+        path = file_path("path", path)
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; give an FP8 checkpoint, or convert the folder first.")
         with suppress(OSError), path.open("rb") as file:  # if it cannot be read, the reader below says why

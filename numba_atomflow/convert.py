@@ -6,15 +6,18 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from numba_atomflow import home
+from numba_atomflow.arguments import file_path
 from numba_atomflow.chat_template import ChatTemplate
 from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
 from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, OptionError, SourceError, SourceWarning, TextError
 from numba_atomflow.file_stamp import stamps_of, unchanged
+from numba_atomflow.foreign import shown
 from numba_atomflow.plain_text import read_text_file
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
@@ -27,11 +30,11 @@ Progress = Callable[[str, int, int], None]
 
 def convert(
     source: Path | str,
-    destination: Path,
+    destination: Path | str,
     *,
     revision: str | None = None,
     method: MethodName = "rtn",
-    calibration: Path | None = None,
+    calibration: Path | str | None = None,
     head: HeadFormat = "fp8",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -69,6 +72,13 @@ def convert(
             that are FP8 already.
         DestinationError: the destination exists, or cannot be written.
     """
+    destination = home.expand_user(file_path("destination", destination))
+    calibration = None if calibration is None else home.expand_user(file_path("calibration", calibration))
+    source = file_path("source", source)
+    if method not in get_args(MethodName):
+        raise OptionError(f"There is no method {shown(method)}; choose {', '.join(get_args(MethodName))}.")
+    if head not in get_args(HeadFormat):
+        raise OptionError(f"head is {shown(head)}; choose {' or '.join(get_args(HeadFormat))}.")
     if method == "rtn" and calibration is not None:
         raise OptionError("rtn rounds weights without looking at any text; choose another method, or no calibration.")
     _check_destination(destination, overwrite)

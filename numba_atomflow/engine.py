@@ -123,6 +123,8 @@ class Engine:
         started = time.perf_counter()
         check_name(backend)
         check_decode(decode, backend, threads)
+        if not isinstance(geometry, ModelGeometry):
+            raise OptionError(f"geometry is {shown(geometry)}; it must be a ModelGeometry.")
         model = RandomModel(geometry, seed, name)
         return cls._make_ready(model, backend, max_seq_len, threads, progress, decode, started)
 

@@ -4,6 +4,7 @@ import stat
 from pathlib import Path
 
 from numba_atomflow import home
+from numba_atomflow.arguments import file_path
 from numba_atomflow.errors import CheckpointError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -15,7 +16,7 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     Raises:
         CheckpointError: there is none, or it is no regular file.
     """
-    text = str(path_or_name)
+    text = str(file_path("model", path_or_name))
     path = home.expand_user(text)
     is_name = Path(text).name == text
     if is_name:

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.arguments import whole_number
 from numba_atomflow.checkpoint import CODES, tensor_layout
 from numba_atomflow.errors import OptionError
+from numba_atomflow.foreign import shown
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.fp8 import LARGEST, decode_e4m3, encode_e4m3
 from numba_atomflow.text import TextAssets
@@ -40,8 +42,9 @@ class RandomModel:
     """
 
     def __init__(self, geometry: ModelGeometry, seed: int = 0, name: str = "random") -> None:
+        seed = whole_number("seed", seed)
         if seed < 0:
-            raise OptionError(f"seed is {seed}; it must be 0 or more.")
+            raise OptionError(f"seed is {shown(seed)}; it must be 0 or more.")
         self.geometry = geometry
         self.path = Path(name)
         self.text = TextAssets()

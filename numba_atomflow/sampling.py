@@ -5,15 +5,18 @@ Randomness is a counter-based generator: the same seed, prompt and options give 
 computed without the n - 1 before it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.arguments import real_number, truth_value, whole_number
 from numba_atomflow.errors import CheckpointError, OptionError
+from numba_atomflow.foreign import shown
 
 _MASK = (1 << 64) - 1
+_LARGEST_TOP_K = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,11 @@ class SamplingParams:
         stop: strings that end the reply; they are not part of the text.
         ignore_eos: go on after an end-of-sequence token (for benchmarks).
 
+    None stands for an option's default. Numbers may be Python's or NumPy's; they are kept as Python's, and the strings
+    of `stop` as a tuple.
+
     Raises:
-        OptionError: a value is outside its range.
+        OptionError: a value is of another type, or outside its range.
     """
 
     temperature: float = 0.0
@@ -50,12 +56,11 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("top_k", self.top_k), ("seed", self.seed), ("max_tokens", self.max_tokens)):
-            if value is not None and not isinstance(value, int):
-                raise OptionError(f"{name} is {value!r}; it must be a whole number.")
+        for field in fields(self):
+            self._set(field.name, _converted(field.name, getattr(self, field.name), field.default))
         checks = (
             (0.0 <= self.temperature <= 100.0, "temperature", "between 0 (greedy) and 100"),
-            (self.top_k >= 0, "top_k", "0 (all tokens) or a positive number of tokens"),
+            (0 <= self.top_k <= _LARGEST_TOP_K, "top_k", "0 (all tokens) or a number of tokens below 2^63"),
             (0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
             (0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1"),
             (0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100"),
@@ -64,16 +69,37 @@ class SamplingParams:
         )
         for fine, name, allowed in checks:
             if not fine:
-                raise OptionError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        texts: tuple[object, ...] = tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in texts):
-            raise OptionError("stop holds an empty string, or what is no string; give at least one character.")
+                raise OptionError(f"{name} is {shown(getattr(self, name))}; it must be {allowed}.")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0 or self.top_k == 1
+
+
+def _converted(name: str, value: object, default: object) -> object:
+    """An option's value in the type that it is kept in."""
+    if value is None:
+        return default
+    if name in ("top_k", "seed", "max_tokens"):
+        return whole_number(name, value)
+    if name == "ignore_eos":
+        return truth_value(name, value)
+    return _stop_strings(value) if name == "stop" else real_number(name, value)
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
+        raise OptionError(f"stop is {shown(value)}; it must be a string, or a list of strings.")
+    texts = tuple(str(text) if isinstance(text, str) else text for text in value)  # NumPy's strings are subclasses
+    if not all(isinstance(text, str) and text for text in texts):
+        raise OptionError("stop holds an empty string, or what is no string; give at least one character.")
+    return texts
 
 
 def uniform(seed: int, counter: int) -> float:

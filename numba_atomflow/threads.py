@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numba
 
+from numba_atomflow.arguments import whole_number
 from numba_atomflow.cpu_quota import cpu_quota
 from numba_atomflow.errors import OptionError
+from numba_atomflow.foreign import shown
 
 _SYSTEM = Path("/")
 
@@ -38,9 +40,12 @@ def choose_threads(wanted: int | None) -> int:
     Raises:
         OptionError: `wanted` is not between 1 and the number of cores.
     """
-    if wanted is not None and not 1 <= wanted <= most_threads():
-        raise OptionError(f"threads is {wanted}; this machine allows 1 to {most_threads()}.")
-    return wanted or default_threads()
+    if wanted is None:
+        return default_threads()
+    wanted = whole_number("threads", wanted)
+    if not 1 <= wanted <= most_threads():
+        raise OptionError(f"threads is {shown(wanted)}; this machine allows 1 to {most_threads()}.")
+    return wanted
 
 
 def described(threads: int, wanted: int | None) -> str:

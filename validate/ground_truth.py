@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from numba_atomflow.arguments import file_path
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.errors import CheckpointError, DestinationError, GeometryError, GroundTruthError
 from numba_atomflow.geometry import ModelGeometry
@@ -47,12 +48,13 @@ def precision_of(reference: str) -> Precision:
     return Precision(float32_angles=True, weights=E4M3 if reference == "original" else 0.0)
 
 
-def save_ground_truth(truth: Reference, path: Path) -> None:
+def save_ground_truth(truth: Reference, path: Path | str) -> None:
     """Write a ground truth; it appears under its name complete or not at all.
 
     Raises:
         DestinationError: the file cannot be written.
     """
+    path = file_path("path", path)
     header: dict[str, Any] = {METADATA: dict(truth.metadata)}
     end = 0
     for name, rows in truth.tensors.items():
@@ -79,12 +81,13 @@ def save_ground_truth(truth: Reference, path: Path) -> None:
             partial.unlink()
 
 
-def open_ground_truth(path: Path) -> Reference:
+def open_ground_truth(path: Path | str) -> Reference:
     """Map a ground truth and check it against its own description; `check_fits` compares it with a model.
 
     Raises:
         GroundTruthError: the file is missing, damaged, incomplete, or of another format version.
     """
+    path = file_path("path", path)
     file = read_tensor_file(path, GroundTruthError)
     metadata = file.metadata
     if metadata.get("format") != FORMAT:

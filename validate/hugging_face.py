@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow import __version__
+from numba_atomflow.arguments import file_path, whole_number
 from numba_atomflow.backends.base import Progress
 from numba_atomflow.checkpoint import Checkpoint, fusion
 from numba_atomflow.errors import ContextError, GroundTruthError, OptionError, SourceError
@@ -37,7 +38,7 @@ def make_ground_truth(
     prompt: str | Sequence[int],
     decode_steps: int = 32,
     reference: str = "dequantised",
-    source: Path | None = None,
+    source: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Reference:
     """Run transformers over a prompt and the tokens that it finds most likely after it.
@@ -57,7 +58,12 @@ def make_ground_truth(
         SourceError: the source cannot be read.
     """
     text = prompt if isinstance(prompt, str) else ""
-    tokens = TextCodec(checkpoint.text).encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if isinstance(prompt, str):
+        tokens = TextCodec(checkpoint.text).encode(prompt)
+    else:
+        tokens = [whole_number("a token", token) for token in prompt]
+    decode_steps = whole_number("decode_steps", decode_steps)
+    source = None if source is None else file_path("source", source)
     _check(checkpoint.geometry, tokens, decode_steps, reference, source)
     if progress:
         progress("loading transformers", 0, len(tokens) + decode_steps)

@@ -1,0 +1,186 @@
+"""What callers pass: NumPy's numbers, None for the default, and everything that is refused by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import tiny_geometry
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.arguments import file_path, real_number, truth_value, whole_number
+from numba_atomflow.bench import Settings
+from numba_atomflow.convert import convert
+from numba_atomflow.errors import OptionError
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    with Engine.random(
+        tiny_geometry(), "cpu", max_seq_len=np.int64(32), threads=np.int32(1), seed=np.uint8(3)
+    ) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("value", [4, np.int8(4), np.uint64(4), np.array(4)])
+def test_whole_numbers_of_every_kind(value: object) -> None:
+    number = whole_number("n", value)
+    assert number == 4
+    assert type(number) is int
+
+
+@pytest.mark.parametrize("value", [4.0, np.float64(4), True, np.bool_(True), "4", None, 4j, np.array([4]), [4]])
+def test_other_things_are_no_whole_numbers(value: object) -> None:
+    with pytest.raises(OptionError, match=r"^n is .*; it must be a whole number\.$"):
+        whole_number("n", value)
+
+
+@pytest.mark.parametrize("value", [0.5, np.float16(0.5), np.float32(0.5), np.array(0.5)])
+def test_real_numbers_of_every_kind(value: object) -> None:
+    number = real_number("x", value)
+    assert number == 0.5
+    assert type(number) is float
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(False), "0.5", None, 1j, np.complex64(1), np.array([0.5])])
+def test_other_things_are_no_real_numbers(value: object) -> None:
+    with pytest.raises(OptionError, match=r"^x is .*; it must be a number\.$"):
+        real_number("x", value)
+
+
+def test_numbers_beyond_float_are_infinite() -> None:
+    assert real_number("x", 10**400) == np.inf
+    assert real_number("x", -(10**400)) == -np.inf
+
+
+def test_truth_is_no_number() -> None:
+    assert truth_value("t", np.bool_(True)) is True
+    with pytest.raises(OptionError, match="t is 1; it must be True or False"):
+        truth_value("t", 1)
+
+
+@pytest.mark.parametrize("value", [None, 5, b"x", "", "a\0b", "\ud800", ["x"]])
+def test_what_no_file_can_be_called_is_refused(value: object) -> None:
+    with pytest.raises(OptionError, match=r"^model is .*; it must be the path of a file"):
+        file_path("model", value)
+    assert file_path("model", "x") == file_path("model", Path("x")) == Path("x")
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_none_is_the_default_of_every_option() -> None:
+    names = SamplingParams.__dataclass_fields__
+    assert SamplingParams(**dict.fromkeys(names)) == SamplingParams()  # type: ignore[arg-type]
+
+
+def test_options_are_kept_as_pythons_own() -> None:
+    given = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int8(3),
+        "top_p": np.float64(0.5),
+        "min_p": 0,
+        "repetition_penalty": 1,
+        "seed": np.uint64(2**64 - 1),
+        "max_tokens": np.int64(4),
+        "stop": np.array(["a", "b"]),
+        "ignore_eos": np.bool_(True),
+    }
+    params = SamplingParams(**given)  # type: ignore[arg-type]
+    kept = [params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty, params.seed]
+    kept += [params.max_tokens, params.stop, params.ignore_eos]
+    assert kept == [0.5, 3, 0.5, 0.0, 1.0, 2**64 - 1, 4, ("a", "b"), True]
+    assert [type(value) for value in kept] == [float, int, float, float, float, int, int, tuple, bool]
+    assert {type(text) for text in params.stop} == {str}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": "1"}, "temperature is '1'; it must be a number"),
+        ({"temperature": 10**400}, "temperature is inf"),
+        ({"top_k": 3.0}, "top_k is 3.0; it must be a whole number"),
+        ({"top_k": 2**4000}, "top_k is .*; it must be 0"),
+        ({"seed": True}, "seed is True"),
+        ({"max_tokens": np.float64(3)}, r"max_tokens is np.float64\(3.0\); it must be a whole number"),
+        ({"stop": 5}, "stop is 5; it must be a string, or a list of strings"),
+        ({"stop": b"a"}, "stop is b'a'"),
+        ({"stop": {"a": 1}}, "stop is {'a': 1}"),
+        ({"stop": ["a", 5]}, "stop holds"),
+        ({"ignore_eos": "yes"}, "ignore_eos is 'yes'"),
+    ],
+)
+def test_types_are_checked_before_ranges(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(OptionError, match=named):
+        SamplingParams(**options)
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ids", [(1, 2), np.array([1, 2], np.uint64), [np.uint64(1), np.int64(2)], [np.array(1), 2], range(1, 3)]
+)
+def test_token_ids_of_every_kind_are_the_same(engine: Engine, ids: Sequence[int]) -> None:
+    engine.reset()
+    expected = engine.feed([1, 2])
+    engine.rewind(np.int64(0))
+    np.testing.assert_array_equal(engine.feed(ids), expected)
+    assert engine.token_ids == [1, 2]
+    assert {type(token) for token in engine.token_ids} == {int}
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array(3), [True, 2], [1.0], [1, None], "ab", b"ab", {1: 2}, None, 5, [[1, 2], [3]], np.array([[1]])]
+)
+def test_other_things_are_no_token_ids(engine: Engine, ids: Any) -> None:
+    with pytest.raises(OptionError, match="Token ids must be a flat list of whole numbers, not"):
+        engine.feed(ids)
+
+
+@pytest.mark.parametrize("position", [0.0, True, None, "0"])
+def test_a_position_is_a_whole_number(engine: Engine, position: Any) -> None:
+    with pytest.raises(OptionError, match="position is"):
+        engine.rewind(position)
+
+
+def test_options_of_a_reply_are_sampling_params(engine: Engine) -> None:
+    with pytest.raises(OptionError, match=r"params is \{'max_tokens': 3\}; give SamplingParams"):
+        engine.generate_tokens([1], {"max_tokens": 3})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_seq_len": True}, {"max_seq_len": 2.0}, {"threads": "2"}, {"threads": 10**30}, {"seed": None}]
+)
+def test_an_engines_numbers_are_whole(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(OptionError, match=f"{name} is"):
+        Engine.random(tiny_geometry(), "cpu", **options)
+
+
+def test_a_geometry_is_one() -> None:
+    with pytest.raises(OptionError, match="geometry is None"):
+        Engine.random(None)  # type: ignore[arg-type]
+
+
+def test_settings_of_a_measurement_are_whole_numbers() -> None:
+    assert Settings(prompt_tokens=np.int64(8), depths=(np.int64(0),)) == Settings(prompt_tokens=8)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"repeats is 1\.5"):
+        Settings(repeats=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"destination": None}, "destination is None"),
+        ({"source": None}, "source is None"),
+        ({"method": "best"}, "There is no method 'best'; choose rtn, awq, gptq"),
+        ({"head": None}, "head is None; choose fp8 or fp16"),
+        ({"method": "gptq", "calibration": 5}, "calibration is 5"),
+    ],
+)
+def test_arguments_of_a_conversion_are_checked(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(OptionError, match=named):
+        convert(**{"source": str(tmp_path / "source"), "destination": str(tmp_path / "made"), **options})
+    assert list(tmp_path.iterdir()) == []
