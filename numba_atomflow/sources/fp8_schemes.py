@@ -9,6 +9,7 @@ Sources: https://github.com/vllm-project/compressed-tensors (`compressed-tensors
 a multiplier, in spite of its name). Where blocks do not divide a weight, the last ones are short.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.geometry import GROUP
+from numba_atomflow.foreign import short, shown
+from numba_atomflow.geometry import GROUP, LARGEST_COUNT
+from numba_atomflow.sources.json_file import unusable
 
+_BLOCK = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")  # "128x128"
 ALL = 0  # in a block: all rows, or all columns
 Block = tuple[int, int]  # rows and columns that share a multiplier
 PER_TENSOR, PER_ROW = (ALL, ALL), (1, ALL)
@@ -117,7 +121,7 @@ def scheme_of(path: Path, quantisation: Mapping[str, Any]) -> Fp8Scheme:
         case "fp8":
             return _fp8(path, quantisation)
     raise SourceError(
-        f"{path} is quantised by {method!r}, which cannot be read (supported are {SUPPORTED}); "
+        f"{path} is quantised by {shown(method)}, which cannot be read (supported are {SUPPORTED}); "
         "give the unquantised model."
     )
 
@@ -125,7 +129,7 @@ def scheme_of(path: Path, quantisation: Mapping[str, Any]) -> Fp8Scheme:
 def _fp8(path: Path, quantisation: Mapping[str, Any]) -> Fp8Scheme:
     kind = quantisation.get("fmt") or "e4m3"
     if kind not in ("e4m3", "e4m3fn", "float8_e4m3fn"):
-        raise SourceError(f"{path} is quantised to the FP8 format {kind!r}; only 'e4m3' is supported.")
+        raise SourceError(f"{path} is quantised to the FP8 format {shown(kind)}; only 'e4m3' is supported.")
     blocks: tuple[Block, ...] = (PER_TENSOR, (GROUP, GROUP))  # unsaid: AutoFP8's, and transformers' default
     if "weight_block_size" in quantisation:
         block = quantisation["weight_block_size"]
@@ -140,7 +144,7 @@ def _compressed_tensors(path: Path, quantisation: Mapping[str, Any]) -> Fp8Schem
             raise SourceError(f"{path} is quantised with a {key}, which is not supported; give the unquantised model.")
     groups = quantisation.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
-        raise SourceError(f"{path} has an unusable value for config_groups: {str(groups)[:60]!r}.")
+        raise SourceError(f"{path} has an unusable value for config_groups: {shown(groups)}.")
     blocks: list[Block] = []
     for group in groups.values():
         stored = group.get("format") or quantisation.get("format")
@@ -148,8 +152,8 @@ def _compressed_tensors(path: Path, quantisation: Mapping[str, Any]) -> Fp8Schem
         kind = _kind(weights)
         if stored not in ("float-quantized", "naive-quantized") or kind != "8-bit float":
             raise SourceError(
-                f"{path} stores {kind} weights as {stored!r} (compressed-tensors); of that method, only 8-bit float "
-                "ones as 'float-quantized' are supported."
+                f"{path} stores {kind} weights as {shown(stored)} (compressed-tensors); of that method, only 8-bit "
+                "float ones as 'float-quantized' are supported."
             )
         blocks.append(_strategy(path, weights))
     return Fp8Scheme("compressed-tensors", tuple(dict.fromkeys(blocks)))
@@ -159,7 +163,10 @@ def _kind(weights: Any) -> str:
     if not isinstance(weights, dict):
         return "unquantised"
     asymmetric = "" if weights.get("symmetric", True) else "asymmetric "
-    return f"{asymmetric}{weights.get('num_bits')}-bit {weights.get('type')}"
+    bits, number = weights.get("num_bits"), weights.get("type")
+    if type(bits) is int and isinstance(number, str):
+        return f"{asymmetric}{shown(bits)}-bit {short(number)}"
+    return f"{asymmetric}num_bits {shown(bits)}, type {shown(number)}"
 
 
 def _strategy(path: Path, weights: Mapping[str, Any]) -> Block:
@@ -173,15 +180,16 @@ def _strategy(path: Path, weights: Mapping[str, Any]) -> Block:
         case "group":
             return _block(path, "group_size", [1, weights.get("group_size")])
     raise SourceError(
-        f"{path} has weights quantised by the strategy {weights.get('strategy')!r}, which is not supported."
+        f"{path} has weights quantised by the strategy {shown(weights.get('strategy'))}, which is not supported."
     )
 
 
 def _block(path: Path, key: str, value: Any) -> Block:
-    if isinstance(value, str) and value.replace("x", "", 1).isdecimal():  # "128x128", as early compressed-tensors wrote
-        value = [int(size) for size in value.split("x") if size]
-    if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
-        raise SourceError(f"{path} has an unusable value for {key}: {str(value)[:60]!r}.")
+    if isinstance(value, str) and (sizes := _BLOCK.fullmatch(value)):  # as early compressed-tensors wrote
+        value = [int(size) for size in sizes.groups()]
+    sound = isinstance(value, list) and len(value) == 2 and all(type(size) is int for size in value)
+    if not sound or not all(0 < size <= LARGEST_COUNT for size in value):
+        raise unusable(path, key, value)
     if value[1] % GROUP:
         raise SourceError(
             f"{path} has a scale for every {value[1]} columns ({key}); only multiples of {GROUP} become groups of "

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
+from numba_atomflow.foreign import short
 from numba_atomflow.ops.fp8 import LARGEST, dequantize_groups
 from numba_atomflow.sources.base import LARGEST_WEIGHT, check_finite, check_parameters, read_bytes
 from numba_atomflow.sources.fp8_schemes import OF_NO_USE, Block, Fp8Scheme, decode_e8m0, grid_of, group_scales
@@ -30,6 +31,7 @@ CODES = "F8_E4M3"
 LARGEST_SCALE = LARGEST_WEIGHT / LARGEST  # see `check_finite`
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BASE_EMBEDDING = "embed_tokens.weight"  # of a base model, saved without the class around it that has the head
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer of constants, which old checkpoints store
 
 
@@ -53,6 +55,12 @@ class HuggingFaceSource:
             for name, entry in shard.entries.items()
             if not name.endswith(IGNORED_SUFFIX)
         }
+        base_model = BASE_EMBEDDING in self._entries and EMBEDDING not in self._entries
+        if base_model:
+            twice = [name for name in self._entries if (full := _full_name(name)) != name and full in self._entries]
+            if twice:
+                raise SourceError(f"{path} holds the tensor {short(twice[0])} with and without the prefix model.")
+            self._entries = {_full_name(name): place for name, place in self._entries.items()}
         self._scales = _take_scales(self._entries, scheme) if scheme else {}
         used = tuple(dict.fromkeys(scales.block for scales in self._scales.values()))
         self.fp8_scheme = str(replace(scheme, blocks=used)) if scheme and used else None
@@ -61,6 +69,11 @@ class HuggingFaceSource:
         self._stored_twice = self.geometry.tied_embeddings and shapes.get(HEAD, ()) == shapes.get(EMBEDDING)
         if self._stored_twice:
             del shapes[HEAD]
+        if base_model and HEAD not in shapes and not self.geometry.tied_embeddings:
+            raise SourceError(
+                f"{path} holds a model without its head ({HEAD}), as LlamaModel saves it; save the whole model "
+                "(LlamaForCausalLM), or set tie_word_embeddings if the embedding is the head."
+            )
         check_parameters(path, self.geometry, shapes)
         self._names = list(shapes)
         self.text, text_files = folder_text(path, config, self.geometry.vocabulary)
@@ -117,6 +130,11 @@ class HuggingFaceSource:
         row_bytes = entry.nbytes // entry.shape[0]
         raw = read_bytes(path, entry.offset + rows.start * row_bytes, len(rows) * row_bytes)
         return raw.reshape(len(rows), row_bytes)
+
+
+def _full_name(name: str) -> str:
+    """The name of a base model's tensor in the whole model, where transformers looks for it as well."""
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.geometry import ModelGeometry, RopeScaling
+from numba_atomflow.foreign import shown
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.sources.base import described_by
 from numba_atomflow.sources.fp8_schemes import Fp8Scheme, scheme_of
-from numba_atomflow.sources.json_file import integer, number
+from numba_atomflow.sources.huggingface_rope import config_rope
+from numba_atomflow.sources.json_file import flag, integer, mapping, number
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Family:
 
     Attributes:
         max_positions: default of max_position_embeddings.
+        kv_heads: default of num_key_value_heads; None, or if that is null: num_attention_heads.
         head_dim: default of head_dim; None: hidden_size / num_attention_heads.
         window: default of sliding_window; None: there is no window.
         optional_window: the window holds only if use_sliding_window is set.
@@ -29,6 +32,7 @@ class Family:
     """
 
     max_positions: int
+    kv_heads: int | None = None
     head_dim: int | None = None
     window: int | None = None
     optional_window: bool = False
@@ -38,9 +42,9 @@ class Family:
 
 FAMILIES = {
     "llama": Family(2048),
-    "mistral": Family(131072, window=4096),
-    "qwen2": Family(32768, window=4096, optional_window=True, qkv_bias=True),
-    "qwen3": Family(32768, window=4096, optional_window=True, head_dim=128, qk_norm=True),
+    "mistral": Family(131072, kv_heads=8, window=4096),
+    "qwen2": Family(32768, kv_heads=32, window=4096, optional_window=True, qkv_bias=True),
+    "qwen3": Family(32768, kv_heads=32, window=4096, optional_window=True, head_dim=128, qk_norm=True),
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -63,7 +67,7 @@ def config_scheme(path: Path, config: Mapping[str, Any]) -> Fp8Scheme | None:
     Raises:
         SourceError: they are quantised in a way that cannot be read.
     """
-    quantisation = _mapping(path, config, "quantization_config")
+    quantisation = mapping(path, config, "quantization_config")
     return scheme_of(path, quantisation) if quantisation else None
 
 
@@ -72,22 +76,23 @@ def _geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
     hidden, heads = integer(path, config, "hidden_size"), integer(path, config, "num_attention_heads")
     if (config.get("head_dim") or family.head_dim) is None and (heads < 1 or hidden % heads):
         raise SourceError(f"{path} has hidden_size {hidden} and {heads} attention heads, which do not fit.")
-    # transformers 5 keeps everything about RoPE in rope_parameters, earlier versions in rope_theta and rope_scaling.
-    rope = _mapping(path, config, "rope_parameters") or _mapping(path, config, "rope_scaling")
     max_positions = integer(path, config, "max_position_embeddings", family.max_positions)
+    rope = config_rope(path, config, max_positions)
     return ModelGeometry(
         layers=integer(path, config, "num_hidden_layers"),
         hidden=hidden,
         heads=heads,
-        kv_heads=integer(path, config, "num_key_value_heads", heads),
+        kv_heads=integer(
+            path, config, "num_key_value_heads", heads if "num_key_value_heads" in config else family.kv_heads or heads
+        ),
         head_dim=integer(path, config, "head_dim", family.head_dim or hidden // max(heads, 1)),
         ffn=integer(path, config, "intermediate_size"),
         vocabulary=integer(path, config, "vocab_size"),
         max_positions=min(max_positions, _window(path, config, family) or max_positions),
-        rope_theta=number(path, rope if "rope_theta" in rope else config, "rope_theta", 10000.0),
-        rope_scaling=_rope_scaling(path, rope),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         norm_eps=number(path, config, "rms_norm_eps", 1e-6),
-        tied_embeddings=_flag(path, config, "tie_word_embeddings"),
+        tied_embeddings=flag(path, config, "tie_word_embeddings"),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
     )
@@ -101,11 +106,11 @@ def _window(path: Path, config: Mapping[str, Any], family: Family) -> int | None
     kinds = config.get("layer_types") or []
     unknown = [kind for kind in kinds if kind not in _LAYER_TYPES] if isinstance(kinds, list) else [kinds]
     if unknown:
-        raise SourceError(f"{path} has layers of the type {str(unknown[0])[:60]!r}, which is not supported.")
+        raise SourceError(f"{path} has layers of the type {shown(unknown[0])}, which is not supported.")
     if family.optional_window:
         layers = integer(path, config, "num_hidden_layers")
         some_slide = "sliding_attention" in kinds if kinds else integer(path, config, "max_window_layers", 28) < layers
-        if not (_flag(path, config, "use_sliding_window") and some_slide):
+        if not (flag(path, config, "use_sliding_window") and some_slide):
             return None
     window = config.get("sliding_window", family.window)  # null: none
     return None if window is None else integer(path, {"sliding_window": window}, "sliding_window")
@@ -113,41 +118,11 @@ def _window(path: Path, config: Mapping[str, Any], family: Family) -> int | None
 
 def _refuse_other_models(path: Path, config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise SourceError(f"{path} is of model_type {model_type!r}; supported are {', '.join(FAMILIES)}.")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise SourceError(f"{path} is of model_type {shown(model_type)}; supported are {', '.join(FAMILIES)}.")
     for key, where in (("attention_bias", "o_proj"), ("mlp_bias", "the MLP")):
-        if _flag(path, config, key):
+        if flag(path, config, key):
             raise SourceError(f"{path} sets {key}; a bias in {where} is not supported.")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise SourceError(f"{path} has hidden_act {activation!r}; only 'silu' is supported.")
-    if number(path, config, "partial_rotary_factor", 1.0) != 1.0:
-        raise SourceError(f"{path} rotates only a part of each head (partial_rotary_factor), which is not supported.")
-
-
-def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise SourceError(f"{path} uses RoPE scaling of type {kind!r}; supported are 'default' and 'llama3'.")
-    return RopeScaling(
-        factor=number(path, rope, "factor"),
-        low_freq_factor=number(path, rope, "low_freq_factor"),
-        high_freq_factor=number(path, rope, "high_freq_factor"),
-        original_max_positions=integer(path, rope, "original_max_position_embeddings"),
-    )
-
-
-def _mapping(path: Path, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise SourceError(f"{path} has an unusable value for {key}: {str(value)[:60]!r}.")
-    return value
-
-
-def _flag(path: Path, config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key) or False
-    if not isinstance(value, bool):
-        raise SourceError(f"{path} has an unusable value for {key}: {str(value)[:60]!r}.")
-    return value
+        raise SourceError(f"{path} has hidden_act {shown(activation)}; only 'silu' is supported.")

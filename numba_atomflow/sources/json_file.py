@@ -71,9 +71,7 @@ def number(path: Path, record: Mapping[str, Any], key: str, default: float | Non
 
 def mapping(path: Path, record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """`record[key]`, which must be an object; null and absent are an empty one."""
-    value = record.get(key)
-    if value is None:
-        return {}
+    value = record.get(key) or {}  # false and the like are written for "none" as well
     if not isinstance(value, dict):
         raise unusable(path, key, value)
     return value

@@ -1,5 +1,7 @@
 """Hugging Face folders as a source: every layout that is in use, and every kind of damage."""
 
+import copy
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +24,7 @@ from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, GeometryError, SourceError, SourceWarning
 from numba_atomflow.geometry import RopeScaling
 from numba_atomflow.sources import open_source
+from numba_atomflow.sources.huggingface_config import config_geometry
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -134,6 +137,10 @@ LLAMA3 = {
 }
 
 
+UNPLACED = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+SCALED = RopeScaling(32.0, 1.0, 4.0, 8192)
+
+
 @pytest.mark.parametrize(
     ("changes", "theta", "scaling"),
     [
@@ -142,6 +149,18 @@ LLAMA3 = {
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
         ({"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 5e5, RopeScaling(32.0, 1.0, 4.0, 8192)),
         ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, RopeScaling(32.0, 1.0, 4.0, 8192)),
+        # In two places: rope_scaling goes before rope_parameters, the theta of the record before the one beside it.
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, 5e5, SCALED),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_theta": 7.0}}, 7.0, SCALED),
+        ({"rope_theta": None, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4}}, 1e4, SCALED),
+        ({"rope_theta": 5e5, "rope_scaling": {}, "rope_parameters": LLAMA3}, 5e5, SCALED),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": None, "rope_theta": None}}, 5e5, None),
+        ({"rope_scaling": LLAMA3 | {"rope_type": None, "type": "llama3"}}, 1e4, SCALED),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, 1e4, None),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 1, "rope_theta": 5e5}}, 5e5, None),
+        ({"rope_scaling": UNPLACED, "original_max_position_embeddings": 8192}, 1e4, SCALED),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 8192}, 1e4, SCALED),
+        ({"rope_scaling": UNPLACED, "max_position_embeddings": 8192}, 1e4, SCALED),  # transformers' default
     ],
 )
 def test_rope_of_old_and_new_configs(
@@ -150,6 +169,56 @@ def test_rope_of_old_and_new_configs(
     change_json(folder / "config.json", **changes)
     geometry = open_source(folder).geometry
     assert (geometry.rope_theta, geometry.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"rope_theta": None, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta"),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "default"}, "rope_parameters": LLAMA3}, "factor"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 8.0}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_parameters": {"type": "llama3"}}, "rope_type"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "original_max_position_embeddings"),
+    ],
+)
+def test_rope_that_two_places_do_not_agree_on(folder: Path, changes: dict[str, Any], fragment: str) -> None:
+    change_json(folder / "config.json", **changes)
+    refused(folder, "config.json", fragment, "keep one")
+
+
+def test_rope_in_two_places_is_as_in_transformers(folder: Path) -> None:
+    """Whatever is accepted, is what transformers makes of it."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    plain = json.loads((folder / "config.json").read_text())
+    records: list[dict[str, Any] | None] = [None, {}, LLAMA3, {"rope_type": "default"}, {"rope_theta": 5e5}]
+    records += [LLAMA3 | {"rope_theta": 5e5}, {"type": "linear", "factor": 1.0}]
+    accepted = 0
+    for scaling, parameters, theta in itertools.product(records, records, [None, 5e5]):
+        changes = {"rope_scaling": scaling, "rope_parameters": parameters, "rope_theta": theta}
+        config = plain | {key: value for key, value in changes.items() if value is not None}
+        if theta is None:
+            del config["rope_theta"]
+        try:
+            geometry = config_geometry(folder / "config.json", config)
+        except SourceError:
+            continue
+        accepted += 1
+        theirs = transformers.LlamaConfig(**copy.deepcopy(config)).rope_parameters
+        scaled = theirs["rope_type"] == "llama3"
+        assert (geometry.rope_theta, geometry.rope_scaling) == (theirs["rope_theta"], SCALED if scaled else None), (
+            changes
+        )
+    assert accepted > 50
+
+
+def test_kv_heads_that_are_not_named(folder: Path) -> None:
+    """The class's own number where the key is absent, all heads where it is null."""
+    config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 64}
+    for family, expected in {"llama": 64, "mistral": 8, "qwen2": 32, "qwen3": 32}.items():
+        config |= {"model_type": family, "num_key_value_heads": None}
+        assert config_geometry(folder / "config.json", config).kv_heads == 64
+        del config["num_key_value_heads"]
+        assert config_geometry(folder / "config.json", config).kv_heads == expected
 
 
 def test_optional_sizes(tmp_path: Path) -> None:
@@ -204,9 +273,28 @@ def test_a_model_that_lacks_what_its_family_has(tmp_path: Path, family: str, suf
     [
         ({"model_type": "gemma3"}, "model_type 'gemma3'"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "type 'linear_attention'"),
-        ({"layer_types": 5}, "type '5'"),
+        ({"layer_types": 5}, "type 5,"),
         ({"sliding_window": "wide"}, "sliding_window: 'wide'"),
         ({"model_type": None}, "model_type None"),
+        ({"model_type": ["llama"]}, "model_type ['llama']"),
+        ({"model_type": {"llama": 1}}, "model_type {'llama': 1}"),
+        ({"model_type": 10**900}, "model_type 1000"),
+        ({"layer_types": [["full_attention"]]}, "type ['full_attention']"),
+        ({"layer_types": {"a": 1}}, "type {'a': 1}"),
+        ({"hidden_act": ["silu"]}, "hidden_act ['silu']"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, "type ['llama3']"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "RoPE of its own for full_attention"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor"),
+        ({"quantization_config": {"quant_method": ["fp8"]}}, "quantised by ['fp8']"),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": [1]}}, "format [1]"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": ["128", 128]}}, "weight_block_size"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 10**400]}}, "weight_block_size"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128.0, 128.0]}}, "weight_block_size"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "9" * 5000 + "x128"}}, "weight_block"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}}, "config_groups"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
         ({"quantization_config": "fp8"}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias; a bias in o_proj"),
@@ -321,6 +409,32 @@ def test_an_untied_model_without_head_gets_a_hint(tmp_path: Path) -> None:
     del weights[HEAD]
     write_hf_folder(tmp_path, weights=weights)
     refused(tmp_path, "lacks the tensor lm_head.weight", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("head", ["tied", "untied", "none"])
+def test_a_base_model_saved_alone(tmp_path: Path, shards: int, head: str) -> None:
+    """LlamaModel.save_pretrained leaves out the prefix "model." and the head."""
+    geometry = tiny_geometry(tied_embeddings=head == "tied")
+    weights = random_weights(geometry)
+    bare = {name.removeprefix("model."): values for name, values in weights.items()}
+    if head == "none":
+        del bare[HEAD]
+    write_hf_folder(tmp_path, geometry, weights=bare, shards=shards)
+    if head == "none":
+        refused(tmp_path, "without its head (lm_head.weight)", "tie_word_embeddings")
+        return
+    source = open_source(tmp_path)
+    assert sorted(source.names()) == sorted(geometry.parameters())
+    for name, values in weights.items():
+        np.testing.assert_array_equal(source.read(name), values, err_msg=name)
+
+
+def test_a_base_model_with_a_tensor_under_both_names(tmp_path: Path) -> None:
+    weights = random_weights(tiny_geometry())
+    bare = {name.removeprefix("model."): values for name, values in weights.items()}
+    write_hf_folder(tmp_path, weights=bare | {"model.norm.weight": bare["norm.weight"]})
+    refused(tmp_path, "model.norm.weight")
 
 
 # --- folders and files that cannot be read -------------------------------------------------------------------------
