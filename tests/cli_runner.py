@@ -1,19 +1,18 @@
 """Running the command line: in this process where that is enough, else in one of its own."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from child_processes import run
 
 from numba_atomflow import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = "from numba_atomflow.cli import main; main()"
-SECONDS = 240  # a first start compiles every kernel
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,8 @@ def run_cli(
     home: Path, *arguments: object, stdin: str = "", env: Mapping[str, str] | None = None, before: str = ""
 ) -> Outcome:
     """Run a command line in a process of its own."""
-    done = subprocess.run(
-        command_line(*arguments, before=before),
-        input=stdin,
-        env=environment(home, **(env or {})),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=SECONDS,
-        check=False,
-    )
+    command = command_line(*arguments, before=before)
+    done = run(command, stdin=stdin, env=environment(home, **(env or {})), encoding="utf-8")
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

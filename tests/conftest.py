@@ -1,9 +1,15 @@
 """Fixtures of the whole suite."""
 
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
+
+# Under nohup, in a background job of a script and with some runners, SIGINT is ignored when the suite starts, and every
+# child inherits that. A handler of this process is reset to the default in children.
+if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 import bench_against
 import pytest
 from bench_against import Side, SideError, Turn
+from child_processes import run
 from tiny_models import tiny_geometry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,13 +118,10 @@ def test_a_side_is_gone_when_its_turns_are_over() -> None:
 
 @pytest.mark.parametrize(("arguments", "culprit"), [(["HEAD", "-r", "0"], "-r"), (["HEAD", "/no/model"], "/no/model")])
 def test_a_wrong_command_line_is_refused(arguments: list[str], culprit: str) -> None:
-    done = subprocess.run(
+    done = run(
         [sys.executable, bench_against.__file__, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
         text=True,
-        check=False,
-        timeout=120,
     )
     assert done.returncode == 2
     assert culprit in done.stderr.splitlines()[-1]

@@ -1,7 +1,6 @@
 """The comparison with other engines: the work is the same, what is missing is said, and ratios are of this run."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import gguf
 import llama_bench
 import numpy as np
 import pytest
+from child_processes import run
 from gguf.quants import dequantize
 from protocol import Answer, Task, config_json
 from tiny_models import tiny_geometry
@@ -196,8 +196,6 @@ def test_our_own_ratio_needs_our_own_run() -> None:
     [(["--geometry", "gpt-2"], "gpt-2"), (["-n", "0"], "-n"), (["--peers", "ghost"], "There is no peer ghost")],
 )
 def test_a_wrong_command_line_is_refused(arguments: list[str], culprit: str) -> None:
-    done = subprocess.run(
-        [sys.executable, bench_peers.__file__, *arguments], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = run([sys.executable, bench_peers.__file__, *arguments], text=True)
     assert done.returncode == 2
     assert culprit in done.stderr.splitlines()[-1]

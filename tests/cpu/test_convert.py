@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child_processes import finish, run
 from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from tiny_models import (
@@ -172,7 +173,7 @@ print(peak() - before)
 def peak_growth(source: Path, destination: Path) -> int:
     """Bytes by which the largest resident size of a process grows when it converts."""
     command = [sys.executable, "-c", PEAK, source, destination]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300)
+    done = run(command, cwd=REPOSITORY, text=True, check=True)
     return int(done.stdout)
 
 
@@ -362,6 +363,6 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     out = tmp_path / "out" / "model.safetensors"
     with half_way(tmp_path / "model.gguf", out) as process:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = finish(process)
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert names_in(out.parent) == []

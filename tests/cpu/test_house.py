@@ -2,12 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from child_processes import run
 from packaging.requirements import Requirement
 
 import numba_atomflow
@@ -93,14 +93,12 @@ print(len([name for name in sys.modules if name.startswith("numba_atomflow.")]),
 
 def run_python(code: str, **environment: str) -> str:
     """Standard output of `code` in a fresh interpreter at the root of the checkout."""
-    return subprocess.run(
+    return run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         env={**os.environ, **environment},
         check=True,
-        capture_output=True,
         text=True,
-        timeout=300,
     ).stdout
 
 

@@ -10,6 +10,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+from child_processes import finish, wait
 from cli_runner import assert_refused, run_cli
 from hub_server import COMMIT, Hub, serve
 from tiny_models import names_in, tiny_geometry, write_gguf, write_hf_folder
@@ -202,7 +203,7 @@ def test_a_process_that_was_ended_is_continued_by_the_next(tmp_path: Path, how: 
             assert process.stdout is not None
             assert process.stdout.readline() == b"some of it is there\n"
             process.send_signal(how)
-            process.communicate(timeout=30)
+            finish(process)
         there = (folder() / f"{WEIGHTS}.partial").stat().st_size
         assert there > 1_000_000
         hub.seen.clear()
@@ -222,7 +223,7 @@ def test_of_two_processes_the_second_waits(tmp_path: Path) -> None:
     with serve(REPO, files) as hub:
         command = [sys.executable, "-c", code, REPO, hub.endpoint]
         both = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
-        assert [process.wait(timeout=60) for process in both] == [0, 0]
+        assert [wait(process) for process in both] == [0, 0]
         assert sorted(name for name, _ in hub.seen) == sorted(files)  # each file came once
     assert (folder() / WEIGHTS).read_bytes() == files[WEIGHTS]
 

@@ -15,6 +15,7 @@ import ncu_profile
 import nsight
 import nsys_profile
 import pytest
+from child_processes import run
 from tiny_models import write_hf_folder
 
 from numba_atomflow.convert import convert
@@ -192,13 +193,10 @@ def fake_tool(folder: Path, ending: str, plain: str, renamed: str = "") -> Path:
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return run(
         [sys.executable, str(ROOT / "scripts" / name), *(str(argument) for argument in arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
         text=True,
-        timeout=240,
-        check=False,
     )
 
 

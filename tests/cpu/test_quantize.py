@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from child_processes import finish
 from closeness import relative_l2
 from numpy.typing import NDArray
 from tiny_models import SMALLEST_VOCABULARY, names_in, random_weights, tiny_geometry, tiny_tokenizer, write_hf_folder
@@ -264,7 +265,7 @@ def test_a_killed_quantisation_goes_on_and_ends_in_the_same_bytes(tmp_path: Path
     write_hf_folder(tmp_path / "hf", geometry(layers=5))
     whole, out = tmp_path / "whole", tmp_path / "out"
     child = start(tmp_path, whole)
-    steps = child.communicate(timeout=300)[0].splitlines()
+    steps = finish(child)[0].splitlines()
     assert child.returncode == 0
     calibrating = [i for i, step in enumerate(steps) if "calibrating" in step]
     assert len(calibrating) == 5
@@ -277,11 +278,11 @@ def test_a_killed_quantisation_goes_on_and_ends_in_the_same_bytes(tmp_path: Path
                 break
         time.sleep(random.uniform(0, 0.03))
         child.kill()
-        child.communicate(timeout=60)
+        finish(child)
         assert child.returncode == -signal.SIGKILL
         assert not out.exists()
     child = start(tmp_path, out)
-    again = child.communicate(timeout=300)[0].splitlines()
+    again = finish(child)[0].splitlines()
     assert child.returncode == 0
     assert out.read_bytes() == whole.read_bytes()
     assert names_in(tmp_path) == ["hf", "out", "text.txt", "whole"]

@@ -9,13 +9,13 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from cli_runner import SECONDS, InProcess, assert_refused, command_line, environment, run_cli
+from child_processes import Patience, finish, wait
+from cli_runner import InProcess, assert_refused, command_line, environment, run_cli
 
 CACHED = re.compile(r"prompt (\d+) tokens, (\d+) of them in the cache; reply (\d+) tokens")
 
@@ -178,10 +178,11 @@ class Terminal:
 
     def expect(self, pattern: str) -> str:
         """Wait for a text; returns everything up to its end, and forgets it."""
-        give_up = time.monotonic() + SECONDS
+        patience = Patience(self.process, f"the text {pattern!r}")
         while not (hit := re.search(pattern, self.shown)):
-            assert time.monotonic() < give_up, f"{pattern!r} never came: {self.shown!r}"
-            if select.select([self._master], [], [], 0.2)[0]:
+            if not select.select([self._master], [], [], 1)[0]:
+                patience.check()
+            else:
                 try:
                     self.shown += os.read(self._master, 4096).decode(errors="replace")
                 except OSError as error:  # Linux's way to say that nobody holds the other end
@@ -195,7 +196,7 @@ class Terminal:
     def leave(self, keys: str) -> int:
         """Type keys after which the command should end; its exit code."""
         self.type(keys)
-        return self.process.wait(30)
+        return wait(self.process)
 
     def close(self) -> None:
         self.process.kill()
@@ -265,7 +266,7 @@ def test_json_is_not_for_a_terminal(
 ) -> None:
     terminal = at_terminal(cli_home, "chat", "--model", tiny_checkpoint, "--json")
     terminal.expect("error: --json is for a conversation through a pipe")
-    assert terminal.process.wait(30) == 2
+    assert wait(terminal.process) == 2
 
 
 def test_two_slashes_say_one_at_a_terminal(
@@ -330,6 +331,6 @@ def test_ctrl_c_ends_a_piped_conversation(smollm2_home: Path) -> None:
         process.stdin.flush()
         assert process.stdout.read(10)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = finish(process)
     assert process.returncode == 130
     assert "Traceback" not in err

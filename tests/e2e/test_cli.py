@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_processes import finish
 from cli_runner import InProcess, assert_refused, command_line, environment, names_in, run_cli
 from tiny_models import write_gguf, write_hf_folder, write_json
 
@@ -156,7 +157,7 @@ def test_text_is_written_as_it_is_made(smollm2_home: Path) -> None:
         assert process.stdout.read(10).strip()
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = finish(process)
     assert process.returncode == 130
     assert out.endswith("\n")
     assert err == ""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from child_processes import Patience, finish
 from cli_runner import InProcess, assert_refused, command_line, environment, names_in, run_cli
 from tiny_models import (
     Weights,
@@ -403,13 +404,13 @@ def test_conversion_that_is_stopped(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    give_up = time.monotonic() + 60
+    patience = Patience(process, "a part of the checkpoint")
     while not any(path.stat().st_size > 100_000 for path in destination.parent.glob("*.partial-*")):
-        assert time.monotonic() < give_up
+        patience.check()
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(end)
-    _, err = process.communicate(timeout=60)
+    _, err = finish(process)
     assert not destination.exists()
     if end == signal.SIGINT:
         assert (process.returncode, err) == (130, b"")

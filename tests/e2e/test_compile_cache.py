@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from cli_runner import ROOT, SECONDS, environment
+from child_processes import run
+from cli_runner import ROOT, environment
 
 # Runs the lines of its first argument and reports, to a file, which functions numba compiled meanwhile.
 RECORD = """
@@ -43,12 +43,11 @@ result = float(out[0, 0])
 def record(home: Path, lines: str, tree: Path = ROOT) -> tuple[list[str], Any]:
     """Names of the functions compiled while `lines` ran in a process of their own, and their result."""
     answer = home / "answer.json"
-    subprocess.run(
+    run(
         [sys.executable, "-c", RECORD, lines, str(answer)],
         env=environment(home) | {"PYTHONPATH": str(tree)},
         cwd=home,
         check=True,
-        timeout=SECONDS,
     )
     told = json.loads(answer.read_text())
     return told["compiled"], told["result"]
