@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# The whole test suite that this machine can run; what it cannot run is skipped with a reason.
-# Arguments go to pytest: bash scripts/test.sh -k tokenizer, bash scripts/test.sh tests/cpu/test_fp8.py.
+# The test suite. What this machine cannot run is skipped with a reason.
+#
+#   bash scripts/test.sh                         some minutes: every part, but not every case; says what it left out
+#   bash scripts/test.sh --all                   everything
+#   bash scripts/test.sh tests/cpu/test_fp8.py   all tests of a file; arguments go to pytest (-k tokenizer, -x)
+#
 # Python: $PYTHON, else .venv, else the current one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,7 +36,7 @@ has_pytest || die "$python has no pytest; run bash scripts/bootstrap.sh first, o
 # --- what to run ----------------------------------------------------------------------------------------------------
 
 # tests/sim needs numba's CUDA simulator, which is switched on for a whole process: it gets a process of its own.
-options=() here=() simulated=()
+options=() here=() simulated=() parallel=() all=
 for argument in "$@"; do
     path=${argument#"$PWD"/}
     path=${path#"$(pwd -P)"/} # where a symlink leads here, either name may be given
@@ -40,13 +44,21 @@ for argument in "$@"; do
     case $path in
         tests/sim | tests/sim/*) simulated+=("$path") ;;
         tests | tests/*) here+=("$path") ;;
+        --all) all=yes ;;
         *) options+=("$argument") ;;
     esac
 done
 if [ ${#here[@]} -eq 0 ] && [ ${#simulated[@]} -eq 0 ]; then
     here=(tests)
     ! compgen -G 'tests/sim/test_*.py' >/dev/null || simulated=(tests/sim)
+    # Without further options it is the whole suite: a process for each core, and not every case unless asked for.
+    if [ ${#options[@]} -eq 0 ]; then
+        ! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n "$(nproc)" --dist loadfile)
+        [ -n "$all" ] || options=(--fast)
+    fi
 fi
+# Kernels of several processes share the cores: threads that wait for each other sleep instead of spinning.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 reports=$(mktemp -d)
 beside='' status=0
@@ -71,13 +83,13 @@ else
     # Each remembers what failed in a folder of its own: two at once would overwrite each other's.
     (NUMBA_ENABLE_CUDASIM=1 run_pytest simulated -o cache_dir=.pytest_cache/simulated "${simulated[@]}") >"$reports/simulated.log" 2>&1 &
     beside=$!
-    (run_pytest here --ignore=tests/sim "${here[@]}") || judge $?
+    (run_pytest here --ignore=tests/sim ${parallel[@]+"${parallel[@]}"} "${here[@]}") || judge $?
     wait "$beside" || judge $?
     beside=''
     cat "$reports/simulated.log"
 fi
 
-# --- the sum --------------------------------------------------------------------------------------------------------
+# --- the slowest, and the sum ---------------------------------------------------------------------------------------
 
 "$python" - "$reports" "$status" <<'END'
 import sys
@@ -89,6 +101,10 @@ suites = [suite for report in reports.glob("*.xml") for suite in ElementTree.par
 total, skipped, failures, errors = (
     sum(int(suite.get(key)) for suite in suites) for key in ("tests", "skipped", "failures", "errors")
 )
+cases = [case for suite in suites for case in suite.iter("testcase")]
+print("the ten slowest:")
+for case in sorted(cases, key=lambda case: float(case.get("time", 0)), reverse=True)[:10]:
+    print(f"{float(case.get('time', 0)):7.1f} s  {case.get('classname')}.{case.get('name')}")
 failed = failures + errors
 print(f"tests: {total - skipped - failed} passed, {failed} failed, {skipped} skipped")
 sys.exit(status or (0 if total else 5))

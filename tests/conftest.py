@@ -1,8 +1,10 @@
-"""Fixtures of the whole suite."""
+"""Fixtures of the whole suite, and what `--fast` leaves out of it."""
 
 import importlib.util
 import signal
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,59 @@ import pytest
 # child inherits that. A handler of this process is reset to the default in children.
 if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# --- --fast ---------------------------------------------------------------------------------------------------------
+
+_LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="leave out tests marked `slow`, and some cases of those marked `sampled`"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+    out = {item for item in items if item.get_closest_marker("slow")}
+    sampled: dict[object, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item not in out and item.get_closest_marker("sampled"):
+            sampled[item.parent, getattr(item, "originalname", item.name)].append(item)
+    for cases in sampled.values():
+        out |= set(cases) - set(_spread(cases, cases[0].get_closest_marker("sampled").args[0]))
+    config.hook.pytest_deselected(items=[item for item in items if item in out])
+    config.stash[_LEFT_OUT] = Counter(item.nodeid.partition("::")[0] for item in items if item in out)
+    items[:] = [item for item in items if item not in out]
+
+
+def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """`count` of the cases, the first and the last among them, at equal distances."""
+    if count >= len(cases):
+        return cases
+    return [cases[i * (len(cases) - 1) // max(count - 1, 1)] for i in range(count)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the process that prints collects nothing
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_LEFT_OUT, {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    if hasattr(node, "workeroutput"):
+        node.config.stash[_LEFT_OUT] = Counter(node.workeroutput["left_out"])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    left_out = config.stash.get(_LEFT_OUT, None)
+    if left_out:
+        files = ", ".join(f"{name} {count}" for name, count in left_out.most_common())
+        terminalreporter.write_line(f"left out by --fast: {left_out.total()} tests: {files}")
+
+
+# --- fixtures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

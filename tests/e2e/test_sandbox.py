@@ -88,7 +88,7 @@ def test_the_command_serves_a_trace(cli: InProcess, smollm2_checkpoint: Path, tm
         '{"fork_of": 1, "after": 2, "prompt": " not", "max_tokens": 4, "id": 7}\n'
     )
     common = "sandbox", "run", smollm2_checkpoint, "--trace", trace, "--backend", "cpu", "--ignore-eos"
-    outcome = cli(*common, "--json", "--block-size", 8, "--plot", tmp_path / "run.png")
+    outcome = cli(*common, "--json", "--block-size", 8)
     assert outcome.code == 0, outcome
     record = json.loads(outcome.out)
     assert [reply["id"] for reply in record["replies"]] == [1, 7, 9]
@@ -96,7 +96,6 @@ def test_the_command_serves_a_trace(cli: InProcess, smollm2_checkpoint: Path, tm
     assert record["tokens"] == 15
     assert record["throughput"] == pytest.approx(15 / record["seconds"])
     assert 0 < record["mean_utilisation"] <= record["peak_utilisation"] <= 1
-    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
     table = cli(*common)
     assert table.code == 0
     assert "3 requests, " in table.out
@@ -123,11 +122,24 @@ def test_the_command_serves_arrivals_at_random(cli: InProcess, tiny_checkpoint: 
     assert json.loads(outcome.out)["prompt_tokens"] == 60
 
 
-def test_the_comparison(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_plots(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib draws: pip install '.[plot]'")
+    run, comparison = tmp_path / "run.png", tmp_path / "comparison.svg"
+    options = "--poisson", 50, "--requests", 2, "--max-tokens", 2
+    assert cli("sandbox", "run", tiny_checkpoint, *options, "--backend", "cpu", "--plot", run).code == 0
+    assert run.read_bytes()[:4] == b"\x89PNG"
+    sizes = "--contexts", "8", "--step-contexts", "8", "--block-sizes", "8", "--batches", "1", "--repeats", 1
+    outcome = cli("sandbox", "compare", tiny_checkpoint, *sizes, "--backend", "cpu", "--json", "--plot", comparison)
+    assert outcome.code == 0, outcome
+    assert "<svg" in comparison.read_text()
+    refused = cli("sandbox", "run", tiny_checkpoint, *options, "--backend", "cpu", "--plot", tmp_path / "picture.xyz")
+    assert_refused(refused, "picture.xyz")
+
+
+def test_the_comparison(cli: InProcess, tiny_checkpoint: Path) -> None:
     sizes = "--contexts", "8,40", "--step-contexts", "24", "--block-sizes", "8,32", "--batches", "1,3"
-    plot = tmp_path / "comparison.svg"
     command = "sandbox", "compare", tiny_checkpoint, *sizes, "--backend", "cpu", "--repeats", 2
-    outcome = cli(*command, "--json", "--plot", plot)
+    outcome = cli(*command, "--json")
     assert outcome.code == 0, outcome
     record = json.loads(outcome.out)
     assert [(r["context"], r["block_size"]) for r in record["attention"]] == [(8, 8), (40, 8), (8, 32), (40, 32)]
@@ -136,7 +148,6 @@ def test_the_comparison(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -
         assert row["wall_seconds"] > row["table_seconds"] > 0
         assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["wall_seconds"])
         assert set(row["shares"]) == {"indirection", "page tables", "scheduling", "host"}
-    assert "<svg" in plot.read_text()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +159,6 @@ def test_the_comparison(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -
         (["run", "--poisson", "1", "--blocks", "0"], ["--blocks is 0"]),
         (["run", "--poisson", "1", "--blocks", "1", "--max-tokens", "60"], ["Request 1", "shorter"]),
         (["run", "--trace", "no-such-file"], ["no-such-file"]),
-        (["run", "--poisson", "1", "--plot", "picture.xyz"], ["picture.xyz"]),
         (["compare", "--batches", "9"], ["--batches"]),
         (["compare", "--contexts", "100000"], ["--contexts 100000"]),
         (["compare", "--block-sizes", "8,x"], ["--block-sizes 8,x"]),
