@@ -1,24 +1,17 @@
 """A kernel's bits depend on its source and on the CPU, not on what else the process has compiled or loaded before."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from cli_runner import ROOT, SECONDS, environment
+from child_processes import run
+from cli_runner import ROOT, environment
 
 
 def run_kernels(home: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """What tests/kernel_bits.py says about these kernels, called in this order by a process of its own."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kernel_bits.py", *names],
-        env=environment(home),
-        capture_output=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    done = run([sys.executable, ROOT / "tests" / "kernel_bits.py", *names], env=environment(home), check=True)
     answer: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return answer
 
