@@ -8,7 +8,7 @@ For each depth the KV cache is filled once; then prompts and replies take turns,
 Tokens are random, replies greedy, and the first turn is thrown away.
 """
 
-import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,14 +23,15 @@ from numba_atomflow.backends.base import DecodePath, Progress
 from numba_atomflow.compile_times import CompileTimes
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, OptionError
-from numba_atomflow.foreign import shown
-from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.foreign import load_json, short, shown
+from numba_atomflow.geometry import LARGEST_COUNT, ModelGeometry
 from numba_atomflow.machine import machine_record
 from numba_atomflow.random_model import RandomModel
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.spread import Spread
 
 FORMAT = "numba-atomflow bench 1"
+_LONGEST_TEXT = 1000  # characters of a name or path in a report
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class DepthResult:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "DepthResult":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; KeyError, TypeError or ValueError if it is no such record."""
         spreads = {name: Spread.from_dict(record[name]) for name in ("prompt_speed", "ttft", "decode_speed", "tpot")}
         return cls(depth=int(record["depth"]), bytes_per_token=int(record["bytes_per_token"]), **spreads)
 
@@ -129,6 +130,7 @@ class BenchReport:
         """The inverse of `to_dict`; KeyError, TypeError or ValueError if it is no such record."""
         if record["format"] != FORMAT:
             raise ValueError(record["format"])
+        _check_report(record)
         settings, times = record["settings"], record["compile_times"]
         path = record.get("decode")  # earlier versions had no choice
         fields = dict(record) | {
@@ -233,6 +235,25 @@ def bytes_per_token(engine: Engine, position: int, count: int) -> int:
     return sum(op.weight_bytes + sum(op.cache_bytes(length) for length in lengths) // 2 for op in ops)
 
 
+def _check_report(record: dict[str, Any]) -> None:
+    """What is compared and shown of a report is of the right type: KeyError, TypeError or ValueError if not."""
+    numbers = (*record["ceilings"].values(), *(record["compile_times"] or {}).values())
+    texts = [record["model"], record["device"], record["backend"], record["date"]]
+    machine, path = record["machine"], record.get("decode")
+    facts = [*machine["versions"].items(), *((name, value) for name, value in machine.items() if name != "versions")]
+    for name, value in [*facts, *(path or {}).items()]:
+        texts += [name, *([] if value is None else [str(value) if type(value) is int else value])]
+    counts = [record["settings"][name] for name in ("prompt_tokens", "decode_tokens", "repeats")]
+    counts += [*record["settings"]["depths"], *(result["depth"] for result in record["results"])]
+    sound = (
+        all(type(value) in (int, float) and 0 < value < math.inf for value in numbers)
+        and all(isinstance(text, str) and text.isprintable() and len(text) < _LONGEST_TEXT for text in texts)
+        and all(type(count) is int and 0 <= count <= LARGEST_COUNT for count in counts)
+    )
+    if not sound:
+        raise ValueError("a value of a wrong type")
+
+
 # --- two reports -----------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +264,7 @@ def read_report(path: Path) -> BenchReport:
         OptionError: the file cannot be read, or holds something else.
     """
     try:
-        return BenchReport.from_dict(json.loads(path.read_bytes()))
+        return BenchReport.from_dict(load_json(path.read_bytes()))
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}); give a report to compare with.") from error
     except (KeyError, TypeError, ValueError, AttributeError, AtomFlowError) as error:
@@ -258,13 +279,13 @@ def check_comparable(earlier: BenchReport, geometry: ModelGeometry, settings: Se
     """
     then = earlier.settings
     if earlier.geometry != geometry:
-        raise OptionError(f"The report to compare with is of another model, {earlier.model}; run that one.")
+        raise OptionError(f"The report to compare with is of another model, {short(earlier.model)}; run that one.")
     if (then.prompt_tokens, then.decode_tokens) != (settings.prompt_tokens, settings.decode_tokens):
         raise OptionError(
             f"The report to compare with has -p {then.prompt_tokens} -n {then.decode_tokens}; give the same."
         )
     if not set(then.depths) & set(settings.depths):
-        depths = ",".join(str(depth) for depth in then.depths)
+        depths = short(",".join(str(depth) for depth in then.depths))
         raise OptionError(f"The report to compare with has no depth in common; give --depths {depths}.")
 
 

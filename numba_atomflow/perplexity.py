@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.engine import Engine
-from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.errors import OptionError, SourceError, TextError
+from numba_atomflow.sampling import no_numbers
 
 DEFAULT_CONTEXT = 1024
+_LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
 _ROWS_AT_ONCE = 128  # positions whose probabilities are in memory; of a reference, a window's logits are as well
 
 Logits = Callable[[Sequence[int]], NDArray[np.float32]]  # of every position [T, V]
@@ -45,7 +47,7 @@ class Perplexity:
     """The measurement.
 
     Attributes:
-        perplexity: per token.
+        perplexity: per token; infinite where it is beyond every float64.
         bits_per_byte: of the text in UTF-8.
         tokens: that were scored.
         context, stride: of the windows, in tokens.
@@ -102,6 +104,7 @@ def measure(
     Raises:
         OptionError: context or stride is out of range.
         TextError: the text is too short, or the model has no tokenizer.
+        CheckpointError, SourceError: the logits of the model, or of the reference, hold a NaN or an infinity.
     """
     context, stride = choose_windows(engine.max_seq_len, context, stride)
     before = engine.text.encode("")[:1]  # a BOS, if the model has one; some tokenizers put an EOS behind it
@@ -115,6 +118,8 @@ def measure(
             progress("scoring", first, len(tokens))
         window = [*before, *tokens[start:stop]]
         theirs = reference(window) if reference else None
+        if theirs is not None and not np.isfinite(theirs).all():
+            raise SourceError("The reference computes no numbers (NaN): its weights are damaged, get them again.")
         engine.reset()
         offset = len(before) - start  # of a token's position in the window
         for row in range(0, len(window), _ROWS_AT_ONCE):
@@ -122,6 +127,8 @@ def measure(
             piece = window[row : row + _ROWS_AT_ONCE]
             logits = engine.feed(piece, all_logits=True)
             seconds += time.perf_counter() - started
+            if not np.isfinite(logits).all():
+                raise no_numbers()
             # Row i predicts the token at position i + 1 of the window.
             targets = [t for t in range(max(first, row + 1 - offset), stop) if t + offset - 1 < row + len(piece)]
             if targets:
@@ -134,14 +141,19 @@ def measure(
     text_bytes = len(text.encode()) - len(engine.text.decode(tokens[:unscored], skip_special=False).encode())
     loss, their_loss, divergence, agreed = (float(total) / scored for total in totals)
     return Perplexity(
-        perplexity=math.exp(loss),
+        perplexity=_exp(loss),
         bits_per_byte=loss * scored / math.log(2) / max(text_bytes, 1),
         tokens=scored,
         context=context,
         stride=stride,
         tokens_per_second=fed / seconds,
-        divergence=Divergence(math.exp(their_loss), divergence, agreed) if reference else None,
+        divergence=Divergence(_exp(their_loss), divergence, agreed) if reference else None,
     )
+
+
+def _exp(loss: float) -> float:
+    """e^loss, infinite where Python's own would raise OverflowError: above 709."""
+    return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
 
 
 def _windows(tokens: int, width: int, stride: int, first: int) -> Iterator[tuple[int, int, int]]:
@@ -154,22 +166,22 @@ def _windows(tokens: int, width: int, stride: int, first: int) -> Iterator[tuple
 
 
 def _score(
-    ours: NDArray[np.float32], expected: NDArray[np.int64], theirs: NDArray[np.float32] | None
+    ours: NDArray[np.float64], expected: NDArray[np.int64], theirs: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
     """Sums over some positions: our loss, their loss, divergence, agreements. Log-probabilities are [n, V]."""
     rows = np.arange(len(expected))
-    loss = -ours[rows, expected].sum(dtype=np.float64)
+    loss = -ours[rows, expected].sum()
     if theirs is None:
         return np.array([loss, 0.0, 0.0, 0.0])
-    their_loss = -theirs[rows, expected].sum(dtype=np.float64)
-    divergence = (np.exp(theirs) * (theirs - ours)).sum(dtype=np.float64)
+    their_loss = -theirs[rows, expected].sum()
+    divergence = (np.exp(theirs) * (theirs - ours)).sum()
     agreed = np.count_nonzero(ours.argmax(axis=1) == theirs.argmax(axis=1))
     return np.array([loss, their_loss, divergence, agreed])
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities [n, V]; the sum is float64, so that a large vocabulary adds no error."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    sums = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
-    log_probabilities: NDArray[np.float32] = shifted - np.log(sums).astype(np.float32)
-    return log_probabilities
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Log-probabilities [n, V] of finite logits, in float64: float32 has no room for their differences."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted

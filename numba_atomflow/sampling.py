@@ -17,6 +17,7 @@ from numba_atomflow.foreign import shown
 
 _MASK = (1 << 64) - 1
 _LARGEST_TOP_K = (1 << 63) - 1
+LEAST_TEMPERATURE = 1e-30  # lower ones count as this, by which the largest logits can still be divided
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class SamplingParams:
     """How to choose tokens, and when to stop.
 
     Attributes:
-        temperature: 0 takes the most likely token every time (greedy); 1 samples the model's own distribution.
+        temperature: 0 takes the most likely token every time (greedy); 1 samples the model's own distribution. Values
+            below `LEAST_TEMPERATURE` count as that.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose probabilities reach p; the token that crosses the
             threshold is kept. 1 keeps all.
@@ -63,7 +65,7 @@ class SamplingParams:
             (0 <= self.top_k <= _LARGEST_TOP_K, "top_k", "0 (all tokens) or a number of tokens below 2^63"),
             (0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
             (0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1"),
-            (0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100"),
+            (0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "between 0.01 and 100"),
             (self.seed is None or 0 <= self.seed <= _MASK, "seed", "between 0 and 2^64 - 1"),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
         )
@@ -115,11 +117,12 @@ def uniform(seed: int, counter: int) -> float:
 
 
 def penalise(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: float) -> NDArray[np.float32]:
-    """Logits [V] with those of the tokens in `seen` [V] made less likely."""
+    """Logits [V] with those of the tokens in `seen` [V] made less likely; infinite where float32 ends, as on a GPU."""
     if penalty == 1.0:
         return logits
-    weaker = np.where(logits > 0, logits / penalty, logits * penalty)
-    return np.where(seen, weaker, logits).astype(np.float32)
+    with np.errstate(over="ignore"):
+        weaker = np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty))
+    return np.where(seen, weaker, logits)
 
 
 def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -128,8 +131,7 @@ def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDA
     With any filter set, the most likely one comes first (ties: lower token id first), and only as much of the
     vocabulary is sorted as the filters let through; without, all tokens in the order of their ids.
     """
-    with np.errstate(over="ignore"):  # near temperature 0, differences may become infinite: exp(-inf) is 0
-        scaled = (logits - np.float64(logits.max())) / params.temperature
+    scaled = (logits - np.float64(logits.max())) / max(params.temperature, LEAST_TEMPERATURE)
     weights = np.exp(scaled)
     few = 0 < params.top_k < len(scaled)
     if few:
@@ -201,17 +203,17 @@ class Sampler:
         """The next token, from logits float32 [V].
 
         Raises:
-            CheckpointError: the logits hold a NaN or an infinity.
+            CheckpointError: the logits hold a NaN or an infinity, or would after the repetition penalty.
         """
-        if not np.isfinite(logits[np.argmax(logits)]):  # arg-max finds a NaN if there is one
+        logits = penalise(logits, self.seen, self.params.repetition_penalty)
+        best = int(np.argmax(logits))  # finds a NaN if there is one
+        if not np.isfinite(logits[best]):
             raise no_numbers()
-        token = self._choose(penalise(logits, self.seen, self.params.repetition_penalty))
+        token = best if self.params.greedy else self._draw(logits)
         self.seen[token] = True
         return token
 
-    def _choose(self, logits: NDArray[np.float32]) -> int:
-        if self.params.greedy:
-            return int(np.argmax(logits))
+    def _draw(self, logits: NDArray[np.float32]) -> int:
         kept, probabilities = candidates(logits, self.params)
         draw = uniform(self.seed, self._draws)
         self._draws += 1

@@ -7,6 +7,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_LARGEST = 1e100  # of values from a file: their ratios are numbers
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -27,7 +29,12 @@ class Spread:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; KeyError, TypeError or ValueError if it is no such record."""
-        return cls(float(record["median"]), float(record["low"]), float(record["high"]), int(record["count"]))
+        values = [record["median"], record["low"], record["high"]]
+        count = record["count"]
+        if not all(type(value) in (int, float) and 0 < value <= _LARGEST for value in (*values, count)):
+            raise ValueError("a quantity that is no positive number")
+        median, low, high = (float(value) for value in values)
+        return cls(median, low, high, int(count))
 
     def to_dict(self) -> dict[str, float]:
         """A JSON-ready record."""

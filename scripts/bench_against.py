@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from numba_atomflow import AtomFlowError
+from numba_atomflow.json_text import json_text
 from numba_atomflow.machine import commit, machine_record
 from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.presets import find_preset
@@ -185,7 +186,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     record = record_of(pairs, names, task)
-    print(json.dumps(record) if options.json else report(record), end="\n" if options.json else "")
+    print(json_text(record) if options.json else report(record), end="\n" if options.json else "")
     return 0
 
 

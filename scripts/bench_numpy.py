@@ -10,7 +10,6 @@ prefill.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from numba_atomflow import AtomFlowError, Engine, SamplingParams, __version__
 from numba_atomflow.engine import DEFAULT_MODEL
 from numba_atomflow.geometry import rope_inverse_frequencies
+from numba_atomflow.json_text import json_text
 from numba_atomflow.machine import commit, cpu_name
 from numba_atomflow.ops.bandwidth import read_bandwidth
 from numba_atomflow.ops.fp8 import dequantize_groups
@@ -212,7 +212,7 @@ def main() -> int:
     except AtomFlowError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if options.json else report(result))
+    print(json_text(result) if options.json else report(result))
     return 0
 
 

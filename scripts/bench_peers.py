@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).with_name("peers")))
 from protocol import Answer, Task
 
 from numba_atomflow import AtomFlowError
+from numba_atomflow.json_text import json_text
 from numba_atomflow.machine import machine_record
 from numba_atomflow.presets import PRESETS, find_preset
 from numba_atomflow.spread import Spread
@@ -193,7 +194,7 @@ def main() -> int:
     outcomes = run_all(peers, task, lambda text: print(text, file=sys.stderr))
     record = record_of(outcomes, task, options.geometry)
     if options.format == "json":
-        print(json.dumps(record, indent=2))
+        print(json_text(record, indent=2))
     else:
         print(report(record, options.format), end="")
     return 0

@@ -36,6 +36,8 @@ from fuzzing.mutate import mutate
 from fuzzing.targets import USES, Files, make_bases, make_fixtures
 from fuzzing.worker import Outcome, Worker
 
+from numba_atomflow.json_text import json_text
+
 SECONDS, LIMIT = 60.0, 5.0
 CASE = "case.json"  # what is known of a case in a folder; the other files are the case itself
 _FEWEST_RUNS = 10  # to make a case smaller that hangs, or ends the process
@@ -254,7 +256,7 @@ def main() -> int:
             report = fuzzer.report
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(report.to_dict(), indent=2)) if options.json else _show(report)
+    print(json_text(report.to_dict(), indent=2)) if options.json else _show(report)
     return 1 if report.findings else 0
 
 

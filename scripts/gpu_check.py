@@ -29,6 +29,7 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.json_text import json_text
 from numba_atomflow.machine import machine_record
 from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.presets import PRESETS
@@ -295,7 +296,7 @@ def main() -> int:
     print(f"{time.perf_counter() - started:.0f} s in all")
     if options.json:
         record = {"machine": machine_record(), "rows": [asdict(row) for row in report.rows]}
-        options.json.write_text(json.dumps(record, indent=1))
+        options.json.write_text(json_text(record, indent=1))
     return 1 if any(row.passed is False for row in report.rows) else 0
 
 

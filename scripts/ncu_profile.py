@@ -22,6 +22,7 @@ from pathlib import Path
 
 import nsight
 
+from numba_atomflow.json_text import json_text
 from numba_atomflow.tables import render
 
 TIME = "gpu__time_duration.sum"
@@ -297,7 +298,7 @@ def main() -> int:
     ops = json.loads(ops_file.read_text()) if ops_file.exists() else []
     rows = by_kind(kernel_runs(*pages), {op["name"]: op["bytes"] for op in ops})
     if options.json:
-        print(json.dumps({"report": str(report), "kernels": [asdict(row) for row in rows]}))
+        print(json_text({"report": str(report), "kernels": [asdict(row) for row in rows]}))
     else:
         print(table(rows), end="")
     return 0

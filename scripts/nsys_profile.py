@@ -11,7 +11,6 @@ captured graph are traced one by one; one more token is run op by op, with a ran
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import nsight
 
+from numba_atomflow.json_text import json_text
 from numba_atomflow.tables import render
 
 REPORT = "cuda_gpu_kern_sum"
@@ -144,7 +144,7 @@ def main() -> int:
     except nsight.ToolError as error:
         return nsight.leave(error)
     if options.json:
-        print(json.dumps({"report": str(report), "tokens": tokens, "kernels": [asdict(row) for row in rows]}))
+        print(json_text({"report": str(report), "tokens": tokens, "kernels": [asdict(row) for row in rows]}))
     else:
         print(table(rows, tokens), end="")
     return 0

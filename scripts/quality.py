@@ -29,6 +29,7 @@ from numba_atomflow import AtomFlowError, Engine
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.demo import find_gguf
 from numba_atomflow.engine import DEFAULT_MODEL
+from numba_atomflow.json_text import json_text
 from numba_atomflow.model_names import find_checkpoint
 from numba_atomflow.perplexity import Logits, measure
 from numba_atomflow.validate import original_logits
@@ -104,7 +105,7 @@ def main() -> int:
     except AtomFlowError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(records) if options.json else report(records))
+    print(json_text(records) if options.json else report(records))
     return 0
 
 

@@ -11,13 +11,13 @@ if not.
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.json_text import json_text
 from numba_atomflow.machine import machine_record
 from numba_atomflow.presets import PRESETS
 
@@ -71,7 +71,7 @@ def main() -> int:
         print(f"soak: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(record | {"machine": machine_record()}))
+        print(json_text(record | {"machine": machine_record()}))
     else:
         verdict = "all the same" if record["first_difference"] is None else f"pass {record['first_difference']} DIFFERS"
         print(

@@ -18,7 +18,8 @@ import numpy as np
 from numba_atomflow.arguments import file_path
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.errors import CheckpointError, DestinationError, GeometryError, GroundTruthError
-from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.foreign import load_json, short, shown
+from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.memory.mapped_file import MappedFile
 from numba_atomflow.tensor_file import METADATA, TensorFile, read_tensor_file
 from numba_atomflow.text import TextCodec
@@ -95,27 +96,30 @@ def open_ground_truth(path: Path | str) -> Reference:
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise GroundTruthError(
-            f"{path} has format version {version}, this program reads version {FORMAT_VERSION}; {_AGAIN}."
+            f"{path} has format version {shown(version)}, this program reads version {FORMAT_VERSION}; {_AGAIN}."
         )
     for key in _KEYS:
         if key not in metadata:
             raise GroundTruthError(f"{path} lacks the record {key}; {_AGAIN}.")
     if metadata["reference"] not in REFERENCES:
-        raise GroundTruthError(f"{path} has the unknown reference {metadata['reference']!r}; {_AGAIN}.")
+        raise GroundTruthError(f"{path} has the unknown reference {shown(metadata['reference'])}; {_AGAIN}.")
     try:
-        geometry = ModelGeometry.from_dict(json.loads(metadata["geometry"]))
-        tokens = tuple(int(token) for token in json.loads(metadata["tokens"]))
-        prompt_tokens = int(metadata["prompt_tokens"])
-    except (ValueError, TypeError, RecursionError, GeometryError) as error:
+        geometry = ModelGeometry.from_dict(_object(metadata["geometry"]))
+        tokens = load_json(metadata["tokens"])
+        prompt_tokens = load_json(metadata["prompt_tokens"])
+    except (ValueError, GeometryError) as error:
         raise GroundTruthError(f"The description in {path} cannot be read ({error}); {_AGAIN}.") from error
-    if not 1 <= prompt_tokens <= len(tokens) or not all(0 <= token < geometry.vocabulary for token in tokens):
+    in_range = range(geometry.vocabulary)
+    if not isinstance(tokens, list) or not all(type(token) is int and token in in_range for token in tokens):
+        raise GroundTruthError(f"The tokens in {path} are not ids of its vocabulary; {_AGAIN}.")
+    if type(prompt_tokens) is not int or not 1 <= prompt_tokens <= len(tokens):
         raise GroundTruthError(f"The tokens in {path} do not fit its description; {_AGAIN}.")
     mapped = MappedFile(path, file.stamp, GroundTruthError)
     tensors = _map_tensors(file, mapped, geometry, len(tokens))
     return Reference(
         label=f"transformers, {metadata['reference']} weights",
         geometry=geometry,
-        tokens=tokens,
+        tokens=tuple(tokens),
         prompt_tokens=prompt_tokens,
         precision=precision_of(metadata["reference"]),
         tensors=tensors,
@@ -124,8 +128,16 @@ def open_ground_truth(path: Path | str) -> Reference:
     )
 
 
+def _object(text: str) -> dict[str, Any]:
+    match load_json(text):
+        case dict(record):
+            return record
+        case other:
+            raise ValueError(f"{shown(other)} is not an object")
+
+
 def _map_tensors(file: TensorFile, mapped: MappedFile, geometry: ModelGeometry, positions: int) -> dict[str, Rows]:
-    if geometry.layers > len(file.entries):  # before a list is made for an absurd number of layers
+    if not layers_fit(geometry, len(file.entries)):
         raise GroundTruthError(
             f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} probes; {_AGAIN}."
         )
@@ -137,8 +149,8 @@ def _map_tensors(file: TensorFile, mapped: MappedFile, geometry: ModelGeometry, 
         shape = (positions, probe.width)
         if (entry.dtype, entry.shape) != ("F32", shape):
             raise GroundTruthError(
-                f"Probe {probe.name} of {file.path} is {entry.dtype} {list(entry.shape)}, not F32 {list(shape)}; "
-                f"{_AGAIN}."
+                f"Probe {probe.name} of {file.path} is {entry.dtype} {shown(list(entry.shape))}, not F32 "
+                f"{list(shape)}; {_AGAIN}."
             )
         tensors[probe.name] = mapped.array(np.dtype("<f4"), shape, entry.offset)
         sound = np.isfinite(tensors[probe.name]).all()
@@ -163,18 +175,18 @@ def check_fits(truth: Reference, path: Path, checkpoint: Checkpoint, prompt: str
     if truth.geometry != checkpoint.geometry:
         field, theirs, ours = _first_difference(truth.geometry.to_dict(), checkpoint.geometry.to_dict())
         raise GroundTruthError(
-            f"{path} is of another model: its {field} is {theirs}, that of {checkpoint.path} is {ours}; {_AGAIN}."
+            f"{path} is of another model: its {field} is {shown(theirs)}, that of {checkpoint.path} is {shown(ours)}; "
+            f"{_AGAIN}."
         )
     theirs, ours = truth.metadata["checkpoint_sha256"], checkpoint.sha256()
     if theirs != ours:
         raise GroundTruthError(
-            f"{path} is of another checkpoint (SHA-256 {theirs[:12]}, {checkpoint.path} has {ours[:12]}); {_AGAIN}."
+            f"{path} is of another checkpoint (SHA-256 {short(theirs[:12])}, {checkpoint.path} has {ours[:12]}); "
+            f"{_AGAIN}."
         )
     text = truth.metadata["text"]
     if prompt is not None and prompt != text:
-        raise GroundTruthError(
-            f"{path} was made for another prompt, {_shortened(text)}; leave --prompt out, or {_AGAIN}."
-        )
+        raise GroundTruthError(f"{path} was made for another prompt, {shown(text)}; leave --prompt out, or {_AGAIN}.")
     if text and checkpoint.text.tokenizer_json is not None:
         ids = TextCodec(checkpoint.text).encode(text)
         held = list(truth.tokens[: truth.prompt_tokens])
@@ -187,10 +199,6 @@ def check_fits(truth: Reference, path: Path, checkpoint: Checkpoint, prompt: str
 
 def _first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Any, Any]:
     return next((key, a[key], b[key]) for key in a if a[key] != b[key])
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def sha256(path: Path) -> str:

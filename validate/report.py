@@ -1,8 +1,9 @@
 """What a validation found: records for programs, a table for people."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from numba_atomflow.json_text import finite
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,21 +107,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready record; what is not a finite number becomes None."""
-
-        def plain(value: Any) -> Any:
-            match value:
-                case dict():
-                    return {key: plain(item) for key, item in value.items()}
-                case list():
-                    return [plain(item) for item in value]
-                case float():
-                    return value if math.isfinite(value) else None
-            return value
-
         record = asdict(self)
         for probe, entry in zip(self.probes, record["probes"], strict=True):
             entry |= {"share": probe.share, "passed": probe.passed}
-        cleaned: dict[str, Any] = plain(record | {"passed": self.passed, "verdict": self.verdict()})
+        cleaned: dict[str, Any] = finite(record | {"passed": self.passed, "verdict": self.verdict()})
         return cleaned
 
     def verdict(self) -> str:

@@ -5,7 +5,6 @@ terminal: control characters are spelt out, in results and in talk. Only a reply
 the user wants raw, is written as it is.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from numba_atomflow.errors import DestinationError
 from numba_atomflow.foreign import visible
+from numba_atomflow.json_text import json_text
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine, GenerationStats
@@ -40,8 +40,8 @@ def emit(text: str, *, as_it_is: bool = False) -> None:
 
 
 def emit_json(record: dict[str, Any], indent: int | None = 2) -> None:
-    """Write a record as the result; without `indent`, on one line."""
-    emit(json.dumps(record, indent=indent) + "\n")
+    """Write a record as the result, null for what is no finite number; without `indent`, on one line."""
+    emit(json_text(record, indent) + "\n")
 
 
 def reply_writer(raw: bool) -> Callable[[str], None]:

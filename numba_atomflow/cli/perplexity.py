@@ -1,5 +1,6 @@
 """``numba-atomflow perplexity``: how well a model predicts a text, and how far it is from its source."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,10 +88,17 @@ def _show(described: dict[str, Any], result: "Perplexity") -> None:
     ]
     other = result.divergence
     if other is not None:
-        change = result.perplexity / other.reference_perplexity - 1
         rows += [
-            ("reference", f"perplexity {other.reference_perplexity:.4f}; the model's is {change:+.2%} from it"),
+            ("reference", _beside(result.perplexity, other.reference_perplexity)),
             ("mean KL", f"{other.mean_kl:.5f} nats per token"),
             ("top-1", f"{other.top1:.2%} of positions agree"),
         ]
     output.emit("".join(f"{name:<15}{value}\n" for name, value in rows))
+
+
+def _beside(ours: float, reference: float) -> str:
+    """The reference's perplexity, and how far ours is from it, unless one is infinite."""
+    text = f"perplexity {reference:.4f}"
+    if not math.isfinite(ours) or not math.isfinite(reference):
+        return text
+    return f"{text}; the model's is {ours / reference - 1:+.2%} from it"

@@ -43,7 +43,8 @@ def quantize_layers(
         The residual stream after the last layer, float32 [sequences, T, H].
     """
     g, start = source.geometry, unfinished.finished()
-    stream = unfinished.stream(start) if start else _embed(source, calibration.tokens)
+    shape = (*calibration.tokens.shape, g.hidden)
+    stream = unfinished.stream(start, shape) if start else _embed(source, calibration.tokens)
     each = _layer_weights(g)
     for i in range(start, g.layers):
         report(f"layer {i}: calibrating", i * each, g.layers * each)

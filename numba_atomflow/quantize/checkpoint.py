@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
+from numba_atomflow.checkpoint import DTYPES, HeadFormat, fusion, head_part, tensor_layout
 from numba_atomflow.checkpoint_writer import CheckpointWriter
-from numba_atomflow.geometry import GROUP
+from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.ops.fp8 import encode_groups
 from numba_atomflow.ops.jit import source_hash
 from numba_atomflow.ops.scale_search import search_scales
@@ -22,7 +22,7 @@ from numba_atomflow.quantize.calibration import read_calibration
 from numba_atomflow.quantize.forward import final_inputs
 from numba_atomflow.quantize.projection import Method
 from numba_atomflow.quantize.threads import cores_for_kernels
-from numba_atomflow.quantize.unfinished import Unfinished
+from numba_atomflow.quantize.unfinished import Layout, Unfinished
 from numba_atomflow.sources import WeightSource
 
 METHODS: dict[str, Method] = {"awq": awq.quantize, "gptq": gptq.quantize}
@@ -50,7 +50,7 @@ def convert_calibrated(
     job = {"made_by": _versions(), "method": method, "source": origin, "text": text.record()}
     with Unfinished(destination, job) as unfinished:
         stream = quantize_layers(source, text, METHODS[method], unfinished, report)
-        record = text.record() | {"errors": _errors(unfinished, g.layers)}
+        record = text.record() | {"errors": _errors(unfinished, g)}
         quantiser = {"method": method, "group_size": GROUP}
         writer = CheckpointWriter(
             destination, g, source.text, quantiser, origin, head=head, calibration=record, overwrite=overwrite
@@ -60,7 +60,7 @@ def convert_calibrated(
             _write_outer(source, stream, head, writer)
             for i in range(g.layers):
                 report(f"layer {i}", writer.written_bytes, writer.total_bytes)
-                for name, tensor in unfinished.layer(i).tensors.items():
+                for name, tensor in unfinished.layer(i, _layer_layout(g, i)).tensors.items():
                     writer.write(f"layer.{i}.{name}", tensor)
             report("verifying", writer.written_bytes, writer.total_bytes)
         unfinished.remove()
@@ -75,9 +75,21 @@ def _versions() -> dict[str, str]:
     return libraries | {"kernels": source_hash(), "quantiser": code.hexdigest(), "machine": platform.machine()}
 
 
-def _errors(unfinished: Unfinished, layers: int) -> dict[str, dict[str, float]]:
+def _layer_layout(geometry: ModelGeometry, layer: int) -> Layout:
+    """The tensors of a finished layer."""
+    prefix = f"layer.{layer}."
+    layout = tensor_layout(geometry)
+    return {
+        name.removeprefix(prefix): (DTYPES[dtype], shape)
+        for name, (dtype, shape) in layout.items()
+        if name.startswith(prefix)
+    }
+
+
+def _errors(unfinished: Unfinished, geometry: ModelGeometry) -> dict[str, dict[str, float]]:
     """Relative output errors on the calibration text, by projection: rounded to nearest, and as they are."""
-    errors = {f"layer.{i}.{name}": pair for i in range(layers) for name, pair in unfinished.layer(i).errors.items()}
+    layers = (unfinished.layer(i, _layer_layout(geometry, i)) for i in range(geometry.layers))
+    errors = {f"layer.{i}.{name}": pair for i, layer in enumerate(layers) for name, pair in layer.errors.items()}
     return {name: {"rtn": _short(rounded), "kept": _short(kept)} for name, (rounded, kept) in errors.items()}
 
 

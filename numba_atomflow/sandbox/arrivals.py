@@ -9,7 +9,6 @@ A trace is a file of JSON objects, a line each:
 A fork goes on from what request 1 has when 10 tokens of its reply are there. `id` is the line's number if left out.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,13 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.errors import OptionError
+from numba_atomflow.foreign import load_json, short
 from numba_atomflow.plain_text import read_text_file
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.server import Fork
 
+_LATEST = 1e9  # seconds: 30 years
+_LARGEST = 2**53  # of ids and numbers of tokens
 _FIELDS = {"id", "arrival", "prompt", "tokens", "max_tokens", "fork_of", "after"}
 
 
@@ -52,8 +54,8 @@ def read_trace(
         if not line.strip():
             continue
         try:
-            entry = _Line(json.loads(line), number, encode, vocabulary)
-        except (ValueError, TypeError, KeyError) as error:
+            entry = _Line(load_json(line, unique=True), number, encode, vocabulary)
+        except (ValueError, TypeError) as error:
             raise OptionError(f"Line {number} of the trace {path} is no request ({error}); correct it.") from error
         if entry.id in seen or (entry.parent is not None and entry.parent not in seen):
             fault = f"id {entry.id} is there twice" if entry.id in seen else f"there is no request {entry.parent}"
@@ -76,29 +78,32 @@ class _Line:
         if not isinstance(record, dict):
             raise TypeError("not a JSON object")
         if unknown := set(record) - _FIELDS:
-            raise ValueError(f"unknown field {min(unknown)}")
+            raise ValueError(f"unknown field {short(min(unknown))}")
         self.id = _whole(record, "id", number, 0)
         self.max_tokens = _whole(record, "max_tokens", 32, 1)
         self.after = _whole(record, "after", 1, 1)
         self.parent = _whole(record, "fork_of", 0, 0) if "fork_of" in record else None
-        self.arrival = float(record.get("arrival", 0.0))
-        if not 0.0 <= self.arrival < np.inf:
-            raise ValueError("arrival is no time")
+        arrival = record.get("arrival", 0.0)
+        if type(arrival) not in (int, float) or not 0.0 <= arrival <= _LATEST:
+            raise ValueError("arrival is no time in seconds")
+        self.arrival = float(arrival)
         if ("prompt" in record) == ("tokens" in record):
             raise ValueError("it needs a prompt or tokens")
         if "tokens" in record:
-            self.tokens = [int(token) for token in record["tokens"]]
+            self.tokens = record["tokens"] if isinstance(record["tokens"], list) else []
         elif encode is None:
             raise ValueError("the model has no tokenizer; give tokens")
+        elif not isinstance(record["prompt"], str):
+            raise ValueError("prompt must be a text")
         else:
-            self.tokens = encode(str(record["prompt"]))
-        if not self.tokens or not all(0 <= token < vocabulary for token in self.tokens):
+            self.tokens = encode(record["prompt"])
+        if not self.tokens or not all(type(token) is int and 0 <= token < vocabulary for token in self.tokens):
             raise ValueError("its tokens are none of the model's, or there are none")
 
 
 def _whole(record: dict[str, Any], name: str, default: int, least: int) -> int:
     value = record.get(name, default)
-    if type(value) is not int or value < least:
+    if type(value) is not int or not least <= value <= _LARGEST:
         raise ValueError(f"{name} must be a whole number, at least {least}")
     return value
 
@@ -115,8 +120,8 @@ def poisson_arrivals(
     Raises:
         OptionError: the rate or the number of tokens is not positive.
     """
-    if not 0.0 < rate < np.inf:
-        raise OptionError(f"The rate of --poisson is {rate}; it must be above 0 requests per second.")
+    if not 1 / _LATEST <= rate < np.inf:
+        raise OptionError(f"The rate of --poisson is {rate}; it must be requests per second, {1 / _LATEST:g} or more.")
     if max_tokens < 1:
         raise OptionError(f"max_tokens is {max_tokens}; it must be 1 or more.")
     times = np.cumsum(np.random.default_rng(seed).exponential(1.0 / rate, len(prompts))).tolist()

@@ -31,7 +31,7 @@ from numba_atomflow.ops.cuda.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.sample import LOWEST_KEY
 from numba_atomflow.ops.cuda.upload import Uploader, upload
 from numba_atomflow.resources import DeviceResources, closed_sentence
-from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler, SamplingParams
 from numba_atomflow.step_trace import StepTrace
 
 AHEAD = 3  # replays that are queued before their tokens are asked for; the surplus at a reply's end is thrown away
@@ -180,7 +180,8 @@ class CudaBackend:
     def start(self, sampler: Sampler) -> None:
         """Use this sampler for the following steps."""
         params = sampler.params
-        options = [params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
+        temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature else 0.0
+        options = [temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
         seen = np.packbits(sampler.seen, bitorder="little")
         bitmap = np.pad(seen, (0, -len(seen) % 4)).view(np.uint32)
         with self._owner.current():
