@@ -80,6 +80,19 @@ class ChatTemplate:
             | {"messages": plain, "add_generation_prompt": bool(add_generation_prompt)}
         )
 
+    def try_out(self) -> None:
+        """Render a short conversation: whether the template refuses it, or fails on it, is of no interest here.
+
+        Raises:
+            TextError: the template goes beyond its limits.
+        """
+        try:
+            self.render([{"role": "user", "content": "Hello"}])
+        except template_process.TemplateExcessError:
+            raise
+        except TextError:  # it may want another conversation, or a variable
+            return
+
     def _ask(self, variables: Mapping[str, Any] | None) -> str:
         match self._process.ask(self._source, variables):
             case {"text": text}:

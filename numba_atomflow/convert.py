@@ -155,13 +155,13 @@ def _check_text(source: Path, text: TextAssets) -> None:
     """What the source brings along for text can be used: a checkpoint whose text cannot would be found out too late.
 
     Raises:
-        SourceError: the tokenizer cannot be loaded, or the chat template is not valid Jinja.
+        SourceError: the tokenizer cannot be loaded or used, or the chat template is not valid Jinja or has no measure.
     """
     try:
         if text.tokenizer_json is not None:
-            TextCodec(text)
+            TextCodec(text).encode("A try.")
         if text.chat_template is not None:
-            ChatTemplate(text.chat_template, text.special_tokens())
+            ChatTemplate(text.chat_template, text.special_tokens()).try_out()
     except TextError as error:
         raise SourceError(f"{source} cannot be converted: {error}") from error
 

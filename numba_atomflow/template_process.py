@@ -32,6 +32,13 @@ _START = "import sys; sys.path += sys.argv[1:]; from numba_atomflow.template_wor
 _LENGTH_BYTES = 8  # as template_worker has it, which is not imported here: it brings Jinja
 
 
+class TemplateExcessError(TextError):
+    """A template goes beyond its limits."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The model's chat template cannot be rendered ({reason}).")
+
+
 class TemplateProcess:
     """A Python process with nothing but Jinja in it. May be asked by several threads, and after a fork.
 
@@ -54,7 +61,8 @@ class TemplateProcess:
             ``{"text": ...}``, or one of "invalid", "refusal" and "failure" with the reason.
 
         Raises:
-            TextError: the template took too long or too much memory, or crashed the process.
+            TemplateExcessError: the template took too much time or memory, wrote too much, or crashed the process.
+            TextError: no process can be started.
         """
         data = json.dumps(variables)
         characters = CHARACTERS + CHARACTERS_PER_CHARACTER * len(data)
@@ -66,14 +74,14 @@ class TemplateProcess:
                 self._end = self._start()
             try:
                 answer: dict[str, str] = json.loads(self._exchange(request))
-                return answer
             except (EOFError, OSError) as error:
-                raise TextError(
-                    f"The model's chat template cannot be rendered ({self._how_it_ended(error)})."
-                ) from error
+                raise TemplateExcessError(self._how_it_ended(error)) from error
             except BaseException:  # Ctrl-C: an answer that comes too late would be taken for the next one
                 self._end()
                 raise
+        if "excess" in answer:
+            raise TemplateExcessError(answer["excess"])
+        return answer
 
     def abandon(self) -> None:
         """After a fork, in the child: leave the process to the parent."""

@@ -85,7 +85,7 @@ def _limit_memory(size: int) -> None:
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, str]:
-    """What became of a request: ``{"text": ...}``, or one of "invalid", "refusal", "failure" with the reason.
+    """What became of a request: ``{"text": ...}``, or "invalid", "refusal", "failure" or "excess" with the reason.
 
     A request without variables asks only whether the template compiles.
     """
@@ -101,7 +101,9 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str]:
             return {"text": _render(template, request["variables"], request["characters"])}
         except _Refusal as error:
             return {"refusal": _reason(error)}
-        except Exception as error:  # it may divide by zero, recurse without end, or fill the memory
+        except (MemoryError, _TooLongError) as error:
+            return {"excess": _reason(error)}
+        except Exception as error:  # it may divide by zero, or recurse without end
             return {"failure": _reason(error)}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numba_atomflow.errors import CheckpointError, TextError
 from numba_atomflow.foreign import short, shown
 from numba_atomflow.stream_decoder import StreamDecoder, TokenBytes
+from numba_atomflow.tokenizers_library import check_growth, sentence
 
 if TYPE_CHECKING:
     from numba_atomflow.chat_template import ChatTemplate
@@ -89,15 +90,17 @@ class TextCodec:
 
         self.assets = assets
         self.eos_ids = frozenset(assets.eos_ids)
-        try:
+        with sentence("The model's tokenizer.json cannot be read", "fetch the model again"):
             self._tokenizer = Tokenizer.from_buffer(assets.tokenizer_json)
-        except Exception as error:  # the library raises nothing narrower
-            raise TextError(f"The model's tokenizer.json cannot be read ({error}); fetch the model again.") from error
-        # Some tokenizer.json files carry the settings of their training run, which would cut prompts or fill them up.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._post_processor_adds = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
-        self._token_bytes = TokenBytes(self._tokenizer)
+            # Some tokenizer.json files carry the settings of their training run, which would cut prompts, fill them up,
+            # or cut words at random.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            if getattr(self._tokenizer.model, "dropout", None):
+                self._tokenizer.model.dropout = None
+            check_growth(self._tokenizer)
+            self._post_processor_adds = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
+            self._token_bytes = TokenBytes(self._tokenizer)
         self._bos_id = self._find_bos()
 
     @property
@@ -113,17 +116,18 @@ class TextCodec:
             add_special: put the BOS in front if the model wants one; never a second one.
 
         Raises:
-            TextError: the text holds a lone surrogate, which is no Unicode text.
+            TextError: the text holds a lone surrogate, which is no Unicode text, or the tokenizer fails on it.
         """
-        try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special)
-        except TypeError as error:
-            place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
-            if place is None:
-                raise
-            raise TextError(
-                f"Character {place + 1} of the text is half of a surrogate pair; give the text as valid UTF-8."
-            ) from error
+        with sentence("The model's tokenizer cannot encode the text", "fetch the model again"):
+            try:
+                encoding = self._tokenizer.encode(text, add_special_tokens=add_special)
+            except TypeError as error:
+                place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+                if place is None:
+                    raise
+                raise TextError(
+                    f"Character {place + 1} of the text is half of a surrogate pair; give the text as valid UTF-8."
+                ) from error
         ids: list[int] = encoding.ids
         if add_special and self._post_processor_adds:
             added = encoding.special_tokens_mask
@@ -136,12 +140,21 @@ class TextCodec:
 
     def token_id(self, spelling: str) -> int | None:
         """The id of a token as the vocabulary spells it, or None."""
-        token_id: int | None = self._tokenizer.token_to_id(spelling)
+        try:
+            token_id: int | None = self._tokenizer.token_to_id(spelling)
+        except UnicodeEncodeError:  # half of a surrogate pair, which no vocabulary can hold
+            return None
         return token_id
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of a whole sequence of tokens; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        """The text of a whole sequence of tokens; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            TextError: an id is none of a token, or the tokenizer fails on them.
+        """
+        token_ids = [int(i) for i in ids]
+        with sentence("The model's tokenizer cannot decode the tokens", "give token ids of this model"):
+            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special)
         return text
 
     def stream(self) -> StreamDecoder:
@@ -190,9 +203,9 @@ class TextCodec:
         """
         if not self.assets.add_bos:
             return None
-        bos_id: int | None = self._tokenizer.token_to_id(self.assets.bos_token) if self.assets.bos_token else None
+        bos_id = self.token_id(self.assets.bos_token) if self.assets.bos_token else None
         if bos_id is None:
             raise TextError(
-                f"The model wants a BOS in front of every text, but its tokenizer lacks {self.assets.bos_token!r}."
+                f"The model wants a BOS in front of every text, but its tokenizer lacks {shown(self.assets.bos_token)}."
             )
         return bos_id

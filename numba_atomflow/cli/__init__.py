@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from numba_atomflow import tokenizers_library
 from numba_atomflow.cli import output
 from numba_atomflow.errors import AtomFlowError, OptionError
 
@@ -47,6 +48,8 @@ def main() -> None:
     """The console script."""
     _open_missing_streams()
     _set_encodings()
+    if not _debugging():
+        tokenizers_library.keep_panics_quiet()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -70,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         output.discard(sys.stdout)
         return READER_GONE
     except Exception as error:
-        if os.environ.get(DEBUG, "0") not in {"", "0"}:
+        if _debugging():
             raise
         kind = type(error).__name__
         return _fail(
@@ -94,6 +97,10 @@ def _set_encodings() -> None:
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
+
+
+def _debugging() -> bool:
+    return os.environ.get(DEBUG, "0") not in {"", "0"}
 
 
 def _fail(message: str, code: int) -> int:

@@ -19,6 +19,7 @@ from numba_atomflow.sources import gguf_pre_tokenizer
 from numba_atomflow.sources.gguf_fields import GgufFields
 from numba_atomflow.sources.gguf_pre_tokenizer import PreTokenizer
 from numba_atomflow.text import TextAssets
+from numba_atomflow.tokenizers_library import sentence
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
@@ -359,10 +360,6 @@ def _tokenizer_json(body: dict[str, Any], vocabulary: _Vocabulary) -> bytes:
     ]
     common = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": None}
     data = json.dumps(common | body, ensure_ascii=False).encode()
-    try:
+    with sentence(f"{vocabulary.fields.where} has a damaged tokenizer", "get the file again", SourceError):
         Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises nothing narrower
-        raise SourceError(
-            f"{vocabulary.fields.where} has a damaged tokenizer ({short(str(error))}); get the file again."
-        ) from error
     return data

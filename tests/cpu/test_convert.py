@@ -21,6 +21,7 @@ from tiny_models import (
     random_weights,
     safetensors_bytes,
     tiny_geometry,
+    tiny_tokenizer,
     write_gguf,
     write_hf_folder,
     write_json,
@@ -282,11 +283,19 @@ def test_a_bad_source_leaves_nothing(tmp_path: Path) -> None:
     assert names_in(out) == []
 
 
+ENDS_IN_A_PANIC = json.dumps(
+    json.loads(tiny_tokenizer().to_str()) | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [
         ("tokenizer.json", "{}", "tokenizer.json cannot be read"),
         ("chat_template.jinja", "{% for m in messages %}", "chat template is not valid Jinja"),
+        ("chat_template.jinja", "{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "chat template is not valid Jinja"),
+        ("chat_template.jinja", "{{ 'a' * 10**9 }}", "chat template cannot be rendered (MemoryError"),
+        ("tokenizer.json", ENDS_IN_A_PANIC, "tokenizer cannot encode the text (chunk size"),
         ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<nowhere>"}', "lacks '<nowhere>'"),
     ],
 )
@@ -296,7 +305,7 @@ def test_text_that_cannot_be_used_is_refused_before_any_work(
     write_hf_folder(tmp_path / "hf")
     (tmp_path / "hf" / name).write_text(content)
     steps: list[str] = []
-    with pytest.raises(SourceError, match="hf cannot be converted: The model") as caught:
+    with pytest.raises(SourceError, match=r"/hf\b.* cannot be (converted|used): The model") as caught:
         convert(tmp_path / "hf", tmp_path / "out" / "model", progress=lambda step, *_: steps.append(step))
     assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
