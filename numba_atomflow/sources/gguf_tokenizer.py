@@ -21,7 +21,7 @@ from numba_atomflow.sources.gguf_pre_tokenizer import PreTokenizer
 from numba_atomflow.text import TextAssets
 from numba_atomflow.tokenizers_library import sentence
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 
 # A file names one end-of-sequence token, but a chat model may end a turn with another. Tokens of these names end a
 # reply wherever they come from and whatever type they have, as in llama.cpp; the tokens of its list that separate the
@@ -78,6 +78,7 @@ def assets_from_gguf(values: Mapping[str, Any], where: object = "The GGUF file")
     vocabulary = _vocabulary(fields, kind)
     eos_ids = _end_of_reply_ids(vocabulary)
     if kind == "gpt2":
+        _make_markers_control(vocabulary)
         pre_tokenizer = _pre_tokenizer(vocabulary)
         body = _byte_level(vocabulary, pre_tokenizer)
         adds_bos = pre_tokenizer.adds_bos
@@ -169,6 +170,8 @@ def _name_tokens(vocabulary: _Vocabulary, kind: str) -> None:
         for name, (token_id, spelling) in _SENTENCEPIECE_IDS.items():
             if name not in vocabulary.ids and vocabulary.by_spelling.get(spelling) == token_id:
                 vocabulary.ids[name] = token_id
+        if "unknown" in vocabulary.ids and vocabulary.types[vocabulary.ids["unknown"]] == _NORMAL:
+            vocabulary.types[vocabulary.ids["unknown"]] = _UNKNOWN
     elif "bos" not in vocabulary.ids and "<|begin_of_text|>" in vocabulary.by_spelling:
         vocabulary.ids["bos"] = vocabulary.by_spelling["<|begin_of_text|>"]
     if "bos" in vocabulary.ids:
@@ -191,6 +194,26 @@ def _end_of_reply_ids(vocabulary: _Vocabulary) -> tuple[int, ...]:
         if vocabulary.tokens[token_id] in _END_OF_REPLY:
             vocabulary.make_control(token_id, "tokens of this name end a reply, so it is taken for one")
     return tuple(sorted(ends))
+
+
+def _make_markers_control(vocabulary: _Vocabulary) -> None:
+    """Tokens spelt ``<|name|>`` are control tokens: byte-level splittings cut such a text, so no merge makes it.
+
+    llama.cpp's converter types added tokens of this spelling so as well; files of others may type them as normal, and
+    the markers of a chat would be cut into characters.
+    """
+    markers = [
+        i
+        for token, i in vocabulary.by_spelling.items()
+        if token.startswith("<|") and token.endswith("|>") and vocabulary.types[i] == _NORMAL and len(token) > 4
+    ]
+    for i in markers:
+        vocabulary.types[i] = _CONTROL
+    if markers:
+        vocabulary.warn(
+            f"does not mark {len(markers)} tokens spelt like {short(vocabulary.tokens[markers[0]])} as control tokens; "
+            "they are taken for such"
+        )
 
 
 def _make_control_if_spelt_so(vocabulary: _Vocabulary, token_id: int, why: str) -> None:
@@ -307,7 +330,11 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
         "pre_tokenizer": metaspace if prefix_space and first_only else None,
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": _bpe(vocabulary, _merges_from_scores(vocabulary, scores))
-        | {"unk_token": vocabulary.named("unknown"), "fuse_unk": True, "byte_fallback": _BYTE in vocabulary.types},
+        | {
+            "unk_token": vocabulary.named("unknown"),
+            "fuse_unk": True,
+            "byte_fallback": "<0x00>" in vocabulary.by_spelling,
+        },
     }
 
 

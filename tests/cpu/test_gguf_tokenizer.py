@@ -197,6 +197,22 @@ def test_end_ends_a_message_where_return_and_call_end_a_reply() -> None:
     assert assets_from_gguf(fields).eos_ids == (1, 2, 3)
 
 
+def test_markers_of_a_chat_are_whole_whatever_their_type() -> None:
+    _, fields = byte_level("gpt-2", ["<s>", "<|endoftext|>", "<|im_start|>", "<|user|>"])
+    assets = assets_from_gguf(retyped(retyped(fields, 2, NORMAL), 3, NORMAL), "some.gguf")
+    (warning,) = assets.warnings
+    assert warning.startswith("some.gguf does not mark 2 tokens spelt like <|im_start|> as control tokens")
+    assert TextCodec(assets).encode("<|im_start|><|user|>") == [2, 3]
+
+
+def test_a_sentencepiece_without_token_types_has_its_bytes_and_special_tokens() -> None:
+    original, fields = sentencepiece()
+    del fields["tokenizer.ggml.token_type"]
+    codec = codec_of(fields)
+    for text in SAMPLES:
+        assert codec.encode(text, add_special=False) == original.encode(text).ids, text
+
+
 NO_TOKEN = [0xFFFFFFFF, 2**64 - 1, -1, 10**6]
 
 
