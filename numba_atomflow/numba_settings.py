@@ -108,7 +108,7 @@ def compiler_suffix() -> str:
 
 def _check_threads(config: Any) -> None:
     if not 1 <= config.NUMBA_NUM_THREADS <= MOST_THREADS:
-        _refuse("NUM_THREADS", config.NUMBA_NUM_THREADS, "it must be the number of threads, 1 or more")
+        _refuse("NUM_THREADS", config.NUMBA_NUM_THREADS, f"it must be a number of threads from 1 to {MOST_THREADS}")
     if sorted(config.THREADING_LAYER_PRIORITY) != sorted(_LAYERS):
         names = " ".join(config.THREADING_LAYER_PRIORITY)
         _refuse(

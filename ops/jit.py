@@ -156,13 +156,14 @@ def cpu_kernel(
         folder = cache_folder()
         if folder is None:
             return _guarded(numba.njit(**kernel_flags)(function))
-        previous, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+        previous = config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES
+        config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = str(folder), ""
         try:
             kernel = numba.njit(**kernel_flags)(function)
             kernel._cache = _KernelCache(function)  # noqa: SLF001  as its enable_caching() does, with our class
             return _guarded(kernel)
         finally:
-            config.CACHE_DIR = previous
+            config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = previous
 
     return compile_it
 

@@ -111,7 +111,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt == "-" or (file is not None and str(file) == "-"):
         text = read_standard_input().removesuffix("\n")
     elif file is not None:
-        text = read_text_file(file, "The prompt file").removesuffix("\n")
+        text = read_text_file(file, "--file").removesuffix("\n")
     elif prompt is not None:
         text = prompt
     else:

@@ -56,7 +56,7 @@ def perplexity(
     from numba_atomflow.perplexity import choose_windows, measure
     from numba_atomflow.plain_text import read_standard_input, read_text_file
 
-    contents = read_standard_input() if str(text) == "-" else read_text_file(text)
+    contents = read_standard_input() if str(text) == "-" else read_text_file(text, "--text")
     with Checkpoint.open(find_checkpoint(model)) as checkpoint:
         context, stride = choose_windows(checkpoint.geometry.max_positions, context, stride)
         logits = None
