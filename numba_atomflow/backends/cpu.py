@@ -33,7 +33,7 @@ from numba_atomflow.decode import (
     build_step,
     step_buffers,
 )
-from numba_atomflow.errors import CheckpointError
+from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.machine import cpu_name
 from numba_atomflow.memory.arena import HostArena
@@ -116,6 +116,7 @@ class CpuBackend:
         self._array("rope.cosines")[:] = cosines
         self._array("rope.sines")[:] = sines
         self._bound: dict[tuple[int, Head], list[Action]] = {}
+        self._closed = False
         self.compile_seconds = 0.0
 
     def _array(self, name: str) -> NDArray[Any]:
@@ -124,8 +125,16 @@ class CpuBackend:
     # --- what the engine calls -----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Release the memory: bound steps refer to the backend, and would keep it until the garbage collector comes."""
+        """Release the memory: bound steps refer to the backend, and would keep it until the garbage collector comes.
+
+        Closing twice is fine; every later use raises `ClosedError`.
+        """
+        self._closed = True
         self._bound.clear()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("The backend was closed; load the model again.")
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Run one op of every kind, for one token and for a block: all that numba must compile."""
@@ -146,14 +155,17 @@ class CpuBackend:
 
     def step(self, tokens: int, head: Head) -> list[Op]:
         """The ops of a step over `tokens` tokens."""
+        self._require_open()
         return build_step(self.geometry, self._weights, self._buffers, tokens, head)
 
     def seek(self, position: int) -> None:
         """Set the position at which the next token will be written."""
+        self._require_open()
         self._position[0] = position
 
     def start(self, sampler: Sampler) -> None:
         """Use this sampler for the following steps."""
+        self._require_open()
         self._check_weights()  # before a long prompt is computed for nothing
         self._sampler = sampler
 
@@ -168,6 +180,7 @@ class CpuBackend:
 
     def sampled_token(self) -> int:
         """The token that was sampled last."""
+        self._require_open()
         return int(self._tokens[0])
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
@@ -222,6 +235,7 @@ class CpuBackend:
     # --- how ops become kernels ----------------------------------------------------------------------------------
 
     def _run(self, actions: Sequence[Action], tokens: int) -> None:
+        self._require_open()
         numba.set_num_threads(self.threads)  # it holds for the whole process: another engine may want another number
         try:
             if tokens <= FEW:
