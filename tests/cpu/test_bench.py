@@ -191,6 +191,55 @@ def test_what_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
         read_report(tmp_path / "missing.json")
 
 
+@pytest.mark.parametrize("value", [None, True, -1, 0, 1e400, "x", [], {}, "\x1b[2J", 10**900, 2**63])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("settings",),
+        ("settings", "prompt_tokens"),
+        ("settings", "depths"),
+        ("settings", "depths", 0),
+        ("results", 0, "depth"),
+        ("results", 0, "decode_speed"),
+        ("results", 0, "decode_speed", "low"),
+        ("ceilings",),
+        ("ceilings", "memory read"),
+        ("machine",),
+        ("machine", "versions"),
+        ("date",),
+        ("geometry", "layers"),
+        ("compile_times", "cold"),
+    ],
+)
+def test_a_report_with_a_wrong_value_is_refused_or_can_be_shown(
+    report: BenchReport, tmp_path: Path, place: tuple[str | int, ...], value: object
+) -> None:
+    record = json.loads(json.dumps(report.to_dict()))
+    parent = record
+    for key in place[:-1]:
+        parent = parent[key]
+    parent[place[-1]] = value
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(record))
+    try:
+        read = read_report(path)
+    except OptionError:
+        with pytest.raises(OptionError, match=r"report\.json is no report"):
+            read_report(path)
+        return
+    compare(read, read)
+    differences(read, report)
+    assert read.date.isprintable()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, '{"a":' * 5000, "\ud800"])
+def test_a_report_that_is_hardly_json(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(OptionError, match=r"report\.json is no report"):
+        read_report(path)
+
+
 def test_a_ratio_is_now_over_then(report: BenchReport) -> None:
     def at_speed(speed: float) -> BenchReport:
         result = replace(report.results[1], decode_speed=Spread(speed, 0.9 * speed, 1.2 * speed, 5))

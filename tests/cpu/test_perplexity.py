@@ -1,7 +1,8 @@
 """Perplexity against its definition: one token after the other, each after the tokens of its window."""
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine
 from numba_atomflow.convert import convert
-from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.errors import CheckpointError, OptionError, SourceError, TextError
+from numba_atomflow.json_text import json_text
 from numba_atomflow.perplexity import choose_windows, measure
 from numba_atomflow.text import TextCodec
 
@@ -136,3 +138,52 @@ def test_default_windows() -> None:
 def test_texts_that_are_too_short(engine: Engine, text: str) -> None:
     with pytest.raises(TextError, match="too short"):
         measure(engine, text)
+
+
+# --- at the end of what numbers can hold ---------------------------------------------------------------------------
+
+
+def fed_with(engine: Engine, monkeypatch: pytest.MonkeyPatch, row: Callable[[int], float]) -> None:
+    """The engine's logits are `row` of the token that is right, and 0 for all others."""
+
+    def feed(tokens: Sequence[int], all_logits: bool = False) -> NDArray[np.float32]:
+        logits = np.zeros((len(tokens), engine.geometry.vocabulary), np.float32)
+        logits[:, engine.text.encode("a", add_special=False)[0]] = [row(i) for i in range(len(tokens))]
+        return logits
+
+    monkeypatch.setattr(engine, "feed", feed)
+
+
+@pytest.mark.parametrize("worst", [-800.0, -3e38])
+def test_a_loss_beyond_exp_is_an_infinite_perplexity(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, worst: float
+) -> None:
+    fed_with(engine, monkeypatch, lambda _: worst)
+    found = measure(engine, "a" * 40, 32, 16)
+    assert found.perplexity == math.inf
+    assert found.bits_per_byte == pytest.approx(-worst / math.log(2) * 39 / 39, rel=0.03)
+    assert json.loads(json_text(found.to_dict()))["perplexity"] is None
+
+
+def test_logits_of_both_signs_at_the_end_of_float32(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed_with(engine, monkeypatch, lambda i: 3e38 * (-1) ** i)
+
+    def reference(tokens: Sequence[int]) -> NDArray[np.float32]:
+        return np.full((len(tokens), engine.geometry.vocabulary), -3e38, np.float32)
+
+    found = measure(engine, "a" * 40, 32, 16, reference)
+    assert found.perplexity == math.inf
+    assert found.divergence is not None
+    assert math.isfinite(found.divergence.mean_kl)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    def reference(tokens: Sequence[int]) -> NDArray[np.float32]:
+        return np.full((len(tokens), engine.geometry.vocabulary), wrong, np.float32)
+
+    with pytest.raises(SourceError, match="reference computes no numbers"):
+        measure(engine, "a" * 40, 32, 16, reference)
+    fed_with(engine, monkeypatch, lambda i: wrong if i == 3 else 0.0)
+    with pytest.raises(CheckpointError, match="model computes no numbers"):
+        measure(engine, "a" * 40, 32, 16)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from numba_atomflow.errors import OptionError
-from numba_atomflow.sampling import Sampler, SamplingParams, candidates, penalise, uniform
+from numba_atomflow.errors import CheckpointError, OptionError
+from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler, SamplingParams, candidates, penalise, uniform
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -261,6 +261,53 @@ def test_context_and_own_tokens_are_penalised() -> None:
     assert logits.tolist() == [4.0, 3.0, 2.5, 0.0]
 
 
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-9, 0.7, 100.0])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_p": 1e-320}])
+@pytest.mark.parametrize("logits", [[-LARGEST, LARGEST, 0.0], [LARGEST] * 3, [-LARGEST] * 3, [-1e-45, 1e-45, 0.0]])
+def test_logits_at_the_end_of_float32_have_probabilities(
+    logits: list[float], filters: dict[str, Any], temperature: float
+) -> None:
+    """NumPy's warnings of an overflow or a NaN are errors here."""
+    params = SamplingParams(temperature=temperature, seed=0, **filters)
+    tokens, probabilities = candidates(np.array(logits, np.float32), params)
+    assert probabilities.sum() == pytest.approx(1.0)
+    assert (probabilities >= 0).all()
+    assert Sampler(params, 3, ()).choose(np.array(logits, np.float32)) in tokens
+
+
+def test_temperatures_below_the_least_count_as_it() -> None:
+    logits = np.array([0.0, 3e-30, 0.0], np.float32)
+    least = candidates(logits, SamplingParams(temperature=LEAST_TEMPERATURE))[1]
+    assert least[1] == pytest.approx(np.exp(3) / (np.exp(3) + 2))
+    np.testing.assert_array_equal(candidates(logits, SamplingParams(temperature=1e-320))[1], least)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    ("logits", "penalty"),
+    [
+        ([float("nan"), 1.0, 2.0], 1.0),
+        ([float("inf"), 1.0, 2.0], 1.0),
+        ([-float("inf")] * 3, 1.0),
+        ([LARGEST, 1.0, 2.0], 0.01),  # infinite after the penalty, as on a GPU
+        ([float("nan"), 1.0, 2.0], 1.3),
+    ],
+)
+def test_logits_that_are_no_numbers_are_refused(logits: list[float], penalty: float, params: dict[str, Any]) -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=penalty, seed=0, **params), 3, (0,))
+    with pytest.raises(CheckpointError, match="computes no numbers"):
+        sampler.choose(np.array(logits, np.float32))
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "min_p": 0.1}])
+def test_a_penalty_that_leads_below_float32_excludes_a_token(params: dict[str, Any]) -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=100.0, seed=0, **params), 3, (0, 1))
+    assert sampler.choose(np.array([-LARGEST, -LARGEST, -LARGEST], np.float32)) == 2
+
+
 # --- options -----------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +326,7 @@ def test_context_and_own_tokens_are_penalised() -> None:
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"repetition_penalty": 101}, "repetition_penalty is 101"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40; it must be between 0.01 and 100"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 1 << 64}, "seed is 18446744073709551616"),
         ({"max_tokens": 0}, "max_tokens is 0"),

@@ -182,6 +182,18 @@ def test_what_cannot_be_done_is_refused(
         ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
         ('{"prompt": "x", "fork_of": 3}', "there is no request 3"),
         ('{"prompt": "x", "arrival": -1}', "arrival"),
+        ('{"prompt": "x", "arrival": 1e300}', "arrival"),
+        ('{"prompt": "x", "arrival": true}', "arrival"),
+        ('{"prompt": "x", "arrival": ' + "9" * 400 + "}", "arrival"),
+        ('{"prompt": 5}', "prompt must be a text"),
+        ('{"tokens": [true]}', "none of the model's"),
+        ('{"tokens": ["5"]}', "none of the model's"),
+        ('{"tokens": 5}', "there are none"),
+        ('{"tokens": [Infinity]}', "none of the model's"),
+        ('{"tokens": ' + "[" * 100_000, "nested too deeply"),
+        ('{"prompt": "x", "id": ' + "9" * 5000 + "}", "5000 digits"),
+        ('{"prompt": "x", "\\u001b[2J": 1}', r"unknown field \x1b[2J"),
+        ('{"prompt": "x", "prompt": "y"}', "prompt is listed twice"),
     ],
 )
 def test_a_wrong_line_of_a_trace_is_named(

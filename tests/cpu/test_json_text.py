@@ -1,0 +1,19 @@
+"""JSON for other programs: no NaN, no infinities."""
+
+import json
+import math
+
+import numpy as np
+
+from numba_atomflow.json_text import json_text
+
+
+def test_what_is_no_number_becomes_null() -> None:
+    record = {"a": [1.5, math.inf, -math.inf, (math.nan, 2)], "b": {"c": np.float64("nan")}, "d": "NaN", "e": None}
+    assert json.loads(json_text(record)) == {
+        "a": [1.5, None, None, [None, 2]],
+        "b": {"c": None},
+        "d": "NaN",
+        "e": None,
+    }
+    assert json_text({"a": math.inf}, indent=2) == '{\n  "a": null\n}'
