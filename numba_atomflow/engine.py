@@ -435,9 +435,9 @@ def _pieces(state: ReplyState, tokens: Iterator[int], decoder: StreamDecoder, pa
     """Text that is sure to belong to the reply, as its tokens come."""
     stops = StopStrings(params.stop)
     for token in tokens:
-        if state.finish_reason == "eos":
-            break
-        piece = stops.push(decoder.push(token))
+        piece = "" if state.finish_reason == "eos" else stops.push(decoder.push(token))
+        if params.stop and (hidden := decoder.hidden_text(token)):
+            piece += stops.push(hidden, shown=False)
         if stops.found:
             state.finish_reason = "stop"
         if piece:

@@ -71,6 +71,10 @@ class TokenBytes:
         spelling: str | None = self._tokenizer.id_to_token(token_id)
         return spelling
 
+    def hidden_text_of(self, token_id: int) -> str:
+        """How a special token is spelt, which a decoded text leaves out; "" for any other."""
+        return (self._tokenizer.id_to_token(token_id) or "") if token_id in self._special else ""
+
     def to_bytes(self, spelling: str) -> bytes:
         """UTF-8 bytes, possibly part of a character."""
         if self.rules.byte_level:
@@ -119,6 +123,10 @@ class StreamDecoder:
         elif rules.separator:
             spelling = rules.separator + spelling
         return self._strip_start(self._utf8.decode(self._token_bytes.to_bytes(spelling)))
+
+    def hidden_text(self, token_id: int) -> str:
+        """What `push` leaves out: the spelling of a special token; "" for any other."""
+        return self._token_bytes.hidden_text_of(token_id)
 
     def flush(self) -> str:
         """What is left at the end of the reply: "" or U+FFFD for a character that was never finished.

@@ -121,6 +121,33 @@ def test_a_stop_string_ends_a_reply_and_is_not_shown(scripted: Engine, stop: lis
     assert generation.stats.tokens > len(text)
 
 
+@pytest.mark.parametrize("ignore_eos", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (["<|eos|>"], SCRIPT[1:]),
+        (["Z<|eos|>"], SCRIPT[1:-1]),
+        (["eos"], SCRIPT[1:]),
+        (["<|eos|><|pad|>", "YZ<|eo"], SCRIPT[1:-2]),
+        (["XYZ<|pad|>", "<|eos|>"], SCRIPT[1:]),
+    ],
+)
+def test_a_stop_string_may_spell_a_special_token(
+    scripted: Engine, stop: list[str], text: str, ignore_eos: bool
+) -> None:
+    """As in transformers, where the text that is searched holds them; they are not shown all the same."""
+    reply = scripted.generate("a", SamplingParams(stop=stop, ignore_eos=ignore_eos, max_tokens=40)).finish()
+    assert (reply.text, reply.finish_reason) == (text, "stop")
+    assert reply.token_ids[-1] == EOS
+
+
+def test_a_special_token_between_two_texts_keeps_them_apart(scripted: Engine) -> None:
+    params = SamplingParams(stop=["XYZ<|pad|>", "<|eos|>X"], ignore_eos=True, max_tokens=40)
+    reply = scripted.generate("a", params).finish()
+    assert reply.text.startswith(SCRIPT[1:])
+    assert "<|" not in reply.text
+
+
 def test_a_stop_string_that_does_not_come_takes_nothing_away(scripted: Engine) -> None:
     reply = scripted.generate("a", SamplingParams(stop=["cde!", "XYZ!"])).finish()
     assert (reply.text, reply.finish_reason) == (SCRIPT[1:], "eos")
@@ -528,6 +555,7 @@ def test_the_space_before_the_first_word_of_a_reply_is_kept(tmp_path: Path) -> N
     weights["lm_head.weight"][words[1]] = weights["model.embed_tokens.weight"][words[0]]  # the one follows the other
     write_hf_folder(tmp_path / "hf", geometry, weights=weights)
     (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer.to_str())
+    write_json(tmp_path / "hf" / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
     with Engine.load(convert(tmp_path / "hf", tmp_path / "spaces.safetensors"), threads=1) as engine:
         reply = engine.generate([words[0]], SamplingParams(max_tokens=1)).finish()
         assert reply.token_ids == [words[1]]

@@ -434,7 +434,7 @@ def test_a_base_model_with_a_tensor_under_both_names(tmp_path: Path) -> None:
     weights = random_weights(tiny_geometry())
     bare = {name.removeprefix("model."): values for name, values in weights.items()}
     write_hf_folder(tmp_path, weights=bare | {"model.norm.weight": bare["norm.weight"]})
-    refused(tmp_path, "model.norm.weight")
+    refused(tmp_path, "tensor norm.weight with and without")
 
 
 # --- folders and files that cannot be read -------------------------------------------------------------------------

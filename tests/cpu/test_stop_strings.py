@@ -56,6 +56,19 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string(strings: list[
         assert held == "" or any(s.startswith(held) and s != held for s in strings)
 
 
+@given(STOPS, st.lists(st.tuples(st.text("abc", max_size=4), st.booleans()), max_size=8))
+@example(["abc"], [("a", True), ("b", False), ("c", True)])
+def test_hidden_text_is_searched_and_never_shown(strings: list[str], pieces: list[tuple[str, bool]]) -> None:
+    """The plain rule on all of the text, and then without the hidden characters."""
+    text = "".join(piece for piece, _ in pieces)
+    visible = [shown for piece, shown in pieces for _ in piece]
+    stops = StopStrings(strings)
+    out = "".join(stops.push(piece, shown=shown) for piece, shown in pieces) + stops.flush()
+    plain, found = run(strings, [piece for piece, _ in pieces])
+    assert text.startswith(plain)
+    assert (out, stops.found) == ("".join(c for c, shown in zip(plain, visible, strict=False) if shown), found)
+
+
 def test_the_earlier_one_wins_and_then_the_longer() -> None:
     assert run(["world", "hello"], ["say hello world"]) == ("say ", "hello")
     assert run(["ab", "abc"], ["x abcd"]) == ("x ", "abc")
