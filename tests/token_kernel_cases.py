@@ -1,11 +1,13 @@
 """The kernels around the layers - embedding, arg-max, sampling, bookkeeping - against their references on the CPU."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from kernel_cases import generator, halves, launch, poisoned, weights
 from numpy.typing import NDArray
+from sample_reference import device_token, logits_of
 
 from numba_atomflow.ops.cuda import embedding, sample
 from numba_atomflow.ops.cuda.fragments import FragmentLayout, halves_to_fragments_reference, to_fragments_reference
@@ -162,6 +164,27 @@ def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: i
         expected = expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
         assert token[0] == expected, f"draw {draw}"
         assert state.tolist() == [seed, draw + (not case.params.greedy)]
+
+
+_large_sample = cache(sample.make_sample)
+
+
+def check_same_logits(kind: str, params: SamplingParams, draws: int, vocabulary: int = 128_256) -> None:
+    """From the same logits the kernel as it is shipped, its reference and the CPU's sampler draw the same tokens."""
+    rng = np.random.default_rng(5)
+    case = TokenCase(kind, params.temperature, params.top_k, params.top_p, params.min_p)
+    kernel, shared = _large_sample(vocabulary), sample.sample_shared_bytes(sample.BINS, sample.CAPACITY)
+    nothing = np.zeros(vocabulary, np.bool_)
+    logits = logits_of(kind, vocabulary, rng)
+    likely = int(np.argmax(logits))  # its logit is not negative
+    key = (0x80000000 + int(logits[likely].view(np.uint32))) << sample._ID_BITS | (sample._ID_MASK - likely)
+    best = np.array([key], np.int64)
+    for draw in range(draws):
+        state, token = np.array([7, draw], np.uint64), np.array([-1], np.int32)
+        launch(
+            kernel, 1, sample.SAMPLE_THREADS, shared, logits, bitmap(nothing), case.options, state, best.copy(), token
+        )
+        assert token[0] == device_token(logits, params, 7, draw) == expected_token(logits, params, 7, draw), draw
 
 
 def check_advance() -> None:

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
+from sample_reference import DISTRIBUTIONS, device_token, logits_of
 
 from numba_atomflow.errors import CheckpointError, OptionError
 from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler, SamplingParams, candidates, penalise, uniform
@@ -353,3 +354,25 @@ def test_the_ends_of_the_ranges_are_allowed_and_work(options: dict[str, Any]) ->
 
 def test_one_stop_string_needs_no_list() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 50},
+        {"temperature": 1.0, "top_p": 0.95},
+        {"temperature": 1.3, "min_p": 0.02},
+        {"temperature": 2.0, "top_k": 40, "top_p": 0.9, "min_p": 0.05},
+    ],
+    ids=str,
+)
+def test_from_the_same_logits_a_gpu_draws_the_same_tokens(kind: str, options: dict[str, Any]) -> None:
+    """By its kernel's arithmetic: seed, counter, order of tokens and bounds of their shares are the same."""
+    rng = np.random.default_rng(0)
+    params = SamplingParams(seed=11, **options)
+    sampler = Sampler(params, 5003, ())
+    for draw in range(20):
+        logits = logits_of(kind, 5003, rng)
+        assert sampler.choose(logits) == device_token(logits, params, 11, draw)

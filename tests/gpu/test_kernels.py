@@ -19,6 +19,7 @@ from kernel_cases import (
     check_rope,
     qkv_case,
 )
+from sample_reference import DISTRIBUTIONS
 from token_kernel_cases import (
     ARGMAXES,
     EMBEDDINGS,
@@ -27,8 +28,11 @@ from token_kernel_cases import (
     check_advance,
     check_argmax,
     check_embedding,
+    check_same_logits,
     check_sample,
 )
+
+from numba_atomflow.sampling import SamplingParams
 
 LARGE_PROJECTIONS = (
     ProjectionCase("store", 49152, 576, 1, warps=8, split=1, blocks=264),  # SmolLM2
@@ -98,6 +102,16 @@ def test_embedding(layout: FragmentLayout, columns: int) -> None:
 @pytest.mark.parametrize("case", ARGMAXES, ids=str)
 def test_argmax(case: TokenCase) -> None:
     check_argmax(case)
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(1.0), SamplingParams(0.7, top_k=50), SamplingParams(1.0, top_p=0.95)],
+    ids=["all", "top-k", "top-p"],
+)
+def test_from_the_same_logits_the_cpu_draws_the_same_tokens(kind: str, params: SamplingParams) -> None:
+    check_same_logits(kind, params, draws=40)
 
 
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
