@@ -65,7 +65,7 @@ class Engine:
         self.load_seconds = 0.0
         self.compile_seconds = 0.0  # of them, spent on compiling kernels or loading them from the cache
         self._tokens: list[int] = []  # what the KV cache holds, in order
-        self._calls = OneCaller()
+        self._calls = OneCaller(survives_fork=backend.name == "cpu")
         # In the making, going on from what the KV cache holds. One that nobody holds cannot go on.
         self._reply: weakref.ref[Reply[Any]] | None = None
 

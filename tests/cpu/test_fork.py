@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numba
@@ -12,6 +13,7 @@ from cli_runner import environment
 
 from numba_atomflow import home
 from numba_atomflow.errors import BackendError
+from numba_atomflow.one_caller import OneCaller
 from numba_atomflow.ops.bandwidth import total
 from numba_atomflow.ops.fp8 import quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm
@@ -22,6 +24,7 @@ REFUSED, WORKED = 11, 12
 
 FORK_FIRST = """
 import os, numpy as np
+from numba_atomflow.one_caller import OneCaller
 from numba_atomflow.ops.bandwidth import total
 pid = os.fork()
 if pid == 0:
@@ -70,3 +73,34 @@ def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "12 5\n"), done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_call_of_another_thread_does_not_hold_the_child() -> None:
+    """In the child nobody is there to end it: closing would wait for ever."""
+    calls, inside, leave = OneCaller(), threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: calls.run(lambda: inside.set() or leave.wait(60)))
+    thread.start()
+    assert inside.wait(60)
+    if (pid := os.fork()) == 0:
+        calls.wait_and_run(lambda: None)
+        os._exit(calls.run(lambda: WORKED))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    leave.set()
+    thread.join()
+    assert code == WORKED
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_an_engine_whose_memory_is_on_a_gpu_belongs_to_one_process() -> None:
+    calls = OneCaller(survives_fork=False)
+    assert calls.run(lambda: WORKED) == WORKED
+    if (pid := os.fork()) == 0:
+        calls.wait_and_run(lambda: os._exit(1))  # closing: nothing is done
+        try:
+            calls.run(lambda: None)
+        except BackendError:
+            os._exit(REFUSED)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == REFUSED
+    assert calls.run(lambda: WORKED) == WORKED
