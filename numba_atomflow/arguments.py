@@ -7,8 +7,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from numba_atomflow.errors import OptionError
 from numba_atomflow.foreign import shown
 
@@ -19,7 +17,7 @@ def whole_number(name: str, value: object) -> int:
     Raises:
         OptionError: it is something else.
     """
-    if not isinstance(value, bool | np.bool_):
+    if not _is_truth_value(value):
         try:
             return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
@@ -33,9 +31,9 @@ def real_number(name: str, value: object) -> float:
     Raises:
         OptionError: it is something else, or too large for a float.
     """
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
-    if not isinstance(value, bool | np.bool_) and isinstance(value, numbers.Real):
+    if _is_of_numpy(value) and getattr(value, "ndim", None) == 0:
+        value = value.item()  # type: ignore[attr-defined]
+    if not _is_truth_value(value) and isinstance(value, numbers.Real):
         try:
             return float(value)
         except OverflowError:
@@ -49,7 +47,7 @@ def truth_value(name: str, value: object) -> bool:
     Raises:
         OptionError: it is something else.
     """
-    if isinstance(value, bool | np.bool_):
+    if _is_truth_value(value):
         return bool(value)
     raise OptionError(f"{name} is {shown(value)}; it must be True or False.")
 
@@ -67,3 +65,12 @@ def file_path(name: str, value: object) -> Path:
                 os.fsencode(text)
                 return Path(text)
     raise OptionError(f"{name} is {shown(value)}; it must be the path of a file, as text or as a Path.")
+
+
+def _is_truth_value(value: object) -> bool:
+    return isinstance(value, bool) or (_is_of_numpy(value) and type(value).__name__ in ("bool", "bool_"))
+
+
+def _is_of_numpy(value: object) -> bool:
+    """By the name of its module: importing NumPy would make every command's start slower, ``--help`` included."""
+    return type(value).__module__ == "numpy"
