@@ -146,7 +146,13 @@ class MappedFile:
         return mapped
 
     def _copied(self) -> mmap.mmap:
-        copy = mmap.mmap(-1, self._stamp.size)
+        try:
+            copy = mmap.mmap(-1, self._stamp.size)
+        except OSError as problem:
+            raise self._error(
+                f"{self.path} cannot be copied: this machine refused {self._stamp.size / 1e9:.1f} GB; "
+                "use it without a private copy."
+            ) from problem
         done = 0
         with memoryview(copy) as whole:
             while done < self._stamp.size:

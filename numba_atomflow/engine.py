@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.arguments import whole_number
+from numba_atomflow.arguments import truth_value, whole_number
 from numba_atomflow.backends.base import Backend, Decode, Progress
 from numba_atomflow.backends.choose import BackendName, check_decode, check_name, make_backend
 from numba_atomflow.checkpoint import TOKENIZER, Checkpoint
@@ -79,6 +79,7 @@ class Engine:
         progress: Progress | None = None,
         *,
         decode: Decode = "auto",
+        private_copy: bool = False,
     ) -> "Engine":
         """Open a checkpoint and make its backend ready to run.
 
@@ -91,16 +92,19 @@ class Engine:
             progress: called with what is being done, steps finished and steps in all.
             decode: how the GPU runs decode steps: "graph", kernel after kernel; "persistent", in one kernel; "auto",
                 in the latter where GPU and model allow it. `engine.backend.decode_path` has what was chosen.
+            private_copy: read the whole file into memory first: other programs may then write into it. The CPU backend
+                otherwise reads weights in the file, and refuses to go on when it changes; the GPU's has a copy anyway.
 
         Raises:
-            CheckpointError: no such checkpoint, or a damaged one.
+            CheckpointError: no such checkpoint, or a damaged one, or one that changed while it was loaded.
             OptionError: `max_seq_len` or `threads` is out of range, or `decode` is given for the CPU.
             BackendError: the backend cannot run here, or not in the way that `decode` asks for.
         """
         started = time.perf_counter()
         check_name(backend)
         check_decode(decode, backend, threads)
-        checkpoint = Checkpoint.open(find_checkpoint(path_or_name))
+        copied = truth_value("private_copy", private_copy)
+        checkpoint = Checkpoint.open(find_checkpoint(path_or_name), private_copy=copied)
         return cls._make_ready(checkpoint, backend, max_seq_len, threads, progress, decode, started)
 
     @classmethod

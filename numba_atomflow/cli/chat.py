@@ -39,6 +39,7 @@ def chat(
     stop: options.Stop = None,
     max_seq_len: options.MaxSeqLen = None,
     threads: options.Threads = None,
+    private_copy: options.PrivateCopy = False,
     backend: options.Backend = options.BackendChoice.AUTO,
     decode: options.Decode = options.DecodeChoice.AUTO,
     template_var: options.TemplateVar = None,
@@ -72,6 +73,8 @@ def chat(
             stop=tuple(stop or ()),
         )
         with output.loading_bar() as progress:
-            engine = Engine.load(model, backend.value, max_seq_len, threads, progress, decode=decode.value)
+            engine = Engine.load(
+                model, backend.value, max_seq_len, threads, progress, decode=decode.value, private_copy=private_copy
+            )
         with engine:
             ChatSession(engine, params, system, variables, quiet=quiet, as_json=as_json, raw_output=raw_output).run()

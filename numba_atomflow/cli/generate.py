@@ -55,6 +55,7 @@ def generate(
     ignore_eos: options.IgnoreEos = False,
     max_seq_len: options.MaxSeqLen = None,
     threads: options.Threads = None,
+    private_copy: options.PrivateCopy = False,
     backend: options.Backend = options.BackendChoice.AUTO,
     decode: options.Decode = options.DecodeChoice.AUTO,
     template_var: options.TemplateVar = None,
@@ -89,7 +90,9 @@ def generate(
             ignore_eos=ignore_eos,
         )
         with output.loading_bar() as progress:
-            engine = Engine.load(model, backend.value, max_seq_len, threads, progress, decode=decode.value)
+            engine = Engine.load(
+                model, backend.value, max_seq_len, threads, progress, decode=decode.value, private_copy=private_copy
+            )
         with engine:
             generation = (
                 engine.chat([{"role": "user", "content": text}], params, template_variables=variables)

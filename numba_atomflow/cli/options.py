@@ -65,6 +65,11 @@ Threads = Annotated[
     ),
 ]
 
+PrivateCopy = Annotated[
+    bool,
+    typer.Option("--private-copy", help="Read the whole model into memory: its file may then be written into."),
+]
+
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0: always the most likely token; 1: the model's own distribution.")
 ]

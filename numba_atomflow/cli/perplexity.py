@@ -44,6 +44,7 @@ def perplexity(
     backend: options.Backend = options.BackendChoice.AUTO,
     decode: options.Decode = options.DecodeChoice.AUTO,
     threads: options.Threads = None,
+    private_copy: options.PrivateCopy = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity, bits per byte and speed on a text; with --reference also KL and top-1 agreement.
@@ -67,7 +68,9 @@ def perplexity(
             with output.bytes_bar() as fetching:
                 logits = original_logits(checkpoint, local_source(reference, progress=fetching))
     with output.loading_bar() as progress:
-        engine = Engine.load(model, backend.value, context, threads, progress, decode=decode.value)
+        engine = Engine.load(
+            model, backend.value, context, threads, progress, decode=decode.value, private_copy=private_copy
+        )
     with engine, output.steps_bar(time_left=True) as progress:
         result = measure(engine, contents, context, stride, logits, progress)
     described = {"model": model, "text": str(text)}
