@@ -37,9 +37,11 @@ from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.machine import cpu_name
 from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View, view_of
 from numba_atomflow.ops import attention, bandwidth, embedding, projection, rms_norm, rope
+from numba_atomflow.ops.arguments import bind
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.spread import faster_half
 from numba_atomflow.threads import choose_threads, described
@@ -97,12 +99,13 @@ class CpuBackend:
         self._check_weights = check_weights
         self.device = f"{cpu_name()}, {described(self.threads, threads)}"
         self.geometry = geometry
+        self.max_seq_len = max_seq_len
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.block = min(BLOCK, max_seq_len)
-        self._weight_arrays = weights
+        self._weight_arrays = dict(weights)  # views own nothing, and a mapping may make its arrays anew each time
         views = {
             name: view_of(name, array.view(np.int8) if array.dtype == np.uint8 else array)
-            for name, array in weights.items()
+            for name, array in self._weight_arrays.items()
         }
         self._weights = Weights.as_stored(views)
         self._arena = HostArena(self.plan)
@@ -140,17 +143,19 @@ class CpuBackend:
         """Run one op of every kind, for one token and for a block: all that numba must compile."""
         started = time.perf_counter()
         self.seek(0)
+        self._tokens[:] = 0
         numba.set_num_threads(self.threads)
-        steps = [op for tokens in (1, min(FEW + 1, self.block)) for op in self.step(tokens, "logits")]
-        kinds = {(type(op), op.writes[0].shape[0]): op for op in reversed(steps)}
-        for done, ((kind, _), op) in enumerate(sorted(kinds.items(), key=lambda item: item[1].name)):
+        kinds: dict[tuple[type[Op], int], Op] = {}
+        for tokens in (1, min(FEW + 1, self.block)):
+            for op in self.step(tokens, "logits")[:-1]:  # `Advance` compiles nothing, and moves the position
+                kinds.setdefault((type(op), op.writes[0].shape[0]), op)
+        for done, ((kind, _), op) in enumerate(kinds.items()):
             if progress:
                 progress(f"compiling {kind.__name__}", done, len(kinds))
             with self._single_threaded_blas():
                 self._bind(op)()
         if progress:
             progress("compiled", len(kinds), len(kinds))
-        self.seek(0)
         self.compile_seconds = time.perf_counter() - started
 
     def step(self, tokens: int, head: Head) -> list[Op]:
@@ -161,6 +166,7 @@ class CpuBackend:
     def seek(self, position: int) -> None:
         """Set the position at which the next token will be written."""
         self._require_open()
+        check_range("position", position, 0, self.max_seq_len)
         self._position[0] = position
 
     def start(self, sampler: Sampler) -> None:
@@ -172,11 +178,15 @@ class CpuBackend:
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Take up to `block` tokens through the model at the current position, and advance it."""
         self._tokens[: len(tokens)] = tokens
-        self._run(self._bound_step(len(tokens), head), len(tokens))
+        actions = self._bound_step(len(tokens), head)
+        self._check_step(len(tokens))
+        self._run(actions, len(tokens))
 
     def decode(self) -> None:
         """Take the token that was sampled last through the model, sample the next one, and advance."""
-        self._run(self._bound_step(1, "sample"), 1)
+        actions = self._bound_step(1, "sample")
+        self._check_step(1)
+        self._run(actions, 1)
 
     def sampled_token(self) -> int:
         """The token that was sampled last."""
@@ -190,7 +200,7 @@ class CpuBackend:
             last = min(first + HEAD_ROWS, stop)
             head = [build_head(self.geometry, self._weights, self._buffers, first, last)]
             actions = [self._bind(op) for op in head]
-            self._run(_observed(head, actions, observer) if observer else actions, last - first)
+            self._run(self._observed(head, actions, observer) if observer else actions, last - first)
             out[first - start : last - start] = self._logits[: last - first]
         return out
 
@@ -198,7 +208,8 @@ class CpuBackend:
         """`prefill` or `decode` with an observer: the same bound list, one op at a time."""
         self._tokens[: len(tokens)] = tokens
         actions = self._bound_step(len(tokens), head)
-        self._run(_observed(self.step(len(tokens), head), actions, observer), len(tokens))
+        check = partial(self._check_step, len(tokens))
+        self._run(self._observed(self.step(len(tokens), head), actions, observer, check), len(tokens))
 
     def ceilings(self) -> dict[str, float]:
         """GB/s of reading memory with this backend's threads."""
@@ -253,8 +264,29 @@ class CpuBackend:
     def _run_in_place(self, actions: Sequence[Action]) -> None:
         """A decode step that leaves the position where it was."""
         position = int(self._position[0])
+        self._check_step(1)
         self._run(actions, 1)
         self.seek(position)
+
+    def _check_step(self, tokens: int) -> None:
+        """Whether what a step's kernels take from memory to compute addresses with leads into the cache and weights.
+
+        Raises:
+            IndexError: it does not.
+        """
+        check_range("positions", int(self._position[0]), tokens, self.max_seq_len)
+        check_indices("tokens", self._tokens[:tokens], self.geometry.vocabulary)
+
+    def _observed(
+        self, ops: Sequence[Op], actions: Sequence[Action], observer: Observer, check: Action | None = None
+    ) -> list[Action]:
+        """Every action between its op's two calls of the observer, which may change what `check` looks at."""
+        memory = HostMemory()
+        checks = () if check is None else (check,)
+        return [
+            _in_order(partial(observer.before, op, memory), *checks, action, partial(observer.after, op, memory))
+            for op, action in zip(ops, actions, strict=True)
+        ]
 
     def _single_threaded_blas(self) -> Any:
         """Kernels call BLAS from inside their parallel loops, where its own threads would only get in the way."""
@@ -279,7 +311,7 @@ class CpuBackend:
         match op:
             case Embed():
                 codes, scales = _stored(op.embedding)
-                return partial(embedding.embed, op.tokens.host_array(), codes, scales, op.residual.host_array())
+                return bind(embedding.embed, op.tokens.host_array(), codes, scales, op.residual.host_array())
             case Qkv():
                 return self._bind_qkv(op)
             case Attention():
@@ -299,7 +331,7 @@ class CpuBackend:
 
     def _bind_qkv(self, op: Qkv) -> Action:
         assert op.qkv is not None  # `cpu_plan` keeps it  # noqa: S101
-        rotate = partial(
+        rotate = bind(
             rope.rope_and_store,
             op.qkv.host_array(),
             op.position.host_array(),
@@ -323,20 +355,20 @@ class CpuBackend:
         head_dim = self.geometry.head_dim
         if len(q) == 1:
             scores = self._array("scores")
-            return partial(attention.attend_token, q[0], keys, values, position, head_dim, scores, out[0])
+            return bind(attention.attend_token, q[0], keys, values, position, head_dim, scores, out[0])
         scratch = self._array("block_scratch")
-        return partial(attention.attend_block, q, keys, values, position, head_dim, scratch, out)
+        return bind(attention.attend_block, q, keys, values, position, head_dim, scratch, out)
 
     def _bind_gate_up(self, op: GateUp) -> Action:
         normed, y = op.normed.host_array(), op.y.host_array()
         codes, scales = _stored(op.weight)
         norm = self._norm(op.residual, op.norm, op.normed)
         if len(y) <= FEW:
-            rows = [partial(projection.project_token_swiglu, codes, scales, normed[t], y[t]) for t in range(len(y))]
+            rows = [bind(projection.project_token_swiglu, codes, scales, normed[t], y[t]) for t in range(len(y))]
             return _in_order(norm, *rows)
         gate_up = self._buffers["gate_up"].rows(0, len(y))
         project = self._project(op.weight, op.normed, gate_up, accumulate=False)
-        return _in_order(norm, project, partial(projection.swiglu, gate_up.host_array(), y))
+        return _in_order(norm, project, bind(projection.swiglu, gate_up.host_array(), y))
 
     def _project(self, weight: Weight, x: View, y: View, *, accumulate: bool) -> Action:
         inputs, outputs = x.host_array(), y.host_array()
@@ -344,21 +376,21 @@ class CpuBackend:
         if len(inputs) <= FEW:
             return _in_order(
                 *(
-                    partial(projection.project_token, codes, scales, inputs[t], outputs[t], accumulate)
+                    bind(projection.project_token, codes, scales, inputs[t], outputs[t], accumulate)
                     for t in range(len(inputs))
                 )
             )
         scratch = self._array("block_scratch")
-        return partial(projection.project_block, codes, scales, inputs, outputs, accumulate, scratch)
+        return bind(projection.project_block, codes, scales, inputs, outputs, accumulate, scratch)
 
     def _norm(self, x: View, weight: View, y: View) -> Action:
         eps = np.float32(self.geometry.norm_eps)
-        return partial(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())
+        return bind(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())
 
     def _norm_heads(self, qkv: View, q_norm: View, k_norm: View) -> Action:
         g = self.geometry
         arrays = qkv.host_array(), q_norm.host_array(), k_norm.host_array()
-        return partial(rms_norm.rms_norm_heads, *arrays, g.q_dim, g.kv_dim, np.float32(g.norm_eps))
+        return bind(rms_norm.rms_norm_heads, *arrays, g.q_dim, g.kv_dim, np.float32(g.norm_eps))
 
     def _sample(self, logits: NDArray[np.float32], token: NDArray[np.int32]) -> None:
         token[0] = self._sampler.choose(logits)
@@ -385,15 +417,6 @@ def _stored(weight: Weight) -> tuple[NDArray[Any], NDArray[Any] | None]:
     if weight.scales is None:
         return codes.view(np.int16), None  # numba has no float16 on a CPU
     return codes, weight.scales.host_array()
-
-
-def _observed(ops: Sequence[Op], actions: Sequence[Action], observer: Observer) -> list[Action]:
-    """Every action between its op's two calls of the observer."""
-    memory = HostMemory()
-    return [
-        _in_order(partial(observer.before, op, memory), action, partial(observer.after, op, memory))
-        for op, action in zip(ops, actions, strict=True)
-    ]
 
 
 def _in_order(*actions: Action) -> Action:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.ops import attention, projection, rms_norm, rope
+from numba_atomflow.ops.arguments import bind
 from numba_atomflow.quantize.inputs import Inputs
 from numba_atomflow.threads import most_threads
 
@@ -43,7 +44,7 @@ class LayerForward:
         self._attend(layer, stream, inputs)
         normed = self._norm(stream, layer["ffn_norm"])
         inputs["gate_up"].add(normed)
-        projection.swiglu(normed @ layer["gate_up"].T, self._ffn)
+        bind(projection.swiglu, normed @ layer["gate_up"].T, self._ffn)()
         inputs["down"].add(self._ffn)
         stream += self._ffn @ layer["down"].T
 
@@ -56,16 +57,15 @@ class LayerForward:
             qkv += layer["qkv_bias"]
         if g.qk_norm:
             eps = np.float32(g.norm_eps)
-            rms_norm.rms_norm_heads(qkv, layer["q_norm"], layer["k_norm"], g.q_dim, g.kv_dim, eps)
-        rope.rope_and_store(qkv, self._position, self._cosines, self._sines, self._q, self._keys, self._values)
-        attention.attend_block(
-            self._q, self._keys, self._values, self._position, g.head_dim, self._scratch, self._attended
-        )
+            bind(rms_norm.rms_norm_heads, qkv, layer["q_norm"], layer["k_norm"], g.q_dim, g.kv_dim, eps)()
+        cache = self._keys, self._values
+        bind(rope.rope_and_store, qkv, self._position, self._cosines, self._sines, self._q, *cache)()
+        bind(attention.attend_block, self._q, *cache, self._position, g.head_dim, self._scratch, self._attended)()
         inputs["o"].add(self._attended)
         stream += self._attended @ layer["o"].T
 
     def _norm(self, stream: Array, weight: Array) -> Array:
-        rms_norm.rms_norm(stream, weight, np.float32(self._geometry.norm_eps), self._normed)
+        bind(rms_norm.rms_norm, stream, weight, np.float32(self._geometry.norm_eps), self._normed)()
         return self._normed
 
 
@@ -73,7 +73,7 @@ def final_inputs(geometry: ModelGeometry, stream: Array, norm: Array) -> Inputs:
     """What the vocabulary projection is multiplied with: stream [sequences, T, H] after the last layer, normed."""
     inputs, normed = Inputs(geometry.hidden), np.empty(stream.shape[1:], np.float32)
     for sequence in stream:
-        rms_norm.rms_norm(sequence, norm, np.float32(geometry.norm_eps), normed)
+        bind(rms_norm.rms_norm, sequence, norm, np.float32(geometry.norm_eps), normed)()
         inputs.add(normed)
     inputs.finish()
     return inputs

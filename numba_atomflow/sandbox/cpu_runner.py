@@ -14,9 +14,11 @@ from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.machine import cpu_name
 from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.paged import BlockCopy, paged_cache_buffer
 from numba_atomflow.memory.plan import Buffer, plan_memory
 from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
+from numba_atomflow.ops.arguments import bind
 from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_family
@@ -59,7 +61,6 @@ class CpuRunner:
         self.device = f"{cpu_name()}, {described(self.threads, threads)}"
         self.geometry, self.sizes, self._weights = geometry, sizes, weights
         self.block_size = sizes.block_sizes[0]
-        self.pages = np.zeros((sizes.sequences, sizes.table_width), np.int32)
         g = geometry
         scratch = projection.LARGEST_TILE * (max(g.hidden, g.q_dim, g.ffn) + MOST_COLUMNS)
         widths = {
@@ -79,24 +80,34 @@ class CpuRunner:
                     *(Buffer("activations", name, (MOST_COLUMNS, n), "float32") for name, n in widths.items()),
                     Buffer("workspace", "scores", (max(self.threads, g.heads), sizes.longest), "float32"),
                     Buffer("workspace", "scratch", (self.threads, scratch), "float32"),
+                    Buffer("workspace", "pages", (sizes.sequences, sizes.table_width), "int32"),
+                    Buffer("workspace", "cosines", (sizes.longest, g.head_dim // 2), "float32"),
+                    Buffer("workspace", "sines", (sizes.longest, g.head_dim // 2), "float32"),
                 ]
             )
         )
         self._cache = self._array("paged_kv")
-        self._cosines, self._sines = rope.rope_table(rope_inverse_frequencies(g), sizes.longest)
+        self.pages = self._array("pages")
+        self.pages[:] = 0
+        self._tables = self._array("cosines"), self._array("sines")
+        self._tables[0][:], self._tables[1][:] = rope.rope_table(rope_inverse_frequencies(g), sizes.longest)
         self._blas: ThreadpoolController | None = None
+        self._call: Callable[..., None] = _call_with_care
 
     def _array(self, name: str) -> NDArray[Any]:
         return self._arena[name].host_array()
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Run a small step of each kind, so that numba compiles all kernels."""
+        """Run a small step of each kind, so that numba compiles all kernels. Here their arguments' shapes are checked,
+        too: later steps differ in the number of columns alone.
+        """
         for done, columns in enumerate((1, FEW + 1)):
             if progress:
                 progress("compiling kernels", done, 2)
             self.run(_dry_step(columns))
         if progress:
             progress("compiling kernels", 2, 2)
+        self._call = _call
 
     def use_block_size(self, block_size: int) -> None:
         """Choose another block size."""
@@ -115,6 +126,27 @@ class CpuRunner:
         """Take a step through the model: the most likely token behind each wanted column."""
         return self._run(batch, self._attend_paged)
 
+    def _check(self, batch: Batch) -> None:
+        """Whether all that kernels compute addresses with leads into the cache, the tables and the weights.
+
+        Raises:
+            IndexError: it does not.
+        """
+        columns, blocks = batch.columns, self.sizes.slots // self.block_size
+        check_range("columns", 0, columns, MOST_COLUMNS)
+        if not len(batch.positions) == len(batch.rows) == len(batch.slots) == columns:
+            raise IndexError(f"positions, rows and slots of other than {columns} columns")
+        check_indices("tokens", batch.tokens, self.geometry.vocabulary)
+        check_indices("positions", batch.positions, self.sizes.longest)
+        check_indices("slots", batch.slots, self.sizes.slots)
+        check_indices("rows of the page table", batch.rows, len(self.pages))
+        last_pages = batch.positions // self.block_size
+        check_indices("entries of the page table", last_pages, self.sizes.table_width)
+        read = np.arange(self.sizes.table_width) <= last_pages[:, None]
+        check_indices("blocks", self.pages[batch.rows][read], blocks)
+        for copy in batch.copies:
+            check_indices("blocks to copy", np.array([copy.source, copy.target]), blocks)
+
     def _run(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
         try:
             tokens = self._step(batch, attend)
@@ -128,17 +160,19 @@ class CpuRunner:
         g, weights, columns = self.geometry, self._weights, batch.columns
         residual, normed, qkv = (self._array(name)[:columns] for name in ("residual", "normed", "qkv"))
         q, attended, ffn = (self._array(name)[:columns] for name in ("q", "attended", "ffn"))
+        call = self._call
+        self._check(batch)
         self._copy(batch.copies)
         with self._kernel_threads(columns):
-            embedding.embed(batch.tokens, *self._weight("embedding"), residual)
+            call(embedding.embed, batch.tokens, *self._weight("embedding"), residual)
             for i in range(g.layers):
-                rms_norm.rms_norm(residual, weights[f"layer.{i}.attention_norm"], g.norm_eps, normed)
+                call(rms_norm.rms_norm, residual, weights[f"layer.{i}.attention_norm"], g.norm_eps, normed)
                 self._project(f"layer.{i}.qkv", normed, qkv)
-                tables = self._cosines, self._sines
-                rope.rope_and_store_paged(qkv, batch.positions, batch.slots, *tables, q, *self._cache[i])
+                places = batch.positions, batch.slots
+                call(rope.rope_and_store_paged, qkv, *places, *self._tables, q, *self._cache[i])
                 attend(batch, i)
                 self._project(f"layer.{i}.o", attended, residual, accumulate=True)
-                rms_norm.rms_norm(residual, weights[f"layer.{i}.ffn_norm"], g.norm_eps, normed)
+                call(rms_norm.rms_norm, residual, weights[f"layer.{i}.ffn_norm"], g.norm_eps, normed)
                 self._gate_up(f"layer.{i}.gate_up", normed, ffn)
                 self._project(f"layer.{i}.down", ffn, residual, accumulate=True)
         return self._choose(residual[batch.wanted]) if batch.wanted else []
@@ -147,7 +181,7 @@ class CpuRunner:
         rows = len(residual)
         normed, logits = self._array("normed")[:rows], self._array("logits")[:rows]
         with self._kernel_threads(rows):
-            rms_norm.rms_norm(residual, self._weights["final_norm"], self.geometry.norm_eps, normed)
+            self._call(rms_norm.rms_norm, residual, self._weights["final_norm"], self.geometry.norm_eps, normed)
             self._project("embedding" if self.geometry.tied_embeddings else "vocabulary", normed, logits)
         if not np.isfinite(logits.max()):
             raise CheckpointError("The model computes no numbers (NaN): its checkpoint is damaged; convert it again.")
@@ -157,16 +191,19 @@ class CpuRunner:
     def _attend_paged(self, batch: Batch, layer: int) -> None:
         q, attended = self._array("q")[: batch.columns], self._array("attended")[: batch.columns]
         places = self.pages, batch.rows, batch.positions, self.block_size
-        attend_paged(q, *self._cache[layer], *places, self.geometry.head_dim, self._array("scores"), attended)
+        cache, head_dim = self._cache[layer], self.geometry.head_dim
+        self._call(attend_paged, q, *cache, *places, head_dim, self._array("scores"), attended)
 
     def _attend_static(self, batch: Batch, layer: int) -> None:
         """What the engine does for one token, for each of the columns."""
+        check_indices("positions of a sequence's part of the cache", batch.positions, self.sizes.capacity)
         q, attended, scores = self._array("q"), self._array("attended"), self._array("scores")
         for t, row in enumerate(batch.rows.tolist()):
             first = row * self.sizes.capacity
             keys, values = self._cache[layer, :, first : first + self.sizes.capacity]
             position = batch.positions[t : t + 1]
-            attention.attend_token(q[t], keys, values, position, self.geometry.head_dim, scores, attended[t])
+            head_dim = self.geometry.head_dim
+            self._call(attention.attend_token, q[t], keys, values, position, head_dim, scores, attended[t])
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         size = self.block_size
@@ -184,19 +221,19 @@ class CpuRunner:
         codes, scales = self._weight(part)
         if len(x) <= FEW:
             for t in range(len(x)):
-                projection.project_token(codes, scales, x[t], y[t], accumulate)
+                self._call(projection.project_token, codes, scales, x[t], y[t], accumulate)
         else:
-            projection.project_block(codes, scales, x, y, accumulate, self._array("scratch"))
+            self._call(projection.project_block, codes, scales, x, y, accumulate, self._array("scratch"))
 
     def _gate_up(self, part: str, x: NDArray[Any], y: NDArray[Any]) -> None:
         codes, scales = self._weight(part)
         if len(x) <= FEW:
             for t in range(len(x)):
-                projection.project_token_swiglu(codes, scales, x[t], y[t])
+                self._call(projection.project_token_swiglu, codes, scales, x[t], y[t])
         else:
             gate_up = self._array("gate_up")[: len(x)]
-            projection.project_block(codes, scales, x, gate_up, False, self._array("scratch"))
-            projection.swiglu(gate_up, y)
+            self._call(projection.project_block, codes, scales, x, gate_up, False, self._array("scratch"))
+            self._call(projection.swiglu, gate_up, y)
 
     @contextmanager
     def _kernel_threads(self, columns: int) -> Iterator[None]:
@@ -215,6 +252,7 @@ class CpuRunner:
         """Median seconds of one layer's attention. Layers take turns, as in a step: their caches are cold."""
         attend = self._attend_paged if layout == "paged" else self._attend_static
         numba.set_num_threads(self.threads)
+        self._check(batch)
         layers = self.geometry.layers
         return _median_seconds(lambda i: attend(batch, i % layers), repeats, warm=layers)
 
@@ -222,6 +260,17 @@ class CpuRunner:
         """Median seconds of the whole step."""
         attend = self._attend_paged if layout == "paged" else self._attend_static
         return _median_seconds(lambda _: self._run(batch, attend), repeats, warm=1)
+
+
+def _call(kernel: Any, *arguments: Any) -> None:
+    kernel(*arguments)
+
+
+def _call_with_care(kernel: Any, *arguments: Any) -> None:
+    """Raises:
+    IndexError: the shapes of the arguments do not fit together.
+    """
+    bind(kernel, *arguments)()
 
 
 def _median_seconds(action: Callable[[int], object], repeats: int, warm: int) -> float:

@@ -1,0 +1,162 @@
+"""What CPU kernels demand of their arguments. Compiled code checks nothing: it would write wherever an index leads it.
+
+Shapes are checked where a kernel is bound to its arguments, once for all calls. What stands in memory and changes from
+step to step (positions, tokens, slots, page tables) is checked before each step, by whoever runs it
+(memory/bounds.py). A bad file or option is refused elsewhere, in a sentence of its own: what is found here is a mistake
+of this program.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.ops.attention import block_scratch
+from numba_atomflow.ops.fp8 import group_count
+from numba_atomflow.ops.projection import LARGEST_TILE
+
+Array = NDArray[Any]
+Scales = NDArray[Any] | None
+Conditions = tuple[bool, ...]
+
+
+def bind(kernel: Any, *arguments: Any) -> Callable[[], None]:
+    """The kernel with its arguments in place.
+
+    Raises:
+        IndexError: their shapes do not fit together.
+    """
+    name = kernel.py_func.__name__
+    if not all(_DEMANDS[name](*arguments)):
+        shapes = ", ".join(str(getattr(argument, "shape", argument)) for argument in arguments)
+        raise IndexError(f"{name} cannot take arguments of these shapes: {shapes}")
+    return partial(kernel, *arguments)
+
+
+# --- per kernel: arguments as the kernel takes them ---------------------------------------------------------------
+
+
+def _is_weight(codes: Array, scales: Scales) -> bool:
+    """Whether codes [N, K] have their scales [N, ceil(K / 128)], or are the bits of float16."""
+    if codes.ndim != 2 or not codes.flags.c_contiguous:
+        return False
+    if scales is None:
+        return codes.dtype == np.int16
+    return scales.shape == (len(codes), group_count(codes.shape[1])) and bool(scales.flags.c_contiguous)
+
+
+def _embed(tokens: Array, codes: Array, scales: Scales, residual: Array) -> Conditions:
+    return _is_weight(codes, scales), tokens.ndim == 1, residual.shape == (tokens.size, codes.shape[1])
+
+
+def _project_token(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool) -> Conditions:
+    del accumulate
+    return _is_weight(codes, scales), (*y.shape, *x.shape) == codes.shape
+
+
+def _project_token_swiglu(codes: Array, scales: Array, x: Array, y: Array) -> Conditions:
+    return _is_weight(codes, scales), (2 * y.size, *x.shape) == codes.shape, y.ndim == 1
+
+
+def _project_block(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool, scratch: Array) -> Conditions:
+    del accumulate
+    rows, columns = codes.shape
+    room = scratch.shape[1] >= LARGEST_TILE * (columns + len(x))
+    return _is_weight(codes, scales), x.shape == (len(x), columns), y.shape == (len(x), rows), room
+
+
+def _swiglu(gate_up: Array, y: Array) -> Conditions:
+    return (gate_up.shape == (len(y), 2 * y.shape[1]),)
+
+
+def _rms_norm(x: Array, weight: Array, eps: float, y: Array) -> Conditions:
+    del eps
+    return x.ndim == 2, x.shape == y.shape, weight.shape == x.shape[1:]
+
+
+def _rms_norm_heads(qkv: Array, q_weight: Array, k_weight: Array, q_dim: int, kv_dim: int, eps: float) -> Conditions:
+    del eps
+    head_dim = q_weight.size
+    whole_heads = q_dim % head_dim == 0 and kv_dim % head_dim == 0
+    return q_weight.shape == k_weight.shape == (head_dim,), whole_heads, qkv.shape[1:] == (q_dim + 2 * kv_dim,)
+
+
+def _rope(qkv: Array, cosines: Array, sines: Array, q: Array, keys: Array, values: Array) -> Conditions:
+    (tokens, q_dim), kv_dim, head_dim = q.shape, keys.shape[1], 2 * cosines.shape[1]
+    return (
+        qkv.shape == (tokens, q_dim + 2 * kv_dim),
+        cosines.shape == sines.shape,
+        keys.shape == values.shape,
+        q_dim % head_dim == 0 and kv_dim % head_dim == 0,
+    )
+
+
+def _rope_and_store(
+    qkv: Array, position: Array, cosines: Array, sines: Array, q: Array, keys: Array, values: Array
+) -> Conditions:
+    room = len(q) <= len(keys) <= len(cosines)
+    return *_rope(qkv, cosines, sines, q, keys, values), position.shape == (1,), room
+
+
+def _rope_and_store_paged(
+    qkv: Array, positions: Array, slots: Array, cosines: Array, sines: Array, q: Array, keys: Array, values: Array
+) -> Conditions:
+    return *_rope(qkv, cosines, sines, q, keys, values), positions.shape == slots.shape == (len(q),)
+
+
+def _attention(q: Array, keys: Array, values: Array, head_dim: int, out: Array) -> Conditions:
+    heads, kv_heads = q.shape[-1] // head_dim, keys.shape[1] // head_dim
+    whole_heads = q.shape[-1] == heads * head_dim and keys.shape[1] == kv_heads * head_dim
+    return whole_heads, heads % kv_heads == 0, keys.shape == values.shape, q.shape == out.shape
+
+
+def _attend_token(
+    q: Array, keys: Array, values: Array, position: Array, head_dim: int, scores: Array, out: Array
+) -> Conditions:
+    room = scores.shape[0] >= q.size // head_dim and scores.shape[1] >= len(keys)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == 1, position.shape == (1,), room
+
+
+def _attend_block(
+    q: Array, keys: Array, values: Array, position: Array, head_dim: int, scratch: Array, out: Array
+) -> Conditions:
+    room = len(q) <= len(keys) and scratch.shape[1] >= block_scratch(head_dim)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), room
+
+
+def _attend_paged(
+    q: Array,
+    keys: Array,
+    values: Array,
+    pages: Array,
+    rows: Array,
+    positions: Array,
+    block_size: int,
+    head_dim: int,
+    scores: Array,
+    out: Array,
+) -> Conditions:
+    del scores  # as long as the longest sequence, which `positions` tell
+    columns = rows.shape == positions.shape == (len(q),)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == pages.ndim == 2, columns, block_size > 0
+
+
+_DEMANDS: dict[str, Callable[..., Conditions]] = {
+    demand.__name__.removeprefix("_"): demand
+    for demand in (
+        _embed,
+        _project_token,
+        _project_token_swiglu,
+        _project_block,
+        _swiglu,
+        _rms_norm,
+        _rms_norm_heads,
+        _rope_and_store,
+        _rope_and_store_paged,
+        _attend_token,
+        _attend_block,
+        _attend_paged,
+    )
+}
