@@ -5,7 +5,6 @@ Both are used in the place of `HostArena`. What nobody has written is NaN (as in
 
 import ctypes
 import mmap
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from numba_atomflow.memory.view import View
 PAGE = mmap.PAGESIZE
 GUARD = 16 * PAGE  # bytes on either side of a buffer
 UNWRITTEN = 0xFF
+CANARIES = np.full(GUARD // 4, 0x7FC00001, np.uint32).view(np.uint8)  # another NaN
 
 Side = Literal["above", "below"]  # where a buffer touches its guard pages
 
@@ -26,7 +26,7 @@ class CanaryArena:
 
     def __init__(self, plan: MemoryPlan) -> None:
         self.plan = plan
-        self._blocks = {buffer.name: np.full(buffer.nbytes + 2 * GUARD, UNWRITTEN, np.uint8) for buffer in plan.buffers}
+        self._blocks = {buffer.name: _between_canaries(buffer.nbytes) for buffer in plan.buffers}
         self._views = {
             buffer.name: _view(buffer, self._blocks[buffer.name].ctypes.data + GUARD) for buffer in plan.buffers
         }
@@ -39,8 +39,12 @@ class CanaryArena:
         for buffer in self.plan.buffers:
             block = self._blocks[buffer.name]
             for side, canaries in (("before", block[:GUARD]), ("behind", block[GUARD + buffer.nbytes :])):
-                dead = np.flatnonzero(canaries != UNWRITTEN)
+                dead = np.flatnonzero(canaries != CANARIES)
                 assert not len(dead), f"{len(dead)} bytes {side} {buffer.name} {buffer.shape} were written"
+
+
+def _between_canaries(nbytes: int) -> NDArray[np.uint8]:
+    return np.concatenate([CANARIES, np.full(nbytes, UNWRITTEN, np.uint8), CANARIES])
 
 
 class GuardedArena:
@@ -58,15 +62,12 @@ class GuardedArena:
         return self._views[name]
 
 
-def guarded_copies(arrays: Mapping[str, NDArray[Any]], side: Side) -> dict[str, NDArray[Any]]:
-    """Weights against such pages."""
-    copies = {}
-    for name, array in arrays.items():
-        copy = _guarded(array.nbytes, side).view(array.dtype).reshape(array.shape)
-        copy[...] = array
-        copy.flags.writeable = False
-        copies[name] = copy
-    return copies
+def guarded_copy(array: NDArray[Any], side: Side) -> NDArray[Any]:
+    """A weight against such pages."""
+    copy = _guarded(array.nbytes, side).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    copy.flags.writeable = False
+    return copy
 
 
 def _guarded(nbytes: int, side: Side) -> NDArray[np.uint8]:

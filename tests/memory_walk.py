@@ -9,22 +9,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from guarded_arena import GuardedArena, guarded_copies
+from guarded_arena import GuardedArena, guarded_copy
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends import cpu
 from numba_atomflow.backends.base import Memory
+from numba_atomflow.checkpoint import tensor_layout
 from numba_atomflow.decode import Op
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import ContextError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.quantize import forward
+from numba_atomflow.quantize.inputs import Inputs
+from numba_atomflow.quantize.threads import cores_for_blas
 from numba_atomflow.random_model import RandomModel
 from numba_atomflow.sandbox import cpu_runner
-from numba_atomflow.sandbox.requests import Fork, Request
+from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import cache_sizes
-from numba_atomflow.sandbox.server import ServerEngine
+from numba_atomflow.sandbox.server import Fork, ServerEngine
 
 BLOCK = 9  # tokens of a prefill step here: more than are taken one by one, fewer than a context
 
@@ -96,7 +99,7 @@ def walk_sandbox(geometry: ModelGeometry, check: Callable[[], None] = lambda: No
     server = ServerEngine(runner, block_order=range(8, -1, -1))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, geometry.vocabulary, n).tolist() for n in (1, 8, 17, 30)]
-    prompts.append(prompts[-1][:-1] + [geometry.vocabulary - 1])
+    prompts.append([*prompts[-1][:-1], geometry.vocabulary - 1])
     requests = [Request(i, prompt, 40 - len(prompt)) for i, prompt in enumerate(prompts)]
     finished = server.serve(requests, [Fork(parent=0, id=9, after=3, tokens=[5], max_tokens=6)])
     assert len(finished) == len(prompts) + 1
@@ -104,13 +107,33 @@ def walk_sandbox(geometry: ModelGeometry, check: Callable[[], None] = lambda: No
     check()
 
 
+def walk_calibration(geometry: ModelGeometry, tokens: int, check: Callable[[], None] = lambda: None) -> None:
+    """Two sequences through one layer, in the precision of the source."""
+    g = geometry
+    names = {"qkv": g.hidden, "o": g.q_dim, "gate_up": g.hidden, "down": g.ffn}
+    inputs = {name: Inputs(width) for name, width in names.items()}
+    rng = np.random.default_rng(0)
+    layer = {
+        name.removeprefix("layer.0."): rng.standard_normal(shape, np.float32)
+        for name, (dtype, shape) in tensor_layout(g).items()
+        if name.startswith("layer.0.") and not name.endswith(".scale")
+    }
+    layer = {name.removesuffix(".weight"): values for name, values in layer.items()}
+    layer_forward = forward.LayerForward(g, tokens)
+    with cores_for_blas():
+        for stream in rng.standard_normal((2, tokens, g.hidden), np.float32):
+            layer_forward.run(layer, stream, inputs)
+            assert np.isfinite(stream).all()
+            check()
+
+
 def one_row_too_far() -> None:
-    """What a warm-up did that did not go back to position 0: a token is written behind the last position."""
-    engine = Engine.random(GEOMETRIES["llama"], "cpu", max_seq_len=2)
-    actions: list[Any] = engine.backend._bound_step(1, "none")  # type: ignore[attr-defined]
-    engine.backend._position[0] = 2  # type: ignore[attr-defined]
-    for action in actions:
-        action()
+    """A token is written behind the last position, as by a warm-up that does not go back to the first one."""
+    with Engine.random(GEOMETRIES["llama"], "cpu", max_seq_len=2) as engine:
+        backend: Any = engine.backend
+        backend._position[0] = 2
+        for action in backend._bound_step(1, "none"):
+            action()
 
 
 def guarded(side: str) -> Iterator[str]:
@@ -119,19 +142,21 @@ def guarded(side: str) -> Iterator[str]:
     def arena(plan: Any) -> GuardedArena:
         return GuardedArena(plan, side)  # type: ignore[arg-type]
 
-    cpu.HostArena = cpu_runner.HostArena = arena  # type: ignore[misc, assignment]
-    cpu.dict = lambda weights: guarded_copies(weights, side)  # type: ignore[attr-defined, arg-type]
+    cpu.HostArena = cpu_runner.HostArena = forward.HostArena = arena  # type: ignore[misc, assignment]
+    array = RandomModel.array
+    RandomModel.array = lambda model, name: guarded_copy(array(model, name), side)  # type: ignore[method-assign, arg-type]
     cpu.BLOCK = BLOCK
     for name, geometry in GEOMETRIES.items():
-        for context in CONTEXTS:
+        for context in CONTEXTS if name == "llama" else (1, cpu.FEW + 1, 2 * BLOCK + 5):
             walk_engine(geometry, context)
             yield f"{name} {context}"
     walk_sandbox(GEOMETRIES["odd"])
     yield "sandbox"
+    walk_calibration(GEOMETRIES["odd"], 131)
+    yield "calibration"
 
 
 def main(side: str, mistake: str = "") -> None:
-    del HostArena
     walks = guarded(side)
     if mistake:
         next(walks)

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.plan import Buffer, plan_memory
 from numba_atomflow.ops import attention, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.quantize.inputs import Inputs
@@ -23,15 +25,29 @@ class LayerForward:
 
     def __init__(self, geometry: ModelGeometry, tokens: int) -> None:
         g = self._geometry = geometry
-        self._cosines, self._sines = rope.rope_table(rope_inverse_frequencies(g), tokens)
+        shapes = {
+            "cosines": (tokens, g.head_dim // 2),
+            "sines": (tokens, g.head_dim // 2),
+            "normed": (tokens, g.hidden),
+            "q": (tokens, g.q_dim),
+            "keys": (tokens, g.kv_dim),
+            "values": (tokens, g.kv_dim),
+            "attended": (tokens, g.q_dim),
+            "ffn": (tokens, g.ffn),
+            "scratch": (most_threads(), attention.block_scratch(g.head_dim)),
+        }
+        self._arena = HostArena(
+            plan_memory(Buffer("workspace", name, shape, "float32") for name, shape in shapes.items())
+        )
+        self._normed, self._q, self._attended = (self._array(name) for name in ("normed", "q", "attended"))
+        self._cache = self._array("keys"), self._array("values")
+        self._ffn, self._scratch = self._array("ffn"), self._array("scratch")
+        self._tables = self._array("cosines"), self._array("sines")
+        self._tables[0][:], self._tables[1][:] = rope.rope_table(rope_inverse_frequencies(g), tokens)
         self._position = np.zeros(1, np.int64)
-        self._normed = np.empty((tokens, g.hidden), np.float32)
-        self._q = np.empty((tokens, g.q_dim), np.float32)
-        self._keys = np.empty((tokens, g.kv_dim), np.float32)
-        self._values = np.empty((tokens, g.kv_dim), np.float32)
-        self._attended = np.empty((tokens, g.q_dim), np.float32)
-        self._ffn = np.empty((tokens, g.ffn), np.float32)
-        self._scratch = np.empty((most_threads(), attention.block_scratch(g.head_dim)), np.float32)
+
+    def _array(self, name: str) -> Array:
+        return self._arena[name].host_array()
 
     def run(self, layer: Mapping[str, Array], stream: Array, inputs: Mapping[str, Inputs]) -> None:
         """One sequence through one layer.
@@ -58,9 +74,9 @@ class LayerForward:
         if g.qk_norm:
             eps = np.float32(g.norm_eps)
             bind(rms_norm.rms_norm_heads, qkv, layer["q_norm"], layer["k_norm"], g.q_dim, g.kv_dim, eps)()
-        cache = self._keys, self._values
-        bind(rope.rope_and_store, qkv, self._position, self._cosines, self._sines, self._q, *cache)()
-        bind(attention.attend_block, self._q, *cache, self._position, g.head_dim, self._scratch, self._attended)()
+        bind(rope.rope_and_store, qkv, self._position, *self._tables, self._q, *self._cache)()
+        last = self._position, g.head_dim, self._scratch, self._attended
+        bind(attention.attend_block, self._q, *self._cache, *last)()
         inputs["o"].add(self._attended)
         stream += self._attended @ layer["o"].T
 

@@ -1,0 +1,248 @@
+"""Kernels read and write where they may: whole runs in guarded memory, and the checks that stand before them."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import memory_walk
+import numpy as np
+import pytest
+from cli_runner import ROOT
+from guarded_arena import CanaryArena
+from memory_walk import BLOCK, CONTEXTS, GEOMETRIES, one_row_too_far, walk_engine, walk_sandbox
+from tiny_models import tiny_geometry
+
+from numba_atomflow import Engine
+from numba_atomflow.backends import cpu
+from numba_atomflow.backends.base import Memory
+from numba_atomflow.decode import Attention, Op
+from numba_atomflow.engine import WeightArrays
+from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.ops import attention, embedding, paged_attention, projection, rms_norm, rope
+from numba_atomflow.ops.arguments import bind
+from numba_atomflow.quantize import forward
+from numba_atomflow.random_model import RandomModel
+from numba_atomflow.sandbox import cpu_runner
+from numba_atomflow.sandbox.runner import CacheSizes
+from numba_atomflow.sandbox.scheduler import Batch
+
+# --- guarded memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def canaries(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Arenas made from here on have canaries; the function looks whether they live."""
+    arenas: list[CanaryArena] = []
+
+    def arena(plan: MemoryPlan) -> CanaryArena:
+        arenas.append(CanaryArena(plan))
+        return arenas[-1]
+
+    for module in (cpu, cpu_runner, forward):
+        monkeypatch.setattr(module, "HostArena", arena)
+    monkeypatch.setattr(cpu, "BLOCK", BLOCK)
+
+    def check() -> None:
+        assert arenas
+        for each in arenas:
+            each.check()
+
+    return check
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_an_engine_writes_into_its_buffers_alone(name: str, canaries: Callable[[], None]) -> None:
+    for context in CONTEXTS:
+        walk_engine(GEOMETRIES[name], context, canaries)
+
+
+@pytest.mark.parametrize("name", ["llama", "odd"])
+def test_the_sandbox_writes_into_its_buffers_alone(name: str, canaries: Callable[[], None]) -> None:
+    walk_sandbox(GEOMETRIES[name], canaries)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 131])
+@pytest.mark.parametrize("name", ["odd", "qwen2", "qwen3"])
+def test_calibration_writes_into_its_buffers_alone(name: str, tokens: int, canaries: Callable[[], None]) -> None:
+    memory_walk.walk_calibration(GEOMETRIES[name], tokens, canaries)
+
+
+def test_canaries_die_of_a_row_too_far(canaries: Callable[[], None]) -> None:
+    one_row_too_far()
+    with pytest.raises(AssertionError, match="behind kv_cache"):
+        canaries()
+
+
+def in_guarded_pages(*arguments: str) -> subprocess.CompletedProcess[str]:
+    walk = [sys.executable, ROOT / "tests" / "memory_walk.py", *arguments]
+    return subprocess.run(walk, capture_output=True, encoding="utf-8", check=False)
+
+
+@pytest.mark.parametrize("side", ["above", "below"])
+def test_all_of_it_stays_between_guard_pages(side: str) -> None:
+    done = in_guarded_pages(side)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert done.stdout.endswith("sandbox\ncalibration\n")
+
+
+def test_a_row_too_far_meets_a_guard_page() -> None:
+    assert in_guarded_pages("above", "mistake").returncode == -signal.SIGSEGV
+
+
+# --- before a step -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend() -> Any:
+    with Engine.random(tiny_geometry(layers=1), "cpu", max_seq_len=8) as engine:
+        yield engine.backend
+
+
+def test_the_warm_up_leaves_the_position_where_it_is(backend: Any) -> None:
+    assert backend._position[0] == 0
+
+
+@pytest.mark.parametrize("position", [-1, 9])
+def test_positions_outside_the_cache(backend: Any, position: int) -> None:
+    with pytest.raises(IndexError, match="position"):
+        backend.seek(position)
+
+
+def test_steps_that_end_outside_the_cache(backend: Any) -> None:
+    backend.seek(7)
+    with pytest.raises(IndexError, match="positions 7 to 8 of 8"):
+        backend.prefill([1, 2], "none")
+    with pytest.raises(IndexError, match="positions 7 to 8 of 8"):
+        backend.observe([1, 2], "none", memory_walk.Onlooker())
+    backend.decode()
+    for one_more in (backend.decode, lambda: backend.time_step(1), lambda: backend.time_ops(1)):
+        with pytest.raises(IndexError, match="positions 8 to 8 of 8"):
+            one_more()
+
+
+@pytest.mark.parametrize("token", [-1, 288, 2**31 - 1])
+def test_tokens_outside_the_vocabulary(backend: Any, token: int) -> None:
+    with pytest.raises(IndexError, match="tokens"):
+        backend.prefill([3, token], "none")
+    backend._tokens[0] = token  # as if it had been sampled
+    with pytest.raises(IndexError, match="tokens"):
+        backend.decode()
+
+
+class Mover:
+    """An observer that does what none may do."""
+
+    def before(self, op: Op, memory: Memory) -> None:
+        if isinstance(op, Attention):
+            memory.write(op.position, np.array([8]))
+
+    def after(self, op: Op, memory: Memory) -> None: ...
+
+
+def test_an_observer_that_moves_the_position(backend: Any) -> None:
+    with pytest.raises(IndexError, match="positions 8 to 8 of 8"):
+        backend.observe([1], "none", Mover())
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"tokens": np.array([0, 288], np.int32)}, "tokens"),
+        ({"positions": np.array([0, 24])}, "positions"),
+        ({"positions": np.array([0, -1])}, "positions"),
+        ({"slots": np.array([0, 32])}, "slots"),
+        ({"rows": np.array([0, 2])}, "rows"),
+        ({"rows": np.array([0])}, "columns"),
+        ({"positions": np.array([0, 8])}, "blocks"),  # its page table leads nowhere there
+        ({"copies": [cpu_runner.BlockCopy(0, 4)]}, "blocks"),
+    ],
+)
+def test_a_batch_that_leads_out_of_the_sandbox(changes: dict[str, Any], culprit: str) -> None:
+    geometry = tiny_geometry(layers=1)
+    sizes = CacheSizes(slots=32, block_sizes=(8,), sequences=2, longest=24)
+    runner = cpu_runner.CpuRunner(geometry, dict(WeightArrays(RandomModel(geometry))), sizes)
+    runner.pages[:, 1:] = 4  # there are blocks 0 to 3
+    zeros = np.zeros(2, np.int64)
+    batch = Batch([], np.zeros(2, np.int32), zeros, zeros, np.array([0, 1]), np.array([0, 8]), [], [])
+    runner.run(batch)
+    with pytest.raises(IndexError, match=culprit):
+        runner.run(replace(batch, **changes))
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------
+
+
+def empty(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+T, N, K, DIM, HEADS, KV_HEADS, LENGTH = 6, 10, 200, 64, 4, 2, 7
+Q, KV = HEADS * DIM, KV_HEADS * DIM
+WEIGHT = empty(N, K, dtype="int8"), empty(N, 2)
+CACHE = empty(LENGTH, KV), empty(LENGTH, KV)
+TABLES = empty(LENGTH, DIM // 2), empty(LENGTH, DIM // 2)
+POSITION, PLACES = empty(1, dtype="int64"), empty(T, dtype="int64")
+BLOCK_SCRATCH = empty(1, attention.block_scratch(DIM))
+PROJECT_SCRATCH = empty(1, projection.LARGEST_TILE * (K + T))
+
+SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "embed": (embedding.embed, (empty(T, dtype="int32"), *WEIGHT, empty(T, K))),
+    "project_token": (projection.project_token, (*WEIGHT, empty(K), empty(N), False)),
+    "project_token_swiglu": (projection.project_token_swiglu, (*WEIGHT, empty(K), empty(N // 2))),
+    "project_block": (projection.project_block, (*WEIGHT, empty(T, K), empty(T, N), False, PROJECT_SCRATCH)),
+    "swiglu": (projection.swiglu, (empty(T, 2 * N), empty(T, N))),
+    "rms_norm": (rms_norm.rms_norm, (empty(T, K), empty(K), 1e-5, empty(T, K))),
+    "rms_norm_heads": (rms_norm.rms_norm_heads, (empty(T, Q + 2 * KV), empty(DIM), empty(DIM), Q, KV, 1e-5)),
+    "rope_and_store": (rope.rope_and_store, (empty(T, Q + 2 * KV), POSITION, *TABLES, empty(T, Q), *CACHE)),
+    "rope_and_store_paged": (
+        rope.rope_and_store_paged,
+        (empty(T, Q + 2 * KV), PLACES, PLACES, *TABLES, empty(T, Q), *CACHE),
+    ),
+    "attend_token": (attention.attend_token, (empty(Q), *CACHE, POSITION, DIM, empty(HEADS, LENGTH), empty(Q))),
+    "attend_block": (attention.attend_block, (empty(T, Q), *CACHE, POSITION, DIM, BLOCK_SCRATCH, empty(T, Q))),
+    "attend_paged": (
+        paged_attention.attend_paged,
+        (empty(T, Q), *CACHE, empty(2, 3, dtype="int32"), PLACES, PLACES, 8, DIM, empty(2, LENGTH), empty(T, Q)),
+    ),
+}
+# What may be smaller: (argument, axis).
+FREE = {
+    "rms_norm_heads": {(0, 0)},
+    "project_block": {(5, 0)},  # threads
+    "attend_block": {(5, 0)},
+    "attend_paged": {(3, 0), (3, 1), (8, 0), (8, 1)},
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_shapes_that_disagree(name: str) -> None:
+    kernel, arguments = SOUND[name]
+    bind(kernel, *arguments)
+    for i, argument in enumerate(arguments):
+        if not isinstance(argument, np.ndarray):
+            continue
+        for axis in range(argument.ndim):
+            if (i, axis) in FREE.get(name, ()):
+                continue
+            smaller = argument.take(range(argument.shape[axis] - 1), axis)
+            with pytest.raises(IndexError, match=f"^{name} cannot take"):
+                bind(kernel, *arguments[:i], smaller, *arguments[i + 1 :])
+
+
+def test_every_kernel_that_takes_views_has_demands() -> None:
+    modules = (attention, embedding, paged_attention, projection, rms_norm, rope)
+    kernels = {name for module in modules for name, value in vars(module).items() if hasattr(value, "_cache_hits")}
+    inlined = {
+        "attend_head",
+        "exp",
+        "silu",
+        "decode_biased",
+        "_rotate",
+        "_store_token",
+        "_half_row_dot",
+        "_decode_rows",
+    }
+    assert kernels - inlined == set(SOUND)
