@@ -92,7 +92,7 @@ def convert(
             warnings.warn(warning, SourceWarning, stacklevel=2)
         else:
             warn(warning)
-    _check_text(source, weights.text)
+    _check_text(source, weights.text, weights.geometry.vocabulary)
     if destination.exists() and any(destination.samefile(file) for file in weights.files):
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     if method != "rtn" and weights.fp8_scheme:
@@ -151,15 +151,21 @@ def _is_fp8(weights: WeightSource, part: str) -> bool:
     return weights.read_fp8(name, 0, 1) is not None
 
 
-def _check_text(source: Path, text: TextAssets) -> None:
+def _check_text(source: Path, text: TextAssets, vocabulary: int) -> None:
     """What the source brings along for text can be used: a checkpoint whose text cannot would be found out too late.
 
     Raises:
-        SourceError: the tokenizer cannot be loaded or used, or the chat template is not valid Jinja or has no measure.
+        SourceError: the tokenizer cannot be loaded or used, or is that of another model; or the chat template is not
+            valid Jinja or has no measure.
     """
     try:
         if text.tokenizer_json is not None:
-            TextCodec(text).encode("A try.")
+            beyond = [token for token in TextCodec(text).encode("A try.") if token >= vocabulary]
+            if beyond:
+                raise SourceError(
+                    f"{source} cannot be converted: its tokenizer uses the token {beyond[0]} for plain text, but the "
+                    f"model has {vocabulary}; get the tokenizer that belongs to the model."
+                )
         if text.chat_template is not None:
             ChatTemplate(text.chat_template, text.special_tokens()).try_out()
     except TextError as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from numba_atomflow import home
 from numba_atomflow.errors import OptionError, SourceError
-from numba_atomflow.sources.base import WeightSource, check_parameters
+from numba_atomflow.sources.base import WeightSource, check_parameters, refuse_pointer
 from numba_atomflow.sources.gguf import GgufSource
 from numba_atomflow.sources.gguf_file import MAGIC
 from numba_atomflow.sources.hub import HubModel, Progress, fetch
@@ -60,6 +60,7 @@ def open_source(path: Path) -> WeightSource:
         raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
     if magic == MAGIC:
         return GgufSource(path)
+    refuse_pointer(path)
     if not magic:
         raise SourceError(f"{path} is empty; get the file again.")
     if path.suffix == ".safetensors":

@@ -1,7 +1,7 @@
 """What every source of weights offers, and the checks that all of them share."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from numba_atomflow.text import TextAssets
 LARGEST_WEIGHT = 65504.0  # the largest float16
 # Raised when the same files give other tokens than they gave before; a checkpoint says with which it was made.
 TEXT_RULES = 2
+_POINTER = b"version https://git-lfs.github.com/spec/"
 VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
 
 
@@ -117,6 +118,20 @@ def check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:
             f"Tensor {name} of {path} holds {np.abs(values).max():.3g}, beyond {LARGEST_WEIGHT:.0f}, which no trained "
             "weight is; the file is damaged, get it again."
         )
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse what git leaves of a large file where git-lfs is not installed: a few lines that say where it is.
+
+    Raises:
+        SourceError: `path` is such a file. (One that cannot be read is for the reader to tell.)
+    """
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise SourceError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository, or get the "
+                "file from the hub."
+            )
 
 
 def read_bytes(path: Path, offset: int, count: int) -> NDArray[np.uint8]:

@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 from numba_atomflow import home
 from numba_atomflow.errors import HubError
 from numba_atomflow.sources.huggingface import CONFIG, INDEX, SINGLE, shard_names
-from numba_atomflow.sources.huggingface_text import TEXT_FILES
+from numba_atomflow.sources.huggingface_text import TEXT_FILES, other_tokenizer
+from numba_atomflow.sources.huggingface_tokens import TOKENIZER
 
 Progress = Callable[[str, int, int], None]
 
@@ -94,6 +95,12 @@ def fetch(model: HubModel, progress: Progress | None = None, endpoint: str | Non
         download.get([file for name, file in files.items() if name in {CONFIG, INDEX, *TEXT_FILES}])
         if CONFIG not in files or not {SINGLE, INDEX} & set(files):
             raise HubError(_no_weights(model, files))
+        other = other_tokenizer(files)
+        if TOKENIZER not in files and other is not None:  # `folder_text` would not see it: it is not fetched
+            raise HubError(
+                f"{model.repo} on the hub holds its tokenizer as {other}, but no {TOKENIZER}; make one with "
+                "transformers, in a folder of your own, or choose another model."
+            )
         shards = [SINGLE] if SINGLE in files else shard_names(folder / INDEX)
         download.get([_wanted(model, files, name) for name in shards])
     return folder

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from numba_atomflow.errors import SourceError
 from numba_atomflow.foreign import short
 from numba_atomflow.ops.fp8 import LARGEST, dequantize_groups
-from numba_atomflow.sources.base import LARGEST_WEIGHT, check_finite, check_parameters, read_bytes
+from numba_atomflow.sources.base import LARGEST_WEIGHT, check_finite, check_parameters, read_bytes, refuse_pointer
 from numba_atomflow.sources.fp8_schemes import OF_NO_USE, Block, Fp8Scheme, decode_e8m0, grid_of, group_scales
 from numba_atomflow.sources.huggingface_config import config_geometry, config_scheme
 from numba_atomflow.sources.huggingface_text import folder_text
@@ -180,14 +180,14 @@ def _take_scales(entries: dict[str, tuple[Path, TensorEntry]], scheme: Fp8Scheme
             block = scheme.block_of(shape, entry.shape)
             if block is None:
                 raise SourceError(
-                    f"Tensor {name} of {path} has shape {list(entry.shape)}, not {scheme.shapes_for(shape)}, as "
+                    f"Tensor {short(name)} of {path} has shape {list(entry.shape)}, not {scheme.shapes_for(shape)}, as "
                     f"{scheme} has for a weight of {list(shape)}."
                 )
             scales[weight] = _Scales(name, path, entry, block, grid_of(shape, block))
     for name, (path, entry) in entries.items():
         if entry.dtype == CODES and name not in scales:
             raise SourceError(
-                f"Tensor {name} of {path} is FP8, but {path.parent} holds no scale for it "
+                f"Tensor {short(name)} of {path} is FP8, but {path.parent} holds no scale for it "
                 f"({scheme.suffixes[0]}); get the complete model."
             )
     return scales
@@ -212,7 +212,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:
     """The index, if there is one, and the headers of all weight files."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists():
-        return (), [read_tensor_file(single, SourceError)]
+        return (), [_tensor_file(single)]
     if not index.exists():
         raise SourceError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; {_what_else(folder)}.")
     weight_map = _weight_map(index)
@@ -220,9 +220,14 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:
     for file_name in shard_names(index):
         if not (folder / file_name).exists():
             raise SourceError(f"{index} names {file_name}, which is not in {folder}; get the complete model.")
-        shards.append(read_tensor_file(folder / file_name, SourceError))
+        shards.append(_tensor_file(folder / file_name))
     _check_index(index, weight_map, shards)
     return (index,), shards
+
+
+def _tensor_file(path: Path) -> TensorFile:
+    refuse_pointer(path)
+    return read_tensor_file(path, SourceError)
 
 
 def shard_names(index: Path) -> list[str]:
@@ -247,16 +252,23 @@ def _check_index(index: Path, weight_map: dict[str, str], shards: list[TensorFil
     for shard in shards:
         for name in shard.entries:
             if name in found:
-                raise SourceError(f"Tensor {name} is both in {found[name]} and in {shard.path.name} of {index.parent}.")
+                raise SourceError(
+                    f"Tensor {short(name)} is both in {found[name]} and in {shard.path.name} of {index.parent}."
+                )
             found[name] = shard.path.name
     for name, file_name in weight_map.items():
         if found.get(name) != file_name:
-            raise SourceError(f"{index} says that {file_name} holds the tensor {name}, but it does not.")
+            raise SourceError(f"{index} says that {file_name} holds the tensor {short(name)}, but it does not.")
 
 
 def _is_file_name(value: Any) -> bool:
     """Whether `value` is a bare name: an index must not lead out of its folder."""
-    return isinstance(value, str) and value not in {"", ".", ".."} and not {"/", "\\", "\0"} & set(value)
+    return (
+        isinstance(value, str)
+        and value not in {"", ".", ".."}
+        and len(value) < 256
+        and not {"/", "\\", "\0"} & set(value)
+    )
 
 
 def _what_else(folder: Path) -> str:

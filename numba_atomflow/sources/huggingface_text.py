@@ -66,13 +66,18 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
 
     tokens = folder_tokens(folder, records)
     named = tokens.spellings()
+    add_bos = flag(folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {}), "add_bos_token")
     data, ids = None, dict[str, int]()
     if TOKENIZER in contents:
         tokenizer = CompleteTokenizer(folder / TOKENIZER, contents[TOKENIZER], records[TOKENIZER], tokens)
         data, ids = tokenizer.data, tokenizer.ids
+        if add_bos and named.get("bos_token") in tokenizer.unlisted:
+            raise SourceError(
+                f"{folder} wants a BOS in front of every text, but its tokenizer lacks {shown(named['bos_token'])}; "
+                "get the complete model, or set add_bos_token to false."
+            )
     listed = _listed_eos_ids(folder, records, config)
     eos_ids = {*listed, *(ids[text] for text in _end_tokens(folder, records, named) if text in ids)}
-    add_bos = flag(folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {}), "add_bos_token")
     assets = TextAssets(
         tokenizer_json=data,
         chat_template=_chat_template(folder, contents, records),
@@ -83,7 +88,11 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
         eos_ids=tuple(sorted(token_id for token_id in eos_ids if 0 <= token_id < vocabulary)),
         add_bos=add_bos and bool(named.get("bos_token")),
         other_tokens={name: text for name, text in named.items() if name not in _NOT_OTHER},
-        warnings=(*_warnings_of_eos(folder, listed, vocabulary), *_warnings_of_tokens(folder, ids, vocabulary)),
+        warnings=(
+            *_warnings_of_eos(folder, listed, vocabulary),
+            *_warnings_of_tokens(folder, ids, vocabulary),
+            *_warnings_of_text(folder, contents, records),
+        ),
     )
     return assets, tuple(folder / name for name in contents)
 
@@ -153,6 +162,16 @@ def _warnings_of_eos(folder: Path, listed: list[int], vocabulary: int) -> Iterat
                 f"{folder} has the eos_token_id {shown(token_id)}, outside its vocabulary of {vocabulary} tokens; "
                 "it is ignored."
             )
+
+
+def _warnings_of_text(folder: Path, contents: Mapping[str, bytes], records: Records) -> Iterator[str]:
+    if TOKENIZER not in contents:
+        yield f"{folder} holds no {TOKENIZER}: what is made of it takes token ids, and neither `generate` nor `chat`."
+    if flag(folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {}), "split_special_tokens"):
+        yield (
+            f"{folder / TOKENIZER_CONFIG} sets split_special_tokens, which is not followed: a special token that a "
+            "text spells becomes that token."
+        )
 
 
 def _warnings_of_tokens(folder: Path, ids: Mapping[str, int], vocabulary: int) -> Iterator[str]:

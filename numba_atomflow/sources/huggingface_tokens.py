@@ -122,6 +122,7 @@ class CompleteTokenizer:
     Attributes:
         data: the bytes of a tokenizer.json; those of the file where it lacks nothing.
         ids: of all tokens, by spelling.
+        unlisted: those that no file gives an id; they have the next free ones, which nothing was trained with.
 
     Raises:
         SourceError: the file is malformed, or an id in another file is not the one that the token has.
@@ -145,9 +146,11 @@ class CompleteTokenizer:
         if not tokens.overrides:
             for content in names & self._entries.keys():
                 self._entries[content]["special"] = True
+        listed = set(self.ids)
         described = set(self._entries)
         for token in dict.fromkeys((*tokens.named.values(), *tokens.extra)):  # of two spelt alike, the later counts
             self._put(token, overrides=token.content not in described)
+        self.unlisted = self.ids.keys() - listed
 
         self.data = data
         if json.dumps(list(self._entries.values())) != before:

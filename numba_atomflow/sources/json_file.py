@@ -7,6 +7,7 @@ from typing import Any
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.foreign import load_json, short, shown
+from numba_atomflow.sources.base import refuse_pointer
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def read_file(path: Path) -> bytes:
     Raises:
         SourceError: the file cannot be read.
     """
+    refuse_pointer(path)
     try:
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no part of a text
     except OSError as error:

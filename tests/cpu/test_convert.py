@@ -305,11 +305,18 @@ def test_text_that_cannot_be_used_is_refused_before_any_work(
     write_hf_folder(tmp_path / "hf")
     (tmp_path / "hf" / name).write_text(content)
     steps: list[str] = []
-    with pytest.raises(SourceError, match=r"/hf\b.* cannot be (converted|used): The model") as caught:
+    with pytest.raises(SourceError, match=r"/hf\b.* (cannot be (converted|used): The model|wants a BOS)") as caught:
         convert(tmp_path / "hf", tmp_path / "out" / "model", progress=lambda step, *_: steps.append(step))
     assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (steps, names_in(tmp_path)) == ([], ["hf"])
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_hf_folder(tmp_path / "hf", tiny_geometry(vocabulary=64))
+    with pytest.raises(SourceError, match=r"its tokenizer uses the token .* for plain text, but the model has 64"):
+        convert(tmp_path / "hf", tmp_path / "out", warn=lambda _: None)
+    assert names_in(tmp_path) == ["hf"]
 
 
 def test_a_converted_checkpoint_is_no_source(tmp_path: Path) -> None:

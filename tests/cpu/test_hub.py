@@ -21,6 +21,7 @@ from numba_atomflow.errors import HubError, OptionError, SourceError
 from numba_atomflow.sources import hub as hub_module
 from numba_atomflow.sources import local_source, open_source
 from numba_atomflow.sources.hub import HubModel, fetch
+from numba_atomflow.sources.huggingface_text import TEXT_FILES
 
 pytest.importorskip("huggingface_hub", reason="the hub's client fetches models: pip install '.[hub]'")
 
@@ -110,6 +111,9 @@ def test_what_is_on_this_machine_goes_first(source: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_model_is_fetched_once(tmp_path: Path, shards: int) -> None:
     write_hf_folder(tmp_path / "hf", shards=shards)
+    for name in TEXT_FILES:  # all that is read of a folder is fetched
+        if not (tmp_path / "hf" / name).exists():
+            (tmp_path / "hf" / name).write_text("{}")
     steps: list[tuple[str, int, int]] = []
     with serve(REPO, tmp_path / "hf") as hub:
         hub.files |= {"README.md": b"hello", "pytorch_model.bin": b"pickled", "original/consolidated.safetensors": b"x"}
@@ -255,6 +259,12 @@ def test_a_shard_that_the_hub_has_not(tmp_path: Path) -> None:
         (folder() / "model.safetensors.index.json").unlink()
         with pytest.raises(SourceError, match=r"index\.json is not valid JSON"):
             fetch(MODEL, endpoint=hub.endpoint)
+
+
+def test_a_vocabulary_in_another_format_is_refused_before_the_weights_are_fetched(hub: Hub) -> None:
+    hub.files["tokenizer.model"] = hub.files.pop("tokenizer.json")
+    refused(hub, "holds its tokenizer as tokenizer.model, but no tokenizer.json")
+    assert WEIGHTS not in [name for name, _ in hub.seen]
 
 
 @pytest.mark.parametrize("files", [{"README.md": b"x"}, {"config.json": b"{}", "pytorch_model.bin": b"x"}])

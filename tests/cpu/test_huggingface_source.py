@@ -117,8 +117,10 @@ def test_special_tokens_as_objects_and_from_their_own_file(folder: Path) -> None
 def test_a_folder_without_tokenizer_is_weights_alone(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).unlink()
-    text = open_source(folder).text
+    source = open_source(folder)
+    text = source.text
     assert (text.tokenizer_json, text.chat_template, text.eos_ids) == (None, None, (1,))
+    assert "holds no tokenizer.json" in source.warnings[0]
 
 
 # --- config.json ---------------------------------------------------------------------------------------------------
@@ -483,6 +485,15 @@ def test_folders_without_a_model(
     refused(other, "other", *fragments)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors", "model.gguf"]
+)
+def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / name).write_bytes(pointer)
+    refused(folder / name if name == "model.gguf" else folder, name, "Git LFS pointer", "git lfs pull")
+
+
 def test_weights_alone(folder: Path) -> None:
     refused(folder / "model.safetensors", "weights alone", "config.json")
 
@@ -647,7 +658,9 @@ def test_a_tensor_in_another_shard_than_the_index_says(sharded: Path) -> None:
     refused(sharded, f"{SHARD} holds the tensor {EMBEDDING}, but it does not")
 
 
-@pytest.mark.parametrize("value", ["../model-00001-of-00003.safetensors", "/etc/passwd", "..", "", 5, "a\0b"])
+@pytest.mark.parametrize(
+    "value", ["../model-00001-of-00003.safetensors", "a" * 300, "/etc/passwd", "..", "", 5, "a\0b"]
+)
 def test_an_index_that_leads_out_of_its_folder(sharded: Path, value: Any) -> None:
     index = sharded / "model.safetensors.index.json"
     record = json.loads(index.read_text())

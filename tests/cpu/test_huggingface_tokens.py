@@ -243,6 +243,11 @@ def test_tokens_beyond_the_embedding_are_told(tmp_path: Path) -> None:
     assert "the token '[PAD]' beyond the 259 rows" in warning
 
 
+def test_what_is_not_followed_is_told(tmp_path: Path) -> None:
+    (warning,) = assets(write_folder(tmp_path, {"split_special_tokens": True})).warnings
+    assert "split_special_tokens, which is not followed" in warning
+
+
 # --- one BOS -------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,14 @@
 """Stop strings: however the text is cut into pieces, the same text comes out, up to the first one."""
 
+import random
+
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiny_models import tiny_tokenizer
 
 from numba_atomflow.stop_strings import StopStrings
+from numba_atomflow.text import TextAssets, TextCodec
 
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 
@@ -67,6 +72,32 @@ def test_hidden_text_is_searched_and_never_shown(strings: list[str], pieces: lis
     plain, found = run(strings, [piece for piece, _ in pieces])
     assert text.startswith(plain)
     assert (out, stops.found) == ("".join(c for c, shown in zip(plain, visible, strict=False) if shown), found)
+
+
+def test_special_tokens_count_as_in_transformers() -> None:
+    """Random tokens, special ones among them: a reply ends with the same token."""
+    criteria = pytest.importorskip("transformers.generation.stopping_criteria", reason="compares with transformers")
+    torch = pytest.importorskip("torch", reason="transformers needs it for its criteria")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tiny_tokenizer()
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    codec = TextCodec(TextAssets(tokenizer_json=tokenizer.to_str().encode()))
+    rng = random.Random(0)
+    letters = [codec.token_id(letter) for letter in "eos|"]
+    for strings in (["<|eos|>"], ["s<|eos|>"], ["<|eos|>e"], ["|eos", "|><|"], ["o<|eos|><|eos|>s"], ["eo", "os"]):
+        ends = criteria.StopStringCriteria(theirs, strings)
+        for _ in range(20):
+            ids = rng.choices([1, 1, *letters], k=12)
+            stops, stream = StopStrings(strings), codec.stream()
+            for count, token in enumerate(ids, start=1):
+                stops.push(stream.push(token))
+                stops.push(stream.hidden_text(token), shown=False)
+                assert (stops.found is not None) == bool(ends(torch.tensor([ids[:count]]), None)), (
+                    strings,
+                    ids[:count],
+                )
+                if stops.found:
+                    break
 
 
 def test_the_earlier_one_wins_and_then_the_longer() -> None:
