@@ -26,6 +26,7 @@ from numba_atomflow.errors import AtomFlowError, OptionError
 from numba_atomflow.foreign import load_json, short, shown
 from numba_atomflow.geometry import LARGEST_COUNT, ModelGeometry
 from numba_atomflow.machine import machine_record
+from numba_atomflow.plain_text import MOST_BYTES
 from numba_atomflow.random_model import RandomModel
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.spread import Spread
@@ -264,7 +265,8 @@ def read_report(path: Path) -> BenchReport:
         OptionError: the file cannot be read, or holds something else.
     """
     try:
-        return BenchReport.from_dict(load_json(path.read_bytes()))
+        with path.open("rb") as file:
+            return BenchReport.from_dict(load_json(file.read(MOST_BYTES)))
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}); give a report to compare with.") from error
     except (KeyError, TypeError, ValueError, AttributeError, AtomFlowError) as error:

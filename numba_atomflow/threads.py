@@ -6,9 +6,13 @@ parallel loop, 150 times a token: with more threads than quota, all would be sto
 """
 
 import os
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numba
+from numba.np.ufunc import parallel as pool
 
 from numba_atomflow.arguments import whole_number
 from numba_atomflow.cpu_quota import cpu_quota
@@ -16,6 +20,18 @@ from numba_atomflow.errors import OptionError
 from numba_atomflow.foreign import shown
 
 _SYSTEM = Path("/")
+
+_anybody: AbstractContextManager[Any] = nullcontext()
+_turns = threading.RLock()
+
+
+def kernels_turn() -> AbstractContextManager[Any]:
+    """To be held while kernels run, once numba has started its threads.
+
+    Its workqueue layer, which serves where there is no OpenMP, ends a process in which two threads start parallel loops
+    at the same time: there, threads take turns.
+    """
+    return _turns if pool._threading_layer == "workqueue" else _anybody  # noqa: SLF001  the public one checks again
 
 
 def most_threads() -> int:

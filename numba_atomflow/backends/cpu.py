@@ -6,6 +6,7 @@ the KV cache included.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,7 @@ from numba_atomflow.ops import attention, bandwidth, embedding, projection, rms_
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.spread import faster_half
-from numba_atomflow.threads import choose_threads, described
+from numba_atomflow.threads import choose_threads, described, kernels_turn
 
 BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it
 HEAD_ROWS = 16  # positions whose logits are computed at once when all are asked for
@@ -152,7 +153,7 @@ class CpuBackend:
         for done, ((kind, _), op) in enumerate(kinds.items()):
             if progress:
                 progress(f"compiling {kind.__name__}", done, len(kinds))
-            with self._single_threaded_blas():
+            with kernels_turn(), self._single_threaded_blas():
                 self._bind(op)()
         if progress:
             progress("compiled", len(kinds), len(kinds))
@@ -249,13 +250,9 @@ class CpuBackend:
         self._require_open()
         numba.set_num_threads(self.threads)  # it holds for the whole process: another engine may want another number
         try:
-            if tokens <= FEW:
+            with kernels_turn(), nullcontext() if tokens <= FEW else self._single_threaded_blas():
                 for action in actions:
                     action()
-            else:
-                with self._single_threaded_blas():
-                    for action in actions:
-                        action()
         except CheckpointError:  # weights that have changed look like damaged ones
             self._check_weights()
             raise

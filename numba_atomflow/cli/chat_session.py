@@ -214,7 +214,7 @@ class ChatSession:
         """The next line, or None if the user leaves."""
         try:
             if self.interactive and sys.stdout.isatty():
-                return typed(input(PROMPT), "The line", sys.stdin.encoding)
+                return _edited_line()
             if self.interactive:
                 output.say(PROMPT, end="")  # standard output goes to a file, which is for replies alone
             line = read_line(self._first_line)
@@ -226,10 +226,17 @@ class ChatSession:
             if not self.interactive:
                 raise
             line = None
-        except UnicodeDecodeError as error:
-            raise TextError("Standard input is not UTF-8 text; convert it to UTF-8.") from error
         output.say("")  # the shell's prompt goes to a line of its own
         return line
+
+
+def _edited_line() -> str:
+    """A line typed at a terminal; an empty one where what was typed is no text."""
+    try:
+        return typed(input(PROMPT), "The line", sys.stdin.encoding)
+    except (UnicodeDecodeError, TextError):
+        output.say("error: The line is not UTF-8 text; set the terminal to UTF-8.")
+        return ""
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numba
 import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls must be loaded to be limited
 from threadpoolctl import threadpool_limits
 
-from numba_atomflow.threads import default_threads
+from numba_atomflow.threads import default_threads, kernels_turn
 
 
 @contextmanager
@@ -33,6 +33,7 @@ def _kernel_threads(count: int) -> Iterator[None]:
     threads = numba.get_num_threads()
     numba.set_num_threads(count)
     try:
-        yield
+        with kernels_turn():
+            yield
     finally:
         numba.set_num_threads(threads)

@@ -23,7 +23,7 @@ from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_family
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
-from numba_atomflow.threads import choose_threads, described
+from numba_atomflow.threads import choose_threads, described, kernels_turn
 
 MOST_COLUMNS = 64
 FEW = 16  # up to here, one core reads the weights once per column sooner than it decodes them into scratch for BLAS
@@ -243,7 +243,10 @@ class CpuRunner:
             import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls; slow to import
 
             self._blas = ThreadpoolController()
-        with self._blas.limit(limits=1, user_api="blas") if columns > FEW and self._blas else nullcontext():
+        with (
+            kernels_turn(),
+            self._blas.limit(limits=1, user_api="blas") if columns > FEW and self._blas else nullcontext(),
+        ):
             yield
 
     # --- times -------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """How many threads kernels run on: cores, affinity, and the CPU quotas of containers."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from cli_runner import environment
 
-from numba_atomflow import threads
+from numba_atomflow import home, threads
 from numba_atomflow.cpu_quota import cpu_quota
 from numba_atomflow.errors import OptionError
 
@@ -108,3 +111,35 @@ def test_more_threads_than_the_quota_may_be_asked_for(monkeypatch: pytest.Monkey
         threads.choose_threads(9)
     assert threads.described(1, None) == "1 thread (CPU quota of 1.5)"
     assert threads.described(1, 1) == "1 thread"
+
+
+TWO_THREADS = """
+import threading
+import numpy as np
+from numba_atomflow.ops.bandwidth import total
+from numba_atomflow.threads import kernels_turn
+data = np.ones(1 << 16, np.float32)
+total(data)
+def run():
+    for _ in range(300):
+        with kernels_turn():
+            total(data)
+threads = [threading.Thread(target=run) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core runs no two threads at the same time")
+def test_threads_take_turns_where_numbas_pool_serves_one(tmp_path: Path) -> None:
+    """Without turns, numba's workqueue layer ends this process by SIGABRT."""
+    (tmp_path / "compiled").symlink_to(home.compiled().resolve())
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_THREADS],
+        env=environment(tmp_path, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
