@@ -116,14 +116,17 @@ def _telltale(tokens: Sequence[str], architecture: object) -> PreTokenizer | Non
 
 
 def _texts(tokens: Sequence[str]) -> list[str]:
-    """What tokens of whole characters stand for, of a large vocabulary an even share."""
+    """What the tokens of plain ASCII stand for, of a large vocabulary an even share.
+
+    Others do not tell: Qwen's vocabulary has hundreds of Thai tokens that its own expression cuts at combining marks.
+    """
     values = byte_alphabet()
     texts = []
     for token in tokens[:: max(1, len(tokens) // MOST_LOOKED_AT)]:
         if token.startswith(("<", "[")) and token.endswith((">", "]")):
             continue  # an added token, whatever its type says
         try:
-            texts.append(bytes([values[character] for character in token]).decode())
+            texts.append(bytes([values[character] for character in token]).decode("ascii"))
         except (KeyError, UnicodeDecodeError):
             continue
     return texts
