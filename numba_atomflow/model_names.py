@@ -1,5 +1,6 @@
 """Which checkpoint a user means: a file, or a name in the models folder."""
 
+import os
 import stat
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     Raises:
         CheckpointError: there is none, or it is no regular file.
     """
-    text = str(file_path("model", path_or_name))
+    file_path("model", path_or_name)  # a usable one; but its Path has lost the ./ that makes a path of a name
+    text = os.fspath(path_or_name)
     path = home.expand_user(text)
     is_name = Path(text).name == text
     if is_name:

@@ -90,13 +90,14 @@ def _open_missing_streams() -> None:
 
 
 def _set_encodings() -> None:
-    """Pipes and files take UTF-8 in every locale; a terminal takes its own encoding.
+    """Pipes and files take UTF-8 in every locale; a terminal takes its own encoding, and PYTHONIOENCODING goes before.
 
     A model may well write what a terminal cannot show, and a file's name may hold bytes that are no text.
     """
+    chosen = bool(os.environ.get("PYTHONIOENCODING"))
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
+            stream.reconfigure(encoding=None if chosen or stream.isatty() else "utf-8", errors=errors)
 
 
 def _debugging() -> bool:
