@@ -123,10 +123,15 @@ class Watch:
     def __init__(self, mapped: mmap.mmap, address: int) -> None:
         self._slot: ctypes.Array[ctypes.c_int64] | None = None
         table = _table()
-        if table is not None:
-            index = table.take(address, address + len(mapped))
+        index = None if table is None else table.take(address, address + len(mapped))
+        if table is not None and index is not None:
             self._slot = table.slots[index]
-            self.end = weakref.finalize(mapped, table.give_back, index)
+            self._end = weakref.finalize(mapped, table.give_back, index)
+
+    def end(self) -> None:
+        """The mapping is gone."""
+        if self._slot is not None:
+            self._end()
 
     @property
     def faulted(self) -> bool:
@@ -141,8 +146,13 @@ class _Table:
         self.slots = (ctypes.c_int64 * 3 * SLOTS).from_address(address)
         self._free = list(range(SLOTS))
 
-    def take(self, start: int, end: int) -> int:
-        """A slot for the bytes from `start` to `end`, which is written last: the handler may look at any moment."""
+    def take(self, start: int, end: int) -> int | None:
+        """A slot for the bytes from `start` to `end`, which is written last: the handler may look at any moment.
+
+        None if there is none left: then this mapping does without.
+        """
+        if not self._free:
+            return None
         index = self._free.pop()
         slot = self.slots[index]
         slot[2] = 0

@@ -22,7 +22,7 @@ from numba_atomflow.backends.base import Backend, Decode, Progress
 from numba_atomflow.backends.choose import BackendName, check_decode, check_name, make_backend
 from numba_atomflow.checkpoint import TOKENIZER, Checkpoint
 from numba_atomflow.decode import Head
-from numba_atomflow.errors import ClosedError, ContextError, OptionError
+from numba_atomflow.errors import AtomFlowError, ClosedError, ContextError, OptionError
 from numba_atomflow.foreign import shown
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
@@ -149,8 +149,12 @@ class Engine:
             weights, check = WeightArrays(checkpoint), checkpoint.check_unchanged
             device = make_backend(backend, checkpoint.geometry, weights, positions, threads, decode, check)
             refused.callback(device.close)
-            device.prepare(progress)
-            checkpoint.check_unchanged()
+            try:
+                device.prepare(progress)
+            except AtomFlowError:  # it may come of weights that are being written
+                check()
+                raise
+            check()
             engine = cls(checkpoint, device, positions)
             refused.pop_all()
         engine.compile_seconds = device.compile_seconds

@@ -219,6 +219,8 @@ def _read_original(checkpoint: Checkpoint, source: WeightSource) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, **more
     )
+    for weights in model.parameters():  # float32 ones are still mapped from the file, which may change
+        weights.data = weights.data.clone()
     return model.eval()
 
 
