@@ -10,7 +10,6 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from gguf import GGMLQuantizationType
 from tiny_models import CHAT_TEMPLATE, random_weights, write_gguf, write_hf_folder
@@ -33,7 +32,10 @@ Files = dict[str, bytes]
 GEOMETRY = ModelGeometry(
     layers=2, hidden=64, heads=2, kv_heads=1, head_dim=64, ffn=64, vocabulary=264, max_positions=256
 )
-MODEL, FOLDER, CALIBRATION = "model.safetensors", "hf", "calibration.txt"  # fixtures
+MODEL, FOLDER, CALIBRATION, REPORT = "model.safetensors", "hf", "calibration.txt", "report.json"  # fixtures
+EXPECTED = "expected.safetensors"  # what the unfinished quantisation must become
+MODEL_GGUF = "model.gguf"
+SETTINGS = bench.Settings(4, 3, (0, 8), 1)
 UNFINISHED = "out.safetensors"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|eos|> {{ 1 }}"}]
 TEXTS = ("", "Hello, wörld! 🙂", "<|bos|>a<|eos|>b", "\0\x1b[2J")
@@ -69,7 +71,9 @@ def make_fixtures(folder: Path) -> None:
     write_hf_folder(folder / FOLDER, GEOMETRY)
     convert(folder / FOLDER, folder / MODEL)
     (folder / CALIBRATION).write_text("The quick brown fox jumps over the lazy dog, and away. " * 10)
-    convert(folder / FOLDER, folder / "expected.safetensors", method="gptq", calibration=folder / CALIBRATION)
+    convert(folder / FOLDER, folder / EXPECTED, method="gptq", calibration=folder / CALIBRATION)
+    with Engine.load(folder / MODEL, "cpu", 64, 1) as engine:
+        (folder / REPORT).write_text(json.dumps(bench.bench(engine, SETTINGS).to_dict()))
 
 
 def make_bases(fixtures: Path, scratch: Path) -> dict[str, list[Files]]:
@@ -94,11 +98,8 @@ def make_bases(fixtures: Path, scratch: Path) -> dict[str, list[Files]]:
         "ground-truth": [{"truth.safetensors": _ground_truth(fixtures, scratch)}],
         "unfinished": [_unfinished(fixtures, scratch)],
         "trace": [{"trace.jsonl": TRACE.encode()}],
-        "report": [{"report.json": json.dumps(_report(fixtures)).encode()}],
+        "report": [{"report.json": (fixtures / REPORT).read_bytes()}],
     }
-
-
-MODEL_GGUF = "model.gguf"
 
 
 def _files(folder: Path) -> Files:
@@ -161,14 +162,6 @@ def _unfinished(fixtures: Path, scratch: Path) -> Files:
     return {name: data for name, data in _files(out.parent).items() if not name.endswith("/lock")}
 
 
-def _report(fixtures: Path) -> dict[str, Any]:
-    with Engine.load(fixtures / MODEL, "cpu", 64, 1) as engine:
-        return bench.bench(engine, SETTINGS).to_dict()
-
-
-SETTINGS = bench.Settings(4, 3, (0, 8), 1)
-
-
 # --- use -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +205,7 @@ def _use_ground_truth(folder: Path, fixtures: Path) -> None:
 
 def _use_unfinished(folder: Path, fixtures: Path) -> None:
     out = convert(fixtures / FOLDER, folder / UNFINISHED, method="gptq", calibration=fixtures / CALIBRATION)
-    assert out.read_bytes() == (fixtures / "expected.safetensors").read_bytes(), "another checkpoint, without a word"
+    assert out.read_bytes() == (fixtures / EXPECTED).read_bytes(), "another checkpoint, without a word"
 
 
 def _use_trace(folder: Path, fixtures: Path) -> None:
@@ -220,14 +213,14 @@ def _use_trace(folder: Path, fixtures: Path) -> None:
 
 
 def _use_report(folder: Path, fixtures: Path) -> None:
-    earlier = bench.read_report(folder / "report.json")
+    now, earlier = bench.read_report(fixtures / REPORT), bench.read_report(folder / "report.json")
     bench.check_comparable(earlier, GEOMETRY, SETTINGS)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        show(earlier, earlier, Format.JSON)
+        show(now, earlier, Format.JSON)
     _check_json(out.getvalue())
     with contextlib.redirect_stdout(io.StringIO()):
         for form in (Format.TABLE, Format.MD, Format.CSV):
-            show(earlier, earlier, form)
+            show(now, earlier, form)
 
 
 USES: dict[str, Callable[[Path, Path], None]] = {

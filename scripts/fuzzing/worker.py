@@ -127,7 +127,9 @@ def main() -> None:
     fixtures = Path(sys.argv[1])
     warnings.simplefilter("error", RuntimeWarning)  # NumPy's: an overflow, a NaN
     from fuzzing import targets
+    from numba_atomflow import template_process
 
+    held = template_process.shared()  # otherwise each case starts one
     targets.USES["checkpoint"](fixtures, fixtures)  # loads the kernels
     limit_memory()
     print(json.dumps({}), file=answers, flush=True)
@@ -135,6 +137,7 @@ def main() -> None:
         case = json.loads(line)
         outcome = use(targets.USES[case["target"]], case["target"], Path(case["folder"]), fixtures)
         print(json.dumps(asdict(outcome)), file=answers, flush=True)
+    del held
 
 
 def limit_memory() -> None:
