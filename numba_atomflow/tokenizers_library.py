@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from numba_atomflow.errors import AtomFlowError, TextError
+from numba_atomflow.foreign import visible
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,7 +39,7 @@ def sentence(what: str, advice: str, error: Callable[[str], AtomFlowError] = Tex
     except (AtomFlowError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as caught:
-        reason = " ".join(str(caught).split()) or type(caught).__name__
+        reason = visible(" ".join(str(caught).split())) or type(caught).__name__
         if len(reason) > _LONGEST_REASON:
             reason = reason[: _LONGEST_REASON - 3] + "..."
         raise error(f"{what} ({reason}); {advice}.") from caught

@@ -168,13 +168,15 @@ def use(function: object, target: str, folder: Path, fixtures: Path) -> Outcome:
 
 def _judged(target: str, error: Exception, folder: Path, fixtures: Path) -> Outcome:
     """Whether an error's message is one short sentence without control characters."""
+    from numba_atomflow.foreign import visible
+
     message, kind = str(error), type(error).__name__
     bare = message.replace(str(folder), "").replace(str(fixtures), "")
     faults = [
         name
         for name, there in (
             ("several lines", "\n" in message or "\r" in message),
-            ("control characters", any(c != "\n" and not c.isprintable() for c in message)),
+            ("control characters", visible(message) != message),
             ("too long", len(bare) > LONGEST_MESSAGE),
             ("no end", not message.rstrip().endswith((".", ":", ")", "!", "?"))),
         )

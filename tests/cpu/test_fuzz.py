@@ -1,6 +1,8 @@
 """The fuzz harness: it finds what is planted, makes it small, and finds nothing in the program."""
 
 import json
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,10 @@ import pytest
 from fuzzing import minimise, targets, worker
 from fuzzing.mutate import mutate
 from fuzzing.worker import Outcome
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+SEEDS, SHARE = (1, 2, 3), 60  # fixed seeds, and cases of each; then one more
+SECONDS = 5
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +32,17 @@ def test_sound_files_work(fuzzer: fuzz.Fuzzer) -> None:
     for target, bases in fuzzer.bases.items():
         for files in bases:
             assert fuzzer.run(target, files) == Outcome("ok"), target
+
+
+def test_a_share_of_each_run(fuzzer: fuzz.Fuzzer) -> None:
+    """A few seconds of what `scripts/fuzz.py --count 20000` does by hand; the last seed is another one each time."""
+    until = time.monotonic() + SECONDS
+    for seed in (*SEEDS, secrets.randbelow(2**32)):
+        report = restart(fuzzer, seed)
+        while report.cases < SHARE and (time.monotonic() < until or not report.cases):
+            fuzzer.case(report.cases)
+        found = [(finding.signature, finding.detail, finding.folder) for finding in report.findings.values()]
+        assert not found, f"python scripts/fuzz.py --seed {seed} --count {report.cases}"
 
 
 def test_a_case_is_a_function_of_seed_and_number(fuzzer: fuzz.Fuzzer) -> None:
@@ -109,3 +126,13 @@ def test_what_is_damaged_already_can_be_damaged_again(name: str, data: bytes) ->
 
     for seed in range(20):
         assert isinstance(mutate(random.Random(seed), name, data), bytes)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in CORPUS.glob(f"*/{fuzz.CASE}")), ids=lambda path: path.name
+)
+def test_the_corpus(fuzzer: fuzz.Fuzzer, folder: Path) -> None:
+    """What was found once stays mended, and is refused by an error of the same class, or works."""
+    outcome = fuzzer.run(*fuzz.read_case(folder, fuzzer.bases))
+    assert not outcome.is_finding, outcome
+    assert (outcome.signature or "ok") == json.loads((folder / fuzz.CASE).read_text())["expected"]
