@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from numba_atomflow.cli import measured, options, output
-from numba_atomflow.errors import OptionError
+from numba_atomflow.errors import OptionError, TextError
 from numba_atomflow.machine import machine_record
 from numba_atomflow.tables import render
 
@@ -274,6 +274,12 @@ def _workload(
         raise OptionError(f"--requests {count} is no number of requests; give 1 or more.")
     else:
         prompts = [encode(PROMPTS[i % len(PROMPTS)]) for i in range(count)]
+        largest = max(map(max, prompts))
+        if largest >= vocabulary:
+            raise TextError(
+                f"The tokenizer makes token {largest}, but the model has {vocabulary}; get the model again, or give "
+                "--prompt-tokens for random prompts."
+            )
     return poisson_arrivals(rate or 0.0, prompts, max_tokens, end_tokens, seed)
 
 

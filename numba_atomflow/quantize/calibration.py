@@ -66,9 +66,10 @@ def read_calibration(path: Path | None, assets: TextAssets, geometry: ModelGeome
         raise OptionError(
             f"{name} has {len(tokens)} tokens, too few to calibrate with; give a text of at least {_FEWEST_TOKENS}."
         )
-    if max(tokens) >= geometry.vocabulary:
+    largest = max([*before, *tokens])
+    if largest >= geometry.vocabulary:
         raise TextError(
-            f"The tokenizer makes token {max(tokens)}, but the model has {geometry.vocabulary}; get the model again."
+            f"The tokenizer makes token {largest}, but the model has {geometry.vocabulary}; get the model again."
         )
     length = min(SEQUENCE_TOKENS, geometry.max_positions, len(before) + len(tokens)) - len(before)
     starts = np.linspace(0, len(tokens) - length, min(SEQUENCES, len(tokens) // length)).astype(int)

@@ -14,14 +14,14 @@ from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.machine import cpu_name
 from numba_atomflow.memory.arena import HostArena
-from numba_atomflow.memory.bounds import check_indices, check_range
+from numba_atomflow.memory.bounds import check_indices
 from numba_atomflow.memory.paged import BlockCopy, paged_cache_buffer
 from numba_atomflow.memory.plan import Buffer, plan_memory
 from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.sandbox.requests import Request
-from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_family
+from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_batch, check_family
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
 from numba_atomflow.threads import choose_threads, described, kernels_turn
 
@@ -127,25 +127,7 @@ class CpuRunner:
         return self._run(batch, self._attend_paged)
 
     def _check(self, batch: Batch) -> None:
-        """Whether all that kernels compute addresses with leads into the cache, the tables and the weights.
-
-        Raises:
-            IndexError: it does not.
-        """
-        columns, blocks = batch.columns, self.sizes.slots // self.block_size
-        check_range("columns", 0, columns, MOST_COLUMNS)
-        if not len(batch.positions) == len(batch.rows) == len(batch.slots) == columns:
-            raise IndexError(f"positions, rows and slots of other than {columns} columns")
-        check_indices("tokens", batch.tokens, self.geometry.vocabulary)
-        check_indices("positions", batch.positions, self.sizes.longest)
-        check_indices("slots", batch.slots, self.sizes.slots)
-        check_indices("rows of the page table", batch.rows, len(self.pages))
-        last_pages = batch.positions // self.block_size
-        check_indices("entries of the page table", last_pages, self.sizes.table_width)
-        read = np.arange(self.sizes.table_width) <= last_pages[:, None]
-        check_indices("blocks", self.pages[batch.rows][read], blocks)
-        for copy in batch.copies:
-            check_indices("blocks to copy", np.array([copy.source, copy.target]), blocks)
+        check_batch(batch, self.sizes, self.block_size, self.pages, self.geometry.vocabulary, MOST_COLUMNS)
 
     def _run(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
         try:

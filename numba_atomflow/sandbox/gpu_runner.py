@@ -26,7 +26,7 @@ from numba_atomflow.ops.cuda.sample import token_of
 from numba_atomflow.ops.cuda.upload import Uploader, upload
 from numba_atomflow.resources import DeviceResources
 from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
-from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_family
+from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_batch, check_family
 from numba_atomflow.sandbox.scheduler import Batch
 
 _GREEDY = (0.0, 0.0, 1.0, 0.0, 1.0)  # temperature, top-k, top-p, min-p, repetition penalty
@@ -146,6 +146,7 @@ class GpuRunner:
 
     def run(self, batch: Batch) -> list[int]:
         """Take a step through the model: the most likely token behind each wanted column."""
+        check_batch(batch, self.sizes, self.block_size, self.pages, self.geometry.vocabulary, self.most_columns)
         with self._owner.current():
             self._copy(batch.copies)
             width = self._bring(batch, self.sizes.slots)

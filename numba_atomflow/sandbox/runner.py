@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.errors import OptionError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.paged import BLOCK_SIZES
 from numba_atomflow.sandbox.scheduler import Batch
 
@@ -67,6 +68,31 @@ def check_family(geometry: ModelGeometry) -> None:
     """
     if geometry.qkv_bias or geometry.qk_norm:
         raise OptionError("The sandbox runs models of the Llama and Mistral families; choose one of them.")
+
+
+def check_batch(
+    batch: Batch, sizes: CacheSizes, block_size: int, pages: NDArray[np.int32], vocabulary: int, most_columns: int
+) -> None:
+    """Whether all that a step's kernels compute addresses with leads into the cache, the tables and the weights.
+
+    Raises:
+        IndexError: it does not.
+    """
+    columns, blocks = batch.columns, sizes.slots // block_size
+    check_range("columns", 0, columns, most_columns)
+    if not len(batch.positions) == len(batch.rows) == len(batch.slots) == columns:
+        raise IndexError(f"positions, rows and slots of other than {columns} columns")
+    check_indices("tokens", batch.tokens, vocabulary)
+    check_indices("positions", batch.positions, sizes.longest)
+    check_indices("slots", batch.slots, sizes.slots)
+    check_indices("rows of the page table", batch.rows, len(pages))
+    last = batch.positions // block_size  # entry of the page table that a column still reads
+    width = int(last.max(initial=0)) + 1
+    check_range("entries of the page table", 0, width, sizes.table_width)
+    read = np.arange(width) <= last[:, None]
+    check_indices("blocks", pages[batch.rows, :width][read], blocks)
+    for copy in batch.copies:
+        check_indices("blocks to copy", np.array([copy.source, copy.target]), blocks)
 
 
 class StepRunner(Protocol):

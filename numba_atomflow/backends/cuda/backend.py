@@ -21,6 +21,7 @@ from numba_atomflow.decode import Head, Op, Sample, Weight, Weights, build_head,
 from numba_atomflow.driver import call
 from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
@@ -174,6 +175,7 @@ class CudaBackend:
         """Set the position at which the next token will be written. Replays that were queued ahead are thrown away."""
         if self._sure and position == self._position and self._wanted == self._queued:
             return
+        check_range("position", position, 0, self._max_seq_len)
         with self._owner.current():
             self._settle(position)
 
@@ -193,9 +195,19 @@ class CudaBackend:
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Take up to `block` tokens through the model at the current position, and advance it. Does not wait."""
         with self._owner.current():
+            self._check_step(tokens)
             self._tokens.send(tokens, self._buffers["tokens"])
             self._run(len(tokens), head)
         self._wanted = self._queued
+
+    def _check_step(self, tokens: Sequence[int]) -> None:
+        """Whether a step's kernels stay in the cache and in the embedding.
+
+        Raises:
+            IndexError: they would not.
+        """
+        check_range("positions", self._position, len(tokens), self._max_seq_len)
+        check_indices("tokens", np.asarray(tokens), self.geometry.vocabulary)
 
     def decode(self) -> None:
         """Take the token that was sampled last through the model, sample the next one, and advance. Does not wait:
@@ -253,6 +265,7 @@ class CudaBackend:
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""
         with self._owner.current():
+            self._check_step(tokens)
             self._tokens.send(tokens, self._buffers["tokens"])
             self._sure = False
             for index, op in enumerate(self.step(len(tokens), head)):
@@ -345,6 +358,7 @@ class CudaBackend:
     def _measuring(self) -> Iterator[None]:
         """Position and count of tokens are put right afterwards."""
         position = self._position
+        check_range("positions", position, 1, self._max_seq_len)
         self._sure = False
         with self._owner.current():
             yield
