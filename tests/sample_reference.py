@@ -39,7 +39,7 @@ def logits_of(kind: str, vocabulary: int, rng: np.random.Generator) -> NDArray[n
     """Flat: what random weights give. Peaked: what a text gives. One: nearly sure. Tail: much mass in what is small."""
     normal = rng.standard_normal(vocabulary)
     spread = {"flat": 1.0, "peaked": 4.0, "one": 1.0, "equal": 0.0, "tail": 0.1}[kind]
-    logits = (spread * normal).astype(np.float32)
+    logits = (spread * normal).astype(np.float32) + np.float32(0.0)  # no -0
     if kind in ("one", "tail"):
         logits[rng.integers(vocabulary)] = {"one": 25.0, "tail": 12.0}[kind]
     return logits
