@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from numba_atomflow import home
 from numba_atomflow.errors import HubError
+from numba_atomflow.foreign import short
 from numba_atomflow.sources.huggingface import CONFIG, INDEX, SINGLE, shard_names
 from numba_atomflow.sources.huggingface_text import TEXT_FILES, other_tokenizer
 from numba_atomflow.sources.huggingface_tokens import TOKENIZER
@@ -120,7 +121,7 @@ def _listing(model: HubModel, endpoint: str | None) -> tuple[str, dict[str, _Rem
 
 def _wanted(model: HubModel, files: dict[str, _RemoteFile], name: str) -> _RemoteFile:
     if name not in files:
-        raise HubError(f"{model.repo} on the hub has no file {name}; look at its list of files there.")
+        raise HubError(f"{model.repo} on the hub has no file {short(name)}; look at its list of files there.")
     return files[name]
 
 
@@ -152,9 +153,10 @@ class _Download:
                 f"{self.model.repo} needs {total / 1e6:.0f} MB in {self.folder}, but only {free / 1e6:.0f} MB are "
                 "free; make room, or set NUMBA_ATOMFLOW_HOME to another disk."
             )
+        to_fetch = {file.name for file in missing}
         for file in files:
             self.report(file.name, done, total)
-            if file in missing:
+            if file.name in to_fetch:
                 self._get(file, done, total)
             done += file.size
 

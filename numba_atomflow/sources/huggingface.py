@@ -32,6 +32,7 @@ LARGEST_SCALE = LARGEST_WEIGHT / LARGEST  # see `check_finite`
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BASE_EMBEDDING = "embed_tokens.weight"  # of a base model, saved without the class around it that has the head
+_LONGEST_NAME = 255  # bytes of a file's name on all usual file systems
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer of constants, which old checkpoints store
 
 
@@ -219,7 +220,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:
     shards = []
     for file_name in shard_names(index):
         if not (folder / file_name).exists():
-            raise SourceError(f"{index} names {file_name}, which is not in {folder}; get the complete model.")
+            raise SourceError(f"{index} names {short(file_name)}, which is not in {folder}; get the complete model.")
         shards.append(_tensor_file(folder / file_name))
     _check_index(index, weight_map, shards)
     return (index,), shards
@@ -258,7 +259,7 @@ def _check_index(index: Path, weight_map: dict[str, str], shards: list[TensorFil
             found[name] = shard.path.name
     for name, file_name in weight_map.items():
         if found.get(name) != file_name:
-            raise SourceError(f"{index} says that {file_name} holds the tensor {short(name)}, but it does not.")
+            raise SourceError(f"{index} says that {short(file_name)} holds the tensor {short(name)}, but it does not.")
 
 
 def _is_file_name(value: Any) -> bool:
@@ -266,7 +267,7 @@ def _is_file_name(value: Any) -> bool:
     return (
         isinstance(value, str)
         and value not in {"", ".", ".."}
-        and len(value) < 256
+        and len(value.encode()) <= _LONGEST_NAME
         and not {"/", "\\", "\0"} & set(value)
     )
 

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from gguf import GGMLQuantizationType
-from tiny_models import CHAT_TEMPLATE, random_weights, write_gguf, write_hf_folder
+from tiny_models import BOS, CHAT_TEMPLATE, EOS, PAD, random_weights, safetensors_bytes, write_gguf, write_hf_folder
 from toy_tokenizers import byte_level, sentencepiece
 
 from numba_atomflow import Engine, SamplingParams, bench, cli
@@ -83,6 +84,8 @@ def make_bases(fixtures: Path, scratch: Path) -> dict[str, list[Files]]:
     write_hf_folder(scratch / "sharded", small, dtype="F16", shards=2)
     write_hf_folder(scratch / "scaled", small, dtype="F16")
     _scale_rope(scratch / "scaled" / "config.json")
+    write_hf_folder(scratch / "fp8", small, dtype="F16")
+    _quantise(scratch / "fp8")
     for name in ("gguf", "quantised"):
         (scratch / name).mkdir()
     write_gguf(scratch / "gguf" / MODEL_GGUF, small, tokenizer=True)
@@ -91,7 +94,7 @@ def make_bases(fixtures: Path, scratch: Path) -> dict[str, list[Files]]:
     convert(scratch / "hf", scratch / "fp16" / MODEL, head="fp16")
     return {
         "checkpoint": [{MODEL: (fixtures / MODEL).read_bytes()}, _files(scratch / "fp16")],
-        "folder": [_files(scratch / name) for name in ("hf", "sharded", "scaled")],
+        "folder": [_files(scratch / name) for name in ("hf", "sharded", "scaled", "fp8")],
         "gguf": [_files(scratch / name) for name in ("gguf", "quantised")],
         "template": [{"template.jinja": text.encode()} for text in TEMPLATES],
         "tokenizer": [{"tokenizer.json": make()[0].to_str().encode()} for make in (byte_level, sentencepiece)],
@@ -118,6 +121,32 @@ def _scale_rope(path: Path) -> None:
         "original_max_position_embeddings": 128,
     }
     path.write_text(json.dumps(config))
+
+
+def _quantise(folder: Path) -> None:
+    """One projection in FP8, with a scale per row; and the files for text that a folder may have besides."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    data = (folder / MODEL).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name, end, rows = "model.layers.0.mlp.down_proj.weight", len(data) - 8 - length, GEOMETRY.hidden
+    codes = bytes(i % 0x7F for i in range(rows * GEOMETRY.ffn))
+    scales = np.full((rows, 1), 0.01, np.float32).tobytes()
+    header["rotary_emb.inv_freq"] = header.pop(name)  # the bytes stay, under a name that is ignored
+    header[name] = {"dtype": "F8_E4M3", "shape": [rows, GEOMETRY.ffn], "data_offsets": [end, end + len(codes)]}
+    end += len(codes)
+    header[f"{name}_scale"] = {"dtype": "F32", "shape": [rows, 1], "data_offsets": [end, end + len(scales)]}
+    (folder / MODEL).write_bytes(safetensors_bytes(header, data[8 + length :] + codes + scales))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": BOS, "eos_token": {"content": EOS}}))
+    (folder / "added_tokens.json").write_text(json.dumps({PAD: 2}))
+    (folder / "chat_template.jinja").write_text(TEMPLATES[1])
 
 
 def _ground_truth(fixtures: Path, scratch: Path) -> bytes:
