@@ -139,6 +139,10 @@ class ChatSession:
                 f"The conversation no longer fits the context of {self.engine.max_seq_len} tokens; "
                 "start a new one with /reset, shorten the message, or come back with a larger --max-seq-len."
             ) from error
+        except AtomFlowError:
+            if generation is not None and generation.text and not self.as_json:
+                output.emit("\n")  # the error goes to a line of its own
+            raise
         if generation is None or (not generation.text and generation.finish_reason == "interrupted"):
             output.say("\n[stopped before the first word; your message is not kept]")
             return
