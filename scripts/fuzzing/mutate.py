@@ -23,7 +23,7 @@ def mutate(rng: random.Random, name: str, data: bytes) -> bytes:
             continue
         try:
             data = structured(rng, data)
-        except (ValueError, KeyError, IndexError, RecursionError):  # damaged too much already
+        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError):  # damaged too much already
             data = _damage_bytes(rng, data)
     return data
 
@@ -233,7 +233,8 @@ def _damage_safetensors(rng: random.Random, data: bytes) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header, body = data[8 : 8 + length], data[8 + length :]
     if rng.random() < 0.1:
-        return rng.choice((0, 1, 2, length + 1, length - 1, 2**63, len(data) - 8)).to_bytes(8, "little") + header + body
+        other = rng.choice((0, 1, 2, length + 1, length - 1, 2**63, len(data) - 8))
+        return (other % 2**64).to_bytes(8, "little") + header + body
     text = _damage_json(rng, header)
     if rng.random() < 0.5:
         text += b" " * (-(len(text) - length) % 128)  # what follows stays where the alignment wants it

@@ -124,7 +124,7 @@ def test_minimising_ends_after_so_many_runs() -> None:
 def test_what_is_damaged_already_can_be_damaged_again(name: str, data: bytes) -> None:
     import random
 
-    for seed in range(20):
+    for seed in range(200):
         assert isinstance(mutate(random.Random(seed), name, data), bytes)
 
 
