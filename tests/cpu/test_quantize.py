@@ -226,12 +226,12 @@ def test_texts_that_cannot_be_used(tmp_path: Path, text_file: Path) -> None:
 
     def refused(error: type[Exception], fragment: str, **arguments: Any) -> None:
         with pytest.raises(error, match=fragment):
-            convert(tmp_path / "hf", tmp_path / "out" / "model", **arguments)
+            convert(tmp_path / "hf", tmp_path / "out" / "model", warn=lambda _: None, **arguments)
         assert not (tmp_path / "out").exists()
 
     short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
     short.write_text("too short")
-    latin.write_bytes(b"\xff\xfe")
+    latin.write_bytes(b"caf\xe9")
     refused(OptionError, "short.txt has 9 tokens, too few", method="gptq", calibration=short)
     refused(TextError, "latin.txt is not UTF-8", method="gptq", calibration=latin)
     refused(TextError, "none.txt cannot be read", method="gptq", calibration=tmp_path / "none.txt")
