@@ -108,7 +108,7 @@ class TemplateProcess:
                     env=environment,
                     start_new_session=True,  # Ctrl-C is for the program that asks
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # TypeError: an embedded Python may not know its program
             own.close()
             raise TextError(
                 f"The process that renders the model's chat template cannot be started ({error}); check that "
