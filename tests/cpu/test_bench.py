@@ -147,6 +147,7 @@ def test_the_cpu_backend_has_one_ceiling(monkeypatch: pytest.MonkeyPatch) -> Non
         assert engine.backend.ceilings() == {"memory read": 12.5}
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing() -> None:
     times = measure_compile_times(tiny_geometry(), max_seq_len=16, threads=1)
     assert times.warm * 2 < times.cold

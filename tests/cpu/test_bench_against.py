@@ -85,6 +85,7 @@ def test_sides_alternate_and_the_first_turn_is_thrown_away() -> None:
     assert "2.000 (2.000-2.800)" in lines[1]
 
 
+@pytest.mark.slow
 def test_a_slower_tree_is_found(tmp_path: Path) -> None:
     """A copy of this tree whose decode steps sleep."""
     slow = tmp_path / "slow"

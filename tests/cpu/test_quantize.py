@@ -184,6 +184,7 @@ def test_channel_scales_of_silent_and_loud_channels() -> None:
 # --- a whole model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("head", ["fp8", "fp16"])
 @pytest.mark.parametrize("method", ["awq", "gptq"])
@@ -209,6 +210,7 @@ def test_a_calibrated_checkpoint(tmp_path: Path, text_file: Path, method: Method
         assert relative_l2(logits, engine.feed(tokens, all_logits=True)) < 0.2  # another rounding of the same model
 
 
+@pytest.mark.slow
 def test_the_default_text_is_long_and_the_same_every_time() -> None:
     text = documentation_strings()
     assert len(text) > 200_000
@@ -261,6 +263,7 @@ def start(tmp_path: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
 
 
+@pytest.mark.slow
 def test_a_killed_quantisation_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, text_file: Path) -> None:
     write_hf_folder(tmp_path / "hf", geometry(layers=5))
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -301,6 +304,7 @@ def stop_at(layer: int) -> Any:
     return report
 
 
+@pytest.mark.slow
 def test_finished_layers_are_of_use_for_the_same_job_only(tmp_path: Path, text_file: Path) -> None:
     write_hf_folder(tmp_path / "hf", geometry(layers=3))
     arguments: dict[str, Any] = {"method": "gptq", "calibration": text_file}
@@ -368,6 +372,7 @@ print(peak())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_one_layer(tmp_path: Path, text_file: Path) -> None:
     peaks, sizes = [], []

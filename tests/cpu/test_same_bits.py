@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from child_processes import run
 from cli_runner import ROOT, environment
 
@@ -16,6 +17,7 @@ def run_kernels(home: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     return answer
 
 
+@pytest.mark.slow
 def test_bits_whatever_the_process_has_compiled_or_loaded_before(tmp_path: Path) -> None:
     everything = run_kernels(tmp_path / "a", ["static", "paged", "norm"])
     assert all(everything["code"].values()), "nothing was compiled"

@@ -76,18 +76,21 @@ def test_the_prompts_are_short_and_long(prompts: dict[str, list[int]]) -> None:
     assert 150 < lengths[-1] <= 200
 
 
+@pytest.mark.sampled(1)
 @each_prompt
 def test_logits_of_a_block(engine: Engine, prompts, expected, name: str) -> None:
     engine.reset()
     check(engine.feed(prompts[name], all_logits=True), expected[name])
 
 
+@pytest.mark.sampled(1)
 @each_prompt
 def test_logits_token_by_token(engine: Engine, prompts, expected, name: str) -> None:
     engine.reset()
     check(np.stack([engine.feed([token]) for token in prompts[name]]), expected[name])
 
 
+@pytest.mark.sampled(1)
 @each_prompt
 def test_64_greedy_tokens(engine: Engine, reference: Reference, prompts, name: str) -> None:
     engine.reset()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from child_processes import run
 from cli_runner import ROOT, environment
 
@@ -53,6 +54,7 @@ def record(home: Path, lines: str, tree: Path = ROOT) -> tuple[list[str], Any]:
     return told["compiled"], told["result"]
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
     lines = GENERATE.format(model=str(tiny_checkpoint))
     first, tokens = record(tmp_path, lines)
@@ -95,6 +97,7 @@ def test_an_edit_in_a_function_that_a_kernel_calls_compiles_anew(tmp_path: Path)
     assert record(tmp_path, ONE_KERNEL, tree) == ([], before)
 
 
+@pytest.mark.slow
 def test_damaged_compiled_code_is_compiled_again(tmp_path: Path) -> None:
     first, result = record(tmp_path, ONE_KERNEL)
     (index,) = tmp_path.rglob("projection.swiglu*.nbi")

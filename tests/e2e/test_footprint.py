@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWANCE = 350_000_000  # bytes above the checkpoint's own size
 
@@ -34,6 +36,7 @@ def test_peak_memory_is_the_checkpoint_and_350_mb(smollm2_checkpoint: Path) -> N
     assert max(peaks) <= limit, f"{peaks} bytes at the peak, allowed {limit}"
 
 
+@pytest.mark.slow
 def test_decoding_beats_numpy_by_half(smollm2_checkpoint: Path) -> None:
     command = [sys.executable, "scripts/bench_numpy.py", str(smollm2_checkpoint), "-n", "16", "-p", "128", "-r", "4"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

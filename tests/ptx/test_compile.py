@@ -24,6 +24,9 @@ WEIGHT_LOAD = "ld.global.nc.L1::no_allocate.v4.u32"
 CATALOGUES = {cc: {entry.name: entry for entry in catalogue(cc)} for cc in ARCHITECTURES}
 # Kernels of the same name one after the other: architectures with the same abilities share what is slow.
 CASES = sorted(((name, cc) for cc in ARCHITECTURES for name in CATALOGUES[cc]), key=lambda case: case[0])
+# What --fast compiles: what is quick on every architecture, and one projection, attention and sampler of each kind.
+QUICK = {"advance", "advance_sampled", "argmax", "embed_x1", "read", "repack"}
+FAST = {("attention_x1", (9, 0)), ("qkv_x1", (8, 0)), ("gate_up_x5", (8, 9)), ("down_x1", (12, 0)), ("sample", (9, 0))}
 
 
 @lru_cache(maxsize=2)
@@ -42,7 +45,14 @@ def lower(entry: Entry) -> tuple[Any, tuple[int, int]]:
     return library, bounds
 
 
-@pytest.mark.parametrize(("name", "cc"), CASES, ids=lambda x: x if isinstance(x, str) else f"sm_{x[0]}{x[1]}")
+@pytest.mark.parametrize(
+    ("name", "cc"),
+    [
+        pytest.param(*case, marks=[] if case[0] in QUICK or case in FAST else pytest.mark.slow, id=f"{case[0]}-sm_{cc}")
+        for case in CASES
+        for cc in ["".join(map(str, case[1]))]
+    ],
+)
 def test_machine_code(name: str, cc: tuple[int, int]) -> None:
     entry = CATALOGUES[cc][name]
     library, (threads, blocks) = lower(entry)

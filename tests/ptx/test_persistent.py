@@ -26,6 +26,7 @@ SMOLLM2 = tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, 
 LLAMA = tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "model", "geometry"),
     [("persistent", "SmolLM2", SMOLLM2), ("persistent", "Llama 1B", LLAMA), ("publish", "SmolLM2", SMOLLM2)],

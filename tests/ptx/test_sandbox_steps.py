@@ -48,6 +48,7 @@ def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple
     return made
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["paged", "static"])
 @pytest.mark.parametrize("chip", [H100, RTX_4090], ids=["H100", "RTX 4090"])
 @pytest.mark.parametrize("geometry", [tiny_geometry(), PRESETS["llama-3.2-3b"], PRESETS["llama-3.1-8b"]], ids=str)

@@ -64,6 +64,7 @@ def test_argmax(case: TokenCase) -> None:
     check_argmax(case)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_sample(case: TokenCase) -> None:
     check_sample(case)

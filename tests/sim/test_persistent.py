@@ -17,11 +17,13 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent import kernel
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_op_by_op_and_as_a_whole(case: PersistentCase) -> None:
     check_ops(case)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.usefixtures("all_blocks_at_once")
 @pytest.mark.parametrize("case", CASES_OF_MANY_BLOCKS, ids=str)
 def test_a_step_of_many_blocks(case: PersistentCase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +47,7 @@ def test_a_step_of_many_blocks(case: PersistentCase, monkeypatch: pytest.MonkeyP
     assert asked or case.ffn < 1000  # there the ring is never full for long
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_blocks_at_once")
 def test_the_most_likely_token_is_handed_over_by_the_last_block() -> None:
     check_choosing(CASES_OF_MANY_BLOCKS[1])

@@ -86,6 +86,7 @@ def plain(view: View, kind: str) -> NDArray[Any]:
     return view.host_array().reshape(-1).view(kind.removesuffix("*"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["paged", "static"])
 @pytest.mark.parametrize("columns", [1, 3])
 def test_a_step_is_that_of_the_cpu(layout: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
