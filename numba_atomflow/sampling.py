@@ -35,7 +35,8 @@ class SamplingParams:
             negative; 1 changes nothing. Source: Keskar et al., "CTRL" (2019).
         seed: of the random draws; None takes a fresh one for every reply. The same seed gives the same text if the
             reply also starts from the same KV cache (`Engine.reset`): what is still in it of the prompt is not computed
-            again, and in steps of other widths a GPU rounds otherwise.
+            again, and in steps of other widths a GPU rounds otherwise. CPU and GPU part after a few sampled tokens:
+            their logits differ by rounding (docs/cuda-backend.md).
         max_tokens: most tokens to generate; None goes on to the end of the context.
         stop: strings that end the reply; they are not part of the text.
         ignore_eos: go on after an end-of-sequence token (for benchmarks).
