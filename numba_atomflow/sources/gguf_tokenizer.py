@@ -77,8 +77,8 @@ def assets_from_gguf(values: Mapping[str, Any], where: object = "The GGUF file")
         )
     vocabulary = _vocabulary(fields, kind)
     eos_ids = _end_of_reply_ids(vocabulary)
+    _make_markers_control(vocabulary)
     if kind == "gpt2":
-        _make_markers_control(vocabulary)
         pre_tokenizer = _pre_tokenizer(vocabulary)
         body = _byte_level(vocabulary, pre_tokenizer)
         adds_bos = pre_tokenizer.adds_bos
@@ -197,7 +197,7 @@ def _end_of_reply_ids(vocabulary: _Vocabulary) -> tuple[int, ...]:
 
 
 def _make_markers_control(vocabulary: _Vocabulary) -> None:
-    """Tokens spelt ``<|name|>`` are control tokens: byte-level splittings cut such a text, so no merge makes it.
+    """Tokens spelt ``<|name|>`` are control tokens: no vocabulary learns such a mixture of letters and signs from text.
 
     llama.cpp's converter types added tokens of this spelling so as well; files of others may type them as normal, and
     the markers of a chat would be cut into characters.
@@ -253,7 +253,7 @@ def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
     """
     fields = vocabulary.fields
     supported = ", ".join(gguf_pre_tokenizer.NAMED)
-    name = fields.value("tokenizer.ggml.pre", str, "default")
+    name = fields.value("tokenizer.ggml.pre", str) or "default"
     if name in gguf_pre_tokenizer.NAMED:
         return gguf_pre_tokenizer.NAMED[name]
     if name != "default":

@@ -52,11 +52,26 @@ def _record(path: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
     for name, value in record.items():
         if isinstance(value, dict):
             raise SourceError(f"{path} has a RoPE of its own for {short(name)} ({key}), which is not supported.")
+    _check_kind(path, record)
     return record
 
 
 def _kind(record: Mapping[str, Any]) -> Any:
     return record.get("rope_type", record.get("type", "default"))
+
+
+def _check_kind(path: Path, record: Mapping[str, Any]) -> None:
+    """The two keys for the kind agree, and a factor is not left without one: transformers would not scale then."""
+    kinds = [record[key] for key in _KINDS if key in record]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise SourceError(
+            f"{path} has a RoPE of rope_type {shown(kinds[0])} and of type {shown(kinds[1])}; keep one of the two."
+        )
+    if not kinds and record.get("factor", 1) != 1:
+        raise SourceError(
+            f"{path} has a RoPE scaling factor {shown(record['factor'])} without rope_type; say which type it is, or "
+            "remove the factor."
+        )
 
 
 def _check_that_nothing_is_lost(path: Path, parameters: Mapping[str, Any], used: Mapping[str, Any]) -> None:

@@ -92,6 +92,7 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
             *_warnings_of_eos(folder, listed, vocabulary),
             *_warnings_of_tokens(folder, ids, vocabulary),
             *_warnings_of_text(folder, contents, records),
+            *_warnings_of_bos(folder, named, wanted=add_bos),
         ),
     )
     return assets, tuple(folder / name for name in contents)
@@ -171,6 +172,14 @@ def _warnings_of_text(folder: Path, contents: Mapping[str, bytes], records: Reco
         yield (
             f"{folder / TOKENIZER_CONFIG} sets split_special_tokens, which is not followed: a special token that a "
             "text spells becomes that token."
+        )
+
+
+def _warnings_of_bos(folder: Path, named: Mapping[str, str], *, wanted: bool) -> Iterator[str]:
+    if wanted and not named.get("bos_token"):
+        yield (
+            f"{folder / TOKENIZER_CONFIG} sets add_bos_token, but the folder names no bos_token: texts are encoded as "
+            f"{TOKENIZER} says."
         )
 
 

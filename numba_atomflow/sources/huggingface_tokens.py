@@ -33,6 +33,7 @@ ADDED_TOKENS = "added_tokens.json"
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DECODER, _EXTRA, _ADDITIONAL = "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"
+_MODEL_SPECIFIC = "model_specific_special_tokens"  # named tokens as transformers 5 saves them
 _ID = re.compile(r"[0-9]{1,10}")
 
 Records = Mapping[str, Mapping[str, Any]]  # contents of the folder's JSON files, by file name
@@ -218,6 +219,8 @@ def _special_tokens(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, _T
     if isinstance(extra, dict):
         named |= {name: _token(path, name, token) for name, token in extra.items()}
         extra = []
+    if named.keys() <= set(_NAMES):  # as in transformers: names elsewhere go instead of these
+        named |= {name: _token(path, name, token) for name, token in mapping(path, record, _MODEL_SPECIFIC).items()}
     return named, _tokens(path, _EXTRA, extra), _tokens(path, _ADDITIONAL, record.get(_ADDITIONAL) or [])
 
 

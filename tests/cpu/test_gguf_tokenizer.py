@@ -66,7 +66,7 @@ def pre_pieces(tokenizer: Tokenizer, text: str) -> list[tuple[str, tuple[int, in
     return tokenizer.pre_tokenizer.pre_tokenize_str(text)
 
 
-@pytest.mark.parametrize("stated", [None, "default"])
+@pytest.mark.parametrize("stated", [None, "default", ""])
 @pytest.mark.parametrize(("pre", "family"), [("gpt-2", "GPT-2"), ("smollm", "SmolLM"), ("qwen2", "Qwen2")])
 def test_a_pre_tokenizer_that_is_not_named_is_recognised_by_the_vocabulary(
     pre: str, family: str, stated: str | None
@@ -204,6 +204,10 @@ def test_markers_of_a_chat_are_whole_whatever_their_type() -> None:
     (warning,) = assets.warnings
     assert warning.startswith("some.gguf does not mark 2 tokens spelt like <|im_start|> as control tokens")
     assert TextCodec(assets).encode("<|im_start|><|user|>") == [2, 3]
+    _, fields = sentencepiece(["<|im_start|>", "<|user|>"])
+    assets = assets_from_gguf(retyped(retyped(fields, 3, NORMAL), 4, NORMAL))
+    assert len(assets.warnings) == 1
+    assert TextCodec(assets).encode("<|im_start|><|user|>") == [1, 3, 4]
 
 
 def test_a_sentencepiece_without_token_types_has_its_bytes_and_special_tokens() -> None:

@@ -55,8 +55,8 @@ def random_names(rng: random.Random, where: str) -> dict[str, Any]:
             record[name] = {"__type": "AddedToken", "content": record[name], "normalized": rng.random() < 0.5}
     if rng.random() < 0.4:
         record[rng.choice(["extra_special_tokens", "additional_special_tokens"])] = pool[:2]
-    elif where != "map" and rng.random() < 0.3:
-        record["extra_special_tokens"] = {"call_token": pool[0]}
+    elif where != "map" and rng.random() < 0.5:
+        record[rng.choice(["extra_special_tokens", "model_specific_special_tokens"])] = {"call_token": pool[0]}
     return record
 
 
@@ -246,6 +246,14 @@ def test_tokens_beyond_the_embedding_are_told(tmp_path: Path) -> None:
 def test_what_is_not_followed_is_told(tmp_path: Path) -> None:
     (warning,) = assets(write_folder(tmp_path, {"split_special_tokens": True})).warnings
     assert "split_special_tokens, which is not followed" in warning
+
+
+@pytest.mark.parametrize("bos", [{}, {"bos_token": None}, {"bos_token": ""}])
+def test_a_bos_that_is_wanted_and_not_named_is_told(tmp_path: Path, bos: dict[str, Any]) -> None:
+    text = assets(write_folder(tmp_path, bos | {"add_bos_token": True}))
+    assert not text.add_bos
+    (warning,) = text.warnings
+    assert "sets add_bos_token, but the folder names no bos_token" in warning
 
 
 # --- one BOS -------------------------------------------------------------------------------------------------------
