@@ -23,7 +23,7 @@ from typing import Any
 from numba_atomflow.errors import TextError
 
 CPU_SECONDS = 2.0  # of computing for one answer; ordinary templates take milliseconds
-WALL_SECONDS = 15.0  # the last resort, where the machine is so busy that the process does not get to compute
+WALL_SECONDS = 120.0  # until a process that neither answers nor computes is given up; a busy machine is no fault
 CHARACTERS = 1_000_000  # that a template may write, besides
 CHARACTERS_PER_CHARACTER = 8  # for each character of the conversation: JSON writes some as six
 LARGEST_ANSWER = 1 << 30  # bytes

@@ -127,7 +127,8 @@ def _render(template: jinja2.Template, variables: Mapping[str, Any], most: int) 
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return f"MemoryError: it needs more than {MEMORY >> 20} MB"
-    return " ".join(str(error)[: 2 * REASON].split())[:REASON] or type(error).__name__
+    reason = " ".join(str(error)[: 2 * REASON].split())[:REASON]
+    return reason or ("it gives no reason" if isinstance(error, _Refusal) else type(error).__name__)
 
 
 class _Refusal(jinja2.TemplateError):

@@ -76,7 +76,7 @@ def _quiet_panics() -> Iterator[None]:
 
 
 def check_growth(tokenizer: "Tokenizer") -> None:
-    """Refuse a tokenizer whose replacements, one after another, make a text longer without measure.
+    """Refuse a tokenizer whose steps, one after another, make a text longer without measure.
 
     Raises:
         TextError: they do.
@@ -103,4 +103,6 @@ def _growth(step: dict[str, Any]) -> float:
             return max(1.0, len(new) / max(len(old), 1))
         case {"type": "Replace", "content": str(new)}:  # of an expression, which may match one character
             return max(1.0, float(len(new)))
+        case {"type": "Prepend", "prepend": str(new)}:  # to a text of one character
+            return 1.0 + len(new)
     return 1.0

@@ -140,14 +140,16 @@ def invoke(arguments: Sequence[str]) -> int:
         where = at.command_path if at else PROGRAM
         message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
         message = " ".join(message.split()).rstrip(".")
-        raise OptionError(f"{message}{_dash_advice(arguments)}; see `{where} --help`.") from error
+        raise OptionError(f"{message}{_dash_advice(message, arguments)}; see `{where} --help`.") from error
     return 0
 
 
-def _dash_advice(arguments: Sequence[str]) -> str:
+def _dash_advice(message: str, arguments: Sequence[str]) -> str:
     """Words for a text or a file that was taken for an option; none if there is no sign of that."""
     no_option = re.compile(r"-(?!-?[A-Za-z]|$)|-[^-].*\s|--[^=]*\s")
-    mistaken = any(map(no_option.match, itertools.takewhile(lambda argument: argument != "--", arguments)))
+    mistaken = re.match("No such option: -[^-]", message) or any(
+        map(no_option.match, itertools.takewhile(lambda argument: argument != "--", arguments))
+    )
     return " (what begins with a dash is an option, unless -- stands before it)" if mistaken else ""
 
 

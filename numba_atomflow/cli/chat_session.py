@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow import home
+from numba_atomflow.arguments import file_path
 from numba_atomflow.cli import output
 from numba_atomflow.engine import Engine, Generation
 from numba_atomflow.errors import AtomFlowError, ContextError, DestinationError, TextError
@@ -188,7 +189,8 @@ class ChatSession:
                 self.engine.reset()
                 output.say("[new conversation]")
             case "/save", file if file:
-                self._save(home.expand_user(file))
+                name = os.fsdecode(file.encode(errors="surrogateescape"))  # the bytes typed, in every locale
+                self._save(home.expand_user(file_path("FILE", name)))
             case "/save", _:
                 output.say("Name the file: /save FILE")
             case _:

@@ -72,6 +72,23 @@ def test_what_a_template_may_not_take(source: str, fault: str) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ raise_exception('\\x1b[31m \\u202e') }}", r"refuses this conversation: \x1b[31m \u202e."),
+        ("{{ raise_exception('') }}", "refuses this conversation: it gives no reason."),
+        ("{% \x1b %}", r"not valid Jinja (unexpected char '\x1b' at 3)"),
+        ("{{ '\x1b'(1, **2) }}", "cannot be rendered"),
+        ("{{ messages['\x1b'].x }}", r"cannot be rendered ('list object' has no attribute '\x1b')"),
+    ],
+)
+def test_reasons_hold_no_control_characters(source: str, reason: str) -> None:
+    with pytest.raises(TextError) as error:
+        render(source)
+    assert reason in str(error.value)
+    assert str(error.value).isprintable()
+
+
 def test_time_is_counted_anew_for_each_answer() -> None:
     template = ChatTemplate("{% for i in range(99999) %}{% endfor %}{% for i in range(99999) %}{% endfor %}x", {})
     for _ in range(30):  # all of them together take more than one may

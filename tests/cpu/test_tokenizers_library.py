@@ -89,6 +89,7 @@ def test_a_template_that_names_an_unknown_token() -> None:
         {"normalizer": replacing(*[("a", "a" * 1000)] * 4)},
         {"normalizer": replacing(("a", "a" * 60), ("aa", "a" * 60))},
         {"normalizer": {"type": "Replace", "pattern": {"Regex": "."}, "content": "b" * 101}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "ab"}] * 5}},
         {"decoder": {"type": "Sequence", "decoders": replacing(*[("a", "a" * 1000)] * 40)["normalizers"]}},
     ],
 )

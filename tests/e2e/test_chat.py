@@ -118,6 +118,8 @@ def test_save_does_not_replace_a_file_of_others(
     assert precious.read_text() == "precious"
     say(monkeypatch, f"/save {tmp_path / 'nowhere' / 'x.json'}")
     assert_refused(cli("chat", "--model", tiny_checkpoint), "nowhere")
+    say(monkeypatch, "/save a\0b")
+    assert_refused(cli("chat", "--model", tiny_checkpoint), r"FILE is 'a\x00b'")
 
 
 def test_a_conversation_that_no_longer_fits(

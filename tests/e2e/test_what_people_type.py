@@ -23,12 +23,16 @@ def test_a_prompt_in_the_c_locale(cli: InProcess, cli_home: Path, tiny_checkpoin
     assert json.loads(got.out)["stats"]["prompt_tokens"] == expected["stats"]["prompt_tokens"]
 
 
-def test_chat_and_its_output_in_the_c_locale(cli_home: Path, tiny_checkpoint: Path) -> None:
+def test_chat_and_what_it_writes_in_the_c_locale(cli_home: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     chat = ["chat", "--model", tiny_checkpoint, "-n", 8, "--threads", 1, "--quiet"]
-    given = f"\ufeff{TEXT}\n{TEXT}\n"
+    saved = tmp_path / "Grüße"
+    given = f"\ufeff{TEXT}\n{TEXT}\n/save {saved}\n"
+    in_c = run_cli(cli_home, *chat, stdin=given, env=C_LOCALE)
+    assert in_c.code == 0
+    record = saved.read_text(encoding="utf-8")
+    saved.unlink()
     plain = run_cli(cli_home, *chat, stdin=given.removeprefix("\ufeff"))
-    assert plain.code == 0
-    assert run_cli(cli_home, *chat, stdin=given, env=C_LOCALE) == plain
+    assert (plain.code, plain.out, saved.read_text(encoding="utf-8")) == (0, in_c.out, record)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="names of files are bytes on POSIX systems")
@@ -47,7 +51,7 @@ def test_bytes_that_are_no_text(cli_home: Path, tiny_checkpoint: Path, tmp_path:
     assert done.stderr == b"error: The prompt is not UTF-8 text (byte 2); give it in UTF-8.\n"
 
 
-@pytest.mark.parametrize("prompt", ["- buy milk", "-5", "-nice weather", "--- a/file", "-", "—"])
+@pytest.mark.parametrize("prompt", ["- buy milk", "-5", "-nice weather", "-hello", "--- a/file", "-", "—"])
 def test_a_prompt_that_begins_with_a_dash(cli: InProcess, tiny_checkpoint: Path, prompt: str) -> None:
     words = ["--model", tiny_checkpoint, "-n", 1, "-q", "--threads", 1]
     if prompt not in {"-", "—"}:  # standard input, and no dash of an option
