@@ -59,9 +59,11 @@ class Weights:
         return cls(projections, norms, {name: view for name, view in tensors.items() if name.endswith("_bias")})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """One stage of the step. The fields of its subclasses name every tensor that it touches.
+
+    Two ops are never equal: the methods that compare them would cost every start of the program some 5 ms.
 
     Attributes:
         READS: fields with activations that the op reads (the KV cache and tables not counted).
@@ -102,7 +104,7 @@ class Op:
         return self.weight_bytes + self.cache_bytes(length) + activations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Embed(Op):
     """residual = embedding[tokens]."""
 
@@ -120,7 +122,7 @@ class Embed(Op):
         return self.embedding.nbytes * self.tokens.shape[0] // self.embedding.rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Qkv(Op):
     """Norm, project to q, k and v, rotate q and k, append k and v to the cache.
 
@@ -151,7 +153,7 @@ class Qkv(Op):
     WEIGHTS = ("norm", "weight", "bias", "q_norm", "k_norm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention(Op):
     """Grouped-query attention of q over the layer's cache."""
 
@@ -169,7 +171,7 @@ class Attention(Op):
         return 2 * length * self.keys.nbytes // self.keys.shape[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProjectAdd(Op):
     """residual += weight * x: the output projection of attention, and the MLP's down projection."""
 
@@ -182,7 +184,7 @@ class ProjectAdd(Op):
     WEIGHTS = ("weight",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GateUp(Op):
     """Norm, project to gate and up, y = silu(gate) * up."""
 
@@ -197,7 +199,7 @@ class GateUp(Op):
     WEIGHTS = ("norm", "weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary(Op):
     """Final norm of the rows whose logits are wanted, and logits = weight * normed."""
 
@@ -212,7 +214,7 @@ class Vocabulary(Op):
     WEIGHTS = ("norm", "weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample(Op):
     """Choose the next token from the logits, and put it where the next step's embedding looks."""
 
@@ -223,7 +225,7 @@ class Sample(Op):
     WRITES = ("token",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Advance(Op):
     """position += tokens: the step's last op, so that nothing outside has to patch the next one."""
 

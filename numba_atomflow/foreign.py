@@ -11,6 +11,7 @@ import reprlib
 from typing import Any
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # in JSON's own spelling, or bare
+_WHITE_LINES = re.compile(r"\s*\n\s*")
 MOST_DIGITS = 1000  # of an integer in JSON; Python converts no more than 4,300
 _LONGEST = 80  # characters of a value in a message
 
@@ -45,8 +46,8 @@ def load_json(text: str | bytes, *, unique: bool = False) -> Any:
 
 
 def shown(value: object) -> str:
-    """A value for a message: its `repr`, cut to a few dozen characters, whatever it is and however large."""
-    return _cut(_REPR.repr(value))
+    """A value for a message: its `repr` on one line, cut to a few dozen characters, whatever it is."""
+    return _cut(_WHITE_LINES.sub(" ", _REPR.repr(value)))
 
 
 def short(text: str) -> str:

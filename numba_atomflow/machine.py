@@ -1,12 +1,10 @@
 """What figures were taken with: hardware, driver, versions, commit."""
 
-import ctypes
 import os
 import platform
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,8 @@ def versions() -> dict[str, str | None]:
 
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, or None."""
+    from importlib import metadata  # slow to import, and --help does without
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -84,6 +84,8 @@ def nvidia_driver(file: Path = _DRIVER) -> str | None:
 
 def cuda_driver() -> str | None:
     """The CUDA version that the NVIDIA driver supports, or None: asked of the driver itself, without any package."""
+    import ctypes
+
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         version = ctypes.c_int()

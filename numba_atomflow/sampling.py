@@ -97,9 +97,13 @@ def _converted(name: str, value: object, default: object) -> object:
 def _stop_strings(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
+    wrong = f"stop is {shown(value)}; it must be a string, or a list of strings."
     if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
-        raise OptionError(f"stop is {shown(value)}; it must be a string, or a list of strings.")
-    texts = tuple(str(text) if isinstance(text, str) else text for text in value)  # NumPy's strings are subclasses
+        raise OptionError(wrong)
+    try:
+        texts = tuple(str(text) if isinstance(text, str) else text for text in value)  # NumPy's are subclasses
+    except TypeError:  # an array without dimensions cannot be iterated over
+        raise OptionError(wrong) from None
     if not all(isinstance(text, str) and text for text in texts):
         raise OptionError("stop holds an empty string, or what is no string; give at least one character.")
     return texts

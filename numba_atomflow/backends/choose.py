@@ -1,14 +1,16 @@
 """Which backend runs a model: the GPU where there is a usable one, else the CPU."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Decode
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.resources import DeviceResources
+
+if TYPE_CHECKING:
+    from numba_atomflow.resources import DeviceResources
 
 BackendName = Literal["auto", "cpu", "cuda"]
 NAMES = ("auto", "cpu", "cuda")
@@ -36,11 +38,13 @@ def check_decode(decode: str, backend: BackendName, threads: int | None) -> None
 
 def gpu_is_usable() -> bool:
     """Whether this machine has a GPU, a driver, the bindings and the compiler that the CUDA backend needs."""
+    from numba_atomflow.resources import DeviceResources
+
     with DeviceResources() as probe:
         return _opened(probe)
 
 
-def _opened(probe: DeviceResources) -> bool:
+def _opened(probe: "DeviceResources") -> bool:
     """Open the GPU; whether there is one, and the compiler for it (the extras cu12 and cu13 bring it)."""
     try:
         probe.open()
@@ -79,12 +83,14 @@ def make_backend(
         name = "cuda"
     if name == "cuda" and threads is not None:
         raise OptionError("--threads is for the CPU backend; leave it out, or use --backend cpu.")
-    with DeviceResources() as probe:  # kept open meanwhile, so that the context need not be made twice
-        if name == "cuda" or (name == "auto" and threads is None and _opened(probe)):
-            # numba is slow to import: not before it is needed.
-            from numba_atomflow.backends.cuda.backend import CudaBackend
+    if name == "cuda" or (name == "auto" and threads is None):
+        from numba_atomflow.resources import DeviceResources  # the CPU backend does without
 
-            return CudaBackend(geometry, weights, max_seq_len, decode=decode)
+        with DeviceResources() as probe:  # kept open meanwhile, so that the context need not be made twice
+            if name == "cuda" or _opened(probe):
+                from numba_atomflow.backends.cuda.backend import CudaBackend
+
+                return CudaBackend(geometry, weights, max_seq_len, decode=decode)
     from numba_atomflow.backends.cpu import CpuBackend
 
     return CpuBackend(geometry, dict(weights), max_seq_len, threads, check_weights=check_weights)

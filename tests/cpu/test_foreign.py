@@ -1,5 +1,6 @@
 """Values from files of others in messages, and JSON of others."""
 
+import numpy as np
 import pytest
 
 from numba_atomflow.foreign import load_json, short, shown
@@ -15,6 +16,7 @@ from numba_atomflow.foreign import load_json, short, shown
         (2**63, "9223372036854775808"),
         pytest.param(10**5000, "<16610 bits>", id="an integer that Python refuses to print"),
         ("\x1b[2J", r"'\x1b[2J'"),
+        pytest.param(np.zeros((2, 1)), "array([[0.], [0.]])", id="a repr of two lines"),
     ],
 )
 def test_a_value_is_shown(value: object, expected: str) -> None:

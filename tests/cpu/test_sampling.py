@@ -333,6 +333,7 @@ def test_a_penalty_that_leads_below_float32_excludes_a_token(params: dict[str, A
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"stop": ""}, "stop holds an empty string"),
         ({"stop": ("a", "")}, "stop holds an empty string"),
+        ({"stop": np.array("a")}, "stop is array"),
     ],
 )
 def test_every_option_out_of_range_is_named(options: dict[str, Any], named: str) -> None:
