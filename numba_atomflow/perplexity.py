@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.arguments import whole_number
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import OptionError, SourceError, TextError
+from numba_atomflow.foreign import shown
 from numba_atomflow.sampling import no_numbers
 
 DEFAULT_CONTEXT = 1024
@@ -74,12 +76,16 @@ def choose_windows(max_positions: int, context: int | None, stride: int | None) 
     Raises:
         OptionError: one is out of range.
     """
-    context = min(DEFAULT_CONTEXT, max_positions) if context is None else context
+    context = min(DEFAULT_CONTEXT, max_positions) if context is None else whole_number("context", context)
+    if max_positions < 2:
+        raise OptionError(
+            "The context has room for one token, and none for another to predict; two or more are needed."
+        )
     if not 2 <= context <= max_positions:
-        raise OptionError(f"context is {context}; this model allows 2 to {max_positions} tokens.")
-    stride = max(1, context // 2) if stride is None else stride
+        raise OptionError(f"context is {shown(context)}; this model allows 2 to {max_positions} tokens.")
+    stride = max(1, context // 2) if stride is None else whole_number("stride", stride)
     if not 1 <= stride < context:
-        raise OptionError(f"stride is {stride}; it must be from 1 to {context - 1}, below the context.")
+        raise OptionError(f"stride is {shown(stride)}; it must be from 1 to {context - 1}, below the context.")
     return context, stride
 
 

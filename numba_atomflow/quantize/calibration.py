@@ -72,6 +72,11 @@ def read_calibration(path: Path | None, assets: TextAssets, geometry: ModelGeome
             f"The tokenizer makes token {largest}, but the model has {geometry.vocabulary}; get the model again."
         )
     length = min(SEQUENCE_TOKENS, geometry.max_positions, len(before) + len(tokens)) - len(before)
+    if length < 1:
+        raise OptionError(
+            f"The model has {geometry.max_positions} positions, none of them left for a text; "
+            "quantise it by the method rtn, which needs no calibration."
+        )
     starts = np.linspace(0, len(tokens) - length, min(SEQUENCES, len(tokens) // length)).astype(int)
     rows = [[*before, *tokens[start : start + length]] for start in starts]
     return Calibration(name, np.array(rows, np.int32))

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,9 +122,11 @@ def test_a_reference_that_knows_nothing(engine: Engine) -> None:
         (601, None, "context is 601"),
         (10, 10, "stride is 10"),
         (10, 0, "stride is 0"),
+        (10.0, None, "context is 10.0; it must be a whole number"),
+        (10, "5", "stride is '5'; it must be a whole number"),
     ],
 )
-def test_windows_that_cannot_be(context: int, stride: int | None, fragment: str) -> None:
+def test_windows_that_cannot_be(context: Any, stride: Any, fragment: str) -> None:
     with pytest.raises(OptionError, match=fragment):
         choose_windows(600, context, stride)
 
@@ -132,6 +135,8 @@ def test_default_windows() -> None:
     assert choose_windows(8192, None, None) == (1024, 512)
     assert choose_windows(3, None, None) == (3, 1)
     assert choose_windows(8192, 2048, None) == (2048, 1024)
+    with pytest.raises(OptionError, match="room for one token"):
+        choose_windows(1, None, None)
 
 
 @pytest.mark.parametrize("text", ["", "a"])

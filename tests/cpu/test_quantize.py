@@ -223,6 +223,12 @@ def test_the_default_text_is_long_and_the_same_every_time() -> None:
     assert len({row.tobytes() for row in tokens}) == SEQUENCES
 
 
+def test_a_context_that_a_bos_fills_leaves_nothing_to_calibrate_with(text_file: Path) -> None:
+    assets = TextAssets(tiny_tokenizer().to_str().encode(), bos_token="<|bos|>", add_bos=True)
+    with pytest.raises(OptionError, match="1 positions, none of them left"):
+        read_calibration(text_file, assets, tiny_geometry(max_positions=1))
+
+
 def test_texts_that_cannot_be_used(tmp_path: Path, text_file: Path) -> None:
     write_hf_folder(tmp_path / "hf", geometry())
 
