@@ -164,6 +164,17 @@ def test_a_malformed_list_of_added_tokens(tmp_path: Path, added: Any) -> None:
         assets(tmp_path)
 
 
+@pytest.mark.parametrize("added", [{"<x>": 280}, {"<x>": 260, "<y>": 259}, {"": 259, "<x>": 260}, {"a": 259}, {BOS: 9}])
+def test_ids_that_the_tokenizers_library_does_not_give_are_refused(tmp_path: Path, added: dict[str, int]) -> None:
+    """It numbers added tokens by itself, whatever tokenizer.json says."""
+    record = json.loads(tiny_tokenizer().to_str())
+    flags = dict.fromkeys(FLAGS, False)
+    record["added_tokens"] += [{"id": token_id, "content": content} | flags for content, token_id in added.items()]
+    write_json(tmp_path / "tokenizer.json", record)
+    with pytest.raises(SourceError, match=r"tokenizer\.json gives the token '.* which the tokenizers library does not"):
+        assets(tmp_path)
+
+
 NAMED, NULL = {"bos_token": BOS, "eos_token": EOS}, {"bos_token": None, "eos_token": None}
 
 
