@@ -7,6 +7,7 @@ import typer
 
 from numba_atomflow.cli import measured, options, output
 from numba_atomflow.cli.measured import Format
+from numba_atomflow.errors import OptionError
 from numba_atomflow.tables import Style, render
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def profile(
     for option, path in (("--plot", plot), ("--timeline", timeline)):
         if path is not None:
             check_plot(path, option)
+    if depth >= chosen.geometry.max_positions:
+        raise OptionError(f"--depth is {depth}; this model allows 0 to {chosen.geometry.max_positions - 1}.")
     with chosen.open(backend, depth + 1, threads, decode) as engine, output.steps_bar() as progress:
         if timeline is not None:
             profiler.check_timeline(engine)

@@ -52,7 +52,7 @@ def test_a_plot(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_what_is_refused(cli: InProcess, tiny_checkpoint: Path) -> None:
     assert_refused(cli("profile", tiny_checkpoint, "--depth", "-1"), "depth is -1")
     assert_refused(cli("profile", tiny_checkpoint, "--repeats", 0), "repeats is 0")
-    assert_refused(cli("profile", tiny_checkpoint, "--depth", 512), "512")
+    assert_refused(cli("profile", tiny_checkpoint, "--depth", 512), "--depth is 512", "511")
     assert_refused(cli("profile", "--geometry", "llama-3.1-8b"), "--random-weights")
 
 
