@@ -53,7 +53,7 @@ if [ ${#here[@]} -eq 0 ] && [ ${#simulated[@]} -eq 0 ]; then
     ! compgen -G 'tests/sim/test_*.py' >/dev/null || simulated=(tests/sim)
     # Without further options it is the whole suite: a process for each core, and not every case unless asked for.
     if [ ${#options[@]} -eq 0 ]; then
-        ! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n "$(nproc)" --dist loadfile)
+        ! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n "$(nproc)" --dist worksteal)
         [ -n "$all" ] || options=(--fast)
     fi
 fi

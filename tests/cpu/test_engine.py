@@ -16,7 +16,7 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.checkpoint import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.engine import choose_max_seq_len
-from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError, TextError
+from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError, SourceWarning, TextError
 
 BOS, EOS, PAD = 0, 1, 2
 SCRIPT = "abcdefgé д😀XYZ"  # no byte twice; the last one is followed by the end of the sequence
@@ -452,7 +452,9 @@ def test_an_unknown_backend_or_checkpoint_is_refused(random_checkpoint: Path, tm
 def test_a_model_without_a_tokenizer_still_takes_token_ids(tmp_path: Path) -> None:
     write_hf_folder(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").unlink()
-    with Engine.load(convert(tmp_path / "hf", tmp_path / "plain.safetensors")) as engine:
+    with pytest.warns(SourceWarning, match=r"no tokenizer\.json"):
+        convert(tmp_path / "hf", tmp_path / "plain.safetensors")
+    with Engine.load(tmp_path / "plain.safetensors") as engine:
         assert np.isfinite(engine.feed([5, 6, 7])).all()
         with pytest.raises(TextError, match="no tokenizer"):
             engine.generate("text")

@@ -173,7 +173,7 @@ def test_other_tokens_and_another_prompt(
 @pytest.mark.parametrize(
     ("records", "culprit"),
     [
-        ({"format_version": "2"}, "format version 2"),
+        ({"format_version": "2"}, "format version '2'"),
         ({"format": "numba-atomflow"}, "not a ground truth"),
         ({"reference": "imagined"}, "imagined"),
         ({"tokens": "{"}, "description"),
