@@ -63,7 +63,7 @@ def share_scopes() -> None:
     numba copies the code of a function that it inlines with `copy.deepcopy`. Each variable in it points to the table of
     all variables, which would be copied along; nothing is written to that table afterwards.
     """
-    from numba.cuda.core import ir
+    from numba.cuda.core import ir  # type: ignore[import-not-found]
 
     ir.Scope.__deepcopy__ = lambda self, _: self
 

@@ -1,5 +1,6 @@
 """Text of others, in a reply, a message or a table: it commands no terminal."""
 
+import io
 import json
 import re
 import shutil
@@ -45,8 +46,7 @@ def test_a_terminal_gets_commands_only_if_asked_to(
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         if command == "generate":
             return cli(*WILD, "--model", tiny_checkpoint, *more).out
-        monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
-        monkeypatch.setattr(sys.stdin, "readline", iter(["hi\n", ""]).__next__)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
         return cli("chat", *WILD[2:], "--model", tiny_checkpoint, *more).out
 
     shown, raw = run(), run("--raw-output")
