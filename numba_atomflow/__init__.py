@@ -1,7 +1,7 @@
 """numba-atomflow: a single-stream LLM engine that a person can read.
 
 The names below are the public API. They are loaded on first use, so that ``import numba_atomflow`` stays light
-and the lower rooms (`ops`, `memory`) can stand on `numba_atomflow.errors` and `numba_atomflow.home` without a cycle.
+and the lower packages (`ops`, `memory`) can stand on `numba_atomflow.errors` and `numba_atomflow.home` without a cycle.
 """
 
 from importlib import import_module

@@ -80,7 +80,7 @@ class _Group(_HelpThroughOutput, TyperGroup):
 
 
 # Arguments and options that are text for the model. Others are names and numbers; a path must keep its bytes.
-_TEXTS = {"prompt": "The prompt", "system": "--system", "stop": "--stop"}
+_TEXTS = {"prompt": "The prompt", "system": "--system", "stop": "--stop", "template_var": "--template-var"}
 
 
 def _prepared(command: Callable[..., None]) -> Callable[..., None]:

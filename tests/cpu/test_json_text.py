@@ -1,4 +1,4 @@
-"""JSON for other programs: no NaN, no infinities."""
+"""JSON for other programs: no NaN, no infinities, no half of a surrogate pair."""
 
 import json
 import math
@@ -17,3 +17,10 @@ def test_what_is_no_number_becomes_null() -> None:
         "e": None,
     }
     assert json_text({"a": math.inf}, indent=2) == '{\n  "a": null\n}'
+
+
+def test_texts_are_valid_unicode() -> None:
+    name = "Grüße".encode().decode("ascii", "surrogateescape")  # as Python reads it in a C locale
+    record = {"name": name, name: ["\udcff", "a\ud800", "\ud83d\ude42"], "text": "🙂"}
+    expected = {"name": "Grüße", "Grüße": ["\ufffd", "a\ufffd", "🙂"], "text": "🙂"}
+    assert json.loads(json_text(record)) == expected
