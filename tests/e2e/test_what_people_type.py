@@ -46,6 +46,8 @@ def test_bytes_that_are_no_text(cli_home: Path, tiny_checkpoint: Path, tmp_path:
         return subprocess.run([*common, *arguments], env=more, capture_output=True, timeout=240, check=False)
 
     assert run(b"--file", name).returncode == 0
+    done = run(b"--chat", b"--template-var", b"name=\xfc", b"Hi")
+    assert done.stderr == b"error: --template-var is not UTF-8 text (byte 5); give it in UTF-8.\n"
     done = run(b"Gr\xfc")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"error: The prompt is not UTF-8 text (byte 2); give it in UTF-8.\n"
