@@ -70,7 +70,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready record."""
-        return asdict(self) | {"findings": [asdict(finding) for finding in self.findings.values()]}
+        outcomes = {name: dict(counts) for name, counts in self.outcomes.items()}  # asdict does not know Counter
+        return asdict(self) | {"outcomes": outcomes, "findings": [asdict(each) for each in self.findings.values()]}
 
 
 class Fuzzer:
