@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.driver import DriverError, call
+from numba_atomflow.device.driver import DriverError, call
+from numba_atomflow.device.resources import Resources
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
-from numba_atomflow.resources import Resources
 
 _HEADROOM = 64 << 20  # bytes left to the driver, for code and launches
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import AtomFlowError, ClosedError
-from numba_atomflow.file_stamp import FileStamp, changed_sentence
+from numba_atomflow.files.stamp import FileStamp, changed_sentence
 from numba_atomflow.memory.fault_handler import Watch
 
 _READ_AT_ONCE = 1 << 26  # bytes

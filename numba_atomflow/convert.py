@@ -11,19 +11,19 @@ from typing import Any, get_args
 import numpy as np
 
 from numba_atomflow import home
-from numba_atomflow.arguments import file_path
-from numba_atomflow.chat_template import ChatTemplate
-from numba_atomflow.checkpoint import HeadFormat, fusion, head_part
-from numba_atomflow.checkpoint_writer import CheckpointWriter, destination_exists
+from numba_atomflow.checkpoint.format import HeadFormat, fusion, head_part
+from numba_atomflow.checkpoint.writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, OptionError, SourceError, SourceWarning, TextError
-from numba_atomflow.file_stamp import stamps_of, unchanged
-from numba_atomflow.foreign import shown
-from numba_atomflow.plain_text import read_text_file
+from numba_atomflow.files.stamp import stamps_of, unchanged
+from numba_atomflow.files.text_input import read_text_file
+from numba_atomflow.files.untrusted import shown
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
 from numba_atomflow.sources.base import TEXT_RULES, slabs
-from numba_atomflow.text import TextAssets, TextCodec
+from numba_atomflow.text.chat_template import ChatTemplate
+from numba_atomflow.text.codec import TextAssets, TextCodec
+from numba_atomflow.utils.arguments import file_path
 
 Progress = Callable[[str, int, int], None]
 

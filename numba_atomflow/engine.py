@@ -17,18 +17,14 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.arguments import truth_value, whole_number
 from numba_atomflow.backends.base import Backend, Decode, Progress
 from numba_atomflow.backends.choose import BackendName, check_decode, check_name, make_backend
-from numba_atomflow.checkpoint import TOKENIZER, Checkpoint
-from numba_atomflow.decode import Head
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
+from numba_atomflow.checkpoint.format import TOKENIZER, Checkpoint
+from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.errors import AtomFlowError, ClosedError, ContextError, OptionError
-from numba_atomflow.foreign import shown
-from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
-from numba_atomflow.one_caller import OneCaller
-from numba_atomflow.random_model import RandomModel
-from numba_atomflow.replies import (
+from numba_atomflow.files.untrusted import shown
+from numba_atomflow.generation import (
     FinishReason,
     Generation,
     GenerationStats,
@@ -36,10 +32,14 @@ from numba_atomflow.replies import (
     ReplyState,
     TokenGeneration,
 )
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.step import Head
 from numba_atomflow.sampling import Sampler, SamplingParams
-from numba_atomflow.stop_strings import StopStrings
-from numba_atomflow.stream_decoder import StreamDecoder
-from numba_atomflow.text import TextCodec
+from numba_atomflow.text.codec import TextCodec
+from numba_atomflow.text.detokenizer import StreamDecoder
+from numba_atomflow.text.stop_strings import StopStrings
+from numba_atomflow.utils.arguments import truth_value, whole_number
+from numba_atomflow.utils.one_caller import OneCaller
 
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
 

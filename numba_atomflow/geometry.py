@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import GeometryError
-from numba_atomflow.foreign import short, shown
+from numba_atomflow.files.untrusted import short, shown
 
 GROUP = 128  # weights along K that share one scale
 HEAD_DIMS = (64, 80, 96, 128)

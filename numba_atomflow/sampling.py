@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.arguments import real_number, truth_value, whole_number
 from numba_atomflow.errors import CheckpointError, OptionError
-from numba_atomflow.foreign import shown
+from numba_atomflow.files.untrusted import shown
+from numba_atomflow.utils.arguments import real_number, truth_value, whole_number
 
 _MASK = (1 << 64) - 1
 _LARGEST_TOP_K = (1 << 63) - 1

@@ -26,8 +26,9 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.np.ufunc import parallel as pool
 
-from numba_atomflow import home, numba_settings
+from numba_atomflow import home
 from numba_atomflow.errors import BackendError
+from numba_atomflow.host import numba_settings
 
 _KEPT_CACHES = 4  # older folders, left behind by edits of ops/, are deleted
 

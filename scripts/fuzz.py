@@ -36,7 +36,7 @@ from fuzzing.mutate import mutate
 from fuzzing.targets import USES, Files, make_bases, make_fixtures
 from fuzzing.worker import Outcome, Worker
 
-from numba_atomflow.json_text import json_text
+from numba_atomflow.utils.json_text import json_text
 
 SECONDS, LIMIT = 60.0, 5.0
 CASE = "case.json"  # what is known of a case in a folder; the other files are the case itself

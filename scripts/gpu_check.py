@@ -27,14 +27,14 @@ import numpy as np
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
+from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import AtomFlowError
-from numba_atomflow.json_text import json_text
-from numba_atomflow.machine import machine_record
-from numba_atomflow.model_names import DEFAULT_MODEL, find_checkpoint
-from numba_atomflow.presets import PRESETS
-from numba_atomflow.random_model import RandomModel
-from numba_atomflow.tables import render
+from numba_atomflow.host.machine import machine_record
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.utils.tables import render
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -225,7 +225,7 @@ def _decode_speed(
 
 def _memory(report: Report, name: str) -> None:
     """What 2,048 positions take on the device, by the driver's own count."""
-    from numba_atomflow.resources import DeviceResources
+    from numba_atomflow.device.resources import DeviceResources
 
     with DeviceResources() as owner:
         device = owner.open()

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import nsight
 
-from numba_atomflow.json_text import json_text
-from numba_atomflow.tables import render
+from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.utils.tables import render
 
 TIME = "gpu__time_duration.sum"
 DRAM_READ, DRAM_WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"

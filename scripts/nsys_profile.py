@@ -18,8 +18,8 @@ from pathlib import Path
 
 import nsight
 
-from numba_atomflow.json_text import json_text
-from numba_atomflow.tables import render
+from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.utils.tables import render
 
 REPORT = "cuda_gpu_kern_sum"
 

@@ -17,9 +17,9 @@ import time
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.json_text import json_text
-from numba_atomflow.machine import machine_record
-from numba_atomflow.presets import PRESETS
+from numba_atomflow.host.machine import machine_record
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.utils.json_text import json_text
 
 TINY = ModelGeometry(
     layers=2, hidden=192, heads=4, kv_heads=2, head_dim=64, ffn=320, vocabulary=288, max_positions=1024

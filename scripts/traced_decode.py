@@ -21,10 +21,10 @@ import nvtx
 
 from numba_atomflow import AtomFlowError, Engine, SamplingParams
 from numba_atomflow.backends.base import Memory, Observer
-from numba_atomflow.decode import Op
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.errors import OptionError
-from numba_atomflow.model_names import DEFAULT_MODEL
-from numba_atomflow.presets import find_preset
+from numba_atomflow.model.presets import find_preset
+from numba_atomflow.model.step import Op
 
 WARM_UP = 3  # tokens
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.arguments import file_path
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
+from numba_atomflow.checkpoint.safetensors import METADATA, TensorFile, read_tensor_file
 from numba_atomflow.errors import CheckpointError, DestinationError, GeometryError, GroundTruthError
-from numba_atomflow.foreign import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, short, shown
 from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.memory.mapped_file import MappedFile
-from numba_atomflow.tensor_file import METADATA, TensorFile, read_tensor_file
-from numba_atomflow.text import TextCodec
+from numba_atomflow.text.codec import TextCodec
+from numba_atomflow.utils.arguments import file_path
 from numba_atomflow.validate.precision import E4M3, Precision
 from numba_atomflow.validate.probes import Rows, all_probes
 from numba_atomflow.validate.reference import Reference

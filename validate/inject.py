@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from numba_atomflow.backends.base import Memory
-from numba_atomflow.decode import Op
 from numba_atomflow.errors import OptionError
+from numba_atomflow.model.step import Op
 
 
 class SignFlip:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from numba_atomflow.picture import save_figure
+from numba_atomflow.utils.plot import save_figure
 from numba_atomflow.validate.report import Report
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.decode import Attention, GateUp, Op, Qkv
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import Attention, GateUp, Op, Qkv
 
 # A value is rounded to within this, relatively: 2^-(mantissa bits + 1).
 UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Memory, Observer
-from numba_atomflow.decode import Advance, Embed, Op, Qkv, Sample, Vocabulary
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import Advance, Embed, Op, Qkv, Sample, Vocabulary
 
 Rows = NDArray[np.float32]  # [positions, width]
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from numba_atomflow.json_text import finite
+from numba_atomflow.utils.json_text import finite
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,11 +7,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.decode import Head, Op
+from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import Head, Op
 from numba_atomflow.sampling import Sampler
-from numba_atomflow.step_trace import StepTrace
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps finished, steps in all
 Decode = Literal["auto", "graph", "persistent"]  # how a GPU is asked to run decode steps

@@ -10,7 +10,7 @@ from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
 
 if TYPE_CHECKING:
-    from numba_atomflow.resources import DeviceResources
+    from numba_atomflow.device.resources import DeviceResources
 
 BackendName = Literal["auto", "cpu", "cuda"]
 NAMES = ("auto", "cpu", "cuda")
@@ -38,7 +38,7 @@ def check_decode(decode: str, backend: BackendName, threads: int | None) -> None
 
 def gpu_is_usable() -> bool:
     """Whether this machine has a GPU, a driver, the bindings and the compiler that the CUDA backend needs."""
-    from numba_atomflow.resources import DeviceResources
+    from numba_atomflow.device.resources import DeviceResources
 
     with DeviceResources() as probe:
         return _opened(probe)
@@ -50,7 +50,7 @@ def _opened(probe: "DeviceResources") -> bool:
         probe.open()
     except BackendError:
         return False
-    from numba_atomflow.ops.cuda.build import missing_compiler
+    from numba_atomflow.ops.cuda.runtime.build import missing_compiler
 
     return missing_compiler() is None
 
@@ -84,7 +84,7 @@ def make_backend(
     if name == "cuda" and threads is not None:
         raise OptionError("--threads is for the CPU backend; leave it out, or use --backend cpu.")
     if name == "cuda" or (name == "auto" and threads is None):
-        from numba_atomflow.resources import DeviceResources  # the CPU backend does without
+        from numba_atomflow.device.resources import DeviceResources  # the CPU backend does without
 
         with DeviceResources() as probe:  # kept open meanwhile, so that the context need not be made twice
             if name == "cuda" or _opened(probe):

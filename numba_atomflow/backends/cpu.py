@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from numba_atomflow.backends.base import Observer, Progress
-from numba_atomflow.decode import (
+from numba_atomflow.errors import CheckpointError, ClosedError
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.host.machine import cpu_name
+from numba_atomflow.host.threads import choose_threads, described, kernels_turn
+from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.bounds import check_indices, check_range
+from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
+from numba_atomflow.memory.view import View, view_of
+from numba_atomflow.model.step import (
     Advance,
     Attention,
     Embed,
@@ -34,18 +42,10 @@ from numba_atomflow.decode import (
     build_step,
     step_buffers,
 )
-from numba_atomflow.errors import CheckpointError, ClosedError
-from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
-from numba_atomflow.machine import cpu_name
-from numba_atomflow.memory.arena import HostArena
-from numba_atomflow.memory.bounds import check_indices, check_range
-from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
-from numba_atomflow.memory.view import View, view_of
 from numba_atomflow.ops import attention, bandwidth, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.sampling import Sampler, SamplingParams
-from numba_atomflow.spread import faster_half
-from numba_atomflow.threads import choose_threads, described, kernels_turn
+from numba_atomflow.utils.stats import faster_half
 
 BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it
 HEAD_ROWS = 16  # positions whose logits are computed at once when all are asked for

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from numba_atomflow import tokenizers_library
 from numba_atomflow.cli import output
 from numba_atomflow.errors import AtomFlowError, OptionError
+from numba_atomflow.text import tokenizers_library
 
 DEBUG = "NUMBA_ATOMFLOW_DEBUG"  # environment variable: show where an unexpected exception came from
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from numba_atomflow import __version__, home, numba_settings
+from numba_atomflow import __version__, home
 from numba_atomflow.cli import output
 from numba_atomflow.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from numba_atomflow.cli.bench import bench
@@ -36,7 +36,8 @@ from numba_atomflow.cli.sandbox import run as sandbox_run
 from numba_atomflow.cli.validate import EXAMPLES as VALIDATE_EXAMPLES
 from numba_atomflow.cli.validate import validate
 from numba_atomflow.errors import OptionError
-from numba_atomflow.plain_text import typed
+from numba_atomflow.files.text_input import typed
+from numba_atomflow.host import numba_settings
 
 PROGRAM = "numba-atomflow"
 

@@ -8,11 +8,11 @@ import typer
 from numba_atomflow.cli import measured, options, output
 from numba_atomflow.cli.measured import Format
 from numba_atomflow.errors import OptionError
-from numba_atomflow.tables import render
+from numba_atomflow.utils.tables import render
 
 if TYPE_CHECKING:
-    from numba_atomflow.bench import BenchReport, DepthResult
-    from numba_atomflow.spread import Spread
+    from numba_atomflow.perf.bench import BenchReport, DepthResult
+    from numba_atomflow.utils.stats import Spread
 
 EXAMPLES = """\b
 Examples:
@@ -60,7 +60,7 @@ def bench(
         form = Format.JSON
     chosen = measured.Measured(model, geometry, random_weights)
 
-    from numba_atomflow import bench as benchmark
+    from numba_atomflow.perf import bench as benchmark
 
     settings = benchmark.Settings(prompt_tokens, decode_tokens, parse_depths(depths), repeats)
     positions = settings.positions(chosen.geometry)
@@ -69,7 +69,7 @@ def bench(
         benchmark.check_comparable(earlier, chosen.geometry, settings)
     times = None
     if compile_times:
-        from numba_atomflow.compile_times import measure_compile_times
+        from numba_atomflow.perf.compile_times import measure_compile_times
 
         with output.steps_bar() as progress:
             times = measure_compile_times(
@@ -148,7 +148,7 @@ def _table(report: "BenchReport", form: Format) -> str:
 
 
 def _comparison(report: "BenchReport", earlier: "BenchReport") -> dict[str, Any]:
-    from numba_atomflow.bench import compare, differences
+    from numba_atomflow.perf.bench import compare, differences
 
     return {
         "earlier": {"date": earlier.date, "commit": earlier.machine.get("commit")},
@@ -163,7 +163,7 @@ def _comparison(report: "BenchReport", earlier: "BenchReport") -> dict[str, Any]
 
 
 def _ratios(report: "BenchReport", earlier: "BenchReport", form: Format, bullet: str) -> str:
-    from numba_atomflow.bench import compare, differences
+    from numba_atomflow.perf.bench import compare, differences
 
     rows = [
         [str(ratio.depth), ratio.prompt_speed.text(3), ratio.decode_speed.text(3)] for ratio in compare(report, earlier)
@@ -177,7 +177,7 @@ def _ratios(report: "BenchReport", earlier: "BenchReport", form: Format, bullet:
 
 def _csv(report: "BenchReport", earlier: "BenchReport | None") -> str:
     """One row per depth that says everything, for spreadsheets that collect many runs."""
-    from numba_atomflow.bench import compare
+    from numba_atomflow.perf.bench import compare
 
     machine, settings, times = report.machine, report.settings, report.compile_times
     ratios = {} if earlier is None else {ratio.depth: ratio for ratio in compare(report, earlier)}

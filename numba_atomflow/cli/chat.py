@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError
-from numba_atomflow.model_names import DEFAULT_MODEL
 
 EXAMPLES = """\b
 Examples:
@@ -55,7 +55,7 @@ def chat(
 
     variables = options.template_variables(template_var)
 
-    from numba_atomflow import template_process
+    from numba_atomflow.text import template_process
 
     with template_process.running():  # gets ready while numba is imported
         from numba_atomflow.cli.chat_session import ChatSession

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow import home
-from numba_atomflow.arguments import file_path
 from numba_atomflow.cli import output
 from numba_atomflow.engine import Engine, Generation
 from numba_atomflow.errors import AtomFlowError, ContextError, DestinationError, TextError
-from numba_atomflow.plain_text import read_line, typed
+from numba_atomflow.files.atomic import write_whole
+from numba_atomflow.files.text_input import read_line, typed
 from numba_atomflow.sampling import SamplingParams
-from numba_atomflow.whole_file import write_whole
+from numba_atomflow.utils.arguments import file_path
 
 PROMPT = "> "
 HISTORY_LINES = 1000

@@ -32,7 +32,7 @@ def convert(
     """
     started = time.perf_counter()
 
-    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
     from numba_atomflow.convert import convert as convert_model
 
     with output.bytes_bar() as progress:

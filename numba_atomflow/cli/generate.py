@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError
-from numba_atomflow.machine import versions
-from numba_atomflow.model_names import DEFAULT_MODEL
-from numba_atomflow.plain_text import read_standard_input, read_text_file
+from numba_atomflow.files.text_input import read_standard_input, read_text_file
+from numba_atomflow.host.machine import versions
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine, Generation
@@ -72,7 +72,7 @@ def generate(
     if variables and not chat:
         raise OptionError("--template-var is for chat templates; give --chat as well.")
 
-    from numba_atomflow import template_process
+    from numba_atomflow.text import template_process
 
     with template_process.running() if chat else nullcontext():  # gets ready while numba is imported
         from numba_atomflow.engine import Engine

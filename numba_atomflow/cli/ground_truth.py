@@ -9,7 +9,7 @@ import typer
 
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import DestinationError
-from numba_atomflow.plain_text import read_standard_input
+from numba_atomflow.files.text_input import read_standard_input
 
 EXAMPLES = """\b
 Examples:
@@ -55,8 +55,8 @@ def ground_truth(
         raise DestinationError(f"{out} exists; choose another name, or replace it with --overwrite.")
     text = read_prompt(prompt)
 
-    from numba_atomflow.checkpoint import Checkpoint
-    from numba_atomflow.model_names import find_checkpoint
+    from numba_atomflow.checkpoint.find import find_checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
     from numba_atomflow.validate import make_ground_truth, save_ground_truth
 
     with Checkpoint.open(find_checkpoint(model)) as checkpoint, output.steps_bar() as progress:

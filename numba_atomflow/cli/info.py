@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from numba_atomflow import home, machine
+from numba_atomflow import home
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError
+from numba_atomflow.host import machine
 
 if TYPE_CHECKING:
-    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
 
 EXAMPLES = """\b
 Examples:
@@ -47,8 +48,8 @@ def info(
         _show(_machine(), as_json, _machine_table)
         return
 
-    from numba_atomflow.checkpoint import Checkpoint
-    from numba_atomflow.model_names import find_checkpoint
+    from numba_atomflow.checkpoint.find import find_checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
 
     with Checkpoint.open(find_checkpoint(model)) as checkpoint:
         if verify:
@@ -105,7 +106,7 @@ def _memory_plan(checkpoint: "Checkpoint", max_seq_len: int | None, backend: opt
         plan, device = plan_for_this_gpu(checkpoint.geometry, checkpoint.head, positions)
     else:
         from numba_atomflow.backends.cpu import cpu_plan
-        from numba_atomflow.threads import choose_threads
+        from numba_atomflow.host.threads import choose_threads
 
         name, mapped, device = "cpu", {"weights": checkpoint.payload_bytes}, {}
         plan = cpu_plan(checkpoint.geometry, positions, choose_threads(None))
@@ -191,8 +192,8 @@ def _yes(there: bool) -> str:
 def _machine() -> dict[str, Any]:
     from llvmlite import binding
 
-    from numba_atomflow.cpu_quota import cpu_quota
-    from numba_atomflow.threads import default_threads
+    from numba_atomflow.host.cpu_quota import cpu_quota
+    from numba_atomflow.host.threads import default_threads
 
     return {
         "versions": machine.versions(),

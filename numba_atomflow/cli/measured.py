@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError
-from numba_atomflow.model_names import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numba_atomflow.bench import BenchReport
     from numba_atomflow.engine import Engine
     from numba_atomflow.geometry import ModelGeometry
-    from numba_atomflow.profile import ProfileReport
+    from numba_atomflow.perf.bench import BenchReport
+    from numba_atomflow.perf.profile import ProfileReport
 
 _PRESETS = "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, smollm2-135m"  # not imported: --help must not wait for NumPy
 
@@ -56,9 +56,9 @@ class Measured:
     """
 
     def __init__(self, model: str | None, geometry: str | None, random_weights: bool) -> None:
-        from numba_atomflow.checkpoint import Checkpoint
-        from numba_atomflow.model_names import find_checkpoint
-        from numba_atomflow.presets import find_preset
+        from numba_atomflow.checkpoint.find import find_checkpoint
+        from numba_atomflow.checkpoint.format import Checkpoint
+        from numba_atomflow.model.presets import find_preset
 
         self._preset = geometry
         self._path: Path | None = None

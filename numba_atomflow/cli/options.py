@@ -112,7 +112,7 @@ def template_variables(settings: Sequence[str] | None) -> dict[str, Any]:
     """
     if not settings:
         return {}
-    from numba_atomflow.chat_template import plain_variables
+    from numba_atomflow.text.chat_template import plain_variables
 
     variables: dict[str, Any] = {}
     for setting in settings:

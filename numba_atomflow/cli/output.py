@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from numba_atomflow.errors import DestinationError
-from numba_atomflow.foreign import visible
-from numba_atomflow.json_text import json_text
+from numba_atomflow.files.untrusted import visible
+from numba_atomflow.utils.json_text import json_text
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine, GenerationStats

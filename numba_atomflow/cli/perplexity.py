@@ -9,7 +9,7 @@ import typer
 from numba_atomflow.cli import options, output
 
 if TYPE_CHECKING:
-    from numba_atomflow.perplexity import Perplexity
+    from numba_atomflow.perf.perplexity import Perplexity
 
 EXAMPLES = """\b
 Examples:
@@ -51,11 +51,11 @@ def perplexity(
 
     Every token is scored once, most of them with at least N - M tokens before them.
     """
-    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.checkpoint.find import find_checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
     from numba_atomflow.engine import Engine
-    from numba_atomflow.model_names import find_checkpoint
-    from numba_atomflow.perplexity import choose_windows, measure
-    from numba_atomflow.plain_text import read_standard_input, read_text_file
+    from numba_atomflow.files.text_input import read_standard_input, read_text_file
+    from numba_atomflow.perf.perplexity import choose_windows, measure
 
     contents = read_standard_input() if str(text) == "-" else read_text_file(text, "--text")
     with Checkpoint.open(find_checkpoint(model)) as checkpoint:

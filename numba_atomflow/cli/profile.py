@@ -8,10 +8,10 @@ import typer
 from numba_atomflow.cli import measured, options, output
 from numba_atomflow.cli.measured import Format
 from numba_atomflow.errors import OptionError
-from numba_atomflow.tables import Style, render
+from numba_atomflow.utils.tables import Style, render
 
 if TYPE_CHECKING:
-    from numba_atomflow.profile import ProfileReport
+    from numba_atomflow.perf.profile import ProfileReport
 
 EXAMPLES = """\b
 Examples:
@@ -57,8 +57,8 @@ def profile(
     """Time every op of a decode step, and the step as a whole, against what the memory of the device can do."""
     chosen = measured.Measured(model, geometry, random_weights)
 
-    from numba_atomflow import profile as profiler
-    from numba_atomflow.picture import check_plot
+    from numba_atomflow.perf import profile as profiler
+    from numba_atomflow.utils.plot import check_plot
 
     profiler.check_profile(depth, repeats)
     for option, path in (("--plot", plot), ("--timeline", timeline)):

@@ -12,7 +12,7 @@ from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError
 
 if TYPE_CHECKING:
-    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
 
 EXAMPLES = """\b
 Examples:
@@ -75,7 +75,7 @@ def quantize(
     if group_size != 128:
         raise OptionError(f"--group-size is {group_size}; kernels read groups of 128 only, so leave it out.")
 
-    from numba_atomflow.checkpoint import Checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
     from numba_atomflow.convert import convert
 
     with output.bytes_bar() as progress:

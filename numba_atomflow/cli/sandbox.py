@@ -9,12 +9,12 @@ import typer
 
 from numba_atomflow.cli import measured, options, output
 from numba_atomflow.errors import OptionError, TextError
-from numba_atomflow.machine import machine_record
-from numba_atomflow.tables import render
+from numba_atomflow.host.machine import machine_record
+from numba_atomflow.utils.tables import render
 
 if TYPE_CHECKING:
-    from numba_atomflow.checkpoint import Checkpoint
-    from numba_atomflow.random_model import RandomModel
+    from numba_atomflow.checkpoint.format import Checkpoint
+    from numba_atomflow.checkpoint.random_weights import RandomModel
     from numba_atomflow.sandbox.arrivals import Workload
     from numba_atomflow.sandbox.compare import Comparison
     from numba_atomflow.sandbox.report import Percentiles, ServerReport
@@ -104,9 +104,9 @@ def run(
         raise OptionError("There are no arrivals; give either --trace FILE or --poisson RATE.")
     _check_plot(plot)
 
+    from numba_atomflow.sandbox.engine import ServerEngine
     from numba_atomflow.sandbox.report import report_of
     from numba_atomflow.sandbox.runner import cache_sizes
-    from numba_atomflow.sandbox.server import ServerEngine
 
     with _opened(model, geometry, random_weights) as weights:
         encode, end_tokens = _tokenizer(weights, ignore_eos)
@@ -206,8 +206,8 @@ def _opened(model: str | None, geometry: str | None, random_weights: bool) -> "I
     """The model that a command line names."""
     chosen = measured.Measured(model, geometry, random_weights)
 
-    from numba_atomflow.checkpoint import Checkpoint
-    from numba_atomflow.random_model import RandomModel
+    from numba_atomflow.checkpoint.format import Checkpoint
+    from numba_atomflow.checkpoint.random_weights import RandomModel
 
     if isinstance(chosen.source, Path):
         with Checkpoint.open(chosen.source) as checkpoint:
@@ -245,7 +245,7 @@ def _tokenizer(
     """Text to tokens, and the tokens that end a reply; None and none for a model without a tokenizer."""
     if weights.text.tokenizer_json is None:
         return None, frozenset()
-    from numba_atomflow.text import TextCodec
+    from numba_atomflow.text.codec import TextCodec
 
     text = TextCodec(weights.text)
     return text.encode, frozenset() if ignore_eos else frozenset(text.eos_ids)
@@ -306,7 +306,7 @@ def _contexts(option: str, text: str | None, default: str, limit: int) -> tuple[
 
 def _check_plot(path: Path | None) -> None:
     if path is not None:
-        from numba_atomflow.picture import check_plot
+        from numba_atomflow.utils.plot import check_plot
 
         check_plot(path)
 

@@ -9,7 +9,7 @@ import typer
 from numba_atomflow.cli import options, output
 from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.errors import BackendError, OptionError
-from numba_atomflow.foreign import visible
+from numba_atomflow.files.untrusted import visible
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine
@@ -74,7 +74,7 @@ def validate(
 
     from numba_atomflow import validate as validator
     from numba_atomflow.engine import Engine
-    from numba_atomflow.picture import check_plot
+    from numba_atomflow.utils.plot import check_plot
     from numba_atomflow.validate.plot import plot as draw
 
     if plot is not None:
@@ -117,8 +117,8 @@ def _parse_layers(text: str | None) -> range | None:
 
 def _open(path: Path, model: str, text: str | None) -> "Reference":
     """A ground truth that fits the model."""
-    from numba_atomflow.checkpoint import Checkpoint
-    from numba_atomflow.model_names import find_checkpoint
+    from numba_atomflow.checkpoint.find import find_checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
     from numba_atomflow.validate import check_fits, open_ground_truth
 
     truth = open_ground_truth(path)

@@ -12,7 +12,7 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.checkpoint import fusion
+from numba_atomflow.checkpoint.format import fusion
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.quantize.calibration import Calibration
 from numba_atomflow.quantize.forward import LayerForward

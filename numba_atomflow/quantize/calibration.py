@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.files.text_input import read_text_file
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.plain_text import read_text_file
-from numba_atomflow.text import TextAssets, TextCodec
+from numba_atomflow.text.codec import TextAssets, TextCodec
 
 SEQUENCES = 16
 SEQUENCE_TOKENS = 512

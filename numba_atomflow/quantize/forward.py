@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.host.threads import most_threads
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.plan import Buffer, plan_memory
 from numba_atomflow.ops import attention, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.quantize.inputs import Inputs
-from numba_atomflow.threads import most_threads
 
 Array = NDArray[np.float32]
 

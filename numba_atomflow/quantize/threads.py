@@ -11,7 +11,7 @@ import numba
 import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls must be loaded to be limited
 from threadpoolctl import threadpool_limits
 
-from numba_atomflow.threads import default_threads, kernels_turn
+from numba_atomflow.host.threads import default_threads, kernels_turn
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.checkpoint_writer import explanation
+from numba_atomflow.checkpoint.writer import explanation
 from numba_atomflow.errors import DestinationError
 from numba_atomflow.quantize.layer import QuantisedLayer
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.errors import OptionError
-from numba_atomflow.foreign import load_json, short
-from numba_atomflow.plain_text import read_text_file
+from numba_atomflow.files.text_input import read_text_file
+from numba_atomflow.files.untrusted import load_json, short
+from numba_atomflow.sandbox.engine import Fork
 from numba_atomflow.sandbox.requests import Request
-from numba_atomflow.sandbox.server import Fork
 
 _LATEST = 1e9  # seconds: 30 years
 _LARGEST = 2**53  # of ids and numbers of tokens

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.resources import DeviceResources
 from numba_atomflow.sandbox.runner import CacheSizes, Runner
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.memory.paged import BlockManager
+from numba_atomflow.sandbox.engine import ServerEngine
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import Runner
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
-from numba_atomflow.sandbox.server import ServerEngine
 
 ROUNDS = 3  # in which static, paged and served take turns: what drifts on the machine meets all of them
 

@@ -12,7 +12,8 @@ from threadpoolctl import ThreadpoolController
 
 from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
-from numba_atomflow.machine import cpu_name
+from numba_atomflow.host.machine import cpu_name
+from numba_atomflow.host.threads import choose_threads, described, kernels_turn
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices
 from numba_atomflow.memory.paged import BlockCopy, paged_cache_buffer
@@ -23,7 +24,6 @@ from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_batch, check_family
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
-from numba_atomflow.threads import choose_threads, described, kernels_turn
 
 MOST_COLUMNS = 64
 FEW = 16  # up to here, one core reads the weights once per column sooner than it decodes them into scratch for BLAS

@@ -11,13 +11,15 @@ from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.paged import paged_cache_buffer
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, Pool, plan_memory
-from numba_atomflow.ops.cuda import embedding, fragments, sample
-from numba_atomflow.ops.cuda.attention import AttentionShape, Paging, choose_splits
-from numba_atomflow.ops.cuda.chip import Chip
-from numba_atomflow.ops.cuda.fragments import FragmentLayout
-from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
-from numba_atomflow.ops.cuda.projection_kernels import projection_kernel
-from numba_atomflow.ops.cuda.spec import F32, I32, I64, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.attention import decode
+from numba_atomflow.ops.cuda.attention.decode import AttentionShape, Paging, choose_splits
+from numba_atomflow.ops.cuda.gemv.kernels import projection_kernel
+from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, choose_shape
+from numba_atomflow.ops.cuda.layout import weights
+from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import F32, I32, I64, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.token import embedding, sample
 from numba_atomflow.sandbox.runner import CacheSizes
 
 WIDTHS = (1, 2, 4, 8)  # columns of a step
@@ -132,13 +134,13 @@ class SandboxKernels:
         chip = self.chip
         argmax = sample.argmax_kernel(self.geometry.vocabulary, chip.multiprocessors, chip.dependent_launch)
         kernels = [
-            fragments.repack_kernel(chip.hardware_fp8),
+            weights.repack_kernel(chip.hardware_fp8),
             argmax,
             self._attention(1, "single", None),
             self._single_qkv,
         ]
         if self.halves:
-            kernels.append(fragments.repack_halves_kernel())
+            kernels.append(weights.repack_halves_kernel())
         for width in self.widths:
             kernels.append(embedding.embed_kernel(self.layouts["embedding"], width))
             kernels += [self._projection(kind, width) for kind in PROJECTIONS]
@@ -153,7 +155,7 @@ class SandboxKernels:
         more: dict[str, object] = {} if paging is None else {"paging": paging}
         spec = kernel_spec(
             f"attention_{form}_x{width}",
-            "attention:make_attention" if paging is None else "attention:make_paged_attention",
+            decode.make_attention if paging is None else decode.make_paged_attention,
             (U32, U32, U32, *places, F32, U32, U32),
             shape.threads,
             shape.shared_bytes,

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.driver import call
+from numba_atomflow.device.driver import call
+from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory, PinnedArray, copy_to_device
 from numba_atomflow.memory.paged import BlockCopy
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
-from numba_atomflow.ops.cuda.build import build
-from numba_atomflow.ops.cuda.chip import chip_of
-from numba_atomflow.ops.cuda.graph import Graph, time_graph, time_launches
-from numba_atomflow.ops.cuda.launch import DeviceArray, Kernel, Launch
-from numba_atomflow.ops.cuda.sample import token_of
-from numba_atomflow.ops.cuda.upload import Uploader, upload
-from numba_atomflow.resources import DeviceResources
+from numba_atomflow.ops.cuda.runtime.build import build
+from numba_atomflow.ops.cuda.runtime.chip import chip_of
+from numba_atomflow.ops.cuda.runtime.graph import Graph, time_graph, time_launches
+from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
+from numba_atomflow.ops.cuda.token.sample import token_of
 from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_batch, check_family
 from numba_atomflow.sandbox.scheduler import Batch

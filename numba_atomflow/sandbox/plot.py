@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from numba_atomflow.picture import save_figure
 from numba_atomflow.sandbox.compare import Comparison
-from numba_atomflow.sandbox.server import StepRecord
+from numba_atomflow.sandbox.engine import StepRecord
+from numba_atomflow.utils.plot import save_figure
 
 
 def plot_run(steps: Sequence[StepRecord], blocks: int, path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from numba_atomflow.sandbox.engine import ServerEngine
 from numba_atomflow.sandbox.requests import Request
-from numba_atomflow.sandbox.server import ServerEngine
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import GeometryError, SourceError
-from numba_atomflow.foreign import short, shown
+from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.geometry import ModelGeometry, layers_fit
-from numba_atomflow.text import TextAssets
+from numba_atomflow.text.codec import TextAssets
 
 LARGEST_WEIGHT = 65504.0  # the largest float16
 # Raised when the same files give other tokens than they gave before; a checkpoint says with which it was made.

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import short, shown
+from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.geometry import GROUP, LARGEST_COUNT
 from numba_atomflow.sources.json_file import unusable
 

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import short, shown
+from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_frequencies
 from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
 from numba_atomflow.sources.gguf_computation import refuse_other_computations

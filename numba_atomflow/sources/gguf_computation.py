@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import short, shown
+from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.sources.gguf_fields import GgufFields
 
 # Values with which a key changes nothing; another value is refused. Keys of RoPE stand below.

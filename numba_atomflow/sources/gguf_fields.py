@@ -6,7 +6,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import shown
+from numba_atomflow.files.untrusted import shown
 
 _T = TypeVar("_T")
 

@@ -18,7 +18,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import short, shown
+from numba_atomflow.files.untrusted import short, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from numba_atomflow.stream_decoder import byte_alphabet
+from numba_atomflow.text.detokenizer import byte_alphabet
 
 # Without a telltale token, fewer tokens than these are no evidence: most splittings would leave each of them whole.
 LEAST_VOCABULARY = 300

@@ -14,12 +14,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import short, shown
+from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.sources import gguf_pre_tokenizer
 from numba_atomflow.sources.gguf_fields import GgufFields
 from numba_atomflow.sources.gguf_pre_tokenizer import PreTokenizer
-from numba_atomflow.text import TextAssets
-from numba_atomflow.tokenizers_library import sentence
+from numba_atomflow.text.codec import TextAssets
+from numba_atomflow.text.tokenizers_library import sentence
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 

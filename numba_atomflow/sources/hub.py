@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from numba_atomflow import home
 from numba_atomflow.errors import HubError
-from numba_atomflow.foreign import short
+from numba_atomflow.files.untrusted import short
 from numba_atomflow.sources.huggingface import CONFIG, INDEX, SINGLE, shard_names
 from numba_atomflow.sources.huggingface_text import TEXT_FILES, other_tokenizer
 from numba_atomflow.sources.huggingface_tokens import TOKENIZER

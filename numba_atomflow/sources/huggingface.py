@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.checkpoint.safetensors import TensorEntry, TensorFile, read_tensor_file
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import short
+from numba_atomflow.files.untrusted import short
 from numba_atomflow.ops.fp8 import LARGEST, dequantize_groups
 from numba_atomflow.sources.base import LARGEST_WEIGHT, check_finite, check_parameters, read_bytes, refuse_pointer
 from numba_atomflow.sources.fp8_schemes import OF_NO_USE, Block, Fp8Scheme, decode_e8m0, grid_of, group_scales
 from numba_atomflow.sources.huggingface_config import config_geometry, config_scheme
 from numba_atomflow.sources.huggingface_text import folder_text
 from numba_atomflow.sources.json_file import read_json
-from numba_atomflow.tensor_file import TensorEntry, TensorFile, read_tensor_file
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

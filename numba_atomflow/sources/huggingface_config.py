@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import shown
+from numba_atomflow.files.untrusted import shown
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.sources.base import described_by
 from numba_atomflow.sources.fp8_schemes import Fp8Scheme, scheme_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import short, shown
+from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.geometry import RopeScaling
 from numba_atomflow.sources.json_file import integer, mapping, number
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError, TextError
-from numba_atomflow.foreign import shown
-from numba_atomflow.plain_text import decode_text
+from numba_atomflow.files.text_input import decode_text
+from numba_atomflow.files.untrusted import shown
 from numba_atomflow.sources.huggingface_tokens import (
     ADDED_TOKENS,
     SPECIAL_TOKENS,
@@ -20,7 +20,7 @@ from numba_atomflow.sources.huggingface_tokens import (
     folder_tokens,
 )
 from numba_atomflow.sources.json_file import flag, parse_json, read_file, unusable
-from numba_atomflow.text import TextAssets
+from numba_atomflow.text.codec import TextAssets
 
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"

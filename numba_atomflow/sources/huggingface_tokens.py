@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError, TextError
-from numba_atomflow.foreign import shown
+from numba_atomflow.files.untrusted import shown
 from numba_atomflow.sources.json_file import flag, mapping, unusable
-from numba_atomflow.text import TextAssets, TextCodec
+from numba_atomflow.text.codec import TextAssets, TextCodec
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.foreign import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, short, shown
 from numba_atomflow.sources.base import refuse_pointer
 
 

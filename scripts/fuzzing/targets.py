@@ -16,14 +16,15 @@ from gguf import GGMLQuantizationType
 from tiny_models import BOS, CHAT_TEMPLATE, EOS, PAD, random_weights, safetensors_bytes, write_gguf, write_hf_folder
 from toy_tokenizers import byte_level, sentencepiece
 
-from numba_atomflow import Engine, SamplingParams, bench, cli
-from numba_atomflow.chat_template import ChatTemplate
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow import Engine, SamplingParams, cli
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.cli.bench import Format, show
 from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.perf import bench
 from numba_atomflow.sandbox.arrivals import read_trace
-from numba_atomflow.text import TextAssets, TextCodec
+from numba_atomflow.text.chat_template import ChatTemplate
+from numba_atomflow.text.codec import TextAssets, TextCodec
 from numba_atomflow.validate.ground_truth import check_fits, open_ground_truth, precision_of, save_ground_truth
 from numba_atomflow.validate.probes import all_probes
 from numba_atomflow.validate.reference import Reference

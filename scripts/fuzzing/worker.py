@@ -74,7 +74,12 @@ class Worker:
             self._process = None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        path = [str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [
+            str(ROOT / "scripts"),
+            str(ROOT / "tests" / "support"),
+            str(ROOT),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
         self._process = subprocess.Popen(
             [sys.executable, "-m", MODULE, str(self._fixtures)],
             stdin=subprocess.PIPE,
@@ -127,7 +132,7 @@ def main() -> None:
     fixtures = Path(sys.argv[1])
     warnings.simplefilter("error", RuntimeWarning)  # NumPy's: an overflow, a NaN
     from fuzzing import targets
-    from numba_atomflow import template_process
+    from numba_atomflow.text import template_process
 
     held = template_process.shared()  # otherwise each case starts one
     targets.USES["checkpoint"](fixtures, fixtures)  # loads the kernels
@@ -168,7 +173,7 @@ def use(function: object, target: str, folder: Path, fixtures: Path) -> Outcome:
 
 def _judged(target: str, error: Exception, folder: Path, fixtures: Path) -> Outcome:
     """Whether an error's message is one short sentence without control characters."""
-    from numba_atomflow.foreign import visible
+    from numba_atomflow.files.untrusted import visible
 
     message, kind = str(error), type(error).__name__
     bare = message.replace(str(folder), "").replace(str(fixtures), "")

@@ -3,7 +3,7 @@
 from protocol import Answer, Task, answer
 
 from numba_atomflow import Engine, SamplingParams, __version__
-from numba_atomflow.machine import commit
+from numba_atomflow.host.machine import commit
 
 
 def measure(task: Task) -> Answer:

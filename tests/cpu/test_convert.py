@@ -27,7 +27,7 @@ from tiny_models import (
     write_json,
 )
 
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import DestinationError, SourceError
 from numba_atomflow.geometry import ModelGeometry

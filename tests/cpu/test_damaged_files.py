@@ -11,7 +11,7 @@ from fuzzing import targets
 from fuzzing.targets import CALIBRATION, FOLDER, GEOMETRY, MODEL, UNFINISHED
 from tiny_models import safetensors_bytes, write_hf_folder
 
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import DestinationError, GroundTruthError
 from numba_atomflow.quantize import unfinished as folders

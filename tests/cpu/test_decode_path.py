@@ -18,11 +18,11 @@ from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.backends.cuda.decode_path import choose_decode_path
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.plan import plan_for_this_gpu
-from numba_atomflow.bench import BenchReport, Settings, bench, differences
 from numba_atomflow.cli.measured import headline
 from numba_atomflow.errors import BackendError, OptionError
-from numba_atomflow.ops.cuda.chip import Chip
-from numba_atomflow.profile import profile
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.perf.bench import BenchReport, Settings, bench, differences
+from numba_atomflow.perf.profile import profile
 
 HOPPER, ADA = Chip(132, 232448, (9, 0)), Chip(128, 101376, (8, 9))
 BLACKWELL = Chip(170, 101376, (12, 0))

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numba_atomflow import demo
-from numba_atomflow.checkpoint import tensor_layout
-from numba_atomflow.checkpoint_writer import CheckpointWriter
+from numba_atomflow.checkpoint.format import tensor_layout
+from numba_atomflow.checkpoint.writer import CheckpointWriter
+from numba_atomflow.cli import demo
 from numba_atomflow.errors import SourceError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.sources.base import TEXT_RULES
-from numba_atomflow.text import TextAssets
+from numba_atomflow.text.codec import TextAssets
 
 GGUF = b"stands for a GGUF"
 GEOMETRY = ModelGeometry(

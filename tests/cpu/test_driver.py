@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from pretended_gpu import PretendedDriver, Status
 
-from numba_atomflow.driver import DriverError, call, open_device
+from numba_atomflow.device.driver import DriverError, call, open_device
+from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.device import DeviceArena
 from numba_atomflow.memory.plan import Buffer, plan_memory
-from numba_atomflow.ops.cuda.launch import Kernel, Launch
-from numba_atomflow.ops.cuda.spec import NUMBER, KernelSpec, kernel_spec
-from numba_atomflow.resources import DeviceResources
+from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.spec import NUMBER, KernelSpec, kernel_spec
 
 
 def fail(function: str) -> None:

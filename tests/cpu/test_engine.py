@@ -13,7 +13,7 @@ from tiny_models import SMALLEST_VOCABULARY, random_weights, tiny_geometry, tiny
 from toy_tokenizers import sentencepiece
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.engine import choose_max_seq_len
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError, SourceWarning, TextError

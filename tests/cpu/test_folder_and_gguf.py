@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, processors
 from toy_tokenizers import UNUSED, byte_level, sentencepiece
 
 from numba_atomflow.sources import open_source
-from numba_atomflow.text import TextCodec
+from numba_atomflow.text.codec import TextCodec
 
 MORE_SAMPLES = [
     "café señor",  # decomposed

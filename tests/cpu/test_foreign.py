@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from numba_atomflow.foreign import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, short, shown
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from cli_runner import environment
 
 from numba_atomflow import home
 from numba_atomflow.errors import BackendError
-from numba_atomflow.one_caller import OneCaller
 from numba_atomflow.ops.bandwidth import total
 from numba_atomflow.ops.fp8 import quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm
+from numba_atomflow.utils.one_caller import OneCaller
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -24,7 +24,7 @@ REFUSED, WORKED = 11, 12
 
 FORK_FIRST = """
 import os, numpy as np
-from numba_atomflow.one_caller import OneCaller
+from numba_atomflow.utils.one_caller import OneCaller
 from numba_atomflow.ops.bandwidth import total
 pid = os.fork()
 if pid == 0:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tiny_models import Weights, hf_config, tiny_geometry, write_json
 
 from numba_atomflow import Engine
-from numba_atomflow.checkpoint import Checkpoint, fusion
+from numba_atomflow.checkpoint.format import Checkpoint, fusion
 from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups_reference

@@ -9,7 +9,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from kernel_cases import generator, halves, weights
 
-from numba_atomflow.ops.cuda.fragments import (
+from numba_atomflow.ops.cuda.layout.weights import (
     GROUP_WORDS,
     TILE_ROWS,
     FragmentLayout,

@@ -19,7 +19,7 @@ from toy_tokenizers import (
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
-from numba_atomflow.text import TextCodec
+from numba_atomflow.text.codec import TextCodec
 
 
 def codec_of(fields: dict[str, Any]) -> TextCodec:

@@ -20,17 +20,19 @@ from numpy.typing import NDArray
 from pretended_gpu import PretendedDriver, Status
 from tiny_models import tiny_geometry
 
-from numba_atomflow import Engine, driver, interrupts, resources
+from numba_atomflow import Engine
 from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.choose import gpu_is_usable
-from numba_atomflow.driver import open_device
+from numba_atomflow.checkpoint.random_weights import RandomModel
+from numba_atomflow.device import driver, resources
+from numba_atomflow.device.driver import open_device
+from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import BackendError, CheckpointError, ClosedError
-from numba_atomflow.interrupts import deferred_interrupts
-from numba_atomflow.random_model import RandomModel
-from numba_atomflow.resources import DeviceResources
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
 from numba_atomflow.sandbox.runner import CacheSizes
+from numba_atomflow.utils import interrupts
+from numba_atomflow.utils.interrupts import deferred_interrupts
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
 pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
@@ -49,7 +51,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for user in ("backends.cuda.backend", "sandbox.gpu_runner", "backends.cuda.measure"):
         monkeypatch.setattr(f"numba_atomflow.{user}.build", build)
-    monkeypatch.setattr("numba_atomflow.ops.cuda.build.missing_compiler", lambda: None)
+    monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.build.missing_compiler", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from hub_server import COMMIT, Hub, serve
 from tiny_models import names_in, tiny_geometry, write_gguf, write_hf_folder
 
 from numba_atomflow import home
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.errors import HubError, OptionError, SourceError
 from numba_atomflow.sources import hub as hub_module
 from numba_atomflow.sources import local_source, open_source

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.sources.huggingface_text import folder_text
-from numba_atomflow.text import TextAssets, TextCodec
+from numba_atomflow.text.codec import TextAssets, TextCodec
 
 POOL = ["<|im_start|>", "<|im_end|>", "<think>", "<|a b|>", "word", "ab", "é", BOS, EOS, PAD]
 NAMES = ["bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "image_token"]

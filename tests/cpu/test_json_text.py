@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from numba_atomflow.json_text import json_text
+from numba_atomflow.utils.json_text import json_text
 
 
 def test_what_is_no_number_becomes_null() -> None:

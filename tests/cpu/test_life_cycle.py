@@ -13,7 +13,7 @@ import pytest
 from tiny_models import random_weights, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, ClosedError, EngineBusyError
 

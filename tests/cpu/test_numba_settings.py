@@ -8,8 +8,8 @@ import pytest
 from cli_runner import environment
 from numba.core import config
 
-from numba_atomflow import numba_settings
 from numba_atomflow.errors import BackendError, OptionError
+from numba_atomflow.host import numba_settings
 
 IMPORT = "import sys; from numba_atomflow.cli import run; sys.exit(run(['info']))"
 

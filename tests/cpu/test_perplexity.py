@@ -15,9 +15,9 @@ from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
 from numba_atomflow import Engine
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import CheckpointError, OptionError, SourceError, TextError
-from numba_atomflow.json_text import json_text
-from numba_atomflow.perplexity import choose_windows, measure
-from numba_atomflow.text import TextCodec
+from numba_atomflow.perf.perplexity import choose_windows, measure
+from numba_atomflow.text.codec import TextCodec
+from numba_atomflow.utils.json_text import json_text
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. Æther."
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numba_atomflow.ops.cuda.persistent.shape import CONSUMERS, PersistentShape
+from numba_atomflow.ops.cuda.persistent.schedule import CONSUMERS, PersistentShape
 
 
 @dataclass

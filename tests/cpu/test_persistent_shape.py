@@ -12,8 +12,8 @@ from tiny_models import tiny_geometry
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.cuda.chip import Chip
-from numba_atomflow.ops.cuda.persistent.shape import (
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.ops.cuda.persistent.schedule import (
     ATTENTION,
     CHUNK,
     CONSUMERS,
@@ -26,7 +26,7 @@ from numba_atomflow.ops.cuda.persistent.shape import (
     VOCABULARY,
     PersistentShape,
 )
-from numba_atomflow.presets import PRESETS
+from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 SMOLLM2 = tiny_geometry(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152)
 TINY = tiny_geometry(hidden=64, heads=1, kv_heads=1, ffn=72, vocabulary=40)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from numba_atomflow import home, plain_text
+from numba_atomflow import home
 from numba_atomflow.errors import TextError
-from numba_atomflow.plain_text import decode_text, read_line, read_standard_input, read_text_file, typed
+from numba_atomflow.files import text_input
+from numba_atomflow.files.text_input import decode_text, read_line, read_standard_input, read_text_file, typed
 
 TEXT = "Grüße aus Köln. 你好"
 
@@ -40,7 +41,7 @@ def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refused(f"The prompt file {latin} is not UTF-8 text (byte 2)", read_text_file, latin, "The prompt file")
     refused("(Is a directory)", read_text_file, tmp_path)
     refused("(No such file", read_text_file, tmp_path / "none")
-    monkeypatch.setattr(plain_text, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(text_input, "MOST_BYTES", 1 << 20)
     refused("/dev/zero has more than 1 MiB", read_text_file, Path("/dev/zero"))
 
 

@@ -8,9 +8,9 @@ import pytest
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
-from numba_atomflow.decode import Op
 from numba_atomflow.errors import DestinationError, OptionError
-from numba_atomflow.profile import KernelRow, ProfileReport, kernel_rows, kind_of, plot, profile
+from numba_atomflow.model.step import Op
+from numba_atomflow.perf.profile import KernelRow, ProfileReport, kernel_rows, kind_of, plot, profile
 
 DEPTH = 30
 

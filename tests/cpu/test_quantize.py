@@ -30,7 +30,7 @@ from numba_atomflow.quantize.inputs import Inputs, output_energy
 from numba_atomflow.quantize.layer import PROJECTIONS, quantize_layer
 from numba_atomflow.quantize.projection import Method, Quantised, Sharing, quantised
 from numba_atomflow.quantize.threads import cores_for_blas, cores_for_kernels
-from numba_atomflow.text import TextAssets
+from numba_atomflow.text.codec import TextAssets
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = " ".join(f"the {name} of a thing is {name}ness;" for name in ("red", "round", "late", "soft", "loud")) + "\n"

@@ -7,11 +7,11 @@ import pytest
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.checkpoint import tensor_layout
+from numba_atomflow.checkpoint.format import tensor_layout
+from numba_atomflow.checkpoint.random_weights import BLOCK, RandomModel
 from numba_atomflow.errors import OptionError, TextError
+from numba_atomflow.model.presets import PRESETS, find_preset
 from numba_atomflow.ops.fp8 import dequantize_groups
-from numba_atomflow.presets import PRESETS, find_preset
-from numba_atomflow.random_model import BLOCK, RandomModel
 
 PROMPT = [5, 6, 7, 8]
 

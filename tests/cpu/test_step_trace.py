@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny_models import tiny_geometry
 
+from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.errors import DestinationError
-from numba_atomflow.step_trace import StepTrace
-from numba_atomflow.timeline import draw_timeline
+from numba_atomflow.perf.timeline import draw_timeline
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "step_trace.json"
 EVENTS = ("begun", "staged", "done", "copy_begun", "copy_done", "waited")
@@ -103,8 +103,8 @@ def test_the_kernels_clocks_become_a_trace() -> None:
     from numba_atomflow.backends.cuda.kernels import ModelKernels
     from numba_atomflow.backends.cuda.persistent import PersistentStep
     from numba_atomflow.memory.view import View
-    from numba_atomflow.ops.cuda.chip import Chip
     from numba_atomflow.ops.cuda.persistent import trace as noted
+    from numba_atomflow.ops.cuda.runtime.chip import Chip
 
     chip = Chip(multiprocessors=2, shared_bytes=232448, capability=(9, 0))
     kernels = ModelKernels(tiny_geometry(), chip, persistent=True)
@@ -129,7 +129,7 @@ def test_the_kernels_clocks_become_a_trace() -> None:
 def test_the_kernel_that_takes_times_is_another_one() -> None:
     pytest.importorskip("numba_cuda", reason="the kernel is made of it; there is none for macOS")
     from numba_atomflow.backends.cuda.kernels import ModelKernels
-    from numba_atomflow.ops.cuda.chip import Chip
+    from numba_atomflow.ops.cuda.runtime.chip import Chip
 
     kernels = ModelKernels(tiny_geometry(), Chip(132, 232448, (9, 0)), persistent=True)
     traced, plain = kernels.persistent_traced, kernels.planned["persistent"]

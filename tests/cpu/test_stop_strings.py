@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
-from numba_atomflow.stop_strings import StopStrings
-from numba_atomflow.text import TextAssets, TextCodec
+from numba_atomflow.text.codec import TextAssets, TextCodec
+from numba_atomflow.text.stop_strings import StopStrings
 
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 

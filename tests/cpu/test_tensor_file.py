@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from tiny_models import safetensors_bytes
 
-from numba_atomflow.checkpoint import Checkpoint
-from numba_atomflow.checkpoint_writer import CheckpointWriter
+from numba_atomflow.checkpoint.format import Checkpoint
+from numba_atomflow.checkpoint.safetensors import read_tensor_file
+from numba_atomflow.checkpoint.writer import CheckpointWriter
 from numba_atomflow.errors import AtomFlowError, CheckpointError, SourceError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.tensor_file import read_tensor_file
-from numba_atomflow.text import TextAssets
+from numba_atomflow.text.codec import TextAssets
 
 SECONDS = 5  # of CPU time; what was mended took more than 30
 

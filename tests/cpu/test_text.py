@@ -16,8 +16,8 @@ from toy_tokenizers import byte_level, sentencepiece
 
 from numba_atomflow.errors import AtomFlowError, CheckpointError, TextError
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
-from numba_atomflow.stream_decoder import StreamDecoder, TokenBytes, byte_alphabet
-from numba_atomflow.text import TextAssets, TextCodec
+from numba_atomflow.text.codec import TextAssets, TextCodec
+from numba_atomflow.text.detokenizer import StreamDecoder, TokenBytes, byte_alphabet
 
 BYTE_LEVEL = TextCodec(assets_from_gguf(byte_level()[1]))
 SENTENCEPIECE = TextCodec(assets_from_gguf(sentencepiece()[1]))
@@ -228,7 +228,8 @@ def test_a_damaged_record_is_a_checkpoint_error(record: dict[str, Any]) -> None:
 
 
 def test_importing_text_loads_neither_jinja_nor_tokenizers() -> None:
-    code = "import sys, numba_atomflow.text; print([m for m in ('jinja2', 'tokenizers', 'numpy') if m in sys.modules])"
+    heavy = ("jinja2", "tokenizers", "numpy")
+    code = f"import sys, numba_atomflow.text.codec; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

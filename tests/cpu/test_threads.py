@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from cli_runner import environment
 
-from numba_atomflow import home, threads
-from numba_atomflow.cpu_quota import cpu_quota
+from numba_atomflow import home
 from numba_atomflow.errors import OptionError
+from numba_atomflow.host import threads
+from numba_atomflow.host.cpu_quota import cpu_quota
 
 V2_MOUNT = "30 23 0:28 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "33 31 0:30 {root} /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct"
@@ -117,7 +118,7 @@ TWO_THREADS = """
 import threading
 import numpy as np
 from numba_atomflow.ops.bandwidth import total
-from numba_atomflow.threads import kernels_turn
+from numba_atomflow.host.threads import kernels_turn
 data = np.ones(1 << 16, np.float32)
 total(data)
 def run():

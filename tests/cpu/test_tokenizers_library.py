@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tiny_models import tiny_tokenizer
 
-from numba_atomflow import tokenizers_library
 from numba_atomflow.errors import SourceError, TextError
-from numba_atomflow.text import TextAssets, TextCodec
-from numba_atomflow.tokenizers_library import sentence
+from numba_atomflow.text import tokenizers_library
+from numba_atomflow.text.codec import TextAssets, TextCodec
+from numba_atomflow.text.tokenizers_library import sentence
 
 ASSETS = TextAssets(tokenizer_json=tiny_tokenizer().to_str().encode())
 

@@ -12,9 +12,9 @@ pytest.importorskip("transformers", reason="transformers makes the ground truth:
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Memory
-from numba_atomflow.decode import Head, Op
 from numba_atomflow.errors import ContextError, GroundTruthError, OptionError
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import Head, Op
 from numba_atomflow.validate import Precision, SignFlip, all_probes, check, inject, make_ground_truth, record
 from numba_atomflow.validate.tolerance import tolerances
 
@@ -264,7 +264,7 @@ def test_memory_is_read_by_copy_and_written_through(subject: Subject) -> None:
 
 def test_a_plot_is_drawn(subject: Subject, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws: pip install '.[plot]'")
-    from numba_atomflow.picture import check_plot
+    from numba_atomflow.utils.plot import check_plot
     from numba_atomflow.validate.plot import plot
 
     picture = tmp_path / "errors.png"

@@ -13,7 +13,7 @@ from validator_models import BLOCK, PROMPT, Subject, make_subject, three_layers
 pytest.importorskip("transformers", reason="transformers makes the ground truth: pip install '.[validate]'")
 
 from numba_atomflow.backends.cpu import CpuBackend
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import GroundTruthError
 from numba_atomflow.geometry import ModelGeometry

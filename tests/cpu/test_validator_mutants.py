@@ -15,8 +15,8 @@ from validator_models import BLOCK, Subject, loud_weights, make_subject, three_l
 pytest.importorskip("transformers", reason="transformers makes the ground truth: pip install '.[validate]'")
 
 from numba_atomflow.backends.base import Memory
-from numba_atomflow.decode import Advance, Attention, GateUp, Op, ProjectAdd, Qkv, Vocabulary, Weight
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import Advance, Attention, GateUp, Op, ProjectAdd, Qkv, Vocabulary, Weight
 from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 from numba_atomflow.ops.rope import rope_reference

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from numba_atomflow.whole_file import publish_new, write_whole
+from numba_atomflow.files.atomic import publish_new, write_whole
 
 
 def names_in(folder: Path) -> list[str]:

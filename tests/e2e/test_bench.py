@@ -56,7 +56,7 @@ def test_csv_is_one_row_per_depth(cli: InProcess, tiny_checkpoint: Path) -> None
 def test_a_geometry_needs_no_model(cli: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_models import tiny_geometry
 
-    from numba_atomflow.presets import PRESETS
+    from numba_atomflow.model.presets import PRESETS
 
     monkeypatch.setitem(PRESETS, "smollm2-135m", tiny_geometry())
     outcome = cli("bench", "--geometry", "smollm2-135m", "--random-weights", *FAST)
@@ -79,7 +79,7 @@ def test_contradictions_are_refused_before_anything_is_measured(
 
 
 def test_help_names_every_geometry(cli: InProcess) -> None:
-    from numba_atomflow.presets import PRESETS
+    from numba_atomflow.model.presets import PRESETS
 
     text = " ".join(cli("bench", "--help").out.split())
     assert ", ".join(PRESETS) in text

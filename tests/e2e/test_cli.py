@@ -17,9 +17,9 @@ from cli_runner import InProcess, assert_refused, command_line, environment, nam
 from tiny_models import write_gguf, write_hf_folder, write_json
 
 from numba_atomflow import __version__
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.engine import Engine
-from numba_atomflow.model_names import DEFAULT_MODEL
 from numba_atomflow.sampling import SamplingParams
 
 PARIS = "The capital of France is"

@@ -28,7 +28,7 @@ from tiny_models import (
 )
 
 import numba_atomflow.engine
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 
 
 @pytest.fixture

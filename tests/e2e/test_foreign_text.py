@@ -13,7 +13,7 @@ from tiny_models import safetensors_bytes, write_json
 
 from numba_atomflow.cli import output
 from numba_atomflow.convert import convert
-from numba_atomflow.foreign import visible
+from numba_atomflow.files.untrusted import visible
 
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 WILD = ("generate", "x", "-n", 120, "--temperature", 5, "--seed", 3, "--quiet")

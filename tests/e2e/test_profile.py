@@ -11,7 +11,7 @@ import pytest
 from cli_runner import InProcess, assert_refused
 
 from numba_atomflow.backends.base import DecodePath
-from numba_atomflow.step_trace import StepTrace
+from numba_atomflow.backends.trace import StepTrace
 
 FAST = ("-r", 2, "--threads", 1)
 
@@ -111,7 +111,7 @@ def test_a_timeline_needs_the_persistent_kernel(
 ) -> None:
     pytest.importorskip("matplotlib", reason="what is missing would be matplotlib")
     monkeypatch.setattr("numba_atomflow.backends.cpu.CpuBackend.decode_path", path)
-    monkeypatch.setattr("numba_atomflow.profile.profile", lambda *_: pytest.fail("refused too late"))
+    monkeypatch.setattr("numba_atomflow.perf.profile.profile", lambda *_: pytest.fail("refused too late"))
     outcome = cli("profile", tiny_checkpoint, *FAST, "--timeline", tmp_path / "timeline.svg")
     assert_refused(outcome, "--timeline", *words)
     assert not list(tmp_path.iterdir())

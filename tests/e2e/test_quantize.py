@@ -9,7 +9,7 @@ import pytest
 from cli_runner import InProcess, assert_refused, names_in
 from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
 
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 
 
 @pytest.fixture

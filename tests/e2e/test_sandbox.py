@@ -8,13 +8,13 @@ import pytest
 from cli_runner import InProcess, assert_refused
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.cli import sandbox_main
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
+from numba_atomflow.sandbox.engine import Fork, ServerEngine
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import cache_sizes
-from numba_atomflow.sandbox.server import Fork, ServerEngine
 
 PROMPTS = (
     "The capital of France is",

@@ -20,7 +20,7 @@ from toy_tokenizers import PRE_TOKENIZERS, byte_level, sentencepiece
 
 from numba_atomflow.sources import open_source
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
-from numba_atomflow.text import TextCodec
+from numba_atomflow.text.codec import TextCodec
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install '.[validate]'")
 

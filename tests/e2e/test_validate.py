@@ -14,8 +14,8 @@ from tiny_models import tiny_geometry, write_hf_folder
 pytest.importorskip("transformers", reason="transformers makes the ground truth: pip install '.[validate]'")
 
 from numba_atomflow import Engine
+from numba_atomflow.checkpoint.safetensors import METADATA
 from numba_atomflow.convert import convert
-from numba_atomflow.tensor_file import METADATA
 from numba_atomflow.validate import check, make_ground_truth
 
 TEXT = "The river begins in the Alps."
@@ -290,9 +290,9 @@ def test_another_backend_is_compared_with_the_cpu(
 def test_without_matplotlib(
     cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from numba_atomflow import picture
+    from numba_atomflow.utils import plot
 
-    monkeypatch.setattr(picture, "find_spec", lambda _name: None)
+    monkeypatch.setattr(plot, "find_spec", lambda _name: None)
     refused = cli("validate", tiny_checkpoint, "-g", truth_file, "--plot", tmp_path / "errors.png")
     assert_refused(refused, "matplotlib", "numba-atomflow[plot]")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from sys import path
 
-path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
 
 from tiny_models import tiny_geometry  # noqa: E402
 
@@ -11,7 +11,7 @@ from numba_atomflow import Engine, SamplingParams  # noqa: E402
 from numba_atomflow.backends.cuda.backend import CudaBackend  # noqa: E402
 from numba_atomflow.errors import BackendError  # noqa: E402
 from numba_atomflow.memory.view import View  # noqa: E402
-from numba_atomflow.ops.cuda.launch import Launch  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.launch import Launch  # noqa: E402
 
 PROMPT, PARAMS = [5, 6, 7, 8], SamplingParams(max_tokens=12)
 

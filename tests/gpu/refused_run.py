@@ -4,7 +4,7 @@ import gc
 from pathlib import Path
 from sys import path
 
-path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
 
 from tiny_models import tiny_geometry  # noqa: E402
 

@@ -19,11 +19,11 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.cpu import CpuBackend
 from numba_atomflow.backends.cuda.backend import CudaBackend
-from numba_atomflow.decode import Embed, Op, Qkv
+from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.random_model import RandomModel
+from numba_atomflow.model.step import Embed, Op, Qkv
 
 LIMIT = 3e-3  # relative L2 of logits: activations are float16 (2^-11 per rounding, a few dozen of them)
 MAX_SEQ_LEN = 96

@@ -11,16 +11,16 @@ from paged_kernel_cases import PAGED, PAGED_QKV, PagedCase, check_paged_attentio
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.checkpoint import Checkpoint
+from numba_atomflow.checkpoint.format import Checkpoint
+from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.memory.paged import BLOCK_SIZES
-from numba_atomflow.random_model import RandomModel
 from numba_atomflow.sandbox.compare import Grid, blocks_needed, compare
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
+from numba_atomflow.sandbox.engine import Fork, ServerEngine
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import Runner, cache_sizes
-from numba_atomflow.sandbox.server import Fork, ServerEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
 

@@ -8,8 +8,8 @@ from device_launch import capability
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.profile import profile
-from numba_atomflow.step_trace import StepTrace
+from numba_atomflow.backends.trace import StepTrace
+from numba_atomflow.perf.profile import profile
 
 PROMPT = [5, 6, 7, 8, 9]
 

@@ -17,7 +17,7 @@ skip_without_compiler()
 
 from kernel_catalogue import Entry, catalogue  # noqa: E402
 
-from numba_atomflow.ops.cuda.build import assemble, make_ptx, rename, share_scopes  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx, rename, share_scopes  # noqa: E402
 
 ARCHITECTURES = ((8, 0), (8, 9), (9, 0), (12, 0))
 WEIGHT_LOAD = "ld.global.nc.L1::no_allocate.v4.u32"

@@ -17,9 +17,9 @@ from kernel_catalogue import MULTIPROCESSORS, SHARED_BYTES  # noqa: E402
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels  # noqa: E402
 from numba_atomflow.geometry import ModelGeometry  # noqa: E402
-from numba_atomflow.ops.cuda.build import assemble, make_ptx  # noqa: E402
-from numba_atomflow.ops.cuda.chip import Chip  # noqa: E402
-from numba_atomflow.ops.cuda.persistent.shape import DOWN  # noqa: E402
+from numba_atomflow.ops.cuda.persistent.schedule import DOWN  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
 
 VECTORS = 3  # the residual stream, what attention makes, what the MLP does
 SMOLLM2 = tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152)

@@ -10,12 +10,12 @@ from tiny_models import tiny_geometry
 
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.view import View
-from numba_atomflow.presets import PRESETS
+from numba_atomflow.model.presets import PRESETS
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("the simulator replaces the compiler in this process", allow_module_level=True)
 
-from numba_atomflow.ops.cuda.chip import Chip
+from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
 from numba_atomflow.sandbox.runner import CacheSizes

@@ -1,4 +1,4 @@
-"""What instructions of ops/ptx.py mean where no kernel's own test would tell; and words of the exchange."""
+"""What instructions of ops/ptx mean where no kernel's own test would tell; and words of the exchange."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from numba import cuda, uint32, uint64
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.persistent.exchange import cut_24, is_pair_of, pair_of, publish_pair
+from numba_atomflow.ops.cuda.comm.flagged import cut_24, is_pair_of, pair_of, publish_pair
 
 WORD = 0xFFFFFFFF
 

@@ -10,14 +10,14 @@ from numba import cuda, float32, uint32
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import (
+from numba_atomflow.ops.cuda.layout.weights import (
     HALF_WORDS,
     FragmentLayout,
     halves_to_fragments_reference,
     to_fragments_reference,
 )
 from numba_atomflow.ops.cuda.persistent.projection import make_multiply
-from numba_atomflow.ops.cuda.persistent.shape import CHUNK
+from numba_atomflow.ops.cuda.persistent.schedule import CHUNK
 from numba_atomflow.ops.cuda.persistent.staging import swizzled
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
 

@@ -1,4 +1,4 @@
-"""The paged kernels in numba's CUDA simulator (the checks: tests/paged_kernel_cases.py)."""
+"""The paged kernels in numba's CUDA simulator (the checks: tests/support/paged_kernel_cases.py)."""
 
 import pytest
 from kernel_cases import ProjectionCase, check_projection

@@ -1,4 +1,4 @@
-"""The persistent decode kernel in numba's CUDA simulator (the checks: tests/persistent_cases.py)."""
+"""The persistent decode kernel in numba's CUDA simulator (the checks: tests/support/persistent_cases.py)."""
 
 from typing import Any
 

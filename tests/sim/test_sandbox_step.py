@@ -10,15 +10,15 @@ from kernel_cases import generator, relative_error
 from numpy.typing import NDArray
 from tiny_models import tiny_geometry
 
+from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
-from numba_atomflow.ops.cuda.chip import Chip
-from numba_atomflow.ops.cuda.fragments import to_fragments_reference
-from numba_atomflow.ops.cuda.sample import token_of
-from numba_atomflow.random_model import RandomModel
+from numba_atomflow.ops.cuda.layout.weights import to_fragments_reference
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.token.sample import token_of
 from numba_atomflow.sandbox import gpu_runner
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
 from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels

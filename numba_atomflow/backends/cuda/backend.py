@@ -10,30 +10,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Decode, Observer, Progress
+from numba_atomflow.backends.cuda.bind import Binder
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.measure import measure_ceilings
 from numba_atomflow.backends.cuda.persistent import PersistentStep, fault_sentence
 from numba_atomflow.backends.cuda.plan import cuda_plan
-from numba_atomflow.backends.cuda.steps import Binder
-from numba_atomflow.backends.cuda.tokens import TokenChannel
-from numba_atomflow.checkpoint import HeadFormat, head_part
-from numba_atomflow.decode import Head, Op, Sample, Weight, Weights, build_head, build_step
-from numba_atomflow.driver import call
+from numba_atomflow.backends.cuda.queue import TokenChannel
+from numba_atomflow.backends.trace import StepTrace
+from numba_atomflow.checkpoint.format import HeadFormat, head_part
+from numba_atomflow.device.driver import call
+from numba_atomflow.device.resources import DeviceResources, closed_sentence
 from numba_atomflow.errors import CheckpointError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import Head, Op, Sample, Weight, Weights, build_head, build_step
 from numba_atomflow.ops import rope
-from numba_atomflow.ops.cuda.build import build
-from numba_atomflow.ops.cuda.chip import chip_of
-from numba_atomflow.ops.cuda.graph import Graph, time_graph, time_launches
-from numba_atomflow.ops.cuda.launch import Kernel, Launch
-from numba_atomflow.ops.cuda.sample import LOWEST_KEY
-from numba_atomflow.ops.cuda.upload import Uploader, upload
-from numba_atomflow.resources import DeviceResources, closed_sentence
+from numba_atomflow.ops.cuda.runtime.build import build
+from numba_atomflow.ops.cuda.runtime.chip import chip_of
+from numba_atomflow.ops.cuda.runtime.graph import Graph, time_graph, time_launches
+from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
+from numba_atomflow.ops.cuda.token.sample import LOWEST_KEY
 from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler, SamplingParams
-from numba_atomflow.step_trace import StepTrace
 
 AHEAD = 3  # replays that are queued before their tokens are asked for; the surplus at a reply's end is thrown away
 

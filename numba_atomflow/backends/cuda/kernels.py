@@ -7,19 +7,21 @@ whose surplus columns compute something that nobody looks at: weights pass throu
 from dataclasses import replace
 from functools import cached_property
 
-from numba_atomflow.checkpoint import HeadFormat
+from numba_atomflow.checkpoint.format import HeadFormat
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.cuda import attention, embedding, fragments, rope, sample
-from numba_atomflow.ops.cuda.attention import AttentionShape
-from numba_atomflow.ops.cuda.chip import Chip
-from numba_atomflow.ops.cuda.fragments import FragmentLayout
+from numba_atomflow.ops.cuda.attention import decode
+from numba_atomflow.ops.cuda.attention.decode import AttentionShape
+from numba_atomflow.ops.cuda.gemv.kernels import projection_kernel
+from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, choose_shape
+from numba_atomflow.ops.cuda.layout import weights
+from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
 from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
 from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
-from numba_atomflow.ops.cuda.persistent.shape import CHUNK, PersistentShape
-from numba_atomflow.ops.cuda.projection import ProjectionShape, choose_shape
-from numba_atomflow.ops.cuda.projection_kernels import projection_kernel
-from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, PersistentShape
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.token import embedding, rope, sample
 
 MOST_COLUMNS = 8  # of `mma.m16n8k16`
 RING = 1024  # tokens that may be on their way to the host
@@ -109,7 +111,7 @@ class ModelKernels:
     def attention_shape(self, columns: int) -> AttentionShape:
         """How attention of `columns` tokens is cut."""
         g = self.geometry
-        splits = attention.choose_splits(g.heads, g.kv_heads, columns, self.chip.multiprocessors)
+        splits = decode.choose_splits(g.heads, g.kv_heads, columns, self.chip.multiprocessors)
         return AttentionShape(g.heads, g.kv_heads, g.head_dim, columns, self.layouts["o"].padded_columns, splits)
 
     @property
@@ -135,7 +137,7 @@ class ModelKernels:
     def planned(self) -> dict[str, Planned]:
         """All kernels by name: what a step of `columns` tokens takes is called ``<kind>_x<columns>``."""
         argmax = sample.argmax_kernel(self.geometry.vocabulary, self.chip.multiprocessors, self.dependent)
-        kernels = [fragments.repack_kernel(self.chip.hardware_fp8), argmax, self._sample]
+        kernels = [weights.repack_kernel(self.chip.hardware_fp8), argmax, self._sample]
         kernels += [self._advance(sampled=False), self._advance(sampled=True)]
         for columns in self.widths:
             kernels += [embedding.embed_kernel(self.layouts["embedding"], columns), self._attention(columns)]
@@ -143,7 +145,7 @@ class ModelKernels:
             if self.rotates_apart:
                 kernels.append(self._rope(columns))
         if self.head == "fp16":
-            kernels.append(fragments.repack_halves_kernel())
+            kernels.append(weights.repack_halves_kernel())
         if self.persistent:
             kernels += [persistent_kernel(self.persistent_shape), publish_kernel(self.persistent_shape)]
         return {kernel.spec.name: kernel for kernel in kernels}
@@ -176,7 +178,7 @@ class ModelKernels:
         shape = self.attention_shape(columns)
         spec = kernel_spec(
             f"attention_x{columns}",
-            "attention:make_attention",
+            decode.make_attention,
             (U32, U32, U32, I64, F32, U32, U32),
             shape.threads,
             shape.shared_bytes,
@@ -189,7 +191,7 @@ class ModelKernels:
         g = self.geometry
         spec = kernel_spec(
             f"rope_x{columns}",
-            "rope:make_rope",
+            rope.make_rope,
             (F32, F32, F32, F32, I64, F32, F32, U16, U16, U16),
             rope.THREADS,
             heads=g.heads,
@@ -207,7 +209,7 @@ class ModelKernels:
     def _sample(self) -> Planned:
         spec = kernel_spec(
             "sample",
-            "sample:make_sample",
+            sample.make_sample,
             (F32, U32, F64, U64, I64, I32),
             sample.SAMPLE_THREADS,
             sample.sample_shared_bytes(sample.BINS, sample.CAPACITY),
@@ -219,7 +221,7 @@ class ModelKernels:
     def _advance(self, *, sampled: bool) -> Planned:
         spec = kernel_spec(
             "advance_sampled" if sampled else "advance",
-            "sample:make_advance",
+            sample.make_advance,
             (I32, I64, I64, U32, U64, I64, NUMBER),
             1,
             ring=RING,

@@ -4,16 +4,16 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.driver import Device, call
+from numba_atomflow.device.driver import Device, call
+from numba_atomflow.device.resources import Resources
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.view import View
-from numba_atomflow.ops.cuda import ceiling
-from numba_atomflow.ops.cuda.build import build
-from numba_atomflow.ops.cuda.chip import chip_of
-from numba_atomflow.ops.cuda.graph import Graph, time_graph
-from numba_atomflow.ops.cuda.launch import Kernel, Launch
-from numba_atomflow.ops.cuda.spec import U32, kernel_spec
-from numba_atomflow.resources import Resources
+from numba_atomflow.ops.cuda.runtime import bandwidth
+from numba_atomflow.ops.cuda.runtime.build import build
+from numba_atomflow.ops.cuda.runtime.chip import chip_of
+from numba_atomflow.ops.cuda.runtime.graph import Graph, time_graph
+from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.spec import U32, kernel_spec
 
 _CEILING_BYTES = 2 << 30  # read per pass: far more than any second-level cache holds
 _LEAST_CACHES = 4  # second-level caches that it must be larger than
@@ -41,11 +41,11 @@ def measure_ceilings(device: Device, stream: Any, made: Resources) -> dict[str, 
             f"Measuring how fast the GPU's memory is takes {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB "
             "are free; use a smaller --max-seq-len, or close other programs."
         )
-    specs = {"loads": kernel_spec("read", "ceiling:make_read", (U32, U32), ceiling.THREADS)}
+    specs = {"loads": kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)}
     blocks = {"loads": _READ_BLOCKS * chip.multiprocessors, "copy engine": chip.multiprocessors}
     if chip.capability >= (9, 0):
-        shared = ceiling.bulk_shared_bytes()
-        specs["copy engine"] = kernel_spec("bulk_read", "ceiling:make_bulk_read", (U32, U32), 32, shared)
+        shared = bandwidth.bulk_shared_bytes()
+        specs["copy engine"] = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
     codes = build(list(specs.values()), chip.capability)
     found = {}
     with made.scope(stream) as measuring:

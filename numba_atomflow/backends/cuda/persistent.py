@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
-from numba_atomflow.decode import Op
+from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.device import DeviceMemory
 from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import Buffer
 from numba_atomflow.memory.view import View
-from numba_atomflow.ops.cuda.launch import Kernel, Launch
-from numba_atomflow.ops.cuda.persistent.shape import TABLE_UNIT, PersistentShape
+from numba_atomflow.model.step import Op
+from numba_atomflow.ops.cuda.persistent.schedule import TABLE_UNIT, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import (
     BEGUN,
     COPY_BEGUN,
@@ -25,7 +25,7 @@ from numba_atomflow.ops.cuda.persistent.trace import (
     WAITED,
     to_nanoseconds,
 )
-from numba_atomflow.step_trace import StepTrace
+from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 
 _BYTES = 4 * TABLE_UNIT  # that the table of weights counts in
 

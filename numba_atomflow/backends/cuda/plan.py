@@ -6,12 +6,12 @@ from typing import Any
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers
-from numba_atomflow.checkpoint import HeadFormat, fusion
-from numba_atomflow.decode import StepSizes, step_buffers
+from numba_atomflow.checkpoint.format import HeadFormat, fusion
+from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
-from numba_atomflow.ops.cuda.chip import chip_of
-from numba_atomflow.resources import DeviceResources
+from numba_atomflow.model.step import StepSizes, step_buffers
+from numba_atomflow.ops.cuda.runtime.chip import chip_of
 
 SMALLEST_STAGING = 4 << 20  # bytes behind the weights, where loading puts what it repacks
 

@@ -1,6 +1,6 @@
 """Attention of the persistent kernel: one token's heads over the cache, by as many blocks as the sequence is worth.
 
-A block takes a key/value head and a chunk of the sequence, as in `ops/cuda/attention.py`, whose order of fragments it
+A block takes a key/value head and a chunk of the sequence, as in `ops/cuda/attention/decode.py`, whose order of fragments it
 shares; with one token, the heads that share a key/value head fill at most 8 rows of a fragment, and the other 8 are
 left out. What differs is the way of the newest key and value: they come with q through the exchange, and the first
 chunk's block adds them as one more sum. So all keys that are read from the cache were written by earlier launches, and
@@ -16,9 +16,9 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.attention_fragments import LOWEST, make_head_fragments, make_merge, quad_max, quad_sum
-from numba_atomflow.ops.cuda.persistent.exchange import give_up
-from numba_atomflow.ops.cuda.persistent.shape import (
+from numba_atomflow.ops.cuda.attention.fragments import LOWEST, make_head_fragments, make_merge, quad_max, quad_sum
+from numba_atomflow.ops.cuda.comm.flagged import give_up
+from numba_atomflow.ops.cuda.persistent.schedule import (
     ALONE,
     CONSUMERS,
     KEYS,

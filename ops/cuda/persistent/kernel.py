@@ -12,13 +12,12 @@ import numpy as np
 from numba import cuda, float32, int64, uint16, uint32, uint64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.embedding import make_quad
+from numba_atomflow.ops.cuda.comm.flagged import PATIENCE, publish_pair
 from numba_atomflow.ops.cuda.persistent.attention import make_attend, make_share
-from numba_atomflow.ops.cuda.persistent.exchange import PATIENCE, publish_pair
-from numba_atomflow.ops.cuda.persistent.finish import make_finish, make_prepare
+from numba_atomflow.ops.cuda.persistent.epilogue import make_finish, make_prepare
+from numba_atomflow.ops.cuda.persistent.pipeline import make_deal, make_kind_of, make_produce
 from numba_atomflow.ops.cuda.persistent.projection import CHUNKS, TURN, make_project
-from numba_atomflow.ops.cuda.persistent.ring import make_deal, make_kind_of, make_produce
-from numba_atomflow.ops.cuda.persistent.shape import (
+from numba_atomflow.ops.cuda.persistent.schedule import (
     ATTENTION,
     BLOCK_THREADS,
     CONSUMERS,
@@ -32,8 +31,9 @@ from numba_atomflow.ops.cuda.persistent.shape import (
 )
 from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet, swizzled
 from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_note, make_note_clocks
-from numba_atomflow.ops.cuda.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, hand_over, shuffle_max, token_id
-from numba_atomflow.ops.cuda.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.token.embedding import make_quad
+from numba_atomflow.ops.cuda.token.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, hand_over, shuffle_max, token_id
 
 # Types of the kernel's arguments.
 SIGNATURE = (
@@ -307,6 +307,6 @@ def _make_end_step(blocks: int) -> Any:
 def persistent_kernel(shape: PersistentShape) -> Planned:
     """The kernel of `make_persistent`."""
     name = "persistent_traced" if shape.trace else "persistent"
-    factory = "persistent.kernel:make_persistent"
+    factory = make_persistent
     spec = kernel_spec(name, factory, SIGNATURE, BLOCK_THREADS, shape.block_bytes, shape=shape)
     return Planned(replace(spec, cooperative=True), shape.multiprocessors)

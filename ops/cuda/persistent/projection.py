@@ -14,9 +14,9 @@ import numpy as np
 from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.fragments import GROUP_WORDS, HALF_WORDS
-from numba_atomflow.ops.cuda.persistent.ring import await_barrier
-from numba_atomflow.ops.cuda.persistent.shape import CHUNK, CONSUMERS, THREADS, VOCABULARY, PersistentShape
+from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, HALF_WORDS
+from numba_atomflow.ops.cuda.persistent.pipeline import await_barrier
+from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, CONSUMERS, THREADS, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.staging import meet, swizzled
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 

@@ -10,9 +10,9 @@ import numpy as np
 from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.persistent.exchange import publish_pair
-from numba_atomflow.ops.cuda.persistent.shape import PersistentShape
-from numba_atomflow.ops.cuda.spec import F32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.comm.flagged import publish_pair
+from numba_atomflow.ops.cuda.persistent.schedule import PersistentShape
+from numba_atomflow.ops.cuda.runtime.spec import F32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 
 THREADS = 256
 _BLOCKS = 16
@@ -69,4 +69,4 @@ def make_publish(shape: PersistentShape) -> Any:
 def publish_kernel(shape: PersistentShape) -> Planned:
     """The kernel of `make_publish`."""
     signature = (F32, U16, U16, U32, U32, U64, I64, I64, NUMBER, NUMBER)
-    return Planned(kernel_spec("publish", "persistent.publish:make_publish", signature, THREADS, shape=shape), _BLOCKS)
+    return Planned(kernel_spec("publish", make_publish, signature, THREADS, shape=shape), _BLOCKS)

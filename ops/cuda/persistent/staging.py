@@ -10,8 +10,8 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.persistent.exchange import give_up, is_pair_of, pair_of
-from numba_atomflow.ops.cuda.persistent.shape import CONSUMERS, THREADS, PersistentShape
+from numba_atomflow.ops.cuda.comm.flagged import give_up, is_pair_of, pair_of
+from numba_atomflow.ops.cuda.persistent.schedule import CONSUMERS, THREADS, PersistentShape
 
 CONSUMERS_MEET = 1  # number of the barrier at which the warps that compute meet: the producer takes no part
 

@@ -11,7 +11,7 @@ from numba import cuda, int64
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.persistent.shape import PersistentShape
+from numba_atomflow.ops.cuda.persistent.schedule import PersistentShape
 
 EVENTS = 6
 # Of an op: the block turns to it; what it reads is there; its results are published; the first and the last of its

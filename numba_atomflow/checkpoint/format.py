@@ -1,0 +1,283 @@
+"""The FP8 checkpoint: one safetensors file that this engine maps and any safetensors reader opens.
+
+Tensors, with V vocabulary, H hidden and weights row-major [N, K] in codes F8_E4M3 and scales F32 [N, ceil(K / 128)]:
+
+    embedding.weight, embedding.scale            [V, H]
+    layer.{i}.attention_norm                     F32 [H]
+    layer.{i}.qkv.weight, .scale                 [(heads + 2 kv_heads) * head_dim, H]: rows of q, of k, of v
+    layer.{i}.qkv_bias                           F32 [(heads + 2 kv_heads) * head_dim], only with a bias (Qwen2)
+    layer.{i}.q_norm, layer.{i}.k_norm           F32 [head_dim], only with norms of q and k (Qwen3)
+    layer.{i}.o.weight, .scale                   [H, heads * head_dim]
+    layer.{i}.ffn_norm                           F32 [H]
+    layer.{i}.gate_up.weight, .scale             [2 * ffn, H]: rows of gate, of up
+    layer.{i}.down.weight, .scale                [H, ffn]
+    final_norm                                   F32 [H]
+    vocabulary.weight, .scale                    [V, H], only if embeddings are not tied
+    tokenizer.json                               U8 [bytes], if there is one
+
+The vocabulary projection (with tied embeddings: the embedding) may be F16 [V, H] instead: then it has no scale. Its
+dtype alone says which it is.
+
+All F32 tensors come first, then F16, then the codes, then the tokenizer; spaces at the end of the header make what
+follows F32 start at a multiple of 128 bytes. The metadata holds JSON records: geometry, quantiser, source and its
+SHA-256, text, and calibration where there was one.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.checkpoint.safetensors import TensorEntry, TensorFile, read_tensor_file
+from numba_atomflow.errors import CheckpointError, GeometryError
+from numba_atomflow.files.untrusted import load_json, short, shown
+from numba_atomflow.geometry import GROUP, ModelGeometry, layers_fit
+from numba_atomflow.memory.mapped_file import MappedFile
+from numba_atomflow.text.codec import TextAssets
+from numba_atomflow.utils.arguments import file_path
+
+FORMAT = "numba-atomflow"
+FORMAT_VERSION = "1"
+TOKENIZER = "tokenizer.json"
+CODES, SCALES, HALVES, BYTES = "F8_E4M3", "F32", "F16", "U8"
+HeadFormat = Literal["fp8", "fp16"]  # of the vocabulary projection
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    CODES: np.dtype(np.uint8),
+    SCALES: np.dtype("<f4"),
+    HALVES: np.dtype("<f2"),
+    BYTES: np.dtype(np.uint8),
+}
+_VERIFIED_AT_ONCE = 1 << 20  # bytes
+
+
+def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
+    """Each part of the checkpoint, and the Hugging Face tensors that it holds, one below the other.
+
+    A part made of matrices becomes two tensors, ``<part>.weight`` and ``<part>.scale``; vectors (norms, a bias) become
+    one, which keeps the part's name.
+    """
+    parts: dict[str, tuple[str, ...]] = {"embedding": ("model.embed_tokens.weight",)}
+    for i in range(geometry.layers):
+        theirs = f"model.layers.{i}."
+        parts |= {
+            f"layer.{i}.attention_norm": (theirs + "input_layernorm.weight",),
+            f"layer.{i}.qkv": tuple(f"{theirs}self_attn.{name}_proj.weight" for name in "qkv"),
+            f"layer.{i}.o": (theirs + "self_attn.o_proj.weight",),
+            f"layer.{i}.ffn_norm": (theirs + "post_attention_layernorm.weight",),
+            f"layer.{i}.gate_up": (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
+            f"layer.{i}.down": (theirs + "mlp.down_proj.weight",),
+        }
+        if geometry.qkv_bias:
+            parts[f"layer.{i}.qkv_bias"] = tuple(f"{theirs}self_attn.{name}_proj.bias" for name in "qkv")
+        if geometry.qk_norm:
+            parts |= {f"layer.{i}.{name}_norm": (f"{theirs}self_attn.{name}_norm.weight",) for name in "qk"}
+    parts["final_norm"] = ("model.norm.weight",)
+    if not geometry.tied_embeddings:
+        parts["vocabulary"] = ("lm_head.weight",)
+    return parts
+
+
+def head_part(geometry: ModelGeometry) -> str:
+    """The part that makes logits."""
+    return "embedding" if geometry.tied_embeddings else "vocabulary"
+
+
+def tensor_layout(geometry: ModelGeometry, head: HeadFormat = "fp8") -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of the checkpoint but the tokenizer: name to safetensors dtype and shape."""
+    shapes = geometry.parameters()
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for part, theirs in fusion(geometry).items():
+        rows, width = sum(shapes[name][0] for name in theirs), shapes[theirs[0]][1:]
+        if not width:
+            layout[part] = (SCALES, (rows,))
+            continue
+        (columns,) = width
+        if head == "fp16" and part == head_part(geometry):
+            layout[part + ".weight"] = (HALVES, (rows, columns))
+            continue
+        layout[part + ".weight"] = (CODES, (rows, columns))
+        layout[part + ".scale"] = (SCALES, (rows, -(-columns // GROUP)))
+    return layout
+
+
+class Checkpoint:
+    """An FP8 checkpoint, mapped read-only. Use as a context manager, or `close` it.
+
+    Opening reads the header alone and checks it against the geometry and the size of the file; `verify` reads the rest.
+    Arrays are views of the file: if another program writes into it, they change, and `check_unchanged` raises.
+
+    Args:
+        file: its header.
+        private_copy: arrays are of a copy in memory, which takes as much of it as the file is long.
+    """
+
+    path: Path
+    geometry: ModelGeometry
+    text: TextAssets
+    metadata: dict[str, str]
+    head: HeadFormat  # of the vocabulary projection
+    payload_bytes: int  # weights, scales and norms: what a model takes in memory
+
+    def __init__(self, file: TensorFile, *, private_copy: bool = False) -> None:
+        self.path, self.metadata = file.path, file.metadata
+        self._entries = file.entries
+        self.geometry = _geometry(file)
+        for key in ("quantiser", "source"):  # read by others, from the metadata
+            _record(file, key)
+        self.head = _head_format(file, self.geometry)
+        _check_tensors(file, self.geometry, self.head)
+        self.payload_bytes = sum(entry.nbytes for name, entry in file.entries.items() if name != TOKENIZER)
+        self._file = MappedFile(file.path, file.stamp, CheckpointError, private_copy=private_copy)
+        try:
+            entry = self._entries.get(TOKENIZER)
+            tokenizer = None if entry is None else self._file.read(entry.offset, entry.nbytes)
+            self.text = TextAssets.from_dict(_record(file, "text"), tokenizer)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @classmethod
+    def open(cls, path: Path | str, *, private_copy: bool = False) -> Self:
+        """Open the checkpoint at `path`.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, of another version, or no checkpoint of this project.
+        """
+        path = file_path("path", path)
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; give an FP8 checkpoint, or convert the folder first.")
+        with suppress(OSError), path.open("rb") as file:  # if it cannot be read, the reader below says why
+            if file.read(4) == b"GGUF":
+                raise CheckpointError(f"{path} is a GGUF file; convert it first: `numba-atomflow convert {path} DEST`.")
+        return cls(read_tensor_file(path, CheckpointError), private_copy=private_copy)
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._entries)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view into the mapped file: codes and tokenizer as uint8, scales and norms as float32, F16.
+
+        Raises:
+            ClosedError: the checkpoint was closed. Arrays from before stay valid.
+            CheckpointError: the file has changed, or cannot be mapped.
+        """
+        entry = self._entries[name]
+        return self._file.array(DTYPES[entry.dtype], entry.shape, entry.offset)
+
+    def matrix(self, part: str) -> NDArray[np.float32]:
+        """A projection or the embedding, [N, K], as the numbers that its stored weights stand for (a copy)."""
+        weights = self.array(part + ".weight")
+        if weights.dtype == DTYPES[HALVES]:
+            return weights.astype(np.float32)
+        from numba_atomflow.ops.fp8 import dequantize_groups  # with numba, which is slow to import
+
+        return dequantize_groups(weights, self.array(part + ".scale"))
+
+    def verify(self) -> None:
+        """Read every tensor: no NaN among the codes, scales positive and finite, norms and halves finite.
+
+        Reads the file in pieces and not through the mapping, which would make all of it resident.
+
+        Raises:
+            CheckpointError: naming the tensor at fault.
+        """
+        for name, entry in self._entries.items():
+            for values in self._pieces(entry):
+                if entry.dtype == CODES:
+                    sound = not np.any((values & 0x7F) == 0x7F)
+                elif name.endswith(".scale"):
+                    sound = bool(np.all(np.isfinite(values) & (values > 0)))
+                else:
+                    sound = bool(np.all(np.isfinite(values)))
+                if not sound:
+                    raise CheckpointError(f"Tensor {name} of {self.path} is damaged; convert the model again.")
+
+    def _pieces(self, entry: TensorEntry) -> Iterator[NDArray[Any]]:
+        for start in range(0, entry.nbytes, _VERIFIED_AT_ONCE):
+            data = self._file.read(entry.offset + start, min(entry.nbytes - start, _VERIFIED_AT_ONCE))
+            yield np.frombuffer(data, DTYPES[entry.dtype])
+
+    def sha256(self) -> str:
+        """Hash of the file, in hexadecimal digits.
+
+        Raises:
+            CheckpointError: it cannot be read, or has changed.
+        """
+        return self._file.sha256()
+
+    def check_unchanged(self) -> None:
+        """No other program has written into the file, or cut it, since it was opened. Costs one system call.
+
+        Raises:
+            CheckpointError: one has; what was computed from arrays since the last check must not be used.
+        """
+        self._file.check_unchanged()
+
+    def close(self) -> None:
+        """Unmap the file, unless arrays from it are still in use: then the mapping goes with the last of them."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _geometry(file: TensorFile) -> ModelGeometry:
+    found = file.metadata.get("format")
+    if found != FORMAT:
+        raise CheckpointError(f"{file.path} is not a {FORMAT} checkpoint; make one with `numba-atomflow convert`.")
+    version = file.metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file.path} has format version {short(str(version))}, this program reads {FORMAT_VERSION}; "
+            "convert the model again."
+        )
+    try:
+        return ModelGeometry.from_dict(_record(file, "geometry"))
+    except GeometryError as error:
+        raise CheckpointError(f"{file.path} describes a model that cannot be run: {error}") from error
+
+
+def _record(file: TensorFile, key: str) -> dict[str, Any]:
+    try:
+        record = load_json(file.metadata.get(key, ""))
+    except ValueError as error:
+        raise CheckpointError(f"The {key} record of {file.path} is not JSON; convert the model again.") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"The {key} record of {file.path} is not a JSON object; convert the model again.")
+    return record
+
+
+def _head_format(file: TensorFile, geometry: ModelGeometry) -> HeadFormat:
+    entry = file.entries.get(head_part(geometry) + ".weight")
+    return "fp16" if entry is not None and entry.dtype == HALVES else "fp8"
+
+
+def _check_tensors(file: TensorFile, geometry: ModelGeometry, head: HeadFormat) -> None:
+    if not layers_fit(geometry, len(file.entries)):
+        raise CheckpointError(f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} tensors.")
+    layout = tensor_layout(geometry, head)
+    for name, (dtype, shape) in layout.items():
+        entry = file.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{file.path} lacks the tensor {name}; convert the model again.")
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise CheckpointError(
+                f"Tensor {name} of {file.path} is {entry.dtype} {shown(list(entry.shape))}, not {dtype} {list(shape)}; "
+                "convert the model again."
+            )
+        if entry.offset % DTYPES[dtype].itemsize:
+            raise CheckpointError(f"Tensor {name} of {file.path} is misaligned; convert the model again.")
+    for name, entry in file.entries.items():
+        if name not in layout and (name != TOKENIZER or entry.dtype != BYTES):
+            raise CheckpointError(f"{file.path} holds an unknown tensor {short(name)}; convert the model again.")

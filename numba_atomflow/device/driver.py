@@ -1,0 +1,258 @@
+"""The CUDA driver as this project uses it: every call is checked, and a failure is one sentence.
+
+A process has at most one context here, made when the first engine wants a GPU and destroyed with the last one. It is a
+context of our own, not the primary one that numba and PyTorch share, so that closing the last engine gives all of it
+back. It belongs to the process that made it: CUDA does not go on in a forked child. After a kernel has failed (an
+illegal address, say) CUDA refuses the GPU to the whole process, new contexts included: measured with driver 580. The
+process goes on all the same, on the CPU backend.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+from numba_atomflow.errors import BackendError
+from numba_atomflow.utils.interrupts import deferred_interrupts
+
+OLDEST = (8, 0)  # compute capability: the first with `mma` on float16 with 16 columns and with `cp.async`
+_INSTALL = "pip install 'numba-atomflow[cu13]' (or [cu12] for an older driver)"
+
+# After these, every call of the process fails. Source: the driver's documentation of CUresult.
+_FINAL = {
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "ILLEGAL_ADDRESS",
+        "LAUNCH_TIMEOUT",
+        "ASSERT",
+        "HARDWARE_STACK_ERROR",
+        "ILLEGAL_INSTRUCTION",
+        "MISALIGNED_ADDRESS",
+        "INVALID_ADDRESS_SPACE",
+        "INVALID_PC",
+        "LAUNCH_FAILED",
+        "EXTERNAL_DEVICE",
+        "ECC_UNCORRECTABLE",
+    )
+}
+
+_OTHER_LIBRARIES = "install the CUDA libraries that fit the driver: numba-atomflow[cu13] or [cu12]"
+_ADVICE = {
+    "CUDA_ERROR_OUT_OF_MEMORY": "free memory on the GPU or use a smaller --max-seq-len",
+    "CUDA_ERROR_INVALID_IMAGE": _OTHER_LIBRARIES,
+    "CUDA_ERROR_INVALID_PTX": _OTHER_LIBRARIES,
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": _OTHER_LIBRARIES,
+    "CUDA_ERROR_NO_BINARY_FOR_GPU": _OTHER_LIBRARIES,
+}
+
+_lock = threading.RLock()  # a forgotten engine may be collected, and closed, on the very thread that holds it
+_initialised_in: int | None = None  # process
+
+
+class DriverError(BackendError):
+    """A call of the CUDA driver failed.
+
+    Attributes:
+        code: the driver's name of the error, such as CUDA_ERROR_OUT_OF_MEMORY.
+    """
+
+    def __init__(self, function: str, code: str, explanation: str) -> None:
+        advice = (
+            "start a new process to use the GPU again" if code in _FINAL else _ADVICE.get(code, "load the model again")
+        )
+        super().__init__(f"The GPU failed in {function}: {explanation} ({code}); {advice}, or use --backend cpu.")
+        self.code = code
+
+    @property
+    def final(self) -> bool:
+        """Whether this process cannot use the GPU any more."""
+        return self.code in _FINAL
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Call a function of the CUDA driver API; its result, a tuple if there are several, None if there is none.
+
+    Raises:
+        DriverError: it failed.
+        BackendError: the bindings or the driver are not installed.
+    """
+    driver = _bindings()
+    try:
+        status, *results = getattr(driver, function)(*arguments)
+    except RuntimeError as error:
+        if type(error).__name__ == "FunctionNotFoundError":
+            raise BackendError(
+                f"The NVIDIA driver is too old for these bindings (it has no {function}); update it, install "
+                "'numba-atomflow[cu12]', or use --backend cpu."
+            ) from error
+        raise BackendError("This machine has no NVIDIA driver; install one, or use --backend cpu.") from error
+    if status != 0:
+        code, explanation = status.name, ""
+        with suppress(Exception):
+            explanation = driver.cuGetErrorString(status)[1].decode()
+        raise DriverError(function, code, explanation)
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
+@cache
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise BackendError(f"The package cuda-python is missing; {_INSTALL}, or use --backend cpu.") from error
+    return driver
+
+
+class Device:
+    """One GPU with a context of our own. `open_device` makes it, `close` gives it back.
+
+    Attributes:
+        name: as its maker calls it.
+        capability: compute capability, such as (9, 0).
+        multiprocessors: how many it has.
+        shared_bytes: the most shared memory that a block can have.
+        memory_bytes: in all.
+        l2_bytes: of its second-level cache.
+        driver_version: the CUDA version that the driver supports, such as (13, 0).
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        handle = call("cuDeviceGet", ordinal)
+        attributes = _bindings().CUdevice_attribute
+
+        def attribute(name: str) -> int:
+            return int(call("cuDeviceGetAttribute", getattr(attributes, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
+
+        self.name = call("cuDeviceGetName", 100, handle).split(b"\0")[0].decode()
+        self.capability = attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")
+        if self.capability < OLDEST:
+            raise BackendError(
+                f"{self.name} has compute capability {self.capability[0]}.{self.capability[1]}, but the kernels need "
+                f"{OLDEST[0]}.{OLDEST[1]}; use --backend cpu."
+            )
+        self.multiprocessors = attribute("MULTIPROCESSOR_COUNT")
+        self.shared_bytes = attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self.l2_bytes = attribute("L2_CACHE_SIZE")
+        self.memory_bytes = int(call("cuDeviceTotalMem", handle))
+        version = int(call("cuDriverGetVersion"))
+        self.driver_version = version // 1000, version % 1000 // 10
+        self._users: list[None] = []  # as many as there are: a list grows and shrinks in one step, a count does not
+        self._process = os.getpid()
+        self._context: Any = _create_context(handle)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the context is gone."""
+        return self._context is None
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the context the thread's own for a while; whatever was current before is so again afterwards.
+
+        After a final failure of the GPU inside, no later `open_device` gives this device out.
+
+        Raises:
+            BackendError: the context is gone, or another process's.
+        """
+        if os.getpid() != self._process:
+            raise _forked()
+        if self._context is None:
+            raise BackendError("The GPU was given back; load the model again.")
+        undisturbed = False
+        try:
+            call("cuCtxPushCurrent", self._context)
+            yield
+            undisturbed = True
+        except DriverError as error:
+            if error.final:
+                self._abandon()
+            raise
+        finally:
+            with suppress(DriverError):
+                if undisturbed or self._is_current():  # Ctrl-C may have come before or after it was pushed
+                    call("cuCtxPopCurrent")
+
+    def _is_current(self) -> bool:
+        return self._context is not None and int(call("cuCtxGetCurrent")) == int(self._context)
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody has allocated."""
+        with self.current():
+            return int(call("cuMemGetInfo")[0])
+
+    def close(self) -> None:
+        """One user less; the last one takes the context along. In a forked child nothing happens."""
+        global _shared  # noqa: PLW0603  the process's one device
+        if os.getpid() != self._process:
+            return
+        with deferred_interrupts(), _lock:
+            if self._users:
+                self._users.pop()
+            if self._users or self._context is None:
+                return
+            context, self._context = self._context, None
+            if _shared is self:
+                _shared = None
+            with suppress(DriverError):  # after a failed kernel, destroying may report that failure once more
+                call("cuCtxDestroy", context)
+
+    def _abandon(self) -> None:
+        """The next `open_device` asks the driver anew, which refuses; this one's users still close it."""
+        global _shared  # noqa: PLW0603  the process's one device
+        with _lock:
+            if _shared is self:
+                _shared = None
+
+
+_shared: Device | None = None
+
+
+def open_device() -> Device:
+    """The process's GPU, with one user more. Close it; `resources.DeviceResources` does so whatever happens.
+
+    Raises:
+        BackendError: there is no GPU that can be used; the sentence says why.
+    """
+    global _shared, _initialised_in  # noqa: PLW0603  the process's one device
+    if _initialised_in not in (None, os.getpid()):  # the lock may have been another thread's
+        raise _forked()
+    with deferred_interrupts(), _lock:
+        while True:
+            if _shared is None:
+                call("cuInit", 0)
+                _initialised_in = os.getpid()
+                if call("cuDeviceGetCount") == 0:
+                    raise BackendError(
+                        "The NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES, or use --backend cpu."
+                    )
+                _shared = Device()
+            device = _shared
+            device._users.append(None)  # noqa: SLF001
+            if not device.closed:  # its last user may have been collected a moment ago
+                return device
+
+
+def _forked() -> BackendError:
+    return BackendError(
+        "The GPU was used before this process was forked, and CUDA does not go on in a forked child; start processes "
+        "with multiprocessing's 'spawn', or use the GPU in the children alone."
+    )
+
+
+def _create_context(handle: Any) -> Any:
+    driver = _bindings()
+    flags = driver.CUctx_flags.CU_CTX_SCHED_SPIN
+    # CUDA 13 put creation parameters in front of the flags.
+    if getattr(driver, "CUDA_VERSION", 0) >= 13000:
+        context = call("cuCtxCreate", None, flags, handle)
+    else:
+        context = call("cuCtxCreate", flags, handle)
+    try:
+        call("cuCtxPopCurrent")  # creating it has made it current
+    except BaseException:
+        with suppress(DriverError):
+            call("cuCtxDestroy", context)
+        raise
+    return context

@@ -1,0 +1,1 @@
+"""Files of users: reading within limits, writing whole files, noticing changes."""

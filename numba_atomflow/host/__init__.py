@@ -1,0 +1,1 @@
+"""The machine that runs the process: CPU, memory, threads, numba's settings."""

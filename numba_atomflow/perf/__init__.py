@@ -1,0 +1,1 @@
+"""Measuring: benchmark, profile, time line, compile times, perplexity."""

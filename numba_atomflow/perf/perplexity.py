@@ -1,0 +1,193 @@
+"""Perplexity: how well a model predicts a text, and with a reference, how far it is from another model.
+
+A long text is read through windows of `context` tokens. Each window goes on by `stride` tokens from the one before and
+scores only what that one did not: every token is scored once, and all but those of the first window have at least
+context - stride tokens before them. Perplexity is exp of the mean negative log-likelihood in nats per token; bits per
+byte does not depend on the tokenizer.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.engine import Engine
+from numba_atomflow.errors import OptionError, SourceError, TextError
+from numba_atomflow.files.untrusted import shown
+from numba_atomflow.sampling import no_numbers
+from numba_atomflow.utils.arguments import whole_number
+
+DEFAULT_CONTEXT = 1024
+_LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
+_ROWS_AT_ONCE = 128  # positions whose probabilities are in memory; of a reference, a window's logits are as well
+
+Logits = Callable[[Sequence[int]], NDArray[np.float32]]  # of every position [T, V]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the model is from a reference, over the scored positions.
+
+    Attributes:
+        reference_perplexity: the reference's own.
+        mean_kl: Kullback-Leibler divergence of the model's next-token distribution from the reference's, in nats.
+        top1: share of positions at which both find the same token most likely.
+    """
+
+    reference_perplexity: float
+    mean_kl: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The measurement.
+
+    Attributes:
+        perplexity: per token; infinite where it is beyond every float64.
+        bits_per_byte: of the text in UTF-8.
+        tokens: that were scored.
+        context, stride: of the windows, in tokens.
+        tokens_per_second: taken through the model, those of overlapping windows counted each time.
+        divergence: from a reference, if there was one.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    context: int
+    stride: int
+    tokens_per_second: float
+    divergence: Divergence | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def choose_windows(max_positions: int, context: int | None, stride: int | None) -> tuple[int, int]:
+    """Context and stride in tokens: by default 1,024 (or what the model has) and half of it.
+
+    Raises:
+        OptionError: one is out of range.
+    """
+    context = min(DEFAULT_CONTEXT, max_positions) if context is None else whole_number("context", context)
+    if max_positions < 2:
+        raise OptionError(
+            "The context has room for one token, and none for another to predict; two or more are needed."
+        )
+    if not 2 <= context <= max_positions:
+        raise OptionError(f"context is {shown(context)}; this model allows 2 to {max_positions} tokens.")
+    stride = max(1, context // 2) if stride is None else whole_number("stride", stride)
+    if not 1 <= stride < context:
+        raise OptionError(f"stride is {shown(stride)}; it must be from 1 to {context - 1}, below the context.")
+    return context, stride
+
+
+def measure(
+    engine: Engine,
+    text: str,
+    context: int | None = None,
+    stride: int | None = None,
+    reference: Logits | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a text.
+
+    Args:
+        engine: with room for `context` positions; what its KV cache holds is forgotten.
+        text: at least two tokens.
+        context: tokens of a window, a BOS included.
+        stride: new tokens of each window.
+        reference: makes the logits of another model for the tokens of a window.
+        progress: called with what is being done, tokens scored and tokens in all.
+
+    Raises:
+        OptionError: context or stride is out of range.
+        TextError: the text is too short, or the model has no tokenizer.
+        CheckpointError, SourceError: the logits of the model, or of the reference, hold a NaN or an infinity.
+    """
+    context, stride = choose_windows(engine.max_seq_len, context, stride)
+    before = engine.text.encode("")[:1]  # a BOS, if the model has one; some tokenizers put an EOS behind it
+    tokens = engine.text.encode(text, add_special=False)
+    unscored = 0 if before else 1  # nothing predicts the first token but a BOS
+    if len(tokens) <= unscored:
+        raise TextError("The text is too short to be measured; give at least two tokens.")
+    totals, fed, seconds = np.zeros(4), 0, 0.0
+    for start, stop, first in _windows(len(tokens), context - len(before), stride, unscored):
+        if progress:
+            progress("scoring", first, len(tokens))
+        window = [*before, *tokens[start:stop]]
+        theirs = reference(window) if reference else None
+        if theirs is not None and not np.isfinite(theirs).all():
+            raise SourceError("The reference computes no numbers (NaN): its weights are damaged, get them again.")
+        engine.reset()
+        offset = len(before) - start  # of a token's position in the window
+        for row in range(0, len(window), _ROWS_AT_ONCE):
+            started = time.perf_counter()
+            piece = window[row : row + _ROWS_AT_ONCE]
+            logits = engine.feed(piece, all_logits=True)
+            seconds += time.perf_counter() - started
+            if not np.isfinite(logits).all():
+                raise no_numbers()
+            # Row i predicts the token at position i + 1 of the window.
+            targets = [t for t in range(max(first, row + 1 - offset), stop) if t + offset - 1 < row + len(piece)]
+            if targets:
+                rows = np.array(targets) + offset - 1
+                expected = np.array([tokens[t] for t in targets])
+                ours = _log_softmax(logits[rows - row])
+                totals += _score(ours, expected, None if theirs is None else _log_softmax(theirs[rows]))
+        fed += len(window)
+    scored = len(tokens) - unscored
+    text_bytes = len(text.encode()) - len(engine.text.decode(tokens[:unscored], skip_special=False).encode())
+    loss, their_loss, divergence, agreed = (float(total) / scored for total in totals)
+    return Perplexity(
+        perplexity=_exp(loss),
+        bits_per_byte=loss * scored / math.log(2) / max(text_bytes, 1),
+        tokens=scored,
+        context=context,
+        stride=stride,
+        tokens_per_second=fed / seconds,
+        divergence=Divergence(_exp(their_loss), divergence, agreed) if reference else None,
+    )
+
+
+def _exp(loss: float) -> float:
+    """e^loss, infinite where Python's own would raise OverflowError: above 709."""
+    return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
+
+
+def _windows(tokens: int, width: int, stride: int, first: int) -> Iterator[tuple[int, int, int]]:
+    """Start and stop of each window, and the first token that it scores."""
+    stop = min(width, tokens)
+    yield 0, stop, first
+    while stop < tokens:
+        first, stop = stop, min(stop + stride, tokens)
+        yield max(0, stop - width), stop, first
+
+
+def _score(
+    ours: NDArray[np.float64], expected: NDArray[np.int64], theirs: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """Sums over some positions: our loss, their loss, divergence, agreements. Log-probabilities are [n, V]."""
+    rows = np.arange(len(expected))
+    loss = -ours[rows, expected].sum()
+    if theirs is None:
+        return np.array([loss, 0.0, 0.0, 0.0])
+    their_loss = -theirs[rows, expected].sum()
+    divergence = (np.exp(theirs) * (theirs - ours)).sum()
+    agreed = np.count_nonzero(ours.argmax(axis=1) == theirs.argmax(axis=1))
+    return np.array([loss, their_loss, divergence, agreed])
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Log-probabilities [n, V] of finite logits, in float64: float32 has no room for their differences."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted

@@ -1,0 +1,261 @@
+"""Where the time of a decode step goes: each op on its own, then the step as a whole.
+
+On a GPU the ops are launched one by one with an event around each, and the step is a replay of the captured graph. What
+the two leave between them, the gap, is what launching, or overlapping, the ops makes of their sum. Where one persistent
+kernel makes the token, its ops are timed by a trace of it, which slows it a little: then the gap may be negative.
+"""
+
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.backends.base import DecodePath, Progress
+from numba_atomflow.backends.trace import StepTrace
+from numba_atomflow.checkpoint.random_weights import RandomModel
+from numba_atomflow.engine import Engine
+from numba_atomflow.errors import OptionError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.host.machine import machine_record
+from numba_atomflow.model.step import Op
+from numba_atomflow.perf.timeline import draw_timeline
+from numba_atomflow.utils.plot import save_figure
+from numba_atomflow.utils.stats import faster_half
+
+WARM_UP = 2  # runs that are thrown away
+TURNS = 5  # of the ops and the step, one after the other: what slows the machine down for a while hits both
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """All ops of one kind in a decode step: the 28 qkv of 28 layers, or the one vocabulary projection.
+
+    Attributes:
+        count: ops per token.
+        seconds: of all of them together.
+        moved_bytes: that all of them together must at least move.
+    """
+
+    kind: str
+    count: int
+    seconds: float
+    moved_bytes: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """At which its bytes were moved, if it moved no more than it must."""
+        return self.moved_bytes / self.seconds / 1e9
+
+    @property
+    def mean_seconds(self) -> float:
+        """Of one op."""
+        return self.seconds / self.count
+
+
+@dataclass(frozen=True)
+class ProfileReport:
+    """A profile, with what it takes to repeat it. Times in seconds per token, over `repeats` runs."""
+
+    model: str
+    random_weights: bool
+    geometry: ModelGeometry
+    backend: str
+    device: str
+    depth: int  # tokens in the KV cache
+    repeats: int
+    ceilings: dict[str, float]  # GB/s, measured in this run
+    kernels: list[KernelRow]  # those that take longest first
+    step_seconds: float
+    decode: DecodePath | None = None  # how the step ran, where there is a choice
+    trace: StepTrace | None = None  # of the persistent kernel, by which the ops that it makes were timed then
+    machine: dict[str, Any] = field(default_factory=machine_record)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def ops_seconds(self) -> float:
+        """Sum over all ops."""
+        return sum(kernel.seconds for kernel in self.kernels)
+
+    @property
+    def ops_measured(self) -> str:
+        """How the ops were timed: "one by one", or "as traced": in the persistent kernel, by its trace."""
+        return "one by one" if self.trace is None else "as traced"
+
+    @property
+    def gap_seconds(self) -> float:
+        """What the step, never traced, takes more than its ops together; negative if it takes less."""
+        return self.step_seconds - self.ops_seconds
+
+    @property
+    def ceiling(self) -> tuple[str, float]:
+        """Name and GB/s of the fastest way of reading memory."""
+        return max(self.ceilings.items(), key=lambda item: item[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record."""
+        best = self.ceiling[1]
+        derived = [
+            {
+                "share_of_time": kernel.seconds / self.ops_seconds,
+                "mean_seconds": kernel.mean_seconds,
+                "gigabytes_per_second": kernel.gigabytes_per_second,
+                "share_of_ceiling": kernel.gigabytes_per_second / best,
+            }
+            for kernel in self.kernels
+        ]
+        record = asdict(self)
+        record["kernels"] = [kernel | more for kernel, more in zip(record["kernels"], derived, strict=True)]
+        record["trace"] = self.trace and [asdict(row) for row in self.trace.phases()]
+        sums = {"ops_seconds": self.ops_seconds, "ops_measured": self.ops_measured, "gap_seconds": self.gap_seconds}
+        return record | sums
+
+
+def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progress | None = None) -> ProfileReport:
+    """Profile a decode step behind `depth` tokens.
+
+    Args:
+        engine: what it remembers is lost.
+        depth: tokens that the KV cache holds.
+        repeats: runs, the faster half of which counts, rounded up to a multiple of `TURNS`.
+        progress: called with what is being done, parts done and parts in all.
+
+    Raises:
+        OptionError: `depth` or `repeats` is out of range.
+        ContextError: the KV cache is too small.
+    """
+    check_profile(depth, repeats)
+
+    turns = min(TURNS, repeats)
+    each = -(-repeats // turns)
+
+    def report(what: str, done: int) -> None:
+        if progress:
+            progress(what, done, turns + 2)
+
+    backend = engine.backend
+    report("ceilings", 0)
+    ceilings = backend.ceilings()
+    report(f"filling the KV cache with {depth} tokens", 1)
+    engine.reset()
+    engine.feed(np.random.default_rng(0).integers(0, engine.geometry.vocabulary, depth + 1).tolist())
+    engine.rewind(depth)
+    backend.time_step(WARM_UP)
+    trace = backend.trace_step(each, progress)  # compiles what traces: not in the turns
+    timed_ops, timed_steps = [], []
+    for turn in range(turns):
+        report("ops and step", turn + 2)
+        timed_ops.append(backend.time_ops(each))
+        timed_steps.append(backend.time_step(each))
+    report("ops and step", turns + 2)
+    ops = [op for op, _ in timed_ops[0]]
+    seconds = faster_half([[took for _, took in timed] for timed in timed_ops]).tolist()
+    return ProfileReport(
+        model=str(engine.checkpoint.path),
+        random_weights=isinstance(engine.checkpoint, RandomModel),
+        geometry=engine.geometry,
+        backend=backend.name,
+        device=backend.device,
+        depth=depth,
+        repeats=turns * each,
+        ceilings=ceilings,
+        kernels=kernel_rows(list(zip(ops, seconds, strict=True)), depth + 1),
+        step_seconds=float(faster_half([[took] for took in timed_steps])[0]),
+        decode=backend.decode_path,
+        trace=trace,
+    )
+
+
+def check_profile(depth: int, repeats: int) -> None:
+    """Complain before a model is loaded.
+
+    Raises:
+        OptionError: a number is out of range.
+    """
+    if depth < 0:
+        raise OptionError(f"depth is {depth}; it must be 0 or more.")
+    if repeats < 1:
+        raise OptionError(f"repeats is {repeats}; it must be at least 1.")
+
+
+def check_timeline(engine: Engine) -> None:
+    """Complain before anything is measured.
+
+    Raises:
+        OptionError: no persistent kernel makes this engine's tokens, which could be traced.
+    """
+    path = engine.backend.decode_path
+    if path is None:
+        raise OptionError("--timeline shows the persistent kernel of a GPU, and this is the CPU backend; use --plot.")
+    if path.name != "persistent":
+        raise OptionError(f"--timeline shows the persistent kernel, and this model decodes by {path}; use --plot.")
+
+
+def kind_of(op: Op) -> str:
+    """An op's name without its layer: ``qkv`` for ``layer.3.qkv``."""
+    return op.name.rpartition(".")[2]
+
+
+def kernel_rows(ops: list[tuple[Op, float]], length: int) -> list[KernelRow]:
+    """Ops and their seconds put together by kind; `length` positions of the KV cache are filled."""
+    kinds: dict[str, list[tuple[Op, float]]] = {}
+    for op, seconds in ops:
+        kinds.setdefault(kind_of(op), []).append((op, seconds))
+    rows = [
+        KernelRow(
+            kind=kind,
+            count=len(members),
+            seconds=sum(seconds for _, seconds in members),
+            moved_bytes=sum(op.moved_bytes(length) for op, _ in members),
+        )
+        for kind, members in kinds.items()
+    ]
+    return sorted(rows, key=lambda row: row.seconds, reverse=True)
+
+
+def plot(report: ProfileReport, path: Path) -> None:
+    """Draw time and speed of every kernel: how long, and how far below the ceiling.
+
+    Raises:
+        DestinationError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    rows = report.kernels[::-1]  # the first one at the top
+    names = [f"{row.kind} x {row.count}" for row in rows]
+    best = report.ceiling[1]
+    figure = Figure(figsize=(10, 1.2 + 0.4 * len(rows)), layout="constrained")
+    times, speeds = figure.subplots(1, 2, sharey=True)
+    times.barh(names, [row.seconds * 1e6 for row in rows], color="tab:blue", label="measured")
+    times.barh(
+        names, [row.moved_bytes / best / 1e3 for row in rows], 0.4, color="tab:orange", label="its bytes at the ceiling"
+    )
+    times.set_xlabel("us per token")
+    times.legend(fontsize=8)
+    speeds.barh(names, [row.gigabytes_per_second for row in rows], color="tab:blue")
+    for name, ceiling in report.ceilings.items():
+        speeds.axvline(ceiling, linestyle="--", color="tab:red")
+        speeds.annotate(name, (ceiling, -0.4), rotation=90, fontsize=7, ha="right", va="bottom", color="tab:red")
+    speeds.set_xlabel("GB/s")
+    figure.suptitle(
+        f"{report.model}, {report.depth} tokens before\n{report.device}: step {report.step_seconds * 1e6:.0f} us, "
+        f"ops {report.ops_measured} {report.ops_seconds * 1e6:.0f} us",
+        fontsize=9,
+    )
+    save_figure(figure, path)
+
+
+def plot_timeline(report: ProfileReport, path: Path) -> None:
+    """Draw the report's trace: what each kind of op does with its time, and one layer block by block.
+
+    Raises:
+        DestinationError: the file cannot be written.
+    """
+    if report.trace is None:
+        raise ValueError("the step was not traced")
+    title = (
+        f"{report.model}, {report.depth} tokens before\n{report.device}: traced kernel "
+        f"{report.trace.ends[-1] / 1e3:.0f} us, step without trace {report.step_seconds * 1e6:.0f} us"
+    )
+    draw_timeline(report.trace, title, path)

@@ -1,0 +1,211 @@
+"""Text to tokens and back: tokenizer, chat template, streaming decoder.
+
+`TextAssets` is what a source hands over and a checkpoint stores; `TextCodec` is that made usable. Importing this module
+costs nothing: the tokenizers library is loaded with the first codec, Jinja with the first chat.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from numba_atomflow.errors import CheckpointError, TextError
+from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.text.detokenizer import StreamDecoder, TokenBytes
+from numba_atomflow.text.tokenizers_library import check_growth, sentence
+
+if TYPE_CHECKING:
+    from numba_atomflow.text.chat_template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class TextAssets:
+    """Everything that a model brings along for text; all of it may be missing."""
+
+    tokenizer_json: bytes | None = field(default=None, repr=False)  # contents of a Hugging Face tokenizer.json
+    chat_template: str | None = None  # Jinja source
+    bos_token: str | None = None
+    eos_token: str | None = None
+    unk_token: str | None = None
+    pad_token: str | None = None
+    eos_ids: tuple[int, ...] = ()  # each of them ends a reply
+    add_bos: bool = False  # a text starts with bos_token, whether or not tokenizer.json says so itself
+    other_tokens: Mapping[str, str] = field(
+        default_factory=dict
+    )  # by name, for chat templates: sep_token, cls_token, ...
+    # Sentences about what the source says and was not followed; for whoever converts it, not stored in a checkpoint.
+    warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens that exist, for chat templates: ``{"bos_token": "<s>", ...}``."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None} | dict(
+            self.other_tokens
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record of all that a checkpoint stores, but ``tokenizer_json``, which is stored as bytes."""
+        record = asdict(self)
+        del record["tokenizer_json"], record["warnings"]
+        if not self.other_tokens:  # as earlier versions wrote the record
+            del record["other_tokens"]
+        return record | {"eos_ids": list(self.eos_ids)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], tokenizer_json: bytes | None) -> "TextAssets":
+        """The inverse of `to_dict`.
+
+        Raises:
+            CheckpointError: a field is unknown or of a wrong type.
+        """
+        texts = ("chat_template", "bos_token", "eos_token", "unk_token", "pad_token")
+        for name, value in record.items():
+            if name in texts:
+                sound = value is None or isinstance(value, str)
+            elif name == "eos_ids":
+                sound = isinstance(value, list) and all(type(token_id) is int and token_id >= 0 for token_id in value)
+            elif name == "other_tokens":
+                sound = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+            else:
+                sound = name == "add_bos" and isinstance(value, bool)
+            if not sound:
+                raise CheckpointError(
+                    f"The checkpoint's text record has an unusable {short(name)}: {shown(value)}; convert the model "
+                    "again."
+                )
+        return cls(**dict(record) | {"tokenizer_json": tokenizer_json, "eos_ids": tuple(record.get("eos_ids", ()))})
+
+
+class TextCodec:
+    """Encodes and decodes for one model.
+
+    Raises:
+        TextError: the assets hold no tokenizer, or one that cannot be used.
+    """
+
+    def __init__(self, assets: TextAssets) -> None:
+        if assets.tokenizer_json is None:
+            raise TextError("The model has no tokenizer: add tokenizer.json to its source folder and convert it again.")
+        from tokenizers import Tokenizer
+
+        self.assets = assets
+        self.eos_ids = frozenset(assets.eos_ids)
+        with sentence("The model's tokenizer.json cannot be read", "fetch the model again"):
+            self._tokenizer = Tokenizer.from_buffer(assets.tokenizer_json)
+            # Some tokenizer.json files carry the settings of their training run, which would cut prompts, fill them up,
+            # or cut words at random.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            if getattr(self._tokenizer.model, "dropout", None):
+                self._tokenizer.model.dropout = None
+            check_growth(self._tokenizer)
+            self._post_processor_adds = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
+            self._token_bytes = TokenBytes(self._tokenizer)
+        self._bos_id = self._find_bos()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, added ones included; the embedding may have more rows."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens that the text spells out become those tokens.
+
+        Args:
+            text: any text; "" gives no tokens (or only the BOS).
+            add_special: put the BOS in front if the model wants one; never a second one.
+
+        Raises:
+            TextError: the text holds a lone surrogate, which is no Unicode text, or the tokenizer fails on it.
+        """
+        with sentence("The model's tokenizer cannot encode the text", "fetch the model again"):
+            try:
+                encoding = self._tokenizer.encode(text, add_special_tokens=add_special)
+            except TypeError as error:
+                place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+                if place is None:
+                    raise
+                raise TextError(
+                    f"Character {place + 1} of the text is half of a surrogate pair; give the text as valid UTF-8."
+                ) from error
+        ids: list[int] = encoding.ids
+        if add_special and self._post_processor_adds:
+            added = encoding.special_tokens_mask
+            before = added.index(0) if 0 in added else 0  # tokens that the post-processor put in front
+            if ids[:before] == ids[before : 2 * before]:  # the text spells them as well
+                del ids[:before]
+        if add_special and self._bos_id is not None and ids[:1] != [self._bos_id]:
+            ids.insert(0, self._bos_id)
+        return ids
+
+    def token_id(self, spelling: str) -> int | None:
+        """The id of a token as the vocabulary spells it, or None."""
+        try:
+            token_id: int | None = self._tokenizer.token_to_id(spelling)
+        except UnicodeEncodeError:  # half of a surrogate pair, which no vocabulary can hold
+            return None
+        return token_id
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of a whole sequence of tokens; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            TextError: an id is none of a token, or the tokenizer fails on them.
+        """
+        token_ids = [int(i) for i in ids]
+        with sentence("The model's tokenizer cannot decode the tokens", "give token ids of this model"):
+            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special)
+        return text
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for the tokens of one reply, as they arrive."""
+        return StreamDecoder(self._token_bytes)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as one text, in the format of the model's chat template: see `ChatTemplate.render`.
+
+        Raises:
+            TextError: the model has no chat template, a message is malformed, or the template refuses or fails.
+            OptionError: a template variable cannot be used.
+        """
+        return self._chat_template.render(messages, add_generation_prompt, template_variables)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], template_variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's reply. The template writes the BOS itself.
+
+        Raises:
+            TextError, OptionError: as `render_chat`, and as `encode`.
+        """
+        return self.encode(self.render_chat(messages, template_variables=template_variables), add_special=False)
+
+    @cached_property
+    def _chat_template(self) -> "ChatTemplate":
+        if self.assets.chat_template is None:
+            raise TextError(
+                "The model has no chat template (a base model, not tuned for chat); give it plain text with `generate`."
+            )
+        from numba_atomflow.text.chat_template import ChatTemplate
+
+        return ChatTemplate(self.assets.chat_template, self.assets.special_tokens())
+
+    def _find_bos(self) -> int | None:
+        """The id to put in front of every text, or None.
+
+        Raises:
+            TextError: a BOS is wanted and the tokenizer does not know it.
+        """
+        if not self.assets.add_bos:
+            return None
+        bos_id = self.token_id(self.assets.bos_token) if self.assets.bos_token else None
+        if bos_id is None:
+            raise TextError(
+                f"The model wants a BOS in front of every text, but its tokenizer lacks {shown(self.assets.bos_token)}."
+            )
+        return bos_id

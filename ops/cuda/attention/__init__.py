@@ -1,0 +1,1 @@
+"""Attention of decode steps: split-KV over a contiguous or a paged cache."""

@@ -1,0 +1,1 @@
+"""The order of prepacked weights in device memory."""

@@ -1,0 +1,1 @@
+"""Compiling, launching and capturing kernels; uploading weights."""

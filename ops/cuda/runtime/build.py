@@ -1,0 +1,289 @@
+"""From kernel specs to machine code: compiled in parallel processes, kept on disk, loaded from there the next time.
+
+No driver is needed: numba makes PTX, and nvJitLink makes a cubin of it, for any architecture. The cache folder
+carries a hash of every file of ``ops/``, so that any edit there compiles everything afresh; a file's name carries the
+spec, the architecture and the versions of the compilers. Numba needs 2-7 s for a kernel, most of it in Python: hence
+processes, started as ``python -m numba_atomflow.ops.cuda.runtime.build`` and not through `multiprocessing`, which would
+run a user's script again where it lacks the guard for that.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from numba_atomflow.errors import BackendError
+from numba_atomflow.ops import jit
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
+from numba_atomflow.ops.ptx import compiling_for
+from numba_atomflow.utils.interrupts import deferred_interrupts
+
+Progress = Callable[[str, int, int], None]  # what was done, kernels finished, kernels in all
+
+_DIGEST_BYTES = 32
+_MOST_WORKERS = 16
+
+
+def compile_spec(spec: KernelSpec, capability: tuple[int, int]) -> bytes:
+    """Machine code (a cubin with one kernel named `spec.name`) for one architecture."""
+    return assemble(make_ptx(spec.make(), spec, capability), capability)[0]
+
+
+def make_ptx(kernel: Any, spec: KernelSpec, capability: tuple[int, int]) -> str:
+    """PTX of a kernel, whose long mangled name is replaced by `spec.name`.
+
+    Args:
+        kernel: as numba has it: `spec.make()`.
+    """
+    from numba import cuda
+
+    share_scopes()
+    bounds = kernel.targetoptions["launch_bounds"]  # `compile_ptx` does not look there
+    with compiling_for(capability):
+        ptx, _ = cuda.compile_ptx(kernel.py_func, spec.numba_signature(), cc=capability, launch_bounds=bounds)
+    return rename(str(ptx), spec.name)
+
+
+@cache
+def share_scopes() -> None:
+    """Compile in half the time, to the same PTX.
+
+    numba copies the code of a function that it inlines with `copy.deepcopy`. Each variable in it points to the table of
+    all variables, which would be copied along; nothing is written to that table afterwards.
+    """
+    from numba.cuda.core import ir  # type: ignore[import-not-found]
+
+    ir.Scope.__deepcopy__ = lambda self, _: self
+
+
+def rename(ptx: str, name: str) -> str:
+    """PTX with a readable name for its one kernel."""
+    mangled = re.search(r"\.entry\s+([\w$]+)\(", ptx)
+    if mangled is None:
+        raise RuntimeError(f"numba made no kernel of {name}")
+    return ptx.replace(mangled[1], name)
+
+
+def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """A cubin of PTX, and what the assembler says about registers and spills."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch="sm_{}{}".format(*capability), ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    return bytes(linker.link("cubin").code), str(linker.get_info_log())
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def compilers() -> str:
+    """Versions of what turns Python into machine code."""
+    found = []
+    libraries = ("nvidia-nvvm", "nvidia-cuda-nvcc", "nvidia-cuda-nvrtc", "nvidia-nvjitlink")
+    for package in ("numba", "numba-cuda", "cuda-core", *libraries, *(f"{library}-cu12" for library in libraries)):
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
+
+
+def cache_path(spec: KernelSpec, capability: tuple[int, int]) -> Path | None:
+    """Where a kernel's machine code is kept; None where nothing can be."""
+    folder = jit.cache_folder("cuda")
+    if folder is None:
+        return None
+    tool = hashlib.sha256(compilers().encode()).hexdigest()[:8]
+    return folder / f"{spec.name}-sm_{capability[0]}{capability[1]}-{spec.digest()}-{tool}.cubin"
+
+
+def read_cached(path: Path | None) -> bytes | None:
+    """The machine code in a cache file; None if there is none, or it is damaged."""
+    if path is None:
+        return None
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def write_cached(path: Path | None, code: bytes) -> None:
+    """Keep machine code, if that is possible: a full disk costs a compilation the next time, not the program."""
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        partial.write_bytes(hashlib.sha256(code).digest() + code)
+        partial.replace(path)
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def build(
+    specs: Sequence[KernelSpec], capability: tuple[int, int], progress: Progress | None = None
+) -> dict[KernelSpec, bytes]:
+    """Machine code of all specs, from the cache where it is there.
+
+    `progress` is called on the thread of the caller.
+
+    Raises:
+        BackendError: the compiler is not installed, or failed.
+    """
+    done: dict[KernelSpec, bytes] = {}
+    missing = []
+    for spec in specs:
+        code = read_cached(cache_path(spec, capability))
+        if code is None:
+            missing.append(spec)
+        else:
+            done[spec] = code
+    if missing:
+        _check_compiler()
+        if progress:
+            progress("compiling GPU kernels", len(done), len(specs))
+
+        def report(spec: KernelSpec, code: bytes) -> None:
+            write_cached(cache_path(spec, capability), code)
+            done[spec] = code
+            if progress:
+                progress(f"compiled {spec.name}", len(done), len(specs))
+
+        _compile_in_parallel(missing, capability, report)
+    return done
+
+
+def missing_compiler() -> str | None:
+    """The library of the compiler that is not installed; None if all are there. A plain install has none of them."""
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+    except ImportError:
+        return "cuda-python"
+    for name in ("nvvm", "nvrtc", "nvJitLink"):
+        try:
+            load_nvidia_dynamic_lib(name)
+        except RuntimeError:  # its class for a library that is not found
+            return name
+    return None
+
+
+def _check_compiler() -> None:
+    missing = missing_compiler()
+    if missing:
+        raise BackendError(
+            f"The GPU's compiler lacks {missing}; pip install 'numba-atomflow[cu13]' (or [cu12] for "
+            "CUDA 12), or use --backend cpu."
+        )
+
+
+def _compile_in_parallel(
+    specs: Sequence[KernelSpec], capability: tuple[int, int], report: Callable[[KernelSpec, bytes], None]
+) -> None:
+    """Workers take the next spec when they have finished one; the first failure stops all."""
+    waiting: SimpleQueue[KernelSpec] = SimpleQueue()
+    for spec in specs:
+        waiting.put(spec)
+    finished: SimpleQueue[tuple[KernelSpec, bytes, str]] = SimpleQueue()
+    workers: list[_Worker] = []
+
+    def serve(worker: _Worker) -> None:
+        while True:
+            try:
+                spec = waiting.get_nowait()
+            except Empty:
+                return
+            finished.put((spec, *worker.compile(spec, capability)))
+
+    try:
+        try:
+            for _ in range(min(len(specs), len(os.sched_getaffinity(0)), _MOST_WORKERS)):
+                with deferred_interrupts():
+                    workers.append(_Worker())
+                threading.Thread(target=serve, args=(workers[-1],), daemon=True).start()
+        except (OSError, RuntimeError) as error:  # no more processes, or no more threads
+            raise BackendError(f"The GPU's compiler could not be started ({error}); use --backend cpu.") from error
+        for _ in specs:
+            spec, code, failure = finished.get()
+            if failure:
+                raise BackendError(
+                    f"A GPU kernel could not be compiled ({spec.name}: {failure}); use --backend cpu, and report this."
+                )
+            report(spec, code)
+    finally:  # also after Ctrl-C: no compiler goes on by itself
+        with deferred_interrupts():
+            for worker in workers:
+                worker.stop()
+
+
+class _Worker:
+    """Another Python, which compiles the specs that it is sent, a line each."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment.pop("NUMBA_ENABLE_CUDASIM", None)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "numba_atomflow.ops.cuda.runtime.build"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the parent, which stops its workers
+            text=True,
+        )
+
+    def compile(self, spec: KernelSpec, capability: tuple[int, int]) -> tuple[bytes, str]:
+        """Machine code, or what went wrong."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            return b"", "the compiler's process has no pipes"
+        try:
+            stdin.write(base64.b64encode(pickle.dumps((spec, capability))).decode() + "\n")
+            stdin.flush()
+            answer = json.loads(stdout.readline())
+        except (OSError, ValueError):
+            code = self._process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return b"", f"the compiler's process {how}"
+        return base64.b64decode(answer["code"]), str(answer["failure"])
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+
+
+def _work() -> None:
+    """The worker's life: a spec per line in, an answer per line out."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may stand between answers
+    for line in sys.stdin:
+        spec, capability = pickle.loads(base64.b64decode(line))  # noqa: S301  from the parent process
+        code, failure = b"", ""
+        try:
+            code = compile_spec(spec, capability)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        answers.write(json.dumps({"code": base64.b64encode(code).decode(), "failure": failure}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _work()

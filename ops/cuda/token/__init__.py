@@ -1,0 +1,1 @@
+"""Kernels per token: embedding, RoPE, sampling."""

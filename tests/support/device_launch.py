@@ -1,0 +1,51 @@
+"""Kernels of the tests on a GPU, through the very code that the backend launches its kernels with."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow.device.driver import call
+from numba_atomflow.device.resources import DeviceResources
+from numba_atomflow.memory.view import View
+from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx
+from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
+
+_loaded: dict[tuple[Any, ...], tuple[Any, Kernel]] = {}  # with numba's kernel, whose identity is part of the key
+
+
+@cache
+def _device() -> tuple[DeviceResources, tuple[int, int], Any]:
+    owner = DeviceResources()
+    capability = owner.open().capability
+    with owner.current():
+        return owner, capability, owner.made.stream()
+
+
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability."""
+    return _device()[1]
+
+
+def launch_on_device(kernel: Any, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
+    """Copy arrays to the device, run the kernel once, and copy them back. Numbers are passed as int64."""
+    owner, capability, stream = _device()
+    signature = tuple(f"{a.dtype.name}*" if isinstance(a, np.ndarray) else "int64" for a in arguments)
+    with owner.current(), owner.made.scope(stream) as made:
+        key = (id(kernel), signature, threads, shared_bytes)
+        if key not in _loaded:
+            spec = KernelSpec("tested", "", (), signature, threads, shared_bytes)
+            code, _ = assemble(make_ptx(kernel, spec, capability), capability)
+            _loaded[key] = kernel, Kernel(spec, code, owner.made)
+        arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+        addresses = [int(made.call("cuMemAlloc", max(a.nbytes, 1), undo="cuMemFree")) for a in arrays]
+        for address, array in zip(addresses, arrays, strict=True):
+            call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+        rest = iter(addresses)
+        values = [View("x", next(rest), a.shape, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments]
+        Launch(_loaded[key][1], blocks, values, stream).run()
+        call("cuStreamSynchronize", stream)
+        for address, array in zip(addresses, arrays, strict=True):
+            call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)

@@ -1,0 +1,391 @@
+"""GPU kernels against their references, at small shapes: the same checks in numba's simulator and on a GPU.
+
+Every check draws fresh inputs (the seed is in the test's name through `SEED`), poisons what it hands over for output
+with NaN, and compares with float64.
+"""
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.activation import silu_reference
+from numba_atomflow.ops.attention import attend_reference
+from numba_atomflow.ops.cuda.attention.decode import AttentionShape, make_attention
+from numba_atomflow.ops.cuda.gemv import kernels
+from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape
+from numba_atomflow.ops.cuda.layout.weights import (
+    THREADS,
+    FragmentLayout,
+    from_fragments_reference,
+    halves_to_fragments_reference,
+    make_repack,
+    make_repack_halves,
+    repack_blocks,
+    repack_sizes,
+    to_fragments_reference,
+)
+from numba_atomflow.ops.cuda.token import rope
+from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
+from numba_atomflow.ops.rms_norm import rms_norm_reference
+from numba_atomflow.ops.rope import rope_reference, rope_table
+
+SEED = int(os.environ.get("ATOMFLOW_TEST_SEED", secrets.randbelow(2**31)))
+EPS = 1e-5
+
+
+def generator(*key: int) -> np.random.Generator:
+    print(f"inputs: ATOMFLOW_TEST_SEED={SEED}")  # pytest shows it with a failure
+    return np.random.default_rng((SEED, *key))
+
+
+def poisoned(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
+    """An array of NaN; as uint16 and uint32, the bits of NaN."""
+    return np.full(shape, -1, np.int64).astype(dtype) if np.dtype(dtype).kind == "u" else np.full(shape, np.nan, dtype)
+
+
+def as_words(array: NDArray[Any]) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+
+
+def relative_error(got: NDArray[Any], expected: NDArray[np.float64]) -> float:
+    """Relative L2 error; NaN if anything is NaN."""
+    return float(np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected))
+
+
+def within(family: str, error: float, limit: float) -> None:
+    """The error is a number and at most the limit. ATOMFLOW_FIGURES names a file that collects errors and limits."""
+    figures = os.environ.get("ATOMFLOW_FIGURES")
+    if figures:
+        with Path(figures).open("a") as file:
+            file.write(json.dumps({"family": family, "error": error, "limit": limit}) + "\n")
+    assert error <= limit, f"{family}: relative L2 {error:.3g} is {error / limit:.0%} of {limit}"
+
+
+def launch(kernel: Any, blocks: int, threads: int, shared_bytes: int, *arrays: Any) -> None:
+    """Run a kernel over host arrays, which it changes in place: in the simulator, or on the GPU."""
+    if ptx.SIMULATED:
+        kernel[blocks, threads, 0, shared_bytes](*arrays)
+    else:
+        from device_launch import launch_on_device
+
+        launch_on_device(kernel, blocks, threads, shared_bytes, arrays)
+
+
+# --- fragments ---------------------------------------------------------------------------------------------------
+
+LAYOUTS = (
+    FragmentLayout(16, 128),
+    FragmentLayout(37, 200, hardware_fp8=True),  # neither rows nor columns fill a tile
+    FragmentLayout(40, 130, half=20, hardware_fp8=True),  # gate and up whose number is no multiple of 8
+    FragmentLayout(160, 64, half=40),  # two heads of 80
+    FragmentLayout(16, 576, chunk=4),  # 5 groups: a chunk of 4 and one of 1, each with padding of its own
+    FragmentLayout(40, 1024, hardware_fp8=True, chunk=4),  # a pair of whole chunks: half tiles can be copied
+    FragmentLayout(12, 330, half=6, hardware_fp8=True, chunk=1),
+    FragmentLayout(9, 130, chunk=4),  # fewer groups than a chunk may have
+)
+
+
+def weights(layout: FragmentLayout, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A random projection as the checkpoint stores it, with large and small groups."""
+    values = rng.standard_normal((layout.rows, layout.columns)) * 0.05
+    values *= np.exp2(rng.integers(-6, 6, (layout.rows, 1)))
+    return quantize_groups(values.astype(np.float32))
+
+
+def halves(layout: FragmentLayout, rng: np.random.Generator) -> NDArray[np.float16]:
+    """A random projection in float16, with large and small rows."""
+    values = rng.standard_normal((layout.rows, layout.columns)) * np.exp2(rng.integers(-8, 2, (layout.rows, 1)))
+    return values.astype(np.float16)
+
+
+HALF_LAYOUTS = (
+    FragmentLayout(16, 128, halves=True),
+    FragmentLayout(37, 202, halves=True),
+    FragmentLayout(20, 300, halves=True, chunk=4),  # 6 groups of 64
+)
+
+
+def check_repack_halves(layout: FragmentLayout) -> None:
+    values = halves(layout, generator(layout.rows))
+    words = poisoned(layout.words, dtype=np.uint32)
+    source = values.reshape(-1).view(np.uint16)
+    launch(make_repack_halves(), repack_blocks(layout), THREADS, 0, source, words, *repack_sizes(layout))
+    np.testing.assert_array_equal(words, halves_to_fragments_reference(values, layout))
+
+
+def check_repack(layout: FragmentLayout) -> None:
+    rng = generator(layout.rows)
+    codes, scales = weights(layout, rng)
+    words = poisoned(layout.words, dtype=np.uint32)
+    arrays = codes.reshape(-1), scales.reshape(-1), words
+    launch(make_repack(layout.hardware_fp8), repack_blocks(layout), THREADS, 0, *arrays, *repack_sizes(layout))
+    np.testing.assert_array_equal(words, to_fragments_reference(codes, scales, layout))
+    back_codes, back_scales = from_fragments_reference(words, layout)
+    np.testing.assert_array_equal(back_codes, codes)
+    np.testing.assert_array_equal(back_scales, scales)
+
+
+# --- projections -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProjectionCase:
+    """A projection kernel at one geometry. `blocks` below the number of tiles makes blocks walk."""
+
+    kind: str
+    rows: int
+    width: int
+    columns: int
+    warps: int = 2
+    split: int = 2
+    depth: int = 2
+    blocks: int = 1
+    hardware_fp8: bool = False
+    head_dim: int = 64
+    heads: int = 1
+    kv_heads: int = 1
+    halves: bool = False
+    chunk: int = 0
+
+    @property
+    def shape(self) -> ProjectionShape:
+        half = {"swiglu": self.rows // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
+        layout = FragmentLayout(self.rows, self.width, half, self.hardware_fp8, self.halves, self.chunk)
+        return ProjectionShape(layout, self.columns, self.warps, self.split, self.depth)
+
+
+def qkv_case(width: int, columns: int, head_dim: int, heads: int, kv_heads: int, **more: Any) -> ProjectionCase:
+    rows = (heads + 2 * kv_heads) * head_dim
+    return ProjectionCase("qkv", rows, width, columns, head_dim=head_dim, heads=heads, kv_heads=kv_heads, **more)
+
+
+PROJECTIONS = (
+    ProjectionCase("store", 37, 576, 1),  # K padded to 640, N not a multiple of 16; three tiles for one block
+    ProjectionCase("store", 16, 128, 8, warps=1, split=1, depth=1, hardware_fp8=True),  # one row tile, one group
+    ProjectionCase("store", 40, 200, 3, warps=2, split=1, blocks=2),  # tiles do not fill the last block
+    ProjectionCase("store", 37, 576, 1, halves=True),  # 640 columns are 10 groups of 64
+    ProjectionCase("store", 20, 200, 8, warps=2, split=1, depth=1, halves=True),
+    ProjectionCase("add", 24, 576, 5, warps=4, split=4, depth=1, hardware_fp8=True),
+    ProjectionCase("add", 16, 300, 2, warps=4, split=2, depth=1),  # a slot without a tile
+    ProjectionCase("swiglu", 40, 256, 4, depth=1, blocks=2),  # 20 units: the last tile is not full
+    ProjectionCase("swiglu", 16, 576, 1, hardware_fp8=True),
+    ProjectionCase("store", 37, 576, 1, chunk=4),  # chunks of 4 groups and of 1
+    ProjectionCase("store", 20, 576, 2, depth=1, halves=True, chunk=4),
+    ProjectionCase("add", 24, 1100, 3, depth=3, hardware_fp8=True, chunk=3),  # three equal chunks
+    ProjectionCase("swiglu", 16, 330, 1, chunk=2, hardware_fp8=True),
+    ProjectionCase("store", 16, 640, 2, warps=4, split=2, depth=1),  # two warps stage a column together
+    ProjectionCase("store", 16, 130, 3, warps=2, split=1),  # no 16 bytes of float32 in a row; teams take turns
+    ProjectionCase("store", 16, 192, 2, warps=5, split=1, depth=1),  # a warp that belongs to no team
+    qkv_case(128, 7, 64, 2, 1, depth=1, blocks=3),
+    qkv_case(192, 1, 80, 1, 1, depth=1, warps=1, split=1, hardware_fp8=True),
+    qkv_case(128, 2, 96, 1, 1, depth=1, warps=1, split=1),
+    qkv_case(128, 6, 128, 1, 1, depth=1, warps=1, split=1),
+)
+
+
+def check_projection(case: ProjectionCase) -> None:
+    """Relative L2 error against float64: 1e-5 for float32 outputs, 5e-4 (they are rounded to float16) for others."""
+    rng = generator(case.rows, case.width, case.columns)
+    shape, layout = case.shape, case.shape.layout
+    if layout.halves:
+        stored = halves(layout, rng)
+        words, matrix = halves_to_fragments_reference(stored, layout), stored.astype(np.float64)
+    else:
+        codes, scales = weights(layout, rng)
+        words = to_fragments_reference(codes, scales, layout)
+        matrix = dequantize_groups(codes, scales).astype(np.float64)
+    residual = rng.standard_normal((case.columns, case.width)).astype(np.float32)
+    norm = rng.uniform(0.5, 1.5, case.width).astype(np.float32)
+    normed, doubt = normed_as_float16(residual, norm)
+    product = normed @ matrix.T
+    slack = float(np.linalg.norm(doubt @ matrix.T) / np.linalg.norm(product))
+    grid = case.blocks, shape.threads, shape.shared_bytes
+    seen = poisoned(case.columns * layout.padded_columns // 2, dtype=np.uint32)  # what the kernel says it multiplied
+    if case.kind == "store":
+        logits = poisoned(case.columns * case.rows)
+        launch(kernels.make_store(shape, EPS), *grid, words, as_words(residual), norm, seen, logits)
+        within("projection", relative_error(logits.reshape(case.columns, case.rows), product), 1e-5 + slack)
+    elif case.kind == "add":
+        x = np.zeros((case.columns, layout.padded_columns), np.float16)
+        x[:, : case.width] = rng.standard_normal((case.columns, case.width))
+        before = rng.standard_normal((case.columns, case.rows)).astype(np.float32)
+        after = before.reshape(-1).copy()
+        launch(kernels.make_add(shape), *grid, words, as_words(x), after)
+        expected = x[:, : case.width].astype(np.float64) @ matrix.T
+        within("projection", relative_error(after.reshape(before.shape), before + expected), 1e-5)
+    elif case.kind == "swiglu":
+        ffn = case.rows // 2
+        y = poisoned(case.columns, ffn + 3, dtype=np.uint16)
+        kernel = kernels.make_swiglu(shape, EPS, ffn + 3)
+        launch(kernel, *grid, words, as_words(residual), norm, seen, flat := y.reshape(-1))
+        y = flat.reshape(y.shape)
+        expected = silu_reference(product[:, :ffn]) * product[:, ffn:]
+        within("SwiGLU to float16", relative_error(y[:, :ffn].view(np.float16), expected), 5e-4)
+        assert (y[:, ffn:] == 0xFFFF).all(), "wrote into the padding"
+    else:
+        check_qkv(case, grid, (words, as_words(residual), norm, seen), product)
+    if case.kind != "add":
+        reported = seen.view(np.float16).reshape(case.columns, -1)
+        assert relative_error(reported[:, : case.width], normed) <= 1e-5 + float(
+            np.linalg.norm(doubt) / np.linalg.norm(normed)
+        )
+        assert np.isnan(reported[:, case.width :]).all(), "wrote into the padding"
+
+
+def normed_as_float16(
+    residual: NDArray[np.float32], norm: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The norm as the kernel stages it, rounded to float16; and by how much elements that lie so close to the middle
+    between two float16 that float32 arithmetic may round them the other way would then differ (mostly 0)."""
+    exact = rms_norm_reference(residual.astype(np.float64), norm.astype(np.float64), EPS)
+    down, up = ((exact * (1 + e)).astype(np.float16).astype(np.float64) for e in (-5e-7, 5e-7))
+    return exact.astype(np.float16).astype(np.float64), up - down
+
+
+def check_qkv(case: ProjectionCase, grid: Any, arguments: Any, product: NDArray[np.float64]) -> None:
+    positions, first = 20, 20 - case.columns  # the last token takes the last position of the cache
+    dim, q_width, kv_width = case.head_dim, case.heads * case.head_dim, case.kv_heads * case.head_dim
+    cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions)
+    q = poisoned(case.columns * q_width, dtype=np.uint16)
+    keys, values = (poisoned(positions * kv_width, dtype=np.uint16) for _ in range(2))
+    kernel = kernels.make_qkv(case.shape, EPS, case.heads, case.kv_heads)
+    tables = cosines.reshape(-1), sines.reshape(-1)
+    launch(kernel, *grid, *arguments, np.array([first], np.int64), *tables, q, keys, values)
+    rows = slice(first, first + case.columns)
+    angles = cosines[rows].astype(np.float64), sines[rows].astype(np.float64)
+    parts = np.split(product, [q_width, q_width + kv_width], axis=1)
+    rotated = [rope_reference(part.reshape(case.columns, -1, dim), *angles) for part in parts[:2]]
+    expected = [rotated[0].reshape(case.columns, -1), rotated[1].reshape(case.columns, -1), parts[2]]
+    for got, want in ((q.reshape(case.columns, -1), expected[0]), *zip((keys, values), expected[1:], strict=True)):
+        new = got.reshape(-1, want.shape[1])
+        if new.shape[0] == positions:
+            assert (new[:first] == 0xFFFF).all(), "wrote into the past"
+            new = new[rows]
+        within("q, k, v to float16", relative_error(np.ascontiguousarray(new).view(np.float16), want), 5e-4)
+
+
+# --- rotation in a kernel of its own -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RopeCase:
+    """What the QKV projection's own epilogue cannot do."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    columns: int
+    bias: bool = False
+    norm: bool = False
+
+
+ROPES = (
+    RopeCase(64, 3, 1, 1, bias=True),
+    RopeCase(80, 2, 2, 3, norm=True),  # 40 pairs for 32 lanes
+    RopeCase(128, 4, 1, 2, bias=True, norm=True),
+    RopeCase(96, 1, 1, 5),
+)
+
+
+def check_rope(case: RopeCase) -> None:
+    """Relative L2 error 5e-4: results are rounded to float16."""
+    rng = generator(case.head_dim, case.heads, case.columns)
+    dim, positions, first = case.head_dim, 20, 20 - case.columns
+    q_width, kv_width = case.heads * dim, case.kv_heads * dim
+    rows = q_width + 2 * kv_width
+    qkv = rng.standard_normal((case.columns, rows)).astype(np.float32)
+    bias = rng.standard_normal(rows).astype(np.float32) if case.bias else poisoned(rows)
+    norms = [rng.uniform(0.5, 1.5, dim).astype(np.float32) if case.norm else poisoned(dim) for _ in range(2)]
+    cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions)
+    q = poisoned(case.columns * q_width, dtype=np.uint16)
+    keys, values = (poisoned(positions * kv_width, dtype=np.uint16) for _ in range(2))
+    kernel = rope.make_rope(case.heads, case.kv_heads, dim, case.columns, EPS, bias=case.bias, norm=case.norm)
+    tables = np.array([first], np.int64), cosines.reshape(-1), sines.reshape(-1)
+    blocks = rope.rope_blocks(case.heads, case.kv_heads, case.columns)
+    launch(kernel, blocks, rope.THREADS, 0, qkv.reshape(-1), bias, *norms, *tables, q, keys, values)
+    exact = qkv.astype(np.float64) + (bias if case.bias else 0.0)
+    parts = [part.reshape(case.columns, -1, dim) for part in np.split(exact, [q_width, q_width + kv_width], axis=1)]
+    at = slice(first, positions)
+    for i, weight in enumerate(norms):
+        if case.norm:
+            parts[i] = rms_norm_reference(parts[i], weight.astype(np.float64), EPS)
+        parts[i] = rope_reference(parts[i], cosines[at].astype(np.float64), sines[at].astype(np.float64))
+    for got, want in zip((q, keys, values), parts, strict=True):
+        new = got.reshape(-1, want.shape[1] * dim)
+        if len(new) == positions:
+            assert (new[:first] == 0xFFFF).all(), "wrote into the past"
+        result = np.ascontiguousarray(new[-case.columns :]).view(np.float16)
+        within("q, k, v to float16", relative_error(result, want.reshape(case.columns, -1)), 5e-4)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Attention at one geometry; `length` counts the new tokens."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    columns: int
+    length: int
+    splits: int = 1
+    warps: int = 1
+
+    @property
+    def shape(self) -> AttentionShape:
+        out_width = self.heads * self.head_dim + 16
+        return AttentionShape(
+            self.heads, self.kv_heads, self.head_dim, self.columns, out_width, self.splits, self.warps
+        )
+
+
+ATTENTIONS = (
+    AttentionCase(64, 1, 1, 1, 1),  # a token alone
+    AttentionCase(64, 3, 1, 1, 17, splits=3),  # chunks of 16: the second holds one key, the third nothing
+    AttentionCase(64, 3, 1, 8, 23, splits=2),  # 24 queries are two tiles; a chunk that some queries do not see
+    AttentionCase(80, 2, 2, 3, 20),  # MHA, 80 = 64 + 16
+    AttentionCase(96, 4, 1, 2, 33, splits=2, warps=2),  # 96 = 64 + 32
+    AttentionCase(128, 8, 1, 5, 40, splits=3, warps=1),
+    AttentionCase(128, 4, 1, 1, 31, splits=2, warps=2),  # the second warp of a chunk has a step that is not full
+)
+
+
+@lru_cache(maxsize=2)
+def _attention_kernel(shape: AttentionShape) -> Any:
+    return make_attention(shape)
+
+
+def check_attention(case: AttentionCase) -> None:
+    """Relative L2 error 1e-3 against float64; loud noise and NaN behind the last token change no bit."""
+    rng = generator(case.head_dim, case.heads, case.length)
+    shape, positions = case.shape, case.length + 9
+    q = (rng.standard_normal((case.columns, case.heads * case.head_dim)) * 2).astype(np.float16)
+    cache = rng.standard_normal((2, positions, case.kv_heads * case.head_dim)).astype(np.float16)
+    position = np.array([case.length - case.columns], np.int64)
+    counters = np.zeros(shape.units, np.uint32)
+    kernel = _attention_kernel(shape)
+    results = []
+    for noise in (np.float16(np.nan), np.float16(60000.0)):
+        cache[:, case.length :] = noise
+        out = poisoned(case.columns * case.shape.out_width // 2, dtype=np.uint32)
+        keys, values = as_words(cache[0]), as_words(cache[1])
+        arguments = as_words(q), keys, values, position, poisoned(shape.partials), counters, out
+        launch(kernel, shape.blocks, shape.threads, shape.shared_bytes, *arguments)
+        assert not counters.any(), "a counter does not stand at zero for the next launch"
+        results.append(out.view(np.float16).reshape(case.columns, -1))
+    width = case.heads * case.head_dim
+    np.testing.assert_array_equal(results[0][:, :width], results[1][:, :width])
+    exact = (array.astype(np.float64) for array in (q, cache[0], cache[1]))
+    expected = attend_reference(*exact, case.length - case.columns, case.head_dim)
+    within("attention", relative_error(results[0][:, :width], expected), 1e-3)
+    assert np.isnan(results[0][:, width:]).all(), "wrote into the padding"

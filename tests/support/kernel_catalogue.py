@@ -1,0 +1,78 @@
+"""The kernels that are compiled for every architecture: those of Llama 3.2 3B, and those that other models need."""
+
+from dataclasses import dataclass, replace
+
+from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.ops.cuda.runtime import bandwidth
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import U32, KernelSpec, kernel_spec
+from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
+from numba_atomflow.sandbox.runner import CacheSizes
+
+MULTIPROCESSORS = 132  # of an H200
+SHARED_BYTES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # per block: how wide a step can be
+COPY_ENGINE = (9, 0)  # the first with one
+
+LLAMA = PRESETS["llama-3.2-3b"]
+# Heads of 80, no GQA, Qwen's norms and bias, a float16 head: what the other kernels are for.
+OTHER = replace(LLAMA, heads=32, kv_heads=32, head_dim=80, qkv_bias=True, qk_norm=True)
+_OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "vocabulary_x1", "vocabulary_x{}", "repack_halves")
+CACHE = CacheSizes(slots=1 << 16, block_sizes=(8, 32), sequences=8, longest=8192)  # of the sandbox
+_OF_SANDBOX = (
+    "attention_paged8_x{}",
+    "attention_paged32_x{}",
+    "attention_static_x{}",
+    "qkv_x{}",
+    "gate_up_x{}",
+    "down_x{}",
+)
+_HARDWARE_FP8 = ("qkv", "o", "gate_up", "down", "vocabulary", "embed", "repack")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel to compile."""
+
+    name: str
+    spec: KernelSpec
+
+    @property
+    def kind(self) -> str:
+        return self.spec.name.rpartition("_x")[0] or self.spec.name
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it decodes FP8."""
+        return self.kind in _HARDWARE_FP8 and "halves" not in self.name
+
+    @property
+    def weights(self) -> bool:
+        """Whether it streams weights through tensor cores."""
+        return self.spec.factory.__module__.endswith("gemv.kernels")
+
+    @property
+    def doubles(self) -> bool:
+        """Whether it may use float64."""
+        return self.spec.name == "sample"
+
+
+def catalogue(capability: tuple[int, int]) -> list[Entry]:
+    """All kernels of an architecture."""
+    chip = Chip(MULTIPROCESSORS, SHARED_BYTES[capability], capability)
+    wide = ModelKernels(LLAMA, chip).block
+    entries = [Entry(name, kernel.spec) for name, kernel in ModelKernels(LLAMA, chip).planned.items()]
+    other = ModelKernels(OTHER, chip, "fp16").planned
+    names = [name.format(wide) for name in _OF_OTHER]
+    entries += [Entry(f"{name} of halves, heads of 80", other[name].spec) for name in names]
+    sandbox = SandboxKernels(LLAMA, chip, CACHE, halves=False)
+    names = [name.format(sandbox.widths[-1]) for name in _OF_SANDBOX]
+    entries += [Entry(f"{name} of the sandbox", sandbox.planned[name].spec) for name in names]
+    sandbox = SandboxKernels(OTHER, chip, CACHE, halves=False)
+    entries.append(Entry("attention_paged8_x1, heads of 80", sandbox.planned["attention_paged8_x1"].spec))
+    entries.append(Entry("read", kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)))
+    if capability >= COPY_ENGINE:
+        shared = bandwidth.bulk_shared_bytes()
+        bulk = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
+        entries.append(Entry("bulk_read", bulk))
+    return entries

@@ -1,0 +1,176 @@
+"""The paged kernels against their references and against the static ones, in the simulator and on a GPU."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from kernel_cases import (
+    EPS,
+    ProjectionCase,
+    as_words,
+    generator,
+    launch,
+    poisoned,
+    qkv_case,
+    relative_error,
+    weights,
+    within,
+)
+from numpy.typing import NDArray
+
+from numba_atomflow.ops.cuda.attention.decode import AttentionShape, Paging, make_attention, make_paged_attention
+from numba_atomflow.ops.cuda.gemv.kernels import make_paged_qkv, make_qkv
+from numba_atomflow.ops.cuda.layout.weights import to_fragments_reference
+from numba_atomflow.ops.paged_attention import attend_paged_reference
+from numba_atomflow.ops.rope import rope_table
+
+
+@dataclass(frozen=True)
+class PagedCase:
+    """Tokens of one step. `lengths`: what each sees, itself included; equal `rows` are tokens of one sequence."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    block_size: int  # 0: contiguous
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+    splits: int = 1
+    warps: int = 1
+
+    @property
+    def shape(self) -> AttentionShape:
+        width = self.heads * self.head_dim + 16
+        return AttentionShape(self.heads, self.kv_heads, self.head_dim, 1, width, self.splits, self.warps)
+
+    @property
+    def row_of(self) -> tuple[int, ...]:
+        return self.rows or tuple(range(len(self.lengths)))
+
+
+PAGED = (
+    PagedCase(64, 3, 1, 8, (23, 1, 9)),
+    PagedCase(64, 3, 1, 16, (17, 33), splits=3),
+    PagedCase(80, 2, 2, 32, (20,)),
+    PagedCase(96, 4, 1, 8, (33, 40), splits=2, warps=2),
+    PagedCase(128, 8, 1, 64, (40, 7), splits=3),
+    PagedCase(64, 2, 1, 128, (5, 6, 7), rows=(1, 1, 1)),  # a prompt's chunk
+    PagedCase(64, 2, 1, 0, (21, 8), splits=2),
+)
+
+
+@lru_cache(maxsize=2)
+def _kernels(case: PagedCase, stride: int) -> tuple[Any, Any]:
+    paging = Paging(len(case.lengths), case.block_size, stride)
+    return make_paged_attention(case.shape, paging), make_attention(case.shape)
+
+
+def check_paged_attention(case: PagedCase) -> None:
+    """Bit for bit what the static kernel makes of each token's own keys, whatever lies in other slots; and 1e-3 from
+    float64.
+    """
+    rng = generator(case.head_dim, case.heads, *case.lengths)
+    shape, columns = case.shape, len(case.lengths)
+    cache, pages, slots = scatter(case, rng)
+    stride = pages.shape[1] if case.block_size else len(slots[0])
+    paged, static = _kernels(case, stride)
+    q = (rng.standard_normal((columns, case.heads * case.head_dim)) * 2).astype(np.float16)
+    positions, rows = np.array(case.lengths, np.int64) - 1, np.array(case.row_of, np.int64)
+    out = poisoned(columns * shape.out_width // 2, dtype=np.uint32)
+    counters = np.zeros(columns * shape.units, np.uint32)
+    launch(
+        paged,
+        columns * shape.blocks,
+        shape.threads,
+        shape.shared_bytes,
+        as_words(q),
+        as_words(cache[0]),
+        as_words(cache[1]),
+        positions,
+        np.zeros(columns, np.int64),
+        rows,
+        pages.reshape(-1),
+        poisoned(columns * shape.partials),
+        counters,
+        out,
+    )
+    assert not counters.any(), "a counter does not stand at zero for the next launch"
+    got, width = out.view(np.float16).reshape(columns, -1), case.heads * case.head_dim
+    assert np.isnan(got[:, width:]).all(), "wrote into the padding"
+    for t, (length, row) in enumerate(zip(case.lengths, case.row_of, strict=True)):
+        keys, values = (np.ascontiguousarray(array[slots[row][:length]]) for array in cache)
+        alone = poisoned(shape.out_width // 2, dtype=np.uint32)
+        scratch = poisoned(shape.partials), np.zeros(shape.units, np.uint32), alone
+        arguments = as_words(q[t]), as_words(keys), as_words(values), positions[t : t + 1], *scratch
+        launch(static, shape.blocks, shape.threads, shape.shared_bytes, *arguments)
+        np.testing.assert_array_equal(got[t, :width], alone.view(np.float16)[:width])
+    if case.block_size:
+        exact = (array.astype(np.float64) for array in (q, *cache))
+        expected = attend_paged_reference(*exact, pages, rows, positions, case.block_size, case.head_dim)
+        within("paged attention", relative_error(got[:, :width], expected), 1e-3)
+
+
+def scatter(case: PagedCase, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int32], list[NDArray[Any]]]:
+    """A cache [2, slots, kv_dim] with NaN where nobody may read, page tables, and each row's slots in order."""
+    longest, rows = max(case.lengths), max(case.row_of) + 1
+    size = case.block_size or longest + 3
+    each = -(-longest // size)
+    order = rng.permutation(rows * each + 2)[: rows * each].reshape(rows, each).astype(np.int32)
+    if not case.block_size:
+        order = np.arange(rows, dtype=np.int32)[:, None]
+    slots = [(order[row, :, None] * size + np.arange(size)).reshape(-1) for row in range(rows)]
+    cache = np.full((2, (rows * each + 2) * size, case.kv_heads * case.head_dim), np.nan, np.float16)
+    for row in set(case.row_of):
+        used = max(length for length, own in zip(case.lengths, case.row_of, strict=True) if own == row)
+        cache[:, slots[row][:used]] = rng.standard_normal((2, used, cache.shape[2]))
+    return cache, order, slots
+
+
+PAGED_QKV = (
+    qkv_case(128, 5, 64, 2, 1, depth=1, blocks=3),
+    qkv_case(128, 2, 128, 1, 1, depth=1, warps=1, split=1),
+)
+
+
+def check_paged_qkv(case: ProjectionCase) -> None:
+    """Each column is bit for bit what the static kernel makes of it at that position, in its own slot; nothing else
+    is written.
+    """
+    rng = generator(case.rows, case.columns)
+    shape, positions_at_all, slots_at_all = case.shape, 20, 32
+    dim, q_width, kv_width = case.head_dim, case.heads * case.head_dim, case.kv_heads * case.head_dim
+    codes, scales = weights(shape.layout, rng)
+    words = to_fragments_reference(codes, scales, shape.layout)
+    residual = rng.standard_normal((case.columns, case.width)).astype(np.float32)
+    norm = rng.uniform(0.5, 1.5, case.width).astype(np.float32)
+    tables = [table.reshape(-1) for table in rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions_at_all)]
+    positions = rng.integers(0, positions_at_all, case.columns)
+    slots = rng.permutation(slots_at_all)[: case.columns]
+    grid = case.blocks, shape.threads, shape.shared_bytes
+    common = words, as_words(residual), norm
+
+    def outputs(rows: int) -> list[NDArray[np.uint16]]:
+        sizes = case.columns * q_width, rows * kv_width, rows * kv_width
+        return [poisoned(size, dtype=np.uint16) for size in sizes]
+
+    def seen() -> NDArray[np.uint32]:
+        return poisoned(case.columns * shape.layout.padded_columns // 2, dtype=np.uint32)
+
+    paged = outputs(slots_at_all)
+    kernel = make_paged_qkv(shape, EPS, case.heads, case.kv_heads)
+    launch(kernel, *grid, *common, seen(), positions, slots, *tables, *paged)
+    static_kernel = make_qkv(shape, EPS, case.heads, case.kv_heads)
+    for t, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        first = position - t  # so that column t is at this position
+        if not 0 <= first <= positions_at_all - case.columns:
+            continue
+        alone = outputs(positions_at_all)
+        launch(static_kernel, *grid, *common, seen(), np.array([first], np.int64), *tables, *alone)
+        np.testing.assert_array_equal(paged[0].reshape(-1, q_width)[t], alone[0].reshape(-1, q_width)[t])
+        for ours, theirs in zip(paged[1:], alone[1:], strict=True):
+            np.testing.assert_array_equal(ours.reshape(-1, kv_width)[slot], theirs.reshape(-1, kv_width)[position])
+    untouched = np.setdiff1d(np.arange(slots_at_all), slots)
+    for ours in paged[1:]:
+        assert (ours.reshape(-1, kv_width)[untouched] == 0xFFFF).all(), "wrote into another slot"
+        assert (ours.reshape(-1, kv_width)[slots] != 0xFFFF).all()

@@ -1,0 +1,510 @@
+"""The persistent decode kernel against NumPy, at small shapes: the same checks in numba's simulator and on a GPU.
+
+A case has a whole model's memory: weights in one array as the kernel reads them, the cache, the exchange, and a view
+for each op. Results begin as NaN, as does the cache behind the past; the exchange as words of the token before.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from kernel_cases import EPS, generator, launch, normed_as_float16, poisoned, relative_error, within
+from numpy.typing import NDArray
+
+from numba_atomflow.ops.activation import silu_reference
+from numba_atomflow.ops.attention import attend_reference
+from numba_atomflow.ops.cuda.layout.weights import (
+    FragmentLayout,
+    halves_to_fragments_reference,
+    to_fragments_reference,
+)
+from numba_atomflow.ops.cuda.persistent import publish
+from numba_atomflow.ops.cuda.persistent.kernel import make_persistent
+from numba_atomflow.ops.cuda.persistent.schedule import BLOCK_THREADS, CHUNK, TABLE_UNIT, PersistentShape
+from numba_atomflow.ops.cuda.persistent.trace import EVENTS
+from numba_atomflow.ops.cuda.token.sample import BROKEN_KEY, LOWEST_KEY, token_of
+from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
+from numba_atomflow.ops.rms_norm import rms_norm_reference
+from numba_atomflow.ops.rope import rope_reference, rope_table
+from numba_atomflow.sampling import penalise
+
+Matrix = NDArray[np.float64]
+
+STEPS = 21845  # made before: with two layers, the 16 bits of a pair's epoch begin at zero with this one
+PENALTY = 1.5
+RING, COUNTED = 4, 6  # entries for the host; tokens that were made before
+SPARE = 3  # words behind each view, which nobody may write
+KINDS = ("qkv", "attention", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class PersistentCase:
+    """A model, cut for a chip of so many multiprocessors, with `position` tokens before this one."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    position: int
+    layers: int = 1
+    vocabulary: int = 40
+    blocks: int = 1
+    slots: int = 7  # of the ring: so few that it goes round many times
+    half_head: bool = False
+
+    @property
+    def q_dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def layout(self, kind: str) -> FragmentLayout:
+        rows, columns, half = {
+            "qkv": (self.q_dim + 2 * self.kv_dim, self.hidden, self.head_dim // 2),
+            "o": (self.hidden, self.q_dim, 0),
+            "gate_up": (2 * self.ffn, self.hidden, self.ffn),
+            "down": (self.hidden, self.ffn, 0),
+            "vocabulary": (self.vocabulary, self.hidden, 0),
+        }[kind]
+        halves = self.half_head and kind == "vocabulary"
+        return FragmentLayout(rows, columns, half, True, halves, CHUNK)  # as on every GPU that has bulk copies
+
+    @cached_property
+    def shape(self) -> PersistentShape:
+        def cut(shared_bytes: int) -> PersistentShape:
+            return PersistentShape(
+                layers=self.layers,
+                hidden=self.hidden,
+                ffn=self.ffn,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                eps=EPS,
+                qkv=self.layout("qkv"),
+                o=self.layout("o"),
+                gate_up=self.layout("gate_up"),
+                down=self.layout("down"),
+                vocabulary=self.layout("vocabulary"),
+                embedding=self.layout("vocabulary"),
+                multiprocessors=self.blocks,
+                shared_bytes=shared_bytes,
+            )
+
+        generous = cut(1 << 20)
+        shape = cut((1 << 20) - 4 * (generous.slots - self.slots) * (generous.slot_words + 4))
+        assert shape.slots == self.slots
+        assert shape.refusal() is None
+        return shape
+
+
+CASES = (
+    PersistentCase(64, 128, 2, 1, 64, position=0, layers=2),  # the first token; all columns padded to one group
+    PersistentCase(80, 520, 1, 1, 80, position=131, slots=12, half_head=True),  # chunks of 4 groups and of 1
+)
+CASES_OF_MANY_BLOCKS = (
+    PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
+    PersistentCase(64, 72, 4, 2, 32, position=290, blocks=5),  # two chunks per head; a block idles
+    PersistentCase(80, 520, 1, 1, 32, position=5, layers=3, blocks=3),  # dealing skips a block behind each layer
+    PersistentCase(64, 1024, 1, 1, 64, position=5, blocks=3),  # half tiles of "down"
+    PersistentCase(64, 2048, 8, 1, 128, position=5, blocks=3),  # of "o", too; "down" takes two slots for each
+)
+
+
+@lru_cache(maxsize=2)
+def kernels(shape: PersistentShape) -> tuple[Any, Any]:
+    return make_persistent(shape), publish.make_publish(shape)
+
+
+# --- a model in memory -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """Weights and norms in float64, and as the kernel reads them."""
+
+    case: PersistentCase
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    norms: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    words: list[NDArray[np.uint32]] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def draw(cls, case: PersistentCase, rng: np.random.Generator) -> "Model":
+        model = cls(case)
+        model.add("embedding", case.layout("vocabulary"), rng)
+        for layer in range(case.layers):
+            for kind in ("qkv", "o", "gate_up", "down"):
+                model.add(f"{layer}.{kind}", case.layout(kind), rng)
+            for kind in ("qkv", "gate_up"):
+                model.add_norm(f"{layer}.{kind}", rng)
+        model.add_norm("vocabulary", rng)
+        return model
+
+    def add(self, name: str, layout: FragmentLayout, rng: np.random.Generator) -> None:
+        values = rng.standard_normal((layout.rows, layout.columns)) * np.exp2(rng.integers(-1, 2, (layout.rows, 1)))
+        values /= 1.0 if name == "embedding" else np.sqrt(layout.columns)
+        if layout.halves:
+            stored = values.astype(np.float16)
+            self.matrices[name], words = stored.astype(np.float64), halves_to_fragments_reference(stored, layout)
+        else:
+            codes, scales = quantize_groups(values.astype(np.float32))
+            self.matrices[name] = dequantize_groups(codes, scales).astype(np.float64)
+            words = to_fragments_reference(codes, scales, layout)
+        self._place(name, words)
+
+    def add_norm(self, name: str, rng: np.random.Generator) -> None:
+        self.norms[name] = rng.uniform(0.5, 1.5, self.case.hidden).astype(np.float32)
+        self._place(f"{name}_norm", self.norms[name].view(np.uint32))
+
+    def _place(self, name: str, words: NDArray[np.uint32]) -> None:
+        self.places[name] = sum(map(len, self.words)) // TABLE_UNIT
+        gap = poisoned(TABLE_UNIT + -len(words) % TABLE_UNIT, dtype=np.uint32)
+        self.words += [words, gap]
+
+    @property
+    def table(self) -> NDArray[np.int64]:
+        entries = [(self.places["embedding"], 0)]
+        for layer in range(self.case.layers):
+            for kind in KINDS:
+                name = f"{layer}.{kind}"
+                entries.append((self.places.get(name, 0), self.places.get(f"{name}_norm", 0)))
+        entries.append((self.places["embedding"], self.places["vocabulary_norm"]))
+        return np.array(entries, np.int64).reshape(-1)
+
+
+class Memory:
+    """Everything that a step reads and writes beside the weights."""
+
+    def __init__(self, case: PersistentCase, model: Model, rng: np.random.Generator) -> None:
+        self.case, self.model, self.shape = case, model, case.shape
+        self.weights = np.concatenate(model.words)
+        positions = case.position + 5
+        self.cache = rng.standard_normal((case.layers, 2, positions, case.kv_dim)).astype(np.float16)
+        self.cache[:, :, case.position :] = np.nan
+        self.past = self.cache.copy()
+        angles = 10000.0 ** (-np.arange(0, case.head_dim, 2) / case.head_dim)
+        self.cosines, self.sines = rope_table(angles, positions)
+        self.token = int(rng.integers(case.vocabulary))
+        self.tokens = np.array([self.token], np.int32)
+        self.stale = self._stale_words()
+        self.exchange = self.stale.copy()
+        self.residual = poisoned(case.hidden + SPARE)
+        self.q = poisoned(case.q_dim + SPARE, dtype=np.uint16)
+        self.attended = poisoned(case.q_dim // 2 + SPARE, dtype=np.uint32)
+        self.ffn = poisoned(case.ffn // 2 + SPARE, dtype=np.uint32)
+        self.normed, self.final_normed = (poisoned(case.hidden // 2 + SPARE, dtype=np.uint32) for _ in range(2))
+        self.logits = poisoned(case.vocabulary + SPARE)
+        self.seen = rng.random(case.vocabulary) < 0.3
+        bits = np.packbits(self.seen, bitorder="little")
+        self.seen_bits = np.pad(bits, (0, -len(bits) % 4)).view(np.uint32)
+        self.ring, self.count = np.zeros(RING, np.uint64), np.array([COUNTED], np.int64)
+        self.best, self.fault = np.array([LOWEST_KEY], np.int64), np.zeros(1, np.int32)
+        self.steps, self.position = np.array([STEPS, 0], np.int64), np.array([case.position], np.int64)
+
+    @property
+    def epoch(self) -> int:
+        """Of the embedding; layer i makes words of epoch + i + 1."""
+        return STEPS * (self.case.layers + 1) + 1
+
+    def _stale_words(self) -> NDArray[np.uint64]:
+        """An exchange of NaN, of the last layer of the token before."""
+        before, places = self.epoch - 1, self.shape.exchange
+        words = np.full(places["end"], before << 32 | 0xFFFFFFFF, np.uint64)
+        for pairs, behind in (("entering", "entering_exact"), ("middle", "middle_exact")):
+            words[places[pairs] : places[behind]] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
+        return words
+
+    @property
+    def plane(self) -> int:
+        return self.cache[0, 0].size
+
+    def run(self, first: int, last: int, *, choose: bool = False) -> None:
+        """Ops first .. last - 1."""
+        shape = self.shape
+        options = np.array([0.0, 0.0, 1.0, 0.0, PENALTY], np.float64)
+        cache = self.cache.reshape(-1)
+        launch(
+            kernels(shape)[0],
+            shape.multiprocessors,
+            BLOCK_THREADS,
+            shape.block_bytes,
+            self.weights,
+            self.model.table,
+            cache.view(np.uint16),
+            self.cache.reshape(-1).copy().view(np.uint32),  # what it writes, it need not read
+            self.exchange,
+            self.tokens,
+            self.position,
+            self.steps,
+            self.cosines.reshape(-1),
+            self.sines.reshape(-1),
+            self.residual,
+            self.normed,
+            self.final_normed,
+            self.q,
+            self.attended,
+            self.ffn,
+            self.logits,
+            self.seen_bits,
+            options,
+            self.best,
+            self.ring,
+            self.count,
+            self.fault,
+            np.zeros(shape.multiprocessors * shape.ops * EVENTS, np.int64),
+            self.plane,
+            first,
+            last,
+            int(choose),
+        )
+
+    def publish(self, layer: int) -> None:
+        """What lets an op of the layer run by itself."""
+        views = self.residual, self.q, self.cache.reshape(-1).view(np.uint16), self.attended, self.ffn, self.exchange
+        launch(kernels(self.shape)[1], 1, publish.THREADS, 0, *views, self.position, self.steps, self.plane, layer)
+
+    # --- the views as numbers ------------------------------------------------------------------------------------
+
+    def halves(self, name: str, size: int) -> Matrix:
+        view: NDArray[Any] = getattr(self, name)
+        return view.view(np.float16)[:size].astype(np.float64)
+
+    @property
+    def stream(self) -> NDArray[np.float32]:
+        return self.residual[: self.case.hidden].copy()
+
+    def outputs(self) -> dict[str, NDArray[Any]]:
+        """Everything that both ways of running a step must leave alike, bit for bit."""
+        names = ("residual", "q", "attended", "ffn", "normed", "final_normed", "logits", "best", "fault", "cache")
+        return {name: np.ascontiguousarray(getattr(self, name)).view(np.uint8).copy() for name in names}
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def check_step(case: PersistentCase) -> None:
+    """A whole step, beside float64 with nothing rounded; what is in the exchange then; and that all stays in bounds."""
+    whole_step(case)
+
+
+def whole_step(case: PersistentCase) -> Memory:
+    model = Model.draw(case, generator(case.hidden, case.position))
+    whole = Memory(case, model, generator(case.ffn, case.position))
+    whole.run(0, whole.shape.ops)
+    check_bounds(whole)
+    check_exchange(whole)
+    logits, written = step_reference(model, whole)
+    within("persistent step", relative_error(whole.logits[: case.vocabulary], logits), 4e-3)
+    within("persistent cache", relative_error(whole.cache[:, :, case.position], written), 4e-3)
+    best = int(np.argmax(penalise(whole.logits[: case.vocabulary], whole.seen, PENALTY)))
+    assert token_of(int(whole.best[0])) == best
+    assert whole.steps.tolist() == [STEPS + 1, 0]
+    return whole
+
+
+def check_choosing(case: PersistentCase) -> None:
+    """A step that takes the most likely token leaves all as one that does not, and hands the token over."""
+    model = Model.draw(case, generator(case.hidden, case.position))
+    left, taken = (Memory(case, model, generator(case.ffn, case.position)) for _ in range(2))
+    left.run(0, left.shape.ops)
+    taken.run(0, taken.shape.ops, choose=True)
+    token = int(np.argmax(penalise(left.logits[: case.vocabulary], left.seen, PENALTY)))
+    assert taken.tokens.tolist() == [token]
+    assert taken.position.tolist() == [case.position + 1]
+    assert taken.best.tolist() == [LOWEST_KEY], "the next arg-max begins anew"
+    assert taken.steps.tolist() == [STEPS + 1, 0]
+    assert taken.count.tolist() == [COUNTED + 1]
+    assert taken.ring.tolist() == [0, 0, (COUNTED + 1) << 32 | token, 0]
+    seen = left.seen.copy()
+    seen[token] = True
+    np.testing.assert_array_equal(np.unpackbits(taken.seen_bits.view(np.uint8), bitorder="little")[: seen.size], seen)
+    assert left.tokens.tolist() == [left.token]
+    assert (left.position.tolist(), left.count.tolist(), left.ring.any()) == ([case.position], [COUNTED], False)
+    for (name, one), other in zip(left.outputs().items(), taken.outputs().values(), strict=True):
+        if name != "best":
+            np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def check_ops(case: PersistentCase) -> None:
+    """A step op by op, each against float64 from what it was given: it leaves the same bits as the whole step."""
+    whole = whole_step(case)
+    model = whole.model
+    alone = Memory(case, model, generator(case.ffn, case.position))
+    alone.run(0, 1)
+    np.testing.assert_array_equal(alone.stream, model.matrices["embedding"][alone.token].astype(np.float32))
+    for layer in range(case.layers):
+        for number, check in enumerate((check_qkv, check_attention, check_o, check_gate_up, check_down)):
+            before = alone.stream
+            alone.publish(layer)
+            op = 1 + 5 * layer + number
+            alone.run(op, op + 1)
+            check(alone, layer, before)
+    alone.publish(case.layers)
+    alone.run(alone.shape.ops - 1, alone.shape.ops)
+    check_logits(alone)
+    for (name, one), other in zip(alone.outputs().items(), whole.outputs().values(), strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=f"{name}: op by op, and as one launch")
+
+
+def cut_24_reference(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rounded to the upper 24 bits, ties away from zero."""
+    return ((values.view(np.uint32) + np.uint32(0x80)) & np.uint32(0xFFFFFF00)).view(np.float32)
+
+
+def check_normed(memory: Memory, view: str, norm: str, before: NDArray[np.float32]) -> Matrix:
+    """The normalised residual stream, as the kernel says it multiplied it."""
+    normed = memory.halves(view, memory.case.hidden)
+    expected, doubt = normed_as_float16(cut_24_reference(before), memory.model.norms[norm])
+    slack = float(np.linalg.norm(doubt) / np.linalg.norm(expected))
+    within("persistent norm", relative_error(normed, expected), 1e-5 + slack)
+    return normed
+
+
+def check_qkv(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
+    case = memory.case
+    normed = check_normed(memory, "normed", f"{layer}.qkv", before)
+    q, k, v = np.split(memory.model.matrices[f"{layer}.qkv"] @ normed, [case.q_dim, case.q_dim + case.kv_dim])
+    for got, expected in (
+        (memory.halves("q", case.q_dim), rotate(memory, q)),
+        (memory.cache[layer, 0, case.position], rotate(memory, k)),
+        (memory.cache[layer, 1, case.position], v),
+    ):
+        within("persistent q, k, v", relative_error(got, expected), 5e-4)
+
+
+def rotate(memory: Memory, x: Matrix) -> Matrix:
+    row = slice(memory.case.position, memory.case.position + 1)
+    angles = memory.cosines[row].astype(np.float64), memory.sines[row].astype(np.float64)
+    return rope_reference(x.reshape(1, -1, memory.case.head_dim), *angles).reshape(-1)
+
+
+def check_attention(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
+    del before
+    case = memory.case
+    keys, values = memory.cache[layer].astype(np.float64)
+    q = memory.halves("q", case.q_dim)[None]
+    expected = attend_reference(q, keys, values, case.position, case.head_dim)[0]
+    within("persistent attention", relative_error(memory.halves("attended", case.q_dim), expected), 1e-3)
+
+
+def check_o(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
+    added = memory.model.matrices[f"{layer}.o"] @ memory.halves("attended", memory.case.q_dim)
+    within("persistent sums", relative_error(memory.stream, before + added), 1e-5)
+
+
+def check_gate_up(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
+    normed = check_normed(memory, "normed", f"{layer}.gate_up", before)
+    gate, up = np.split(memory.model.matrices[f"{layer}.gate_up"] @ normed, 2)
+    within("persistent SwiGLU", relative_error(memory.halves("ffn", memory.case.ffn), silu_reference(gate) * up), 5e-4)
+
+
+def check_down(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
+    added = memory.model.matrices[f"{layer}.down"] @ memory.halves("ffn", memory.case.ffn)
+    within("persistent sums", relative_error(memory.stream, before + added), 1e-5)
+
+
+def check_logits(memory: Memory) -> None:
+    normed = check_normed(memory, "final_normed", "vocabulary", memory.stream)
+    logits = memory.logits[: memory.case.vocabulary]
+    within("persistent sums", relative_error(logits, memory.model.matrices["embedding"] @ normed), 1e-5)
+    assert token_of(int(memory.best[0])) == int(np.argmax(penalise(logits, memory.seen, PENALTY)))
+
+
+def check_bounds(memory: Memory) -> None:
+    """Nothing is written behind a view or beside the token's row of the cache, and nothing was waited for in vain."""
+    assert not memory.fault[0]
+    for name in ("residual", "q", "attended", "ffn", "normed", "final_normed", "logits"):
+        view = getattr(memory, name)
+        np.testing.assert_array_equal(view[-SPARE:], poisoned(SPARE, dtype=view.dtype), err_msg=name)
+        assert np.isfinite(view[:-SPARE].view(np.float16 if view.dtype.kind == "u" else view.dtype)).all(), name
+    others = np.arange(memory.cache.shape[2]) != memory.case.position
+    np.testing.assert_array_equal(
+        memory.cache[:, :, others].view(np.uint16), memory.past[:, :, others].view(np.uint16), err_msg="cache"
+    )
+
+
+def check_exchange(memory: Memory) -> None:
+    """Every word is of the last layer, and says what the views say; what pads a buffer is as it was."""
+    case, epoch = memory.case, memory.epoch + memory.case.layers
+    pairs_of_heads = np.split(memory.q[: case.q_dim], case.heads), *np.split(memory.cache[-1, :, case.position], 2)
+    keys, values = (np.split(row.reshape(-1).view(np.uint16), case.kv_heads) for row in pairs_of_heads[1:])
+    expected = {
+        "entering": pairs_reference(memory.stream, epoch),
+        "entering_exact": words_of(memory.stream.view(np.uint32), epoch),
+        "q": words_of(rotated_pairs(pairs_of_heads[0]), epoch),
+        "k": words_of(rotated_pairs(keys), epoch),
+        "v": words_of(rotated_pairs(values), epoch),
+        "attended": words_of(memory.attended[:-SPARE], epoch),
+        "ffn": words_of(memory.ffn[:-SPARE], epoch),
+    }
+    places = memory.shape.exchange
+    ends = dict(zip(places, [*list(places.values())[1:], None], strict=True))
+    for name, words in expected.items():
+        buffer, stale = (whole[places[name] : ends[name]] for whole in (memory.exchange, memory.stale))
+        np.testing.assert_array_equal(buffer[: len(words)], words, err_msg=name)
+        np.testing.assert_array_equal(buffer[len(words) :], stale[len(words) :], err_msg=f"{name}: wrote behind it")
+    exact = memory.exchange[places["middle_exact"] : ends["middle_exact"]][: case.hidden]
+    assert (exact >> np.uint64(32) == epoch).all()
+    middle = (exact & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.float32)
+    np.testing.assert_array_equal(
+        memory.exchange[places["middle"] : places["middle"] + case.hidden // 2], pairs_reference(middle, epoch)
+    )
+
+
+def words_of(results: NDArray[np.uint32], epoch: int) -> NDArray[np.uint64]:
+    return results.astype(np.uint64) | np.uint64(epoch << 32)
+
+
+def rotated_pairs(heads: list[NDArray[np.uint16]]) -> NDArray[np.uint32]:
+    """Elements i and i + head_dim / 2 of each head, in one word."""
+    low, high = np.split(np.array(heads).astype(np.uint32), 2, axis=1)
+    return (low | high << np.uint32(16)).reshape(-1)
+
+
+def pairs_reference(values: NDArray[np.float32], epoch: int) -> NDArray[np.uint64]:
+    """Pairs of float32 of 24 bits, the first in the lowest bits, and 16 bits of the epoch."""
+    cut = (cut_24_reference(values).view(np.uint32) >> np.uint32(8)).astype(np.uint64)
+    return cut[::2] | cut[1::2] << np.uint64(24) | np.uint64((epoch & 0xFFFF) << 48)
+
+
+def step_reference(model: Model, memory: Memory) -> tuple[Matrix, Matrix]:
+    """Logits, and the token's rows of the cache [layers, 2, kv_dim], with nothing rounded on the way."""
+    case, weights = memory.case, model.matrices
+    x, written = weights["embedding"][memory.token].copy(), []
+    for layer in range(case.layers):
+        normed = rms_norm_reference(x, model.norms[f"{layer}.qkv"].astype(np.float64), EPS)
+        q, k, v = np.split(weights[f"{layer}.qkv"] @ normed, [case.q_dim, case.q_dim + case.kv_dim])
+        written.append((rotate(memory, k), v))
+        keys, values = (
+            np.vstack([past[: case.position], new])
+            for past, new in zip(memory.past[layer].astype(np.float64), written[-1], strict=True)
+        )
+        attended = attend_reference(rotate(memory, q)[None], keys, values, case.position, case.head_dim)[0]
+        x += weights[f"{layer}.o"] @ attended
+        normed = rms_norm_reference(x, model.norms[f"{layer}.gate_up"].astype(np.float64), EPS)
+        gate, up = np.split(weights[f"{layer}.gate_up"] @ normed, 2)
+        x += weights[f"{layer}.down"] @ (silu_reference(gate) * up)
+    normed = rms_norm_reference(x, model.norms["vocabulary"].astype(np.float64), EPS)
+    return weights["embedding"] @ normed, np.array(written)
+
+
+def check_giving_up(case: PersistentCase) -> None:
+    """An op whose input never comes ends, says so, and marks the token as one without logits."""
+    model = Model.draw(case, generator(case.hidden))
+    memory = Memory(case, model, generator(case.ffn))
+    memory.run(memory.shape.ops - 1, memory.shape.ops)
+    assert memory.fault[0] == 1
+    assert memory.best[0] == BROKEN_KEY
+    assert token_of(BROKEN_KEY) is None
+    assert ~BROKEN_KEY & 0xFFFFFF == 0, "what is sampled from it must be a row of the embedding: token 0"
+    memory.fault[0], memory.best[0] = 0, LOWEST_KEY
+    memory.run(memory.shape.ops - 1, memory.shape.ops, choose=True)
+    assert memory.tokens.tolist() == [0]
+    assert memory.ring.tolist() == [0, 0, (COUNTED + 1) << 32 | 1 << 31, 0], "the host is told that it is no token"
+    memory.position[0], memory.fault[0] = case.position, 0
+    memory.run(3, 4)  # o: neither its input nor what it adds to is there
+    assert memory.fault[0] == 1

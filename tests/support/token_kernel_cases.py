@@ -1,0 +1,210 @@
+"""The kernels around the layers - embedding, arg-max, sampling, bookkeeping - against their references on the CPU."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from kernel_cases import generator, halves, launch, poisoned, weights
+from numpy.typing import NDArray
+from sample_reference import device_token, logits_of
+
+from numba_atomflow.ops.cuda.layout.weights import FragmentLayout, halves_to_fragments_reference, to_fragments_reference
+from numba_atomflow.ops.cuda.token import embedding, sample
+from numba_atomflow.ops.embedding import embed_reference
+from numba_atomflow.sampling import SamplingParams, candidates, penalise, uniform
+
+EMBEDDINGS = (
+    (FragmentLayout(40, 130, hardware_fp8=True), 3),  # neither fills its tiles
+    (FragmentLayout(33, 576), 1),
+    (FragmentLayout(40, 130, halves=True), 3),
+    (FragmentLayout(33, 576, hardware_fp8=True, chunk=4), 2),  # chunks of 4 and 1 groups
+    (FragmentLayout(20, 1100, chunk=3), 1),  # three equal chunks, of no power of two
+    (FragmentLayout(40, 300, halves=True, chunk=4), 3),
+)
+
+
+def check_embedding(layout: FragmentLayout, columns: int) -> None:
+    """Bit for bit: a code times its scale, rounded once."""
+    rng = generator(layout.rows, columns)
+    if layout.halves:
+        stored = halves(layout, rng)
+        table, words = stored.astype(np.float64), halves_to_fragments_reference(stored, layout)
+    else:
+        codes, scales = weights(layout, rng)
+        table = embed_reference(np.arange(layout.rows), codes, scales)
+        words = to_fragments_reference(codes, scales, layout)
+    tokens = rng.integers(0, layout.rows, columns).astype(np.int32)
+    tokens[0] = layout.rows - 1
+    residual = poisoned(columns * layout.columns)
+    kernel = embedding.make_embed(layout, columns)
+    launch(kernel, embedding.embed_blocks(layout, columns), embedding.THREADS, 0, words, tokens, residual)
+    expected = table[tokens].astype(np.float32)
+    np.testing.assert_array_equal(residual.reshape(columns, -1), expected)
+
+
+# --- arg-max and sampling ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenCase:
+    """Options of a draw, and what the logits look like."""
+
+    logits: str = "normal"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    penalty: float = 1.0
+    draws: int = 3
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, self.penalty)
+
+    @property
+    def options(self) -> NDArray[np.float64]:
+        return np.array([self.temperature, self.top_k, self.top_p, self.min_p, self.penalty], np.float64)
+
+
+VOCABULARY = 300  # no power of two; ten words of the bitmap, the last one not full
+ARGMAXES = (
+    TokenCase(),
+    TokenCase(penalty=1.7),
+    TokenCase("negative", penalty=1.7),
+    TokenCase("ties"),
+    TokenCase("signed zeros"),
+    TokenCase("not a number"),
+    TokenCase("infinite"),
+)
+SAMPLES = (
+    TokenCase(),  # no filter: in the order of ids
+    TokenCase(temperature=0.3, penalty=1.5),
+    TokenCase(top_k=7),
+    TokenCase("ties", top_k=7),
+    TokenCase("equal", top_p=0.5),
+    TokenCase(top_p=0.8),
+    TokenCase(min_p=0.1),
+    TokenCase(temperature=2.0, top_k=40, top_p=0.9, min_p=0.05, penalty=1.2),
+    TokenCase("wide", temperature=3.0, top_p=0.95),
+    TokenCase(top_k=5000, top_p=0.7),  # more than there are tokens
+    TokenCase(top_p=1e-9),  # the most likely token alone
+    TokenCase(temperature=0.0),
+    TokenCase(top_k=1),
+    TokenCase("minus infinity", top_p=0.9),
+)
+
+
+def make_logits(kind: str, rng: np.random.Generator) -> NDArray[np.float32]:
+    logits = (rng.standard_normal(VOCABULARY) * 3).astype(np.float32)
+    if kind == "negative":
+        logits -= np.float32(20.0)
+    elif kind == "ties":
+        logits = np.round(logits)
+    elif kind == "equal":
+        logits[:] = 1.25
+    elif kind == "wide":
+        logits *= 20
+    elif kind == "signed zeros":
+        logits = np.where(logits > 0, np.float32(-0.0), logits)
+        logits[rng.integers(VOCABULARY // 2, VOCABULARY)] = 0.0  # not larger than the -0 before it
+    elif kind == "not a number":
+        logits[[40, 200]] = np.nan
+        logits[41] = np.inf
+    elif kind == "infinite":
+        logits[[99, 7]] = np.inf
+    elif kind == "minus infinity":
+        logits[::3] = -np.inf
+    return logits
+
+
+def bitmap(seen: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    bits = np.packbits(seen, bitorder="little")
+    return np.pad(bits, (0, -len(bits) % 4)).view(np.uint32)
+
+
+def run_argmax(logits: NDArray[np.float32], seen: NDArray[np.bool_], case: TokenCase) -> NDArray[np.int64]:
+    best = np.array([sample.LOWEST_KEY], np.int64)
+    kernel = sample.make_argmax(len(logits))
+    launch(kernel, 1, sample.ARGMAX_THREADS, 0, logits, bitmap(seen), case.options, best)
+    return best
+
+
+def check_argmax(case: TokenCase) -> None:
+    """The very token of np.argmax: the lowest id wins a tie, and NaN wins."""
+    rng = generator(3)
+    logits, seen = make_logits(case.logits, rng), rng.random(VOCABULARY) < 0.3
+    best = run_argmax(logits, seen, case)
+    expected = int(np.argmax(penalise(logits, seen, case.penalty)))
+    assert sample._ID_MASK - (int(best[0]) & sample._ID_MASK) == expected
+
+
+def expected_token(logits: NDArray[np.float32], params: SamplingParams, seed: int, counter: int) -> int:
+    if params.greedy:
+        return int(np.argmax(logits))
+    kept, probabilities = candidates(logits, params)
+    index = int(np.searchsorted(np.cumsum(probabilities), uniform(seed, counter), side="right"))
+    return int(kept[min(index, len(kept) - 1)])
+
+
+def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: int = 8) -> None:
+    """The tokens of `numba_atomflow.sampling` for the same seed and counter.
+
+    Few bins and a short list: most draws must narrow a bin down.
+    """
+    rng = generator(4)
+    seed = int(rng.integers(0, 2**63)) * 2 + 1  # beyond the range of int64
+    kernel = sample.make_sample(VOCABULARY, threads=threads, bins=bins, capacity=capacity)
+    shared_bytes = sample.sample_shared_bytes(bins, capacity)
+    for draw in range(case.draws):
+        logits, seen = make_logits(case.logits, rng), rng.random(VOCABULARY) < 0.3
+        best = run_argmax(logits, seen, case)
+        state, token = np.array([seed, draw], np.uint64), np.array([-1], np.int32)
+        launch(kernel, 1, threads, shared_bytes, logits, bitmap(seen), case.options, state, best, token)
+        expected = expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
+        assert token[0] == expected, f"draw {draw}"
+        assert state.tolist() == [seed, draw + (not case.params.greedy)]
+
+
+_large_sample = cache(sample.make_sample)
+
+
+def check_same_logits(kind: str, params: SamplingParams, draws: int, vocabulary: int = 128_256) -> None:
+    """From the same logits the kernel as it is shipped, its reference and the CPU's sampler draw the same tokens."""
+    rng = np.random.default_rng(5)
+    case = TokenCase(kind, params.temperature, params.top_k, params.top_p, params.min_p)
+    kernel, shared = _large_sample(vocabulary), sample.sample_shared_bytes(sample.BINS, sample.CAPACITY)
+    nothing = np.zeros(vocabulary, np.bool_)
+    logits = logits_of(kind, vocabulary, rng)
+    likely = int(np.argmax(logits))  # its logit is not negative
+    key = (0x80000000 + int(logits[likely].view(np.uint32))) << sample._ID_BITS | (sample._ID_MASK - likely)
+    best = np.array([key], np.int64)
+    for draw in range(draws):
+        state, token = np.array([7, draw], np.uint64), np.array([-1], np.int32)
+        launch(
+            kernel, 1, sample.SAMPLE_THREADS, shared, logits, bitmap(nothing), case.options, state, best.copy(), token
+        )
+        assert token[0] == device_token(logits, params, 7, draw) == expected_token(logits, params, 7, draw), draw
+
+
+def check_advance() -> None:
+    """Position, bitmap and ring; twice, over the end of the ring."""
+    ring_size = 4
+    position, count = np.array([10], np.int64), np.array([3], np.int64)
+    seen, ring = np.zeros(3, np.uint32), np.full(ring_size, 7, np.uint64)
+    kernel = sample.make_advance(ring_size, sampled=True)
+    for new, logit in ((31, 80.0), (64, np.nan)):
+        best = run_argmax(np.array([0.5, logit], np.float32), np.zeros(2, np.bool_), TokenCase())
+        launch(kernel, 1, 1, 0, np.array([new], np.int32), best, position, seen, ring, count, 1)
+        assert best[0] == sample.LOWEST_KEY, "the next arg-max would start from this one's result"
+    assert position.tolist() == [12]
+    assert seen.tolist() == [1 << 31, 0, 1]
+    assert ring.tolist() == [5 << 32 | 1 << 31 | 64, 7, 7, 4 << 32 | 31]
+    assert count.tolist() == [5]
+    prompt = sample.make_advance(ring_size, sampled=False)
+    before: list[Any] = [array.copy() for array in (seen, ring, count)]
+    best = np.array([sample.LOWEST_KEY], np.int64)
+    launch(prompt, 1, 1, 0, np.array([1], np.int32), best, position, seen, ring, count, 8)
+    assert position.tolist() == [20]
+    for array, old in zip((seen, ring, count), before, strict=True):
+        np.testing.assert_array_equal(array, old)
