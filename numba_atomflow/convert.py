@@ -24,8 +24,7 @@ from numba_atomflow.sources.base import TEXT_RULES, slabs
 from numba_atomflow.text.chat_template import ChatTemplate
 from numba_atomflow.text.codec import TextAssets, TextCodec
 from numba_atomflow.utils.arguments import file_path
-
-Progress = Callable[[str, int, int], None]
+from numba_atomflow.utils.progress import Progress
 
 
 def convert(

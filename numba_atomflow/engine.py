@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Backend, Decode, Progress
+from numba_atomflow.backends.base import Backend, Decode
 from numba_atomflow.backends.choose import BackendName, check_decode, check_name, make_backend
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.checkpoint.format import TOKENIZER, Checkpoint
@@ -40,6 +40,7 @@ from numba_atomflow.text.detokenizer import StreamDecoder
 from numba_atomflow.text.stop_strings import StopStrings
 from numba_atomflow.utils.arguments import truth_value, whole_number
 from numba_atomflow.utils.one_caller import OneCaller
+from numba_atomflow.utils.progress import Progress
 
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Backend, Observer, Progress
+from numba_atomflow.backends.base import Backend, Observer
 from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.model.step import Attention
+from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.precision import Precision
 from numba_atomflow.validate.probes import Probe, Prober, Rows, all_probes
 from numba_atomflow.validate.reference import Reference

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow import __version__
-from numba_atomflow.backends.base import Progress
 from numba_atomflow.checkpoint.format import Checkpoint, fusion
 from numba_atomflow.errors import ContextError, GroundTruthError, OptionError, SourceError
 from numba_atomflow.files.stamp import stamps_of, unchanged
@@ -28,6 +27,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.sources import WeightSource, open_source
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.utils.arguments import file_path, whole_number
+from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.ground_truth import FORMAT, FORMAT_VERSION, REFERENCES, precision_of, sha256
 from numba_atomflow.validate.probes import Rows, all_probes
 from numba_atomflow.validate.reference import Reference

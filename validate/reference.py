@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from numba_atomflow.backends.base import Backend, Progress
+from numba_atomflow.backends.base import Backend
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.precision import Precision
 from numba_atomflow.validate.probes import Probe, Prober, Rows, all_probes
 from numba_atomflow.validate.walk import walk

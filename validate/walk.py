@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from numba_atomflow.backends.base import Backend, Progress
+from numba_atomflow.backends.base import Backend
+from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.probes import Prober
 
 

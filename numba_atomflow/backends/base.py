@@ -1,6 +1,6 @@
 """What the engine asks of a backend."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,8 +12,8 @@ from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Head, Op
 from numba_atomflow.sampling import Sampler
+from numba_atomflow.utils.progress import Progress
 
-Progress = Callable[[str, int, int], None]  # what is being done, steps finished, steps in all
 Decode = Literal["auto", "graph", "persistent"]  # how a GPU is asked to run decode steps
 
 

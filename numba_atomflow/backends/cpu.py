@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from numba_atomflow.backends.base import Observer, Progress
+from numba_atomflow.backends.base import Observer
 from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.host.machine import cpu_name
@@ -45,6 +45,7 @@ from numba_atomflow.model.step import (
 from numba_atomflow.ops import attention, bandwidth, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.utils.progress import Progress
 from numba_atomflow.utils.stats import faster_half
 
 BLOCK = 512  # tokens per prefill step: enough to make decoding the weights a small part of it

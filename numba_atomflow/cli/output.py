@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from numba_atomflow.errors import DestinationError
 from numba_atomflow.files.untrusted import visible
 from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.utils.progress import Progress
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine, GenerationStats
-
-Progress = Callable[[str, int, int], None]
 
 
 def emit(text: str, *, as_it_is: bool = False) -> None:

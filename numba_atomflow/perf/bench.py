@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.backends.base import DecodePath, Progress
+from numba_atomflow.backends.base import DecodePath
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, OptionError
@@ -29,6 +29,7 @@ from numba_atomflow.host.machine import machine_record
 from numba_atomflow.perf.compile_times import CompileTimes
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.utils.arguments import whole_number
+from numba_atomflow.utils.progress import Progress
 from numba_atomflow.utils.stats import Spread
 
 FORMAT = "numba-atomflow bench 1"

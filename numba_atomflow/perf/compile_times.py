@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow import home
-from numba_atomflow.backends.base import Decode, Progress
+from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.choose import BackendName
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, BackendError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.utils.progress import Progress
 
 REFUSED = 2  # exit code of a start that a user's input or machine made impossible
 

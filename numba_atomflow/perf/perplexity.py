@@ -20,13 +20,13 @@ from numba_atomflow.errors import OptionError, SourceError, TextError
 from numba_atomflow.files.untrusted import shown
 from numba_atomflow.sampling import no_numbers
 from numba_atomflow.utils.arguments import whole_number
+from numba_atomflow.utils.progress import Progress
 
 DEFAULT_CONTEXT = 1024
 _LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
 _ROWS_AT_ONCE = 128  # positions whose probabilities are in memory; of a reference, a window's logits are as well
 
 Logits = Callable[[Sequence[int]], NDArray[np.float32]]  # of every position [T, V]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.backends.base import DecodePath, Progress
+from numba_atomflow.backends.base import DecodePath
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import Engine
@@ -22,6 +22,7 @@ from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.step import Op
 from numba_atomflow.perf.timeline import draw_timeline
 from numba_atomflow.utils.plot import save_figure
+from numba_atomflow.utils.progress import Progress
 from numba_atomflow.utils.stats import faster_half
 
 WARM_UP = 2  # runs that are thrown away

@@ -23,12 +23,11 @@ from numba_atomflow.quantize.threads import cores_for_blas, cores_for_kernels
 from numba_atomflow.quantize.unfinished import Unfinished
 from numba_atomflow.sources import WeightSource
 from numba_atomflow.sources.base import slabs
-
-Report = Callable[[str, int, int], None]
+from numba_atomflow.utils.progress import Progress
 
 
 def quantize_layers(
-    source: WeightSource, calibration: Calibration, method: Method, unfinished: Unfinished, report: Report
+    source: WeightSource, calibration: Calibration, method: Method, unfinished: Unfinished, report: Progress
 ) -> NDArray[np.float32]:
     """Quantise all layers that are not done yet, and keep each in `unfinished`.
 

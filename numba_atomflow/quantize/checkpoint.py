@@ -17,13 +17,14 @@ from numba_atomflow.ops.fp8 import encode_groups
 from numba_atomflow.ops.jit import source_hash
 from numba_atomflow.ops.scale_search import search_scales
 from numba_atomflow.quantize import MethodName, awq, gptq, rtn
-from numba_atomflow.quantize.calibrated import Report, quantize_layers, read_slabs
+from numba_atomflow.quantize.calibrated import quantize_layers, read_slabs
 from numba_atomflow.quantize.calibration import read_calibration
 from numba_atomflow.quantize.forward import final_inputs
 from numba_atomflow.quantize.projection import Method
 from numba_atomflow.quantize.threads import cores_for_kernels
 from numba_atomflow.quantize.unfinished import Layout, Unfinished
 from numba_atomflow.sources import WeightSource
+from numba_atomflow.utils.progress import Progress
 
 METHODS: dict[str, Method] = {"awq": awq.quantize, "gptq": gptq.quantize}
 
@@ -37,7 +38,7 @@ def convert_calibrated(
     calibration: Path | None,
     head: HeadFormat,
     origin: Mapping[str, Any],
-    report: Report,
+    report: Progress,
     *,
     overwrite: bool,
 ) -> None:

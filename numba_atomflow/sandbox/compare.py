@@ -13,7 +13,7 @@ The latter three are measured in `ServerEngine` itself while it decodes a full b
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -25,10 +25,9 @@ from numba_atomflow.sandbox.engine import ServerEngine
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import Runner
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
+from numba_atomflow.utils.progress import Progress
 
 ROUNDS = 3  # in which static, paged and served take turns: what drifts on the machine meets all of them
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.sandbox.requests import Request
-from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_batch, check_family
+from numba_atomflow.sandbox.runner import CacheSizes, Layout, check_batch, check_family
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
+from numba_atomflow.utils.progress import Progress
 
 MOST_COLUMNS = 64
 FEW = 16  # up to here, one core reads the weights once per column sooner than it decodes them into scratch for BLAS

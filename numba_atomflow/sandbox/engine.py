@@ -5,7 +5,7 @@ a trace of an hour takes as long as its work.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from numba_atomflow.errors import OptionError
@@ -13,6 +13,7 @@ from numba_atomflow.memory.paged import BlockManager, PageTable
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import StepRunner
 from numba_atomflow.sandbox.scheduler import Scheduler
+from numba_atomflow.utils.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class ServerEngine:
         self,
         requests: Sequence[Request],
         forks: Sequence[Fork] = (),
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[Request]:
         """Serve requests, each from its arrival on, and forks of them, to their ends; all of them, in order of id.
 

@@ -26,8 +26,9 @@ from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
 from numba_atomflow.ops.cuda.token.sample import token_of
 from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
-from numba_atomflow.sandbox.runner import CacheSizes, Layout, Progress, check_batch, check_family
+from numba_atomflow.sandbox.runner import CacheSizes, Layout, check_batch, check_family
 from numba_atomflow.sandbox.scheduler import Batch
+from numba_atomflow.utils.progress import Progress
 
 _GREEDY = (0.0, 0.0, 1.0, 0.0, 1.0)  # temperature, top-k, top-p, min-p, repetition penalty
 _NOISE = 1 << 24  # float16 elements that are drawn; the cache is filled with copies of them

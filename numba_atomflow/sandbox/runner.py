@@ -1,6 +1,6 @@
 """What the server asks of a device: take a step's columns through the model, and say the next tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -12,8 +12,8 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.paged import BLOCK_SIZES
 from numba_atomflow.sandbox.scheduler import Batch
+from numba_atomflow.utils.progress import Progress
 
-Progress = Callable[[str, int, int], None]  # what is being done, steps finished, steps in all
 Layout = Literal["paged", "static"]  # static: each sequence has a contiguous part of the cache, and no page table
 
 

@@ -7,8 +7,9 @@ from numba_atomflow.errors import OptionError, SourceError
 from numba_atomflow.sources.base import WeightSource, check_parameters, refuse_pointer
 from numba_atomflow.sources.gguf import GgufSource
 from numba_atomflow.sources.gguf_file import MAGIC
-from numba_atomflow.sources.hub import HubModel, Progress, fetch
+from numba_atomflow.sources.hub import HubModel, fetch
 from numba_atomflow.sources.huggingface import HuggingFaceSource
+from numba_atomflow.utils.progress import Progress
 
 __all__ = ["WeightSource", "check_parameters", "local_source", "open_source"]
 

@@ -25,8 +25,7 @@ from numba_atomflow.files.untrusted import short
 from numba_atomflow.sources.huggingface import CONFIG, INDEX, SINGLE, shard_names
 from numba_atomflow.sources.huggingface_text import TEXT_FILES, other_tokenizer
 from numba_atomflow.sources.huggingface_tokens import TOKENIZER
-
-Progress = Callable[[str, int, int], None]
+from numba_atomflow.utils.progress import Progress
 
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)

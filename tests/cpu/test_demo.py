@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from numba_atomflow.errors import SourceError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.sources.base import TEXT_RULES
 from numba_atomflow.text.codec import TextAssets
+from numba_atomflow.utils.progress import Progress
 
 GGUF = b"stands for a GGUF"
 GEOMETRY = ModelGeometry(
@@ -49,9 +49,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Replaces the conversion by one that writes a tiny checkpoint; the list of sources converted so far."""
     sources: list[Path] = []
 
-    def convert(
-        source: Path, destination: Path, *, overwrite: bool, progress: Callable[[str, int, int], None] | None
-    ) -> Path:
+    def convert(source: Path, destination: Path, *, overwrite: bool, progress: Progress | None) -> Path:
         assert overwrite or not destination.exists()
         sources.append(source)
         write_checkpoint(destination, demo.GGUF_SHA256)

@@ -1,4 +1,4 @@
-"""The persistent decode kernel on a GPU, at the small shapes of tests/sim (the checks: tests/support/persistent_cases.py)."""
+"""The persistent decode kernel on a GPU, at the shapes of tests/sim (checks: tests/support/persistent_cases.py)."""
 
 import pytest
 from device_launch import capability

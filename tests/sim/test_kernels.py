@@ -1,4 +1,4 @@
-"""Every GPU kernel in numba's CUDA simulator against its NumPy reference (the checks: tests/support/kernel_cases.py)."""
+"""Every GPU kernel in numba's CUDA simulator against its NumPy reference (checks: tests/support/kernel_cases.py)."""
 
 import pytest
 from kernel_cases import (

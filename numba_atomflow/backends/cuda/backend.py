@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Decode, Observer, Progress
+from numba_atomflow.backends.base import Decode, Observer
 from numba_atomflow.backends.cuda.bind import Binder
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.measure import measure_ceilings
@@ -34,6 +34,7 @@ from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
 from numba_atomflow.ops.cuda.token.sample import LOWEST_KEY
 from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler, SamplingParams
+from numba_atomflow.utils.progress import Progress
 
 AHEAD = 3  # replays that are queued before their tokens are asked for; the surplus at a reply's end is thrown away
 

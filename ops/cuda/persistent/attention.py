@@ -1,6 +1,6 @@
 """Attention of the persistent kernel: one token's heads over the cache, by as many blocks as the sequence is worth.
 
-A block takes a key/value head and a chunk of the sequence, as in `ops/cuda/attention/decode.py`, whose order of fragments it
+A block takes a key/value head and a chunk of the sequence, as in `ops/cuda/attention/decode.py`, whose fragments it
 shares; with one token, the heads that share a key/value head fill at most 8 rows of a fragment, and the other 8 are
 left out. What differs is the way of the newest key and value: they come with q through the exchange, and the first
 chunk's block adds them as one more sum. So all keys that are read from the cache were written by earlier launches, and

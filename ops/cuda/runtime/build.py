@@ -29,8 +29,7 @@ from numba_atomflow.ops import jit
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
 from numba_atomflow.ops.ptx import compiling_for
 from numba_atomflow.utils.interrupts import deferred_interrupts
-
-Progress = Callable[[str, int, int], None]  # what was done, kernels finished, kernels in all
+from numba_atomflow.utils.progress import Progress
 
 _DIGEST_BYTES = 32
 _MOST_WORKERS = 16

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from numba_atomflow.device.driver import call
 from numba_atomflow.ops.cuda.layout.weights import TILE_ROWS, FragmentLayout, repack_blocks, repack_sizes
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
-
-Progress = Callable[[str, int, int], None]
+from numba_atomflow.utils.progress import Progress
 
 ALIGNMENT = 128  # bytes, of what is staged
 _LARGEST_PIECE = 64 << 20  # bytes: the progress bar moves
