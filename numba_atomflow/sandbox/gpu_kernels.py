@@ -5,7 +5,9 @@ the engine's; attention comes in three forms: `paged` for each block size, `stat
 `single`, the engine's own for one token, to which a single stream is compared.
 """
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import GROUP, ModelGeometry
@@ -13,7 +15,14 @@ from numba_atomflow.memory.paged import paged_cache_buffer
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, Pool, plan_memory
 from numba_atomflow.ops.cuda.attention import decode
 from numba_atomflow.ops.cuda.attention.decode import AttentionShape, Paging, choose_splits
-from numba_atomflow.ops.cuda.gemv.kernels import projection_kernel
+from numba_atomflow.ops.cuda.gemv.kernels import (
+    make_add,
+    make_paged_qkv,
+    make_qkv,
+    make_store,
+    make_swiglu,
+    projection_kernel,
+)
 from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, choose_shape
 from numba_atomflow.ops.cuda.layout import weights
 from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
@@ -167,18 +176,19 @@ class SandboxKernels:
 
     def _projection(self, kind: str, width: int) -> Planned:
         g = self.geometry
+        factory: Callable[..., Any]
         more: dict[str, object] = {"eps": g.norm_eps}
         match kind:
             case "qkv":
-                factory = "make_paged_qkv"
+                factory = make_paged_qkv
                 more |= {"heads": g.heads, "kv_heads": g.kv_heads}
             case "gate_up":
-                factory = "make_swiglu"
+                factory = make_swiglu
                 more |= {"y_width": self.layouts["down"].padded_columns}
             case "vocabulary":
-                factory = "make_store"
+                factory = make_store
             case _:
-                factory, more = "make_add", {}
+                factory, more = make_add, {}
         return self._projection_kernel(f"{kind}_x{width}", kind, width, factory, more)
 
     @property
@@ -186,8 +196,10 @@ class SandboxKernels:
         """The engine's own, with one position for rotation and cache."""
         g = self.geometry
         more: dict[str, object] = {"eps": g.norm_eps, "heads": g.heads, "kv_heads": g.kv_heads}
-        return self._projection_kernel("qkv_single_x1", "qkv", 1, "make_qkv", more)
+        return self._projection_kernel("qkv_single_x1", "qkv", 1, make_qkv, more)
 
-    def _projection_kernel(self, name: str, kind: str, width: int, factory: str, more: dict[str, object]) -> Planned:
+    def _projection_kernel(
+        self, name: str, kind: str, width: int, factory: Callable[..., Any], more: dict[str, object]
+    ) -> Planned:
         shape, chip = self._shape(kind, width), self.chip
         return projection_kernel(name, factory, shape, chip.multiprocessors, chip.dependent_launch, **more)

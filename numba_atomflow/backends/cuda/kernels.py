@@ -4,15 +4,17 @@ There are two widths of a step: 1 token, and a block of up to 8. A shorter end o
 whose surplus columns compute something that nobody looks at: weights pass through once, however many columns there are.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from numba_atomflow.checkpoint.format import HeadFormat
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda.attention import decode
 from numba_atomflow.ops.cuda.attention.decode import AttentionShape
-from numba_atomflow.ops.cuda.gemv.kernels import projection_kernel
+from numba_atomflow.ops.cuda.gemv.kernels import make_add, make_qkv, make_store, make_swiglu, projection_kernel
 from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, choose_shape
 from numba_atomflow.ops.cuda.layout import weights
 from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
@@ -20,7 +22,7 @@ from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
 from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
 from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, PersistentShape
 from numba_atomflow.ops.cuda.runtime.chip import Chip
-from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U32, Planned, kernel_spec
 from numba_atomflow.ops.cuda.token import embedding, rope, sample
 
 MOST_COLUMNS = 8  # of `mma.m16n8k16`
@@ -137,8 +139,9 @@ class ModelKernels:
     def planned(self) -> dict[str, Planned]:
         """All kernels by name: what a step of `columns` tokens takes is called ``<kind>_x<columns>``."""
         argmax = sample.argmax_kernel(self.geometry.vocabulary, self.chip.multiprocessors, self.dependent)
-        kernels = [weights.repack_kernel(self.chip.hardware_fp8), argmax, self._sample]
-        kernels += [self._advance(sampled=False), self._advance(sampled=True)]
+        kernels = [weights.repack_kernel(self.chip.hardware_fp8), argmax]
+        kernels.append(sample.sample_kernel(self.geometry.vocabulary, self.dependent))
+        kernels += [sample.advance_kernel(RING, sampled=on, dependent=self.dependent) for on in (False, True)]
         for columns in self.widths:
             kernels += [embedding.embed_kernel(self.layouts["embedding"], columns), self._attention(columns)]
             kernels += [self._projection(kind, columns) for kind in self._projections]
@@ -157,20 +160,21 @@ class ModelKernels:
 
     def _projection(self, kind: str, columns: int) -> Planned:
         g = self.geometry
+        factory: Callable[..., Any]
         more: dict[str, object] = {"eps": g.norm_eps}
         match kind:
             case "qkv" if self.rotates_apart:
-                factory = "make_store"
+                factory = make_store
             case "qkv":
-                factory = "make_qkv"
+                factory = make_qkv
                 more |= {"heads": g.heads, "kv_heads": g.kv_heads}
             case "gate_up":
-                factory = "make_swiglu"
+                factory = make_swiglu
                 more |= {"y_width": self.layouts["down"].padded_columns}
             case "vocabulary":
-                factory = "make_store"
+                factory = make_store
             case _:
-                factory, more = "make_add", {}
+                factory, more = make_add, {}
         shape, multiprocessors = self._shape(kind, columns), self.chip.multiprocessors
         return projection_kernel(f"{kind}_x{columns}", factory, shape, multiprocessors, self.dependent, **more)
 
@@ -189,43 +193,9 @@ class ModelKernels:
 
     def _rope(self, columns: int) -> Planned:
         g = self.geometry
-        spec = kernel_spec(
-            f"rope_x{columns}",
-            rope.make_rope,
-            (F32, F32, F32, F32, I64, F32, F32, U16, U16, U16),
-            rope.THREADS,
-            heads=g.heads,
-            kv_heads=g.kv_heads,
-            head_dim=g.head_dim,
-            columns=columns,
-            eps=g.norm_eps,
+        return rope.rope_kernel(
+            *(g.heads, g.kv_heads, g.head_dim, columns, g.norm_eps),
             bias=g.qkv_bias,
             norm=g.qk_norm,
             dependent=self.dependent,
         )
-        return Planned(spec, rope.rope_blocks(g.heads, g.kv_heads, columns))
-
-    @property
-    def _sample(self) -> Planned:
-        spec = kernel_spec(
-            "sample",
-            sample.make_sample,
-            (F32, U32, F64, U64, I64, I32),
-            sample.SAMPLE_THREADS,
-            sample.sample_shared_bytes(sample.BINS, sample.CAPACITY),
-            vocabulary=self.geometry.vocabulary,
-            dependent=self.dependent,
-        )
-        return Planned(spec, 1)
-
-    def _advance(self, *, sampled: bool) -> Planned:
-        spec = kernel_spec(
-            "advance_sampled" if sampled else "advance",
-            sample.make_advance,
-            (I32, I64, I64, U32, U64, I64, NUMBER),
-            1,
-            ring=RING,
-            sampled=sampled,
-            dependent=self.dependent,
-        )
-        return Planned(spec, 1)

@@ -6,6 +6,7 @@ padded to the groups of that projection; the padding must be zero once and is ne
 one-dimensional; float16 comes as uint16 where elements are written, and as uint32 where pairs are read.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,26 +14,6 @@ import numpy as np
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, gated, make_runner, rotated
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U16, U32, Planned, kernel_spec
-
-# Types of the kernels' arguments, by factory.
-_NORMED = (U32, U32, F32, U32)  # weights, residual, norm, normed
-SIGNATURES: dict[str, tuple[str, ...]] = {
-    "make_store": (*_NORMED, F32),
-    "make_add": (U32, U32, F32),
-    "make_swiglu": (*_NORMED, U16),
-    "make_qkv": (*_NORMED, I64, F32, F32, U16, U16, U16),
-    "make_paged_qkv": (*_NORMED, I64, I64, F32, F32, U16, U16, U16),
-}
-
-
-def projection_kernel(
-    name: str, factory: str, shape: ProjectionShape, multiprocessors: int, dependent: bool, **more: Any
-) -> Planned:
-    """A kernel of one of the factories below, which takes `more` beside shape and `dependent`."""
-    signature, where = SIGNATURES[factory], globals()[factory]
-    options = {"shape": shape, "dependent": dependent} | more
-    spec = kernel_spec(name, where, signature, shape.threads, shape.shared_bytes, **options)
-    return Planned(spec, shape.blocks(multiprocessors))
 
 
 def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -> Any:
@@ -200,3 +181,23 @@ def _make_rotate(shape: ProjectionShape, heads: int, kv_heads: int, paged: bool)
                 put(keys, slot * kv_width + (head - heads) * 2 * half + i, rotated_low, rotated_high)
 
     return rotate
+
+
+# Types of the kernels' arguments, by factory.
+_NORMED = (U32, U32, F32, U32)  # weights, residual, norm, normed
+SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
+    make_store: (*_NORMED, F32),
+    make_add: (U32, U32, F32),
+    make_swiglu: (*_NORMED, U16),
+    make_qkv: (*_NORMED, I64, F32, F32, U16, U16, U16),
+    make_paged_qkv: (*_NORMED, I64, I64, F32, F32, U16, U16, U16),
+}
+
+
+def projection_kernel(
+    name: str, factory: Callable[..., Any], shape: ProjectionShape, sms: int, dependent: bool, **options: Any
+) -> Planned:
+    """The spec of a kernel of one of the factories above, which takes `options` beside shape and `dependent`."""
+    options = {"shape": shape, "dependent": dependent} | options
+    spec = kernel_spec(name, factory, SIGNATURES[factory], shape.threads, shape.shared_bytes, **options)
+    return Planned(spec, shape.blocks(sms))

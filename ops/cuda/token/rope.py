@@ -13,6 +13,7 @@ from numba import cuda, float32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemv.mainloop import rotated
+from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U16, Planned, kernel_spec
 
 THREADS = 128
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -95,3 +96,24 @@ def make_rope(
                     values[at], values[at + half] = low_bits, high_bits
 
     return rope
+
+
+def rope_kernel(
+    heads: int, kv_heads: int, head_dim: int, tokens: int, eps: float, *, bias: bool, norm: bool, dependent: bool
+) -> Planned:
+    """The spec of the kernel of `make_rope`."""
+    spec = kernel_spec(
+        f"rope_x{tokens}",
+        make_rope,
+        (F32, F32, F32, F32, I64, F32, F32, U16, U16, U16),
+        THREADS,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        columns=tokens,
+        eps=eps,
+        bias=bias,
+        norm=norm,
+        dependent=dependent,
+    )
+    return Planned(spec, rope_blocks(heads, kv_heads, tokens))

@@ -26,7 +26,7 @@ import numpy as np
 from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I64, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U32, U64, Planned, kernel_spec
 
 ARGMAX_THREADS = 256
 _ARGMAX_BLOCKS = 2  # per multiprocessor
@@ -339,6 +339,13 @@ def make_sample(
     return sample
 
 
+def sample_kernel(vocabulary: int, dependent: bool) -> Planned:
+    """The spec of the kernel of `make_sample`."""
+    signature, shared_bytes = (F32, U32, F64, U64, I64, I32), sample_shared_bytes(BINS, CAPACITY)
+    options = {"vocabulary": vocabulary, "dependent": dependent}
+    return Planned(kernel_spec("sample", make_sample, signature, SAMPLE_THREADS, shared_bytes, **options), 1)
+
+
 @ptx.device_function
 def hand_over(token, best, seen, ring_entries, size, count):  # type: ignore[no-untyped-def]
     """A token is chosen: it is marked as seen, and the host is told.
@@ -376,3 +383,10 @@ def make_advance(ring: int, *, sampled: bool, dependent: bool = False) -> Any:
             best[0] = LOWEST_KEY
 
     return advance
+
+
+def advance_kernel(ring: int, *, sampled: bool, dependent: bool) -> Planned:
+    """The spec of the kernel of `make_advance`."""
+    name, signature = "advance_sampled" if sampled else "advance", (I32, I64, I64, U32, U64, I64, NUMBER)
+    options = {"ring": ring, "sampled": sampled, "dependent": dependent}
+    return Planned(kernel_spec(name, make_advance, signature, 1, **options), 1)
