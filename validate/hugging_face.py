@@ -24,6 +24,7 @@ from numba_atomflow.checkpoint.format import Checkpoint, fusion
 from numba_atomflow.errors import ContextError, GroundTruthError, OptionError, SourceError
 from numba_atomflow.files.stamp import stamps_of, unchanged
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.config_json import config_json
 from numba_atomflow.sources import WeightSource, open_source
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.utils.arguments import file_path, whole_number
@@ -244,52 +245,17 @@ def _dequantised(checkpoint: Checkpoint) -> Any:
 def _with_weights(geometry: ModelGeometry, state: dict[str, Any]) -> Any:
     """The family's own class in transformers, with these weights in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if geometry.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config = _config(geometry)
+    config: Any = AutoConfig.for_model(**config_json(geometry))
     with torch.device("meta"):  # no memory, and no time for random weights
         auto: Any = AutoModelForCausalLM
         model: Any = auto.from_config(config, attn_implementation="eager")
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no weights
     return model.eval()
-
-
-def _config(geometry: ModelGeometry) -> Any:
-    """The family is seen from the geometry: Qwen3 has norms of q and k, Qwen2 a bias; Mistral is a Llama."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
-
-    kind: Any = Qwen3Config if geometry.qk_norm else Qwen2Config if geometry.qkv_bias else LlamaConfig
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": geometry.rope_theta}
-    scaling = geometry.rope_scaling
-    if scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    return kind(
-        num_hidden_layers=geometry.layers,
-        hidden_size=geometry.hidden,
-        num_attention_heads=geometry.heads,
-        num_key_value_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        intermediate_size=geometry.ffn,
-        vocab_size=geometry.vocabulary,
-        max_position_embeddings=geometry.max_positions,
-        rms_norm_eps=geometry.norm_eps,
-        tie_word_embeddings=geometry.tied_embeddings,
-        rope_parameters=rope,
-        hidden_act="silu",
-        attention_bias=False,
-        mlp_bias=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------

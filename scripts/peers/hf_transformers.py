@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import transformers
-from protocol import Answer, Task, answer, config_json
+from protocol import Answer, Task, answer
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from numba_atomflow.model.config_json import config_json
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -18,7 +20,7 @@ class StaticDecoder:
     """Greedy decoding with random weights and a cache of fixed size."""
 
     def __init__(self, task: Task, device: str, dtype: torch.dtype) -> None:
-        config = LlamaConfig(**config_json(task.geometry))
+        config = LlamaConfig(**config_json(task.geometry) | {"torch_dtype": "bfloat16"})
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # made in float32 first, the largest models would not fit
         try:

@@ -69,36 +69,3 @@ class Answer:
 def answer(measure: Callable[[Task], Answer]) -> None:
     """Be a peer."""
     print(json.dumps(asdict(measure(Task.from_json(sys.argv[1])))))
-
-
-def config_json(geometry: ModelGeometry) -> dict[str, Any]:
-    """The geometry as a Hugging Face ``config.json``, for peers that read one."""
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "num_hidden_layers": geometry.layers,
-        "hidden_size": geometry.hidden,
-        "num_attention_heads": geometry.heads,
-        "num_key_value_heads": geometry.kv_heads,
-        "head_dim": geometry.head_dim,
-        "intermediate_size": geometry.ffn,
-        "vocab_size": geometry.vocabulary,
-        "max_position_embeddings": geometry.max_positions,
-        "rms_norm_eps": geometry.norm_eps,
-        "rope_theta": geometry.rope_theta,
-        "tie_word_embeddings": geometry.tied_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "torch_dtype": "bfloat16",
-    }
-    scaling = geometry.rope_scaling
-    if scaling is not None:
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    return config

@@ -9,14 +9,17 @@ import time
 from pathlib import Path
 
 import vllm
-from protocol import Answer, Task, answer, config_json
+from protocol import Answer, Task, answer
+
+from numba_atomflow.model.config_json import config_json
 
 
 def measure(task: Task) -> Answer:
     """Time it."""
     quantization = task.options.get("quantization")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config_json(task.geometry)))
+        config = config_json(task.geometry) | {"torch_dtype": "bfloat16"}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
         llm = vllm.LLM(
             model=folder,
             load_format="dummy",

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from child_processes import run
 from gguf.quants import dequantize
-from protocol import Answer, Task, config_json
+from protocol import Answer, Task
 from tiny_models import tiny_geometry
 
 from numba_atomflow.geometry import RopeScaling, rope_inverse_frequencies
+from numba_atomflow.model.config_json import config_json
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.sources.huggingface_config import config_geometry
 

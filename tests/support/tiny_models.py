@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.model.config_json import config_json, model_type_of
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -126,45 +127,9 @@ def write_hf_folder(
     return stored
 
 
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
-
-def family_of(geometry: ModelGeometry) -> str:
-    """The model_type that a geometry belongs to (Mistral is a Llama)."""
-    return "qwen3" if geometry.qk_norm else "qwen2" if geometry.qkv_bias else "llama"
-
-
 def hf_config(geometry: ModelGeometry, model_type: str | None = None) -> dict[str, Any]:
-    """config.json as transformers 4 wrote it."""
-    model_type = model_type or family_of(geometry)
-    config: dict[str, Any] = {
-        "architectures": [f"{ARCHITECTURES[model_type]}ForCausalLM"],
-        "model_type": model_type,
-        "hidden_act": "silu",
-        "num_hidden_layers": geometry.layers,
-        "hidden_size": geometry.hidden,
-        "num_attention_heads": geometry.heads,
-        "num_key_value_heads": geometry.kv_heads,
-        "head_dim": geometry.head_dim,
-        "intermediate_size": geometry.ffn,
-        "vocab_size": geometry.vocabulary,
-        "max_position_embeddings": geometry.max_positions,
-        "rope_theta": geometry.rope_theta,
-        "rms_norm_eps": geometry.norm_eps,
-        "tie_word_embeddings": geometry.tied_embeddings,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    scaling = geometry.rope_scaling
-    if scaling is not None:
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    return config
+    """config.json of a model with the tiny tokenizer's BOS and EOS."""
+    return config_json(geometry, model_type) | {"bos_token_id": 0, "eos_token_id": 1}
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -230,7 +195,7 @@ def write_gguf(
     """
     geometry = geometry or tiny_geometry()
     weights = random_weights(geometry, seed) if weights is None else weights
-    writer = gguf.GGUFWriter(path, architecture or family_of(geometry))
+    writer = gguf.GGUFWriter(path, architecture or model_type_of(geometry))
     for key, value in (_gguf_integers(geometry) | dict(fields or {})).items():
         if value is not None:
             add_gguf_field(writer, key, value)
@@ -245,7 +210,7 @@ def write_gguf(
     for name, values in weights.items():
         kind = GGMLQuantizationType.F32 if values.ndim == 1 else matrices
         stored[name] = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
-        if family_of(geometry) == "llama" and ("q_proj" in name or "k_proj" in name):
+        if model_type_of(geometry) == "llama" and ("q_proj" in name or "k_proj" in name):
             values = _interleaved(values, geometry.head_dim)
         writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -271,7 +236,7 @@ def add_gguf_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _gguf_integers(geometry: ModelGeometry) -> dict[str, Any]:
-    arch = family_of(geometry)
+    arch = model_type_of(geometry)
     return {
         f"{arch}.block_count": geometry.layers,
         f"{arch}.context_length": geometry.max_positions,
