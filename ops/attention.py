@@ -44,7 +44,7 @@ def attend_reference(
 
 
 @cpu_kernel(inline=True)
-def attend_head(query, keys, values, start, length, page, run, scores, result):  # type: ignore[no-untyped-def]
+def attend_head(query, keys, values, start, length, page, run, scores, result):
     """One query over `length` keys of one key/value head.
 
     Args:
@@ -94,7 +94,7 @@ def attend_head(query, keys, values, start, length, page, run, scores, result): 
 
 
 @cpu_kernel()
-def attend_token(q, keys, values, position, head_dim, scores, out):  # type: ignore[no-untyped-def]
+def attend_token(q, keys, values, position, head_dim, scores, out):
     """Attention of one token.
 
     Args:
@@ -113,7 +113,7 @@ def attend_token(q, keys, values, position, head_dim, scores, out):  # type: ign
 
 
 @cpu_kernel()
-def attend_block(q, keys, values, position, head_dim, scratch, out):  # type: ignore[no-untyped-def]
+def attend_block(q, keys, values, position, head_dim, scratch, out):
     """Causal attention of T tokens at positions position[0] .. position[0] + T - 1.
 
     Args:

@@ -21,7 +21,7 @@ def total_reference(x: NDArray[np.float32]) -> float:
 
 
 @cpu_kernel()
-def total(x):  # type: ignore[no-untyped-def]
+def total(x):
     """Sum of float32 [n], in any order."""
     result = np.float32(0.0)
     for i in prange(x.size):

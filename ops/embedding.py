@@ -20,7 +20,7 @@ def embed_reference(
 
 
 @cpu_kernel(parallel=False)
-def embed(tokens, codes, scales, residual):  # type: ignore[no-untyped-def]
+def embed(tokens, codes, scales, residual):
     """residual[t] = embedding[tokens[t]].
 
     Args:

@@ -48,7 +48,7 @@ def round_with_feedback_reference(
 
 
 @cpu_kernel(exact=True)
-def _round_rows(weights, scales, group_of, factor, codes):  # type: ignore[no-untyped-def]
+def _round_rows(weights, scales, group_of, factor, codes):
     """All columns, in order.
 
     Args:

@@ -80,13 +80,13 @@ def group_count(columns: int) -> int:
 
 
 @cpu_kernel(inline=True)
-def decode_biased(code):  # type: ignore[no-untyped-def]
+def decode_biased(code):
     """One code, as int8, to its value times 2^-120: a sign-extending load, a shift, a mask."""
     return np.int32((np.int64(code) << 20) & MAGNITUDE_AND_SIGN).view(np.float32)
 
 
 @cpu_kernel(inline=True, exact=True)
-def encode_one(value):  # type: ignore[no-untyped-def]
+def encode_one(value):
     """One finite float32 to its E4M3 code: rounded to nearest even on the bits, saturated at 448."""
     bits = np.float32(value).view(np.int32)
     sign = (bits >> 24) & 0x80
@@ -101,7 +101,7 @@ def encode_one(value):  # type: ignore[no-untyped-def]
 
 
 @cpu_kernel(exact=True)
-def _quantize(weights, codes, scales):  # type: ignore[no-untyped-def]
+def _quantize(weights, codes, scales):
     rows, columns = weights.shape
     for n in prange(rows):
         for g in range(scales.shape[1]):
@@ -118,7 +118,7 @@ def _quantize(weights, codes, scales):  # type: ignore[no-untyped-def]
 
 
 @cpu_kernel(exact=True)
-def _encode_groups(weights, scales, codes):  # type: ignore[no-untyped-def]
+def _encode_groups(weights, scales, codes):
     rows, columns = weights.shape
     for n in prange(rows):
         for k in range(columns):

@@ -35,9 +35,7 @@ def attend_paged_reference(
 
 
 @cpu_kernel()
-def attend_paged(  # type: ignore[no-untyped-def]
-    q, keys, values, pages, rows, positions, block_size, head_dim, scores, out
-):
+def attend_paged(q, keys, values, pages, rows, positions, block_size, head_dim, scores, out):
     """Attention of T tokens, each over its own sequence.
 
     Args:

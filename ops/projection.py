@@ -39,7 +39,7 @@ def project_reference(
 
 
 @cpu_kernel(inline=True)
-def _half_row_dot(halves, n, x):  # type: ignore[no-untyped-def]
+def _half_row_dot(halves, n, x):
     """Row n of float16 weights, int16 [N, K], times x float32 [K]."""
     total = np.float32(0.0)
     for k in range(halves.shape[1]):
@@ -48,7 +48,7 @@ def _half_row_dot(halves, n, x):  # type: ignore[no-untyped-def]
 
 
 @cpu_kernel()
-def project_token(codes, scales, x, y, accumulate):  # type: ignore[no-untyped-def]
+def project_token(codes, scales, x, y, accumulate):
     """y = W x, or y += W x. codes int8 [N, K], scales float32 [N, groups], x float32 [K], y float32 [N].
 
     For a float16 weight: codes int16 [N, K], scales None.
@@ -66,7 +66,7 @@ def project_token(codes, scales, x, y, accumulate):  # type: ignore[no-untyped-d
 
 
 @cpu_kernel()
-def project_token_swiglu(codes, scales, x, y):  # type: ignore[no-untyped-def]
+def project_token_swiglu(codes, scales, x, y):
     """y = silu(W_gate x) * (W_up x). codes int8 [2F, K]: F gate rows, then F up rows. y float32 [F]."""
     lifted = x * _LIFT
     rows = y.shape[0]
@@ -80,7 +80,7 @@ def project_token_swiglu(codes, scales, x, y):  # type: ignore[no-untyped-def]
 
 
 @cpu_kernel(inline=True)
-def _decode_rows(codes, scales, first, rows, tile):  # type: ignore[no-untyped-def]
+def _decode_rows(codes, scales, first, rows, tile):
     """Weights of rows first .. first + rows - 1 as float32 into tile [rows, K]."""
     columns = codes.shape[1]
     for r in range(rows):
@@ -96,7 +96,7 @@ def _decode_rows(codes, scales, first, rows, tile):  # type: ignore[no-untyped-d
 
 
 @cpu_kernel()
-def project_block(codes, scales, x, y, accumulate, scratch):  # type: ignore[no-untyped-def]
+def project_block(codes, scales, x, y, accumulate, scratch):
     """y = x W^T, or y += x W^T, for many tokens.
 
     Args:
@@ -127,7 +127,7 @@ def project_block(codes, scales, x, y, accumulate, scratch):  # type: ignore[no-
 
 
 @cpu_kernel()
-def swiglu(gate_up, y):  # type: ignore[no-untyped-def]
+def swiglu(gate_up, y):
     """y[t] = silu(gate[t]) * up[t]. gate_up float32 [T, 2F]: gate, then up. y float32 [T, F]."""
     tokens, width = y.shape
     for t in prange(tokens):

@@ -263,60 +263,60 @@ def _halves(word: int) -> tuple[float, float]:
 
 
 @_instruction("ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (_ADDRESS,), effect=True)
-def load_stream_16(array, index):  # type: ignore[no-untyped-def]
+def load_stream_16(array, index):
     """16 bytes of memory that no kernel writes, read once: weights."""
     return tuple(int(array[index + i]) for i in range(4))
 
 
 @_instruction("ld.global.nc.f32 $0, [$1];", (f32,), (_ADDRESS,), effect=True)
-def load_constant_f32(array, index):  # type: ignore[no-untyped-def]
+def load_constant_f32(array, index):
     """A float32, out of a uint32 array that no kernel writes."""
     return np.uint32(array[index]).view(np.float32)
 
 
 @_instruction("ld.global.nc.v2.f32 {$0, $1}, [$2];", (f32, f32), (_ADDRESS,), effect=True)
-def load_constant_f32x2(array, index):  # type: ignore[no-untyped-def]
+def load_constant_f32x2(array, index):
     """Two float32, out of a uint32 array that no kernel writes."""
     return tuple(np.uint32(array[index + i]).view(np.float32) for i in range(2))
 
 
 @_instruction(_PLAIN_LOAD, (u32,) * 4, (_ADDRESS,))
-def load_16(array, index):  # type: ignore[no-untyped-def]
+def load_16(array, index):
     """16 bytes of memory that an earlier kernel wrote."""
     return tuple(int(array[index + i]) for i in range(4))
 
 
 @_instruction(_PLAIN_LOAD, (u32,) * 2, (_ADDRESS,))
-def load_8(array, index):  # type: ignore[no-untyped-def]
+def load_8(array, index):
     """8 bytes of memory that an earlier kernel wrote."""
     return tuple(int(array[index + i]) for i in range(2))
 
 
 @_instruction("prefetch.global.L2 [$0];", (), (_ADDRESS,), effect=True)
-def prefetch(array, index):  # type: ignore[no-untyped-def]
+def prefetch(array, index):
     """Ask for the cache line of an element to be brought into the second-level cache. It changes nothing."""
 
 
 @_instruction(_PLAIN_LOAD, (f32,) * 4, (_ADDRESS,))
-def load_f32x4(array, index):  # type: ignore[no-untyped-def]
+def load_f32x4(array, index):
     """Four float32 that an earlier kernel wrote, out of a float32 array or of a uint32 array of their bits."""
     return tuple(np.asarray(array[index + i]).view(np.float32)[()] for i in range(4))
 
 
 @_instruction(_PLAIN_LOAD, (f32,) * 2, (_ADDRESS,))
-def load_f32x2(array, index):  # type: ignore[no-untyped-def]
+def load_f32x2(array, index):
     """Two of them."""
     return tuple(np.asarray(array[index + i]).view(np.float32)[()] for i in range(2))
 
 
 @_instruction("ld.relaxed.gpu.global.f32 $0, [$1];", (f32,), (_ADDRESS,), memory=True)
-def load_remote_f32(array, index):  # type: ignore[no-untyped-def]
+def load_remote_f32(array, index):
     """A float32 that another block of this launch wrote, past the first-level cache."""
     return np.float32(array[index])
 
 
 @_instruction("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", (f32,) * 4, (_ADDRESS,), memory=True)
-def load_remote_f32x4(array, index):  # type: ignore[no-untyped-def]
+def load_remote_f32x4(array, index):
     """Four float32 that another block of this launch wrote, past the first-level cache."""
     return tuple(np.float32(array[index + i]) for i in range(4))
 
@@ -337,7 +337,7 @@ def _be_patient(index: int, words: tuple[int, int]) -> None:
     (_ADDRESS,),
     memory=True,
 )
-def load_words(array, index):  # type: ignore[no-untyped-def]
+def load_words(array, index):
     """Two words of 8 bytes that other blocks of this launch may be writing, as halves (low, high, low, high).
 
     Each word is read whole: both halves are of one `publish`. index: even.
@@ -350,26 +350,26 @@ def load_words(array, index):  # type: ignore[no-untyped-def]
 @_instruction(
     "{ .reg .b64 a; mov.b64 a, {$1, $2}; st.relaxed.gpu.global.b64 [$0], a; }", (), (_ADDRESS, u32, u32), memory=True
 )
-def publish(array, index, low, high):  # type: ignore[no-untyped-def]
+def publish(array, index, low, high):
     """Write a word of 8 bytes whole, for readers in other blocks of this launch."""
     array[index] = int(low) | int(high) << 32
 
 
 @_instruction(_PLAIN_LOAD, (u32,) * 4, (_ADDRESS,))
-def load_block_16(array, index):  # type: ignore[no-untyped-def]
+def load_block_16(array, index):
     """16 bytes of shared memory."""
     return tuple(int(array[index + i]) for i in range(4))
 
 
 @_instruction(_PLAIN_STORE, (), (_ADDRESS,) + (u32,) * 4)
-def store_block_16(array, index, a, b, c, d):  # type: ignore[no-untyped-def]
+def store_block_16(array, index, a, b, c, d):
     """16 bytes into shared memory."""
     for i, word in enumerate((a, b, c, d)):
         array[index + i] = word
 
 
 @_instruction(_PLAIN_STORE, (), (_ADDRESS, u32, u32))
-def store_block_8(array, index, a, b):  # type: ignore[no-untyped-def]
+def store_block_8(array, index, a, b):
     """8 bytes into shared memory."""
     array[index], array[index + 1] = a, b
 
@@ -384,7 +384,7 @@ def store_block_8(array, index, a, b):  # type: ignore[no-untyped-def]
     (u32, u32),
     (u32,),
 )
-def decode_fp8_bits(word):  # type: ignore[no-untyped-def]
+def decode_fp8_bits(word):
     """Four E4M3 codes to two pairs of float16, times 2^-8: bytes 1 and 3, then bytes 0 and 2. Every architecture.
 
     A code's seven magnitude bits go where float16 keeps exponent and mantissa; the biases differ by 15 - 7 = 8.
@@ -397,7 +397,7 @@ def decode_fp8_bits(word):  # type: ignore[no-untyped-def]
 @_instruction(
     "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }", (u32, u32), (u32,)
 )
-def decode_fp8_cvt(word):  # type: ignore[no-untyped-def]
+def decode_fp8_cvt(word):
     """Four E4M3 codes to two pairs of float16: bytes 0 and 1, then bytes 2 and 3. From sm_89 on."""
     from numba_atomflow.ops.fp8 import e4m3_table
 
@@ -407,58 +407,58 @@ def decode_fp8_cvt(word):  # type: ignore[no-untyped-def]
 
 
 @_instruction("cvt.rn.f16x2.f32 $0, $2, $1;", (u32,), (f32, f32))
-def pack_f16x2(low, high):  # type: ignore[no-untyped-def]
+def pack_f16x2(low, high):
     """Two float32 rounded to float16 in one word."""
     with np.errstate(over="ignore"):
         return int(np.array([low, high], np.float32).astype(np.float16).view(np.uint32)[0])
 
 
 @_instruction("cvt.rn.f16.f32 $0, $1;", (u16,), (f32,))
-def f16_bits(value):  # type: ignore[no-untyped-def]
+def f16_bits(value):
     """A float32 rounded to float16, as its 16 bits."""
     with np.errstate(over="ignore"):
         return int(np.float32(value).astype(np.float16).view(np.uint16))
 
 
 @_instruction("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }", (f32, f32), (u32,))
-def unpack_f16x2(word):  # type: ignore[no-untyped-def]
+def unpack_f16x2(word):
     """The two float16 of a word, as float32 (exact)."""
     low, high = _halves(word)
     return np.float32(low), np.float32(high)
 
 
 @_instruction("mov.b32 $0, $1;", (u32,), (f32,))
-def f32_bits(value):  # type: ignore[no-untyped-def]
+def f32_bits(value):
     """The 32 bits of a float32."""
     return int(np.float32(value).view(np.uint32))
 
 
 @_instruction("mov.b32 $0, $1;", (f32,), (u32,))
-def bits_f32(word):  # type: ignore[no-untyped-def]
+def bits_f32(word):
     """The float32 with these 32 bits."""
     return np.uint32(word).view(np.float32)
 
 
 @_instruction("prmt.b32 $0, $1, $2, 0x5410;", (u32,), (u32, u32))
-def low_halves(a, b):  # type: ignore[no-untyped-def]
+def low_halves(a, b):
     """The low 16 bits of a, and those of b above them."""
     return (int(a) & 0xFFFF) | (int(b) & 0xFFFF) << 16
 
 
 @_instruction("prmt.b32 $0, $1, $2, 0x7632;", (u32,), (u32, u32))
-def high_halves(a, b):  # type: ignore[no-untyped-def]
+def high_halves(a, b):
     """The high 16 bits of a, and those of b above them."""
     return int(a) >> 16 | int(b) & 0xFFFF0000
 
 
 @_instruction("rsqrt.approx.ftz.f32 $0, $1;", (f32,), (f32,))
-def reciprocal_root(x):  # type: ignore[no-untyped-def]
+def reciprocal_root(x):
     """1 / sqrt(x) of a normal number above 0; relative error about 2^-22.9."""
     return np.float32(1.0 / np.sqrt(np.float64(x)))
 
 
 @_instruction("ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,))
-def exp2(x):  # type: ignore[no-untyped-def]
+def exp2(x):
     """2^x; relative error about 2^-22, results below 2^-126 become 0."""
     with np.errstate(over="ignore"):
         value = np.exp2(np.float64(max(float(x), -1000.0)))
@@ -473,7 +473,7 @@ def exp2(x):  # type: ignore[no-untyped-def]
     (u64,),
     (u64, u64),
 )
-def random_53_bits(seed, counter):  # type: ignore[no-untyped-def]
+def random_53_bits(seed, counter):
     """Draw number `counter` of the stream `seed`: SplitMix64's finaliser, as `numba_atomflow.sampling.uniform`."""
     mask = (1 << 64) - 1
     z = (int(seed) + (int(counter) + 1) * 0x9E3779B97F4A7C15) & mask
@@ -486,7 +486,7 @@ def random_53_bits(seed, counter):  # type: ignore[no-untyped-def]
 
 
 @_instruction("bar.warp.sync 0xffffffff;", (), (), memory=True)
-def sync_warp():  # type: ignore[no-untyped-def]
+def sync_warp():
     """All lanes arrive; what they wrote to shared memory is seen by the others."""
     _exchange(None)
 
@@ -497,13 +497,13 @@ def sync_warp():  # type: ignore[no-untyped-def]
     (u32,),
     effect=True,
 )
-def count_lanes(yes):  # type: ignore[no-untyped-def]
+def count_lanes(yes):
     """How many lanes of the warp say something else than 0. All of them must ask."""
     return _exchange(int(yes), lambda said: sum(each != 0 for each in said))
 
 
 @_instruction("bar.sync $0, $1;", (), (u32, u32), memory=True)
-def sync_threads(number, threads):  # type: ignore[no-untyped-def]
+def sync_threads(number, threads):
     """`syncthreads` for so many threads of the block, whole warps, at a barrier (1 to 15) of their own."""
     thread: Any = threading.current_thread()
     with _warp_lock:
@@ -514,15 +514,23 @@ def sync_threads(number, threads):  # type: ignore[no-untyped-def]
 
 
 @_instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", (f32,), (f32, u32), effect=True)
-def shuffle_xor_f32(value, lanes):  # type: ignore[no-untyped-def]
+def shuffle_xor_f32(value, lanes):
     """The value of the lane whose number differs from the own one in the bits `lanes`."""
     return _exchange(np.float32(value))[_lane() ^ int(lanes)]
 
 
 @_instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", (u32,), (u32, u32), effect=True)
-def shuffle_xor_u32(value, lanes):  # type: ignore[no-untyped-def]
+def shuffle_xor_u32(value, lanes):
     """The value of the lane whose number differs from the own one in the bits `lanes`."""
     return _exchange(int(value))[_lane() ^ int(lanes)]
+
+
+@device_function
+def warp_sum(value):
+    """The sum of a float32 over all lanes of the warp, in every lane: a butterfly of five shuffles."""
+    for step in range(5):
+        value += shuffle_xor_f32(value, 16 >> step)
+    return value
 
 
 def _multiply_fragments(lanes: list[Any]) -> tuple[Any, Any]:
@@ -545,7 +553,7 @@ def _multiply_fragments(lanes: list[Any]) -> tuple[Any, Any]:
     (f32,) * 4,
     (u32,) * 6 + (f32,) * 4,
 )
-def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
+def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     """D = A B + C with A float16 [16, 16], B float16 [16, 8], C and D float32 [16, 8], spread over a warp.
 
     Lane 4 g + t holds, as pairs (x, x + 1): A (row g, k 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); B (k 2t,
@@ -557,25 +565,25 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
 
 
 @_instruction("nanosleep.u32 $0;", (), (u32,), effect=True)
-def pause(nanoseconds):  # type: ignore[no-untyped-def]
+def pause(nanoseconds):
     """Do nothing for about so long."""
     time.sleep(int(nanoseconds) * 1e-9)
 
 
 @_instruction("mov.u64 $0, %globaltimer;", (u64,), (), effect=True)
-def nanoseconds():  # type: ignore[no-untyped-def]
+def nanoseconds():
     """A clock that all multiprocessors share; reading it takes long."""
     return time.perf_counter_ns()
 
 
 @_instruction("mov.u64 $0, %clock64;", (u64,), (), effect=True)
-def cycles():  # type: ignore[no-untyped-def]
+def cycles():
     """The multiprocessor's own clock."""
     return time.perf_counter_ns()
 
 
 @_instruction("mov.u32 $0, %clock;", (u32,), (), effect=True)
-def short_cycles():  # type: ignore[no-untyped-def]
+def short_cycles():
     """The lower half of the multiprocessor's own clock."""
     return (time.perf_counter_ns() - _BEGUN) >> 8 & 0x7FFFFFFF
 
@@ -584,12 +592,12 @@ def short_cycles():  # type: ignore[no-untyped-def]
 
 
 @_instruction("griddepcontrol.wait;", (), (), memory=True)
-def wait_for_previous_kernel():  # type: ignore[no-untyped-def]
+def wait_for_previous_kernel():
     """Programmatic dependent launch: block until the kernel before has ended. From sm_90 on."""
 
 
 @_instruction("griddepcontrol.launch_dependents;", (), (), memory=True)
-def let_next_kernel_start():  # type: ignore[no-untyped-def]
+def let_next_kernel_start():
     """Programmatic dependent launch: the next kernel's blocks may take the places of those that end. From sm_90 on."""
 
 
@@ -597,7 +605,7 @@ def let_next_kernel_start():  # type: ignore[no-untyped-def]
 
 
 @_instruction("mov.u32 $0, $1;", (u32,), (_SHARED_ADDRESS,))
-def shared_address(array, index):  # type: ignore[no-untyped-def]
+def shared_address(array, index):
     """The address of an element of shared memory."""
     return int(index) * array.itemsize
 
@@ -608,19 +616,19 @@ _ASK = (  # whether a phase is complete; {}: at once (test_wait), or after a whi
 
 
 @_instruction("mbarrier.init.shared::cta.b64 [$0], $1;", (), (_ARRAY, u32, u32), memory=True)
-def barrier_init(barriers, address, arrivals):  # type: ignore[no-untyped-def]
+def barrier_init(barriers, address, arrivals):
     """Make an mbarrier out of 8 bytes of shared memory. `fence_barriers` before other threads or copies use it."""
     with _warp_lock:
         barriers[int(address) // 8] = _barrier_word(0, int(arrivals), int(arrivals), 0)
 
 
 @_instruction("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", (), (), memory=True)
-def fence_barriers():  # type: ignore[no-untyped-def]
+def fence_barriers():
     """What `barrier_init` wrote is seen by copies; `syncthreads` then makes it so for the other threads."""
 
 
 @_instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (), (_ARRAY, u32, u32), memory=True)
-def barrier_expect(barriers, address, nbytes):  # type: ignore[no-untyped-def]
+def barrier_expect(barriers, address, nbytes):
     """Arrive, and make the barrier's phase wait for `nbytes` of copies as well."""
     _advance_barrier(barriers, address, 1, int(nbytes))
 
@@ -631,7 +639,7 @@ def barrier_expect(barriers, address, nbytes):  # type: ignore[no-untyped-def]
     (_ARRAY, u32, u32),
     memory=True,
 )
-def barrier_wait(barriers, address, parity):  # type: ignore[no-untyped-def]
+def barrier_wait(barriers, address, parity):
     """Wait until the phase of this parity (0, 1, 0, ...) is complete."""
     for _ in range(1_200_000):
         if _is_complete(barriers, address, parity):
@@ -641,13 +649,13 @@ def barrier_wait(barriers, address, parity):  # type: ignore[no-untyped-def]
 
 
 @_instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", (), (_ARRAY, u32), memory=True)
-def barrier_arrive(barriers, address):  # type: ignore[no-untyped-def]
+def barrier_arrive(barriers, address):
     """Arrive."""
     _advance_barrier(barriers, address, 1, 0)
 
 
 @_instruction(_ASK.format("try_wait"), (u32,), (_ARRAY, u32, u32), memory=True)
-def barrier_ready(barriers, address, parity):  # type: ignore[no-untyped-def]
+def barrier_ready(barriers, address, parity):
     """1 if the phase of this parity is complete, perhaps after a short wait for it; else 0."""
     complete = _is_complete(barriers, address, parity)
     if not complete:
@@ -656,7 +664,7 @@ def barrier_ready(barriers, address, parity):  # type: ignore[no-untyped-def]
 
 
 @_instruction(_ASK.format("test_wait"), (u32,), (_ARRAY, u32, u32), memory=True)
-def barrier_passed(barriers, address, parity):  # type: ignore[no-untyped-def]
+def barrier_passed(barriers, address, parity):
     """1 if the phase of this parity is complete, else 0; at once."""
     return int(_is_complete(barriers, address, parity))
 
@@ -667,7 +675,7 @@ def barrier_passed(barriers, address, parity):  # type: ignore[no-untyped-def]
     (_ARRAY, u32, _ADDRESS, u32, _ARRAY, u32),
     memory=True,
 )
-def bulk_copy(target, at, source, start, nbytes, barriers, address):  # type: ignore[no-untyped-def]
+def bulk_copy(target, at, source, start, nbytes, barriers, address):
     """Start a copy of `nbytes` (a multiple of 16, as are both addresses), from element `start` of global memory on to
     address `at` of shared memory; the barrier at `address` counts it when it has landed. From sm_90 on.
     """
@@ -677,7 +685,7 @@ def bulk_copy(target, at, source, start, nbytes, barriers, address):  # type: ig
 
 
 @_instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", (), (_ADDRESS, u32), memory=True)
-def prefetch_bulk(source, start, nbytes):  # type: ignore[no-untyped-def]
+def prefetch_bulk(source, start, nbytes):
     """Ask for `nbytes` (a multiple of 16, as is the address) to come into the second-level cache. From sm_90 on."""
     end = int(start) + int(nbytes) // source.itemsize
     if int(nbytes) % 16 or int(start) * source.itemsize % 16 or not 0 <= start < end <= source.size:

@@ -20,7 +20,7 @@ def rms_norm_reference(x: NDArray[np.float64], weight: NDArray[np.float64], eps:
 
 
 @cpu_kernel(parallel=False)
-def rms_norm(x, weight, eps, y):  # type: ignore[no-untyped-def]
+def rms_norm(x, weight, eps, y):
     """x and y float32 [T, H], weight float32 [H]."""
     tokens, hidden = x.shape
     for t in range(tokens):
@@ -33,7 +33,7 @@ def rms_norm(x, weight, eps, y):  # type: ignore[no-untyped-def]
 
 
 @cpu_kernel(parallel=False)
-def rms_norm_heads(qkv, q_weight, k_weight, q_dim, kv_dim, eps):  # type: ignore[no-untyped-def]
+def rms_norm_heads(qkv, q_weight, k_weight, q_dim, kv_dim, eps):
     """Norm every head of q and of k in place, each for itself; v is left alone.
 
     Args:

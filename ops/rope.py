@@ -31,7 +31,7 @@ def rope_reference(
 
 
 @cpu_kernel(inline=True)
-def _rotate(source, start, cosines, sines, out, out_start, half):  # type: ignore[no-untyped-def]
+def _rotate(source, start, cosines, sines, out, out_start, half):
     """One head: source[start : start + 2 * half] rotated into out[out_start : ...]."""
     for i in range(half):
         low, high = source[start + i], source[start + half + i]
@@ -40,7 +40,7 @@ def _rotate(source, start, cosines, sines, out, out_start, half):  # type: ignor
 
 
 @cpu_kernel(inline=True)
-def _store_token(qkv, position, slot, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
+def _store_token(qkv, position, slot, cosines, sines, q, keys, values):
     """One token: q rotated into q [q_dim]; k rotated and v into row `slot` of the cache."""
     q_dim, kv_dim, half = q.shape[0], keys.shape[1], cosines.shape[1]
     for start in range(0, q_dim, 2 * half):
@@ -52,7 +52,7 @@ def _store_token(qkv, position, slot, cosines, sines, q, keys, values):  # type:
 
 
 @cpu_kernel(parallel=False)
-def rope_and_store(qkv, position, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
+def rope_and_store(qkv, position, cosines, sines, q, keys, values):
     """Split qkv, rotate q and k, and append k and v to one layer's cache.
 
     Args:
@@ -68,7 +68,7 @@ def rope_and_store(qkv, position, cosines, sines, q, keys, values):  # type: ign
 
 
 @cpu_kernel(parallel=False)
-def rope_and_store_paged(qkv, positions, slots, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
+def rope_and_store_paged(qkv, positions, slots, cosines, sines, q, keys, values):
     """The same for tokens of any sequences: token t has rotary position positions[t] and cache row slots[t].
 
     Args:

@@ -59,7 +59,7 @@ def search_scales_reference(
 
 
 @cpu_kernel(inline=True, exact=True)
-def _candidate(group, factor):  # type: ignore[no-untyped-def]
+def _candidate(group, factor):
     """absmax / 448 of a row's group, times a factor; 1 for zeros."""
     largest = np.float32(0.0)
     for weight in group:
@@ -70,7 +70,7 @@ def _candidate(group, factor):  # type: ignore[no-untyped-def]
 
 
 @cpu_kernel(exact=True)
-def _search_group(weights, gram, factors, scales):  # type: ignore[no-untyped-def]
+def _search_group(weights, gram, factors, scales):
     """One group of columns.
 
     Args:

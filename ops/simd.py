@@ -27,7 +27,7 @@ _FUSE = ("contract",)  # a multiply and an add may become one instruction
 
 
 @intrinsic
-def half_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
+def half_to_float(typing_context, bits):
     """The bits of a float16, as int16, to its value as float32: one instruction where the processor has it."""
     del typing_context
 
@@ -68,7 +68,7 @@ def _widened(b: ir.IRBuilder, half: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def fp8_row_dot(typing_context, codes, scales, n, x):  # type: ignore[no-untyped-def]
+def fp8_row_dot(typing_context, codes, scales, n, x):
     """Row n of FP8 weights times x: sum over k of e4m3(codes[n, k]) * 2^-120 * scales[n, k // 128] * x[k].
 
     Args:

@@ -14,7 +14,7 @@ WORD = 0xFFFFFFFF
 
 def test_words_are_published_and_loaded_whole() -> None:
     @ptx.kernel(32, 1)
-    def hand_over(words, out):  # type: ignore[no-untyped-def]
+    def hand_over(words, out):
         thread = cuda.threadIdx.x
         if thread < 2:
             ptx.publish(words, 2 + thread, np.uint32(WORD - thread), np.uint32(7 + thread))
@@ -30,7 +30,7 @@ def test_words_are_published_and_loaded_whole() -> None:
 
 def test_a_reader_that_looks_again_and_again_lets_the_writer_run() -> None:
     @ptx.kernel(256, 1)
-    def wait(words, out):  # type: ignore[no-untyped-def]
+    def wait(words, out):
         thread = cuda.threadIdx.x
         if thread == 255:
             ptx.publish(words, 0, np.uint32(5), np.uint32(1))
@@ -50,7 +50,7 @@ def test_some_warps_meet_and_the_others_take_no_part() -> None:
     """Twice over, so that the barrier serves again; a third warp never comes."""
 
     @ptx.kernel(96, 1)
-    def meet(out):  # type: ignore[no-untyped-def]
+    def meet(out):
         values = cuda.shared.array(0, uint32)
         thread = cuda.threadIdx.x
         if thread < 64:
@@ -69,7 +69,7 @@ def test_some_warps_meet_and_the_others_take_no_part() -> None:
 
 def test_lanes_that_say_yes_are_counted_warp_by_warp() -> None:
     @ptx.kernel(64, 1)
-    def count(out):  # type: ignore[no-untyped-def]
+    def count(out):
         thread = cuda.threadIdx.x
         out[thread] = ptx.count_lanes(np.uint32(thread if thread % 3 == 0 else 0))
 
@@ -82,7 +82,7 @@ def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
     """Ready means the phase of that parity is over: before any, the one "before" phase 0, of parity 1, is."""
 
     @ptx.kernel(32, 1)
-    def phases(source, out):  # type: ignore[no-untyped-def]
+    def phases(source, out):
         words = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(0, uint64)
         if cuda.threadIdx.x == 0:
@@ -127,7 +127,7 @@ def there_and_back(values: NDArray[np.float32], epoch: int) -> tuple[NDArray[np.
     """Pairs of values after a way through the exchange, and its words."""
 
     @ptx.kernel(32, 1)
-    def travel(values, words, out, known):  # type: ignore[no-untyped-def]
+    def travel(values, words, out, known):
         epoch = np.uint32(uint64(known))
         pair = cuda.threadIdx.x
         while 2 * pair < len(values):

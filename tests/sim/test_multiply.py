@@ -39,7 +39,7 @@ def multiplied(
     assert layout.group_columns * groups * (1 + (apart > 0)) == x.size
 
     @ptx.kernel(32, 1)
-    def warp(given, sums):  # type: ignore[no-untyped-def]
+    def warp(given, sums):
         words, floats = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         lane = np.uint32(cuda.threadIdx.x)
         if lane == 0:

@@ -135,7 +135,7 @@ def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
     attend = _make_attend(shape, None, dependent)
 
     @ptx.kernel(shape.threads, 1)
-    def attention(q, keys, values, position, partials, counters, out):  # type: ignore[no-untyped-def]
+    def attention(q, keys, values, position, partials, counters, out):
         attend(q, keys, values, position, position, position, position, partials, counters, out)
 
     return attention
@@ -155,9 +155,7 @@ def make_paged_attention(shape: AttentionShape, paging: Paging, *, dependent: bo
     attend = _make_attend(shape, paging, dependent)
 
     @ptx.kernel(shape.threads, 1)
-    def paged_attention(  # type: ignore[no-untyped-def]
-        q, keys, values, positions, known, rows, pages, partials, counters, out
-    ):
+    def paged_attention(q, keys, values, positions, known, rows, pages, partials, counters, out):
         attend(q, keys, values, positions, known, rows, pages, partials, counters, out)
 
     return paged_attention
@@ -192,19 +190,19 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
 
     @ptx.device_function
-    def find_page(pages, first, key):  # type: ignore[no-untyped-def]
+    def find_page(pages, first, key):
         """What is added to a key's position, or to its place in its block, to give its row of the cache."""
         # 32 bits, as every register counts on sm_80.
         return pages[first + np.int32(key) // block_size] * block_size if block_size > 0 else first
 
     @ptx.device_function
-    def row_of(page, key):  # type: ignore[no-untyped-def]
+    def row_of(page, key):
         if block_size > 0:
             return int64(page + np.int32(key) % block_size)
         return page + key if paged else key
 
     @ptx.device_function
-    def load_step(keys, values, pages, first_page, base, length, kv, g, t, k_part, v_part):  # type: ignore[no-untyped-def]
+    def load_step(keys, values, pages, first_page, base, length, kv, g, t, k_part, v_part):
         """A lane's part of the keys and values of one step."""
         low = find_page(pages, first_page, base)
         # Keys behind the last one are replaced by it: where the second half has none of its own, it is in the first.
@@ -219,14 +217,14 @@ def _make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) 
             load_value(values, row * kv_row + kv * head_words, g, v_part, i * per_key)
 
     @ptx.device_function
-    def put(out, token, query, kv, d, o0, o1, o2, o3):  # type: ignore[no-untyped-def]
+    def put(out, token, query, kv, d, o0, o1, o2, o3):
         """Four elements of a query's result."""
         start = (token + query // ratio) * out_row + (kv * ratio + query % ratio) * head_words + d // 2
         out[start] = np.uint32(ptx.pack_f16x2(o0, o1))
         out[start + 1] = np.uint32(ptx.pack_f16x2(o2, o3))
 
     @ptx.device_function
-    def attend(q, keys, values, positions, known, rows_of, pages, partials, counters, out):  # type: ignore[no-untyped-def]
+    def attend(q, keys, values, positions, known, rows_of, pages, partials, counters, out):
         floats = cuda.shared.array(0, float32)
         words = cuda.shared.array(0, uint32)
         q_part = cuda.local.array(k_registers, uint32)

@@ -47,7 +47,7 @@ def _make_load(lanes: int, fours: int, twos: int, ones: int) -> Any:
     ones_start = twos_start + twos * 2 * lanes
 
     @ptx.device_function
-    def load(array, start, lane, out, at):  # type: ignore[no-untyped-def]
+    def load(array, start, lane, out, at):
         for c in range(fours):
             a0, a1, a2, a3 = ptx.load_16(array, start + c * 4 * lanes + lane * 4)
             out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
@@ -68,7 +68,7 @@ def make_head_fragments(head_dim: int) -> HeadFragments:
     load_row, load_value = _make_load(4, wide, narrow, 0), _make_load(8, blocks_64, block_32, block_16)
 
     @ptx.device_function
-    def element(t, column, j):  # type: ignore[no-untyped-def]
+    def element(t, column, j):
         n = 2 * t + column
         if j < 8 * blocks_64:
             return j // 8 * 64 + n * 8 + j % 8
@@ -88,7 +88,7 @@ def make_merge(head_dim: int, rows: int, sums_start: int, stats_start: int) -> A
     """
 
     @ptx.device_function
-    def merge(floats, parts, row, d):  # type: ignore[no-untyped-def]
+    def merge(floats, parts, row, d):
         peak, total = LOWEST, _ZERO
         o0, o1, o2, o3 = _ZERO, _ZERO, _ZERO, _ZERO
         for w in range(parts):
@@ -107,14 +107,14 @@ def make_merge(head_dim: int, rows: int, sums_start: int, stats_start: int) -> A
 
 
 @ptx.device_function
-def quad_max(x):  # type: ignore[no-untyped-def]
+def quad_max(x):
     """The largest x of the four lanes that hold a row of the scores."""
     x = max(x, ptx.shuffle_xor_f32(x, 1))
     return max(x, ptx.shuffle_xor_f32(x, 2))
 
 
 @ptx.device_function
-def quad_sum(x):  # type: ignore[no-untyped-def]
+def quad_sum(x):
     """The sum of x over the four lanes that hold a row of the scores."""
     x += ptx.shuffle_xor_f32(x, 1)
     return x + ptx.shuffle_xor_f32(x, 2)

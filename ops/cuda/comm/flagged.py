@@ -35,7 +35,7 @@ PATIENCE = 1 << 21  # looks at a word or a barrier (a second or more) before a b
 
 
 @ptx.device_function
-def cut_24(value):  # type: ignore[no-untyped-def]
+def cut_24(value):
     """A float32 rounded to its upper 24 bits; NaN stays NaN."""
     bits = np.uint32(ptx.f32_bits(value))
     magnitude = min(np.uint32((bits & np.uint32(0x7FFFFFFF)) + np.uint32(0x80)), np.uint32(0x7FFFFFFF))
@@ -43,7 +43,7 @@ def cut_24(value):  # type: ignore[no-untyped-def]
 
 
 @ptx.device_function
-def publish_pair(exchange, index, low, high, epoch):  # type: ignore[no-untyped-def]
+def publish_pair(exchange, index, low, high, epoch):
     """Two float32, cut to 24 bits."""
     a, b = cut_24(low), cut_24(high)
     first = np.uint32(a | (b & np.uint32(0xFF)) << np.uint32(24))
@@ -52,7 +52,7 @@ def publish_pair(exchange, index, low, high, epoch):  # type: ignore[no-untyped-
 
 
 @ptx.device_function
-def pair_of(first, second):  # type: ignore[no-untyped-def]
+def pair_of(first, second):
     """The two float32 of a word that `publish_pair` wrote."""
     low = ptx.bits_f32(np.uint32(first << np.uint32(8)))
     high = ptx.bits_f32(
@@ -62,13 +62,13 @@ def pair_of(first, second):  # type: ignore[no-untyped-def]
 
 
 @ptx.device_function
-def is_pair_of(second, epoch):  # type: ignore[no-untyped-def]
+def is_pair_of(second, epoch):
     """Whether the upper half of a word says that the pair is of this epoch."""
     return (second >> np.uint32(16)) == (epoch & np.uint32(0xFFFF))
 
 
 @ptx.device_function
-def give_up(patience, fault, tries):  # type: ignore[no-untyped-def]
+def give_up(patience, fault, tries):
     """Whether to stop waiting after so many looks; then nothing is waited for any more, and the host will know."""
     if tries <= patience[0]:
         return False

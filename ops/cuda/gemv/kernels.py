@@ -25,7 +25,7 @@ def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -
     rows = shape.layout.rows
 
     @ptx.device_function
-    def store(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
+    def store(outputs, tile, r, column, low, high):
         row = tile * 16 + r
         if row < rows:
             outputs[0][column * rows + row] = low
@@ -35,7 +35,7 @@ def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -
     run = make_runner(shape, "norm", eps, dependent, store)
 
     @ptx.kernel(shape.threads, shape.resident)
-    def project_store(weights, residual, norm, normed, logits):  # type: ignore[no-untyped-def]
+    def project_store(weights, residual, norm, normed, logits):
         run(weights, residual, norm, normed, (logits,))
 
     return project_store
@@ -50,7 +50,7 @@ def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
     whole = rows % 16 == 0
 
     @ptx.device_function
-    def add(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
+    def add(outputs, tile, r, column, low, high):
         sums, row = outputs[0], tile * 16 + r
         at = column * rows + row
         if whole or row + 8 < rows:
@@ -63,7 +63,7 @@ def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
     run = make_runner(shape, "copy", 0.0, dependent, add)
 
     @ptx.kernel(shape.threads, shape.resident)
-    def project_add(weights, x, residual):  # type: ignore[no-untyped-def]
+    def project_add(weights, x, residual):
         run(weights, x, residual, x, (residual,))
 
     return project_add
@@ -79,7 +79,7 @@ def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: 
     ffn = shape.layout.half
 
     @ptx.device_function
-    def swiglu(outputs, tile, r, column, gate, up):  # type: ignore[no-untyped-def]
+    def swiglu(outputs, tile, r, column, gate, up):
         unit = tile * 8 + r
         if unit < ffn:
             outputs[0][column * y_width + unit] = np.uint16(ptx.f16_bits(gated(gate, up)))
@@ -87,7 +87,7 @@ def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: 
     run = make_runner(shape, "norm", eps, dependent, swiglu)
 
     @ptx.kernel(shape.threads, shape.resident)
-    def project_swiglu(weights, residual, norm, normed, y):  # type: ignore[no-untyped-def]
+    def project_swiglu(weights, residual, norm, normed, y):
         run(weights, residual, norm, normed, (y,))
 
     return project_swiglu
@@ -105,9 +105,7 @@ def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, d
     run = make_runner(shape, "norm", eps, dependent, rotate, _make_angles_ahead(shape, paged=False))
 
     @ptx.kernel(shape.threads, shape.resident)
-    def project_qkv(  # type: ignore[no-untyped-def]
-        weights, residual, norm, normed, position, cosines, sines, q, keys, values
-    ):
+    def project_qkv(weights, residual, norm, normed, position, cosines, sines, q, keys, values):
         run(weights, residual, norm, normed, (position, position, cosines, sines, q, keys, values))
 
     return project_qkv
@@ -123,9 +121,7 @@ def make_paged_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int
     run = make_runner(shape, "norm", eps, dependent, rotate, _make_angles_ahead(shape, paged=True))
 
     @ptx.kernel(shape.threads, shape.resident)
-    def project_paged_qkv(  # type: ignore[no-untyped-def]
-        weights, residual, norm, normed, positions, slots, cosines, sines, q, keys, values
-    ):
+    def project_paged_qkv(weights, residual, norm, normed, positions, slots, cosines, sines, q, keys, values):
         run(weights, residual, norm, normed, (positions, slots, cosines, sines, q, keys, values))
 
     return project_paged_qkv
@@ -140,7 +136,7 @@ def _make_angles_ahead(shape: ProjectionShape, paged: bool) -> Any:
     per_thread = -(-columns * lines // threads)
 
     @ptx.device_function
-    def angles_ahead(outputs, thread):  # type: ignore[no-untyped-def]
+    def angles_ahead(outputs, thread):
         positions, cosines, sines = outputs[0], outputs[2], outputs[3]
         for i in range(per_thread):
             line = i * threads + thread
@@ -160,12 +156,12 @@ def _make_rotate(shape: ProjectionShape, heads: int, kv_heads: int, paged: bool)
     q_width, kv_width = 2 * half * heads, 2 * half * kv_heads
 
     @ptx.device_function
-    def put(target, start, low, high):  # type: ignore[no-untyped-def]
+    def put(target, start, low, high):
         target[start] = np.uint16(ptx.f16_bits(low))
         target[start + half] = np.uint16(ptx.f16_bits(high))
 
     @ptx.device_function
-    def rotate(outputs, tile, r, column, low, high):  # type: ignore[no-untyped-def]
+    def rotate(outputs, tile, r, column, low, high):
         positions, slots, cosines, sines, q, keys, values = outputs
         head, i = tile // section_tiles, tile % section_tiles * 8 + r
         position = positions[column] if paged else positions[0] + column

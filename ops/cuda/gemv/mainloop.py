@@ -46,14 +46,14 @@ Prologue = Literal["copy", "norm"]
 
 
 @ptx.device_function
-def gated(gate, up):  # type: ignore[no-untyped-def]
+def gated(gate, up):
     """silu(gate) * up."""
     sigmoid = _ONE / (_ONE + ptx.exp2(-gate * LOG2_E))
     return gate * sigmoid * up
 
 
 @ptx.device_function
-def rotated(low, high, cosine, sine):  # type: ignore[no-untyped-def]
+def rotated(low, high, cosine, sine):
     """The two elements of a head that RoPE rotates together, rotated."""
     return low * cosine - high * sine, high * cosine + low * sine
 
@@ -126,7 +126,7 @@ def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> 
 
 
 @ptx.device_function
-def nothing_ahead(outputs, thread):  # type: ignore[no-untyped-def]
+def nothing_ahead(outputs, thread):
     """What an epilogue reads was written in this step."""
 
 
@@ -178,7 +178,7 @@ def make_runner(
     codes_at, scale_at = make_places(layout)
 
     @ptx.device_function
-    def load(weights, tile, batch, part, lane, codes, scales):  # type: ignore[no-untyped-def]
+    def load(weights, tile, batch, part, lane, codes, scales):
         """Issue the loads of one batch."""
         for u in range(depth):
             group = part + (batch * depth + u) * split
@@ -198,7 +198,7 @@ def make_runner(
                     codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
 
     @ptx.device_function
-    def multiply(batch, part, lane, codes, scales, words, total):  # type: ignore[no-untyped-def]
+    def multiply(batch, part, lane, codes, scales, words, total):
         """total += the batch's share of W x: rows g (0, 1) and g + 8 (2, 3), columns 2 t and 2 t + 1."""
         x_row = min(lane >> 2, columns - 1) * x_pitch + (lane & 3) * (4 if halves else 8)
         for u in range(depth):
@@ -230,7 +230,7 @@ def make_runner(
                 total[3] += c3 * high_scale
 
     @ptx.device_function
-    def announce(norm, thread):  # type: ignore[no-untyped-def]
+    def announce(norm, thread):
         """The norm was last read a step ago: bring it out of memory while the kernel before still runs."""
         for i in range(norm_lines):
             at = (i * threads + thread) * 32
@@ -238,7 +238,7 @@ def make_runner(
                 ptx.prefetch(norm, at)
 
     @ptx.device_function
-    def copy(source, thread, words):  # type: ignore[no-untyped-def]
+    def copy(source, thread, words):
         """Every column by its team."""
         member = thread % team
         for turn in range(turns):
@@ -251,7 +251,7 @@ def make_runner(
                         ptx.store_block_16(words, column * x_pitch + word, a, b, c, d)
 
     @ptx.device_function
-    def normalise_one(source, norm, thread, words, floats):  # type: ignore[no-untyped-def]
+    def normalise_one(source, norm, thread, words, floats):
         """The only column, by all threads."""
         squares = _ZERO
         for i in range(words_per_thread):
@@ -260,8 +260,7 @@ def make_runner(
                 a, b = ptx.load_8(source, 2 * pair)
                 low, high = ptx.bits_f32(a), ptx.bits_f32(b)
                 squares += low * low + high * high
-        for step in range(5):
-            squares += ptx.shuffle_xor_f32(squares, 16 >> step)
+        squares = ptx.warp_sum(squares)
         if thread & 31 == 0:
             floats[squares_start + (thread >> 5)] = squares
         cuda.syncthreads()
@@ -280,7 +279,7 @@ def make_runner(
                 words[pair] = np.uint32(0)
 
     @ptx.device_function
-    def sum_squares(source, column, member):  # type: ignore[no-untyped-def]
+    def sum_squares(source, column, member):
         """A thread's share of a column's sum of squares."""
         squares = _ZERO
         for i in range(norm_vectors):
@@ -295,7 +294,7 @@ def make_runner(
         return squares
 
     @ptx.device_function
-    def scale(source, norm, column, member, works, factor, words):  # type: ignore[no-untyped-def]
+    def scale(source, norm, column, member, works, factor, words):
         """A thread's share of a column times factor and norm, as float16 into shared memory, padding included."""
         for i in range(norm_vectors):
             if i > 0 and i % _SCALED_AT_ONCE == 0:
@@ -318,15 +317,14 @@ def make_runner(
                     words[word + j] = np.uint32(0)
 
     @ptx.device_function
-    def normalise_columns(source, norm, thread, words, floats):  # type: ignore[no-untyped-def]
+    def normalise_columns(source, norm, thread, words, floats):
         """Every column by its team, one reduction each. The second reading comes out of the first-level cache."""
         member = thread % team
         for turn in range(turns):
             column = turn * teams + thread // team
             works = all_work or column < columns
             squares = sum_squares(source, column, member) if works else _ZERO
-            for step in range(5):
-                squares += ptx.shuffle_xor_f32(squares, 16 >> step)
+            squares = ptx.warp_sum(squares)
             if team > 32:  # then there is but one turn
                 if thread & 31 == 0:
                     floats[squares_start + (thread >> 5)] = squares
@@ -341,7 +339,7 @@ def make_runner(
     normalise = normalise_one if columns == 1 else normalise_columns
 
     @ptx.device_function
-    def report(normed, thread, words):  # type: ignore[no-untyped-def]
+    def report(normed, thread, words):
         """What was staged, a column from each of the last blocks: none of them is held up by all columns."""
         for column in range(columns):
             if cuda.blockIdx.x == max(cuda.gridDim.x - 1 - column, 0):
@@ -351,7 +349,7 @@ def make_runner(
                         normed[column * x_words + pair] = words[column * x_pitch + pair]
 
     @ptx.device_function
-    def run(weights, source, norm, normed, outputs):  # type: ignore[no-untyped-def]
+    def run(weights, source, norm, normed, outputs):
         words = cuda.shared.array(0, uint32)
         floats = cuda.shared.array(0, float32)
         codes = cuda.local.array(code_registers, uint32)

@@ -252,15 +252,15 @@ def make_places(layout: FragmentLayout) -> tuple[Any, Any]:
     even = layout.last_chunk_groups == chunk_groups
 
     @ptx.device_function
-    def codes_in_tile(group, part, half):  # type: ignore[no-untyped-def]
+    def codes_in_tile(group, part, half):
         return group * GROUP_WORDS + part * 256 + half * 128
 
     @ptx.device_function
-    def scale_in_tile(group, row):  # type: ignore[no-untyped-def]
+    def scale_in_tile(group, row):
         return scales_start + group * TILE_ROWS + row % 8 * 2 + row // 8
 
     @ptx.device_function
-    def split(group):  # type: ignore[no-untyped-def]
+    def split(group):
         """Where the group's chunk begins; the group's number in it; groups that it has."""
         # Unsigned, so that a power of two is a shift; then int64, because numba makes a float of uint64 + int64.
         chunk = np.int64(np.uint32(group) // np.uint32(chunk_groups))
@@ -268,12 +268,12 @@ def make_places(layout: FragmentLayout) -> tuple[Any, Any]:
         return chunk * chunk_words, group - first, chunk_groups if even else min(chunk_groups, groups - first)
 
     @ptx.device_function
-    def codes_in_chunk(group, part, half):  # type: ignore[no-untyped-def]
+    def codes_in_chunk(group, part, half):
         start, number, count = split(group)
         return start + half * count * HALF_WORDS + number * 256 + part * 128
 
     @ptx.device_function
-    def scale_in_chunk(group, row):  # type: ignore[no-untyped-def]
+    def scale_in_chunk(group, row):
         start, number, count = split(group)
         return start + row // 8 * count * HALF_WORDS + count * 256 + number * 8 + row % 8
 
@@ -291,7 +291,7 @@ def make_repack(hardware_fp8: bool) -> Any:
     factor = np.float32(sample.scale_factor)
 
     @ptx.device_function
-    def source_row(tile, row, rows, half, section_tiles):  # type: ignore[no-untyped-def]
+    def source_row(tile, row, rows, half, section_tiles):
         if half == 0:
             source = tile * 16 + row
             return source if source < rows else -1
@@ -300,11 +300,11 @@ def make_repack(hardware_fp8: bool) -> Any:
         return source if unit < half else -1
 
     @ptx.device_function
-    def code(codes, row, column, columns):  # type: ignore[no-untyped-def]
+    def code(codes, row, column, columns):
         return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
 
     @ptx.kernel(THREADS, 1)
-    def repack(codes, scales, words, rows, columns, half, chunk_groups, together):  # type: ignore[no-untyped-def]
+    def repack(codes, scales, words, rows, columns, half, chunk_groups, together):
         groups = (columns + 127) // 128
         chunk_words = (chunk_groups * 528 + 31) // 32 * 32
         whole_chunks = (groups - 1) // chunk_groups
@@ -352,13 +352,13 @@ def make_repack_halves() -> Any:
     """
 
     @ptx.device_function
-    def half(weights, row, column, rows, columns):  # type: ignore[no-untyped-def]
+    def half(weights, row, column, rows, columns):
         if row < rows and column < columns:
             return np.uint32(weights[row * columns + column])
         return np.uint32(0)
 
     @ptx.kernel(THREADS, 1)
-    def repack_halves(weights, words, rows, columns):  # type: ignore[no-untyped-def]
+    def repack_halves(weights, words, rows, columns):
         tile_words = (columns + 127) // 128 * 1024
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if index >= len(words):

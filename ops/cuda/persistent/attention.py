@@ -38,7 +38,7 @@ def make_share(shape: PersistentShape) -> Any:
     splits = shape.splits
 
     @ptx.device_function
-    def share(position):  # type: ignore[no-untyped-def]
+    def share(position):
         chunk = ((position + splits - 1) // splits + KEYS - 1) // KEYS * KEYS
         chunk = max(chunk, ALONE if position <= ALONE else STEP_KEYS)
         active = max((position + chunk - 1) // chunk, 1)
@@ -53,13 +53,13 @@ def _make_team(lanes: int) -> tuple[Any, Any]:
     steps = lanes.bit_length() - 1
 
     @ptx.device_function
-    def team_max(x):  # type: ignore[no-untyped-def]
+    def team_max(x):
         for step in range(steps):
             x = max(x, ptx.shuffle_xor_f32(x, lanes // 2 >> step))
         return x
 
     @ptx.device_function
-    def team_sum(x):  # type: ignore[no-untyped-def]
+    def team_sum(x):
         for step in range(steps):
             x += ptx.shuffle_xor_f32(x, lanes // 2 >> step)
         return x
@@ -101,20 +101,20 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
 
     @ptx.device_function
-    def load_keys(cache, start, base, last, kv, g, t, k_part):  # type: ignore[no-untyped-def]
+    def load_keys(cache, start, base, last, kv, g, t, k_part):
         """A lane's part of the keys of one step; the last key stands for those behind it."""
         for h in range(2):
             key = min(np.int32(base + h * 8 + g), last)
             load_row(cache, start + np.int32(key * kv_row + kv * head_words), t, k_part, h * row_registers)
 
     @ptx.device_function
-    def load_values(cache, start, base, last, kv, g, t, v_part):  # type: ignore[no-untyped-def]
+    def load_values(cache, start, base, last, kv, g, t, v_part):
         for i in range(4):
             key = min(np.int32(base + 2 * t + i % 2 + i // 2 * 8), last)
             load_value(cache, start + np.int32(key * kv_row + kv * head_words), g, v_part, i * per_key)
 
     @ptx.large_device_function
-    def receive(exchange, place, epoch, patience, fault, out):  # type: ignore[no-untyped-def]
+    def receive(exchange, place, epoch, patience, fault, out):
         """Two words of the exchange, when they are there."""
         tries = np.uint32(0)
         waiting = True
@@ -127,13 +127,13 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 waiting = False
 
     @ptx.device_function
-    def spread(halves, start, i, pair):  # type: ignore[no-untyped-def]
+    def spread(halves, start, i, pair):
         """A pair of elements that RoPE rotated together, to their places in a head."""
         halves[start + i] = np.uint16(pair & np.uint32(0xFFFF))
         halves[start + i + half] = np.uint16(pair >> np.uint32(16))
 
     @ptx.large_device_function
-    def take_token(exchange, epoch, kv, newest, thread, halves, patience, fault):  # type: ignore[no-untyped-def]
+    def take_token(exchange, epoch, kv, newest, thread, halves, patience, fault):
         """q of the block's heads and, in the first chunk's block, the newest key and value, to shared memory."""
         got = cuda.local.array(2, uint32)
         q_loads, kv_loads = ratio * half // 2, half // 2
@@ -154,7 +154,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             entry += THREADS
 
     @ptx.large_device_function
-    def add_newest(lane, warp, words, floats):  # type: ignore[no-untyped-def]
+    def add_newest(lane, warp, words, floats):
         """The newest key's score and value, as a sum of their own: a warp for each head."""
         row = warp
         while row < ratio:
@@ -175,14 +175,14 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             row += CONSUMERS
 
     @ptx.device_function
-    def put(exchange, epoch, attended, kv, pair, low, high):  # type: ignore[no-untyped-def]
+    def put(exchange, epoch, attended, kv, pair, low, high):
         """Two elements of the result."""
         word = ptx.pack_f16x2(low, high)
         ptx.publish(exchange, out_place + kv * pairs + pair, word, epoch)
         attended[kv * pairs + pair] = word
 
     @ptx.device_function
-    def receive_both(exchange, place, other, epoch, patience, fault, out):  # type: ignore[no-untyped-def]
+    def receive_both(exchange, place, other, epoch, patience, fault, out):
         """Two words of the exchange each from two places, asked for together."""
         tries = np.uint32(0)
         waiting = True
@@ -196,7 +196,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 waiting = False
 
     @ptx.large_device_function
-    def add_chunks(exchange, epoch, attended, kv, split, active, thread, patience, fault):  # type: ignore[no-untyped-def]
+    def add_chunks(exchange, epoch, attended, kv, split, active, thread, patience, fault):
         """The block's share of adding up the chunks: every `active`-th pair, by a team with a lane for each chunk."""
         got = cuda.local.array(4, uint32)
         lane = thread % team
@@ -220,9 +220,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             warp_pair += active * (THREADS // team)
 
     @ptx.large_device_function
-    def attend(  # type: ignore[no-untyped-def]
-        exchange, epoch, position, part, cached, attended, thread, shared, patience, fault, times, op
-    ):
+    def attend(exchange, epoch, position, part, cached, attended, thread, shared, patience, fault, times, op):
         kv, split, chunk, active = part
         cache, key_start, value_start = cached
         words, halves, floats = shared[0], shared[1], shared[2]

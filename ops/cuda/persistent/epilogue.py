@@ -28,7 +28,7 @@ def make_prepare(shape: PersistentShape) -> Any:
     entering, middle = shape.exchange["entering_exact"], shape.exchange["middle_exact"]
 
     @ptx.device_function
-    def prepare(kind, given, share, entry, ahead):  # type: ignore[no-untyped-def]
+    def prepare(kind, given, share, entry, ahead):
         if kind == OUT or kind == DOWN:  # noqa: SIM109 (numba makes a loop of `in`, for every op)
             row = (share * 16 >> np.uint32(halved_of(kind))) + 2 * entry
             w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == OUT else middle) + row)
@@ -45,7 +45,7 @@ def make_finish(shape: PersistentShape, prepare: Any) -> Any:
     finish_qkv, finish_gate_up, finish_vocabulary = _make_qkv(shape), _make_swiglu(shape), _make_logits(shape)
 
     @ptx.device_function
-    def finish(kind, given, share, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
+    def finish(kind, given, share, entry, ahead, floats, sums):
         if kind == QKV:
             finish_qkv(given, share, entry, ahead, floats, sums)
         elif kind == OUT:
@@ -68,12 +68,12 @@ def _make_qkv(shape: PersistentShape) -> Any:
     row_sum, rope_start = make_row_sum(shape, QKV), shape.rope_start
 
     @ptx.device_function
-    def put(target, start, low, high):  # type: ignore[no-untyped-def]
+    def put(target, start, low, high):
         target[start] = np.uint16(ptx.f16_bits(low))
         target[start + half] = np.uint16(ptx.f16_bits(high))
 
     @ptx.large_device_function
-    def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
+    def finish(given, tile, entry, ahead, floats, sums):
         exchange, epoch, position, q, cache = given[0], given[2], given[3], given[4], given[5]
         low, high = row_sum(floats, sums, entry), row_sum(floats, sums, entry + 8)
         head, i = tile // head_tiles, tile % head_tiles * 8 + entry
@@ -101,7 +101,7 @@ def _make_add(shape: PersistentShape, kind: int, prepare: Any) -> Any:
     row_sum = make_row_sum(shape, kind)
 
     @ptx.large_device_function
-    def finish(given, share, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
+    def finish(given, share, entry, ahead, floats, sums):
         exchange, epoch, residual = given[0], given[2], given[8]
         row = share * rows + 2 * entry
         tries = np.uint32(0)  # hardly ever any: all of the words were needed to come this far
@@ -126,11 +126,11 @@ def _make_swiglu(shape: PersistentShape) -> Any:
     row_sum = make_row_sum(shape, GATE_UP)
 
     @ptx.device_function
-    def unit(floats, sums, row):  # type: ignore[no-untyped-def]
+    def unit(floats, sums, row):
         return gated(row_sum(floats, sums, row), row_sum(floats, sums, row + 8))
 
     @ptx.large_device_function
-    def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
+    def finish(given, tile, entry, ahead, floats, sums):
         pair = ptx.pack_f16x2(unit(floats, sums, 2 * entry), unit(floats, sums, 2 * entry + 1))
         ptx.publish(given[0], start + tile * 4 + entry, pair, given[2])
         given[9][tile * 4 + entry] = pair
@@ -144,7 +144,7 @@ def _make_logits(shape: PersistentShape) -> Any:
     row_sum = make_row_sum(shape, VOCABULARY)
 
     @ptx.large_device_function
-    def finish(given, tile, entry, ahead, floats, sums):  # type: ignore[no-untyped-def]
+    def finish(given, tile, entry, ahead, floats, sums):
         logits, penalty, best = given[10], given[12], given[13]
         row = int64(tile * 16 + entry)
         if row < rows:

@@ -72,7 +72,7 @@ def make_persistent(shape: PersistentShape) -> Any:
     share, settle_best, end_step = make_share(shape), _make_settle_best(shape), _make_end_step(blocks)
 
     @ptx.large_device_function
-    def consume(io, shared, thread):  # type: ignore[no-untyped-def]
+    def consume(io, shared, thread):
         """What a warp that computes does with a step. io: the kernel's arguments; shared: views of shared memory."""
         weights, _, cache16, cache, exchange, tokens, position, steps, cosines, sines = io[:10]
         residual, normed, final_normed, q, attended, ffn, logits, seen, options, best = io[10:20]
@@ -140,7 +140,7 @@ def make_persistent(shape: PersistentShape) -> Any:
                 end_step(steps, choose, best, tokens, position, seen, ring_entries, count)
 
     @ptx.kernel(BLOCK_THREADS, 1)
-    def persistent(  # type: ignore[no-untyped-def]
+    def persistent(
         weights,
         table,
         cache16,
@@ -207,7 +207,7 @@ def _make_embed(shape: PersistentShape) -> Any:
     look_up = make_quad(shape.embedding)
 
     @ptx.large_device_function
-    def embed(weights, words, tokens, exchange, epoch, residual, thread):  # type: ignore[no-untyped-def]
+    def embed(weights, words, tokens, exchange, epoch, residual, thread):
         quad = np.int32(cuda.blockIdx.x) * THREADS + thread
         while quad < quads:
             x0, x1, x2, x3 = look_up(weights, int64(words[table_start]) * TABLE_UNIT, int64(tokens[0]), int64(quad))
@@ -237,16 +237,14 @@ def _make_stage(shape: PersistentShape) -> Any:
     stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
 
     @ptx.device_function
-    def report(normed, thread, words):  # type: ignore[no-untyped-def]
+    def report(normed, thread, words):
         word = thread
         while word < words_of_x:
             normed[word] = words[x_start + swizzled(word)]
             word += THREADS
 
     @ptx.large_device_function
-    def stage(  # type: ignore[no-untyped-def]
-        kind, exchange, before, now, norm, normed, first, thread, shared, patience, fault
-    ):
+    def stage(kind, exchange, before, now, norm, normed, first, thread, shared, patience, fault):
         words, floats = shared[0], shared[2]
         if kind == OUT:
             stage_attended(exchange, attended, now, thread, words, patience, fault)
@@ -266,7 +264,7 @@ def _make_settle_best(shape: PersistentShape) -> Any:
     start = shape.scalars_start // 2
 
     @ptx.device_function
-    def settle_best(key, keys, best, fault, thread):  # type: ignore[no-untyped-def]
+    def settle_best(key, keys, best, fault, thread):
         largest = shuffle_max(key)
         meet()
         if thread & 31 == 0:
@@ -288,7 +286,7 @@ def _make_end_step(blocks: int) -> Any:
     """
 
     @ptx.device_function
-    def end_step(steps, choose, best, tokens, position, seen, ring_entries, count):  # type: ignore[no-untyped-def]
+    def end_step(steps, choose, best, tokens, position, seen, ring_entries, count):
         cuda.threadfence()  # the block's largest key is in `best` before the block is counted
         if cuda.atomic.add(steps, 1, 1) == blocks - 1:
             steps[0] += 1

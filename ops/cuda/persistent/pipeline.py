@@ -27,7 +27,7 @@ LEAD, SHARE, PIECE, ASKED = range(4)  # of what is asked for ahead
 
 
 @ptx.device_function
-def await_barrier(barriers, address, parity, patience, fault):  # type: ignore[no-untyped-def]
+def await_barrier(barriers, address, parity, patience, fault):
     """Wait for a phase of an mbarrier; not for ever."""
     tries = np.uint32(0)
     while ptx.barrier_ready(barriers, address, parity) == 0:
@@ -40,7 +40,7 @@ def make_deal(blocks: int) -> Any:
     """Device function (offset) -> the block's first share of a projection, when `offset` were dealt before."""
 
     @ptx.device_function
-    def deal(offset):  # type: ignore[no-untyped-def]
+    def deal(offset):
         return (np.int32(cuda.blockIdx.x) + np.int32(blocks) - offset) % np.int32(blocks)
 
     return deal
@@ -51,7 +51,7 @@ def make_kind_of(shape: PersistentShape) -> Any:
     ops = shape.ops
 
     @ptx.device_function
-    def kind_of(op):  # type: ignore[no-untyped-def]
+    def kind_of(op):
         return np.int32(VOCABULARY) if op == ops - 1 else np.int32((np.int32(op) - np.int32(1)) % np.int32(5))
 
     return kind_of
@@ -71,7 +71,7 @@ def make_cut(shape: PersistentShape) -> tuple[Any, Any]:
     last_words_of = shape.picker("last_chunk_words")
 
     @ptx.device_function
-    def cut(words, op, kind):  # type: ignore[no-untyped-def]
+    def cut(words, op, kind):
         start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
         halved, chunk_words = np.int32(halved_of(kind)), np.int64(chunk_words_of(kind))
         nbytes = np.uint32(4 * chunk_words >> np.int64(halved))
@@ -79,7 +79,7 @@ def make_cut(shape: PersistentShape) -> tuple[Any, Any]:
         return start, np.int64(tile_words_of(kind)), chunk_words, np.int32(slots_of(kind)), halved, nbytes, last_bytes
 
     @ptx.device_function
-    def place(of, share):  # type: ignore[no-untyped-def]
+    def place(of, share):
         start, tile_words, chunk_words, halved = of[0], of[1], of[2], of[4]
         return start + np.int64(share >> halved) * tile_words + np.int64(share & halved) * (chunk_words // 2)
 
@@ -97,7 +97,7 @@ def make_await_free(shape: PersistentShape, place: Any) -> Any:
     pace, blocks = np.int32(shape.pace), np.int32(shape.multiprocessors)
 
     @ptx.large_device_function
-    def await_free(  # type: ignore[no-untyped-def]
+    def await_free(
         weights, barriers, address, parity, share, piece, source, of, shares, ahead, far, far_source, patience, fault
     ):
         chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
@@ -147,13 +147,13 @@ def make_produce(shape: PersistentShape) -> Any:
     ahead_bytes = blocks * 4 * shape.slot_words
 
     @ptx.device_function
-    def following(barrier, turn, first, end):  # type: ignore[no-untyped-def]
+    def following(barrier, turn, first, end):
         """The next slot's barrier, and the parity that goes with it."""
         barrier = np.uint32(barrier + np.uint32(8))
         return (first, np.uint32(turn ^ np.uint32(1))) if barrier == end else (barrier, turn)
 
     @ptx.large_device_function
-    def produce(weights, words, barriers, position, first, last, patience, fault, times):  # type: ignore[no-untyped-def]
+    def produce(weights, words, barriers, position, first, last, patience, fault, times):
         far = cuda.local.array(4, int32)
         far_source = cuda.local.array(1, int64)
         far[LEAD], far[SHARE], far[PIECE], far[ASKED] = 0, 0, 0, np.int32(ptx.short_cycles())

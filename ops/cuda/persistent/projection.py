@@ -44,7 +44,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
     fragments = 2 if halves else 4  # of 16 bytes, of x
 
     @ptx.large_device_function
-    def multiply(words, floats, slot, x, apart, groups, lane):  # type: ignore[no-untyped-def]
+    def multiply(words, floats, slot, x, apart, groups, lane):
         codes = cuda.local.array(code_registers, uint32)
         sums = cuda.local.array(sum_registers, float32)
         g, t = np.uint32(lane >> np.uint32(2)), np.uint32(lane & np.uint32(3))
@@ -128,13 +128,13 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
     x_words = np.uint32(CHUNK * 64)  # of a chunk
 
     @ptx.device_function
-    def split_entry(entry, bits):  # type: ignore[no-untyped-def]
+    def split_entry(entry, bits):
         """Share of the round, and part of it."""
         share = np.uint32(entry >> bits)
         return share, np.uint32(entry - (share << bits))
 
     @ptx.large_device_function
-    def project(kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op):  # type: ignore[no-untyped-def]
+    def project(kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op):
         ahead = cuda.local.array(4, uint32)
         # 32 bits without sign: no index has to be looked at for being negative.
         me, blocks_now = np.uint32(thread), np.uint32(blocks)
@@ -205,7 +205,7 @@ def make_row_sum(shape: PersistentShape, kind: int) -> Any:
     slots, halved = shape.sizes("slots")[kind], shape.sizes("halved")[kind]
 
     @ptx.device_function
-    def row_sum(floats, sums, row):  # type: ignore[no-untyped-def]
+    def row_sum(floats, sums, row):
         total = _ZERO
         for slot in range(slots):
             total += floats[sums + slot * 16 + row]

@@ -34,12 +34,12 @@ def make_publish(shape: PersistentShape) -> Any:
     most = max(hidden, q_words, ffn_words)
 
     @ptx.device_function
-    def rotated(array, start, word):  # type: ignore[no-untyped-def]
+    def rotated(array, start, word):
         at = start + word // half * 2 * half + word % half
         return np.uint32(np.uint32(array[at]) | np.uint32(array[at + half]) << np.uint32(16))
 
     @ptx.kernel(THREADS, 1)
-    def publish(residual, q, cache, attended, ffn, exchange, position, steps, plane, layer):  # type: ignore[no-untyped-def]
+    def publish(residual, q, cache, attended, ffn, exchange, position, steps, plane, layer):
         before = np.uint32(steps[0] * (layers + 1) + 1 + layer)
         now = np.uint32(before + np.uint32(1))
         word = cuda.blockIdx.x * THREADS + cuda.threadIdx.x

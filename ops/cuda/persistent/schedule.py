@@ -132,7 +132,7 @@ class PersistentShape:
         qkv, o, gate_up, down, vocabulary = (np.int32(size) for size in sizes.values())
 
         @ptx.device_function
-        def pick(kind):  # type: ignore[no-untyped-def]
+        def pick(kind):
             size = qkv if kind == QKV else o if kind == OUT else gate_up
             return down if kind == DOWN else vocabulary if kind == VOCABULARY else size
 

@@ -21,13 +21,13 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @ptx.device_function
-def meet():  # type: ignore[no-untyped-def]
+def meet():
     """All warps that compute arrive; what they wrote to shared memory is seen by the others."""
     ptx.sync_threads(np.uint32(CONSUMERS_MEET), np.uint32(THREADS))
 
 
 @ptx.device_function
-def swizzled(word):  # type: ignore[no-untyped-def]
+def swizzled(word):
     """Where word `word` of x lies, from its beginning on: neighbouring groups of 128 columns are read side by side, and
     would be in the same banks. (Of the groups of 64 of float16 weights, only every other pair is kept apart.)
     """
@@ -46,11 +46,11 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
     few = _FEW if quads <= _NARROW else 0
 
     @ptx.device_function
-    def is_there(e0, e1, epoch):  # type: ignore[no-untyped-def]
+    def is_there(e0, e1, epoch):
         return is_pair_of(e0, epoch) and is_pair_of(e1, epoch) if pairs else e0 == epoch and e1 == epoch
 
     @ptx.device_function
-    def receive(exchange, start, epoch, thread, received, patience, fault):  # type: ignore[no-untyped-def]
+    def receive(exchange, start, epoch, thread, received, patience, fault):
         tries = np.uint32(0)
         if thread < 32:
             missing, lacks = np.uint32(32), True
@@ -100,9 +100,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
 
     @ptx.large_device_function
-    def stage_norm(  # type: ignore[no-untyped-def]
-        exchange, start, epoch, weights, norm, thread, words, floats, patience, fault
-    ):
+    def stage_norm(exchange, start, epoch, weights, norm, thread, words, floats, patience, fault):
         gains = cuda.local.array(registers, float32)
         values = cuda.local.array(registers, float32)
         received = cuda.local.array(registers, uint32)
@@ -120,8 +118,7 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
             values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3] = a, b, c, d
             if i * THREADS + thread < quads:
                 squares += (a * a + b * b) + (c * c + d * d)
-        for step in range(5):
-            squares += ptx.shuffle_xor_f32(squares, 16 >> step)
+        squares = ptx.warp_sum(squares)
         if thread & 31 == 0:
             floats[scalars + (thread >> 5)] = squares
         meet()
@@ -155,7 +152,7 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
     receive = make_receive(shape, quads, pairs=False)
 
     @ptx.large_device_function
-    def stage_copy(exchange, start, epoch, thread, words, patience, fault):  # type: ignore[no-untyped-def]
+    def stage_copy(exchange, start, epoch, thread, words, patience, fault):
         received = cuda.local.array(registers, uint32)
         receive(exchange, start, epoch, thread, received, patience, fault)
         for i in range(rounds):

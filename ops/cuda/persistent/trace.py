@@ -29,7 +29,7 @@ def make_note(shape: PersistentShape) -> Any:
     ops, trace = shape.ops, shape.trace
 
     @ptx.device_function
-    def note(times, op, event):  # type: ignore[no-untyped-def]
+    def note(times, op, event):
         if trace:
             times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + event] = int64(ptx.cycles())
 
@@ -41,7 +41,7 @@ def make_note_clocks(shape: PersistentShape) -> Any:
     ops, trace = shape.ops, shape.trace
 
     @ptx.device_function
-    def note_clocks(times, end):  # type: ignore[no-untyped-def]
+    def note_clocks(times, end):
         if trace:
             at = int64(cuda.blockIdx.x) * ops * EVENTS + 2 * end
             times[at] = int64(ptx.nanoseconds())

@@ -25,7 +25,7 @@ def make_read() -> Any:
     """
 
     @ptx.kernel(THREADS, 2)
-    def read(source, total):  # type: ignore[no-untyped-def]
+    def read(source, total):
         step = cuda.gridDim.x * THREADS
         quads = len(source) // 4
         quad = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
@@ -62,7 +62,7 @@ def make_bulk_read(stages: int = STAGES, tile_words: int = TILE_WORDS) -> Any:
     barriers_start = stages * tile_words // 2  # in words of 8 bytes
 
     @ptx.kernel(32, 1)
-    def bulk_read(source, total):  # type: ignore[no-untyped-def]
+    def bulk_read(source, total):
         tiles = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(0, uint64)
         if cuda.threadIdx.x == 0:

@@ -28,7 +28,7 @@ def make_quad(layout: FragmentLayout) -> Any:
     codes_at, scale_at = make_places(layout)
 
     @ptx.device_function
-    def quad_of_codes(words, start, row, quad):  # type: ignore[no-untyped-def]
+    def quad_of_codes(words, start, row, quad):
         tile, r, group = start + row // 16 * tile_words, row % 16, quad // 32
         code = words[tile + codes_at(group, quad // 16 % 2, r // 8) + r % 8 * 16 + quad % 16]
         scale = ptx.bits_f32(words[tile + scale_at(group, r)])
@@ -38,7 +38,7 @@ def make_quad(layout: FragmentLayout) -> Any:
         return x0 * scale, x1 * scale, x2 * scale, x3 * scale
 
     @ptx.device_function
-    def quad_of_halves(words, start, row, quad):  # type: ignore[no-untyped-def]
+    def quad_of_halves(words, start, row, quad):
         at = start + row // 16 * tile_words + quad // 8 * 256 + row % 16 // 8 * 128 + row % 8 * 16 + quad % 8 * 2
         x0, x1 = ptx.unpack_f16x2(words[at])
         x2, x3 = ptx.unpack_f16x2(words[at + 1])
@@ -59,7 +59,7 @@ def make_embed(layout: FragmentLayout, columns: int) -> Any:
     quad_of = make_quad(layout)
 
     @ptx.kernel(THREADS, 1)
-    def embed(words, tokens, residual):  # type: ignore[no-untyped-def]
+    def embed(words, tokens, residual):
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if index >= total:
             return

@@ -47,7 +47,7 @@ def make_rope(
     inverse_width, epsilon = np.float32(1.0 / head_dim), np.float32(eps)
 
     @ptx.kernel(THREADS, 1)
-    def rope(qkv, biases, q_norm, k_norm, position, cosines, sines, q, keys, values):  # type: ignore[no-untyped-def]
+    def rope(qkv, biases, q_norm, k_norm, position, cosines, sines, q, keys, values):
         lows = cuda.local.array(pairs, float32)
         highs = cuda.local.array(pairs, float32)
         if dependent:
@@ -69,8 +69,7 @@ def make_rope(
                     highs[p] += biases[head * head_dim + half + i]
             squares += lows[p] * lows[p] + highs[p] * highs[p]
         if norm:
-            for step in range(5):
-                squares += ptx.shuffle_xor_f32(squares, 16 >> step)
+            squares = ptx.warp_sum(squares)
         factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
         slot = position[0] + column
         for p in range(pairs):

@@ -53,7 +53,7 @@ def token_of(best: int) -> int | None:
 
 
 @ptx.device_function
-def rank(logit):  # type: ignore[no-untyped-def]
+def rank(logit):
     """The logit as an integer of 32 bits in the same order; NaN on top, -0 equal to 0."""
     bits = int64(ptx.f32_bits(logit + np.float32(0.0)))
     magnitude = bits & 0x7FFFFFFF
@@ -63,7 +63,7 @@ def rank(logit):  # type: ignore[no-untyped-def]
 
 
 @ptx.device_function
-def penalise(logit, seen, token, penalty):  # type: ignore[no-untyped-def]
+def penalise(logit, seen, token, penalty):
     """A token's logit after the repetition penalty; `seen`: the word of the bitmap that has its bit."""
     if (int64(seen) >> (token % 32)) & 1:
         logit = logit / penalty if logit > np.float32(0.0) else logit * penalty
@@ -71,19 +71,19 @@ def penalise(logit, seen, token, penalty):  # type: ignore[no-untyped-def]
 
 
 @ptx.device_function
-def penalised(logits, seen, token, penalty):  # type: ignore[no-untyped-def]
+def penalised(logits, seen, token, penalty):
     """The token's logit after the repetition penalty."""
     return penalise(logits[token], seen[token // 32], token, penalty)
 
 
 @ptx.device_function
-def sort_key(logit, token):  # type: ignore[no-untyped-def]
+def sort_key(logit, token):
     """A token's place in the order: the largest key wins the arg-max."""
     return rank(logit) << _ID_BITS | (_ID_MASK - token)
 
 
 @ptx.device_function
-def shuffle_max(key):  # type: ignore[no-untyped-def]
+def shuffle_max(key):
     """The largest key of the warp's lanes; `LOWEST_KEY` for none."""
     for step in range(5):
         high = int64(ptx.shuffle_xor_u32((key >> 31) & 0xFFFFFFFF, 16 >> step))
@@ -94,7 +94,7 @@ def shuffle_max(key):  # type: ignore[no-untyped-def]
 
 
 @ptx.device_function
-def token_id(best):  # type: ignore[no-untyped-def]
+def token_id(best):
     """The token of a sort key."""
     return _ID_MASK - (best & _ID_MASK)
 
@@ -107,7 +107,7 @@ def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
     """
 
     @ptx.kernel(ARGMAX_THREADS, 4)
-    def argmax(logits, seen, options, best):  # type: ignore[no-untyped-def]
+    def argmax(logits, seen, options, best):
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
@@ -165,7 +165,7 @@ def make_sample(
     last_bin = bins - 1
 
     @ptx.device_function
-    def measure(logits, seen, token, penalty, most_likely, temperature, by_id):  # type: ignore[no-untyped-def]
+    def measure(logits, seen, token, penalty, most_likely, temperature, by_id):
         """Bin, key and mass of a token."""
         logit = penalised(logits, seen, token, penalty)
         order = int64(0) if by_id else rank(logit) << _ID_BITS
@@ -179,7 +179,7 @@ def make_sample(
         return place_in_order, key, mass
 
     @ptx.device_function
-    def choose_place(shared, masses, counts, size, need, by_count):  # type: ignore[no-untyped-def]
+    def choose_place(shared, masses, counts, size, need, by_count):
         """The first of `size` entries at which what stands in front and what it holds reach `need`; thread 0 only.
 
         found_mass and found_count grow by what stands in front of it.
@@ -194,7 +194,7 @@ def make_sample(
         return size - 1
 
     @ptx.kernel(threads, 1)
-    def sample(logits, seen, options, generator, best, token):  # type: ignore[no-untyped-def]
+    def sample(logits, seen, options, generator, best, token):
         shared = cuda.shared.array(0, int64)
         if dependent:
             ptx.let_next_kernel_start()
@@ -347,7 +347,7 @@ def sample_kernel(vocabulary: int, dependent: bool) -> Planned:
 
 
 @ptx.device_function
-def hand_over(token, best, seen, ring_entries, size, count):  # type: ignore[no-untyped-def]
+def hand_over(token, best, seen, ring_entries, size, count):
     """A token is chosen: it is marked as seen, and the host is told.
 
     Args of it: token; best, its arg-max's key; seen uint32 bitmap, ring_entries uint64 [size] in pinned host memory,
@@ -373,7 +373,7 @@ def make_advance(ring: int, *, sampled: bool, dependent: bool = False) -> Any:
     """
 
     @ptx.kernel(32, 1)
-    def advance(token, best, position, seen, ring_entries, count, tokens):  # type: ignore[no-untyped-def]
+    def advance(token, best, position, seen, ring_entries, count, tokens):
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
