@@ -5,9 +5,9 @@
     python scripts/gpu_check.py model --model smollm2-135m-instruct
 
 Sections: kernels (tests/gpu against float64), model (a real model against the CPU backend), sanitizer
-(compute-sanitizer on a tiny model), speed (Llama geometries with random weights, against the two ceilings of the same
-run), start (cold and warm start to the first token). What cannot be run here is said to be so. Exit code 1 if a bar is
-missed.
+(compute-sanitizer on a tiny model), speed (Llama geometries with random weights, against the achievable bandwidth that
+the same run measures), start (cold and warm start to the first token). A section that cannot run here says so. Exit
+code 1 if a target is missed.
 """
 
 import argparse
@@ -46,10 +46,10 @@ PROMPTS = (
 )
 GREEDY_TOKENS = 256
 LOGITS_LIMIT = 2e-3  # relative L2 against the CPU backend
-SHARE_BARS = {"llama-3.2-3b": 0.50, "llama-3.1-8b": 0.60}  # of the copy engine's ceiling
+SHARE_TARGETS = {"llama-3.2-3b": 0.50, "llama-3.1-8b": 0.60}  # of what TMA bulk copies reach
 CONTEXTS = (16, 4096)
-OVERHEAD_BAR = 64 << 20  # bytes of device memory beyond weights and KV cache
-COLD_BAR, WARM_BAR = 60.0, 3.0  # seconds to the first token
+OVERHEAD_TARGET = 64 << 20  # bytes of device memory beyond weights and KV cache
+COLD_TARGET, WARM_TARGET = 60.0, 3.0  # seconds to the first token
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Row:
     section: str
     what: str
     figure: str
-    bar: str = ""
+    target: str = ""
     passed: bool | None = None
 
 
@@ -69,10 +69,10 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def add(self, section: str, what: str, figure: str, bar: str = "", passed: bool | None = None) -> None:
-        self.rows.append(Row(section, what, figure, bar, passed))
+    def add(self, section: str, what: str, figure: str, target: str = "", passed: bool | None = None) -> None:
+        self.rows.append(Row(section, what, figure, target, passed))
         verdict = {True: "ok  ", False: "MISS", None: "    "}[passed]
-        print(f"{verdict} {section}: {what}: {figure}" + (f" (bar: {bar})" if bar else ""), flush=True)
+        print(f"{verdict} {section}: {what}: {figure}" + (f" (target: {target})" if target else ""), flush=True)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def check_model(report: Report, options: argparse.Namespace) -> None:
                 splits.append(
                     f"token {first}: the CPU's two best are {margin:.4f} apart, the GPU moves them {moved:.4f}"
                 )
-        bar = f"{GREEDY_TOKENS} each"
-        report.add("model", "greedy tokens as on the CPU", str(same), bar, min(same) == GREEDY_TOKENS)
+        target = f"{GREEDY_TOKENS} each"
+        report.add("model", "greedy tokens as on the CPU", str(same), target, min(same) == GREEDY_TOKENS)
         for split in splits:
             report.add("model", "where they part", split)
         figure = f"relative L2 {max(errors):.2e}"
@@ -166,7 +166,7 @@ def check_sanitizer(report: Report, options: argparse.Namespace) -> None:
 
 
 def check_speed(report: Report, options: argparse.Namespace) -> None:
-    """Greedy decoding of large geometries, all host work included; the share of the ceilings; memory."""
+    """Greedy decoding of large geometries, all host work included; the share of achievable bandwidth; memory."""
     for name in options.geometries:
         geometry = PRESETS[name]
         model = RandomModel(geometry, name=name)
@@ -177,7 +177,7 @@ def check_speed(report: Report, options: argparse.Namespace) -> None:
             ceilings = backend.ceilings()
             figures = ", ".join(f"{way} {speed:.0f} GB/s" for way, speed in ceilings.items())
             report.add("speed", f"{name}, ceilings", figures)
-            ceiling = ceilings.get("copy engine", max(ceilings.values()))
+            ceiling = ceilings.get("TMA", max(ceilings.values()))
             for context in CONTEXTS:
                 _decode_speed(report, engine, name, context, ceilings, ceiling)
             replayed = _seconds_per_token(engine, 16, 64)
@@ -216,9 +216,9 @@ def _decode_speed(
     shares = ", ".join(f"{speed / value:.1%} of {way}" for way, value in ceilings.items())
     spread = f"{1 / max(tpots):.0f}-{1 / min(tpots):.0f}"
     figure = f"{1 / tpot:.0f} tok/s ({spread}), TPOT {tpot * 1e3:.3f} ms, {speed:.0f} GB/s: {shares}"
-    bar = SHARE_BARS.get(name)
-    passed = None if bar is None else speed / ceiling >= bar
-    report.add("speed", f"{name}, {GREEDY_TOKENS} after {context}", figure, f"{bar:.0%}" if bar else "", passed)
+    target = SHARE_TARGETS.get(name)
+    passed = None if target is None else speed / ceiling >= target
+    report.add("speed", f"{name}, {GREEDY_TOKENS} after {context}", figure, f"{target:.0%}" if target else "", passed)
     ttft = float(np.median([stats.ttft for stats in replies]))
     report.add("speed", f"{name}, prompt of {context}", f"TTFT {ttft * 1e3:.1f} ms, {context / ttft:.0f} tok/s")
 
@@ -235,7 +235,7 @@ def _memory(report: Report, name: str) -> None:
             pools = engine.backend.plan.pool_bytes()
             held = pools["weights"] + pools["kv cache"]
     figure = f"{used / 1e9:.3f} GB, of which weights and KV cache {held / 1e9:.3f}"
-    report.add("speed", f"{name}, VRAM at 2,048 positions", figure, "those + 64 MB", used - held <= OVERHEAD_BAR)
+    report.add("speed", f"{name}, VRAM at 2,048 positions", figure, "those + 64 MB", used - held <= OVERHEAD_TARGET)
 
 
 # --- start -----------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def check_start(report: Report, options: argparse.Namespace) -> None:
         report.add("start", options.model, f"not run: {error}")
         return
     with tempfile.TemporaryDirectory() as home:
-        for what, bar in (("cold", COLD_BAR), ("warm", WARM_BAR), ("warm again", WARM_BAR)):
+        for what, target in (("cold", COLD_TARGET), ("warm", WARM_TARGET), ("warm again", WARM_TARGET)):
             program = "import sys; from numba_atomflow.cli import main; sys.exit(main())"
             command = [sys.executable, "-c", program, "generate", PROMPTS[0]]
             command += ["--model", str(path), "--max-tokens", "4", "--backend", "cuda"]
@@ -262,7 +262,7 @@ def check_start(report: Report, options: argparse.Namespace) -> None:
                 _, talk = run.communicate()
             (options.logs / f"start-{what.replace(' ', '-')}.log").write_bytes(talk)
             figure = f"{seconds:.2f} s to the first text" if first else "no text came"
-            report.add("start", what, figure, f"{bar:.0f} s", bool(first) and seconds <= bar)
+            report.add("start", what, figure, f"{target:.0f} s", bool(first) and seconds <= target)
 
 
 SECTIONS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
@@ -278,7 +278,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"what to run, of {', '.join(SECTIONS)}; everything by default")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint, for the sections model and start")
-    parser.add_argument("--geometries", nargs="+", default=list(SHARE_BARS), choices=list(PRESETS), metavar="NAME")
+    parser.add_argument("--geometries", nargs="+", default=list(SHARE_TARGETS), choices=list(PRESETS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     logs = Path(tempfile.gettempdir())
     parser.add_argument("--logs", type=Path, default=logs, help="folder for the logs of other tools")
@@ -291,8 +291,8 @@ def main() -> int:
     for name in options.sections or SECTIONS:
         SECTIONS[name](report, options)
     verdicts = {True: "met", False: "**missed**", None: ""}
-    table = [[row.section, row.what, row.figure, row.bar, verdicts[row.passed]] for row in report.rows]
-    print("\n" + render("md", ["section", "what", "figure", "bar", "verdict"], table))
+    table = [[row.section, row.what, row.figure, row.target, verdicts[row.passed]] for row in report.rows]
+    print("\n" + render("md", ["section", "what", "figure", "target", "verdict"], table))
     print(f"{time.perf_counter() - started:.0f} s in all")
     if options.json:
         record = {"machine": machine_record(), "rows": [asdict(row) for row in report.rows]}

@@ -34,6 +34,7 @@ from numba_atomflow.utils.stats import Spread
 
 FORMAT = "numba-atomflow bench 1"
 _LONGEST_TEXT = 1000  # characters of a name or path in a report
+_EARLIER_CEILINGS = {"copy engine": "TMA"}  # names in reports of earlier versions, as they were written
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Settings:
         needed = max(self.depths) + longest
         if needed > geometry.max_positions:
             raise OptionError(
-                f"A depth of {max(self.depths)} and {longest} tokens behind it need {needed} positions, but the model "
+                f"A depth of {max(self.depths)} and {longest} tokens after it need {needed} positions, but the model "
                 f"has {geometry.max_positions}; measure at a smaller depth."
             )
         return needed
@@ -137,6 +138,7 @@ class BenchReport:
         path = record.get("decode")  # earlier versions had no choice
         fields = dict(record) | {
             "geometry": ModelGeometry.from_dict(record["geometry"]),
+            "ceilings": {_EARLIER_CEILINGS.get(name, name): speed for name, speed in record["ceilings"].items()},
             "settings": Settings(**settings | {"depths": tuple(settings["depths"])}),
             "results": [DepthResult.from_dict(result) for result in record["results"]],
             "compile_times": None if times is None else CompileTimes(**times),
@@ -219,7 +221,7 @@ def prompt_turn(engine: Engine, tokens: Sequence[int]) -> float:
 
 
 def decode_turn(engine: Engine, prompt: Sequence[int], count: int) -> list[float]:
-    """Seconds of each of `count` decode steps behind a prompt."""
+    """Seconds of each of `count` decode steps after a prompt."""
     reply = engine.generate_tokens(prompt, SamplingParams(max_tokens=count + 1, ignore_eos=True))
     next(reply)
     seconds = []

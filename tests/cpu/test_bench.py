@@ -122,7 +122,7 @@ def test_senseless_settings_are_refused(changes: dict[str, object], message: str
 
 
 def test_a_depth_beyond_the_model_is_refused() -> None:
-    with pytest.raises(OptionError, match="512 and 6 tokens behind it need 518 positions, but the model has 512"):
+    with pytest.raises(OptionError, match="512 and 6 tokens after it need 518 positions, but the model has 512"):
         replace(SETTINGS, depths=(0, 512)).positions(tiny_geometry())
     assert replace(SETTINGS, depths=(0, 500)).positions(tiny_geometry()) == 506
 
@@ -178,6 +178,13 @@ def test_a_report_survives_json(report: BenchReport, tmp_path: Path) -> None:
     (first, _) = record["results"]
     assert first["share_of_ceiling"] == {"memory read": pytest.approx(first["gigabytes_per_second"] / 10.0)}
     assert record["compile_times"] == {"cold": 2.0, "warm": 1.0}
+
+
+def test_a_report_of_an_earlier_version_names_its_ceilings_as_today(report: BenchReport, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    record = report.to_dict() | {"ceilings": {"loads": 4100.0, "copy engine": 4300.0}}
+    path.write_text(json.dumps(record))
+    assert read_report(path).ceilings == {"loads": 4100.0, "TMA": 4300.0}
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def relative_l2(got: NDArray[Any], expected: NDArray[Any]) -> float:
 @pytest.fixture(scope="module", params=["graph", "persistent"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     if request.param == "persistent" and capability() < (9, 0):
-        pytest.skip("this GPU has no copy engine for bulk copies (sm_90 and later have)")
+        pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
     with Engine.random(tiny_geometry(), "cuda", MAX_SEQ_LEN, decode=request.param) as engine:
         yield engine
 

@@ -8,7 +8,7 @@ from persistent_cases import CASES, CASES_OF_MANY_BLOCKS, PersistentCase, check_
 @pytest.fixture(autouse=True)
 def _copy_engine() -> None:
     if capability() < (9, 0):
-        pytest.skip("this GPU has no copy engine for bulk copies (sm_90 and later have)")
+        pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
 
 
 @pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_BLOCKS], ids=str)

@@ -17,7 +17,7 @@ PROMPT = [5, 6, 7, 8, 9]
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     if capability() < (9, 0):
-        pytest.skip("this GPU has no copy engine for bulk copies (sm_90 and later have)")
+        pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
     with Engine.random(tiny_geometry(), "cuda", 96, decode="persistent") as engine:
         yield engine
 

@@ -285,7 +285,7 @@ class CudaBackend:
     # --- what `bench` and `profile` ask ------------------------------------------------------------------------------
 
     def ceilings(self) -> dict[str, float]:
-        """GB/s of reading this GPU's memory, by loads and by the copy engine, measured now."""
+        """GB/s of reading this GPU's memory, by loads and by TMA, measured now."""
         with self._owner.current():
             return measure_ceilings(self._gpu, self.stream, self._owner.made)
 

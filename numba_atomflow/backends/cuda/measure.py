@@ -18,11 +18,11 @@ from numba_atomflow.ops.cuda.runtime.spec import U32, kernel_spec
 _CEILING_BYTES = 2 << 30  # read per pass: far more than any second-level cache holds
 _LEAST_CACHES = 4  # second-level caches that it must be larger than
 _CEILING_PASSES = 12
-_READ_BLOCKS = 4  # per multiprocessor
+_READ_BLOCKS = 4  # per SM
 
 
 def measure_ceilings(device: Device, stream: Any, made: Resources) -> dict[str, float]:
-    """GB/s (medians) of reading memory: by loads, and where there is a copy engine, by it.
+    """GB/s (medians) of reading memory: by loads, and by TMA bulk copies where the GPU has them.
 
     Takes 2 GB of device memory for as long as it runs, or half of what is free if that is less.
 
@@ -30,7 +30,7 @@ def measure_ceilings(device: Device, stream: Any, made: Resources) -> dict[str, 
         made: owns that memory while it is needed.
 
     Raises:
-        BackendError: what is free is too little to be slower than the second-level cache.
+        BackendError: what is free is too little to be slower than L2.
     """
     chip = chip_of(device)
     free = int(call("cuMemGetInfo")[0])
@@ -42,10 +42,10 @@ def measure_ceilings(device: Device, stream: Any, made: Resources) -> dict[str, 
             "are free; use a smaller --max-seq-len, or close other programs."
         )
     specs = {"loads": kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)}
-    blocks = {"loads": _READ_BLOCKS * chip.multiprocessors, "copy engine": chip.multiprocessors}
+    blocks = {"loads": _READ_BLOCKS * chip.multiprocessors, "TMA": chip.multiprocessors}
     if chip.capability >= (9, 0):
         shared = bandwidth.bulk_shared_bytes()
-        specs["copy engine"] = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
+        specs["TMA"] = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
     codes = build(list(specs.values()), chip.capability)
     found = {}
     with made.scope(stream) as measuring:
