@@ -9,11 +9,10 @@ import re
 
 import pytest
 from machine_code import check_registers, float64_arithmetic, number, skip_without_compiler
-from tiny_models import tiny_geometry
 
 skip_without_compiler()
 
-from kernel_catalogue import MULTIPROCESSORS, SHARED_BYTES  # noqa: E402
+from kernel_catalogue import MULTIPROCESSORS, PERSISTENT_MODELS, SHARED_BYTES  # noqa: E402
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels  # noqa: E402
 from numba_atomflow.geometry import ModelGeometry  # noqa: E402
@@ -22,8 +21,7 @@ from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E4
 from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
 
 VECTORS = 3  # the residual stream, what attention makes, what the MLP does
-SMOLLM2 = tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152)
-LLAMA = tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096)
+SMOLLM2, LLAMA = PERSISTENT_MODELS.values()
 
 
 @pytest.mark.sampled(1)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from tiny_models import tiny_geometry
+
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.ops.cuda.runtime import bandwidth
@@ -17,6 +19,10 @@ COPY_ENGINE = (9, 0)  # the first with one
 LLAMA = PRESETS["llama-3.2-3b"]
 # Heads of 80, no GQA, Qwen's norms and bias, a float16 head: what the other kernels are for.
 OTHER = replace(LLAMA, heads=32, kv_heads=32, head_dim=80, qkv_bias=True, qk_norm=True)
+PERSISTENT_MODELS = {
+    "SmolLM2": tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152),
+    "Llama 1B": tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096),
+}
 _OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "vocabulary_x1", "vocabulary_x{}", "repack_halves")
 CACHE = CacheSizes(slots=1 << 16, block_sizes=(8, 32), sequences=8, longest=8192)  # of the sandbox
 _OF_SANDBOX = (
@@ -75,4 +81,19 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
         shared = bandwidth.bulk_shared_bytes()
         bulk = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
         entries.append(Entry("bulk_read", bulk))
+    return entries
+
+
+def persistent_catalogue(capability: tuple[int, int]) -> list[Entry]:
+    """The persistent kernel and what goes with it, for one layer each: all layers run through the same code.
+
+    It takes half a minute to compile, and does not run below sm_90: so it is not among the kernels of `catalogue`.
+    """
+    entries = []
+    for model, geometry in PERSISTENT_MODELS.items():
+        chip = Chip(MULTIPROCESSORS, SHARED_BYTES[capability], capability)
+        kernels = ModelKernels(geometry, chip, persistent=True)
+        entries.append(Entry(f"persistent of {model}'s layer", kernels.planned["persistent"].spec))
+        entries.append(Entry(f"persistent of {model}'s layer, traced", kernels.persistent_traced.spec))
+        entries.append(Entry(f"publish of {model}'s layer", kernels.planned["publish"].spec))
     return entries

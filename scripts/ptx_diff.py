@@ -1,0 +1,276 @@
+"""Whether a change leaves the machine code of the GPU kernels alone: PTX of the working tree against another revision.
+
+    python scripts/ptx_diff.py HEAD~1                              # every kernel, every architecture
+    python scripts/ptx_diff.py main --only 'qkv|attention' --arch sm_90
+    python scripts/ptx_diff.py v0.1.0 --show 40                    # lines of each difference
+    python scripts/ptx_diff.py HEAD --json
+
+The kernels are those of the catalogue in tests/support/kernel_catalogue.py, which tests/ptx compiles. Names of symbols,
+and the order of declarations, are left out of the comparison; a kernel with a new name is found by its code. No GPU is
+needed. The exit code is 1 if a kernel's code differs, or if a kernel has no counterpart.
+"""
+
+import argparse
+import difflib
+import gzip
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench_against import ROOT, SideError, export
+from ptx_dump import CAPABILITIES
+from rich.console import Console
+from rich.progress import Progress
+
+from numba_atomflow import home
+from numba_atomflow.files.atomic import write_whole
+from numba_atomflow.ops.cuda.runtime.build import compilers
+from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.utils.tables import render
+
+DUMP = Path(__file__).with_name("ptx_dump.py")
+Key = tuple[str, str]  # name of the kernel, architecture
+Dump = dict[Key, str]
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+_SYMBOL = re.compile(r"\b(?:_Z|_?cudapy|__cuda)[\w$]*|[\w$]*(?:NumbaEnv|cudapy)[\w$]*")
+_TOP_LEVEL = re.compile(r"^\.(?:common|global|extern|visible \.(?:global|common|shared)|shared)\b")
+
+
+def normalised(ptx: str, name: str) -> list[str]:
+    """Lines of PTX without what may change: symbols are numbered in their order of use, declarations sorted.
+
+    Args:
+        name: of the kernel's entry in this PTX.
+    """
+    names: dict[str, str] = {}
+
+    def numbered(match: re.Match[str]) -> str:
+        return names.setdefault(match[0], f"symbol{len(names)}")
+
+    ptx = re.sub(r"//[^\n]*", "", ptx)
+    ptx = re.sub(rf"\b{re.escape(name)}(?=\b|_param_)", "kernel", ptx)
+    lines = [line.rstrip() for line in ptx.splitlines() if line.strip()]
+    declarations = [line for line in lines if _TOP_LEVEL.match(line)]
+    code = [_SYMBOL.sub(numbered, line) for line in lines if not _TOP_LEVEL.match(line)]
+    used = sorted(_SYMBOL.sub(numbered, line) for line in declarations if _known(line, names))
+    unused = sorted(_SYMBOL.sub("unused", line) for line in declarations if not _known(line, names))
+    return used + unused + code
+
+
+def _known(declaration: str, names: Mapping[str, str]) -> bool:
+    return all(symbol in names for symbol in _SYMBOL.findall(declaration))
+
+
+def entry_name(ptx: str) -> str:
+    """Name of the kernel in its PTX."""
+    match = re.search(r"\.entry\s+([\w$]+)\(", ptx)
+    if match is None:
+        raise ValueError("PTX without a kernel")
+    return match[1]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A kernel whose code differs: how many lines, and the lines as a unified diff."""
+
+    name: str
+    architecture: str
+    lines: int
+    diff: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What became of every kernel.
+
+    Attributes:
+        identical: how many have the same code under the same name.
+        renamed: [old name, new name, architecture] of those with the same code under another name.
+        differ: those whose code differs. removed, added: those without a counterpart.
+    """
+
+    identical: int
+    renamed: list[tuple[str, str, str]]
+    differ: list[Difference]
+    removed: list[Key]
+    added: list[Key]
+
+    @property
+    def same(self) -> bool:
+        return not (self.differ or self.removed or self.added)
+
+
+def compare(before: Dump, after: Dump) -> Comparison:
+    """Match kernels by name, then those left over by code."""
+    old = {key: normalised(ptx, entry_name(ptx)) for key, ptx in before.items()}
+    new = {key: normalised(ptx, entry_name(ptx)) for key, ptx in after.items()}
+    shared = sorted(old.keys() & new.keys())
+    differ = [_difference(key, old[key], new[key]) for key in shared if old[key] != new[key]]
+    removed, added = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
+    renamed = []
+    for key in list(removed):
+        match = next((other for other in added if other[1] == key[1] and new[other] == old[key]), None)
+        if match is not None:
+            renamed.append((key[0], match[0], key[1]))
+            removed.remove(key)
+            added.remove(match)
+    return Comparison(len(shared) - len(differ), renamed, differ, removed, added)
+
+
+def _difference(key: Key, old: list[str], new: list[str]) -> Difference:
+    diff = list(difflib.unified_diff(old, new, "before", "after", lineterm="", n=2))
+    changed = sum(line[0] in "+-" for line in diff[2:])
+    return Difference(key[0], key[1], changed, diff)
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def dump(tree: Path, only: str, architectures: Sequence[str], jobs: int, step: Callable[[], None]) -> Dump:
+    """PTX of a checkout's kernels, by `jobs` processes.
+
+    Raises:
+        SideError: the checkout cannot be compiled.
+    """
+    found: Dump = {}
+    failed: list[str] = []
+
+    def work(part: int) -> None:
+        task = {"only": only, "architectures": list(architectures), "part": part, "parts": jobs}
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                [sys.executable, str(DUMP), str(tree), json.dumps(task)],
+                env=os.environ | {"PYTHONPATH": str(tree)},
+                cwd=tree,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                record = json.loads(line)
+                found[record["name"], record["architecture"]] = record["ptx"]
+                step()
+            if process.wait():
+                errors.seek(0)
+                failed.append((errors.read().strip().splitlines() or ["no message"])[-1])
+
+    threads = [threading.Thread(target=work, args=(part,), daemon=True) for part in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise SideError(f"The kernels of {tree} do not compile: {failed[0]}")
+    return found
+
+
+def revision_dump(
+    revision: str, only: str, architectures: Sequence[str], jobs: int, step: Callable[[], None]
+) -> tuple[str, Dump]:
+    """Short commit and PTX of a revision; kept in the folder of compiled code, as it cannot change."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = export(revision, Path(folder))
+        question = hashlib.sha256(repr((only, sorted(architectures), compilers())).encode()).hexdigest()[:16]
+        kept = home.compiled() / f"ptx-{short}-{question}.json.gz"
+        if kept.exists():
+            return short, {(name, arch): ptx for name, arch, ptx in json.loads(gzip.decompress(kept.read_bytes()))}
+        found = dump(Path(folder), only, architectures, jobs, step)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[name, arch, ptx] for (name, arch), ptx in sorted(found.items())]
+    write_whole(kept, gzip.compress(json.dumps(rows).encode()), replace=True)
+    return short, found
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("revision", help="what to compare the working tree with: anything that git knows")
+    parser.add_argument("--only", type=_expression, default="", metavar="REGEX", help="kernels whose name matches")
+    parser.add_argument("--arch", action="append", choices=list(CAPABILITIES), help="may be repeated; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--show", type=int, default=12, metavar="N", help="lines per difference (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="a record on standard output")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; at least 1 process is needed")
+    try:
+        short, comparison = _run(options)
+    except SideError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        print(json_text(_record(short, comparison)))
+    else:
+        _print(short, comparison, options.show)
+    return 0 if comparison.same else 1
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from error
+    return text
+
+
+def _run(options: argparse.Namespace) -> tuple[str, Comparison]:
+    architectures = options.arch or list(CAPABILITIES)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("compiling the kernels of both sides", total=None)
+
+        def step() -> None:
+            progress.advance(task)
+
+        short, before = revision_dump(options.revision, options.only, architectures, options.jobs, step)
+        progress.reset(task, description=f"compiling the working tree, after {short}", total=len(before))
+        after = dump(ROOT, options.only, architectures, options.jobs, step)
+    if not before and not after:
+        raise SideError(f"No kernel's name matches {options.only!r}.")
+    return short, compare(before, after)
+
+
+def _record(short: str, comparison: Comparison) -> dict[str, object]:
+    return {
+        "revision": short,
+        "identical": comparison.identical,
+        "renamed": [list(row) for row in comparison.renamed],
+        "differ": [vars(difference) for difference in comparison.differ],
+        "removed": [list(key) for key in comparison.removed],
+        "added": [list(key) for key in comparison.added],
+    }
+
+
+def _print(short: str, comparison: Comparison, show: int) -> None:
+    for difference in comparison.differ:
+        print(f"\n{difference.name}, {difference.architecture}: {difference.lines} lines differ")
+        print("\n".join(difference.diff[:show]))
+    rows = [(f"{old} -> {new}", arch, "renamed, same code") for old, new, arch in comparison.renamed]
+    rows += [(row.name, row.architecture, f"{row.lines} lines differ") for row in comparison.differ]
+    rows += [(name, arch, f"only in {short}") for name, arch in comparison.removed]
+    rows += [(name, arch, "only in the working tree") for name, arch in comparison.added]
+    if rows:
+        print(render("table", ("kernel", "architecture", f"against {short}"), rows, words=(0, 1, 2)))
+    print(
+        f"{comparison.identical} kernels have identical PTX, {len(comparison.renamed)} under another name, "
+        f"{len(comparison.differ)} differ; {len(comparison.removed)} only in {short}, {len(comparison.added)} new."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
