@@ -62,3 +62,11 @@ class TextError(AtomFlowError):
 
 class GroundTruthError(AtomFlowError):
     """A ground truth is missing, damaged, of another format version, or of another model or prompt."""
+
+
+def non_finite_logits() -> CheckpointError:
+    """The error to raise when the largest logit is NaN or Inf."""
+    return CheckpointError(
+        "Logits contain NaN or Inf: the checkpoint is damaged; check it with `numba-atomflow info MODEL --verify`, "
+        "or convert it again."
+    )

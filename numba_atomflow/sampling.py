@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.errors import CheckpointError, OptionError
+from numba_atomflow.errors import OptionError, non_finite_logits
 from numba_atomflow.files.untrusted import shown
 from numba_atomflow.utils.arguments import real_number, truth_value, whole_number
 
@@ -180,14 +180,6 @@ def _nucleus_candidates(
     return _sorted_prefix(scaled, np.arange(len(scaled)))
 
 
-def no_numbers() -> CheckpointError:
-    """What to raise where the best logit is NaN or an infinity."""
-    return CheckpointError(
-        "The model computes no numbers (NaN): its checkpoint is damaged; check it with "
-        "`numba-atomflow info MODEL --verify`, or convert it again."
-    )
-
-
 class Sampler:
     """Draws tokens for one reply: remembers what the context holds and how many draws were made.
 
@@ -213,7 +205,7 @@ class Sampler:
         logits = penalise(logits, self.seen, self.params.repetition_penalty)
         best = int(np.argmax(logits))  # finds a NaN if there is one
         if not np.isfinite(logits[best]):
-            raise no_numbers()
+            raise non_finite_logits()
         token = best if self.params.greedy else self._draw(logits)
         self.seen[token] = True
         return token

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.engine import Engine
-from numba_atomflow.errors import OptionError, SourceError, TextError
+from numba_atomflow.errors import OptionError, SourceError, TextError, non_finite_logits
 from numba_atomflow.files.untrusted import shown
-from numba_atomflow.sampling import no_numbers
 from numba_atomflow.utils.arguments import whole_number
 from numba_atomflow.utils.progress import Progress
 
@@ -110,7 +109,7 @@ def measure(
     Raises:
         OptionError: context or stride is out of range.
         TextError: the text is too short, or the model has no tokenizer.
-        CheckpointError, SourceError: the logits of the model, or of the reference, hold a NaN or an infinity.
+        CheckpointError, SourceError: the logits of the model, or of the reference, contain NaN or Inf.
     """
     context, stride = choose_windows(engine.max_seq_len, context, stride)
     before = engine.text.encode("")[:1]  # a BOS, if the model has one; some tokenizers put an EOS behind it
@@ -125,7 +124,7 @@ def measure(
         window = [*before, *tokens[start:stop]]
         theirs = reference(window) if reference else None
         if theirs is not None and not np.isfinite(theirs).all():
-            raise SourceError("The reference computes no numbers (NaN): its weights are damaged, get them again.")
+            raise SourceError("The reference's logits contain NaN or Inf: its weights are damaged; get them again.")
         engine.reset()
         offset = len(before) - start  # of a token's position in the window
         for row in range(0, len(window), _ROWS_AT_ONCE):
@@ -134,7 +133,7 @@ def measure(
             logits = engine.feed(piece, all_logits=True)
             seconds += time.perf_counter() - started
             if not np.isfinite(logits).all():
-                raise no_numbers()
+                raise non_finite_logits()
             # Row i predicts the token at position i + 1 of the window.
             targets = [t for t in range(max(first, row + 1 - offset), stop) if t + offset - 1 < row + len(piece)]
             if targets:

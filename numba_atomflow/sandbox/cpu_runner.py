@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from numba_atomflow.errors import CheckpointError
+from numba_atomflow.errors import CheckpointError, non_finite_logits
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.host.machine import cpu_name
 from numba_atomflow.host.threads import choose_threads, described, kernels_turn
@@ -167,7 +167,7 @@ class CpuRunner:
             self._call(rms_norm.rms_norm, residual, self._weights["final_norm"], self.geometry.norm_eps, normed)
             self._project("embedding" if self.geometry.tied_embeddings else "vocabulary", normed, logits)
         if not np.isfinite(logits.max()):
-            raise CheckpointError("The model computes no numbers (NaN): its checkpoint is damaged; convert it again.")
+            raise non_finite_logits()
         tokens: list[int] = logits.argmax(axis=1).tolist()
         return tokens
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import DeviceResources
-from numba_atomflow.errors import CheckpointError
+from numba_atomflow.errors import non_finite_logits
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory, PinnedArray, copy_to_device
 from numba_atomflow.memory.paged import BlockCopy
@@ -163,7 +163,7 @@ class GpuRunner:
             call("cuStreamSynchronize", self._stream)
         tokens = [token_of(int(self._best.array[column])) for column in batch.wanted]
         if None in tokens:
-            raise CheckpointError("The model computes no numbers (NaN): its checkpoint is damaged; convert it again.")
+            raise non_finite_logits()
         return [token for token in tokens if token is not None]
 
     def _bring(self, batch: Batch, spare_slot: int) -> int:

@@ -116,7 +116,7 @@ class StepRunner(Protocol):
         """Take a step through the model: the most likely token behind each wanted column.
 
         Raises:
-            CheckpointError: the model computes no numbers.
+            CheckpointError: the logits contain NaN or Inf.
         """
 
 

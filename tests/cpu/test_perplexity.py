@@ -183,12 +183,12 @@ def test_logits_of_both_signs_at_the_end_of_float32(engine: Engine, monkeypatch:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_no_numbers_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+def test_non_finite_logits_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     def reference(tokens: Sequence[int]) -> NDArray[np.float32]:
         return np.full((len(tokens), engine.geometry.vocabulary), wrong, np.float32)
 
-    with pytest.raises(SourceError, match="reference computes no numbers"):
+    with pytest.raises(SourceError, match="reference's logits contain NaN or Inf"):
         measure(engine, "a" * 40, 32, 16, reference)
     fed_with(engine, monkeypatch, lambda i: wrong if i == 3 else 0.0)
-    with pytest.raises(CheckpointError, match="model computes no numbers"):
+    with pytest.raises(CheckpointError, match="Logits contain NaN or Inf"):
         measure(engine, "a" * 40, 32, 16)

@@ -297,9 +297,9 @@ def test_temperatures_below_the_least_count_as_it() -> None:
         ([float("nan"), 1.0, 2.0], 1.3),
     ],
 )
-def test_logits_that_are_no_numbers_are_refused(logits: list[float], penalty: float, params: dict[str, Any]) -> None:
+def test_non_finite_logits_are_refused(logits: list[float], penalty: float, params: dict[str, Any]) -> None:
     sampler = Sampler(SamplingParams(repetition_penalty=penalty, seed=0, **params), 3, (0,))
-    with pytest.raises(CheckpointError, match="computes no numbers"):
+    with pytest.raises(CheckpointError, match="Logits contain NaN or Inf"):
         sampler.choose(np.array(logits, np.float32))
 
 

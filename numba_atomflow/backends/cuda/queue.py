@@ -12,9 +12,9 @@ from typing import Any
 from numba_atomflow.backends.cuda.kernels import RING
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
+from numba_atomflow.errors import non_finite_logits
 from numba_atomflow.memory.device import PinnedArray, copy_to_device
 from numba_atomflow.memory.view import View
-from numba_atomflow.sampling import no_numbers
 
 _STAGED = 1 << 14  # tokens of prompts that may be on their way to the device
 _POLLS = 2000  # looks at the ring (some 100 us) between looks at the stream
@@ -53,7 +53,7 @@ class TokenChannel:
                 ended, if it has nothing to do any more.
 
         Raises:
-            CheckpointError: its logits are no numbers.
+            CheckpointError: its logits contain NaN or Inf.
         """
         slot, wanted = self._to_host.array[(number - 1) % RING : (number - 1) % RING + 1], number & 0xFFFFFFFF
         polls = 0
@@ -66,5 +66,5 @@ class TokenChannel:
                 check()
                 time.sleep(0)  # let other threads run
         if entry >> _ID_BITS & 1:
-            raise no_numbers()
+            raise non_finite_logits()
         return entry & ((1 << _ID_BITS) - 1)
