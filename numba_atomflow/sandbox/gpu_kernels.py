@@ -13,8 +13,9 @@ from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.paged import paged_cache_buffer
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, Pool, plan_memory
-from numba_atomflow.ops.cuda.attention import decode
-from numba_atomflow.ops.cuda.attention.decode import AttentionShape, Paging, choose_splits
+from numba_atomflow.ops.cuda.attention.decode import attention_kernel
+from numba_atomflow.ops.cuda.attention.paged import paged_attention_kernel
+from numba_atomflow.ops.cuda.attention.shape import AttentionShape, Paging, choose_kv_splits
 from numba_atomflow.ops.cuda.gemv.kernels import (
     make_add,
     make_paged_qkv,
@@ -27,7 +28,7 @@ from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, choose_shape
 from numba_atomflow.ops.cuda.layout import weights
 from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
-from numba_atomflow.ops.cuda.runtime.spec import F32, I32, I64, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token import embedding, sample
 from numba_atomflow.sandbox.runner import CacheSizes
 
@@ -86,7 +87,7 @@ class SandboxKernels:
     def attention_shape(self, width: int) -> AttentionShape:
         """How one token's attention is cut in a step of this width: about a block per multiprocessor in all."""
         g = self.geometry
-        splits = max(1, choose_splits(g.heads, g.kv_heads, 1, self.chip.multiprocessors) // width)
+        splits = max(1, choose_kv_splits(g.heads, g.kv_heads, 1, self.chip.multiprocessors) // width)
         return AttentionShape(g.heads, g.kv_heads, g.head_dim, 1, self.layouts["o"].padded_columns, splits)
 
     def _shape(self, kind: str, width: int) -> ProjectionShape:
@@ -128,7 +129,7 @@ class SandboxKernels:
             buffer("workspace", "cosines", "float32", self.sizes.longest, g.head_dim // 2),
             buffer("workspace", "sines", "float32", self.sizes.longest, g.head_dim // 2),
             buffer("workspace", "partials", "float32", max(n * shape.partials for n, shape in shapes.items())),
-            buffer("workspace", "counters", "uint32", max(n * shape.units for n, shape in shapes.items())),
+            buffer("workspace", "counters", "uint32", max(n * shape.work_tiles for n, shape in shapes.items())),
             buffer("workspace", "seen", "uint32", -(-g.vocabulary // 32)),
             buffer("workspace", "options", "float64", 5),
             buffer("workspace", "staging", "uint8", _STAGING),
@@ -159,20 +160,10 @@ class SandboxKernels:
         return {kernel.spec.name: kernel for kernel in kernels}
 
     def _attention(self, width: int, form: str, paging: Paging | None) -> Planned:
-        shape = self.attention_shape(width)
-        places = (I64,) if paging is None else (I64, I64, I64, I32)
-        more: dict[str, object] = {} if paging is None else {"paging": paging}
-        spec = kernel_spec(
-            f"attention_{form}_x{width}",
-            decode.make_attention if paging is None else decode.make_paged_attention,
-            (U32, U32, U32, *places, F32, U32, U32),
-            shape.threads,
-            shape.shared_bytes,
-            shape=shape,
-            dependent=self.chip.dependent_launch,
-            **more,
-        )
-        return Planned(spec, width * shape.blocks)
+        name, shape, dependent = f"attention_{form}_x{width}", self.attention_shape(width), self.chip.dependent_launch
+        if paging is None:
+            return attention_kernel(name, shape, dependent=dependent)
+        return paged_attention_kernel(name, shape, paging, dependent=dependent)
 
     def _projection(self, kind: str, width: int) -> Planned:
         g = self.geometry

@@ -73,7 +73,7 @@ def test_every_launch_fits_its_kernel_and_stays_in_its_memory(geometry: ModelGeo
         assert prod(q.shape) >= width * geometry.q_dim
         assert keys.shape == (SIZES.slots + 16, geometry.kv_dim)
         assert partials.shape[0] >= width * shape.partials
-        assert counters.shape[0] >= width * shape.units
+        assert counters.shape[0] >= width * shape.work_tiles
         assert attended.shape[1] == shape.out_width
 
 

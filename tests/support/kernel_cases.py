@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.attention import attend_reference
-from numba_atomflow.ops.cuda.attention.decode import AttentionShape, make_attention
+from numba_atomflow.ops.cuda.attention.decode import make_attention
+from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.gemv import kernels
 from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape
 from numba_atomflow.ops.cuda.layout.weights import (
@@ -372,7 +373,7 @@ def check_attention(case: AttentionCase) -> None:
     q = (rng.standard_normal((case.columns, case.heads * case.head_dim)) * 2).astype(np.float16)
     cache = rng.standard_normal((2, positions, case.kv_heads * case.head_dim)).astype(np.float16)
     position = np.array([case.length - case.columns], np.int64)
-    counters = np.zeros(shape.units, np.uint32)
+    counters = np.zeros(shape.work_tiles, np.uint32)
     kernel = _attention_kernel(shape)
     results = []
     for noise in (np.float16(np.nan), np.float16(60000.0)):
@@ -380,7 +381,7 @@ def check_attention(case: AttentionCase) -> None:
         out = poisoned(case.columns * case.shape.out_width // 2, dtype=np.uint32)
         keys, values = as_words(cache[0]), as_words(cache[1])
         arguments = as_words(q), keys, values, position, poisoned(shape.partials), counters, out
-        launch(kernel, shape.blocks, shape.threads, shape.shared_bytes, *arguments)
+        launch(kernel, shape.ctas, shape.threads, shape.shared_bytes, *arguments)
         assert not counters.any(), "a counter does not stand at zero for the next launch"
         results.append(out.view(np.float16).reshape(case.columns, -1))
     width = case.heads * case.head_dim

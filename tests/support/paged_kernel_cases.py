@@ -19,7 +19,9 @@ from kernel_cases import (
 )
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.cuda.attention.decode import AttentionShape, Paging, make_attention, make_paged_attention
+from numba_atomflow.ops.cuda.attention.decode import make_attention
+from numba_atomflow.ops.cuda.attention.paged import make_paged_attention
+from numba_atomflow.ops.cuda.attention.shape import AttentionShape, Paging
 from numba_atomflow.ops.cuda.gemv.kernels import make_paged_qkv, make_qkv
 from numba_atomflow.ops.cuda.layout.weights import to_fragments_reference
 from numba_atomflow.ops.paged_attention import attend_paged_reference
@@ -78,10 +80,10 @@ def check_paged_attention(case: PagedCase) -> None:
     q = (rng.standard_normal((columns, case.heads * case.head_dim)) * 2).astype(np.float16)
     positions, rows = np.array(case.lengths, np.int64) - 1, np.array(case.row_of, np.int64)
     out = poisoned(columns * shape.out_width // 2, dtype=np.uint32)
-    counters = np.zeros(columns * shape.units, np.uint32)
+    counters = np.zeros(columns * shape.work_tiles, np.uint32)
     launch(
         paged,
-        columns * shape.blocks,
+        columns * shape.ctas,
         shape.threads,
         shape.shared_bytes,
         as_words(q),
@@ -101,9 +103,9 @@ def check_paged_attention(case: PagedCase) -> None:
     for t, (length, row) in enumerate(zip(case.lengths, case.row_of, strict=True)):
         keys, values = (np.ascontiguousarray(array[slots[row][:length]]) for array in cache)
         alone = poisoned(shape.out_width // 2, dtype=np.uint32)
-        scratch = poisoned(shape.partials), np.zeros(shape.units, np.uint32), alone
+        scratch = poisoned(shape.partials), np.zeros(shape.work_tiles, np.uint32), alone
         arguments = as_words(q[t]), as_words(keys), as_words(values), positions[t : t + 1], *scratch
-        launch(static, shape.blocks, shape.threads, shape.shared_bytes, *arguments)
+        launch(static, shape.ctas, shape.threads, shape.shared_bytes, *arguments)
         np.testing.assert_array_equal(got[t, :width], alone.view(np.float16)[:width])
     if case.block_size:
         exact = (array.astype(np.float64) for array in (q, *cache))

@@ -12,8 +12,8 @@ from typing import Any
 from numba_atomflow.checkpoint.format import HeadFormat
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.cuda.attention import decode
-from numba_atomflow.ops.cuda.attention.decode import AttentionShape
+from numba_atomflow.ops.cuda.attention.decode import attention_kernel
+from numba_atomflow.ops.cuda.attention.shape import AttentionShape, choose_kv_splits
 from numba_atomflow.ops.cuda.gemv.kernels import make_add, make_qkv, make_store, make_swiglu, projection_kernel
 from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, choose_shape
 from numba_atomflow.ops.cuda.layout import weights
@@ -22,7 +22,7 @@ from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
 from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
 from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, PersistentShape
 from numba_atomflow.ops.cuda.runtime.chip import Chip
-from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token import embedding, rope, sample
 
 MOST_COLUMNS = 8  # of `mma.m16n8k16`
@@ -113,7 +113,7 @@ class ModelKernels:
     def attention_shape(self, columns: int) -> AttentionShape:
         """How attention of `columns` tokens is cut."""
         g = self.geometry
-        splits = decode.choose_splits(g.heads, g.kv_heads, columns, self.chip.multiprocessors)
+        splits = choose_kv_splits(g.heads, g.kv_heads, columns, self.chip.multiprocessors)
         return AttentionShape(g.heads, g.kv_heads, g.head_dim, columns, self.layouts["o"].padded_columns, splits)
 
     @property
@@ -179,17 +179,7 @@ class ModelKernels:
         return projection_kernel(f"{kind}_x{columns}", factory, shape, multiprocessors, self.dependent, **more)
 
     def _attention(self, columns: int) -> Planned:
-        shape = self.attention_shape(columns)
-        spec = kernel_spec(
-            f"attention_x{columns}",
-            decode.make_attention,
-            (U32, U32, U32, I64, F32, U32, U32),
-            shape.threads,
-            shape.shared_bytes,
-            shape=shape,
-            dependent=self.dependent,
-        )
-        return Planned(spec, shape.blocks)
+        return attention_kernel(f"attention_x{columns}", self.attention_shape(columns), dependent=self.dependent)
 
     def _rope(self, columns: int) -> Planned:
         g = self.geometry

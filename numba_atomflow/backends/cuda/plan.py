@@ -34,7 +34,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         *weight_buffers(kernels),
         *step_buffers(g, sizes),
         Buffer("workspace", "attention.partials", (max(shape.partials for shape in attentions),), "float32"),
-        Buffer("workspace", "attention.counters", (max(shape.units for shape in attentions),), "uint32"),
+        Buffer("workspace", "attention.counters", (max(shape.work_tiles for shape in attentions),), "uint32"),
         Buffer("workspace", "sampling.seen", (-(-g.vocabulary // 32),), "uint32"),
         Buffer("workspace", "sampling.options", (5,), "float64"),
         Buffer("workspace", "sampling.generator", (2,), "uint64"),
