@@ -181,17 +181,21 @@ def dump(tree: Path, only: str, architectures: Sequence[str], jobs: int, step: C
 def revision_dump(
     revision: str, only: str, architectures: Sequence[str], jobs: int, step: Callable[[], None]
 ) -> tuple[str, Dump]:
-    """Short commit and PTX of a revision; kept in the folder of compiled code, as it cannot change."""
+    """Short commit and PTX of a revision. A dump of everything is kept in the folder of compiled code."""
     with tempfile.TemporaryDirectory() as folder:
         short = export(revision, Path(folder))
-        question = hashlib.sha256(repr((only, sorted(architectures), compilers())).encode()).hexdigest()[:16]
-        kept = home.compiled() / f"ptx-{short}-{question}.json.gz"
+        versions = hashlib.sha256(compilers().encode()).hexdigest()[:8]
+        kept = home.compiled() / f"ptx-{short}-{versions}.json.gz"
         if kept.exists():
-            return short, {(name, arch): ptx for name, arch, ptx in json.loads(gzip.decompress(kept.read_bytes()))}
+            rows = json.loads(gzip.decompress(kept.read_bytes()))
+            return short, {
+                (name, arch): ptx for name, arch, ptx in rows if arch in architectures and re.search(only, name)
+            }
         found = dump(Path(folder), only, architectures, jobs, step)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[name, arch, ptx] for (name, arch), ptx in sorted(found.items())]
-    write_whole(kept, gzip.compress(json.dumps(rows).encode()), replace=True)
+    if not only and set(architectures) == set(CAPABILITIES):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        data = json.dumps([[name, arch, ptx] for (name, arch), ptx in sorted(found.items())])
+        write_whole(kept, gzip.compress(data.encode()), replace=True)
     return short, found
 
 
