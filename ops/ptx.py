@@ -572,7 +572,7 @@ def pause(nanoseconds):
 
 @_instruction("mov.u64 $0, %globaltimer;", (u64,), (), effect=True)
 def nanoseconds():
-    """A clock that all multiprocessors share; reading it takes long."""
+    """A clock that all SMs share; reading it takes long."""
     return time.perf_counter_ns()
 
 

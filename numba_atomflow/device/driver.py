@@ -1,10 +1,9 @@
 """The CUDA driver as this project uses it: every call is checked, and a failure is one sentence.
 
-A process has at most one context here, made when the first engine wants a GPU and destroyed with the last one. It is a
-context of our own, not the primary one that numba and PyTorch share, so that closing the last engine gives all of it
-back. It belongs to the process that made it: CUDA does not go on in a forked child. After a kernel has failed (an
-illegal address, say) CUDA refuses the GPU to the whole process, new contexts included: measured with driver 580. The
-process goes on all the same, on the CPU backend.
+A process has at most one context per GPU, created for its first user and destroyed with its last. It is not the primary
+context that numba and PyTorch share, so closing the last engine frees everything. A context belongs to the process that
+created it: CUDA does not work in a forked child. After a kernel has failed (an illegal address, say) CUDA refuses every
+call of the process, new contexts included (measured with driver 580); the process can go on with the CPU backend.
 """
 
 import os
@@ -106,19 +105,21 @@ def _bindings() -> Any:
 
 
 class Device:
-    """One GPU with a context of our own. `open_device` makes it, `close` gives it back.
+    """One GPU and its context. `open_device` creates it, `close` drops one user of it.
 
     Attributes:
-        name: as its maker calls it.
+        ordinal: its number among the GPUs that the driver sees (CUDA_VISIBLE_DEVICES), from 0.
+        name: the product name.
         capability: compute capability, such as (9, 0).
-        multiprocessors: how many it has.
-        shared_bytes: the most shared memory that a block can have.
-        memory_bytes: in all.
-        l2_bytes: of its second-level cache.
+        sms: number of SMs.
+        shared_bytes: largest shared memory of a CTA.
+        memory_bytes: size of device memory.
+        l2_bytes: size of L2.
         driver_version: the CUDA version that the driver supports, such as (13, 0).
     """
 
-    def __init__(self, ordinal: int = 0) -> None:
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal = ordinal
         handle = call("cuDeviceGet", ordinal)
         attributes = _bindings().CUdevice_attribute
 
@@ -132,13 +133,13 @@ class Device:
                 f"{self.name} has compute capability {self.capability[0]}.{self.capability[1]}, but the kernels need "
                 f"{OLDEST[0]}.{OLDEST[1]}; use --backend cpu."
             )
-        self.multiprocessors = attribute("MULTIPROCESSOR_COUNT")
+        self.sms = attribute("MULTIPROCESSOR_COUNT")
         self.shared_bytes = attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         self.l2_bytes = attribute("L2_CACHE_SIZE")
         self.memory_bytes = int(call("cuDeviceTotalMem", handle))
         version = int(call("cuDriverGetVersion"))
         self.driver_version = version // 1000, version % 1000 // 10
-        self._users: list[None] = []  # as many as there are: a list grows and shrinks in one step, a count does not
+        self._users: list[None] = []  # one entry each: a list grows and shrinks in one bytecode, a count does not
         self._process = os.getpid()
         self._context: Any = _create_context(handle)
 
@@ -149,9 +150,9 @@ class Device:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context the thread's own for a while; whatever was current before is so again afterwards.
+        """Push the context on this thread and pop it afterwards.
 
-        After a final failure of the GPU inside, no later `open_device` gives this device out.
+        After a final failure of the GPU inside, no later `open_device` returns this device.
 
         Raises:
             BackendError: the context is gone, or another process's.
@@ -178,13 +179,12 @@ class Device:
         return self._context is not None and int(call("cuCtxGetCurrent")) == int(self._context)
 
     def free_bytes(self) -> int:
-        """Device memory that nobody has allocated."""
+        """Unallocated device memory."""
         with self.current():
             return int(call("cuMemGetInfo")[0])
 
     def close(self) -> None:
-        """One user less; the last one takes the context along. In a forked child nothing happens."""
-        global _shared  # noqa: PLW0603  the process's one device
+        """Drop one user; the last one destroys the context. Does nothing in a forked child."""
         if os.getpid() != self._process:
             return
         with deferred_interrupts(), _lock:
@@ -193,45 +193,60 @@ class Device:
             if self._users or self._context is None:
                 return
             context, self._context = self._context, None
-            if _shared is self:
-                _shared = None
+            _forget(self)
             with suppress(DriverError):  # after a failed kernel, destroying may report that failure once more
                 call("cuCtxDestroy", context)
 
     def _abandon(self) -> None:
-        """The next `open_device` asks the driver anew, which refuses; this one's users still close it."""
-        global _shared  # noqa: PLW0603  the process's one device
+        """The next `open_device` asks the driver again, which refuses; present users still close this one."""
         with _lock:
-            if _shared is self:
-                _shared = None
+            _forget(self)
 
 
-_shared: Device | None = None
+_open_devices: dict[int, Device] = {}  # by ordinal
 
 
-def open_device() -> Device:
-    """The process's GPU, with one user more. Close it; `resources.DeviceResources` does so whatever happens.
+def open_device(device_ordinal: int = 0) -> Device:
+    """A GPU of this process, with one user more. Each user closes it, normally through `resources.DeviceResources`.
+
+    Args:
+        device_ordinal: which of the GPUs that the driver sees (CUDA_VISIBLE_DEVICES), from 0.
 
     Raises:
-        BackendError: there is no GPU that can be used; the sentence says why.
+        BackendError: there is no such GPU, or it cannot be used.
     """
-    global _shared, _initialised_in  # noqa: PLW0603  the process's one device
+    global _initialised_in  # noqa: PLW0603  the driver is initialised once per process
     if _initialised_in not in (None, os.getpid()):  # the lock may have been another thread's
         raise _forked()
     with deferred_interrupts(), _lock:
         while True:
-            if _shared is None:
+            if device_ordinal not in _open_devices:
                 call("cuInit", 0)
                 _initialised_in = os.getpid()
-                if call("cuDeviceGetCount") == 0:
-                    raise BackendError(
-                        "The NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES, or use --backend cpu."
-                    )
-                _shared = Device()
-            device = _shared
+                _check_ordinal(device_ordinal)
+                _open_devices[device_ordinal] = Device(device_ordinal)
+            device = _open_devices[device_ordinal]
             device._users.append(None)  # noqa: SLF001
             if not device.closed:  # its last user may have been collected a moment ago
                 return device
+
+
+def _check_ordinal(device_ordinal: int) -> None:
+    gpus = int(call("cuDeviceGetCount"))
+    if gpus == 0:
+        raise BackendError("The NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES, or use --backend cpu.")
+    if not 0 <= device_ordinal < gpus:
+        present = "one GPU, number 0" if gpus == 1 else f"{gpus} GPUs, numbers 0 to {gpus - 1}"
+        raise BackendError(
+            f"There is no GPU number {device_ordinal}: the NVIDIA driver sees {present}; choose one of these, check "
+            "CUDA_VISIBLE_DEVICES, or use --backend cpu."
+        )
+
+
+def _forget(device: Device) -> None:
+    """Take a device off the list, unless a later one has its ordinal already. The lock is held."""
+    if _open_devices.get(device.ordinal) is device:
+        del _open_devices[device.ordinal]
 
 
 def _forked() -> BackendError:

@@ -143,13 +143,13 @@ class DeviceResources:
         self._use = Resources()  # the device, closed when its context is needed no more
         self._forgotten = weakref.finalize(self, _give_back, self._use, self.made)
 
-    def open(self) -> Device:
-        """The GPU.
+    def open(self, device_ordinal: int = 0) -> Device:
+        """A GPU, by its number among those that the driver sees.
 
         Raises:
-            BackendError: there is none that can be used; the sentence says why.
+            BackendError: there is no such GPU, or it cannot be used.
         """
-        return self._use.make(open_device, undo=Device.close)
+        return self._use.make(open_device, device_ordinal, undo=Device.close)
 
     def current(self) -> AbstractContextManager[None]:
         """`Device.current`.

@@ -87,11 +87,11 @@ class SandboxKernels:
     def attention_shape(self, width: int) -> AttentionShape:
         """How one token's attention is cut in a step of this width: about a block per multiprocessor in all."""
         g = self.geometry
-        splits = max(1, choose_kv_splits(g.heads, g.kv_heads, 1, self.chip.multiprocessors) // width)
+        splits = max(1, choose_kv_splits(g.heads, g.kv_heads, 1, self.chip.sms) // width)
         return AttentionShape(g.heads, g.kv_heads, g.head_dim, 1, self.layouts["o"].padded_columns, splits)
 
     def _shape(self, kind: str, width: int) -> ProjectionShape:
-        return choose_shape(self.layouts[kind], width, self.chip.multiprocessors)
+        return choose_shape(self.layouts[kind], width, self.chip.sms)
 
     def _fits(self, width: int) -> bool:
         needed = [self._shape(kind, width).shared_bytes for kind in PROJECTIONS]
@@ -142,7 +142,7 @@ class SandboxKernels:
     def planned(self) -> dict[str, Planned]:
         """All kernels by name; what a step of n columns takes is called ``<kind>_x<n>``."""
         chip = self.chip
-        argmax = sample.argmax_kernel(self.geometry.vocabulary, chip.multiprocessors, chip.dependent_launch)
+        argmax = sample.argmax_kernel(self.geometry.vocabulary, chip.sms, chip.dependent_launch)
         kernels = [
             weights.repack_kernel(chip.hardware_fp8),
             argmax,
@@ -193,4 +193,4 @@ class SandboxKernels:
         self, name: str, kind: str, width: int, factory: Callable[..., Any], more: dict[str, object]
     ) -> Planned:
         shape, chip = self._shape(kind, width), self.chip
-        return projection_kernel(name, factory, shape, chip.multiprocessors, chip.dependent_launch, **more)
+        return projection_kernel(name, factory, shape, chip.sms, chip.dependent_launch, **more)

@@ -71,6 +71,32 @@ def test_no_gpu_is_one_sentence(pretended: PretendedDriver) -> None:
         open_device()
 
 
+def test_each_gpu_has_a_context_of_its_own(pretended: PretendedDriver) -> None:
+    pretended.gpus = 2
+    first, second = open_device(0), open_device(1)
+    assert (first.ordinal, second.ordinal) == (0, 1)
+    assert first is not second
+    assert open_device(1) is second
+    first.close()
+    second.close()
+    assert not second.closed
+    second.close()
+    assert second.closed
+    assert pretended.calls.count("cuCtxCreate") == pretended.calls.count("cuCtxDestroy") == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ordinal", "present"), [(1, 1, "one GPU, number 0"), (2, 2, "2 GPUs, numbers 0 to 1"), (2, -1, "2 GPUs")]
+)
+def test_an_ordinal_that_does_not_exist_is_one_sentence(
+    pretended: PretendedDriver, gpus: int, ordinal: int, present: str
+) -> None:
+    pretended.gpus = gpus
+    with pytest.raises(BackendError, match=f"no GPU number {ordinal}: the NVIDIA driver sees {present}"):
+        open_device(ordinal)
+    assert "cuCtxCreate" not in pretended.calls
+
+
 def test_an_arena_allocates_once_and_clears_what_it_is_told(pretended: PretendedDriver) -> None:
     buffers = [
         Buffer("weights", "w", (100,), "float32"),

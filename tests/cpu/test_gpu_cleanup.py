@@ -357,7 +357,7 @@ def test_an_engine_collected_while_another_is_captured_or_the_gpu_is_opened(pret
     for moment in ("cuStreamBeginCapture", "cuLaunchKernelEx", "cuInit"):
         forgotten = [load()]
         if moment == "cuInit":
-            driver._shared = None  # as after a failure of the GPU
+            driver._open_devices.clear()  # as after a failure of the GPU
 
         def collect(_number: int, name: str, moment: str = moment, forgotten: list[Engine] = forgotten) -> None:
             if name == moment:

@@ -35,7 +35,7 @@ WEIGHED = {QKV: "qkv", OUT: "o", GATE_UP: "gate_up", DOWN: "down", VOCABULARY: "
 
 
 def shape_of(geometry: ModelGeometry, blocks: int = 132, shared_bytes: int = 232448) -> PersistentShape:
-    chip = Chip(multiprocessors=blocks, shared_bytes=shared_bytes, capability=(9, 0))
+    chip = Chip(sms=blocks, shared_bytes=shared_bytes, capability=(9, 0))
     return ModelKernels(geometry, chip, persistent=True).persistent_shape
 
 
@@ -179,7 +179,7 @@ def test_chunks_of_the_sequence_have_a_block_and_a_lane_each(blocks: int) -> Non
         ({"ffn": 68}, "multiples of 16"),
         ({"head_dim": 72}, "multiples of 16"),
         ({"heads": 9}, "9 heads share"),
-        ({"multiprocessors": 0}, "more key/value heads"),
+        ({"sms": 0}, "more key/value heads"),
         ({"shared_bytes": 16 << 10}, "16 KB of shared memory"),
         ({"in_flight": 1000}, "no room for a ring"),
     ],

@@ -106,7 +106,7 @@ def test_the_kernels_clocks_become_a_trace() -> None:
     from numba_atomflow.ops.cuda.persistent import trace as noted
     from numba_atomflow.ops.cuda.runtime.chip import Chip
 
-    chip = Chip(multiprocessors=2, shared_bytes=232448, capability=(9, 0))
+    chip = Chip(sms=2, shared_bytes=232448, capability=(9, 0))
     kernels = ModelKernels(tiny_geometry(), chip, persistent=True)
     words = View("w", 0, (1,), "uint32")
     step = PersistentStep(kernels, {}, {}, {"w": words}, words, None)

@@ -12,7 +12,7 @@ from machine_code import check_registers, float64_arithmetic, number, skip_witho
 
 skip_without_compiler()
 
-from kernel_catalogue import MULTIPROCESSORS, PERSISTENT_MODELS, SHARED_BYTES  # noqa: E402
+from kernel_catalogue import PERSISTENT_MODELS, SHARED_BYTES, SMS  # noqa: E402
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels  # noqa: E402
 from numba_atomflow.geometry import ModelGeometry  # noqa: E402
@@ -33,7 +33,7 @@ SMOLLM2, LLAMA = PERSISTENT_MODELS.values()
 @pytest.mark.parametrize("cc", [(9, 0), (12, 0)], ids=str)
 def test_machine_code(name: str, model: str, geometry: ModelGeometry, cc: tuple[int, int]) -> None:
     """No spills, stack or local memory; no float64; weights come by bulk copies, and in no other way."""
-    kernels = ModelKernels(geometry, Chip(MULTIPROCESSORS, SHARED_BYTES[cc], cc), persistent=True)
+    kernels = ModelKernels(geometry, Chip(SMS, SHARED_BYTES[cc], cc), persistent=True)
     assert kernels.persistent_shape.refusal() is None
     assert kernels.persistent_shape.sizes("halved")[DOWN] == (model == "Llama 1B")
     spec = kernels.planned[name].spec

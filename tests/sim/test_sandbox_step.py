@@ -29,7 +29,7 @@ from numba_atomflow.sandbox.scheduler import Batch, Chunk
 
 GEOMETRY = tiny_geometry(layers=1, hidden=128, heads=2, kv_heads=1, ffn=128, vocabulary=48)
 SIZES = CacheSizes(slots=96, block_sizes=(8,), sequences=3, longest=32)
-CHIP = Chip(multiprocessors=1, shared_bytes=232448, capability=(8, 0))
+CHIP = Chip(sms=1, shared_bytes=232448, capability=(8, 0))
 LIMIT = 3e-3  # relative L2, as on a GPU
 
 

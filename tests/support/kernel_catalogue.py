@@ -12,7 +12,7 @@ from numba_atomflow.ops.cuda.runtime.spec import U32, KernelSpec, kernel_spec
 from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
 from numba_atomflow.sandbox.runner import CacheSizes
 
-MULTIPROCESSORS = 132  # of an H200
+SMS = 132  # of an H200
 SHARED_BYTES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # per block: how wide a step can be
 COPY_ENGINE = (9, 0)  # the first with one
 
@@ -65,7 +65,7 @@ class Entry:
 
 def catalogue(capability: tuple[int, int]) -> list[Entry]:
     """All kernels of an architecture."""
-    chip = Chip(MULTIPROCESSORS, SHARED_BYTES[capability], capability)
+    chip = Chip(SMS, SHARED_BYTES[capability], capability)
     wide = ModelKernels(LLAMA, chip).block
     entries = [Entry(name, kernel.spec) for name, kernel in ModelKernels(LLAMA, chip).planned.items()]
     other = ModelKernels(OTHER, chip, "fp16").planned
@@ -91,7 +91,7 @@ def persistent_catalogue(capability: tuple[int, int]) -> list[Entry]:
     """
     entries = []
     for model, geometry in PERSISTENT_MODELS.items():
-        chip = Chip(MULTIPROCESSORS, SHARED_BYTES[capability], capability)
+        chip = Chip(SMS, SHARED_BYTES[capability], capability)
         kernels = ModelKernels(geometry, chip, persistent=True)
         entries.append(Entry(f"persistent of {model}'s layer", kernels.planned["persistent"].spec))
         entries.append(Entry(f"persistent of {model}'s layer, traced", kernels.persistent_traced.spec))

@@ -40,7 +40,7 @@ KINDS = ("qkv", "attention", "o", "gate_up", "down")
 
 @dataclass(frozen=True)
 class PersistentCase:
-    """A model, cut for a chip of so many multiprocessors, with `position` tokens before this one."""
+    """A model, cut for a chip of so many SMs, with `position` tokens before this one."""
 
     hidden: int
     ffn: int
@@ -90,7 +90,7 @@ class PersistentCase:
                 down=self.layout("down"),
                 vocabulary=self.layout("vocabulary"),
                 embedding=self.layout("vocabulary"),
-                multiprocessors=self.blocks,
+                sms=self.blocks,
                 shared_bytes=shared_bytes,
             )
 
@@ -229,7 +229,7 @@ class Memory:
         cache = self.cache.reshape(-1)
         launch(
             kernels(shape)[0],
-            shape.multiprocessors,
+            shape.sms,
             BLOCK_THREADS,
             shape.block_bytes,
             self.weights,
@@ -255,7 +255,7 @@ class Memory:
             self.ring,
             self.count,
             self.fault,
-            np.zeros(shape.multiprocessors * shape.ops * EVENTS, np.int64),
+            np.zeros(shape.sms * shape.ops * EVENTS, np.int64),
             self.plane,
             first,
             last,

@@ -77,7 +77,7 @@ class PretendedDriver:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "PretendedDriver":
         """Be the driver of this process."""
         monkeypatch.setattr(driver, "_bindings", lambda: self)
-        monkeypatch.setattr(driver, "_shared", None)
+        monkeypatch.setattr(driver, "_open_devices", {})
         monkeypatch.setattr(driver, "_initialised_in", None)
         return self
 

@@ -91,7 +91,7 @@ class ModelKernels:
             kv_heads=g.kv_heads,
             head_dim=g.head_dim,
             eps=g.norm_eps,
-            multiprocessors=self.chip.multiprocessors,
+            sms=self.chip.sms,
             shared_bytes=self.chip.shared_bytes,
             qkv=layouts["qkv"],
             o=layouts["o"],
@@ -113,7 +113,7 @@ class ModelKernels:
     def attention_shape(self, columns: int) -> AttentionShape:
         """How attention of `columns` tokens is cut."""
         g = self.geometry
-        splits = choose_kv_splits(g.heads, g.kv_heads, columns, self.chip.multiprocessors)
+        splits = choose_kv_splits(g.heads, g.kv_heads, columns, self.chip.sms)
         return AttentionShape(g.heads, g.kv_heads, g.head_dim, columns, self.layouts["o"].padded_columns, splits)
 
     @property
@@ -121,7 +121,7 @@ class ModelKernels:
         return [kind for kind in self.layouts if kind != "embedding"]
 
     def _shape(self, kind: str, columns: int) -> ProjectionShape:
-        return choose_shape(self.layouts[kind], columns, self.chip.multiprocessors)
+        return choose_shape(self.layouts[kind], columns, self.chip.sms)
 
     def _fits(self, columns: int) -> bool:
         needed = [self._shape(kind, columns).shared_bytes for kind in self._projections]
@@ -138,7 +138,7 @@ class ModelKernels:
     @cached_property
     def planned(self) -> dict[str, Planned]:
         """All kernels by name: what a step of `columns` tokens takes is called ``<kind>_x<columns>``."""
-        argmax = sample.argmax_kernel(self.geometry.vocabulary, self.chip.multiprocessors, self.dependent)
+        argmax = sample.argmax_kernel(self.geometry.vocabulary, self.chip.sms, self.dependent)
         kernels = [weights.repack_kernel(self.chip.hardware_fp8), argmax]
         kernels.append(sample.sample_kernel(self.geometry.vocabulary, self.dependent))
         kernels += [sample.advance_kernel(RING, sampled=on, dependent=self.dependent) for on in (False, True)]
@@ -175,8 +175,8 @@ class ModelKernels:
                 factory = make_store
             case _:
                 factory, more = make_add, {}
-        shape, multiprocessors = self._shape(kind, columns), self.chip.multiprocessors
-        return projection_kernel(f"{kind}_x{columns}", factory, shape, multiprocessors, self.dependent, **more)
+        shape, sms = self._shape(kind, columns), self.chip.sms
+        return projection_kernel(f"{kind}_x{columns}", factory, shape, sms, self.dependent, **more)
 
     def _attention(self, columns: int) -> Planned:
         return attention_kernel(f"attention_x{columns}", self.attention_shape(columns), dependent=self.dependent)

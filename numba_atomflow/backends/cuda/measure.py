@@ -42,7 +42,7 @@ def measure_ceilings(device: Device, stream: Any, made: Resources) -> dict[str, 
             "are free; use a smaller --max-seq-len, or close other programs."
         )
     specs = {"loads": kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)}
-    blocks = {"loads": _READ_BLOCKS * chip.multiprocessors, "TMA": chip.multiprocessors}
+    blocks = {"loads": _READ_BLOCKS * chip.sms, "TMA": chip.sms}
     if chip.capability >= (9, 0):
         shared = bandwidth.bulk_shared_bytes()
         specs["TMA"] = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)

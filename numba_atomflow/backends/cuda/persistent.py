@@ -32,7 +32,7 @@ _BYTES = 4 * TABLE_UNIT  # that the table of weights counts in
 
 def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
     """What the kernel needs beside what every decode step has."""
-    events = shape.multiprocessors * shape.ops * EVENTS
+    events = shape.sms * shape.ops * EVENTS
     return [
         Buffer("workspace", "persistent.exchange", (shape.exchange["end"],), "uint64"),
         Buffer("workspace", "persistent.table", (2 * shape.ops,), "int64"),
@@ -125,7 +125,7 @@ class PersistentStep:
             int(choose),
         )
         kernel = traced or self._loaded["persistent"]
-        return Launch(kernel, self.shape.multiprocessors, arguments, self._stream)
+        return Launch(kernel, self.shape.sms, arguments, self._stream)
 
     def publish(self, layer: int) -> Launch:
         """What lets an op of this layer run by itself; the vocabulary's is behind the last."""
@@ -139,7 +139,7 @@ class PersistentStep:
     def trace(self, ops: Sequence[Op], times: NDArray[np.int64]) -> StepTrace:
         """What a traced launch of a whole step has left in `persistent.times`, int64 [blocks * ops * EVENTS]."""
         made = self.shape.ops
-        found = to_nanoseconds(times.reshape(self.shape.multiprocessors, made, EVENTS))
+        found = to_nanoseconds(times.reshape(self.shape.sms, made, EVENTS))
         return StepTrace(
             names=tuple(op.name for op in ops[:made]),
             begun=found[..., BEGUN],

@@ -92,13 +92,13 @@ class ProjectionShape:
         partials = 2 * self.warps * 16 * self.columns
         return 4 * (self.columns * self.x_pitch + partials + self.warps * self.columns)
 
-    def blocks(self, multiprocessors: int) -> int:
+    def blocks(self, sms: int) -> int:
         """Blocks of a launch: one wave at most."""
         needed = -(-self.layout.tiles // (self.warps // self.split))
-        return min(needed, multiprocessors * self.resident)
+        return min(needed, sms * self.resident)
 
 
-def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> ProjectionShape:
+def choose_shape(layout: FragmentLayout, columns: int, sms: int) -> ProjectionShape:
     """How to cut a projection: measured on an H100 at Llama 3.2 3B's shapes (docs/cuda-backend.md).
 
     The least splitting that still makes four blocks of 8 warps per multiprocessor, and no more than there are groups. A
@@ -107,19 +107,19 @@ def choose_shape(layout: FragmentLayout, columns: int, multiprocessors: int) -> 
     a tile for each.
     """
     split = 1
-    while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * multiprocessors:
+    while split < 8 and 2 * split <= layout.groups and layout.tiles * split < 8 * 4 * sms:
         split *= 2
     share = -(-layout.groups // split)
     at_once = share if share <= 3 else 2
     if columns > 1:
         # Before sm_89 FP8 is decoded bit by bit, which leaves registers for one group.
         depth = at_once if layout.hardware_fp8 else 1
-        if layout.tiles >= multiprocessors:
+        if layout.tiles >= sms:
             return ProjectionShape(layout, columns, warps=16, split=split, depth=depth, resident=1)
         return ProjectionShape(layout, columns, split=split, depth=depth)
     if split == 1:
         return ProjectionShape(layout, split=split)
-    if layout.tiles >= 2 * multiprocessors:
+    if layout.tiles >= 2 * sms:
         return ProjectionShape(layout, warps=16, split=split, depth=at_once, resident=1)
     deep = 4 if layout.hardware_fp8 else 2
     return ProjectionShape(layout, split=split, depth=share if share <= 3 else deep)

@@ -1,6 +1,6 @@
 """The persistent kernel: a token from its embedding to its logits and the next token, in one launch.
 
-Launch: `shape.multiprocessors` blocks, all resident at once (cooperative), of `BLOCK_THREADS` threads with
+Launch: `shape.sms` blocks, all resident at once (cooperative), of `BLOCK_THREADS` threads with
 `shape.block_bytes` of dynamic shared memory. Cost model: the bytes of weights and cache, once; see
 docs/persistent-kernel.md for what it costs beside them.
 """
@@ -61,7 +61,7 @@ def make_persistent(shape: PersistentShape) -> Any:
     - plane: elements of a layer's keys; first and last: ops first .. last - 1 are run; choose: 1 if the most likely
       token is taken, and the step ends with it; 0 leaves that to the kernels that follow.
     """
-    layers, ops, blocks, slots = shape.layers, shape.ops, shape.multiprocessors, shape.slots
+    layers, ops, blocks, slots = shape.layers, shape.ops, shape.sms, shape.slots
     table_start, barriers_start, rope_start = shape.table_start, shape.barriers_start, shape.rope_start
     half = shape.head_dim // 2
     deal, kind_of = make_deal(blocks), make_kind_of(shape)
@@ -307,4 +307,4 @@ def persistent_kernel(shape: PersistentShape) -> Planned:
     name = "persistent_traced" if shape.trace else "persistent"
     factory = make_persistent
     spec = kernel_spec(name, factory, SIGNATURE, BLOCK_THREADS, shape.block_bytes, shape=shape)
-    return Planned(replace(spec, cooperative=True), shape.multiprocessors)
+    return Planned(replace(spec, cooperative=True), shape.sms)

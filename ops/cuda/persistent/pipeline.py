@@ -94,7 +94,7 @@ def make_await_free(shape: PersistentShape, place: Any) -> Any:
     chunks from this one on that may be asked for; far int32 [4] and far_source int64 [1]: how many have been (`LEAD`),
     share, piece and place of the one that is asked for next, and when the last one was.
     """
-    pace, blocks = np.int32(shape.pace), np.int32(shape.multiprocessors)
+    pace, blocks = np.int32(shape.pace), np.int32(shape.sms)
 
     @ptx.large_device_function
     def await_free(
@@ -136,7 +136,7 @@ def make_produce(shape: PersistentShape) -> Any:
     one thread must not take longer over it. So slots and barriers are addresses that are counted up, and two barriers
     are looked at without asking whether there is anything to wait for yet: the first phase's parity says no.
     """
-    slots, in_flight, blocks, ops = shape.slots, shape.in_flight, shape.multiprocessors, shape.ops
+    slots, in_flight, blocks, ops = shape.slots, shape.in_flight, shape.sms, shape.ops
     slot_bytes, barriers_bytes = np.uint32(4 * shape.slot_words), np.uint32(8 * slots)
     landed, shares_of, dealt_of = shape.barriers_start, shape.picker("shares"), shape.picker("dealt")
     deal, kind_of, note = make_deal(blocks), make_kind_of(shape), make_note(shape)

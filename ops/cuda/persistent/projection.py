@@ -115,7 +115,7 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
             entry; the sums of row r of its n-th slot stand at floats[sums + 16 * n + r], where in half tiles rows
             8-15 are rows 0-7 over the next chunk.
     """
-    slots, blocks = shape.slots, shape.multiprocessors
+    slots, blocks = shape.slots, shape.sms
     partials, partial_words = shape.partials_start, shape.partial_words
     landed, free = shape.barriers_start, shape.barriers_start + slots
     trace, ops = shape.trace, shape.ops

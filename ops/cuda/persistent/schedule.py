@@ -39,7 +39,7 @@ class PersistentShape:
     """Everything that the kernel is compiled for.
 
     Attributes:
-        multiprocessors: blocks of the launch.
+        sms: blocks of the launch.
         shared_bytes: the most that a block may have; the ring takes what the rest leaves.
         in_flight: chunks on their way at once: more would make every small access wait behind them.
         ahead: chunks that may be asked for beyond a full ring.
@@ -62,7 +62,7 @@ class PersistentShape:
     down: FragmentLayout
     vocabulary: FragmentLayout
     embedding: FragmentLayout
-    multiprocessors: int
+    sms: int
     shared_bytes: int
     in_flight: int = 4
     ahead: int = 20
@@ -118,7 +118,7 @@ class PersistentShape:
 
     def copied(self, shift: int) -> NDArray[np.int64]:
         """Slots that each block fills in a step, if dealing skips so many blocks behind every layer."""
-        shares, slots, blocks = self.sizes("shares"), self.sizes("slots"), self.multiprocessors
+        shares, slots, blocks = self.sizes("shares"), self.sizes("slots"), self.sms
         offset, copied = 0, np.zeros(blocks, np.int64)
         for kind in (QKV, OUT, GATE_UP, DOWN) * self.layers + (VOCABULARY,):
             first = (np.arange(blocks) - offset) % blocks
@@ -146,7 +146,7 @@ class PersistentShape:
     @property
     def splits(self) -> int:
         """Chunks of the sequence, per key/value head, at most."""
-        return max(1, min(SPLITS, self.multiprocessors // self.kv_heads))
+        return max(1, min(SPLITS, self.sms // self.kv_heads))
 
     # --- shared memory, in 32-bit words ------------------------------------------------------------------------------
 
@@ -263,8 +263,8 @@ class PersistentShape:
             return "its widths are not multiples of 16"
         if self.ratio > MOST_QUERIES:
             return f"{self.ratio} heads share a key/value head, and {MOST_QUERIES} is the most"
-        if self.kv_heads > self.multiprocessors:
-            return f"it has more key/value heads than this GPU has multiprocessors ({self.multiprocessors})"
+        if self.kv_heads > self.sms:
+            return f"it has more key/value heads than this GPU has SMs ({self.sms})"
         if self.slots < max(CONSUMERS, self.in_flight + 1):
             return f"{self.shared_bytes // 1024} KB of shared memory leave no room for a ring of weights"
         return None

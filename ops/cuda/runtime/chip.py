@@ -14,7 +14,7 @@ class Chip:
         shared_bytes: the most shared memory of a block.
     """
 
-    multiprocessors: int
+    sms: int
     shared_bytes: int
     capability: tuple[int, int]
 
@@ -31,4 +31,4 @@ class Chip:
 
 def chip_of(device: Device) -> Chip:
     """What cutting the work must know of a device."""
-    return Chip(device.multiprocessors, device.shared_bytes, device.capability)
+    return Chip(device.sms, device.shared_bytes, device.capability)

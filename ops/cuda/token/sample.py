@@ -125,11 +125,11 @@ def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
     return argmax
 
 
-def argmax_kernel(vocabulary: int, multiprocessors: int, dependent: bool) -> Planned:
+def argmax_kernel(vocabulary: int, sms: int, dependent: bool) -> Planned:
     """The kernel of `make_argmax`."""
     signature, options = (F32, U32, F64, I64), {"vocabulary": vocabulary, "dependent": dependent}
     spec = kernel_spec("argmax", make_argmax, signature, ARGMAX_THREADS, **options)
-    return Planned(spec, min(-(-vocabulary // ARGMAX_THREADS), _ARGMAX_BLOCKS * multiprocessors))
+    return Planned(spec, min(-(-vocabulary // ARGMAX_THREADS), _ARGMAX_BLOCKS * sms))
 
 
 def sample_shared_bytes(bins: int, capacity: int) -> int:
