@@ -33,7 +33,7 @@ from numba_atomflow.generation import (
     TokenGeneration,
 )
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.model.step import Head
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Head
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.text.detokenizer import StreamDecoder
@@ -210,7 +210,7 @@ class Engine:
     @cached_property
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that one decode step must read."""
-        return sum(op.weight_bytes for op in self.backend.step(1, "sample"))
+        return sum(op.weight_bytes for op in self.backend.step(1, SAMPLE))
 
     # --- tokens and logits ---------------------------------------------------------------------------------------
 
@@ -268,13 +268,13 @@ class Engine:
         self._end_reply()
         if all_logits:
             rows = []
-            for start in range(0, len(ids), backend.block):
-                block = ids[start : start + backend.block]
-                self._prefill(block, "none")
+            for start in range(0, len(ids), backend.prefill_chunk):
+                block = ids[start : start + backend.prefill_chunk]
+                self._prefill(block, NO_LOGITS)
                 rows.append(backend.logits(0, len(block)))
             return np.concatenate(rows)
-        self._prefill(ids, "none")
-        last = (len(ids) - 1) % backend.block
+        self._prefill(ids, NO_LOGITS)
+        last = (len(ids) - 1) % backend.prefill_chunk
         logits: NDArray[np.float32] = backend.logits(last, last + 1)[0]
         return logits
 
@@ -310,10 +310,10 @@ class Engine:
         """Feed in blocks; only the last one needs a head."""
         backend = self.backend
         backend.seek(len(self._tokens))  # a step that was interrupted (Ctrl-C) may have left it elsewhere
-        for start in range(0, len(token_ids), backend.block):
-            block = token_ids[start : start + backend.block]
+        for start in range(0, len(token_ids), backend.prefill_chunk):
+            block = token_ids[start : start + backend.prefill_chunk]
             last = start + len(block) == len(token_ids)
-            backend.prefill(block, head if last else "none")
+            backend.prefill(block, head if last else NO_LOGITS)
             self._tokens.extend(block)
 
     # --- replies -------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ class Engine:
         eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
         backend = self.backend
         backend.start(Sampler(params, self.geometry.vocabulary, prompt))
-        self._prefill(prompt[reused:], "sample")
+        self._prefill(prompt[reused:], SAMPLE)
         token = backend.sampled_token()
         stats.ttft = time.perf_counter() - started
         while True:

@@ -33,6 +33,7 @@ from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
 
@@ -211,7 +212,7 @@ def _decode_speed(
     tpots = [stats.tpot for stats in replies]
     tpot = float(np.median(tpots))
     length = context + GREEDY_TOKENS // 2
-    cache = sum(op.cache_bytes(length) for op in engine.backend.step(1, "sample"))
+    cache = sum(op.cache_bytes(length) for op in engine.backend.step(1, SAMPLE))
     speed = (engine.weight_bytes_per_token + cache) / tpot / 1e9
     shares = ", ".join(f"{speed / value:.1%} of {way}" for way, value in ceilings.items())
     spread = f"{1 / max(tpots):.0f}-{1 / min(tpots):.0f}"

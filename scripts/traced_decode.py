@@ -24,7 +24,7 @@ from numba_atomflow.backends.base import Memory, Observer
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.errors import OptionError
 from numba_atomflow.model.presets import find_preset
-from numba_atomflow.model.step import Op
+from numba_atomflow.model.step import SAMPLE, Op
 
 WARM_UP = 3  # tokens
 
@@ -59,7 +59,7 @@ def traced_decode(engine: Engine, depth: int, tokens: int, op_tokens: int) -> No
 
     def run_ops(observer: Observer) -> None:
         backend.seek(depth)
-        backend.observe(prompt[-1:], "sample", observer)
+        backend.observe(prompt[-1:], SAMPLE, observer)
         backend.seek(engine.position)
 
     reply = engine.generate_tokens(prompt, SamplingParams(ignore_eos=True))
@@ -86,7 +86,7 @@ class _Nobody:
 def op_records(engine: Engine, length: int) -> list[dict[str, Any]]:
     """Every op of a decode step with the bytes of weights and KV cache that it must read."""
     return [
-        {"name": op.name, "bytes": op.weight_bytes + op.cache_bytes(length)} for op in engine.backend.step(1, "sample")
+        {"name": op.name, "bytes": op.weight_bytes + op.cache_bytes(length)} for op in engine.backend.step(1, SAMPLE)
     ]
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Observer
 from numba_atomflow.errors import ContextError, OptionError
-from numba_atomflow.model.step import Attention
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention
 from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.precision import Precision
 from numba_atomflow.validate.probes import Probe, Prober, Rows, all_probes
@@ -46,7 +46,7 @@ def check(
     """
     _check_options(backend, reference, layers, block)
     probes = all_probes(reference.geometry)
-    allowed = tolerances(reference, Precision.of_ops(backend.step(1, "sample")), isolate)
+    allowed = tolerances(reference, Precision.of_ops(backend.step(1, SAMPLE)), isolate)
     wanted = [probe for probe in probes if layers is None or probe.layer in layers]
     tallies = {probe.name: _Tally(probe, reference, allowed[probe.name]) for probe in wanted}
     clock = _Clock()
@@ -71,7 +71,7 @@ def check(
 
 
 def _check_options(backend: Backend, reference: Reference, layers: range | None, block: int | None) -> None:
-    room = next(op.keys.shape[0] for op in backend.step(1, "none") if isinstance(op, Attention))
+    room = next(op.keys.shape[0] for op in backend.step(1, NO_LOGITS) if isinstance(op, Attention))
     if len(reference.tokens) > room:
         raise ContextError(
             f"The reference has {len(reference.tokens)} tokens, but the context holds {room}; raise --max-seq-len."

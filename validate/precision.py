@@ -51,7 +51,7 @@ class Precision:
                     units |= {"q": unit(op.qkv, op.q), "k": unit(op.qkv, op.keys), "v": unit(op.qkv, op.values)}
                 case Attention():
                     # Tensor cores take both factors of their product with v in its type, which is the result's too.
-                    units |= {"probabilities": unit(op.attended), "attended": unit(op.attended)}
+                    units |= {"probabilities": unit(op.attn_out), "attended": unit(op.attn_out)}
                 case GateUp():
-                    units |= {"normed": unit(op.normed), "ffn": unit(op.y)}
+                    units |= {"normed": unit(op.x_norm), "ffn": unit(op.y)}
         return cls(**units)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.base import Memory, Observer
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.view import View
-from numba_atomflow.model.step import Advance, Embed, Op, Qkv, Sample, Vocabulary
+from numba_atomflow.model.step import Advance, Embed, LmHead, Op, Qkv, Sample
 
 Rows = NDArray[np.float32]  # [positions, width]
 
@@ -53,20 +53,20 @@ def all_probes(geometry: ModelGeometry) -> list[Probe]:
             return Probe(f"layer.{i}.{name}", f"layer.{i}.{op}", field, width, i, in_table)
 
         probes += [
-            inside("input_norm", "qkv", "normed", g.hidden, first),
+            inside("input_norm", "qkv", "x_norm", g.hidden, first),
             inside("q", "qkv", "q", g.q_dim, first),
             inside("k", "qkv", "keys", g.kv_dim, first),
             inside("v", "qkv", "values", g.kv_dim, first),
-            inside("attention", "attention", "attended", g.q_dim, first),
+            inside("attention", "attention", "attn_out", g.q_dim, first),
             inside("after_attention", "o", "residual", g.hidden, False),
-            inside("ffn_norm", "gate_up", "normed", g.hidden, False),
+            inside("ffn_norm", "gate_up", "x_norm", g.hidden, False),
             inside("ffn", "gate_up", "y", g.ffn, False),
             *([inside("mlp", "down", "residual", g.hidden, True)] if first else []),  # what `down` adds to it
             inside("output", "down", "residual", g.hidden, True),
         ]
     probes += [
-        Probe("final_norm", "vocabulary", "normed", g.hidden, None, True),
-        Probe("logits", "vocabulary", "logits", g.vocabulary, None, True),
+        Probe("final_norm", "lm_head", "x_norm", g.hidden, None, True),
+        Probe("logits", "lm_head", "logits", g.vocabulary, None, True),
     ]
     return probes
 
@@ -113,7 +113,7 @@ class Prober:
         """Feed the op, if it is the first of a layer; keep a sampler from NaN."""
         if isinstance(op, Embed):
             self._residual = op.residual
-        if self._feed is not None and isinstance(op, Qkv | Vocabulary):
+        if self._feed is not None and isinstance(op, Qkv | LmHead):
             layer = int(op.name.split(".")[1]) if isinstance(op, Qkv) else self._layers
             first, count = self._first_position(op.residual), op.residual.shape[0]
             memory.write(op.residual, self._feed(layer_input(layer), first, count))
@@ -134,7 +134,7 @@ class Prober:
             first = self._position
             if probe.field in {"keys", "values"}:  # all that is in the cache: a stray write may have spoilt older rows
                 view, first = view.rows(0, first + op.writes[0].shape[0]), 0
-            elif isinstance(op, Vocabulary):
+            elif isinstance(op, LmHead):
                 first = self._first_position(op.residual)
             rows = memory.read(view).astype(np.float32)
             if probe.name.endswith(".mlp") and self._before is not None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from numba_atomflow.backends.base import Backend
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.precision import Precision
 from numba_atomflow.validate.probes import Probe, Prober, Rows, all_probes
@@ -74,12 +75,12 @@ def record(
             progress("decode", position, positions)
         tokens.append(int(tensors["logits"][position - 1].argmax()))
         prober.begin(position)
-        backend.observe(tokens[-1:], "sample", prober)
+        backend.observe(tokens[-1:], SAMPLE, prober)
     return Reference(
         label=f"{backend.name} backend",
         geometry=geometry,
         tokens=tuple(tokens),
         prompt_tokens=len(prompt),
-        precision=Precision.of_ops(backend.step(1, "sample")),
+        precision=Precision.of_ops(backend.step(1, SAMPLE)),
         tensors=tensors,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from numba_atomflow.backends.base import Backend
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE
 from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.probes import Prober
 
@@ -28,7 +29,7 @@ def walk(
         block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
         progress: called with what is being done, tokens done and tokens in all.
     """
-    width = backend.block if block is None else min(block, backend.block)
+    width = backend.prefill_chunk if block is None else min(block, backend.prefill_chunk)
     starts = [*range(0, prompt_tokens, width), *range(prompt_tokens, len(tokens))]
     stops = [*starts[1:], len(tokens)]
     backend.seek(0)
@@ -37,7 +38,7 @@ def walk(
             progress("decode" if start >= prompt_tokens else "prompt", start, len(tokens))
         prober.begin(start)
         ends_prompt = stop >= prompt_tokens
-        backend.observe(tokens[start:stop], "sample" if ends_prompt or stop - start == 1 else "none", prober)
+        backend.observe(tokens[start:stop], SAMPLE if ends_prompt or stop - start == 1 else NO_LOGITS, prober)
         if stop - start > 1:
             backend.logits(0, stop - start, prober)
     if progress:

@@ -57,7 +57,7 @@ class Backend(Protocol):
     name: str
     device: str
     plan: MemoryPlan
-    block: int  # most tokens of one prefill step
+    prefill_chunk: int  # most tokens of one prefill step
     compile_seconds: float  # that `prepare` spent on compiling kernels or loading them from the cache
 
     @property
@@ -80,7 +80,7 @@ class Backend(Protocol):
         """Use this sampler for the following steps."""
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
-        """Take up to `block` tokens through the model at the current position, and advance it."""
+        """Take up to `prefill_chunk` tokens through the model at the current position, and advance it."""
 
     def decode(self) -> None:
         """Take the token that was sampled last through the model, sample the next one, and advance."""
@@ -92,7 +92,7 @@ class Backend(Protocol):
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
-        """`prefill` with an observer; for one token and the head "sample", `decode` with an observer.
+        """`prefill` with an observer; for one token and `SAMPLE`, `decode` with an observer.
 
         It walks the very list that `prefill` and `decode` run, and finishes each op before the observer sees it.
         """

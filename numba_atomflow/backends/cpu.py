@@ -25,17 +25,19 @@ from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View, view_of
 from numba_atomflow.model.step import (
+    LAST_LOGITS,
+    SAMPLE,
     Advance,
     Attention,
     Embed,
     GateUp,
     Head,
+    LmHead,
     Op,
     ProjectAdd,
     Qkv,
     Sample,
     StepSizes,
-    Vocabulary,
     Weight,
     Weights,
     build_head,
@@ -103,7 +105,7 @@ class CpuBackend:
         self.geometry = geometry
         self.max_seq_len = max_seq_len
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
-        self.block = min(BLOCK, max_seq_len)
+        self.prefill_chunk = min(BLOCK, max_seq_len)
         self._weight_arrays = dict(weights)  # views own nothing, and a mapping may make its arrays anew each time
         views = {
             name: view_of(name, array.view(np.int8) if array.dtype == np.uint8 else array)
@@ -148,8 +150,8 @@ class CpuBackend:
         self._tokens[:] = 0
         numba.set_num_threads(self.threads)
         kinds: dict[tuple[type[Op], int], Op] = {}
-        for tokens in (1, min(FEW + 1, self.block)):
-            for op in self.step(tokens, "logits")[:-1]:  # `Advance` compiles nothing, and moves the position
+        for tokens in (1, min(FEW + 1, self.prefill_chunk)):
+            for op in self.step(tokens, LAST_LOGITS)[:-1]:  # `Advance` compiles nothing, and moves the position
                 kinds.setdefault((type(op), op.writes[0].shape[0]), op)
         for done, ((kind, _), op) in enumerate(kinds.items()):
             if progress:
@@ -178,7 +180,7 @@ class CpuBackend:
         self._sampler = sampler
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
-        """Take up to `block` tokens through the model at the current position, and advance it."""
+        """Take up to `prefill_chunk` tokens through the model at the current position, and advance it."""
         self._tokens[: len(tokens)] = tokens
         actions = self._bound_step(len(tokens), head)
         self._check_step(len(tokens))
@@ -186,7 +188,7 @@ class CpuBackend:
 
     def decode(self) -> None:
         """Take the token that was sampled last through the model, sample the next one, and advance."""
-        actions = self._bound_step(1, "sample")
+        actions = self._bound_step(1, SAMPLE)
         self._check_step(1)
         self._run(actions, 1)
 
@@ -220,7 +222,7 @@ class CpuBackend:
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
         """The decode step's ops, each with its seconds in the faster half of the runs, by a clock around each."""
-        ops, actions = self.step(1, "sample"), self._bound_step(1, "sample")
+        ops, actions = self.step(1, SAMPLE), self._bound_step(1, SAMPLE)
         seconds = np.empty((repeats, len(ops)))
 
         def timed(i: int, run: int) -> None:
@@ -234,7 +236,7 @@ class CpuBackend:
 
     def time_step(self, repeats: int) -> float:
         """Seconds of the decode step in the faster half of the runs."""
-        actions = self._bound_step(1, "sample")
+        actions = self._bound_step(1, SAMPLE)
         seconds = []
         for _ in range(repeats):
             started = time.perf_counter()
@@ -318,9 +320,9 @@ class CpuBackend:
                 return self._project(op.weight, op.x, op.residual, accumulate=True)
             case GateUp():
                 return self._bind_gate_up(op)
-            case Vocabulary():
-                project = self._project(op.weight, op.normed, op.logits, accumulate=False)
-                return _in_order(self._norm(op.residual, op.norm, op.normed), project)
+            case LmHead():
+                project = self._project(op.weight, op.x_norm, op.logits, accumulate=False)
+                return _in_order(self._norm(op.residual, op.norm_weight, op.x_norm), project)
             case Sample():
                 return partial(self._sample, op.logits.host_array()[0], op.token.host_array())
             case Advance():
@@ -339,16 +341,16 @@ class CpuBackend:
             op.keys.host_array(),
             op.values.host_array(),
         )
-        steps = [self._norm(op.residual, op.norm, op.normed)]
+        steps = [self._norm(op.residual, op.norm_weight, op.x_norm)]
         if op.bias is not None:  # the projection is added to it
             steps.append(partial(np.copyto, op.qkv.host_array(), op.bias.host_array()))
-        steps.append(self._project(op.weight, op.normed, op.qkv, accumulate=op.bias is not None))
+        steps.append(self._project(op.weight, op.x_norm, op.qkv, accumulate=op.bias is not None))
         if op.q_norm is not None and op.k_norm is not None:
             steps.append(self._norm_heads(op.qkv, op.q_norm, op.k_norm))
         return _in_order(*steps, rotate)
 
     def _bind_attention(self, op: Attention) -> Action:
-        q, out = op.q.host_array(), op.attended.host_array()
+        q, out = op.q.host_array(), op.attn_out.host_array()
         keys, values, position = op.keys.host_array(), op.values.host_array(), op.position.host_array()
         head_dim = self.geometry.head_dim
         if len(q) == 1:
@@ -358,14 +360,14 @@ class CpuBackend:
         return bind(attention.attend_block, q, keys, values, position, head_dim, scratch, out)
 
     def _bind_gate_up(self, op: GateUp) -> Action:
-        normed, y = op.normed.host_array(), op.y.host_array()
+        normed, y = op.x_norm.host_array(), op.y.host_array()
         codes, scales = _stored(op.weight)
-        norm = self._norm(op.residual, op.norm, op.normed)
+        norm = self._norm(op.residual, op.norm_weight, op.x_norm)
         if len(y) <= FEW:
             rows = [bind(projection.project_token_swiglu, codes, scales, normed[t], y[t]) for t in range(len(y))]
             return _in_order(norm, *rows)
         gate_up = self._buffers["gate_up"].rows(0, len(y))
-        project = self._project(op.weight, op.normed, gate_up, accumulate=False)
+        project = self._project(op.weight, op.x_norm, gate_up, accumulate=False)
         return _in_order(norm, project, bind(projection.swiglu, gate_up.host_array(), y))
 
     def _project(self, weight: Weight, x: View, y: View, *, accumulate: bool) -> Action:

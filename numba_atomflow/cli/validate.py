@@ -10,6 +10,7 @@ from numba_atomflow.cli import options, output
 from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.files.untrusted import visible
+from numba_atomflow.model.step import SAMPLE
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine
@@ -89,7 +90,7 @@ def validate(
         engine = Engine.load(model, backend.value, positions, threads, progress, decode=decode.value)
     with engine, output.steps_bar() as progress:
         device = engine.backend
-        observers = [validator.inject(inject, device.step(1, "sample"))] if inject is not None else []
+        observers = [validator.inject(inject, device.step(1, SAMPLE))] if inject is not None else []
         report = validator.check(
             device, reference, isolate=isolate, layers=chosen, block=block, observers=observers, progress=progress
         )

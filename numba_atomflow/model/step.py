@@ -1,13 +1,13 @@
-"""The decode step as data: a list of named ops over views.
+"""One step of the model as data: a list of named ops over views.
 
-`build_step` makes the list for one token (decode) or a block of tokens (prefill). It knows no backend: a backend walks
-the list, and so do profilers, probes and byte counters. Five ops per layer, each one a stage that a GPU can run as a
-single fused kernel.
+`build_step` makes the list for one token (decode) or a chunk of tokens (prefill). It is independent of any backend:
+backends execute the list, and so do profilers, probes and byte counters. Each layer has five ops, and each op is small
+enough for a single fused GPU kernel.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, NamedTuple, Self
 
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
@@ -15,20 +15,41 @@ from numba_atomflow.memory.kv_cache import kv_cache_buffer, layer_cache
 from numba_atomflow.memory.plan import Buffer
 from numba_atomflow.memory.view import View
 
-Head = Literal["none", "logits", "sample"]
+
+class Head(NamedTuple):
+    """What a step computes after its last layer.
+
+    Attributes:
+        start, stop: the rows (tokens of the step) whose logits are computed, as in a slice: negative numbers count from
+            the last row, and a `stop` of None is the end.
+        sample: sample the next token from each of these rows.
+    """
+
+    start: int
+    stop: int | None
+    sample: bool = False
+
+    def rows(self, tokens: int) -> range:
+        """The rows of a step of `tokens` tokens."""
+        return range(tokens)[self.start : self.stop]
+
+
+NO_LOGITS = Head(0, 0)  # a prefill chunk that is not a prompt's last
+LAST_LOGITS = Head(-1, None)
+SAMPLE = Head(-1, None, sample=True)  # a prompt's last chunk, and a decode step
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A projection's weight [rows, columns] = [N, K], in whatever order a backend keeps it.
+    """A projection's weight [out_features, in_features] = [N, K], in a layout of the backend's choice.
 
     Attributes:
-        codes: the elements; in the checkpoint's order [N, K]. FP8 codes, or float16 (the vocabulary projection may be).
-        scales: group scales [N, ceil(K / 128)]; None where they lie among the codes, and for float16.
+        codes: the elements, FP8 codes or float16 (the LM head may be); in the checkpoint's layout, [N, K].
+        scales: group scales [N, ceil(K / 128)]; None where they are interleaved with the codes, and for float16.
     """
 
-    rows: int
-    columns: int
+    out_features: int
+    in_features: int
     codes: View
     scales: View | None = None
 
@@ -48,20 +69,20 @@ class Weights:
 
     @classmethod
     def as_stored(cls, tensors: Mapping[str, View]) -> Self:
-        """In the checkpoint's own order."""
+        """In the checkpoint's layout."""
         projections = {}
         for name, codes in tensors.items():
             if name.endswith(".weight"):
                 part = name.removesuffix(".weight")
-                rows, columns = codes.shape
-                projections[part] = Weight(rows, columns, codes, tensors.get(f"{part}.scale"))
+                out_features, in_features = codes.shape
+                projections[part] = Weight(out_features, in_features, codes, tensors.get(f"{part}.scale"))
         norms = {name: view for name, view in tensors.items() if name.endswith("_norm")}
         return cls(projections, norms, {name: view for name, view in tensors.items() if name.endswith("_bias")})
 
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One stage of the step. The fields of its subclasses name every tensor that it touches.
+    """One stage of the step. The fields of the subclasses name every tensor that it reads or writes.
 
     Two ops are never equal: the methods that compare them would cost every start of the program some 5 ms.
 
@@ -99,7 +120,7 @@ class Op:
         return 0
 
     def moved_bytes(self, length: int) -> int:
-        """Bytes that the op must at least move when `length` positions are filled: weights, cache and activations."""
+        """Compulsory traffic in bytes with `length` positions filled: weights, KV cache and activations, each once."""
         activations = sum(view.nbytes for view in (*self.reads, *self.writes))
         return self.weight_bytes + self.cache_bytes(length) + activations
 
@@ -119,15 +140,15 @@ class Embed(Op):
     @property
     def weight_bytes(self) -> int:
         """Only the rows of the tokens are read."""
-        return self.embedding.nbytes * self.tokens.shape[0] // self.embedding.rows
+        return self.embedding.nbytes * self.tokens.shape[0] // self.embedding.out_features
 
 
 @dataclass(frozen=True, eq=False)
 class Qkv(Op):
-    """Norm, project to q, k and v, rotate q and k, append k and v to the cache.
+    """RMSNorm, projection to q, k and v, RoPE of q and k; appends k and v to the KV cache.
 
     Attributes:
-        qkv: what the projection makes, before rotation; None where it never leaves the registers.
+        qkv: the projection's result before RoPE; None if it stays in registers.
         bias: float32 [N], added to the projection; None in a model without.
         q_norm, k_norm: float32 [head_dim], weights of an RMSNorm over each head of q and of k, after the bias and
             before the rotation; None in a model without.
@@ -135,11 +156,11 @@ class Qkv(Op):
 
     residual: View
     position: View
-    norm: View
+    norm_weight: View
     weight: Weight
     cosines: View
     sines: View
-    normed: View
+    x_norm: View
     qkv: View | None
     q: View
     keys: View
@@ -149,22 +170,22 @@ class Qkv(Op):
     k_norm: View | None = None
 
     READS = ("residual", "position")
-    WRITES = ("normed", "qkv", "q")
-    WEIGHTS = ("norm", "weight", "bias", "q_norm", "k_norm")
+    WRITES = ("x_norm", "qkv", "q")
+    WEIGHTS = ("norm_weight", "weight", "bias", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True, eq=False)
 class Attention(Op):
-    """Grouped-query attention of q over the layer's cache."""
+    """Grouped-query attention of q over the layer's KV cache."""
 
     q: View
     position: View
     keys: View
     values: View
-    attended: View
+    attn_out: View
 
     READS = ("q", "position")
-    WRITES = ("attended",)
+    WRITES = ("attn_out",)
 
     def cache_bytes(self, length: int) -> int:
         """Keys and values of `length` positions."""
@@ -186,37 +207,37 @@ class ProjectAdd(Op):
 
 @dataclass(frozen=True, eq=False)
 class GateUp(Op):
-    """Norm, project to gate and up, y = silu(gate) * up."""
+    """RMSNorm, projection to gate and up, y = silu(gate) * up."""
 
     residual: View
-    norm: View
+    norm_weight: View
     weight: Weight
-    normed: View
+    x_norm: View
     y: View
 
     READS = ("residual",)
-    WRITES = ("normed", "y")
-    WEIGHTS = ("norm", "weight")
+    WRITES = ("x_norm", "y")
+    WEIGHTS = ("norm_weight", "weight")
 
 
 @dataclass(frozen=True, eq=False)
-class Vocabulary(Op):
-    """Final norm of the rows whose logits are wanted, and logits = weight * normed."""
+class LmHead(Op):
+    """Final RMSNorm of the rows that `Head` selects, and logits = weight * x_norm."""
 
     residual: View
-    norm: View
+    norm_weight: View
     weight: Weight
-    normed: View
+    x_norm: View
     logits: View
 
     READS = ("residual",)
-    WRITES = ("normed", "logits")
-    WEIGHTS = ("norm", "weight")
+    WRITES = ("x_norm", "logits")
+    WEIGHTS = ("norm_weight", "weight")
 
 
 @dataclass(frozen=True, eq=False)
 class Sample(Op):
-    """Choose the next token from the logits, and put it where the next step's embedding looks."""
+    """The next token of each row of logits, written to the input of the next step's embedding."""
 
     logits: View
     token: View
@@ -227,7 +248,7 @@ class Sample(Op):
 
 @dataclass(frozen=True, eq=False)
 class Advance(Op):
-    """position += tokens: the step's last op, so that nothing outside has to patch the next one."""
+    """position += tokens: the step's last op, so that a captured step replays unchanged."""
 
     tokens: int
     position: View
@@ -238,76 +259,79 @@ class Advance(Op):
 
 @dataclass(frozen=True, slots=True)
 class StepSizes:
-    """How large a backend's buffers are, and of what type.
+    """Sizes and dtypes of a backend's buffers.
 
     Attributes:
-        max_seq_len: positions that may be used.
-        block: most tokens that a prefill step takes at once.
-        head_rows: most positions whose logits are computed at once.
-        activation: element type of what projections and attention read.
-        cache: element type of the KV cache.
-        multiple: widths of what projections read are padded to a multiple of this.
-        spare: positions behind the last, which a step of fixed width may write to and nothing reads.
-        keep_qkv: whether q, k and v are written to memory before they are rotated.
+        max_seq_len: positions of the KV cache that a sequence may use.
+        step_tokens: most tokens of a step, padding tokens included.
+        head_rows: most rows whose logits are computed at once.
+        activation: dtype of the inputs of projections and attention.
+        cache: dtype of the KV cache.
+        pad_multiple: the inputs of projections are zero-padded to a multiple of this along K.
+        spare_positions: KV cache positions after the last, which padding tokens write and nothing reads.
+        keep_qkv: whether q, k and v are written to memory before RoPE.
     """
 
     max_seq_len: int
-    block: int
+    step_tokens: int
     head_rows: int
     activation: str = "float32"
     cache: str = "float32"
-    multiple: int = 1
-    spare: int = 0
+    pad_multiple: int = 1
+    spare_positions: int = 0
     keep_qkv: bool = True
 
 
 def step_buffers(geometry: ModelGeometry, sizes: StepSizes) -> list[Buffer]:
     """Every buffer of a step except weights and a backend's own scratch."""
-    g, block = geometry, sizes.block
-    positions = sizes.max_seq_len + sizes.spare
+    g, tokens = geometry, sizes.step_tokens
+    positions = sizes.max_seq_len + sizes.spare_positions
 
     def padded(width: int) -> int:
-        return -(-width // sizes.multiple) * sizes.multiple
+        return -(-width // sizes.pad_multiple) * sizes.pad_multiple
 
     def activation(name: str, *shape: int, dtype: str = "float32") -> Buffer:
         return Buffer("activations", name, shape, dtype)
 
     buffers = [
         kv_cache_buffer(g.layers, positions, g.kv_dim, sizes.cache),
-        activation("tokens", block, dtype="int32"),
+        activation("tokens", tokens, dtype="int32"),
         activation("position", 1, dtype="int64"),
-        activation("residual", block, g.hidden),
-        activation("normed", block, padded(g.hidden), dtype=sizes.activation),
-        activation("q", block, g.q_dim, dtype=sizes.activation),
-        activation("attended", block, padded(g.q_dim), dtype=sizes.activation),
-        activation("ffn", block, padded(g.ffn), dtype=sizes.activation),
-        activation("final_normed", sizes.head_rows, padded(g.hidden), dtype=sizes.activation),
+        activation("residual", tokens, g.hidden),
+        activation("x_norm", tokens, padded(g.hidden), dtype=sizes.activation),
+        activation("q", tokens, g.q_dim, dtype=sizes.activation),
+        activation("attn_out", tokens, padded(g.q_dim), dtype=sizes.activation),
+        activation("intermediate", tokens, padded(g.ffn), dtype=sizes.activation),
+        activation("final_x_norm", sizes.head_rows, padded(g.hidden), dtype=sizes.activation),
         activation("logits", sizes.head_rows, g.vocabulary),
         Buffer("workspace", "rope.cosines", (positions, g.head_dim // 2), "float32"),
         Buffer("workspace", "rope.sines", (positions, g.head_dim // 2), "float32"),
     ]
     if sizes.keep_qkv:
-        buffers.append(activation("qkv", block, g.q_dim + 2 * g.kv_dim))
+        buffers.append(activation("qkv", tokens, g.q_dim + 2 * g.kv_dim))
     return buffers
 
 
 def build_step(
     geometry: ModelGeometry, weights: Weights, buffers: Mapping[str, View], tokens: int, head: Head
 ) -> list[Op]:
-    """The ops that take `tokens` tokens through the model, in order.
+    """The ops that run `tokens` tokens through the model, in order.
 
     Args:
         buffers: views of `step_buffers`, by name.
         tokens: tokens of this step; 1 for decode.
-        head: "none" (a prompt block that is not the last), "logits" of the last token, or "sample" from them as well.
+        head: the rows whose logits are computed, and whether the next token is sampled from each.
+
+    Raises:
+        IndexError: more tokens, or more rows of logits, than the buffers hold.
     """
     g = geometry
 
     def rows(name: str, width: int) -> View:
         return buffers[name].rows(0, tokens).columns(0, width)
 
-    residual, normed = rows("residual", g.hidden), rows("normed", g.hidden)
-    q, attended, ffn = rows("q", g.q_dim), rows("attended", g.q_dim), rows("ffn", g.ffn)
+    residual, x_norm = rows("residual", g.hidden), rows("x_norm", g.hidden)
+    q, attn_out, intermediate = rows("q", g.q_dim), rows("attn_out", g.q_dim), rows("intermediate", g.ffn)
     inputs, position = buffers["tokens"].rows(0, tokens), buffers["position"]
     ops: list[Op] = [Embed("embed", inputs, weights.projections["embedding"], residual)]
     for i in range(g.layers):
@@ -318,11 +342,11 @@ def build_step(
                 name=f"{layer}.qkv",
                 residual=residual,
                 position=position,
-                norm=weights.norms[f"{layer}.attention_norm"],
+                norm_weight=weights.norms[f"{layer}.attention_norm"],
                 weight=weights.projections[f"{layer}.qkv"],
                 cosines=buffers["rope.cosines"],
                 sines=buffers["rope.sines"],
-                normed=normed,
+                x_norm=x_norm,
                 qkv=buffers["qkv"].rows(0, tokens) if "qkv" in buffers else None,
                 q=q,
                 keys=keys,
@@ -331,35 +355,39 @@ def build_step(
                 q_norm=weights.norms.get(f"{layer}.q_norm"),
                 k_norm=weights.norms.get(f"{layer}.k_norm"),
             ),
-            Attention(f"{layer}.attention", q, position, keys, values, attended),
-            ProjectAdd(f"{layer}.o", attended, weights.projections[f"{layer}.o"], residual),
+            Attention(f"{layer}.attention", q, position, keys, values, attn_out),
+            ProjectAdd(f"{layer}.o", attn_out, weights.projections[f"{layer}.o"], residual),
             GateUp(
                 name=f"{layer}.gate_up",
                 residual=residual,
-                norm=weights.norms[f"{layer}.ffn_norm"],
+                norm_weight=weights.norms[f"{layer}.ffn_norm"],
                 weight=weights.projections[f"{layer}.gate_up"],
-                normed=normed,
-                y=ffn,
+                x_norm=x_norm,
+                y=intermediate,
             ),
-            ProjectAdd(f"{layer}.down", ffn, weights.projections[f"{layer}.down"], residual),
+            ProjectAdd(f"{layer}.down", intermediate, weights.projections[f"{layer}.down"], residual),
         ]
-    if head != "none":
-        ops.append(build_head(geometry, weights, buffers, tokens - 1, tokens))
-    if head == "sample":
-        ops.append(Sample("sample", buffers["logits"].rows(0, 1), buffers["tokens"].rows(0, 1)))
+    head_rows = head.rows(tokens)
+    if head_rows:
+        ops.append(build_head(geometry, weights, buffers, head_rows.start, head_rows.stop))
+    if head.sample:
+        sampled = len(head_rows)
+        ops.append(Sample("sample", buffers["logits"].rows(0, sampled), buffers["tokens"].rows(0, sampled)))
     ops.append(Advance("advance", tokens, position))
     return ops
 
 
-def build_head(
-    geometry: ModelGeometry, weights: Weights, buffers: Mapping[str, View], start: int, stop: int
-) -> Vocabulary:
-    """Final norm and vocabulary projection for rows start .. stop - 1 of the residual stream."""
-    return Vocabulary(
-        name="vocabulary",
+def build_head(geometry: ModelGeometry, weights: Weights, buffers: Mapping[str, View], start: int, stop: int) -> LmHead:
+    """Final norm and LM head for rows start .. stop - 1 of the residual stream; their logits are rows 0 .. of theirs.
+
+    Raises:
+        IndexError: more rows than the buffers hold.
+    """
+    return LmHead(
+        name="lm_head",
         residual=buffers["residual"].rows(start, stop),
-        norm=weights.norms["final_norm"],
+        norm_weight=weights.norms["final_norm"],
         weight=weights.projections["embedding" if geometry.tied_embeddings else "vocabulary"],
-        normed=buffers["final_normed"].rows(0, stop - start).columns(0, geometry.hidden),
+        x_norm=buffers["final_x_norm"].rows(0, stop - start).columns(0, geometry.hidden),
         logits=buffers["logits"].rows(0, stop - start),
     )

@@ -26,6 +26,7 @@ from numba_atomflow.files.text_input import MOST_BYTES
 from numba_atomflow.files.untrusted import load_json, short, shown
 from numba_atomflow.geometry import LARGEST_COUNT, ModelGeometry
 from numba_atomflow.host.machine import machine_record
+from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.perf.compile_times import CompileTimes
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.utils.arguments import whole_number
@@ -234,7 +235,7 @@ def decode_turn(engine: Engine, prompt: Sequence[int], count: int) -> list[float
 
 def bytes_per_token(engine: Engine, position: int, count: int) -> int:
     """Bytes of weights and KV cache that each of `count` decode steps from `position` on must read, on average."""
-    ops = engine.backend.step(1, "sample")
+    ops = engine.backend.step(1, SAMPLE)
     lengths = (position + 1, position + count)  # the cache grows by one a step, and so does what is read of it
     return sum(op.weight_bytes + sum(op.cache_bytes(length) for length in lengths) // 2 for op in ops)
 

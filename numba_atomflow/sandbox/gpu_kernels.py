@@ -33,7 +33,7 @@ from numba_atomflow.ops.cuda.token import embedding, sample
 from numba_atomflow.sandbox.runner import CacheSizes
 
 WIDTHS = (1, 2, 4, 8)  # columns of a step
-PROJECTIONS = ("qkv", "o", "gate_up", "down", "vocabulary")
+PROJECTIONS = ("qkv", "o", "gate_up", "down", "lm_head")
 STEP_INPUTS = ("positions", "known", "rows", "slots", "tokens")  # int64 each, in one buffer that a step brings along
 _STAGING = 4 << 20  # bytes behind the weights at least, where loading puts what it repacks
 
@@ -73,12 +73,13 @@ class SandboxKernels:
             "o": FragmentLayout(g.hidden, g.q_dim, 0, fp8),
             "gate_up": FragmentLayout(2 * g.ffn, g.hidden, g.ffn, fp8),
             "down": FragmentLayout(g.hidden, g.ffn, 0, fp8),
-            "vocabulary": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, self.halves),
+            "lm_head": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, self.halves),
         }
 
     def layout_of(self, part: str) -> FragmentLayout:
         """The fragment order of a part of the checkpoint, such as ``layer.3.qkv``."""
-        return self.layouts[part.rpartition(".")[2]]
+        kind = part.rpartition(".")[2]
+        return self.layouts["lm_head" if kind == "vocabulary" else kind]
 
     def width_for(self, columns: int) -> int:
         """The step that so many columns take."""
@@ -176,7 +177,7 @@ class SandboxKernels:
             case "gate_up":
                 factory = make_swiglu
                 more |= {"y_width": self.layouts["down"].padded_columns}
-            case "vocabulary":
+            case "lm_head":
                 factory = make_store
             case _:
                 factory, more = make_add, {}

@@ -229,7 +229,7 @@ class GpuRunner:
             ]
         if wanted:
             head = at(self._head), residual, at("final_norm"), normed, at("logits")
-            launches.append(self._launch(f"vocabulary_x{width}", *head))
+            launches.append(self._launch(f"lm_head_x{width}", *head))
             for column in range(width):
                 logits, best = at("logits").index(column), at("best").rows(column, column + 1)
                 launches.append(self._launch("argmax", logits, at("seen"), at("options"), best))

@@ -21,7 +21,7 @@ from numba_atomflow.backends.base import Memory
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.memory.plan import MemoryPlan
-from numba_atomflow.model.step import Attention, Op
+from numba_atomflow.model.step import NO_LOGITS, Attention, Op
 from numba_atomflow.ops import attention, embedding, paged_attention, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.quantize import forward
@@ -114,9 +114,9 @@ def test_positions_outside_the_cache(backend: Any, position: int) -> None:
 def test_steps_that_end_outside_the_cache(backend: Any) -> None:
     backend.seek(7)
     with pytest.raises(IndexError, match="positions 7 to 8 of 8"):
-        backend.prefill([1, 2], "none")
+        backend.prefill([1, 2], NO_LOGITS)
     with pytest.raises(IndexError, match="positions 7 to 8 of 8"):
-        backend.observe([1, 2], "none", memory_walk.Onlooker())
+        backend.observe([1, 2], NO_LOGITS, memory_walk.Onlooker())
     backend.decode()
     for one_more in (backend.decode, lambda: backend.time_step(1), lambda: backend.time_ops(1)):
         with pytest.raises(IndexError, match="positions 8 to 8 of 8"):
@@ -126,7 +126,7 @@ def test_steps_that_end_outside_the_cache(backend: Any) -> None:
 @pytest.mark.parametrize("token", [-1, 288, 2**31 - 1])
 def test_tokens_outside_the_vocabulary(backend: Any, token: int) -> None:
     with pytest.raises(IndexError, match="tokens"):
-        backend.prefill([3, token], "none")
+        backend.prefill([3, token], NO_LOGITS)
     backend._tokens[0] = token  # as if it had been sampled
     with pytest.raises(IndexError, match="tokens"):
         backend.decode()
@@ -144,7 +144,7 @@ class Mover:
 
 def test_an_observer_that_moves_the_position(backend: Any) -> None:
     with pytest.raises(IndexError, match="positions 8 to 8 of 8"):
-        backend.observe([1], "none", Mover())
+        backend.observe([1], NO_LOGITS, Mover())
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ SAME = 1e-5
 
 def test_all_logits_over_several_blocks_equal_token_by_token(engine: Engine) -> None:
     tokens = some_tokens(600)
-    assert len(tokens) > engine.backend.block
+    assert len(tokens) > engine.backend.prefill_chunk
     blocks = engine.feed(tokens, all_logits=True)
     assert blocks.shape == (600, SMALLEST_VOCABULARY)
     assert blocks.dtype == np.float32

@@ -29,6 +29,7 @@ from numba_atomflow.device.driver import open_device
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import BackendError, CheckpointError, ClosedError
+from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
 from numba_atomflow.sandbox.runner import CacheSizes
 from numba_atomflow.utils import interrupts
@@ -377,7 +378,7 @@ def test_a_backend_that_is_closed_says_so(pretended: PretendedDriver) -> None:
         backend = load().backend
         backend.close()
         uses: list[Callable[[], object]] = [
-            lambda: backend.prefill([1], "sample"),
+            lambda: backend.prefill([1], SAMPLE),
             backend.decode,
             backend.sampled_token,
             lambda: backend.seek(1),
@@ -411,7 +412,7 @@ def test_a_forked_child_touches_nothing_of_its_parent(
 
 def test_replays_in_flight_are_waited_for(pretended: PretendedDriver) -> None:
     engine = load("persistent")
-    engine.backend.prefill([1], "sample")
+    engine.backend.prefill([1], SAMPLE)
     engine.close()  # the pretended driver notices what is given back while the GPU works
     assert pretended.counts() == {}
 

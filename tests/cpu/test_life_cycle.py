@@ -16,6 +16,7 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, ClosedError, EngineBusyError
+from numba_atomflow.model.step import NO_LOGITS
 
 PROMPT = [1, 2, 3]
 
@@ -208,7 +209,7 @@ def test_what_a_closed_engine_had_is_gone_with_a_sentence(attribute: str) -> Non
     assert reply.finish_reason == "interrupted"
     assert list(reply) == []
     np.testing.assert_array_equal(logits, kept)
-    for call in (backend.decode, backend.sampled_token, lambda: backend.step(1, "none"), lambda: backend.seek(0)):
+    for call in (backend.decode, backend.sampled_token, lambda: backend.step(1, NO_LOGITS), lambda: backend.seek(0)):
         with pytest.raises(ClosedError, match="The backend was closed"):
             call()  # type: ignore[operator]
     backend.close()

@@ -9,7 +9,7 @@ from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
 from numba_atomflow.errors import DestinationError, OptionError
-from numba_atomflow.model.step import Op
+from numba_atomflow.model.step import SAMPLE, Op
 from numba_atomflow.perf.profile import KernelRow, ProfileReport, kernel_rows, kind_of, plot, profile
 
 DEPTH = 30
@@ -30,7 +30,7 @@ def report(engine: Engine) -> ProfileReport:
 def test_every_op_of_the_step_is_in_the_table(report: ProfileReport) -> None:
     counts = {kernel.kind: kernel.count for kernel in report.kernels}
     layers = dict.fromkeys(("qkv", "attention", "o", "gate_up", "down"), 2)
-    assert counts == layers | {"embed": 1, "vocabulary": 1, "sample": 1, "advance": 1}
+    assert counts == layers | {"embed": 1, "lm_head": 1, "sample": 1, "advance": 1}
     assert all(kernel.seconds > 0 for kernel in report.kernels)
     assert [kernel.seconds for kernel in report.kernels] == sorted((k.seconds for k in report.kernels), reverse=True)
 
@@ -40,15 +40,15 @@ def test_bytes_are_weights_cache_and_activations(engine: Engine, report: Profile
     moved = {kernel.kind: kernel.moved_bytes for kernel in report.kernels}
     scales = 4 * -(-g.hidden // 128)
     vocabulary = g.vocabulary * (g.hidden + scales) + 4 * g.hidden  # weights, scales, norm
-    assert moved["vocabulary"] == vocabulary + 4 * (g.hidden + g.hidden + g.vocabulary)
+    assert moved["lm_head"] == vocabulary + 4 * (g.hidden + g.hidden + g.vocabulary)
     cache = 2 * (DEPTH + 1) * g.kv_dim * 4
     assert moved["attention"] == g.layers * (cache + 4 * (g.q_dim + g.q_dim) + 8)
-    weights = sum(op.weight_bytes for op in engine.backend.step(1, "sample"))
+    weights = sum(op.weight_bytes for op in engine.backend.step(1, SAMPLE))
     assert sum(moved.values()) > weights + g.layers * cache
 
 
 def test_ops_of_a_kind_are_put_together(engine: Engine) -> None:
-    ops = engine.backend.step(1, "sample")
+    ops = engine.backend.step(1, SAMPLE)
     rows = kernel_rows([(op, 2e-6 if kind_of(op) == "down" else 1e-6) for op in ops], 1)
     assert (rows[0].kind, rows[0].count) == ("down", 2)
     assert rows[0].seconds == pytest.approx(4e-6)
@@ -86,7 +86,7 @@ def test_every_run_starts_at_the_depth(engine: Engine, monkeypatch: pytest.Monke
     ops = engine.backend.time_ops(2)
     engine.backend.time_step(2)
     assert positions == {DEPTH}
-    step = engine.backend.step(1, "sample")
+    step = engine.backend.step(1, SAMPLE)
     assert [(type(op), vars(op)) for op, _ in ops] == [(type(op), vars(op)) for op in step]
     assert all(isinstance(op, Op) and seconds > 0 for op, seconds in ops)
 
@@ -123,7 +123,7 @@ def test_a_plot_shows_every_kernel_and_every_ceiling(report: ProfileReport, tmp_
     plot(report, picture)
     assert [path.name for path in tmp_path.iterdir()] == ["roofline.svg"]
     drawn = picture.read_text()
-    for text in ("vocabulary x 1", "qkv x 2", "memory read", "copies"):
+    for text in ("lm_head x 1", "qkv x 2", "memory read", "copies"):
         assert text in drawn  # matplotlib notes each text beside its outlines
     with pytest.raises(DestinationError, match="cannot be written"):
         plot(report, tmp_path / "missing" / "roofline.svg")

@@ -11,17 +11,20 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.plan import plan_memory
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import (
+    LAST_LOGITS,
+    NO_LOGITS,
+    SAMPLE,
     Advance,
     Attention,
     Embed,
     GateUp,
     Head,
+    LmHead,
     Op,
     ProjectAdd,
     Qkv,
     Sample,
     StepSizes,
-    Vocabulary,
     Weight,
     Weights,
     build_head,
@@ -63,13 +66,13 @@ def covers(a: View, b: View) -> bool:
 
 
 def test_the_ops_of_a_decode_step() -> None:
-    ops = step(tiny_geometry(), 1, "sample")
+    ops = step(tiny_geometry(), 1, SAMPLE)
     layer = (Qkv, Attention, ProjectAdd, GateUp, ProjectAdd)
-    assert [type(op) for op in ops] == [Embed, *layer, *layer, Vocabulary, Sample, Advance]
+    assert [type(op) for op in ops] == [Embed, *layer, *layer, LmHead, Sample, Advance]
     assert [op.name for op in ops] == [
         "embed",
         *(f"layer.{i}.{stage}" for i in range(2) for stage in ("qkv", "attention", "o", "gate_up", "down")),
-        "vocabulary",
+        "lm_head",
         "sample",
         "advance",
     ]
@@ -78,9 +81,9 @@ def test_the_ops_of_a_decode_step() -> None:
 @pytest.mark.parametrize(
     ("head", "ending"),
     [
-        ("none", ["layer.1.down", "advance"]),
-        ("logits", ["layer.1.down", "vocabulary", "advance"]),
-        ("sample", ["vocabulary", "sample", "advance"]),
+        (NO_LOGITS, ["layer.1.down", "advance"]),
+        (LAST_LOGITS, ["layer.1.down", "lm_head", "advance"]),
+        (SAMPLE, ["lm_head", "sample", "advance"]),
     ],
 )
 def test_the_head_decides_how_a_step_ends(head: Head, ending: list[str]) -> None:
@@ -90,7 +93,7 @@ def test_the_head_decides_how_a_step_ends(head: Head, ending: list[str]) -> None
 @pytest.mark.parametrize("tokens", [1, 7, BLOCK])
 def test_everything_read_was_written_before(tokens: int) -> None:
     """Token ids and the position come from outside; all other activations come out of an earlier op of the step."""
-    ops = step(tiny_geometry(), tokens, "sample")
+    ops = step(tiny_geometry(), tokens, SAMPLE)
     known: list[View] = [*ops[0].reads, *(view for view in ops[1].reads if view.name == "position")]
     assert [view.name for view in known] == ["tokens", "position"]
     for op in ops:
@@ -101,7 +104,7 @@ def test_everything_read_was_written_before(tokens: int) -> None:
 
 def test_what_flows_from_op_to_op() -> None:
     flow = {
-        op.name: ([v.name for v in op.reads], [v.name for v in op.writes]) for op in step(tiny_geometry(), 1, "sample")
+        op.name: ([v.name for v in op.reads], [v.name for v in op.writes]) for op in step(tiny_geometry(), 1, SAMPLE)
     }
     assert flow == {
         "embed": (["tokens"], ["residual"]),
@@ -109,14 +112,14 @@ def test_what_flows_from_op_to_op() -> None:
             f"layer.{i}.{name}": parts
             for i in range(2)
             for name, parts in {
-                "qkv": (["residual", "position"], ["normed", "qkv", "q"]),
-                "attention": (["q", "position"], ["attended"]),
-                "o": (["attended", "residual"], ["residual"]),
-                "gate_up": (["residual"], ["normed", "ffn"]),
-                "down": (["ffn", "residual"], ["residual"]),
+                "qkv": (["residual", "position"], ["x_norm", "qkv", "q"]),
+                "attention": (["q", "position"], ["attn_out"]),
+                "o": (["attn_out", "residual"], ["residual"]),
+                "gate_up": (["residual"], ["x_norm", "intermediate"]),
+                "down": (["intermediate", "residual"], ["residual"]),
             }.items()
         },
-        "vocabulary": (["residual"], ["final_normed", "logits"]),
+        "lm_head": (["residual"], ["final_x_norm", "logits"]),
         "sample": (["logits"], ["tokens"]),
         "advance": (["position"], ["position"]),
     }
@@ -124,7 +127,7 @@ def test_what_flows_from_op_to_op() -> None:
 
 def test_shapes_follow_the_geometry_and_the_tokens() -> None:
     g = tiny_geometry(heads=6, kv_heads=2, head_dim=80)
-    ops = {op.name: op for op in step(g, 7, "logits")}
+    ops = {op.name: op for op in step(g, 7, LAST_LOGITS)}
     qkv = ops["layer.1.qkv"]
     assert isinstance(qkv, Qkv)
     assert qkv.qkv is not None
@@ -135,16 +138,16 @@ def test_shapes_follow_the_geometry_and_the_tokens() -> None:
     gate_up = ops["layer.0.gate_up"]
     assert isinstance(gate_up, GateUp)
     assert (gate_up.weight.codes.shape, gate_up.y.shape) == ((2 * g.ffn, g.hidden), (7, g.ffn))
-    vocabulary = ops["vocabulary"]
-    assert isinstance(vocabulary, Vocabulary)
-    assert (vocabulary.residual.shape, vocabulary.logits.shape) == ((1, g.hidden), (1, g.vocabulary))
-    assert vocabulary.residual.address == qkv.residual.rows(6, 7).address  # the last token's row
+    lm_head = ops["lm_head"]
+    assert isinstance(lm_head, LmHead)
+    assert (lm_head.residual.shape, lm_head.logits.shape) == ((1, g.hidden), (1, g.vocabulary))
+    assert lm_head.residual.address == qkv.residual.rows(6, 7).address  # the last token's row
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("norm", [True, False])
 def test_what_a_family_has_beyond_llama_is_in_its_qkv(bias: bool, norm: bool) -> None:
-    for op in step(tiny_geometry(qkv_bias=bias, qk_norm=norm), 1, "sample"):
+    for op in step(tiny_geometry(qkv_bias=bias, qk_norm=norm), 1, SAMPLE):
         if isinstance(op, Qkv):
             extra = {field: view.name for field in ("bias", "q_norm", "k_norm") if (view := getattr(op, field))}
             layer = op.name.removesuffix(".qkv")
@@ -154,7 +157,7 @@ def test_what_a_family_has_beyond_llama_is_in_its_qkv(bias: bool, norm: bool) ->
 
 def test_every_layer_has_its_own_weights_and_cache() -> None:
     g = tiny_geometry(layers=3, qkv_bias=True, qk_norm=True)
-    ops = step(g, 1, "sample")
+    ops = step(g, 1, SAMPLE)
     attentions = [op for op in ops if isinstance(op, Attention)]
     caches = [view for op in attentions for view in (op.keys, op.values)]
     assert all(not overlap(a, b) for i, a in enumerate(caches) for b in caches[:i])
@@ -184,14 +187,14 @@ def test_a_decode_step_reads_every_weight_once_and_one_row_of_the_embedding(
     payload = sum(view.nbytes for view in weights.values())
     table = weights["embedding.weight"].nbytes + weights["embedding.scale"].nbytes
     row = g.hidden + 4 * 2  # 192 codes and the scales of two groups
-    total = sum(op.weight_bytes for op in step(g, 1, "sample"))
+    total = sum(op.weight_bytes for op in step(g, 1, SAMPLE))
     assert total == payload + row - (0 if tied else table)
-    assert {op.name: op.weight_bytes for op in step(g, 7, "none")}["embed"] == 7 * row
+    assert {op.name: op.weight_bytes for op in step(g, 7, NO_LOGITS)}["embed"] == 7 * row
 
 
 def test_attention_reads_the_filled_part_of_the_cache() -> None:
     g = tiny_geometry()
-    ops = step(g, 1, "sample")
+    ops = step(g, 1, SAMPLE)
     for length in (1, 60, MAX_SEQ_LEN):
         assert sum(op.cache_bytes(length) for op in ops) == g.layers * 2 * length * g.kv_heads * g.head_dim * 4
 
@@ -200,11 +203,11 @@ def test_attention_reads_the_filled_part_of_the_cache() -> None:
 def test_the_head_alone_for_any_rows(tied: bool) -> None:
     g = tiny_geometry(tied_embeddings=tied)
     buffers: Mapping[str, View] = fake_buffers(g)
-    vocabulary = build_head(g, fake_weights(g), buffers, 5, 8)
-    assert vocabulary.residual == buffers["residual"].rows(5, 8)
-    assert vocabulary.normed == buffers["final_normed"].rows(0, 3)
-    assert vocabulary.logits.shape == (3, g.vocabulary)
-    assert vocabulary.weight.codes.name == ("embedding.weight" if tied else "vocabulary.weight")
+    lm_head = build_head(g, fake_weights(g), buffers, 5, 8)
+    assert lm_head.residual == buffers["residual"].rows(5, 8)
+    assert lm_head.x_norm == buffers["final_x_norm"].rows(0, 3)
+    assert lm_head.logits.shape == (3, g.vocabulary)
+    assert lm_head.weight.codes.name == ("embedding.weight" if tied else "vocabulary.weight")
 
 
 def test_buffers_have_room_for_the_largest_step() -> None:
@@ -214,27 +217,29 @@ def test_buffers_have_room_for_the_largest_step() -> None:
     assert buffers["kv_cache"].shape == (2, 2, MAX_SEQ_LEN, g.kv_dim)
     assert np.dtype(buffers["kv_cache"].dtype) == np.float16
     assert buffers["logits"].shape == (HEAD_ROWS, g.vocabulary)
-    per_token = ("tokens", "residual", "normed", "qkv", "q", "attended", "ffn")
+    per_token = ("tokens", "residual", "x_norm", "qkv", "q", "attn_out", "intermediate")
     assert {buffers[name].shape[0] for name in per_token} == {BLOCK}
     with pytest.raises(IndexError, match="rows 0:33 of view residual, which has 32"):
-        step(g, BLOCK + 1, "none")
+        step(g, BLOCK + 1, NO_LOGITS)
 
 
 def test_a_backend_may_pad_rows_and_positions() -> None:
-    """192 wide rows stand 256 elements apart, and the ops see 192 of them."""
+    """Rows of 192 elements have a pitch of 256, and the ops' views have 192 columns."""
     g = tiny_geometry()
-    sizes = StepSizes(MAX_SEQ_LEN, 8, 8, activation="float16", cache="float16", multiple=128, spare=7, keep_qkv=False)
+    sizes = StepSizes(
+        MAX_SEQ_LEN, 8, 8, activation="float16", cache="float16", pad_multiple=128, spare_positions=7, keep_qkv=False
+    )
     plan = plan_memory(step_buffers(g, sizes))
     buffers = {b.name: View(b.name, at, b.shape, b.dtype) for b, at in zip(plan.buffers, plan.offsets, strict=True)}
-    ops = {op.name: op for op in build_step(g, fake_weights(g), buffers, 3, "sample")}
-    qkv, gate_up, vocabulary = ops["layer.0.qkv"], ops["layer.0.gate_up"], ops["vocabulary"]
+    ops = {op.name: op for op in build_step(g, fake_weights(g), buffers, 3, SAMPLE)}
+    qkv, gate_up, lm_head = ops["layer.0.qkv"], ops["layer.0.gate_up"], ops["lm_head"]
     assert isinstance(qkv, Qkv)
     assert isinstance(gate_up, GateUp)
-    assert isinstance(vocabulary, Vocabulary)
+    assert isinstance(lm_head, LmHead)
     assert qkv.qkv is None
-    assert [view.name for view in qkv.writes] == ["normed", "q"]
-    assert (qkv.normed.shape, qkv.normed.pitch, qkv.normed.dtype) == ((3, 192), 256, "float16")
+    assert [view.name for view in qkv.writes] == ["x_norm", "q"]
+    assert (qkv.x_norm.shape, qkv.x_norm.pitch, qkv.x_norm.dtype) == ((3, 192), 256, "float16")
     assert (gate_up.y.shape, gate_up.y.pitch) == ((3, 320), 384)
-    assert vocabulary.normed.shape == (1, 192)
+    assert lm_head.x_norm.shape == (1, 192)
     assert qkv.keys.shape == (MAX_SEQ_LEN + 7, g.kv_dim)
     assert qkv.cosines.shape == (MAX_SEQ_LEN + 7, 32)

@@ -7,6 +7,7 @@ import pytest
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
+from numba_atomflow.model.step import SAMPLE
 
 pytest.importorskip("nvtx", reason="nvtx names ranges: pip install '.[profile]'")
 import traced_decode
@@ -50,7 +51,7 @@ def test_only_decoding_is_captured_with_a_range_per_token_and_op(
         decode = engine.backend.decode
         monkeypatch.setattr(engine.backend, "decode", lambda: (ranges.append(f"decode {engine.position}"), decode()))
         traced_decode.traced_decode(engine, DEPTH, TOKENS, 1)
-        ops = [op.name for op in engine.backend.step(1, "sample")]
+        ops = [op.name for op in engine.backend.step(1, SAMPLE)]
         assert engine.position == engine.max_seq_len
     warm_up = [f"decode {DEPTH + 1}", f"decode {DEPTH + 2}"]
     tokens = [[f"+token {i}", f"decode {DEPTH + 3 + i}", f"-token {i}"] for i in range(TOKENS)]
@@ -72,5 +73,5 @@ def test_the_record_of_ops_has_what_each_must_read() -> None:
         records = {record["name"]: record["bytes"] for record in traced_decode.op_records(engine, 10)}
         g = engine.geometry
         assert records["layer.1.attention"] == 2 * 10 * g.kv_dim * 4
-        ops = {op.name: op.weight_bytes for op in engine.backend.step(1, "sample")}
+        ops = {op.name: op.weight_bytes for op in engine.backend.step(1, SAMPLE)}
         assert records["layer.1.down"] == ops["layer.1.down"] > 0

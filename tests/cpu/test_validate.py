@@ -14,7 +14,7 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Memory
 from numba_atomflow.errors import ContextError, GroundTruthError, OptionError
 from numba_atomflow.memory.view import View
-from numba_atomflow.model.step import Head, Op
+from numba_atomflow.model.step import LAST_LOGITS, SAMPLE, Head, Op
 from numba_atomflow.validate import Precision, SignFlip, all_probes, check, inject, make_ground_truth, record
 from numba_atomflow.validate.tolerance import tolerances
 
@@ -66,7 +66,7 @@ def test_the_probes_of_28_layers_are_37_in_the_order_of_the_step() -> None:
 
 
 def test_every_op_of_every_layer_is_followed_by_a_probe_or_a_stage(subject: Subject) -> None:
-    ops = [op.name for op in subject.backend().step(1, "sample")]
+    ops = [op.name for op in subject.backend().step(1, SAMPLE)]
     assert set(ops) - {probe.op for probe in all_probes(subject.geometry)} == {"sample", "advance"}
 
 
@@ -82,8 +82,8 @@ def test_observing_changes_nothing(subject: Subject) -> None:
 def test_a_decode_step_under_observation_is_the_bound_list_of_decode(subject: Subject) -> None:
     backend = subject.backend()
     backend.seek(0)
-    backend.observe([5], "sample", Names(names := []))
-    assert names == [op.name for op in backend.step(1, "sample")]
+    backend.observe([5], SAMPLE, Names(names := []))
+    assert names == [op.name for op in backend.step(1, SAMPLE)]
     observed, bound = backend.sampled_token(), dict(backend._bound)
     backend.seek(0)
     backend._tokens[0] = 5
@@ -134,7 +134,7 @@ def test_blocks_are_compared_with_single_tokens(subject: Subject) -> None:
 
 
 def test_tolerances_grow_with_depth_and_not_with_isolation(subject: Subject) -> None:
-    ours = Precision.of_ops(subject.backend().step(1, "sample"))
+    ours = Precision.of_ops(subject.backend().step(1, SAMPLE))
     assert ours == Precision()
     open_end = tolerances(subject.truth, ours, isolate=False)
     isolated = tolerances(subject.truth, ours, isolate=True)
@@ -184,7 +184,7 @@ def test_layers_that_are_not_there_are_refused(subject: Subject, layers: range) 
 
 
 def test_every_op_can_be_spoilt_and_is_named(subject: Subject) -> None:
-    ops: Sequence[Op] = subject.backend().step(1, "sample")
+    ops: Sequence[Op] = subject.backend().step(1, SAMPLE)
     for op in ops:
         if op.name in {"sample", "advance"}:
             with pytest.raises(OptionError, match=f"--inject {op.name} names no op"):
@@ -253,7 +253,7 @@ def test_memory_is_read_by_copy_and_written_through(subject: Subject) -> None:
             pass
 
     backend = subject.backend()
-    head: Head = "logits"
+    head: Head = LAST_LOGITS
     backend.seek(0)
     backend.prefill(PROMPT, head)
     plain = backend.logits(0, 1)

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="transformers makes the ground truth:
 
 from numba_atomflow.backends.base import Memory
 from numba_atomflow.memory.view import View
-from numba_atomflow.model.step import Advance, Attention, GateUp, Op, ProjectAdd, Qkv, Vocabulary, Weight
+from numba_atomflow.model.step import Advance, Attention, GateUp, LmHead, Op, ProjectAdd, Qkv, Weight
 from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 from numba_atomflow.ops.rope import rope_reference
@@ -159,7 +159,7 @@ def attending(
                 with np.errstate(over="ignore", invalid="ignore"):
                     weights = np.exp(scores - scores.max() if subtract_maximum else scores)
                     out[t, h] = weights @ values[:length, kv] / weights.sum()
-        memory.write(op.attended, out.reshape(len(q), -1))
+        memory.write(op.attn_out, out.reshape(len(q), -1))
 
     return attend
 
@@ -173,30 +173,30 @@ def adds_the_residual_twice(op: ProjectAdd, memory: Memory, _start: int, residua
 
 
 def norm_with_ten_times_epsilon(op: GateUp, memory: Memory, _start: int, residual: NDArray[np.float32]) -> None:
-    memory.write(op.normed, rms_norm_reference(residual.astype(np.float64), memory.read(op.norm), 1e-4))
+    memory.write(op.x_norm, rms_norm_reference(residual.astype(np.float64), memory.read(op.norm_weight), 1e-4))
     recompute_swiglu(op, memory)
 
 
 def norm_by_the_mean(op: GateUp, memory: Memory, _start: int, residual: NDArray[np.float32]) -> None:
     """LayerNorm instead of RMSNorm: the mean is subtracted."""
     x = residual.astype(np.float64)
-    memory.write(op.normed, rms_norm_reference(x - x.mean(axis=1, keepdims=True), memory.read(op.norm), 1e-5))
+    memory.write(op.x_norm, rms_norm_reference(x - x.mean(axis=1, keepdims=True), memory.read(op.norm_weight), 1e-5))
     recompute_swiglu(op, memory)
 
 
 def recompute_swiglu(op: GateUp, memory: Memory) -> None:
-    gate, up = np.split(memory.read(op.normed) @ expanded(op.weight, memory).T, 2, axis=1)
+    gate, up = np.split(memory.read(op.x_norm) @ expanded(op.weight, memory).T, 2, axis=1)
     memory.write(op.y, gate / (1 + np.exp(-gate)) * up)
 
 
 def gelu_instead_of_silu(op: GateUp, memory: Memory, _start: int, _residual: NDArray[np.float32]) -> None:
-    gate, up = np.split(memory.read(op.normed) @ expanded(op.weight, memory).T, 2, axis=1)
+    gate, up = np.split(memory.read(op.x_norm) @ expanded(op.weight, memory).T, 2, axis=1)
     memory.write(op.y, gate / (1 + np.exp(-1.702 * gate)) * up)
 
 
-def norm_of_the_row_before(op: Vocabulary, memory: Memory, _start: int, _residual: NDArray[np.float32]) -> None:
-    memory.write(op.normed, np.roll(memory.read(op.normed), 1, axis=0))
-    memory.write(op.logits, memory.read(op.normed) @ expanded(op.weight, memory).T)
+def norm_of_the_row_before(op: LmHead, memory: Memory, _start: int, _residual: NDArray[np.float32]) -> None:
+    memory.write(op.x_norm, np.roll(memory.read(op.x_norm), 1, axis=0))
+    memory.write(op.logits, memory.read(op.x_norm) @ expanded(op.weight, memory).T)
 
 
 def stays_where_it_is(op: Advance, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
@@ -234,7 +234,7 @@ OBSERVED: dict[str, tuple[str, Callable[..., None]]] = {
     "epsilon ten times too large": ("layer.1.gate_up", norm_with_ten_times_epsilon),
     "norm subtracts the mean": ("layer.1.gate_up", norm_by_the_mean),
     "another activation": ("layer.1.gate_up", gelu_instead_of_silu),
-    "final norm of the row before": ("vocabulary", norm_of_the_row_before),
+    "final norm of the row before": ("lm_head", norm_of_the_row_before),
     "position not advanced": ("advance", stays_where_it_is),
 }
 
@@ -285,7 +285,7 @@ CORRUPTED: dict[str, tuple[str, Callable[[Weights], None]]] = {
     "gate and up swapped": ("layer.1.gate_up", gate_and_up_swapped),
     "one row of a projection is another": ("layer.1.o", one_row_of_o_is_another),
     "embedding row off by one": ("embed", embedding_row_off_by_one),
-    "untied head taken for a tied one": ("vocabulary", vocabulary_is_the_embedding),
+    "untied head taken for a tied one": ("lm_head", vocabulary_is_the_embedding),
 }
 
 

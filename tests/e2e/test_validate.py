@@ -68,10 +68,10 @@ def test_json_is_one_object(cli: InProcess, tiny_checkpoint: Path, truth_file: P
     assert record["passed"] is True
     assert {entry["name"].rpartition(".")[0] for entry in record["probes"]} == {"layer.1"}
     assert all(0 <= entry["share"] < 1 for entry in record["probes"])
-    spoilt = cli("validate", tiny_checkpoint, "-g", truth_file, "--json", "--inject", "vocabulary")
+    spoilt = cli("validate", tiny_checkpoint, "-g", truth_file, "--json", "--inject", "lm_head")
     record = json.loads(spoilt.out)
     assert spoilt.code == 1
-    assert record["fault"]["op"] == "vocabulary"
+    assert record["fault"]["op"] == "lm_head"
     assert record["logits"]["next_token"] != record["logits"]["expected_token"]
     assert set(record["next_token"]) == {"model", "reference"}
 

@@ -11,6 +11,7 @@ from numba_atomflow import Engine, SamplingParams  # noqa: E402
 from numba_atomflow.backends.cuda.backend import CudaBackend  # noqa: E402
 from numba_atomflow.errors import BackendError  # noqa: E402
 from numba_atomflow.memory.view import View  # noqa: E402
+from numba_atomflow.model.step import SAMPLE  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.launch import Launch  # noqa: E402
 
 PROMPT, PARAMS = [5, 6, 7, 8], SamplingParams(max_tokens=12)
@@ -18,7 +19,7 @@ PROMPT, PARAMS = [5, 6, 7, 8], SamplingParams(max_tokens=12)
 
 def fail(backend: CudaBackend) -> None:
     with backend._owner.current():
-        good = backend._launches(2, "sample")[0]  # the embedding of a prompt, whatever way tokens are decoded
+        good = backend._launches(2, SAMPLE)[0]  # the embedding of a prompt, whatever way tokens are decoded
         nowhere = View("nowhere", 0x10, (1 << 20,), "float32")
         table, tokens = backend._weights.projections["embedding"].codes, backend._buffers["tokens"]
         Launch(good.kernel, good.blocks, (table, tokens, nowhere), backend.stream).run()

@@ -23,7 +23,7 @@ from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.model.step import Embed, Op, Qkv
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Embed, Op, Qkv
 
 LIMIT = 3e-3  # relative L2 of logits: activations are float16 (2^-11 per rounding, a few dozen of them)
 MAX_SEQ_LEN = 96
@@ -121,7 +121,7 @@ def test_a_float16_head(tied: bool) -> None:
     for backend in backends:
         backend.prepare(None)
         backend.seek(0)
-        backend.prefill(tokens_of(geometry, 6), "none")
+        backend.prefill(tokens_of(geometry, 6), NO_LOGITS)
         logits.append(backend.logits(0, 6))
         backend.close()
     assert relative_l2(*logits) <= LIMIT
@@ -235,7 +235,7 @@ def test_observing_changes_nothing(engine: Engine) -> None:
 
         def after(self, op: Op, memory: Any) -> None:
             if isinstance(op, Qkv):
-                self.seen[op.name] = memory.read(op.normed)
+                self.seen[op.name] = memory.read(op.x_norm)
 
     prompt = tokens_of(engine.geometry, 6)
     engine.reset()
@@ -243,7 +243,7 @@ def test_observing_changes_nothing(engine: Engine) -> None:
     expected = cuda(engine).logits(0, 6)
     watcher = Watcher()
     engine.reset()
-    cuda(engine).observe(prompt, "none", watcher)
+    cuda(engine).observe(prompt, NO_LOGITS, watcher)
     np.testing.assert_array_equal(cuda(engine).logits(0, 6), expected)
     assert watcher.seen["tokens"].tolist() == prompt
     rows = watcher.seen["layer.1.qkv"].astype(np.float64)
@@ -279,10 +279,10 @@ def test_nothing_is_allocated_after_loading(engine: Engine, monkeypatch: pytest.
     backend = cuda(engine)
     engine.reset()
     with backend._owner.current():
-        for launch in backend._launches(1, "sample"):
+        for launch in backend._launches(1, SAMPLE):
             launch.run()  # eager
-        backend._graphs.pop((3, "none"), None)
-        backend._graph(3, "none").replay()  # a capture
+        backend._graphs.pop((3, NO_LOGITS, False), None)
+        backend._graph(3, NO_LOGITS).replay()  # a capture
     backend._sure = False  # the eager step has moved the position
     engine.reset()
     assert calls == []
@@ -357,7 +357,7 @@ def test_a_model_that_computes_nan_says_so() -> None:
     weights["layer.1.ffn_norm"] = np.full_like(weights["layer.1.ffn_norm"], np.nan)
     backend = CudaBackend(geometry, weights, 32)
     backend.prepare(None)
-    backend.prefill([1, 2, 3], "sample")
+    backend.prefill([1, 2, 3], SAMPLE)
     with pytest.raises(CheckpointError, match="Logits contain NaN or Inf"):
         backend.sampled_token()
     backend.close()

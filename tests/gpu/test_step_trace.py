@@ -9,6 +9,7 @@ from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.trace import StepTrace
+from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.perf.profile import profile
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -32,7 +33,7 @@ def test_every_op_is_in_the_trace_in_its_order(engine: Engine) -> None:
     engine.reset()
     engine.feed(PROMPT)
     trace = trace_of(engine)
-    assert trace.names == tuple(op.name for op in engine.backend.step(1, "sample")[:-2])
+    assert trace.names == tuple(op.name for op in engine.backend.step(1, SAMPLE)[:-2])
     assert not np.isnan(trace.done[:, 1:]).all(axis=0).any()
     assert trace.ends[0] < trace.ends[6] < trace.ends[-1]  # a layer and the vocabulary take their time
     shares = ~np.isnan(trace.staged)
@@ -63,5 +64,5 @@ def test_a_profile_is_made_of_it(engine: Engine) -> None:
     assert report.ops_measured == "as traced"
     counts = {kernel.kind: kernel.count for kernel in report.kernels}
     layers = dict.fromkeys(("qkv", "attention", "o", "gate_up", "down"), 2)
-    assert counts == layers | {"embed": 1, "vocabulary": 1}, "the kernel makes the whole step"
+    assert counts == layers | {"embed": 1, "lm_head": 1}, "the kernel makes the whole step"
     assert abs(report.gap_seconds) < report.step_seconds

@@ -23,7 +23,7 @@ PERSISTENT_MODELS = {
     "SmolLM2": tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152),
     "Llama 1B": tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096),
 }
-_OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "vocabulary_x1", "vocabulary_x{}", "repack_halves")
+_OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "lm_head_x1", "lm_head_x{}", "repack_halves")
 CACHE = CacheSizes(slots=1 << 16, block_sizes=(8, 32), sequences=8, longest=8192)  # of the sandbox
 _OF_SANDBOX = (
     "attention_paged8_x{}",
@@ -33,7 +33,7 @@ _OF_SANDBOX = (
     "gate_up_x{}",
     "down_x{}",
 )
-_HARDWARE_FP8 = ("qkv", "o", "gate_up", "down", "vocabulary", "embed", "repack")
+_HARDWARE_FP8 = ("qkv", "o", "gate_up", "down", "lm_head", "embed", "repack")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import ContextError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.model.step import Op
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Op
 from numba_atomflow.quantize import forward
 from numba_atomflow.quantize.inputs import Inputs
 from numba_atomflow.quantize.threads import cores_for_blas
@@ -79,11 +79,11 @@ def walk_engine(geometry: ModelGeometry, context: int, check: Callable[[], None]
             pass
         else:
             raise AssertionError("a token behind the last position was taken")
-        for start in range(0, context, backend.block):
+        for start in range(0, context, backend.prefill_chunk):
             backend.seek(start)
-            backend.observe(tokens[start : start + backend.block], "sample", Onlooker())
+            backend.observe(tokens[start : start + backend.prefill_chunk], SAMPLE, Onlooker())
             check()
-        backend.logits(0, min(backend.block, context), Onlooker())
+        backend.logits(0, min(backend.prefill_chunk, context), Onlooker())
         backend.seek(context - 1)
         backend.time_ops(2)
         backend.time_step(2)
@@ -132,7 +132,7 @@ def one_row_too_far() -> None:
     with Engine.random(GEOMETRIES["llama"], "cpu", max_seq_len=2) as engine:
         backend: Any = engine.backend
         backend._position[0] = 2
-        for action in backend._bound_step(1, "none"):
+        for action in backend._bound_step(1, NO_LOGITS):
             action()
 
 

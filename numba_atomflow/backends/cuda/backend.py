@@ -25,7 +25,7 @@ from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.memory.view import View
-from numba_atomflow.model.step import Head, Op, Sample, Weight, Weights, build_head, build_step
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Head, Op, Sample, Weight, Weights, build_head, build_step
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.runtime.build import build
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
@@ -77,7 +77,7 @@ class CudaBackend:
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             chip = chip_of(self._gpu)
             self.kernels, self.decode_path = kernels_for(geometry, chip, head, decode, dependent=dependent)
-            self.block = min(self.kernels.block, max_seq_len)
+            self.prefill_chunk = min(self.kernels.block, max_seq_len)
             self.plan = cuda_plan(self.kernels, max_seq_len)
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
             with self._owner.current():
@@ -144,11 +144,11 @@ class CudaBackend:
                 )
                 self._memory.write(self._buffers["persistent.table"], self._persistent.table())
             ready = self._graph if self._use_graphs else self._launches
-            for tokens in range(1, self.block + 1):
-                ready(tokens, "none")
-                ready(tokens, "sample")
+            for tokens in range(1, self.prefill_chunk + 1):
+                ready(tokens, NO_LOGITS)
+                ready(tokens, SAMPLE)
             self._greedy = True
-            ready(1, "sample")  # which may end otherwise
+            ready(1, SAMPLE)  # which may end otherwise
             self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
             self.seek(0)
         self._arrays = None
@@ -194,7 +194,7 @@ class CudaBackend:
         self._greedy = params.greedy
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
-        """Take up to `block` tokens through the model at the current position, and advance it. Does not wait."""
+        """Run up to `prefill_chunk` tokens at the current position, and advance it. Does not wait."""
         with self._owner.current():
             self._check_step(tokens)
             self._tokens.send(tokens, self._buffers["tokens"])
@@ -217,7 +217,7 @@ class CudaBackend:
         self._wanted += 1
         with self._owner.current():
             while self._queued < self._wanted + AHEAD and self._position < self._max_seq_len:
-                self._run(1, "sample")
+                self._run(1, SAMPLE)
         if self._queued < self._wanted:
             raise RuntimeError("decode was called at the end of the context")  # the engine stops before
 
@@ -280,7 +280,7 @@ class CudaBackend:
             return self._persistent.op_launches(index, op)
         if isinstance(op, Sample):
             self._forget_best()  # the persistent kernel has its arg-max where its logits are made
-        return self._binder.bind(op, sampled=head == "sample")
+        return self._binder.bind(op, sampled=head.sample)
 
     # --- what `bench` and `profile` ask ------------------------------------------------------------------------------
 
@@ -296,10 +296,10 @@ class CudaBackend:
         All others of a kind run one after the other, each with its own weights, in a graph of their own: a single op
         is shorter than what starting it by itself costs.
         """
-        ops = self.step(1, "sample")
+        ops = self.step(1, SAMPLE)
         trace = self.trace_step(repeats)
         traced = [] if trace is None else list(zip(ops, trace.op_seconds, strict=False))
-        if self._chooses(1, "sample"):
+        if self._chooses(1, SAMPLE):
             return traced  # the persistent kernel makes the whole step
         bind = partial(self._binder.bind, sampled=True, ranked=trace is not None)
         kinds: dict[str, list[Op]] = {}
@@ -321,7 +321,7 @@ class CudaBackend:
         """
         with self._measuring():
             position = self._memory.read(self._buffers["position"])
-            graph = self._graph(1, "sample")
+            graph = self._graph(1, SAMPLE)
             times = time_graph(graph, repeats, lambda: self._memory.write(self._buffers["position"], position))
             self._check_waits()
         return float(np.median(times))
@@ -336,7 +336,7 @@ class CudaBackend:
         if self._persistent is None:
             return None
         traces, times = [], self._buffers["persistent.times"]
-        ops = self.step(1, "sample")
+        ops = self.step(1, SAMPLE)
         with self._measuring():
             if self._traced is None:
                 spec = self.kernels.persistent_traced.spec
@@ -344,8 +344,8 @@ class CudaBackend:
                 self._traced = Kernel(spec, code, self._owner.made)
             position = self._memory.read(self._buffers["position"])
             made = self._persistent.shape.ops
-            whole = self._persistent.launch(0, made, choose=self._chooses(1, "sample"), traced=self._traced)
-            launches = [whole, *self._launches(1, "sample")[1:]]  # behind it what every step ends with
+            whole = self._persistent.launch(0, made, choose=self._chooses(1, SAMPLE), traced=self._traced)
+            launches = [whole, *self._launches(1, SAMPLE)[1:]]  # behind it what every step ends with
             for _ in range(repeats + 1):
                 self._memory.write(times, np.zeros(times.shape, np.int64))
                 self._memory.write(self._buffers["position"], position)
@@ -401,7 +401,7 @@ class CudaBackend:
 
     def _count(self, tokens: int, head: Head) -> None:
         self._position += tokens
-        if head == "sample":
+        if head.sample:
             self._queued += 1
         self._sure = True
 
@@ -417,13 +417,13 @@ class CudaBackend:
                 launches.append(self._persistent.launch(0, made, choose=choose))
                 ops = [] if choose else ops[made:]
             for op in ops:
-                launches += self._binder.bind(op, sampled=head == "sample", ranked=ranked)
+                launches += self._binder.bind(op, sampled=head.sample, ranked=ranked)
             self._bound[key] = launches
         return self._bound[key]
 
     def _is_persistent(self, tokens: int, head: Head) -> bool:
         """Whether a step is the one that the persistent kernel makes: a token for a token."""
-        return tokens == 1 and head == "sample"
+        return tokens == 1 and head == SAMPLE
 
     def _chooses(self, tokens: int, head: Head) -> bool:
         """Whether the persistent kernel takes the next token as well: the most likely one."""

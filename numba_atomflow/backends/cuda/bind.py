@@ -5,7 +5,7 @@ from typing import Any
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.memory.view import View
-from numba_atomflow.model.step import Advance, Attention, Embed, GateUp, Op, ProjectAdd, Qkv, Sample, Vocabulary
+from numba_atomflow.model.step import Advance, Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv, Sample
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
 
 
@@ -41,16 +41,16 @@ class Binder:
             case Attention():
                 shared = scratch("attention.partials"), scratch("attention.counters")
                 inputs = op.q, op.keys, op.values, op.position
-                return [self._launch(f"attention_x{self._width(op.q)}", *inputs, *shared, op.attended)]
+                return [self._launch(f"attention_x{self._width(op.q)}", *inputs, *shared, op.attn_out)]
             case ProjectAdd():
                 kind = op.name.rpartition(".")[2]
                 return [self._launch(f"{kind}_x{self._width(op.x)}", op.weight.codes, op.x, op.residual)]
             case GateUp():
-                normed = op.weight.codes, op.residual, op.norm, op.normed
+                normed = op.weight.codes, op.residual, op.norm_weight, op.x_norm
                 return [self._launch(f"gate_up_x{self._width(op.y)}", *normed, op.y)]
-            case Vocabulary():
-                normed = op.weight.codes, op.residual, op.norm, op.normed
-                return [self._launch(f"vocabulary_x{self._width(op.logits)}", *normed, op.logits)]
+            case LmHead():
+                normed = op.weight.codes, op.residual, op.norm_weight, op.x_norm
+                return [self._launch(f"lm_head_x{self._width(op.logits)}", *normed, op.logits)]
             case Sample():
                 seen, options = scratch("sampling.seen"), scratch("sampling.options")
                 generator, best = scratch("sampling.generator"), scratch("sampling.best")
@@ -64,11 +64,11 @@ class Binder:
 
     def _bind_qkv(self, op: Qkv) -> list[Launch]:
         width = self._width(op.q)
-        normed = op.weight.codes, op.residual, op.norm, op.normed
+        normed = op.weight.codes, op.residual, op.norm_weight, op.x_norm
         rotation = op.position, op.cosines, op.sines, op.q, op.keys, op.values
         if op.qkv is None:
             return [self._launch(f"qkv_x{width}", *normed, *rotation)]
-        vectors = (vector or op.norm for vector in (op.bias, op.q_norm, op.k_norm))  # the norm stands for none
+        vectors = (vector or op.norm_weight for vector in (op.bias, op.q_norm, op.k_norm))  # the norm stands for none
         return [
             self._launch(f"qkv_x{width}", *normed, op.qkv),
             self._launch(f"rope_x{width}", op.qkv, *vectors, *rotation),

@@ -76,7 +76,7 @@ class ModelKernels:
             "o": FragmentLayout(g.hidden, g.q_dim, 0, fp8, False, chunk),
             "gate_up": FragmentLayout(2 * g.ffn, g.hidden, g.ffn, fp8, False, chunk),
             "down": FragmentLayout(g.hidden, g.ffn, 0, fp8, False, chunk),
-            "vocabulary": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, halves, chunk),
+            "lm_head": FragmentLayout(g.vocabulary, g.hidden, 0, fp8, halves, chunk),
         }
 
     @cached_property
@@ -97,7 +97,7 @@ class ModelKernels:
             o=layouts["o"],
             gate_up=layouts["gate_up"],
             down=layouts["down"],
-            vocabulary=layouts["vocabulary"],
+            vocabulary=layouts["lm_head"],
             embedding=layouts["embedding"],
         )
 
@@ -108,7 +108,8 @@ class ModelKernels:
 
     def layout_of(self, part: str) -> FragmentLayout:
         """The fragment order of a part of the checkpoint, such as ``layer.3.qkv`` or ``embedding``."""
-        return self.layouts[part.rpartition(".")[2]]
+        kind = part.rpartition(".")[2]
+        return self.layouts["lm_head" if kind == "vocabulary" else kind]
 
     def attention_shape(self, columns: int) -> AttentionShape:
         """How attention of `columns` tokens is cut."""
@@ -171,7 +172,7 @@ class ModelKernels:
             case "gate_up":
                 factory = make_swiglu
                 more |= {"y_width": self.layouts["down"].padded_columns}
-            case "vocabulary":
+            case "lm_head":
                 factory = make_store
             case _:
                 factory, more = make_add, {}

@@ -106,11 +106,11 @@ class PersistentStep:
             b["rope.cosines"],
             b["rope.sines"],
             b["residual"],
-            b["normed"],
-            b["final_normed"],
+            b["x_norm"],
+            b["final_x_norm"],
             b["q"],
-            b["attended"],
-            b["ffn"],
+            b["attn_out"],
+            b["intermediate"],
             b["logits"],
             b["sampling.seen"],
             b["sampling.options"],
@@ -131,7 +131,7 @@ class PersistentStep:
         """What lets an op of this layer run by itself; the vocabulary's is behind the last."""
         b, planned = self._buffers, self._kernels.planned["publish"]
         cache = b[KV_CACHE]
-        views = b["residual"], b["q"], cache, b["attended"], b["ffn"], b["persistent.exchange"], b["position"]
+        views = b["residual"], b["q"], cache, b["attn_out"], b["intermediate"], b["persistent.exchange"], b["position"]
         return Launch(
             self._loaded["publish"], planned.blocks, (*views, b["persistent.steps"], self._plane, layer), self._stream
         )
@@ -164,7 +164,7 @@ class PersistentStep:
 
     def op_launches(self, index: int, op: Op) -> list[Launch]:
         """One op by itself, reading what the views hold."""
-        layer = self.shape.layers if op.name == "vocabulary" else max(0, (index - 1) // 5)
+        layer = self.shape.layers if op.name == "lm_head" else max(0, (index - 1) // 5)
         return [self.publish(layer), self.launch(index, index + 1)]
 
 

@@ -21,12 +21,12 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
     g, block = kernels.geometry, kernels.block
     sizes = StepSizes(
         max_seq_len=max_seq_len,
-        block=block,
+        step_tokens=block,
         head_rows=block,
         activation="float16",
         cache="float16",
-        multiple=GROUP,
-        spare=block - 1,  # the surplus columns of a wide step
+        pad_multiple=GROUP,
+        spare_positions=block - 1,  # of the padding tokens
         keep_qkv=kernels.rotates_apart,
     )
     attentions = [kernels.attention_shape(columns) for columns in kernels.widths]
