@@ -1,6 +1,7 @@
 """The checked driver calls and the process's one context, over a driver that is only pretended."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.device import DeviceArena
 from numba_atomflow.memory.plan import Buffer, plan_memory
+from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
-from numba_atomflow.ops.cuda.runtime.spec import NUMBER, KernelSpec, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import F32, NUMBER, KernelSpec, kernel_spec
 
 
 def fail(function: str) -> None:
@@ -129,6 +131,25 @@ def test_a_plan_larger_than_what_is_free_is_refused_with_the_numbers(pretended: 
 def spec_of(dependent: bool = False, cooperative: bool = False) -> KernelSpec:
     spec = kernel_spec("k", "module:factory", (NUMBER,), 96, 4096, dependent=dependent)
     return replace(spec, cooperative=cooperative)
+
+
+class Arguments(NamedTuple):
+    x: F32
+    count: NUMBER
+
+
+def test_named_arguments_are_packed_in_the_order_of_their_class(pretended: PretendedDriver) -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
+    spec = kernel_spec("k", spec_of, Arguments, 96)
+    assert spec.element_types == ("float32*", "int64")
+    with DeviceResources() as owner:
+        owner.open()
+        with owner.current():
+            kernel = Kernel(spec, b"code", owner.made)
+            launch = Launch(kernel, 132, Arguments(count=7, x=View("x", 4096, (5,), "float32")), stream=0)
+            assert list(launch._words) == [0, 0, 5, 4, 4096, 5, 4, 7]
+            with pytest.raises(TypeError, match="k takes a Arguments, not a tuple"):
+                Launch(kernel, 132, (View("x", 4096, (5,), "float32"), 7), stream=0)
 
 
 @pytest.mark.parametrize("cooperative", [False, True])

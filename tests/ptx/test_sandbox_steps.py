@@ -61,10 +61,10 @@ def test_every_launch_fits_its_kernel_and_stays_in_its_memory(geometry: ModelGeo
         assert len(seen) == 1 + 5 * geometry.layers + 1 + width
         for name, blocks, arguments in seen:
             spec = made.kernels.planned[name].spec
-            assert len(arguments) == len(spec.signature), name
+            assert len(arguments) == len(spec.element_types), name
             assert blocks > 0
             assert spec.shared_bytes <= chip.shared_bytes
-            for kind, view in zip(spec.signature, arguments, strict=True):
+            for kind, view in zip(spec.element_types, arguments, strict=True):
                 size = np.dtype(kind.removesuffix("*")).itemsize
                 assert view.extent % size == 0, (name, view.name)
                 assert view.dtype == kind.removesuffix("*") or {view.dtype, kind} in SAME_BYTES, (name, view.name, kind)

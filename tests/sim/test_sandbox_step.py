@@ -60,7 +60,7 @@ class SimulatedRunner(GpuRunner):
     def _launch(self, name: str, *arguments: Any) -> Any:
         planned = self.kernels.planned[name]
         spec = planned.spec
-        arrays = [plain(view, kind) for kind, view in zip(spec.signature, arguments, strict=True)]
+        arrays = [plain(view, kind) for kind, view in zip(spec.element_types, arguments, strict=True)]
 
         def run() -> None:
             spec.make()[planned.blocks, spec.threads, 0, spec.shared_bytes](*arrays)

@@ -11,7 +11,7 @@ from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
-from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec, element_types
 
 _loaded: dict[tuple[Any, ...], tuple[Any, Kernel]] = {}  # with numba's kernel, whose identity is part of the key
 
@@ -30,9 +30,19 @@ def capability() -> tuple[int, int]:
 
 
 def launch_on_device(kernel: Any, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
-    """Copy arrays to the device, run the kernel once, and copy them back. Numbers are passed as int64."""
+    """Copy arrays to the device, run the kernel once, and copy them back. Numbers are passed as int64.
+
+    Args:
+        arguments: one for each parameter of the kernel; or one value of the NamedTuple class that is its signature.
+    """
     owner, capability, stream = _device()
-    signature = tuple(f"{a.dtype.name}*" if isinstance(a, np.ndarray) else "int64" for a in arguments)
+    signature: Any = None
+    if isinstance(arguments[0], tuple):
+        (arguments,) = arguments
+        signature = type(arguments)
+    types = tuple(f"{a.dtype.name}*" if isinstance(a, np.ndarray) else "int64" for a in arguments)
+    assert signature is None or types == element_types(signature), "the class declares other types"
+    signature = signature or types
     with owner.current(), owner.made.scope(stream) as made:
         key = (id(kernel), signature, threads, shared_bytes)
         if key not in _loaded:
@@ -45,7 +55,8 @@ def launch_on_device(kernel: Any, blocks: int, threads: int, shared_bytes: int, 
             call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
         rest = iter(addresses)
         values = [View("x", next(rest), a.shape, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments]
-        Launch(_loaded[key][1], blocks, values, stream).run()
+        packed = signature(*values) if isinstance(signature, type) else values
+        Launch(_loaded[key][1], blocks, packed, stream).run()
         call("cuStreamSynchronize", stream)
         for address, array in zip(addresses, arrays, strict=True):
             call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)

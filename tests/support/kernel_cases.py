@@ -71,7 +71,10 @@ def within(family: str, error: float, limit: float) -> None:
 
 
 def launch(kernel: Any, blocks: int, threads: int, shared_bytes: int, *arrays: Any) -> None:
-    """Run a kernel over host arrays, which it changes in place: in the simulator, or on the GPU."""
+    """Run a kernel over host arrays, which it changes in place: in the simulator, or on the GPU.
+
+    arrays: one for each parameter of the kernel; or one value of the NamedTuple class that is its signature.
+    """
     if ptx.SIMULATED:
         kernel[blocks, threads, 0, shared_bytes](*arrays)
     else:

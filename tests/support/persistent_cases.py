@@ -20,7 +20,7 @@ from numba_atomflow.ops.cuda.layout.weights import (
     to_fragments_reference,
 )
 from numba_atomflow.ops.cuda.persistent import publish
-from numba_atomflow.ops.cuda.persistent.kernel import make_persistent
+from numba_atomflow.ops.cuda.persistent.kernel import PersistentArguments, make_persistent
 from numba_atomflow.ops.cuda.persistent.schedule import BLOCK_THREADS, CHUNK, TABLE_UNIT, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS
 from numba_atomflow.ops.cuda.token.sample import BROKEN_KEY, LOWEST_KEY, token_of
@@ -232,40 +232,53 @@ class Memory:
             shape.sms,
             BLOCK_THREADS,
             shape.block_bytes,
-            self.weights,
-            self.model.table,
-            cache.view(np.uint16),
-            self.cache.reshape(-1).copy().view(np.uint32),  # what it writes, it need not read
-            self.exchange,
-            self.tokens,
-            self.position,
-            self.steps,
-            self.cosines.reshape(-1),
-            self.sines.reshape(-1),
-            self.residual,
-            self.normed,
-            self.final_normed,
-            self.q,
-            self.attended,
-            self.ffn,
-            self.logits,
-            self.seen_bits,
-            options,
-            self.best,
-            self.ring,
-            self.count,
-            self.fault,
-            np.zeros(shape.sms * shape.ops * EVENTS, np.int64),
-            self.plane,
-            first,
-            last,
-            int(choose),
+            PersistentArguments(
+                weights=self.weights,
+                table=self.model.table,
+                cache16=cache.view(np.uint16),
+                cache=self.cache.reshape(-1).copy().view(np.uint32),  # what it writes, it need not read
+                mailbox=self.exchange,
+                tokens=self.tokens,
+                position=self.position,
+                steps=self.steps,
+                cosines=self.cosines.reshape(-1),
+                sines=self.sines.reshape(-1),
+                residual=self.residual,
+                x_norm=self.normed,
+                final_x_norm=self.final_normed,
+                q=self.q,
+                attn_out=self.attended,
+                intermediate=self.ffn,
+                logits=self.logits,
+                seen=self.seen_bits,
+                options=options,
+                best=self.best,
+                token_ring=self.ring,
+                tokens_posted=self.count,
+                fault=self.fault,
+                timestamps=np.zeros(shape.sms * shape.ops * EVENTS, np.int64),
+                plane=self.plane,
+                first_op=first,
+                end_op=last,
+                greedy=int(choose),
+            ),
         )
 
     def publish(self, layer: int) -> None:
         """What lets an op of the layer run by itself."""
-        views = self.residual, self.q, self.cache.reshape(-1).view(np.uint16), self.attended, self.ffn, self.exchange
-        launch(kernels(self.shape)[1], 1, publish.THREADS, 0, *views, self.position, self.steps, self.plane, layer)
+        arguments = publish.PublishArguments(
+            residual=self.residual,
+            q=self.q,
+            cache=self.cache.reshape(-1).view(np.uint16),
+            attn_out=self.attended,
+            intermediate=self.ffn,
+            mailbox=self.exchange,
+            position=self.position,
+            steps=self.steps,
+            plane=self.plane,
+            layer=layer,
+        )
+        launch(kernels(self.shape)[1], 1, publish.THREADS, 0, arguments)
 
     # --- the views as numbers ------------------------------------------------------------------------------------
 

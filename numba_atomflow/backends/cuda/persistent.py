@@ -14,6 +14,8 @@ from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import Buffer
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Op
+from numba_atomflow.ops.cuda.persistent.kernel import PersistentArguments
+from numba_atomflow.ops.cuda.persistent.publish import PublishArguments
 from numba_atomflow.ops.cuda.persistent.schedule import TABLE_UNIT, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import (
     BEGUN,
@@ -94,35 +96,35 @@ class PersistentStep:
         end = max(view.address + view.nbytes for view in self._weights.values())
         weights = View("weights", self._base, ((end - self._base) // 4,), "uint32")
         cache = b[KV_CACHE]
-        arguments = (
-            weights,
-            b["persistent.table"],
-            cache,
-            cache,
-            b["persistent.exchange"],
-            b["tokens"],
-            b["position"],
-            b["persistent.steps"],
-            b["rope.cosines"],
-            b["rope.sines"],
-            b["residual"],
-            b["x_norm"],
-            b["final_x_norm"],
-            b["q"],
-            b["attn_out"],
-            b["intermediate"],
-            b["logits"],
-            b["sampling.seen"],
-            b["sampling.options"],
-            b["sampling.best"],
-            self._ring,
-            b["sampling.count"],
-            b["persistent.fault"],
-            b["persistent.times"],
-            self._plane,
-            first,
-            last,
-            int(choose),
+        arguments = PersistentArguments(
+            weights=weights,
+            table=b["persistent.table"],
+            cache16=cache,
+            cache=cache,
+            mailbox=b["persistent.exchange"],
+            tokens=b["tokens"],
+            position=b["position"],
+            steps=b["persistent.steps"],
+            cosines=b["rope.cosines"],
+            sines=b["rope.sines"],
+            residual=b["residual"],
+            x_norm=b["x_norm"],
+            final_x_norm=b["final_x_norm"],
+            q=b["q"],
+            attn_out=b["attn_out"],
+            intermediate=b["intermediate"],
+            logits=b["logits"],
+            seen=b["sampling.seen"],
+            options=b["sampling.options"],
+            best=b["sampling.best"],
+            token_ring=self._ring,
+            tokens_posted=b["sampling.count"],
+            fault=b["persistent.fault"],
+            timestamps=b["persistent.times"],
+            plane=self._plane,
+            first_op=first,
+            end_op=last,
+            greedy=int(choose),
         )
         kernel = traced or self._loaded["persistent"]
         return Launch(kernel, self.shape.sms, arguments, self._stream)
@@ -130,11 +132,19 @@ class PersistentStep:
     def publish(self, layer: int) -> Launch:
         """What lets an op of this layer run by itself; the vocabulary's is behind the last."""
         b, planned = self._buffers, self._kernels.planned["publish"]
-        cache = b[KV_CACHE]
-        views = b["residual"], b["q"], cache, b["attn_out"], b["intermediate"], b["persistent.exchange"], b["position"]
-        return Launch(
-            self._loaded["publish"], planned.blocks, (*views, b["persistent.steps"], self._plane, layer), self._stream
+        arguments = PublishArguments(
+            residual=b["residual"],
+            q=b["q"],
+            cache=b[KV_CACHE],
+            attn_out=b["attn_out"],
+            intermediate=b["intermediate"],
+            mailbox=b["persistent.exchange"],
+            position=b["position"],
+            steps=b["persistent.steps"],
+            plane=self._plane,
+            layer=layer,
         )
+        return Launch(self._loaded["publish"], planned.blocks, arguments, self._stream)
 
     def trace(self, ops: Sequence[Op], times: NDArray[np.int64]) -> StepTrace:
         """What a traced launch of a whole step has left in `persistent.times`, int64 [blocks * ops * EVENTS]."""

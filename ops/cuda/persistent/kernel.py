@@ -6,7 +6,7 @@ docs/persistent-kernel.md for what it costs beside them.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, float32, int64, uint16, uint32, uint64
@@ -35,32 +35,61 @@ from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U16
 from numba_atomflow.ops.cuda.token.embedding import make_quad
 from numba_atomflow.ops.cuda.token.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, hand_over, shuffle_max, token_id
 
-# Types of the kernel's arguments.
-SIGNATURE = (
-    *(U32, I64, U16, U32, U64, I32, I64, I64, F32, F32, F32, U32, U32, U16, U32, U32, F32, U32, F64, I64, U64, I64),
-    *(I32, I64, NUMBER, NUMBER, NUMBER, NUMBER),
-)
+
+class PersistentArguments(NamedTuple):
+    """The kernel's parameter.
+
+    Attributes:
+        weights: all weights of the model, 32-bit words.
+        table: [2 * ops]; for each op the offsets of its weights and of its norm weight, in units of 128 bytes.
+        cache16, cache: the KV cache [layer][k, v][positions][kv_heads * head_dim] float16, as elements and as pairs.
+        mailbox: [shape.exchange["end"]] words of `comm/flagged.py`; zero before the first step.
+        tokens: [1]. position: [1].
+        steps: [2]; steps completed, and CTAs that have completed the current one; zero before the first.
+        cosines, sines: [positions, head_dim / 2].
+        residual: [hidden]; this and the next five are for validators: they repeat what the mailbox carries.
+        x_norm, final_x_norm, attn_out, intermediate: pairs of float16. q: bits of float16.
+        logits: [V]. seen: bitmap of the tokens so far. options: [5], of sampling. best: [1], `LOWEST_KEY` before.
+        token_ring, tokens_posted: the pinned host ring, and [1], as in `sample.hand_over`.
+        fault: [1]; set when the watchdog of a CTA trips.
+        timestamps: [CTAs, ops, EVENTS], written with `shape.trace`.
+        plane: elements of a layer's keys.
+        first_op, end_op: ops first_op .. end_op - 1 are run.
+        greedy: 1: the most likely token is taken, and the step ends with it; 0 leaves that to the kernels that follow.
+    """
+
+    weights: U32
+    table: I64
+    cache16: U16
+    cache: U32
+    mailbox: U64
+    tokens: I32
+    position: I64
+    steps: I64
+    cosines: F32
+    sines: F32
+    residual: F32
+    x_norm: U32
+    final_x_norm: U32
+    q: U16
+    attn_out: U32
+    intermediate: U32
+    logits: F32
+    seen: U32
+    options: F64
+    best: I64
+    token_ring: U64
+    tokens_posted: I64
+    fault: I32
+    timestamps: I64
+    plane: NUMBER
+    first_op: NUMBER
+    end_op: NUMBER
+    greedy: NUMBER
 
 
 def make_persistent(shape: PersistentShape) -> Any:
-    """Kernel with these arguments, all but the last four one-dimensional arrays of device memory:
-
-    - weights uint32: all of the model's;
-    - table int64 [2 * ops]: for each op where its weights and its norm begin, in units of 128 bytes;
-    - cache16 uint16 and cache uint32: the KV cache [layer][k, v][positions][kv_heads * head_dim] float16, seen twice;
-    - exchange uint64 [shape.exchange["end"]], zero before the first step;
-    - tokens int32 [1]; position int64 [1];
-    - steps int64 [2]: made so far, and blocks that have ended one; zero before the first;
-    - cosines and sines float32 [positions, head_dim / 2];
-    - residual float32 [hidden]; normed, final_normed, attended and ffn uint32 pairs of float16; q uint16 bits of
-      float16: what a validator sees;
-    - logits float32 [V]; seen uint32 bitmap; options float64 [5]; best int64 [1], `LOWEST_KEY` before;
-    - ring_entries uint64, in pinned host memory, and count int64 [1]: as in `sample.hand_over`;
-    - fault int32 [1]: set when a block gave up waiting;
-    - times int64 [blocks, ops, EVENTS], written with `shape.trace`;
-    - plane: elements of a layer's keys; first and last: ops first .. last - 1 are run; choose: 1 if the most likely
-      token is taken, and the step ends with it; 0 leaves that to the kernels that follow.
-    """
+    """Kernel (`PersistentArguments`)."""
     layers, ops, blocks, slots = shape.layers, shape.ops, shape.sms, shape.slots
     table_start, barriers_start, rope_start = shape.table_start, shape.barriers_start, shape.rope_start
     half = shape.head_dim // 2
@@ -73,11 +102,9 @@ def make_persistent(shape: PersistentShape) -> Any:
 
     @ptx.large_device_function
     def consume(io, shared, thread):
-        """What a warp that computes does with a step. io: the kernel's arguments; shared: views of shared memory."""
-        weights, _, cache16, cache, exchange, tokens, position, steps, cosines, sines = io[:10]
-        residual, normed, final_normed, q, attended, ffn, logits, seen, options, best = io[10:20]
-        ring_entries, count, fault, times, plane, first, last, choose = io[20:]
+        """A step of a consumer warp. io: `PersistentArguments`; shared: views of shared memory."""
         words, _, floats, keys, barriers = shared
+        fault, times = io.fault, io.timestamps
         state = cuda.local.array(2, uint32)
         patience = cuda.local.array(1, uint32)
         own_best = cuda.local.array(1, int64)
@@ -86,30 +113,30 @@ def make_persistent(shape: PersistentShape) -> Any:
         noting = thread == 0
         if noting:
             note_clocks(times, 0)
-        epoch, place = np.uint32(steps[0] * (layers + 1) + 1), position[0]
-        penalty = np.float32(options[PENALTY])  # here, as every op would wait for it
+        epoch, place = np.uint32(io.steps[0] * (layers + 1) + 1), io.position[0]
+        penalty = np.float32(io.options[PENALTY])  # here, as every op would wait for it
         entry = thread
         while entry < half:
-            floats[rope_start + entry] = cosines[place * half + entry]
-            floats[rope_start + half + entry] = sines[place * half + entry]
+            floats[rope_start + entry] = io.cosines[place * half + entry]
+            floats[rope_start + half + entry] = io.sines[place * half + entry]
             entry += THREADS
         part = share(place)
-        if first == 0:
-            embed(weights, words, tokens, exchange, epoch, residual, thread)
+        if io.first_op == 0:
+            embed(io.weights, words, io.tokens, io.mailbox, epoch, io.residual, thread)
 
         offset, own = np.int32(0), np.int32(0)
         for op in range(1, ops):
-            kind, layer, run = kind_of(op), (op - 1) // 5, first <= op < last
+            kind, layer, run = kind_of(op), (op - 1) // 5, io.first_op <= op < io.end_op
             before = np.uint32(epoch + np.uint32(layer))
             now = np.uint32(before + np.uint32(1))
-            keys_at = 2 * layer * plane
+            keys_at = 2 * layer * io.plane
             if kind == ATTENTION:
                 if run:
                     if noting:
                         note(times, op, BEGUN)
-                    cached = cache, keys_at // 2, (keys_at + plane) // 2
+                    cached = io.cache, keys_at // 2, (keys_at + io.plane) // 2
                     at = np.int32(place)
-                    attend(exchange, now, at, part, cached, attended, thread, shared, patience, fault, times, op)
+                    attend(io.mailbox, now, at, part, cached, io.attn_out, thread, shared, patience, fault, times, op)
                     if noting:
                         note(times, op, DONE)
                 continue
@@ -118,58 +145,29 @@ def make_persistent(shape: PersistentShape) -> Any:
             if run and own < shares_of(kind):
                 if noting:
                     note(times, op, BEGUN)
-                norm = weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
-                shown = final_normed if kind == VOCABULARY else normed
-                stage(kind, exchange, before, now, norm, shown, own == 0, thread, shared, patience, fault)
+                norm = io.weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT
+                shown = io.final_x_norm if kind == VOCABULARY else io.x_norm
+                stage(kind, io.mailbox, before, now, norm, shown, own == 0, thread, shared, patience, fault)
                 if noting:
                     note(times, op, STAGED)
                 given = (
-                    *(exchange, before, now, place, q, cache16, keys_at, keys_at + plane, residual, ffn, logits, seen),
-                    *(penalty, own_best, patience, fault),
+                    *(io.mailbox, before, now, place, io.q, io.cache16, keys_at, keys_at + io.plane, io.residual),
+                    *(io.intermediate, io.logits, io.seen, penalty, own_best, patience, fault),
                 )
                 project(kind, own, thread, words, floats, barriers, state, patience, fault, given, times, op)
                 if noting:
                     note(times, op, DONE)
         if noting:
             note_clocks(times, 1)
-        if last == ops:
+        if io.end_op == ops:
             if own < shares_of(VOCABULARY):
-                settle_best(own_best[0], keys, best, fault, thread)
+                settle_best(own_best[0], keys, io.best, fault, thread)
             meet()
             if thread == 0:
-                end_step(steps, choose, best, tokens, position, seen, ring_entries, count)
+                end_step(io.steps, io.greedy, io.best, io.tokens, io.position, io.seen, io.token_ring, io.tokens_posted)
 
     @ptx.kernel(BLOCK_THREADS, 1)
-    def persistent(
-        weights,
-        table,
-        cache16,
-        cache,
-        exchange,
-        tokens,
-        position,
-        steps,
-        cosines,
-        sines,
-        residual,
-        normed,
-        final_normed,
-        q,
-        attended,
-        ffn,
-        logits,
-        seen,
-        options,
-        best,
-        ring_entries,
-        count,
-        fault,
-        times,
-        plane,
-        first,
-        last,
-        choose,
-    ):
+    def persistent(io):
         words = cuda.shared.array(0, uint32)
         floats = cuda.shared.array(0, float32)
         halves = cuda.shared.array(0, uint16)
@@ -178,7 +176,7 @@ def make_persistent(shape: PersistentShape) -> Any:
         thread = np.int32(cuda.threadIdx.x)
         entry = thread
         while entry < 2 * ops:
-            words[table_start + entry] = np.uint32(table[entry])
+            words[table_start + entry] = np.uint32(io.table[entry])
             entry += BLOCK_THREADS
         if thread == 0:
             for slot in range(2 * slots):
@@ -186,16 +184,13 @@ def make_persistent(shape: PersistentShape) -> Any:
             ptx.fence_barriers()
         cuda.syncthreads()
         if thread < THREADS:
-            io = (
-                *(weights, table, cache16, cache, exchange, tokens, position, steps, cosines, sines),
-                *(residual, normed, final_normed, q, attended, ffn, logits, seen, options, best),
-                *(ring_entries, count, fault, times, plane, first, last, choose),
-            )
             consume(io, (words, halves, floats, keys, barriers), thread)
         elif thread == THREADS:
             patience = cuda.local.array(1, uint32)
             patience[0] = np.uint32(PATIENCE)
-            produce(weights, words, barriers, position[0], first, last, patience, fault, times)
+            produce(
+                io.weights, words, barriers, io.position[0], io.first_op, io.end_op, patience, io.fault, io.timestamps
+            )
 
     return persistent
 
@@ -306,5 +301,5 @@ def persistent_kernel(shape: PersistentShape) -> Planned:
     """The kernel of `make_persistent`."""
     name = "persistent_traced" if shape.trace else "persistent"
     factory = make_persistent
-    spec = kernel_spec(name, factory, SIGNATURE, BLOCK_THREADS, shape.block_bytes, shape=shape)
+    spec = kernel_spec(name, factory, PersistentArguments, BLOCK_THREADS, shape.block_bytes, shape=shape)
     return Planned(replace(spec, cooperative=True), shape.sms)

@@ -4,7 +4,7 @@ Whoever looks at a step op by op may change what an op reads, in the views that 
 such an op, this kernel makes words of everything that it could wait for. It is not part of a decode step.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, int64
@@ -18,10 +18,30 @@ THREADS = 256
 _BLOCKS = 16
 
 
+class PublishArguments(NamedTuple):
+    """The kernel's parameter.
+
+    Attributes:
+        residual: [hidden]. q, cache: bits of float16. attn_out, intermediate: pairs of float16.
+        mailbox, position, steps, plane: as in `PersistentArguments`.
+        layer: whose ops may read the words; `shape.layers` for the LM head.
+    """
+
+    residual: F32
+    q: U16
+    cache: U16
+    attn_out: U32
+    intermediate: U32
+    mailbox: U64
+    position: I64
+    steps: I64
+    plane: NUMBER
+    layer: NUMBER
+
+
 def make_publish(shape: PersistentShape) -> Any:
-    """Kernel (residual float32 [hidden]; q and cache uint16; attended and ffn uint32 pairs of float16; exchange uint64;
-    position int64 [1]; steps int64 [2]; plane: elements of a layer's keys; layer, or `shape.layers` for the
-    vocabulary): the words that an op of the layer may read. Launch: any number of blocks of `THREADS` threads.
+    """Kernel (`PublishArguments`): the words that an op of the layer may read. Launch: any number of CTAs of `THREADS`
+    threads.
     """
     layers, hidden, half = shape.layers, shape.hidden, shape.head_dim // 2
     q_words, kv_words = shape.heads * half, shape.kv_heads * half
@@ -39,28 +59,28 @@ def make_publish(shape: PersistentShape) -> Any:
         return np.uint32(np.uint32(array[at]) | np.uint32(array[at + half]) << np.uint32(16))
 
     @ptx.kernel(THREADS, 1)
-    def publish(residual, q, cache, attended, ffn, exchange, position, steps, plane, layer):
-        before = np.uint32(steps[0] * (layers + 1) + 1 + layer)
+    def publish(io):
+        before = np.uint32(io.steps[0] * (layers + 1) + 1 + io.layer)
         now = np.uint32(before + np.uint32(1))
         word = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         while word < most:
             if word < hidden:
-                bits = ptx.f32_bits(residual[word])
-                ptx.publish(exchange, entering_exact + word, bits, before)
-                ptx.publish(exchange, middle_exact + word, bits, now)
+                bits = ptx.f32_bits(io.residual[word])
+                ptx.publish(io.mailbox, entering_exact + word, bits, before)
+                ptx.publish(io.mailbox, middle_exact + word, bits, now)
             if word < hidden // 2:
-                low, high = residual[2 * word], residual[2 * word + 1]
-                publish_pair(exchange, entering + word, low, high, before)
-                publish_pair(exchange, middle + word, low, high, now)
+                low, high = io.residual[2 * word], io.residual[2 * word + 1]
+                publish_pair(io.mailbox, entering + word, low, high, before)
+                publish_pair(io.mailbox, middle + word, low, high, now)
             if word < q_words:
-                ptx.publish(exchange, q_place + word, rotated(q, int64(0), word), now)
-                ptx.publish(exchange, attended_place + word, attended[word], now)
-            if word < kv_words and layer < layers:
-                keys = 2 * layer * plane + position[0] * kv_width
-                ptx.publish(exchange, k_place + word, rotated(cache, keys, word), now)
-                ptx.publish(exchange, v_place + word, rotated(cache, keys + plane, word), now)
+                ptx.publish(io.mailbox, q_place + word, rotated(io.q, int64(0), word), now)
+                ptx.publish(io.mailbox, attended_place + word, io.attn_out[word], now)
+            if word < kv_words and io.layer < layers:
+                keys = 2 * io.layer * io.plane + io.position[0] * kv_width
+                ptx.publish(io.mailbox, k_place + word, rotated(io.cache, keys, word), now)
+                ptx.publish(io.mailbox, v_place + word, rotated(io.cache, keys + io.plane, word), now)
             if word < ffn_words:
-                ptx.publish(exchange, ffn_place + word, ffn[word], now)
+                ptx.publish(io.mailbox, ffn_place + word, io.intermediate[word], now)
             word += cuda.gridDim.x * THREADS
 
     return publish
@@ -68,5 +88,4 @@ def make_publish(shape: PersistentShape) -> Any:
 
 def publish_kernel(shape: PersistentShape) -> Planned:
     """The kernel of `make_publish`."""
-    signature = (F32, U16, U16, U32, U32, U64, I64, I64, NUMBER, NUMBER)
-    return Planned(kernel_spec("publish", make_publish, signature, THREADS, shape=shape), _BLOCKS)
+    return Planned(kernel_spec("publish", make_publish, PublishArguments, THREADS, shape=shape), _BLOCKS)

@@ -45,7 +45,11 @@ class Launch:
 
     Args:
         blocks: of the grid.
-        arguments: arrays of device memory, and numbers, in the order of the kernel's signature.
+        arguments: arrays of device memory, and numbers: a value of the NamedTuple class that is the kernel's signature,
+            or, where that is a tuple of types, as many values in its order.
+
+    Raises:
+        TypeError: they are no value of the signature's class, or a number where the kernel takes an array.
         stream: that `run` uses.
     """
 
@@ -55,7 +59,9 @@ class Launch:
         spec = kernel.spec
         self.kernel = kernel
         self.blocks = blocks
-        words = [word for kind, value in zip(spec.signature, arguments, strict=True) for word in _pack(kind, value)]
+        if isinstance(spec.signature, type) and not isinstance(arguments, spec.signature):
+            raise TypeError(f"{spec.name} takes a {spec.signature.__name__}, not a {type(arguments).__name__}")
+        words = [word for kind, value in zip(spec.element_types, arguments, strict=True) for word in _pack(kind, value)]
         self._words = (ctypes.c_int64 * len(words))(*words)
         start = ctypes.addressof(self._words)
         self._pointers = (ctypes.c_void_p * len(words))(*range(start, start + 8 * len(words), 8))

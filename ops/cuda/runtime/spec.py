@@ -7,11 +7,19 @@ function itself.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, get_type_hints
 
-# One-dimensional arrays, by element type; "int64" without a star is a number.
-U8, U16, U32, U64 = "uint8*", "uint16*", "uint32*", "uint64*"
-I32, I64, F32, F64, NUMBER = "int32*", "int64*", "float32*", "float64*", "int64"
+# Types of a kernel's arguments: one-dimensional arrays, by element type, and int64 numbers.
+U8 = Annotated[Any, "uint8*"]
+U16 = Annotated[Any, "uint16*"]
+U32 = Annotated[Any, "uint32*"]
+U64 = Annotated[Any, "uint64*"]
+I32 = Annotated[Any, "int32*"]
+I64 = Annotated[Any, "int64*"]
+F32 = Annotated[Any, "float32*"]
+F64 = Annotated[Any, "float64*"]
+NUMBER = Annotated[Any, "int64"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,10 @@ class KernelSpec:
         name: as profilers show it; letters, digits and underscores.
         factory: a function of a module (specs are pickled); takes `arguments`, returns the kernel as numba has it.
         arguments: of the factory: plain values and shapes, whose `repr` tells them apart.
-        signature: of the kernel: types of its arguments.
+        signature: a `typing.NamedTuple` class, which is the kernel's single parameter: its fields are annotated with
+            U32, F32, NUMBER, ... A value of it is what a launch packs, what device code reads by name
+            (`arguments.tokens`) and what tests fill by keyword; it compiles to the same parameters as one for each
+            field. Or a tuple of these types, for a kernel with as many parameters.
         threads: per block. shared_bytes: dynamic shared memory.
         dependent: it may be launched before the kernel before it has ended (programmatic dependent launch).
         cooperative: its blocks wait for each other, so that all must be resident at once; the driver refuses a grid
@@ -32,7 +43,7 @@ class KernelSpec:
     name: str
     factory: Callable[..., Any]
     arguments: tuple[tuple[str, Any], ...]
-    signature: tuple[str, ...]
+    signature: type[tuple[Any, ...]] | tuple[Any, ...]
     threads: int
     shared_bytes: int = 0
     dependent: bool = False
@@ -42,19 +53,32 @@ class KernelSpec:
         """The kernel as numba has it."""
         return self.factory(**dict(self.arguments))
 
+    @property
+    def element_types(self) -> tuple[str, ...]:
+        """Types of the kernel's arguments in order: "uint32*" is an array of uint32, "int64" a number."""
+        return element_types(self.signature)
+
     def numba_signature(self) -> tuple[Any, ...]:
-        """Types of the kernel's arguments."""
+        """Types of the kernel's parameters."""
         from numba.cuda import types
 
-        return tuple(
+        fields = tuple(
             getattr(types, kind.removesuffix("*"))[::1] if kind.endswith("*") else getattr(types, kind)
-            for kind in self.signature
+            for kind in self.element_types
         )
+        return (types.NamedTuple(fields, self.signature),) if isinstance(self.signature, type) else fields
 
     def digest(self) -> str:
         """Tells this kernel from others made by the same source: 16 hexadecimal digits."""
         factory = f"{self.factory.__module__}:{self.factory.__qualname__}"
-        return hashlib.sha256(repr((factory, self.arguments, self.signature)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((factory, self.arguments, self.element_types)).encode()).hexdigest()[:16]
+
+
+@cache
+def element_types(signature: type[tuple[Any, ...]] | tuple[Any, ...]) -> tuple[str, ...]:
+    """`KernelSpec.element_types` of a signature."""
+    kinds = get_type_hints(signature, include_extras=True).values() if isinstance(signature, type) else signature
+    return tuple(kind if isinstance(kind, str) else kind.__metadata__[0] for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,7 @@ class Planned:
 def kernel_spec(
     name: str,
     factory: Callable[..., Any],
-    signature: tuple[str, ...],
+    signature: type[tuple[Any, ...]] | tuple[Any, ...],
     threads: int,
     shared_bytes: int = 0,
     **arguments: Any,
