@@ -8,12 +8,7 @@ and `element` says which.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from numba_atomflow.ops import ptx
-
-LOWEST = np.float32(-1.0e30)  # the score of a key that is not there
-_ZERO = np.float32(0.0)
 
 
 @dataclass(frozen=True)
@@ -78,43 +73,3 @@ def make_head_fragments(head_dim: int) -> HeadFragments:
 
     value_registers = 4 * blocks_64 + 2 * block_32 + block_16
     return HeadFragments(wide, narrow, 4 * wide + 2 * narrow, value_registers, load_row, load_value, element)
-
-
-def make_merge(head_dim: int, rows: int, sums_start: int, stats_start: int) -> Any:
-    """Device function (floats, parts, row, d) -> what `parts` warps have made of elements d .. d + 3 of a row: the
-    largest score, the sum of the weights, and four sums. It is all in shared memory.
-
-    Float32 sums [parts, rows, head_dim] begin at `sums_start`; maxima and totals [parts, rows, 2] at `stats_start`.
-    """
-
-    @ptx.device_function
-    def merge(floats, parts, row, d):
-        peak, total = LOWEST, _ZERO
-        o0, o1, o2, o3 = _ZERO, _ZERO, _ZERO, _ZERO
-        for w in range(parts):
-            peak = max(peak, floats[stats_start + (w * rows + row) * 2])
-        for w in range(parts):
-            weight = ptx.exp2(floats[stats_start + (w * rows + row) * 2] - peak)
-            total += weight * floats[stats_start + (w * rows + row) * 2 + 1]
-            at = sums_start + (w * rows + row) * head_dim + d
-            o0 += weight * floats[at]
-            o1 += weight * floats[at + 1]
-            o2 += weight * floats[at + 2]
-            o3 += weight * floats[at + 3]
-        return peak, total, o0, o1, o2, o3
-
-    return merge
-
-
-@ptx.device_function
-def quad_max(x):
-    """The largest x of the four lanes that hold a row of the scores."""
-    x = max(x, ptx.shuffle_xor_f32(x, 1))
-    return max(x, ptx.shuffle_xor_f32(x, 2))
-
-
-@ptx.device_function
-def quad_sum(x):
-    """The sum of x over the four lanes that hold a row of the scores."""
-    x += ptx.shuffle_xor_f32(x, 1)
-    return x + ptx.shuffle_xor_f32(x, 2)

@@ -32,8 +32,10 @@ import numpy as np
 from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.attention.fragments import LOWEST, make_head_fragments, make_merge, quad_max, quad_sum
+from numba_atomflow.ops.cuda.attention.combine import make_combine
+from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape, Paging
+from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
 
 KEYS = 16  # per step of a warp
 _ALONE = 2  # steps of a block that are sooner done by one than shared, with what adding up the chunks takes
@@ -54,12 +56,13 @@ def make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) -
     row_registers, per_key = fragments.row_registers, fragments.value_registers
     load_row, load_value, element = fragments.load_row, fragments.load_value, fragments.element
     k_registers, v_registers = 2 * row_registers, 4 * per_key
+    softmax_step = make_softmax_step(per_key, half_tile=False)
     sum_registers = head_dim // 2
     step_keys = KEYS * warps
     quads = rows * head_dim // 4
     sums_start = shape.q_words
     stats_start = sums_start + warps * rows * head_dim
-    merge = make_merge(head_dim, rows, sums_start, stats_start)
+    combine = make_combine(head_dim, rows, sums_start, stats_start)
     flag_index = shape.shared_bytes // 4 - 1
     tokens = 1 if paging is None else paging.tokens
     stats_global = tokens * shape.ctas * rows * head_dim
@@ -84,16 +87,16 @@ def make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) -
     @ptx.device_function
     def load_step(keys, values, pages, first_page, base, length, kv, g, t, k_part, v_part):
         """A lane's part of the keys and values of one step."""
-        low = find_page(pages, first_page, base)
+        page_0 = find_page(pages, first_page, base)
         # Keys behind the last one are replaced by it: where the second half has none of its own, it is in the first.
-        high = low if same_page else find_page(pages, first_page, min(base + 8, length - 1))
+        page_1 = page_0 if same_page else find_page(pages, first_page, min(base + 8, length - 1))
         for h in range(2):
             key = min(base + h * 8 + g, length - 1)
-            row = row_of(low if h == 0 else high, key)
+            row = row_of(page_0 if h == 0 else page_1, key)
             load_row(keys, row * kv_row + kv * head_words, t, k_part, h * row_registers)
         for i in range(4):
             key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
-            row = row_of(low if i // 2 == 0 else high, key)
+            row = row_of(page_0 if i // 2 == 0 else page_1, key)
             load_value(values, row * kv_row + kv * head_words, g, v_part, i * per_key)
 
     @ptx.device_function
@@ -158,7 +161,7 @@ def make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) -
 
         for i in range(sum_registers):
             sums[i] = _ZERO
-        largest_0, largest_1, total_0, total_1 = LOWEST, LOWEST, _ZERO, _ZERO
+        m_0, m_1, l_0, l_1 = LOWEST, LOWEST, _ZERO, _ZERO
         while base < end:
             if not early:
                 load_step(keys, values, pages, first_page, base, length, kv, g, t, k_part, v_part)
@@ -180,37 +183,12 @@ def make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) -
             s5 = s5 * scale if np.int32(key + 9) <= limit_0 else LOWEST
             s6 = s6 * scale if np.int32(key + 8) <= limit_1 else LOWEST
             s7 = s7 * scale if np.int32(key + 9) <= limit_1 else LOWEST
-            peak_0 = max(largest_0, quad_max(max(s0, s1, s4, s5)))
-            peak_1 = max(largest_1, quad_max(max(s2, s3, s6, s7)))
-            shrink_0, shrink_1 = ptx.exp2(largest_0 - peak_0), ptx.exp2(largest_1 - peak_1)
-            largest_0, largest_1 = peak_0, peak_1
-            s0, s1, s4, s5 = ptx.exp2(s0 - peak_0), ptx.exp2(s1 - peak_0), ptx.exp2(s4 - peak_0), ptx.exp2(s5 - peak_0)
-            s2, s3, s6, s7 = ptx.exp2(s2 - peak_1), ptx.exp2(s3 - peak_1), ptx.exp2(s6 - peak_1), ptx.exp2(s7 - peak_1)
-            total_0 = total_0 * shrink_0 + ((s0 + s1) + (s4 + s5))
-            total_1 = total_1 * shrink_1 + ((s2 + s3) + (s6 + s7))
-            p0, p1, p2, p3 = (
-                ptx.pack_f16x2(s0, s1),
-                ptx.pack_f16x2(s2, s3),
-                ptx.pack_f16x2(s4, s5),
-                ptx.pack_f16x2(s6, s7),
-            )
-            for word in range(per_key):
-                v0, v1 = v_part[word], v_part[per_key + word]
-                v2, v3 = v_part[2 * per_key + word], v_part[3 * per_key + word]
-                for odd in range(2):
-                    if odd == 0:
-                        b0, b1 = ptx.low_halves(v0, v1), ptx.low_halves(v2, v3)
-                    else:
-                        b0, b1 = ptx.high_halves(v0, v1), ptx.high_halves(v2, v3)
-                    at = 8 * word + 4 * odd
-                    c0, c1 = sums[at] * shrink_0, sums[at + 1] * shrink_0
-                    c2, c3 = sums[at + 2] * shrink_1, sums[at + 3] * shrink_1
-                    c0, c1, c2, c3 = ptx.mma(p0, p1, p2, p3, b0, b1, c0, c1, c2, c3)
-                    sums[at], sums[at + 1], sums[at + 2], sums[at + 3] = c0, c1, c2, c3
+            scores = s0, s1, s2, s3, s4, s5, s6, s7
+            m_0, m_1, l_0, l_1 = softmax_step(m_0, m_1, l_0, l_1, scores, v_part, sums)
             base += step_keys
 
         # The warps' sums meet in shared memory.
-        total_0, total_1 = quad_sum(total_0), quad_sum(total_1)
+        l_0, l_1 = quad_sum(l_0), quad_sum(l_1)
         for h in range(2):
             row = g + 8 * h
             if row < rows:
@@ -220,14 +198,14 @@ def make_attend(shape: AttentionShape, paging: Paging | None, dependent: bool) -
                         floats[at] = sums[4 * j + 2 * h + column]
                 if t == 0:
                     at = stats_start + (warp * rows + row) * 2
-                    floats[at] = largest_0 if h == 0 else largest_1
-                    floats[at + 1] = total_0 if h == 0 else total_1
+                    floats[at] = m_0 if h == 0 else m_1
+                    floats[at + 1] = l_0 if h == 0 else l_1
         cuda.syncthreads()
         block = unit * splits + split
         entry = thread
         while entry < quads:
             row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
-            peak, total, o0, o1, o2, o3 = merge(floats, warps, row, d)
+            peak, total, o0, o1, o2, o3 = combine(floats, warps, row, d)
             if active == 1:
                 if first_query + row < queries:
                     put(out, token, first_query + row, kv, d, o0 / total, o1 / total, o2 / total, o3 / total)

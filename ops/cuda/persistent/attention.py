@@ -16,7 +16,9 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.attention.fragments import LOWEST, make_head_fragments, make_merge, quad_max, quad_sum
+from numba_atomflow.ops.cuda.attention.combine import make_combine
+from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
+from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
 from numba_atomflow.ops.cuda.comm.flagged import give_up
 from numba_atomflow.ops.cuda.persistent.schedule import (
     ALONE,
@@ -84,13 +86,14 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
     row_registers, per_key = fragments.row_registers, fragments.value_registers
     load_row, load_value, element = fragments.load_row, fragments.load_value, fragments.element
     k_registers, v_registers = 2 * row_registers, 4 * per_key
+    softmax_step = make_softmax_step(per_key, half_tile=True)
     sum_registers = head_dim // 4
     pitch, parts = shape.query_pitch, shape.sum_parts
     x_start = shape.x_start
     token_start = x_start + MOST_QUERIES * pitch  # the newest key, then its value: head_dim halves each
     sums_start = token_start + head_dim
     stats_start = sums_start + parts * ratio * head_dim
-    merge = make_merge(head_dim, ratio, sums_start, stats_start)
+    combine = make_combine(head_dim, ratio, sums_start, stats_start)
     quads, pairs = ratio * head_dim // 4, ratio * head_dim // 2
     team = 16 if splits <= 16 else 32  # lanes that add up the chunks of a pair
     _, warp_sum = _make_team(32)
@@ -243,7 +246,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 note(times, op, STAGED)
             for i in range(sum_registers):
                 sums[i] = _ZERO
-            largest, total = LOWEST, _ZERO
+            running_max, row_sum = LOWEST, _ZERO
             while base < end:
                 following = np.int32(base + STEP_KEYS)
                 s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
@@ -271,30 +274,14 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 s1 = s1 * scale if key + 1 < end else LOWEST
                 s4 = s4 * scale if key + 8 < end else LOWEST
                 s5 = s5 * scale if key + 9 < end else LOWEST
-                peak = max(largest, quad_max(max(s0, s1, s4, s5)))
-                shrink = ptx.exp2(largest - peak)
-                largest = peak
-                s0, s1, s4, s5 = ptx.exp2(s0 - peak), ptx.exp2(s1 - peak), ptx.exp2(s4 - peak), ptx.exp2(s5 - peak)
-                total = total * shrink + ((s0 + s1) + (s4 + s5))
-                p0, p2, none = ptx.pack_f16x2(s0, s1), ptx.pack_f16x2(s4, s5), np.uint32(0)
-                for word in range(per_key):
-                    v0, v1 = v_part[word], v_part[per_key + word]
-                    v2, v3 = v_part[2 * per_key + word], v_part[3 * per_key + word]
-                    for odd in range(2):
-                        if odd == 0:
-                            b0, b1 = ptx.low_halves(v0, v1), ptx.low_halves(v2, v3)
-                        else:
-                            b0, b1 = ptx.high_halves(v0, v1), ptx.high_halves(v2, v3)
-                        at = 4 * word + 2 * odd
-                        c0, c1 = sums[at] * shrink, sums[at + 1] * shrink
-                        c0, c1, _, _ = ptx.mma(p0, none, p2, none, b0, b1, c0, c1, _ZERO, _ZERO)
-                        sums[at], sums[at + 1] = c0, c1
+                scores = s0, s1, _ZERO, _ZERO, s4, s5, _ZERO, _ZERO
+                running_max, _, row_sum, _ = softmax_step(running_max, LOWEST, row_sum, _ZERO, scores, v_part, sums)
                 if following < end:
                     load_values(cache, value_start, following, last, kv, g, t, v_part)
                 base = following
 
             # The warps' sums, and that of the newest key, meet in shared memory.
-            total = quad_sum(total)
+            row_sum = quad_sum(row_sum)
             if g < ratio:
                 for j in range(sum_registers // 2):
                     for column in range(2):
@@ -302,7 +289,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                         floats[at] = sums[2 * j + column]
                 if t == 0:
                     at = stats_start + (warp * ratio + g) * 2
-                    floats[at], floats[at + 1] = largest, total
+                    floats[at], floats[at + 1] = running_max, row_sum
             if split == 0:
                 add_newest(lane, warp, words, floats)
             meet()
@@ -310,9 +297,9 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
             while entry < quads:
                 row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
                 if split == 0:  # two numbers that the compiler knows: it takes the sums side by side
-                    peak, whole, o0, o1, o2, o3 = merge(floats, parts, row, d)
+                    peak, whole, o0, o1, o2, o3 = combine(floats, parts, row, d)
                 else:
-                    peak, whole, o0, o1, o2, o3 = merge(floats, CONSUMERS, row, d)
+                    peak, whole, o0, o1, o2, o3 = combine(floats, CONSUMERS, row, d)
                 if active == 1:
                     inverse = _ONE / whole
                     put(exchange, epoch, attended, kv, entry * 2, o0 * inverse, o1 * inverse)
