@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""All commands in one typer application."""
 
 import itertools
 import re
@@ -24,6 +24,7 @@ from numba_atomflow.cli.ground_truth import EXAMPLES as GROUND_TRUTH_EXAMPLES
 from numba_atomflow.cli.ground_truth import ground_truth
 from numba_atomflow.cli.info import EXAMPLES as INFO_EXAMPLES
 from numba_atomflow.cli.info import info
+from numba_atomflow.cli.option_groups import with_groups
 from numba_atomflow.cli.perplexity import EXAMPLES as PERPLEXITY_EXAMPLES
 from numba_atomflow.cli.perplexity import perplexity
 from numba_atomflow.cli.profile import EXAMPLES as PROFILE_EXAMPLES
@@ -56,14 +57,14 @@ Models and compiled code live in your cache folder, or in $NUMBA_ATOMFLOW_HOME.
 """
 
 
-def _show_help(context: Any, _option: Any, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
+def _show_help(context: Any, _option: Any, requested: bool) -> None:
+    if requested and not context.resilient_parsing:
         output.emit(context.get_help() + "\n")
         raise typer.Exit
 
 
 class _HelpThroughOutput:
-    """``--help`` is written as every other result is: a full disk under it is told in a sentence."""
+    """``--help`` is written as every other result: a full disk is reported in a sentence."""
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)  # type: ignore[misc]
@@ -80,12 +81,13 @@ class _Group(_HelpThroughOutput, TyperGroup):
     """The program."""
 
 
-# Arguments and options that are text for the model. Others are names and numbers; a path must keep its bytes.
+# Arguments and options that are text for the model. A path keeps its bytes, which may be no text.
 _TEXTS = {"prompt": "The prompt", "system": "--system", "stop": "--stop", "template_var": "--template-var"}
 
 
 def _prepared(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, given paths with ``~`` replaced, and texts as Unicode whatever the locale; numba can be imported."""
+    """The command with its groups of options, with ``~`` in paths replaced, and texts as Unicode in every locale."""
+    command = with_groups(command)
 
     def prepare(name: str, value: Any) -> Any:
         if isinstance(value, Path):
@@ -125,7 +127,7 @@ app.add_typer(sandbox, name="sandbox")
 def invoke(arguments: Sequence[str]) -> int:
     """Parse and run a command line; the exit code.
 
-    Not through typer's own ``app()``, which has its own ideas of exit codes and of how an error looks.
+    Not by typer's ``app()``: exit codes and the form of an error differ from what the command line promises.
 
     Raises:
         OptionError: the command line is wrong.
@@ -146,16 +148,16 @@ def invoke(arguments: Sequence[str]) -> int:
 
 
 def _dash_advice(message: str, arguments: Sequence[str]) -> str:
-    """Words for a text or a file that was taken for an option; none if there is no sign of that."""
+    """Advice for a text or a file that was taken for an option; "" if there is no sign of that."""
     no_option = re.compile(r"-(?!-?[A-Za-z]|$)|-[^-].*\s|--[^=]*\s")
     mistaken = re.match("No such option: -[^-]", message) or any(
         map(no_option.match, itertools.takewhile(lambda argument: argument != "--", arguments))
     )
-    return " (what begins with a dash is an option, unless -- stands before it)" if mistaken else ""
+    return " (put -- before an argument that begins with a dash)" if mistaken else ""
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         output.emit(f"{PROGRAM} {__version__}\n")
         raise typer.Exit
 
@@ -167,7 +169,7 @@ def _main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
-    """Run a language model on your machine: one user, one stream of tokens, FP8 weights."""
+    """Run a Llama-family language model with FP8 weights on this machine: low latency for one user."""
     if context.invoked_subcommand is None:
         output.emit(context.get_help() + "\n")
 

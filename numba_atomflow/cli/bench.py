@@ -1,4 +1,4 @@
-"""``numba-atomflow bench``: speed at several depths of context, and how much of the device that is."""
+"""``numba-atomflow bench``: prompt and decode speed at several depths, as a share of achievable bandwidth."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,44 +21,39 @@ Examples:
   numba-atomflow bench --geometry llama-3.2-3b --random-weights --format md
   numba-atomflow bench --format json > before.json
   numba-atomflow bench --compare before.json
-  numba-atomflow bench --backend cuda --decode graph            whether or not the GPU could run a persistent kernel
+  numba-atomflow bench --backend cuda --decode graph            a CUDA graph instead of the persistent kernel
 
 \b
 Every figure is a median, with the 10th and 90th percentile in brackets.
-GB/s are those of weights and KV cache; ceilings are measured in the same run.
+GB/s: weights and KV cache read per token, over TPOT. "of loads", "of TMA", "of memory read": that speed as a share of
+the achievable bandwidth, which the same run measures by loads and by TMA bulk copies (GPU), or by reading (CPU).
 """
 
 
 def bench(
-    model: measured.Model = None,
-    geometry: measured.Geometry = None,
-    random_weights: measured.RandomWeights = False,
+    *,
+    model: measured.ModelChoice,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", "-n", metavar="N", help="Tokens to generate.")] = 128,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", metavar="N", help="Tokens of a prompt.")] = 512,
     depths: Annotated[
-        str, typer.Option("--depths", "-d", metavar="A,B,...", help="Tokens that the KV cache holds before.")
+        str, typer.Option("--depths", "-d", metavar="A,B,...", help="Tokens in the KV cache before each turn.")
     ] = "0",
-    repeats: Annotated[int, typer.Option("--repeats", "-r", metavar="N", help="Turns to take the median of.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", "-r", metavar="N", help="Turns to take medians of.")] = 5,
     compile_times: Annotated[
         bool,
         typer.Option(
             "--compile-times/--no-compile-times",
-            help="Also start twice with an empty folder for compiled code: cold and warm.",
+            help="Also measure a cold and a warm start, with a compile cache of their own.",
         ),
     ] = True,
     compare: Annotated[
-        Path | None, typer.Option("--compare", metavar="FILE", help="An earlier --format json: show the ratio.")
+        Path | None, typer.Option("--compare", metavar="FILE", help="Also show ratios to an earlier --json report.")
     ] = None,
-    backend: options.Backend = options.BackendChoice.AUTO,
-    decode: options.Decode = options.DecodeChoice.AUTO,
-    threads: options.Threads = None,
-    form: measured.Form = Format.TABLE,
-    as_json: options.Json = False,
+    engine_options: options.EngineOptions,
+    report_options: measured.ReportOptions,
 ) -> None:
-    """Measure prompt and decode speed, TTFT and TPOT, against what the memory of the device can do."""
-    if as_json:
-        form = Format.JSON
-    chosen = measured.Measured(model, geometry, random_weights)
+    """Measure prompt and decode speed, TTFT and TPOT, against the achievable memory bandwidth."""
+    chosen = model.find()
 
     from numba_atomflow.perf import bench as benchmark
 
@@ -73,11 +68,16 @@ def bench(
 
         with output.steps_bar() as progress:
             times = measure_compile_times(
-                chosen.source, backend.value, positions, threads, progress, decode=decode.value
+                chosen.source,
+                engine_options.backend.value,
+                positions,
+                engine_options.threads,
+                progress,
+                decode=engine_options.decode.value,
             )
-    with chosen.open(backend, positions, threads, decode) as engine, output.steps_bar() as progress:
+    with chosen.open(engine_options, positions) as engine, output.steps_bar() as progress:
         report = benchmark.bench(engine, settings, times, progress)
-    show(report, earlier, form)
+    show(report, earlier, report_options.chosen)
 
 
 def parse_depths(text: str) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 
 def show(report: "BenchReport", earlier: "BenchReport | None", form: Format) -> None:
-    """Print a report, and the ratio to an earlier one."""
+    """Print a report, and its ratios to an earlier one."""
     match form:
         case Format.JSON:
             output.emit_json(
@@ -176,7 +176,7 @@ def _ratios(report: "BenchReport", earlier: "BenchReport", form: Format, bullet:
 
 
 def _csv(report: "BenchReport", earlier: "BenchReport | None") -> str:
-    """One row per depth that says everything, for spreadsheets that collect many runs."""
+    """One row per depth with all facts of the run, for spreadsheets that collect many runs."""
     from numba_atomflow.perf.bench import compare
 
     machine, settings, times = report.machine, report.settings, report.compile_times

@@ -1,10 +1,6 @@
 """``numba-atomflow convert``: a GGUF file, a Hugging Face folder or a model of the hub becomes an FP8 checkpoint."""
 
 import time
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from numba_atomflow.cli import options, output
 
@@ -20,15 +16,15 @@ Examples:
 
 def convert(
     source: options.Source,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint file to write.")],
+    destination: options.Destination,
     revision: options.Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it is there.")] = False,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Quantise a model to FP8 and write it as one file.
 
-    DEST appears complete or not at all: a conversion that was stopped can be run again. A model of the hub is kept in
-    the cache folder; a download that was stopped is continued. Weights that are FP8 already are kept as they are.
+    DEST appears complete or not at all: after an interruption, run the same command again. A model of the hub is kept
+    in the cache folder, and an interrupted download is resumed. Weights that are FP8 already are kept as they are.
     """
     started = time.perf_counter()
 

@@ -29,41 +29,34 @@ Examples:
 
 
 def generate(
+    *,
     prompt: Annotated[
         str | None,
         typer.Argument(
-            help="The text to go on from (after -- if it begins with a dash); - reads standard input.",
+            metavar="PROMPT",
+            help="The text to continue (after -- if it begins with a dash); - reads standard input.",
             show_default=False,
         ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file; - is standard input.")
+        Path | None,
+        typer.Option("--file", "-f", metavar="FILE", help="A file with the prompt; - reads standard input."),
     ] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat/--raw", help="Ask the prompt as a question (chat template), or continue it as it is."),
     ] = False,
     model: options.Model = DEFAULT_MODEL,
-    max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
+    sampling: options.SamplingOptions,
     ignore_eos: options.IgnoreEos = False,
-    max_seq_len: options.MaxSeqLen = None,
-    threads: options.Threads = None,
-    private_copy: options.PrivateCopy = False,
-    backend: options.Backend = options.BackendChoice.AUTO,
-    decode: options.Decode = options.DecodeChoice.AUTO,
     template_var: options.TemplateVar = None,
+    max_seq_len: options.MaxSeqLen = None,
+    engine_options: options.EngineOptions,
     raw_output: options.RawOutput = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Continue a text, or answer a question, as it is made.
+    """Continue a text, or answer a question; tokens are written as they are generated.
 
     One newline at the end of a file or of standard input is not part of the prompt.
     """
@@ -74,26 +67,9 @@ def generate(
 
     from numba_atomflow.text import template_process
 
-    with template_process.running() if chat else nullcontext():  # gets ready while numba is imported
-        from numba_atomflow.engine import Engine
-        from numba_atomflow.sampling import SamplingParams
-
-        params = SamplingParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            max_tokens=max_tokens,
-            stop=tuple(stop or ()),
-            ignore_eos=ignore_eos,
-        )
-        with output.loading_bar() as progress:
-            engine = Engine.load(
-                model, backend.value, max_seq_len, threads, progress, decode=decode.value, private_copy=private_copy
-            )
-        with engine:
+    with template_process.running() if chat else nullcontext():  # starts while numba is imported
+        params = sampling.params(ignore_eos)
+        with engine_options.load(model, max_seq_len) as engine:
             generation = (
                 engine.chat([{"role": "user", "content": text}], params, template_variables=variables)
                 if chat

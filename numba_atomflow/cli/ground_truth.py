@@ -1,4 +1,4 @@
-"""``numba-atomflow ground-truth``: what transformers makes of a prompt, layer by layer, as a file."""
+"""``numba-atomflow ground-truth``: the activations of transformers for a prompt, layer by layer, as a file."""
 
 import time
 from enum import StrEnum
@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import DestinationError
 from numba_atomflow.files.text_input import read_standard_input
 
 EXAMPLES = """\b
 Examples:
-  numba-atomflow ground-truth smollm2-135m-instruct --prompt "The capital of France is" --out truth.safetensors
+  numba-atomflow ground-truth --prompt "The capital of France is" --out truth.safetensors
   numba-atomflow ground-truth my-model.safetensors --prompt - --out truth.safetensors < prompt.txt
   numba-atomflow ground-truth my-model.safetensors --prompt "Once" --out original.safetensors \\
       --reference original --source path/to/model.gguf
@@ -25,25 +26,27 @@ Needs transformers: pip install 'numba-atomflow[validate]'
 
 
 class ReferenceChoice(StrEnum):
-    """What may be given for --reference."""
+    """Values of --reference."""
 
     DEQUANTISED = "dequantised"
     ORIGINAL = "original"
 
 
 def ground_truth(
-    model: Annotated[str, typer.Argument(help="A checkpoint file, or the name of one in the models folder.")],
+    *,
+    model: options.ModelArgument = DEFAULT_MODEL,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to run; - reads standard input.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The safetensors file to write.")],
     decode_steps: Annotated[int, typer.Option("--decode-steps", metavar="N", help="Tokens after the prompt.")] = 32,
     reference: Annotated[
         ReferenceChoice,
-        typer.Option("--reference", help="The checkpoint's FP8 weights, expanded, or those it was made from."),
+        typer.Option("--reference", help="The checkpoint's FP8 weights, dequantised, or those that it was made from."),
     ] = ReferenceChoice.DEQUANTISED,
     source: Annotated[
-        Path | None, typer.Option("--source", help="For original: the GGUF file or folder it was made from.")
+        Path | None,
+        typer.Option("--source", metavar="SOURCE", help="For original: the GGUF file or folder it was made from."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Run transformers in float32 on the CPU, and write every probe to a file.

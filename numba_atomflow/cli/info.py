@@ -1,4 +1,4 @@
-"""``numba-atomflow info``: what a checkpoint holds and will take in memory, or what this machine has."""
+"""``numba-atomflow info``: a checkpoint's contents and memory plan, or this machine."""
 
 import json
 import math
@@ -30,10 +30,10 @@ Table = list[tuple[str, str]]
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(help="A checkpoint file, or the name of one in the models folder.", show_default=False),
+        typer.Argument(metavar="MODEL", help=f"{options.MODEL_HELP}  [default: none, shows this machine]"),
     ] = None,
     max_seq_len: options.MaxSeqLen = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every weight and check it.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and check every weight.")] = False,
     backend: options.Backend = options.BackendChoice.AUTO,
     as_json: options.Json = False,
 ) -> None:
@@ -94,7 +94,7 @@ def _model(
 
 
 def _memory_plan(checkpoint: "Checkpoint", max_seq_len: int | None, backend: options.BackendChoice) -> dict[str, Any]:
-    """What loading would allocate: on the CPU the weights stay in the mapped file, on the GPU they are part of it."""
+    """What loading would allocate: on the CPU the weights stay in the mapped file, on a GPU they are copied."""
     from numba_atomflow.backends.choose import gpu_is_usable
     from numba_atomflow.engine import choose_max_seq_len
 
@@ -142,7 +142,7 @@ def _model_table(record: dict[str, Any]) -> Table:
         ("hidden, ffn", f"{g['hidden']}, {g['ffn']}"),
         ("heads", f"{g['heads']} of {g['head_dim']}, {g['kv_heads']} for keys and values{_extras(g)}"),
         ("vocabulary", f"{g['vocabulary']:,} tokens, {'tied' if g['tied_embeddings'] else 'untied'} embeddings"),
-        ("head", f"{record['head']} vocabulary projection"),
+        ("LM head", record["head"]),
         ("positions", f"at most {g['max_positions']:,}"),
         ("RoPE", rope),
         ("text", f"tokenizer {_yes(text['tokenizer'])}, chat template {_yes(text['chat_template'])}"),
@@ -162,7 +162,7 @@ def _model_table(record: dict[str, Any]) -> Table:
 
 
 def _extras(geometry: dict[str, Any]) -> str:
-    """What attention has beyond Llama's."""
+    """Attention's parameters beyond those of Llama."""
     return (", biases" if geometry["qkv_bias"] else "") + (", norms of q and k" if geometry["qk_norm"] else "")
 
 
@@ -171,7 +171,7 @@ def _of_device(plan: dict[str, Any]) -> str:
     if not device:
         return "without the weights"
     free, total = output.size(device["free_bytes"]), output.size(device["memory_bytes"])
-    return f"in one block; {device['name']} has {free} free of {total}"
+    return f"in one allocation; {device['name']} has {free} free of {total}"
 
 
 def _decode(plan: dict[str, Any]) -> Table:
@@ -228,7 +228,7 @@ def _threads(count: int, quota: float | None) -> str:
 
 
 def _threading_layers() -> list[str]:
-    """Those of numba's threading layers that load here, in the order in which the kernels prefer them."""
+    """numba's threading layers that can be loaded here, in the kernels' order of preference."""
     found = []
     for name, module in (("omp", "omppool"), ("tbb", "tbbpool"), ("workqueue", "workqueue")):
         try:

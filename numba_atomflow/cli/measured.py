@@ -1,5 +1,6 @@
-"""What `bench` and `profile` measure: a checkpoint, or a well-known geometry with random weights."""
+"""What `bench`, `profile` and `sandbox` run: a checkpoint, or a well-known geometry with random weights."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
+from numba_atomflow.cli.option_groups import OptionGroup
 from numba_atomflow.errors import OptionError
 
 if TYPE_CHECKING:
@@ -21,22 +23,19 @@ _PRESETS = "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, smollm2-135m"  # not impor
 
 Model = Annotated[
     str | None,
-    typer.Argument(
-        help=f"A checkpoint file, or the name of one in the models folder.  [default: {DEFAULT_MODEL}]",
-        show_default=False,
-    ),
+    typer.Argument(metavar="MODEL", help=f"{options.MODEL_HELP}  [default: {DEFAULT_MODEL}]", show_default=False),
 ]
 Geometry = Annotated[
     str | None,
-    typer.Option("--geometry", metavar="NAME", help=f"Instead of a model, one of {_PRESETS}."),
+    typer.Option("--geometry", metavar="NAME", help=f"Instead of a model: one of {_PRESETS}."),
 ]
 RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="With --geometry: nothing is downloaded, the text is nonsense.")
+    bool, typer.Option("--random-weights", help="With --geometry: random weights; nothing is downloaded.")
 ]
 
 
 class Format(StrEnum):
-    """What may be given for --format."""
+    """Values of --format."""
 
     TABLE = "table"
     MD = "md"
@@ -44,7 +43,30 @@ class Format(StrEnum):
     JSON = "json"
 
 
-Form = Annotated[Format, typer.Option("--format", "-f", help="How to print the result.")]
+@dataclass(frozen=True)
+class ModelChoice(OptionGroup):
+    """The model that is run."""
+
+    model: Model = None
+    geometry: Geometry = None
+    random_weights: RandomWeights = False
+
+    def find(self) -> "Measured":
+        """See `Measured`."""
+        return Measured(self.model, self.geometry, self.random_weights)
+
+
+@dataclass(frozen=True)
+class ReportOptions(OptionGroup):
+    """How a report is printed."""
+
+    form: Annotated[Format, typer.Option("--format", "-f", help="Format of the report.")] = Format.TABLE
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False
+
+    @property
+    def chosen(self) -> Format:
+        """--json goes before --format."""
+        return Format.JSON if self.as_json else self.form
 
 
 class Measured:
@@ -80,28 +102,32 @@ class Measured:
         """The checkpoint's path, or a geometry."""
         return self._path or self.geometry
 
-    def open(
-        self, backend: options.BackendChoice, max_seq_len: int, threads: int | None, decode: options.DecodeChoice
-    ) -> "Engine":
-        """An engine that is ready to run, with a bar on the way there."""
+    def open(self, engine_options: options.EngineOptions, max_seq_len: int) -> "Engine":
+        """An engine that is ready to run, with a progress bar until then.
+
+        Raises:
+            OptionError: --private-copy without a file.
+        """
+        if self._path is not None:
+            return engine_options.load(self._path, max_seq_len)
+        if engine_options.private_copy:
+            raise OptionError("--private-copy is for a model's file, and random weights have none; leave it out.")
         from numba_atomflow.engine import Engine
 
         with output.loading_bar() as progress:
-            if self._path is not None:
-                return Engine.load(self._path, backend.value, max_seq_len, threads, progress, decode=decode.value)
             return Engine.random(
                 self.geometry,
-                backend.value,
+                engine_options.backend.value,
                 max_seq_len,
-                threads,
+                engine_options.threads,
                 progress,
-                decode=decode.value,
+                decode=engine_options.decode.value,
                 name=self._preset or "random",
             )
 
 
 def headline(report: "BenchReport | ProfileReport") -> list[str]:
-    """What was measured, on what, and how fast its memory is: a line each."""
+    """Model, device, machine, versions, commit and achievable bandwidth: a line each."""
     machine = report.machine
     driver = machine["nvidia_driver"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
@@ -113,5 +139,6 @@ def headline(report: "BenchReport | ProfileReport") -> list[str]:
         + (f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""),
         f"versions: {versions}",
         f"commit: {machine['commit'] or 'installed package'}, {report.date}",
-        "ceilings in this run: " + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
+        "achievable bandwidth, measured in this run: "
+        + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
     ]

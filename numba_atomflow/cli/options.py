@@ -1,17 +1,28 @@
-"""Options that several commands share. Ranges are checked in one place, by `SamplingParams` and `Engine.load`."""
+"""Options that several commands share: one name, default, help text and error for one thing.
+
+Ranges are checked in one place, by `SamplingParams` and `Engine.load`.
+"""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from numba_atomflow.cli import output
+from numba_atomflow.cli.option_groups import OptionGroup
 from numba_atomflow.errors import OptionError
+
+if TYPE_CHECKING:
+    from numba_atomflow.engine import Engine
+    from numba_atomflow.sampling import SamplingParams
 
 
 class BackendChoice(StrEnum):
-    """What may be given for --backend."""
+    """Values of --backend."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -19,33 +30,43 @@ class BackendChoice(StrEnum):
 
 
 class DecodeChoice(StrEnum):
-    """What may be given for --decode."""
+    """Values of --decode."""
 
     AUTO = "auto"
     GRAPH = "graph"
     PERSISTENT = "persistent"
 
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="A checkpoint file, or the name of one in the models folder.")
-]
+# --- models ----------------------------------------------------------------------------------------------------------
+
+MODEL_HELP = "A checkpoint file, or the name of one in the models folder."
+
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Source = Annotated[
     str,
     typer.Argument(
+        metavar="SOURCE",
         help="A GGUF file, a Hugging Face folder with safetensors weights, or a model of the hub: org/name, or "
-        "org/name/file.gguf."
+        "org/name/file.gguf.",
     ),
 ]
+Destination = Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint file to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 Revision = Annotated[
     str | None,
-    typer.Option("--revision", metavar="REV", help="Of a model of the hub: branch, tag or commit.  [default: main]"),
+    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model of the hub.  [default: main]"),
 ]
-Backend = Annotated[BackendChoice, typer.Option("--backend", help="auto takes the best one that can run here.")]
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+Backend = Annotated[BackendChoice, typer.Option("--backend", help="Where to run; auto: on a GPU if one can be used.")]
 Decode = Annotated[
     DecodeChoice,
     typer.Option(
         "--decode",
-        help="How the GPU makes a token: kernel after kernel (graph), or in one (persistent); auto: in one if it can.",
+        help="Decode steps on a GPU: a CUDA graph of kernels (graph) or one persistent kernel; auto: persistent if "
+        "the GPU and the model allow it.",
     ),
 ]
 MaxSeqLen = Annotated[
@@ -61,44 +82,112 @@ Threads = Annotated[
     typer.Option(
         "--threads",
         metavar="N",
-        help="Cores to use; fewer are faster where other programs keep some busy.  [default: all, or the CPU quota]",
+        help="CPU threads; fewer are faster while other programs run.  [default: all cores, or the CPU quota]",
+    ),
+]
+PrivateCopy = Annotated[
+    bool,
+    typer.Option(
+        "--private-copy", help="Read the weights into memory instead of mapping their file, which may then be changed."
     ),
 ]
 
-PrivateCopy = Annotated[
-    bool,
-    typer.Option("--private-copy", help="Read the whole model into memory: its file may then be written into."),
-]
 
-Temperature = Annotated[
-    float, typer.Option("--temperature", "-t", help="0: always the most likely token; 1: the model's own distribution.")
+@dataclass(frozen=True)
+class EngineOptions(OptionGroup):
+    """How a model is run."""
+
+    backend: Backend = BackendChoice.AUTO
+    decode: Decode = DecodeChoice.AUTO
+    threads: Threads = None
+    private_copy: PrivateCopy = False
+
+    def load(self, model: str | Path, max_seq_len: int | None) -> "Engine":
+        """An engine that is ready to run, with a progress bar until then."""
+        from numba_atomflow.engine import Engine
+
+        with output.loading_bar() as progress:
+            return Engine.load(
+                model,
+                self.backend.value,
+                max_seq_len,
+                self.threads,
+                progress,
+                decode=self.decode.value,
+                private_copy=self.private_copy,
+            )
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-n", metavar="N", help="Maximum number of tokens to generate.")
 ]
-TopK = Annotated[int, typer.Option("--top-k", help="Choose among the K most likely tokens; 0: among all.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Choose among the most likely tokens that together reach P.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than P times the most likely one.")]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", "-t", metavar="T", help="0: always the most likely token; 1: the model's own distribution."
+    ),
+]
+TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Sample from the K most likely tokens; 0: from all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", help="Sample from the most likely tokens that together reach P.")
+]
+MinP = Annotated[
+    float, typer.Option("--min-p", metavar="P", help="Drop tokens less likely than P times the most likely one.")
+]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", help="Above 1: make tokens that were there already less likely.")
+    float,
+    typer.Option("--repetition-penalty", metavar="X", help="Above 1: make tokens that occurred before less likely."),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same text.  [default: a fresh one]")
+    int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same text.  [default: random]")
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of a reply.")]
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the reply before this text; repeatable.")
 ]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token (for benchmarks).")]
+IgnoreEos = Annotated[
+    bool, typer.Option("--ignore-eos", help="Continue after the end-of-sequence token (for benchmarks).")
+]
 TemplateVar = Annotated[
     list[str] | None,
     typer.Option(
         "--template-var",
         metavar="NAME=VALUE",
-        help="Tell the chat template more, as in enable_thinking=false; VALUE is JSON or a text; repeatable.",
+        help="A variable for the chat template, as enable_thinking=false; VALUE is JSON or text; repeatable.",
     ),
 ]
 
+
+@dataclass(frozen=True)
+class SamplingOptions(OptionGroup):
+    """How tokens are chosen, and when a reply ends."""
+
+    max_tokens: MaxTokens = 512
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    seed: Seed = None
+    stop: Stop = None
+
+    def params(self, ignore_eos: bool = False) -> "SamplingParams":
+        """The same for an engine.
+
+        Raises:
+            OptionError: a value is out of range.
+        """
+        from numba_atomflow.sampling import SamplingParams
+
+        return SamplingParams(**vars(self) | {"stop": tuple(self.stop or ()), "ignore_eos": ignore_eos})
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
 RawOutput = Annotated[
     bool,
-    typer.Option("--raw-output", help="Send the model's control characters to the terminal, instead of showing them."),
+    typer.Option("--raw-output", help="Send the model's control characters to the terminal instead of escaping them."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No report on standard error.")]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  numba-atomflow perplexity smollm2-135m-instruct --text book.txt
+  numba-atomflow perplexity --text book.txt                     the default model
   numba-atomflow perplexity my-model.safetensors --text book.txt --context 2048 --stride 512
   numba-atomflow perplexity my-model.safetensors --text book.txt --reference path/to/model.gguf --json
 
@@ -23,9 +24,10 @@ Examples:
 
 
 def perplexity(
-    model: Annotated[str, typer.Argument(help="A checkpoint file, or the name of one in the models folder.")],
+    *,
+    model: options.ModelArgument = DEFAULT_MODEL,
     text: Annotated[
-        Path, typer.Option("--text", metavar="FILE", help="The text to predict, in UTF-8; - reads standard input.")
+        Path, typer.Option("--text", metavar="FILE", help="The text to score, in UTF-8; - reads standard input.")
     ],
     context: Annotated[
         int | None,
@@ -39,12 +41,9 @@ def perplexity(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option("--reference", metavar="SOURCE", help="Compare with the source that MODEL was made from."),
+        typer.Option("--reference", metavar="SOURCE", help="Compare with the source that MODEL was converted from."),
     ] = None,
-    backend: options.Backend = options.BackendChoice.AUTO,
-    decode: options.Decode = options.DecodeChoice.AUTO,
-    threads: options.Threads = None,
-    private_copy: options.PrivateCopy = False,
+    engine_options: options.EngineOptions,
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity, bits per byte and speed on a text; with --reference also KL and top-1 agreement.
@@ -53,7 +52,6 @@ def perplexity(
     """
     from numba_atomflow.checkpoint.find import find_checkpoint
     from numba_atomflow.checkpoint.format import Checkpoint
-    from numba_atomflow.engine import Engine
     from numba_atomflow.files.text_input import read_standard_input, read_text_file
     from numba_atomflow.perf.perplexity import choose_windows, measure
 
@@ -67,11 +65,7 @@ def perplexity(
 
             with output.bytes_bar() as fetching:
                 logits = original_logits(checkpoint, local_source(reference, progress=fetching))
-    with output.loading_bar() as progress:
-        engine = Engine.load(
-            model, backend.value, context, threads, progress, decode=decode.value, private_copy=private_copy
-        )
-    with engine, output.steps_bar(time_left=True) as progress:
+    with engine_options.load(model, context) as engine, output.steps_bar(time_left=True) as progress:
         result = measure(engine, contents, context, stride, logits, progress)
     described = {"model": model, "text": str(text)}
     if as_json:

@@ -1,4 +1,4 @@
-"""``numba-atomflow profile``: where the time of a decode step goes."""
+"""``numba-atomflow profile``: the time of every op of a decode step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,40 +22,34 @@ Examples:
   numba-atomflow profile --json | jq '.kernels[0]'
 
 \b
-MB are what an op must move at least: weights, KV cache, activations; GB/s are those over its time.
+MB: an op's compulsory traffic (weights, KV cache, activations). GB/s: the same over its time.
 
 \b
-Where a token is made by the GPU's persistent kernel, its ops are timed by a trace of it: what each adds to the step.
---timeline draws that trace: waiting for what an op reads, waiting for weights, computing, waiting for the slowest
-multiprocessor; and one layer, multiprocessor by multiprocessor. --json has the same sums as "trace".
+Ops of the persistent kernel are timed by a trace of that kernel: what each adds to the step. --timeline draws the
+trace: per kind of op, the time spent waiting for activations, waiting for weights, computing, and waiting for the
+slowest SM; and one layer, SM by SM. --json has the same sums as "trace".
 """
 
 
 def profile(
-    model: measured.Model = None,
-    geometry: measured.Geometry = None,
-    random_weights: measured.RandomWeights = False,
-    depth: Annotated[int, typer.Option("--depth", "-d", metavar="N", help="Tokens that the KV cache holds.")] = 0,
+    *,
+    model: measured.ModelChoice,
+    depth: Annotated[int, typer.Option("--depth", "-d", metavar="N", help="Tokens in the KV cache.")] = 0,
     repeats: Annotated[
-        int, typer.Option("--repeats", "-r", metavar="N", help="Runs; the faster half of them counts.")
+        int, typer.Option("--repeats", "-r", metavar="N", help="Runs, of which the faster half counts.")
     ] = 20,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw every kernel against the ceiling.")
+        Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw every kernel's time and bandwidth.")
     ] = None,
     timeline: Annotated[
         Path | None,
-        typer.Option(
-            "--timeline", metavar="IMAGE", help="Draw when each multiprocessor does what (persistent kernel)."
-        ),
+        typer.Option("--timeline", metavar="IMAGE", help="Draw the persistent kernel's trace, SM by SM."),
     ] = None,
-    backend: options.Backend = options.BackendChoice.AUTO,
-    decode: options.Decode = options.DecodeChoice.AUTO,
-    threads: options.Threads = None,
-    form: measured.Form = Format.TABLE,
-    as_json: options.Json = False,
+    engine_options: options.EngineOptions,
+    report_options: measured.ReportOptions,
 ) -> None:
-    """Time every op of a decode step, and the step as a whole, against what the memory of the device can do."""
-    chosen = measured.Measured(model, geometry, random_weights)
+    """Time every op of a decode step, and the whole step, against the achievable memory bandwidth."""
+    chosen = model.find()
 
     from numba_atomflow.perf import profile as profiler
     from numba_atomflow.utils.plot import check_plot
@@ -66,7 +60,7 @@ def profile(
             check_plot(path, option)
     if depth >= chosen.geometry.max_positions:
         raise OptionError(f"--depth is {depth}; this model allows 0 to {chosen.geometry.max_positions - 1}.")
-    with chosen.open(backend, depth + 1, threads, decode) as engine, output.steps_bar() as progress:
+    with chosen.open(engine_options, depth + 1) as engine, output.steps_bar() as progress:
         if timeline is not None:
             profiler.check_timeline(engine)
         report = profiler.profile(engine, depth, repeats, progress)
@@ -74,7 +68,7 @@ def profile(
         profiler.plot(report, plot)
     if timeline is not None:
         profiler.plot_timeline(report, timeline)
-    match Format.JSON if as_json else form:
+    match report_options.chosen:
         case Format.JSON:
             output.emit_json(report.to_dict())
         case Format.CSV:
@@ -90,12 +84,12 @@ def profile(
 def _headline(report: "ProfileReport") -> list[str]:
     lines = [
         *measured.headline(report),
-        f"a decode step behind {report.depth} tokens, the faster half of {report.repeats} runs",
+        f"a decode step after {report.depth} tokens, mean of the faster half of {report.repeats} runs",
     ]
     if report.trace is not None:
         lines.append(
-            "all ops up to the vocabulary are parts of one kernel, timed by its trace, which slows it by some percent; "
-            "the step as a whole is not traced"
+            "all ops up to the LM head are parts of one kernel, timed by its trace, which slows it by some percent; "
+            "the whole step is timed without the trace"
         )
     return lines
 
@@ -123,6 +117,6 @@ def _sums(report: "ProfileReport") -> str:
     gap = report.gap_seconds
     return (
         f"ops {report.ops_measured} {report.ops_seconds * 1e6:.1f} us, "
-        f"the step as a whole {report.step_seconds * 1e6:.1f} us: "
+        f"the whole step {report.step_seconds * 1e6:.1f} us: "
         f"a gap of {gap * 1e6:+.1f} us, {gap / report.step_seconds:+.1%} of the step\n"
     )

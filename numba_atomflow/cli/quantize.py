@@ -1,4 +1,4 @@
-"""``numba-atomflow quantize``: a model becomes an FP8 checkpoint that loses as little as possible."""
+"""``numba-atomflow quantize``: calibrated FP8 quantisation of a model (AWQ, GPTQ)."""
 
 import json
 import time
@@ -22,14 +22,14 @@ Examples:
   numba-atomflow perplexity model.safetensors --text book.txt --reference model.gguf
 
 \b
-Methods: rtn rounds to nearest, in seconds. awq and gptq look at what the weights do to a calibration text: awq searches
-scales of input channels and the clipping of groups; gptq searches the clipping, and lets later weights make up for
-rounding errors.
+Methods: rtn rounds to nearest, in seconds. awq and gptq minimise the error on a calibration text: awq searches scales
+of input channels and the clipping of groups; gptq searches the clipping, and compensates rounding errors in later
+weights.
 """
 
 
 class MethodChoice(StrEnum):
-    """What may be given for --method."""
+    """Values of --method."""
 
     RTN = "rtn"
     AWQ = "awq"
@@ -37,7 +37,7 @@ class MethodChoice(StrEnum):
 
 
 class HeadChoice(StrEnum):
-    """What may be given for --lm-head."""
+    """Values of --lm-head."""
 
     FP8 = "fp8"
     FP16 = "fp16"
@@ -45,7 +45,7 @@ class HeadChoice(StrEnum):
 
 def quantize(
     source: options.Source,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint file to write.")],
+    destination: options.Destination,
     method: Annotated[MethodChoice, typer.Option("--method", help="How weights are rounded.")] = MethodChoice.GPTQ,
     calibration: Annotated[
         Path | None,
@@ -57,18 +57,18 @@ def quantize(
     ] = None,
     lm_head: Annotated[
         HeadChoice,
-        typer.Option("--lm-head", help="Format of the vocabulary projection, and of the embedding if they are one."),
+        typer.Option("--lm-head", help="Format of the LM head, and of the embedding if they are tied."),
     ] = HeadChoice.FP16,
     group_size: Annotated[
-        int, typer.Option("--group-size", metavar="N", help="Weights that share a scale: 128 is what kernels read.")
+        int, typer.Option("--group-size", metavar="N", help="Weights that share a scale; kernels read 128 only.")
     ] = 128,
     revision: options.Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it is there.")] = False,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Quantise a model to FP8 and write it as one file.
 
-    DEST appears complete or not at all. If awq or gptq is stopped, even by a kill, the same command goes on after the
+    DEST appears complete or not at all. If awq or gptq is stopped, even by a kill, the same command resumes after the
     last finished layer (kept in DEST.unfinished), and the result is the same to the byte.
     """
     started = time.perf_counter()

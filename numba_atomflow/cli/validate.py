@@ -1,11 +1,13 @@
-"""``numba-atomflow validate``: does every layer agree with the reference, and where does it first not?"""
+"""``numba-atomflow validate``: every layer compared with a reference, down to the first op that diverges."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.errors import BackendError, OptionError
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  numba-atomflow ground-truth smollm2-135m-instruct --prompt "The capital of France is" --out truth.safetensors
-  numba-atomflow validate smollm2-135m-instruct --ground-truth truth.safetensors
+  numba-atomflow ground-truth --prompt "The capital of France is" --out truth.safetensors
+  numba-atomflow validate --ground-truth truth.safetensors              the default model
   numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --isolate --layers 10:20
   numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --plot errors.png
   numba-atomflow validate my-model.safetensors --diff-backends --prompt "The capital of France is"
@@ -32,12 +34,14 @@ FAILED = 1
 
 
 def validate(
-    model: Annotated[str, typer.Argument(help="A checkpoint file, or the name of one in the models folder.")],
+    *,
+    model: options.ModelArgument = DEFAULT_MODEL,
     ground_truth: Annotated[
-        Path | None, typer.Option("--ground-truth", "-g", metavar="FILE", help="Made by `numba-atomflow ground-truth`.")
+        Path | None,
+        typer.Option("--ground-truth", "-g", metavar="FILE", help="Made by `numba-atomflow ground-truth`."),
     ] = None,
     diff_backends: Annotated[
-        bool, typer.Option("--diff-backends", help="Compare the backend with the CPU one: needs no ground truth.")
+        bool, typer.Option("--diff-backends", help="Compare the backend with the CPU backend; needs no ground truth.")
     ] = False,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="For --diff-backends: the text to run; - reads standard input.")
@@ -46,7 +50,7 @@ def validate(
         int, typer.Option("--decode-steps", metavar="N", help="For --diff-backends: tokens after the prompt.")
     ] = 32,
     isolate: Annotated[
-        bool, typer.Option("--isolate", help="Feed each layer the reference's input: a faulty one stands out.")
+        bool, typer.Option("--isolate", help="Feed each layer the reference's input, so that errors do not add up.")
     ] = False,
     layers: Annotated[
         str | None,
@@ -54,27 +58,22 @@ def validate(
     ] = None,
     block: Annotated[
         int | None,
-        typer.Option(
-            "--block", metavar="N", help="Tokens of the prompt per step.  [default: as the engine takes them]"
-        ),
+        typer.Option("--block", metavar="N", help="Prompt tokens per step.  [default: the backend's prefill chunk]"),
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw the errors into a file.")] = None,
     inject: Annotated[str | None, typer.Option("--inject", metavar="OP", hidden=True)] = None,
-    backend: options.Backend = options.BackendChoice.AUTO,
-    decode: options.Decode = options.DecodeChoice.AUTO,
-    threads: options.Threads = None,
+    engine_options: options.EngineOptions,
     as_json: options.Json = False,
 ) -> None:
     """Compare every layer with a reference: transformers (a ground truth), or another backend.
 
-    The last line names the first probe that fails; with --isolate, it and the op at fault are the culprits.
+    The last line names the first probe that fails; with --isolate, also the op at fault.
     """
     if (ground_truth is None) != diff_backends:
         raise OptionError("A validation needs one reference; give --ground-truth FILE or --diff-backends.")
     chosen = _parse_layers(layers)
 
     from numba_atomflow import validate as validator
-    from numba_atomflow.engine import Engine
     from numba_atomflow.utils.plot import check_plot
     from numba_atomflow.validate.plot import plot as draw
 
@@ -84,11 +83,8 @@ def validate(
     if ground_truth is not None:
         reference = _open(ground_truth, model, text)
     else:
-        reference = _record(model, text, decode_steps, backend, threads, decode)
-    with output.loading_bar() as progress:
-        positions = len(reference.tokens)
-        engine = Engine.load(model, backend.value, positions, threads, progress, decode=decode.value)
-    with engine, output.steps_bar() as progress:
+        reference = _record(model, text, decode_steps, engine_options)
+    with engine_options.load(model, len(reference.tokens)) as engine, output.steps_bar() as progress:
         device = engine.backend
         observers = [validator.inject(inject, device.step(1, SAMPLE))] if inject is not None else []
         report = validator.check(
@@ -128,27 +124,20 @@ def _open(path: Path, model: str, text: str | None) -> "Reference":
     return truth
 
 
-def _record(
-    model: str,
-    text: str | None,
-    steps: int,
-    backend: options.BackendChoice,
-    threads: int | None,
-    decode: options.DecodeChoice,
-) -> "Reference":
-    """What the CPU backend makes of a prompt, if the backend to be compared is another one."""
-    from numba_atomflow.engine import Engine
+def _record(model: str, text: str | None, steps: int, engine_options: options.EngineOptions) -> "Reference":
+    """The CPU backend's results for a prompt, if the backend to be compared is another one."""
     from numba_atomflow.validate import record
 
     if not text:
         raise OptionError("--diff-backends needs a text to run; give --prompt TEXT.")
     if steps < 0:
         raise OptionError(f"--decode-steps is {steps}; it must be 0 or more.")
-    with Engine.load(model, backend.value, 1, threads, decode=decode.value) as engine:
+    with engine_options.load(model, 1) as engine:
         name, prompt = engine.backend.name, engine.text.encode(text)
     if name == "cpu":
         raise BackendError("--diff-backends compares another backend with the CPU one, but only the CPU one runs here.")
-    with Engine.load(model, "cpu", len(prompt) + steps, threads) as engine, output.steps_bar() as progress:
+    on_cpu = replace(engine_options, backend=options.BackendChoice.CPU, decode=options.DecodeChoice.AUTO)
+    with on_cpu.load(model, len(prompt) + steps) as engine, output.steps_bar() as progress:
         return record(engine.backend, engine.geometry, prompt, steps, progress=progress)
 
 

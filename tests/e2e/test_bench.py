@@ -62,6 +62,8 @@ def test_a_geometry_needs_no_model(cli: InProcess, monkeypatch: pytest.MonkeyPat
     outcome = cli("bench", "--geometry", "smollm2-135m", "--random-weights", *FAST)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("model: smollm2-135m, random weights\n")
+    without_file = cli("bench", "--geometry", "smollm2-135m", "--random-weights", *FAST, "--private-copy")
+    assert_refused(without_file, "--private-copy", "random weights")
 
 
 def test_contradictions_are_refused_before_anything_is_measured(

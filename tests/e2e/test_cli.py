@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from child_processes import finish
@@ -55,13 +56,47 @@ def test_answers_that_need_no_model_import_nothing_heavy(cli_home: Path, argumen
     assert done.stdout.splitlines()[-1] == f"{code} []"
 
 
-@pytest.mark.parametrize(
-    "command", ["generate", "chat", "convert", "info", "ground-truth", "validate", "quantize", "perplexity"]
+COMMANDS = (
+    *("generate", "chat", "convert", "quantize", "perplexity", "info", "ground-truth", "validate", "bench", "profile"),
+    *("sandbox run", "sandbox compare"),
 )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_teaches_by_example(cli: InProcess, command: str) -> None:
-    outcome = cli(command, "--help")
+    outcome = cli(*command.split(), "--help")
     assert outcome.code == 0
     assert len(re.findall(rf"^ *(?:.*\| )?numba-atomflow {command}\b", outcome.out, re.MULTILINE)) >= 2
+
+
+SAME_EVERYWHERE = ("--backend", "--decode", "--threads", "--private-copy", "--max-seq-len", "--max-tokens", "--seed")
+SANDBOX_OWN = {"--max-tokens", "--seed"}  # of a whole workload
+
+
+def test_an_option_is_the_same_in_every_command() -> None:
+    """Its value's name, its default and its help; and there is one default model."""
+    import typer
+
+    from numba_atomflow.cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    commands = {name: command for name, command in group.commands.items() if name != "sandbox"}
+    commands |= {f"sandbox {name}": command for name, command in group.commands["sandbox"].commands.items()}
+    assert set(commands) == set(COMMANDS)
+    for option in SAME_EVERYWHERE:
+        found = {
+            (parameter.metavar, parameter.default, parameter.help)
+            for name, command in commands.items()
+            for parameter in command.params
+            if option in parameter.opts and not (name.startswith("sandbox") and option in SANDBOX_OWN)
+        }
+        assert len(found) == 1, (option, found)
+    for name, command in commands.items():
+        for parameter in command.params:
+            if parameter.name == "model" and name != "info":
+                shown = f"{parameter.default} {parameter.help}"
+                assert DEFAULT_MODEL in shown, name
+        assert any("--json" in parameter.opts for parameter in command.params), name
 
 
 def test_version(cli: InProcess) -> None:

@@ -37,7 +37,7 @@ def test_quantize_reports_what_calibration_found(cli: InProcess, folder: Path, t
     table = cli("quantize", folder, destination, "--calibration", text, "--overwrite", "--method", "awq")
     assert table.out.count("rounded to nearest") == 4
     assert "awq, fp16 head" in table.out
-    assert re.search(r"^head +fp16 vocabulary projection$", cli("info", destination).out, re.MULTILINE)
+    assert re.search(r"^LM head +fp16$", cli("info", destination).out, re.MULTILINE)
 
 
 def test_rounding_to_nearest_is_what_convert_does(cli: InProcess, folder: Path, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_another_backend_is_compared_with_the_cpu(
     load = Engine.load
     paths: list[tuple[str, str]] = []
 
-    def pretend(model: str, backend: Any, *rest: Any, decode: str = "auto") -> Engine:
+    def pretend(model: str, backend: Any, *rest: Any, decode: str = "auto", private_copy: bool = False) -> Engine:
         paths.append((backend, decode))
         engine = load(model, backend, *rest)
         engine.backend.name = "other" if backend == "auto" else engine.backend.name
