@@ -1,4 +1,4 @@
-"""The house itself: packaging, symlinks, versions, and what an import may cost."""
+"""The repository: packages, symlinks, versions, the lock, and what an import loads."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
-ROOMS = ("memory", "ops", "validate")
+AT_THE_TOP = ("memory", "ops", "validate")  # folders that are imported as numba_atomflow.NAME
 
 
 def test_the_listed_packages_are_the_folders_that_hold_python() -> None:
@@ -34,18 +34,18 @@ def test_every_package_has_a_docstring_and_is_no_namespace(package: str) -> None
     assert source.startswith('"""')
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_is_reached_through_a_relative_symlink_and_through_package_dir(room: str) -> None:
-    link = ROOT / "numba_atomflow" / room
-    assert link.readlink() == Path("..") / room
-    assert SETUPTOOLS["package-dir"][f"numba_atomflow.{room}"] == room
+@pytest.mark.parametrize("folder", AT_THE_TOP)
+def test_a_folder_at_the_top_has_a_relative_symlink_and_a_package_dir(folder: str) -> None:
+    link = ROOT / "numba_atomflow" / folder
+    assert link.readlink() == Path("..") / folder
+    assert SETUPTOOLS["package-dir"][f"numba_atomflow.{folder}"] == folder
 
 
 def test_the_version_is_one() -> None:
     assert PROJECT["version"] == numba_atomflow.__version__
 
 
-def test_the_changelog_speaks_of_this_version() -> None:
+def test_the_changelog_has_this_version() -> None:
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert headings[0] in {PROJECT["version"], "Unreleased"}
     assert PROJECT["version"] in headings
@@ -59,7 +59,7 @@ def test_a_plain_install_names_no_cuda_library() -> None:
 def lock() -> dict[str, str]:
     lines = (ROOT / "requirements-dev.lock").read_text().splitlines()
     pins = [re.fullmatch(r"([a-z0-9.-]+)==([a-z0-9.]+)", line) for line in lines if not line.startswith("#")]
-    assert all(pins), "the lock holds something else than name==version"
+    assert all(pins), "a line of the lock is not name==version"
     return {pin[1]: pin[2] for pin in pins if pin}
 
 
@@ -73,7 +73,7 @@ def test_the_lock_satisfies_every_requirement_of_the_project_and_its_development
         assert requirement.specifier.contains(pin), f"{line} excludes the locked {pin}: run scripts/lock.sh"
 
 
-# A GPU-less laptop has no driver, a plain install has no torch: importing must want neither.
+# A laptop without a GPU has no driver, a plain install has no torch: importing must need neither.
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, sys
 import numba_atomflow
