@@ -24,12 +24,13 @@ from numba_atomflow.ops.cuda.gemv.kernels import (
     make_swiglu,
     projection_kernel,
 )
-from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, choose_shape
+from numba_atomflow.ops.cuda.gemv.plan import GemvPlan, choose_plan
 from numba_atomflow.ops.cuda.layout import weights
 from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
-from numba_atomflow.ops.cuda.token import embedding, sample
+from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
+from numba_atomflow.ops.cuda.token.embedding import embed_kernel
 from numba_atomflow.sandbox.runner import CacheSizes
 
 WIDTHS = (1, 2, 4, 8)  # columns of a step
@@ -91,11 +92,11 @@ class SandboxKernels:
         splits = max(1, choose_kv_splits(g.heads, g.kv_heads, 1, self.chip.sms) // width)
         return AttentionShape(g.heads, g.kv_heads, g.head_dim, 1, self.layouts["o"].padded_columns, splits)
 
-    def _shape(self, kind: str, width: int) -> ProjectionShape:
-        return choose_shape(self.layouts[kind], width, self.chip.sms)
+    def _plan(self, kind: str, width: int) -> GemvPlan:
+        return choose_plan(self.layouts[kind], width, self.chip.sms)
 
     def _fits(self, width: int) -> bool:
-        needed = [self._shape(kind, width).shared_bytes for kind in PROJECTIONS]
+        needed = [self._plan(kind, width).shared_bytes for kind in PROJECTIONS]
         return max(*needed, self.attention_shape(width).shared_bytes) <= self.chip.shared_bytes
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ class SandboxKernels:
     def planned(self) -> dict[str, Planned]:
         """All kernels by name; what a step of n columns takes is called ``<kind>_x<n>``."""
         chip = self.chip
-        argmax = sample.argmax_kernel(self.geometry.vocabulary, chip.sms, chip.dependent_launch)
+        argmax = argmax_kernel(self.geometry.vocabulary, chip.sms, chip.dependent_launch)
         kernels = [
             weights.repack_kernel(chip.hardware_fp8),
             argmax,
@@ -153,7 +154,7 @@ class SandboxKernels:
         if self.halves:
             kernels.append(weights.repack_halves_kernel())
         for width in self.widths:
-            kernels.append(embedding.embed_kernel(self.layouts["embedding"], width))
+            kernels.append(embed_kernel(self.layouts["embedding"], width))
             kernels += [self._projection(kind, width) for kind in PROJECTIONS]
             kernels.append(self._attention(width, "static", Paging(width, 0, self.sizes.capacity)))
             for size in self.sizes.block_sizes:
@@ -176,7 +177,7 @@ class SandboxKernels:
                 more |= {"heads": g.heads, "kv_heads": g.kv_heads}
             case "gate_up":
                 factory = make_swiglu
-                more |= {"y_width": self.layouts["down"].padded_columns}
+                more |= {"y_pitch": self.layouts["down"].padded_columns}
             case "lm_head":
                 factory = make_store
             case _:
@@ -193,5 +194,5 @@ class SandboxKernels:
     def _projection_kernel(
         self, name: str, kind: str, width: int, factory: Callable[..., Any], more: dict[str, object]
     ) -> Planned:
-        shape, chip = self._shape(kind, width), self.chip
+        shape, chip = self._plan(kind, width), self.chip
         return projection_kernel(name, factory, shape, chip.sms, chip.dependent_launch, **more)

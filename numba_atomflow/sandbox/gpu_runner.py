@@ -4,7 +4,7 @@ A step brings its columns along in one copy from pinned memory (positions, slots
 what has changed in the page table in another. The host waits for the step's tokens: the next plan depends on them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,12 +19,21 @@ from numba_atomflow.memory.device import DeviceArena, DeviceMemory, PinnedArray,
 from numba_atomflow.memory.paged import BlockCopy
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
+from numba_atomflow.ops.cuda.gemv.kernels import (
+    AddArguments,
+    PagedQkvArguments,
+    QkvArguments,
+    StoreArguments,
+    SwigluArguments,
+)
 from numba_atomflow.ops.cuda.runtime.build import build
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 from numba_atomflow.ops.cuda.runtime.graph import Graph, time_graph, time_launches
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
-from numba_atomflow.ops.cuda.token.sample import token_of
+from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
+from numba_atomflow.ops.cuda.token.embedding import EmbedArguments
+from numba_atomflow.ops.cuda.token.order import token_of
 from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, check_batch, check_family
 from numba_atomflow.sandbox.scheduler import Batch
@@ -214,44 +223,59 @@ class GpuRunner:
 
     def _step_launches(self, width: int, layout: Layout, wanted: bool) -> list[Launch]:
         at = self._arena.__getitem__
-        residual, normed, ffn = at("residual"), at("normed"), at("ffn")
-        launches = [self._launch(f"embed_x{width}", at("embedding"), self._input("tokens"), residual)]
+        residual, mlp_hidden = at("residual"), at("ffn")
+        embedded = EmbedArguments(weights=at("embedding"), tokens=self._input("tokens"), residual=residual)
+        launches = [self._launch(f"embed_x{width}", embedded)]
         for i in range(self.geometry.layers):
             layer = f"layer.{i}"
+            gate_up = self._normed(f"{layer}.gate_up", f"{layer}.ffn_norm")
+            o = AddArguments(weights=at(f"{layer}.o"), x=at("attended"), residual=residual)
+            down = AddArguments(weights=at(f"{layer}.down"), x=mlp_hidden, residual=residual)
             launches += [
                 self._qkv(width, layout, i),
                 self._attention(width, layout, i),
-                self._launch(f"o_x{width}", at(f"{layer}.o"), at("attended"), residual),
-                self._launch(
-                    f"gate_up_x{width}", at(f"{layer}.gate_up"), residual, at(f"{layer}.ffn_norm"), normed, ffn
-                ),
-                self._launch(f"down_x{width}", at(f"{layer}.down"), ffn, residual),
+                self._launch(f"o_x{width}", o),
+                self._launch(f"gate_up_x{width}", SwigluArguments(**gate_up, mlp_hidden=mlp_hidden)),
+                self._launch(f"down_x{width}", down),
             ]
         if wanted:
-            head = at(self._head), residual, at("final_norm"), normed, at("logits")
-            launches.append(self._launch(f"lm_head_x{width}", *head))
+            head = StoreArguments(**self._normed(self._head, "final_norm"), y=at("logits"))
+            launches.append(self._launch(f"lm_head_x{width}", head))
             for column in range(width):
                 logits, best = at("logits").index(column), at("best").rows(column, column + 1)
-                launches.append(self._launch("argmax", logits, at("seen"), at("options"), best))
+                arguments = ArgmaxArguments(logits=logits, seen=at("seen"), options=at("options"), best=best)
+                launches.append(self._launch("argmax", arguments))
         return launches
 
     def _qkv(self, width: int, layout: Layout, layer: int) -> Launch:
         at = self._arena.__getitem__
-        normed = at(f"layer.{layer}.qkv"), at("residual"), at(f"layer.{layer}.attention_norm"), at("normed")
-        outputs = at("cosines"), at("sines"), at("q"), *self._layer_cache(layer)
+        positions, (keys, values) = self._input("positions"), self._layer_cache(layer)
+        arguments = self._normed(f"layer.{layer}.qkv", f"layer.{layer}.attention_norm")
+        arguments |= {"cosines": at("cosines"), "sines": at("sines"), "q": at("q"), "keys": keys, "values": values}
         if layout == "static" and width == 1:
-            return self._launch("qkv_single_x1", *normed, self._input("positions"), *outputs)
-        return self._launch(f"qkv_x{width}", *normed, self._input("positions"), self._input("slots"), *outputs)
+            return self._launch("qkv_single_x1", QkvArguments(**arguments, position=positions))
+        paged = PagedQkvArguments(**arguments, positions=positions, slots=self._input("slots"))
+        return self._launch(f"qkv_x{width}", paged)
+
+    def _normed(self, weights: str, norm_weight: str) -> dict[str, View]:
+        """The arguments that projections of the normed residual share."""
+        at = self._arena.__getitem__
+        return {
+            "weights": at(weights),
+            "residual": at("residual"),
+            "norm_weight": at(norm_weight),
+            "x_norm": at("normed"),
+        }
 
     def _attention(self, width: int, layout: Layout, layer: int) -> Launch:
         at = self._arena.__getitem__
         cached = at("q"), *self._layer_cache(layer)
         shared = at("partials"), at("counters"), at("attended")
         if layout == "static" and width == 1:
-            return self._launch("attention_single_x1", *cached, self._input("positions"), *shared)
+            return self._launch("attention_single_x1", (*cached, self._input("positions"), *shared))
         form = f"paged{self.block_size}" if layout == "paged" else "static"
         places = *(self._input(name) for name in ("positions", "known", "rows")), at("pages")
-        return self._launch(f"attention_{form}_x{width}", *cached, *places, *shared)
+        return self._launch(f"attention_{form}_x{width}", (*cached, *places, *shared))
 
     def _layer_cache(self, layer: int) -> tuple[View, View]:
         return self._arena["paged_kv"].index(layer, 0), self._arena["paged_kv"].index(layer, 1)
@@ -259,7 +283,7 @@ class GpuRunner:
     def _input(self, name: str) -> View:
         return self._arena["step"].index(STEP_INPUTS.index(name))
 
-    def _launch(self, name: str, *arguments: DeviceArray | int) -> Launch:
+    def _launch(self, name: str, arguments: Sequence[DeviceArray | int]) -> Launch:
         return Launch(self._loaded[name], self.kernels.planned[name].blocks, arguments, self._stream)
 
     # --- times -------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple
         for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
     }
 
-    def launch(name: str, *arguments: Any) -> Any:
+    def launch(name: str, arguments: tuple[Any, ...]) -> Any:
         seen.append((name, made.kernels.planned[name].blocks, arguments))
 
     made._launch = launch  # type: ignore[method-assign]

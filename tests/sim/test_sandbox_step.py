@@ -18,7 +18,7 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.layout.weights import to_fragments_reference
 from numba_atomflow.ops.cuda.runtime.chip import Chip
-from numba_atomflow.ops.cuda.token.sample import token_of
+from numba_atomflow.ops.cuda.token.order import token_of
 from numba_atomflow.sandbox import gpu_runner
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
 from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
@@ -57,13 +57,14 @@ class SimulatedRunner(GpuRunner):
     def array(self, name: str) -> NDArray[Any]:
         return self._arena[name].host_array()  # type: ignore[no-any-return]
 
-    def _launch(self, name: str, *arguments: Any) -> Any:
+    def _launch(self, name: str, arguments: tuple[Any, ...]) -> Any:
         planned = self.kernels.planned[name]
         spec = planned.spec
         arrays = [plain(view, kind) for kind, view in zip(spec.element_types, arguments, strict=True)]
+        parameters = (spec.signature(*arrays),) if isinstance(spec.signature, type) else arrays
 
         def run() -> None:
-            spec.make()[planned.blocks, spec.threads, 0, spec.shared_bytes](*arrays)
+            spec.make()[planned.blocks, spec.threads, 0, spec.shared_bytes](*parameters)
 
         return run
 

@@ -21,7 +21,7 @@ from numba_atomflow.ops.attention import attend_reference
 from numba_atomflow.ops.cuda.attention.decode import make_attention
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.gemv import kernels
-from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape
+from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
 from numba_atomflow.ops.cuda.layout.weights import (
     THREADS,
     FragmentLayout,
@@ -142,16 +142,16 @@ def check_repack(layout: FragmentLayout) -> None:
 
 @dataclass(frozen=True)
 class ProjectionCase:
-    """A projection kernel at one geometry. `blocks` below the number of tiles makes blocks walk."""
+    """A projection kernel at one geometry. `ctas` below the number of tiles makes CTAs walk."""
 
     kind: str
-    rows: int
-    width: int
-    columns: int
+    out_features: int
+    in_features: int
+    tokens: int
     warps: int = 2
-    split: int = 2
-    depth: int = 2
-    blocks: int = 1
+    split_k: int = 2
+    groups_in_flight: int = 2
+    ctas: int = 1
     hardware_fp8: bool = False
     head_dim: int = 64
     heads: int = 1
@@ -160,45 +160,46 @@ class ProjectionCase:
     chunk: int = 0
 
     @property
-    def shape(self) -> ProjectionShape:
-        half = {"swiglu": self.rows // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
-        layout = FragmentLayout(self.rows, self.width, half, self.hardware_fp8, self.halves, self.chunk)
-        return ProjectionShape(layout, self.columns, self.warps, self.split, self.depth)
+    def plan(self) -> GemvPlan:
+        half = {"swiglu": self.out_features // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
+        layout = FragmentLayout(self.out_features, self.in_features, half, self.hardware_fp8, self.halves, self.chunk)
+        return GemvPlan(layout, self.tokens, self.warps, self.split_k, self.groups_in_flight)
 
 
-def qkv_case(width: int, columns: int, head_dim: int, heads: int, kv_heads: int, **more: Any) -> ProjectionCase:
+def qkv_case(in_features: int, tokens: int, head_dim: int, heads: int, kv_heads: int, **more: Any) -> ProjectionCase:
     rows = (heads + 2 * kv_heads) * head_dim
-    return ProjectionCase("qkv", rows, width, columns, head_dim=head_dim, heads=heads, kv_heads=kv_heads, **more)
+    return ProjectionCase("qkv", rows, in_features, tokens, head_dim=head_dim, heads=heads, kv_heads=kv_heads, **more)
 
 
 PROJECTIONS = (
-    ProjectionCase("store", 37, 576, 1),  # K padded to 640, N not a multiple of 16; three tiles for one block
-    ProjectionCase("store", 16, 128, 8, warps=1, split=1, depth=1, hardware_fp8=True),  # one row tile, one group
-    ProjectionCase("store", 40, 200, 3, warps=2, split=1, blocks=2),  # tiles do not fill the last block
-    ProjectionCase("store", 37, 576, 1, halves=True),  # 640 columns are 10 groups of 64
-    ProjectionCase("store", 20, 200, 8, warps=2, split=1, depth=1, halves=True),
-    ProjectionCase("add", 24, 576, 5, warps=4, split=4, depth=1, hardware_fp8=True),
-    ProjectionCase("add", 16, 300, 2, warps=4, split=2, depth=1),  # a slot without a tile
-    ProjectionCase("swiglu", 40, 256, 4, depth=1, blocks=2),  # 20 units: the last tile is not full
+    ProjectionCase("store", 37, 576, 1),  # K padded to 640, N not a multiple of 16; three tiles for one CTA
+    # One tile, one group.
+    ProjectionCase("store", 16, 128, 8, warps=1, split_k=1, groups_in_flight=1, hardware_fp8=True),
+    ProjectionCase("store", 40, 200, 3, warps=2, split_k=1, ctas=2),  # tiles do not fill the last CTA
+    ProjectionCase("store", 37, 576, 1, halves=True),  # K of 640 is 10 groups of 64
+    ProjectionCase("store", 20, 200, 8, warps=2, split_k=1, groups_in_flight=1, halves=True),
+    ProjectionCase("add", 24, 576, 5, warps=4, split_k=4, groups_in_flight=1, hardware_fp8=True),
+    ProjectionCase("add", 16, 300, 2, warps=4, split_k=2, groups_in_flight=1),  # a slot without a tile
+    ProjectionCase("swiglu", 40, 256, 4, groups_in_flight=1, ctas=2),  # 20 units: the last tile is not full
     ProjectionCase("swiglu", 16, 576, 1, hardware_fp8=True),
     ProjectionCase("store", 37, 576, 1, chunk=4),  # chunks of 4 groups and of 1
-    ProjectionCase("store", 20, 576, 2, depth=1, halves=True, chunk=4),
-    ProjectionCase("add", 24, 1100, 3, depth=3, hardware_fp8=True, chunk=3),  # three equal chunks
+    ProjectionCase("store", 20, 576, 2, groups_in_flight=1, halves=True, chunk=4),
+    ProjectionCase("add", 24, 1100, 3, groups_in_flight=3, hardware_fp8=True, chunk=3),  # three equal chunks
     ProjectionCase("swiglu", 16, 330, 1, chunk=2, hardware_fp8=True),
-    ProjectionCase("store", 16, 640, 2, warps=4, split=2, depth=1),  # two warps stage a column together
-    ProjectionCase("store", 16, 130, 3, warps=2, split=1),  # no 16 bytes of float32 in a row; teams take turns
-    ProjectionCase("store", 16, 192, 2, warps=5, split=1, depth=1),  # a warp that belongs to no team
-    qkv_case(128, 7, 64, 2, 1, depth=1, blocks=3),
-    qkv_case(192, 1, 80, 1, 1, depth=1, warps=1, split=1, hardware_fp8=True),
-    qkv_case(128, 2, 96, 1, 1, depth=1, warps=1, split=1),
-    qkv_case(128, 6, 128, 1, 1, depth=1, warps=1, split=1),
+    ProjectionCase("store", 16, 640, 2, warps=4, split_k=2, groups_in_flight=1),  # two warps stage a token together
+    ProjectionCase("store", 16, 130, 3, warps=2, split_k=1),  # no 16 bytes of float32 in a row; teams take turns
+    ProjectionCase("store", 16, 192, 2, warps=5, split_k=1, groups_in_flight=1),  # a warp that belongs to no team
+    qkv_case(128, 7, 64, 2, 1, groups_in_flight=1, ctas=3),
+    qkv_case(192, 1, 80, 1, 1, groups_in_flight=1, warps=1, split_k=1, hardware_fp8=True),
+    qkv_case(128, 2, 96, 1, 1, groups_in_flight=1, warps=1, split_k=1),
+    qkv_case(128, 6, 128, 1, 1, groups_in_flight=1, warps=1, split_k=1),
 )
 
 
 def check_projection(case: ProjectionCase) -> None:
     """Relative L2 error against float64: 1e-5 for float32 outputs, 5e-4 (they are rounded to float16) for others."""
-    rng = generator(case.rows, case.width, case.columns)
-    shape, layout = case.shape, case.shape.layout
+    rng = generator(case.out_features, case.in_features, case.tokens)
+    plan, layout = case.plan, case.plan.layout
     if layout.halves:
         stored = halves(layout, rng)
         words, matrix = halves_to_fragments_reference(stored, layout), stored.astype(np.float64)
@@ -206,42 +207,43 @@ def check_projection(case: ProjectionCase) -> None:
         codes, scales = weights(layout, rng)
         words = to_fragments_reference(codes, scales, layout)
         matrix = dequantize_groups(codes, scales).astype(np.float64)
-    residual = rng.standard_normal((case.columns, case.width)).astype(np.float32)
-    norm = rng.uniform(0.5, 1.5, case.width).astype(np.float32)
-    normed, doubt = normed_as_float16(residual, norm)
-    product = normed @ matrix.T
+    residual = rng.standard_normal((case.tokens, case.in_features)).astype(np.float32)
+    norm_weight = rng.uniform(0.5, 1.5, case.in_features).astype(np.float32)
+    x_norm, doubt = normed_as_float16(residual, norm_weight)
+    product = x_norm @ matrix.T
     slack = float(np.linalg.norm(doubt @ matrix.T) / np.linalg.norm(product))
-    grid = case.blocks, shape.threads, shape.shared_bytes
-    seen = poisoned(case.columns * layout.padded_columns // 2, dtype=np.uint32)  # what the kernel says it multiplied
+    grid = case.ctas, plan.threads, plan.shared_bytes
+    seen = poisoned(case.tokens * layout.padded_columns // 2, dtype=np.uint32)  # what the kernel says it multiplied
+    normed = {"weights": words, "residual": as_words(residual), "norm_weight": norm_weight, "x_norm": seen}
     if case.kind == "store":
-        logits = poisoned(case.columns * case.rows)
-        launch(kernels.make_store(shape, EPS), *grid, words, as_words(residual), norm, seen, logits)
-        within("projection", relative_error(logits.reshape(case.columns, case.rows), product), 1e-5 + slack)
+        y = poisoned(case.tokens * case.out_features)
+        launch(kernels.make_store(plan, EPS), *grid, kernels.StoreArguments(**normed, y=y))
+        within("projection", relative_error(y.reshape(case.tokens, case.out_features), product), 1e-5 + slack)
     elif case.kind == "add":
-        x = np.zeros((case.columns, layout.padded_columns), np.float16)
-        x[:, : case.width] = rng.standard_normal((case.columns, case.width))
-        before = rng.standard_normal((case.columns, case.rows)).astype(np.float32)
+        x = np.zeros((case.tokens, layout.padded_columns), np.float16)
+        x[:, : case.in_features] = rng.standard_normal((case.tokens, case.in_features))
+        before = rng.standard_normal((case.tokens, case.out_features)).astype(np.float32)
         after = before.reshape(-1).copy()
-        launch(kernels.make_add(shape), *grid, words, as_words(x), after)
-        expected = x[:, : case.width].astype(np.float64) @ matrix.T
+        launch(kernels.make_add(plan), *grid, kernels.AddArguments(weights=words, x=as_words(x), residual=after))
+        expected = x[:, : case.in_features].astype(np.float64) @ matrix.T
         within("projection", relative_error(after.reshape(before.shape), before + expected), 1e-5)
     elif case.kind == "swiglu":
-        ffn = case.rows // 2
-        y = poisoned(case.columns, ffn + 3, dtype=np.uint16)
-        kernel = kernels.make_swiglu(shape, EPS, ffn + 3)
-        launch(kernel, *grid, words, as_words(residual), norm, seen, flat := y.reshape(-1))
+        ffn = case.out_features // 2
+        y = poisoned(case.tokens, ffn + 3, dtype=np.uint16)
+        kernel, flat = kernels.make_swiglu(plan, EPS, ffn + 3), y.reshape(-1)
+        launch(kernel, *grid, kernels.SwigluArguments(**normed, mlp_hidden=flat))
         y = flat.reshape(y.shape)
         expected = silu_reference(product[:, :ffn]) * product[:, ffn:]
         within("SwiGLU to float16", relative_error(y[:, :ffn].view(np.float16), expected), 5e-4)
         assert (y[:, ffn:] == 0xFFFF).all(), "wrote into the padding"
     else:
-        check_qkv(case, grid, (words, as_words(residual), norm, seen), product)
+        check_qkv(case, grid, normed, product)
     if case.kind != "add":
-        reported = seen.view(np.float16).reshape(case.columns, -1)
-        assert relative_error(reported[:, : case.width], normed) <= 1e-5 + float(
-            np.linalg.norm(doubt) / np.linalg.norm(normed)
+        reported = seen.view(np.float16).reshape(case.tokens, -1)
+        assert relative_error(reported[:, : case.in_features], x_norm) <= 1e-5 + float(
+            np.linalg.norm(doubt) / np.linalg.norm(x_norm)
         )
-        assert np.isnan(reported[:, case.width :]).all(), "wrote into the padding"
+        assert np.isnan(reported[:, case.in_features :]).all(), "wrote into the padding"
 
 
 def normed_as_float16(
@@ -254,21 +256,29 @@ def normed_as_float16(
     return exact.astype(np.float16).astype(np.float64), up - down
 
 
-def check_qkv(case: ProjectionCase, grid: Any, arguments: Any, product: NDArray[np.float64]) -> None:
-    positions, first = 20, 20 - case.columns  # the last token takes the last position of the cache
+def check_qkv(case: ProjectionCase, grid: Any, normed: dict[str, Any], product: NDArray[np.float64]) -> None:
+    positions, first = 20, 20 - case.tokens  # the last token takes the last position of the cache
     dim, q_width, kv_width = case.head_dim, case.heads * case.head_dim, case.kv_heads * case.head_dim
     cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions)
-    q = poisoned(case.columns * q_width, dtype=np.uint16)
+    q = poisoned(case.tokens * q_width, dtype=np.uint16)
     keys, values = (poisoned(positions * kv_width, dtype=np.uint16) for _ in range(2))
-    kernel = kernels.make_qkv(case.shape, EPS, case.heads, case.kv_heads)
-    tables = cosines.reshape(-1), sines.reshape(-1)
-    launch(kernel, *grid, *arguments, np.array([first], np.int64), *tables, q, keys, values)
-    rows = slice(first, first + case.columns)
+    kernel = kernels.make_qkv(case.plan, EPS, case.heads, case.kv_heads)
+    arguments = kernels.QkvArguments(
+        **normed,
+        position=np.array([first], np.int64),
+        cosines=cosines.reshape(-1),
+        sines=sines.reshape(-1),
+        q=q,
+        keys=keys,
+        values=values,
+    )
+    launch(kernel, *grid, arguments)
+    rows = slice(first, first + case.tokens)
     angles = cosines[rows].astype(np.float64), sines[rows].astype(np.float64)
     parts = np.split(product, [q_width, q_width + kv_width], axis=1)
-    rotated = [rope_reference(part.reshape(case.columns, -1, dim), *angles) for part in parts[:2]]
-    expected = [rotated[0].reshape(case.columns, -1), rotated[1].reshape(case.columns, -1), parts[2]]
-    for got, want in ((q.reshape(case.columns, -1), expected[0]), *zip((keys, values), expected[1:], strict=True)):
+    rotated = [rope_reference(part.reshape(case.tokens, -1, dim), *angles) for part in parts[:2]]
+    expected = [rotated[0].reshape(case.tokens, -1), rotated[1].reshape(case.tokens, -1), parts[2]]
+    for got, want in ((q.reshape(case.tokens, -1), expected[0]), *zip((keys, values), expected[1:], strict=True)):
         new = got.reshape(-1, want.shape[1])
         if new.shape[0] == positions:
             assert (new[:first] == 0xFFFF).all(), "wrote into the past"
@@ -276,7 +286,7 @@ def check_qkv(case: ProjectionCase, grid: Any, arguments: Any, product: NDArray[
         within("q, k, v to float16", relative_error(np.ascontiguousarray(new).view(np.float16), want), 5e-4)
 
 
-# --- rotation in a kernel of its own -----------------------------------------------------------------------------
+# --- RoPE in a kernel of its own -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -286,7 +296,7 @@ class RopeCase:
     head_dim: int
     heads: int
     kv_heads: int
-    columns: int
+    tokens: int
     bias: bool = False
     norm: bool = False
 
@@ -301,22 +311,32 @@ ROPES = (
 
 def check_rope(case: RopeCase) -> None:
     """Relative L2 error 5e-4: results are rounded to float16."""
-    rng = generator(case.head_dim, case.heads, case.columns)
-    dim, positions, first = case.head_dim, 20, 20 - case.columns
+    rng = generator(case.head_dim, case.heads, case.tokens)
+    dim, positions, first = case.head_dim, 20, 20 - case.tokens
     q_width, kv_width = case.heads * dim, case.kv_heads * dim
     rows = q_width + 2 * kv_width
-    qkv = rng.standard_normal((case.columns, rows)).astype(np.float32)
+    qkv = rng.standard_normal((case.tokens, rows)).astype(np.float32)
     bias = rng.standard_normal(rows).astype(np.float32) if case.bias else poisoned(rows)
     norms = [rng.uniform(0.5, 1.5, dim).astype(np.float32) if case.norm else poisoned(dim) for _ in range(2)]
     cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions)
-    q = poisoned(case.columns * q_width, dtype=np.uint16)
+    q = poisoned(case.tokens * q_width, dtype=np.uint16)
     keys, values = (poisoned(positions * kv_width, dtype=np.uint16) for _ in range(2))
-    kernel = rope.make_rope(case.heads, case.kv_heads, dim, case.columns, EPS, bias=case.bias, norm=case.norm)
-    tables = np.array([first], np.int64), cosines.reshape(-1), sines.reshape(-1)
-    blocks = rope.rope_blocks(case.heads, case.kv_heads, case.columns)
-    launch(kernel, blocks, rope.THREADS, 0, qkv.reshape(-1), bias, *norms, *tables, q, keys, values)
+    kernel = rope.make_rope(case.heads, case.kv_heads, dim, case.tokens, EPS, bias=case.bias, norm=case.norm)
+    arguments = rope.RopeArguments(
+        qkv=qkv.reshape(-1),
+        bias=bias,
+        q_norm=norms[0],
+        k_norm=norms[1],
+        position=np.array([first], np.int64),
+        cosines=cosines.reshape(-1),
+        sines=sines.reshape(-1),
+        q=q,
+        keys=keys,
+        values=values,
+    )
+    launch(kernel, rope.rope_ctas(case.heads, case.kv_heads, case.tokens), rope.THREADS, 0, arguments)
     exact = qkv.astype(np.float64) + (bias if case.bias else 0.0)
-    parts = [part.reshape(case.columns, -1, dim) for part in np.split(exact, [q_width, q_width + kv_width], axis=1)]
+    parts = [part.reshape(case.tokens, -1, dim) for part in np.split(exact, [q_width, q_width + kv_width], axis=1)]
     at = slice(first, positions)
     for i, weight in enumerate(norms):
         if case.norm:
@@ -326,8 +346,8 @@ def check_rope(case: RopeCase) -> None:
         new = got.reshape(-1, want.shape[1] * dim)
         if len(new) == positions:
             assert (new[:first] == 0xFFFF).all(), "wrote into the past"
-        result = np.ascontiguousarray(new[-case.columns :]).view(np.float16)
-        within("q, k, v to float16", relative_error(result, want.reshape(case.columns, -1)), 5e-4)
+        result = np.ascontiguousarray(new[-case.tokens :]).view(np.float16)
+        within("q, k, v to float16", relative_error(result, want.reshape(case.tokens, -1)), 5e-4)
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
@@ -340,7 +360,7 @@ class AttentionCase:
     head_dim: int
     heads: int
     kv_heads: int
-    columns: int
+    tokens: int
     length: int
     splits: int = 1
     warps: int = 1
@@ -348,9 +368,7 @@ class AttentionCase:
     @property
     def shape(self) -> AttentionShape:
         out_width = self.heads * self.head_dim + 16
-        return AttentionShape(
-            self.heads, self.kv_heads, self.head_dim, self.columns, out_width, self.splits, self.warps
-        )
+        return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.tokens, out_width, self.splits, self.warps)
 
 
 ATTENTIONS = (
@@ -373,23 +391,23 @@ def check_attention(case: AttentionCase) -> None:
     """Relative L2 error 1e-3 against float64; loud noise and NaN behind the last token change no bit."""
     rng = generator(case.head_dim, case.heads, case.length)
     shape, positions = case.shape, case.length + 9
-    q = (rng.standard_normal((case.columns, case.heads * case.head_dim)) * 2).astype(np.float16)
+    q = (rng.standard_normal((case.tokens, case.heads * case.head_dim)) * 2).astype(np.float16)
     cache = rng.standard_normal((2, positions, case.kv_heads * case.head_dim)).astype(np.float16)
-    position = np.array([case.length - case.columns], np.int64)
+    position = np.array([case.length - case.tokens], np.int64)
     counters = np.zeros(shape.work_tiles, np.uint32)
     kernel = _attention_kernel(shape)
     results = []
     for noise in (np.float16(np.nan), np.float16(60000.0)):
         cache[:, case.length :] = noise
-        out = poisoned(case.columns * case.shape.out_width // 2, dtype=np.uint32)
+        out = poisoned(case.tokens * case.shape.out_width // 2, dtype=np.uint32)
         keys, values = as_words(cache[0]), as_words(cache[1])
         arguments = as_words(q), keys, values, position, poisoned(shape.partials), counters, out
         launch(kernel, shape.ctas, shape.threads, shape.shared_bytes, *arguments)
         assert not counters.any(), "a counter does not stand at zero for the next launch"
-        results.append(out.view(np.float16).reshape(case.columns, -1))
+        results.append(out.view(np.float16).reshape(case.tokens, -1))
     width = case.heads * case.head_dim
     np.testing.assert_array_equal(results[0][:, :width], results[1][:, :width])
     exact = (array.astype(np.float64) for array in (q, cache[0], cache[1]))
-    expected = attend_reference(*exact, case.length - case.columns, case.head_dim)
+    expected = attend_reference(*exact, case.length - case.tokens, case.head_dim)
     within("attention", relative_error(results[0][:, :width], expected), 1e-3)
     assert np.isnan(results[0][:, width:]).all(), "wrote into the padding"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from numba_atomflow.ops.cuda.attention.decode import make_attention
 from numba_atomflow.ops.cuda.attention.paged import make_paged_attention
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape, Paging
-from numba_atomflow.ops.cuda.gemv.kernels import make_paged_qkv, make_qkv
+from numba_atomflow.ops.cuda.gemv.kernels import PagedQkvArguments, QkvArguments, make_paged_qkv, make_qkv
 from numba_atomflow.ops.cuda.layout.weights import to_fragments_reference
 from numba_atomflow.ops.paged_attention import attend_paged_reference
 from numba_atomflow.ops.rope import rope_table
@@ -130,49 +130,49 @@ def scatter(case: PagedCase, rng: np.random.Generator) -> tuple[NDArray[Any], ND
 
 
 PAGED_QKV = (
-    qkv_case(128, 5, 64, 2, 1, depth=1, blocks=3),
-    qkv_case(128, 2, 128, 1, 1, depth=1, warps=1, split=1),
+    qkv_case(128, 5, 64, 2, 1, groups_in_flight=1, ctas=3),
+    qkv_case(128, 2, 128, 1, 1, groups_in_flight=1, warps=1, split_k=1),
 )
 
 
 def check_paged_qkv(case: ProjectionCase) -> None:
-    """Each column is bit for bit what the static kernel makes of it at that position, in its own slot; nothing else
+    """Each token is bit for bit what the static kernel makes of it at that position, in its own slot; nothing else
     is written.
     """
-    rng = generator(case.rows, case.columns)
-    shape, positions_at_all, slots_at_all = case.shape, 20, 32
+    rng = generator(case.out_features, case.tokens)
+    plan, positions_at_all, slots_at_all = case.plan, 20, 32
     dim, q_width, kv_width = case.head_dim, case.heads * case.head_dim, case.kv_heads * case.head_dim
-    codes, scales = weights(shape.layout, rng)
-    words = to_fragments_reference(codes, scales, shape.layout)
-    residual = rng.standard_normal((case.columns, case.width)).astype(np.float32)
-    norm = rng.uniform(0.5, 1.5, case.width).astype(np.float32)
+    codes, scales = weights(plan.layout, rng)
+    words = to_fragments_reference(codes, scales, plan.layout)
+    residual = rng.standard_normal((case.tokens, case.in_features)).astype(np.float32)
+    norm_weight = rng.uniform(0.5, 1.5, case.in_features).astype(np.float32)
     tables = [table.reshape(-1) for table in rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions_at_all)]
-    positions = rng.integers(0, positions_at_all, case.columns)
-    slots = rng.permutation(slots_at_all)[: case.columns]
-    grid = case.blocks, shape.threads, shape.shared_bytes
-    common = words, as_words(residual), norm
+    positions = rng.integers(0, positions_at_all, case.tokens)
+    slots = rng.permutation(slots_at_all)[: case.tokens]
+    grid = case.ctas, plan.threads, plan.shared_bytes
+    common: dict[str, Any] = {"weights": words, "residual": as_words(residual), "norm_weight": norm_weight}
+    common |= {"cosines": tables[0], "sines": tables[1]}
 
-    def outputs(rows: int) -> list[NDArray[np.uint16]]:
-        sizes = case.columns * q_width, rows * kv_width, rows * kv_width
-        return [poisoned(size, dtype=np.uint16) for size in sizes]
-
-    def seen() -> NDArray[np.uint32]:
-        return poisoned(case.columns * shape.layout.padded_columns // 2, dtype=np.uint32)
+    def outputs(rows: int) -> dict[str, NDArray[Any]]:
+        sizes = {"q": case.tokens * q_width, "keys": rows * kv_width, "values": rows * kv_width}
+        x_norm = poisoned(case.tokens * plan.layout.padded_columns // 2, dtype=np.uint32)
+        return {name: poisoned(size, dtype=np.uint16) for name, size in sizes.items()} | {"x_norm": x_norm}
 
     paged = outputs(slots_at_all)
-    kernel = make_paged_qkv(shape, EPS, case.heads, case.kv_heads)
-    launch(kernel, *grid, *common, seen(), positions, slots, *tables, *paged)
-    static_kernel = make_qkv(shape, EPS, case.heads, case.kv_heads)
+    kernel = make_paged_qkv(plan, EPS, case.heads, case.kv_heads)
+    launch(kernel, *grid, PagedQkvArguments(**common, **paged, positions=positions, slots=slots))
+    static_kernel = make_qkv(plan, EPS, case.heads, case.kv_heads)
     for t, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
-        first = position - t  # so that column t is at this position
-        if not 0 <= first <= positions_at_all - case.columns:
+        first = position - t  # so that token t is at this position
+        if not 0 <= first <= positions_at_all - case.tokens:
             continue
         alone = outputs(positions_at_all)
-        launch(static_kernel, *grid, *common, seen(), np.array([first], np.int64), *tables, *alone)
-        np.testing.assert_array_equal(paged[0].reshape(-1, q_width)[t], alone[0].reshape(-1, q_width)[t])
-        for ours, theirs in zip(paged[1:], alone[1:], strict=True):
-            np.testing.assert_array_equal(ours.reshape(-1, kv_width)[slot], theirs.reshape(-1, kv_width)[position])
+        launch(static_kernel, *grid, QkvArguments(**common, **alone, position=np.array([first], np.int64)))
+        np.testing.assert_array_equal(paged["q"].reshape(-1, q_width)[t], alone["q"].reshape(-1, q_width)[t])
+        for name in ("keys", "values"):
+            ours, theirs = paged[name].reshape(-1, kv_width), alone[name].reshape(-1, kv_width)
+            np.testing.assert_array_equal(ours[slot], theirs[position])
     untouched = np.setdiff1d(np.arange(slots_at_all), slots)
-    for ours in paged[1:]:
+    for ours in (paged["keys"], paged["values"]):
         assert (ours.reshape(-1, kv_width)[untouched] == 0xFFFF).all(), "wrote into another slot"
         assert (ours.reshape(-1, kv_width)[slots] != 0xFFFF).all()

@@ -23,7 +23,7 @@ from numba_atomflow.ops.cuda.persistent import publish
 from numba_atomflow.ops.cuda.persistent.kernel import PersistentArguments, make_persistent
 from numba_atomflow.ops.cuda.persistent.schedule import BLOCK_THREADS, CHUNK, TABLE_UNIT, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS
-from numba_atomflow.ops.cuda.token.sample import BROKEN_KEY, LOWEST_KEY, token_of
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, NAN_KEY, token_of
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 from numba_atomflow.ops.rope import rope_reference, rope_table
@@ -511,9 +511,9 @@ def check_giving_up(case: PersistentCase) -> None:
     memory = Memory(case, model, generator(case.ffn))
     memory.run(memory.shape.ops - 1, memory.shape.ops)
     assert memory.fault[0] == 1
-    assert memory.best[0] == BROKEN_KEY
-    assert token_of(BROKEN_KEY) is None
-    assert ~BROKEN_KEY & 0xFFFFFF == 0, "what is sampled from it must be a row of the embedding: token 0"
+    assert memory.best[0] == NAN_KEY
+    assert token_of(NAN_KEY) is None
+    assert ~NAN_KEY & 0xFFFFFF == 0, "what is sampled from it must be a row of the embedding: token 0"
     memory.fault[0], memory.best[0] = 0, LOWEST_KEY
     memory.run(memory.shape.ops - 1, memory.shape.ops, choose=True)
     assert memory.tokens.tolist() == [0]

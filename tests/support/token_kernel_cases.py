@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from sample_reference import device_token, logits_of
 
 from numba_atomflow.ops.cuda.layout.weights import FragmentLayout, halves_to_fragments_reference, to_fragments_reference
-from numba_atomflow.ops.cuda.token import embedding, sample
+from numba_atomflow.ops.cuda.token import advance, argmax, embedding, sample
+from numba_atomflow.ops.cuda.token.order import ID_BITS, ID_MASK, LOWEST_KEY
 from numba_atomflow.ops.embedding import embed_reference
 from numba_atomflow.sampling import SamplingParams, candidates, penalise, uniform
 
@@ -24,9 +25,9 @@ EMBEDDINGS = (
 )
 
 
-def check_embedding(layout: FragmentLayout, columns: int) -> None:
+def check_embedding(layout: FragmentLayout, count: int) -> None:
     """Bit for bit: a code times its scale, rounded once."""
-    rng = generator(layout.rows, columns)
+    rng = generator(layout.rows, count)
     if layout.halves:
         stored = halves(layout, rng)
         table, words = stored.astype(np.float64), halves_to_fragments_reference(stored, layout)
@@ -34,13 +35,14 @@ def check_embedding(layout: FragmentLayout, columns: int) -> None:
         codes, scales = weights(layout, rng)
         table = embed_reference(np.arange(layout.rows), codes, scales)
         words = to_fragments_reference(codes, scales, layout)
-    tokens = rng.integers(0, layout.rows, columns).astype(np.int32)
+    tokens = rng.integers(0, layout.rows, count).astype(np.int32)
     tokens[0] = layout.rows - 1
-    residual = poisoned(columns * layout.columns)
-    kernel = embedding.make_embed(layout, columns)
-    launch(kernel, embedding.embed_blocks(layout, columns), embedding.THREADS, 0, words, tokens, residual)
+    residual = poisoned(count * layout.columns)
+    kernel = embedding.make_embed(layout, count)
+    arguments = embedding.EmbedArguments(weights=words, tokens=tokens, residual=residual)
+    launch(kernel, embedding.embed_ctas(layout, count), embedding.THREADS, 0, arguments)
     expected = table[tokens].astype(np.float32)
-    np.testing.assert_array_equal(residual.reshape(columns, -1), expected)
+    np.testing.assert_array_equal(residual.reshape(count, -1), expected)
 
 
 # --- arg-max and sampling ----------------------------------------------------------------------------------------
@@ -124,9 +126,9 @@ def bitmap(seen: NDArray[np.bool_]) -> NDArray[np.uint32]:
 
 
 def run_argmax(logits: NDArray[np.float32], seen: NDArray[np.bool_], case: TokenCase) -> NDArray[np.int64]:
-    best = np.array([sample.LOWEST_KEY], np.int64)
-    kernel = sample.make_argmax(len(logits))
-    launch(kernel, 1, sample.ARGMAX_THREADS, 0, logits, bitmap(seen), case.options, best)
+    best = np.array([LOWEST_KEY], np.int64)
+    arguments = argmax.ArgmaxArguments(logits=logits, seen=bitmap(seen), options=case.options, best=best)
+    launch(argmax.make_argmax(len(logits)), 1, argmax.THREADS, 0, arguments)
     return best
 
 
@@ -136,7 +138,7 @@ def check_argmax(case: TokenCase) -> None:
     logits, seen = make_logits(case.logits, rng), rng.random(VOCABULARY) < 0.3
     best = run_argmax(logits, seen, case)
     expected = int(np.argmax(penalise(logits, seen, case.penalty)))
-    assert sample._ID_MASK - (int(best[0]) & sample._ID_MASK) == expected
+    assert ID_MASK - (int(best[0]) & ID_MASK) == expected
 
 
 def expected_token(logits: NDArray[np.float32], params: SamplingParams, seed: int, counter: int) -> int:
@@ -160,7 +162,10 @@ def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: i
         logits, seen = make_logits(case.logits, rng), rng.random(VOCABULARY) < 0.3
         best = run_argmax(logits, seen, case)
         state, token = np.array([seed, draw], np.uint64), np.array([-1], np.int32)
-        launch(kernel, 1, threads, shared_bytes, logits, bitmap(seen), case.options, state, best, token)
+        arguments = sample.SampleArguments(
+            logits=logits, seen=bitmap(seen), options=case.options, generator=state, best=best, token=token
+        )
+        launch(kernel, 1, threads, shared_bytes, arguments)
         expected = expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
         assert token[0] == expected, f"draw {draw}"
         assert state.tolist() == [seed, draw + (not case.params.greedy)]
@@ -177,13 +182,14 @@ def check_same_logits(kind: str, params: SamplingParams, draws: int, vocabulary:
     nothing = np.zeros(vocabulary, np.bool_)
     logits = logits_of(kind, vocabulary, rng)
     likely = int(np.argmax(logits))  # its logit is not negative
-    key = (0x80000000 + int(logits[likely].view(np.uint32))) << sample._ID_BITS | (sample._ID_MASK - likely)
+    key = (0x80000000 + int(logits[likely].view(np.uint32))) << ID_BITS | (ID_MASK - likely)
     best = np.array([key], np.int64)
     for draw in range(draws):
         state, token = np.array([7, draw], np.uint64), np.array([-1], np.int32)
-        launch(
-            kernel, 1, sample.SAMPLE_THREADS, shared, logits, bitmap(nothing), case.options, state, best.copy(), token
+        arguments = sample.SampleArguments(
+            logits=logits, seen=bitmap(nothing), options=case.options, generator=state, best=best.copy(), token=token
         )
+        launch(kernel, 1, sample.THREADS, shared, arguments)
         assert token[0] == device_token(logits, params, 7, draw) == expected_token(logits, params, 7, draw), draw
 
 
@@ -192,19 +198,22 @@ def check_advance() -> None:
     ring_size = 4
     position, count = np.array([10], np.int64), np.array([3], np.int64)
     seen, ring = np.zeros(3, np.uint32), np.full(ring_size, 7, np.uint64)
-    kernel = sample.make_advance(ring_size, sampled=True)
+    state = {"position": position, "seen": seen, "token_ring": ring, "tokens_posted": count}
+    kernel = advance.make_advance(ring_size, sampled=True)
     for new, logit in ((31, 80.0), (64, np.nan)):
         best = run_argmax(np.array([0.5, logit], np.float32), np.zeros(2, np.bool_), TokenCase())
-        launch(kernel, 1, 1, 0, np.array([new], np.int32), best, position, seen, ring, count, 1)
-        assert best[0] == sample.LOWEST_KEY, "the next arg-max would start from this one's result"
+        arguments = advance.AdvanceArguments(**state, token=np.array([new], np.int32), best=best, tokens=1)
+        launch(kernel, 1, 1, 0, arguments)
+        assert best[0] == LOWEST_KEY, "the next arg-max would start from this one's result"
     assert position.tolist() == [12]
     assert seen.tolist() == [1 << 31, 0, 1]
     assert ring.tolist() == [5 << 32 | 1 << 31 | 64, 7, 7, 4 << 32 | 31]
     assert count.tolist() == [5]
-    prompt = sample.make_advance(ring_size, sampled=False)
+    prompt = advance.make_advance(ring_size, sampled=False)
     before: list[Any] = [array.copy() for array in (seen, ring, count)]
-    best = np.array([sample.LOWEST_KEY], np.int64)
-    launch(prompt, 1, 1, 0, np.array([1], np.int32), best, position, seen, ring, count, 8)
+    best = np.array([LOWEST_KEY], np.int64)
+    arguments = advance.AdvanceArguments(**state, token=np.array([1], np.int32), best=best, tokens=8)
+    launch(prompt, 1, 1, 0, arguments)
     assert position.tolist() == [20]
     for array, old in zip((seen, ring, count), before, strict=True):
         np.testing.assert_array_equal(array, old)

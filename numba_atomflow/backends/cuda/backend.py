@@ -32,7 +32,7 @@ from numba_atomflow.ops.cuda.runtime.chip import chip_of
 from numba_atomflow.ops.cuda.runtime.graph import Graph, time_graph, time_launches
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
-from numba_atomflow.ops.cuda.token.sample import LOWEST_KEY
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler, SamplingParams
 from numba_atomflow.utils.progress import Progress
 

@@ -15,7 +15,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda.attention.decode import attention_kernel
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape, choose_kv_splits
 from numba_atomflow.ops.cuda.gemv.kernels import make_add, make_qkv, make_store, make_swiglu, projection_kernel
-from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, choose_shape
+from numba_atomflow.ops.cuda.gemv.plan import GemvPlan, choose_plan
 from numba_atomflow.ops.cuda.layout import weights
 from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
 from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
@@ -23,7 +23,11 @@ from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
 from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, PersistentShape
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
-from numba_atomflow.ops.cuda.token import embedding, rope, sample
+from numba_atomflow.ops.cuda.token.advance import advance_kernel
+from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
+from numba_atomflow.ops.cuda.token.embedding import embed_kernel
+from numba_atomflow.ops.cuda.token.rope import rope_kernel
+from numba_atomflow.ops.cuda.token.sample import sample_kernel
 
 MOST_COLUMNS = 8  # of `mma.m16n8k16`
 RING = 1024  # tokens that may be on their way to the host
@@ -121,11 +125,11 @@ class ModelKernels:
     def _projections(self) -> list[str]:
         return [kind for kind in self.layouts if kind != "embedding"]
 
-    def _shape(self, kind: str, columns: int) -> ProjectionShape:
-        return choose_shape(self.layouts[kind], columns, self.chip.sms)
+    def _plan(self, kind: str, columns: int) -> GemvPlan:
+        return choose_plan(self.layouts[kind], columns, self.chip.sms)
 
     def _fits(self, columns: int) -> bool:
-        needed = [self._shape(kind, columns).shared_bytes for kind in self._projections]
+        needed = [self._plan(kind, columns).shared_bytes for kind in self._projections]
         needed.append(self.attention_shape(columns).shared_bytes)
         return max(needed) <= self.chip.shared_bytes
 
@@ -139,12 +143,12 @@ class ModelKernels:
     @cached_property
     def planned(self) -> dict[str, Planned]:
         """All kernels by name: what a step of `columns` tokens takes is called ``<kind>_x<columns>``."""
-        argmax = sample.argmax_kernel(self.geometry.vocabulary, self.chip.sms, self.dependent)
+        argmax = argmax_kernel(self.geometry.vocabulary, self.chip.sms, self.dependent)
         kernels = [weights.repack_kernel(self.chip.hardware_fp8), argmax]
-        kernels.append(sample.sample_kernel(self.geometry.vocabulary, self.dependent))
-        kernels += [sample.advance_kernel(RING, sampled=on, dependent=self.dependent) for on in (False, True)]
+        kernels.append(sample_kernel(self.geometry.vocabulary, self.dependent))
+        kernels += [advance_kernel(RING, sampled=on, dependent=self.dependent) for on in (False, True)]
         for columns in self.widths:
-            kernels += [embedding.embed_kernel(self.layouts["embedding"], columns), self._attention(columns)]
+            kernels += [embed_kernel(self.layouts["embedding"], columns), self._attention(columns)]
             kernels += [self._projection(kind, columns) for kind in self._projections]
             if self.rotates_apart:
                 kernels.append(self._rope(columns))
@@ -171,12 +175,12 @@ class ModelKernels:
                 more |= {"heads": g.heads, "kv_heads": g.kv_heads}
             case "gate_up":
                 factory = make_swiglu
-                more |= {"y_width": self.layouts["down"].padded_columns}
+                more |= {"y_pitch": self.layouts["down"].padded_columns}
             case "lm_head":
                 factory = make_store
             case _:
                 factory, more = make_add, {}
-        shape, sms = self._shape(kind, columns), self.chip.sms
+        shape, sms = self._plan(kind, columns), self.chip.sms
         return projection_kernel(f"{kind}_x{columns}", factory, shape, sms, self.dependent, **more)
 
     def _attention(self, columns: int) -> Planned:
@@ -184,7 +188,7 @@ class ModelKernels:
 
     def _rope(self, columns: int) -> Planned:
         g = self.geometry
-        return rope.rope_kernel(
+        return rope_kernel(
             *(g.heads, g.kv_heads, g.head_dim, columns, g.norm_eps),
             bias=g.qkv_bias,
             norm=g.qk_norm,

@@ -1,199 +1,245 @@
-"""The projections of a decode step as kernels: `projection.make_runner` with the four epilogues.
+"""The projections of a decode step: GEMV kernels with what comes before and after the product fused in.
 
-Every factory takes a `ProjectionShape` and gives a kernel for `shape.blocks(...)` blocks of `shape.threads` threads
-with `shape.shared_bytes` of dynamic shared memory. Activations that a later projection reads are float16, with rows
-padded to the groups of that projection; the padding must be zero once and is never written. All arrays are
-one-dimensional; float16 comes as uint16 where elements are written, and as uint32 where pairs are read.
+A kernel is a prologue (x into shared memory), the main loop (weights times x on tensor cores) and an epilogue.
+`split_k` warps of a CTA share a tile of 16 rows, each taking every `split_k`-th group of 128 weights along K; CTAs walk
+over the tiles with a stride of the grid. The next loads of weights are always issued before the work that waits for
+something else: before the prologue (x is staged while the first weights are in flight), and before a tile's partial
+sums are reduced.
+
+Every factory takes a `GemvPlan` and makes a kernel for `plan.ctas(sms)` CTAs of `plan.threads` threads with
+`plan.shared_bytes` of dynamic shared memory. Activations that a later projection reads are float16, with rows padded to
+the groups of that projection; the padding must be zero once and is never written. All arrays are one-dimensional;
+float16 comes as uint16 where elements are written, and as uint32 where pairs are read.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemv.mainloop import ProjectionShape, gated, make_runner, rotated
+from numba_atomflow.ops.cuda.gemv.epilogue import (
+    Epilogue,
+    make_add_epilogue,
+    make_qkv_epilogue,
+    make_reduce_partials,
+    make_store_epilogue,
+    make_swiglu_epilogue,
+    make_write_partials,
+)
+from numba_atomflow.ops.cuda.gemv.mainloop import make_load, make_multiply
+from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
+from numba_atomflow.ops.cuda.gemv.prologue import Prologue, make_copy_prologue, make_norm_prologue
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U16, U32, Planned, kernel_spec
 
+_ZERO = np.float32(0.0)
 
-def make_store(shape: ProjectionShape, eps: float, *, dependent: bool = False) -> Any:
-    """logits = W norm(residual).
 
-    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], normed uint32 pairs of
-    float16 [columns, padded K], logits float32 [columns, N]). Plain rows.
+class StoreArguments(NamedTuple):
+    """y = W norm(residual), plain row order.
+
+    Attributes:
+        weights: prepacked.
+        residual: float32 [tokens, K] as words.
+        norm_weight: [K].
+        x_norm: pairs of float16 [tokens, padded K]: what the kernel multiplied, written for validation.
+        y: [tokens, out_features].
     """
-    rows = shape.layout.rows
 
-    @ptx.device_function
-    def store(outputs, tile, r, column, low, high):
-        row = tile * 16 + r
-        if row < rows:
-            outputs[0][column * rows + row] = low
-        if row + 8 < rows:
-            outputs[0][column * rows + row + 8] = high
-
-    run = make_runner(shape, "norm", eps, dependent, store)
-
-    @ptx.kernel(shape.threads, shape.resident)
-    def project_store(weights, residual, norm, normed, logits):
-        run(weights, residual, norm, normed, (logits,))
-
-    return project_store
+    weights: U32
+    residual: U32
+    norm_weight: F32
+    x_norm: U32
+    y: F32
 
 
-def make_add(shape: ProjectionShape, *, dependent: bool = False) -> Any:
-    """residual += W x.
+class AddArguments(NamedTuple):
+    """residual += W x, plain row order.
 
-    Kernel (weights uint32, x uint32 pairs of float16 [columns, padded K], residual float32 [columns, N]). Plain rows.
+    Attributes:
+        weights: prepacked.
+        x: pairs of float16 [tokens, padded K].
+        residual: [tokens, out_features].
     """
-    rows = shape.layout.rows
-    whole = rows % 16 == 0
 
-    @ptx.device_function
-    def add(outputs, tile, r, column, low, high):
-        sums, row = outputs[0], tile * 16 + r
-        at = column * rows + row
-        if whole or row + 8 < rows:
-            upper, lower = sums[at], sums[at + 8]  # both on their way before the first is stored
-            sums[at] = upper + low
-            sums[at + 8] = lower + high
-        elif row < rows:
-            sums[at] += low
-
-    run = make_runner(shape, "copy", 0.0, dependent, add)
-
-    @ptx.kernel(shape.threads, shape.resident)
-    def project_add(weights, x, residual):
-        run(weights, x, residual, x, (residual,))
-
-    return project_add
+    weights: U32
+    x: U32
+    residual: F32
 
 
-def make_swiglu(shape: ProjectionShape, eps: float, y_width: int, *, dependent: bool = False) -> Any:
-    """y = silu(gate) * up with (gate, up) = W norm(residual).
+class SwigluArguments(NamedTuple):
+    """mlp_hidden = silu(gate) * up with (gate, up) = W norm(residual). Rows paired with half = number of units.
 
-    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], normed uint32 pairs of
-    float16 [columns, padded K], y uint16 bits of float16 [columns, y_width]). Rows paired with half = ffn; y_width: ffn
-    padded for the down projection.
+    Attributes:
+        weights, residual, norm_weight, x_norm: as in `StoreArguments`.
+        mlp_hidden: bits of float16 [tokens, K of the down projection, padded].
     """
-    ffn = shape.layout.half
 
-    @ptx.device_function
-    def swiglu(outputs, tile, r, column, gate, up):
-        unit = tile * 8 + r
-        if unit < ffn:
-            outputs[0][column * y_width + unit] = np.uint16(ptx.f16_bits(gated(gate, up)))
-
-    run = make_runner(shape, "norm", eps, dependent, swiglu)
-
-    @ptx.kernel(shape.threads, shape.resident)
-    def project_swiglu(weights, residual, norm, normed, y):
-        run(weights, residual, norm, normed, (y,))
-
-    return project_swiglu
+    weights: U32
+    residual: U32
+    norm_weight: F32
+    x_norm: U32
+    mlp_hidden: U16
 
 
-def make_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
-    """q, k and v = W norm(residual); q and k rotated; k and v written to the cache.
+class QkvArguments(NamedTuple):
+    """q, k and v = W norm(residual); q and k rotated; k and v to the KV cache. Rows paired with half = head_dim / 2.
 
-    Kernel (weights uint32, residual uint32 view of float32 [columns, K], norm float32 [K], normed uint32 pairs of
-    float16 [columns, padded K], position int64 [1], cosines and sines float32 [positions, head_dim / 2], q uint16 bits
-    of float16 [columns, heads * head_dim], keys and values uint16 bits of float16 [positions, kv_heads * head_dim]).
-    Rows paired with half = head_dim / 2. Column t is the token at position[0] + t.
+    Attributes:
+        weights, residual, norm_weight, x_norm: as in `StoreArguments`.
+        position: [1], of the first token; the others follow.
+        cosines, sines: [positions, head_dim / 2].
+        q: bits of float16 [tokens, heads * head_dim].
+        keys, values: bits of float16 [positions, kv_heads * head_dim].
     """
-    rotate = _make_rotate(shape, heads, kv_heads, paged=False)
-    run = make_runner(shape, "norm", eps, dependent, rotate, _make_angles_ahead(shape, paged=False))
 
-    @ptx.kernel(shape.threads, shape.resident)
-    def project_qkv(weights, residual, norm, normed, position, cosines, sines, q, keys, values):
-        run(weights, residual, norm, normed, (position, position, cosines, sines, q, keys, values))
+    weights: U32
+    residual: U32
+    norm_weight: F32
+    x_norm: U32
+    position: I64
+    cosines: F32
+    sines: F32
+    q: U16
+    keys: U16
+    values: U16
 
-    return project_qkv
 
+class PagedQkvArguments(NamedTuple):
+    """The same for tokens of any sequences.
 
-def make_paged_qkv(shape: ProjectionShape, eps: float, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
-    """The same for tokens of any sequences: column t is at positions[t], and its k and v go to slot slots[t].
-
-    Kernel (weights, residual, norm and normed as above, positions and slots int64 [columns], cosines and sines, q, keys
-    and values uint16 bits of float16 [slots of the cache, kv_heads * head_dim]).
+    Attributes:
+        weights, residual, norm_weight, x_norm, cosines, sines, q: as in `QkvArguments`.
+        positions: [tokens], for RoPE.
+        slots: [tokens]: rows of the KV cache that keys and values go to.
+        keys, values: bits of float16 [slots of the cache, kv_heads * head_dim].
     """
-    rotate = _make_rotate(shape, heads, kv_heads, paged=True)
-    run = make_runner(shape, "norm", eps, dependent, rotate, _make_angles_ahead(shape, paged=True))
 
-    @ptx.kernel(shape.threads, shape.resident)
-    def project_paged_qkv(weights, residual, norm, normed, positions, slots, cosines, sines, q, keys, values):
-        run(weights, residual, norm, normed, (positions, slots, cosines, sines, q, keys, values))
+    weights: U32
+    residual: U32
+    norm_weight: F32
+    x_norm: U32
+    positions: I64
+    slots: I64
+    cosines: F32
+    sines: F32
+    q: U16
+    keys: U16
+    values: U16
 
-    return project_paged_qkv
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _make_angles_ahead(shape: ProjectionShape, paged: bool) -> Any:
-    """Device function (outputs, thread): bring the columns' cosines and sines out of memory. No kernel of a step writes
-    positions, so that they may be read while the kernel before still runs.
+def make_store(plan: GemvPlan, eps: float, *, dependent: bool = False) -> Any:
+    """Kernel (`StoreArguments`)."""
+    return make_gemv(plan, make_norm_prologue(plan, eps), make_store_epilogue(plan), dependent)
+
+
+def make_add(plan: GemvPlan, *, dependent: bool = False) -> Any:
+    """Kernel (`AddArguments`)."""
+    return make_gemv(plan, make_copy_prologue(plan), make_add_epilogue(plan), dependent)
+
+
+def make_swiglu(plan: GemvPlan, eps: float, y_pitch: int, *, dependent: bool = False) -> Any:
+    """Kernel (`SwigluArguments`). `y_pitch`: padded K of the down projection."""
+    return make_gemv(plan, make_norm_prologue(plan, eps), make_swiglu_epilogue(plan, y_pitch), dependent)
+
+
+def make_qkv(plan: GemvPlan, eps: float, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
+    """Kernel (`QkvArguments`)."""
+    epilogue = make_qkv_epilogue(plan, heads, kv_heads, paged=False)
+    return make_gemv(plan, make_norm_prologue(plan, eps), epilogue, dependent)
+
+
+def make_paged_qkv(plan: GemvPlan, eps: float, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
+    """Kernel (`PagedQkvArguments`)."""
+    epilogue = make_qkv_epilogue(plan, heads, kv_heads, paged=True)
+    return make_gemv(plan, make_norm_prologue(plan, eps), epilogue, dependent)
+
+
+def make_gemv(plan: GemvPlan, prologue: Prologue, epilogue: Epilogue, dependent: bool) -> Any:
+    """A projection's kernel, whose parameter `io` has `weights` and what prologue and epilogue read and write.
+
+    `dependent`: launched with programmatic dependent launch (sm_90 and later).
     """
-    half, columns, threads = shape.layout.half, shape.columns, shape.threads
-    lines = -(-half // 32)  # of 128 bytes, in a row of a table
-    per_thread = -(-columns * lines // threads)
+    tiles, split_k, tiles_per_cta, batches = plan.layout.tiles, plan.split_k, plan.tiles_per_cta, plan.batches
+    code_registers, scale_registers = 16 * plan.groups_in_flight, 2 * plan.groups_in_flight
+    partials_start, partials_words = plan.partials_start, plan.partials_words
+    load, multiply = make_load(plan), make_multiply(plan)
+    prefetch_weight, stage, report = prologue.prefetch, prologue.stage, prologue.report
+    prefetch_tables = epilogue.prefetch
+    write_partials, reduce_partials = make_write_partials(plan), make_reduce_partials(plan, epilogue.store)
 
-    @ptx.device_function
-    def angles_ahead(outputs, thread):
-        positions, cosines, sines = outputs[0], outputs[2], outputs[3]
-        for i in range(per_thread):
-            line = i * threads + thread
-            if line < columns * lines:
-                column = line // lines
-                position = positions[column] if paged else positions[0] + column
-                at = position * half + line % lines * 32
-                ptx.prefetch(cosines, at)
-                ptx.prefetch(sines, at)
+    @ptx.kernel(plan.threads, plan.ctas_per_sm)
+    def gemv(io):
+        words = cuda.shared.array(0, uint32)
+        floats = cuda.shared.array(0, float32)
+        codes = cuda.local.array(code_registers, uint32)
+        scales = cuda.local.array(scale_registers, float32)
+        sums = cuda.local.array(4, float32)
+        thread = cuda.threadIdx.x
+        lane, warp = thread & 31, thread >> 5
+        slot, k_slice = warp // split_k, warp % split_k
+        first = cuda.blockIdx.x * tiles_per_cta
+        tile = min(first + slot, tiles - 1)  # a slot without a tile repeats the last one; its result is discarded
 
-    return angles_ahead
+        load(io.weights, tile, 0, k_slice, lane, codes, scales)
+        prefetch_weight(io, thread)
+        if dependent:
+            ptx.let_next_kernel_start()
+            prefetch_tables(io, thread)
+            ptx.wait_for_previous_kernel()
+        stage(io, thread, words, floats)
+        cuda.syncthreads()
+        report(io, thread, words)
 
+        parity = 0
+        while first < tiles:
+            live = first + slot < tiles
+            following = first + cuda.gridDim.x * tiles_per_cta
+            next_tile = min(following + slot, tiles - 1)
+            for i in range(4):
+                sums[i] = _ZERO
+            for batch in range(batches):
+                multiply(batch, k_slice, lane, codes, scales, words, sums)
+                last = batch == batches - 1
+                if not last or following < tiles:
+                    load(
+                        io.weights, next_tile if last else tile, 0 if last else batch + 1, k_slice, lane, codes, scales
+                    )
 
-def _make_rotate(shape: ProjectionShape, heads: int, kv_heads: int, paged: bool) -> Any:
-    """The epilogue with outputs (positions, slots, cosines, sines, q, keys, values)."""
-    half, section_tiles = shape.layout.half, shape.layout.section_tiles
-    q_width, kv_width = 2 * half * heads, 2 * half * kv_heads
-
-    @ptx.device_function
-    def put(target, start, low, high):
-        target[start] = np.uint16(ptx.f16_bits(low))
-        target[start + half] = np.uint16(ptx.f16_bits(high))
-
-    @ptx.device_function
-    def rotate(outputs, tile, r, column, low, high):
-        positions, slots, cosines, sines, q, keys, values = outputs
-        head, i = tile // section_tiles, tile % section_tiles * 8 + r
-        position = positions[column] if paged else positions[0] + column
-        slot = slots[column] if paged else position
-        if head >= heads + kv_heads:
-            put(values, slot * kv_width + (head - heads - kv_heads) * 2 * half + i, low, high)
-        else:
-            cosine, sine = cosines[position * half + i], sines[position * half + i]
-            rotated_low, rotated_high = rotated(low, high, cosine, sine)
-            if head < heads:
-                put(q, column * q_width + head * 2 * half + i, rotated_low, rotated_high)
+            # Two buffers of partial sums take turns: one barrier per tile is enough.
+            start = partials_start + parity * partials_words
+            write_partials(start, warp, lane, sums, floats)
+            if split_k == 1:
+                ptx.sync_warp()
             else:
-                put(keys, slot * kv_width + (head - heads) * 2 * half + i, rotated_low, rotated_high)
+                cuda.syncthreads()
+            reduce_partials(io, tile, live, start, slot, k_slice, lane, floats)
+            parity ^= 1
+            tile = next_tile
+            first = following
 
-    return rotate
+    return gemv
 
 
-# Types of the kernels' arguments, by factory.
-_NORMED = (U32, U32, F32, U32)  # weights, residual, norm, normed
-SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
-    make_store: (*_NORMED, F32),
-    make_add: (U32, U32, F32),
-    make_swiglu: (*_NORMED, U16),
-    make_qkv: (*_NORMED, I64, F32, F32, U16, U16, U16),
-    make_paged_qkv: (*_NORMED, I64, I64, F32, F32, U16, U16, U16),
+# --- specs -----------------------------------------------------------------------------------------------------------
+
+_ARGUMENTS: dict[Callable[..., Any], type[tuple[Any, ...]]] = {
+    make_store: StoreArguments,
+    make_add: AddArguments,
+    make_swiglu: SwigluArguments,
+    make_qkv: QkvArguments,
+    make_paged_qkv: PagedQkvArguments,
 }
 
 
 def projection_kernel(
-    name: str, factory: Callable[..., Any], shape: ProjectionShape, sms: int, dependent: bool, **options: Any
+    name: str, factory: Callable[..., Any], plan: GemvPlan, sms: int, dependent: bool, **options: Any
 ) -> Planned:
-    """The spec of a kernel of one of the factories above, which takes `options` beside shape and `dependent`."""
-    options = {"shape": shape, "dependent": dependent} | options
-    spec = kernel_spec(name, factory, SIGNATURES[factory], shape.threads, shape.shared_bytes, **options)
-    return Planned(spec, shape.blocks(sms))
+    """The spec of a kernel of one of the factories above, which takes `options` beside plan and `dependent`."""
+    options = {"plan": plan, "dependent": dependent} | options
+    spec = kernel_spec(name, factory, _ARGUMENTS[factory], plan.threads, plan.shared_bytes, **options)
+    return Planned(spec, plan.ctas(sms))

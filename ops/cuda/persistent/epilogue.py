@@ -16,10 +16,10 @@ from numba import int64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.comm.flagged import give_up, publish_pair
-from numba_atomflow.ops.cuda.gemv.mainloop import gated, rotated
+from numba_atomflow.ops.cuda.gemv.epilogue import rope_pair, swiglu
 from numba_atomflow.ops.cuda.persistent.projection import make_row_sum
 from numba_atomflow.ops.cuda.persistent.schedule import DOWN, GATE_UP, OUT, QKV, VOCABULARY, PersistentShape
-from numba_atomflow.ops.cuda.token.sample import penalise, sort_key
+from numba_atomflow.ops.cuda.token.order import penalise, sort_key
 
 
 def make_prepare(shape: PersistentShape) -> Any:
@@ -78,7 +78,7 @@ def _make_qkv(shape: PersistentShape) -> Any:
         low, high = row_sum(floats, sums, entry), row_sum(floats, sums, entry + 8)
         head, i = tile // head_tiles, tile % head_tiles * 8 + entry
         if head < heads + kv_heads:
-            low, high = rotated(low, high, floats[rope_start + i], floats[rope_start + half + i])
+            low, high = rope_pair(low, high, floats[rope_start + i], floats[rope_start + half + i])
         pair = ptx.pack_f16x2(low, high)
         if head < heads:
             ptx.publish(exchange, q_start + head * half + i, pair, epoch)
@@ -127,7 +127,7 @@ def _make_swiglu(shape: PersistentShape) -> Any:
 
     @ptx.device_function
     def unit(floats, sums, row):
-        return gated(row_sum(floats, sums, row), row_sum(floats, sums, row + 8))
+        return swiglu(row_sum(floats, sums, row), row_sum(floats, sums, row + 8))
 
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):

@@ -32,8 +32,9 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
 from numba_atomflow.ops.cuda.persistent.staging import make_stage_copy, make_stage_norm, meet, swizzled
 from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_note, make_note_clocks
 from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.token.advance import post_token
 from numba_atomflow.ops.cuda.token.embedding import make_quad
-from numba_atomflow.ops.cuda.token.sample import BROKEN_KEY, LOWEST_KEY, PENALTY, hand_over, shuffle_max, token_id
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, NAN_KEY, PENALTY, token_id, warp_max_key
 
 
 class PersistentArguments(NamedTuple):
@@ -50,7 +51,7 @@ class PersistentArguments(NamedTuple):
         residual: [hidden]; this and the next five are for validators: they repeat what the mailbox carries.
         x_norm, final_x_norm, attn_out, intermediate: pairs of float16. q: bits of float16.
         logits: [V]. seen: bitmap of the tokens so far. options: [5], of sampling. best: [1], `LOWEST_KEY` before.
-        token_ring, tokens_posted: the pinned host ring, and [1], as in `sample.hand_over`.
+        token_ring, tokens_posted: the pinned host ring, and [1], as in `post_token`.
         fault: [1]; set when the watchdog of a CTA trips.
         timestamps: [CTAs, ops, EVENTS], written with `shape.trace`.
         plane: elements of a layer's keys.
@@ -260,7 +261,7 @@ def _make_settle_best(shape: PersistentShape) -> Any:
 
     @ptx.device_function
     def settle_best(key, keys, best, fault, thread):
-        largest = shuffle_max(key)
+        largest = warp_max_key(key)
         meet()
         if thread & 31 == 0:
             keys[start + (thread >> 5)] = largest
@@ -269,7 +270,7 @@ def _make_settle_best(shape: PersistentShape) -> Any:
             for warp in range(CONSUMERS):
                 largest = max(largest, keys[start + warp])
             # A block that gave up waiting has computed nonsense: the token is marked as one without logits.
-            cuda.atomic.max(best, 0, largest if fault[0] == 0 else int64(BROKEN_KEY))
+            cuda.atomic.max(best, 0, largest if fault[0] == 0 else int64(NAN_KEY))
 
     return settle_best
 
@@ -292,7 +293,7 @@ def _make_end_step(blocks: int) -> Any:
                 token = token_id(largest)
                 tokens[0] = np.int32(token)
                 position[0] += 1
-                hand_over(token, largest, seen, ring_entries, len(ring_entries), count)
+                post_token(token, largest, seen, ring_entries, len(ring_entries), count)
 
     return end_step
 

@@ -1,13 +1,13 @@
-"""Embedding lookup out of the vocabulary projection's own weights: with tied embeddings they are stored once.
+"""Embedding lookup in the prepacked weights of the LM head: with tied embeddings they are stored once.
 
-One thread takes 4 columns, wherever `fragments.py` has put it. Cost model: one launch (2-3 us); the
-bytes, hidden * 1.03 read and 4 * hidden written per token, are nothing beside it. The result is the CPU's, bit for bit.
+One thread takes 4 elements of a row, from where `layout/weights.py` puts them. Cost model: one launch (2-3 us); the
+bytes, hidden * 1.03 read and 4 * hidden written per token, are negligible. The result is the CPU's, bit for bit.
 
-It begins a step and is always launched plainly: it starts when the step before has ended. So the later kernels of a
-step, which may start early (programmatic dependent launch), can rely on the position before they wait.
+It begins a step and is launched without programmatic dependent launch: it starts when the step before has ended. So
+the later kernels of a step, which may start early, can read the position before they wait.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda
 
@@ -16,6 +16,20 @@ from numba_atomflow.ops.cuda.layout.weights import FragmentLayout, make_places
 from numba_atomflow.ops.cuda.runtime.spec import F32, I32, U32, Planned, kernel_spec
 
 THREADS = 256
+
+
+class EmbedArguments(NamedTuple):
+    """The kernel's parameter.
+
+    Attributes:
+        weights: the embedding, prepacked.
+        tokens: [tokens], their ids.
+        residual: [tokens, hidden].
+    """
+
+    weights: U32
+    tokens: I32
+    residual: F32
 
 
 def make_quad(layout: FragmentLayout) -> Any:
@@ -47,43 +61,41 @@ def make_quad(layout: FragmentLayout) -> Any:
     return quad_of_halves if layout.halves else quad_of_codes
 
 
-def make_embed(layout: FragmentLayout, columns: int) -> Any:
-    """residual[t] = row tokens[t] of the embedding.
+def make_embed(layout: FragmentLayout, tokens: int) -> Any:
+    """Kernel (`EmbedArguments`): residual[t] = row tokens[t] of the embedding. Plain row order.
 
-    Kernel (words uint32 [layout.words], tokens int32 [columns], residual float32 [columns * hidden]). Plain rows.
-    Launch: `embed_blocks(layout, columns)` blocks of `THREADS` threads, no shared memory.
+    Launch: `embed_ctas(layout, tokens)` CTAs of `THREADS` threads, no shared memory.
     """
     hidden = layout.columns
     row_quads = -(-hidden // 4)
-    total = columns * row_quads
+    total = tokens * row_quads
     quad_of = make_quad(layout)
 
     @ptx.kernel(THREADS, 1)
-    def embed(words, tokens, residual):
+    def embed(io):
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if index >= total:
             return
-        column, quad = index // row_quads, index % row_quads
-        x0, x1, x2, x3 = quad_of(words, 0, tokens[column], quad)
-        start = column * hidden + quad * 4
-        residual[start] = x0
+        token, quad = index // row_quads, index % row_quads
+        x0, x1, x2, x3 = quad_of(io.weights, 0, io.tokens[token], quad)
+        start = token * hidden + quad * 4
+        io.residual[start] = x0
         if quad * 4 + 1 < hidden:
-            residual[start + 1] = x1
+            io.residual[start + 1] = x1
         if quad * 4 + 2 < hidden:
-            residual[start + 2] = x2
+            io.residual[start + 2] = x2
         if quad * 4 + 3 < hidden:
-            residual[start + 3] = x3
+            io.residual[start + 3] = x3
 
     return embed
 
 
-def embed_kernel(layout: FragmentLayout, columns: int) -> Planned:
-    """The kernel of `make_embed`."""
-    name, signature = f"embed_x{columns}", (U32, I32, F32)
-    spec = kernel_spec(name, make_embed, signature, THREADS, layout=layout, columns=columns)
-    return Planned(spec, embed_blocks(layout, columns))
+def embed_kernel(layout: FragmentLayout, tokens: int) -> Planned:
+    """The spec of the kernel of `make_embed`."""
+    spec = kernel_spec(f"embed_x{tokens}", make_embed, EmbedArguments, THREADS, layout=layout, tokens=tokens)
+    return Planned(spec, embed_ctas(layout, tokens))
 
 
-def embed_blocks(layout: FragmentLayout, columns: int) -> int:
-    """Blocks of the embedding kernel."""
-    return -(-columns * -(-layout.columns // 4) // THREADS)
+def embed_ctas(layout: FragmentLayout, tokens: int) -> int:
+    """CTAs of a launch."""
+    return -(-tokens * -(-layout.columns // 4) // THREADS)

@@ -1,0 +1,202 @@
+"""Epilogues of a GEMV: split-K partial sums are reduced in a fixed order, then stored, added, gated or rotated.
+
+The reduction gives the same result in every run: the partial sums of a tile's warps lie in shared memory and are added
+from the first warp to the last. An epilogue gets two finished rows of a tile, r and r + 8, for one token: neighbours of
+8 rows in plain order; in paired order gate and up of one unit, or the two elements of a head that RoPE rotates.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
+
+_LOG2_E = np.float32(math.log2(math.e))
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+class Epilogue(NamedTuple):
+    """Device functions that read and write the kernel's arguments `io`.
+
+    Attributes:
+        store: (io, tile, r, token, low, high) for the finished rows r and r + 8 of a tile.
+        prefetch: (io, thread): prefetch what `store` reads and no kernel of the step writes; runs while the kernel
+            before still does.
+    """
+
+    store: Any
+    prefetch: Any
+
+
+@ptx.device_function
+def swiglu(gate, up):
+    """silu(gate) * up."""
+    sigmoid = _ONE / (_ONE + ptx.exp2(-gate * _LOG2_E))
+    return gate * sigmoid * up
+
+
+@ptx.device_function
+def rope_pair(low, high, cosine, sine):
+    """The two elements of a head that RoPE rotates together, rotated."""
+    return low * cosine - high * sine, high * cosine + low * sine
+
+
+@ptx.device_function
+def _no_prefetch(io, thread):
+    """What the epilogue reads was written in this step."""
+
+
+# --- split-K ---------------------------------------------------------------------------------------------------------
+
+
+def make_write_partials(plan: GemvPlan) -> Any:
+    """Device function (start, warp, lane, sums, floats): a warp's sums to the buffer of partial sums at `start`."""
+    tokens = plan.tokens
+
+    @ptx.device_function
+    def write_partials(start, warp, lane, sums, floats):
+        at = start + warp * 16 * tokens + (lane >> 2) * tokens
+        for i in range(2):
+            token = (lane & 3) * 2 + i
+            if token < tokens:
+                floats[at + token] = sums[i]
+                floats[at + 8 * tokens + token] = sums[2 + i]
+
+    return write_partials
+
+
+def make_reduce_partials(plan: GemvPlan, store: Any) -> Any:
+    """Device function (io, tile, live, start, slot, k_slice, lane, floats): reduce the partial sums of a tile, and give
+    them to an epilogue's `store`. `slot`: which of the CTA's tiles it is; `live`: whether there is such a tile.
+    """
+    tokens, split_k = plan.tokens, plan.split_k
+    pairs, tile_threads = 8 * tokens, split_k * 32
+
+    @ptx.device_function
+    def reduce_partials(io, tile, live, start, slot, k_slice, lane, floats):
+        pair = k_slice * 32 + lane
+        while pair < pairs and live:
+            low, high = _ZERO, _ZERO
+            for k in range(split_k):
+                at = start + (slot * split_k + k) * 16 * tokens + pair
+                low += floats[at]
+                high += floats[at + 8 * tokens]
+            store(io, tile, pair // tokens, pair % tokens, low, high)
+            pair += tile_threads
+
+    return reduce_partials
+
+
+# --- epilogues -------------------------------------------------------------------------------------------------------
+
+
+def make_store_epilogue(plan: GemvPlan) -> Epilogue:
+    """Float32 to `io.y` [tokens, out_features]. Plain row order."""
+    rows = plan.layout.rows
+
+    @ptx.device_function
+    def store(io, tile, r, token, low, high):
+        row = tile * 16 + r
+        if row < rows:
+            io.y[token * rows + row] = low
+        if row + 8 < rows:
+            io.y[token * rows + row + 8] = high
+
+    return Epilogue(store, _no_prefetch)
+
+
+def make_add_epilogue(plan: GemvPlan) -> Epilogue:
+    """Add to `io.residual`, float32 [tokens, out_features]. Plain row order."""
+    rows = plan.layout.rows
+    all_full = rows % 16 == 0
+
+    @ptx.device_function
+    def add(io, tile, r, token, low, high):
+        row = tile * 16 + r
+        at = token * rows + row
+        if all_full or row + 8 < rows:
+            upper, lower = io.residual[at], io.residual[at + 8]  # both loads are issued before the first store
+            io.residual[at] = upper + low
+            io.residual[at + 8] = lower + high
+        elif row < rows:
+            io.residual[at] += low
+
+    return Epilogue(add, _no_prefetch)
+
+
+def make_swiglu_epilogue(plan: GemvPlan, y_pitch: int) -> Epilogue:
+    """silu(gate) * up to `io.mlp_hidden`, float16 bits [tokens, y_pitch]. Rows paired with half = number of units."""
+    units = plan.layout.half
+
+    @ptx.device_function
+    def store(io, tile, r, token, gate, up):
+        unit = tile * 8 + r
+        if unit < units:
+            io.mlp_hidden[token * y_pitch + unit] = np.uint16(ptx.f16_bits(swiglu(gate, up)))
+
+    return Epilogue(store, _no_prefetch)
+
+
+@ptx.device_function
+def _contiguous_slot(io, token):
+    """Position of a token, and the row of the cache that its key and value go to."""
+    position = io.position[0] + token
+    return position, position
+
+
+@ptx.device_function
+def _paged_slot(io, token):
+    """The same for tokens of any sequences."""
+    return io.positions[token], io.slots[token]
+
+
+def make_qkv_epilogue(plan: GemvPlan, heads: int, kv_heads: int, *, paged: bool) -> Epilogue:
+    """RoPE on q and k; q to `io.q`, k and v to the KV cache. Rows paired with half = head_dim / 2.
+
+    Reads `io.cosines` and `io.sines`, and `io.position`, or `io.positions` and `io.slots` if paged.
+    """
+    half, section_tiles = plan.layout.half, plan.layout.section_tiles
+    q_width, kv_width = 2 * half * heads, 2 * half * kv_heads
+    slot_of = _paged_slot if paged else _contiguous_slot
+
+    @ptx.device_function
+    def put(target, start, low, high):
+        target[start] = np.uint16(ptx.f16_bits(low))
+        target[start + half] = np.uint16(ptx.f16_bits(high))
+
+    @ptx.device_function
+    def store(io, tile, r, token, low, high):
+        head, i = tile // section_tiles, tile % section_tiles * 8 + r
+        position, slot = slot_of(io, token)
+        if head >= heads + kv_heads:
+            put(io.values, slot * kv_width + (head - heads - kv_heads) * 2 * half + i, low, high)
+        else:
+            cosine, sine = io.cosines[position * half + i], io.sines[position * half + i]
+            low, high = rope_pair(low, high, cosine, sine)
+            if head < heads:
+                put(io.q, token * q_width + head * 2 * half + i, low, high)
+            else:
+                put(io.keys, slot * kv_width + (head - heads) * 2 * half + i, low, high)
+
+    return Epilogue(store, _make_prefetch_angles(plan, slot_of))
+
+
+def _make_prefetch_angles(plan: GemvPlan, slot_of: Any) -> Any:
+    """Prefetch of the tokens' cosines and sines. No kernel of a step writes positions: they may be read early."""
+    half, tokens, threads = plan.layout.half, plan.tokens, plan.threads
+    lines = -(-half // 32)  # of 128 bytes, in a row of a table
+    per_thread = -(-tokens * lines // threads)
+
+    @ptx.device_function
+    def prefetch(io, thread):
+        for i in range(per_thread):
+            line = i * threads + thread
+            if line < tokens * lines:
+                position, _ = slot_of(io, line // lines)
+                at = position * half + line % lines * 32
+                ptx.prefetch(io.cosines, at)
+                ptx.prefetch(io.sines, at)
+
+    return prefetch
