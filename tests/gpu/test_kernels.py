@@ -35,13 +35,13 @@ from token_kernel_cases import (
 from numba_atomflow.sampling import SamplingParams
 
 LARGE_PROJECTIONS = (
-    ProjectionCase("store", 49152, 576, 1, warps=8, split=1, blocks=264),  # SmolLM2
-    ProjectionCase("store", 128256, 3072, 1, warps=8, split=1, blocks=264),  # Llama 3.2 3B from here on
-    ProjectionCase("add", 3072, 8192, 2, warps=8, split=8, blocks=192),  # more columns need more than 48 KB
-    ProjectionCase("add", 3072, 3072, 1, warps=8, split=8, depth=3, blocks=192),
-    ProjectionCase("swiglu", 16384, 3072, 1, warps=8, split=4, blocks=264),
-    qkv_case(3072, 3, 128, 24, 8, warps=8, split=8, blocks=264),
-    qkv_case(576, 8, 64, 9, 3, warps=8, split=4, blocks=30),
+    ProjectionCase("store", 49152, 576, 1, warps=8, split_k=1, ctas=264),  # SmolLM2
+    ProjectionCase("store", 128256, 3072, 1, warps=8, split_k=1, ctas=264),  # Llama 3.2 3B from here on
+    ProjectionCase("add", 3072, 8192, 2, warps=8, split_k=8, ctas=192),  # more tokens need more than 48 KB
+    ProjectionCase("add", 3072, 3072, 1, warps=8, split_k=8, groups_in_flight=3, ctas=192),
+    ProjectionCase("swiglu", 16384, 3072, 1, warps=8, split_k=4, ctas=264),
+    qkv_case(3072, 3, 128, 24, 8, warps=8, split_k=8, ctas=264),
+    qkv_case(576, 8, 64, 9, 3, warps=8, split_k=4, ctas=30),
 )
 LENGTHS = (1, 2, 127, 128, 129, 4096, 16384)
 HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
@@ -78,25 +78,25 @@ def test_attention(case: AttentionCase) -> None:
     check_attention(case)
 
 
-@pytest.mark.parametrize("columns", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("ratio", GQA_RATIOS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_attention_at_every_geometry_and_length(head_dim: int, ratio: int, columns: int) -> None:
+def test_attention_at_every_geometry_and_length(head_dim: int, ratio: int, tokens: int) -> None:
     for length in LENGTHS:
-        if length >= columns:
-            check_attention(AttentionCase(head_dim, 2 * ratio, 2, columns, length, splits=66, warps=8))
+        if length >= tokens:
+            check_attention(AttentionCase(head_dim, 2 * ratio, 2, tokens, length, splits=66, warps=8))
 
 
 @pytest.mark.parametrize("ratio", GQA_RATIOS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_qkv_at_every_geometry(head_dim: int, ratio: int) -> None:
-    check_projection(qkv_case(576, 3, head_dim, 2 * ratio, 2, warps=8, split=4, blocks=40))
+    check_projection(qkv_case(576, 3, head_dim, 2 * ratio, 2, warps=8, split_k=4, ctas=40))
 
 
-@pytest.mark.parametrize(("layout", "columns"), EMBEDDINGS, ids=str)
-def test_embedding(layout: FragmentLayout, columns: int) -> None:
+@pytest.mark.parametrize(("layout", "tokens"), EMBEDDINGS, ids=str)
+def test_embedding(layout: FragmentLayout, tokens: int) -> None:
     runs_here(layout.hardware_fp8)
-    check_embedding(layout, columns)
+    check_embedding(layout, tokens)
 
 
 @pytest.mark.parametrize("case", ARGMAXES, ids=str)

@@ -25,7 +25,7 @@ from numba_atomflow.sandbox.runner import Runner, cache_sizes
 pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
 
 LENGTHS = (1, 2, 127, 128, 129, 4096, 16384, 700)  # of eight sequences in one launch
-LARGE_QKV = qkv_case(3072, 8, 128, 24, 8, warps=8, split=8, blocks=264)
+LARGE_QKV = qkv_case(3072, 8, 128, 24, 8, warps=8, split_k=8, ctas=264)
 
 
 @pytest.mark.parametrize("case", PAGED, ids=str)

@@ -54,9 +54,9 @@ def test_attention(case: AttentionCase) -> None:
     check_attention(case)
 
 
-@pytest.mark.parametrize(("layout", "columns"), EMBEDDINGS, ids=str)
-def test_embedding(layout: FragmentLayout, columns: int) -> None:
-    check_embedding(layout, columns)
+@pytest.mark.parametrize(("layout", "tokens"), EMBEDDINGS, ids=str)
+def test_embedding(layout: FragmentLayout, tokens: int) -> None:
+    check_embedding(layout, tokens)
 
 
 @pytest.mark.parametrize("case", ARGMAXES, ids=str)

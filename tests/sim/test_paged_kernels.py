@@ -17,4 +17,4 @@ def test_paged_qkv(case: ProjectionCase) -> None:
 
 def test_a_block_of_sixteen_warps() -> None:
     """What a step of eight columns takes where x leaves room for one block per multiprocessor."""
-    check_projection(ProjectionCase("add", 40, 520, 8, warps=16, split=4, depth=1))
+    check_projection(ProjectionCase("add", 40, 520, 8, warps=16, split_k=4, groups_in_flight=1))
