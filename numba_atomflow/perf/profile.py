@@ -7,6 +7,7 @@ kernel makes the token, its ops are timed by a trace of it, which slows it a lit
 
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.step import Op
 from numba_atomflow.perf.timeline import draw_timeline
-from numba_atomflow.utils.plot import save_figure
+from numba_atomflow.utils.plot import plot_file
 from numba_atomflow.utils.progress import Progress
 from numba_atomflow.utils.stats import faster_half
 
@@ -216,39 +217,39 @@ def kernel_rows(ops: list[tuple[Op, float]], length: int) -> list[KernelRow]:
 
 
 def plot(report: ProfileReport, path: Path) -> None:
-    """Draw time and speed of every kernel: how long, and how far below the ceiling.
+    """Draw time and bandwidth of every kernel beside the achievable bandwidth.
 
     Raises:
         DestinationError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    rows = report.kernels[::-1]  # the first one at the top
+    rows = report.kernels
     names = [f"{row.kind} x {row.count}" for row in rows]
-    best = report.ceiling[1]
-    figure = Figure(figsize=(10, 1.2 + 0.4 * len(rows)), layout="constrained")
-    times, speeds = figure.subplots(1, 2, sharey=True)
-    times.barh(names, [row.seconds * 1e6 for row in rows], color="tab:blue", label="measured")
-    times.barh(
-        names, [row.moved_bytes / best / 1e3 for row in rows], 0.4, color="tab:orange", label="its bytes at the ceiling"
-    )
-    times.set_xlabel("us per token")
-    times.legend(fontsize=8)
-    speeds.barh(names, [row.gigabytes_per_second for row in rows], color="tab:blue")
-    for name, ceiling in report.ceilings.items():
-        speeds.axvline(ceiling, linestyle="--", color="tab:red")
-        speeds.annotate(name, (ceiling, -0.4), rotation=90, fontsize=7, ha="right", va="bottom", color="tab:red")
-    speeds.set_xlabel("GB/s")
-    figure.suptitle(
-        f"{report.model}, {report.depth} tokens before\n{report.device}: step {report.step_seconds * 1e6:.0f} us, "
-        f"ops {report.ops_measured} {report.ops_seconds * 1e6:.0f} us",
-        fontsize=9,
-    )
-    save_figure(figure, path)
+    best, bandwidth = report.ceiling
+    with plot_file(path, 10, 2.6 + 0.38 * len(rows)) as figure:
+        times, speeds = figure.subplots(1, 2, sharey=True)
+        times.barh(names, [row.seconds * 1e6 for row in rows], color="tab:blue", label="measured")
+        at_best = [row.moved_bytes / bandwidth / 1e3 for row in rows]
+        times.barh(names, at_best, 0.35, color="tab:orange", label=f"compulsory traffic at {best} bandwidth")
+        times.set_xlabel("time per token, µs")
+        times.invert_yaxis()  # what takes longest at the top
+        speeds.barh(names, [row.gigabytes_per_second for row in rows], color="tab:blue")
+        for (name, ceiling), style in zip(report.ceilings.items(), cycle(("--", ":")), strict=False):
+            speeds.axvline(ceiling, linestyle=style, lw=2, color="tab:red", label=f"{name}: {ceiling:,.0f} GB/s")
+        speeds.set_xlabel("compulsory traffic over time, GB/s")
+        for axes, columns in ((times, 1), (speeds, 1)):
+            axes.grid(axis="x", color="0.9")
+            axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+        speeds.get_legend().set_title("achievable bandwidth", {"size": 11})
+        speeds.get_legend().set_alignment("left")
+        figure.suptitle(
+            f"{report.model}, {report.depth} tokens in the KV cache, {report.device}\n"
+            f"decode step {report.step_seconds * 1e6:,.0f} µs; "
+            f"its ops, timed {report.ops_measured}, {report.ops_seconds * 1e6:,.0f} µs"
+        )
 
 
 def plot_timeline(report: ProfileReport, path: Path) -> None:
-    """Draw the report's trace: what each kind of op does with its time, and one layer block by block.
+    """Draw the report's trace: the phases of every kind of op, and one layer SM by SM.
 
     Raises:
         DestinationError: the file cannot be written.
@@ -256,7 +257,8 @@ def plot_timeline(report: ProfileReport, path: Path) -> None:
     if report.trace is None:
         raise ValueError("the step was not traced")
     title = (
-        f"{report.model}, {report.depth} tokens before\n{report.device}: traced kernel "
-        f"{report.trace.ends[-1] / 1e3:.0f} us, step without trace {report.step_seconds * 1e6:.0f} us"
+        f"{report.model}, {report.depth} tokens in the KV cache, {report.device}\n"
+        f"persistent kernel with trace {report.trace.ends[-1] / 1e3:,.0f} µs; "
+        f"decode step without trace {report.step_seconds * 1e6:,.0f} µs"
     )
     draw_timeline(report.trace, title, path)

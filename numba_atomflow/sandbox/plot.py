@@ -1,35 +1,37 @@
-"""Pictures of a served workload and of a comparison. Need the extra `plot` (matplotlib)."""
+"""Plots of a served workload and of a comparison. Need the extra `plot` (matplotlib)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from numba_atomflow.sandbox.compare import Comparison
 from numba_atomflow.sandbox.engine import StepRecord
-from numba_atomflow.utils.plot import save_figure
+from numba_atomflow.utils.plot import plot_file
 
 
 def plot_run(steps: Sequence[StepRecord], blocks: int, path: Path) -> None:
-    """Requests, blocks in use, and tokens per second, over the server's clock.
+    """Requests, KV blocks in use, and tokens per second, over the server's clock.
 
     Raises:
         DestinationError: the file cannot be written.
     """
-    figure, (upper, middle, lower) = _figure(3)
     times = [step.now for step in steps]
-    upper.step(times, [step.running for step in steps], where="post", label="running")
-    upper.step(times, [step.waiting for step in steps], where="post", label="waiting")
-    upper.set_ylabel("requests")
-    upper.legend(fontsize=8)
-    middle.step(times, [100 * step.used_blocks / blocks for step in steps], where="post", color="tab:green")
-    middle.set_ylabel("blocks in use, %")
     seconds = [step.schedule_seconds + step.table_seconds + step.model_seconds for step in steps]
-    speeds = [step.tokens / took for step, took in zip(steps, seconds, strict=True)]
-    lower.plot(times, speeds, ".", color="tab:purple")
-    lower.set_ylabel("tokens / s")
-    lower.set_xlabel("seconds of the server's clock")
-    save_figure(figure, path)
+    with plot_file(path, 9, 9) as figure:
+        requests, cache, speed = figure.subplots(3, 1, sharex=True)
+        requests.step(times, [step.running for step in steps], where="post", label="running")
+        requests.step(times, [step.waiting for step in steps], where="post", label="waiting")
+        requests.set_ylabel("requests")
+        requests.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+        used = [100 * step.used_blocks / blocks for step in steps]
+        cache.step(times, used, where="post", color="tab:green")
+        cache.set_ylabel(f"KV blocks in use, %\nof {blocks}")
+        speeds = [step.tokens / took for step, took in zip(steps, seconds, strict=True)]
+        speed.plot(times, speeds, ".", color="tab:purple")
+        speed.set_ylabel("tokens per second,\neach step")
+        speed.set_xlabel("time on the server's clock, s")
+        for axes in (requests, cache, speed):
+            axes.grid(color="0.9")
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
@@ -38,30 +40,34 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
     Raises:
         DestinationError: the file cannot be written.
     """
-    figure, (left, right) = _figure(2)
     contexts = sorted({row.context for row in comparison.attention})
     static = [median(r.static_seconds for r in comparison.attention if r.context == context) for context in contexts]
-    left.plot(contexts, [seconds * 1e6 for seconds in static], "k.-", label="static")
-    for size in sorted({row.block_size for row in comparison.attention}):
-        rows = sorted((r for r in comparison.attention if r.block_size == size), key=lambda r: r.context)
-        left.plot([r.context for r in rows], [r.paged_seconds * 1e6 for r in rows], ".--", label=f"blocks of {size}")
-    left.set_xscale("log", base=2)
-    left.set_xlabel("context")
-    left.set_ylabel("attention of one layer, us")
-    left.legend(fontsize=8)
-    for (size, context), steps in comparison.steps_by_kind().items():
-        batches = [step.batch for step in steps]
-        line = right.plot(batches, [s.paged_seconds * 1e3 for s in steps], ".--", label=f"{size} at {context}")[0]
-        right.plot(batches, [s.static_seconds * 1e3 for s in steps], "-", color=line.get_color(), alpha=0.5)
-    right.set_xlabel("batch")
-    right.set_ylabel("whole step, ms (solid: static)")
-    right.legend(fontsize=8)
-    figure.suptitle(f"{comparison.model}, {comparison.device}", fontsize=9)
-    save_figure(figure, path)
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 2.4 * panels + 0.6), layout="constrained")
-    return figure, figure.subplots(panels, 1)
+    with plot_file(path, 9, 9) as figure:
+        attention, step_time = figure.subplots(2, 1)
+        sizes = sorted({row.block_size for row in comparison.attention})
+        colors = {size: f"C{i}" for i, size in enumerate(sizes)}
+        attention.plot(contexts, [seconds * 1e6 for seconds in static], "k.-", label="static KV")
+        for size, color in colors.items():
+            rows = sorted((r for r in comparison.attention if r.block_size == size), key=lambda r: r.context)
+            seconds = [r.paged_seconds * 1e6 for r in rows]
+            attention.plot([r.context for r in rows], seconds, ".--", color=color, label=f"paged, blocks of {size}")
+        attention.set_xscale("log", base=2)
+        attention.set_xticks(contexts, [str(context) for context in contexts])
+        attention.set_xlabel("context, tokens")
+        attention.set_ylabel("attention of one layer, µs")
+        for (size, context), steps in comparison.steps_by_kind().items():
+            batches, static = [step.batch for step in steps], [step.static_seconds * 1e3 for step in steps]
+            step_time.plot(batches, static, "k.-", label="static KV")
+            paged = [step.paged_seconds * 1e3 for step in steps]
+            step_time.plot(batches, paged, ".--", color=colors[size], label=f"paged, blocks of {size}")
+            if size == sizes[0]:
+                step_time.annotate(f" context {context}", (batches[-1], static[-1]), va="top")
+        step_time.set_xticks(sorted({step.batch for step in comparison.steps}))
+        step_time.set_xlabel("sequences per step")
+        step_time.set_ylabel("decode step, ms")
+        step_time.margins(x=0.15)
+        for axes in (attention, step_time):
+            axes.grid(color="0.9")
+        handles, labels = attention.get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=3, loc="outside lower center", frameon=False)
+        figure.suptitle(f"{comparison.model}, {comparison.device}")

@@ -1,19 +1,36 @@
-"""Pictures as files. Needs the extra `plot` (matplotlib)."""
+"""Plots as image files. Needs the extra `plot` (matplotlib)."""
 
-import os
-from contextlib import suppress
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import DestinationError, OptionError
+from numba_atomflow.files.atomic import write_whole
+
+_DPI = 150
+# Legible at half size, on a page of text: letters are at least 8 pixels high there.
+_STYLE: Any = {
+    "font.size": 12,
+    "axes.labelsize": 12,
+    "axes.titlesize": 12,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "figure.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+}
 
 
 def check_plot(path: Path, option: str = "--plot") -> None:
-    """Complain before the work is done, not after; `option` is where the path comes from.
+    """Refuse a path before the work is done, not after; `option` is where the path comes from.
 
     Raises:
-        OptionError: matplotlib is not installed, or the name's ending is no format of it.
+        OptionError: matplotlib is not installed, or the suffix is no image format of it.
         DestinationError: the folder does not exist.
     """
     if find_spec("matplotlib") is None:
@@ -27,18 +44,22 @@ def check_plot(path: Path, option: str = "--plot") -> None:
         raise DestinationError(f"There is no folder {path.parent} for the plot; make it first.")
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure; it appears under its name complete or not at all.
+@contextmanager
+def plot_file(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A matplotlib figure of `width` by `height` inches to draw into; its file appears complete or not at all.
 
     Raises:
         DestinationError: the file cannot be written.
     """
-    partial = path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        image = io.BytesIO()
+        figure.savefig(image, dpi=_DPI, format=path.suffix.lstrip("."))
     try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
+        write_whole(path, image.getvalue(), replace=True)
     except OSError as error:
         raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another name.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()

@@ -149,7 +149,7 @@ def test_a_picture_of_all_kinds_and_of_the_layer_in_the_middle(tmp_path: Path) -
     draw_timeline(trace, "a title", picture)
     assert [path.name for path in tmp_path.iterdir()] == ["timeline.svg"]
     drawn = picture.read_text()
-    for text in ("a title", "gate_up x 3", "vocabulary x 1", "waiting for weights", "us since layer 1 began"):
+    for text in ("a title", "gate_up x 3", "vocabulary x 1", "waiting for weights", "time since layer 1 began"):
         assert text in drawn  # matplotlib notes each text beside its outlines
     with pytest.raises(DestinationError, match="cannot be written"):
         draw_timeline(trace, "", tmp_path / "missing" / "timeline.svg")

@@ -76,7 +76,7 @@ def test_a_timeline_and_its_numbers(cli: InProcess, tiny_checkpoint: Path, tmp_p
     pytest.importorskip("matplotlib", reason="matplotlib draws: pip install '.[plot]'")
     picture = tmp_path / "timeline.svg"
     record = json.loads(cli("profile", tiny_checkpoint, *FAST, "--timeline", picture, "--json").out)
-    assert "waiting for the slowest block" in picture.read_text()
+    assert "waiting for the slowest SM" in picture.read_text()
     assert record["ops_measured"] == "as traced"
     assert record["trace"] == [asdict(row) for row in trace.phases()]
     assert set(record["trace"][0]) >= {"kind", "count", "staging_seconds", "copy_wait_seconds", "barrier_seconds"}
