@@ -413,30 +413,33 @@ class Engine:
     def _token_loop(
         self, state: ReplyState, prompt: list[int], reused: int, params: SamplingParams, started: float
     ) -> Iterator[int]:
-        """Generate token by token. A backend may work while the host goes on: `sampled_token` is what waits for it."""
+        """Generate token by token. A backend may work while the host goes on: `sampled_tokens` is what waits for it."""
         stats = state.stats
         stats.prompt_tokens, stats.reused_tokens = len(prompt), reused
         eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
         backend = self.backend
         backend.start(Sampler(params, self.geometry.vocabulary, prompt))
         self._prefill(prompt[reused:], SAMPLE)
-        token = backend.sampled_token()
+        tokens = backend.sampled_tokens()
         stats.ttft = time.perf_counter() - started
         while True:
-            state.token_ids.append(token)
-            stats.tokens += 1
-            if token in eos_ids:
-                state.finish_reason = "eos"
-            elif params.max_tokens is not None and stats.tokens >= params.max_tokens:
-                state.finish_reason = "max_tokens"
-            elif len(self._tokens) >= self.max_seq_len:
-                state.finish_reason = "context"
-            yield token
-            if state.finish_reason:
-                return
+            for number, token in enumerate(tokens, 1):
+                state.token_ids.append(token)
+                stats.tokens += 1
+                if token in eos_ids:
+                    state.finish_reason = "eos"
+                elif params.max_tokens is not None and stats.tokens >= params.max_tokens:
+                    state.finish_reason = "max_tokens"
+                elif len(self._tokens) >= self.max_seq_len:
+                    state.finish_reason = "context"
+                yield token
+                if state.finish_reason:
+                    return
+                if number < len(tokens):  # the step that sampled it has also put it into the KV cache
+                    self._tokens.append(token)
             backend.decode()
-            self._tokens.append(token)
-            token = backend.sampled_token()
+            self._tokens.append(tokens[-1])
+            tokens = backend.sampled_tokens()
             stats.decode_seconds = time.perf_counter() - started - stats.ttft
 
 

@@ -175,14 +175,14 @@ def check_speed(report: Report, options: argparse.Namespace) -> None:
         with Engine.random(geometry, "cuda", max(CONTEXTS) + GREEDY_TOKENS + 8, name=name) as engine:
             report.add("speed", f"{name}, loading", f"{time.perf_counter() - started:.1f} s")
             backend = engine.backend
-            ceilings = backend.ceilings()
+            ceilings = backend.measure.ceilings()
             figures = ", ".join(f"{way} {speed:.0f} GB/s" for way, speed in ceilings.items())
             report.add("speed", f"{name}, ceilings", figures)
             ceiling = ceilings.get("TMA", max(ceilings.values()))
             for context in CONTEXTS:
                 _decode_speed(report, engine, name, context, ceilings, ceiling)
             replayed = _seconds_per_token(engine, 16, 64)
-            graph = backend.time_step(20)
+            graph = backend.measure.time_step(20)
         eager = CudaBackend(geometry, WeightArrays(model), 512, graphs=False)
         eager.prepare(None)
         with Engine(model, eager, 512) as engine:

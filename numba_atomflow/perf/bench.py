@@ -163,7 +163,7 @@ def bench(
         progress: called with what is being done, turns done and turns in all.
     """
     turns = (settings.repeats + 1) * len(settings.depths)
-    ceilings = engine.backend.ceilings()
+    ceilings = engine.backend.measure.ceilings()
     results = []
     for i, depth in enumerate(sorted(settings.depths)):
 

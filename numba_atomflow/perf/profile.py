@@ -138,18 +138,18 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
 
     backend = engine.backend
     report("ceilings", 0)
-    ceilings = backend.ceilings()
+    ceilings = backend.measure.ceilings()
     report(f"filling the KV cache with {depth} tokens", 1)
     engine.reset()
     engine.feed(np.random.default_rng(0).integers(0, engine.geometry.vocabulary, depth + 1).tolist())
     engine.rewind(depth)
-    backend.time_step(WARM_UP)
-    trace = backend.trace_step(each, progress)  # compiles what traces: not in the turns
+    backend.measure.time_step(WARM_UP)
+    trace = backend.measure.trace_step(each, progress)  # compiles what traces: not in the turns
     timed_ops, timed_steps = [], []
     for turn in range(turns):
         report("ops and step", turn + 2)
-        timed_ops.append(backend.time_ops(each))
-        timed_steps.append(backend.time_step(each))
+        timed_ops.append(backend.measure.time_ops(each))
+        timed_steps.append(backend.measure.time_step(each))
     report("ops and step", turns + 2)
     ops = [op for op, _ in timed_ops[0]]
     seconds = faster_half([[took for _, took in timed] for timed in timed_ops]).tolist()

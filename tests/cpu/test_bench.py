@@ -33,7 +33,7 @@ SETTINGS = Settings(prompt_tokens=6, decode_tokens=4, depths=(0, 20), repeats=3)
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with Engine.random(tiny_geometry(), max_seq_len=SETTINGS.positions(tiny_geometry()), threads=1) as engine:
-        engine.backend.ceilings = lambda: {"memory read": 10.0}  # measured once below
+        engine.backend.measure.ceilings = lambda: {"memory read": 10.0}  # measured once below
         yield engine
 
 
@@ -144,7 +144,7 @@ def test_memory_is_read_at_a_speed_that_a_memory_can_have() -> None:
 def test_the_cpu_backend_has_one_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numba_atomflow.ops.bandwidth.read_bandwidth", lambda: 12.5)
     with Engine.random(tiny_geometry(), threads=1) as engine:
-        assert engine.backend.ceilings() == {"memory read": 12.5}
+        assert engine.backend.measure.ceilings() == {"memory read": 12.5}
 
 
 @pytest.mark.slow

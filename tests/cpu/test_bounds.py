@@ -16,8 +16,8 @@ from memory_walk import BLOCK, CONTEXTS, GEOMETRIES, one_row_too_far, walk_engin
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
-from numba_atomflow.backends import cpu
 from numba_atomflow.backends.base import Memory
+from numba_atomflow.backends.cpu import backend as cpu_backend
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.memory.plan import MemoryPlan
@@ -41,9 +41,9 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         arenas.append(CanaryArena(plan))
         return arenas[-1]
 
-    for module in (cpu, cpu_runner, forward):
+    for module in (cpu_backend, cpu_runner, forward):
         monkeypatch.setattr(module, "HostArena", arena)
-    monkeypatch.setattr(cpu, "BLOCK", BLOCK)
+    monkeypatch.setattr(cpu_backend, "PREFILL_CHUNK", BLOCK)
 
     def check() -> None:
         assert arenas
@@ -77,7 +77,7 @@ def test_canaries_die_of_a_row_too_far(canaries: Callable[[], None]) -> None:
 
 
 def in_guarded_pages(*arguments: str) -> subprocess.CompletedProcess[str]:
-    walk = [sys.executable, ROOT / "tests" / "memory_walk.py", *arguments]
+    walk = [sys.executable, ROOT / "tests" / "support" / "memory_walk.py", *arguments]
     return subprocess.run(walk, capture_output=True, encoding="utf-8", check=False)
 
 
@@ -118,7 +118,7 @@ def test_steps_that_end_outside_the_cache(backend: Any) -> None:
     with pytest.raises(IndexError, match="positions 7 to 8 of 8"):
         backend.observe([1, 2], NO_LOGITS, memory_walk.Onlooker())
     backend.decode()
-    for one_more in (backend.decode, lambda: backend.time_step(1), lambda: backend.time_ops(1)):
+    for one_more in (backend.decode, lambda: backend.measure.time_step(1), lambda: backend.measure.time_ops(1)):
         with pytest.raises(IndexError, match="positions 8 to 8 of 8"):
             one_more()
 

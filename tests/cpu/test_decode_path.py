@@ -30,7 +30,7 @@ LLAMA, QWEN2, QWEN3 = tiny_geometry(), tiny_geometry(qkv_bias=True), tiny_geomet
 GRAPH = DecodePath("graph", "the moon is full")
 
 CAPABILITY = "this GPU's compute capability is 8.9, and bulk copies need 9.0"
-APART = "the model's q and k are rotated by a kernel of their own"
+APART = "the model's RoPE is a kernel of its own"
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_auto_is_for_every_backend() -> None:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with Engine.random(LLAMA, max_seq_len=16, threads=1) as engine:
-        engine.backend.ceilings = lambda: {"memory read": 10.0}
+        engine.backend.measure.ceilings = lambda: {"memory read": 10.0}
         yield engine
 
 

@@ -380,7 +380,7 @@ def test_a_backend_that_is_closed_says_so(pretended: PretendedDriver) -> None:
         uses: list[Callable[[], object]] = [
             lambda: backend.prefill([1], SAMPLE),
             backend.decode,
-            backend.sampled_token,
+            backend.sampled_tokens,
             lambda: backend.seek(1),
             lambda: backend.logits(0, 1),
         ]

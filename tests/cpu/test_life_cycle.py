@@ -181,7 +181,7 @@ def test_after_ctrl_c_in_a_step_the_engine_goes_on(engine: Engine, monkeypatch: 
 def test_closing_waits_for_another_threads_step(engine: Engine, in_a_step: Callable[[], object]) -> None:
     closing = threading.Thread(target=engine.close)
     closing.start()
-    engine.backend.sampled_token()  # still there
+    engine.backend.sampled_tokens()  # still there
     tokens = in_a_step()
     closing.join()
     assert 1 <= len(tokens) <= 6  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def test_what_a_closed_engine_had_is_gone_with_a_sentence(attribute: str) -> Non
     assert reply.finish_reason == "interrupted"
     assert list(reply) == []
     np.testing.assert_array_equal(logits, kept)
-    for call in (backend.decode, backend.sampled_token, lambda: backend.step(1, NO_LOGITS), lambda: backend.seek(0)):
+    for call in (backend.decode, backend.sampled_tokens, lambda: backend.step(1, NO_LOGITS), lambda: backend.seek(0)):
         with pytest.raises(ClosedError, match="The backend was closed"):
             call()  # type: ignore[operator]
     backend.close()

@@ -18,7 +18,7 @@ DEPTH = 30
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with Engine.random(tiny_geometry(), max_seq_len=64, threads=1) as engine:
-        engine.backend.ceilings = lambda: {"memory read": 10.0, "copies": 12.0}
+        engine.backend.measure.ceilings = lambda: {"memory read": 10.0, "copies": 12.0}
         yield engine
 
 
@@ -83,8 +83,8 @@ def test_every_run_starts_at_the_depth(engine: Engine, monkeypatch: pytest.Monke
     monkeypatch.setattr(engine.backend, "seek", watched)
     engine.feed([5] * DEPTH)
     positions.clear()
-    ops = engine.backend.time_ops(2)
-    engine.backend.time_step(2)
+    ops = engine.backend.measure.time_ops(2)
+    engine.backend.measure.time_step(2)
     assert positions == {DEPTH}
     step = engine.backend.step(1, SAMPLE)
     assert [(type(op), vars(op)) for op, _ in ops] == [(type(op), vars(op)) for op in step]

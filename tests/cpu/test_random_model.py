@@ -147,13 +147,13 @@ def test_decode_time_goes_from_the_first_token_to_the_last() -> None:
 def test_the_wait_for_a_token_is_ttft_or_decode_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device works while the host goes on; only asking for the token waits for it."""
     with random_engine() as engine:
-        sampled_token = engine.backend.sampled_token
+        sampled_tokens = engine.backend.sampled_tokens
 
         def slow() -> int:
             time.sleep(0.05)
-            return sampled_token()
+            return sampled_tokens()
 
-        monkeypatch.setattr(engine.backend, "sampled_token", slow)
+        monkeypatch.setattr(engine.backend, "sampled_tokens", slow)
         reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=3)).finish()
         assert reply.stats.ttft > 0.05
         assert reply.stats.decode_seconds > 0.1

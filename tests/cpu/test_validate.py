@@ -84,11 +84,11 @@ def test_a_decode_step_under_observation_is_the_bound_list_of_decode(subject: Su
     backend.seek(0)
     backend.observe([5], SAMPLE, Names(names := []))
     assert names == [op.name for op in backend.step(1, SAMPLE)]
-    observed, bound = backend.sampled_token(), dict(backend._bound)
+    observed, bound = backend.sampled_tokens(), dict(backend._bound)
     backend.seek(0)
     backend._tokens[0] = 5
     backend.decode()
-    assert backend.sampled_token() == observed
+    assert backend.sampled_tokens() == observed
     assert {key: id(actions) for key, actions in backend._bound.items()} == {
         key: id(actions) for key, actions in bound.items()
     }

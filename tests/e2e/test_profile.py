@@ -68,7 +68,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> StepTrace:
     events = ("begun", "staged", "done", "copy_begun", "copy_done", "waited")
     trace = StepTrace(tuple(record["names"]), *(np.array(record[event], np.float64) for event in events))
     monkeypatch.setattr("numba_atomflow.backends.cpu.CpuBackend.decode_path", DecodePath("persistent"))
-    monkeypatch.setattr("numba_atomflow.backends.cpu.CpuBackend.trace_step", lambda *_: trace)
+    monkeypatch.setattr("numba_atomflow.backends.cpu.measure.CpuMeasurements.trace_step", lambda *_: trace)
     return trace
 
 

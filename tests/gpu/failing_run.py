@@ -19,9 +19,9 @@ PROMPT, PARAMS = [5, 6, 7, 8], SamplingParams(max_tokens=12)
 
 def fail(backend: CudaBackend) -> None:
     with backend._owner.current():
-        good = backend._launches(2, SAMPLE)[0]  # the embedding of a prompt, whatever way tokens are decoded
+        good = backend._graphs.launches(2, SAMPLE)[0]  # the embedding of a prompt, whatever way tokens are decoded
         nowhere = View("nowhere", 0x10, (1 << 20,), "float32")
-        table, tokens = backend._weights.projections["embedding"].codes, backend._buffers["tokens"]
+        table, tokens = backend._model.weights.projections["embedding"].codes, backend._model.buffers["tokens"]
         Launch(good.kernel, good.blocks, (table, tokens, nowhere), backend.stream).run()
 
 

@@ -19,6 +19,7 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.cpu import CpuBackend
 from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.backends.cuda.queue import StepQueue
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError
@@ -175,9 +176,9 @@ def test_noise_behind_the_position_changes_nothing(engine: Engine, noise: float)
     expected = engine.generate_tokens(prompt, params).finish().token_ids
     engine.reset()
     backend = cuda(engine)
-    cache = backend._buffers["kv_cache"]
+    cache = backend._model.buffers["kv_cache"]
     with backend._owner.current():
-        backend._memory.write(cache, np.full(cache.shape, noise, np.float16))
+        backend._model.memory.write(cache, np.full(cache.shape, noise, np.float16))
     assert engine.generate_tokens(prompt, params).finish().token_ids == expected
 
 
@@ -199,7 +200,7 @@ def test_ctrl_c_between_a_launch_and_counting_it_spoils_nothing(
     prompt, params = tokens_of(engine.geometry, 20), SamplingParams(max_tokens=12)
     engine.reset()
     expected = engine.generate_tokens(prompt, params).finish().token_ids
-    count = CudaBackend._count
+    count = StepQueue.count
     for interrupted in (1, 2, 3, 6):
         calls = iter(range(1, 100))
 
@@ -209,7 +210,7 @@ def test_ctrl_c_between_a_launch_and_counting_it_spoils_nothing(
             count(*arguments)
 
         engine.reset()
-        monkeypatch.setattr(CudaBackend, "_count", interrupting)
+        monkeypatch.setattr(StepQueue, "count", interrupting)
         with pytest.raises(KeyboardInterrupt):
             engine.generate_tokens(prompt, params).finish()
         monkeypatch.undo()
@@ -279,11 +280,11 @@ def test_nothing_is_allocated_after_loading(engine: Engine, monkeypatch: pytest.
     backend = cuda(engine)
     engine.reset()
     with backend._owner.current():
-        for launch in backend._launches(1, SAMPLE):
+        for launch in backend._graphs.launches(1, SAMPLE):
             launch.run()  # eager
-        backend._graphs.pop((3, NO_LOGITS, False), None)
-        backend._graph(3, NO_LOGITS).replay()  # a capture
-    backend._sure = False  # the eager step has moved the position
+        backend._graphs._graphs.clear()
+        backend._graphs.run(3, NO_LOGITS)  # a capture
+    backend._queue._exact = False  # the eager steps have moved the position
     engine.reset()
     assert calls == []
     with Engine.random(tiny_geometry(), "cuda", 8, decode=decode_of(engine)):
@@ -359,7 +360,7 @@ def test_a_model_that_computes_nan_says_so() -> None:
     backend.prepare(None)
     backend.prefill([1, 2, 3], SAMPLE)
     with pytest.raises(CheckpointError, match="Logits contain NaN or Inf"):
-        backend.sampled_token()
+        backend.sampled_tokens()
     backend.close()
 
 

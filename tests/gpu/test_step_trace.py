@@ -24,7 +24,7 @@ def engine() -> Iterator[Engine]:
 
 
 def trace_of(engine: Engine) -> StepTrace:
-    trace = engine.backend.trace_step(3)
+    trace = engine.backend.measure.trace_step(3)
     assert trace is not None
     return trace
 

@@ -66,7 +66,7 @@ class Entry:
 def catalogue(capability: tuple[int, int]) -> list[Entry]:
     """All kernels of an architecture."""
     chip = Chip(SMS, SHARED_BYTES[capability], capability)
-    wide = ModelKernels(LLAMA, chip).block
+    wide = ModelKernels(LLAMA, chip).gemv_width
     entries = [Entry(name, kernel.spec) for name, kernel in ModelKernels(LLAMA, chip).planned.items()]
     other = ModelKernels(OTHER, chip, "fp16").planned
     names = [name.format(wide) for name in _OF_OTHER]

@@ -13,8 +13,9 @@ from guarded_arena import GuardedArena, guarded_copy
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.backends import cpu
 from numba_atomflow.backends.base import Memory
+from numba_atomflow.backends.cpu import backend as cpu_backend
+from numba_atomflow.backends.cpu.bind import GEMV_TOKENS
 from numba_atomflow.checkpoint.format import tensor_layout
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import WeightArrays
@@ -61,7 +62,7 @@ def walk_engine(geometry: ModelGeometry, context: int, check: Callable[[], None]
         check()
         backend, tokens = engine.backend, (np.arange(context) * 7 % geometry.vocabulary).tolist()
         tokens[0], tokens[-1] = 0, geometry.vocabulary - 1
-        lengths = (1, 2, cpu.FEW, cpu.FEW + 1, BLOCK, BLOCK + 1, context - 1, context)
+        lengths = (1, 2, GEMV_TOKENS, GEMV_TOKENS + 1, BLOCK, BLOCK + 1, context - 1, context)
         for length in sorted({length for length in lengths if 1 <= length <= context}):
             reply = engine.generate_tokens(tokens[:length], SamplingParams(temperature=1.0, seed=length)).finish()
             assert reply.finish_reason == "context"
@@ -85,8 +86,8 @@ def walk_engine(geometry: ModelGeometry, context: int, check: Callable[[], None]
             check()
         backend.logits(0, min(backend.prefill_chunk, context), Onlooker())
         backend.seek(context - 1)
-        backend.time_ops(2)
-        backend.time_step(2)
+        backend.measure.time_ops(2)
+        backend.measure.time_step(2)
         check()
 
 
@@ -132,7 +133,7 @@ def one_row_too_far() -> None:
     with Engine.random(GEOMETRIES["llama"], "cpu", max_seq_len=2) as engine:
         backend: Any = engine.backend
         backend._position[0] = 2
-        for action in backend._bound_step(1, NO_LOGITS):
+        for action in backend.bound_step(1, NO_LOGITS):
             action()
 
 
@@ -142,12 +143,12 @@ def guarded(side: str) -> Iterator[str]:
     def arena(plan: Any) -> GuardedArena:
         return GuardedArena(plan, side)  # type: ignore[arg-type]
 
-    cpu.HostArena = cpu_runner.HostArena = forward.HostArena = arena  # type: ignore[misc, assignment]
+    cpu_backend.HostArena = cpu_runner.HostArena = forward.HostArena = arena  # type: ignore[misc, assignment]
     array = RandomModel.array
     RandomModel.array = lambda model, name: guarded_copy(array(model, name), side)  # type: ignore[method-assign, arg-type]
-    cpu.BLOCK = BLOCK
+    cpu_backend.PREFILL_CHUNK = BLOCK
     for name, geometry in GEOMETRIES.items():
-        for context in CONTEXTS if name == "llama" else (1, cpu.FEW + 1, 2 * BLOCK + 5):
+        for context in CONTEXTS if name == "llama" else (1, GEMV_TOKENS + 1, 2 * BLOCK + 5):
             walk_engine(geometry, context)
             yield f"{name} {context}"
     walk_sandbox(GEOMETRIES["odd"])

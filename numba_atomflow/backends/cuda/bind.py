@@ -1,9 +1,8 @@
 """The list of ops as launches."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Advance, Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv, Sample
 from numba_atomflow.ops.cuda.gemv.kernels import AddArguments, QkvArguments, StoreArguments, SwigluArguments
@@ -19,61 +18,47 @@ class Binder:
     """Turns ops into launches of a model's kernels.
 
     Args:
-        loaded: kernels by name. scratch: the workspace's views, by name. ring: where the host finds tokens.
+        loaded: kernels by name. ring: the host ring that sampled tokens are posted to.
     """
 
-    def __init__(
-        self,
-        kernels: ModelKernels,
-        loaded: Mapping[str, Kernel],
-        scratch: Callable[[str], View],
-        ring: View,
-        stream: Any,
-    ) -> None:
-        self._kernels, self._loaded, self._scratch = kernels, loaded, scratch
-        self._ring, self._stream = ring, stream
+    def __init__(self, model: DeviceModel, loaded: Mapping[str, Kernel], ring: View) -> None:
+        self._model, self._kernels, self._loaded, self._ring = model, model.kernels, loaded, ring
 
-    def bind(self, op: Op, *, sampled: bool, ranked: bool = False) -> list[Launch]:
-        """The launches of an op. `sampled`: the step chooses a token, which its last op hands to the host.
-        `ranked`: the largest logit is known already.
+    def bind(self, op: Op, *, sampled: bool = False, argmax_done: bool = False) -> list[Launch]:
+        """The launches of an op.
+
+        Args:
+            sampled: the step samples a token, which its last op posts to the host ring.
+            argmax_done: the arg-max of the logits is there already.
+
+        Raises:
+            NotImplementedError: there is no kernel for the op.
         """
-        scratch = self._scratch
         match op:
             case Embed():
-                width = self._width(op.residual)
                 arguments = EmbedArguments(weights=op.embedding.codes, tokens=op.tokens, residual=op.residual)
-                return [self._launch(f"embed_x{width}", arguments)]
+                return [self._launch(self._name("embed", op.residual), arguments)]
             case Qkv():
                 return self._bind_qkv(op)
             case Attention():
-                shared = scratch("attention.partials"), scratch("attention.counters")
-                inputs = op.q, op.keys, op.values, op.position
-                return [self._launch(f"attention_x{self._width(op.q)}", (*inputs, *shared, op.attn_out))]
+                attended = op.q, op.keys, op.values, op.position, *self._model.attention, op.attn_out
+                return [self._launch(self._name("attention", op.q), attended)]
             case ProjectAdd():
                 kind = op.name.rpartition(".")[2]
                 added = AddArguments(weights=op.weight.codes, x=op.x, residual=op.residual)
-                return [self._launch(f"{kind}_x{self._width(op.x)}", added)]
+                return [self._launch(self._name(kind, op.x), added)]
             case GateUp():
-                return [self._launch(f"gate_up_x{self._width(op.y)}", SwigluArguments(**_normed(op), mlp_hidden=op.y))]
+                return [self._launch(self._name("gate_up", op.y), SwigluArguments(**_norm_inputs(op), mlp_hidden=op.y))]
             case LmHead():
-                return [self._launch(f"lm_head_x{self._width(op.logits)}", StoreArguments(**_normed(op), y=op.logits))]
+                stored = StoreArguments(**_norm_inputs(op), y=op.logits)
+                return [self._launch(self._name("lm_head", op.logits), stored)]
             case Sample():
-                return self._bind_sample(op, ranked)
+                return self._bind_sample(op, argmax_done=argmax_done)
             case Advance():
-                advanced = AdvanceArguments(
-                    token=scratch("tokens"),
-                    best=scratch("sampling.best"),
-                    position=op.position,
-                    seen=scratch("sampling.seen"),
-                    token_ring=self._ring,
-                    tokens_posted=scratch("sampling.count"),
-                    tokens=op.tokens,
-                )
-                return [self._launch("advance_sampled" if sampled else "advance", advanced)]
+                return [self._bind_advance(op, sampled=sampled)]
         raise NotImplementedError(f"the CUDA backend has no kernel for {op.name}")
 
     def _bind_qkv(self, op: Qkv) -> list[Launch]:
-        width = self._width(op.q)
         rotation = {
             "position": op.position,
             "cosines": op.cosines,
@@ -82,35 +67,47 @@ class Binder:
             "keys": op.keys,
             "values": op.values,
         }
+        name = self._name("qkv", op.q)
         if op.qkv is None:
-            return [self._launch(f"qkv_x{width}", QkvArguments(**_normed(op), **rotation))]
+            return [self._launch(name, QkvArguments(**_norm_inputs(op), **rotation))]
         vectors = {"bias": op.bias, "q_norm": op.q_norm, "k_norm": op.k_norm}
         present = {name: vector or op.norm_weight for name, vector in vectors.items()}  # absent ones are not read
         return [
-            self._launch(f"qkv_x{width}", StoreArguments(**_normed(op), y=op.qkv)),
-            self._launch(f"rope_x{width}", RopeArguments(qkv=op.qkv, **present, **rotation)),
+            self._launch(name, StoreArguments(**_norm_inputs(op), y=op.qkv)),
+            self._launch(self._name("rope", op.q), RopeArguments(qkv=op.qkv, **present, **rotation)),
         ]
 
-    def _bind_sample(self, op: Sample, ranked: bool) -> list[Launch]:
-        common = {
-            "logits": op.logits,
-            "seen": self._scratch("sampling.seen"),
-            "options": self._scratch("sampling.options"),
-            "best": self._scratch("sampling.best"),
-        }
-        generator = self._scratch("sampling.generator")
-        choose = self._launch("sample", SampleArguments(**common, generator=generator, token=op.token))
-        return [choose] if ranked else [self._launch("argmax", ArgmaxArguments(**common)), choose]
+    def _bind_sample(self, op: Sample, *, argmax_done: bool) -> list[Launch]:
+        if op.logits.shape[0] != 1:
+            raise NotImplementedError("the CUDA backend samples from one row of logits per step")
+        state = self._model.sampling
+        common = {"logits": op.logits, "seen": state.seen, "options": state.options, "best": state.best}
+        sample = self._launch("sample", SampleArguments(**common, generator=state.generator, token=op.token))
+        return [sample] if argmax_done else [self._launch("argmax", ArgmaxArguments(**common)), sample]
 
-    def _width(self, rows: View) -> int:
-        return 1 if rows.shape[0] == 1 else self._kernels.block
+    def _bind_advance(self, op: Advance, *, sampled: bool) -> Launch:
+        state = self._model.sampling
+        arguments = AdvanceArguments(
+            token=self._model.buffers["tokens"],
+            best=state.best,
+            position=op.position,
+            seen=state.seen,
+            token_ring=self._ring,
+            tokens_posted=state.tokens_posted,
+            tokens=op.tokens,
+        )
+        return self._launch("advance_sampled" if sampled else "advance", arguments)
+
+    def _name(self, kind: str, rows: View) -> str:
+        """The kernel for this many tokens."""
+        return f"{kind}_x{self._kernels.width_for(rows.shape[0])}"
 
     def _launch(self, name: str, arguments: Sequence[DeviceArray | int]) -> Launch:
-        return Launch(self._loaded[name], self._kernels.planned[name].blocks, arguments, self._stream)
+        return Launch(self._loaded[name], self._kernels.planned[name].blocks, arguments, self._model.stream)
 
 
-def _normed(op: Qkv | GateUp | LmHead) -> dict[str, View]:
-    """The arguments that projections of the normed residual share."""
+def _norm_inputs(op: Qkv | GateUp | LmHead) -> dict[str, View]:
+    """The arguments that projections with an RMSNorm in front of them share."""
     return {
         "weights": op.weight.codes,
         "residual": op.residual,

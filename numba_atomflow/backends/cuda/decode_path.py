@@ -47,6 +47,6 @@ def _obstacle(kernels: ModelKernels) -> str | None:
     if capability < _LEAST_CAPABILITY:
         has, needed = (".".join(map(str, version)) for version in (capability, _LEAST_CAPABILITY))
         return f"this GPU's compute capability is {has}, and bulk copies need {needed}"
-    if kernels.rotates_apart:
-        return "the model's q and k are rotated by a kernel of their own"
+    if kernels.separate_rope_kernel:
+        return "the model's RoPE is a kernel of its own"
     return kernels.persistent_shape.refusal()

@@ -118,7 +118,7 @@ class PersistentStep:
             options=b["sampling.options"],
             best=b["sampling.best"],
             token_ring=self._ring,
-            tokens_posted=b["sampling.count"],
+            tokens_posted=b["sampling.tokens_posted"],
             fault=b["persistent.fault"],
             timestamps=b["persistent.times"],
             plane=self._plane,

@@ -1,7 +1,8 @@
-"""What the CUDA backend keeps in its one block of memory."""
+"""What the CUDA backend keeps in its arena: its one allocation of device memory."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.kernels import ModelKernels
@@ -10,36 +11,92 @@ from numba_atomflow.checkpoint.format import HeadFormat, fusion
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
+from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import StepSizes, step_buffers
+from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 
-SMALLEST_STAGING = 4 << 20  # bytes behind the weights, where loading puts what it repacks
+SMALLEST_STAGING = 4 << 20  # bytes after the weights, where loading stages what it prepacks
+
+
+class SamplingState(NamedTuple):
+    """What sampling keeps on the device between tokens.
+
+    Attributes:
+        seen: uint32 bitmap of the tokens in the context.
+        options: float64: temperature, top-k, top-p, min-p, repetition penalty.
+        generator: uint64: seed, and the number of draws so far.
+        best: int64: the arg-max so far, as a key that orders by logit and then by token id.
+        tokens_posted: int64: tokens posted to the host so far.
+    """
+
+    seen: View
+    options: View
+    generator: View
+    best: View
+    tokens_posted: View
+
+    @staticmethod
+    def plan(vocabulary: int) -> list[Buffer]:
+        """The buffers behind these views."""
+        sizes = {
+            "seen": (-(-vocabulary // 32), "uint32"),
+            "options": (5, "float64"),
+            "generator": (2, "uint64"),
+            "best": (1, "int64"),
+            "tokens_posted": (1, "int64"),
+        }
+        return [Buffer("workspace", f"sampling.{name}", (size,), dtype) for name, (size, dtype) in sizes.items()]
+
+    @classmethod
+    def of(cls, buffers: Mapping[str, View]) -> Self:
+        """The views of an arena."""
+        return cls(*(buffers[f"sampling.{name}"] for name in cls._fields))
+
+
+class AttentionScratch(NamedTuple):
+    """What the CTAs of split-KV attention exchange.
+
+    Attributes:
+        partials: float32 results of the splits. counters: uint32, splits that are done, for each work tile.
+    """
+
+    partials: View
+    counters: View
+
+    @staticmethod
+    def plan(shapes: Sequence[AttentionShape]) -> list[Buffer]:
+        """The buffers behind these views, large enough for each of the shapes."""
+        return [
+            Buffer("workspace", "attention.partials", (max(shape.partials for shape in shapes),), "float32"),
+            Buffer("workspace", "attention.counters", (max(shape.work_tiles for shape in shapes),), "uint32"),
+        ]
+
+    @classmethod
+    def of(cls, buffers: Mapping[str, View]) -> Self:
+        """The views of an arena."""
+        return cls(*(buffers[f"attention.{name}"] for name in cls._fields))
 
 
 def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
-    """Weights in fragment order, float16 KV cache and activations, and what sampling keeps between tokens."""
-    g, block = kernels.geometry, kernels.block
+    """Prepacked weights, float16 KV cache and activations, and what sampling keeps between tokens."""
+    g = kernels.geometry
+    step_tokens = max(kernels.prefill_chunk, kernels.gemv_width)
     sizes = StepSizes(
         max_seq_len=max_seq_len,
-        step_tokens=block,
-        head_rows=block,
+        step_tokens=step_tokens,
+        head_rows=kernels.gemv_width,
         activation="float16",
         cache="float16",
         pad_multiple=GROUP,
-        spare_positions=block - 1,  # of the padding tokens
-        keep_qkv=kernels.rotates_apart,
+        spare_positions=step_tokens - 1,  # of the padding tokens
+        keep_qkv=kernels.separate_rope_kernel,
     )
-    attentions = [kernels.attention_shape(columns) for columns in kernels.widths]
     buffers = [
         *weight_buffers(kernels),
         *step_buffers(g, sizes),
-        Buffer("workspace", "attention.partials", (max(shape.partials for shape in attentions),), "float32"),
-        Buffer("workspace", "attention.counters", (max(shape.work_tiles for shape in attentions),), "uint32"),
-        Buffer("workspace", "sampling.seen", (-(-g.vocabulary // 32),), "uint32"),
-        Buffer("workspace", "sampling.options", (5,), "float64"),
-        Buffer("workspace", "sampling.generator", (2,), "uint64"),
-        Buffer("workspace", "sampling.best", (1,), "int64"),
-        Buffer("workspace", "sampling.count", (1,), "int64"),
+        *AttentionScratch.plan([kernels.attention_shape(width) for width in kernels.gemv_widths]),
+        *SamplingState.plan(g.vocabulary),
     ]
     if kernels.persistent:
         buffers += persistent_buffers(kernels.persistent_shape)
@@ -50,7 +107,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
 
 
 def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: int) -> tuple[MemoryPlan, dict[str, Any]]:
-    """The plan that loading would carry out, and the GPU: name, memory and free memory in bytes, how it would decode.
+    """The plan that loading would execute, and the GPU: name, memory and free memory in bytes, its decode path.
 
     Raises:
         BackendError: there is no usable GPU.
@@ -64,7 +121,7 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
 
 
 def weight_buffers(kernels: ModelKernels) -> list[Buffer]:
-    """One buffer for each projection, in fragment order, and for each vector; named as parts of the checkpoint."""
+    """One buffer for each projection, prepacked, and for each vector; named as parts of the checkpoint."""
     shapes = kernels.geometry.parameters()
     buffers = []
     for part, theirs in fusion(kernels.geometry).items():

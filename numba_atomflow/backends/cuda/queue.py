@@ -1,65 +1,82 @@
-"""Tokens between host and device: pinned memory in both directions, and nobody waits for more than he must.
+"""Asynchronous run-ahead: steps are queued on the GPU before the host needs their tokens.
 
-To the device: a prompt's blocks are copied from a ring of pinned memory in stream order. To the host: the step's last
-kernel stores each sampled token with its number into a ring of pinned memory, where the host sees it as soon as it is
-there.
+To the device, a prompt's chunks are copied from pinned memory in stream order. To the host, a step's last kernel posts
+each sampled token, with its number, to a ring in pinned memory that the host polls: no synchronisation with the stream.
+Run-ahead counts sampling steps, not tokens; today a step samples one token, so that the token's number is the step's.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from numba_atomflow.backends.cuda.kernels import RING
+from numba_atomflow.backends.cuda.graphs import StepGraphs
+from numba_atomflow.backends.cuda.kernels import TOKEN_RING
+from numba_atomflow.backends.cuda.model import DeviceModel
+from numba_atomflow.backends.cuda.persistent import fault_sentence
 from numba_atomflow.device.driver import call
-from numba_atomflow.device.resources import Resources
-from numba_atomflow.errors import non_finite_logits
+from numba_atomflow.device.resources import DeviceResources, Resources, closed_sentence
+from numba_atomflow.errors import CheckpointError, non_finite_logits
+from numba_atomflow.memory.bounds import check_range
 from numba_atomflow.memory.device import PinnedArray, copy_to_device
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import SAMPLE, Head
 
-_STAGED = 1 << 14  # tokens of prompts that may be on their way to the device
-_POLLS = 2000  # looks at the ring (some 100 us) between looks at the stream
+RUN_AHEAD = 3  # decode steps that are queued before they are requested; at a reply's end they are discarded
+_STAGED_TOKENS = 1 << 14  # of prompts, that may wait for their copy to the device
+_POLLS = 2000  # of the ring (some 100 us) between checks of the stream
 _ID_BITS = 31
 
 
-class TokenChannel:
-    """Both directions for one stream. `made` owns the memory."""
+class PromptStaging:
+    """Pinned memory from which prompts are copied to the device. `resources` owns it."""
 
-    def __init__(self, stream: Any, made: Resources) -> None:
+    def __init__(self, stream: Any, resources: Resources) -> None:
         self._stream = stream
-        self._to_device = PinnedArray((_STAGED,), "int32", made)
-        self._to_host = PinnedArray((RING,), "uint64", made)
-        self._staged = 0
-
-    @property
-    def ring(self) -> View:
-        """Where the device stores sampled tokens."""
-        return self._to_host.view
+        self._pinned = PinnedArray((_STAGED_TOKENS,), "int32", resources)
+        self._used = 0
 
     def send(self, tokens: Sequence[int], target: View) -> None:
-        """Put a block's tokens into `target`, in stream order."""
-        if self._staged + len(tokens) > _STAGED:
-            call("cuStreamSynchronize", self._stream)  # then all that was staged has been copied
-            self._staged = 0
-        staged = self._to_device.array[self._staged : self._staged + len(tokens)]
+        """Copy a chunk's tokens to `target`, in stream order."""
+        if self._used + len(tokens) > _STAGED_TOKENS:
+            call("cuStreamSynchronize", self._stream)  # every copy is done then
+            self._used = 0
+        staged = self._pinned.array[self._used : self._used + len(tokens)]
         staged[:] = tokens
-        self._staged += len(tokens)
+        self._used += len(tokens)
         copy_to_device(target.address, staged, self._stream)
 
+
+class TokenRing:
+    """The ring in pinned host memory that the device posts sampled tokens to. `resources` owns it.
+
+    An entry is 8 bytes: the token's number (from 1 on) in the upper half, its id in the lower, with bit 31 set where
+    the logits were not finite.
+    """
+
+    def __init__(self, resources: Resources) -> None:
+        self._pinned = PinnedArray((TOKEN_RING,), "uint64", resources)
+
+    @property
+    def view(self) -> View:
+        """The ring on the device."""
+        return self._pinned.view
+
     def receive(self, number: int, check: Callable[[], None]) -> int:
-        """The token with this number (from 1 on), as soon as the device has made it.
+        """The token with this number; polls until the device has posted it.
 
         Args:
-            check: called now and then while nothing comes; raises if the stream has failed, or waits until it has
-                ended, if it has nothing to do any more.
+            check: called now and then meanwhile; raises if the token cannot come any more.
 
         Raises:
             CheckpointError: its logits contain NaN or Inf.
         """
-        slot, wanted = self._to_host.array[(number - 1) % RING : (number - 1) % RING + 1], number & 0xFFFFFFFF
+        index, tag = (number - 1) % TOKEN_RING, number & 0xFFFFFFFF
+        posted = self._pinned.array[index : index + 1]
         polls = 0
         while True:
-            entry = int(slot[0])
-            if entry >> 32 == wanted:
+            entry = int(posted[0])
+            if entry >> 32 == tag:
                 break
             polls += 1
             if polls % _POLLS == 0:
@@ -68,3 +85,125 @@ class TokenChannel:
         if entry >> _ID_BITS & 1:
             raise non_finite_logits()
         return entry & ((1 << _ID_BITS) - 1)
+
+
+class StepQueue:
+    """The steps that are queued on the device, and the host's position among them.
+
+    Attributes:
+        position: the device's position after all queued steps.
+    """
+
+    def __init__(
+        self, model: DeviceModel, graphs: StepGraphs, ring: TokenRing, owner: DeviceResources, max_seq_len: int
+    ) -> None:
+        self._model, self._graphs, self._ring, self._owner = model, graphs, ring, owner
+        self._max_seq_len = max_seq_len
+        self.position = 0
+        self._queued = 0  # number of the last sampling step that is queued, from 1 on
+        self._requested = 0  # number of the last one whose tokens the host has requested
+        self._exact = True  # whether these numbers are right: not after Ctrl-C between a launch and its count
+
+    # --- queueing; the GPU's context is current ----------------------------------------------------------------------
+
+    def run(self, tokens: int, head: Head) -> None:
+        """Queue a step and request its tokens."""
+        self._launch(tokens, head)
+        self._requested = self._queued
+
+    @contextmanager
+    def launching(self, tokens: int, head: Head) -> Iterator[None]:
+        """The block launches a step, which is counted, and its tokens requested, when it has."""
+        self._exact = False
+        yield
+        self.count(tokens, head)
+        self._requested = self._queued
+
+    def _launch(self, tokens: int, head: Head) -> None:
+        self._exact = False
+        self._graphs.run(tokens, head)
+        self.count(tokens, head)
+
+    def count(self, tokens: int, head: Head) -> None:
+        """Take note of a step that has been launched."""
+        self.position += tokens
+        if head.sample:
+            self._queued += 1
+        self._exact = True
+
+    # --- the host's side ---------------------------------------------------------------------------------------------
+
+    def decode(self) -> None:
+        """Request the next decode step, and queue those after it as far as `RUN_AHEAD` allows.
+
+        Raises:
+            RuntimeError: there is no position left; the engine stops before.
+        """
+        self._requested += 1
+        with self._owner.current():
+            while self._queued < self._requested + RUN_AHEAD and self.position < self._max_seq_len:
+                self._launch(1, SAMPLE)
+        if self._queued < self._requested:
+            raise RuntimeError("decode was called at the end of the context")
+
+    def receive(self) -> tuple[int, ...]:
+        """The tokens of the step that was requested last; waits for them.
+
+        Raises:
+            CheckpointError: their logits contain NaN or Inf.
+            BackendError: the GPU failed, or the watchdog of the persistent kernel tripped.
+        """
+        if self._owner.closed:  # the ring is gone
+            raise closed_sentence()
+        try:
+            return (self._ring.receive(self._requested, self._check),)
+        except CheckpointError:
+            with self._owner.current():
+                self.check_watchdog()
+            raise
+
+    def seek(self, position: int) -> None:
+        """Set the position at which the next token is written. Steps that were queued ahead are discarded."""
+        if self._exact and position == self.position and self._requested == self._queued:
+            return
+        check_range("position", position, 0, self._max_seq_len)
+        with self._owner.current():
+            self._settle(position)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The block may run decode steps at the current position; afterwards the position is what it was."""
+        position = self.position
+        check_range("positions", position, 1, self._max_seq_len)
+        self._exact = False
+        with self._owner.current():
+            yield
+            self._settle(position)
+
+    def check_watchdog(self) -> None:
+        """Raise if the watchdog of the persistent kernel tripped. Its token is then marked as one without logits."""
+        if self._graphs.persistent is not None and self._model.memory.read(self._model.buffers["persistent.fault"])[0]:
+            raise fault_sentence()
+
+    def _settle(self, position: int) -> None:
+        """Wait for all queued steps, count their tokens as received, and set the position."""
+        self._exact = False
+        self._model.set_position(position)
+        self._model.reset_argmax()  # a step may have ended between its arg-max and its end
+        if self._graphs.persistent is not None:
+            self._graphs.persistent.begin_anew(self._model.memory)
+        self._queued = self._requested = self._model.posted_tokens()
+        self.position = position
+        self._exact = True
+
+    def _check(self) -> None:
+        """Raise if the GPU has failed, or has finished all queued steps without posting the requested token."""
+        from cuda.bindings import driver
+
+        with self._owner.current():
+            (status,) = driver.cuStreamQuery(self._model.stream)
+            if status == driver.CUresult.CUDA_ERROR_NOT_READY:
+                return
+            call("cuStreamSynchronize", self._model.stream)  # an error is raised here
+            if self._model.posted_tokens() < self._requested:
+                raise RuntimeError("the GPU has finished without the token that was requested")

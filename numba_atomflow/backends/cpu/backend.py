@@ -1,0 +1,281 @@
+"""The CPU backend: its lifecycle, and what the engine calls.
+
+Weights are read from the mapped checkpoint. It is the default on a machine without a GPU, and the reference for the
+CUDA backend: everything but the weights is float32, the KV cache included.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+from numba_atomflow.backends.base import Observer
+from numba_atomflow.backends.cpu.bind import GEMV_TOKENS, Action, CpuBinder, in_order
+from numba_atomflow.backends.cpu.measure import CpuMeasurements
+from numba_atomflow.errors import CheckpointError, ClosedError
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.host.machine import cpu_name
+from numba_atomflow.host.threads import choose_threads, described, kernels_turn
+from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.bounds import check_indices, check_range
+from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
+from numba_atomflow.memory.view import View, view_of
+from numba_atomflow.model.step import (
+    LAST_LOGITS,
+    SAMPLE,
+    Head,
+    Op,
+    StepSizes,
+    Weights,
+    build_head,
+    build_step,
+    step_buffers,
+)
+from numba_atomflow.ops import attention, projection, rope
+from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.utils.progress import Progress
+
+PREFILL_CHUNK = 512  # tokens per prefill step: so many that converting the weights is a small part of it
+HEAD_ROWS = 16  # rows whose logits are computed at once where those of a whole chunk are requested
+BOUND_STEPS = 8  # prompt lengths whose steps stay bound
+
+
+def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryPlan:
+    """What the CPU backend allocates; the weights stay in the mapped file."""
+    chunk = min(PREFILL_CHUNK, max_seq_len)
+    widest = max(geometry.hidden, geometry.q_dim, geometry.ffn)
+    scratch = max(projection.LARGEST_TILE * (widest + chunk), attention.block_scratch(geometry.head_dim))
+    return plan_memory(
+        [
+            *step_buffers(geometry, StepSizes(max_seq_len, chunk, HEAD_ROWS)),
+            Buffer("workspace", "prefill_scratch", (threads, scratch), "float32"),
+            Buffer("workspace", "gate_up", (chunk, 2 * geometry.ffn), "float32"),
+            Buffer("workspace", "scores", (geometry.heads, max_seq_len), "float32"),
+        ]
+    )
+
+
+class CpuBackend:
+    """Runs a checkpoint's ops on the CPU.
+
+    Args:
+        geometry: of the model.
+        weights: the checkpoint's arrays by name, kept mapped while the backend lives.
+        max_seq_len: positions of the KV cache.
+        threads: that kernels run on; by default all cores, or what a CPU quota allows.
+        check_weights: called after every step; raises if the arrays are not what they were.
+
+    Raises:
+        OptionError: there are not that many cores.
+    """
+
+    name = "cpu"
+    decode_path = None  # there is only one
+
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        weights: Mapping[str, NDArray[Any]],
+        max_seq_len: int,
+        threads: int | None = None,
+        *,
+        check_weights: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.threads = choose_threads(threads)
+        self._check_weights = check_weights
+        self.device = f"{cpu_name()}, {described(self.threads, threads)}"
+        self.geometry = geometry
+        self.max_seq_len = max_seq_len
+        self.plan = cpu_plan(geometry, max_seq_len, self.threads)
+        self.prefill_chunk = min(PREFILL_CHUNK, max_seq_len)
+        self._weight_arrays = dict(weights)  # views own nothing, and a mapping may make its arrays anew each time
+        views = {
+            name: view_of(name, array.view(np.int8) if array.dtype == np.uint8 else array)
+            for name, array in self._weight_arrays.items()
+        }
+        self._weights = Weights.as_stored(views)
+        self._arena = HostArena(self.plan)
+        self._buffers = {buffer.name: self._arena[buffer.name] for buffer in self.plan.buffers}
+        self._position = self._array("position")
+        self._tokens = self._array("tokens")
+        self._logits = self._array("logits")
+        self._blas: ThreadpoolController | None = None
+        cosines, sines = rope.rope_table(rope_inverse_frequencies(geometry), max_seq_len)
+        self._array("rope.cosines")[:] = cosines
+        self._array("rope.sines")[:] = sines
+        self._binder = CpuBinder(geometry, self._buffers, Sampler(SamplingParams(), geometry.vocabulary, ()))
+        self._bound: dict[tuple[int, Head], list[Action]] = {}
+        self._closed = False
+        self.compile_seconds = 0.0
+
+    def _array(self, name: str) -> NDArray[Any]:
+        return self._buffers[name].host_array()
+
+    # --- what the engine calls ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def measure(self) -> CpuMeasurements:
+        """Times ops and steps."""
+        return CpuMeasurements(self)
+
+    def close(self) -> None:
+        """Release the memory; `measure` refers to the backend, and would keep it until the garbage collector runs.
+
+        Closing twice is fine; every later use raises `ClosedError`.
+        """
+        self._closed = True
+        self._bound.clear()
+        self.__dict__.pop("measure", None)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("The backend was closed; load the model again.")
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Run one op of every kind, for one token and for a chunk: all that numba must compile."""
+        started = time.perf_counter()
+        self.seek(0)
+        self._tokens[:] = 0
+        numba.set_num_threads(self.threads)
+        kinds: dict[tuple[type[Op], int], Op] = {}
+        for tokens in (1, min(GEMV_TOKENS + 1, self.prefill_chunk)):
+            for op in self.step(tokens, LAST_LOGITS)[:-1]:  # `Advance` compiles nothing, and moves the position
+                kinds.setdefault((type(op), op.writes[0].shape[0]), op)
+        for done, ((kind, _), op) in enumerate(kinds.items()):
+            if progress:
+                progress(f"compiling {kind.__name__}", done, len(kinds))
+            with kernels_turn(), self._single_threaded_blas():
+                self._binder.bind(op)()
+        if progress:
+            progress("compiled", len(kinds), len(kinds))
+        self.compile_seconds = time.perf_counter() - started
+
+    def step(self, tokens: int, head: Head) -> list[Op]:
+        """The ops of a step over `tokens` tokens."""
+        self._require_open()
+        return build_step(self.geometry, self._weights, self._buffers, tokens, head)
+
+    def seek(self, position: int) -> None:
+        """Set the position at which the next token is written."""
+        self._require_open()
+        check_range("position", position, 0, self.max_seq_len)
+        self._position[0] = position
+
+    def start(self, sampler: Sampler) -> None:
+        """Use this sampler for the following steps."""
+        self._require_open()
+        self._check_weights()  # before a long prompt is computed for nothing
+        self._binder.sampler = sampler
+
+    def prefill(self, tokens: Sequence[int], head: Head) -> None:
+        """Run up to `prefill_chunk` tokens at the current position, and advance it."""
+        self._tokens[: len(tokens)] = tokens
+        actions = self.bound_step(len(tokens), head)
+        self._check_step(len(tokens))
+        self._run(actions, len(tokens))
+
+    def decode(self) -> None:
+        """Run the token that was sampled last, sample the next one, and advance."""
+        actions = self.bound_step(1, SAMPLE)
+        self._check_step(1)
+        self._run(actions, 1)
+
+    def sampled_tokens(self) -> tuple[int, ...]:
+        """The token that the last step has sampled."""
+        self._require_open()
+        return (int(self._tokens[0]),)
+
+    def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
+        """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
+        out = np.empty((stop - start, self.geometry.vocabulary), np.float32)
+        for first in range(start, stop, HEAD_ROWS):
+            last = min(first + HEAD_ROWS, stop)
+            head = [build_head(self.geometry, self._weights, self._buffers, first, last)]
+            actions = [self._binder.bind(op) for op in head]
+            self._run(self._observed(head, actions, observer) if observer else actions, last - first)
+            out[first - start : last - start] = self._logits[: last - first]
+        return out
+
+    def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
+        """`prefill` or `decode` with an observer: the same bound list, one op at a time."""
+        self._tokens[: len(tokens)] = tokens
+        actions = self.bound_step(len(tokens), head)
+        check = partial(self._check_step, len(tokens))
+        self._run(self._observed(self.step(len(tokens), head), actions, observer, check), len(tokens))
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def _run(self, actions: Sequence[Action], tokens: int) -> None:
+        self._require_open()
+        numba.set_num_threads(self.threads)  # of the whole process: another engine may use another number
+        try:
+            with kernels_turn(), nullcontext() if tokens <= GEMV_TOKENS else self._single_threaded_blas():
+                for action in actions:
+                    action()
+        except CheckpointError:  # weights that have changed look like damaged ones
+            self._check_weights()
+            raise
+        self._check_weights()
+
+    def run_in_place(self, actions: Sequence[Action]) -> None:
+        """A decode step that leaves the position where it was."""
+        position = int(self._position[0])
+        self._check_step(1)
+        self._run(actions, 1)
+        self.seek(position)
+
+    def _check_step(self, tokens: int) -> None:
+        """Check the position and the tokens, from which the step's kernels compute addresses.
+
+        Raises:
+            IndexError: they lead outside of the KV cache or the embedding.
+        """
+        check_range("positions", int(self._position[0]), tokens, self.max_seq_len)
+        check_indices("tokens", self._tokens[:tokens], self.geometry.vocabulary)
+
+    def _observed(
+        self, ops: Sequence[Op], actions: Sequence[Action], observer: Observer, check: Action | None = None
+    ) -> list[Action]:
+        """Every action between its op's two calls of the observer, which may change what `check` reads."""
+        memory = HostMemory()
+        checks = () if check is None else (check,)
+        return [
+            in_order(partial(observer.before, op, memory), *checks, action, partial(observer.after, op, memory))
+            for op, action in zip(ops, actions, strict=True)
+        ]
+
+    def _single_threaded_blas(self) -> Any:
+        """Kernels call BLAS inside their parallel loops, where BLAS's own threads would oversubscribe the cores."""
+        if self._blas is None:
+            import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls; slow to import
+
+            self._blas = ThreadpoolController()
+        return self._blas.limit(limits=1, user_api="blas")
+
+    def bound_step(self, tokens: int, head: Head) -> list[Action]:
+        """The actions of a step; those used last are kept."""
+        actions = self._bound.pop((tokens, head), None)
+        if actions is None:
+            actions = [self._binder.bind(op) for op in self.step(tokens, head)]
+            if len(self._bound) >= BOUND_STEPS:
+                del self._bound[next(iter(self._bound))]  # the one not used for longest
+        self._bound[tokens, head] = actions
+        return actions
+
+
+class HostMemory:
+    """Views in host memory, as observers see them."""
+
+    def read(self, view: View) -> NDArray[Any]:
+        """The view's contents (a copy)."""
+        return view.host_array().copy()
+
+    def write(self, view: View, values: NDArray[Any]) -> None:
+        """Put `values` into the view."""
+        view.host_array()[:] = values

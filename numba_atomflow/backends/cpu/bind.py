@@ -1,0 +1,165 @@
+"""The list of ops as calls of numba kernels, with their arguments in place."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import (
+    Advance,
+    Attention,
+    Embed,
+    GateUp,
+    LmHead,
+    Op,
+    ProjectAdd,
+    Qkv,
+    Sample,
+    Weight,
+)
+from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
+from numba_atomflow.ops.arguments import bind
+from numba_atomflow.sampling import Sampler
+
+GEMV_TOKENS = 4  # up to here, one GEMV per token is faster than converting the weights to scratch for BLAS
+
+Action = Callable[[], None]
+
+
+class CpuBinder:
+    """Turns ops into actions: kernels bound to their arguments.
+
+    Args:
+        buffers: every view but the weights, by name.
+        sampler: of the first reply; assign another for the next.
+    """
+
+    def __init__(self, geometry: ModelGeometry, buffers: Mapping[str, View], sampler: Sampler) -> None:
+        self.geometry, self._buffers, self.sampler = geometry, buffers, sampler
+
+    def _array(self, name: str) -> NDArray[Any]:
+        return self._buffers[name].host_array()
+
+    def bind(self, op: Op) -> Action:
+        """The kernels of an op, with their arguments in place."""
+        match op:
+            case Embed():
+                codes, scales = _stored(op.embedding)
+                return bind(embedding.embed, op.tokens.host_array(), codes, scales, op.residual.host_array())
+            case Qkv():
+                return self._bind_qkv(op)
+            case Attention():
+                return self._bind_attention(op)
+            case ProjectAdd():
+                return self._project(op.weight, op.x, op.residual, accumulate=True)
+            case GateUp():
+                return self._bind_gate_up(op)
+            case LmHead():
+                project = self._project(op.weight, op.x_norm, op.logits, accumulate=False)
+                return in_order(self._norm(op.residual, op.norm_weight, op.x_norm), project)
+            case Sample():
+                return self._bind_sample(op)
+            case Advance():
+                return partial(self._advance, op.position.host_array(), op.tokens)
+        raise NotImplementedError(f"the CPU backend has no kernel for {op.name}")
+
+    def _bind_qkv(self, op: Qkv) -> Action:
+        assert op.qkv is not None  # `cpu_plan` keeps it  # noqa: S101
+        rotate = bind(
+            rope.rope_and_store,
+            op.qkv.host_array(),
+            op.position.host_array(),
+            op.cosines.host_array(),
+            op.sines.host_array(),
+            op.q.host_array(),
+            op.keys.host_array(),
+            op.values.host_array(),
+        )
+        steps = [self._norm(op.residual, op.norm_weight, op.x_norm)]
+        if op.bias is not None:  # the projection is added to it
+            steps.append(partial(np.copyto, op.qkv.host_array(), op.bias.host_array()))
+        steps.append(self._project(op.weight, op.x_norm, op.qkv, accumulate=op.bias is not None))
+        if op.q_norm is not None and op.k_norm is not None:
+            steps.append(self._norm_heads(op.qkv, op.q_norm, op.k_norm))
+        return in_order(*steps, rotate)
+
+    def _bind_attention(self, op: Attention) -> Action:
+        q, out = op.q.host_array(), op.attn_out.host_array()
+        keys, values, position = op.keys.host_array(), op.values.host_array(), op.position.host_array()
+        head_dim = self.geometry.head_dim
+        if len(q) == 1:
+            scores = self._array("scores")
+            return bind(attention.attend_token, q[0], keys, values, position, head_dim, scores, out[0])
+        scratch = self._array("prefill_scratch")
+        return bind(attention.attend_block, q, keys, values, position, head_dim, scratch, out)
+
+    def _bind_gate_up(self, op: GateUp) -> Action:
+        x_norm, y = op.x_norm.host_array(), op.y.host_array()
+        codes, scales = _stored(op.weight)
+        norm = self._norm(op.residual, op.norm_weight, op.x_norm)
+        if len(y) <= GEMV_TOKENS:
+            rows = [bind(projection.project_token_swiglu, codes, scales, x_norm[t], y[t]) for t in range(len(y))]
+            return in_order(norm, *rows)
+        gate_up = self._buffers["gate_up"].rows(0, len(y))
+        project = self._project(op.weight, op.x_norm, gate_up, accumulate=False)
+        return in_order(norm, project, bind(projection.swiglu, gate_up.host_array(), y))
+
+    def _project(self, weight: Weight, x: View, y: View, *, accumulate: bool) -> Action:
+        inputs, outputs = x.host_array(), y.host_array()
+        codes, scales = _stored(weight)
+        if len(inputs) <= GEMV_TOKENS:
+            return in_order(
+                *(
+                    bind(projection.project_token, codes, scales, inputs[t], outputs[t], accumulate)
+                    for t in range(len(inputs))
+                )
+            )
+        scratch = self._array("prefill_scratch")
+        return bind(projection.project_block, codes, scales, inputs, outputs, accumulate, scratch)
+
+    def _norm(self, x: View, weight: View, y: View) -> Action:
+        eps = np.float32(self.geometry.norm_eps)
+        return bind(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())
+
+    def _norm_heads(self, qkv: View, q_norm: View, k_norm: View) -> Action:
+        g = self.geometry
+        arrays = qkv.host_array(), q_norm.host_array(), k_norm.host_array()
+        return bind(rms_norm.rms_norm_heads, *arrays, g.q_dim, g.kv_dim, np.float32(g.norm_eps))
+
+    def _bind_sample(self, op: Sample) -> Action:
+        if op.logits.shape[0] != 1:
+            raise NotImplementedError("the CPU backend samples from one row of logits per step")
+        logits, token = op.logits.host_array()[0], op.token.host_array()
+
+        def sample() -> None:
+            token[0] = self.sampler.choose(logits)
+
+        return sample
+
+    @staticmethod
+    def _advance(position: NDArray[np.int64], tokens: int) -> None:
+        position[0] += tokens
+
+
+def _stored(weight: Weight) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Codes [N, K] and scales [N, groups] as the checkpoint has them; of a float16 weight the bits, and None."""
+    codes = weight.codes.host_array()
+    if weight.scales is None:
+        return codes.view(np.int16), None  # numba has no float16 on a CPU
+    return codes, weight.scales.host_array()
+
+
+def in_order(*actions: Action) -> Action:
+    """One action that runs these, one after the other."""
+    if len(actions) == 1:
+        return actions[0]
+
+    def run() -> None:
+        for action in actions:
+            action()
+
+    return run

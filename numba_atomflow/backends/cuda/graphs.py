@@ -1,0 +1,161 @@
+"""A model's steps as launches, and as CUDA graphs captured from them.
+
+A graph refers to the model's static buffers and is never patched: what changes from step to step is in device memory.
+Few graphs are needed, because a prefill chunk is padded to a GEMV width: the layers of all shorter chunks replay the
+graph of that width, and the step's tail, which depends on the number of tokens, is launched after it: the LM head of
+the chosen rows, sampling, and the advance of the position. These few launches are queued while the layers run.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from numba_atomflow.backends.cuda.bind import Binder
+from numba_atomflow.backends.cuda.model import DeviceModel
+from numba_atomflow.backends.cuda.persistent import PersistentStep
+from numba_atomflow.device.resources import Resources
+from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Advance, Head, LmHead, Op, Sample
+from numba_atomflow.ops.cuda.runtime.graph import Graph
+from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
+
+
+class _Step(NamedTuple):
+    """What tells captured steps apart. A head of None: the layers of a padded step, without its tail."""
+
+    tokens: int
+    head: Head | None
+    fused_sampling: bool = False
+
+
+class StepGraphs:
+    """Runs steps; owns their launches and graphs.
+
+    Args:
+        loaded: kernels by name.
+        ring: the host ring that sampled tokens are posted to.
+        resources: owns the graphs.
+        capture: replay graphs; otherwise every kernel is launched by itself (to measure what that costs).
+
+    Attributes:
+        persistent: the persistent decode kernel, if decode steps run in it.
+        greedy: the most likely token is the next one; the persistent kernel then samples as well.
+    """
+
+    def __init__(
+        self, model: DeviceModel, loaded: Mapping[str, Kernel], ring: View, resources: Resources, *, capture: bool
+    ) -> None:
+        self._model, self._kernels, self._resources = model, model.kernels, resources
+        self._capture = capture
+        self._binder = Binder(model, loaded, ring)
+        self.persistent: PersistentStep | None = None
+        if self._kernels.persistent:
+            self.persistent = PersistentStep(
+                self._kernels, loaded, model.buffers, model.weight_views, ring, model.stream
+            )
+            model.memory.write(model.buffers["persistent.table"], self.persistent.table())
+        self.greedy = True
+        self._launches: dict[_Step, list[Launch]] = {}
+        self._tails: dict[tuple[int, Head], list[Launch]] = {}
+        self._graphs: dict[_Step, Graph] = {}
+
+    def prepare(self, prefill_chunk: int) -> None:
+        """Bind, and capture, the steps that every prompt and reply takes; others follow on first use."""
+        greedy = self.greedy
+        for self.greedy in (True, False):  # with the persistent kernel these are two
+            self._ready(self._key(1, SAMPLE))
+        self.greedy = greedy
+        self._ready(self._key(prefill_chunk, NO_LOGITS))
+        if prefill_chunk > 1:
+            self._ready(_Step(self._kernels.width_for(prefill_chunk), None))
+
+    def run(self, tokens: int, head: Head) -> None:
+        """Put a step into the stream."""
+        key = self._key(tokens, head)
+        if not self._capture:
+            for launch in self.launches(tokens, head):
+                launch.run()
+        elif key in self._graphs:
+            self._graphs[key].replay()
+        else:
+            self._graph(_Step(self._kernels.width_for(tokens), None)).replay()
+            for launch in self._tail(tokens, head):
+                launch.run()
+
+    def decode_graph(self) -> Graph:
+        """The graph of a decode step."""
+        return self._graph(self._key(1, SAMPLE))
+
+    def launches(self, tokens: int, head: Head) -> Sequence[Launch]:
+        """The launches of a whole step."""
+        return self._bound(self._key(tokens, head))
+
+    def op_launches(self, op: Op, index: int, tokens: int, head: Head) -> list[Launch]:
+        """Op number `index` of a step by itself, reading what the views hold."""
+        if self.persistent is not None and is_decode(tokens, head) and index < self.persistent.shape.ops:
+            return self.persistent.op_launches(index, op)
+        if isinstance(op, Sample):
+            self._model.reset_argmax()  # the persistent kernel computes the arg-max in the LM head
+        return self._binder.bind(op, sampled=head.sample)
+
+    def bind(self, op: Op, *, sampled: bool = False, argmax_done: bool = False) -> list[Launch]:
+        """The launches of an op, as those of `Binder.bind`."""
+        return self._binder.bind(op, sampled=sampled, argmax_done=argmax_done)
+
+    @property
+    def samples_in_kernel(self) -> bool:
+        """Whether the persistent kernel makes the whole decode step, with the next token."""
+        return self.persistent is not None and self.greedy
+
+    # --- launches and graphs -----------------------------------------------------------------------------------------
+
+    def _key(self, tokens: int, head: Head) -> _Step:
+        return _Step(tokens, head, is_decode(tokens, head) and self.samples_in_kernel)
+
+    def _ready(self, key: _Step) -> None:
+        if self._capture:
+            self._graph(key)
+        else:
+            self._bound(key)
+
+    def _graph(self, key: _Step) -> Graph:
+        if key not in self._graphs:
+            self._graphs[key] = Graph(self._bound(key), self._model.stream, self._resources)
+        return self._graphs[key]
+
+    def _bound(self, key: _Step) -> list[Launch]:
+        if key not in self._launches:
+            self._launches[key] = self._bind_step(key)
+        return self._launches[key]
+
+    def _bind_step(self, key: _Step) -> list[Launch]:
+        tokens, head = key.tokens, key.head
+        if head is None:
+            layers, _ = split_tail(self._model.step(tokens, NO_LOGITS))
+            return self._bind_ops(layers)
+        if self.persistent is not None and is_decode(tokens, head):
+            kernel_ops = self.persistent.shape.ops
+            launches = [self.persistent.launch(0, kernel_ops, choose=key.fused_sampling)]
+            ops = [] if key.fused_sampling else self._model.step(tokens, head)[kernel_ops:]
+            return launches + self._bind_ops(ops, sampled=True, argmax_done=True)
+        return self._bound(_Step(self._kernels.width_for(tokens), None)) + self._tail(tokens, head)
+
+    def _bind_ops(self, ops: Sequence[Op], *, sampled: bool = False, argmax_done: bool = False) -> list[Launch]:
+        return [launch for op in ops for launch in self.bind(op, sampled=sampled, argmax_done=argmax_done)]
+
+    def _tail(self, tokens: int, head: Head) -> list[Launch]:
+        """The launches after the layers: LM head, sampling, and the advance of the position."""
+        if (tokens, head) not in self._tails:
+            _, tail = split_tail(self._model.step(tokens, head))
+            self._tails[tokens, head] = self._bind_ops(tail, sampled=head.sample)
+        return self._tails[tokens, head]
+
+
+def is_decode(tokens: int, head: Head) -> bool:
+    """Whether a step is a decode step: one token in, one token out."""
+    return tokens == 1 and head == SAMPLE
+
+
+def split_tail(ops: Sequence[Op]) -> tuple[Sequence[Op], Sequence[Op]]:
+    """A step's ops up to the last layer, and those after it."""
+    end = next(i for i, op in enumerate(ops) if isinstance(op, LmHead | Advance))
+    return ops[:end], ops[end:]

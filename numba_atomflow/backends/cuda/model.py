@@ -1,0 +1,112 @@
+"""A model's tensors on the GPU: one arena with weights, KV cache and activations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.backends.cuda.plan import AttentionScratch, SamplingState
+from numba_atomflow.device.resources import Resources
+from numba_atomflow.geometry import rope_inverse_frequencies
+from numba_atomflow.memory.device import DeviceArena, DeviceMemory
+from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.model.step import Head, LmHead, Op, Weight, Weights, build_head, build_step
+from numba_atomflow.ops import rope
+from numba_atomflow.ops.cuda.runtime.launch import Kernel
+from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
+from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler
+from numba_atomflow.utils.progress import Progress
+
+
+class DeviceModel:
+    """The static buffers of a model's steps: their addresses never change.
+
+    Args:
+        resources: owns the arena.
+
+    Attributes:
+        memory: reads and writes views.
+        buffers: all views but the weights, by name. weight_views: those of the weights.
+        sampling, attention: views of the workspace that kernels take beside an op's own.
+
+    Raises:
+        BackendError: the GPU has too little free memory.
+    """
+
+    def __init__(self, kernels: ModelKernels, plan: MemoryPlan, stream: Any, resources: Resources) -> None:
+        self.kernels, self.geometry = kernels, kernels.geometry
+        self.stream = stream
+        self._arena = DeviceArena(plan, resources)
+        self.memory = DeviceMemory(stream)
+        self.buffers = {b.name: self._arena[b.name] for b in plan.buffers if b.pool != "weights"}
+        self.weight_views = {b.name: self._arena[b.name] for b in plan.buffers if b.pool == "weights"}
+        self.weights = self._weights()
+        self.sampling = SamplingState.of(self.buffers)
+        self.attention = AttentionScratch.of(self.buffers)
+
+    def _weights(self) -> Weights:
+        projections, vectors = {}, {}
+        for name, view in self.weight_views.items():
+            if view.dtype == "float32":
+                vectors[name] = view
+            else:
+                layout = self.kernels.layout_of(name)
+                projections[name] = Weight(layout.rows, layout.columns, view)
+        norms = {name: view for name, view in vectors.items() if name.endswith("_norm")}
+        return Weights(projections, norms, {name: view for name, view in vectors.items() if name not in norms})
+
+    # --- ops ---------------------------------------------------------------------------------------------------------
+
+    def step(self, tokens: int, head: Head) -> list[Op]:
+        """The ops of a step over `tokens` tokens."""
+        return build_step(self.geometry, self.weights, self.buffers, tokens, head)
+
+    def head(self, start: int, stop: int) -> LmHead:
+        """The LM head of rows start .. stop - 1 of the last step."""
+        return build_head(self.geometry, self.weights, self.buffers, start, stop)
+
+    # --- contents ----------------------------------------------------------------------------------------------------
+
+    def upload(
+        self, loaded: Mapping[str, Kernel], arrays: Mapping[str, NDArray[Any]], progress: Progress | None
+    ) -> None:
+        """Upload and prepack the weights, and initialise everything else.
+
+        Args:
+            loaded: kernels by name. arrays: of the checkpoint, by name.
+        """
+        uploader = Uploader(loaded, self._arena.behind("weights"), self.stream)
+        upload(uploader, arrays, self.weight_views, self.kernels.layout_of, progress)
+        # Padding of activations must be zero, and counters start at zero; staging has overwritten both.
+        self._arena.clear(("activations", "workspace"), self.stream)
+        positions = self.buffers["rope.cosines"].shape[0]
+        tables = rope.rope_table(rope_inverse_frequencies(self.geometry), positions)
+        for name, table in zip(("rope.cosines", "rope.sines"), tables, strict=True):
+            self.memory.write(self.buffers[name], table)
+        self.reset_argmax()
+
+    def set_sampler(self, sampler: Sampler) -> None:
+        """Options, seed and context of the tokens to sample from here on."""
+        params = sampler.params
+        temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature else 0.0
+        options = [temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
+        seen = np.packbits(sampler.seen, bitorder="little")
+        bitmap = np.pad(seen, (0, -len(seen) % 4)).view(np.uint32)
+        self.memory.write(self.sampling.options, np.array(options, np.float64))
+        self.memory.write(self.sampling.generator, np.array([sampler.seed, 0], np.uint64))
+        self.memory.write(self.sampling.seen, bitmap)
+
+    def set_position(self, position: int) -> None:
+        """The position at which the next token is written."""
+        self.memory.write(self.buffers["position"], np.array([position]))
+
+    def reset_argmax(self) -> None:
+        """Clear the running arg-max of the logits."""
+        self.memory.write(self.sampling.best, np.array([LOWEST_KEY]))
+
+    def posted_tokens(self) -> int:
+        """How many tokens the device has sampled and posted to the host so far."""
+        return int(self.memory.read(self.sampling.tokens_posted)[0])
