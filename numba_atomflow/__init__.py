@@ -1,7 +1,7 @@
-"""numba-atomflow: a single-stream LLM engine that a person can read.
+"""numba-atomflow: single-stream LLM inference in readable Python.
 
-The names below are the public API. They are loaded on first use, so that ``import numba_atomflow`` stays light
-and the lower packages (`ops`, `memory`) can stand on `numba_atomflow.errors` and `numba_atomflow.home` without a cycle.
+The names below are the public API. They are imported at their first use: ``import numba_atomflow`` stays cheap, and the
+lower packages (`ops`, `memory`) can import `numba_atomflow.errors` and `numba_atomflow.home` without a cycle.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME_OF = {
+_MODULES = {
     "Engine": "numba_atomflow.engine",
     "Generation": "numba_atomflow.engine",
     "AtomFlowError": "numba_atomflow.errors",
@@ -27,6 +27,6 @@ __all__ = ["AtomFlowError", "Engine", "Generation", "ModelGeometry", "SamplingPa
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(import_module(_HOME_OF[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'numba_atomflow' has no attribute {name!r}")

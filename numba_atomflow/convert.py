@@ -1,4 +1,4 @@
-"""Source to FP8 checkpoint: rounded a few megabytes at a time, or calibrated layer by layer."""
+"""Conversion of a source model to an FP8 checkpoint: round-to-nearest in slabs of rows, or calibrated by layers."""
 
 import hashlib
 import stat
@@ -39,36 +39,35 @@ def convert(
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Path:
-    """Quantise the model at `source` to FP8 and write it to `destination`.
+    """Quantize the model at `source` to FP8 and write it to `destination`.
 
-    With "rtn", memory does not grow with the model: weights pass through in slabs of rows; those that are FP8 already
-    keep their codes and scales. The other methods hold one layer at a time; when they are stopped, finished layers stay
-    in ``<destination>.unfinished``, and the next call goes on from there. The destination appears under its name
-    complete or not at all.
+    "rtn" takes constant memory: weights are converted in slabs of rows; FP8 weights keep their codes and scales. The
+    other methods hold one layer in memory. If they are interrupted, the finished layers stay in
+    ``<destination>.unfinished``, and the next call resumes from them. The destination is published atomically.
 
     Args:
         source: a GGUF file, a Hugging Face folder, or a model of the hub (``org/name`` or ``org/name/file.gguf``).
-        destination: the checkpoint file; missing folders are made.
+        destination: the checkpoint file; missing folders are created.
         revision: of a model of the hub: branch, tag or commit; "main" by default.
         method: "rtn" (round to nearest), "awq" (channel scales and clipping) or "gptq" (clipping and error feedback).
-        calibration: for "awq" and "gptq" a text file; by default Python's documentation strings.
-        head: format of the vocabulary projection (and of the embedding, where they are one); one that is FP8 already
-            stays as it is.
+        calibration: a text file, for "awq" and "gptq"; by default Python's docstrings.
+        head: format of the LM head (and of the embedding, if they are tied); an LM head that is FP8 in the source
+            stays FP8.
         overwrite: replace an existing checkpoint.
-        progress: called before each step with its name, bytes done and bytes in all: fetching, hashing, calibrated
-            layers (of one byte per weight), writing.
-        warn: called with each sentence about what the source says and is not followed; by default they are Python
-            warnings of the class `SourceWarning`.
+        progress: called before each step with its name, bytes done and total bytes: download, hashing, calibration of
+            layers (one byte per weight), writing.
+        warn: called with a sentence for each setting of the source that is ignored; by default a Python warning of
+            class `SourceWarning`.
 
     Returns:
         `destination`.
 
     Raises:
         SourceError, GeometryError: the source cannot be used.
-        HubError: it cannot be fetched.
+        HubError: it cannot be downloaded.
         TextError: the calibration text cannot be read, or there is no tokenizer for it.
-        OptionError: the calibration text is too short; "rtn" was given one; "awq" or "gptq" was asked for of weights
-            that are FP8 already.
+        OptionError: the calibration text is too short, or given with "rtn"; "awq" or "gptq" for weights that are FP8
+            in the source.
         DestinationError: the destination exists, or cannot be written.
     """
     destination = home.expand_user(file_path("destination", destination))
@@ -79,12 +78,14 @@ def convert(
     if head not in get_args(HeadFormat):
         raise OptionError(f"head is {shown(head)}; choose {' or '.join(get_args(HeadFormat))}.")
     if method == "rtn" and calibration is not None:
-        raise OptionError("rtn rounds weights without looking at any text; choose another method, or no calibration.")
+        raise OptionError(
+            "The method rtn uses no calibration text; choose another method, or leave the calibration out."
+        )
     _check_destination(destination, overwrite)
     if calibration is not None:
-        read_text_file(calibration)  # before a model is fetched for nothing
+        read_text_file(calibration)  # before a download that would be in vain
     source = local_source(source, revision, progress)
-    before = stamps_of(_files_of(source))
+    initial = stamps_of(_source_files(source))
     weights = open_source(source)
     for warning in weights.warnings:
         if warn is None:
@@ -95,11 +96,11 @@ def convert(
     if destination.exists() and any(destination.samefile(file) for file in weights.files):
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     if method != "rtn" and weights.fp8_scheme:
-        raise OptionError(f"{source} is FP8 already; take the method rtn, which keeps its weights as they are.")
-    with unchanged({path: before.get(path) for path in weights.files}, SourceError) as check:
+        raise OptionError(f"{source} is FP8 already; use the method rtn, which keeps its codes and scales.")
+    with unchanged({path: initial.get(path) for path in weights.files}, SourceError) as check:
 
         def report(what: str, done: int, total: int) -> None:
-            check()  # the last report comes when all has been read, and before the file gets its name
+            check()  # the last report comes after the last read and before publication
             if progress is not None:
                 progress(what, done, total)
 
@@ -117,29 +118,29 @@ def _write(
     *,
     overwrite: bool,
 ) -> None:
-    """What `convert` does once source and destination have been checked."""
+    """The conversion, after source and destination have been checked."""
     origin = _describe(weights, report)
     if method != "rtn":
         convert_calibrated(weights, destination, method, calibration, head, origin, report, overwrite=overwrite)
         return
     if head == "fp16" and _is_fp8(weights, head_part(weights.geometry)):
-        head = "fp8"  # float16 would round its products, and take twice the space
+        head = "fp8"  # float16 would round code * scale, and take twice the space
     quantiser = {"kept": weights.fp8_scheme} | rtn.RECORD if weights.fp8_scheme else rtn.RECORD
     writer = CheckpointWriter(
         destination, weights.geometry, weights.text, quantiser, origin, head=head, overwrite=overwrite
     )
-    halves = head_part(weights.geometry) if head == "fp16" else None
+    fp16_part = head_part(weights.geometry) if head == "fp16" else None
     with writer:
         for part, names in fusion(weights.geometry).items():
             report(part, writer.written_bytes, writer.total_bytes)
             for name in names:
-                _convert_tensor(weights, name, writer, part, as_halves=part == halves)
+                _convert_tensor(weights, name, writer, part, fp16=part == fp16_part)
         report("verifying", writer.written_bytes, writer.total_bytes)
 
 
-def _files_of(source: Path) -> list[Path]:
-    """All files that a source may be read from."""
-    with suppress(OSError):  # whoever opens it says why
+def _source_files(source: Path) -> list[Path]:
+    """All files of a source."""
+    with suppress(OSError):  # open_source reports it
         return list(source.iterdir()) if source.is_dir() else [source]
     return []
 
@@ -151,34 +152,34 @@ def _is_fp8(weights: WeightSource, part: str) -> bool:
 
 
 def _check_text(source: Path, text: TextAssets, vocabulary: int) -> None:
-    """What the source brings along for text can be used: a checkpoint whose text cannot would be found out too late.
+    """Check tokenizer and chat template now; otherwise they would fail at the first use of the checkpoint.
 
     Raises:
-        SourceError: the tokenizer cannot be loaded or used, or is that of another model; or the chat template is not
-            valid Jinja or has no measure.
+        SourceError: the tokenizer cannot be loaded, fails, or is of another model; the chat template is not valid
+            Jinja or exceeds its limits.
     """
     try:
         if text.tokenizer_json is not None:
-            beyond = [token for token in TextCodec(text).encode("A try.") if token >= vocabulary]
-            if beyond:
+            unknown = [token for token in TextCodec(text).encode("A try.") if token >= vocabulary]
+            if unknown:
                 raise SourceError(
-                    f"{source} cannot be converted: its tokenizer uses the token {beyond[0]} for plain text, but the "
+                    f"{source} cannot be converted: its tokenizer uses the token {unknown[0]} for plain text, but the "
                     f"model has {vocabulary}; get the tokenizer that belongs to the model."
                 )
         if text.chat_template is not None:
-            ChatTemplate(text.chat_template, text.special_tokens()).try_out()
+            ChatTemplate(text.chat_template, text.special_tokens()).check_limits()
     except TextError as error:
         raise SourceError(f"{source} cannot be converted: {error}") from error
 
 
-def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str, *, as_halves: bool) -> None:
+def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str, *, fp16: bool) -> None:
     shape = weights.shape(name)
     if len(shape) == 1:
         writer.write(part, weights.read(name))
         return
     rows, columns = shape
     for start, stop in slabs(rows, columns):
-        if as_halves:
+        if fp16:
             writer.write(part + ".weight", weights.read(name, start, stop).astype(np.float16))
             continue
         codes, scales = weights.read_fp8(name, start, stop) or rtn.quantize(weights.read(name, start, stop))
@@ -190,7 +191,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     try:
         mode = destination.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        if destination.is_symlink() and not overwrite:  # it leads nowhere, but takes the name
+        if destination.is_symlink() and not overwrite:  # a dangling link
             raise destination_exists(destination) from None
         return
     except OSError as error:
@@ -204,7 +205,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
 
 
 def _describe(weights: WeightSource, report: Progress) -> dict[str, Any]:
-    """Name, kind and SHA-256 of everything that a source was read from, and by which rules."""
+    """The record of the source: name, kind, SHA-256 of its files, version of the text rules."""
     digests: dict[str, str] = {}
     done = 0
     for path in weights.files:

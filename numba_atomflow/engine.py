@@ -36,7 +36,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Head
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.text.codec import TextCodec
-from numba_atomflow.text.detokenizer import StreamDecoder
+from numba_atomflow.text.detokenizer import Detokenizer
 from numba_atomflow.text.stop_strings import StopStrings
 from numba_atomflow.utils.arguments import truth_value, whole_number
 from numba_atomflow.utils.one_caller import OneCaller
@@ -378,7 +378,7 @@ class Engine:
         return self._start(prompt, self.text.stream(), params, started)
 
     def _start(
-        self, prompt: list[int], decoder: StreamDecoder, params: SamplingParams | None, started: float
+        self, prompt: list[int], decoder: Detokenizer, params: SamplingParams | None, started: float
     ) -> Generation:
         chosen = _given(params)
 
@@ -443,12 +443,12 @@ class Engine:
             stats.decode_seconds = time.perf_counter() - started - stats.ttft
 
 
-def _pieces(state: ReplyState, tokens: Iterator[int], decoder: StreamDecoder, params: SamplingParams) -> Iterator[str]:
+def _pieces(state: ReplyState, tokens: Iterator[int], decoder: Detokenizer, params: SamplingParams) -> Iterator[str]:
     """Text that is sure to belong to the reply, as its tokens come."""
     stops = StopStrings(params.stop)
     for token in tokens:
         piece = "" if state.finish_reason == "eos" else stops.push(decoder.push(token))
-        if params.stop and (hidden := decoder.hidden_text(token)):
+        if params.stop and (hidden := decoder.special_text(token)):
             piece += stops.push(hidden, shown=False)
         if stops.found:
             state.finish_reason = "stop"

@@ -1,11 +1,11 @@
-"""What can go wrong for a user. Each message is one sentence: what is at fault, and what to do about it.
+"""Errors that a user can cause. Each message is one sentence: the cause, and what to do about it.
 
-The command line prints the sentence and leaves with exit code 2; nothing here ever reaches a user as a traceback.
+The command line prints the sentence and exits with code 2; none of these reaches a user as a traceback.
 """
 
 
 class AtomFlowError(Exception):
-    """Base of every error that a user's input or machine can cause."""
+    """Base class of all errors that are caused by a user's input or machine."""
 
 
 class GeometryError(AtomFlowError):
@@ -17,11 +17,11 @@ class SourceError(AtomFlowError):
 
 
 class SourceWarning(UserWarning):
-    """A model to convert says something that is not followed; the sentence tells what is done instead."""
+    """A setting of the source model is ignored; the message says what is done instead."""
 
 
 class HubError(AtomFlowError):
-    """A model cannot be fetched from the Hugging Face hub: no network, no such model, no access, damage on the way."""
+    """A model cannot be downloaded from the Hugging Face hub: no network, unknown model, no access, corruption."""
 
 
 class CheckpointError(AtomFlowError):
@@ -29,7 +29,7 @@ class CheckpointError(AtomFlowError):
 
 
 class DestinationError(AtomFlowError):
-    """A file could not be written: read-only folder, full disk, or it exists already."""
+    """A file could not be written: read-only folder, full disk, or the file exists."""
 
 
 class OptionError(AtomFlowError):
@@ -41,19 +41,19 @@ class ContextError(AtomFlowError):
 
 
 class BackendError(AtomFlowError):
-    """The backend that was asked for cannot run on this machine."""
+    """The requested backend cannot run on this machine."""
 
 
 class ClosedError(AtomFlowError):
-    """An engine, a backend or a checkpoint was used after it had been closed."""
+    """An engine, a backend or a checkpoint was used after it was closed."""
 
 
 class EngineBusyError(AtomFlowError):
-    """An engine was used while another thread uses it, or in the middle of one of its own steps."""
+    """An engine was called from a second thread, or re-entered during one of its own steps."""
 
 
 class OutOfBlocksError(AtomFlowError):
-    """The paged KV cache has too few free blocks for what a sequence needs next."""
+    """The paged KV cache has too few free blocks for the next step of a sequence."""
 
 
 class TextError(AtomFlowError):

@@ -1,6 +1,6 @@
-"""Where this project keeps what it makes: checkpoints and compiled code, under one folder.
+"""The cache folder: checkpoints, downloads and compiled code.
 
-``NUMBA_ATOMFLOW_HOME`` names the folder; without it, the platform's cache folder is used.
+``NUMBA_ATOMFLOW_HOME`` sets the folder; the default is the platform's cache folder.
 """
 
 import os
@@ -16,13 +16,15 @@ def home() -> Path:
     """The cache folder (not created here).
 
     Raises:
-        OptionError: the environment names no usable folder.
+        OptionError: NUMBA_ATOMFLOW_HOME is not a usable path, or the user has no home folder.
     """
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    setting = os.environ.get(ENVIRONMENT_VARIABLE)
     try:
-        return Path(chosen).expanduser() if chosen else _platform_cache()
+        return Path(setting).expanduser() if setting else _platform_cache()
     except RuntimeError as error:
-        what = f"{ENVIRONMENT_VARIABLE} is {chosen!r}, but no such user exists" if chosen else "You have no home folder"
+        what = (
+            f"{ENVIRONMENT_VARIABLE} is {setting!r}, but no such user exists" if setting else "You have no home folder"
+        )
         raise OptionError(f"{what}; set {ENVIRONMENT_VARIABLE} to a folder.") from error
 
 
@@ -40,7 +42,7 @@ def models() -> Path:
 
 
 def downloads() -> Path:
-    """Folder of models fetched from the hub: ``<home>/downloads/<organisation>--<name>@<commit>/``."""
+    """Folder of models downloaded from the hub: ``<home>/downloads/<organisation>--<name>@<commit>/``."""
     return home() / "downloads"
 
 
@@ -50,5 +52,5 @@ def compiled() -> Path:
 
 
 def expand_user(path: str | Path) -> Path:
-    """The path with ``~`` and ``~user`` replaced; ``~nobody`` stays as it is, as in a shell."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises where there is no such user
+    """The path with ``~`` and ``~user`` replaced; ``~`` before an unknown user name stays, as in a shell."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's expanduser raises for an unknown user

@@ -1,4 +1,4 @@
-"""Does every layer agree with Hugging Face, and where does it first not?
+"""Validation against Hugging Face: compares every layer, and reports the first divergent op.
 
     from numba_atomflow import Engine, validate
 
@@ -7,7 +7,7 @@
         report = validate.check(engine.backend, truth, isolate=True)
         print(report.verdict())
 
-`make_ground_truth` needs the extra `validate`; `record` makes a reference of any backend without it.
+`make_ground_truth` needs the extra `validate`; `record` makes a reference from any backend and does not.
 """
 
 from numba_atomflow.validate.compare import check

@@ -1,4 +1,4 @@
-"""A backend against a reference: every probe at every position, row by row."""
+"""Compares a backend with a reference: every probe at every position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,34 +28,34 @@ def check(
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Run the reference's tokens through a backend and compare.
+    """Run a backend teacher-forced on the reference's tokens, and compare every probe.
 
     Args:
         backend: of the same model; its KV cache is overwritten.
         reference: a ground truth, or a recording of another backend.
-        isolate: feed each layer (and the final norm) the reference's input, so that each shows its own errors alone.
-        layers: compare these layers only, and nothing outside of layers.
+        isolate: give each layer (and the final norm) the reference's input, so that errors do not propagate.
+        layers: compare only these layers, without embedding, final norm and logits.
         block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
-        observers: called for every op, before it is read; they may change what it wrote.
-        progress: called with what is being done, tokens done and tokens in all.
+        observers: called for every op before its probes are read; they may change its outputs.
+        progress: called with a description, tokens done and total tokens.
 
     Raises:
         ContextError: the backend's KV cache is too short for the reference's tokens.
-        OptionError: `layers` names none of the model, or `block` is not positive.
-        GroundTruthError: another program has written into the reference's file since it was opened.
+        OptionError: `layers` is not within the model, or `block` is not positive.
+        GroundTruthError: another program has modified the reference's file since it was opened.
     """
     _check_options(backend, reference, layers, block)
     probes = all_probes(reference.geometry)
     allowed = tolerances(reference, Precision.of_ops(backend.step(1, SAMPLE)), isolate)
-    wanted = [probe for probe in probes if layers is None or probe.layer in layers]
-    tallies = {probe.name: _Tally(probe, reference, allowed[probe.name]) for probe in wanted}
-    clock = _Clock()
+    compared = [probe for probe in probes if layers is None or probe.layer in layers]
+    errors = {probe.name: _ProbeErrors(probe, reference, allowed[probe.name]) for probe in compared}
+    first_fault = _FirstFault()
 
     def compare(probe: Probe, start: int, rows: Rows) -> None:
-        if probe.name in tallies:
-            clock.note(probe, tallies[probe.name].add(start, rows))
+        if probe.name in errors:
+            first_fault.add(probe, errors[probe.name].add(start, rows))
 
-    prober = Prober(probes, compare, clock.advanced, reference.rows if isolate else None, observers)
+    prober = Prober(probes, compare, first_fault.check_position, reference.rows if isolate else None, observers)
     walk(backend, reference.tokens, reference.prompt_tokens, prober, block, progress)
     reference.check_unchanged()
     return Report(
@@ -64,17 +64,17 @@ def check(
         prompt_tokens=reference.prompt_tokens,
         decode_steps=len(reference.tokens) - reference.prompt_tokens,
         isolated=isolate,
-        probes=[tally.result() for tally in tallies.values()],
-        fault=clock.fault,
-        logits=tallies["logits"].logits_result() if "logits" in tallies else None,
+        probes=[probe.result() for probe in errors.values()],
+        fault=first_fault.fault,
+        logits=errors["logits"].logits_result() if "logits" in errors else None,
     )
 
 
 def _check_options(backend: Backend, reference: Reference, layers: range | None, block: int | None) -> None:
-    room = next(op.keys.shape[0] for op in backend.step(1, NO_LOGITS) if isinstance(op, Attention))
-    if len(reference.tokens) > room:
+    positions = next(op.keys.shape[0] for op in backend.step(1, NO_LOGITS) if isinstance(op, Attention))
+    if len(reference.tokens) > positions:
         raise ContextError(
-            f"The reference has {len(reference.tokens)} tokens, but the context holds {room}; raise --max-seq-len."
+            f"The reference has {len(reference.tokens)} tokens, but the context holds {positions}; raise --max-seq-len."
         )
     if layers is not None and (not layers or layers.start < 0 or layers.stop > reference.geometry.layers):
         raise OptionError(
@@ -85,24 +85,24 @@ def _check_options(backend: Backend, reference: Reference, layers: range | None,
         raise OptionError(f"--block is {block}; it must be at least 1.")
 
 
-class _Clock:
-    """Remembers the very first comparison that failed, in the order in which ops ran."""
+class _FirstFault:
+    """The first comparison that failed, in execution order."""
 
     def __init__(self) -> None:
         self.fault: Fault | None = None
 
-    def note(self, probe: Probe, failed_at: int | None) -> None:
-        if failed_at is not None and self.fault is None:
-            self.fault = Fault(probe.op, probe.name, failed_at)
+    def add(self, probe: Probe, failed_position: int | None) -> None:
+        if failed_position is not None and self.fault is None:
+            self.fault = Fault(probe.op, probe.name, failed_position)
 
-    def advanced(self, expected: int, actual: int) -> None:
+    def check_position(self, expected: int, actual: int) -> None:
         if expected != actual and self.fault is None:
             self.fault = Fault("advance", f"position ({actual} instead of {expected})", expected - 1)
 
 
 @dataclass
-class _Tally:
-    """What is known of one probe so far; arrays are per position."""
+class _ProbeErrors:
+    """Accumulated errors of one probe; arrays are per position."""
 
     probe: Probe
     reference: Reference
@@ -112,17 +112,17 @@ class _Tally:
     squared_error: float = 0.0
     squared_size: float = 0.0
     worst: WorstElement | None = None
-    agreed: int = 0  # arg-max of logits
+    agreed: int = 0  # positions with the same arg-max of logits
     divergences: list[float] = field(default_factory=list)
-    chosen: dict[int, int] = field(default_factory=dict)  # position to most likely token
+    argmax_tokens: dict[int, int] = field(default_factory=dict)  # position to arg-max token
 
     def __post_init__(self) -> None:
         positions = len(self.reference.tokens)
-        self.errors = np.full(positions, -1.0)  # -1: never seen
+        self.errors = np.full(positions, -1.0)  # -1: not compared
         self.cosines = np.ones(positions)
 
     def add(self, start: int, rows: Rows) -> int | None:
-        """Take rows in; the first position that is out of tolerance, or None."""
+        """Compare rows with the reference; returns the first position that is out of tolerance, or None."""
         actual = rows.astype(np.float64)
         expected = self.reference.rows(self.probe.name, start, len(rows)).astype(np.float64)
         difference = np.abs(actual - expected)
@@ -132,16 +132,16 @@ class _Tally:
             cosines = np.sum(actual * expected, axis=1) / (size * np.linalg.norm(actual, axis=1))
         errors[~np.isfinite(errors)] = np.inf
         cosines[~np.isfinite(cosines)] = 0.0
-        at = slice(start, start + len(rows))
-        new = self.errors[at] < 0  # rows of the KV cache are seen again at every step
-        self.errors[at] = np.maximum(self.errors[at], errors)
-        self.cosines[at] = np.minimum(self.cosines[at], cosines)
+        span = slice(start, start + len(rows))
+        new = self.errors[span] < 0  # rows of the KV cache are compared again at every step
+        self.errors[span] = np.maximum(self.errors[span], errors)
+        self.cosines[span] = np.minimum(self.cosines[span], cosines)
         self.squared_error += float(np.sum(difference[new] ** 2))
         self.squared_size += float(np.sum(expected[new] ** 2))
         self._find_worst(start, actual, expected, difference)
         if self.probe.name == "logits":
             self._compare_logits(start, actual, expected)
-        failed = np.flatnonzero(~(errors <= self.allowed[at]))
+        failed = np.flatnonzero(~(errors <= self.allowed[span]))
         return start + int(failed[0]) if failed.size else None
 
     def _find_worst(
@@ -155,16 +155,16 @@ class _Tally:
             )
 
     def _compare_logits(self, start: int, actual: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
-        for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-            if start + i in self.chosen:
-                continue  # the last row of a prompt comes with its step, and again with the others
-            self.chosen[start + i] = int(ours.argmax())
-            self.agreed += int(ours.argmax() == theirs.argmax())
-            ours, theirs = _log_softmax(ours), _log_softmax(theirs)
-            self.divergences.append(float(np.sum(np.exp(theirs) * (theirs - ours))))
+        for i, (logits, target) in enumerate(zip(actual, expected, strict=True)):
+            if start + i in self.argmax_tokens:
+                continue  # the last row of the prompt comes twice: with its step, and with the others
+            self.argmax_tokens[start + i] = int(logits.argmax())
+            self.agreed += int(logits.argmax() == target.argmax())
+            log_q, log_p = _log_softmax(logits), _log_softmax(target)
+            self.divergences.append(float(np.sum(np.exp(log_p) * (log_p - log_q))))
 
     def result(self) -> ProbeResult:
-        """The probe's line of the report."""
+        """The probe's row of the report."""
         shares = np.where(self.errors >= 0, self.errors / self.allowed, np.inf)
         prompt = self.reference.prompt_tokens
         worst = int(shares.argmax())
@@ -183,14 +183,14 @@ class _Tally:
         )
 
     def logits_result(self) -> LogitsResult:
-        """What the logits mean for the text."""
+        """KL divergence and arg-max agreement."""
         last = self.reference.prompt_tokens - 1
         return LogitsResult(
-            positions=len(self.chosen),
+            positions=len(self.argmax_tokens),
             agreed=self.agreed,
             mean_kl=float(np.mean(self.divergences)),
             max_kl=float(np.max(self.divergences)),
-            next_token=self.chosen[last],
+            next_token=self.argmax_tokens[last],
             expected_token=int(self.reference.tensors["logits"][last].argmax()),
         )
 

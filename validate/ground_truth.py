@@ -1,4 +1,4 @@
-"""A ground truth as a file: one safetensors file of every probe, with what it takes to know that it fits a model.
+"""Ground-truth files: one safetensors file with every probe, and metadata that identify the model.
 
 Tensors: one float32 [positions, width] for each name of `probes.all_probes`. Metadata, all strings: format,
 format_version, reference ("dequantised" or "original"), text (of the prompt), tokens (JSON: ids of prompt and decode
@@ -29,10 +29,10 @@ from numba_atomflow.validate.reference import Reference
 
 FORMAT = "numba-atomflow ground truth"
 FORMAT_VERSION = "1"
-REFERENCES = ("dequantised", "original")  # the checkpoint's FP8 weights expanded, or the weights that it was made from
+REFERENCES = ("dequantised", "original")  # weights: the checkpoint's FP8 dequantized, or those of the source
 
-_AGAIN = "make it again with `numba-atomflow ground-truth`"
-_KEYS = (
+_ADVICE = "make it again with `numba-atomflow ground-truth`"
+_METADATA_KEYS = (
     "reference",
     "text",
     "tokens",
@@ -45,12 +45,12 @@ _KEYS = (
 
 
 def precision_of(reference: str) -> Precision:
-    """How transformers rounds in float32; the original weights are also apart from ours by one rounding to FP8."""
+    """The precision of transformers in float32; original weights differ by one rounding to FP8."""
     return Precision(float32_angles=True, weights=E4M3 if reference == "original" else 0.0)
 
 
 def save_ground_truth(truth: Reference, path: Path | str) -> None:
-    """Write a ground truth; it appears under its name complete or not at all.
+    """Write a ground truth; the file is published atomically.
 
     Raises:
         DestinationError: the file cannot be written.
@@ -62,7 +62,7 @@ def save_ground_truth(truth: Reference, path: Path | str) -> None:
         header[name] = {"dtype": "F32", "shape": list(rows.shape), "data_offsets": [end, end + rows.nbytes]}
         end += rows.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # float32 data must begin at a multiple of 4
+    text += b" " * (-len(text) % 8)  # float32 data must be aligned to 4 bytes
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def save_ground_truth(truth: Reference, path: Path | str) -> None:
 
 
 def open_ground_truth(path: Path | str) -> Reference:
-    """Map a ground truth and check it against its own description; `check_fits` compares it with a model.
+    """Map a ground truth and validate it against its metadata; `check_fits` compares it with a model.
 
     Raises:
         GroundTruthError: the file is missing, damaged, incomplete, or of another format version.
@@ -92,28 +92,28 @@ def open_ground_truth(path: Path | str) -> Reference:
     file = read_tensor_file(path, GroundTruthError)
     metadata = file.metadata
     if metadata.get("format") != FORMAT:
-        raise GroundTruthError(f"{path} is not a ground truth of this program; {_AGAIN}.")
+        raise GroundTruthError(f"{path} is not a ground truth of this program; {_ADVICE}.")
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise GroundTruthError(
-            f"{path} has format version {shown(version)}, this program reads version {FORMAT_VERSION}; {_AGAIN}."
+            f"{path} has format version {shown(version)}, this program reads version {FORMAT_VERSION}; {_ADVICE}."
         )
-    for key in _KEYS:
+    for key in _METADATA_KEYS:
         if key not in metadata:
-            raise GroundTruthError(f"{path} lacks the record {key}; {_AGAIN}.")
+            raise GroundTruthError(f"{path} lacks the record {key}; {_ADVICE}.")
     if metadata["reference"] not in REFERENCES:
-        raise GroundTruthError(f"{path} has the unknown reference {shown(metadata['reference'])}; {_AGAIN}.")
+        raise GroundTruthError(f"{path} has the unknown reference {shown(metadata['reference'])}; {_ADVICE}.")
     try:
         geometry = ModelGeometry.from_dict(_object(metadata["geometry"]))
         tokens = load_json(metadata["tokens"])
         prompt_tokens = load_json(metadata["prompt_tokens"])
     except (ValueError, GeometryError) as error:
-        raise GroundTruthError(f"The description in {path} cannot be read ({error}); {_AGAIN}.") from error
-    in_range = range(geometry.vocabulary)
-    if not isinstance(tokens, list) or not all(type(token) is int and token in in_range for token in tokens):
-        raise GroundTruthError(f"The tokens in {path} are not ids of its vocabulary; {_AGAIN}.")
+        raise GroundTruthError(f"The description in {path} cannot be read ({error}); {_ADVICE}.") from error
+    valid_ids = range(geometry.vocabulary)
+    if not isinstance(tokens, list) or not all(type(token) is int and token in valid_ids for token in tokens):
+        raise GroundTruthError(f"The tokens in {path} are not ids of its vocabulary; {_ADVICE}.")
     if type(prompt_tokens) is not int or not 1 <= prompt_tokens <= len(tokens):
-        raise GroundTruthError(f"The tokens in {path} do not fit its description; {_AGAIN}.")
+        raise GroundTruthError(f"The tokens in {path} do not fit its description; {_ADVICE}.")
     mapped = MappedFile(path, file.stamp, GroundTruthError)
     tensors = _map_tensors(file, mapped, geometry, len(tokens))
     return Reference(
@@ -139,61 +139,61 @@ def _object(text: str) -> dict[str, Any]:
 def _map_tensors(file: TensorFile, mapped: MappedFile, geometry: ModelGeometry, positions: int) -> dict[str, Rows]:
     if not layers_fit(geometry, len(file.entries)):
         raise GroundTruthError(
-            f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} probes; {_AGAIN}."
+            f"{file.path} describes {geometry.layers} layers, but has {len(file.entries)} probes; {_ADVICE}."
         )
     tensors: dict[str, Rows] = {}
     for probe in all_probes(geometry):
         entry = file.entries.get(probe.name)
         if entry is None:
-            raise GroundTruthError(f"{file.path} lacks the probe {probe.name}; {_AGAIN}.")
+            raise GroundTruthError(f"{file.path} lacks the probe {probe.name}; {_ADVICE}.")
         shape = (positions, probe.width)
         if (entry.dtype, entry.shape) != ("F32", shape):
             raise GroundTruthError(
                 f"Probe {probe.name} of {file.path} is {entry.dtype} {shown(list(entry.shape))}, not F32 "
-                f"{list(shape)}; {_AGAIN}."
+                f"{list(shape)}; {_ADVICE}."
             )
         tensors[probe.name] = mapped.array(np.dtype("<f4"), shape, entry.offset)
-        sound = np.isfinite(tensors[probe.name]).all()
+        finite = np.isfinite(tensors[probe.name]).all()
         mapped.check_unchanged()
-        if not sound:
-            raise GroundTruthError(f"Probe {probe.name} of {file.path} holds a NaN or an infinity; {_AGAIN}.")
+        if not finite:
+            raise GroundTruthError(f"Probe {probe.name} of {file.path} holds a NaN or an infinity; {_ADVICE}.")
     return tensors
 
 
 def check_fits(truth: Reference, path: Path, checkpoint: Checkpoint, prompt: str | None = None) -> None:
-    """A ground truth belongs to this very checkpoint, and to the tokens that its tokenizer makes of the text.
+    """Check that a ground truth is of this checkpoint, and its prompt tokens are those of the tokenizer.
 
     Args:
         truth: from `open_ground_truth`.
         path: of its file, for messages.
         checkpoint: of the model under test.
-        prompt: what the caller believes the prompt to be, or None.
+        prompt: the expected prompt, or None.
 
     Raises:
         GroundTruthError: naming what differs.
     """
     if truth.geometry != checkpoint.geometry:
-        field, theirs, ours = _first_difference(truth.geometry.to_dict(), checkpoint.geometry.to_dict())
+        field, expected, actual = _first_difference(truth.geometry.to_dict(), checkpoint.geometry.to_dict())
         raise GroundTruthError(
-            f"{path} is of another model: its {field} is {shown(theirs)}, that of {checkpoint.path} is {shown(ours)}; "
-            f"{_AGAIN}."
+            f"{path} is of another model: its {field} is {shown(expected)}, that of {checkpoint.path} is "
+            f"{shown(actual)}; {_ADVICE}."
         )
-    theirs, ours = truth.metadata["checkpoint_sha256"], checkpoint.sha256()
-    if theirs != ours:
+    expected, actual = truth.metadata["checkpoint_sha256"], checkpoint.sha256()
+    if expected != actual:
         raise GroundTruthError(
-            f"{path} is of another checkpoint (SHA-256 {short(theirs[:12])}, {checkpoint.path} has {ours[:12]}); "
-            f"{_AGAIN}."
+            f"{path} is of another checkpoint (SHA-256 {short(expected[:12])}, {checkpoint.path} has {actual[:12]}); "
+            f"{_ADVICE}."
         )
     text = truth.metadata["text"]
     if prompt is not None and prompt != text:
-        raise GroundTruthError(f"{path} was made for another prompt, {shown(text)}; leave --prompt out, or {_AGAIN}.")
+        raise GroundTruthError(f"{path} was made for another prompt, {shown(text)}; leave --prompt out, or {_ADVICE}.")
     if text and checkpoint.text.tokenizer_json is not None:
         ids = TextCodec(checkpoint.text).encode(text)
-        held = list(truth.tokens[: truth.prompt_tokens])
-        if ids != held:
+        stored = list(truth.tokens[: truth.prompt_tokens])
+        if ids != stored:
             raise GroundTruthError(
-                f"{path} holds {len(held)} prompt tokens that are not the {len(ids)} which the tokenizer of "
-                f"{checkpoint.path} makes of its text; {_AGAIN}."
+                f"{path} holds {len(stored)} prompt tokens that are not the {len(ids)} to which the tokenizer of "
+                f"{checkpoint.path} encodes its text; {_ADVICE}."
             )
 
 
@@ -202,7 +202,7 @@ def _first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, 
 
 
 def sha256(path: Path) -> str:
-    """Hash of a checkpoint or of a source's file.
+    """SHA-256 of a source's file.
 
     Raises:
         CheckpointError: it cannot be read.

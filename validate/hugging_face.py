@@ -1,8 +1,7 @@
-"""The trusted implementation: transformers in float32 on the CPU, with hooks on its modules.
+"""The reference implementation: transformers in float32 on the CPU, with forward hooks.
 
-Two models: the weights that a checkpoint was made from, as transformers itself reads them ("original"), or the
-checkpoint's FP8 weights, expanded and put under Hugging Face's names ("dequantised"). Against the second, only kernels
-can be wrong; the first shows what quantisation costs.
+It runs with the weights of the source, as transformers reads them ("original"), or with the checkpoint's FP8 weights,
+dequantized ("dequantised"). The second isolates errors of the kernels; the first includes the quantization error.
 """
 
 import io
@@ -42,20 +41,20 @@ def make_ground_truth(
     source: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Reference:
-    """Run transformers over a prompt and the tokens that it finds most likely after it.
+    """Run transformers on a prompt and a greedy continuation, and record every probe.
 
     Args:
         checkpoint: the model.
         prompt: text, or token ids.
-        decode_steps: tokens after the prompt, fed one by one.
+        decode_steps: tokens after the prompt, one per step.
         reference: "dequantised" or "original".
         source: for "original", the GGUF file or Hugging Face folder that the checkpoint was made from.
-        progress: called with what is being done, tokens done and tokens in all.
+        progress: called with a description, tokens done and total tokens.
 
     Raises:
-        GroundTruthError: transformers is not installed, or the source is not this checkpoint's.
-        OptionError: an unknown reference, no source for "original", no prompt, a negative number of steps.
-        ContextError: prompt and steps are longer than the model's positions.
+        GroundTruthError: transformers is not installed, or the source is not that of the checkpoint.
+        OptionError: an unknown reference, no source for "original", an empty prompt, a negative number of steps.
+        ContextError: prompt and steps exceed the model's positions.
         SourceError: the source cannot be read.
     """
     text = prompt if isinstance(prompt, str) else ""
@@ -68,8 +67,8 @@ def make_ground_truth(
     _check(checkpoint.geometry, tokens, decode_steps, reference, source)
     if progress:
         progress("loading transformers", 0, len(tokens) + decode_steps)
-    with _quiet():
-        model = _original(checkpoint, source) if source is not None else _dequantised(checkpoint)
+    with _quiet_transformers():
+        model = _source_model(checkpoint, source) if source is not None else _dequantized_model(checkpoint)
         run = _HookedModel(model, checkpoint.geometry, len(tokens) + decode_steps)
         prompt_tokens = len(tokens)
         run.feed(tokens)
@@ -101,15 +100,15 @@ def make_ground_truth(
 
 
 def original_logits(checkpoint: Checkpoint, source: Path) -> Callable[[Sequence[int]], Rows]:
-    """A function from token ids to the logits [T, V] of the model that a checkpoint was made from.
+    """A function from token ids to logits [T, V] of the source model of a checkpoint.
 
     Raises:
-        GroundTruthError: transformers is not installed, or the source is not this checkpoint's.
+        GroundTruthError: transformers is not installed, or the source is not that of the checkpoint.
         SourceError: the source cannot be read.
     """
     _check_installed("A reference is computed")
-    with _quiet():
-        model = _original(checkpoint, source)
+    with _quiet_transformers():
+        model = _source_model(checkpoint, source)
 
     def logits(tokens: Sequence[int]) -> Rows:
         import torch
@@ -129,7 +128,7 @@ def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference
             "The original reference needs the model's source; name its GGUF file or folder with --source."
         )
     if reference != "original" and source is not None:
-        raise OptionError("The dequantised reference takes its weights from the checkpoint; leave --source out.")
+        raise OptionError("The dequantised reference uses the checkpoint's weights; leave --source out.")
     if not tokens:
         raise OptionError("The prompt is empty; give some text.")
     if not all(0 <= token < geometry.vocabulary for token in tokens):
@@ -154,7 +153,7 @@ def _check(geometry: ModelGeometry, tokens: Sequence[int], steps: int, reference
 
 
 def _check_installed(what: str) -> None:
-    for name in ("torch", "transformers", "accelerate"):  # without the last, transformers reads no GGUF
+    for name in ("torch", "transformers", "accelerate"):  # transformers needs accelerate to read GGUF
         if find_spec(name) is None:
             raise GroundTruthError(
                 f"{what} with transformers, but {name} is not installed; run pip install 'numba-atomflow[validate]'."
@@ -171,16 +170,16 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and advice on standard error."""
-    from transformers.utils import logging as their_logging
+def _quiet_transformers() -> Iterator[None]:
+    """Suppress progress bars, warnings and standard error of transformers."""
+    from transformers.utils import logging as transformers_logging
 
-    logging: Any = their_logging
+    logging: Any = transformers_logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # its GGUF reader draws a bar of its own
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # the GGUF reader draws its own bar
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -192,18 +191,18 @@ def _quiet() -> Iterator[None]:
 # --- two models ------------------------------------------------------------------------------------------------------
 
 
-def _original(checkpoint: Checkpoint, path: Path) -> Any:
-    """The model that the checkpoint was made from, read by transformers.
+def _source_model(checkpoint: Checkpoint, path: Path) -> Any:
+    """The source model, read by transformers.
 
-    An FP8 checkpoint of the hubs is read by this program's own reader, which expands it to float32: transformers reads
-    them only with a GPU or further packages, and rounds to bfloat16.
+    FP8 models are read by this project's reader, which dequantizes them to float32: transformers needs a GPU or further
+    packages for them, and rounds to bfloat16.
     """
     source = open_source(path)
     with unchanged(stamps_of(source.files), SourceError):
-        return _read_original(checkpoint, source)
+        return _read_source_model(checkpoint, source)
 
 
-def _read_original(checkpoint: Checkpoint, source: WeightSource) -> Any:
+def _read_source_model(checkpoint: Checkpoint, source: WeightSource) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -213,20 +212,20 @@ def _read_original(checkpoint: Checkpoint, source: WeightSource) -> Any:
         if record.get("sha256", {}).get(file.name) != sha256(file):
             raise GroundTruthError(f"{file} is not what {checkpoint.path} was made from; give the same source.")
     if source.fp8_scheme:
-        return _with_weights(
+        return _model_with_weights(
             checkpoint.geometry, {name: torch.from_numpy(source.read(name)) for name in source.names()}
         )
     folder, more = (path, {}) if source.kind == "hf" else (path.parent, {"gguf_file": path.name})
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, **more
     )
-    for weights in model.parameters():  # float32 ones are still mapped from the file, which may change
+    for weights in model.parameters():  # float32 weights are still mapped from the file, which may change
         weights.data = weights.data.clone()
     return model.eval()
 
 
-def _dequantised(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's weights, expanded, in transformers' model."""
+def _dequantized_model(checkpoint: Checkpoint) -> Any:
+    """transformers' model with the dequantized weights of the checkpoint."""
     import torch
 
     state: dict[str, Any] = {}
@@ -239,22 +238,22 @@ def _dequantised(checkpoint: Checkpoint) -> Any:
         ends = np.cumsum([shapes[name][0] for name in names])
         state |= {name: torch.from_numpy(rows) for name, rows in zip(names, np.split(weights, ends[:-1]), strict=True)}
     checkpoint.check_unchanged()
-    return _with_weights(checkpoint.geometry, state)
+    return _model_with_weights(checkpoint.geometry, state)
 
 
-def _with_weights(geometry: ModelGeometry, state: dict[str, Any]) -> Any:
-    """The family's own class in transformers, with these weights in float32."""
+def _model_with_weights(geometry: ModelGeometry, state: dict[str, Any]) -> Any:
+    """transformers' model of the family with these weights, in float32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if geometry.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     config: Any = AutoConfig.for_model(**config_json(geometry))
-    with torch.device("meta"):  # no memory, and no time for random weights
+    with torch.device("meta"):  # allocates and initializes nothing
         auto: Any = AutoModelForCausalLM
         model: Any = auto.from_config(config, attn_implementation="eager")
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no weights
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are not in the state dict
     return model.eval()
 
 
@@ -262,7 +261,7 @@ def _with_weights(geometry: ModelGeometry, state: dict[str, Any]) -> Any:
 
 
 class _HookedModel:
-    """A transformers model whose modules leave what passes through them in `tensors`."""
+    """A transformers model with forward hooks that store the probes in `tensors`."""
 
     def __init__(self, model: Any, geometry: ModelGeometry, positions: int) -> None:
         self.tensors: dict[str, Rows] = {
@@ -271,12 +270,12 @@ class _HookedModel:
         self._model, self._geometry = model, geometry
         self._position = 0
         self._cache: Any = None
-        self._angles: Any = None  # cosines and sines of the tokens that are being fed
-        self._projected: Any = None  # q of the layer that is being run, before rotation: by heads, if it was normed
+        self._angles: Any = None  # cosines and sines of the current tokens
+        self._projected: Any = None  # q of the current layer before RoPE; by heads after a q norm
         self._hook(model)
 
     def feed(self, tokens: Sequence[int]) -> None:
-        """Take tokens through the model, behind those of earlier calls."""
+        """Run the model on tokens that follow those of earlier calls."""
         import torch
 
         with torch.no_grad():
@@ -285,42 +284,42 @@ class _HookedModel:
         self._position += len(tokens)
 
     def _hook(self, model: Any) -> None:
-        def output(module: Any, use: Callable[[Any], None]) -> None:
+        def on_output(module: Any, use: Callable[[Any], None]) -> None:
             module.register_forward_hook(lambda _module, _inputs, result: use(result))
 
-        def entering(module: Any, use: Callable[[Any], None]) -> None:
+        def on_input(module: Any, use: Callable[[Any], None]) -> None:
             module.register_forward_pre_hook(lambda _module, inputs: use(inputs[0]))
 
         inner = model.model
-        output(inner.embed_tokens, self._keep("embedding"))
-        output(inner.rotary_emb, lambda angles: setattr(self, "_angles", angles))
+        on_output(inner.embed_tokens, self._record("embedding"))
+        on_output(inner.rotary_emb, lambda angles: setattr(self, "_angles", angles))
         for i, layer in enumerate(inner.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            at = f"layer.{i}."
-            output(layer.input_layernorm, self._keep(at + "input_norm"))
-            normed = self._geometry.qk_norm
-            output(attention.q_norm if normed else attention.q_proj, lambda q: setattr(self, "_projected", q))
-            output(attention.k_norm if normed else attention.k_proj, partial(self._rotate, at))
-            output(attention.v_proj, self._keep(at + "v"))
-            entering(attention.o_proj, self._keep(at + "attention"))
-            entering(layer.post_attention_layernorm, self._keep(at + "after_attention"))
-            output(layer.post_attention_layernorm, self._keep(at + "ffn_norm"))
-            entering(mlp.down_proj, self._keep(at + "ffn"))
-            if at + "mlp" in self.tensors:
-                output(mlp, self._keep(at + "mlp"))
-            output(layer, self._keep(at + "output"))
-        output(inner.norm, self._keep("final_norm"))
-        output(model.lm_head, self._keep("logits"))
+            prefix = f"layer.{i}."
+            on_output(layer.input_layernorm, self._record(prefix + "input_norm"))
+            has_norms = self._geometry.qk_norm
+            on_output(attention.q_norm if has_norms else attention.q_proj, lambda q: setattr(self, "_projected", q))
+            on_output(attention.k_norm if has_norms else attention.k_proj, partial(self._rotate, prefix))
+            on_output(attention.v_proj, self._record(prefix + "v"))
+            on_input(attention.o_proj, self._record(prefix + "attention"))
+            on_input(layer.post_attention_layernorm, self._record(prefix + "after_attention"))
+            on_output(layer.post_attention_layernorm, self._record(prefix + "ffn_norm"))
+            on_input(mlp.down_proj, self._record(prefix + "ffn"))
+            if prefix + "mlp" in self.tensors:
+                on_output(mlp, self._record(prefix + "mlp"))
+            on_output(layer, self._record(prefix + "output"))
+        on_output(inner.norm, self._record("final_norm"))
+        on_output(model.lm_head, self._record("logits"))
 
-    def _keep(self, name: str) -> Callable[[Any], None]:
-        def keep(value: Any) -> None:
+    def _record(self, name: str) -> Callable[[Any], None]:
+        def record(value: Any) -> None:
             rows = (value[0] if isinstance(value, tuple) else value)[0].numpy()
             self.tensors[name][self._position : self._position + len(rows)] = rows
 
-        return keep
+        return record
 
-    def _rotate(self, at: str, k: Any) -> None:
-        """Q and k after RoPE: no module has them, so its function is called once more on what goes into it."""
+    def _rotate(self, prefix: str, k: Any) -> None:
+        """Q and k after RoPE, recomputed by transformers' function: they are not the output of a module."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         def heads(x: Any) -> Any:
@@ -328,4 +327,4 @@ class _HookedModel:
 
         rotated = apply_rotary_pos_emb(heads(self._projected), heads(k), *self._angles)
         for name, x in zip("qk", rotated, strict=True):
-            self._keep(at + name)(x.transpose(1, 2).flatten(-2))
+            self._record(prefix + name)(x.transpose(1, 2).flatten(-2))

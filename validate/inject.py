@@ -1,4 +1,4 @@
-"""A fault on purpose, to see a validation find it."""
+"""Fault injection, to test that a validation detects a fault."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from numba_atomflow.model.step import Op
 
 
 class SignFlip:
-    """An observer that turns the sign of what one op writes last: a relative error of 2, which no tolerance allows."""
+    """An observer that negates the last output of one op: a relative error of 2, above every tolerance."""
 
     def __init__(self, op: str) -> None:
         self.op = op
 
     def before(self, op: Op, memory: Memory) -> None:
-        """Nothing yet."""
+        """No effect."""
 
     def after(self, op: Op, memory: Memory) -> None:
-        """Spoil the output."""
+        """Negate the output."""
         if op.name == self.op:
             view = op.writes[-1]
             memory.write(view, -memory.read(view))
@@ -31,7 +31,7 @@ def inject(op: str, ops: Sequence[Op]) -> SignFlip:
     Raises:
         OptionError: no op of the step has this name, or it writes no activations.
     """
-    spoilable = [o.name for o in ops if o.writes and np.dtype(o.writes[-1].dtype).kind == "f"]
-    if op not in spoilable:
-        raise OptionError(f"--inject {op} names no op that can be spoilt; for example {spoilable[1]} can.")
+    candidates = [o.name for o in ops if o.writes and np.dtype(o.writes[-1].dtype).kind == "f"]
+    if op not in candidates:
+        raise OptionError(f"--inject {op} names no op with an output to negate; {candidates[1]} is one that has.")
     return SignFlip(op)

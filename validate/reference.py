@@ -1,4 +1,4 @@
-"""What a model is compared with: the values of every probe at every position, from transformers or another backend."""
+"""References: the values of every probe at every position, from transformers or another backend."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +16,17 @@ from numba_atomflow.validate.walk import walk
 
 @dataclass(frozen=True)
 class Reference:
-    """Tokens, and what a trusted implementation made of them.
+    """Tokens, and the probes of a reference implementation on them.
 
     Attributes:
-        label: what made it, for reports.
+        label: the implementation, for reports.
         geometry: of the model.
         tokens: ids of the prompt, then of the decode steps: one per position.
         prompt_tokens: how many of them are the prompt.
-        precision: how its values were rounded.
+        precision: of its values.
         tensors: float32 [positions, width] by probe name.
-        metadata: what else is known about it.
-        check_unchanged: raises if `tensors` are of a file that another program has written into since it was opened.
+        metadata: of a ground-truth file.
+        check_unchanged: raises if `tensors` are views of a file that another program has modified.
     """
 
     label: str
@@ -51,7 +51,7 @@ def record(
     block: int | None = None,
     progress: Progress | None = None,
 ) -> Reference:
-    """What a backend makes of a prompt and of the tokens that it finds most likely, to compare another one with.
+    """Run a backend on a prompt and its greedy continuation, and record every probe.
 
     Args:
         backend: with a KV cache of at least len(prompt) + decode_steps positions.
@@ -59,7 +59,7 @@ def record(
         prompt: token ids.
         decode_steps: tokens after the prompt.
         block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
-        progress: called with what is being done, tokens done and tokens in all.
+        progress: called with a description, tokens done and total tokens.
     """
     positions = len(prompt) + decode_steps
     tensors = {probe.name: np.full((positions, probe.width), np.nan, np.float32) for probe in all_probes(geometry)}

@@ -1,4 +1,4 @@
-"""What a validation found: records for programs, a table for people."""
+"""The result of a validation: dataclasses, JSON, and a table."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WorstElement:
-    """The element that is furthest off."""
+    """The element with the largest absolute difference."""
 
     position: int
     index: int
@@ -24,14 +24,14 @@ class ProbeResult:
     """One probe over all positions.
 
     Attributes:
-        name, op: of the probe, and of the op that made it.
+        name, op: of the probe, and of the op that computes it.
         in_table: a probe of the table, not a stage.
         relative_l2: over all positions together.
-        cosine: the lowest of a position.
-        worst_row: the position that uses most of its tolerance.
-        worst_row_l2, tolerance: relative L2 there, and what is allowed there.
-        prefill_share, decode_share: the largest share of the tolerance that a position of the prompt, and one of the
-            decode steps, uses; infinite for NaN, and for a position that was never seen.
+        cosine: the smallest cosine similarity of a position.
+        worst_row: the position with the largest share of its tolerance.
+        worst_row_l2, tolerance: relative L2 error and tolerance at that position.
+        prefill_share, decode_share: the largest share of tolerance of the positions of the prompt, and of the decode
+            steps; infinite for NaN, and for a position that was not compared.
         worst: the element with the largest difference.
     """
 
@@ -49,7 +49,7 @@ class ProbeResult:
 
     @property
     def share(self) -> float:
-        """Of the tolerance, at the worst position."""
+        """Share of tolerance at the worst position."""
         return max(self.prefill_share, self.decode_share)
 
     @property
@@ -60,7 +60,7 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True)
 class LogitsResult:
-    """What the logits mean for the text: KL(reference || model) in nats, and arg-max agreement."""
+    """Logits compared as distributions: KL(reference || model) in nats, and arg-max agreement."""
 
     positions: int
     agreed: int
@@ -72,9 +72,9 @@ class LogitsResult:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The first comparison that failed, in the order in which ops ran.
+    """The first divergent op: the first comparison that failed, in execution order.
 
-    What an op reads was compared before it ran, so this op is the one at fault.
+    The inputs of an op are compared before it runs, so its inputs were within tolerance.
     """
 
     op: str
@@ -91,7 +91,7 @@ class Report:
     prompt_tokens: int
     decode_steps: int
     isolated: bool
-    probes: list[ProbeResult]  # in the order of the step, stages included
+    probes: list[ProbeResult]  # in execution order, stages included
     fault: Fault | None
     logits: LogitsResult | None
 
@@ -102,11 +102,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """No comparison failed, of a probe or of a stage."""
+        """No comparison of a probe or a stage failed."""
         return self.fault is None and all(probe.passed for probe in self.probes)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready record; what is not a finite number becomes None."""
+        """A JSON-ready record; NaN and infinities become None."""
         record = asdict(self)
         for probe, entry in zip(self.probes, record["probes"], strict=True):
             entry |= {"share": probe.share, "passed": probe.passed}
@@ -114,7 +114,7 @@ class Report:
         return cleaned
 
     def verdict(self) -> str:
-        """The last line: how many pass, and what failed first."""
+        """The last line: the number of probes that pass, and the first failure."""
         table, stages = self.table, [probe for probe in self.probes if not probe.in_table]
         within = sum(probe.passed for probe in table)
         counts = f"{within}/{len(table)} probes" if table else ""
@@ -129,7 +129,7 @@ class Report:
         return line + "."
 
     def rows(self) -> list[ProbeResult]:
-        """What a table shows: its probes, and every stage that failed."""
+        """Rows of the table: its probes, and every stage that failed."""
         return [probe for probe in self.probes if probe.in_table or not probe.passed]
 
     def rich_table(self) -> "Table":

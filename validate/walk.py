@@ -1,4 +1,4 @@
-"""Taking a list of tokens through a backend under observation: the prompt in blocks, the rest one by one."""
+"""Runs a backend on given tokens under observation: the prompt in chunks, then single decode steps."""
 
 from collections.abc import Sequence
 
@@ -25,9 +25,9 @@ def walk(
         backend: of the model; its KV cache is overwritten.
         tokens: prompt and decode steps.
         prompt_tokens: how many of them are the prompt.
-        prober: what looks on.
+        prober: observes every op.
         block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
-        progress: called with what is being done, tokens done and tokens in all.
+        progress: called with a description, tokens done and total tokens.
     """
     width = backend.prefill_chunk if block is None else min(block, backend.prefill_chunk)
     starts = [*range(0, prompt_tokens, width), *range(prompt_tokens, len(tokens))]

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file a model. Format, writer, random weights, and finding one by name."""
+"""Checkpoints, one safetensors file per model: format, writer, random weights, lookup by name."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "CheckpointWriter", "fusion"]
 
-_HOMES = {"Checkpoint": "format", "CheckpointWriter": "writer", "fusion": "format"}
+_MODULES = {"Checkpoint": "format", "CheckpointWriter": "writer", "fusion": "format"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

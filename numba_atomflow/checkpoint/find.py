@@ -1,4 +1,4 @@
-"""Which checkpoint a user means: a file, or a name in the models folder."""
+"""Checkpoint lookup: a file, or a name in the models folder."""
 
 import os
 import stat
@@ -12,12 +12,14 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 def find_checkpoint(path_or_name: str | Path) -> Path:
-    """The checkpoint file that a user means. A name without a folder is looked up in the models folder first.
+    """The file of a checkpoint. A name without a folder is looked up in the models folder first.
 
     Raises:
-        CheckpointError: there is none, or it is no regular file.
+        CheckpointError: it does not exist, or is not a regular file.
     """
-    file_path("model", path_or_name)  # a usable one; but its Path has lost the ./ that makes a path of a name
+    file_path(
+        "model", path_or_name
+    )  # checks it; its result is a Path, which drops the ./ that tells a path from a name
     text = os.fspath(path_or_name)
     path = home.expand_user(text)
     is_name = Path(text).name == text
@@ -30,16 +32,16 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
         raise CheckpointError(_unknown_name(text) if is_name else _missing(path))
     if stat.S_ISDIR(mode):
         raise CheckpointError(f"{path} is a folder, not a checkpoint; make one from it with `numba-atomflow convert`.")
-    if not stat.S_ISREG(mode):  # opening a pipe would wait for somebody to write into it
+    if not stat.S_ISREG(mode):  # opening a pipe would block
         raise CheckpointError(f"{path} is not a regular file; copy the checkpoint to a disk and name that file.")
     return path
 
 
 def _mode(path: Path) -> int | None:
-    """The kind of a file, as `os.stat` has it; None if there is none, or its name is one that no file can have."""
+    """st_mode of a file; None if it does not exist or the name is invalid."""
     try:
         return path.stat().st_mode
-    except (OSError, ValueError):  # too long a name is an OSError, a zero byte a ValueError
+    except (OSError, ValueError):  # OSError: also too long a name; ValueError: a zero byte
         return None
 
 
@@ -48,8 +50,8 @@ def _missing(path: Path) -> str:
 
 
 def _unknown_name(name: str) -> str:
-    known = ", ".join(sorted(path.stem for path in home.models().glob("*.safetensors"))) or "none yet"
+    names = ", ".join(sorted(path.stem for path in home.models().glob("*.safetensors"))) or "none yet"
     return (
-        f"There is no model {name!r} in {home.models()} (there: {known}), and no file of that name here; "
+        f"There is no model {name!r} in {home.models()} (there: {names}), and no file of that name here; "
         "run `bash scripts/bootstrap.sh` for the default one, or `numba-atomflow convert SOURCE DEST`."
     )

@@ -1,4 +1,4 @@
-"""The FP8 checkpoint: one safetensors file that this engine maps and any safetensors reader opens.
+"""The FP8 checkpoint format: one safetensors file, which the engine memory-maps.
 
 Tensors, with V vocabulary, H hidden and weights row-major [N, K] in codes F8_E4M3 and scales F32 [N, ceil(K / 128)]:
 
@@ -15,11 +15,10 @@ Tensors, with V vocabulary, H hidden and weights row-major [N, K] in codes F8_E4
     vocabulary.weight, .scale                    [V, H], only if embeddings are not tied
     tokenizer.json                               U8 [bytes], if there is one
 
-The vocabulary projection (with tied embeddings: the embedding) may be F16 [V, H] instead: then it has no scale. Its
-dtype alone says which it is.
+The LM head (with tied embeddings: the embedding) may be F16 [V, H] without a scale; its dtype tells which.
 
-All F32 tensors come first, then F16, then the codes, then the tokenizer; spaces at the end of the header make what
-follows F32 start at a multiple of 128 bytes. The metadata holds JSON records: geometry, quantiser, source and its
+Order of tensors: F32, F16, codes, tokenizer. The header is padded with spaces so that the data after F32 is aligned to
+128 bytes. The metadata holds JSON records: geometry, quantiser, source and its
 SHA-256, text, and calibration where there was one.
 """
 
@@ -43,39 +42,39 @@ from numba_atomflow.utils.arguments import file_path
 FORMAT = "numba-atomflow"
 FORMAT_VERSION = "1"
 TOKENIZER = "tokenizer.json"
-CODES, SCALES, HALVES, BYTES = "F8_E4M3", "F32", "F16", "U8"
-HeadFormat = Literal["fp8", "fp16"]  # of the vocabulary projection
+CODES, SCALES, FP16, BYTES = "F8_E4M3", "F32", "F16", "U8"
+HeadFormat = Literal["fp8", "fp16"]  # of the LM head
 
 DTYPES: dict[str, np.dtype[Any]] = {
     CODES: np.dtype(np.uint8),
     SCALES: np.dtype("<f4"),
-    HALVES: np.dtype("<f2"),
+    FP16: np.dtype("<f2"),
     BYTES: np.dtype(np.uint8),
 }
-_VERIFIED_AT_ONCE = 1 << 20  # bytes
+_VERIFY_BYTES = 1 << 20  # per read
 
 
 def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
-    """Each part of the checkpoint, and the Hugging Face tensors that it holds, one below the other.
+    """The parts of a checkpoint, each with the Hugging Face tensors that are concatenated (along rows) in it.
 
-    A part made of matrices becomes two tensors, ``<part>.weight`` and ``<part>.scale``; vectors (norms, a bias) become
-    one, which keeps the part's name.
+    A part of matrices is stored as two tensors, ``<part>.weight`` and ``<part>.scale``; a part of vectors (norms, a
+    bias) as one with the part's name.
     """
     parts: dict[str, tuple[str, ...]] = {"embedding": ("model.embed_tokens.weight",)}
     for i in range(geometry.layers):
-        theirs = f"model.layers.{i}."
+        prefix = f"model.layers.{i}."
         parts |= {
-            f"layer.{i}.attention_norm": (theirs + "input_layernorm.weight",),
-            f"layer.{i}.qkv": tuple(f"{theirs}self_attn.{name}_proj.weight" for name in "qkv"),
-            f"layer.{i}.o": (theirs + "self_attn.o_proj.weight",),
-            f"layer.{i}.ffn_norm": (theirs + "post_attention_layernorm.weight",),
-            f"layer.{i}.gate_up": (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
-            f"layer.{i}.down": (theirs + "mlp.down_proj.weight",),
+            f"layer.{i}.attention_norm": (prefix + "input_layernorm.weight",),
+            f"layer.{i}.qkv": tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv"),
+            f"layer.{i}.o": (prefix + "self_attn.o_proj.weight",),
+            f"layer.{i}.ffn_norm": (prefix + "post_attention_layernorm.weight",),
+            f"layer.{i}.gate_up": (prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"),
+            f"layer.{i}.down": (prefix + "mlp.down_proj.weight",),
         }
         if geometry.qkv_bias:
-            parts[f"layer.{i}.qkv_bias"] = tuple(f"{theirs}self_attn.{name}_proj.bias" for name in "qkv")
+            parts[f"layer.{i}.qkv_bias"] = tuple(f"{prefix}self_attn.{name}_proj.bias" for name in "qkv")
         if geometry.qk_norm:
-            parts |= {f"layer.{i}.{name}_norm": (f"{theirs}self_attn.{name}_norm.weight",) for name in "qk"}
+            parts |= {f"layer.{i}.{name}_norm": (f"{prefix}self_attn.{name}_norm.weight",) for name in "qk"}
     parts["final_norm"] = ("model.norm.weight",)
     if not geometry.tied_embeddings:
         parts["vocabulary"] = ("lm_head.weight",)
@@ -83,7 +82,7 @@ def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
 
 
 def head_part(geometry: ModelGeometry) -> str:
-    """The part that makes logits."""
+    """The part that holds the LM head."""
     return "embedding" if geometry.tied_embeddings else "vocabulary"
 
 
@@ -91,14 +90,14 @@ def tensor_layout(geometry: ModelGeometry, head: HeadFormat = "fp8") -> dict[str
     """Every tensor of the checkpoint but the tokenizer: name to safetensors dtype and shape."""
     shapes = geometry.parameters()
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for part, theirs in fusion(geometry).items():
-        rows, width = sum(shapes[name][0] for name in theirs), shapes[theirs[0]][1:]
+    for part, tensors in fusion(geometry).items():
+        rows, width = sum(shapes[name][0] for name in tensors), shapes[tensors[0]][1:]
         if not width:
             layout[part] = (SCALES, (rows,))
             continue
         (columns,) = width
         if head == "fp16" and part == head_part(geometry):
-            layout[part + ".weight"] = (HALVES, (rows, columns))
+            layout[part + ".weight"] = (FP16, (rows, columns))
             continue
         layout[part + ".weight"] = (CODES, (rows, columns))
         layout[part + ".scale"] = (SCALES, (rows, -(-columns // GROUP)))
@@ -106,28 +105,28 @@ def tensor_layout(geometry: ModelGeometry, head: HeadFormat = "fp8") -> dict[str
 
 
 class Checkpoint:
-    """An FP8 checkpoint, mapped read-only. Use as a context manager, or `close` it.
+    """An FP8 checkpoint, mapped read-only. Use it as a context manager, or `close` it.
 
-    Opening reads the header alone and checks it against the geometry and the size of the file; `verify` reads the rest.
-    Arrays are views of the file: if another program writes into it, they change, and `check_unchanged` raises.
+    Opening reads only the header and checks it against the geometry and the file size; `verify` reads the tensors.
+    Arrays are views of the file: if another program writes to it, they change, and `check_unchanged` raises.
 
     Args:
-        file: its header.
-        private_copy: arrays are of a copy in memory, which takes as much of it as the file is long.
+        file: the parsed header.
+        private_copy: read the file into memory instead of mapping it; takes as much memory as the file is long.
     """
 
     path: Path
     geometry: ModelGeometry
     text: TextAssets
     metadata: dict[str, str]
-    head: HeadFormat  # of the vocabulary projection
-    payload_bytes: int  # weights, scales and norms: what a model takes in memory
+    head: HeadFormat  # of the LM head
+    payload_bytes: int  # weights, scales and norms
 
     def __init__(self, file: TensorFile, *, private_copy: bool = False) -> None:
         self.path, self.metadata = file.path, file.metadata
         self._entries = file.entries
         self.geometry = _geometry(file)
-        for key in ("quantiser", "source"):  # read by others, from the metadata
+        for key in ("quantiser", "source"):  # other modules read them from the metadata
             _record(file, key)
         self.head = _head_format(file, self.geometry)
         _check_tensors(file, self.geometry, self.head)
@@ -146,12 +145,12 @@ class Checkpoint:
         """Open the checkpoint at `path`.
 
         Raises:
-            CheckpointError: the file is missing, damaged, of another version, or no checkpoint of this project.
+            CheckpointError: the file is missing, damaged, of another format version, or of another program.
         """
         path = file_path("path", path)
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; give an FP8 checkpoint, or convert the folder first.")
-        with suppress(OSError), path.open("rb") as file:  # if it cannot be read, the reader below says why
+        with suppress(OSError), path.open("rb") as file:  # read_tensor_file reports why it cannot be read
             if file.read(4) == b"GGUF":
                 raise CheckpointError(f"{path} is a GGUF file; convert it first: `numba-atomflow convert {path} DEST`.")
         return cls(read_tensor_file(path, CheckpointError), private_copy=private_copy)
@@ -164,47 +163,47 @@ class Checkpoint:
         """A read-only view into the mapped file: codes and tokenizer as uint8, scales and norms as float32, F16.
 
         Raises:
-            ClosedError: the checkpoint was closed. Arrays from before stay valid.
+            ClosedError: the checkpoint was closed. Earlier arrays stay valid.
             CheckpointError: the file has changed, or cannot be mapped.
         """
         entry = self._entries[name]
         return self._file.array(DTYPES[entry.dtype], entry.shape, entry.offset)
 
     def matrix(self, part: str) -> NDArray[np.float32]:
-        """A projection or the embedding, [N, K], as the numbers that its stored weights stand for (a copy)."""
+        """A projection or the embedding, dequantized: float32 [N, K], a copy."""
         weights = self.array(part + ".weight")
-        if weights.dtype == DTYPES[HALVES]:
+        if weights.dtype == DTYPES[FP16]:
             return weights.astype(np.float32)
-        from numba_atomflow.ops.fp8 import dequantize_groups  # with numba, which is slow to import
+        from numba_atomflow.ops.fp8 import dequantize_groups  # imports numba, which is slow
 
         return dequantize_groups(weights, self.array(part + ".scale"))
 
     def verify(self) -> None:
-        """Read every tensor: no NaN among the codes, scales positive and finite, norms and halves finite.
+        """Read every tensor: codes without NaN, scales positive and finite, norms and F16 weights finite.
 
-        Reads the file in pieces and not through the mapping, which would make all of it resident.
+        Reads the file in chunks: reading the mapping would make all of it resident.
 
         Raises:
             CheckpointError: naming the tensor at fault.
         """
         for name, entry in self._entries.items():
-            for values in self._pieces(entry):
+            for values in self._chunks(entry):
                 if entry.dtype == CODES:
-                    sound = not np.any((values & 0x7F) == 0x7F)
+                    valid = not np.any((values & 0x7F) == 0x7F)
                 elif name.endswith(".scale"):
-                    sound = bool(np.all(np.isfinite(values) & (values > 0)))
+                    valid = bool(np.all(np.isfinite(values) & (values > 0)))
                 else:
-                    sound = bool(np.all(np.isfinite(values)))
-                if not sound:
+                    valid = bool(np.all(np.isfinite(values)))
+                if not valid:
                     raise CheckpointError(f"Tensor {name} of {self.path} is damaged; convert the model again.")
 
-    def _pieces(self, entry: TensorEntry) -> Iterator[NDArray[Any]]:
-        for start in range(0, entry.nbytes, _VERIFIED_AT_ONCE):
-            data = self._file.read(entry.offset + start, min(entry.nbytes - start, _VERIFIED_AT_ONCE))
+    def _chunks(self, entry: TensorEntry) -> Iterator[NDArray[Any]]:
+        for start in range(0, entry.nbytes, _VERIFY_BYTES):
+            data = self._file.read(entry.offset + start, min(entry.nbytes - start, _VERIFY_BYTES))
             yield np.frombuffer(data, DTYPES[entry.dtype])
 
     def sha256(self) -> str:
-        """Hash of the file, in hexadecimal digits.
+        """SHA-256 of the file, in hexadecimal digits.
 
         Raises:
             CheckpointError: it cannot be read, or has changed.
@@ -212,15 +211,15 @@ class Checkpoint:
         return self._file.sha256()
 
     def check_unchanged(self) -> None:
-        """No other program has written into the file, or cut it, since it was opened. Costs one system call.
+        """Check that the file was not written to or truncated since it was opened. Costs one system call.
 
         Raises:
-            CheckpointError: one has; what was computed from arrays since the last check must not be used.
+            CheckpointError: it was; results computed from arrays since the last check must be discarded.
         """
         self._file.check_unchanged()
 
     def close(self) -> None:
-        """Unmap the file, unless arrays from it are still in use: then the mapping goes with the last of them."""
+        """Unmap the file; while arrays of it exist, the mapping lives until the last of them is gone."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -260,7 +259,7 @@ def _record(file: TensorFile, key: str) -> dict[str, Any]:
 
 def _head_format(file: TensorFile, geometry: ModelGeometry) -> HeadFormat:
     entry = file.entries.get(head_part(geometry) + ".weight")
-    return "fp16" if entry is not None and entry.dtype == HALVES else "fp8"
+    return "fp16" if entry is not None and entry.dtype == FP16 else "fp8"
 
 
 def _check_tensors(file: TensorFile, geometry: ModelGeometry, head: HeadFormat) -> None:

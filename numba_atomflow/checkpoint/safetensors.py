@@ -1,8 +1,8 @@
-"""A safetensors file: its header read and checked to the last byte, its tensors not touched.
+"""The safetensors container: reads and validates the header, without reading any tensor.
 
 Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header that maps each
-tensor name to dtype, shape and [begin, end) in the data section, then the data with no holes. A header may claim
-anything, so nothing is allocated or mapped before every claim has been compared with the size of the file.
+tensor name to dtype, shape and [begin, end) in the data section, then the data without gaps. The header is
+untrusted: nothing is allocated or mapped before its sizes have been checked against the file size.
 """
 
 import math
@@ -17,10 +17,10 @@ from numba_atomflow.files.stamp import FileStamp
 from numba_atomflow.files.untrusted import load_json, short, shown
 
 METADATA = "__metadata__"
-LARGEST_HEADER = 100_000_000  # bytes; the limit of the format's reference implementation
-LONGEST_READ = 4 << 20  # bytes of a header; the largest model (405B, 2,300 tensors) needs less than a tenth of it
-MOST_DIMENSIONS = 64  # as in NumPy
-LARGEST_SIZE = 2**64 - 1  # of a dimension or an offset
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_HEADER_READ = 4 << 20  # bytes; the largest model (405B, 2,300 tensors) needs less than a tenth of it
+MAX_DIMENSIONS = 64  # as in NumPy
+MAX_SIZE = 2**64 - 1  # of a dimension or an offset
 
 ITEM_SIZES = {
     "BOOL": 1,
@@ -44,7 +44,7 @@ ITEM_SIZES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its element type by its safetensors name, its shape, and where its bytes are."""
+    """One tensor: safetensors dtype, shape, and position in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,10 +54,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What the header of a safetensors file says, found consistent with the file.
-
-    Whoever opens the file again compares its stamp: the header is of no other.
-    """
+    """The validated header of a safetensors file. A later open of the file must check `stamp`."""
 
     path: Path
     stamp: FileStamp
@@ -66,10 +63,10 @@ class TensorFile:
 
 
 def read_tensor_file(path: Path, error: type[AtomFlowError]) -> TensorFile:
-    """Read and check the header of the safetensors file at `path`.
+    """Read and validate the header of the safetensors file at `path`.
 
     Raises:
-        AtomFlowError: of the class `error`: the file is missing, unreadable, truncated, damaged or no safetensors file.
+        AtomFlowError: of class `error`: the file is missing, unreadable, truncated, damaged or not a safetensors file.
     """
     header, data_start, stamp = _read_header(path, error)
     file_size = stamp.size
@@ -78,7 +75,7 @@ def read_tensor_file(path: Path, error: type[AtomFlowError]) -> TensorFile:
         raise error(f"The {METADATA} of {path} must map names to strings; the file is damaged, get it again.")
     entries = {name: _entry(path, name, record, data_start, error) for name, record in header.items()}
 
-    # Tensors must follow each other without overlap or hole, and fill the file to its last byte.
+    # Tensors must be contiguous, without overlaps or gaps, up to the end of the file.
     end = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
@@ -97,9 +94,9 @@ def read_tensor_file(path: Path, error: type[AtomFlowError]) -> TensorFile:
 
 
 def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any], int, FileStamp]:
-    """The header, the byte at which the data starts, and the stamp of the file."""
+    """The header, the offset of the data, and the stamp of the file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would wait for somebody to write
+        if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would block
             raise error(f"{path} is not a file; check the path.")
         with path.open("rb") as file:
             stamp = FileStamp.of(os.fstat(file.fileno()))
@@ -108,17 +105,17 @@ def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any]
             if file_size < 8:
                 raise error(f"{path} is truncated: it holds {file_size} bytes; get the file again.")
             first = file.read(1)
-            if first != b"{" or not 2 <= length <= LARGEST_HEADER:
+            if first != b"{" or not 2 <= length <= MAX_HEADER_BYTES:
                 raise error(f"{path} is not a safetensors file, or its header is damaged; get the file again.")
             if 8 + length > file_size:
                 raise error(
                     f"{path} is truncated: its header ends at byte {8 + length}, the file at {file_size}; "
                     "get the file again."
                 )
-            if length > LONGEST_READ:
+            if length > MAX_HEADER_READ:
                 raise error(
-                    f"The header of {path} has {length} bytes, more than the {LONGEST_READ} that a model can need; the "
-                    "file is damaged."
+                    f"The header of {path} has {length} bytes, more than the {MAX_HEADER_READ} that a model can need; "
+                    "the file is damaged."
                 )
             text = first + file.read(length - 1)
     except FileNotFoundError as problem:
@@ -138,7 +135,7 @@ def _entry(path: Path, name: str, record: Any, data_start: int, error: type[Atom
     dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise error(f"Tensor {short(name)} of {path} has dtype {shown(dtype)}, which is not supported.")
-    if not _are_sizes(shape, MOST_DIMENSIONS) or not _are_sizes(offsets, 2) or len(offsets) != 2:
+    if not _are_sizes(shape, MAX_DIMENSIONS) or not _are_sizes(offsets, 2) or len(offsets) != 2:
         raise error(
             f"Tensor {short(name)} of {path} has impossible shape {shown(shape)} or data_offsets {shown(offsets)}; "
             "the file is damaged."
@@ -153,10 +150,10 @@ def _entry(path: Path, name: str, record: Any, data_start: int, error: type[Atom
     return TensorEntry(dtype, tuple(shape), data_start + begin, nbytes)
 
 
-def _are_sizes(values: Any, most: int) -> bool:
-    """Whether it is a list of at most `most` numbers of bytes or elements: products of so few stay small."""
+def _are_sizes(values: Any, max_count: int) -> bool:
+    """Whether `values` is a list of at most `max_count` sizes; this bounds the cost of their product."""
     return (
         isinstance(values, list)
-        and len(values) <= most
-        and all(type(value) is int and 0 <= value <= LARGEST_SIZE for value in values)
+        and len(values) <= max_count
+        and all(type(value) is int and 0 <= value <= MAX_SIZE for value in values)
     )

@@ -1,9 +1,8 @@
-"""Writing an FP8 checkpoint: piece by piece, and all or nothing.
+"""Writes an FP8 checkpoint incrementally and publishes it atomically.
 
-The file grows under ``<name>.partial-<pid>-<random>``; it takes its final name after it was written completely, flushed
-to the disk and read back. A process that is killed leaves its partial file behind, and the next one for the same
-destination removes it: a partial file whose writer lives is locked. Process ids alone would not tell writers apart:
-containers that share a folder count them separately.
+The file is written as ``<name>.partial-<pid>-<random>``. It is renamed after it is complete, flushed to disk and read
+back. The partial file of a killed process stays; the next writer of the same destination removes it, because only the
+file of a running writer is locked. (A process id is no proof: containers that share a folder have separate ids.)
 """
 
 import errno
@@ -29,7 +28,7 @@ from numba_atomflow.checkpoint.format import (
     DTYPES,
     FORMAT,
     FORMAT_VERSION,
-    HALVES,
+    FP16,
     SCALES,
     TOKENIZER,
     Checkpoint,
@@ -42,28 +41,28 @@ from numba_atomflow.files.atomic import publish_new
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.text.codec import TextAssets
 
-ALIGNMENT = 128  # bytes; where the weights start
-_ORDER = {SCALES: 0, HALVES: 1, CODES: 2, BYTES: 3}  # of dtypes in the file: the widest first, so that all are aligned
+ALIGNMENT = 128  # bytes; of the weights
+_ORDER = {SCALES: 0, FP16: 1, CODES: 2, BYTES: 3}  # of dtypes in the file; widest first, for alignment
 
 
 class CheckpointWriter:
-    """A context manager that makes one checkpoint file.
+    """A context manager that writes one checkpoint file.
 
-    Leaving it normally checks that every tensor was filled and publishes the file; leaving it by an exception, Ctrl-C
-    included, removes what was written.
+    A normal exit checks that all tensors are complete and publishes the file; an exception, Ctrl-C included, removes
+    the partial file.
 
     Args:
         path: the final name.
-        geometry: decides which tensors there are, with their shapes.
+        geometry: determines the tensors and their shapes.
         text: stored in the metadata, the tokenizer as a tensor.
         quantiser: a JSON-ready record of how the weights were quantised.
-        source: a JSON-ready record of where they came from.
-        head: format of the vocabulary projection.
-        calibration: a JSON-ready record of the text that weights were quantised for, and of the errors that are left.
-        overwrite: replace a file that has the final name by the time that this one is complete.
+        source: a JSON-ready record of the source model.
+        head: format of the LM head.
+        calibration: a JSON-ready record of the calibration text and the remaining errors.
+        overwrite: replace a file that exists at `path` when this one is published.
 
     Raises:
-        DestinationError: the file cannot be written where it should go.
+        DestinationError: the file cannot be written.
     """
 
     def __init__(
@@ -95,9 +94,9 @@ class CheckpointWriter:
         if self._tokenizer is not None:
             layout[TOKENIZER] = (BYTES, (len(self._tokenizer),))
         self._header, self._entries = _header(layout, metadata)
-        self._partial: Path  # from `__enter__` on, as is the file
+        self._partial: Path  # set by `__enter__`, as is the file
         self._file: BinaryIO
-        self._written = dict.fromkeys(self._entries, 0)  # bytes of each tensor that are in the file
+        self._written = dict.fromkeys(self._entries, 0)  # bytes per tensor
         self.total_bytes = len(self._header) + sum(entry.nbytes for entry in self._entries.values())
 
     @property
@@ -106,7 +105,7 @@ class CheckpointWriter:
         return sum(self._written.values())
 
     def __enter__(self) -> Self:
-        with self._explained():
+        with self._translate_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.path)
             free = shutil.disk_usage(self.path.parent).free
@@ -117,7 +116,7 @@ class CheckpointWriter:
                 )
             self._partial, self._file = _open_locked(self.path)
         try:
-            self._put(0, self._header)
+            self._write_at(0, self._header)
             if self._tokenizer is not None:
                 self.write(TOKENIZER, np.frombuffer(self._tokenizer, np.uint8))
         except BaseException:
@@ -128,11 +127,11 @@ class CheckpointWriter:
     def write(self, name: str, rows: NDArray[Any]) -> None:
         """Add rows to a tensor: codes as uint8, scales and norms as float32, F16 as float16.
 
-        Tensors come in any order; the rows of one tensor from first to last, in as many pieces as the caller likes.
+        Tensors may come in any order; the rows of a tensor in ascending order, in any number of calls.
 
         Raises:
-            DestinationError: the disk is full or went away.
-            ValueError: the rows do not fit the tensor (a mistake of the caller).
+            DestinationError: the disk is full or unavailable.
+            ValueError: the rows do not fit the tensor.
         """
         entry, written = self._entries[name], self._written[name]
         dtype = DTYPES[entry.dtype]
@@ -140,7 +139,7 @@ class CheckpointWriter:
             raise ValueError(
                 f"{rows.dtype} {rows.shape} does not fit {name}: {dtype} {entry.shape}, {written} bytes full"
             )
-        self._put(entry.offset + written, np.ascontiguousarray(rows).view(np.uint8).data)
+        self._write_at(entry.offset + written, np.ascontiguousarray(rows).view(np.uint8).data)
         self._written[name] = written + rows.nbytes
 
     def __exit__(
@@ -150,53 +149,53 @@ class CheckpointWriter:
             if kind is None:
                 self._publish()
         finally:
-            self._discard()  # nothing is left to discard after publishing
+            self._discard()  # no effect after publishing
 
     def _publish(self) -> None:
-        short = [name for name, entry in self._entries.items() if self._written[name] != entry.nbytes]
-        if short:
-            raise ValueError(f"{short[0]} and {len(short) - 1} other tensors were not filled")
-        with self._explained():
+        incomplete = [name for name, entry in self._entries.items() if self._written[name] != entry.nbytes]
+        if incomplete:
+            raise ValueError(f"{incomplete[0]} and {len(incomplete) - 1} other tensors were not filled")
+        with self._translate_errors():
             os.fsync(self._file.fileno())
         with Checkpoint.open(self._partial) as checkpoint:
             checkpoint.verify()
-        with self._explained():
+        with self._translate_errors():
             if self.overwrite:
                 self._partial.replace(self.path)
             else:
                 try:
                     publish_new(self._partial, self.path)
-                except FileExistsError as error:  # another process has taken the name since it was looked for
+                except FileExistsError as error:  # created by another process in the meantime
                     raise destination_exists(self.path) from error
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # the new name itself must survive a power cut
+                os.fsync(folder)  # makes the rename durable
             finally:
                 os.close(folder)
 
     def _discard(self) -> None:
         with suppress(OSError):
-            self._partial.unlink()  # before the lock goes with the file
+            self._partial.unlink()  # before close releases the lock
         self._file.close()
 
-    def _put(self, offset: int, data: bytes | memoryview) -> None:
+    def _write_at(self, offset: int, data: bytes | memoryview) -> None:
         left = memoryview(data).cast("B")
-        with self._explained():
+        with self._translate_errors():
             self._file.seek(offset)
-            while left:  # a disk that fills up takes a part first, and fails at the next try
+            while left:  # a full disk writes a part first and fails on the next call
                 left = left[self._file.write(left) :]
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Operating-system errors become sentences."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Operating-system errors become `DestinationError`."""
         try:
             yield
         except OSError as error:
-            raise DestinationError(explanation(self.path, error)) from error
+            raise DestinationError(write_failure(self.path, error)) from error
 
 
-def explanation(path: Path, error: OSError) -> str:
-    """Why something could not be written for the checkpoint at `path`, as a sentence."""
+def write_failure(path: Path, error: OSError) -> str:
+    """The error message for a failed write of the checkpoint at `path`."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"{path} could not be written: the disk is full; make room, or choose another folder."
@@ -210,7 +209,7 @@ def explanation(path: Path, error: OSError) -> str:
 def _header(
     layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorEntry]]:
-    """The bytes before the data, and where each tensor will be in the file."""
+    """The bytes before the data, and the position of each tensor in the file."""
     record: dict[str, Any] = {METADATA: dict(metadata)}
     begin, float_bytes = 0, 0
     for name, (dtype, shape) in sorted(layout.items(), key=lambda item: _ORDER[item[1][0]]):
@@ -229,9 +228,9 @@ def _header(
 
 
 def _open_locked(destination: Path) -> tuple[Path, BinaryIO]:
-    """A new partial file of this destination, locked for as long as it is open.
+    """A new partial file of this destination, locked while it is open.
 
-    Between making the file and locking it, another process may take it for abandoned and remove it: then again.
+    Another process may remove it as abandoned between creation and lock; then a new one is created.
     """
     while True:
         partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
@@ -248,13 +247,13 @@ def _open_locked(destination: Path) -> tuple[Path, BinaryIO]:
 
 
 def destination_exists(destination: Path) -> DestinationError:
-    """The refusal to replace a file unasked."""
+    """The error for an existing destination without `overwrite`."""
     return DestinationError(f"{destination} exists; choose another name, or pass --overwrite.")
 
 
 def _remove_abandoned(destination: Path) -> None:
-    """Remove partial files of this destination that no living process holds."""
+    """Remove partial files of this destination that no running process has locked."""
     for partial in destination.parent.glob(glob.escape(destination.name) + ".partial-*"):
-        with suppress(OSError), partial.open("rb") as file:  # its writer holds the lock: BlockingIOError
+        with suppress(OSError), partial.open("rb") as file:  # BlockingIOError: its writer holds the lock
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial.unlink()

@@ -49,7 +49,7 @@ def main() -> None:
     _open_missing_streams()
     _set_encodings()
     if not _debugging():
-        tokenizers_library.keep_panics_quiet()
+        tokenizers_library.suppress_panic_reports()
     sys.exit(run(sys.argv[1:]))
 
 

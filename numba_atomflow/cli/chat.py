@@ -46,7 +46,7 @@ def chat(
 
     from numba_atomflow.text import template_process
 
-    with template_process.running():  # starts while numba is imported
+    with template_process.prestarted():  # starts while numba is imported
         from numba_atomflow.cli.chat_session import ChatSession
 
         params = sampling.params()

@@ -67,7 +67,7 @@ def generate(
 
     from numba_atomflow.text import template_process
 
-    with template_process.running() if chat else nullcontext():  # starts while numba is imported
+    with template_process.prestarted() if chat else nullcontext():  # starts while numba is imported
         params = sampling.params(ignore_eos)
         with engine_options.load(model, max_seq_len) as engine:
             generation = (

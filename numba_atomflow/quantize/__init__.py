@@ -1,4 +1,4 @@
-"""Ways to turn weights into FP8 codes and group scales: by themselves (rtn), or by what they do to calibration text."""
+"""FP8 quantization methods: round-to-nearest (rtn), and with calibration text AWQ and GPTQ."""
 
 from typing import Literal
 

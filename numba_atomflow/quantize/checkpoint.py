@@ -1,4 +1,4 @@
-"""From a source to a calibrated checkpoint: layers one by one, then everything into one file."""
+"""Calibrated checkpoints: quantizes all layers, then writes the checkpoint file."""
 
 import hashlib
 import platform
@@ -21,8 +21,8 @@ from numba_atomflow.quantize.calibrated import quantize_layers, read_slabs
 from numba_atomflow.quantize.calibration import read_calibration
 from numba_atomflow.quantize.forward import final_inputs
 from numba_atomflow.quantize.projection import Method
+from numba_atomflow.quantize.resume import Layout, ResumableJob
 from numba_atomflow.quantize.threads import cores_for_kernels
-from numba_atomflow.quantize.unfinished import Layout, Unfinished
 from numba_atomflow.sources import WeightSource
 from numba_atomflow.utils.progress import Progress
 
@@ -42,16 +42,16 @@ def convert_calibrated(
     *,
     overwrite: bool,
 ) -> None:
-    """What `numba_atomflow.convert.convert` does for "awq" and "gptq", once source and destination have been checked.
+    """The conversion of `numba_atomflow.convert.convert` by "awq" and "gptq", after source and destination are checked.
 
-    `origin` is the record of the source; the hashes in it tell whether finished layers are of the same one.
+    `origin` is the record of the source; its hashes identify the job that is resumed.
     """
     g = source.geometry
     text = read_calibration(calibration, source.text, g)
-    job = {"made_by": _versions(), "method": method, "source": origin, "text": text.record()}
-    with Unfinished(destination, job) as unfinished:
-        stream = quantize_layers(source, text, METHODS[method], unfinished, report)
-        record = text.record() | {"errors": _errors(unfinished, g)}
+    description = {"made_by": _versions(), "method": method, "source": origin, "text": text.record()}
+    with ResumableJob(destination, description) as job:
+        stream = quantize_layers(source, text, METHODS[method], job, report)
+        record = text.record() | {"errors": _errors(job, g)}
         quantiser = {"method": method, "group_size": GROUP}
         writer = CheckpointWriter(
             destination, g, source.text, quantiser, origin, head=head, calibration=record, overwrite=overwrite
@@ -61,14 +61,14 @@ def convert_calibrated(
             _write_outer(source, stream, head, writer)
             for i in range(g.layers):
                 report(f"layer {i}", writer.written_bytes, writer.total_bytes)
-                for name, tensor in unfinished.layer(i, _layer_layout(g, i)).tensors.items():
+                for name, tensor in job.layer(i, _layer_layout(g, i)).tensors.items():
                     writer.write(f"layer.{i}.{name}", tensor)
             report("verifying", writer.written_bytes, writer.total_bytes)
-        unfinished.remove()
+        job.remove()
 
 
 def _versions() -> dict[str, str]:
-    """What a layer's bits depend on beside its inputs: half a model by one algorithm and half by another is none."""
+    """Versions of all code that determines the bits of a layer: a job is not resumed with other code."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         code.update(path.read_bytes())
@@ -87,11 +87,11 @@ def _layer_layout(geometry: ModelGeometry, layer: int) -> Layout:
     }
 
 
-def _errors(unfinished: Unfinished, geometry: ModelGeometry) -> dict[str, dict[str, float]]:
-    """Relative output errors on the calibration text, by projection: rounded to nearest, and as they are."""
-    layers = (unfinished.layer(i, _layer_layout(geometry, i)) for i in range(geometry.layers))
+def _errors(job: ResumableJob, geometry: ModelGeometry) -> dict[str, dict[str, float]]:
+    """Relative output errors on the calibration text, by projection: of round-to-nearest, and of the result."""
+    layers = (job.layer(i, _layer_layout(geometry, i)) for i in range(geometry.layers))
     errors = {f"layer.{i}.{name}": pair for i, layer in enumerate(layers) for name, pair in layer.errors.items()}
-    return {name: {"rtn": _short(rounded), "kept": _short(kept)} for name, (rounded, kept) in errors.items()}
+    return {name: {"rtn": _short(nearest), "kept": _short(result)} for name, (nearest, result) in errors.items()}
 
 
 def _short(value: float) -> float:
@@ -99,7 +99,7 @@ def _short(value: float) -> float:
 
 
 def _write_outer(source: WeightSource, stream: Array, head: HeadFormat, writer: CheckpointWriter) -> None:
-    """Embedding, final norm and vocabulary projection."""
+    """Embedding, final norm and LM head."""
     g = source.geometry
     outer = {part: names[0] for part, names in fusion(g).items() if not part.startswith("layer.")}
     norm = source.read(outer["final_norm"])

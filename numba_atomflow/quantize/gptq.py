@@ -1,4 +1,4 @@
-"""GPTQ for FP8: the clipping of groups is searched, then each rounding error is made up for by the weights after it."""
+"""GPTQ for FP8: group clipping is searched, then rounding errors are compensated by later weights (error feedback)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,14 +7,14 @@ from numba_atomflow.ops.error_feedback import round_with_feedback
 from numba_atomflow.ops.fp8 import encode_groups, quantize_groups
 from numba_atomflow.ops.scale_search import search_scales
 from numba_atomflow.quantize.inputs import Inputs
-from numba_atomflow.quantize.projection import Quantised, Sharing, quantised
+from numba_atomflow.quantize.projection import Quantised, Sharing, evaluate
 
 
 def quantize(weights: NDArray[np.float32], inputs: Inputs, sharing: Sharing) -> Quantised:
-    """The best of three on calibration inputs: with feedback, with searched scales alone, plain rounding."""
-    del sharing  # no channel is scaled
-    rounded = quantised(weights, inputs.gram, *quantize_groups(weights))
+    """The best of three on calibration inputs: error feedback, clipping only, round-to-nearest."""
+    del sharing  # GPTQ uses no channel scales
+    nearest = evaluate(weights, inputs.gram, *quantize_groups(weights))
     scales = search_scales(weights, inputs.gram)
-    searched = quantised(weights, inputs.gram, encode_groups(weights, scales), scales)
-    fed_back = quantised(weights, inputs.gram, round_with_feedback(weights, scales, inputs.gram), scales)
-    return min(rounded, searched, fed_back, key=lambda result: result.error)
+    clipped = evaluate(weights, inputs.gram, encode_groups(weights, scales), scales)
+    feedback = evaluate(weights, inputs.gram, round_with_feedback(weights, scales, inputs.gram), scales)
+    return min(nearest, clipped, feedback, key=lambda result: result.error)

@@ -1,7 +1,7 @@
-"""What calibration remembers of a projection's inputs, and the error that it weighs with it.
+"""Statistics of a projection's inputs, and the output error computed from them.
 
-With G the mean of x x^T, the mean of |E x|^2 over all inputs is the trace of E G E^T: the error E of a weight is judged
-by what it does to the outputs, without keeping a single input.
+With G = mean(x x^T), the mean of |E x|^2 over all inputs is trace(E G E^T): the output error of a weight error E needs
+only the Gram matrix G, not the inputs.
 """
 
 import numpy as np
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops.fp8 import dequantize_groups
 
-_ROWS_AT_ONCE = 1024
+_CHUNK_ROWS = 1024
 
 
 class Inputs:
-    """Collects inputs x of width K, and turns them into their means.
+    """Accumulates statistics of inputs x of width K.
 
     Attributes:
         gram: mean of x x^T, float32 [K, K]; complete after `finish`.
@@ -26,18 +26,18 @@ class Inputs:
         self._count = 0
 
     def add(self, x: NDArray[np.float32]) -> None:
-        """Take in inputs [T, K], C-contiguous."""
+        """Add inputs [T, K], C-contiguous."""
         from scipy.linalg import blas
 
-        # BLAS counts in columns: it fills the upper triangle of the transpose, in the gram's own memory.
+        # BLAS is column-major: it updates the upper triangle of the transpose, in place.
         blas.ssyrk(1.0, x.T, beta=1.0, c=self.gram.T, overwrite_c=1)
         self.magnitude += np.abs(x).sum(axis=0)
         self._count += len(x)
 
     def finish(self) -> None:
-        """Sums become means; the other triangle is filled."""
-        for start in range(0, len(self.gram), _ROWS_AT_ONCE):
-            stop = min(len(self.gram), start + _ROWS_AT_ONCE)
+        """Convert sums to means and fill the other triangle."""
+        for start in range(0, len(self.gram), _CHUNK_ROWS):
+            stop = min(len(self.gram), start + _CHUNK_ROWS)
             square = self.gram[start:stop, start:stop]
             square[:] = np.tril(square) + np.tril(square, -1).T
             self.gram[:start, start:stop] = self.gram[start:stop, :start].T
@@ -48,8 +48,8 @@ class Inputs:
 def output_energy(weights: NDArray[np.float32], gram: NDArray[np.float32]) -> float:
     """Mean of |W x|^2: weights [N, K] (or their error), gram [K, K]."""
     total = 0.0
-    for start in range(0, len(weights), _ROWS_AT_ONCE):
-        rows = weights[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(weights), _CHUNK_ROWS):
+        rows = weights[start : start + _CHUNK_ROWS]
         total += float(np.einsum("nk,nk->", rows @ gram, rows, dtype=np.float64))
     return total
 
@@ -57,9 +57,9 @@ def output_energy(weights: NDArray[np.float32], gram: NDArray[np.float32]) -> fl
 def output_error(
     weights: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.float32], gram: NDArray[np.float32]
 ) -> float:
-    """Mean of |W x - Q x|^2, Q what codes [N, K] and scales [N, groups] stand for; some rows at a time."""
+    """Mean of |W x - Q x|^2, where Q is dequantized from codes [N, K] and scales [N, groups]; in chunks of rows."""
     total = 0.0
-    for start in range(0, len(weights), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(weights), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
         total += output_energy(weights[rows] - dequantize_groups(codes[rows], scales[rows]), gram)
     return total

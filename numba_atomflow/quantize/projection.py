@@ -1,4 +1,4 @@
-"""A quantised projection, and the choice between two of them."""
+"""A quantized projection and its output error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Quantised:
 
     Attributes:
         codes: uint8 [N, K]. scales: float32 [N, ceil(K / 128)].
-        channels: float32 [K]; the weights were multiplied by them column by column, and the inputs must be divided by
-            them. None: all are 1.
-        error: mean |difference of outputs|^2 on calibration inputs.
+        channels: float32 [K], the channel scales: weights are multiplied by them, inputs must be divided by them.
+            None: all are 1.
+        error: mean squared error of the outputs on calibration inputs.
     """
 
     codes: NDArray[np.uint8]
@@ -28,34 +28,33 @@ class Quantised:
     channels: Array | None = None
 
 
-# Weights [N, K], what calibration knows of the inputs, and how many neighbouring heads of the input (of which width)
-# must share their channels' scales.
+# Weights [N, K], statistics of the inputs, channels that share a scale.
 Method = Callable[[Array, Inputs, "Sharing"], Quantised]
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which channels of an input must have the same scale: `ratio` consecutive heads, channel by channel.
+    """Input channels that must have the same scale: the same channel of `ratio` consecutive heads.
 
-    The output projection's inputs are attention heads; with GQA several of them are made of one head of v, into whose
-    rows the scales are folded.
+    The inputs of the output projection are attention heads. With GQA several of them come from one head of v, and the
+    scales are folded into the rows of v.
     """
 
     head_dim: int = 1
     ratio: int = 1
 
     def mean(self, channels: Array) -> Array:
-        """Channels [K], those that share replaced by their mean."""
+        """Channels [K], each replaced by the mean of those that share its scale."""
         heads = channels.reshape(-1, self.ratio, self.head_dim)
         return np.broadcast_to(heads.mean(axis=1, keepdims=True), heads.shape).reshape(-1)
 
     def distinct(self, channels: Array) -> Array:
-        """One of each that share: [K / ratio]."""
+        """One channel of each set that shares a scale: [K / ratio]."""
         return channels.reshape(-1, self.ratio, self.head_dim)[:, 0].reshape(-1)
 
 
-def quantised(
+def evaluate(
     weights: Array, gram: Array, codes: NDArray[np.uint8], scales: Array, channels: Array | None = None
 ) -> Quantised:
-    """With its error: `weights` and `gram` are those that `codes` and `scales` stand for (scaled by `channels`)."""
+    """A `Quantised` with its error; `weights` and `gram` are already scaled by `channels`."""
     return Quantised(codes, scales, output_error(weights, codes, scales, gram), channels)

@@ -1,7 +1,7 @@
-"""Cores for BLAS or for kernels, never for both at once.
+"""Cores for BLAS or for kernels, never for both at the same time.
 
-Each has threads of its own, which go on spinning for a while when their work is done: alternating between the two many
-times a second, they would spend most of it in each other's way. "All cores" are those of `default_threads`.
+Each has its own thread pool, whose threads spin for a while after their work. Frequent alternation would make the two
+pools compete for the cores. "All cores" are those of `default_threads`.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from numba_atomflow.host.threads import default_threads, kernels_turn
 
 @contextmanager
 def cores_for_kernels() -> Iterator[None]:
-    """Kernels run on all cores, and BLAS on the one that calls it; kernels that call BLAS need this."""
+    """Kernels use all cores, BLAS the calling thread only; needed by kernels that call BLAS."""
     with _kernel_threads(default_threads()), threadpool_limits(limits=1, user_api="blas"):
         yield
 
 
 @contextmanager
 def cores_for_blas() -> Iterator[None]:
-    """BLAS runs on all cores, kernels on one."""
+    """BLAS uses all cores, kernels one."""
     with _kernel_threads(1), threadpool_limits(limits=default_threads(), user_api="blas"):
         yield
 

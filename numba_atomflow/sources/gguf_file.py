@@ -23,13 +23,13 @@ from numba_atomflow.files.untrusted import short, shown
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-MOST_DIMENSIONS = 4
+MAX_DIMENSIONS = 4
 # Above what any model has (80 fields, 1,000 tensors, 1.3 million items in the arrays of the largest vocabulary, 30 MB
 # with a whole tokenizer.json), and low enough that a hostile file costs some seconds and megabytes at most.
-MOST_ENTRIES = 1 << 16  # fields, or tensors
-MOST_ITEMS = 1 << 21  # of all arrays together
-LARGEST_HEADER = 1 << 27  # bytes
-LONGEST_NAME = 1 << 16  # bytes of a key; the format's own limit
+MAX_ENTRIES = 1 << 16  # fields, or tensors
+MAX_ITEMS = 1 << 21  # of all arrays together
+MAX_HEADER_BYTES = 1 << 27  # bytes
+MAX_NAME_BYTES = 1 << 16  # bytes of a key; the format's own limit
 
 _SCALARS = {
     kind: struct.Struct(f"<{letter}")
@@ -100,7 +100,7 @@ class _Cursor:
         self.size = os.fstat(file.fileno()).st_size
         self.at = 0
         self._file = file
-        self._items_left = MOST_ITEMS
+        self._items_left = MAX_ITEMS
 
     def need(self, count: int) -> None:
         if count > self.size - self.at:
@@ -111,9 +111,10 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         self.need(count)
-        if count > LARGEST_HEADER - self.at:
+        if count > MAX_HEADER_BYTES - self.at:
             raise SourceError(
-                f"{self.path} has more than {LARGEST_HEADER} bytes of metadata, which no model has; get the file again."
+                f"{self.path} has more than {MAX_HEADER_BYTES} bytes of metadata, which no model has; "
+                "get the file again."
             )
         data = self._file.read(count)
         if len(data) != count:
@@ -124,7 +125,7 @@ class _Cursor:
     def scalar(self, layout: struct.Struct) -> Any:
         return layout.unpack(self.take(layout.size))[0]
 
-    def string(self, longest: int = LARGEST_HEADER) -> str:
+    def string(self, longest: int = MAX_HEADER_BYTES) -> str:
         at, length = self.at, self.scalar(_U64)
         if length > longest:
             self.need(length)
@@ -154,7 +155,7 @@ class _Cursor:
         if count > self._items_left:
             raise SourceError(
                 f"{self.path} holds an array of {count} items at byte {at}, where all arrays of a model have fewer "
-                f"than {MOST_ITEMS}; get the file again."
+                f"than {MAX_ITEMS}; get the file again."
             )
         self._items_left -= count
         if kind == GGUFValueType.STRING:
@@ -186,9 +187,9 @@ def _preamble(cursor: _Cursor) -> tuple[int, int]:
         )
     tensor_count, field_count = cursor.scalar(_U64), cursor.scalar(_U64)
     cursor.need(24 * tensor_count + 13 * field_count)  # the least that so many entries take
-    if max(tensor_count, field_count) > MOST_ENTRIES:
+    if max(tensor_count, field_count) > MAX_ENTRIES:
         raise SourceError(
-            f"{cursor.path} claims {tensor_count} tensors and {field_count} metadata fields, where {MOST_ENTRIES} are "
+            f"{cursor.path} claims {tensor_count} tensors and {field_count} metadata fields, where {MAX_ENTRIES} are "
             "the most; get the file again."
         )
     return tensor_count, field_count
@@ -197,7 +198,7 @@ def _preamble(cursor: _Cursor) -> tuple[int, int]:
 def _fields(cursor: _Cursor, count: int) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for _ in range(count):
-        key = cursor.string(LONGEST_NAME)
+        key = cursor.string(MAX_NAME_BYTES)
         if key in fields:
             raise SourceError(f"{cursor.path} lists the metadata field {short(key)} twice; get the file again.")
         fields[key] = cursor.value()
@@ -207,7 +208,7 @@ def _fields(cursor: _Cursor, count: int) -> dict[str, Any]:
 def _tensors(cursor: _Cursor, count: int, fields: dict[str, Any]) -> dict[str, GgufTensor]:
     listed: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int]] = {}
     for _ in range(count):
-        name = cursor.string(LONGEST_NAME)
+        name = cursor.string(MAX_NAME_BYTES)
         if name in listed:
             raise SourceError(f"{cursor.path} holds the tensor {short(name)} twice; get the file again.")
         listed[name] = _description(cursor, name)
@@ -240,7 +241,7 @@ def _tensors(cursor: _Cursor, count: int, fields: dict[str, Any]) -> dict[str, G
 def _description(cursor: _Cursor, name: str) -> tuple[GGMLQuantizationType, tuple[int, ...], int]:
     """Type, shape (slowest dimension first; the file lists the fastest first) and offset in the data section."""
     dimensions = cursor.scalar(_U32)
-    if not 1 <= dimensions <= MOST_DIMENSIONS:
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise SourceError(f"Tensor {short(name)} of {cursor.path} claims {dimensions} dimensions; get the file again.")
     shape = tuple(cursor.scalar(_U64) for _ in range(dimensions))[::-1]
     number = cursor.scalar(_U32)

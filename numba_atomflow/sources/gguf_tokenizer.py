@@ -19,7 +19,7 @@ from numba_atomflow.sources import gguf_pre_tokenizer
 from numba_atomflow.sources.gguf_fields import GgufFields
 from numba_atomflow.sources.gguf_pre_tokenizer import PreTokenizer
 from numba_atomflow.text.codec import TextAssets
-from numba_atomflow.text.tokenizers_library import sentence
+from numba_atomflow.text.tokenizers_library import translate_errors
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 
@@ -41,7 +41,7 @@ _END_OF_REPLY = frozenset(
         "_<EOT>",
         "<end_of_turn>",
         "<end_of_utterance>",
-        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁translate_errors｜>",
     }
 )
 _END_IF_CONTROL = frozenset({"</s>", "<eos>", "[EOT]", "[EOS]"})  # ordinary text may be spelt like these
@@ -387,6 +387,6 @@ def _tokenizer_json(body: dict[str, Any], vocabulary: _Vocabulary) -> bytes:
     ]
     common = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": None}
     data = json.dumps(common | body, ensure_ascii=False).encode()
-    with sentence(f"{vocabulary.fields.where} has a damaged tokenizer", "get the file again", SourceError):
+    with translate_errors(f"{vocabulary.fields.where} has a damaged tokenizer", "get the file again", SourceError):
         Tokenizer.from_buffer(data)
     return data

@@ -1,6 +1,6 @@
 """Text and tokens: codec, chat templates, detokenizer, stop strings.
 
-Names are imported at their first use: the process that renders templates (`template_worker`) loads only that module.
+Names are imported at their first use: the template process (`template_worker`) imports only its own module.
 """
 
 from importlib import import_module
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatTemplate", "TextAssets", "TextCodec"]
 
-_HOMES = {"ChatTemplate": "chat_template", "TextAssets": "codec", "TextCodec": "codec"}
+_MODULES = {"ChatTemplate": "chat_template", "TextAssets": "codec", "TextCodec": "codec"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,7 +1,7 @@
-"""A model's chat template: Jinja source that came with the weights, and is not trusted.
+"""Chat templates: untrusted Jinja source that comes with the weights.
 
-It runs in a process of its own (`template_process`), bounded in time, memory and length of text, and sees plain data,
-copied from the messages, nothing else. Importing this module costs nothing: Jinja is loaded in that process alone.
+A template is rendered in a separate process (`template_process`) with limits on CPU time, memory and output length. It
+receives plain data copied from the messages. Jinja is imported only in that process, so importing this module is cheap.
 """
 
 import math
@@ -17,7 +17,7 @@ Message = Mapping[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# What a template calls by name: a variable may not take the place of one. Those of Jinja are reserved as well.
+# Names that templates use, and names reserved by Jinja: a template variable must not replace them.
 RESERVED = frozenset(
     {
         *("messages", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token"),
@@ -27,26 +27,26 @@ RESERVED = frozenset(
     }
 )
 
-_DEEPEST = 64  # levels of lists and mappings in a message
-_LARGEST = 1 << 64  # of a whole number in a message
+_MAX_DEPTH = 64  # nested lists and mappings in a message
+_MAX_INTEGER = 1 << 64  # in a message
 
 
 class ChatTemplate:
-    """A chat template that is known to compile.
+    """A compiled chat template.
 
     Args:
         source: Jinja text.
-        special_tokens: what the template may write by name, such as ``bos_token``.
+        special_tokens: by the name that the template uses, such as ``bos_token``.
 
     Raises:
-        TextError: the source is not valid Jinja, or compiling it takes too much time or memory.
+        TextError: the source is not valid Jinja, or compiling it exceeds the limits of time or memory.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._source = source
         self._special_tokens = dict(special_tokens)
-        self._process = template_process.shared()
-        self._ask(None)
+        self._process = template_process.shared_process()
+        self._request(None)
 
     def render(
         self,
@@ -54,48 +54,48 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         template_variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the text that the model was trained on.
+        """Format a conversation as the model was trained on it.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each, as in OpenAI's interface; roles are those of `ROLES`.
                 The content is a text or a list of text parts, which are joined; it may be missing or None beside
                 ``tool_calls``. Other fields reach the template as plain data.
             add_generation_prompt: end with the opening of the assistant's reply.
-            template_variables: more names that the template knows, such as ``{"enable_thinking": False}``, or the
-                ``tools`` that the model may call.
+            template_variables: further template variables, such as ``{"enable_thinking": False}``, or the ``tools``
+                that the model may call.
 
         Raises:
-            TextError: a message is malformed, or the template refuses the conversation, fails on it, or takes too much
-                time, memory or text for it.
-            OptionError: a variable has a name that templates use otherwise, or a value that is no plain data.
+            TextError: a message is malformed, or the template raises an error or exceeds its limits of time, memory or
+                output length.
+            OptionError: the name of a variable is reserved, or its value is not plain data.
         """
         plain = _plain_messages(messages)
         if not plain:
             raise TextError("The chat has no messages; give at least one with role 'user'.")
-        if "developer" not in self._source:  # OpenAI's newer name for the system's role, which few templates know
+        if "developer" not in self._source:  # OpenAI's newer name of the system role, which few templates support
             plain = [message | {"role": "system"} if message["role"] == "developer" else message for message in plain]
-        return self._ask(
+        return self._request(
             {"tools": None, "documents": None}
             | plain_variables({} if template_variables is None else template_variables)
             | self._special_tokens
             | {"messages": plain, "add_generation_prompt": bool(add_generation_prompt)}
         )
 
-    def try_out(self) -> None:
-        """Render a short conversation: whether the template refuses it, or fails on it, is of no interest here.
+    def check_limits(self) -> None:
+        """Render a short conversation within the limits; other errors of the template are ignored.
 
         Raises:
-            TextError: the template goes beyond its limits.
+            TextError: the template exceeds its limits.
         """
         try:
             self.render([{"role": "user", "content": "Hello"}])
         except template_process.TemplateExcessError:
             raise
-        except TextError:  # it may want another conversation, or a variable
+        except TextError:  # it may need another conversation, or a variable
             return
 
-    def _ask(self, variables: Mapping[str, Any] | None) -> str:
-        match self._process.ask(self._source, variables):
+    def _request(self, variables: Mapping[str, Any] | None) -> str:
+        match self._process.request(self._source, variables):
             case {"text": text}:
                 return text
             case {"refusal": reason}:
@@ -108,10 +108,10 @@ class ChatTemplate:
 
 
 def plain_variables(variables: Mapping[Any, Any]) -> dict[str, Any]:
-    """A copy of variables for a template, in plain data.
+    """Copy template variables as plain data.
 
     Raises:
-        OptionError: a name is reserved or no name at all, or a value is no plain data.
+        OptionError: a name is reserved or not an identifier, or a value is not plain data.
     """
     if not isinstance(variables, Mapping):
         raise OptionError("template_variables must map names to values.")
@@ -135,16 +135,16 @@ def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _plain_message(number: int, message: Message) -> dict[str, Any]:
-    """A copy in plain data: objects of other classes could not be handed to the template's process.
+    """Copy a message as plain data, which can be sent to the template process.
 
     Raises:
-        TextError: the role or the content is missing, unknown or of a wrong type, or another field is no plain data.
+        TextError: the role or the content is missing, unknown or of a wrong type, or another field is not plain data.
     """
     if not isinstance(message, Mapping):
         raise TextError(f"Message {number} of the chat is not a mapping with 'role' and 'content'.")
-    calls = bool(message.get("tool_calls"))
+    has_tool_calls = bool(message.get("tool_calls"))
     for key in ("role", "content"):
-        if message.get(key) is None and not (key == "content" and calls):
+        if message.get(key) is None and not (key == "content" and has_tool_calls):
             raise TextError(f"Message {number} of the chat has no {key!r}; each message needs 'role' and 'content'.")
     plain: dict[str, Any] = {}
     for key, value in message.items():
@@ -165,11 +165,11 @@ def _plain_message(number: int, message: Message) -> dict[str, Any]:
 
 
 class _NotPlainError(Exception):
-    """The end of a sentence about a value that no template can be given."""
+    """A value that cannot be sent to a template; the message is the predicate of a sentence about it."""
 
 
 def _text(content: Any) -> str:
-    """A message's content as one text: parts of type "text" are joined with nothing between them."""
+    """The content of a message as one string; parts of type "text" are concatenated."""
     if isinstance(content, str):
         return str.__str__(content)
     if isinstance(content, Mapping) or not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
@@ -179,15 +179,15 @@ def _text(content: Any) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(part.get("text"), str):
             what = f"of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "that is no text part"
-            raise _NotPlainError(f'has a part {what}; this program takes {{"type": "text", "text": ...}} alone')
+            raise _NotPlainError(f'has a part {what}; only {{"type": "text", "text": ...}} is supported')
         texts.append(str.__str__(part["text"]))
     return "".join(texts)
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A copy made of dict, list, str, int, float, bool and None."""
-    if depth > _DEEPEST:
-        raise _NotPlainError(f"is nested more than {_DEEPEST} levels deep")
+    """A copy that consists of dict, list, str, int, float, bool and None."""
+    if depth > _MAX_DEPTH:
+        raise _NotPlainError(f"is nested more than {_MAX_DEPTH} levels deep")
     match value:
         case None | bool():
             return value
@@ -195,8 +195,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
             return str.__str__(value)
         case Integral():
             number = int(value)
-            if abs(number) >= _LARGEST:
-                raise _NotPlainError("holds a whole number of more than 64 bits")
+            if abs(number) >= _MAX_INTEGER:
+                raise _NotPlainError("holds an integer of more than 64 bits")
             return number
         case Real():
             if not math.isfinite(value):

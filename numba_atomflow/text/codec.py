@@ -1,7 +1,7 @@
-"""Text to tokens and back: tokenizer, chat template, streaming decoder.
+"""Text to tokens and back: tokenizer, chat template, detokenizer.
 
-`TextAssets` is what a source hands over and a checkpoint stores; `TextCodec` is that made usable. Importing this module
-costs nothing: the tokenizers library is loaded with the first codec, Jinja with the first chat.
+`TextAssets` is the text part of a model, read from a source and stored in a checkpoint; `TextCodec` is built from it.
+The tokenizers library is imported with the first codec, Jinja with the first chat: importing this module is cheap.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from numba_atomflow.errors import CheckpointError, TextError
 from numba_atomflow.files.untrusted import short, shown
-from numba_atomflow.text.detokenizer import StreamDecoder, TokenBytes
-from numba_atomflow.text.tokenizers_library import check_growth, sentence
+from numba_atomflow.text.detokenizer import Detokenizer, TokenBytes
+from numba_atomflow.text.tokenizers_library import check_growth, translate_errors
 
 if TYPE_CHECKING:
     from numba_atomflow.text.chat_template import ChatTemplate
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextAssets:
-    """Everything that a model brings along for text; all of it may be missing."""
+    """The tokenizer, chat template and special tokens of a model; each may be missing."""
 
     tokenizer_json: bytes | None = field(default=None, repr=False)  # contents of a Hugging Face tokenizer.json
     chat_template: str | None = None  # Jinja source
@@ -28,12 +28,11 @@ class TextAssets:
     eos_token: str | None = None
     unk_token: str | None = None
     pad_token: str | None = None
-    eos_ids: tuple[int, ...] = ()  # each of them ends a reply
-    add_bos: bool = False  # a text starts with bos_token, whether or not tokenizer.json says so itself
-    other_tokens: Mapping[str, str] = field(
-        default_factory=dict
-    )  # by name, for chat templates: sep_token, cls_token, ...
-    # Sentences about what the source says and was not followed; for whoever converts it, not stored in a checkpoint.
+    eos_ids: tuple[int, ...] = ()  # each ends a generation
+    add_bos: bool = False  # encode puts bos_token first, even if tokenizer.json does not
+    # Further named tokens, for chat templates: sep_token, cls_token, ...
+    other_tokens: Mapping[str, str] = field(default_factory=dict)
+    # Settings of the source that are ignored, one translate_errors each; not stored in a checkpoint.
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def special_tokens(self) -> dict[str, str]:
@@ -44,10 +43,10 @@ class TextAssets:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready record of all that a checkpoint stores, but ``tokenizer_json``, which is stored as bytes."""
+        """The JSON-ready record that a checkpoint stores, without ``tokenizer_json``, which is stored as bytes."""
         record = asdict(self)
         del record["tokenizer_json"], record["warnings"]
-        if not self.other_tokens:  # as earlier versions wrote the record
+        if not self.other_tokens:  # the format of earlier versions
             del record["other_tokens"]
         return record | {"eos_ids": list(self.eos_ids)}
 
@@ -61,14 +60,14 @@ class TextAssets:
         texts = ("chat_template", "bos_token", "eos_token", "unk_token", "pad_token")
         for name, value in record.items():
             if name in texts:
-                sound = value is None or isinstance(value, str)
+                valid = value is None or isinstance(value, str)
             elif name == "eos_ids":
-                sound = isinstance(value, list) and all(type(token_id) is int and token_id >= 0 for token_id in value)
+                valid = isinstance(value, list) and all(type(token_id) is int and token_id >= 0 for token_id in value)
             elif name == "other_tokens":
-                sound = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+                valid = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
             else:
-                sound = name == "add_bos" and isinstance(value, bool)
-            if not sound:
+                valid = name == "add_bos" and isinstance(value, bool)
+            if not valid:
                 raise CheckpointError(
                     f"The checkpoint's text record has an unusable {short(name)}: {shown(value)}; convert the model "
                     "again."
@@ -80,7 +79,7 @@ class TextCodec:
     """Encodes and decodes for one model.
 
     Raises:
-        TextError: the assets hold no tokenizer, or one that cannot be used.
+        TextError: the assets have no tokenizer, or an unusable one.
     """
 
     def __init__(self, assets: TextAssets) -> None:
@@ -90,10 +89,9 @@ class TextCodec:
 
         self.assets = assets
         self.eos_ids = frozenset(assets.eos_ids)
-        with sentence("The model's tokenizer.json cannot be read", "fetch the model again"):
+        with translate_errors("The model's tokenizer.json cannot be read", "fetch the model again"):
             self._tokenizer = Tokenizer.from_buffer(assets.tokenizer_json)
-            # Some tokenizer.json files carry the settings of their training run, which would cut prompts, fill them up,
-            # or cut words at random.
+            # Some tokenizer.json files keep settings of the training run: truncation, padding, BPE dropout.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             if getattr(self._tokenizer.model, "dropout", None):
@@ -109,57 +107,57 @@ class TextCodec:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text. Special tokens that the text spells out become those tokens.
+        """Token ids of a text. A special token that is spelled in the text becomes that token.
 
         Args:
             text: any text; "" gives no tokens (or only the BOS).
-            add_special: put the BOS in front if the model wants one; never a second one.
+            add_special: put the BOS first if the model uses one; never a second one.
 
         Raises:
-            TextError: the text holds a lone surrogate, which is no Unicode text, or the tokenizer fails on it.
+            TextError: the text has a lone surrogate, which is not valid Unicode, or the tokenizer fails on it.
         """
-        with sentence("The model's tokenizer cannot encode the text", "fetch the model again"):
+        with translate_errors("The model's tokenizer cannot encode the text", "fetch the model again"):
             try:
                 encoding = self._tokenizer.encode(text, add_special_tokens=add_special)
             except TypeError as error:
-                place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
-                if place is None:
+                index = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+                if index is None:
                     raise
                 raise TextError(
-                    f"Character {place + 1} of the text is half of a surrogate pair; give the text as valid UTF-8."
+                    f"Character {index + 1} of the text is half of a surrogate pair; give the text as valid UTF-8."
                 ) from error
         ids: list[int] = encoding.ids
         if add_special and self._post_processor_adds:
-            added = encoding.special_tokens_mask
-            before = added.index(0) if 0 in added else 0  # tokens that the post-processor put in front
-            if ids[:before] == ids[before : 2 * before]:  # the text spells them as well
-                del ids[:before]
+            mask = encoding.special_tokens_mask
+            prefix = mask.index(0) if 0 in mask else 0  # number of tokens that the post-processor put first
+            if ids[:prefix] == ids[prefix : 2 * prefix]:  # the text begins with them as well
+                del ids[:prefix]
         if add_special and self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids.insert(0, self._bos_id)
         return ids
 
     def token_id(self, spelling: str) -> int | None:
-        """The id of a token as the vocabulary spells it, or None."""
+        """The id of a vocabulary entry, or None."""
         try:
             token_id: int | None = self._tokenizer.token_to_id(spelling)
-        except UnicodeEncodeError:  # half of a surrogate pair, which no vocabulary can hold
+        except UnicodeEncodeError:  # a lone surrogate, which no vocabulary has
             return None
         return token_id
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of a whole sequence of tokens; bytes that are not UTF-8 become U+FFFD.
+        """The text of a complete token sequence; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            TextError: an id is none of a token, or the tokenizer fails on them.
+            TextError: an id is not that of a token, or the tokenizer fails.
         """
         token_ids = [int(i) for i in ids]
-        with sentence("The model's tokenizer cannot decode the tokens", "give token ids of this model"):
+        with translate_errors("The model's tokenizer cannot decode the tokens", "give token ids of this model"):
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special)
         return text
 
-    def stream(self) -> StreamDecoder:
-        """A decoder for the tokens of one reply, as they arrive."""
-        return StreamDecoder(self._token_bytes)
+    def stream(self) -> Detokenizer:
+        """A detokenizer for the tokens of one generation, as they arrive."""
+        return Detokenizer(self._token_bytes)
 
     def render_chat(
         self,
@@ -167,10 +165,10 @@ class TextCodec:
         add_generation_prompt: bool = True,
         template_variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as one text, in the format of the model's chat template: see `ChatTemplate.render`.
+        """Format a conversation by the model's chat template: see `ChatTemplate.render`.
 
         Raises:
-            TextError: the model has no chat template, a message is malformed, or the template refuses or fails.
+            TextError: the model has no chat template, a message is malformed, or the template raises an error.
             OptionError: a template variable cannot be used.
         """
         return self._chat_template.render(messages, add_generation_prompt, template_variables)
@@ -178,7 +176,7 @@ class TextCodec:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], template_variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's reply. The template writes the BOS itself.
+        """Token ids of a conversation, up to the assistant's reply. The template writes the BOS.
 
         Raises:
             TextError, OptionError: as `render_chat`, and as `encode`.
@@ -196,10 +194,10 @@ class TextCodec:
         return ChatTemplate(self.assets.chat_template, self.assets.special_tokens())
 
     def _find_bos(self) -> int | None:
-        """The id to put in front of every text, or None.
+        """The id that `encode` puts first, or None.
 
         Raises:
-            TextError: a BOS is wanted and the tokenizer does not know it.
+            TextError: the model uses a BOS that the tokenizer lacks.
         """
         if not self.assets.add_bos:
             return None

@@ -1,12 +1,12 @@
-"""Tokens to text, one at a time, without ever showing half a character.
+"""Incremental detokenization: tokens to complete UTF-8 characters.
 
-A token is a run of bytes, and a character of several bytes may be spread over several tokens. So each token is turned
-into its bytes, and an incremental UTF-8 decoder gives out the characters that are complete. That costs the same for
-every token, however long the reply has become, and needs no second look at earlier tokens.
+A token is a sequence of bytes, and a character may span several tokens. Each token is converted to its bytes; an
+incremental UTF-8 decoder returns the characters that are complete. The cost per token is constant: earlier tokens
+are not decoded again.
 
 The bytes of a token depend on the tokenizer's decoder. Two kinds cover the Llama family: byte-level BPE, whose tokens
-spell bytes in GPT-2's printable alphabet, and sentencepiece, whose tokens are text with ``▁`` for a space, plus tokens
-such as ``<0xE4>`` for single bytes.
+are bytes in GPT-2's printable alphabet, and SentencePiece, whose tokens are text with ``▁`` for a space, plus byte
+tokens such as ``<0xE4>``.
 """
 
 import codecs
@@ -24,10 +24,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable character to byte value, 256 entries.
+    """GPT-2's alphabet: printable character to byte value, 256 entries.
 
-    Bytes that print in Latin-1 stand for themselves; the others are counted off from U+0100. Source: OpenAI's GPT-2
-    ``encoder.py``, kept by every byte-level BPE since.
+    Bytes that are printable in Latin-1 map to themselves; the others to U+0100 and up. Source: ``encoder.py`` of
+    OpenAI's GPT-2; every byte-level BPE uses it.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = sorted(set(range(256)) - set(printable))
@@ -39,40 +39,40 @@ _BYTE_OF = byte_alphabet()
 
 @dataclass
 class _Rules:
-    """What a tokenizer's decoder does, reduced to rules on one token and on the start of the text."""
+    """A tokenizer's decoder as rules for one token and for the start of the text."""
 
     byte_level: bool = False
     byte_fallback: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
     separator: str = ""  # between tokens
-    drop_in_first_token: str = ""  # a character that Metaspace leaves out of the first token
+    drop_in_first_token: str = ""  # a character that Metaspace removes from the first token
     strip: str = ""  # a character removed up to `strip_count` times from the start of the text
     strip_count: int = 0
 
 
 class TokenBytes:
-    """The bytes that each token of a tokenizer stands for.
+    """The bytes of each token of a tokenizer.
 
     Raises:
-        TextError: the tokenizer's decoder is of a kind that no Llama-family model uses.
+        TextError: the tokenizer's decoder is not supported.
     """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-        # The decoder's JSON is what it pickles to; the whole tokenizer's would cost 100 ms on a large vocabulary.
+        # The pickle of the decoder is its JSON; that of the whole tokenizer takes 100 ms with a large vocabulary.
         decoder = tokenizer.decoder
         self.rules = _rules_of(json.loads(decoder.__getstate__()) if decoder is not None else None)
 
     def text_of(self, token_id: int) -> str | None:
-        """The token's spelling in the vocabulary; None for a special token and for an id without a token."""
+        """The vocabulary entry of a token; None for a special token and for an unused id."""
         if token_id in self._special:
             return None
         spelling: str | None = self._tokenizer.id_to_token(token_id)
         return spelling
 
-    def hidden_text_of(self, token_id: int) -> str:
-        """How a special token is spelt, which a decoded text leaves out; "" for any other."""
+    def special_text_of(self, token_id: int) -> str:
+        """The vocabulary entry of a special token, which decoded text omits; "" for any other token."""
         return (self._tokenizer.id_to_token(token_id) or "") if token_id in self._special else ""
 
     def to_bytes(self, spelling: str) -> bytes:
@@ -80,7 +80,7 @@ class TokenBytes:
         if self.rules.byte_level:
             try:
                 return bytes([_BYTE_OF[character] for character in spelling])
-            except KeyError:  # an added token that is spelt as plain text
+            except KeyError:  # an added token, stored as plain text
                 return spelling.encode()
         if self.rules.byte_fallback and (match := _BYTE_TOKEN.fullmatch(spelling)):
             return bytes([int(match[1], 16)])
@@ -89,16 +89,15 @@ class TokenBytes:
         return spelling.encode()
 
 
-class StreamDecoder:
-    """Turns the tokens of one reply into pieces of text as they arrive.
+class Detokenizer:
+    """Converts the tokens of one generation to text, token by token.
 
-    The pieces of `push` and the rest from `flush`, joined, are the text that `TextCodec.decode` gives for the same
-    tokens. Bytes that are not UTF-8 become U+FFFD once it is certain that no later token completes them. (With
-    sentencepiece byte tokens, `decode` writes one U+FFFD per byte of a broken run; here the characters before the
-    broken bytes have been given out already and stay.)
+    The results of `push` and `flush`, joined, are the text that `TextCodec.decode` returns for the same tokens. Bytes
+    that are not UTF-8 become U+FFFD as soon as no later token can complete them. (For an invalid run of SentencePiece
+    byte tokens, `decode` writes one U+FFFD per byte; here the characters before the run are already returned.)
 
-    Sentencepiece tokenizers leave out the space before the first token of a text. Where a reply goes on from a prompt
-    that was printed, push the prompt's tokens first and drop what they give: then the space is kept.
+    SentencePiece tokenizers omit the space before the first token of a text. To continue a printed prompt, push the
+    prompt's tokens first and discard the result: the space is then kept.
     """
 
     def __init__(self, token_bytes: TokenBytes) -> None:
@@ -108,9 +107,9 @@ class StreamDecoder:
         self._to_strip = token_bytes.rules.strip_count
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes: whole characters, or "" if there is none yet.
+        """The characters that this token completes; "" if there are none.
 
-        Special tokens, and ids that the vocabulary does not hold (padding rows of an embedding), give "".
+        Special tokens and unused ids (padding rows of an embedding) give "".
         """
         spelling = self._token_bytes.text_of(token_id)
         if spelling is None:
@@ -124,14 +123,14 @@ class StreamDecoder:
             spelling = rules.separator + spelling
         return self._strip_start(self._utf8.decode(self._token_bytes.to_bytes(spelling)))
 
-    def hidden_text(self, token_id: int) -> str:
-        """What `push` leaves out: the spelling of a special token; "" for any other."""
-        return self._token_bytes.hidden_text_of(token_id)
+    def special_text(self, token_id: int) -> str:
+        """The text of a special token, which `push` omits; "" for any other token."""
+        return self._token_bytes.special_text_of(token_id)
 
     def flush(self) -> str:
-        """What is left at the end of the reply: "" or U+FFFD for a character that was never finished.
+        """The rest at the end of a generation: "", or U+FFFD for an incomplete character.
 
-        The decoder is then ready for another reply.
+        The detokenizer is then ready for the next generation.
         """
         rest = self._strip_start(self._utf8.decode(b"", final=True))
         self._first = True
@@ -149,34 +148,34 @@ class StreamDecoder:
 
 
 def _rules_of(decoder: dict[str, Any] | None) -> _Rules:
-    """Reads the decoder of a tokenizer.json.
+    """Rules of the decoder of a tokenizer.json.
 
     Raises:
-        TextError: a step of it has no meaning token by token.
+        TextError: a step cannot be applied token by token.
     """
     rules = _Rules()
     if decoder is None:
-        rules.separator = " "  # what the tokenizers library does without a decoder
+        rules.separator = " "  # the tokenizers library's default
         return rules
-    joined = False  # True once the steps work on the whole text and no longer on each token
+    fused = False  # True after a step that joins all tokens into one text
     for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
         match step:
             case {"type": "ByteLevel"}:
-                rules.byte_level = joined = True
+                rules.byte_level = fused = True
             case {"type": "ByteFallback"}:
                 rules.byte_fallback = True
             case {"type": "Fuse"}:
-                joined = True
+                fused = True
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
                 rules.replacements += ((old, new),)
             case {"type": "Metaspace", "replacement": str(old), "prepend_scheme": str(scheme)}:
                 rules.replacements += ((old, " "),)
                 rules.drop_in_first_token = "" if scheme == "never" else old
-            case {"type": "Strip", "content": str(character), "start": int(count), "stop": 0} if joined:
+            case {"type": "Strip", "content": str(character), "start": int(count), "stop": 0} if fused:
                 rules.strip, rules.strip_count = character, count
             case _:
                 raise TextError(
                     f"The tokenizer's decoder step {step['type']!r} is not supported; supported are byte-level BPE "
-                    "and sentencepiece tokenizers, as Llama-family models have them."
+                    "and SentencePiece tokenizers, as in Llama-family models."
                 )
     return rules

@@ -1,12 +1,12 @@
-"""Runs in a process of its own, in which a model's chat template can do no harm: Jinja, and nothing of the engine.
+"""The process that compiles and renders chat templates: Jinja, and nothing of the engine.
 
-Jinja's sandbox keeps a template away from Python's internals; it bounds neither time nor memory, and a template may
-crash Python's compiler. So this process bounds itself: a timer of the kernel ends it when an answer takes too much
-computing, and allocations beyond a limit fail. `template_process` starts it, asks it, and says in a sentence how it
-ended. It reads standard input (a socket) and answers on it; where the other end is closed, it ends.
+Jinja's sandbox blocks access to Python's internals. It limits neither time nor memory, and a template may crash
+Python's compiler. This process limits itself: a CPU timer (SIGPROF) ends it, and allocations beyond RLIMIT_AS fail.
+`template_process` starts it, sends requests, and reports how it ended. Requests and answers pass through standard
+input, a socket; the process ends when the other end is closed.
 
-Templates are written for `transformers`, so the environment offers what it offers there: trimmed blocks, loop
-controls, ``generation`` blocks, ``raise_exception``, ``strftime_now`` and a ``tojson`` that escapes nothing.
+Templates are written for `transformers`, so the environment is the same: trimmed blocks, loop controls, ``generation``
+blocks, ``raise_exception``, ``strftime_now`` and a ``tojson`` without HTML escapes.
 """
 
 import json
@@ -28,22 +28,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
 SOCKET = 0  # the descriptor of standard input
-LENGTH_BYTES = 8  # in front of each message, big-endian
-MEMORY = 512 << 20  # bytes of address space, of which Python and Jinja take some 50 MB
-MEMORY_PER_BYTE = 24  # more for each byte of a request: its JSON, its strings, the text made of them
-REASON = 300  # characters of an error's message that are passed on
+LENGTH_BYTES = 8  # length prefix of each message, big-endian
+MEMORY_BYTES = 512 << 20  # of address space; Python and Jinja use about 50 MB
+MEMORY_PER_BYTE = 24  # added per byte of the request: its JSON, its strings, the rendered text
+REASON_CHARACTERS = 300  # of an error message
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
-    _be_a_plain_process()
+    """Answer requests until the socket is closed."""
+    _reset_signals()
     while (request := _receive()) is not None:
         answer = _answer(json.loads(request))
         _send(json.dumps(answer).encode())
 
 
-def _be_a_plain_process() -> None:
-    """Undo what a parent may have left: ignored or blocked signals would switch the timer off."""
+def _reset_signals() -> None:
+    """Restore SIGPROF, which the parent may have ignored or blocked: the CPU timer needs it. No core dumps."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     with suppress(OSError, ValueError):
@@ -51,12 +51,12 @@ def _be_a_plain_process() -> None:
 
 
 def _receive() -> bytes | None:
-    """The next request; None if there are no more."""
+    """The next request; None at the end."""
     head = _read(LENGTH_BYTES)
     if head is None:
         return None
     size = int.from_bytes(head)
-    _limit_memory(MEMORY + MEMORY_PER_BYTE * size)
+    _limit_memory(MEMORY_BYTES + MEMORY_PER_BYTE * size)
     return _read(size)
 
 
@@ -77,7 +77,7 @@ def _send(data: bytes) -> None:
 
 
 def _limit_memory(size: int) -> None:
-    """Let allocations beyond `size` bytes fail; not where the system knows no such limit."""
+    """Make allocations beyond `size` bytes fail, where the system supports RLIMIT_AS."""
     with suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         soft = size if hard == resource.RLIM_INFINITY else min(size, hard)
@@ -85,15 +85,15 @@ def _limit_memory(size: int) -> None:
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, str]:
-    """What became of a request: ``{"text": ...}``, or "invalid", "refusal", "failure" or "excess" with the reason.
+    """The result of a request: ``{"text": ...}``, or "invalid", "refusal", "failure" or "excess" with the reason.
 
-    A request without variables asks only whether the template compiles.
+    A request without variables only compiles the template.
     """
     signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # SIGPROF ends the process
     try:
         try:
             template = _compile(request["source"])
-        except Exception as error:  # Python refuses some of what Jinja takes: deep nesting, numbers of 5,000 digits
+        except Exception as error:  # Python's compiler also rejects: deep nesting, numbers of 5,000 digits
             return {"invalid": _reason(error)}
         if request["variables"] is None:
             return {"text": ""}
@@ -103,7 +103,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str]:
             return {"refusal": _reason(error)}
         except (MemoryError, _TooLongError) as error:
             return {"excess": _reason(error)}
-        except Exception as error:  # it may divide by zero, or recurse without end
+        except Exception as error:  # such as a division by zero or a recursion
             return {"failure": _reason(error)}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -114,20 +114,20 @@ def _compile(source: str) -> jinja2.Template:
     return _environment().from_string(source)
 
 
-def _render(template: jinja2.Template, variables: Mapping[str, Any], most: int) -> str:
+def _render(template: jinja2.Template, variables: Mapping[str, Any], max_characters: int) -> str:
     pieces, characters = [], 0
     for piece in template.generate(**variables):
         pieces.append(piece)
         characters += len(piece)
-        if characters > most:
-            raise _TooLongError(f"its text is longer than {most:,} characters")
+        if characters > max_characters:
+            raise _TooLongError(f"its text is longer than {max_characters:,} characters")
     return "".join(pieces)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError):
-        return f"MemoryError: it needs more than {MEMORY >> 20} MB"
-    reason = " ".join(str(error)[: 2 * REASON].split())[:REASON]
+        return f"MemoryError: it needs more than {MEMORY_BYTES >> 20} MB"
+    reason = " ".join(str(error)[: 2 * REASON_CHARACTERS].split())[:REASON_CHARACTERS]
     return reason or ("it gives no reason" if isinstance(error, _Refusal) else type(error).__name__)
 
 
@@ -136,11 +136,11 @@ class _Refusal(jinja2.TemplateError):
 
 
 class _TooLongError(Exception):
-    """The text of a template has no end, or none that is of use."""
+    """The output of a template exceeds its length limit."""
 
 
 class _Generation(Extension):
-    """``{% generation %}``: marks the assistant's text for training; here it only lets its body through."""
+    """``{% generation %}``: marks the assistant's text for training; here it renders its body."""
 
     tags: set[str] = {"generation"}  # noqa: RUF012 - how Jinja declares it
 
@@ -150,10 +150,10 @@ class _Generation(Extension):
 
 
 class _PublicNamespace(Namespace):
-    """``namespace()`` whose attributes cannot pass for Python's own (``__call__``, ``__html__`` and their kind)."""
+    """``namespace()`` without attributes that Python treats specially, such as ``__call__`` and ``__html__``."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        # `self` is taken from args, as Jinja does, so that a template may name an attribute `self`.
+        # `self` is args[0], as in Jinja, so that a template may set an attribute named `self`.
         Namespace.__init__(*args, **kwargs)
         for name in dict(*args[1:], **kwargs):
             _check_public(name)
@@ -173,10 +173,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
-    # lipsum, Jinja's filler text, is left out: no chat template needs it. Classes are given as functions that make
-    # an instance: the class itself would lend its methods.
+    # Without lipsum, Jinja's filler text: no chat template needs it. Classes are wrapped in functions that return an
+    # instance: a class would expose its methods.
     environment.globals = {
-        "range": environment.globals["range"],  # limited in length by the sandbox
+        "range": environment.globals["range"],  # its length is limited by the sandbox
         "dict": _make_dict,
         "namespace": _PublicNamespace,
         "cycler": _make_cycler,
@@ -204,7 +204,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)  # noqa: DTZ005 - the user's own clock, as everywhere
+    return datetime.now().strftime(pattern)  # noqa: DTZ005 - local time, as in transformers
 
 
 def _to_json(

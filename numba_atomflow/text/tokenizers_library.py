@@ -1,8 +1,8 @@
-"""The tokenizers library, asked for things about files of others: whatever it raises becomes a sentence.
+"""Error handling around the tokenizers library, which is written in Rust, for untrusted tokenizer.json files.
 
-It is written in Rust. Where it does not expect what a tokenizer.json holds it panics, which reaches Python as a
-`BaseException` that is no `Exception`, after a report on the file descriptor of standard error. A normaliser that
-multiplies a text asks for more memory than there is, and that ends the process; so it is refused before.
+On unexpected contents the library panics: Python gets a `BaseException` that is not an `Exception`, after a report on
+file descriptor 2. A normalizer that multiplies the length of a text exhausts the memory, which ends the process;
+`check_growth` rejects it beforehand.
 """
 
 import json
@@ -18,37 +18,37 @@ from numba_atomflow.files.untrusted import visible
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MOST_GROWTH = 100  # times as long as it was may a normaliser, or a decoder, make a text
-_LONGEST_REASON = 200  # characters
+MAX_GROWTH = 100  # output length of a normalizer or decoder, relative to its input
+_MAX_REASON = 200  # characters
 
-_keep_panics_quiet = False
+_suppress_panic_reports = False
 
 
-def keep_panics_quiet() -> None:
-    """Drop the library's reports of panics, for a program that owns standard error and writes a sentence instead."""
-    global _keep_panics_quiet  # noqa: PLW0603 - a property of the process, as the descriptor is
-    _keep_panics_quiet = True
+def suppress_panic_reports() -> None:
+    """Discard the library's panic reports, for a program that owns standard error and prints the error itself."""
+    global _suppress_panic_reports  # noqa: PLW0603 - per process, like the descriptor
+    _suppress_panic_reports = True
 
 
 @contextmanager
-def sentence(what: str, advice: str, error: Callable[[str], AtomFlowError] = TextError) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one error: `what` went wrong, the library's reason, and the `advice`."""
+def translate_errors(what: str, advice: str, error: Callable[[str], AtomFlowError] = TextError) -> Iterator[None]:
+    """Exceptions of the library become one `error`: `what` failed, the library's reason, and the `advice`."""
     try:
-        with _quiet_panics():
+        with _without_panic_reports():
             yield
     except (AtomFlowError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as caught:
         reason = visible(" ".join(str(caught).split())) or type(caught).__name__
-        if len(reason) > _LONGEST_REASON:
-            reason = reason[: _LONGEST_REASON - 3] + "..."
+        if len(reason) > _MAX_REASON:
+            reason = reason[: _MAX_REASON - 3] + "..."
         raise error(f"{what} ({reason}); {advice}.") from caught
 
 
 @contextmanager
-def _quiet_panics() -> Iterator[None]:
-    """What is written to standard error inside comes out afterwards, unless a panic ends it."""
-    if not _keep_panics_quiet or not hasattr(os, "memfd_create"):
+def _without_panic_reports() -> Iterator[None]:
+    """Buffer standard error, and write it out afterwards unless the block ended in a panic."""
+    if not _suppress_panic_reports or not hasattr(os, "memfd_create"):
         yield
         return
     sys.stderr.flush()
@@ -57,8 +57,8 @@ def _quiet_panics() -> Iterator[None]:
     except OSError:  # it is closed
         yield
         return
-    caught = os.memfd_create("stderr")
-    os.dup2(caught, 2)
+    buffer = os.memfd_create("stderr")
+    os.dup2(buffer, 2)
     panicked = False
     try:
         yield
@@ -68,7 +68,7 @@ def _quiet_panics() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-        with open(caught, "rb") as written:  # noqa: PTH123 - a descriptor
+        with open(buffer, "rb") as written:  # noqa: PTH123 - a descriptor
             written.seek(0)
             text = b"" if panicked else written.read()
         if text:
@@ -76,16 +76,16 @@ def _quiet_panics() -> Iterator[None]:
 
 
 def check_growth(tokenizer: "Tokenizer") -> None:
-    """Refuse a tokenizer whose steps, one after another, make a text longer without measure.
+    """Reject a tokenizer whose normalizer or decoder multiplies the length of a text by more than `MAX_GROWTH`.
 
     Raises:
-        TextError: they do.
+        TextError: it does.
     """
     for name in ("normalizer", "decoder"):
         part = getattr(tokenizer, name)
-        # A part's JSON is what it pickles to; the whole tokenizer's would cost 100 ms on a large vocabulary.
+        # The pickle of a part is its JSON; that of the whole tokenizer takes 100 ms with a large vocabulary.
         growth = 1.0 if part is None else _growth(json.loads(part.__getstate__()))
-        if growth > MOST_GROWTH:
+        if growth > MAX_GROWTH:
             raise TextError(
                 f"The {name} of the model's tokenizer.json makes a text up to {growth:.3g} times as long; "
                 "fetch the model again."
@@ -101,8 +101,8 @@ def _growth(step: dict[str, Any]) -> float:
             return growth
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
             return max(1.0, len(new) / max(len(old), 1))
-        case {"type": "Replace", "content": str(new)}:  # of an expression, which may match one character
+        case {"type": "Replace", "content": str(new)}:  # a regular expression, which may match one character
             return max(1.0, float(len(new)))
-        case {"type": "Prepend", "prepend": str(new)}:  # to a text of one character
+        case {"type": "Prepend", "prepend": str(new)}:  # relative to a text of one character
             return 1.0 + len(new)
     return 1.0

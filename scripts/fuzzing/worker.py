@@ -134,7 +134,7 @@ def main() -> None:
     from fuzzing import targets
     from numba_atomflow.text import template_process
 
-    held = template_process.shared()  # otherwise each case starts one
+    held = template_process.shared_process()  # otherwise each case starts one
     targets.USES["checkpoint"](fixtures, fixtures)  # loads the kernels
     limit_memory()
     print(json.dumps({}), file=answers, flush=True)

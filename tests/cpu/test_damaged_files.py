@@ -1,4 +1,4 @@
-"""Files that the program wrote itself and reads back: ground truths and unfinished quantisations, damaged."""
+"""Files that the program wrote itself and reads back: ground truths and interrupted quantizations, damaged."""
 
 import json
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from tiny_models import safetensors_bytes, write_hf_folder
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import DestinationError, GroundTruthError
-from numba_atomflow.quantize import unfinished as folders
+from numba_atomflow.quantize import resume
 from numba_atomflow.quantize.layer import QuantisedLayer
-from numba_atomflow.quantize.unfinished import Unfinished
+from numba_atomflow.quantize.resume import ResumableJob
 from numba_atomflow.validate.ground_truth import check_fits, open_ground_truth
 
 # --- ground truths -------------------------------------------------------------------------------------------------
@@ -110,33 +110,33 @@ def test_a_description_that_cannot_be(fixtures: Path, truth: bytes, tmp_path: Pa
     assert len(message.replace(str(path), "").replace(str(fixtures), "")) < 400
 
 
-# --- unfinished quantisations --------------------------------------------------------------------------------------
+# --- interrupted quantizations --------------------------------------------------------------------------------------
 
 JOB = {"method": "gptq", "source": {"name": "a"}}
-LAYOUT: folders.Layout = {"down.weight": (np.dtype(np.uint8), (2, 3)), "ffn_norm": (np.dtype(np.float32), (3,))}
+LAYOUT: resume.Layout = {"down.weight": (np.dtype(np.uint8), (2, 3)), "ffn_norm": (np.dtype(np.float32), (3,))}
 TENSORS = {"down.weight": np.arange(6, dtype=np.uint8).reshape(2, 3), "ffn_norm": np.ones(3, np.float32)}
 STREAM = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
 
-def opened(tmp_path: Path, job: dict[str, Any] = JOB) -> Unfinished:
-    return Unfinished(tmp_path / UNFINISHED, job)
+def opened(tmp_path: Path, job: dict[str, Any] = JOB) -> ResumableJob:
+    return ResumableJob(tmp_path / UNFINISHED, job)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two layers are done."""
-    with opened(tmp_path) as unfinished:
+    with opened(tmp_path) as job:
         for i in range(2):
-            unfinished.save(i, QuantisedLayer(TENSORS, {"down": (0.25, 0.125)}), STREAM + i)
+            job.save(i, QuantisedLayer(TENSORS, {"down": (0.25, 0.125)}), STREAM + i)
     return tmp_path / (UNFINISHED + ".unfinished")
 
 
 def read_all(tmp_path: Path) -> list[QuantisedLayer]:
-    with opened(tmp_path) as unfinished:
-        done = unfinished.finished()
+    with opened(tmp_path) as job:
+        done = job.finished()
         if done:
-            np.testing.assert_array_equal(unfinished.stream(done, STREAM.shape), STREAM + done - 1)
-        return [unfinished.layer(i, LAYOUT) for i in range(done)]
+            np.testing.assert_array_equal(job.stream(done, STREAM.shape), STREAM + done - 1)
+        return [job.layer(i, LAYOUT) for i in range(done)]
 
 
 def test_what_was_saved_is_read(folder: Path, tmp_path: Path) -> None:
@@ -182,12 +182,12 @@ def test_files_that_are_not_what_was_saved(folder: Path, tmp_path: Path, damage:
 
 
 @pytest.mark.parametrize("layout", [{}, LAYOUT | {"ffn_norm": (np.dtype(np.float32), (4,))}])
-def test_a_layer_of_another_layout_is_damaged(folder: Path, tmp_path: Path, layout: folders.Layout) -> None:
-    with opened(tmp_path) as unfinished:
+def test_a_layer_of_another_layout_is_damaged(folder: Path, tmp_path: Path, layout: resume.Layout) -> None:
+    with opened(tmp_path) as job:
         with pytest.raises(DestinationError, match=r"layer\.0\.npz is damaged"):
-            unfinished.layer(0, layout)
+            job.layer(0, layout)
         with pytest.raises(DestinationError, match=r"stream\.2\.npy is damaged"):
-            unfinished.stream(2, (2, 3, 5))
+            job.stream(2, (2, 3, 5))
 
 
 def test_stray_files_change_nothing_and_stay(folder: Path, tmp_path: Path) -> None:
@@ -195,8 +195,8 @@ def test_stray_files_change_nothing_and_stay(folder: Path, tmp_path: Path) -> No
     for name in strays:
         (folder / name).write_bytes(b"\xff")
     assert len(read_all(tmp_path)) == 2
-    with opened(tmp_path) as unfinished:
-        unfinished.remove()
+    with opened(tmp_path) as job:
+        job.remove()
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
@@ -208,8 +208,8 @@ def test_a_job_that_is_none_begins_again(folder: Path, tmp_path: Path, content: 
 
 
 def test_another_job_begins_again(folder: Path, tmp_path: Path) -> None:
-    with opened(tmp_path, {"method": "awq"}) as unfinished:
-        assert unfinished.finished() == 0
+    with opened(tmp_path, {"method": "awq"}) as job:
+        assert job.finished() == 0
     assert sorted(path.name for path in folder.iterdir()) == ["job.json", "lock"]
 
 

@@ -243,7 +243,7 @@ def test_texts_that_cannot_be_used(tmp_path: Path, text_file: Path) -> None:
     refused(OptionError, "short.txt has 9 tokens, too few", method="gptq", calibration=short)
     refused(TextError, "latin.txt is not UTF-8", method="gptq", calibration=latin)
     refused(TextError, "none.txt cannot be read", method="gptq", calibration=tmp_path / "none.txt")
-    refused(OptionError, "rtn rounds weights without", method="rtn", calibration=text_file)
+    refused(OptionError, "The method rtn uses no calibration text", method="rtn", calibration=text_file)
     (tmp_path / "hf" / "tokenizer.json").unlink()
     refused((SourceError, TextError), "tokenizer", method="gptq", calibration=text_file)  # type: ignore[arg-type]
 
@@ -355,7 +355,7 @@ def test_a_second_process_is_refused(tmp_path: Path, text_file: Path) -> None:
 
     def report(what: str, *_: int) -> None:
         if what == "layer 1: calibrating":
-            with pytest.raises(DestinationError, match="is being made by another process"):
+            with pytest.raises(DestinationError, match="is being written by another process"):
                 convert(tmp_path / "hf", tmp_path / "out", method="gptq", calibration=text_file)
             raise StopHereError
 

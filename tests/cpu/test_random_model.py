@@ -8,7 +8,7 @@ from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.checkpoint.format import tensor_layout
-from numba_atomflow.checkpoint.random_weights import BLOCK, RandomModel
+from numba_atomflow.checkpoint.random_weights import POOL_BYTES, RandomModel
 from numba_atomflow.errors import OptionError, TextError
 from numba_atomflow.model.presets import PRESETS, find_preset
 from numba_atomflow.ops.fp8 import dequantize_groups
@@ -74,8 +74,8 @@ def test_a_projection_keeps_activations_near_unit_size(model: RandomModel, part:
 def test_a_tensor_larger_than_the_block_goes_round_it() -> None:
     model = RandomModel(tiny_geometry(vocabulary=100_000))
     codes = model.array("embedding.weight").reshape(-1)
-    assert codes.size > BLOCK
-    np.testing.assert_array_equal(codes[BLOCK:], codes[: codes.size - BLOCK])
+    assert codes.size > POOL_BYTES
+    np.testing.assert_array_equal(codes[POOL_BYTES:], codes[: codes.size - POOL_BYTES])
     assert not np.array_equal(codes[:192], codes[192:384])
 
 

@@ -91,7 +91,7 @@ def test_special_tokens_count_as_in_transformers() -> None:
             stops, stream = StopStrings(strings), codec.stream()
             for count, token in enumerate(ids, start=1):
                 stops.push(stream.push(token))
-                stops.push(stream.hidden_text(token), shown=False)
+                stops.push(stream.special_text(token), shown=False)
                 assert (stops.found is not None) == bool(ends(torch.tensor([ids[:count]]), None)), (
                     strings,
                     ids[:count],

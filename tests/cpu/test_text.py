@@ -17,7 +17,7 @@ from toy_tokenizers import byte_level, sentencepiece
 from numba_atomflow.errors import AtomFlowError, CheckpointError, TextError
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 from numba_atomflow.text.codec import TextAssets, TextCodec
-from numba_atomflow.text.detokenizer import StreamDecoder, TokenBytes, byte_alphabet
+from numba_atomflow.text.detokenizer import Detokenizer, TokenBytes, byte_alphabet
 
 BYTE_LEVEL = TextCodec(assets_from_gguf(byte_level()[1]))
 SENTENCEPIECE = TextCodec(assets_from_gguf(sentencepiece()[1]))
@@ -143,7 +143,7 @@ def test_each_token_is_looked_at_once() -> None:
 
     spy = Spy()
     ids = BYTE_LEVEL.encode("".join(SAMPLES).replace("<", ""))
-    stream = StreamDecoder(TokenBytes(spy))  # type: ignore[arg-type]
+    stream = Detokenizer(TokenBytes(spy))  # type: ignore[arg-type]
     held = max(len(stream._utf8.getstate()[0]) for token_id in ids if stream.push(token_id) is not None)
     assert spy.asked == ids
     assert held <= 3  # bytes of an unfinished character

@@ -148,7 +148,7 @@ def fail_after(words: bytes) -> None:
 def test_reports_of_panics_are_dropped_and_nothing_else(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizers_library, "_keep_panics_quiet", True)
+    monkeypatch.setattr(tokenizers_library, "_suppress_panic_reports", True)
     codec = TextCodec(changed(lambda r: r.update(pre_tokenizer={"type": "FixedLength", "length": 0})))
     with pytest.raises(TextError, match="chunk size must be non-zero"):
         codec.encode("a")

@@ -1,13 +1,13 @@
-"""The layers that are done, on disk: a quantisation that was killed goes on where it was.
+"""Finished layers on disk, from which an interrupted quantization resumes.
 
-A folder beside the destination, ``<name>.unfinished``, locked by the process that works in it:
+A folder next to the destination, ``<name>.unfinished``, locked by the process that uses it:
 
-    job.json          what is being made of what; for another job these files are removed
+    job.json          description of the job; the files of a different job are removed
     layer.{i}.npz     tensors and errors of a finished layer
-    stream.{i}.npy    the residual stream before layer i, of which there is one: layers below i are finished
+    stream.{i}.npy    the residual stream before layer i (one file): layers below i are finished
 
-Every file gets its name when it is complete, so a process may be killed at any moment. Arrays stand behind the SHA-256
-of the job, the file's name and themselves: a file that was damaged, altered or put in another's place is refused.
+Files are renamed after they are complete, so the process may be killed at any time. Each file of arrays starts with the
+SHA-256 of the job, the file name and the contents: a damaged, modified or misplaced file is rejected.
 """
 
 import fcntl
@@ -24,27 +24,27 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.checkpoint.writer import explanation
+from numba_atomflow.checkpoint.writer import write_failure
 from numba_atomflow.errors import DestinationError
 from numba_atomflow.quantize.layer import QuantisedLayer
 
 _ERRORS = "error/"  # before a projection's name
-_OWN_FILES = ("job.json*", "layer.*.npz*", "stream.*.npy*")
+_FILES = ("job.json*", "layer.*.npz*", "stream.*.npy*")
 _STREAM = re.compile(r"stream\.([0-9]{1,9})\.npy")
 _DIGEST = hashlib.sha256().digest_size
-_READ_AT_ONCE = 1 << 20  # bytes
+_CHUNK_BYTES = 1 << 20
 Layout = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]  # of a layer's tensors: names to dtypes and shapes
 
 
-class Unfinished:
-    """A context manager over the folder of one job.
+class ResumableJob:
+    """A context manager for the folder of one job.
 
     Args:
-        destination: of the checkpoint.
-        job: JSON-ready; everything that the result depends on.
+        destination: the checkpoint file.
+        job: JSON-ready description of everything that the result depends on.
 
     Raises:
-        DestinationError: another process is at work, the folder cannot be written, or a file in it is damaged.
+        DestinationError: another process uses the folder, it cannot be written, or a file in it is damaged.
     """
 
     def __init__(self, destination: Path, job: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class Unfinished:
         self._lock: BinaryIO
 
     def __enter__(self) -> Self:
-        with self._explained():
+        with self._translate_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / "lock").open("wb")
         try:
@@ -62,14 +62,14 @@ class Unfinished:
         except BlockingIOError as error:
             self._lock.close()
             raise DestinationError(
-                f"{self.destination} is being made by another process; wait for it, or choose another name."
+                f"{self.destination} is being written by another process; wait for it, or choose another name."
             ) from error
-        except OSError as error:  # a file system without locks
+        except OSError as error:  # the file system has no locks
             self._lock.close()
-            raise DestinationError(explanation(self.destination, error)) from error
+            raise DestinationError(write_failure(self.destination, error)) from error
         try:
-            with self._explained():
-                self._keep_own_job()
+            with self._translate_errors():
+                self._discard_other_jobs()
         except BaseException:
             self._lock.close()
             raise
@@ -80,34 +80,34 @@ class Unfinished:
     ) -> None:
         self._lock.close()
 
-    def _keep_own_job(self) -> None:
+    def _discard_other_jobs(self) -> None:
         path = self.folder / "job.json"
         if path.is_file() and path.read_bytes() == self._job.encode():
             return
-        self._remove_own()
+        self._remove_files()
         self._publish(path, lambda file: file.write(self._job.encode()))
 
     def finished(self) -> int:
-        """How many layers are done, the first ones; all of them are looked through.
+        """The number of finished layers, which are the first ones; verifies their files.
 
         Raises:
-            DestinationError: one is damaged.
+            DestinationError: a file is damaged.
         """
         numbers = [int(found[1]) for path in self.folder.iterdir() if (found := _STREAM.fullmatch(path.name))]
         layers = 0
         while self._layer(layers).exists():
             layers += 1
-        done = max((number for number in numbers if number <= layers), default=0)
-        for i in range(done):
+        finished = max((number for number in numbers if number <= layers), default=0)
+        for i in range(finished):
             with self._arrays(self._layer(i)):
                 pass
-        return done
+        return finished
 
     def stream(self, layer: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """The residual stream before a layer, float32 of this shape, as it was saved.
+        """The saved residual stream before a layer, float32 of this shape.
 
         Raises:
-            DestinationError: it is damaged.
+            DestinationError: the file is damaged.
         """
         path = self._stream(layer)
         with self._arrays(path) as file:
@@ -117,19 +117,19 @@ class Unfinished:
         return stream
 
     def save(self, layer: int, result: QuantisedLayer, stream: NDArray[np.float32]) -> None:
-        """A layer is done; `stream` is what comes out of it."""
+        """Save a finished layer; `stream` is the residual stream after it."""
         arrays = result.tensors | {_ERRORS + name: np.array(pair) for name, pair in result.errors.items()}
-        with self._explained():
-            # NumPy 2.2 and later annotate a keyword, allow_pickle, that earlier ones would store as an array.
+        with self._translate_errors():
+            # NumPy before 2.2 would store the keyword allow_pickle, which later versions annotate, as an array.
             self._write(self._layer(layer), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
             self._write(self._stream(layer + 1), lambda file: np.save(file, stream))
             self._stream(layer).unlink(missing_ok=True)
 
     def layer(self, layer: int, layout: Layout) -> QuantisedLayer:
-        """A finished layer, whose tensors are those of a layout.
+        """A finished layer; its tensors must match the layout.
 
         Raises:
-            DestinationError: it is damaged.
+            DestinationError: the file is damaged.
         """
         path = self._layer(layer)
         with self._arrays(path) as file, np.load(file, allow_pickle=False) as archive:
@@ -141,14 +141,14 @@ class Unfinished:
         return QuantisedLayer(arrays, {name: (float(pair[0]), float(pair[1])) for name, pair in errors.items()})
 
     def remove(self) -> None:
-        """All is done, and in the checkpoint. What a user keeps in the folder stays there."""
+        """Remove the job's files after the checkpoint is published, and the folder unless it has other files."""
         with suppress(OSError):
-            self._remove_own()
+            self._remove_files()
             (self.folder / "lock").unlink()
             self.folder.rmdir()
 
-    def _remove_own(self) -> None:
-        for pattern in _OWN_FILES:
+    def _remove_files(self) -> None:
+        for pattern in _FILES:
             for old in self.folder.glob(pattern):
                 old.unlink()
 
@@ -159,16 +159,16 @@ class Unfinished:
         return self.folder / f"stream.{layer}.npy"
 
     def _write(self, path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-        """A file of arrays, behind its digest."""
+        """Write a file of arrays, which starts with its digest."""
 
-        def fill_and_sign(file: BinaryIO) -> None:
+        def fill_and_digest(file: BinaryIO) -> None:
             file.seek(_DIGEST)
             fill(file)
             digest = self._digest(path, file)
             file.seek(0)
             file.write(digest)
 
-        self._publish(path, fill_and_sign)
+        self._publish(path, fill_and_digest)
 
     def _publish(self, path: Path, fill: Callable[[BinaryIO], Any]) -> None:
         partial = path.with_name(f"{path.name}.partial")
@@ -180,10 +180,10 @@ class Unfinished:
 
     @contextmanager
     def _arrays(self, path: Path) -> Iterator[BinaryIO]:
-        """A file of arrays, where they begin; to be read within it.
+        """Open a file of arrays, positioned after the verified digest.
 
         Raises:
-            DestinationError: it cannot be read, or is not what was written.
+            DestinationError: the file cannot be read, or its digest differs.
         """
         with self._readable(path), path.open("rb") as file:
             if file.read(_DIGEST) != self._digest(path, file):
@@ -192,11 +192,11 @@ class Unfinished:
             yield file
 
     def _digest(self, path: Path, file: BinaryIO) -> bytes:
-        """Of the job, the name and what is behind the digest's place."""
+        """SHA-256 of the job, the file name and the contents."""
         digest = hashlib.sha256(f"{self._job}\0{path.name}\0".encode())
         file.seek(_DIGEST)
-        while piece := file.read(_READ_AT_ONCE):
-            digest.update(piece)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
         return digest.digest()
 
     def _damaged(self, path: Path) -> DestinationError:
@@ -208,15 +208,15 @@ class Unfinished:
             yield
         except DestinationError:
             raise
-        except Exception as error:  # NumPy's readers, those of ZIP archives included, raise all kinds
+        except Exception as error:  # the exceptions of NumPy's readers and of zipfile are not documented
             raise self._damaged(path) from error
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise DestinationError(explanation(self.destination, error)) from error
+            raise DestinationError(write_failure(self.destination, error)) from error
 
 
 def _is_pair(values: NDArray[Any]) -> bool:
