@@ -16,8 +16,8 @@ from numba_atomflow.quantize.inputs import Inputs
 from numba_atomflow.quantize.projection import Quantised, Sharing, evaluate
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_SMALLEST_SHARE = np.float32(1e-4)  # of the largest magnitude; lower bound for inactive channels
-_LARGEST_WEIGHT = 65504.0  # the limit of sources, on which kernels rely
+_MIN_SHARE = np.float32(1e-4)  # of the largest magnitude; lower bound for inactive channels
+_MAX_WEIGHT = 65504.0  # the limit of sources, on which kernels rely
 
 
 def quantize(weights: NDArray[np.float32], inputs: Inputs, sharing: Sharing) -> Quantised:
@@ -34,7 +34,7 @@ def channel_scales(magnitude: NDArray[np.float32], alpha: float, sharing: Sharin
     shared = sharing.mean(magnitude)
     if alpha == 0 or not shared.any():
         return None
-    scales = np.maximum(shared, shared.max() * _SMALLEST_SHARE) ** np.float32(alpha)
+    scales = np.maximum(shared, shared.max() * _MIN_SHARE) ** np.float32(alpha)
     normalized: NDArray[np.float32] = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
     return normalized
 
@@ -50,7 +50,7 @@ def _search_clipping(
         weights = weights * channels
         gram = gram / channels
         gram /= channels[:, None]
-        if np.abs(weights).max() > _LARGEST_WEIGHT:
+        if np.abs(weights).max() > _MAX_WEIGHT:
             return Quantised(np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), np.inf)
     scales = search_scales(weights, gram) if factors is None else search_scales(weights, gram, factors)
     return evaluate(weights, gram, encode_groups(weights, scales), scales, channels)

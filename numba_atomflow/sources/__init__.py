@@ -1,10 +1,10 @@
-"""Where weights come from. `open_source` finds out what a path holds."""
+"""Readers of model weights: GGUF files and Hugging Face folders, local or from the hub."""
 
 from pathlib import Path
 
 from numba_atomflow import home
 from numba_atomflow.errors import OptionError, SourceError
-from numba_atomflow.sources.base import WeightSource, check_parameters, refuse_pointer
+from numba_atomflow.sources.base import WeightSource, check_parameters, refuse_lfs_pointer
 from numba_atomflow.sources.gguf import GgufSource
 from numba_atomflow.sources.gguf_file import MAGIC
 from numba_atomflow.sources.hub import HubModel, fetch
@@ -15,16 +15,16 @@ __all__ = ["WeightSource", "check_parameters", "local_source", "open_source"]
 
 
 def local_source(name: Path | str, revision: str | None = None, progress: Progress | None = None) -> Path:
-    """Where a source is on this machine: `name` itself, if it is there, else what the hub has under that name.
+    """The local path of a source: `name` if it exists, else the download of the hub model of that name.
 
     Args:
         name: a GGUF file, a Hugging Face folder, or a model of the hub: ``org/name`` or ``org/name/file.gguf``.
         revision: of a model of the hub: branch, tag or commit.
-        progress: called with what is being fetched, bytes done and bytes in all.
+        progress: called with the name of the file, bytes done and total bytes.
 
     Raises:
-        HubError: it can only be meant for the hub, and cannot be fetched from there.
-        OptionError: a revision of what is on this machine.
+        HubError: `name` is a hub model that cannot be downloaded.
+        OptionError: a revision with a local path.
     """
     path = home.expand_user(name)
     model = HubModel.parse(str(name), revision)
@@ -38,11 +38,11 @@ def local_source(name: Path | str, revision: str | None = None, progress: Progre
 
 
 def open_source(path: Path) -> WeightSource:
-    """Open a GGUF file or a Hugging Face folder: headers and descriptions are read and checked, weights are not.
+    """Open a GGUF file or a Hugging Face folder; reads and validates metadata, not weights.
 
     Raises:
-        SourceError: nothing that can be read is there, or it is damaged or of an unknown architecture.
-        GeometryError: it describes a model that cannot be run.
+        SourceError: the path is missing, unreadable, damaged, or of an unsupported architecture.
+        GeometryError: the geometry is not supported.
     """
     try:
         if path.is_dir():
@@ -61,9 +61,9 @@ def open_source(path: Path) -> WeightSource:
         raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
     if magic == MAGIC:
         return GgufSource(path)
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     if not magic:
         raise SourceError(f"{path} is empty; get the file again.")
     if path.suffix == ".safetensors":
-        raise SourceError(f"{path} is weights alone; give the model's folder, which also holds config.json.")
+        raise SourceError(f"{path} holds only weights; give the model's folder, which also holds config.json.")
     raise SourceError(f"{path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}.")

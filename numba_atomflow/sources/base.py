@@ -1,4 +1,4 @@
-"""What every source of weights offers, and the checks that all of them share."""
+"""The interface of weight sources, and checks that all of them use."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,26 +13,26 @@ from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.text.codec import TextAssets
 
-LARGEST_WEIGHT = 65504.0  # the largest float16
-# Raised when the same files give other tokens than they gave before; a checkpoint says with which it was made.
+MAX_WEIGHT = 65504.0  # the largest float16
+# Incremented when the same files give different tokens than before; stored in checkpoints.
 TEXT_RULES = 2
-_POINTER = b"version https://git-lfs.github.com/spec/"
-VALUES_AT_ONCE = 1 << 20  # weights dequantised at once: 4 MB in float32
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+SLAB_VALUES = 1 << 20  # per slab: 4 MB in float32
 
 
 class WeightSource(Protocol):
-    """A model on disk, whatever its format: geometry, text assets, and its tensors one at a time.
+    """A model on disk: geometry, text assets, and tensors that are read one at a time.
 
-    Names, shapes and the order of rows are those of `ModelGeometry.parameters`, that is of Hugging Face.
+    Names, shapes and row order are those of Hugging Face, as in `ModelGeometry.parameters`.
     """
 
     path: Path
     kind: str  # "gguf" or "hf"
     geometry: ModelGeometry
     text: TextAssets
-    fp8_scheme: str | None  # of the weights that are FP8 already, in words; None: there are none
-    files: tuple[Path, ...]  # everything that the source was read from
-    # Sentences for the user about what was not followed, those of `text` included. Each is whole: it names the file.
+    fp8_scheme: str | None  # description of the FP8 weights; None: the model has none
+    files: tuple[Path, ...]  # all files of the source
+    # Ignored settings of the source, one complete sentence each, including those of `text`.
     warnings: tuple[str, ...]
 
     def names(self) -> list[str]: ...
@@ -40,7 +40,7 @@ class WeightSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Rows [start, stop) of one tensor (elements, if it is a vector), read now and dequantised.
+        """Rows [start, stop) of a tensor (elements of a vector), dequantized.
 
         Raises:
             SourceError: the file cannot be read, or the tensor holds a NaN or an infinity.
@@ -49,25 +49,25 @@ class WeightSource(Protocol):
     def read_fp8(
         self, name: str, start: int = 0, stop: int | None = None
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
-        """The same rows as codes uint8 [n, K] and group scales float32 [n, ceil(K / 128)]; None if they are not FP8.
+        """The same rows as codes uint8 [n, K] and group scales float32 [n, ceil(K / 128)]; None if not stored in FP8.
 
-        `read` gives ``code * scale`` of them.
+        `read` returns ``code * scale``.
 
         Raises:
-            SourceError: the file cannot be read, or holds a NaN, or a scale that cannot be one.
+            SourceError: the file cannot be read, or holds a NaN or an invalid scale.
         """
 
 
 def slabs(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that together are all, each of at most `VALUES_AT_ONCE` values or one row."""
-    step = max(1, VALUES_AT_ONCE // columns)
+    """Consecutive row ranges of at most `SLAB_VALUES` values, but at least one row."""
+    step = max(1, SLAB_VALUES // columns)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
 
 @contextmanager
 def described_by(path: Path) -> Iterator[None]:
-    """Within it, errors of a geometry name the file that described the model."""
+    """Add the path of the description to geometry errors."""
     try:
         yield
     except GeometryError as error:
@@ -75,10 +75,10 @@ def described_by(path: Path) -> Iterator[None]:
 
 
 def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Every parameter of `geometry` is in `shapes`, with its shape, and nothing else is.
+    """Check that `shapes` has exactly the parameters of `geometry`, with their shapes.
 
     Raises:
-        SourceError: naming the first tensor that is missing, misshapen or unknown.
+        SourceError: names the first missing, misshapen or unknown tensor.
     """
     if not layers_fit(geometry, len(shapes)):
         raise SourceError(f"{path} describes {geometry.layers} layers but holds only {len(shapes)} tensors.")
@@ -104,30 +104,30 @@ def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, t
 
 
 def check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:
-    """A NaN, an infinity or a value beyond float16 in weights is refused: nothing sensible can be computed from it.
+    """Reject weights with a NaN, an infinity or a value beyond float16.
 
-    No trained weight comes near the limit; and kernels may count on group scales below 2^8 (see `ops/fp8.py`).
+    Trained weights are far below the limit, and kernels rely on group scales below 2^8 (see `ops/fp8.py`).
 
     Raises:
-        SourceError: naming file and tensor.
+        SourceError: names file and tensor.
     """
     if not np.isfinite(values).all():
         raise SourceError(f"Tensor {name} of {path} holds a NaN or an infinity; the file is damaged, get it again.")
-    if values.size and np.abs(values).max() > LARGEST_WEIGHT:
+    if values.size and np.abs(values).max() > MAX_WEIGHT:
         raise SourceError(
-            f"Tensor {name} of {path} holds {np.abs(values).max():.3g}, beyond {LARGEST_WEIGHT:.0f}, which no trained "
+            f"Tensor {name} of {path} holds {np.abs(values).max():.3g}, beyond {MAX_WEIGHT:.0f}, which no trained "
             "weight is; the file is damaged, get it again."
         )
 
 
-def refuse_pointer(path: Path) -> None:
-    """Refuse what git leaves of a large file where git-lfs is not installed: a few lines that say where it is.
+def refuse_lfs_pointer(path: Path) -> None:
+    """Reject a Git LFS pointer file, which git checks out in place of a large file without git-lfs.
 
     Raises:
-        SourceError: `path` is such a file. (One that cannot be read is for the reader to tell.)
+        SourceError: `path` is a pointer file. (An unreadable file is reported by its reader.)
     """
     with suppress(OSError), path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise SourceError(
                 f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository, or get the "
                 "file from the hub."
@@ -135,10 +135,10 @@ def refuse_pointer(path: Path) -> None:
 
 
 def read_bytes(path: Path, offset: int, count: int) -> NDArray[np.uint8]:
-    """`count` bytes of a file from `offset`, by a plain read: a mapping would keep the whole source resident.
+    """Read `count` bytes of a file at `offset`; not by a mapping, which would keep the whole source resident.
 
     Raises:
-        SourceError: the file cannot be read or has become shorter than its header said.
+        SourceError: the file cannot be read, or was truncated.
     """
     try:
         with path.open("rb") as file:

@@ -1,12 +1,12 @@
-"""The FP8 checkpoints of the hubs: which schemes there are, and how their scales become group scales without loss.
+"""FP8 schemes of published models, and their lossless conversion to group scales.
 
-All of them store a projection as E4M3 codes [N, K] and multipliers: one for the whole tensor, one per row, one per
-block of rows and columns, or one per group of columns in each row. The engine's own scales are one per row and 128
-columns: the same numbers, repeated. So codes stay as they are, and ``code * scale`` is the same float32 as before.
+All schemes store a projection as E4M3 codes [N, K] and scales: per tensor, per row, per block of rows and columns, or
+per group of columns in each row. The engine's scales are per row and group of 128 columns: the same values, repeated.
+Codes are unchanged, and ``code * scale`` is the same float32.
 
 Sources: https://github.com/vllm-project/compressed-tensors (`compressed-tensors`), and in transformers
 `integrations/fbgemm_fp8.py` (`fbgemm_fp8`) and `integrations/finegrained_fp8.py` (`fp8`, whose ``weight_scale_inv`` is
-a multiplier, in spite of its name). Where blocks do not divide a weight, the last ones are short.
+the scale itself, not its inverse). The last block of a row or column may be partial.
 """
 
 import re
@@ -24,23 +24,23 @@ from numba_atomflow.geometry import GROUP, LARGEST_COUNT
 from numba_atomflow.sources.json_file import unusable
 
 _BLOCK = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")  # "128x128"
-ALL = 0  # in a block: all rows, or all columns
-Block = tuple[int, int]  # rows and columns that share a multiplier
-PER_TENSOR, PER_ROW = (ALL, ALL), (1, ALL)
+FULL_AXIS = 0  # in a block: all rows, or all columns
+Block = tuple[int, int]  # rows and columns that share a scale
+PER_TENSOR, PER_ROW = (FULL_AXIS, FULL_AXIS), (1, FULL_AXIS)
 
 SUPPORTED = "compressed-tensors, fbgemm_fp8 and fp8"
-# Scales of activations and of the KV cache, which are not quantised to 8 bits here.
-OF_NO_USE = ("input_scale", "activation_scale", "input_scale_ub", "output_scale", "q_scale", "k_scale", "v_scale")
+# Scales of activations and of the KV cache, which the engine does not quantize to 8 bits.
+UNUSED_SCALES = ("input_scale", "activation_scale", "input_scale_ub", "output_scale", "q_scale", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
 class Fp8Scheme:
-    """How a folder stores its FP8 weights.
+    """The FP8 scheme of a model folder.
 
     Attributes:
         method: ``quant_method`` in config.json.
-        blocks: what shares a multiplier; several where groups of layers differ.
-        suffixes: ends of the names under which multipliers are stored, instead of ``weight``.
+        blocks: that share a scale; several if layers differ.
+        suffixes: of the names of scales, in place of ``weight``.
     """
 
     method: str
@@ -51,40 +51,40 @@ class Fp8Scheme:
         return f"{self.method} {' or '.join(map(_block_name, self.blocks))}"
 
     def scale_of(self, name: str) -> str | None:
-        """The weight that a tensor of this name has the multipliers of, or None."""
+        """The weight whose scales are in the tensor of this name, or None."""
         stem, _, last = name.rpartition(".")
         return f"{stem}.weight" if last in self.suffixes else None
 
     def block_of(self, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> Block | None:
-        """The block whose multipliers, for a weight of `shape` [N, K], have the shape `scale_shape`; None: no block."""
+        """The block for which scales of a weight of `shape` [N, K] have the shape `scale_shape`, or None."""
         for block in self.blocks:
-            # Axes of length 1 may be left out from the end: (N, 1) is (N,) as well, and (1, 1) is (1,) and ().
-            spelling: tuple[int, ...] = grid_of(shape, block)
-            while spelling != scale_shape and spelling[-1:] == (1,):
-                spelling = spelling[:-1]
-            if spelling == scale_shape:
+            # Trailing axes of length 1 may be omitted: (N, 1) may be (N,), and (1, 1) may be (1,) or ().
+            grid: tuple[int, ...] = grid_of(shape, block)
+            while grid != scale_shape and grid[-1:] == (1,):
+                grid = grid[:-1]
+            if grid == scale_shape:
                 return block
         return None
 
     def shapes_for(self, shape: tuple[int, ...]) -> str:
-        """The shapes that multipliers of a weight may have, for messages."""
+        """The valid shapes of a weight's scales, for messages."""
         return " or ".join(str(list(grid_of(shape, block))) for block in self.blocks)
 
 
 def grid_of(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
-    """Blocks along N and along K; the last ones may be short."""
-    rows, columns = (1 if step == ALL else -(-size // step) for size, step in zip(shape, block, strict=True))
+    """Number of blocks along N and along K."""
+    rows, columns = (1 if step == FULL_AXIS else -(-size // step) for size, step in zip(shape, block, strict=True))
     return rows, columns
 
 
 def group_scales(grid: NDArray[np.float32], block: Block, rows: range, columns: int) -> NDArray[np.float32]:
-    """The multipliers of some rows, repeated for every group.
+    """Scales of a range of rows, repeated for every group.
 
     Args:
-        grid: float32, one for each block.
-        block: what they are shared by.
+        grid: float32, one scale per block.
+        block: rows and columns of a block.
         rows: of the weight.
-        columns: of the weight: K.
+        columns: K of the weight.
 
     Returns:
         float32 [len(rows), ceil(K / 128)].
@@ -92,12 +92,12 @@ def group_scales(grid: NDArray[np.float32], block: Block, rows: range, columns: 
     block_rows, block_columns = block
     row = np.arange(rows.start, rows.stop)
     group = np.arange(-(-columns // GROUP))
-    row = np.zeros_like(row) if block_rows == ALL else row // block_rows
-    group = np.zeros_like(group) if block_columns == ALL else group * GROUP // block_columns
+    row = np.zeros_like(row) if block_rows == FULL_AXIS else row // block_rows
+    group = np.zeros_like(group) if block_columns == FULL_AXIS else group * GROUP // block_columns
     return grid[np.ix_(row, group)]
 
 
-def decode_e8m0(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+def dequantize_e8m0(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Powers of two, 2^(code - 127); 255 is NaN (OCP Microscaling Formats specification, 5.4.1)."""
     ones = np.where(codes == 255, np.float32(np.nan), np.float32(1))
     return np.ldexp(ones, codes.astype(np.int32) - 127)
@@ -107,10 +107,10 @@ def decode_e8m0(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def scheme_of(path: Path, quantisation: Mapping[str, Any]) -> Fp8Scheme:
-    """The scheme that ``quantization_config`` of the config.json at `path` describes.
+    """The scheme of ``quantization_config`` in the config.json at `path`.
 
     Raises:
-        SourceError: it is none that this program knows, or one that groups of 128 cannot hold.
+        SourceError: the scheme is not supported, or cannot be expressed in groups of 128.
     """
     method = quantisation.get("quant_method", "unknown")
     match method:
@@ -130,7 +130,10 @@ def _fp8(path: Path, quantisation: Mapping[str, Any]) -> Fp8Scheme:
     kind = quantisation.get("fmt") or "e4m3"
     if kind not in ("e4m3", "e4m3fn", "float8_e4m3fn"):
         raise SourceError(f"{path} is quantised to the FP8 format {shown(kind)}; only 'e4m3' is supported.")
-    blocks: tuple[Block, ...] = (PER_TENSOR, (GROUP, GROUP))  # unsaid: AutoFP8's, and transformers' default
+    blocks: tuple[Block, ...] = (
+        PER_TENSOR,
+        (GROUP, GROUP),
+    )  # default: AutoFP8's, or transformers'
     if "weight_block_size" in quantisation:
         block = quantisation["weight_block_size"]
         blocks = (PER_TENSOR if block is None else _block(path, "weight_block_size", block),)
@@ -185,10 +188,10 @@ def _strategy(path: Path, weights: Mapping[str, Any]) -> Block:
 
 
 def _block(path: Path, key: str, value: Any) -> Block:
-    if isinstance(value, str) and (sizes := _BLOCK.fullmatch(value)):  # as early compressed-tensors wrote
+    if isinstance(value, str) and (sizes := _BLOCK.fullmatch(value)):  # format of early compressed-tensors
         value = [int(size) for size in sizes.groups()]
-    sound = isinstance(value, list) and len(value) == 2 and all(type(size) is int for size in value)
-    if not sound or not all(0 < size <= LARGEST_COUNT for size in value):
+    valid = isinstance(value, list) and len(value) == 2 and all(type(size) is int for size in value)
+    if not valid or not all(0 < size <= LARGEST_COUNT for size in value):
         raise unusable(path, key, value)
     if value[1] % GROUP:
         raise SourceError(

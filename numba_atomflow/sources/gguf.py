@@ -1,8 +1,8 @@
-"""A GGUF file of a Llama, Qwen2 or Qwen3 as a source of weights; llama.cpp's converter calls Mistral a Llama.
+"""Reads the weights of a Llama, Qwen2 or Qwen3 from a GGUF file; Mistral has the architecture Llama there.
 
 Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A Llama differs from Hugging Face in two
-things: rows of q and k are stored so that rotary pairs are neighbours (2i, 2i + 1), not half a head apart, and Llama
-3's RoPE scaling is a tensor of divisors, not four numbers.
+respects: rows of q and k are permuted for interleaved RoPE (pairs 2i, 2i + 1 instead of i, i + d/2), and the RoPE
+scaling of Llama 3 is a tensor of divisors instead of four numbers.
 """
 
 from dataclasses import replace
@@ -16,14 +16,14 @@ from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_frequencies
 from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
-from numba_atomflow.sources.gguf_computation import refuse_other_computations
+from numba_atomflow.sources.gguf_computation import refuse_unsupported
 from numba_atomflow.sources.gguf_fields import GgufFields
 from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor, read_gguf_file
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
-# What Llama 3.1, 3.2 and 3.3 were trained with; a GGUF file does not say.
+# The values of Llama 3.1, 3.2 and 3.3; a GGUF file does not store them.
 LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR, LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
 
 _LAYER_NAMES = {
@@ -48,7 +48,7 @@ _OUTER_NAMES = {
 
 
 class GgufSource:
-    """A GGUF file; see `WeightSource`."""
+    """A GGUF file as a `WeightSource`."""
 
     kind = "gguf"
     fp8_scheme: str | None = None
@@ -60,7 +60,7 @@ class GgufSource:
         fields = GgufFields(file.fields, path)
         with described_by(path):
             self.geometry = _geometry(file, fields)
-        self._neighbours = file.fields["general.architecture"] == "llama"
+        self._interleaved_rope = file.fields["general.architecture"] == "llama"
         self._tensors = {_hugging_face_name(path, n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
         tokens = len(fields.items("tokenizer.ggml.tokens", str) or ())
@@ -78,7 +78,7 @@ class GgufSource:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         rows = self.shape(name)[0]
         start, stop, _ = slice(start, stop).indices(rows)
-        if self._neighbours and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if self._interleaved_rope and name.endswith(("q_proj.weight", "k_proj.weight")):
             values = self._read_rotary(name, start, stop)
         else:
             values = _read_rows(self.path, name, self._tensors[name], start, stop)
@@ -86,10 +86,10 @@ class GgufSource:
         return values
 
     def read_fp8(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """GGUF has no FP8."""
+        """None: GGUF has no FP8."""
 
     def _read_rotary(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows of q or k in Hugging Face order: whole heads are read, each with its pairs taken apart."""
+        """Rows of q or k in Hugging Face order: reads whole heads and undoes the interleaving."""
         width = self.geometry.head_dim
         first, last = start // width, -(-stop // width)
         stored = _read_rows(self.path, name, self._tensors[name], first * width, last * width)
@@ -99,10 +99,10 @@ class GgufSource:
 
 
 def _hugging_face_name(path: Path, name: str) -> str:
-    """The name of a GGUF tensor in Hugging Face's terms; two GGUF names never share one.
+    """The Hugging Face name of a GGUF tensor; the mapping is one-to-one.
 
     Raises:
-        SourceError: no tensor of such a model has this name in a GGUF file (it may be Hugging Face's own).
+        SourceError: the name is not one of a supported model in a GGUF file.
     """
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
@@ -125,13 +125,13 @@ def _read_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int)
 def _read_block_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
     raw = read_bytes(path, tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
     try:
-        # Damaged scales overflow into infinities, which are refused by name afterwards.
+        # Damaged scales overflow to infinities; check_finite rejects them.
         with np.errstate(all="ignore"):
             values = dequantize(raw.reshape(stop - start, tensor.row_bytes), tensor.type)
     except NotImplementedError as error:
         raise SourceError(
-            f"Tensor {name} of {path} has type {tensor.type.name}, which the gguf package cannot dequantise; "
-            "take a file in another quantisation."
+            f"Tensor {name} of {path} has type {tensor.type.name}, which the gguf package cannot dequantize; "
+            "take a file in another quantization."
         ) from error
     return np.asarray(values, np.float32)
 
@@ -146,7 +146,7 @@ def _geometry(file: GgufFile, fields: GgufFields) -> ModelGeometry:
     for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         if fields.integer(key, head_dim) != head_dim:
             raise SourceError(f"{file.path} has {key} {file.fields[key]}, but heads of {head_dim}; they must be equal.")
-    refuse_other_computations(fields, arch, head_dim)
+    refuse_unsupported(fields, arch, head_dim)
     max_positions = fields.integer(f"{arch}.context_length")
     geometry = ModelGeometry(
         layers=layers,
@@ -156,7 +156,7 @@ def _geometry(file: GgufFile, fields: GgufFields) -> ModelGeometry:
         head_dim=head_dim,
         ffn=fields.integer_of_layers(f"{arch}.feed_forward_length", layers),
         vocabulary=fields.integer(f"{arch}.vocab_size", len(fields.items("tokenizer.ggml.tokens", str) or ()) or None),
-        # the context ends where a sliding window would begin to slide; 0: there is none
+        # the context is limited to a sliding window; 0: no window
         max_positions=min(max_positions, fields.integer(f"{arch}.attention.sliding_window", 0) or max_positions),
         rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
         norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
@@ -170,30 +170,30 @@ def _geometry(file: GgufFile, fields: GgufFields) -> ModelGeometry:
 
 
 def _architecture(fields: GgufFields) -> str:
-    """The architecture, which is also the prefix of the keys that describe the model.
+    """The architecture, which is also the prefix of metadata keys.
 
     Raises:
-        SourceError: it is not supported, or the file is a part of a model.
+        SourceError: the architecture is not supported, or the file is one part of a split model.
     """
     arch = fields.values.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise SourceError(
-            f"{fields.where} is of the architecture {shown(arch)}; supported are {', '.join(map(repr, ARCHITECTURES))}."
+            f"{fields.label} is of the architecture {shown(arch)}; supported are {', '.join(map(repr, ARCHITECTURES))}."
         )
     if fields.integer("split.count", 1) > 1:
-        raise SourceError(f"{fields.where} is one part of a split model; merge the parts with gguf-split first.")
+        raise SourceError(f"{fields.label} is one part of a split model; merge the parts with gguf-split first.")
     return str(arch)
 
 
 def _with_llama3_scaling(file: GgufFile, fields: GgufFields, geometry: ModelGeometry) -> ModelGeometry:
-    """`geometry` with the RopeScaling that divides its plain frequencies by the stored factors [head_dim / 2]."""
+    """`geometry` with the RopeScaling that corresponds to the stored divisors [head_dim / 2]."""
     tensor = file.tensors[ROPE_FACTORS]
     if tensor.shape != (geometry.head_dim // 2,):
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} has shape {tensor.shape}, not one factor per pair.")
     factors = _read_rows(file.path, ROPE_FACTORS, tensor, 0, geometry.head_dim // 2)
     check_finite(file.path, ROPE_FACTORS, factors)
     if factors.min() < 1:
-        raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} holds a factor below 1, which Llama 3 has not.")
+        raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} holds a factor below 1, which Llama 3 does not have.")
     scaling = RopeScaling(
         factor=float(str(factors.max())),
         low_freq_factor=LLAMA3_LOW_FREQ_FACTOR,

@@ -1,7 +1,6 @@
-"""Metadata of a GGUF file that changes what is computed: honoured, proven to change nothing, or refused by name.
+"""Metadata of a GGUF file that change the computation: accepted with a neutral value, otherwise rejected by name.
 
-What a file asks for and the engine does not do would otherwise give wrong text without a word. Sources: `Keys` of the
-gguf package, and llama.cpp for what an absent key means.
+Ignoring them would silently give wrong text. Sources: `Keys` of the gguf package; llama.cpp for the defaults.
 """
 
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import short, shown
 from numba_atomflow.sources.gguf_fields import GgufFields
 
-# Values with which a key changes nothing; another value is refused. Keys of RoPE stand below.
+# Values without effect; other values are rejected. The keys of RoPE are below.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -30,7 +29,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 # Read by `sources.gguf`.
 _ROPE_READ = ("dimension_count", "freq_base")
-# Divide or multiply something by a power of the scaling factor, or say how it was trained: nothing, if the factor is 1.
+# Without effect if the scaling factor is 1: exponents of the factor, and records of the training.
 _ROPE_OF_THE_FACTOR = (
     "scaling.finetuned",
     "scaling.original_context_length",
@@ -45,11 +44,11 @@ _ROPE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "scaling.attn_factor": (1.0,),
     "scaling.yarn_attn_factor": (1.0,),
 }
-_ROPE_TYPES = ("none", "linear", "yarn")  # nothing else is known to change nothing with a factor of 1
+_ROPE_TYPES = ("none", "linear", "yarn")  # types without effect if the factor is 1
 
 
-def refuse_other_computations(fields: GgufFields, arch: str, head_dim: int) -> None:
-    """Refuse what would compute something else than `ModelGeometry` describes.
+def refuse_unsupported(fields: GgufFields, arch: str, head_dim: int) -> None:
+    """Reject metadata that specify another computation than `ModelGeometry`.
 
     Args:
         fields: all metadata.
@@ -57,10 +56,10 @@ def refuse_other_computations(fields: GgufFields, arch: str, head_dim: int) -> N
         head_dim: width of a head.
 
     Raises:
-        SourceError: naming the key and its value.
+        SourceError: names the key and its value.
     """
     if fields.values.get(f"{arch}.expert_count"):
-        raise SourceError(f"{fields.where} is a mixture of experts, which is not supported; take a dense model.")
+        raise SourceError(f"{fields.label} is a mixture of experts, which is not supported; take a dense model.")
     for key, neutral in _NEUTRAL.items():
         _check_neutral(fields, f"{arch}.{key}", neutral)
     scale = fields.value(f"{arch}.attention.scale", float, 0.0)
@@ -89,9 +88,9 @@ def _check_rope(fields: GgufFields, arch: str, head_dim: int) -> None:
 
 
 def _check_scaling(fields: GgufFields, prefix: str) -> None:
-    """The scaling factor is 1, or its type says that it is not used.
+    """Check that the scaling factor is 1, or not used by its type.
 
-    As in llama.cpp, the type is linear if none is named, the factor has an older name, and a factor of 0 counts as 1.
+    As in llama.cpp, the default type is linear, the factor has an older key, and a factor of 0 means 1.
     """
     kind = fields.value(f"{prefix}scaling.type", str, "linear")
     if kind not in _ROPE_TYPES:
@@ -109,6 +108,6 @@ def _check_neutral(fields: GgufFields, key: str, neutral: tuple[Any, ...]) -> No
 
 def _not_supported(fields: GgufFields, key: str) -> SourceError:
     return SourceError(
-        f"{fields.where} has {short(key)} {shown(fields.values[key])}, which changes what the model computes in a way "
+        f"{fields.label} has {short(key)} {shown(fields.values[key])}, which changes what the model computes in a way "
         "that is not supported; take another model."
     )

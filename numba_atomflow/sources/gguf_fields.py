@@ -1,4 +1,4 @@
-"""Typed access to the metadata of a GGUF file: a value of a wrong type is refused by name, never guessed at."""
+"""Typed access to the metadata of a GGUF file; a value of a wrong type is rejected by name."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar, overload
@@ -16,12 +16,12 @@ class GgufFields:
 
     Args:
         values: key to plain Python value.
-        where: what holds them, for messages; a path.
+        label: the file, for messages.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: object) -> None:
+    def __init__(self, values: Mapping[str, Any], label: object) -> None:
         self.values = values
-        self.where = where
+        self.label = label
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
@@ -33,7 +33,7 @@ class GgufFields:
     def value(self, key: str, kind: type[_T], default: _T) -> _T: ...
 
     def value(self, key: str, kind: type[_T], default: _T | None = None) -> _T | None:
-        """The value, which must be of exactly this type (a bool is no int); `default` if it is not there."""
+        """The value, which must be of exactly this type (a bool is not an int); `default` if absent."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -50,7 +50,7 @@ class GgufFields:
         return default
 
     def integer_of_layers(self, key: str, layers: int, default: int | None = None) -> int:
-        """An integer that may be listed once per layer: the layers must not differ."""
+        """An integer, or a list with the same integer for each layer."""
         value = self.values.get(key)
         if not isinstance(value, list):
             return self.integer(key, default)
@@ -58,13 +58,13 @@ class GgufFields:
             raise self.unusable(key)
         if value[:layers] != value[:1] * layers:
             raise SourceError(
-                f"{self.where} has {key} {shown(value)}: layers that differ in size are not supported; "
+                f"{self.label} has {key} {shown(value)}: layers of different sizes are not supported; "
                 "take a model whose layers are alike."
             )
         return int(value[0])
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number that a float32 can hold, as its shortest decimal: 1e-5, not 9.999999747378752e-06."""
+        """A positive float32, as its shortest decimal: 1e-5, not 9.999999747378752e-06."""
         value = self.value(key, float, default)
         if value is None:
             raise self.missing(key)
@@ -73,7 +73,7 @@ class GgufFields:
         return float(str(np.float32(value)))
 
     def items(self, key: str, kind: type[_T]) -> list[_T] | None:
-        """A list whose items are of exactly this type; None if it is not there."""
+        """A list whose items are of exactly this type; None if absent."""
         values = self.values.get(key)
         if values is None:
             return None
@@ -91,12 +91,12 @@ class GgufFields:
         return values
 
     def missing(self, key: str) -> SourceError:
-        return SourceError(f"{self.where} lacks the metadata field {key}; get the complete model.")
+        return SourceError(f"{self.label} lacks the metadata field {key}; get the complete model.")
 
     def unusable(self, key: str) -> SourceError:
         return self._unusable_value(key, self.values[key])
 
     def _unusable_value(self, key: str, value: object) -> SourceError:
         return SourceError(
-            f"{self.where} has an unusable value in the metadata field {key}: {shown(value)}; get the file again."
+            f"{self.label} has an unusable value in the metadata field {key}: {shown(value)}; get the file again."
         )

@@ -1,10 +1,10 @@
-"""The container format GGUF: metadata and a list of tensors, read and checked to the last byte.
+"""The GGUF container: reads and validates metadata and the list of tensors.
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3. The `gguf` package knows the type
-numbers and block sizes, and dequantises; its own reader makes several NumPy objects for every token of the vocabulary
-(5 s and 165 MB for a 98 MB file of 49,152 tokens) and trusts the counts in the file. This one does neither: time and
-memory are bounded by the limits below, whatever the file claims. It reads instead of mapping: a mapped file that is
-truncated by another program kills the process.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3. The `gguf` package
+provides type numbers, block sizes and dequantization. Its reader creates several NumPy objects per token of the
+vocabulary (5 s and 165 MB for a 98 MB file of 49,152 tokens) and trusts the counts in the file. Here the limits below
+bound time and memory. The file is read, not mapped: access to a mapping that another program truncates kills the
+process.
 """
 
 import math
@@ -24,12 +24,12 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
-# Above what any model has (80 fields, 1,000 tensors, 1.3 million items in the arrays of the largest vocabulary, 30 MB
-# with a whole tokenizer.json), and low enough that a hostile file costs some seconds and megabytes at most.
+# Above the needs of any model (80 fields, 1,000 tensors, 1.3 million array items for the largest vocabulary, 30 MB with
+# a tokenizer.json), and low enough that a malicious file costs a few seconds and megabytes.
 MAX_ENTRIES = 1 << 16  # fields, or tensors
-MAX_ITEMS = 1 << 21  # of all arrays together
+MAX_ITEMS = 1 << 21  # in all arrays
 MAX_HEADER_BYTES = 1 << 27  # bytes
-MAX_NAME_BYTES = 1 << 16  # bytes of a key; the format's own limit
+MAX_NAME_BYTES = 1 << 16  # the limit of the format
 
 _SCALARS = {
     kind: struct.Struct(f"<{letter}")
@@ -52,7 +52,7 @@ _U32, _U64 = _SCALARS[GGUFValueType.UINT32], _SCALARS[GGUFValueType.UINT64]
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its element type, its shape slowest dimension first, and where its bytes are."""
+    """One tensor: element type, shape (slowest dimension first), and position in the file."""
 
     type: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -61,14 +61,14 @@ class GgufTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row; rows are whole numbers of quantisation blocks."""
+        """Bytes of one row, which is a whole number of quantization blocks."""
         block, block_bytes = GGML_QUANT_SIZES[self.type]
         return self.shape[-1] // block * block_bytes
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Metadata (plain Python values) and tensors of a GGUF file, found consistent with the file."""
+    """The validated metadata (plain Python values) and tensors of a GGUF file."""
 
     path: Path
     fields: dict[str, Any]
@@ -76,10 +76,10 @@ class GgufFile:
 
 
 def read_gguf_file(path: Path) -> GgufFile:
-    """Read and check everything that comes before the weights.
+    """Read and validate everything before the weights.
 
     Raises:
-        SourceError: the file is unreadable, truncated, damaged, or of a version that is not supported.
+        SourceError: the file is unreadable, truncated, damaged, or of an unsupported version.
     """
     try:
         with path.open("rb", buffering=1 << 18) as file:
@@ -93,25 +93,25 @@ def read_gguf_file(path: Path) -> GgufFile:
 
 
 class _Cursor:
-    """Reads forward through the file and never past its end: a length is compared with the file's before it is used."""
+    """Sequential reader of a file; checks every length against the file size before use."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self.size = os.fstat(file.fileno()).st_size
-        self.at = 0
+        self.position = 0
         self._file = file
         self._items_left = MAX_ITEMS
 
-    def need(self, count: int) -> None:
-        if count > self.size - self.at:
+    def require(self, count: int) -> None:
+        if count > self.size - self.position:
             raise SourceError(
-                f"{self.path} is truncated or damaged: {count} bytes are announced at byte {self.at}, "
+                f"{self.path} is truncated or damaged: {count} bytes are announced at byte {self.position}, "
                 f"the file ends at {self.size}; get the file again."
             )
 
-    def take(self, count: int) -> bytes:
-        self.need(count)
-        if count > MAX_HEADER_BYTES - self.at:
+    def read(self, count: int) -> bytes:
+        self.require(count)
+        if count > MAX_HEADER_BYTES - self.position:
             raise SourceError(
                 f"{self.path} has more than {MAX_HEADER_BYTES} bytes of metadata, which no model has; "
                 "get the file again."
@@ -119,49 +119,49 @@ class _Cursor:
         data = self._file.read(count)
         if len(data) != count:
             raise SourceError(f"{self.path} became shorter while it was read; get the file again.")
-        self.at += count
+        self.position += count
         return data
 
     def scalar(self, layout: struct.Struct) -> Any:
-        return layout.unpack(self.take(layout.size))[0]
+        return layout.unpack(self.read(layout.size))[0]
 
-    def string(self, longest: int = MAX_HEADER_BYTES) -> str:
-        at, length = self.at, self.scalar(_U64)
-        if length > longest:
-            self.need(length)
+    def string(self, max_bytes: int = MAX_HEADER_BYTES) -> str:
+        start, length = self.position, self.scalar(_U64)
+        if length > max_bytes:
+            self.require(length)
             raise SourceError(
-                f"{self.path} holds a string of {length} bytes at byte {at}, where {longest} are the most; "
+                f"{self.path} holds a string of {length} bytes at byte {start}, where {max_bytes} are the most; "
                 "get the file again."
             )
         try:
-            return self.take(length).decode()
+            return self.read(length).decode()
         except UnicodeDecodeError as error:
             raise SourceError(
-                f"{self.path} holds a string that is not UTF-8 at byte {at}; get the file again."
+                f"{self.path} holds a string that is not UTF-8 at byte {start}; get the file again."
             ) from error
 
     def value(self) -> Any:
-        """A value preceded by its type: a number, a string, or a list of either."""
+        """A value with its type in front: a number, a string, or a list of either."""
         kind = self.kind()
         if kind == GGUFValueType.ARRAY:
             return self._array()
         return self.string() if kind == GGUFValueType.STRING else self.scalar(_SCALARS[kind])
 
     def _array(self) -> list[Any]:
-        at, kind, count = self.at, self.kind(), self.scalar(_U64)
+        start, kind, count = self.position, self.kind(), self.scalar(_U64)
         if kind == GGUFValueType.ARRAY:
             raise SourceError(f"{self.path} holds nested arrays, which no Llama model has.")
-        self.need(count * (8 if kind == GGUFValueType.STRING else _SCALARS[kind].size))  # at least
+        self.require(count * (8 if kind == GGUFValueType.STRING else _SCALARS[kind].size))  # the minimum
         if count > self._items_left:
             raise SourceError(
-                f"{self.path} holds an array of {count} items at byte {at}, where all arrays of a model have fewer "
+                f"{self.path} holds an array of {count} items at byte {start}, where all arrays of a model have fewer "
                 f"than {MAX_ITEMS}; get the file again."
             )
         self._items_left -= count
         if kind == GGUFValueType.STRING:
             return [self.string() for _ in range(count)]
         layout = np.dtype(_SCALARS[kind].format)
-        items: list[Any] = np.frombuffer(self.take(layout.itemsize * count), layout).tolist()
+        items: list[Any] = np.frombuffer(self.read(layout.itemsize * count), layout).tolist()
         return items
 
     def kind(self) -> GGUFValueType:
@@ -170,13 +170,14 @@ class _Cursor:
             return GGUFValueType(number)
         except ValueError as error:
             raise SourceError(
-                f"{self.path} is damaged: there is no value type {number} (byte {self.at - 4}); get the file again."
+                f"{self.path} is damaged: there is no value type {number} (byte {self.position - 4}); "
+                "get the file again."
             ) from error
 
 
 def _preamble(cursor: _Cursor) -> tuple[int, int]:
-    """Check magic and version; return the numbers of tensors and of metadata fields."""
-    magic = cursor.take(len(MAGIC))
+    """Check magic and version; return the number of tensors and of metadata fields."""
+    magic = cursor.read(len(MAGIC))
     if magic != MAGIC:
         raise SourceError(f"{cursor.path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}.")
     version = cursor.scalar(_U32)
@@ -186,7 +187,7 @@ def _preamble(cursor: _Cursor) -> tuple[int, int]:
             f"{cursor.path} is GGUF version {version}{big_endian}; versions {VERSIONS} are supported, convert it again."
         )
     tensor_count, field_count = cursor.scalar(_U64), cursor.scalar(_U64)
-    cursor.need(24 * tensor_count + 13 * field_count)  # the least that so many entries take
+    cursor.require(24 * tensor_count + 13 * field_count)  # the minimum size of the entries
     if max(tensor_count, field_count) > MAX_ENTRIES:
         raise SourceError(
             f"{cursor.path} claims {tensor_count} tensors and {field_count} metadata fields, where {MAX_ENTRIES} are "
@@ -218,7 +219,7 @@ def _tensors(cursor: _Cursor, count: int, fields: dict[str, Any]) -> dict[str, G
         raise SourceError(
             f"{cursor.path} has general.alignment {shown(alignment)}, which is not a power of two; get the file again."
         )
-    data_start = -(-cursor.at // alignment) * alignment
+    data_start = -(-cursor.position // alignment) * alignment
     tensors = {
         name: GgufTensor(kind, shape, data_start + offset, _byte_count(cursor.path, name, kind, shape))
         for name, (kind, shape, offset) in listed.items()

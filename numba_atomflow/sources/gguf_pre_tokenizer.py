@@ -1,6 +1,6 @@
-"""How the vocabularies of GGUF files cut text before they merge: a file holds the name, or nothing.
+"""Pre-tokenizers of GGUF files, by the name in the file or detected from the vocabulary.
 
-Expressions and normalisers: the ``tokenizer.json`` of the models that the names come from.
+Regular expressions and normalizers are those in ``tokenizer.json`` of the models.
 """
 
 import json
@@ -12,23 +12,23 @@ from tokenizers import Tokenizer
 
 from numba_atomflow.text.detokenizer import byte_alphabet
 
-# Without a telltale token, fewer tokens than these are no evidence: most splittings would leave each of them whole.
-LEAST_VOCABULARY = 300
-MOST_LOOKED_AT = 20000  # tokens; 0.1 s
-MOST_MISFITS = 0.0005  # of them; vocabularies hold a few tokens that text never gives
+# A smaller vocabulary is not sufficient for detection without a marker token: most pre-tokenizers fit it.
+MIN_VOCABULARY = 300
+MAX_SAMPLE = 20000  # tokens that are tested; takes 0.1 s
+MAX_MISFITS = 0.0005  # share of the sample; vocabularies have a few tokens that text never produces
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One way to cut text.
+    """A pre-tokenizer, which splits text into pieces before BPE merges.
 
     Attributes:
-        family: whose it is, in words.
-        split: regular expression of one piece; None: GPT-2's, which tokenizers has built in.
-        digits_first: every digit is cut off before that.
-        whole_words: a piece that is in the vocabulary is one token, whatever the merges say.
-        adds_bos: a text begins with the BOS, if the file does not say.
-        nfc: text is normalised to Unicode's form C before all.
+        family: of models that use it, for messages.
+        split: regular expression of one piece; None: that of GPT-2, built into the tokenizers library.
+        digits_first: digits are split off individually before that.
+        whole_words: a piece that is in the vocabulary is one token, without merges.
+        adds_bos: default for a BOS at the start of a text, if the file does not specify it.
+        nfc: text is normalized to Unicode NFC first.
     """
 
     family: str
@@ -66,8 +66,7 @@ QWEN2 = PreTokenizer(
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     nfc=True,
 )
-# Values of tokenizer.ggml.pre. "default" is not among them: no model has it, llama.cpp's converter writes it where it
-# knows nothing.
+# Values of tokenizer.ggml.pre, without "default", which llama.cpp's converter writes for unknown pre-tokenizers.
 NAMED = {
     "gpt-2": GPT2,
     "smollm": SMOLLM,
@@ -76,35 +75,41 @@ NAMED = {
     "llama-v3": LLAMA3,
     "qwen2": QWEN2,
 }
-_COARSER = {SMOLLM: GPT2, QWEN2: LLAMA3}  # cuts less, and never elsewhere: what fits the finer one fits it as well
+_COARSER = {
+    SMOLLM: GPT2,
+    QWEN2: LLAMA3,
+}  # splits at fewer positions: tokens that fit the finer one fit it too
 
 
-def recognised(tokens: Sequence[str], architecture: object) -> tuple[PreTokenizer | None, bool]:
-    """Whose splitting a byte-level vocabulary was trained with, where the file does not name it.
+def detect_pre_tokenizer(tokens: Sequence[str], architecture: object) -> tuple[PreTokenizer | None, bool]:
+    """Detect the pre-tokenizer of a byte-level vocabulary, for a file that does not name it.
 
-    A vocabulary holds no token that its own splitting would cut: GPT-2's has "2000", Llama 3's "200" but no number of
-    four digits, Qwen2's single digits; GPT-2's has no line break after a semicolon. A telltale token, or a vocabulary
-    that is large enough and fits one splitting only, makes sure.
+    A vocabulary has no token that its own pre-tokenizer would split: GPT-2's has "2000", Llama 3's "200" but no number
+    of four digits, Qwen2's single digits; GPT-2's has no line break after a semicolon. The result is certain with a
+    marker token, or if the vocabulary is large enough and fits only one pre-tokenizer.
 
     Args:
-        tokens: spellings in GPT-2's alphabet, without control tokens, except those that `_telltale` knows.
+        tokens: in GPT-2's alphabet, without control tokens other than those that `_from_marker` uses.
         architecture: general.architecture.
 
     Returns:
-        The splitting, or None if it is not sure; and whether any of the supported splittings fits.
+        The pre-tokenizer, or None if it is uncertain; and whether any supported pre-tokenizer fits.
     """
     texts = _texts(tokens)
-    fitting = [way for way in (SMOLLM, QWEN2, GPT2, LLAMA3) if _misfits(way, texts) <= MOST_MISFITS * len(texts)]
-    told = _telltale(tokens, architecture)
-    if told in fitting:
-        return told, True
-    if len(texts) < LEAST_VOCABULARY or told is not None:
+    candidates = (SMOLLM, QWEN2, GPT2, LLAMA3)
+    fitting = [candidate for candidate in candidates if _misfits(candidate, texts) <= MAX_MISFITS * len(texts)]
+    marked = _from_marker(tokens, architecture)
+    if marked in fitting:
+        return marked, True
+    if len(texts) < MIN_VOCABULARY or marked is not None:
         return None, bool(fitting)
-    finest = [way for way in fitting if way not in {_COARSER.get(other) for other in fitting}]
+    coarser = {_COARSER.get(candidate) for candidate in fitting}
+    finest = [candidate for candidate in fitting if candidate not in coarser]
     return (finest[0] if len(finest) == 1 else None), bool(fitting)
 
 
-def _telltale(tokens: Sequence[str], architecture: object) -> PreTokenizer | None:
+def _from_marker(tokens: Sequence[str], architecture: object) -> PreTokenizer | None:
+    """The pre-tokenizer that a marker token or the architecture implies, or None."""
     ids = {token: i for i, token in enumerate(tokens)}
     if "<|begin_of_text|>" in ids:
         return LLAMA3
@@ -116,15 +121,15 @@ def _telltale(tokens: Sequence[str], architecture: object) -> PreTokenizer | Non
 
 
 def _texts(tokens: Sequence[str]) -> list[str]:
-    """What the tokens of plain ASCII stand for, of a large vocabulary an even share.
+    """The texts of ASCII tokens; of a large vocabulary an evenly spaced sample.
 
-    Others do not tell: Qwen's vocabulary has hundreds of Thai tokens that its own expression cuts at combining marks.
+    Other tokens are no evidence: Qwen's own expression splits hundreds of its Thai tokens at combining marks.
     """
     values = byte_alphabet()
     texts = []
-    for token in tokens[:: max(1, len(tokens) // MOST_LOOKED_AT)]:
+    for token in tokens[:: max(1, len(tokens) // MAX_SAMPLE)]:
         if token.startswith(("<", "[")) and token.endswith((">", "]")):
-            continue  # an added token, whatever its type says
+            continue  # an added token, even if its type differs
         try:
             texts.append(bytes([values[character] for character in token]).decode("ascii"))
         except (KeyError, UnicodeDecodeError):
@@ -132,8 +137,8 @@ def _texts(tokens: Sequence[str]) -> list[str]:
     return texts
 
 
-def _misfits(way: PreTokenizer, texts: Sequence[str]) -> int:
-    """How many of the texts are cut."""
+def _misfits(candidate: PreTokenizer, texts: Sequence[str]) -> int:
+    """The number of texts that the pre-tokenizer splits."""
     model = {"type": "BPE", "vocab": {}, "merges": []}
-    cutter = Tokenizer.from_buffer(json.dumps({"model": model, "pre_tokenizer": way.steps()}).encode())
-    return sum(len(cutter.pre_tokenizer.pre_tokenize_str(text)) > 1 for text in texts)
+    tokenizer = Tokenizer.from_buffer(json.dumps({"model": model, "pre_tokenizer": candidate.steps()}).encode())
+    return sum(len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) > 1 for text in texts)

@@ -1,9 +1,10 @@
-"""Models of the Hugging Face hub, fetched into a folder of our own; a download that broke off is continued.
+"""Downloads models from the Hugging Face hub, with resumption of interrupted downloads.
 
-The hub's client (package huggingface-hub, extra ``hub``) knows addresses, tokens, redirects and retries. Since its
-version 2 it begins a file anew in every process, so the file on disk is this module's: it grows as ``NAME.partial``,
-and takes its name when its bytes have the digest that the hub's listing says: SHA-256 of a large file, git's SHA-1 of a
-small one. Sources: https://huggingface.co/docs/hub/api and https://git-scm.com/book/en/v2/Git-Internals-Git-Objects.
+The hub's client (package huggingface-hub, extra ``hub``) handles addresses, tokens, redirects and retries. From version
+2 on it restarts a file in every process, so this module writes the file: to ``NAME.partial``, which is renamed when its
+digest is that of the hub's listing: SHA-256 of a large file, git's SHA-1 of a small one.
+
+Sources: https://huggingface.co/docs/hub/api and https://git-scm.com/book/en/v2/Git-Internals-Git-Objects.
 """
 
 import errno
@@ -28,7 +29,7 @@ from numba_atomflow.sources.huggingface_tokens import TOKENIZER
 from numba_atomflow.utils.progress import Progress
 
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _HTTP_CLIENTS = ("requests", "httpx", "httpx2", "httpcore", "httpcore2")
 _MODEL = re.compile(rf"({_NAME}/{_NAME})(?:/({_NAME}\.gguf))?")
 
@@ -39,7 +40,7 @@ class HubModel:
 
     Attributes:
         repo: ``organisation/name``.
-        file: the GGUF file in it that is meant; None: config.json and safetensors.
+        file: a GGUF file of the repository; None: config.json and safetensors.
         revision: a branch, a tag or a commit.
     """
 
@@ -49,7 +50,7 @@ class HubModel:
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> "HubModel | None":
-        """``org/name`` or ``org/name/file.gguf``; None if `text` can be neither, or is rather a file's path."""
+        """Parse ``org/name`` or ``org/name/file.gguf``; None if `text` is neither, or looks like a file path."""
         match = _MODEL.fullmatch(text)
         if match is None or match[1].endswith((".gguf", ".safetensors", ".bin")):
             return None
@@ -58,7 +59,7 @@ class HubModel:
 
 @dataclass(frozen=True)
 class _RemoteFile:
-    """A file as the hub lists it: bytes, and the SHA-256, or git's SHA-1, of what is in it."""
+    """A file in the hub's listing: size in bytes, and SHA-256 or git's SHA-1."""
 
     name: str
     size: int
@@ -66,48 +67,48 @@ class _RemoteFile:
 
 
 def fetch(model: HubModel, progress: Progress | None = None, endpoint: str | None = None) -> Path:
-    """Fetch a model, or what is missing of it.
+    """Download a model, or its missing files.
 
     Args:
-        model: which one.
-        progress: called with a file's name, bytes done and bytes in all.
-        endpoint: address of the hub; what HF_ENDPOINT says, or https://huggingface.co, if None.
+        model: to download.
+        progress: called with the name of a file, bytes done and total bytes.
+        endpoint: URL of the hub; None: HF_ENDPOINT, or https://huggingface.co.
 
     Returns:
-        The folder, below `home.downloads`, or the GGUF file in it.
+        The folder in `home.downloads`, or the GGUF file in it.
 
     Raises:
-        HubError: the hub cannot be reached, has no such model, or does not give it to you; or the client is missing.
+        HubError: the hub cannot be reached, has no such model, or denies access; or the client is not installed.
     """
     if find_spec("huggingface_hub") is None:
         raise HubError(
             f"There is no folder or file {model.repo} here; to fetch it from the hub, install its client: "
             "pip install 'numba-atomflow[hub]'."
         )
-    with _explained(model):
+    with _translate_errors(model):
         commit, files = _listing(model, endpoint)
     folder = home.downloads() / f"{model.repo.replace('/', '--')}@{commit[:12]}"
     download = _Download(model, commit, folder, endpoint, progress or (lambda *_: None))
-    with _explained(model), _alone_in(folder):
+    with _translate_errors(model), _locked(folder):
         if model.file is not None:
-            download.get([_wanted(model, files, model.file)])
+            download.get([_remote_file(model, files, model.file)])
             return folder / model.file
         download.get([file for name, file in files.items() if name in {CONFIG, INDEX, *TEXT_FILES}])
         if CONFIG not in files or not {SINGLE, INDEX} & set(files):
             raise HubError(_no_weights(model, files))
         other = other_tokenizer(files)
-        if TOKENIZER not in files and other is not None:  # `folder_text` would not see it: it is not fetched
+        if TOKENIZER not in files and other is not None:  # not downloaded, so `folder_text` would not report it
             raise HubError(
                 f"{model.repo} on the hub holds its tokenizer as {other}, but no {TOKENIZER}; make one with "
                 "transformers, in a folder of your own, or choose another model."
             )
         shards = [SINGLE] if SINGLE in files else shard_names(folder / INDEX)
-        download.get([_wanted(model, files, name) for name in shards])
+        download.get([_remote_file(model, files, name) for name in shards])
     return folder
 
 
 def _listing(model: HubModel, endpoint: str | None) -> tuple[str, dict[str, _RemoteFile]]:
-    """The commit that the revision stands for now, and its files."""
+    """The commit of the revision, and its files."""
     from huggingface_hub import HfApi
 
     info: Any = HfApi(endpoint=endpoint).model_info(model.repo, revision=model.revision, files_metadata=True)
@@ -118,7 +119,7 @@ def _listing(model: HubModel, endpoint: str | None) -> tuple[str, dict[str, _Rem
     return str(info.sha), files
 
 
-def _wanted(model: HubModel, files: dict[str, _RemoteFile], name: str) -> _RemoteFile:
+def _remote_file(model: HubModel, files: dict[str, _RemoteFile], name: str) -> _RemoteFile:
     if name not in files:
         raise HubError(f"{model.repo} on the hub has no file {short(name)}; look at its list of files there.")
     return files[name]
@@ -133,7 +134,7 @@ def _no_weights(model: HubModel, files: dict[str, _RemoteFile]) -> str:
 
 @dataclass(frozen=True)
 class _Download:
-    """One model's way into its folder."""
+    """The download of one model into its folder."""
 
     model: HubModel
     commit: str
@@ -142,12 +143,12 @@ class _Download:
     report: Progress
 
     def get(self, files: list[_RemoteFile]) -> None:
-        """Fetch what is not there yet."""
+        """Download the files that are missing."""
         total, done = sum(file.size for file in files), 0
         missing = [file for file in files if not (self.folder / file.name).exists()]
         free = shutil.disk_usage(self.folder).free
-        there = sum(part.stat().st_size for file in missing if (part := self._partial(file)).exists())
-        if free < sum(file.size for file in missing) - there:
+        received = sum(part.stat().st_size for file in missing if (part := self._partial(file)).exists())
+        if free < sum(file.size for file in missing) - received:
             raise HubError(
                 f"{self.model.repo} needs {total / 1e6:.0f} MB in {self.folder}, but only {free / 1e6:.0f} MB are "
                 "free; make room, or set NUMBA_ATOMFLOW_HOME to another disk."
@@ -163,33 +164,33 @@ class _Download:
         return self.folder / f"{file.name}.partial"
 
     def _get(self, file: _RemoteFile, done: int, total: int) -> None:
-        """Fetch one file from where an earlier try ended, and let it have its name if it is sound."""
+        """Download one file, resuming a partial one, and rename it if its digest is correct."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
         partial = self._partial(file)
         partial.touch()
-        with partial.open("r+b") as opened:
-            start = opened.seek(0, os.SEEK_END)
+        with partial.open("r+b") as stream:
+            start = stream.seek(0, os.SEEK_END)
             if start > file.size:
-                start = opened.seek(0)
-                opened.truncate()
+                start = stream.seek(0)
+                stream.truncate()
             url = hf_hub_url(self.model.repo, file.name, revision=self.commit, endpoint=self.endpoint)
-            target: Any = _Reporting(opened, lambda at: self.report(file.name, done + at, total))
-            with _quietly():
+            target: Any = _ProgressFile(stream, lambda at: self.report(file.name, done + at, total))
+            with _quiet_client():
                 http_get(url, target, resume_size=start, headers=build_hf_headers(), expected_size=file.size)
         if _digest(partial, file) != file.digest:
             partial.unlink()
             raise HubError(
-                f"{file.name} of {self.model.repo} was damaged on its way (its SHA is not the one in the hub's list), "
+                f"{file.name} of {self.model.repo} was corrupted in transit (its SHA is not that of the hub's listing) "
                 "and has been removed; run the command again."
             )
         partial.replace(self.folder / file.name)
 
 
-class _Reporting:
-    """A file that tells how far it has been written; as much of one as `http_get` asks for."""
+class _ProgressFile:
+    """A file that reports its write position; has the methods that `http_get` uses."""
 
     def __init__(self, file: BinaryIO, report: Callable[[int], None]) -> None:
         self._file, self._report = file, report
@@ -202,18 +203,18 @@ class _Reporting:
 
 
 def _digest(path: Path, file: _RemoteFile) -> str:
-    """SHA-256, or git's name of a blob, whichever the listing has."""
-    with path.open("rb") as opened:
+    """SHA-256 or git's SHA-1 of a blob, as in the listing."""
+    with path.open("rb") as stream:
         if len(file.digest) == 64:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+            return hashlib.file_digest(stream, "sha256").hexdigest()
         blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-        blob.update(opened.read())
+        blob.update(stream.read())
         return blob.hexdigest()
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Two processes must not write the same file: the second waits for the first, and then finds it complete."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock the folder: a second process waits for the first, and then finds the files complete."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -221,8 +222,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the client's own bars, and its word on every try."""
+def _quiet_client() -> Iterator[None]:
+    """Suppress the client's progress bars and messages."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     disabled, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
@@ -237,51 +238,51 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(model: HubModel) -> Iterator[None]:
-    """The client's errors, and those of the disk, become sentences.
+def _translate_errors(model: HubModel) -> Iterator[None]:
+    """Errors of the client and of the disk become `HubError`.
 
-    The client has been built on requests, httpx and httpx2; a lost connection is another class in each.
+    The client was built on requests, httpx and httpx2, which have different classes for a lost connection.
     """
-    from huggingface_hub import errors as theirs
+    from huggingface_hub import errors as hub_errors
 
     where = f"{model.repo} on the hub"
-    nowhere = f"There is no folder or file {model.repo} here, and"
+    missing = f"There is no folder or file {model.repo} here, and"
     try:
         yield
-    except theirs.GatedRepoError as error:
+    except hub_errors.GatedRepoError as error:
         raise HubError(
-            f"{where} is given only to those who accepted its terms; do so on its page, then run `hf auth login`."
+            f"{where} requires that you accept its terms; do so on its page, then run `hf auth login`."
         ) from error
-    except theirs.RepositoryNotFoundError as error:
+    except hub_errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"{nowhere} no such model on the hub that you may see; check the name, or run `hf auth login` if it is "
+            f"{missing} no such model on the hub that you may see; check the name, or run `hf auth login` if it is "
             "private."
         ) from error
-    except theirs.RevisionNotFoundError as error:
+    except hub_errors.RevisionNotFoundError as error:
         raise HubError(f"{where} has no revision {model.revision!r}; give a branch, a tag or a commit.") from error
-    except theirs.HFValidationError as error:
+    except hub_errors.HFValidationError as error:
         raise HubError(
             f"{model.repo} is not here, and the hub can have no model of that name; check the path or the name."
         ) from error
-    except theirs.HfHubHTTPError as error:
+    except hub_errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
         raise HubError(f"{where} could not be fetched: the hub answered {status}; try again later.") from error
     except OSError as error:
-        if error.errno in _OF_THE_DISK:
+        if error.errno in _DISK_ERRORS:
             raise HubError(
                 f"{where} could not be kept in {home.downloads()} ({error.strerror}); make room, or set "
                 "NUMBA_ATOMFLOW_HOME to another folder."
             ) from error
-        raise HubError(f"{nowhere} the hub {_unreachable(error)}") from error
+        raise HubError(f"{missing} the hub {_unreachable(error)}") from error
     except Exception as error:
         if not any(kind.__module__.partition(".")[0] in _HTTP_CLIENTS for kind in type(error).__mro__):
             raise
-        raise HubError(f"{nowhere} the hub {_unreachable(error)}") from error
+        raise HubError(f"{missing} the hub {_unreachable(error)}") from error
 
 
 def _unreachable(error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return (
-        f"could not be reached ({reason}); check the name and the network, and run the command again: a download goes "
-        "on where it broke off."
+        f"could not be reached ({reason}); check the name and the network, and run the command again: the download "
+        "resumes where it stopped."
     )

@@ -1,7 +1,7 @@
-"""A Hugging Face model folder as a source of weights: config.json and one or several safetensors files.
+"""Reads the weights of a Hugging Face model folder: config.json and one or more safetensors files.
 
-Weights are float32, float16 or bfloat16; or FP8 with scales, in one of the schemes of `fp8_schemes`: which of them are
-is seen from the tensors themselves, not from the lists of names in config.json.
+Weights are float32, float16 or bfloat16, or FP8 with scales in one of the schemes of `fp8_schemes`. The dtype of each
+tensor decides, not the lists of module names in config.json.
 
 Formats: https://huggingface.co/docs/transformers/model_doc/llama (config) and
 https://huggingface.co/docs/safetensors (weights; sharded ones have model.safetensors.index.json beside them).
@@ -18,8 +18,8 @@ from numba_atomflow.checkpoint.safetensors import TensorEntry, TensorFile, read_
 from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import short
 from numba_atomflow.ops.fp8 import LARGEST, dequantize_groups
-from numba_atomflow.sources.base import LARGEST_WEIGHT, check_finite, check_parameters, read_bytes, refuse_pointer
-from numba_atomflow.sources.fp8_schemes import OF_NO_USE, Block, Fp8Scheme, decode_e8m0, grid_of, group_scales
+from numba_atomflow.sources.base import MAX_WEIGHT, check_finite, check_parameters, read_bytes, refuse_lfs_pointer
+from numba_atomflow.sources.fp8_schemes import UNUSED_SCALES, Block, Fp8Scheme, dequantize_e8m0, grid_of, group_scales
 from numba_atomflow.sources.huggingface_config import config_geometry, config_scheme
 from numba_atomflow.sources.huggingface_text import folder_text
 from numba_atomflow.sources.json_file import read_json
@@ -28,16 +28,16 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CODES = "F8_E4M3"
-LARGEST_SCALE = LARGEST_WEIGHT / LARGEST  # see `check_finite`
+LARGEST_SCALE = MAX_WEIGHT / LARGEST  # see `check_finite`
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BASE_EMBEDDING = "embed_tokens.weight"  # of a base model, saved without the class around it that has the head
-_LONGEST_NAME = 255  # bytes of a file's name on all usual file systems
-IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer of constants, which old checkpoints store
+BASE_EMBEDDING = "embed_tokens.weight"  # of a base model, saved without its LM head
+_MAX_FILE_NAME = 255  # bytes, on all common file systems
+IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a constant buffer in old checkpoints
 
 
 class HuggingFaceSource:
-    """A model folder; see `WeightSource`."""
+    """A model folder as a `WeightSource`."""
 
     kind = "hf"
 
@@ -45,7 +45,7 @@ class HuggingFaceSource:
         self.path = path
         config_path = path / CONFIG
         if not config_path.is_file():
-            raise SourceError(f"{path} holds no {CONFIG}; {_what_else(path)}.")
+            raise SourceError(f"{path} holds no {CONFIG}; {_advice(path)}.")
         config = read_json(config_path)
         self.geometry = config_geometry(config_path, config)
         scheme = config_scheme(config_path, config)
@@ -58,14 +58,16 @@ class HuggingFaceSource:
         }
         base_model = BASE_EMBEDDING in self._entries and EMBEDDING not in self._entries
         if base_model:
-            twice = [name for name in self._entries if (full := _full_name(name)) != name and full in self._entries]
-            if twice:
-                raise SourceError(f"{path} holds the tensor {short(twice[0])} with and without the prefix model.")
-            self._entries = {_full_name(name): place for name, place in self._entries.items()}
-        self._scales = _take_scales(self._entries, scheme) if scheme else {}
+            duplicates = [
+                name for name in self._entries if (full := _full_name(name)) != name and full in self._entries
+            ]
+            if duplicates:
+                raise SourceError(f"{path} holds the tensor {short(duplicates[0])} with and without the prefix model.")
+            self._entries = {_full_name(name): location for name, location in self._entries.items()}
+        self._scales = _extract_scales(self._entries, scheme) if scheme else {}
         used = tuple(dict.fromkeys(scales.block for scales in self._scales.values()))
         self.fp8_scheme = str(replace(scheme, blocks=used)) if scheme and used else None
-        # Some tied models store the shared matrix under both names: allowed if the two are equal, see `read`.
+        # Some tied models store the matrix under both names; `read` checks that the two are equal.
         shapes = {name: entry.shape for name, (_, entry) in self._entries.items()}
         self._stored_twice = self.geometry.tied_embeddings and shapes.get(HEAD, ()) == shapes.get(EMBEDDING)
         if self._stored_twice:
@@ -102,7 +104,7 @@ class HuggingFaceSource:
         if name not in self._scales:
             return None
         if name == EMBEDDING and self._stored_twice:
-            self.read(name, start, stop)  # compares the two
+            self.read(name, start, stop)  # checks that the two are equal
         return self._codes_and_scales(name, start, stop)
 
     def _codes_and_scales(
@@ -126,7 +128,7 @@ class HuggingFaceSource:
         return values
 
     def _rows(self, name: str, rows: range) -> NDArray[np.uint8]:
-        """The bytes of some rows: [rows, bytes of a row]."""
+        """The bytes of a range of rows: [rows, bytes per row]."""
         path, entry = self._entries[name]
         row_bytes = entry.nbytes // entry.shape[0]
         raw = read_bytes(path, entry.offset + rows.start * row_bytes, len(rows) * row_bytes)
@@ -134,13 +136,13 @@ class HuggingFaceSource:
 
 
 def _full_name(name: str) -> str:
-    """The name of a base model's tensor in the whole model, where transformers looks for it as well."""
+    """The name of a base model's tensor in the complete model, as in transformers."""
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 @dataclass(frozen=True)
 class _Scales:
-    """The multipliers of one FP8 weight: where they are, and for which blocks of it."""
+    """The scales of one FP8 weight: position in a file, and block size."""
 
     name: str
     path: Path
@@ -149,31 +151,31 @@ class _Scales:
     grid: tuple[int, int]
 
     def read(self) -> NDArray[np.float32]:
-        """All of them, as a grid of blocks."""
+        """The scales as a grid of blocks, float32."""
         raw = read_bytes(self.path, self.entry.offset, self.entry.nbytes)
         if self.entry.dtype == "F8_E8M0":
-            values = decode_e8m0(raw)
+            values = dequantize_e8m0(raw)
         else:
             values = _to_float32(self.path, self.name, self.entry, raw)
-        wrong = values[~((values > 0) & (values <= LARGEST_SCALE))]
-        if wrong.size:
+        invalid = values[~((values > 0) & (values <= LARGEST_SCALE))]
+        if invalid.size:
             raise SourceError(
-                f"Tensor {self.name} of {self.path} holds the scale {wrong[0]:.3g}, which is not between 0 and "
+                f"Tensor {self.name} of {self.path} holds the scale {invalid[0]:.3g}, which is not between 0 and "
                 f"{LARGEST_SCALE:.0f}; the file is damaged, get it again."
             )
         return values.reshape(self.grid)
 
 
-def _take_scales(entries: dict[str, tuple[Path, TensorEntry]], scheme: Fp8Scheme) -> dict[str, _Scales]:
-    """Remove from `entries` what belongs to FP8 weights; by the name of the weight, where its multipliers are.
+def _extract_scales(entries: dict[str, tuple[Path, TensorEntry]], scheme: Fp8Scheme) -> dict[str, _Scales]:
+    """Move the scales out of `entries`; returns them by the name of their weight.
 
     Raises:
-        SourceError: a weight in FP8 has no multipliers, or too many or too few of them.
+        SourceError: an FP8 weight has no scales, or scales of a wrong shape.
     """
     scales: dict[str, _Scales] = {}
     for name in list(entries):
         weight = scheme.scale_of(name)
-        if name.rpartition(".")[2] in OF_NO_USE:
+        if name.rpartition(".")[2] in UNUSED_SCALES:
             del entries[name]
         elif weight in entries and weight not in scales and _is_fp8_matrix(entries[weight][1]):
             path, entry = entries.pop(name)
@@ -210,12 +212,12 @@ def _to_float32(path: Path, name: str, entry: TensorEntry, raw: NDArray[np.uint8
 
 
 def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:
-    """The index, if there is one, and the headers of all weight files."""
+    """The index (if any), and the headers of all weight files."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists():
         return (), [_tensor_file(single)]
     if not index.exists():
-        raise SourceError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; {_what_else(folder)}.")
+        raise SourceError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; {_advice(folder)}.")
     weight_map = _weight_map(index)
     shards = []
     for file_name in shard_names(index):
@@ -227,7 +229,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:
 
 
 def _tensor_file(path: Path) -> TensorFile:
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     return read_tensor_file(path, SourceError)
 
 
@@ -248,7 +250,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(index: Path, weight_map: dict[str, str], shards: list[TensorFile]) -> None:
-    """Every tensor is in one shard, the one that the index says."""
+    """Check that every tensor is in exactly one shard, that of the index."""
     found: dict[str, str] = {}
     for shard in shards:
         for name in shard.entries:
@@ -263,17 +265,17 @@ def _check_index(index: Path, weight_map: dict[str, str], shards: list[TensorFil
 
 
 def _is_file_name(value: Any) -> bool:
-    """Whether `value` is a bare name: an index must not lead out of its folder."""
+    """Whether `value` is a file name without a folder: an index must not refer to other folders."""
     return (
         isinstance(value, str)
         and value not in {"", ".", ".."}
-        and len(value.encode()) <= _LONGEST_NAME
+        and len(value.encode()) <= _MAX_FILE_NAME
         and not {"/", "\\", "\0"} & set(value)
     )
 
 
-def _what_else(folder: Path) -> str:
-    """What the user may have meant, from what lies in a folder that cannot be used."""
+def _advice(folder: Path) -> str:
+    """Advice for a folder that is not a model folder, from its contents."""
     for pattern, advice in (
         ("*.gguf", "give the GGUF file in it instead: {}"),
         ("pytorch_model*.bin", "convert {} to safetensors first"),

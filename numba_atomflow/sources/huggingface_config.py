@@ -1,7 +1,7 @@
 """config.json of a Llama-family model to `ModelGeometry`.
 
-Defaults are those of the model_type's class in transformers. What a config asks for and the engine does not do is
-refused by name: ignoring it would give wrong text without a word.
+Defaults are those of the model_type's class in transformers. Unsupported settings are rejected by name: ignoring them
+would silently give wrong text. The inverse is `model.config_json`.
 """
 
 from collections.abc import Mapping
@@ -20,15 +20,15 @@ from numba_atomflow.sources.json_file import flag, integer, mapping, number
 
 @dataclass(frozen=True)
 class Family:
-    """What a model_type says beyond its config.json.
+    """Defaults and fixed properties of a model_type.
 
     Attributes:
         max_positions: default of max_position_embeddings.
-        kv_heads: default of num_key_value_heads; None, or if that is null: num_attention_heads.
+        kv_heads: default of num_key_value_heads; None, or null in the config: num_attention_heads.
         head_dim: default of head_dim; None: hidden_size / num_attention_heads.
-        window: default of sliding_window; None: there is no window.
-        optional_window: the window holds only if use_sliding_window is set.
-        qkv_bias, qk_norm: see `ModelGeometry`; fixed, whatever the config says.
+        window: default of sliding_window; None: no window.
+        optional_window: the window applies only if use_sliding_window is set.
+        qkv_bias, qk_norm: see `ModelGeometry`; not configurable.
     """
 
     max_positions: int
@@ -50,11 +50,11 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def config_geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
-    """The geometry that config.json at `path` describes.
+    """The geometry in the config.json at `path`.
 
     Raises:
-        SourceError: a value is missing or unusable, or the model needs something that is not supported.
-        GeometryError: the numbers contradict each other.
+        SourceError: a value is missing or invalid, or a setting is not supported.
+        GeometryError: the sizes are inconsistent.
     """
     _refuse_other_models(path, config)
     with described_by(path):
@@ -62,10 +62,10 @@ def config_geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
 
 
 def config_scheme(path: Path, config: Mapping[str, Any]) -> Fp8Scheme | None:
-    """How weights are stored in FP8, if config.json says that some are.
+    """The FP8 scheme in config.json; None if the weights are not quantized.
 
     Raises:
-        SourceError: they are quantised in a way that cannot be read.
+        SourceError: the quantization is not supported.
     """
     quantisation = mapping(path, config, "quantization_config")
     return scheme_of(path, quantisation) if quantisation else None
@@ -99,9 +99,9 @@ def _geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
 
 
 def _window(path: Path, config: Mapping[str, Any], family: Family) -> int | None:
-    """Positions within which attention sees everything, as the whole context does: None if there is no limit.
+    """The sliding window in positions, or None.
 
-    A sliding window is honoured by ending the context where it would begin to slide.
+    The context is limited to the window, where sliding-window attention equals full attention.
     """
     kinds = config.get("layer_types") or []
     unknown = [kind for kind in kinds if kind not in _LAYER_TYPES] if isinstance(kinds, list) else [kinds]

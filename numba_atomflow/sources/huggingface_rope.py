@@ -1,9 +1,9 @@
-"""What config.json says about RoPE, in the several places where transformers has kept it.
+"""The RoPE settings of config.json, in the formats of all versions of transformers.
 
-transformers 5 writes one record, ``rope_parameters``; earlier versions wrote ``rope_theta`` and ``rope_scaling``, and
-model cards tell users to add the latter to any config. transformers (`convert_rope_params_to_dict`, version 5.23) takes
-``rope_scaling`` instead of ``rope_parameters`` where both are there, and ``rope_theta`` only where the record has none.
-That is followed, unless something would be lost by it without a word: then the config is refused.
+transformers 5 writes one record, ``rope_parameters``; earlier versions write ``rope_theta`` and ``rope_scaling``, and
+model cards tell users to add the latter to any config. If both records exist, transformers 5.23
+(`convert_rope_params_to_dict`) uses ``rope_scaling``, and ``rope_theta`` only if the record has none. The same rule
+applies here, but a config in which it would silently drop a setting is rejected.
 """
 
 from collections.abc import Mapping
@@ -28,18 +28,18 @@ class Rope(NamedTuple):
 
 
 def config_rope(path: Path, config: Mapping[str, Any], max_positions: int) -> Rope:
-    """RoPE as the config.json at `path` describes it; `max_positions` is its max_position_embeddings.
+    """RoPE of the config.json at `path`; `max_positions` is its max_position_embeddings.
 
     Raises:
-        SourceError: a value is missing or unusable, values contradict each other, or the kind is not supported.
+        SourceError: a value is missing or invalid, values conflict, or the type is not supported.
     """
     scaling, parameters = _record(path, config, "rope_scaling"), _record(path, config, "rope_parameters")
     record = scaling or parameters
     theta = number(path, record if "rope_theta" in record else config, "rope_theta", DEFAULT_THETA)
     if scaling and parameters:
-        _check_that_nothing_is_lost(path, parameters, scaling | {"rope_theta": theta})
-    for place in (config, record):
-        if number(path, place, "partial_rotary_factor", 1.0) != 1.0:
+        _check_conflicts(path, parameters, scaling | {"rope_theta": theta})
+    for source in (config, record):
+        if number(path, source, "partial_rotary_factor", 1.0) != 1.0:
             raise SourceError(
                 f"{path} rotates only a part of each head (partial_rotary_factor), which is not supported."
             )
@@ -47,7 +47,7 @@ def config_rope(path: Path, config: Mapping[str, Any], max_positions: int) -> Ro
 
 
 def _record(path: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """One of the two records, without its nulls."""
+    """One of the two records, without null values."""
     record = {name: value for name, value in mapping(path, config, key).items() if value is not None}
     for name, value in record.items():
         if isinstance(value, dict):
@@ -61,7 +61,7 @@ def _kind(record: Mapping[str, Any]) -> Any:
 
 
 def _check_kind(path: Path, record: Mapping[str, Any]) -> None:
-    """The two keys for the kind agree, and a factor is not left without one: transformers would not scale then."""
+    """Check that the two keys of the type agree, and that a factor has a type: without one, transformers ignores it."""
     kinds = [record[key] for key in _KINDS if key in record]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise SourceError(
@@ -74,9 +74,9 @@ def _check_kind(path: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _check_that_nothing_is_lost(path: Path, parameters: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-    """What ``rope_parameters`` says is part of what is `used` instead of it."""
-    plain = _kind(parameters) == "default"  # then only its theta means something
+def _check_conflicts(path: Path, parameters: Mapping[str, Any], used: Mapping[str, Any]) -> None:
+    """Check that every setting of ``rope_parameters`` is in the record `used` in its place."""
+    plain = _kind(parameters) == "default"  # then only rope_theta applies
     lost = [
         key
         for key, value in parameters.items()
@@ -103,12 +103,12 @@ def _scaling(
         raise SourceError(
             f"{path} uses RoPE scaling of type {shown(kind)}; supported are 'default', 'llama3', and 'linear' by 1."
         )
-    given = {integer(path, place, _ORIGINAL) for place in (record, config) if place.get(_ORIGINAL) is not None}
-    if len(given) > 1:
+    original = {integer(path, source, _ORIGINAL) for source in (record, config) if source.get(_ORIGINAL) is not None}
+    if len(original) > 1:
         raise SourceError(f"{path} has one {_ORIGINAL} in its RoPE scaling and another beside it; keep one of the two.")
     return RopeScaling(
         factor=number(path, record, "factor"),
         low_freq_factor=number(path, record, "low_freq_factor"),
         high_freq_factor=number(path, record, "high_freq_factor"),
-        original_max_positions=given.pop() if given else max_positions,
+        original_max_positions=original.pop() if original else max_positions,
     )

@@ -1,6 +1,6 @@
-"""Tokenizer, chat template and end-of-reply ids of a Hugging Face model folder.
+"""Tokenizer, chat template and EOS ids of a Hugging Face model folder.
 
-Every file is optional: a model without them can still be fed token ids.
+Every file is optional: a model without a tokenizer takes token ids.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,26 +34,26 @@ TEXT_FILES = (
     CHAT_TEMPLATE,
     OLD_CHAT_TEMPLATE,
 )
-# Vocabularies in other formats: tokenizer.json is made from them.
+# Vocabularies in other formats, which transformers converts to tokenizer.json.
 OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt", "spiece.model")
 
-# Names of tokens that have a field of `TextAssets`, and of the other arguments of a chat template.
-_NOT_OTHER = (
+# Tokens with a field of their own in `TextAssets`, and other variables of a chat template.
+_RESERVED_NAMES = (
     *("bos_token", "eos_token", "unk_token", "pad_token"),
     *("messages", "tools", "documents", "add_generation_prompt"),
 )
 
 
 def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tuple[TextAssets, tuple[Path, ...]]:
-    """Text assets of a model folder, and the files that they came from.
+    """Text assets of a model folder, and their files.
 
     Args:
         folder: the model's folder.
         config: its config.json.
-        vocabulary: number of rows of the embedding; token ids must be below.
+        vocabulary: number of rows of the embedding, above all token ids.
 
     Raises:
-        SourceError: a file is malformed, files contradict each other, or the vocabulary is in another format.
+        SourceError: a file is malformed, files conflict, or the vocabulary is in another format.
     """
     contents = {name: read_file(folder / name) for name in TEXT_FILES if (folder / name).exists()}
     records = {name: parse_json(folder / name, data) for name, data in contents.items() if name != CHAT_TEMPLATE}
@@ -65,41 +65,41 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
         )
 
     tokens = folder_tokens(folder, records)
-    named = tokens.spellings()
+    special = tokens.texts()
     add_bos = flag(folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {}), "add_bos_token")
     data, ids = None, dict[str, int]()
     if TOKENIZER in contents:
         tokenizer = CompleteTokenizer(folder / TOKENIZER, contents[TOKENIZER], records[TOKENIZER], tokens)
         data, ids = tokenizer.data, tokenizer.ids
-        if add_bos and named.get("bos_token") in tokenizer.unlisted:
+        if add_bos and special.get("bos_token") in tokenizer.unlisted:
             raise SourceError(
-                f"{folder} wants a BOS in front of every text, but its tokenizer lacks {shown(named['bos_token'])}; "
+                f"{folder} asks for a BOS before every text, but its tokenizer lacks {shown(special['bos_token'])}; "
                 "get the complete model, or set add_bos_token to false."
             )
     listed = _listed_eos_ids(folder, records, config)
-    eos_ids = {*listed, *(ids[text] for text in _end_tokens(folder, records, named) if text in ids)}
+    eos_ids = {*listed, *(ids[text] for text in _end_tokens(folder, records, special) if text in ids)}
     assets = TextAssets(
         tokenizer_json=data,
         chat_template=_chat_template(folder, contents, records),
-        bos_token=named.get("bos_token"),
-        eos_token=named.get("eos_token"),
-        unk_token=named.get("unk_token"),
-        pad_token=named.get("pad_token"),
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        unk_token=special.get("unk_token"),
+        pad_token=special.get("pad_token"),
         eos_ids=tuple(sorted(token_id for token_id in eos_ids if 0 <= token_id < vocabulary)),
-        add_bos=add_bos and bool(named.get("bos_token")),
-        other_tokens={name: text for name, text in named.items() if name not in _NOT_OTHER},
+        add_bos=add_bos and bool(special.get("bos_token")),
+        other_tokens={name: text for name, text in special.items() if name not in _RESERVED_NAMES},
         warnings=(
-            *_warnings_of_eos(folder, listed, vocabulary),
-            *_warnings_of_tokens(folder, ids, vocabulary),
-            *_warnings_of_text(folder, contents, records),
-            *_warnings_of_bos(folder, named, wanted=add_bos),
+            *_eos_warnings(folder, listed, vocabulary),
+            *_token_warnings(folder, ids, vocabulary),
+            *_text_warnings(folder, contents, records),
+            *_bos_warnings(folder, special, add_bos=add_bos),
         ),
     )
     return assets, tuple(folder / name for name in contents)
 
 
 def other_tokenizer(names: Iterable[str]) -> str | None:
-    """The first of the names of a model's files that is a vocabulary in another format than tokenizer.json, or None."""
+    """The first file name that is a vocabulary in another format than tokenizer.json, or None."""
     return next((name for name in names if name in OTHER_TOKENIZERS), None)
 
 
@@ -107,7 +107,7 @@ def other_tokenizer(names: Iterable[str]) -> str | None:
 
 
 def _chat_template(folder: Path, contents: Mapping[str, bytes], records: Records) -> str | None:
-    """That of the first place that has one: chat_template.jinja, tokenizer_config.json, chat_template.json."""
+    """The template of the first file that has one: chat_template.jinja, tokenizer_config.json, chat_template.json."""
     if CHAT_TEMPLATE in contents:
         try:
             text = decode_text(contents[CHAT_TEMPLATE], str(folder / CHAT_TEMPLATE))
@@ -123,7 +123,7 @@ def _chat_template(folder: Path, contents: Mapping[str, bytes], records: Records
 
 
 def _default_template(path: Path, value: Any) -> str | None:
-    """Of several templates, in a list of records or by name, the one named default."""
+    """The template; of several, in a list of records or by name, the one special "default"."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = next((item.get("template") for item in value if item.get("name") == "default"), None)
     elif isinstance(value, dict):
@@ -137,7 +137,7 @@ def _default_template(path: Path, value: Any) -> str | None:
 
 
 def _listed_eos_ids(folder: Path, records: Records, config: Mapping[str, Any]) -> list[int]:
-    """The end-of-reply ids of generation_config.json, or else of config.json."""
+    """The EOS ids of generation_config.json, or else of config.json."""
     value = records.get(GENERATION_CONFIG, {}).get("eos_token_id")
     if value is None or value == []:
         value = config.get("eos_token_id")
@@ -147,16 +147,16 @@ def _listed_eos_ids(folder: Path, records: Records, config: Mapping[str, Any]) -
     return listed
 
 
-def _end_tokens(folder: Path, records: Records, named: Mapping[str, str]) -> tuple[str, ...]:
-    """The tokenizer's own end token; without one, that of special_tokens_map.json, though its names may not count."""
-    if "eos_token" in named:
-        return (named["eos_token"],)
-    other = folder_tokens(folder, {SPECIAL_TOKENS: records.get(SPECIAL_TOKENS, {})}).spellings()
+def _end_tokens(folder: Path, records: Records, special: Mapping[str, str]) -> tuple[str, ...]:
+    """The EOS token of the tokenizer; without one, that of special_tokens_map.json."""
+    if "eos_token" in special:
+        return (special["eos_token"],)
+    other = folder_tokens(folder, {SPECIAL_TOKENS: records.get(SPECIAL_TOKENS, {})}).texts()
     return (other["eos_token"],) if "eos_token" in other else ()
 
 
-def _warnings_of_eos(folder: Path, listed: list[int], vocabulary: int) -> Iterator[str]:
-    """An id that the model has no row for is never sampled: transformers loads such a model, and so do we."""
+def _eos_warnings(folder: Path, listed: list[int], vocabulary: int) -> Iterator[str]:
+    """Ids beyond the embedding are never sampled; as in transformers, the model is still loaded."""
     for token_id in sorted(set(listed)):
         if not 0 <= token_id < vocabulary:
             yield (
@@ -165,29 +165,29 @@ def _warnings_of_eos(folder: Path, listed: list[int], vocabulary: int) -> Iterat
             )
 
 
-def _warnings_of_text(folder: Path, contents: Mapping[str, bytes], records: Records) -> Iterator[str]:
+def _text_warnings(folder: Path, contents: Mapping[str, bytes], records: Records) -> Iterator[str]:
     if TOKENIZER not in contents:
-        yield f"{folder} holds no {TOKENIZER}: what is made of it takes token ids, and neither `generate` nor `chat`."
+        yield f"{folder} holds no {TOKENIZER}: its checkpoint takes token ids, not `generate` or `chat`."
     if flag(folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {}), "split_special_tokens"):
         yield (
-            f"{folder / TOKENIZER_CONFIG} sets split_special_tokens, which is not followed: a special token that a "
-            "text spells becomes that token."
+            f"{folder / TOKENIZER_CONFIG} sets split_special_tokens, which is ignored: a special token in a text "
+            "becomes that token."
         )
 
 
-def _warnings_of_bos(folder: Path, named: Mapping[str, str], *, wanted: bool) -> Iterator[str]:
-    if wanted and not named.get("bos_token"):
+def _bos_warnings(folder: Path, special: Mapping[str, str], *, add_bos: bool) -> Iterator[str]:
+    if add_bos and not special.get("bos_token"):
         yield (
             f"{folder / TOKENIZER_CONFIG} sets add_bos_token, but the folder names no bos_token: texts are encoded as "
             f"{TOKENIZER} says."
         )
 
 
-def _warnings_of_tokens(folder: Path, ids: Mapping[str, int], vocabulary: int) -> Iterator[str]:
+def _token_warnings(folder: Path, ids: Mapping[str, int], vocabulary: int) -> Iterator[str]:
     outside = [text for text, token_id in ids.items() if token_id >= vocabulary]
     if outside:
         more = f" and {len(outside) - 1} more tokens" if len(outside) > 1 else ""
         yield (
             f"{folder} has the token {shown(outside[0])}{more} beyond the {vocabulary} rows of its embedding; "
-            "a text that spells such a token will be refused."
+            "a text with such a token will be refused."
         )

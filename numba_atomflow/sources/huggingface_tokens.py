@@ -1,17 +1,16 @@
-"""The tokens and flags of a model folder that are not in tokenizer.json, written into it.
+"""Merges the tokens and flags of a folder's other files into tokenizer.json.
 
-Up to four files say which strings are tokens. What transformers makes of them (`_from_pretrained` of its tokenizers and
-`TokenizersBackend`, version 5.23) is done here to the text of tokenizer.json:
+Up to four files define tokens. The rules are those of transformers 5.23 (`_from_pretrained` of its tokenizers and
+`TokenizersBackend`), applied to tokenizer.json:
 
-1. ``added_tokens_decoder`` of tokenizer_config.json overrides flags and adds tokens. Without it, the
-   standard names of special_tokens_map.json override those of tokenizer_config.json, and added_tokens.json adds tokens;
-   with it, both are left unread.
-2. Tokens with a name (``eos_token`` and every other key that ends so) and the extra special ones are added, as special
-   tokens, if no added token is spelt like them.
+1. ``added_tokens_decoder`` of tokenizer_config.json overrides flags and adds tokens; special_tokens_map.json and
+   added_tokens.json are then not read. Without it, the standard names of special_tokens_map.json override those of
+   tokenizer_config.json, and added_tokens.json adds tokens.
+2. Named tokens (``eos_token`` and every other key that ends in ``_token``) and extra special tokens are added as
+   special tokens, unless an added token has the same text.
 
-Two rules are other ones. A null in one file does not hide a name in the other. And an id that is written down, but is
-not the one that the tokenizers library gives the token, is refused: transformers goes on with an id that the model was
-not trained with.
+Two rules differ. A null in one file does not hide a name in the other. A stored id that is not the id of the token in
+the tokenizers library is an error: transformers continues with an id that the model was not trained with.
 """
 
 import json
@@ -33,7 +32,7 @@ ADDED_TOKENS = "added_tokens.json"
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DECODER, _EXTRA, _ADDITIONAL = "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"
-_MODEL_SPECIFIC = "model_specific_special_tokens"  # named tokens as transformers 5 saves them
+_MODEL_SPECIFIC = "model_specific_special_tokens"  # named tokens in the format of transformers 5
 _ID = re.compile(r"[0-9]{1,10}")
 
 Records = Mapping[str, Mapping[str, Any]]  # contents of the folder's JSON files, by file name
@@ -41,29 +40,30 @@ Records = Mapping[str, Mapping[str, Any]]  # contents of the folder's JSON files
 
 @dataclass(frozen=True)
 class _Token:
-    """A string that is one token wherever a text spells it; flags as in tokenizer.json."""
+    """An added token, with its flags in tokenizer.json."""
 
     content: str
     single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
-    normalized: bool | None = None  # None: only if it is not special
+    normalized: bool | None = None  # None: True unless special
     special: bool = True
 
     def record(self) -> dict[str, Any]:
-        """As tokenizer.json has it, without the id."""
+        """The entry of tokenizer.json, without the id."""
         return asdict(self) | ({"normalized": not self.special} if self.normalized is None else {})
 
 
 @dataclass(frozen=True)
 class FolderTokens:
-    """What the files beside tokenizer.json say about tokens.
+    """The tokens in the files other than tokenizer.json.
 
     Attributes:
-        named: spelling by name: ``{"eos_token": "</s>", ...}``.
-        listed: tokens with their ids, ascending, and the file that lists them.
+        named: token by name: ``{"eos_token": ...}``.
+        listed: tokens with their ids, ascending.
+        listed_in: the file of `listed`.
         extra: special tokens without name and id.
-        overrides: whether flags of `listed` go before those in tokenizer.json.
+        overrides: whether the flags of `listed` override those in tokenizer.json.
     """
 
     named: Mapping[str, _Token]
@@ -72,16 +72,16 @@ class FolderTokens:
     extra: tuple[_Token, ...]
     overrides: bool
 
-    def spellings(self) -> dict[str, str]:
-        """The named tokens' texts."""
+    def texts(self) -> dict[str, str]:
+        """The text of each named token."""
         return {name: token.content for name, token in self.named.items()}
 
 
 def folder_tokens(folder: Path, records: Records) -> FolderTokens:
-    """Read the files of `folder`.
+    """The tokens of the folder's files.
 
     Raises:
-        SourceError: a value is of a wrong type, or no id.
+        SourceError: a value has a wrong type, or an id is invalid.
     """
     path, config = folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {})
     named, extra, additional = _special_tokens(path, config)
@@ -95,38 +95,37 @@ def folder_tokens(folder: Path, records: Records) -> FolderTokens:
         ]
     else:
         listed_in = folder / ADDED_TOKENS
-        theirs, more, additional = _special_tokens(folder / SPECIAL_TOKENS, records.get(SPECIAL_TOKENS, {}))
-        named = theirs | named | {name: theirs[name] for name in _NAMES if name in theirs}
+        mapped, more, additional = _special_tokens(folder / SPECIAL_TOKENS, records.get(SPECIAL_TOKENS, {}))
+        named = mapped | named | {name: mapped[name] for name in _NAMES if name in mapped}
         extra = list(dict.fromkeys([*extra, *more]))
         special = {named[name].content for name in _NAMES if name in named} | {token.content for token in extra}
         extra = extra or additional
         listed = [
-            (_token_id(listed_in, content, value), _Token(content, normalized=not known, special=known))
+            (_token_id(listed_in, content, value), _Token(content, normalized=not is_special, special=is_special))
             for content, value in records.get(ADDED_TOKENS, {}).items()
-            for known in [content in special]
+            for is_special in [content in special]
         ]
-    named = {
-        name: named[name] for name in (*_NAMES, *named) if name in named
-    }  # the order of their ids, if they are new
+    # New tokens get their ids in this order.
+    named = {name: named[name] for name in (*_NAMES, *named) if name in named}
     return FolderTokens(named, tuple(sorted(listed, key=lambda item: item[0])), listed_in, tuple(extra), overrides)
 
 
 class CompleteTokenizer:
-    """The tokenizer.json at `path` with all tokens of its folder in it.
+    """The tokenizer.json at `path`, completed with all tokens of its folder.
 
     Args:
         path: for messages.
         data: the file's bytes.
-        record: what they say.
+        record: the parsed file.
         tokens: of the folder.
 
     Attributes:
-        data: the bytes of a tokenizer.json; those of the file where it lacks nothing.
-        ids: of all tokens, by spelling.
-        unlisted: those that no file gives an id; they have the next free ones, which nothing was trained with.
+        data: the bytes of the completed tokenizer.json; unchanged if it was complete.
+        ids: of all tokens, by text.
+        unlisted: tokens without an id in any file; they have the next free ids, which the model was not trained with.
 
     Raises:
-        SourceError: the file is malformed, or an id in another file is not the one that the token has.
+        SourceError: the file is malformed, or an id in another file is not that of the token.
     """
 
     def __init__(self, path: Path, data: bytes, record: Mapping[str, Any], tokens: FolderTokens) -> None:
@@ -134,36 +133,36 @@ class CompleteTokenizer:
         self._vocabulary = _vocabulary(record)
         self.ids = self._vocabulary | {content: token["id"] for content, token in self._entries.items()}
         self._next_id = max([len(self._vocabulary), *(token["id"] + 1 for token in self._entries.values())])
-        before = json.dumps(list(self._entries.values()))
+        initial = json.dumps(list(self._entries.values()))
 
         names = {token.content for token in tokens.named.values()}
         for token_id, token in tokens.listed:
             self._put(replace(token, special=token.special or token.content in names), overrides=tokens.overrides)
-            if self.ids.get(token.content, token_id) != token_id:  # an empty string is no token
+            if self.ids.get(token.content, token_id) != token_id:  # an empty string is not a token
                 raise SourceError(
                     f"{tokens.listed_in} gives the token {shown(token.content)} the id {token_id}, but {path} and "
-                    f"the tokens before it leave it the id {self.ids[token.content]}; make the two files agree."
+                    f"the tokens before it give it the id {self.ids[token.content]}; make the two files agree."
                 )
         if not tokens.overrides:
             for content in names & self._entries.keys():
                 self._entries[content]["special"] = True
         listed = set(self.ids)
-        described = set(self._entries)
-        for token in dict.fromkeys((*tokens.named.values(), *tokens.extra)):  # of two spelt alike, the later counts
-            self._put(token, overrides=token.content not in described)
+        existing = set(self._entries)
+        for token in dict.fromkeys((*tokens.named.values(), *tokens.extra)):  # the last of equal texts counts
+            self._put(token, overrides=token.content not in existing)
         self.unlisted = self.ids.keys() - listed
 
         self.data = data
-        if json.dumps(list(self._entries.values())) != before:
+        if json.dumps(list(self._entries.values())) != initial:
             added = list(self._entries.values())
             self.data = json.dumps({**record, "added_tokens": added}, ensure_ascii=False).encode()
         self._check_ids(path)
 
     def _put(self, token: _Token, *, overrides: bool) -> None:
-        """Add a token, or give one that is there other flags, if it `overrides` them."""
+        """Add a token, or change the flags of an existing one if it `overrides` them."""
         entry = self._entries.get(token.content)
         if entry is not None and overrides:
-            # In the library, a token that was special once stays so.
+            # In the tokenizers library, a special token stays special.
             self._entries[token.content] = entry | token.record() | {"special": token.special or entry.get("special")}
         elif entry is None and token.content:
             token_id = self._vocabulary.get(token.content)
@@ -173,13 +172,13 @@ class CompleteTokenizer:
             self.ids[token.content] = token_id
 
     def _check_ids(self, path: Path) -> None:
-        """The tokenizers library, which numbers added tokens by itself, in the order of the file, agrees."""
+        """Check that the tokenizers library, which numbers added tokens in file order, assigns the same ids."""
         try:
             codec = TextCodec(TextAssets(tokenizer_json=self.data))
         except TextError as error:
             raise SourceError(f"{path} cannot be used: {error}") from error
         for content in self._entries:
-            if content and codec.token_id(content) != self.ids[content]:  # the library drops an empty one
+            if content and codec.token_id(content) != self.ids[content]:  # the library drops an empty token
                 raise SourceError(
                     f"{path} gives the token {shown(content)} the id {self.ids[content]}, which the tokenizers "
                     "library does not; get the file again."
@@ -197,19 +196,19 @@ def _added_tokens(path: Path, record: Mapping[str, Any]) -> list[Mapping[str, An
 
 
 def _vocabulary(record: Mapping[str, Any]) -> dict[str, int]:
-    """The model's own tokens; empty where the library will refuse the file anyway."""
+    """The vocabulary of the model; empty if it is malformed, which the library rejects later."""
     model = record.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
         return {token: token_id for token, token_id in vocabulary.items() if type(token_id) is int}
-    pieces = vocabulary if isinstance(vocabulary, list) else []  # Unigram: pairs of piece and score
+    pieces = vocabulary if isinstance(vocabulary, list) else []  # Unigram: pairs of text and score
     return {
         piece[0]: i for i, piece in enumerate(pieces) if isinstance(piece, list) and piece and isinstance(piece[0], str)
     }
 
 
 def _special_tokens(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, _Token], list[_Token], list[_Token]]:
-    """Of one file: named tokens, and those without a name under the two keys for them. A null counts as absent."""
+    """The special tokens of one file: named ones, and unnamed ones of each of the two keys. Null counts as absent."""
     named = {
         key: _token(path, key, value)
         for key, value in record.items()
@@ -219,7 +218,7 @@ def _special_tokens(path: Path, record: Mapping[str, Any]) -> tuple[dict[str, _T
     if isinstance(extra, dict):
         named |= {name: _token(path, name, token) for name, token in extra.items()}
         extra = []
-    if named.keys() <= set(_NAMES):  # as in transformers: names elsewhere go instead of these
+    if named.keys() <= set(_NAMES):  # as in transformers: ignored if other names exist
         named |= {name: _token(path, name, token) for name, token in mapping(path, record, _MODEL_SPECIFIC).items()}
     return named, _tokens(path, _EXTRA, extra), _tokens(path, _ADDITIONAL, record.get(_ADDITIONAL) or [])
 
@@ -231,14 +230,14 @@ def _tokens(path: Path, key: str, values: Any) -> list[_Token]:
 
 
 def _token(path: Path, key: str, value: Any) -> _Token:
-    """A special token: its text, or an object with the text as ``content`` and flags."""
+    """A special token from its text, or from an object with ``content`` and flags."""
     if isinstance(value, str):
         return _Token(value)
     return _listed_token(path, key, {**value, "special": True} if isinstance(value, dict) else value)
 
 
 def _listed_token(path: Path, key: str, value: Any) -> _Token:
-    """A token as ``added_tokens_decoder`` has it, with the tokenizers library's defaults."""
+    """A token of ``added_tokens_decoder``, with the tokenizers library's defaults."""
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise unusable(path, key, value)
     flags = {name: flag(path, value, name) for name in ("single_word", "lstrip", "rstrip", "special")}
@@ -247,7 +246,7 @@ def _listed_token(path: Path, key: str, value: Any) -> _Token:
 
 
 def _token_id(path: Path, key: str, value: Any) -> int:
-    """A token id, which may be written as a string."""
+    """A token id, which may be a string."""
     if isinstance(value, str) and _ID.fullmatch(value):
         return int(value)
     if type(value) is not int or not 0 <= value < 10**10:

@@ -7,36 +7,36 @@ from typing import Any
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import load_json, short, shown
-from numba_atomflow.sources.base import refuse_pointer
+from numba_atomflow.sources.base import refuse_lfs_pointer
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
+    """Read a JSON file that must hold an object.
 
     Raises:
-        SourceError: the file is missing, unreadable, malformed, or holds something else.
+        SourceError: the file is missing, unreadable or malformed, or does not hold an object.
     """
     return parse_json(path, read_file(path))
 
 
 def read_file(path: Path) -> bytes:
-    """A whole small file.
+    """Read a small file.
 
     Raises:
         SourceError: the file cannot be read.
     """
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no part of a text
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # byte order mark
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    """Contents of a JSON file that must hold an object; `path` is for the message.
+    """Parse JSON that must be an object; `path` is for messages.
 
     Raises:
-        SourceError: the contents are malformed or something else than an object.
+        SourceError: the data are malformed, or not an object.
     """
     try:
         record = load_json(data)
@@ -64,7 +64,7 @@ def number(path: Path, record: Mapping[str, Any], key: str, default: float | Non
         raise unusable(path, key, value)
     try:
         number = float(value)
-    except OverflowError:  # JSON's integers know no limit
+    except OverflowError:  # JSON integers are unbounded
         number = math.inf
     if not 0 < number < math.inf:
         raise unusable(path, key, value)
@@ -73,7 +73,7 @@ def number(path: Path, record: Mapping[str, Any], key: str, default: float | Non
 
 def mapping(path: Path, record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """`record[key]`, which must be an object; null and absent are an empty one."""
-    value = record.get(key) or {}  # false and the like are written for "none" as well
+    value = record.get(key) or {}  # some files have false for none
     if not isinstance(value, dict):
         raise unusable(path, key, value)
     return value
@@ -90,7 +90,7 @@ def flag(path: Path, record: Mapping[str, Any], key: str, default: bool = False)
 
 
 def unusable(path: Path, key: str, value: Any) -> SourceError:
-    """The error about a value of a wrong type or size; None: the key is missing."""
+    """The error for a value of a wrong type or size; None: the key is missing."""
     if value is None:
         return SourceError(f"{path} lacks {key}; get the complete model.")
     return SourceError(f"{path} has an unusable value for {short(key)}: {shown(value)}.")

@@ -204,6 +204,6 @@ class TextCodec:
         bos_id = self.token_id(self.assets.bos_token) if self.assets.bos_token else None
         if bos_id is None:
             raise TextError(
-                f"The model wants a BOS in front of every text, but its tokenizer lacks {shown(self.assets.bos_token)}."
+                f"The model asks for a BOS before every text, but its tokenizer lacks {shown(self.assets.bos_token)}."
             )
         return bos_id

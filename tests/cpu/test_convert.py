@@ -74,7 +74,7 @@ def check_values(path: Path, weights: Weights) -> None:
 @pytest.mark.parametrize("slab", [1, 5000, 1 << 21])
 @pytest.mark.parametrize("tied", [True, False])
 def test_values_end_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int, tied: bool) -> None:
-    monkeypatch.setattr(base, "VALUES_AT_ONCE", slab)
+    monkeypatch.setattr(base, "SLAB_VALUES", slab)
     weights = write_hf_folder(tmp_path / "hf", tiny_geometry(tied_embeddings=tied), dtype="BF16", shards=2)
     made = convert(tmp_path / "hf", tmp_path / "out" / "model.safetensors")
     assert made == tmp_path / "out" / "model.safetensors"
@@ -305,7 +305,7 @@ def test_text_that_cannot_be_used_is_refused_before_any_work(
     write_hf_folder(tmp_path / "hf")
     (tmp_path / "hf" / name).write_text(content)
     steps: list[str] = []
-    with pytest.raises(SourceError, match=r"/hf\b.* (cannot be (converted|used): The model|wants a BOS)") as caught:
+    with pytest.raises(SourceError, match=r"/hf\b.* (cannot be (converted|used): The model|asks for a BOS)") as caught:
         convert(tmp_path / "hf", tmp_path / "out" / "model", progress=lambda step, *_: steps.append(step))
     assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -322,7 +322,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_converted_checkpoint_is_no_source(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     convert(tmp_path / "model.gguf", tmp_path / "out.safetensors")
-    with pytest.raises(SourceError, match=r"out\.safetensors is weights alone"):
+    with pytest.raises(SourceError, match=r"out\.safetensors holds only weights"):
         convert(tmp_path / "out.safetensors", tmp_path / "again.safetensors")
 
 

@@ -15,7 +15,7 @@ from tiny_models import hf_config, random_weights, safetensors_bytes, tiny_geome
 from numba_atomflow.errors import SourceError
 from numba_atomflow.ops.fp8 import decode_e4m3
 from numba_atomflow.sources import open_source
-from numba_atomflow.sources.fp8_schemes import decode_e8m0
+from numba_atomflow.sources.fp8_schemes import dequantize_e8m0
 
 GATE = "model.layers.0.mlp.gate_proj"  # [320, 192]
 Tensors = dict[str, tuple[str, NDArray[Any]]]  # name to safetensors dtype and values
@@ -128,7 +128,7 @@ def test_scales_in_half_precision_and_as_powers_of_two(tmp_path: Path, rng: np.r
 
 
 def test_e8m0_is_every_power_of_two_and_a_nan() -> None:
-    decoded = decode_e8m0(np.arange(256, dtype=np.uint8))
+    decoded = dequantize_e8m0(np.arange(256, dtype=np.uint8))
     np.testing.assert_array_equal(decoded[:255], [2.0 ** (code - 127) for code in range(255)])
     assert np.isnan(decoded[255])
 

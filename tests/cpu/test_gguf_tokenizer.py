@@ -251,7 +251,7 @@ def test_a_bos_that_is_wanted_and_not_there_is_told() -> None:
     del fields["tokenizer.ggml.bos_token_id"]
     assets = assets_from_gguf(fields | {"tokenizer.ggml.add_bos_token": True})
     assert not assets.add_bos
-    assert "wants a BOS" in assets.warnings[0]
+    assert "asks for a BOS" in assets.warnings[0]
 
 
 @pytest.mark.parametrize("name", ["add_eos_token", "add_sep_token", "remove_extra_whitespaces"])

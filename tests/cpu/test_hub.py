@@ -172,7 +172,7 @@ def test_a_download_that_was_given_up_is_continued_by_the_next(hub: Hub, impatie
             hub.breaks[WEIGHTS] = 0  # from now on nothing arrives
 
     hub.breaks[WEIGHTS] = 100_000
-    with pytest.raises(HubError, match=r"could not be reached .* goes on where it broke off"):
+    with pytest.raises(HubError, match=r"could not be reached .* resumes where it stopped"):
         fetch(MODEL, progress, hub.endpoint)
     assert WEIGHTS not in names_in(folder())
     there = (folder() / f"{WEIGHTS}.partial").stat().st_size
@@ -238,7 +238,7 @@ def test_of_two_processes_the_second_waits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
 def test_a_file_that_was_damaged_on_its_way_is_removed(hub: Hub, name: str) -> None:
     hub.damaged.add(name)
-    refused(hub, f"{name} of {REPO} was damaged on its way", "run the command again")
+    refused(hub, f"{name} of {REPO} was corrupted in transit", "run the command again")
     assert not [path for path in folder().iterdir() if path.name.startswith(name)]
     hub.damaged.clear()
     assert (fetch(MODEL, endpoint=hub.endpoint) / name).read_bytes() == hub.files[name]
@@ -247,7 +247,7 @@ def test_a_file_that_was_damaged_on_its_way_is_removed(hub: Hub, name: str) -> N
 def test_damage_in_the_part_that_was_there_is_found(hub: Hub) -> None:
     folder().mkdir(parents=True)
     (folder() / f"{WEIGHTS}.partial").write_bytes(b"\0" * 1000)
-    refused(hub, f"{WEIGHTS} of {REPO} was damaged on its way")
+    refused(hub, f"{WEIGHTS} of {REPO} was corrupted in transit")
 
 
 def test_a_shard_that_the_hub_has_not(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_model_without_safetensors(files: dict[str, bytes]) -> None:
     ("status", "code", "fragment"),
     [
         (401, "RepoNotFound", "no such model on the hub that you may see"),
-        (403, "GatedRepo", "given only to those who accepted its terms"),
+        (403, "GatedRepo", "requires that you accept its terms"),
         (404, "RevisionNotFound", "has no revision 'v9'"),
         (500, "", "the hub answered 500"),
     ],

@@ -498,7 +498,7 @@ def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
 
 
 def test_weights_alone(folder: Path) -> None:
-    refused(folder / "model.safetensors", "weights alone", "config.json")
+    refused(folder / "model.safetensors", "holds only weights", "config.json")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])

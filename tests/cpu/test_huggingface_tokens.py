@@ -256,7 +256,7 @@ def test_tokens_beyond_the_embedding_are_told(tmp_path: Path) -> None:
 
 def test_what_is_not_followed_is_told(tmp_path: Path) -> None:
     (warning,) = assets(write_folder(tmp_path, {"split_special_tokens": True})).warnings
-    assert "split_special_tokens, which is not followed" in warning
+    assert "split_special_tokens, which is ignored" in warning
 
 
 @pytest.mark.parametrize("bos", [{}, {"bos_token": None}, {"bos_token": ""}])

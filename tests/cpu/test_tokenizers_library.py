@@ -13,7 +13,7 @@ from tiny_models import tiny_tokenizer
 from numba_atomflow.errors import SourceError, TextError
 from numba_atomflow.text import tokenizers_library
 from numba_atomflow.text.codec import TextAssets, TextCodec
-from numba_atomflow.text.tokenizers_library import sentence
+from numba_atomflow.text.tokenizers_library import translate_errors
 
 ASSETS = TextAssets(tokenizer_json=tiny_tokenizer().to_str().encode())
 
@@ -136,7 +136,7 @@ def test_half_a_surrogate_pair_as_bos() -> None:
 
 def test_ctrl_c_is_no_fault_of_a_tokenizer() -> None:
     for passing in (KeyboardInterrupt, SystemExit, SourceError):
-        with pytest.raises(passing), sentence("x", "y"):
+        with pytest.raises(passing), translate_errors("x", "y"):
             raise passing
 
 
@@ -152,9 +152,9 @@ def test_reports_of_panics_are_dropped_and_nothing_else(
     codec = TextCodec(changed(lambda r: r.update(pre_tokenizer={"type": "FixedLength", "length": 0})))
     with pytest.raises(TextError, match="chunk size must be non-zero"):
         codec.encode("a")
-    with sentence("x", "y"):
+    with translate_errors("x", "y"):
         os.write(2, b"kept\n")
-    with pytest.raises(TextError), sentence("x", "y"):
+    with pytest.raises(TextError), translate_errors("x", "y"):
         fail_after(b"kept as well\n")
     print("afterwards", file=sys.stderr)
     assert capfd.readouterr().err == "kept\nkept as well\nafterwards\n"
