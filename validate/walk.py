@@ -18,8 +18,8 @@ def walk(
 ) -> None:
     """Run `tokens` from position 0.
 
-    The blocks are those of `prefill`; single tokens run the list of `decode`, whose head samples a token that nobody
-    takes. The logits of a block's other rows are made by `Backend.logits`, as for a caller that asks for them.
+    The chunks are those of `prefill`. Single tokens run the ops of `decode`, and the sampled token is discarded. Logits
+    of the other rows of a chunk are computed by `Backend.logits`.
 
     Args:
         backend: of the model; its KV cache is overwritten.

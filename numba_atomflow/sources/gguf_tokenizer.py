@@ -299,7 +299,7 @@ def _byte_level(vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer) -> dict[st
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
-    """tokenizer.json's entries for SentencePiece BPE (Llama 2, TinyLlama, Mistral): scores for merges, ``▁`` for a space.
+    """tokenizer.json's entries for SentencePiece BPE (Llama 2, TinyLlama, Mistral): scores, and ``▁`` for a space.
 
     A space is inserted before every segment of text between control tokens, even if the segment starts with one, as in
     SentencePiece, llama.cpp and the models' own tokenizer.json. Mistral from its third version on (whose vocabulary has
