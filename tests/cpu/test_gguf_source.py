@@ -472,7 +472,7 @@ def test_what_changes_nothing_is_taken(tmp_path: Path, fields: dict[str, Any]) -
 
 @pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
 @pytest.mark.parametrize(
-    ("values", "fragment"), [([2, 4], "layers that differ"), ([2], "unusable"), (["2", "2"], "unusable")]
+    ("values", "fragment"), [([2, 4], "layers of different sizes"), ([2], "unusable"), (["2", "2"], "unusable")]
 )
 def test_layers_of_different_sizes(tmp_path: Path, key: str, values: list[Any], fragment: str) -> None:
     write_gguf(tmp_path / "model.gguf", fields={f"llama.{key}": values})

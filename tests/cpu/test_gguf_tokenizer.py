@@ -114,7 +114,7 @@ def test_a_vocabulary_that_fits_no_splitting_is_refused() -> None:
 def test_a_telltale_token_in_a_vocabulary_of_another_kind_is_not_believed() -> None:
     _, fields = byte_level("gpt-2", ["<|begin_of_text|>", "<|end_of_text|>"])
     assets = assets_from_gguf(fields | {"tokenizer.ggml.pre": None})
-    assert "does not tell which it is" in assets.warnings[0]
+    assert "does not determine it" in assets.warnings[0]
 
 
 def test_llama3_takes_a_whole_word_that_its_merges_do_not_reach() -> None:
