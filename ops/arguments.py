@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.attention import block_scratch
+from numba_atomflow.ops.attention import chunk_scratch
 from numba_atomflow.ops.fp8 import group_count
 from numba_atomflow.ops.projection import LARGEST_TILE
 
@@ -60,7 +60,7 @@ def _project_token_swiglu(codes: Array, scales: Array, x: Array, y: Array) -> Co
     return _is_weight(codes, scales), (2 * y.size, *x.shape) == codes.shape, y.ndim == 1
 
 
-def _project_block(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool, scratch: Array) -> Conditions:
+def _project_chunk(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool, scratch: Array) -> Conditions:
     del accumulate
     rows, columns = codes.shape
     room = scratch.shape[1] >= LARGEST_TILE * (columns + len(x))
@@ -119,10 +119,10 @@ def _attend_token(
     return *_attention(q, keys, values, head_dim, out), q.ndim == 1, position.shape == (1,), room
 
 
-def _attend_block(
+def _attend_chunk(
     q: Array, keys: Array, values: Array, position: Array, head_dim: int, scratch: Array, out: Array
 ) -> Conditions:
-    room = len(q) <= len(keys) and scratch.shape[1] >= block_scratch(head_dim)
+    room = len(q) <= len(keys) and scratch.shape[1] >= chunk_scratch(head_dim)
     return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), room
 
 
@@ -149,14 +149,14 @@ _DEMANDS: dict[str, Callable[..., Conditions]] = {
         _embed,
         _project_token,
         _project_token_swiglu,
-        _project_block,
+        _project_chunk,
         _swiglu,
         _rms_norm,
         _rms_norm_heads,
         _rope_and_store,
         _rope_and_store_paged,
         _attend_token,
-        _attend_block,
+        _attend_chunk,
         _attend_paged,
     )
 }

@@ -21,8 +21,8 @@ KEY_TILE = 256  # keys copied together into contiguous scratch
 _LOWEST = np.float32(-3.0e38)
 
 
-def block_scratch(head_dim: int) -> int:
-    """Floats of scratch per thread that `attend_block` needs."""
+def chunk_scratch(head_dim: int) -> int:
+    """Floats of scratch per thread that `attend_chunk` needs."""
     return (2 * QUERY_TILE + KEY_TILE) * head_dim + QUERY_TILE * (KEY_TILE + head_dim + 2)
 
 
@@ -113,13 +113,13 @@ def attend_token(q, keys, values, position, head_dim, scores, out):
 
 
 @cpu_kernel()
-def attend_block(q, keys, values, position, head_dim, scratch, out):
+def attend_chunk(q, keys, values, position, head_dim, scratch, out):
     """Causal attention of T tokens at positions position[0] .. position[0] + T - 1.
 
     Args:
         q, out: float32 [T, heads * head_dim].
         keys, values: float32 [positions, kv_heads * head_dim].
-        scratch: float32 [threads, at least block_scratch(head_dim)].
+        scratch: float32 [threads, at least chunk_scratch(head_dim)].
     """
     tokens = q.shape[0]
     heads = q.shape[1] // head_dim

@@ -7,7 +7,7 @@ written: nothing beside a projection.
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, dequantize_groups
+from numba_atomflow.ops.fp8 import GROUP, UNBIAS, convert_biased, dequantize_groups
 from numba_atomflow.ops.jit import cpu_kernel
 from numba_atomflow.ops.simd import half_to_float
 
@@ -33,4 +33,4 @@ def embed(tokens, codes, scales, residual):
             if scales is None:
                 residual[t, k] = half_to_float(codes[row, k])
             else:
-                residual[t, k] = decode_biased(codes[row, k]) * (scales[row, k // GROUP] * UNBIAS)
+                residual[t, k] = convert_biased(codes[row, k]) * (scales[row, k // GROUP] * UNBIAS)

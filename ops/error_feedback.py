@@ -15,7 +15,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, decode_e4m3, encode_e4m3, encode_one
+from numba_atomflow.ops.fp8 import GROUP, UNBIAS, convert_biased, e4m3_to_float, encode_e4m3, encode_one
 from numba_atomflow.ops.jit import cpu_kernel
 
 DAMPING = 0.01  # of G's mean diagonal, added to it: calibration inputs may not span all directions
@@ -38,7 +38,7 @@ def round_with_feedback_reference(
         k = left[0]
         scale = scales[:, k // GROUP]
         codes[:, k] = encode_e4m3((weights[:, k] / scale).astype(np.float32))
-        error = weights[:, k] - decode_e4m3(codes[:, k]) * scale
+        error = weights[:, k] - e4m3_to_float(codes[:, k]) * scale
         weights[:, left] -= np.outer(error, inverse[0] / inverse[0, 0])
         del left[0]
     return codes
@@ -69,7 +69,7 @@ def _round_rows(weights, scales, group_of, factor, codes):
                     scale = scales[n, group_of[j]]
                     code = encode_one(weights[n, j] / scale)
                     codes[n, j] = code
-                    error = (weights[n, j] - decode_biased(np.int8(code)) * UNBIAS * scale) / factor[j, j]
+                    error = (weights[n, j] - convert_biased(np.int8(code)) * UNBIAS * scale) / factor[j, j]
                     errors[n - first, j - start] = error
                     for k in range(j + 1, stop):
                         weights[n, k] -= error * factor[j, k]

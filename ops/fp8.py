@@ -35,7 +35,7 @@ def e4m3_table() -> NDArray[np.float32]:
     return (sign * values).astype(np.float32)
 
 
-def decode_e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+def e4m3_to_float(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """E4M3 codes of any shape to float32 (exact)."""
     return e4m3_table()[codes]
 
@@ -68,7 +68,7 @@ def quantize_groups_reference(weights: NDArray[np.float32]) -> tuple[NDArray[np.
 def dequantize_groups(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Codes [N, K] and scales [N, ceil(K / 128)] to float32 weights [N, K]."""
     columns = codes.shape[1]
-    return decode_e4m3(codes) * np.repeat(scales, GROUP, axis=1)[:, :columns]
+    return e4m3_to_float(codes) * np.repeat(scales, GROUP, axis=1)[:, :columns]
 
 
 def group_count(columns: int) -> int:
@@ -80,7 +80,7 @@ def group_count(columns: int) -> int:
 
 
 @cpu_kernel(inline=True)
-def decode_biased(code):
+def convert_biased(code):
     """One code, as int8, to its value times 2^-120: a sign-extending load, a shift, a mask."""
     return np.int32((np.int64(code) << 20) & MAGNITUDE_AND_SIGN).view(np.float32)
 

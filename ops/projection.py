@@ -16,7 +16,7 @@ from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
 from numba_atomflow.ops.activation import silu
-from numba_atomflow.ops.fp8 import GROUP, UNBIAS, decode_biased, dequantize_groups
+from numba_atomflow.ops.fp8 import GROUP, UNBIAS, convert_biased, dequantize_groups
 from numba_atomflow.ops.jit import cpu_kernel
 from numba_atomflow.ops.simd import fp8_row_dot, half_to_float
 
@@ -80,7 +80,7 @@ def project_token_swiglu(codes, scales, x, y):
 
 
 @cpu_kernel(inline=True)
-def _decode_rows(codes, scales, first, rows, tile):
+def _dequantize_rows(codes, scales, first, rows, tile):
     """Weights of rows first .. first + rows - 1 as float32 into tile [rows, K]."""
     columns = codes.shape[1]
     for r in range(rows):
@@ -92,11 +92,11 @@ def _decode_rows(codes, scales, first, rows, tile):
         for g in range(scales.shape[1]):
             scale = scales[n, g] * UNBIAS
             for k in range(g * GROUP, min(columns, (g + 1) * GROUP)):
-                tile[r, k] = decode_biased(codes[n, k]) * scale
+                tile[r, k] = convert_biased(codes[n, k]) * scale
 
 
 @cpu_kernel()
-def project_block(codes, scales, x, y, accumulate, scratch):
+def project_chunk(codes, scales, x, y, accumulate, scratch):
     """y = x W^T, or y += x W^T, for many tokens.
 
     Args:
@@ -114,7 +114,7 @@ def project_block(codes, scales, x, y, accumulate, scratch):
         count = min(tile_rows, rows - first)
         own = scratch[get_thread_id()]
         tile = own[: count * columns].reshape((count, columns))
-        _decode_rows(codes, scales, first, count, tile)
+        _dequantize_rows(codes, scales, first, count, tile)
         product = own[count * columns : count * (columns + tokens)].reshape((tokens, count))
         np.dot(x, tile.T, product)
         for t in range(tokens):

@@ -18,8 +18,8 @@ from numba_atomflow.ops.fp8 import (
     GROUP,
     LARGEST,
     UNBIAS,
-    decode_biased,
-    decode_e4m3,
+    convert_biased,
+    e4m3_to_float,
     encode_e4m3,
     encode_one,
     group_count,
@@ -49,7 +49,7 @@ def search_scales_reference(
             if base == 0:
                 continue
             candidates = [np.float32(base * factor) for factor in factors]
-            errors = [block - decode_e4m3(encode_e4m3(block / s)).astype(np.float64) * s for s in candidates]
+            errors = [block - e4m3_to_float(encode_e4m3(block / s)).astype(np.float64) * s for s in candidates]
             costs = [float(error @ inputs @ error) for error in errors]
             scales[n, g] = candidates[int(np.argmin(costs))]
     return scales
@@ -89,7 +89,7 @@ def _search_group(weights, gram, factors, scales):
                 scale = _candidate(weights[first + r], factor)
                 for k in range(columns):
                     code = np.int8(encode_one(weights[first + r, k] / scale))
-                    errors[r, k] = weights[first + r, k] - decode_biased(code) * UNBIAS * scale
+                    errors[r, k] = weights[first + r, k] - convert_biased(code) * UNBIAS * scale
             np.dot(errors, gram, outputs)
             for r in range(count):
                 cost = np.float32(0.0)

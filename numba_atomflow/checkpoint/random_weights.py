@@ -17,7 +17,7 @@ from numba_atomflow.checkpoint.format import CODES, tensor_layout
 from numba_atomflow.errors import OptionError
 from numba_atomflow.files.untrusted import shown
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.fp8 import LARGEST, decode_e4m3, encode_e4m3
+from numba_atomflow.ops.fp8 import LARGEST, e4m3_to_float, encode_e4m3
 from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.utils.arguments import whole_number
 
@@ -111,4 +111,4 @@ def _normal_codes() -> NDArray[np.uint8]:
 
 def _code_variance() -> float:
     """Mean square of the codes' values."""
-    return float(np.mean(decode_e4m3(_normal_codes()).astype(np.float64) ** 2))
+    return float(np.mean(e4m3_to_float(_normal_codes()).astype(np.float64) ** 2))

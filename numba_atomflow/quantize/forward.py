@@ -34,7 +34,7 @@ class LayerForward:
             "values": (tokens, g.kv_dim),
             "attn_out": (tokens, g.q_dim),
             "ffn": (tokens, g.ffn),
-            "scratch": (most_threads(), attention.block_scratch(g.head_dim)),
+            "scratch": (most_threads(), attention.chunk_scratch(g.head_dim)),
         }
         self._arena = HostArena(
             plan_memory(Buffer("workspace", name, shape, "float32") for name, shape in shapes.items())
@@ -76,7 +76,7 @@ class LayerForward:
             bind(rms_norm.rms_norm_heads, qkv, layer["q_norm"], layer["k_norm"], g.q_dim, g.kv_dim, eps)()
         bind(rope.rope_and_store, qkv, self._position, *self._tables, self._q, *self._cache)()
         rest = self._position, g.head_dim, self._scratch, self._attn_out
-        bind(attention.attend_block, self._q, *self._cache, *rest)()
+        bind(attention.attend_chunk, self._q, *self._cache, *rest)()
         inputs["o"].add(self._attn_out)
         stream += self._attn_out @ layer["o"].T
 

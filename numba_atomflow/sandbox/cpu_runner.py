@@ -206,7 +206,7 @@ class CpuRunner:
             for t in range(len(x)):
                 self._call(projection.project_token, codes, scales, x[t], y[t], accumulate)
         else:
-            self._call(projection.project_block, codes, scales, x, y, accumulate, self._array("scratch"))
+            self._call(projection.project_chunk, codes, scales, x, y, accumulate, self._array("scratch"))
 
     def _gate_up(self, part: str, x: NDArray[Any], y: NDArray[Any]) -> None:
         codes, scales = self._weight(part)
@@ -215,7 +215,7 @@ class CpuRunner:
                 self._call(projection.project_token_swiglu, codes, scales, x[t], y[t])
         else:
             gate_up = self._array("gate_up")[: len(x)]
-            self._call(projection.project_block, codes, scales, x, gate_up, False, self._array("scratch"))
+            self._call(projection.project_chunk, codes, scales, x, gate_up, False, self._array("scratch"))
             self._call(projection.swiglu, gate_up, y)
 
     @contextmanager

@@ -56,8 +56,8 @@ class Case:
     def block(self) -> NDArray[np.float32]:
         """What the kernel for blocks makes of it."""
         out, position = poisoned(*self.q.shape), np.array([self.position], np.int64)
-        scratch = poisoned(numba.config.NUMBA_NUM_THREADS, attention.block_scratch(self.head_dim))
-        attention.attend_block(self.q, self.keys, self.values, position, self.head_dim, scratch, out)
+        scratch = poisoned(numba.config.NUMBA_NUM_THREADS, attention.chunk_scratch(self.head_dim))
+        attention.attend_chunk(self.q, self.keys, self.values, position, self.head_dim, scratch, out)
         return out
 
 

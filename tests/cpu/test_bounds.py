@@ -185,14 +185,14 @@ WEIGHT = empty(N, K, dtype="int8"), empty(N, 2)
 CACHE = empty(LENGTH, KV), empty(LENGTH, KV)
 TABLES = empty(LENGTH, DIM // 2), empty(LENGTH, DIM // 2)
 POSITION, PLACES = empty(1, dtype="int64"), empty(T, dtype="int64")
-BLOCK_SCRATCH = empty(1, attention.block_scratch(DIM))
+BLOCK_SCRATCH = empty(1, attention.chunk_scratch(DIM))
 PROJECT_SCRATCH = empty(1, projection.LARGEST_TILE * (K + T))
 
 SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "embed": (embedding.embed, (empty(T, dtype="int32"), *WEIGHT, empty(T, K))),
     "project_token": (projection.project_token, (*WEIGHT, empty(K), empty(N), False)),
     "project_token_swiglu": (projection.project_token_swiglu, (*WEIGHT, empty(K), empty(N // 2))),
-    "project_block": (projection.project_block, (*WEIGHT, empty(T, K), empty(T, N), False, PROJECT_SCRATCH)),
+    "project_chunk": (projection.project_chunk, (*WEIGHT, empty(T, K), empty(T, N), False, PROJECT_SCRATCH)),
     "swiglu": (projection.swiglu, (empty(T, 2 * N), empty(T, N))),
     "rms_norm": (rms_norm.rms_norm, (empty(T, K), empty(K), 1e-5, empty(T, K))),
     "rms_norm_heads": (rms_norm.rms_norm_heads, (empty(T, Q + 2 * KV), empty(DIM), empty(DIM), Q, KV, 1e-5)),
@@ -202,7 +202,7 @@ SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (empty(T, Q + 2 * KV), PLACES, PLACES, *TABLES, empty(T, Q), *CACHE),
     ),
     "attend_token": (attention.attend_token, (empty(Q), *CACHE, POSITION, DIM, empty(HEADS, LENGTH), empty(Q))),
-    "attend_block": (attention.attend_block, (empty(T, Q), *CACHE, POSITION, DIM, BLOCK_SCRATCH, empty(T, Q))),
+    "attend_chunk": (attention.attend_chunk, (empty(T, Q), *CACHE, POSITION, DIM, BLOCK_SCRATCH, empty(T, Q))),
     "attend_paged": (
         paged_attention.attend_paged,
         (empty(T, Q), *CACHE, empty(2, 3, dtype="int32"), PLACES, PLACES, 8, DIM, empty(2, LENGTH), empty(T, Q)),
@@ -211,8 +211,8 @@ SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
 # What may be smaller: (argument, axis).
 FREE = {
     "rms_norm_heads": {(0, 0)},
-    "project_block": {(5, 0)},  # threads
-    "attend_block": {(5, 0)},
+    "project_chunk": {(5, 0)},  # threads
+    "attend_chunk": {(5, 0)},
     "attend_paged": {(3, 0), (3, 1), (8, 0), (8, 1)},
 }
 
@@ -239,10 +239,10 @@ def test_every_kernel_that_takes_views_has_demands() -> None:
         "attend_head",
         "exp",
         "silu",
-        "decode_biased",
+        "convert_biased",
         "_rotate",
         "_store_token",
         "_half_row_dot",
-        "_decode_rows",
+        "_dequantize_rows",
     }
     assert kernels - inlined == set(SOUND)

@@ -157,14 +157,14 @@ def test_torch_sees_the_same_fp8_values(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
 
-    from numba_atomflow.ops.fp8 import decode_e4m3
+    from numba_atomflow.ops.fp8 import e4m3_to_float
 
     path = write(tmp_path / "model.safetensors")
     loaded = load_file(path)
     with Checkpoint.open(path) as checkpoint:
         name = "layer.1.gate_up.weight"
         assert loaded[name].dtype == torch.float8_e4m3fn
-        np.testing.assert_array_equal(loaded[name].to(torch.float32).numpy(), decode_e4m3(checkpoint.array(name)))
+        np.testing.assert_array_equal(loaded[name].to(torch.float32).numpy(), e4m3_to_float(checkpoint.array(name)))
 
 
 @pytest.mark.parametrize("head", ["fp8", "fp16"])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiny_models import hf_config, random_weights, safetensors_bytes, tiny_geometry, write_json
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.ops.fp8 import decode_e4m3
+from numba_atomflow.ops.fp8 import e4m3_to_float
 from numba_atomflow.sources import open_source
 from numba_atomflow.sources.fp8_schemes import dequantize_e8m0
 
@@ -105,7 +105,7 @@ def test_every_scale_reaches_the_weights_that_it_is_for(
     source = open_source(tmp_path)
     codes, scale = tensors[f"{GATE}.weight"][1], tensors[f"{GATE}.{suffix}"][1]
     grid = scale.reshape(-(-320 // block[0]), -(-192 // block[1]))
-    expected = decode_e4m3(codes) * np.kron(grid, np.ones(block, np.float32))[:320, :192]
+    expected = e4m3_to_float(codes) * np.kron(grid, np.ones(block, np.float32))[:320, :192]
     np.testing.assert_array_equal(source.read(f"{GATE}.weight"), expected)
     np.testing.assert_array_equal(source.read(f"{GATE}.weight", 100, 300), expected[100:300])
     assert source.read_fp8("lm_head.weight") is None
@@ -117,7 +117,7 @@ def test_every_scale_reaches_the_weights_that_it_is_for(
 
 def test_scales_in_half_precision_and_as_powers_of_two(tmp_path: Path, rng: np.random.Generator) -> None:
     tensors = fp8_tensors("weight_scale_inv", scales(rng), rng)
-    values = decode_e4m3(tensors[f"{GATE}.weight"][1])
+    values = e4m3_to_float(tensors[f"{GATE}.weight"][1])
     for dtype, raw, meant in (
         ("F16", np.full((3, 2), 0.3, np.float16), np.float32(np.float16(0.3))),
         ("BF16", np.full((3, 2), 0x3F01, np.uint16), np.float32(0.50390625)),

@@ -123,7 +123,7 @@ def test_one_token_through_float16(rng: np.random.Generator, columns: int, accum
 @pytest.mark.parametrize("columns", [1, 129, 576])
 def test_a_block_through_float16(rng: np.random.Generator, columns: int, tokens: int) -> None:
     weight, x, y = random_halves(rng, 700, columns), random_x(rng, tokens, columns), poisoned(tokens, 700)
-    projection.project_block(weight.codes, None, x, y, False, scratch(columns, tokens))
+    projection.project_chunk(weight.codes, None, x, y, False, scratch(columns, tokens))
     check_close(y, x.astype(np.float64) @ weight.values.T, tolerance(roundings(columns)), magnitude(x, weight))
 
 
@@ -174,7 +174,7 @@ def test_a_block(rng: np.random.Generator, rows: int, columns: int, tokens: int,
     y = rng.standard_normal((tokens, rows)).astype(np.float32) if accumulate else poisoned(tokens, rows)
     expected = x.astype(np.float64) @ weight.values.T + (y if accumulate else 0)
     size = magnitude(x, weight) + (np.abs(y) if accumulate else 0)
-    projection.project_block(weight.codes, weight.scales, x, y, accumulate, scratch(columns, tokens))
+    projection.project_chunk(weight.codes, weight.scales, x, y, accumulate, scratch(columns, tokens))
     check_close(y, expected, tolerance(roundings(columns)), size)
 
 
@@ -182,7 +182,7 @@ def test_a_block(rng: np.random.Generator, rows: int, columns: int, tokens: int,
 def test_a_block_keeps_nan_in_its_own_row(rng: np.random.Generator) -> None:
     weight, x, y = random_weight(rng, 200, 136), random_x(rng, 9, 136), poisoned(9, 200)
     x[4, 135] = np.nan
-    projection.project_block(weight.codes, weight.scales, x, y, False, scratch(136, 9))
+    projection.project_chunk(weight.codes, weight.scales, x, y, False, scratch(136, 9))
     assert np.isnan(y[4]).all()
     assert np.isfinite(np.delete(y, 4, axis=0)).all()
 
@@ -219,7 +219,7 @@ def test_a_mistake_is_far_outside_the_tolerance(rng: np.random.Generator, mistak
     else:
         given = (x.view(np.uint32) & 0xFFFF0000).astype(np.uint32).view(np.float32)
     y, one = poisoned(5, 67), poisoned(67)
-    projection.project_block(codes, scales, given, y, False, scratch(300, 5))
+    projection.project_chunk(codes, scales, given, y, False, scratch(300, 5))
     projection.project_token(codes, scales, given[0], one, False)
     assert relative_l2(y, expected, size) > 20 * tolerance(roundings(300))
     assert relative_l2(one, expected[0], size[0]) > 20 * tolerance(roundings(300))

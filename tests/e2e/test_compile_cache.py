@@ -59,7 +59,7 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, tiny_checkpoint: Path) 
     lines = GENERATE.format(model=str(tiny_checkpoint))
     first, tokens = record(tmp_path, lines)
     assert "numba_atomflow.ops.projection.project_token" in first
-    assert "numba_atomflow.ops.attention.attend_block" in first
+    assert "numba_atomflow.ops.attention.attend_chunk" in first
     second, same_tokens = record(tmp_path, lines)
     assert second == []
     assert same_tokens == tokens

@@ -50,7 +50,7 @@ def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryP
     """What the CPU backend allocates; the weights stay in the mapped file."""
     chunk = min(PREFILL_CHUNK, max_seq_len)
     widest = max(geometry.hidden, geometry.q_dim, geometry.ffn)
-    scratch = max(projection.LARGEST_TILE * (widest + chunk), attention.block_scratch(geometry.head_dim))
+    scratch = max(projection.LARGEST_TILE * (widest + chunk), attention.chunk_scratch(geometry.head_dim))
     return plan_memory(
         [
             *step_buffers(geometry, StepSizes(max_seq_len, chunk, HEAD_ROWS)),

@@ -95,7 +95,7 @@ class CpuBinder:
             scores = self._array("scores")
             return bind(attention.attend_token, q[0], keys, values, position, head_dim, scores, out[0])
         scratch = self._array("prefill_scratch")
-        return bind(attention.attend_block, q, keys, values, position, head_dim, scratch, out)
+        return bind(attention.attend_chunk, q, keys, values, position, head_dim, scratch, out)
 
     def _bind_gate_up(self, op: GateUp) -> Action:
         x_norm, y = op.x_norm.host_array(), op.y.host_array()
@@ -119,7 +119,7 @@ class CpuBinder:
                 )
             )
         scratch = self._array("prefill_scratch")
-        return bind(projection.project_block, codes, scales, inputs, outputs, accumulate, scratch)
+        return bind(projection.project_chunk, codes, scales, inputs, outputs, accumulate, scratch)
 
     def _norm(self, x: View, weight: View, y: View) -> Action:
         eps = np.float32(self.geometry.norm_eps)
