@@ -1,12 +1,13 @@
-"""The working tree against another revision of it: is it faster, and by how much?
+"""The speed of the working tree as a ratio to that of another revision.
 
     python scripts/bench_against.py HEAD~1                                 # the demo model
     python scripts/bench_against.py v0.1.0 my-model.safetensors -r 20
     python scripts/bench_against.py main --geometry llama-3.2-3b           # random weights
+    python scripts/bench_against.py path/to/another/checkout               # where there is no git
 
-Both sides hold the model in a process of their own and take turns, so that whatever else the machine does hits both;
-who goes first alternates. The ratio is taken turn by turn: above 1, the working tree is faster. The other revision is
-copied out of git, the repository is not touched.
+Each side loads the model in a process of its own. Turns of both are interleaved, so that other load on the machine
+affects both alike, and the side that goes first alternates. The ratio is taken per pair of turns: above 1, the working
+tree is faster. A revision is exported from git into a temporary folder; the repository is not changed.
 """
 
 import argparse
@@ -36,7 +37,7 @@ WORKER = Path(__file__).with_name("bench_worker.py")
 
 
 class SideError(Exception):
-    """A revision is unknown, or cannot run what was asked: one sentence."""
+    """A revision is unknown, or cannot run the task: one sentence."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Turn:
 
 
 class Side:
-    """A checkout with the model loaded, waiting for turns.
+    """A process that runs a checkout's engine, with the model loaded.
 
     Raises:
         SideError: it cannot run the model.
@@ -58,7 +59,7 @@ class Side:
         self.name = name
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER), json.dumps(task)],
-            env=os.environ | {"PYTHONPATH": str(tree)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))},
             cwd=tree,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -68,7 +69,7 @@ class Side:
         self._answer()
 
     def turn(self) -> Turn:
-        """One prompt and one reply."""
+        """Run a prompt and its reply."""
         assert self._process.stdin is not None
         self._process.stdin.write("turn\n")
         self._process.stdin.flush()
@@ -94,8 +95,20 @@ class Side:
         self._process.communicate()
 
 
+def find_tree(revision: str, folder: Path, repository: Path = ROOT) -> tuple[str, Path]:
+    """Name and root of a checkout: `revision` is the path of one, or is exported from git into `folder`.
+
+    Raises:
+        SideError: there is no such revision, or no repository.
+    """
+    path = Path(revision)
+    if (path / "numba_atomflow").is_dir():
+        return commit(path.resolve()) or path.name, path.resolve()
+    return export(revision, folder, repository), folder
+
+
 def export(revision: str, folder: Path, repository: Path = ROOT) -> str:
-    """Copy a revision out of git into a folder; its short commit.
+    """Export a revision from git into a folder; its short commit.
 
     Raises:
         SideError: there is no such revision, or no repository.
@@ -116,7 +129,7 @@ def export(revision: str, folder: Path, repository: Path = ROOT) -> str:
 
 
 def take_turns(before: Side, now: Side, repeats: int) -> list[tuple[Turn, Turn]]:
-    """Interleaved turns (before, now), after one that is thrown away."""
+    """Interleaved turns (before, now), after a discarded warm-up."""
     pairs = []
     for i in range(repeats + 1):
         if i % 2:
@@ -130,7 +143,7 @@ def take_turns(before: Side, now: Side, repeats: int) -> list[tuple[Turn, Turn]]
 
 
 def record_of(pairs: Sequence[tuple[Turn, Turn]], names: tuple[str, str], task: dict[str, Any]) -> dict[str, Any]:
-    """Everything, ready for JSON. Ratios are of pairs of turns: above 1, now is faster."""
+    """A JSON-ready record. Ratios are of pairs of turns: above 1, now is faster."""
     record: dict[str, Any] = {"before": names[0], "now": names[1], "task": task, "machine": machine_record()}
     for quantity in ("tpot", "ttft"):
         then, now = ([getattr(pair[side], quantity) for pair in pairs] for side in (0, 1))
@@ -143,7 +156,7 @@ def record_of(pairs: Sequence[tuple[Turn, Turn]], names: tuple[str, str], task: 
 
 
 def report(record: dict[str, Any]) -> str:
-    """For people."""
+    """A table."""
     rows = []
     for quantity, what in (("tpot", "ms per token"), ("ttft", "ms to the first token")):
         spreads = {name: Spread.from_dict(values) for name, values in record[quantity].items()}
@@ -154,14 +167,15 @@ def report(record: dict[str, Any]) -> str:
 def main() -> int:
     """Parse options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("revision", metavar="REV", help="what to compare with: any name that git knows")
+    parser.add_argument("revision", metavar="REV", help="a revision that git knows, or the path of a checkout")
     parser.add_argument("model", nargs="?", help=f"checkpoint, or the name of one (default: {DEFAULT_MODEL})")
     parser.add_argument("--geometry", metavar="NAME", help="instead of a model: a well-known one with random weights")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("-n", "--decode-tokens", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("-r", "--repeats", type=int, default=10, metavar="N", help="turns of each side (default: 10)")
-    parser.add_argument("--backend", default="auto", help="as for numba-atomflow generate")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all)")
+    parser.add_argument("--backend", default="auto", help="as for numba-atomflow bench")
+    parser.add_argument("--decode", default="auto", help="as for numba-atomflow bench")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if min(options.prompt_tokens, options.decode_tokens, options.repeats) < 1:
@@ -171,6 +185,7 @@ def main() -> int:
             "prompt_tokens": options.prompt_tokens,
             "decode_tokens": options.decode_tokens,
             "backend": options.backend,
+            "decode": options.decode,
             "threads": options.threads,
         }
         if options.geometry:
@@ -178,9 +193,10 @@ def main() -> int:
         else:
             task["path"] = str(find_checkpoint(options.model or DEFAULT_MODEL).resolve())
         with tempfile.TemporaryDirectory() as folder:
-            names = (export(options.revision, Path(folder)), commit(ROOT) or "now")
+            name, tree = find_tree(options.revision, Path(folder))
+            names = (name, commit(ROOT) or "now")
             print(f"loading {names[0]} and {names[1]}", file=sys.stderr)
-            with Side(names[0], Path(folder), task) as before, Side(names[1], ROOT, task) as now:
+            with Side(names[0], tree, task) as before, Side(names[1], ROOT, task) as now:
                 pairs = take_turns(before, now, options.repeats)
     except (SideError, AtomFlowError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,9 +4,9 @@
     python scripts/bench_peers.py --geometry llama-3.1-8b --llama-bench ~/llama.cpp/build/bin/llama-bench --format md
     python scripts/bench_peers.py --geometry smollm2-135m --device cpu --peers transformers
 
-Whatever is installed runs, each in a process of its own, with random weights; what is missing is said to be missing. No
-figure is remembered from another day. The ratio is our decode speed over theirs: above 1, this engine is faster. Each
-peer runs as its users would have it run, in the numbers that it has: BF16, its own FP8, or Q8_0 for llama.cpp.
+Every installed peer runs in a process of its own, with random weights; the table says which are missing. All figures
+are of this run. The ratio is this engine's decode speed over the peer's: above 1, this engine is faster. Each peer runs
+in its fastest usual setup and its own weight format: BF16, FP8, or Q8_0 for llama.cpp.
 """
 
 import argparse
@@ -36,13 +36,13 @@ OURS = "numba-atomflow"
 
 @dataclass(frozen=True)
 class Peer:
-    """One to compare with.
+    """An engine to compare with.
 
     Attributes:
         name: in the table, and for --peers.
         script: in scripts/peers.
-        modules: that must be installed.
-        advice: how to get it.
+        modules: packages that must be installed.
+        advice: how to install it.
     """
 
     name: str
@@ -61,13 +61,15 @@ class Peer:
 
 @dataclass(frozen=True)
 class LlamaCpp(Peer):
-    """A binary, not a package."""
+    """A program, not a package."""
 
     def missing(self) -> str | None:
         binary = self.options["binary"]
         if binary is None:
-            return self.advice
-        return None if shutil.which(binary) else f"{binary} is no program; {self.advice}"
+            return "give --llama-bench PATH"
+        if not shutil.which(binary):
+            return f"{binary} is no program; give --llama-bench PATH"
+        return super().missing()
 
 
 def all_peers(llama_bench: str | None) -> list[Peer]:
@@ -78,13 +80,13 @@ def all_peers(llama_bench: str | None) -> list[Peer]:
         Peer("transformers", "hf_transformers.py", ("torch", "transformers"), "pip install torch transformers"),
         Peer("vllm-bf16", *vllm),
         Peer("vllm-fp8", *vllm, options={"quantization": "fp8"}),
-        LlamaCpp("llama.cpp", "llama_bench.py", (), "give --llama-bench PATH", {"binary": llama_bench}),
+        LlamaCpp("llama.cpp", "llama_bench.py", ("gguf",), "pip install gguf", {"binary": llama_bench}),
     ]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a peer: figures, or why there are none."""
+    """A peer's figures, or why there are none."""
 
     peer: str
     answer: Answer | None
@@ -116,7 +118,7 @@ def run_all(peers: Sequence[Peer], task: Task, tell: Callable[[str], None]) -> l
 
 
 def record_of(outcomes: Sequence[Outcome], task: Task, name: str) -> dict[str, Any]:
-    """Everything, ready for JSON."""
+    """A JSON-ready record."""
     ours = next((outcome.answer for outcome in outcomes if outcome.peer == OURS), None)
     rows = []
     for outcome in outcomes:
@@ -143,7 +145,7 @@ def record_of(outcomes: Sequence[Outcome], task: Task, name: str) -> dict[str, A
 
 
 def report(record: dict[str, Any], style: str) -> str:
-    """For people."""
+    """A table with a line about the run above it."""
 
     def cells(row: dict[str, Any]) -> list[str]:
         if row["problem"]:
@@ -156,7 +158,7 @@ def report(record: dict[str, Any], style: str) -> str:
     driver = f", NVIDIA driver {machine['nvidia_driver']}" if machine["nvidia_driver"] else ""
     head = (
         f"{record['geometry']}, random weights: a prompt of {record['prompt_tokens']}, then {record['decode_tokens']} "
-        f"tokens, {record['repeats']} turns; {machine['cpu']}{driver}, commit {machine['commit']}\n\n"
+        f"tokens, {record['repeats']} turns; {machine['cpu']}{driver}, commit {machine['commit'] or 'unknown'}\n\n"
     )
     headers = ["peer", "decode tok/s", "TTFT ms", "ours / theirs", "what"]
     return head + render(

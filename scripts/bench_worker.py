@@ -1,7 +1,7 @@
-"""One side of bench_against.py: any revision of the engine, with a model loaded.
+"""One side of bench_against.py: an engine of any revision, with a model loaded.
 
-It is run with the other revision's modules, so it uses what has been there since the first version (random weights need
-`Engine.random`). It prints a line of JSON when it is ready, and one for each line that it reads: a turn.
+It imports the modules of that revision, so it uses only names of the first version (random weights need
+`Engine.random`). It prints a line of JSON when it is ready, and one per turn; a line of its input starts a turn.
 """
 
 import json
@@ -17,14 +17,15 @@ def main() -> int:
     positions = task["prompt_tokens"] + count + 1
     params = SamplingParams(max_tokens=count + 1, ignore_eos=True)
     where = (task["backend"], positions, task["threads"])
+    path = {} if task.get("decode", "auto") == "auto" else {"decode": task["decode"]}  # earlier versions have no choice
     try:
         if "path" in task:
-            engine = Engine.load(task["path"], *where)
+            engine = Engine.load(task["path"], *where, **path)
             generate = engine.generate
         else:
-            engine = Engine.random(ModelGeometry.from_dict(task["geometry"]), *where)
+            engine = Engine.random(ModelGeometry.from_dict(task["geometry"]), *where, **path)
             generate = engine.generate_tokens
-    except (AtomFlowError, AttributeError) as error:
+    except (AtomFlowError, AttributeError, TypeError) as error:
         print(error, file=sys.stderr)
         return 2
     with engine:

@@ -1,6 +1,6 @@
 """transformers with a static cache and torch.compile, BF16.
 
-Its best case: the next token never leaves the device, and the host waits only once, at the end of a turn.
+Its best case: tokens stay on the device, and the host synchronises once, at the end of a turn.
 """
 
 import time
@@ -22,21 +22,21 @@ class StaticDecoder:
     def __init__(self, task: Task, device: str, dtype: torch.dtype) -> None:
         config = LlamaConfig(**config_json(task.geometry) | {"torch_dtype": "bfloat16"})
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # made in float32 first, the largest models would not fit
+        torch.set_default_dtype(dtype)  # in float32, the largest models would not fit
         try:
             with torch.device(device):
                 self.model = LlamaForCausalLM(config).eval()
         finally:
             torch.set_default_dtype(before)
         self.cache = StaticCache(config=config, max_cache_len=task.positions)
-        self.places = torch.arange(task.positions, device=device)
+        self.positions = torch.arange(task.positions, device=device)
 
     def step(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Tokens [1, T] at positions [T] to the token that follows, [1, 1]."""
+        """The token [1, 1] that follows tokens [1, T] at positions [T]."""
         out = self.model(
             tokens,
             past_key_values=self.cache,
-            cache_position=at,  # transformers 4; later caches count by themselves
+            cache_position=at,  # transformers 4; later versions keep it in the cache
             position_ids=at[None],
             use_cache=True,
             logits_to_keep=1,
@@ -47,10 +47,10 @@ class StaticDecoder:
         """The token after the prompt [1, P], then `count` more by `decode`."""
         self.cache.reset()
         length = prompt.shape[1]
-        token = self.step(prompt, self.places[:length])
+        token = self.step(prompt, self.positions[:length])
         yield token
         for at in range(length, length + count):
-            token = decode(token, self.places[at : at + 1]).clone()  # a replay overwrites what the last one returned
+            token = decode(token, self.positions[at : at + 1]).clone()  # the next replay of the graph overwrites it
             yield token
 
 
@@ -79,7 +79,7 @@ def measure(task: Task) -> Answer:
         return first - started, (clock() - first) / task.decode_tokens
 
     with torch.inference_mode():
-        turns = [turn() for _ in range(task.repeats + 2)][2:]  # the first compiles, the second may record graphs
+        turns = [turn() for _ in range(task.repeats + 2)][2:]  # the first compiles, the second may capture graphs
     how = "static cache, torch.compile" if compiled else "static cache, eager"
     what = f"transformers {transformers.__version__}, torch {torch.__version__}, {device}, BF16, {how}"
     return Answer(what, [ttft for ttft, _ in turns], [tpot for _, tpot in turns])

@@ -1,4 +1,4 @@
-"""llama.cpp: its own llama-bench, on a Q8_0 GGUF with random weights that is made from the same geometry."""
+"""llama.cpp: its own llama-bench on a Q8_0 GGUF of the same geometry, with random weights."""
 
 import json
 import subprocess
@@ -81,13 +81,13 @@ def tensor_shapes(geometry: ModelGeometry) -> Iterator[tuple[str, tuple[int, ...
 
 
 def rope_divisors(geometry: ModelGeometry) -> NDArray[np.float32]:
-    """By what llama.cpp divides the plain rotary frequencies."""
+    """llama.cpp's divisors of the unscaled rotary frequencies."""
     plain = ModelGeometry.from_dict(geometry.to_dict() | {"rope_scaling": None})
     return (rope_inverse_frequencies(plain) / rope_inverse_frequencies(geometry)).astype(np.float32)
 
 
 def q8_0_weights(blocks: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A matrix as bytes [rows, bytes per row]: the random blocks over and over, with one scale."""
+    """A matrix as bytes [rows, bytes per row]: the random blocks, repeated, with one scale."""
     rows, columns = shape
     count = rows * columns // BLOCK_WEIGHTS
     out = np.empty((count, BLOCK_BYTES), np.uint8)
@@ -98,7 +98,7 @@ def q8_0_weights(blocks: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[n
 
 
 def bench_command(binary: str, model: Path, task: Task) -> list[str]:
-    """The prompt from an empty cache, and the reply behind the prompt."""
+    """Prefill from an empty cache, and decode steps after the prompt."""
     layers = 0 if task.device == "cpu" else 999
     numbers = {
         "-p": task.prompt_tokens,

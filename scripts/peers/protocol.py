@@ -1,8 +1,8 @@
-"""What every peer is asked, and what it answers.
+"""The task of every peer, and its answer.
 
-A peer is a script of its own, run in a process of its own, so that it gives the GPU's memory back. Its only argument is
-a `Task` as JSON; the last line of its standard output is an `Answer` as JSON. The work is the same for all: a prompt of
-P tokens, then N tokens, one at a time, greedy; `repeats` times, after one that is thrown away.
+A peer is a script that runs in a process of its own, so that its GPU memory is freed at its end. Its only argument is a
+`Task` as JSON; the last line of its standard output is an `Answer` as JSON. The task is the same for all: a prompt of P
+tokens, then N decode steps, greedy; `repeats` turns, after a discarded warm-up.
 """
 
 import json
@@ -18,7 +18,7 @@ from numba_atomflow.geometry import ModelGeometry
 
 @dataclass(frozen=True)
 class Task:
-    """What to run.
+    """The work of a peer.
 
     Attributes:
         device: "auto" (a GPU if there is one) or "cpu".
@@ -38,7 +38,7 @@ class Task:
         return self.prompt_tokens + self.decode_tokens + 1
 
     def prompt(self) -> list[int]:
-        """The same tokens for everybody."""
+        """The same tokens for all peers."""
         tokens: list[int] = np.random.default_rng(0).integers(0, self.geometry.vocabulary, self.prompt_tokens).tolist()
         return tokens
 
@@ -67,5 +67,5 @@ class Answer:
 
 
 def answer(measure: Callable[[Task], Answer]) -> None:
-    """Be a peer."""
+    """Read the task, print the answer."""
     print(json.dumps(asdict(measure(Task.from_json(sys.argv[1])))))

@@ -1,4 +1,4 @@
-"""Our engine, with random weights: every token reaches the host before the next one is asked for."""
+"""Our engine, with random weights; every token is read by the host before the next one."""
 
 from protocol import Answer, Task, answer
 
@@ -15,7 +15,7 @@ def measure(task: Task) -> Answer:
             engine.reset()
             stats.append(engine.generate_tokens(task.prompt(), params).finish().stats)
         what = f"numba-atomflow {__version__} ({commit() or 'installed'}), {engine.backend.name}, FP8"
-    return Answer(what, [each.ttft for each in stats[1:]], [each.tpot for each in stats[1:]])
+    return Answer(what, [turn.ttft for turn in stats[1:]], [turn.tpot for turn in stats[1:]])
 
 
 if __name__ == "__main__":

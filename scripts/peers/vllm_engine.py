@@ -1,6 +1,6 @@
-"""vLLM with dummy weights, BF16 or FP8 (its own online quantisation: weights and activations, vocabulary in BF16).
+"""vLLM with dummy weights, BF16 or FP8 (its own online quantisation: weights and activations; LM head in BF16).
 
-Time per token is the difference between replies of one token and of N + 1, so that the prompt drops out.
+Time per token is the difference between replies of N + 1 tokens and of one, over N: the prompt cancels out.
 """
 
 import json
@@ -28,7 +28,7 @@ def measure(task: Task) -> Answer:
             quantization=quantization,
             max_model_len=task.positions,
             max_num_seqs=1,
-            enable_prefix_caching=False,  # else the prompt would be computed once for all turns
+            enable_prefix_caching=False,  # otherwise only the first turn would compute the prompt
         )
         prompt = {"prompt_token_ids": task.prompt()}
 

@@ -1,4 +1,4 @@
-"""Two revisions of the engine against each other: what is taken out of git, who goes first, and what the ratio is."""
+"""Two revisions of the engine against each other: export from git, the order of turns, and the ratio."""
 
 import os
 import subprocess
@@ -22,39 +22,48 @@ TASK = {
 
 
 def git(folder: Path, *arguments: str) -> None:
-    identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.com"]
+    identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.com"]
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
-    (folder / "room").mkdir(parents=True)
+    (folder / "package").mkdir(parents=True)
     git(folder, "init", "--quiet")
-    (folder / "room" / "a.py").write_text("old")
-    (folder / "link").symlink_to("room")
+    (folder / "package" / "a.py").write_text("old")
+    (folder / "link").symlink_to("package")
     git(folder, "add", ".")
     git(folder, "commit", "--quiet", "-m", "one")
     git(folder, "tag", "one")
-    (folder / "room" / "a.py").write_text("new")
+    (folder / "package" / "a.py").write_text("new")
     git(folder, "commit", "--quiet", "-am", "two")
     return folder
 
 
-def test_a_revision_is_copied_out_and_the_repository_left_alone(repository: Path, tmp_path: Path) -> None:
-    (repository / "room" / "a.py").write_text("edited")
+def test_a_revision_is_exported_and_the_repository_is_not_changed(repository: Path, tmp_path: Path) -> None:
+    (repository / "package" / "a.py").write_text("edited")
     out = tmp_path / "out"
     short = bench_against.export("one", out, repository)
     assert len(short) >= 4
     assert (out / "link" / "a.py").read_text() == "old"
     assert (out / "link").is_symlink()
-    assert (repository / "room" / "a.py").read_text() == "edited"
+    assert (repository / "package" / "a.py").read_text() == "edited"
 
 
-@pytest.mark.parametrize("revision", ["nonsense", "--all", "one:room"])
+@pytest.mark.parametrize("revision", ["nonsense", "--all", "one:package"])
 def test_what_is_no_revision_is_refused(repository: Path, tmp_path: Path, revision: str) -> None:
     with pytest.raises(SideError, match=f"git knows no revision '{revision}'"):
         bench_against.export(revision, tmp_path / "out", repository)
+
+
+def test_a_checkout_is_used_where_it_is(repository: Path, tmp_path: Path) -> None:
+    (repository / "numba_atomflow").mkdir()
+    git(repository, "commit", "--quiet", "--allow-empty", "-m", "three")
+    name, tree = bench_against.find_tree(str(repository), tmp_path / "out")
+    assert tree == repository.resolve()
+    assert len(name) >= 7
+    assert not (tmp_path / "out").exists()
 
 
 class Recorded:
