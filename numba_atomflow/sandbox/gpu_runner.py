@@ -72,9 +72,9 @@ class GpuRunner:
         self._owner = DeviceResources()  # of all that is made on the GPU; must not refer to the runner
         try:
             self._gpu = self._owner.open()
-            halves = f"{self._head}.scale" not in weights
+            fp16_head = f"{self._head}.scale" not in weights
             chip = chip_of(self._gpu)
-            self.kernels = SandboxKernels(geometry, chip, sizes, halves=halves, same_width=same_width)
+            self.kernels = SandboxKernels(geometry, chip, sizes, fp16_head=fp16_head, same_width=same_width)
             self.most_columns = self.kernels.widths[-1]
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
             self.plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, self._projections)
@@ -223,13 +223,13 @@ class GpuRunner:
 
     def _step_launches(self, width: int, layout: Layout, wanted: bool) -> list[Launch]:
         at = self._arena.__getitem__
-        residual, mlp_hidden = at("residual"), at("ffn")
+        residual, mlp_hidden = at("residual"), at("intermediate")
         embedded = EmbedArguments(weights=at("embedding"), tokens=self._input("tokens"), residual=residual)
         launches = [self._launch(f"embed_x{width}", embedded)]
         for i in range(self.geometry.layers):
             layer = f"layer.{i}"
             gate_up = self._normed(f"{layer}.gate_up", f"{layer}.ffn_norm")
-            o = AddArguments(weights=at(f"{layer}.o"), x=at("attended"), residual=residual)
+            o = AddArguments(weights=at(f"{layer}.o"), x=at("attn_out"), residual=residual)
             down = AddArguments(weights=at(f"{layer}.down"), x=mlp_hidden, residual=residual)
             launches += [
                 self._qkv(width, layout, i),
@@ -264,13 +264,13 @@ class GpuRunner:
             "weights": at(weights),
             "residual": at("residual"),
             "norm_weight": at(norm_weight),
-            "x_norm": at("normed"),
+            "x_norm": at("x_norm"),
         }
 
     def _attention(self, width: int, layout: Layout, layer: int) -> Launch:
         at = self._arena.__getitem__
         cached = at("q"), *self._layer_cache(layer)
-        shared = at("partials"), at("counters"), at("attended")
+        shared = at("partials"), at("counters"), at("attn_out")
         if layout == "static" and width == 1:
             return self._launch("attention_single_x1", (*cached, self._input("positions"), *shared))
         form = f"paged{self.block_size}" if layout == "paged" else "static"

@@ -38,7 +38,7 @@ class SimulatedRunner(GpuRunner):
 
     def __init__(self, weights: WeightArrays) -> None:
         self.geometry, self.sizes, self.block_size = GEOMETRY, SIZES, 8
-        self.kernels = SandboxKernels(GEOMETRY, CHIP, SIZES, halves=False)
+        self.kernels = SandboxKernels(GEOMETRY, CHIP, SIZES, fp16_head=False)
         self.most_columns, self._head, self._stream = self.kernels.widths[-1], "vocabulary", None
         self._step: Any = SimpleNamespace(array=np.zeros((len(STEP_INPUTS), self.most_columns), np.int64))
         parts = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]

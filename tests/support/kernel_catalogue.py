@@ -71,10 +71,10 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     other = ModelKernels(OTHER, chip, "fp16").planned
     names = [name.format(wide) for name in _OF_OTHER]
     entries += [Entry(f"{name} of halves, heads of 80", other[name].spec) for name in names]
-    sandbox = SandboxKernels(LLAMA, chip, CACHE, halves=False)
+    sandbox = SandboxKernels(LLAMA, chip, CACHE, fp16_head=False)
     names = [name.format(sandbox.widths[-1]) for name in _OF_SANDBOX]
     entries += [Entry(f"{name} of the sandbox", sandbox.planned[name].spec) for name in names]
-    sandbox = SandboxKernels(OTHER, chip, CACHE, halves=False)
+    sandbox = SandboxKernels(OTHER, chip, CACHE, fp16_head=False)
     entries.append(Entry("attention_paged8_x1, heads of 80", sandbox.planned["attention_paged8_x1"].spec))
     entries.append(Entry("read", kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)))
     if capability >= COPY_ENGINE:
