@@ -11,8 +11,8 @@ from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.paged import paged_cache_buffer
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, Pool, plan_memory
 from numba_atomflow.ops.cuda.attention.decode import attention_kernel
-from numba_atomflow.ops.cuda.attention.paged import paged_attention_kernel
-from numba_atomflow.ops.cuda.attention.shape import AttentionShape, Paging, choose_kv_splits
+from numba_atomflow.ops.cuda.attention.paged import Paging, paged_attention_kernel
+from numba_atomflow.ops.cuda.attention.shape import AttentionShape, choose_kv_splits
 from numba_atomflow.ops.cuda.gemv.kernels import make_paged_qkv, make_qkv
 from numba_atomflow.ops.cuda.gemv.projections import (
     PROJECTIONS,

@@ -19,6 +19,8 @@ from numba_atomflow.memory.device import DeviceArena, DeviceMemory, PinnedArray,
 from numba_atomflow.memory.paged import BlockCopy
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
+from numba_atomflow.ops.cuda.attention.decode import AttentionArguments
+from numba_atomflow.ops.cuda.attention.paged import PagedAttentionArguments
 from numba_atomflow.ops.cuda.gemv.kernels import (
     AddArguments,
     PagedQkvArguments,
@@ -269,13 +271,21 @@ class GpuRunner:
 
     def _attention(self, width: int, layout: Layout, layer: int) -> Launch:
         at = self._arena.__getitem__
-        cached = at("q"), *self._layer_cache(layer)
-        shared = at("partials"), at("counters"), at("attn_out")
+        keys, values = self._layer_cache(layer)
+        common = {"q": at("q"), "keys": keys, "values": values, "out": at("attn_out")}
+        common |= {"partials": at("partials"), "counters": at("counters")}
         if layout == "static" and width == 1:
-            return self._launch("attention_single_x1", (*cached, self._input("positions"), *shared))
+            single = AttentionArguments(**common, position=self._input("positions"))
+            return self._launch("attention_single_x1", single)
+        paged = PagedAttentionArguments(
+            **common,
+            positions=self._input("positions"),
+            cached=self._input("known"),
+            table_rows=self._input("rows"),
+            block_table=at("pages"),
+        )
         form = f"paged{self.block_size}" if layout == "paged" else "static"
-        places = *(self._input(name) for name in ("positions", "known", "rows")), at("pages")
-        return self._launch(f"attention_{form}_x{width}", (*cached, *places, *shared))
+        return self._launch(f"attention_{form}_x{width}", paged)
 
     def _layer_cache(self, layer: int) -> tuple[View, View]:
         return self._arena["paged_kv"].index(layer, 0), self._arena["paged_kv"].index(layer, 1)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.attention import attend_reference
-from numba_atomflow.ops.cuda.attention.decode import make_attention
+from numba_atomflow.ops.cuda.attention.decode import AttentionArguments, make_attention
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.gemv import kernels
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
@@ -401,8 +401,9 @@ def check_attention(case: AttentionCase) -> None:
         cache[:, case.length :] = noise
         out = poisoned(case.tokens * case.shape.out_width // 2, dtype=np.uint32)
         keys, values = as_words(cache[0]), as_words(cache[1])
-        arguments = as_words(q), keys, values, position, poisoned(shape.partials), counters, out
-        launch(kernel, shape.ctas, shape.threads, shape.shared_bytes, *arguments)
+        partials = poisoned(shape.partials)
+        arguments = AttentionArguments(as_words(q), keys, values, position, partials, counters, out)
+        launch(kernel, shape.ctas, shape.threads, shape.shared_bytes, arguments)
         assert not counters.any(), "a counter does not stand at zero for the next launch"
         results.append(out.view(np.float16).reshape(case.tokens, -1))
     width = case.heads * case.head_dim

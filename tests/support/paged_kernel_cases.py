@@ -1,4 +1,4 @@
-"""The paged kernels against their references and against the static ones, in the simulator and on a GPU."""
+"""The paged kernels against their references and against the contiguous ones, in the simulator and on a GPU."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,9 +19,9 @@ from kernel_cases import (
 )
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.cuda.attention.decode import make_attention
-from numba_atomflow.ops.cuda.attention.paged import make_paged_attention
-from numba_atomflow.ops.cuda.attention.shape import AttentionShape, Paging
+from numba_atomflow.ops.cuda.attention.decode import AttentionArguments, make_attention
+from numba_atomflow.ops.cuda.attention.paged import PagedAttentionArguments, Paging, make_paged_attention
+from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.gemv.kernels import PagedQkvArguments, QkvArguments, make_paged_qkv, make_qkv
 from numba_atomflow.ops.cuda.layout.weights import to_fragments_reference
 from numba_atomflow.ops.paged_attention import attend_paged_reference
@@ -69,62 +69,71 @@ def _kernels(case: PagedCase, stride: int) -> tuple[Any, Any]:
 
 
 def check_paged_attention(case: PagedCase) -> None:
-    """Bit for bit what the static kernel makes of each token's own keys, whatever lies in other slots; and 1e-3 from
-    float64.
+    """Bit for bit what the contiguous kernel computes of each token's own keys, whatever other slots hold; relative L2
+    error 1e-3 against float64.
     """
     rng = generator(case.head_dim, case.heads, *case.lengths)
-    shape, columns = case.shape, len(case.lengths)
-    cache, pages, slots = scatter(case, rng)
-    stride = pages.shape[1] if case.block_size else len(slots[0])
-    paged, static = _kernels(case, stride)
-    q = (rng.standard_normal((columns, case.heads * case.head_dim)) * 2).astype(np.float16)
+    shape, tokens = case.shape, len(case.lengths)
+    cache, block_table, slots = scatter(case, rng)
+    stride = block_table.shape[1] if case.block_size else len(slots[0])
+    paged, contiguous = _kernels(case, stride)
+    q = (rng.standard_normal((tokens, case.heads * case.head_dim)) * 2).astype(np.float16)
     positions, rows = np.array(case.lengths, np.int64) - 1, np.array(case.row_of, np.int64)
-    out = poisoned(columns * shape.out_width // 2, dtype=np.uint32)
-    counters = np.zeros(columns * shape.work_tiles, np.uint32)
+    out = poisoned(tokens * shape.out_width // 2, dtype=np.uint32)
+    counters = np.zeros(tokens * shape.work_tiles, np.uint32)
     launch(
         paged,
-        columns * shape.ctas,
+        tokens * shape.ctas,
         shape.threads,
         shape.shared_bytes,
-        as_words(q),
-        as_words(cache[0]),
-        as_words(cache[1]),
-        positions,
-        np.zeros(columns, np.int64),
-        rows,
-        pages.reshape(-1),
-        poisoned(columns * shape.partials),
-        counters,
-        out,
+        PagedAttentionArguments(
+            q=as_words(q),
+            keys=as_words(cache[0]),
+            values=as_words(cache[1]),
+            positions=positions,
+            cached=np.zeros(tokens, np.int64),
+            table_rows=rows,
+            block_table=block_table.reshape(-1),
+            partials=poisoned(tokens * shape.partials),
+            counters=counters,
+            out=out,
+        ),
     )
-    assert not counters.any(), "a counter does not stand at zero for the next launch"
-    got, width = out.view(np.float16).reshape(columns, -1), case.heads * case.head_dim
+    assert not counters.any(), "a counter is not zero for the next launch"
+    got, width = out.view(np.float16).reshape(tokens, -1), case.heads * case.head_dim
     assert np.isnan(got[:, width:]).all(), "wrote into the padding"
     for t, (length, row) in enumerate(zip(case.lengths, case.row_of, strict=True)):
         keys, values = (np.ascontiguousarray(array[slots[row][:length]]) for array in cache)
         alone = poisoned(shape.out_width // 2, dtype=np.uint32)
-        scratch = poisoned(shape.partials), np.zeros(shape.work_tiles, np.uint32), alone
-        arguments = as_words(q[t]), as_words(keys), as_words(values), positions[t : t + 1], *scratch
-        launch(static, shape.ctas, shape.threads, shape.shared_bytes, *arguments)
+        arguments = AttentionArguments(
+            q=as_words(q[t]),
+            keys=as_words(keys),
+            values=as_words(values),
+            position=positions[t : t + 1],
+            partials=poisoned(shape.partials),
+            counters=np.zeros(shape.work_tiles, np.uint32),
+            out=alone,
+        )
+        launch(contiguous, shape.ctas, shape.threads, shape.shared_bytes, arguments)
         np.testing.assert_array_equal(got[t, :width], alone.view(np.float16)[:width])
     if case.block_size:
         exact = (array.astype(np.float64) for array in (q, *cache))
-        expected = attend_paged_reference(*exact, pages, rows, positions, case.block_size, case.head_dim)
+        expected = attend_paged_reference(*exact, block_table, rows, positions, case.block_size, case.head_dim)
         within("paged attention", relative_error(got[:, :width], expected), 1e-3)
 
 
 def scatter(case: PagedCase, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int32], list[NDArray[Any]]]:
-    """A cache [2, slots, kv_dim] with NaN where nobody may read, page tables, and each row's slots in order."""
+    """A cache [2, slots, kv_dim], NaN in slots that must not be read; the block table; each row's slots in order."""
     longest, rows = max(case.lengths), max(case.row_of) + 1
     size = case.block_size or longest + 3
-    each = -(-longest // size)
-    order = rng.permutation(rows * each + 2)[: rows * each].reshape(rows, each).astype(np.int32)
+    blocks = -(-longest // size)  # of a sequence
+    order = rng.permutation(rows * blocks + 2)[: rows * blocks].reshape(rows, blocks).astype(np.int32)
     if not case.block_size:
         order = np.arange(rows, dtype=np.int32)[:, None]
     slots = [(order[row, :, None] * size + np.arange(size)).reshape(-1) for row in range(rows)]
-    cache = np.full((2, (rows * each + 2) * size, case.kv_heads * case.head_dim), np.nan, np.float16)
+    cache = np.full((2, (rows * blocks + 2) * size, case.kv_heads * case.head_dim), np.nan, np.float16)
     for row in set(case.row_of):
-        used = max(length for length, own in zip(case.lengths, case.row_of, strict=True) if own == row)
+        used = max(length for length, other in zip(case.lengths, case.row_of, strict=True) if other == row)
         cache[:, slots[row][:used]] = rng.standard_normal((2, used, cache.shape[2]))
     return cache, order, slots
 
@@ -136,7 +145,7 @@ PAGED_QKV = (
 
 
 def check_paged_qkv(case: ProjectionCase) -> None:
-    """Each token is bit for bit what the static kernel makes of it at that position, in its own slot; nothing else
+    """Each token is bit for bit what the contiguous kernel computes at that position, in its own slot; nothing else
     is written.
     """
     rng = generator(case.out_features, case.tokens)
@@ -161,13 +170,13 @@ def check_paged_qkv(case: ProjectionCase) -> None:
     paged = outputs(slots_at_all)
     kernel = make_paged_qkv(plan, EPS, case.heads, case.kv_heads)
     launch(kernel, *grid, PagedQkvArguments(**common, **paged, positions=positions, slots=slots))
-    static_kernel = make_qkv(plan, EPS, case.heads, case.kv_heads)
+    contiguous = make_qkv(plan, EPS, case.heads, case.kv_heads)
     for t, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         first = position - t  # so that token t is at this position
         if not 0 <= first <= positions_at_all - case.tokens:
             continue
         alone = outputs(positions_at_all)
-        launch(static_kernel, *grid, QkvArguments(**common, **alone, position=np.array([first], np.int64)))
+        launch(contiguous, *grid, QkvArguments(**common, **alone, position=np.array([first], np.int64)))
         np.testing.assert_array_equal(paged["q"].reshape(-1, q_width)[t], alone["q"].reshape(-1, q_width)[t])
         for name in ("keys", "values"):
             ours, theirs = paged[name].reshape(-1, kv_width), alone[name].reshape(-1, kv_width)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Advance, Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv, Sample
+from numba_atomflow.ops.cuda.attention.decode import AttentionArguments
 from numba_atomflow.ops.cuda.gemv.kernels import AddArguments, QkvArguments, StoreArguments, SwigluArguments
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
@@ -41,8 +42,17 @@ class Binder:
             case Qkv():
                 return self._bind_qkv(op)
             case Attention():
-                attended = op.q, op.keys, op.values, op.position, *self._model.attention, op.attn_out
-                return [self._launch(self._name("attention", op.q), attended)]
+                partials, counters = self._model.attention
+                attention = AttentionArguments(
+                    q=op.q,
+                    keys=op.keys,
+                    values=op.values,
+                    position=op.position,
+                    partials=partials,
+                    counters=counters,
+                    out=op.attn_out,
+                )
+                return [self._launch(self._name("attention", op.q), attention)]
             case ProjectAdd():
                 kind = op.name.rpartition(".")[2]
                 added = AddArguments(weights=op.weight.codes, x=op.x, residual=op.residual)

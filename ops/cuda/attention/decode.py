@@ -1,34 +1,73 @@
-"""Grouped-query attention of 1 to 8 tokens of one sequence over a contiguous float16 KV cache."""
+"""Grouped-query attention of 1 to 8 tokens of one sequence over a contiguous float16 KV cache (split_kv.py)."""
 
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
-from numba_atomflow.ops.cuda.attention.split_kv import make_attend
+from numba_atomflow.ops.cuda.attention.split_kv import KvAddressing, make_attend
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U32, Planned, kernel_spec
+
+
+class AttentionArguments(NamedTuple):
+    """The kernel's parameter. All arrays are one-dimensional.
+
+    Attributes:
+        q: pairs of float16 [tokens, heads * head_dim].
+        keys, values: pairs of float16 [positions, kv_heads * head_dim]; all tokens of the step are in them already.
+        position: [1], of the first token.
+        partials: [shape.partials], scratch.
+        counters: [shape.work_tiles], zero before the first launch; every launch leaves them zero.
+        out: pairs of float16 [tokens, out_width].
+    """
+
+    q: U32
+    keys: U32
+    values: U32
+    position: I64
+    partials: F32
+    counters: U32
+    out: U32
+
+
+def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
+    """Kernel (`AttentionArguments`). Launch: `shape.ctas` CTAs of `shape.threads` threads with `shape.shared_bytes` of
+    dynamic shared memory.
+    """
+    attend = make_attend(shape, _contiguous(), dependent)
+
+    @ptx.kernel(shape.threads, 1)
+    def attention(io):
+        attend(io)
+
+    return attention
+
+
+def _contiguous() -> KvAddressing:
+    """The position of a key is its row in the cache."""
+
+    @ptx.device_function
+    def first_page(io, sequence):
+        return np.int32(0)
+
+    @ptx.device_function
+    def find_page(io, first, key):
+        return first
+
+    @ptx.device_function
+    def row_of(page, key):
+        return key
+
+    @ptx.device_function
+    def position(io, sequence):
+        return io.position[0]
+
+    return KvAddressing(0, False, first_page, find_page, row_of, position, cached=position)
 
 
 def attention_kernel(name: str, shape: AttentionShape, *, dependent: bool) -> Planned:
     """The kernel of `make_attention`."""
-    signature = (U32, U32, U32, I64, F32, U32, U32)
-    spec = kernel_spec(
-        name, make_attention, signature, shape.threads, shape.shared_bytes, shape=shape, dependent=dependent
-    )
+    options = {"shape": shape, "dependent": dependent}
+    spec = kernel_spec(name, make_attention, AttentionArguments, shape.threads, shape.shared_bytes, **options)
     return Planned(spec, shape.ctas)
-
-
-def make_attention(shape: AttentionShape, *, dependent: bool = False) -> Any:
-    """Kernel for `shape.ctas` CTAs of `shape.threads` threads with `shape.shared_bytes` of shared memory.
-
-    Arguments, one-dimensional: q uint32 pairs of float16 [tokens, heads * head_dim]; keys and values uint32 pairs of
-    float16 [positions, kv_heads * head_dim]; position int64 [1], of the first token (all tokens are in the cache
-    already); partials float32 [shape.partials]; counters uint32 [shape.work_tiles], zero before the first launch; out
-    uint32 pairs of float16 [tokens, out_width].
-    """
-    attend = make_attend(shape, None, dependent)
-
-    @ptx.kernel(shape.threads, 1)
-    def attention(q, keys, values, position, partials, counters, out):
-        attend(q, keys, values, position, position, position, position, partials, counters, out)
-
-    return attention

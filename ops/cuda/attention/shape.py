@@ -65,22 +65,6 @@ class AttentionShape:
         return 4 * (self.q_words + max(self.warps * (self.head_dim + 2), self.kv_splits * 2) * self.rows + 1)
 
 
-@dataclass(frozen=True)
-class Paging:
-    """Where the sequences of a step lie in the KV cache.
-
-    Attributes:
-        tokens: of the step.
-        block_size: positions of a KV block, a multiple of 8. 0: no block table; each sequence has `stride` contiguous
-            positions.
-        stride: entries from one row of the block table to the next; or those positions.
-    """
-
-    tokens: int
-    block_size: int
-    stride: int
-
-
 def choose_kv_splits(heads: int, kv_heads: int, tokens: int, sms: int) -> int:
     """KV splits that give about one CTA per SM."""
     query_tiles = -(-tokens * heads // kv_heads // 16)
