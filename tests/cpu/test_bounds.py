@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cli_runner import ROOT
 from guarded_arena import CanaryArena
-from memory_walk import BLOCK, CONTEXTS, GEOMETRIES, one_row_too_far, walk_engine, walk_sandbox
+from memory_walk import BLOCK, CONTEXTS, GEOMETRIES, walk_engine, walk_sandbox, write_out_of_bounds
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
@@ -71,8 +71,8 @@ def test_calibration_writes_into_its_buffers_alone(name: str, tokens: int, canar
 
 
 def test_canaries_die_of_a_row_too_far(canaries: Callable[[], None]) -> None:
-    one_row_too_far()
-    with pytest.raises(AssertionError, match="behind kv_cache"):
+    write_out_of_bounds()
+    with pytest.raises(AssertionError, match="after kv_cache"):
         canaries()
 
 
@@ -89,7 +89,7 @@ def test_all_of_it_stays_between_guard_pages(side: str) -> None:
 
 
 def test_a_row_too_far_meets_a_guard_page() -> None:
-    assert in_guarded_pages("above", "mistake").returncode == -signal.SIGSEGV
+    assert in_guarded_pages("above", "fault").returncode == -signal.SIGSEGV
 
 
 # --- before a step -----------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_steps_that_end_outside_the_cache(backend: Any) -> None:
     with pytest.raises(IndexError, match="positions 7 to 8 of 8"):
         backend.prefill([1, 2], NO_LOGITS)
     with pytest.raises(IndexError, match="positions 7 to 8 of 8"):
-        backend.observe([1, 2], NO_LOGITS, memory_walk.Onlooker())
+        backend.observe([1, 2], NO_LOGITS, memory_walk.ReadingObserver())
     backend.decode()
     for one_more in (backend.decode, lambda: backend.measure.time_step(1), lambda: backend.measure.time_ops(1)):
         with pytest.raises(IndexError, match="positions 8 to 8 of 8"):

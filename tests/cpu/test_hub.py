@@ -118,9 +118,9 @@ def test_a_model_is_fetched_once(tmp_path: Path, shards: int) -> None:
     with serve(REPO, tmp_path / "hf") as hub:
         hub.files |= {"README.md": b"hello", "pytorch_model.bin": b"pickled", "original/consolidated.safetensors": b"x"}
         got = fetch(MODEL, lambda *step: steps.append(step), hub.endpoint)
-        asked = len(hub.seen)
+        asked = len(hub.requests)
         assert fetch(MODEL, endpoint=hub.endpoint) == got == folder()
-        assert len(hub.seen) == asked  # nothing but the listing is asked for again
+        assert len(hub.requests) == asked  # nothing but the listing is asked for again
     assert names_in(got) == sorted([".lock", *names_in(tmp_path / "hf")])
     for path in (tmp_path / "hf").iterdir():
         assert (got / path.name).read_bytes() == path.read_bytes()
@@ -134,7 +134,7 @@ def test_a_gguf_file_is_fetched_alone(tmp_path: Path) -> None:
     data = (tmp_path / "tiny.gguf").read_bytes()
     with serve(REPO, {"tiny.gguf": data, "other.gguf": b"x", "README.md": b"x"}) as hub:
         got = fetch(HubModel(REPO, "tiny.gguf"), endpoint=hub.endpoint)
-        assert [name for name, _ in hub.seen] == ["tiny.gguf"]
+        assert [name for name, _ in hub.requests] == ["tiny.gguf"]
         assert got == folder() / "tiny.gguf"
         assert got.read_bytes() == data
         refused(hub, "has no file nine.gguf", model=HubModel(REPO, "nine.gguf"))
@@ -161,7 +161,7 @@ def test_convert_without_a_network(tmp_path: Path) -> None:
 def test_a_lost_connection_is_continued_at_once(hub: Hub, impatient: None) -> None:
     hub.breaks[WEIGHTS] = 1_200_000  # of 3.1 MB
     got = fetch(MODEL, endpoint=hub.endpoint)
-    starts = [start for name, start in hub.seen if name == WEIGHTS]
+    starts = [start for name, start in hub.requests if name == WEIGHTS]
     assert starts == [0, 1_200_000, 2_400_000]
     assert (got / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
 
@@ -178,9 +178,9 @@ def test_a_download_that_was_given_up_is_continued_by_the_next(hub: Hub, impatie
     there = (folder() / f"{WEIGHTS}.partial").stat().st_size
     assert there == 100_000
     hub.breaks.clear()
-    hub.seen.clear()
+    hub.requests.clear()
     assert (fetch(MODEL, endpoint=hub.endpoint) / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
-    assert hub.seen == [(WEIGHTS, there)]  # the rest of it, and no other file again
+    assert hub.requests == [(WEIGHTS, there)]  # the rest of it, and no other file again
     assert not (folder() / f"{WEIGHTS}.partial").exists()
 
 
@@ -210,9 +210,9 @@ def test_a_process_that_was_ended_is_continued_by_the_next(tmp_path: Path, how: 
             finish(process)
         there = (folder() / f"{WEIGHTS}.partial").stat().st_size
         assert there > 1_000_000
-        hub.seen.clear()
+        hub.requests.clear()
         assert (fetch(MODEL, endpoint=hub.endpoint) / WEIGHTS).read_bytes() == data
-        assert hub.seen == [(WEIGHTS, there)]
+        assert hub.requests == [(WEIGHTS, there)]
 
 
 def test_a_partial_file_of_more_than_there_is(hub: Hub) -> None:
@@ -228,7 +228,7 @@ def test_of_two_processes_the_second_waits(tmp_path: Path) -> None:
         command = [sys.executable, "-c", code, REPO, hub.endpoint]
         both = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
         assert [wait(process) for process in both] == [0, 0]
-        assert sorted(name for name, _ in hub.seen) == sorted(files)  # each file came once
+        assert sorted(name for name, _ in hub.requests) == sorted(files)  # each file came once
     assert (folder() / WEIGHTS).read_bytes() == files[WEIGHTS]
 
 
@@ -264,7 +264,7 @@ def test_a_shard_that_the_hub_has_not(tmp_path: Path) -> None:
 def test_a_vocabulary_in_another_format_is_refused_before_the_weights_are_fetched(hub: Hub) -> None:
     hub.files["tokenizer.model"] = hub.files.pop("tokenizer.json")
     refused(hub, "holds its tokenizer as tokenizer.model, but no tokenizer.json")
-    assert WEIGHTS not in [name for name, _ in hub.seen]
+    assert WEIGHTS not in [name for name, _ in hub.requests]
 
 
 @pytest.mark.parametrize("files", [{"README.md": b"x"}, {"config.json": b"{}", "pytorch_model.bin": b"x"}])

@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
-from child_processes import Patience, finish, wait
+from child_processes import Watchdog, finish, wait
 from cli_runner import InProcess, assert_refused, command_line, environment, run_cli
 
 CACHED = re.compile(r"prompt (\d+) tokens, (\d+) of them in the cache; reply (\d+) tokens")
@@ -180,10 +180,10 @@ class Terminal:
 
     def expect(self, pattern: str) -> str:
         """Wait for a text; returns everything up to its end, and forgets it."""
-        patience = Patience(self.process, f"the text {pattern!r}")
+        watchdog = Watchdog(self.process, f"the text {pattern!r}")
         while not (hit := re.search(pattern, self.shown)):
             if not select.select([self._master], [], [], 1)[0]:
-                patience.check()
+                watchdog.check()
             else:
                 try:
                     self.shown += os.read(self._master, 4096).decode(errors="replace")
@@ -204,12 +204,12 @@ class Terminal:
         """The exit code. Python's readline does not see a signal that comes when the prompt is shown but it does not
         wait for input yet; a person presses the keys again.
         """
-        patience = Patience(self.process, "the end after Ctrl-C")
+        watchdog = Watchdog(self.process, "the end after Ctrl-C")
         while self.process.poll() is None:
             with suppress(OSError, subprocess.TimeoutExpired):  # OSError: it has just left
                 self.type("\x03")
                 self.process.wait(5)
-            patience.check()
+            watchdog.check()
         return self.process.returncode
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from child_processes import Patience, finish
+from child_processes import Watchdog, finish
 from cli_runner import InProcess, assert_refused, command_line, environment, names_in, run_cli
 from tiny_models import (
     Weights,
@@ -404,9 +404,9 @@ def test_conversion_that_is_stopped(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    patience = Patience(process, "a part of the checkpoint")
+    watchdog = Watchdog(process, "a part of the checkpoint")
     while not any(path.stat().st_size > 100_000 for path in destination.parent.glob("*.partial-*")):
-        patience.check()
+        watchdog.check()
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(end)

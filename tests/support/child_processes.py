@@ -1,7 +1,7 @@
-"""Child processes of tests: waited for by what they do, not by the clock.
+"""Child processes of tests, with limits on CPU time instead of wall-clock timeouts.
 
-On a busy machine a child may take many times as long as on a quiet one. So a test gives up on a child that has used
-up its share of CPU time, or that has used none at all for a while: an endless loop is the one, a deadlock the other.
+On a busy machine a child may take many times as long as on an idle one. A child is killed if it exceeds its CPU time
+(an endless loop), or uses none for a while (a deadlock).
 """
 
 import subprocess
@@ -12,20 +12,20 @@ from typing import Any
 
 import psutil
 
-CPU_SECONDS = 240.0  # of a child and its own children; a first start compiles every kernel
-IDLE_SECONDS = 120.0  # of the clock, in which they used none
+CPU_SECONDS = 240.0  # of a child and its children; a first start compiles every kernel
+IDLE_SECONDS = 120.0  # wall-clock time without CPU time
 
 
 class StuckError(AssertionError):
-    """A child process does not end, or says nothing any more."""
+    """A child process does not end, or writes no more output."""
 
 
-class Patience:
-    """Watches a process while something is waited for.
+class Watchdog:
+    """Limits the CPU time and the idle time of a process.
 
     Args:
         process: the child.
-        what: is waited for, for the message.
+        what: the expected event, for the message.
     """
 
     def __init__(self, process: "subprocess.Popen[Any]", what: str) -> None:
@@ -35,10 +35,10 @@ class Patience:
         self._since = time.monotonic()
 
     def check(self) -> None:
-        """Call every second or so.
+        """To be called about every second.
 
         Raises:
-            StuckError: the process is out of CPU time, or stands still. It is killed.
+            StuckError: the process exceeded its limits, and was killed.
         """
         used = _cpu_seconds(self._process.pid)
         now = time.monotonic()
@@ -51,35 +51,35 @@ class Patience:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process and its children, ended ones included."""
+    """CPU time of a process and its children, including terminated ones."""
     total = 0.0
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        for one in [process, *process.children(recursive=True)]:
+        for member in [process, *process.children(recursive=True)]:
             with suppress(psutil.Error):
-                total += sum(one.cpu_times()[:4])  # user and system, its own and its ended children's
+                total += sum(member.cpu_times()[:4])  # user and system, also of terminated children
     return total
 
 
 def finish(process: "subprocess.Popen[Any]", stdin: Any = None) -> tuple[Any, Any]:
     """`Popen.communicate`: standard output and standard error once the process has ended."""
-    patience = Patience(process, "the end of a process")
+    watchdog = Watchdog(process, "the end of a process")
     while True:
         try:
             return process.communicate(stdin, timeout=1)
         except subprocess.TimeoutExpired:
-            stdin = None  # it is on its way
-            patience.check()
+            stdin = None  # already being sent
+            watchdog.check()
 
 
 def wait(process: "subprocess.Popen[Any]") -> int:
     """The exit code of a process that is expected to end."""
-    patience = Patience(process, "the end of a process")
+    watchdog = Watchdog(process, "the end of a process")
     while True:
         try:
             return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            patience.check()
+            watchdog.check()
 
 
 def run(
@@ -90,7 +90,7 @@ def run(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     ) as process:
         out, err = finish(process, stdin)
-    done = subprocess.CompletedProcess(command, process.returncode, out, err)
-    if check and done.returncode:
-        raise AssertionError(f"{command} ended with {done.returncode}: {err}")
-    return done
+    result = subprocess.CompletedProcess(command, process.returncode, out, err)
+    if check and result.returncode:
+        raise AssertionError(f"{command} ended with {result.returncode}: {err}")
+    return result

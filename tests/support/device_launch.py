@@ -1,4 +1,4 @@
-"""Kernels of the tests on a GPU, through the very code that the backend launches its kernels with."""
+"""Launches test kernels on a GPU, with the launch code of the backend."""
 
 from collections.abc import Sequence
 from functools import cache

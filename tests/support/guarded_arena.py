@@ -1,6 +1,6 @@
-"""Arenas in which a kernel that leaves its buffer is found out: by canaries around it, or by the processor.
+"""Arenas that detect out-of-bounds access of kernels: by canaries, or by guard pages.
 
-Both are used in the place of `HostArena`. What nobody has written is NaN (as integers: -1), which must not be read.
+Both replace `HostArena`. Memory is initialized with NaN (as integers: -1), to detect reads of unwritten memory.
 """
 
 import ctypes
@@ -18,11 +18,11 @@ GUARD = 16 * PAGE  # bytes on either side of a buffer
 UNWRITTEN = 0xFF
 CANARIES = np.full(GUARD // 4, 0x7FC00001, np.uint32).view(np.uint8)  # another NaN
 
-Side = Literal["above", "below"]  # where a buffer touches its guard pages
+Side = Literal["above", "below"]  # the side on which a buffer is adjacent to a guard page
 
 
 class CanaryArena:
-    """Every buffer between two stretches of canaries."""
+    """Every buffer between two regions of canaries."""
 
     def __init__(self, plan: MemoryPlan) -> None:
         self.plan = plan
@@ -35,12 +35,12 @@ class CanaryArena:
         return self._views[name]
 
     def check(self) -> None:
-        """Every canary lives."""
+        """Check that no canary was overwritten."""
         for buffer in self.plan.buffers:
             block = self._blocks[buffer.name]
-            for side, canaries in (("before", block[:GUARD]), ("behind", block[GUARD + buffer.nbytes :])):
-                dead = np.flatnonzero(canaries != CANARIES)
-                assert not len(dead), f"{len(dead)} bytes {side} {buffer.name} {buffer.shape} were written"
+            for side, canaries in (("before", block[:GUARD]), ("after", block[GUARD + buffer.nbytes :])):
+                changed = np.flatnonzero(canaries != CANARIES)
+                assert not len(changed), f"{len(changed)} bytes {side} {buffer.name} {buffer.shape} were written"
 
 
 def _between_canaries(nbytes: int) -> NDArray[np.uint8]:
@@ -48,7 +48,7 @@ def _between_canaries(nbytes: int) -> NDArray[np.uint8]:
 
 
 class GuardedArena:
-    """Every buffer against pages that may not be touched: a kernel that does gets SIGSEGV."""
+    """Every buffer adjacent to a page without access: an access to it raises SIGSEGV."""
 
     def __init__(self, plan: MemoryPlan, side: Side) -> None:
         self.plan = plan
@@ -63,7 +63,7 @@ class GuardedArena:
 
 
 def guarded_copy(array: NDArray[Any], side: Side) -> NDArray[Any]:
-    """A weight against such pages."""
+    """A read-only copy of a weight, adjacent to such a page."""
     copy = _guarded(array.nbytes, side).view(array.dtype).reshape(array.shape)
     copy[...] = array
     copy.flags.writeable = False
@@ -71,18 +71,18 @@ def guarded_copy(array: NDArray[Any], side: Side) -> NDArray[Any]:
 
 
 def _guarded(nbytes: int, side: Side) -> NDArray[np.uint8]:
-    """So many bytes, unwritten, between pages without access."""
+    """Initialized bytes between pages without access."""
     inside = -(-nbytes // PAGE) * PAGE
     block = mmap.mmap(-1, inside + 2 * GUARD)
-    everything = np.frombuffer(block, np.uint8)  # keeps the mapping
+    mapping = np.frombuffer(block, np.uint8)  # keeps the mapping
     start = GUARD + (inside - nbytes if side == "above" else 0)
-    everything[start : start + nbytes] = UNWRITTEN
+    mapping[start : start + nbytes] = UNWRITTEN
     libc = ctypes.CDLL(None, use_errno=True)
     for guard in (0, GUARD + inside):
-        address = ctypes.c_void_p(everything.ctypes.data + guard)
+        address = ctypes.c_void_p(mapping.ctypes.data + guard)
         if libc.mprotect(address, ctypes.c_size_t(GUARD), 0):  # PROT_NONE
             raise OSError(ctypes.get_errno(), "mprotect")
-    return everything[start : start + nbytes]
+    return mapping[start : start + nbytes]
 
 
 def _view(buffer: Buffer, address: int) -> View:

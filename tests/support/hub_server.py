@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of huggingface.co's protocol as fetching a model takes, with faults on request."""
+"""A local hub: the part of huggingface.co's protocol that a download uses, with fault injection."""
 
 import hashlib
 import json
@@ -12,21 +12,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = ".safetensors", ".gguf"  # what a hub keeps in LFS, with a SHA-256
+LARGE = ".safetensors", ".gguf"  # stored in LFS, with a SHA-256
 
 
 @dataclass
 class Hub:
-    """The files of one model, and what goes wrong with them.
+    """The files of one model, and faults.
 
     Attributes:
         repo: ``organisation/name``.
         files: contents by name.
-        breaks: by file name, after how many bytes each response breaks off.
-        damaged: files that arrive with their last byte changed.
-        refusal: status and X-Error-Code of every answer.
-        seen: file name and start of the range of every request.
-        endpoint: address.
+        breaks: by file name, the number of bytes after which each response is cut off.
+        damaged: files that are sent with the last byte changed.
+        refusal: status and X-Error-Code of every response.
+        requests: file name and start of the range of every request.
+        endpoint: URL.
     """
 
     repo: str
@@ -34,7 +34,7 @@ class Hub:
     breaks: dict[str, int] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
     refusal: tuple[int, str] | None = None
-    seen: list[tuple[str, int]] = field(default_factory=list)
+    requests: list[tuple[str, int]] = field(default_factory=list)
     endpoint: str = ""
 
     def listing(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Hub:
 
 @contextmanager
 def serve(repo: str, folder: Path | dict[str, bytes]) -> Iterator[Hub]:
-    """A hub with one model: the files of a folder, or given by name."""
+    """Serve one model: the files of a folder, or contents by name."""
     files = folder if isinstance(folder, dict) else {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
     hub = Hub(repo, dict(files))
 
@@ -75,11 +75,11 @@ def serve(repo: str, folder: Path | dict[str, bytes]) -> Iterator[Hub]:
             data = hub.files[name]
             if name in hub.damaged:
                 data = data[:-1] + bytes([data[-1] ^ 1])
-            wanted = self.headers.get("Range", "")
-            start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
-            hub.seen.append((name, start))
-            headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if wanted else {}
-            self._answer(206 if wanted else 200, data[start:], headers, stop=hub.breaks.get(name))
+            byte_range = self.headers.get("Range", "")
+            start = int(byte_range.removeprefix("bytes=").partition("-")[0]) if byte_range else 0
+            hub.requests.append((name, start))
+            headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if byte_range else {}
+            self._answer(206 if byte_range else 200, data[start:], headers, stop=hub.breaks.get(name))
 
         def _answer(self, status: int, body: bytes, headers: dict[str, str], stop: int | None = None) -> None:
             self.send_response(status)
@@ -89,7 +89,7 @@ def serve(repo: str, folder: Path | dict[str, bytes]) -> Iterator[Hub]:
             self.wfile.write(body[:stop])
             if stop is not None:
                 self.wfile.flush()
-                self.close_connection = True  # the rest never comes
+                self.close_connection = True  # the rest is not sent
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -1,6 +1,6 @@
-"""Run as a program: calls kernels in the order of its arguments, and says what they computed and what they compile to.
+"""A program that calls kernels in the order of its arguments, and prints hashes of their results and machine code.
 
-Prints JSON: per kernel the SHA-256 of its output, and that of its instructions where they were compiled here.
+The output is JSON: per kernel the SHA-256 of its result, and of its instructions if this process compiled it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from numba_atomflow.ops.attention import attend_token
 from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.ops.rms_norm import rms_norm
 
-LENGTH, DIM, HEADS, KV_HEADS = 150, 64, 6, 2  # not the lengths of whole vectors
+LENGTH, DIM, HEADS, KV_HEADS = 150, 64, 6, 2  # not multiples of the vector length
 
 
 def normal(*shape: int) -> NDArray[np.float32]:
@@ -49,14 +49,14 @@ CASES: dict[str, tuple[Callable[[NDArray[np.float32]], None], Any, int]] = {
 
 
 def instructions(kernel: Any) -> str | None:
-    """Assembly without directives, symbols numbered as they come: their names hold counters and addresses."""
+    """Assembly without directives; symbols are numbered, because their names contain counters and addresses."""
     (compiled,) = kernel.overloads.values()
-    if compiled.library._disable_inspection:  # loaded from the cache: there is only the object
+    if compiled.library._disable_inspection:  # loaded from the cache, which has only the object code
         return None
     names: dict[str, str] = {}
     lines = compiled.library.get_asm_str().splitlines()
     code = "\n".join(line for line in lines if line.startswith("\t") and not line.startswith("\t."))
-    return re.sub(r"[\w.$]*(?:_ZN|\.const\.)[\w.$@]*", lambda found: names.setdefault(found[0], f"@{len(names)}"), code)
+    return re.sub(r"[\w.$]*(?:_ZN|\.const\.)[\w.$@]*", lambda match: names.setdefault(match[0], f"@{len(names)}"), code)
 
 
 def digest(data: bytes) -> str:

@@ -1,7 +1,7 @@
-"""Every way through a small engine and a small sandbox, for tests that look where kernels read and write.
+"""Runs all code paths of a small engine and a small sandbox, for tests of the memory that kernels access.
 
-As a program: SIDE [MISTAKE]. All of it in arenas with guard pages on that side; with a mistake, one kernel call that
-writes one row too far on purpose.
+As a program: SIDE [FAULT]. Uses arenas with guard pages on that side; with FAULT, one kernel call writes one row out of
+bounds.
 """
 
 import sys
@@ -30,7 +30,7 @@ from numba_atomflow.sandbox.engine import Fork, ServerEngine
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import cache_sizes
 
-BLOCK = 9  # tokens of a prefill step here: more than are taken one by one, fewer than a context
+BLOCK = 9  # the prefill chunk here: larger than a prompt that is taken token by token, smaller than a context
 
 GEOMETRIES = {
     "llama": tiny_geometry(layers=1, tied_embeddings=True),
@@ -41,8 +41,8 @@ GEOMETRIES = {
 CONTEXTS = (1, 2, 3, 4, 5, 6, BLOCK, BLOCK + 1, 2 * BLOCK + 5)
 
 
-class Onlooker:
-    """Reads all that an op reads and writes."""
+class ReadingObserver:
+    """Reads every view that an op reads or writes."""
 
     def before(self, op: Op, memory: Memory) -> None:
         for view in op.reads:
@@ -54,9 +54,9 @@ class Onlooker:
 
 
 def walk_engine(geometry: ModelGeometry, context: int, check: Callable[[], None] = lambda: None) -> None:
-    """Prompts of the lengths where kernels change, replies to the end of the context, rewinds, observed steps, times.
+    """Prompts of the lengths at which kernels change, generation to the end, rewinds, observed and timed steps.
 
-    `check` is called after each of them.
+    `check` is called after each.
     """
     with Engine.random(geometry, "cpu", max_seq_len=context) as engine:
         check()
@@ -79,12 +79,12 @@ def walk_engine(geometry: ModelGeometry, context: int, check: Callable[[], None]
         except ContextError:
             pass
         else:
-            raise AssertionError("a token behind the last position was taken")
+            raise AssertionError("a token after the last position was accepted")
         for start in range(0, context, backend.prefill_chunk):
             backend.seek(start)
-            backend.observe(tokens[start : start + backend.prefill_chunk], SAMPLE, Onlooker())
+            backend.observe(tokens[start : start + backend.prefill_chunk], SAMPLE, ReadingObserver())
             check()
-        backend.logits(0, min(backend.prefill_chunk, context), Onlooker())
+        backend.logits(0, min(backend.prefill_chunk, context), ReadingObserver())
         backend.seek(context - 1)
         backend.measure.time_ops(2)
         backend.measure.time_step(2)
@@ -92,7 +92,7 @@ def walk_engine(geometry: ModelGeometry, context: int, check: Callable[[], None]
 
 
 def walk_sandbox(geometry: ModelGeometry, check: Callable[[], None] = lambda: None) -> None:
-    """Requests that share, fork and preempt each other in a cache that is too small for all of them, to their ends."""
+    """Requests that share prefixes, fork and are preempted, in a cache that is too small for all of them."""
     sizes = cache_sizes(geometry, blocks=9, block_sizes=(8,), sequences=3, longest=40)
     runner = cpu_runner.CpuRunner(geometry, dict(WeightArrays(RandomModel(geometry))), sizes)
     runner.prepare()
@@ -109,7 +109,7 @@ def walk_sandbox(geometry: ModelGeometry, check: Callable[[], None] = lambda: No
 
 
 def walk_calibration(geometry: ModelGeometry, tokens: int, check: Callable[[], None] = lambda: None) -> None:
-    """Two sequences through one layer, in the precision of the source."""
+    """The calibration's forward pass of one layer on two sequences."""
     g = geometry
     names = {"qkv": g.hidden, "o": g.q_dim, "gate_up": g.hidden, "down": g.ffn}
     inputs = {name: Inputs(width) for name, width in names.items()}
@@ -128,8 +128,8 @@ def walk_calibration(geometry: ModelGeometry, tokens: int, check: Callable[[], N
             check()
 
 
-def one_row_too_far() -> None:
-    """A token is written behind the last position, as by a warm-up that does not go back to the first one."""
+def write_out_of_bounds() -> None:
+    """Write a token after the last position, as a warm-up would that does not reset the position."""
     with Engine.random(GEOMETRIES["llama"], "cpu", max_seq_len=2) as engine:
         backend: Any = engine.backend
         backend._position[0] = 2
@@ -138,7 +138,7 @@ def one_row_too_far() -> None:
 
 
 def guarded(side: str) -> Iterator[str]:
-    """All walks between guard pages; the name of each that has ended."""
+    """Run all walks between guard pages; yields the name of each finished walk."""
 
     def arena(plan: Any) -> GuardedArena:
         return GuardedArena(plan, side)  # type: ignore[arg-type]
@@ -157,11 +157,11 @@ def guarded(side: str) -> Iterator[str]:
     yield "calibration"
 
 
-def main(side: str, mistake: str = "") -> None:
+def main(side: str, fault: str = "") -> None:
     walks = guarded(side)
-    if mistake:
+    if fault:
         next(walks)
-        one_row_too_far()
+        write_out_of_bounds()
     for name in walks:
         print(name, flush=True)
 

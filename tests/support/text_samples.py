@@ -1,4 +1,4 @@
-"""Texts that tokenizers and decoders are tried on: 200 and more, each for a reason."""
+"""Test texts for tokenizers and detokenizers: more than 200."""
 
 import random
 
@@ -200,12 +200,12 @@ HANDWRITTEN = [
 
 
 def _spliced(count: int) -> list[str]:
-    """Pieces of different samples side by side, where most of the surprises are; the same ones in every run."""
-    dice = random.Random(20240229)
+    """Concatenated parts of different samples, which are the most likely to fail; the same in every run."""
+    rng = random.Random(20240229)
     texts = []
     for _ in range(count):
-        parts = dice.choices([text for text in HANDWRITTEN if text], k=dice.randint(2, 4))
-        texts.append(dice.choice(["", " ", "\n"]).join(part[: dice.randint(1, 12)] for part in parts))
+        parts = rng.choices([text for text in HANDWRITTEN if text], k=rng.randint(2, 4))
+        texts.append(rng.choice(["", " ", "\n"]).join(part[: rng.randint(1, 12)] for part in parts))
     return texts
 
 

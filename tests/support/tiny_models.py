@@ -1,4 +1,4 @@
-"""Tiny random models on disk, made without torch: Hugging Face folders and GGUF files of the same weights."""
+"""Tiny random models on disk, without torch: Hugging Face folders and GGUF files with the same weights."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_geometry(**changes: Any) -> ModelGeometry:
-    """Two layers whose hidden (192) and FFN (320) sizes are no multiples of the group of 128."""
+    """Two layers with hidden size 192 and intermediate size 320, which are not multiples of the group of 128."""
     fields: dict[str, Any] = {
         "layers": 2,
         "hidden": 192,
@@ -40,7 +40,7 @@ def tiny_geometry(**changes: Any) -> ModelGeometry:
 
 
 def random_weights(geometry: ModelGeometry, seed: int = 0) -> Weights:
-    """Weights of a size that keeps activations near 1 through the layers."""
+    """Weights scaled so that activations stay near 1."""
     rng = np.random.default_rng(seed)
     weights: Weights = {}
     for name, shape in geometry.parameters().items():
@@ -55,7 +55,7 @@ def random_weights(geometry: ModelGeometry, seed: int = 0) -> Weights:
 
 
 def as_stored(values: NDArray[np.float32], dtype: str) -> tuple[bytes, NDArray[np.float32]]:
-    """The bytes of `values` in a safetensors dtype, and what they stand for."""
+    """The bytes of `values` in a safetensors dtype, and the stored values as float32."""
     match dtype:
         case "F32":
             return values.tobytes(), values
@@ -70,13 +70,13 @@ def as_stored(values: NDArray[np.float32], dtype: str) -> tuple[bytes, NDArray[n
 
 
 def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
-    """A safetensors file with any header, sound or not."""
+    """A safetensors file with any header, valid or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray[np.float32]], dtype: str = "F32") -> Weights:
-    """A sound safetensors file; returns what its values stand for."""
+    """Write a safetensors file; returns the stored values as float32."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data, stored = b"", {}
     for name, values in tensors.items():
@@ -97,7 +97,7 @@ def write_hf_folder(
     seed: int = 0,
     model_type: str | None = None,
 ) -> Weights:
-    """A complete model folder; returns its weights as float32, rounded to `dtype`."""
+    """Write a complete model folder; returns its weights as float32, rounded to `dtype`."""
     geometry = geometry or tiny_geometry()
     weights = random_weights(geometry, seed) if weights is None else weights
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What a folder holds, sorted."""
+    """Names of the files in a folder, sorted."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -181,17 +181,17 @@ def write_gguf(
     fields: Mapping[str, Any] | None = None,
     architecture: str | None = None,
 ) -> Weights:
-    """A GGUF file as llama.cpp's converter lays it out; returns its weights as float32, in Hugging Face order.
+    """Write a GGUF file in the layout of llama.cpp's converter; returns its weights as float32, in Hugging Face order.
 
     Args:
         path: the file.
         geometry: of the model.
         weights: in Hugging Face names and order.
         matrices: type of all matrices; norms are F32.
-        seed: of the weights, if none are given.
+        seed: of random weights.
         tokenizer: store a byte-level tokenizer of 260 tokens.
-        fields: metadata to add or to override; None drops a field.
-        architecture: what general.architecture says, if not the geometry's own.
+        fields: metadata to add or replace; None removes a field.
+        architecture: general.architecture; None: that of the geometry.
     """
     geometry = geometry or tiny_geometry()
     weights = random_weights(geometry, seed) if weights is None else weights
@@ -221,7 +221,7 @@ def write_gguf(
 
 
 def add_gguf_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """Metadata of the type that llama.cpp's converter gives such values."""
+    """Add a metadata field, with the type that llama.cpp's converter uses for such values."""
     match value:
         case bool():
             writer.add_bool(key, value)
@@ -272,7 +272,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleaved(values: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
-    """Rows of each head from halves (i, i + d/2) to neighbours (2i, 2i + 1), row by row."""
+    """Permute the rows of each head from RoPE pairs (i, i + d/2) to interleaved pairs (2i, 2i + 1)."""
     order = [half * head_dim // 2 + pair for pair in range(head_dim // 2) for half in range(2)]
     heads = values.shape[0] // head_dim
     rows = [head * head_dim + row for head in range(heads) for row in order]

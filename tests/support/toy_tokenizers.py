@@ -1,4 +1,4 @@
-"""Small tokenizers trained on the spot, with the GGUF metadata that describes them: no download, no transformers."""
+"""Small tokenizers, trained at test time, and their GGUF metadata; without downloads and transformers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
-# How the models themselves cut text, written in the parts of the tokenizers library.
+# The pre-tokenizers of the models, from the components of the tokenizers library.
 PRE_TOKENIZERS: Mapping[str, pre_tokenizers.PreTokenizer] = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": pre_tokenizers.Sequence(
@@ -47,7 +47,7 @@ def byte_level(
     control: Sequence[str] = ("<s>", "<|endoftext|>", "<|im_end|>"),
     user_defined: Sequence[str] = ("<think>",),
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """A byte-level BPE tokenizer of some 900 tokens, as a model's own tokenizer.json has it, and as GGUF fields.
+    """A byte-level BPE tokenizer of about 900 tokens, as in a model's tokenizer.json, and as GGUF fields.
 
     The control tokens come first, the user-defined ones last. The first is the BOS, the second the EOS.
     """
@@ -67,13 +67,13 @@ def byte_level(
         ),
     )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
-    spellings = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     fields = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": spellings,
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [CONTROL] * len(control)
-        + [NORMAL] * (len(spellings) - len(control) - len(user_defined))
+        + [NORMAL] * (len(tokens) - len(control) - len(user_defined))
         + [USER_DEFINED] * len(user_defined),
         "tokenizer.ggml.merges": [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]],
         "tokenizer.ggml.bos_token_id": 0,
@@ -84,12 +84,12 @@ def byte_level(
 
 
 def sentencepiece(further_control: Sequence[str] = ()) -> tuple[Tokenizer, dict[str, Any]]:
-    """A Llama-2-like tokenizer of some 600 tokens, 256 of them bytes, and the same as GGUF fields.
+    """A tokenizer like Llama 2's, of about 600 tokens, 256 of them bytes, and the same as GGUF fields.
 
-    Tokens 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``. Ids say nothing of the order of merging, only scores do.
-    With further control tokens it is like that of Mistral 7B Instruct v0.3: a space at the very beginning alone.
+    Tokens 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``. The order of merges is that of the scores, not of the ids. With
+    further control tokens it is like that of Mistral 7B Instruct v0.3: a space only at the start of a text.
     """
-    # Every other script falls back to bytes, and control tokens of other models are no words.
+    # Other scripts fall back to bytes; control tokens of other models are not learned as words.
     latin = [text for text in SAMPLES if text.isascii() and "<|" not in text]
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
@@ -99,10 +99,10 @@ def sentencepiece(further_control: Sequence[str] = ()) -> tuple[Tokenizer, dict[
     merged = [left + right for left, right in merges]
     letters = sorted(set(model["vocab"]) - set(merged))
     control = ["<unk>", "<s>", "</s>", *further_control]
-    spellings = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *reversed(merged)]
+    tokens = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *reversed(merged)]
     tokenizer = Tokenizer(
         models.BPE(
-            {spelling: i for i, spelling in enumerate(spellings)},
+            {token: i for i, token in enumerate(tokens)},
             merges,
             unk_token="<unk>",
             fuse_unk=True,
@@ -119,7 +119,7 @@ def sentencepiece(further_control: Sequence[str] = ()) -> tuple[Tokenizer, dict[
     )
     fields = {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": spellings,
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [2]
         + [CONTROL] * (len(control) - 1)
         + [BYTE] * 256

@@ -1,4 +1,4 @@
-"""Small random models with a ground truth, for the tests of the validator."""
+"""Small random models with a ground truth, for tests of the validation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from numba_atomflow.geometry import ModelGeometry, RopeScaling
 from numba_atomflow.validate import Reference, make_ground_truth
 
 PROMPT = [17, 3, 250, 99, 42, 8, 8, 131, 77, 204, 5, 61, 280, 19, 150, 33, 90, 222, 7, 110]
-BLOCK = 12  # takes the prompt in two blocks, the second from a position that is not 0
+BLOCK = 12  # prompt in two chunks; the second starts at a position other than 0
 DECODE_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under test: its source, its checkpoint, and what transformers makes of it."""
+    """A model under test: source, checkpoint, and ground truth."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -34,7 +34,7 @@ class Subject:
 
     @property
     def weights(self) -> dict[str, NDArray[Any]]:
-        """The checkpoint's arrays, in a dictionary that may be changed."""
+        """The checkpoint's arrays, in a new dictionary."""
         return {name: self.checkpoint.array(name) for name in self.checkpoint.names() if name != "tokenizer.json"}
 
     def backend(self, weights: Mapping[str, NDArray[Any]] | None = None) -> CpuBackend:
@@ -50,12 +50,12 @@ def make_subject(
 
 
 def three_layers(**changes: Any) -> ModelGeometry:
-    """Grouped-query attention, untied embeddings, and no size that is a multiple of 128 but q's."""
+    """Grouped-query attention, untied embeddings; no size is a multiple of 128 except that of q."""
     return tiny_geometry(**({"layers": 3, "heads": 6, "kv_heads": 2} | changes))
 
 
 def loud_weights(geometry: ModelGeometry) -> Weights:
-    """Attention scores in the hundreds, where exp overflows float32 unless the maximum is subtracted."""
+    """Attention scores in the hundreds: exp overflows in float32 unless the maximum is subtracted."""
     weights = random_weights(geometry, seed=5)
     for name, values in weights.items():
         if "q_proj" in name or "k_proj" in name:
@@ -64,7 +64,7 @@ def loud_weights(geometry: ModelGeometry) -> Weights:
 
 
 def like_llama_3b(**changes: Any) -> ModelGeometry:
-    """Llama 3.2 3B in proportion: 28 layers, heads of 128, three query heads to one of keys, llama3 RoPE, tied."""
+    """A small Llama 3.2 3B: 28 layers, heads of 128, three query heads per KV head, llama3 RoPE, tied embeddings."""
     fields: dict[str, Any] = {
         "layers": 28,
         "hidden": 192,
