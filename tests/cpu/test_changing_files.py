@@ -1,4 +1,4 @@
-"""Files that other programs change while they are in use. Faults are provoked in a process of their own."""
+"""Files that other programs change during use. Faults are triggered in separate processes."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def checkpoint(source: Path) -> Path:
     return convert(source, source.parent / "model.safetensors")
 
 
-def test_a_new_name_new_permissions_and_a_deletion_change_nothing(file: Path) -> None:
+def test_rename_chmod_and_unlink_are_no_changes(file: Path) -> None:
     opened = mapped(file)
     before = opened.array(BYTES, (1000,), 0).copy()
     file.chmod(0o600)
@@ -68,7 +68,7 @@ def test_a_new_name_new_permissions_and_a_deletion_change_nothing(file: Path) ->
     opened.close()
 
 
-def test_bytes_that_were_written_are_noticed(file: Path) -> None:
+def test_a_write_is_detected(file: Path) -> None:
     opened = mapped(file)
     opened.array(BYTES, (10,), 0)
     with file.open("r+b") as other:
@@ -79,7 +79,7 @@ def test_bytes_that_were_written_are_noticed(file: Path) -> None:
     opened.close()
 
 
-def test_a_write_that_gives_the_old_time_back_is_noticed(file: Path) -> None:
+def test_a_write_that_restores_mtime_is_detected(file: Path) -> None:
     opened = mapped(file)
     with file.open("r+b") as other:
         other.write(b"x")
@@ -173,7 +173,7 @@ if end == "elsewhere":
 """
 
 
-def test_reading_behind_the_end_does_not_end_the_process(tmp_path: Path) -> None:
+def test_reading_after_the_end_does_not_end_the_process(tmp_path: Path) -> None:
     done = run_python(_FAULTS, tmp_path, "")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
@@ -183,7 +183,7 @@ def test_reading_behind_the_end_does_not_end_the_process(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("end", ["sent", "elsewhere"])
-def test_faults_of_others_end_it_as_before(tmp_path: Path, end: str) -> None:
+def test_other_faults_still_end_the_process(tmp_path: Path, end: str) -> None:
     done = run_python(_FAULTS, tmp_path, end)
     assert done.stdout.endswith("lives\n")
     assert done.returncode == -7
@@ -241,7 +241,7 @@ print("exit code", cli.run(["generate", "ab", *map(str, arguments)]))
 """
 
 
-def test_engines_refuse_a_changed_model_and_the_process_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+def test_engines_refuse_a_changed_model_and_the_process_continues(checkpoint: Path, tmp_path: Path) -> None:
     done = run_python(_ENGINES, checkpoint, tmp_path)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
@@ -284,13 +284,13 @@ def test_a_source_that_changes_while_it_is_converted_is_refused(source: Path, tm
     assert not list(tmp_path.glob("made*"))
 
 
-def test_files_that_are_no_part_of_a_source_may_change(source: Path, tmp_path: Path) -> None:
+def test_other_files_may_change(source: Path, tmp_path: Path) -> None:
     notes = source / "notes.txt"
     convert(source, tmp_path / "made.safetensors", progress=lambda what, *_: notes.write_text(what))
     notes.unlink()
 
 
-def test_damage_that_a_change_made_is_not_called_damage(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_change_is_not_reported_as_damage(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(checkpoint, path)
     os.utime(path, ns=(1, 1))
@@ -300,7 +300,7 @@ def test_damage_that_a_change_made_is_not_called_damage(checkpoint: Path, tmp_pa
             opened.verify()
 
 
-def test_a_ground_truth_that_is_cut_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_truncated_ground_truth_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "truth"
     with Engine.load(checkpoint, "cpu", 8, 1) as engine:
         made = record(engine.backend, engine.geometry, [5, 6], 2)
@@ -324,7 +324,7 @@ def test_a_ground_truth_that_is_cut_is_refused(checkpoint: Path, tmp_path: Path)
             check(engine.backend, truth)
 
 
-def test_a_private_copy_of_a_model_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_private_copy_of_a_model_is_unaffected(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(checkpoint, path)
     params = SamplingParams(max_tokens=6, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Chat templates are foreign code: what they may take, how their process lives and ends, and what they are given."""
+"""Chat templates are untrusted code: limits, lifecycle of the process, and input data."""
 
 import os
 import signal
@@ -28,13 +28,13 @@ def render(source: str, messages: Any = USER, **variables: Any) -> str:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No template of a test needs a second of computing."""
+def short_cpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU limit below a second: no template here needs more."""
     monkeypatch.setattr(template_process, "CPU_SECONDS", 0.3)
 
 
 def workers() -> list[int]:
-    """Processes that render templates: children of this process that were started as such."""
+    """Process ids of template processes among the children of this process."""
     children = psutil.Process().children()
     return [child.pid for child in children if any("template_worker" in word for word in child.cmdline())]
 
@@ -62,8 +62,8 @@ def workers() -> list[int]:
         ("{{ raise_exception('x' * 10**6) }}", "refuses this conversation: xxx"),
     ],
 )
-@pytest.mark.usefixtures("impatient")
-def test_what_a_template_may_not_take(source: str, fault: str) -> None:
+@pytest.mark.usefixtures("short_cpu_limit")
+def test_limits_of_a_template(source: str, fault: str) -> None:
     with pytest.raises(TextError) as refusal:
         render(source)
     assert fault in str(refusal.value)
@@ -71,7 +71,7 @@ def test_what_a_template_may_not_take(source: str, fault: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_cpu_limit")
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -89,13 +89,13 @@ def test_reasons_hold_no_control_characters(source: str, reason: str) -> None:
     assert str(error.value).isprintable()
 
 
-def test_time_is_counted_anew_for_each_answer() -> None:
+def test_the_time_limit_is_per_request() -> None:
     template = ChatTemplate("{% for i in range(99999) %}{% endfor %}{% for i in range(99999) %}{% endfor %}x", {})
     for _ in range(30):  # all of them together take more than one may
         assert template.render(USER) == "x"
 
 
-def test_a_template_that_was_stopped_may_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_is_usable_after_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "CPU_SECONDS", 0.3)
     template = ChatTemplate("{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}{{ n }}", {})
     with pytest.raises(TextError, match="of computing"):
@@ -122,7 +122,7 @@ def test_one_process_serves_every_template_and_ends_with_the_last() -> None:
     assert workers() == []
 
 
-def test_a_process_that_somebody_killed_is_started_again() -> None:
+def test_a_killed_process_is_restarted() -> None:
     template = ChatTemplate("x", {})
     (worker,) = workers()
     os.kill(worker, signal.SIGKILL)
@@ -134,7 +134,7 @@ def test_a_process_that_somebody_killed_is_started_again() -> None:
     assert worker not in workers()
 
 
-def test_a_crash_is_named() -> None:
+def test_a_crash_is_reported() -> None:
     template = ChatTemplate(ENDLESS, {})
     (worker,) = workers()
     threading.Timer(0.2, os.kill, (worker, signal.SIGSEGV)).start()
@@ -159,11 +159,11 @@ def test_an_interrupt_ends_the_answer_and_leaves_the_template_usable() -> None:
 def test_threads_get_their_own_answers() -> None:
     template = ChatTemplate("{{ n }}{{ messages[0].content }}", {})
 
-    def ask(n: int) -> str:
+    def render_number(n: int) -> str:
         return template.render([{"role": "user", "content": "y" * n}], template_variables={"n": n})
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(ask, range(100))) == [f"{n}{'y' * n}" for n in range(100)]
+        assert list(pool.map(render_number, range(100))) == [f"{n}{'y' * n}" for n in range(100)]
 
 
 def in_a_fork(work: Callable[[], bool]) -> bool:
@@ -216,7 +216,7 @@ def test_no_process_outlives_a_program_that_was_killed() -> None:
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE  # nobody's child: init's to bury
 
 
-def test_a_python_that_cannot_be_started_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_python_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
     with pytest.raises(TextError, match=r"cannot be started .*no-python.*check that"):
         ChatTemplate("x", {})
@@ -267,12 +267,12 @@ def test_messages_in_the_shape_of_openai(message: dict[str, Any], source: str, r
         ({"content": "x", 5: "x"}, "the name 5"),
     ],
 )
-def test_a_message_that_cannot_be_given_to_a_template_is_named(message: dict[Any, Any], fault: str) -> None:
+def test_an_invalid_message_is_reported(message: dict[Any, Any], fault: str) -> None:
     with pytest.raises(TextError, match=fault):
         render("x", [{"role": "user", **message}])
 
 
-def test_data_without_end_is_refused() -> None:
+def test_recursive_data_are_refused() -> None:
     nested: list[Any] = []
     nested.append(nested)
     with pytest.raises(TextError, match="levels deep"):
@@ -282,7 +282,7 @@ def test_data_without_end_is_refused() -> None:
 @pytest.mark.parametrize(
     ("source", "role"), [("{{ messages[0].role }}", "system"), ("{# developer #}{{ messages[0].role }}", "developer")]
 )
-def test_a_developer_is_a_system_where_the_template_knows_none(source: str, role: str) -> None:
+def test_the_developer_role_becomes_system_if_the_template_has_none(source: str, role: str) -> None:
     assert render(source, [{"role": "developer", "content": "x"}]) == role
 
 
@@ -293,7 +293,7 @@ def test_template_variables_reach_the_template() -> None:
 
 
 @pytest.mark.parametrize("messages", [5, "hi", USER[0], [None], None])
-def test_what_is_no_list_of_messages_is_refused(messages: Any) -> None:
+def test_a_chat_that_is_not_a_list_is_refused(messages: Any) -> None:
     with pytest.raises(TextError, match="mapping"):
         render("x", messages)
 
@@ -304,7 +304,7 @@ def test_a_reserved_name_is_refused(name: str) -> None:
         ChatTemplate("x", {}).render(USER, template_variables={name: 1})
 
 
-def test_a_variable_that_is_no_plain_data_is_refused() -> None:
+def test_a_variable_that_is_not_plain_data_is_refused() -> None:
     with pytest.raises(OptionError, match="'x' holds set"):
         render("x", x={1})
 

@@ -1,4 +1,4 @@
-"""The FP8 checkpoint: what other readers see in it, what ours refuses, and writing all or nothing."""
+"""The FP8 checkpoint: other readers, validation, and atomic writes."""
 
 import errno
 import fcntl
@@ -36,7 +36,7 @@ def writer_for(path: Path, text: TextAssets = TEXT, head: HeadFormat = "fp8", **
 
 
 def contents(seed: int = 0, head: HeadFormat = "fp8", **changes: Any) -> dict[str, np.ndarray]:
-    """Random codes without NaN, positive scales, norms, halves."""
+    """Random codes without NaN, positive scales, norms, float16 weights."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for name, (dtype, shape) in tensor_layout(tiny_geometry(**changes), head).items():
@@ -132,7 +132,7 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
         assert "tokenizer.json" not in checkpoint.names()
 
 
-def test_rows_may_come_in_pieces_and_tensors_in_any_order(tmp_path: Path) -> None:
+def test_rows_may_be_split_and_tensors_in_any_order(tmp_path: Path) -> None:
     tensors = contents()
     with writer_for(tmp_path / "pieces.safetensors") as writer:
         for name in reversed(tensors):
@@ -181,7 +181,7 @@ def test_weights_start_at_a_multiple_of_128_after_all_floats(tmp_path: Path, hea
 
 
 @pytest.mark.parametrize("head", ["fp8", "fp16"])
-def test_a_matrix_is_what_its_weights_stand_for(tmp_path: Path, head: HeadFormat) -> None:
+def test_matrix_dequantizes(tmp_path: Path, head: HeadFormat) -> None:
     tensors = contents(head=head)
     with Checkpoint.open(write(tmp_path / "model.safetensors", tensors, head=head)) as checkpoint:
         embedding, vocabulary = checkpoint.matrix("embedding"), checkpoint.matrix("vocabulary")
@@ -290,9 +290,7 @@ def changed_geometry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda header: header["tokenizer.json"].update(dtype="I8"), "unknown tensor tokenizer.json"),
     ],
 )
-def test_headers_that_contradict_themselves(
-    tmp_path: Path, change: Callable[[dict[str, Any]], Any], fragment: str
-) -> None:
+def test_inconsistent_headers(tmp_path: Path, change: Callable[[dict[str, Any]], Any], fragment: str) -> None:
     path = write(tmp_path / "model.safetensors")
     edit_header(path, change)
     refused(path, fragment)
@@ -319,7 +317,7 @@ def test_a_file_of_another_writer_with_misaligned_floats(tmp_path: Path) -> None
         ("layer.1.ffn_norm", -np.inf),
     ],
 )
-def test_verify_finds_values_that_cannot_be(tmp_path: Path, name: str, value: float) -> None:
+def test_verify_detects_invalid_values(tmp_path: Path, name: str, value: float) -> None:
     path = write(tmp_path / "model.safetensors")
     with Checkpoint.open(path) as checkpoint:
         view = checkpoint.array(name)
@@ -334,7 +332,7 @@ def test_verify_finds_values_that_cannot_be(tmp_path: Path, name: str, value: fl
         checkpoint.verify()
 
 
-def test_verify_finds_an_infinity_among_halves(tmp_path: Path) -> None:
+def test_verify_detects_an_infinity_in_float16(tmp_path: Path) -> None:
     tensors = contents(head="fp16")
     tensors["vocabulary.weight"][7, 3] = np.inf
     with pytest.raises(CheckpointError, match=r"Tensor vocabulary\.weight of .* is damaged"):
@@ -367,7 +365,7 @@ def test_values_that_do_not_fit(tmp_path: Path, wrong: np.ndarray) -> None:
     assert names_in(tmp_path) == []
 
 
-def test_every_tensor_must_be_filled_once(tmp_path: Path) -> None:
+def test_every_tensor_must_be_complete(tmp_path: Path) -> None:
     tensors = contents()
     twice = {"final_norm": np.concatenate([tensors["final_norm"]] * 2)}
     with pytest.raises(ValueError, match="final_norm"):
@@ -379,7 +377,7 @@ def test_every_tensor_must_be_filled_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, RuntimeError])
-def test_any_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_exception_removes_the_partial_file(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), writer_for(tmp_path / "model.safetensors") as writer:  # noqa: PT012
         writer.write("final_norm", contents()["final_norm"])
         assert len(names_in(tmp_path)) == 1
@@ -387,7 +385,7 @@ def test_any_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]
     assert names_in(tmp_path) == []
 
 
-def test_an_exception_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+def test_an_exception_keeps_an_existing_file(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors")
     before = path.read_bytes()
     with pytest.raises(KeyboardInterrupt), writer_for(path):
@@ -397,7 +395,7 @@ def test_an_exception_keeps_the_file_that_was_there(tmp_path: Path) -> None:
 
 
 class FailingDisk(io.FileIO):
-    """A file on a disk that has room for 10,000 bytes more."""
+    """A file on a disk with 10,000 bytes of free space."""
 
     def __init__(self, path: Path, code: int) -> None:
         super().__init__(path, "x+b")
@@ -415,7 +413,7 @@ class FailingDisk(io.FileIO):
     ("code", "fragment"),
     [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EIO, "Input/output error")],
 )
-def test_disk_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fragment: str) -> None:
+def test_disk_full_during_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fragment: str) -> None:
     plain = Path.open
 
     def opened(path: Path, mode: str = "r", **options: Any) -> Any:
@@ -428,7 +426,7 @@ def test_disk_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_disk_full_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_disk_full_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -438,7 +436,7 @@ def test_disk_full_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names_in(tmp_path) == []
 
 
-def test_too_little_room_is_known_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_before_the_first_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")  # noqa: PYI024
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100_000))
     with pytest.raises(DestinationError, match=r"needs 1 MB, but only 0 MB are free"):
@@ -468,7 +466,7 @@ def test_a_destination_below_a_file(tmp_path: Path) -> None:
             write(path)
 
 
-def test_missing_folders_are_made(tmp_path: Path) -> None:
+def test_missing_folders_are_created(tmp_path: Path) -> None:
     assert write(tmp_path / "a" / "b" / "model.safetensors").is_file()
 
 
@@ -486,7 +484,7 @@ def test_two_writers_in_one_process_do_not_mix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_came_meanwhile_is_not_replaced_unasked(
+def test_a_file_created_meanwhile_is_not_replaced_without_overwrite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     def unsupported(*_: object) -> None:
@@ -522,7 +520,7 @@ def test_a_new_file_is_published_on_file_systems_with_and_without_links(
         checkpoint.verify()
 
 
-def test_a_partial_file_removed_before_it_was_locked_is_made_again(
+def test_a_partial_file_removed_before_its_lock_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, removed = fcntl.flock, []
@@ -539,7 +537,7 @@ def test_a_partial_file_removed_before_it_was_locked_is_made_again(
     assert names_in(tmp_path) == [path.name]
 
 
-def test_partial_files_of_dead_processes_go_and_others_stay(tmp_path: Path) -> None:
+def test_only_partial_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     dead, own_number = (
         tmp_path / "model.safetensors.partial-999999",

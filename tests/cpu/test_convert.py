@@ -1,4 +1,4 @@
-"""Source to checkpoint: the right values in the right rows, little memory, and no trace of a failure."""
+"""Conversion: values in the right rows, bounded memory, no files after a failure."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def part(checkpoint: Checkpoint, name: str) -> np.ndarray:
 
 
 def check_values(path: Path, weights: Weights) -> None:
-    """Every row of every part is where it belongs, quantised by the reference."""
+    """Every row of every part is in its place, quantized as in the reference."""
     with Checkpoint.open(path) as checkpoint:
         expected = {"embedding": ["model.embed_tokens"]}
         for i in range(checkpoint.geometry.layers):
@@ -73,7 +73,7 @@ def check_values(path: Path, weights: Weights) -> None:
 
 @pytest.mark.parametrize("slab", [1, 5000, 1 << 21])
 @pytest.mark.parametrize("tied", [True, False])
-def test_values_end_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int, tied: bool) -> None:
+def test_values_are_in_the_right_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int, tied: bool) -> None:
     monkeypatch.setattr(base, "SLAB_VALUES", slab)
     weights = write_hf_folder(tmp_path / "hf", tiny_geometry(tied_embeddings=tied), dtype="BF16", shards=2)
     made = convert(tmp_path / "hf", tmp_path / "out" / "model.safetensors")
@@ -96,7 +96,7 @@ def test_a_head_in_float16_is_the_source_rounded_once(tmp_path: Path, tied: bool
 
 
 @pytest.mark.parametrize("family", ["qkv_bias", "qk_norm"])
-def test_what_other_families_have_ends_where_it_belongs(tmp_path: Path, family: str) -> None:
+def test_parameters_of_other_families_are_in_the_right_rows(tmp_path: Path, family: str) -> None:
     weights = write_hf_folder(tmp_path / "hf", tiny_geometry(**{family: True}), dtype="BF16")
     check_values(convert(tmp_path / "hf", tmp_path / "out"), weights)
 
@@ -143,7 +143,7 @@ def test_progress_goes_from_hashing_through_every_part_to_verifying(tmp_path: Pa
     assert steps[-1][1] > 0.9 * steps[-1][2]
 
 
-def test_smollm2_opens_everywhere(smollm2_checkpoint: Path, smollm2_gguf: Path) -> None:
+def test_smollm2_opens_with_other_readers(smollm2_checkpoint: Path, smollm2_gguf: Path) -> None:
     with Checkpoint.open(smollm2_checkpoint) as checkpoint, safe_open(smollm2_checkpoint, "numpy") as file:
         checkpoint.verify()
         assert sorted(file.keys()) == sorted(checkpoint.names())
@@ -179,7 +179,7 @@ def peak_growth(source: Path, destination: Path) -> int:
 
 
 def write_sparse_folder(folder: Path, geometry: ModelGeometry) -> None:
-    """A folder whose weights are all zero and take no room on the disk."""
+    """A folder with zero weights in sparse files."""
     folder.mkdir()
     write_json(folder / "config.json", hf_config(geometry))
     header, end = {}, 0
@@ -222,7 +222,7 @@ def test_existing_destinations(tmp_path: Path) -> None:
         checkpoint.verify()
 
 
-def test_a_link_that_leads_nowhere_is_an_existing_destination(tmp_path: Path) -> None:
+def test_a_dangling_link_is_an_existing_destination(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     out = tmp_path / "out.safetensors"
     out.symlink_to(tmp_path / "nowhere")
@@ -232,7 +232,7 @@ def test_a_link_that_leads_nowhere_is_an_existing_destination(tmp_path: Path) ->
     assert not steps  # known before any work
 
 
-def test_of_two_conversions_at_once_the_later_is_told(tmp_path: Path) -> None:
+def test_of_two_simultaneous_conversions_the_later_fails(tmp_path: Path) -> None:
     weights = write_gguf(tmp_path / "model.gguf")
     write_gguf(tmp_path / "other.gguf", seed=1)
     out = tmp_path / "out" / "model.safetensors"
@@ -248,7 +248,7 @@ def test_of_two_conversions_at_once_the_later_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_destinations_that_are_no_files(tmp_path: Path, overwrite: bool) -> None:
+def test_destinations_that_are_not_files(tmp_path: Path, overwrite: bool) -> None:
     write_gguf(tmp_path / "model.gguf")
     with pytest.raises(DestinationError, match="is a folder"):
         convert(tmp_path / "model.gguf", tmp_path, overwrite=overwrite)
@@ -270,7 +270,7 @@ def test_the_source_is_never_the_destination(tmp_path: Path) -> None:
     assert weights.read_bytes() == before
 
 
-def test_a_bad_source_leaves_nothing(tmp_path: Path) -> None:
+def test_a_bad_source_leaves_no_file(tmp_path: Path) -> None:
     weights = random_weights(tiny_geometry())
     weights["lm_head.weight"][-1, -1] = np.nan
     write_hf_folder(tmp_path / "hf", weights=weights)
@@ -299,9 +299,7 @@ ENDS_IN_A_PANIC = json.dumps(
         ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<nowhere>"}', "lacks '<nowhere>'"),
     ],
 )
-def test_text_that_cannot_be_used_is_refused_before_any_work(
-    tmp_path: Path, name: str, content: str, fault: str
-) -> None:
+def test_unusable_text_is_refused_before_any_work(tmp_path: Path, name: str, content: str, fault: str) -> None:
     write_hf_folder(tmp_path / "hf")
     (tmp_path / "hf" / name).write_text(content)
     steps: list[str] = []
@@ -319,7 +317,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["hf"]
 
 
-def test_a_converted_checkpoint_is_no_source(tmp_path: Path) -> None:
+def test_a_checkpoint_is_not_a_source(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     convert(tmp_path / "model.gguf", tmp_path / "out.safetensors")
     with pytest.raises(SourceError, match=r"out\.safetensors holds only weights"):
@@ -341,7 +339,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=progress)
 
 
 def half_way(source: Path, destination: Path) -> subprocess.Popen[str]:
-    """A process that stands still in the middle of a conversion."""
+    """A process that is blocked during a conversion."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, source, destination],
         cwd=REPOSITORY,
@@ -354,7 +352,7 @@ def half_way(source: Path, destination: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_killed_in_the_middle(tmp_path: Path) -> None:
+def test_kill_during_a_conversion(tmp_path: Path) -> None:
     weights = write_gguf(tmp_path / "model.gguf")
     out = tmp_path / "out" / "model.safetensors"
     with half_way(tmp_path / "model.gguf", out) as process:
@@ -374,7 +372,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     check_values(out, weights)
 
 
-def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
+def test_ctrl_c_during_a_conversion(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     out = tmp_path / "out" / "model.safetensors"
     with half_way(tmp_path / "model.gguf", out) as process:

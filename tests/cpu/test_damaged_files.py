@@ -1,4 +1,4 @@
-"""Files that the program wrote itself and reads back: ground truths and interrupted quantizations, damaged."""
+"""Damage to files that the program writes and reads back: ground truths and interrupted quantizations."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def with_metadata(data: bytes, **changes: str) -> bytes:
     return safetensors_bytes(header, data[8 + length :])
 
 
-def test_a_sound_ground_truth_is_taken(fixtures: Path, truth: bytes, tmp_path: Path) -> None:
+def test_a_valid_ground_truth_is_accepted(fixtures: Path, truth: bytes, tmp_path: Path) -> None:
     path = tmp_path / "truth.safetensors"
     path.write_bytes(truth)
     with Checkpoint.open(fixtures / MODEL) as checkpoint:
@@ -73,7 +73,7 @@ def test_a_sound_ground_truth_is_taken(fixtures: Path, truth: bytes, tmp_path: P
     ],
     ids=lambda text: text[:12],
 )
-def test_tokens_that_are_none(truth: bytes, tmp_path: Path, tokens: str) -> None:
+def test_invalid_tokens(truth: bytes, tmp_path: Path, tokens: str) -> None:
     path = tmp_path / "truth.safetensors"
     path.write_bytes(with_metadata(truth, tokens=tokens))
     with pytest.raises(GroundTruthError) as refused:
@@ -100,7 +100,7 @@ def test_tokens_that_are_none(truth: bytes, tmp_path: Path, tokens: str) -> None
     ],
     ids=lambda text: text[:12],
 )
-def test_a_description_that_cannot_be(fixtures: Path, truth: bytes, tmp_path: Path, key: str, value: str) -> None:
+def test_invalid_descriptions(fixtures: Path, truth: bytes, tmp_path: Path, key: str, value: str) -> None:
     path = tmp_path / "truth.safetensors"
     path.write_bytes(with_metadata(truth, **{key: value}))
     with Checkpoint.open(fixtures / MODEL) as checkpoint, pytest.raises(GroundTruthError) as refused:
@@ -124,7 +124,7 @@ def opened(tmp_path: Path, job: dict[str, Any] = JOB) -> ResumableJob:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two layers are done."""
+    """The folder of a job with two finished layers."""
     with opened(tmp_path) as job:
         for i in range(2):
             job.save(i, QuantisedLayer(TENSORS, {"down": (0.25, 0.125)}), STREAM + i)
@@ -139,7 +139,7 @@ def read_all(tmp_path: Path) -> list[QuantisedLayer]:
         return [job.layer(i, LAYOUT) for i in range(done)]
 
 
-def test_what_was_saved_is_read(folder: Path, tmp_path: Path) -> None:
+def test_saved_layers_are_read_back(folder: Path, tmp_path: Path) -> None:
     layers = read_all(tmp_path)
     assert [layer.errors for layer in layers] == [{"down": (0.25, 0.125)}] * 2
     for name, tensor in layers[1].tensors.items():
@@ -147,7 +147,7 @@ def test_what_was_saved_is_read(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["layer.0.npz", "layer.1.npz", "stream.2.npy"])
-def test_every_altered_bit_is_noticed(folder: Path, tmp_path: Path, name: str) -> None:
+def test_every_changed_bit_is_detected(folder: Path, tmp_path: Path, name: str) -> None:
     path = folder / name
     sound = path.read_bytes()
     for place in range(0, len(sound), 13):
@@ -175,7 +175,7 @@ def valid_but_other(path: Path) -> None:
     ],
     ids=["swapped", "altered", "dtype", "stream altered", "empty", "header", "folder"],
 )
-def test_files_that_are_not_what_was_saved(folder: Path, tmp_path: Path, damage: Callable[[Path], object]) -> None:
+def test_other_files_than_those_saved(folder: Path, tmp_path: Path, damage: Callable[[Path], object]) -> None:
     damage(folder)
     with pytest.raises(DestinationError, match=r"is damaged; delete .*\.unfinished and start again\."):
         read_all(tmp_path)
@@ -190,7 +190,7 @@ def test_a_layer_of_another_layout_is_damaged(folder: Path, tmp_path: Path, layo
             job.stream(2, (2, 3, 5))
 
 
-def test_stray_files_change_nothing_and_stay(folder: Path, tmp_path: Path) -> None:
+def test_other_files_are_ignored_and_kept(folder: Path, tmp_path: Path) -> None:
     strays = ["stream.x.npy", "stream..npy", "stream.99.npy", "layer.7.npz", "stream.\u0662.npy", "notes.txt"]
     for name in strays:
         (folder / name).write_bytes(b"\xff")
@@ -201,18 +201,18 @@ def test_stray_files_change_nothing_and_stay(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[]", b"null", b"[" * 100_000, b'"gptq"'])
-def test_a_job_that_is_none_begins_again(folder: Path, tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_job_restarts(folder: Path, tmp_path: Path, content: bytes) -> None:
     (folder / "job.json").write_bytes(content)
     assert read_all(tmp_path) == []
     assert json.loads((folder / "job.json").read_text()) == JOB
 
 
-def test_another_job_begins_again(folder: Path, tmp_path: Path) -> None:
+def test_a_different_job_restarts(folder: Path, tmp_path: Path) -> None:
     with opened(tmp_path, {"method": "awq"}) as job:
         assert job.finished() == 0
     assert sorted(path.name for path in folder.iterdir()) == ["job.json", "lock"]
 
 
-def test_a_missing_layer_is_made_again(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_layer_is_quantized_again(folder: Path, tmp_path: Path) -> None:
     (folder / "layer.1.npz").unlink()
     assert read_all(tmp_path) == []  # there is no stream before layer 1

@@ -42,7 +42,7 @@ HEADERS = (
 
 @dataclass
 class Family:
-    """One tokenizer, as a folder and as a file have it."""
+    """One tokenizer, as a folder and as a GGUF file."""
 
     tokenizer: Tokenizer
     fields: dict[str, Any]

@@ -76,8 +76,8 @@ def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_call_of_another_thread_does_not_hold_the_child() -> None:
-    """In the child nobody is there to end it: closing would wait for ever."""
+def test_a_call_of_another_thread_does_not_block_the_child() -> None:
+    """The thread does not exist in the child, so closing must not wait for it."""
     calls, inside, leave = OneCaller(), threading.Event(), threading.Event()
     thread = threading.Thread(target=lambda: calls.run(lambda: inside.set() or leave.wait(60)))
     thread.start()

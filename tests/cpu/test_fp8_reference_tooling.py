@@ -1,4 +1,4 @@
-"""FP8 checkpoints written by the hubs' own tools: they convert without losing a bit.
+"""FP8 models written by the reference tools convert without loss.
 
 Each test makes a small model, has the tool quantise and save it, and compares what this program reads from the folder
 and makes of it with what the tool itself expands the folder to (in float32).
@@ -36,7 +36,7 @@ IGNORED = "model.layers.1.mlp.up_proj"
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Warnings are errors here, and those of other people's tools are none of ours."""
+    """Ignore warnings of third-party tools, which would be errors here."""
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,7 +55,7 @@ def expanded_by_transformers(folder: Path, **options: Any) -> Weights:
 
 
 def check_lossless(folder: Path, expected: Weights, kept: str) -> None:
-    """What is FP8 is the same to the last bit, in the source and in the checkpoint; what is not is rounded."""
+    """FP8 weights are identical in source and checkpoint; others are rounded."""
     source = open_source(folder)
     assert source.fp8_scheme == kept
     stored_in_fp8 = 0
@@ -81,7 +81,7 @@ def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def write_compressed_tensors(folder: Path, geometry: ModelGeometry, strategy: str, dtype: Any, **options: Any) -> None:
-    """What llm-compressor does after calibration: scales from the largest weight, compress, save."""
+    """As llm-compressor after calibration: scales from the largest weight, compress, save."""
     pytest.importorskip(
         "compressed_tensors", reason="compressed-tensors writes its own format: pip install '.[formats]'"
     )
@@ -148,7 +148,7 @@ def test_compressed_tensors(
 
 
 def test_compressed_tensors_with_scales_in_bfloat16(tmp_path: Path) -> None:
-    """Their own expansion rounds to bfloat16 once more; the format's definition does not."""
+    """Dequantization of the tool rounds to bfloat16; the format's definition does not."""
     folder = tmp_path / "hf"
     write_compressed_tensors(folder, SMALL, "channel", torch.bfloat16)
     expected = by_definition(folder, "weight_scale")
@@ -174,7 +174,7 @@ def by_definition(folder: Path, suffix: str) -> Weights:
 
 
 def test_fbgemm_fp8(tmp_path: Path) -> None:
-    """The format's own modules and configuration; its quantising kernel needs a GPU, so torch rounds the rows."""
+    """Modules and configuration of the format; its quantization kernel needs a GPU, so torch rounds the rows."""
     from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
 
     folder = tmp_path / "hf"
@@ -194,7 +194,7 @@ def test_fbgemm_fp8(tmp_path: Path) -> None:
 
 
 def write_fp8(folder: Path, geometry: ModelGeometry, **options: Any) -> None:
-    """By the operation that transformers quantises with; its loader wants a GPU before it would call it."""
+    """With the quantization operation of transformers, called directly: its loader requires a GPU."""
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
     ignored = ["lm_head", IGNORED]
@@ -232,7 +232,7 @@ def test_fp8(tmp_path: Path, geometry: ModelGeometry, options: dict[str, Any], k
 
 
 def test_the_validator_compares_with_the_expanded_source(tmp_path: Path) -> None:
-    """Against the original weights nothing but the rounded embedding, head and ignored projection is between them."""
+    """The difference to the original weights is only the rounding of embedding, head and ignored projection."""
     write_fp8(tmp_path / "hf", EVEN)
     path = convert(tmp_path / "hf", tmp_path / "converted.safetensors")
     with Checkpoint.open(path) as checkpoint, Engine.load(path) as engine:

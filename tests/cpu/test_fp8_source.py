@@ -1,4 +1,4 @@
-"""FP8 folders as a source: scales of every shape, schemes that are not known, and every kind of damage.
+"""FP8 folders as a source: scales of every shape, unsupported schemes, and damage.
 
 That real tools' checkpoints convert without loss is in test_fp8_reference_tooling.py.
 """
@@ -38,7 +38,7 @@ def compressed(**weights: Any) -> dict[str, Any]:
 
 
 def fp8_tensors(suffix: str, scale: NDArray[np.float32], rng: np.random.Generator) -> Tensors:
-    """A model in float32 but for one projection."""
+    """A float32 model with one FP8 projection."""
     tensors: Tensors = {name: ("F32", values) for name, values in random_weights(tiny_geometry()).items()}
     codes = rng.integers(0, 0x7F, (320, 192), np.uint8) | rng.choice(np.array([0, 0x80], np.uint8), (320, 192))
     tensors[f"{GATE}.weight"] = ("F8_E4M3", codes)
@@ -92,7 +92,7 @@ def refused(folder: Path, *fragments: str) -> None:
         ({"quant_method": "fp8"}, "weight_scale_inv", (3, 2), (128, 128)),
     ],
 )
-def test_every_scale_reaches_the_weights_that_it_is_for(
+def test_every_scale_applies_to_its_weights(
     tmp_path: Path,
     rng: np.random.Generator,
     quantisation: Any,
@@ -133,7 +133,7 @@ def test_e8m0_is_every_power_of_two_and_a_nan() -> None:
     assert np.isnan(decoded[255])
 
 
-def test_scales_of_activations_and_of_the_cache_are_left_alone(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_scales_of_activations_and_of_the_cache_are_ignored(tmp_path: Path, rng: np.random.Generator) -> None:
     tensors = fp8_tensors("weight_scale", scales(rng, 320, 1), rng)
     one = ("F32", np.ones(1, np.float32))
     extra = {f"{GATE}.input_scale": one, "model.layers.0.self_attn.k_scale": one, f"{GATE}.input_scale_ub": one}
@@ -141,7 +141,7 @@ def test_scales_of_activations_and_of_the_cache_are_left_alone(tmp_path: Path, r
     assert sorted(open_source(tmp_path).names()) == sorted(tiny_geometry().parameters())
 
 
-def test_a_folder_whose_layers_were_all_ignored_is_an_ordinary_one(tmp_path: Path) -> None:
+def test_a_folder_without_quantized_layers(tmp_path: Path) -> None:
     write(tmp_path, {name: ("F32", values) for name, values in random_weights(tiny_geometry()).items()}, compressed())
     assert open_source(tmp_path).fp8_scheme is None
 
@@ -178,7 +178,7 @@ def test_a_folder_whose_layers_were_all_ignored_is_an_ordinary_one(tmp_path: Pat
         (BLOCKS | {"fmt": "e5m2"}, ("FP8 format 'e5m2'",)),
     ],
 )
-def test_schemes_that_are_not_known_are_named(
+def test_unsupported_schemes_are_named(
     tmp_path: Path, rng: np.random.Generator, quantisation: Any, fragments: tuple[str, ...]
 ) -> None:
     write(tmp_path, fp8_tensors("weight_scale", scales(rng, 320, 1), rng), quantisation)
@@ -224,20 +224,20 @@ def test_codes_of_a_nan_are_named_when_read(tmp_path: Path, rng: np.random.Gener
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.5, np.nan, np.inf, 150.0])
-def test_scales_that_can_be_none_are_named_when_read(tmp_path: Path, rng: np.random.Generator, bad: float) -> None:
+def test_invalid_scales_are_named_when_read(tmp_path: Path, rng: np.random.Generator, bad: float) -> None:
     tensors = fp8_tensors("weight_scale", scales(rng, 320, 1), rng)
     tensors[f"{GATE}.weight_scale"][1][5] = bad
     write(tmp_path, tensors, compressed())
     refused(tmp_path, f"Tensor {GATE}.weight_scale of", f"holds the scale {bad:.3g}, which is not between 0 and 146")
 
 
-def test_a_scale_as_powers_of_two_that_is_none(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_an_invalid_e8m0_scale(tmp_path: Path, rng: np.random.Generator) -> None:
     tensors = fp8_tensors("weight_scale_inv", scales(rng), rng)
     write(tmp_path, tensors | {f"{GATE}.weight_scale_inv": ("F8_E8M0", np.full((3, 2), 255, np.uint8))}, BLOCKS)
     refused(tmp_path, "holds the scale nan")
 
 
-def test_a_scale_of_a_type_that_is_none(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_scale_of_an_unsupported_dtype(tmp_path: Path, rng: np.random.Generator) -> None:
     tensors = fp8_tensors("weight_scale_inv", scales(rng), rng)
     write(tmp_path, tensors | {f"{GATE}.weight_scale_inv": ("I32", np.ones((3, 2), np.int32))}, BLOCKS)
     refused(tmp_path, f"Tensor {GATE}.weight_scale_inv of", "has dtype I32")
@@ -287,7 +287,7 @@ def test_a_tied_model_may_store_its_fp8_matrix_twice_if_both_are_equal(
                 read("model.embed_tokens.weight", 3, 9)
 
 
-def test_fp8_that_config_json_says_nothing_of(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_fp8_that_config_json_does_not_mention(tmp_path: Path, rng: np.random.Generator) -> None:
     tensors = fp8_tensors("weight_scale", scales(rng, 320, 1), rng)
     del tensors[f"{GATE}.weight_scale"]
     write(tmp_path, tensors, None)

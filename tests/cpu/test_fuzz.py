@@ -1,4 +1,4 @@
-"""The fuzz harness: it finds what is planted, makes it small, and finds nothing in the program."""
+"""The fuzz harness: it finds planted faults, minimises them, and finds none in the program."""
 
 import json
 import secrets
@@ -28,14 +28,14 @@ def restart(fuzzer: fuzz.Fuzzer, seed: int) -> fuzz.Report:
     return fuzzer.report
 
 
-def test_sound_files_work(fuzzer: fuzz.Fuzzer) -> None:
+def test_valid_files_work(fuzzer: fuzz.Fuzzer) -> None:
     for target, bases in fuzzer.bases.items():
         for files in bases:
             assert fuzzer.run(target, files) == Outcome("ok"), target
 
 
-def test_a_share_of_each_run(fuzzer: fuzz.Fuzzer) -> None:
-    """A few seconds of what `scripts/fuzz.py --count 20000` does by hand; the last seed is another one each time."""
+def test_a_short_run(fuzzer: fuzz.Fuzzer) -> None:
+    """A few seconds of `scripts/fuzz.py`; the last seed is random."""
     until = time.monotonic() + SECONDS
     for seed in (*SEEDS, secrets.randbelow(2**32)):
         report = restart(fuzzer, seed)
@@ -81,7 +81,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> worker.Worker:
     return worker.Worker(tmp_path, limit=0.3)
 
 
-def test_what_counts_as_a_finding(planted: worker.Worker, tmp_path: Path) -> None:
+def test_findings(planted: worker.Worker, tmp_path: Path) -> None:
     codes = FINDINGS | {
         "ok": "pass",
         "refused": "from numba_atomflow.errors import TextError; raise TextError('This is a sentence.')",
@@ -121,7 +121,7 @@ def test_minimising_ends_after_so_many_runs() -> None:
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.safetensors", "a.gguf", "a.jinja", "a.npy"])
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", bytes(100), b"GGUF\3" + bytes(20), b"\xff" * 9])
-def test_what_is_damaged_already_can_be_damaged_again(name: str, data: bytes) -> None:
+def test_damaged_files_can_be_damaged_again(name: str, data: bytes) -> None:
     import random
 
     for seed in range(200):
@@ -132,7 +132,7 @@ def test_what_is_damaged_already_can_be_damaged_again(name: str, data: bytes) ->
     "folder", sorted(path.parent for path in CORPUS.glob(f"*/{fuzz.CASE}")), ids=lambda path: path.name
 )
 def test_the_corpus(fuzzer: fuzz.Fuzzer, folder: Path) -> None:
-    """What was found once stays mended, and is refused by an error of the same class, or works."""
+    """Earlier findings stay fixed: an error of the same class, or success."""
     outcome = fuzzer.run(*fuzz.read_case(folder, fuzzer.bases))
     assert not outcome.is_finding, outcome
     assert (outcome.signature or "ok") == json.loads((folder / fuzz.CASE).read_text())["expected"]

@@ -1,4 +1,4 @@
-"""The geometry record: what it refuses, what it derives, and that it survives being written down."""
+"""The geometry record: validation, derived sizes, and JSON."""
 
 import json
 import math
@@ -39,7 +39,7 @@ LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling is {'factor'"),
     ],
 )
-def test_contradictions_are_named(changes: dict[str, Any], named: str) -> None:
+def test_inconsistencies_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(GeometryError, match=named):
         tiny_geometry(**changes)
 
@@ -84,7 +84,7 @@ def test_a_damaged_record_is_refused(change: dict[str, Any]) -> None:
         ModelGeometry.from_dict(tiny_geometry().to_dict() | change)
 
 
-def test_a_record_from_before_there_were_other_families_is_a_llama() -> None:
+def test_a_record_without_family_fields_is_a_llama() -> None:
     record = tiny_geometry().to_dict()
     del record["qkv_bias"], record["qk_norm"]
     assert ModelGeometry.from_dict(record) == tiny_geometry()

@@ -1,4 +1,4 @@
-"""GGUF files as a source: the same tensors as the Hugging Face folder they came from, and every kind of damage."""
+"""GGUF files as a source: the same tensors as the Hugging Face folder, and damage."""
 
 import os
 import re
@@ -76,13 +76,13 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "model.gguf")
 
 
-def test_an_absurd_original_context_of_llama3(tmp_path: Path) -> None:
+def test_an_invalid_original_context_of_llama3(tmp_path: Path) -> None:
     geometry = tiny_geometry(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
     write_gguf(tmp_path / "model.gguf", geometry, fields={"llama.rope.scaling.original_context_length": 0})
     refused(tmp_path / "model.gguf", "model.gguf", "original_max_positions is 0", error=GeometryError)
 
 
-def test_tokenizer_and_template_come_along(tmp_path: Path) -> None:
+def test_tokenizer_and_template_are_read(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", tokenizer=True)
     text = open_source(tmp_path / "model.gguf").text
     assert text.tokenizer_json is not None
@@ -98,7 +98,7 @@ def test_more_tokens_than_embeddings(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(smollm2_gguf: Path) -> gguf.GGUFReader:
-    """The real file as the gguf package's own, slow reader sees it."""
+    """The file, read by the gguf package."""
     return gguf.GGUFReader(smollm2_gguf)
 
 
@@ -200,7 +200,7 @@ def test_truncation_at_any_byte(tmp_path: Path) -> None:
         refused(cut, "cut.gguf is truncated")
 
 
-def test_no_damage_to_the_header_escapes_as_anything_but_a_sentence(tmp_path: Path) -> None:
+def test_a_damaged_header_raises_a_source_error(tmp_path: Path) -> None:
     whole, damaged = tmp_path / "whole.gguf", tmp_path / "damaged.gguf"
     write_gguf(whole, tiny_geometry(layers=1))
     data = whole.read_bytes()
@@ -231,7 +231,7 @@ def test_no_damage_to_the_header_escapes_as_anything_but_a_sentence(tmp_path: Pa
         (24, struct.pack("<Q", (1 << 64) - 1), "truncated or damaged"),  # length of the first key
     ],
 )
-def test_absurd_counts(tmp_path: Path, offset: int, value: bytes, fragment: str) -> None:
+def test_invalid_counts(tmp_path: Path, offset: int, value: bytes, fragment: str) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path)
     data = bytearray(path.read_bytes())
@@ -270,13 +270,13 @@ ARRAY_OF_BYTES, ARRAY_OF_STRINGS, ARRAY_OF_ARRAYS = (struct.pack("<II", 9, kind)
     ],
     ids=range(12),
 )
-def test_hostile_headers(tmp_path: Path, content: bytes, fragment: str) -> None:
+def test_malicious_headers(tmp_path: Path, content: bytes, fragment: str) -> None:
     (tmp_path / "model.gguf").write_bytes(content)
     refused(tmp_path / "model.gguf", "model.gguf", fragment)
 
 
 def test_a_header_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read, not mapped: a mapped page beyond the file's end would kill the process."""
+    """It is read, not mapped: access to a mapped page beyond the end of the file kills the process."""
     path = tmp_path / "model.gguf"
     write_gguf(path)
     size = path.stat().st_size
@@ -286,7 +286,7 @@ def test_a_header_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pyt
         read_gguf_file(path)
 
 
-def test_what_a_file_claims_is_never_allocated(tmp_path: Path) -> None:
+def test_sizes_in_a_file_are_checked_before_allocation(tmp_path: Path) -> None:
     claims = string(b"a") + ARRAY_OF_STRINGS + struct.pack("<Q", 1 << 20) + bytes(1 << 23)
     (tmp_path / "model.gguf").write_bytes(gguf_bytes(0, 3, claims[:-1]))
     tracemalloc.start()
@@ -320,7 +320,7 @@ def patch_tensor(path: Path, name: str, at: int, value: bytes) -> None:
         (24, struct.pack("<Q", 7), "misaligned"),
     ],
 )
-def test_absurd_tensor_descriptions(tmp_path: Path, at: int, value: bytes, fragment: str) -> None:
+def test_invalid_tensor_descriptions(tmp_path: Path, at: int, value: bytes, fragment: str) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path)
     patch_tensor(path, "blk.1.attn_q.weight", at, value)
@@ -436,7 +436,7 @@ def test_metadata_that_does_not_fit_the_weights(tmp_path: Path, fields: dict[str
     ],
     ids=str,
 )
-def test_what_would_compute_something_else_is_refused_by_name(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_unsupported_settings_are_refused_by_name(tmp_path: Path, fields: dict[str, Any]) -> None:
     write_gguf(tmp_path / "model.gguf", fields=fields)
     refused(tmp_path / "model.gguf", "model.gguf", list(fields)[-1], "not supported")
 
@@ -465,7 +465,7 @@ def test_what_would_compute_something_else_is_refused_by_name(tmp_path: Path, fi
     ],
     ids=str,
 )
-def test_what_changes_nothing_is_taken(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_neutral_settings_are_accepted(tmp_path: Path, fields: dict[str, Any]) -> None:
     write_gguf(tmp_path / "model.gguf", fields=fields)
     assert open_source(tmp_path / "model.gguf").geometry == tiny_geometry()
 
@@ -479,7 +479,7 @@ def test_layers_of_different_sizes(tmp_path: Path, key: str, values: list[Any], 
     refused(tmp_path / "model.gguf", "model.gguf", f"llama.{key}", fragment)
 
 
-def test_numbers_that_no_kernel_supports(tmp_path: Path) -> None:
+def test_unsupported_sizes(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", fields={"llama.attention.head_count_kv": 3})
     refused(tmp_path / "model.gguf", "model.gguf", "3 key/value heads", error=GeometryError)
 
@@ -490,7 +490,7 @@ def test_unknown_architecture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("window", "positions"), [(0, 512), (300, 300), (1000, 512)])
-def test_the_context_ends_where_a_window_would_slide(tmp_path: Path, window: int, positions: int) -> None:
+def test_the_context_is_limited_to_a_sliding_window(tmp_path: Path, window: int, positions: int) -> None:
     geometry = tiny_geometry(qkv_bias=True)
     write_gguf(tmp_path / "model.gguf", geometry, fields={"qwen2.attention.sliding_window": window})
     assert open_source(tmp_path / "model.gguf").geometry == replace(geometry, max_positions=positions)
@@ -511,7 +511,7 @@ def test_a_llama_with_a_bias_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "model.gguf", "holds the tensor model.layers.0.self_attn.q_proj.bias", "not part of a model")
 
 
-def test_head_dim_defaults_to_an_even_share(tmp_path: Path) -> None:
+def test_head_dim_defaults_to_hidden_over_heads(tmp_path: Path) -> None:
     geometry = replace(tiny_geometry(), hidden=256)
     dropped = dict.fromkeys(
         ("llama.attention.key_length", "llama.attention.value_length", "llama.rope.dimension_count")

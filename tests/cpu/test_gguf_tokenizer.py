@@ -1,4 +1,4 @@
-"""A tokenizer goes into GGUF metadata and comes out again with the same tokens."""
+"""Tokenizers in GGUF metadata give the same tokens as the original."""
 
 import json
 import unicodedata
@@ -54,7 +54,7 @@ def test_sentencepiece_tokens_are_those_of_the_original() -> None:
         ("qwen2", ["1", "2", "3", "4", "5", "6", "7", " ", "8", "  ", " x", "I", "'LL"]),
     ],
 )
-def test_each_pre_tokenizer_cuts_in_its_own_way(pre: str, pieces: list[str]) -> None:
+def test_splits_of_each_pre_tokenizer(pre: str, pieces: list[str]) -> None:
     _, fields = byte_level()
     rebuilt = Tokenizer.from_buffer(assets_from_gguf(fields | {"tokenizer.ggml.pre": pre}).tokenizer_json)
     cut = [piece.replace("Ġ", " ") for text in ("1234567 8   x", "I'LL") for piece, _ in pre_pieces(rebuilt, text)]
@@ -68,9 +68,7 @@ def pre_pieces(tokenizer: Tokenizer, text: str) -> list[tuple[str, tuple[int, in
 
 @pytest.mark.parametrize("stated", [None, "default", ""])
 @pytest.mark.parametrize(("pre", "family"), [("gpt-2", "GPT-2"), ("smollm", "SmolLM"), ("qwen2", "Qwen2")])
-def test_a_pre_tokenizer_that_is_not_named_is_recognised_by_the_vocabulary(
-    pre: str, family: str, stated: str | None
-) -> None:
+def test_an_unnamed_pre_tokenizer_is_detected_from_the_vocabulary(pre: str, family: str, stated: str | None) -> None:
     original, fields = byte_level(pre)
     assets = assets_from_gguf(fields | {"tokenizer.ggml.pre": stated}, "some.gguf")
     (warning,) = assets.warnings
@@ -80,7 +78,7 @@ def test_a_pre_tokenizer_that_is_not_named_is_recognised_by_the_vocabulary(
     assert [codec.encode(text) for text in SAMPLES] == [original.encode(text).ids for text in SAMPLES]
 
 
-def test_llama3_is_recognised_with_its_bos() -> None:
+def test_llama3_is_detected_with_its_bos() -> None:
     original, fields = byte_level("llama-bpe", ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
     for key in ("pre", "add_bos_token", "bos_token_id"):
         del fields[f"tokenizer.ggml.{key}"]
@@ -90,14 +88,14 @@ def test_llama3_is_recognised_with_its_bos() -> None:
 
 
 def small_vocabulary(*further: str) -> dict[str, Any]:
-    """Bytes and a few tokens: too little to tell by what it was cut."""
+    """Bytes and a few tokens: too few to detect the pre-tokenizer."""
     _, fields = byte_level()
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *further]
     types = [NORMAL] * len(tokens)
     return fields | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": []}
 
 
-def test_a_vocabulary_that_does_not_tell_is_cut_as_gpt2_with_a_warning() -> None:
+def test_an_undetected_vocabulary_is_split_as_gpt2_with_a_warning() -> None:
     unnamed = {"tokenizer.ggml.pre": None}
     unknown, known = assets_from_gguf(small_vocabulary() | unnamed), assets_from_gguf(small_vocabulary())
     assert unknown.tokenizer_json == known.tokenizer_json
@@ -105,19 +103,19 @@ def test_a_vocabulary_that_does_not_tell_is_cut_as_gpt2_with_a_warning() -> None
     assert known.warnings == ()
 
 
-def test_a_vocabulary_that_fits_no_splitting_is_refused() -> None:
+def test_a_vocabulary_that_fits_no_pre_tokenizer_is_refused() -> None:
     sentences = [f"twoĠwords{letter}" for letter in "abcdefg"]
     with pytest.raises(SourceError, match=r"fits none of those that are supported; take a newer file"):
         assets_from_gguf(small_vocabulary(*sentences) | {"tokenizer.ggml.pre": None})
 
 
-def test_a_telltale_token_in_a_vocabulary_of_another_kind_is_not_believed() -> None:
+def test_a_marker_token_in_another_vocabulary_is_not_sufficient() -> None:
     _, fields = byte_level("gpt-2", ["<|begin_of_text|>", "<|end_of_text|>"])
     assets = assets_from_gguf(fields | {"tokenizer.ggml.pre": None})
     assert "does not determine it" in assets.warnings[0]
 
 
-def test_llama3_takes_a_whole_word_that_its_merges_do_not_reach() -> None:
+def test_llama3_encodes_a_whole_word_without_merges() -> None:
     _, fields = byte_level("llama-bpe")
     tokens = [*fields["tokenizer.ggml.tokens"], "qzxqzx"]
     extended = fields | {
@@ -128,7 +126,7 @@ def test_llama3_takes_a_whole_word_that_its_merges_do_not_reach() -> None:
     assert len(codec_of(extended | {"tokenizer.ggml.pre": "gpt-2"}).encode("qzxqzx")) > 1
 
 
-def test_control_tokens_are_whole_and_hidden_and_user_defined_ones_whole_and_shown() -> None:
+def test_control_tokens_are_hidden_and_user_defined_tokens_shown() -> None:
     _, fields = byte_level()
     codec = codec_of(fields)
     think = len(fields["tokenizer.ggml.tokens"]) - 1
@@ -166,7 +164,7 @@ def retyped(fields: dict[str, Any], token_id: int, kind: int) -> dict[str, Any]:
     "name",
     ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"],
 )
-def test_a_turn_ends_by_name_whatever_its_type(name: str, kind: int) -> None:
+def test_an_eos_token_is_found_by_its_text_for_any_type(name: str, kind: int) -> None:
     _, fields = byte_level("gpt-2", ["<s>", "<|endoftext|>", name])
     assets = assets_from_gguf(retyped(fields, 2, kind), "some.gguf")
     assert assets.eos_ids == (1, 2)
@@ -177,7 +175,7 @@ def test_a_turn_ends_by_name_whatever_its_type(name: str, kind: int) -> None:
     assert codec.decode([2]) == ""
 
 
-def test_an_end_that_only_the_file_names_ends_a_reply_whatever_its_type() -> None:
+def test_an_eos_token_named_by_the_file_ends_a_reply_for_any_type() -> None:
     _, fields = byte_level("gpt-2", ["<s>", "<|endoftext|>", "[STOP]"])
     assets = assets_from_gguf(retyped(fields, 2, NORMAL) | {"tokenizer.ggml.eot_token_id": 2})
     assert assets.eos_ids == (1, 2)
@@ -187,7 +185,7 @@ def test_an_end_that_only_the_file_names_ends_a_reply_whatever_its_type() -> Non
     assert named.decode(named.encode("a,b")) == "a,b"  # an id by mistake does not make text disappear
 
 
-def test_a_normal_token_spelt_as_text_may_be_does_not_end_a_reply() -> None:
+def test_a_normal_token_that_may_be_text_does_not_end_a_reply() -> None:
     _, fields = byte_level("gpt-2", ["<s>", "<|endoftext|>", "</s>"])
     assert assets_from_gguf(fields).eos_ids == (1, 2)
     assert assets_from_gguf(retyped(fields, 2, NORMAL)).eos_ids == (1,)
@@ -198,7 +196,7 @@ def test_end_ends_a_message_where_return_and_call_end_a_reply() -> None:
     assert assets_from_gguf(fields).eos_ids == (1, 2, 3)
 
 
-def test_markers_of_a_chat_are_whole_whatever_their_type() -> None:
+def test_chat_markers_are_not_split_for_any_type() -> None:
     _, fields = byte_level("gpt-2", ["<s>", "<|endoftext|>", "<|im_start|>", "<|user|>"])
     assets = assets_from_gguf(retyped(retyped(fields, 2, NORMAL), 3, NORMAL), "some.gguf")
     (warning,) = assets.warnings
@@ -226,7 +224,7 @@ NO_TOKEN = [0xFFFFFFFF, 2**64 - 1, -1, 10**6]
     "name",
     ["bos", "eos", "eot", "eom", "padding", "unknown", "seperator", "cls", "mask", "fim_pre", "fim_pad", "prefix"],
 )
-def test_an_id_that_no_token_has_names_nothing(name: str, token_id: int) -> None:
+def test_an_id_outside_the_vocabulary_is_ignored(name: str, token_id: int) -> None:
     _, fields = byte_level()
     key = f"tokenizer.ggml.{name}_token_id"
     assets = assets_from_gguf(fields | {key: token_id}, "some.gguf")
@@ -246,7 +244,7 @@ def test_a_sentencepiece_that_names_no_special_tokens_has_the_usual_ones() -> No
     assert (assets.add_bos, assets.eos_ids) == (True, (2,))
 
 
-def test_a_bos_that_is_wanted_and_not_there_is_told() -> None:
+def test_a_missing_bos_is_reported() -> None:
     _, fields = byte_level()
     del fields["tokenizer.ggml.bos_token_id"]
     assets = assets_from_gguf(fields | {"tokenizer.ggml.add_bos_token": True})
@@ -255,7 +253,7 @@ def test_a_bos_that_is_wanted_and_not_there_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", ["add_eos_token", "add_sep_token", "remove_extra_whitespaces"])
-def test_what_is_not_followed_is_told(name: str) -> None:
+def test_ignored_settings_are_reported(name: str) -> None:
     _, fields = sentencepiece()
     key = f"tokenizer.ggml.{name}"
     (warning,) = assets_from_gguf(fields | {key: True}).warnings
@@ -263,7 +261,7 @@ def test_what_is_not_followed_is_told(name: str) -> None:
     assert assets_from_gguf(fields | {key: False}).warnings == ()
 
 
-def test_two_tokens_of_one_spelling_are_refused_and_padding_is_not() -> None:
+def test_duplicate_tokens_are_refused_and_padding_is_not() -> None:
     _, fields = byte_level()
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     with pytest.raises(SourceError, match=r"spells the tokens 5 and \d+ alike"):
@@ -282,7 +280,7 @@ def test_two_tokens_of_one_spelling_are_refused_and_padding_is_not() -> None:
     assert padded.decode([count, count + 1, count + 2]) == ""
 
 
-def test_a_token_of_absurd_length_costs_no_time() -> None:
+def test_a_very_long_token_takes_no_time() -> None:
     _, fields = sentencepiece()
     tokens = [*fields["tokenizer.ggml.tokens"], "a" * 10**6]
     with pytest.raises(SourceError, match="a token of 1000000 characters"):
@@ -307,7 +305,7 @@ def test_a_token_of_absurd_length_costs_no_time() -> None:
         (sentencepiece, False, False),
     ],
 )
-def test_bos_is_added_as_the_file_says_and_else_as_its_kind_does(make: Any, stated: bool | None, added: bool) -> None:
+def test_add_bos_of_the_file_or_the_default(make: Any, stated: bool | None, added: bool) -> None:
     _, fields = make()
     fields.pop("tokenizer.ggml.add_bos_token", None)
     if stated is not None:
@@ -320,7 +318,7 @@ def test_bos_is_added_as_the_file_says_and_else_as_its_kind_does(make: Any, stat
     assert codec.encode("<s>x").count(bos) == 1  # spelt out in the text: not a second one
 
 
-def test_named_tokens_and_template_are_handed_over() -> None:
+def test_named_tokens_and_template_are_in_the_assets() -> None:
     _, fields = sentencepiece()
     assets = assets_from_gguf(
         fields | {"tokenizer.chat_template": "{{ bos_token }}", "tokenizer.ggml.padding_token_id": 2}
@@ -363,7 +361,7 @@ def test_a_file_without_tokenizer_gives_assets_without_one(fields: dict[str, Any
         ({"tokenizer.chat_template": 5}, "tokenizer.chat_template: 5"),
     ],
 )
-def test_a_damaged_description_is_refused_in_one_sentence(change: dict[str, Any], fault: str) -> None:
+def test_damaged_metadata_are_refused(change: dict[str, Any], fault: str) -> None:
     _, fields = byte_level()
     with pytest.raises(SourceError) as refusal:
         assets_from_gguf(fields | change)

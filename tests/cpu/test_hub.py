@@ -1,4 +1,4 @@
-"""Models of the hub, from a hub on this machine: fetched, continued after every kind of interruption, and checked."""
+"""Downloads from a local hub server: complete, resumed after interruptions, and verified."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def hub(source: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client waits a second before each of five tries, and hands on pieces of 10 MB; not so here."""
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the client's delay of a second before each of five retries, and with chunks smaller than its 10 MB."""
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _seconds: None)
 
@@ -59,7 +59,7 @@ def folder() -> Path:
 
 
 def refused(hub: Hub, *fragments: str, model: HubModel = MODEL) -> None:
-    """Fetching fails with one sentence that holds all the fragments."""
+    """The download fails with one sentence that has all fragments."""
     with pytest.raises(HubError) as caught:
         fetch(model, endpoint=hub.endpoint)
     for fragment in fragments:
@@ -92,11 +92,11 @@ def refused(hub: Hub, *fragments: str, model: HubModel = MODEL) -> None:
         ("org/" + "x" * 97, None),
     ],
 )
-def test_what_may_be_a_model_of_the_hub(text: str, expected: HubModel | None) -> None:
+def test_names_of_hub_models(text: str, expected: HubModel | None) -> None:
     assert HubModel.parse(text) == expected
 
 
-def test_what_is_on_this_machine_goes_first(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_take_precedence(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(source.parent.parent)
     name = f"{source.parent.name}/hf"
     assert HubModel.parse(name) is not None
@@ -109,7 +109,7 @@ def test_what_is_on_this_machine_goes_first(source: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_model_is_fetched_once(tmp_path: Path, shards: int) -> None:
+def test_a_model_is_downloaded_once(tmp_path: Path, shards: int) -> None:
     write_hf_folder(tmp_path / "hf", shards=shards)
     for name in TEXT_FILES:  # all that is read of a folder is fetched
         if not (tmp_path / "hf" / name).exists():
@@ -129,7 +129,7 @@ def test_a_model_is_fetched_once(tmp_path: Path, shards: int) -> None:
     assert open_source(got).geometry == tiny_geometry()
 
 
-def test_a_gguf_file_is_fetched_alone(tmp_path: Path) -> None:
+def test_only_the_gguf_file_is_downloaded(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     data = (tmp_path / "tiny.gguf").read_bytes()
     with serve(REPO, {"tiny.gguf": data, "other.gguf": b"x", "README.md": b"x"}) as hub:
@@ -141,7 +141,7 @@ def test_a_gguf_file_is_fetched_alone(tmp_path: Path) -> None:
         refused(hub, f"holds GGUF files; name one of them: {REPO}/other.gguf")
 
 
-def test_convert_takes_a_name(hub: Hub, tmp_path: Path) -> None:
+def test_convert_with_a_hub_name(hub: Hub, tmp_path: Path) -> None:
     arguments = ("convert", REPO, tmp_path / "out", "--revision", "main", "--json")
     done = run_cli(home.home(), *arguments, env={"HF_ENDPOINT": hub.endpoint})
     assert (done.code, done.err) == (0, "")
@@ -158,7 +158,7 @@ def test_convert_without_a_network(tmp_path: Path) -> None:
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 
-def test_a_lost_connection_is_continued_at_once(hub: Hub, impatient: None) -> None:
+def test_a_lost_connection_is_resumed_at_once(hub: Hub, no_delays: None) -> None:
     hub.breaks[WEIGHTS] = 1_200_000  # of 3.1 MB
     got = fetch(MODEL, endpoint=hub.endpoint)
     starts = [start for name, start in hub.requests if name == WEIGHTS]
@@ -166,7 +166,7 @@ def test_a_lost_connection_is_continued_at_once(hub: Hub, impatient: None) -> No
     assert (got / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
 
 
-def test_a_download_that_was_given_up_is_continued_by_the_next(hub: Hub, impatient: None) -> None:
+def test_an_interrupted_download_is_resumed_by_the_next(hub: Hub, no_delays: None) -> None:
     def progress(name: str, done: int, _total: int) -> None:
         if name == WEIGHTS and done:
             hub.breaks[WEIGHTS] = 0  # from now on nothing arrives
@@ -198,7 +198,7 @@ fetch(HubModel(sys.argv[1]), progress, sys.argv[2])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_process_that_was_ended_is_continued_by_the_next(tmp_path: Path, how: signal.Signals) -> None:
+def test_the_download_of_a_terminated_process_is_resumed_by_the_next(tmp_path: Path, how: signal.Signals) -> None:
     data = os.urandom(25_000_000)  # the client writes pieces of 10 MB
     files = {"config.json": b"{}", WEIGHTS: data}
     with serve(REPO, files) as hub:
@@ -215,7 +215,7 @@ def test_a_process_that_was_ended_is_continued_by_the_next(tmp_path: Path, how: 
         assert hub.requests == [(WEIGHTS, there)]
 
 
-def test_a_partial_file_of_more_than_there_is(hub: Hub) -> None:
+def test_a_partial_file_that_is_too_long(hub: Hub) -> None:
     folder().mkdir(parents=True)
     (folder() / f"{WEIGHTS}.partial").write_bytes(hub.files[WEIGHTS] + b"x")
     assert (fetch(MODEL, endpoint=hub.endpoint) / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
@@ -236,7 +236,7 @@ def test_of_two_processes_the_second_waits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
-def test_a_file_that_was_damaged_on_its_way_is_removed(hub: Hub, name: str) -> None:
+def test_a_corrupted_file_is_removed(hub: Hub, name: str) -> None:
     hub.damaged.add(name)
     refused(hub, f"{name} of {REPO} was corrupted in transit", "run the command again")
     assert not [path for path in folder().iterdir() if path.name.startswith(name)]
@@ -244,13 +244,13 @@ def test_a_file_that_was_damaged_on_its_way_is_removed(hub: Hub, name: str) -> N
     assert (fetch(MODEL, endpoint=hub.endpoint) / name).read_bytes() == hub.files[name]
 
 
-def test_damage_in_the_part_that_was_there_is_found(hub: Hub) -> None:
+def test_damage_of_a_partial_file_is_detected(hub: Hub) -> None:
     folder().mkdir(parents=True)
     (folder() / f"{WEIGHTS}.partial").write_bytes(b"\0" * 1000)
     refused(hub, f"{WEIGHTS} of {REPO} was corrupted in transit")
 
 
-def test_a_shard_that_the_hub_has_not(tmp_path: Path) -> None:
+def test_a_missing_shard(tmp_path: Path) -> None:
     write_hf_folder(tmp_path / "hf", shards=2)
     with serve(REPO, tmp_path / "hf") as hub:
         del hub.files["model-00002-of-00002.safetensors"]
@@ -261,7 +261,7 @@ def test_a_shard_that_the_hub_has_not(tmp_path: Path) -> None:
             fetch(MODEL, endpoint=hub.endpoint)
 
 
-def test_a_vocabulary_in_another_format_is_refused_before_the_weights_are_fetched(hub: Hub) -> None:
+def test_a_vocabulary_in_another_format_is_refused_before_the_download_of_weights(hub: Hub) -> None:
     hub.files["tokenizer.model"] = hub.files.pop("tokenizer.json")
     refused(hub, "holds its tokenizer as tokenizer.model, but no tokenizer.json")
     assert WEIGHTS not in [name for name, _ in hub.requests]
@@ -282,12 +282,12 @@ def test_a_model_without_safetensors(files: dict[str, bytes]) -> None:
         (500, "", "the hub answered 500"),
     ],
 )
-def test_a_hub_that_says_no(hub: Hub, impatient: None, status: int, code: str, fragment: str) -> None:
+def test_error_responses(hub: Hub, no_delays: None, status: int, code: str, fragment: str) -> None:
     hub.refusal = (status, code)
     refused(hub, REPO, fragment, model=HubModel(REPO, revision="v9"))
 
 
-def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
+def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch, no_delays: None) -> None:
     with pytest.raises(HubError, match=f"no folder or file {REPO} here, and the hub could not be reached") as caught:
         fetch(MODEL, endpoint="http://127.0.0.1:9")
     assert "\n" not in str(caught.value)
@@ -302,12 +302,12 @@ def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch(MODEL)
 
 
-def test_a_full_disk_is_seen_before(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_first(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)
     refused(hub, "MB are free; make room", str(folder()))
 
 
-def test_a_home_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
+def test_a_read_only_home(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     refused(hub, "could not be kept in", "NUMBA_ATOMFLOW_HOME")

@@ -1,4 +1,4 @@
-"""Hugging Face folders as a source: every layout that is in use, and every kind of damage."""
+"""Hugging Face folders as a source: all layouts, and damage."""
 
 import copy
 import itertools
@@ -32,14 +32,14 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sound folder with one weight file, for tests that damage it."""
+    """A valid folder with one weight file, for tests that damage it."""
     write_hf_folder(tmp_path / "model")
     return tmp_path / "model"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A sound folder with three weight files and an index."""
+    """A valid folder with three weight files and an index."""
     write_hf_folder(tmp_path / "model", shards=3)
     return tmp_path / "model"
 
@@ -62,7 +62,7 @@ def test_every_layout_gives_the_stored_values(tmp_path: Path, dtype: str, shards
     assert len(weight_files) == shards
 
 
-def test_the_factory_rounds_bf16_as_torch_does() -> None:
+def test_test_models_round_bf16_as_torch() -> None:
     torch = pytest.importorskip("torch")
     from tiny_models import as_stored
 
@@ -71,7 +71,7 @@ def test_the_factory_rounds_bf16_as_torch_does() -> None:
     np.testing.assert_array_equal(as_stored(values, "BF16")[1], expected)
 
 
-def test_text_comes_along(folder: Path) -> None:
+def test_text_assets_are_read(folder: Path) -> None:
     text = open_source(folder).text
     assert text.tokenizer_json == (folder / "tokenizer.json").read_bytes()
     assert (text.chat_template, text.bos_token, text.eos_token) == (CHAT_TEMPLATE, "<|bos|>", "<|eos|>")
@@ -88,7 +88,7 @@ def test_text_comes_along(folder: Path) -> None:
         ({}, None, (1,)),
     ],
 )
-def test_end_of_reply_ids(folder: Path, generation: dict[str, Any], config: Any, expected: tuple[int, ...]) -> None:
+def test_eos_ids(folder: Path, generation: dict[str, Any], config: Any, expected: tuple[int, ...]) -> None:
     write_json(folder / "generation_config.json", generation)
     change_json(folder / "config.json", eos_token_id=config)
     assert open_source(folder).text.eos_ids == expected
@@ -99,7 +99,7 @@ def test_chat_template_file_goes_before_the_config(folder: Path) -> None:
     assert open_source(folder).text.chat_template == "from the file ✓"
 
 
-def test_of_several_chat_templates_the_default_is_taken(folder: Path) -> None:
+def test_of_several_chat_templates_the_default_is_used(folder: Path) -> None:
     templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     change_json(folder / "tokenizer_config.json", chat_template=templates)
     assert open_source(folder).text.chat_template == "plain"
@@ -114,7 +114,7 @@ def test_special_tokens_as_objects_and_from_their_own_file(folder: Path) -> None
     assert (text.bos_token, text.eos_token, text.add_bos) == ("<|bos|>", "<|eos|>", True)
 
 
-def test_a_folder_without_tokenizer_is_weights_alone(folder: Path) -> None:
+def test_a_folder_without_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).unlink()
     source = open_source(folder)
@@ -183,13 +183,13 @@ def test_rope_of_old_and_new_configs(
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "original_max_position_embeddings"),
     ],
 )
-def test_rope_that_two_places_do_not_agree_on(folder: Path, changes: dict[str, Any], fragment: str) -> None:
+def test_conflicting_rope_settings(folder: Path, changes: dict[str, Any], fragment: str) -> None:
     change_json(folder / "config.json", **changes)
     refused(folder, "config.json", fragment, "keep one")
 
 
-def test_rope_in_two_places_is_as_in_transformers(folder: Path) -> None:
-    """Whatever is accepted, is what transformers makes of it."""
+def test_rope_in_two_records_is_as_in_transformers(folder: Path) -> None:
+    """Accepted configs give the same RoPE as transformers."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     plain = json.loads((folder / "config.json").read_text())
     records: list[dict[str, Any] | None] = [None, {}, LLAMA3, {"rope_type": "default"}, {"rope_theta": 5e5}]
@@ -213,8 +213,8 @@ def test_rope_in_two_places_is_as_in_transformers(folder: Path) -> None:
     assert accepted > 50
 
 
-def test_kv_heads_that_are_not_named(folder: Path) -> None:
-    """The class's own number where the key is absent, all heads where it is null."""
+def test_default_kv_heads(folder: Path) -> None:
+    """The default of the class if the key is absent; the number of heads if it is null."""
     config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 64}
     for family, expected in {"llama": 64, "mistral": 8, "qwen2": 32, "qwen3": 32}.items():
         config |= {"model_type": family, "num_key_value_heads": None}
@@ -245,7 +245,7 @@ def test_optional_sizes(tmp_path: Path) -> None:
         ("qwen3", {"sliding_window": 300, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 300),
     ],
 )
-def test_the_context_ends_where_a_window_would_slide(
+def test_the_context_is_limited_to_a_sliding_window(
     tmp_path: Path, family: str, changes: dict[str, Any], positions: int
 ) -> None:
     geometry = tiny_geometry(max_positions=8000, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
@@ -321,7 +321,7 @@ def test_a_model_that_lacks_what_its_family_has(tmp_path: Path, family: str, suf
         ({"eos_token_id": "2"}, "eos_token_id"),
     ],
 )
-def test_configs_that_cannot_be_run(folder: Path, changes: dict[str, Any], fragment: str) -> None:
+def test_unsupported_configs(folder: Path, changes: dict[str, Any], fragment: str) -> None:
     (folder / "generation_config.json").unlink()
     change_json(folder / "config.json", **changes)
     refused(folder, fragment, "model")
@@ -347,7 +347,7 @@ def test_config_and_weights_that_differ(folder: Path, changes: dict[str, Any], f
         assert not open_source(folder).geometry.tied_embeddings
 
 
-def test_sizes_that_no_kernel_supports_name_the_config(folder: Path) -> None:
+def test_unsupported_sizes_name_the_config(folder: Path) -> None:
     change_json(folder / "config.json", head_dim=48)
     refused(folder, "config.json", "head_dim 48", error=GeometryError)
 
@@ -419,7 +419,7 @@ def test_an_untied_model_without_head_gets_a_hint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("head", ["tied", "untied", "none"])
 def test_a_base_model_saved_alone(tmp_path: Path, shards: int, head: str) -> None:
-    """LlamaModel.save_pretrained leaves out the prefix "model." and the head."""
+    """LlamaModel.save_pretrained omits the prefix "model." and the head."""
     geometry = tiny_geometry(tied_embeddings=head == "tied")
     weights = random_weights(geometry)
     bare = {name.removeprefix("model."): values for name, values in weights.items()}
@@ -497,7 +497,7 @@ def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
     refused(folder / name if name == "model.gguf" else folder, name, "Git LFS pointer", "git lfs pull")
 
 
-def test_weights_alone(folder: Path) -> None:
+def test_a_weight_file_instead_of_a_folder(folder: Path) -> None:
     refused(folder / "model.safetensors", "holds only weights", "config.json")
 
 
@@ -534,7 +534,7 @@ def test_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     assert len(open_source(tmp_path).names()) == 21
 
 
-def test_weights_that_no_training_makes_are_refused(tmp_path: Path) -> None:
+def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     geometry = tiny_geometry()
     weights = random_weights(geometry)
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = -70000.0
@@ -623,7 +623,7 @@ def test_damaged_safetensors(folder: Path, damage: str) -> None:
     refused(folder, "model.safetensors", fragment)
 
 
-def test_a_dtype_that_is_no_weight(folder: Path) -> None:
+def test_an_unsupported_dtype(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(set_tensor(dtype="I32")(path.read_bytes()))
     with pytest.raises(SourceError, match=r"gate_proj\.weight of .* has dtype I32; supported are"):
@@ -664,7 +664,7 @@ def test_a_tensor_in_another_shard_than_the_index_says(sharded: Path) -> None:
 @pytest.mark.parametrize(
     "value", ["../model-00001-of-00003.safetensors", "a" * 300, "/etc/passwd", "..", "", 5, "a\0b"]
 )
-def test_an_index_that_leads_out_of_its_folder(sharded: Path, value: Any) -> None:
+def test_an_index_with_paths(sharded: Path, value: Any) -> None:
     index = sharded / "model.safetensors.index.json"
     record = json.loads(index.read_text())
     record["weight_map"][EMBEDDING] = value

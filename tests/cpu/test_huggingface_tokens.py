@@ -1,4 +1,4 @@
-"""Tokens and flags that are spread over the files of a Hugging Face folder, against transformers."""
+"""Tokens and flags in several files of a Hugging Face folder, compared with transformers."""
 
 import json
 import random
@@ -110,14 +110,14 @@ def write_folder(folder: Path, config: dict[str, Any], **files: Any) -> Path:
     return folder
 
 
-def test_a_tokenizer_that_lacks_nothing_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_complete_tokenizer_is_unchanged(tmp_path: Path) -> None:
     listed = {str(i): {"content": text, "special": True} for i, text in enumerate((BOS, EOS, PAD))}
     write_folder(tmp_path, {"eos_token": EOS, "added_tokens_decoder": listed})
     assert assets(tmp_path).tokenizer_json == (tmp_path / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("ids", [{"270": "<x>"}, {"5": "<x>"}, {"259": "<x>", "261": "<y>"}, {"1": BOS}])
-def test_ids_that_files_do_not_agree_on_are_refused(tmp_path: Path, ids: dict[str, str]) -> None:
+def test_conflicting_ids_are_refused(tmp_path: Path, ids: dict[str, str]) -> None:
     write_folder(tmp_path, {"added_tokens_decoder": {key: {"content": text} for key, text in ids.items()}})
     with pytest.raises(
         SourceError, match=r"tokenizer_config\.json gives the token '<.*tokenizer\.json.*make the two files agree"
@@ -166,7 +166,7 @@ def test_a_malformed_list_of_added_tokens(tmp_path: Path, added: Any) -> None:
 
 @pytest.mark.parametrize("added", [{"<x>": 280}, {"<x>": 260, "<y>": 259}, {"": 259, "<x>": 260}, {"a": 259}, {BOS: 9}])
 def test_ids_that_the_tokenizers_library_does_not_give_are_refused(tmp_path: Path, added: dict[str, int]) -> None:
-    """It numbers added tokens by itself, whatever tokenizer.json says."""
+    """The library numbers added tokens itself and ignores the ids in tokenizer.json."""
     record = json.loads(tiny_tokenizer().to_str())
     flags = dict.fromkeys(FLAGS, False)
     record["added_tokens"] += [{"id": token_id, "content": content} | flags for content, token_id in added.items()]
@@ -184,7 +184,7 @@ def test_a_null_does_not_hide_the_name_in_the_other_file(tmp_path: Path, config:
     assert (text.bos_token, text.eos_token, text.eos_ids) == (BOS, EOS, (1,))
 
 
-def test_names_beside_a_list_of_added_tokens_do_not_count_but_end_a_reply(tmp_path: Path) -> None:
+def test_with_added_tokens_decoder_the_names_of_the_map_only_end_a_reply(tmp_path: Path) -> None:
     """As in transformers, which does not open special_tokens_map.json then."""
     config = NULL | {"added_tokens_decoder": {"0": {"content": BOS, "special": True}}}
     text = assets(write_folder(tmp_path, config, special_tokens_map=NAMED))
@@ -212,7 +212,7 @@ def test_every_name_reaches_the_chat_template(tmp_path: Path) -> None:
         ({"tokenizer_config.json": {"chat_template": "\u00e9"}, "chat_template.jinja": ""}, "\u00e9"),
     ],
 )
-def test_places_of_a_chat_template(tmp_path: Path, files: dict[str, Any], expected: str) -> None:
+def test_files_of_a_chat_template(tmp_path: Path, files: dict[str, Any], expected: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     assert assets(tmp_path).chat_template == expected
@@ -230,7 +230,7 @@ def test_places_of_a_chat_template(tmp_path: Path, files: dict[str, Any], expect
         (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
     ],
 )
-def test_json_that_python_reads_and_nobody_can_use(tmp_path: Path, name: str, content: bytes, fault: str) -> None:
+def test_json_beyond_the_standard(tmp_path: Path, name: str, content: bytes, fault: str) -> None:
     write_folder(tmp_path, {})
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=fault) as caught:
@@ -248,19 +248,19 @@ def test_a_vocabulary_in_another_format_is_refused(tmp_path: Path, other: str) -
         assets(tmp_path)
 
 
-def test_tokens_beyond_the_embedding_are_told(tmp_path: Path) -> None:
+def test_tokens_beyond_the_embedding_are_reported(tmp_path: Path) -> None:
     write_folder(tmp_path, {"pad_token": "[PAD]"})
     (warning,) = folder_text(tmp_path, {}, 259)[0].warnings
     assert "the token '[PAD]' beyond the 259 rows" in warning
 
 
-def test_what_is_not_followed_is_told(tmp_path: Path) -> None:
+def test_ignored_settings_are_reported(tmp_path: Path) -> None:
     (warning,) = assets(write_folder(tmp_path, {"split_special_tokens": True})).warnings
     assert "split_special_tokens, which is ignored" in warning
 
 
 @pytest.mark.parametrize("bos", [{}, {"bos_token": None}, {"bos_token": ""}])
-def test_a_bos_that_is_wanted_and_not_named_is_told(tmp_path: Path, bos: dict[str, Any]) -> None:
+def test_a_missing_bos_is_reported(tmp_path: Path, bos: dict[str, Any]) -> None:
     text = assets(write_folder(tmp_path, bos | {"add_bos_token": True}))
     assert not text.add_bos
     (warning,) = text.warnings
@@ -273,7 +273,7 @@ def test_a_bos_that_is_wanted_and_not_named_is_told(tmp_path: Path, bos: dict[st
 @pytest.mark.parametrize("add_bos_token", [True, False])
 @pytest.mark.parametrize("post_processor", [True, False])
 @pytest.mark.parametrize("text", ["hi", f"{BOS}hi", BOS, ""])
-def test_one_bos_wherever_it_comes_from(tmp_path: Path, add_bos_token: bool, post_processor: bool, text: str) -> None:
+def test_exactly_one_bos(tmp_path: Path, add_bos_token: bool, post_processor: bool, text: str) -> None:
     tokenizer = tiny_tokenizer()
     if post_processor:
         tokenizer.post_processor = processors.TemplateProcessing(

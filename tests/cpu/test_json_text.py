@@ -1,4 +1,4 @@
-"""JSON for other programs: no NaN, no infinities, no half of a surrogate pair."""
+"""JSON for other programs: no NaN, no infinities, no lone surrogates."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import numpy as np
 from numba_atomflow.utils.json_text import json_text
 
 
-def test_what_is_no_number_becomes_null() -> None:
+def test_nan_and_infinity_become_null() -> None:
     record = {"a": [1.5, math.inf, -math.inf, (math.nan, 2)], "b": {"c": np.float64("nan")}, "d": "NaN", "e": None}
     assert json.loads(json_text(record)) == {
         "a": [1.5, None, None, [None, 2]],

@@ -1,4 +1,4 @@
-"""An engine in one process: threads that take turns or do not, and use after close."""
+"""An engine and threads: alternating and concurrent calls, and use after close."""
 
 import gc
 import os
@@ -28,7 +28,7 @@ def engine() -> Iterator[Engine]:
 
 
 def in_thread(action: Callable[[], object]) -> Any:
-    """What an action returned, or the error that it raised, in another thread that has ended since."""
+    """Run an action in another thread; returns its result or error."""
     results: list[object] = []
 
     def run() -> None:
@@ -49,8 +49,8 @@ def ids(engine: Engine, prompt: list[int], count: int = 6) -> list[int]:
 
 @pytest.fixture
 def in_a_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], object]]:
-    """Starts a reply in another thread, which stands still in the middle of a decode step; returns a function that lets
-    it go on, waits for the thread and returns the reply's tokens."""
+    """Starts a generation in another thread, blocked during a decode step; yields a function that unblocks it,
+    waits for the thread and returns the tokens."""
     entered, go_on = threading.Event(), threading.Event()
     decode, found = engine.backend.decode, []
 
@@ -82,7 +82,7 @@ USES: dict[str, Callable[[Engine], object]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_call_during_another_threads_step_is_refused_and_does_no_harm(
+def test_a_call_during_another_threads_step_is_refused_without_effect(
     engine: Engine, in_a_step: Callable[[], object], use: str
 ) -> None:
     with pytest.raises(EngineBusyError, match="one thread at a time"):
@@ -92,7 +92,7 @@ def test_a_call_during_another_threads_step_is_refused_and_does_no_harm(
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_call_between_another_threads_tokens_is_refused_and_does_no_harm(engine: Engine, use: str) -> None:
+def test_a_call_between_another_threads_tokens_is_refused_without_effect(engine: Engine, use: str) -> None:
     alone = ids(engine, PROMPT)
     reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=6))
     next(reply)
@@ -112,7 +112,7 @@ def test_threads_may_take_turns(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("how", ["closed", "forgotten", "its thread has ended"])
-def test_a_reply_that_nobody_makes_any_more_is_in_nobodys_way(engine: Engine, how: str) -> None:
+def test_an_abandoned_generation_does_not_block_others(engine: Engine, how: str) -> None:
     def begin() -> Any:
         reply = engine.generate_tokens(PROMPT)
         next(reply)
@@ -136,7 +136,7 @@ def test_a_reply_that_nobody_makes_any_more_is_in_nobodys_way(engine: Engine, ho
         gc.enable()
 
 
-def test_two_replies_in_one_thread_interrupt_each_other(engine: Engine) -> None:
+def test_two_generations_in_one_thread_interrupt_each_other(engine: Engine) -> None:
     first = engine.generate_tokens(PROMPT)
     next(first)
     second = engine.generate_tokens(PROMPT)
@@ -145,7 +145,7 @@ def test_two_replies_in_one_thread_interrupt_each_other(engine: Engine) -> None:
     next(second)
 
 
-def test_a_signal_handler_in_the_middle_of_a_step_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_handler_during_a_step_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
     def handler(*_: object) -> None:
@@ -165,7 +165,7 @@ def test_a_signal_handler_in_the_middle_of_a_step_is_refused(engine: Engine, mon
     assert seen == [EngineBusyError] * 5
 
 
-def test_after_ctrl_c_in_a_step_the_engine_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_is_usable_after_ctrl_c_in_a_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = ids(engine, PROMPT)
 
     def interrupt() -> None:
@@ -193,7 +193,7 @@ def test_closing_waits_for_another_threads_step(engine: Engine, in_a_step: Calla
 
 
 @pytest.mark.parametrize("attribute", ["backend", "position", "token_ids", "weight_bytes_per_token"])
-def test_what_a_closed_engine_had_is_gone_with_a_sentence(attribute: str) -> None:
+def test_attributes_of_a_closed_engine_raise(attribute: str) -> None:
     engine = Engine.random(tiny_geometry(), "cpu", max_seq_len=8, threads=1)
     logits, backend = engine.feed([1]), engine.backend
     kept = logits.copy()
@@ -215,7 +215,7 @@ def test_what_a_closed_engine_had_is_gone_with_a_sentence(attribute: str) -> Non
     backend.close()
 
 
-def test_a_closed_checkpoint_has_no_arrays_but_those_that_were_taken(tmp_path: Path) -> None:
+def test_a_closed_checkpoint_keeps_only_existing_arrays(tmp_path: Path) -> None:
     geometry = tiny_geometry()
     write_hf_folder(tmp_path / "hf", geometry, weights=random_weights(geometry))
     with Checkpoint.open(convert(tmp_path / "hf", tmp_path / "model.safetensors")) as checkpoint:

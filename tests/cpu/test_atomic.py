@@ -1,4 +1,4 @@
-"""A file appears complete or not at all."""
+"""Atomic publication of files."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def test_a_new_file(tmp_path: Path, replace: bool) -> None:
     assert ((tmp_path / "x").read_bytes(), names_in(tmp_path)) == (b"all", ["x"])
 
 
-def test_a_name_that_is_taken(tmp_path: Path) -> None:
+def test_an_existing_name(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"precious")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     for name in ("x", "nowhere"):
@@ -29,7 +29,7 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("replace", [True, False])
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, replace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_existing_file(tmp_path: Path, replace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

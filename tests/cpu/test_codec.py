@@ -1,4 +1,4 @@
-"""Codec, chat template and stream decoder, on toy tokenizers."""
+"""Codec, chat template and detokenizer, with toy tokenizers."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_pieces_join_to_the_decoded_text(codec: TextCodec) -> None:
 @CODECS
 @given(text=st.text())
 @settings(deadline=None)
-def test_any_text_streams_as_it_decodes_and_never_half_a_character(codec: TextCodec, text: str) -> None:
+def test_streamed_text_is_the_decoded_text_in_complete_characters(codec: TextCodec, text: str) -> None:
     ids = codec.encode(text)
     pieces = pieces_of(codec, ids)
     assert "".join(pieces) == codec.decode(ids)
@@ -60,25 +60,25 @@ def test_any_text_streams_as_it_decodes_and_never_half_a_character(codec: TextCo
 
 @given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocabulary_size + 5)))
 @settings(deadline=None, max_examples=300)
-def test_any_tokens_of_a_byte_level_model_stream_as_they_decode(ids: list[int]) -> None:
-    """Broken UTF-8 included, special tokens, and ids beyond the vocabulary (padding rows)."""
+def test_any_byte_level_tokens_stream_as_they_decode(ids: list[int]) -> None:
+    """Including invalid UTF-8, special tokens, and ids beyond the vocabulary (padding rows)."""
     assert "".join(pieces_of(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
 
 
-def test_a_character_in_four_tokens_comes_with_the_fourth() -> None:
+def test_a_character_of_four_tokens_is_returned_with_the_fourth() -> None:
     byte_tokens = {byte: f"<0x{byte:02X}>" for byte in "😀".encode()}
     ids = [SENTENCEPIECE._tokenizer.token_to_id(token) for token in byte_tokens.values()]
     assert pieces_of(SENTENCEPIECE, ids) == ["", "", "", "😀", ""]
 
 
-def test_a_cut_off_character_becomes_one_replacement_at_the_end() -> None:
+def test_an_incomplete_character_becomes_one_replacement_at_the_end() -> None:
     spelling = {byte: character for character, byte in byte_alphabet().items()}
     ids = [BYTE_LEVEL._tokenizer.token_to_id(spelling[byte]) for byte in "😀".encode()[:3]]
     assert pieces_of(BYTE_LEVEL, ids) == ["", "", "", "\ufffd"]
 
 
-def test_sentencepiece_keeps_characters_that_precede_broken_bytes() -> None:
-    """`decode` would take them back: one bad byte makes it drop the whole run of byte tokens."""
+def test_sentencepiece_keeps_characters_before_invalid_bytes() -> None:
+    """Unlike `decode`, which replaces the whole run of byte tokens if one byte is invalid."""
     ids = [SENTENCEPIECE._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in (*"é".encode(), 0xFF)]
     assert pieces_of(SENTENCEPIECE, ids) == ["", "é", "\ufffd", ""]
     assert SENTENCEPIECE.decode(ids) == "\ufffd" * 3
@@ -127,8 +127,8 @@ def test_a_tokenizer_without_decoder_puts_spaces_between_tokens() -> None:
     assert codec.decode([1, 2, 9, 1]) == "a b a"
 
 
-def test_each_token_is_looked_at_once() -> None:
-    """The cost of a token must not grow with the reply: nothing but the token's own spelling is ever asked for."""
+def test_each_token_is_decoded_once() -> None:
+    """The cost per token is constant: only the text of the new token is read."""
 
     class Spy:
         decoder = BYTE_LEVEL._tokenizer.decoder
@@ -156,7 +156,7 @@ def test_a_decoder_of_another_family_is_refused_by_name() -> None:
         TextCodec(TextAssets(tokenizer_json=tokenizer.to_str().encode()))
 
 
-def test_byte_alphabet_is_the_librarys() -> None:
+def test_the_byte_alphabet_is_that_of_the_library() -> None:
     alphabet = byte_alphabet()
     assert sorted(alphabet) == sorted(ByteLevel.alphabet())
     assert sorted(alphabet.values()) == list(range(256))
@@ -166,7 +166,7 @@ def test_byte_alphabet_is_the_librarys() -> None:
 # --- codec -----------------------------------------------------------------------------------------------------------
 
 
-def test_truncation_and_padding_stored_with_a_tokenizer_are_switched_off() -> None:
+def test_truncation_and_padding_of_a_tokenizer_are_disabled() -> None:
     tokenizer = Tokenizer.from_buffer(BYTE_LEVEL.assets.tokenizer_json)
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=16)
@@ -175,7 +175,7 @@ def test_truncation_and_padding_stored_with_a_tokenizer_are_switched_off() -> No
         assert codec.encode(text) == BYTE_LEVEL.encode(text)
 
 
-def test_a_lone_surrogate_is_named_by_its_place() -> None:
+def test_a_lone_surrogate_is_reported_with_its_position() -> None:
     with pytest.raises(TextError, match="Character 3 "):
         BYTE_LEVEL.encode("ab\udce9")
 
@@ -199,7 +199,7 @@ def test_assets_that_cannot_be_used_are_refused(assets: TextAssets, fault: str) 
         TextCodec(assets)
 
 
-def test_assets_survive_a_checkpoint() -> None:
+def test_assets_round_trip_through_a_record() -> None:
     assets = replace(SENTENCEPIECE.assets, chat_template="{{ 'é' }}", pad_token=None)
     record = assets.to_dict()
     assert "tokenizer_json" not in record
@@ -270,7 +270,7 @@ def test_what_templates_written_for_transformers_use(template: str, rendered: st
     assert with_template(template).render_chat([{"role": "user", "content": "é<>&'"}]) == rendered
 
 
-def test_the_date_is_there_for_templates_that_state_it() -> None:
+def test_templates_can_use_the_date() -> None:
     stated = with_template("{{ strftime_now('%Y') }}").render_chat(USER)
     assert stated.isdigit()
     assert int(stated) >= 2024
@@ -311,7 +311,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("template", ATTACKS)
-def test_a_hostile_template_reaches_nothing(template: str) -> None:
+def test_a_malicious_template_has_no_access(template: str) -> None:
     try:
         rendered = with_template(template).render_chat(USER)
     except TextError:
@@ -349,7 +349,7 @@ def test_a_template_that_fails_gives_one_sentence(template: str, fault: str) -> 
     assert isinstance(refusal.value, AtomFlowError)
 
 
-def test_a_model_without_template_says_so_and_what_to_use() -> None:
+def test_a_model_without_template_is_reported() -> None:
     with pytest.raises(TextError, match=r"no chat template.*generate"):
         with_template(None).encode_chat(USER)
 
@@ -366,7 +366,7 @@ def test_a_model_without_template_says_so_and_what_to_use() -> None:
         (["hi"], "Message 1 .* not a mapping"),
     ],
 )
-def test_a_malformed_message_is_named(messages: Any, fault: str) -> None:
+def test_a_malformed_message_is_reported(messages: Any, fault: str) -> None:
     with pytest.raises(TextError, match=fault):
         with_template(CHATML).render_chat(messages)
 
