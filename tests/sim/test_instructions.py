@@ -17,10 +17,10 @@ def test_words_are_published_and_loaded_whole() -> None:
     def hand_over(words, out):
         thread = cuda.threadIdx.x
         if thread < 2:
-            ptx.publish(words, 2 + thread, np.uint32(WORD - thread), np.uint32(7 + thread))
+            ptx.ll_store(words, 2 + thread, np.uint32(WORD - thread), np.uint32(7 + thread))
         ptx.sync_warp()
         if thread == 31:
-            out[0], out[1], out[2], out[3] = ptx.load_words(words, 2)
+            out[0], out[1], out[2], out[3] = ptx.ll_load(words, 2)
 
     words, out = np.arange(6, dtype=np.uint64), np.zeros(4, np.uint32)
     launch(hand_over, 1, 32, 0, words, out)
@@ -33,12 +33,12 @@ def test_a_reader_that_looks_again_and_again_lets_the_writer_run() -> None:
     def wait(words, out):
         thread = cuda.threadIdx.x
         if thread == 255:
-            ptx.publish(words, 0, np.uint32(5), np.uint32(1))
-            ptx.publish(words, 1, np.uint32(6), np.uint32(1))
+            ptx.ll_store(words, 0, np.uint32(5), np.uint32(1))
+            ptx.ll_store(words, 1, np.uint32(6), np.uint32(1))
         else:
-            _, e0, _, e1 = ptx.load_words(words, 0)
+            _, e0, _, e1 = ptx.ll_load(words, 0)
             while e0 == 0 or e1 == 0:
-                _, e0, _, e1 = ptx.load_words(words, 0)
+                _, e0, _, e1 = ptx.ll_load(words, 0)
             out[thread] = 1
 
     out = np.zeros(256, np.uint32)
@@ -55,11 +55,11 @@ def test_some_warps_meet_and_the_others_take_no_part() -> None:
         thread = cuda.threadIdx.x
         if thread < 64:
             values[thread] = thread
-            ptx.sync_threads(np.uint32(3), np.uint32(64))
+            ptx.named_barrier_sync(np.uint32(3), np.uint32(64))
             other = values[63 - thread]
-            ptx.sync_threads(np.uint32(3), np.uint32(64))
+            ptx.named_barrier_sync(np.uint32(3), np.uint32(64))
             values[thread] = other
-            ptx.sync_threads(np.uint32(3), np.uint32(64))
+            ptx.named_barrier_sync(np.uint32(3), np.uint32(64))
             out[thread] = values[thread ^ 1]
 
     out = np.zeros(64, np.uint32)
@@ -90,22 +90,22 @@ def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
             ptx.barrier_init(barriers, first, 2)
             ptx.barrier_init(barriers, second, 1)
             ptx.fence_barriers()
-            out[0], out[1] = ptx.barrier_ready(barriers, first, 0), ptx.barrier_ready(barriers, first, 1)
+            out[0], out[1] = ptx.barrier_try_wait(barriers, first, 0), ptx.barrier_try_wait(barriers, first, 1)
             ptx.barrier_arrive(barriers, first)
-            out[2] = ptx.barrier_ready(barriers, first, 0)  # one of two has come
-            out[18] = ptx.barrier_passed(barriers, first, 0)
+            out[2] = ptx.barrier_try_wait(barriers, first, 0)  # one of two has come
+            out[18] = ptx.barrier_test_wait(barriers, first, 0)
             ptx.barrier_arrive(barriers, first)
-            out[3], out[4] = ptx.barrier_ready(barriers, first, 0), ptx.barrier_ready(barriers, first, 1)
-            out[19], out[20] = ptx.barrier_passed(barriers, first, 0), ptx.barrier_passed(barriers, first, 1)
+            out[3], out[4] = ptx.barrier_try_wait(barriers, first, 0), ptx.barrier_try_wait(barriers, first, 1)
+            out[19], out[20] = ptx.barrier_test_wait(barriers, first, 0), ptx.barrier_test_wait(barriers, first, 1)
             ptx.barrier_arrive(barriers, first)
             ptx.barrier_arrive(barriers, first)
-            out[5], out[6] = ptx.barrier_ready(barriers, first, 0), ptx.barrier_ready(barriers, first, 1)
-            ptx.barrier_expect(barriers, second, 32)
-            out[7] = ptx.barrier_ready(barriers, second, 0)  # it has arrived, the bytes have not
+            out[5], out[6] = ptx.barrier_try_wait(barriers, first, 0), ptx.barrier_try_wait(barriers, first, 1)
+            ptx.barrier_arrive_expect(barriers, second, 32)
+            out[7] = ptx.barrier_try_wait(barriers, second, 0)  # it has arrived, the bytes have not
             ptx.bulk_copy(words, ptx.shared_address(words, 0), source, 4, 16, barriers, second)
-            out[8] = ptx.barrier_ready(barriers, second, 0)
+            out[8] = ptx.barrier_try_wait(barriers, second, 0)
             ptx.bulk_copy(words, ptx.shared_address(words, 4), source, 0, 16, barriers, second)
-            out[9] = ptx.barrier_ready(barriers, second, 0)
+            out[9] = ptx.barrier_try_wait(barriers, second, 0)
             ptx.barrier_wait(barriers, second, 0)
             for i in range(8):
                 out[10 + i] = words[i]
@@ -136,7 +136,7 @@ def there_and_back(values: NDArray[np.float32], epoch: int) -> tuple[NDArray[np.
         ptx.sync_warp()
         pair = cuda.threadIdx.x
         while 2 * pair < len(values):
-            first, second, _, _ = ptx.load_words(words, pair)
+            first, second, _, _ = ptx.ll_load(words, pair)
             if is_pair_of(np.uint32(second), epoch):
                 out[2 * pair], out[2 * pair + 1] = pair_of(np.uint32(first), np.uint32(second))
             pair += 32

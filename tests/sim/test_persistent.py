@@ -30,7 +30,7 @@ def test_a_step_of_many_blocks(case: PersistentCase, monkeypatch: pytest.MonkeyP
     """And what is asked for ahead of its copy is copied later."""
     copied: list[tuple[int, int]] = []
     asked: list[tuple[int, int]] = []
-    copy, prefetch = ptx.bulk_copy, ptx.prefetch_bulk
+    copy, prefetch = ptx.bulk_copy, ptx.bulk_prefetch_l2
 
     def noted_copy(target: Any, at: int, source: Any, start: int, nbytes: int, *barrier: Any) -> None:
         copied.append((int(start), int(nbytes)))

@@ -61,7 +61,7 @@ def make_combine_splits(head_dim: int, rows: int, stats_start: int) -> Any:
         while s < kv_splits:
             for i in range(LOADS_IN_FLIGHT):
                 index = ((first_cta + min(s + i, kv_splits - 1)) * rows + row) * head_dim + d
-                x0, x1, x2, x3 = ptx.load_remote_f32x4(partials, index)
+                x0, x1, x2, x3 = ptx.load_relaxed_f32x4(partials, index)
                 loaded[4 * i], loaded[4 * i + 1], loaded[4 * i + 2], loaded[4 * i + 3] = x0, x1, x2, x3
             for i in range(LOADS_IN_FLIGHT):
                 if s + i < kv_splits:

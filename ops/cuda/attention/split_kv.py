@@ -129,7 +129,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
         s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
         for i in range(row_registers // 2):
-            a0, a1, a2, a3 = ptx.load_block_16(words, i * 128 + lane * 4)
+            a0, a1, a2, a3 = ptx.load_shared_16(words, i * 128 + lane * 4)
             b0, b1 = k_part[2 * i], k_part[2 * i + 1]
             s0, s1, s2, s3 = ptx.mma(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
             b0, b1 = k_part[row_registers + 2 * i], k_part[row_registers + 2 * i + 1]
@@ -247,7 +247,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         entry = thread
         while entry < active_splits * rows * 2:
             index = stats_global + first_cta * rows * 2 + entry
-            floats[out_start + entry] = ptx.load_remote_f32(io.partials, index)
+            floats[out_start + entry] = ptx.load_relaxed_f32(io.partials, index)
             entry += threads
         cuda.syncthreads()
         entry = thread

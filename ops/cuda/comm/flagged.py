@@ -48,7 +48,7 @@ def publish_pair(exchange, index, low, high, epoch):
     a, b = cut_24(low), cut_24(high)
     first = np.uint32(a | (b & np.uint32(0xFF)) << np.uint32(24))
     second = np.uint32((b >> np.uint32(8)) | (epoch & np.uint32(0xFFFF)) << np.uint32(16))
-    ptx.publish(exchange, index, first, second)
+    ptx.ll_store(exchange, index, first, second)
 
 
 @ptx.device_function

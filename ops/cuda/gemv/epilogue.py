@@ -196,7 +196,7 @@ def _make_prefetch_angles(plan: GemvPlan, slot_of: Any) -> Any:
             if line < tokens * lines:
                 position, _ = slot_of(io, line // lines)
                 at = position * half + line % lines * 32
-                ptx.prefetch(io.cosines, at)
-                ptx.prefetch(io.sines, at)
+                ptx.prefetch_l2(io.cosines, at)
+                ptx.prefetch_l2(io.sines, at)
 
     return prefetch

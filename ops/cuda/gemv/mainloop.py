@@ -72,14 +72,14 @@ def make_multiply(plan: GemvPlan) -> Any:
                 for s in range(2):
                     at = 16 * u + 8 * s
                     if fp16:
-                        b0, b1, b2, b3 = ptx.load_block_16(words, x_row + group * x_step + s * 16)
+                        b0, b1, b2, b3 = ptx.load_shared_16(words, x_row + group * x_step + s * 16)
                         a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
                         c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
                         a0, a1, a2, a3 = codes[at + 2], codes[at + 6], codes[at + 3], codes[at + 7]
                         c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, c0, c1, c2, c3)
                     else:
                         for h in range(2):
-                            b0, b1, b2, b3 = ptx.load_block_16(words, x_row + group * x_step + s * 32 + h * 4)
+                            b0, b1, b2, b3 = ptx.load_shared_16(words, x_row + group * x_step + s * 32 + h * 4)
                             low_0, low_1 = convert(codes[at + 2 * h])
                             high_0, high_1 = convert(codes[at + 4 + 2 * h])
                             c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)

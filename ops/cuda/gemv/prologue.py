@@ -90,7 +90,7 @@ def make_copy_prologue(plan: GemvPlan) -> Prologue:
                     word = (i * team + member) * 4
                     if all_full or word < x_words:
                         a, b, c, d = ptx.load_16(io.x, token * x_words + word)
-                        ptx.store_block_16(words, token * x_pitch + word, a, b, c, d)
+                        ptx.store_shared_16(words, token * x_pitch + word, a, b, c, d)
 
     return Prologue(_no_prefetch, stage, _no_report)
 
@@ -118,7 +118,7 @@ def _make_prefetch(plan: GemvPlan) -> Any:
         for i in range(lines):
             at = (i * threads + thread) * 32
             if at < in_features:
-                ptx.prefetch(io.norm_weight, at)
+                ptx.prefetch_l2(io.norm_weight, at)
 
     return prefetch
 
@@ -199,7 +199,7 @@ def _make_norm_by_teams(plan: GemvPlan, eps: float) -> Any:
                     e, f, g, h = ptx.load_f32x4(norm_weight, at)
                     low = ptx.pack_f16x2(a * factor * e, b * factor * f)
                     high = ptx.pack_f16x2(c * factor * g, d * factor * h)
-                    ptx.store_block_8(words, word, low, high)
+                    ptx.store_shared_8(words, word, low, high)
                 else:
                     a, b = ptx.load_f32x2(residual, token * in_features + at)
                     e, f = ptx.load_f32x2(norm_weight, at)
@@ -224,7 +224,7 @@ def _make_norm_by_teams(plan: GemvPlan, eps: float) -> Any:
                 for i in range(team // 32):
                     squares += floats[squares_start + thread // team * (team // 32) + i]
             # Not 1 / sqrt: the exact ones are subroutines, around which weights in flight would be spilled.
-            factor = ptx.reciprocal_root(squares * inverse_width + epsilon)
+            factor = ptx.rsqrt(squares * inverse_width + epsilon)
             scale(io.residual, io.norm_weight, token, member, active, factor, words)
 
     return stage

@@ -144,7 +144,7 @@ class FragmentLayout:
     @property
     def decode(self) -> Any:
         """The device function that makes two float16 pairs, columns (0, 1) and (2, 3), of a word of codes."""
-        return ptx.decode_fp8_cvt if self.hardware_fp8 else ptx.decode_fp8_bits
+        return ptx.convert_fp8_cvt if self.hardware_fp8 else ptx.convert_fp8_bits
 
     @property
     def scale_factor(self) -> float:

@@ -122,7 +122,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         tries = np.uint32(0)
         waiting = True
         while waiting:
-            w0, e0, w1, e1 = ptx.load_words(exchange, place)
+            w0, e0, w1, e1 = ptx.ll_load(exchange, place)
             out[0], out[1] = w0, w1
             tries = np.uint32(tries + np.uint32(1))
             waiting = e0 != epoch or e1 != epoch
@@ -181,7 +181,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
     def put(exchange, epoch, attended, kv, pair, low, high):
         """Two elements of the result."""
         word = ptx.pack_f16x2(low, high)
-        ptx.publish(exchange, out_place + kv * pairs + pair, word, epoch)
+        ptx.ll_store(exchange, out_place + kv * pairs + pair, word, epoch)
         attended[kv * pairs + pair] = word
 
     @ptx.device_function
@@ -190,8 +190,8 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
         tries = np.uint32(0)
         waiting = True
         while waiting:
-            w0, e0, w1, e1 = ptx.load_words(exchange, place)
-            w2, e2, w3, e3 = ptx.load_words(exchange, other)
+            w0, e0, w1, e1 = ptx.ll_load(exchange, place)
+            w2, e2, w3, e3 = ptx.ll_load(exchange, other)
             out[0], out[1], out[2], out[3] = w0, w1, w2, w3
             tries = np.uint32(tries + np.uint32(1))
             waiting = e0 != epoch or e1 != epoch or e2 != epoch or e3 != epoch
@@ -254,7 +254,7 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 q_row = x_start + min(g, ratio - 1) * pitch
                 for c in range(wide + narrow):
                     if c < wide:
-                        a0, a1, a2, a3 = ptx.load_block_16(words, q_row + c * 16 + t * 4)
+                        a0, a1, a2, a3 = ptx.load_shared_16(words, q_row + c * 16 + t * 4)
                         q_part[0], q_part[1], q_part[2], q_part[3] = a0, a1, a2, a3
                     else:
                         a0, a1 = ptx.load_8(words, q_row + wide * 16 + t * 2)
@@ -307,13 +307,13 @@ def make_attend(shape: PersistentShape, note: Any) -> Any:
                 else:
                     unit = (kv * splits + split) * ratio + row
                     at = sum_place + unit * head_dim + d
-                    ptx.publish(exchange, at, ptx.f32_bits(o0), epoch)
-                    ptx.publish(exchange, at + 1, ptx.f32_bits(o1), epoch)
-                    ptx.publish(exchange, at + 2, ptx.f32_bits(o2), epoch)
-                    ptx.publish(exchange, at + 3, ptx.f32_bits(o3), epoch)
+                    ptx.ll_store(exchange, at, ptx.f32_bits(o0), epoch)
+                    ptx.ll_store(exchange, at + 1, ptx.f32_bits(o1), epoch)
+                    ptx.ll_store(exchange, at + 2, ptx.f32_bits(o2), epoch)
+                    ptx.ll_store(exchange, at + 3, ptx.f32_bits(o3), epoch)
                     if d == 0:
-                        ptx.publish(exchange, stat_place + unit * 2, ptx.f32_bits(peak), epoch)
-                        ptx.publish(exchange, stat_place + unit * 2 + 1, ptx.f32_bits(whole), epoch)
+                        ptx.ll_store(exchange, stat_place + unit * 2, ptx.f32_bits(peak), epoch)
+                        ptx.ll_store(exchange, stat_place + unit * 2 + 1, ptx.f32_bits(whole), epoch)
                 entry += THREADS
             if active > 1:
                 add_chunks(exchange, epoch, attended, kv, split, active, thread, patience, fault)

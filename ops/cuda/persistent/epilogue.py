@@ -31,7 +31,7 @@ def make_prepare(shape: PersistentShape) -> Any:
     def prepare(kind, given, share, entry, ahead):
         if kind == OUT or kind == DOWN:  # noqa: SIM109 (numba makes a loop of `in`, for every op)
             row = (share * 16 >> np.uint32(halved_of(kind))) + 2 * entry
-            w0, w1, w2, w3 = ptx.load_words(given[0], (entering if kind == OUT else middle) + row)
+            w0, w1, w2, w3 = ptx.ll_load(given[0], (entering if kind == OUT else middle) + row)
             ahead[0], ahead[1], ahead[2], ahead[3] = w0, w1, w2, w3
         elif kind == VOCABULARY:
             ahead[0] = given[11][min(share * 16 + entry, rows - 1) // 32]
@@ -81,12 +81,12 @@ def _make_qkv(shape: PersistentShape) -> Any:
             low, high = rope_pair(low, high, floats[rope_start + i], floats[rope_start + half + i])
         pair = ptx.pack_f16x2(low, high)
         if head < heads:
-            ptx.publish(exchange, q_start + head * half + i, pair, epoch)
+            ptx.ll_store(exchange, q_start + head * half + i, pair, epoch)
             put(q, head * 2 * half + i, low, high)
         else:
             is_key = head < heads + kv_heads
             kv = head - heads if is_key else head - heads - kv_heads
-            ptx.publish(exchange, (k_start if is_key else v_start) + kv * half + i, pair, epoch)
+            ptx.ll_store(exchange, (k_start if is_key else v_start) + kv * half + i, pair, epoch)
             put(cache, (given[6] if is_key else given[7]) + position * kv_width + kv * 2 * half + i, low, high)
 
     return finish
@@ -113,8 +113,8 @@ def _make_add(shape: PersistentShape, kind: int, prepare: Any) -> Any:
         low = ptx.bits_f32(ahead[0]) + row_sum(floats, sums, 2 * entry)
         high = ptx.bits_f32(ahead[2]) + row_sum(floats, sums, 2 * entry + 1)
         publish_pair(exchange, pairs + row // 2, low, high, epoch)
-        ptx.publish(exchange, new + row, ptx.f32_bits(low), epoch)
-        ptx.publish(exchange, new + row + 1, ptx.f32_bits(high), epoch)
+        ptx.ll_store(exchange, new + row, ptx.f32_bits(low), epoch)
+        ptx.ll_store(exchange, new + row + 1, ptx.f32_bits(high), epoch)
         residual[row], residual[row + 1] = low, high
 
     return finish
@@ -132,7 +132,7 @@ def _make_swiglu(shape: PersistentShape) -> Any:
     @ptx.large_device_function
     def finish(given, tile, entry, ahead, floats, sums):
         pair = ptx.pack_f16x2(unit(floats, sums, 2 * entry), unit(floats, sums, 2 * entry + 1))
-        ptx.publish(given[0], start + tile * 4 + entry, pair, given[2])
+        ptx.ll_store(given[0], start + tile * 4 + entry, pair, given[2])
         given[9][tile * 4 + entry] = pair
 
     return finish

@@ -210,10 +210,10 @@ def _make_embed(shape: PersistentShape) -> Any:
             at = quad * 4
             publish_pair(exchange, pairs + at // 2, x0, x1, epoch)
             publish_pair(exchange, pairs + at // 2 + 1, x2, x3, epoch)
-            ptx.publish(exchange, exact + at, ptx.f32_bits(x0), epoch)
-            ptx.publish(exchange, exact + at + 1, ptx.f32_bits(x1), epoch)
-            ptx.publish(exchange, exact + at + 2, ptx.f32_bits(x2), epoch)
-            ptx.publish(exchange, exact + at + 3, ptx.f32_bits(x3), epoch)
+            ptx.ll_store(exchange, exact + at, ptx.f32_bits(x0), epoch)
+            ptx.ll_store(exchange, exact + at + 1, ptx.f32_bits(x1), epoch)
+            ptx.ll_store(exchange, exact + at + 2, ptx.f32_bits(x2), epoch)
+            ptx.ll_store(exchange, exact + at + 3, ptx.f32_bits(x3), epoch)
             residual[at], residual[at + 1], residual[at + 2], residual[at + 3] = x0, x1, x2, x3
             quad += np.int32(cuda.gridDim.x) * THREADS
 

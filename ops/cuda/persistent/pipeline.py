@@ -30,7 +30,7 @@ LEAD, SHARE, PIECE, ASKED = range(4)  # of what is asked for ahead
 def await_barrier(barriers, address, parity, patience, fault):
     """Wait for a phase of an mbarrier; not for ever."""
     tries = np.uint32(0)
-    while ptx.barrier_ready(barriers, address, parity) == 0:
+    while ptx.barrier_try_wait(barriers, address, parity) == 0:
         tries = np.uint32(tries + np.uint32(1))
         if give_up(patience, fault, tries):
             break
@@ -105,20 +105,20 @@ def make_await_free(shape: PersistentShape, place: Any) -> Any:
             far[LEAD], far[SHARE], far[PIECE], far_source[0] = 0, share, piece, source
         full = True
         while full and far[LEAD] < ahead and far[SHARE] < shares:
-            now = np.int32(ptx.short_cycles())
+            now = np.int32(ptx.cycles_32())
             if np.int32(now - far[ASKED]) >= pace:
                 far[ASKED] = now
                 far[LEAD] += 1
                 far[PIECE] += 1
                 ends = far[PIECE] == pieces
-                ptx.prefetch_bulk(weights, far_source[0], last_bytes if ends else nbytes)
+                ptx.bulk_prefetch_l2(weights, far_source[0], last_bytes if ends else nbytes)
                 if halved:
-                    ptx.prefetch_bulk(weights, far_source[0] + chunk_words, nbytes)
+                    ptx.bulk_prefetch_l2(weights, far_source[0] + chunk_words, nbytes)
                 far_source[0] += chunk_words << np.int64(halved)
                 if ends:
                     far[PIECE], far[SHARE] = 0, far[SHARE] + blocks
                     far_source[0] = place(of, far[SHARE])
-            full = ptx.barrier_passed(barriers, address, parity) == 0
+            full = ptx.barrier_test_wait(barriers, address, parity) == 0
         if full:
             await_barrier(barriers, address, parity, patience, fault)
 
@@ -156,7 +156,7 @@ def make_produce(shape: PersistentShape) -> Any:
     def produce(weights, words, barriers, position, first, last, patience, fault, times):
         far = cuda.local.array(4, int32)
         far_source = cuda.local.array(1, int64)
-        far[LEAD], far[SHARE], far[PIECE], far[ASKED] = 0, 0, 0, np.int32(ptx.short_cycles())
+        far[LEAD], far[SHARE], far[PIECE], far[ASKED] = 0, 0, 0, np.int32(ptx.cycles_32())
         ahead = np.int32(max(most_ahead - position * kv_bytes // ahead_bytes, 0))
         first_slot, first_barrier = ptx.shared_address(words, 0), ptx.shared_address(barriers, landed)
         end = np.uint32(first_barrier + barriers_bytes)
@@ -177,14 +177,14 @@ def make_produce(shape: PersistentShape) -> Any:
             while share < shares:
                 source = place(of, share)
                 for piece in range(pieces):
-                    if ptx.barrier_passed(barriers, barrier + barriers_bytes, turn) == 0:
+                    if ptx.barrier_test_wait(barriers, barrier + barriers_bytes, turn) == 0:
                         await_free(
                             *(weights, barriers, np.uint32(barrier + barriers_bytes), turn, share, piece, source),
                             *(of, shares, ahead, far, far_source, patience, fault),
                         )
                     await_barrier(barriers, oldest, oldest_turn, patience, fault)
                     size = last_bytes if piece == pieces - 1 else nbytes
-                    ptx.barrier_expect(barriers, barrier, np.uint32(size << np.uint32(halved)))
+                    ptx.barrier_arrive_expect(barriers, barrier, np.uint32(size << np.uint32(halved)))
                     ptx.bulk_copy(words, slot, weights, source, size, barriers, barrier)
                     if halved:
                         other = np.uint32(slot + nbytes)

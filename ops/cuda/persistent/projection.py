@@ -59,7 +59,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
                         place = start + u * GROUP_WORDS + i * 128
                     else:
                         place = (second if i % 2 else start) + u * 256 + i // 2 * 128
-                    w0, w1, w2, w3 = ptx.load_block_16(words, place + lane * 4)
+                    w0, w1, w2, w3 = ptx.load_shared_16(words, place + lane * 4)
                     at = 16 * u + 4 * i
                     codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
         for i in range(sum_registers):
@@ -67,7 +67,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
         column = np.uint32((g >> np.uint32(2)) * apart + (g & np.uint32(3)) * np.uint32(x_step))
         for i in range(fragments):
             unit = np.uint32(4 * i + t) if halves else np.uint32(i // 2 * 8 + i % 2 + 2 * t)
-            b0, b1, b2, b3 = ptx.load_block_16(words, np.uint32(x + swizzled(np.uint32(column + unit * np.uint32(4)))))
+            b0, b1, b2, b3 = ptx.load_shared_16(words, np.uint32(x + swizzled(np.uint32(column + unit * np.uint32(4)))))
             for k in range(2):
                 for u in range(CHUNK):
                     if even or u < groups:
@@ -76,8 +76,8 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
                             a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
                         else:
                             at = 16 * u + i // 2 * 8 + i % 2 * 2 + k
-                            a0, a2 = ptx.decode_fp8_cvt(codes[at])
-                            a1, a3 = ptx.decode_fp8_cvt(codes[at + 4])
+                            a0, a2 = ptx.convert_fp8_cvt(codes[at])
+                            a1, a3 = ptx.convert_fp8_cvt(codes[at + 4])
                         c0, c1, c2, c3 = sums[4 * u], sums[4 * u + 1], sums[4 * u + 2], sums[4 * u + 3]
                         if k == 0:
                             c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)

@@ -66,21 +66,21 @@ def make_publish(shape: PersistentShape) -> Any:
         while word < most:
             if word < hidden:
                 bits = ptx.f32_bits(io.residual[word])
-                ptx.publish(io.mailbox, entering_exact + word, bits, before)
-                ptx.publish(io.mailbox, middle_exact + word, bits, now)
+                ptx.ll_store(io.mailbox, entering_exact + word, bits, before)
+                ptx.ll_store(io.mailbox, middle_exact + word, bits, now)
             if word < hidden // 2:
                 low, high = io.residual[2 * word], io.residual[2 * word + 1]
                 publish_pair(io.mailbox, entering + word, low, high, before)
                 publish_pair(io.mailbox, middle + word, low, high, now)
             if word < q_words:
-                ptx.publish(io.mailbox, q_place + word, rotated(io.q, int64(0), word), now)
-                ptx.publish(io.mailbox, attended_place + word, io.attn_out[word], now)
+                ptx.ll_store(io.mailbox, q_place + word, rotated(io.q, int64(0), word), now)
+                ptx.ll_store(io.mailbox, attended_place + word, io.attn_out[word], now)
             if word < kv_words and io.layer < layers:
                 keys = 2 * io.layer * io.plane + io.position[0] * kv_width
-                ptx.publish(io.mailbox, k_place + word, rotated(io.cache, keys, word), now)
-                ptx.publish(io.mailbox, v_place + word, rotated(io.cache, keys + io.plane, word), now)
+                ptx.ll_store(io.mailbox, k_place + word, rotated(io.cache, keys, word), now)
+                ptx.ll_store(io.mailbox, v_place + word, rotated(io.cache, keys + io.plane, word), now)
             if word < ffn_words:
-                ptx.publish(io.mailbox, ffn_place + word, io.intermediate[word], now)
+                ptx.ll_store(io.mailbox, ffn_place + word, io.intermediate[word], now)
             word += cuda.gridDim.x * THREADS
 
     return publish

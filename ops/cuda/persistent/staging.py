@@ -23,7 +23,7 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 @ptx.device_function
 def meet():
     """All warps that compute arrive; what they wrote to shared memory is seen by the others."""
-    ptx.sync_threads(np.uint32(CONSUMERS_MEET), np.uint32(THREADS))
+    ptx.named_barrier_sync(np.uint32(CONSUMERS_MEET), np.uint32(THREADS))
 
 
 @ptx.device_function
@@ -56,20 +56,20 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
             missing, lacks = np.uint32(32), True
             while missing > np.uint32(few):
                 if lacks:
-                    _, e0, _, e1 = ptx.load_words(exchange, start + 2 * min(thread * spread, quads - 1))
+                    _, e0, _, e1 = ptx.ll_load(exchange, start + 2 * min(thread * spread, quads - 1))
                     lacks = not is_there(e0, e1, epoch)
                 tries = np.uint32(tries + np.uint32(1))
                 if lacks and give_up(patience, fault, tries):
                     lacks = False
                 missing = np.uint32(ptx.count_lanes(np.uint32(lacks)))
                 if missing > np.uint32(few):
-                    ptx.pause(np.uint32(pause))
+                    ptx.nanosleep(np.uint32(pause))
         meet()
         waiting = True
         while waiting:
             for i in range(each):
                 quad = min(i * THREADS + thread, quads - 1)
-                w0, w1, w2, w3 = ptx.load_words(exchange, start + 2 * quad)
+                w0, w1, w2, w3 = ptx.ll_load(exchange, start + 2 * quad)
                 received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
             waiting = False
             for i in range(each):
@@ -77,7 +77,7 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
                     waiting = True
             tries = np.uint32(tries + np.uint32(1))
             if waiting:
-                ptx.pause(np.uint32(pause))
+                ptx.nanosleep(np.uint32(pause))
                 if give_up(patience, fault, tries):
                     waiting = False
 

@@ -79,7 +79,7 @@ def make_bulk_read(stages: int = STAGES, tile_words: int = TILE_WORDS) -> Any:
                     ptx.barrier_wait(barriers, barrier, (i // stages - 1) & 1)
                 if i < own:
                     tile, nbytes = cuda.blockIdx.x + i * cuda.gridDim.x, tile_words * 4
-                    ptx.barrier_expect(barriers, barrier, nbytes)
+                    ptx.barrier_arrive_expect(barriers, barrier, nbytes)
                     at = ptx.shared_address(tiles, stage * tile_words)
                     ptx.bulk_copy(tiles, at, source, tile * tile_words, nbytes, barriers, barrier)
             cuda.atomic.add(total, 0, np.uint32(own))

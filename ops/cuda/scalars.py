@@ -1,0 +1,5 @@
+"""Short names of the scalar types that kernels cast to: numba takes a call of NumPy's types for a conversion."""
+
+import numpy as np
+
+u32, i32, f32 = np.uint32, np.int32, np.float32

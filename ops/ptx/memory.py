@@ -1,0 +1,112 @@
+"""Loads, stores and L2 prefetches.
+
+An ``array, index`` pair becomes an address; index counts elements. 16-byte accesses need 16-byte aligned addresses.
+Source: PTX ISA 9.0, section 9.7.9.
+"""
+
+import numpy as np
+
+from numba_atomflow.ops.ptx.core import ADDRESS, VECTOR_LOAD, VECTOR_STORE, f32, instruction, u32
+from numba_atomflow.ops.ptx.simulator import back_off
+
+
+@instruction("ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (ADDRESS,), effect=True)
+def load_stream_16(array, index):
+    """16 bytes that no kernel writes and that are read once (weights), without allocating in L1."""
+    return tuple(int(array[index + i]) for i in range(4))
+
+
+@instruction("ld.global.nc.f32 $0, [$1];", (f32,), (ADDRESS,), effect=True)
+def load_constant_f32(array, index):
+    """A float32 from a uint32 array that no kernel writes."""
+    return np.uint32(array[index]).view(np.float32)
+
+
+@instruction("ld.global.nc.v2.f32 {$0, $1}, [$2];", (f32, f32), (ADDRESS,), effect=True)
+def load_constant_f32x2(array, index):
+    """Two float32 from a uint32 array that no kernel writes."""
+    return tuple(np.uint32(array[index + i]).view(np.float32) for i in range(2))
+
+
+@instruction(VECTOR_LOAD, (u32,) * 4, (ADDRESS,))
+def load_16(array, index):
+    """16 bytes that an earlier kernel wrote."""
+    return tuple(int(array[index + i]) for i in range(4))
+
+
+@instruction(VECTOR_LOAD, (u32,) * 2, (ADDRESS,))
+def load_8(array, index):
+    """8 bytes that an earlier kernel wrote."""
+    return tuple(int(array[index + i]) for i in range(2))
+
+
+@instruction(VECTOR_LOAD, (f32,) * 4, (ADDRESS,))
+def load_f32x4(array, index):
+    """Four float32 that an earlier kernel wrote, from a float32 array or a uint32 array of their bits."""
+    return tuple(np.asarray(array[index + i]).view(np.float32)[()] for i in range(4))
+
+
+@instruction(VECTOR_LOAD, (f32,) * 2, (ADDRESS,))
+def load_f32x2(array, index):
+    """Two float32 that an earlier kernel wrote, from a float32 array or a uint32 array of their bits."""
+    return tuple(np.asarray(array[index + i]).view(np.float32)[()] for i in range(2))
+
+
+@instruction(VECTOR_LOAD, (u32,) * 4, (ADDRESS,))
+def load_shared_16(array, index):
+    """16 bytes of shared memory."""
+    return tuple(int(array[index + i]) for i in range(4))
+
+
+@instruction(VECTOR_STORE, (), (ADDRESS,) + (u32,) * 4)
+def store_shared_16(array, index, a, b, c, d):
+    """16 bytes into shared memory."""
+    for i, word in enumerate((a, b, c, d)):
+        array[index + i] = word
+
+
+@instruction(VECTOR_STORE, (), (ADDRESS, u32, u32))
+def store_shared_8(array, index, a, b):
+    """8 bytes into shared memory."""
+    array[index], array[index + 1] = a, b
+
+
+@instruction("ld.relaxed.gpu.global.f32 $0, [$1];", (f32,), (ADDRESS,), memory=True)
+def load_relaxed_f32(array, index):
+    """A float32 that another CTA of this launch wrote, read from L2."""
+    return np.float32(array[index])
+
+
+@instruction("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", (f32,) * 4, (ADDRESS,), memory=True)
+def load_relaxed_f32x4(array, index):
+    """Four float32 that another CTA of this launch wrote, read from L2."""
+    return tuple(np.float32(array[index + i]) for i in range(4))
+
+
+@instruction(
+    "{ .reg .b64 a, b; ld.relaxed.gpu.global.v2.b64 {a, b}, [$4]; mov.b64 {$0, $1}, a; mov.b64 {$2, $3}, b; }",
+    (u32,) * 4,
+    (ADDRESS,),
+    memory=True,
+)
+def ll_load(array, index):
+    """Two 8-byte words that other CTAs of this launch may be writing, as (low, high, low, high).
+
+    Each word is read by one access: both halves are of the same `ll_store`. index: even.
+    """
+    first, second = int(array[index]), int(array[index + 1])
+    back_off(int(index), (first, second))
+    return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
+
+
+@instruction(
+    "{ .reg .b64 a; mov.b64 a, {$1, $2}; st.relaxed.gpu.global.b64 [$0], a; }", (), (ADDRESS, u32, u32), memory=True
+)
+def ll_store(array, index, low, high):
+    """Write an 8-byte word by one access, for readers in other CTAs of this launch."""
+    array[index] = int(low) | int(high) << 32
+
+
+@instruction("prefetch.global.L2 [$0];", (), (ADDRESS,), effect=True)
+def prefetch_l2(array, index):
+    """Prefetch the cache line of an element into L2. A hint without a result."""

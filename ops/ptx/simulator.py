@@ -1,0 +1,111 @@
+"""What the Python bodies of PTX instructions need in numba's CUDA simulator: warps, mbarriers, polling.
+
+The simulator runs each thread of a CTA as a Python thread and has no warps: instructions that exchange data between
+lanes synchronise the 32 threads of a warp in `exchange`. An mbarrier is a word of simulated shared memory, laid out by
+`barrier_word`.
+"""
+
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+LOCK = threading.Lock()  # of mbarriers, and of the warps and barriers of a CTA
+
+
+class Warp:
+    """An all-gather of 32 simulated threads.
+
+    Each lane waits at a gate of its own, which the last lane opens: with `threading.Barrier` all lanes would contend
+    for one lock.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Any] = [None] * 32
+        self.result: Any = None
+        self.arrived, self.broken = 0, False
+        self.lock, self.gates = threading.Lock(), [threading.Lock() for _ in range(32)]
+        for gate in self.gates:
+            gate.acquire()
+
+    def exchange(self, lane: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
+        """combine(values of all lanes), computed by the last lane to arrive."""
+        with self.lock:
+            self.values[lane] = value
+            self.arrived = (self.arrived + 1) % 32
+            last = self.arrived == 0
+        if last:
+            values, self.values = self.values, [None] * 32  # a lane may start the next exchange at once
+            self.result = combine(values)
+            for other, gate in enumerate(self.gates):
+                if other != lane:
+                    gate.release()
+        elif not self.gates[lane].acquire(timeout=120):
+            self.abort()
+        if self.broken:
+            raise threading.BrokenBarrierError
+        return self.result
+
+    def abort(self) -> None:
+        """Release all lanes: one failed, or never arrived."""
+        self.broken = True
+        for gate in self.gates:
+            with suppress(RuntimeError):  # it is open
+                gate.release()
+
+
+def lane_index() -> int:
+    """Index of the running thread in its warp."""
+    return int(threading.current_thread().thread_id % 32)  # type: ignore[attr-defined]
+
+
+def exchange(value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
+    """combine(values of all 32 lanes), computed once per warp; every lane must call it."""
+    thread: Any = threading.current_thread()
+    number = thread.thread_id // 32
+    with LOCK:
+        warps = vars(thread._manager).setdefault("atomflow_warps", {})  # noqa: SLF001  shared by the threads of a CTA
+        if number not in warps:
+            warps[number] = Warp()
+    return warps[number].exchange(thread.thread_id % 32, value, combine)
+
+
+def f16_pair(word: int) -> tuple[float, float]:
+    """The two float16 of a 32-bit word, low half first."""
+    low, high = struct.unpack("<ee", struct.pack("<I", int(word)))
+    return low, high
+
+
+def back_off(index: int, words: tuple[int, int]) -> None:
+    """Sleep, twice as long each time, while this thread polls an unchanged value: the writers need the interpreter."""
+    polls = vars(threading.current_thread()).setdefault("atomflow_polls", {})
+    before, nap = polls.get(index, (None, 0.0))
+    nap = min(2 * nap, 0.2) if before == words else 0.002
+    if before == words:
+        time.sleep(nap)
+    polls[index] = words, nap
+
+
+def phase_complete(barriers: Any, address: Any, parity: Any) -> bool:
+    """Whether the phase of this parity is complete."""
+    with LOCK:
+        return int(barriers[int(address) // 8]) & 1 != int(parity) & 1
+
+
+def barrier_word(phase: int, pending: int, arrivals: int, nbytes: int) -> int:
+    """An mbarrier: parity of the phase, pending arrivals, arrivals per phase, pending bytes (biased)."""
+    return phase & 1 | pending << 1 | arrivals << 16 | (nbytes + (1 << 30)) << 32
+
+
+def advance_barrier(barriers: Any, address: Any, arrived: int, nbytes: int) -> None:
+    """Count arrivals and expected bytes; the phase flips once none are pending."""
+    index = int(address) // 8
+    with LOCK:
+        word = int(barriers[index])
+        phase, pending, arrivals = word & 1, (word >> 1 & 0x7FFF) - arrived, word >> 16 & 0xFFFF
+        expected = (word >> 32) - (1 << 30) + nbytes
+        if pending == 0 and expected == 0:
+            phase, pending = phase ^ 1, arrivals
+        barriers[index] = barrier_word(phase, pending, arrivals, expected)
