@@ -1,4 +1,4 @@
-"""What callers pass: NumPy's numbers, None for the default, and everything that is refused by name."""
+"""Arguments: NumPy's numbers, None for the default, and values that are refused by name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_whole_numbers_of_every_kind(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [4.0, np.float64(4), True, np.bool_(True), "4", None, 4j, np.array([4]), [4]])
-def test_other_things_are_no_whole_numbers(value: object) -> None:
+def test_values_that_are_not_whole_numbers(value: object) -> None:
     with pytest.raises(OptionError, match=r"^n is .*; it must be a whole number\.$"):
         whole_number("n", value)
 
@@ -44,7 +44,7 @@ def test_real_numbers_of_every_kind(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [True, np.bool_(False), "0.5", None, 1j, np.complex64(1), np.array([0.5])])
-def test_other_things_are_no_real_numbers(value: object) -> None:
+def test_values_that_are_not_real_numbers(value: object) -> None:
     with pytest.raises(OptionError, match=r"^x is .*; it must be a number\.$"):
         real_number("x", value)
 
@@ -54,14 +54,14 @@ def test_numbers_beyond_float_are_infinite() -> None:
     assert real_number("x", -(10**400)) == -np.inf
 
 
-def test_truth_is_no_number() -> None:
+def test_a_bool_is_not_a_number() -> None:
     assert truth_value("t", np.bool_(True)) is True
     with pytest.raises(OptionError, match="t is 1; it must be True or False"):
         truth_value("t", 1)
 
 
 @pytest.mark.parametrize("value", [None, 5, b"x", "", "a\0b", "\ud800", ["x"]])
-def test_what_no_file_can_be_called_is_refused(value: object) -> None:
+def test_invalid_file_names_are_refused(value: object) -> None:
     with pytest.raises(OptionError, match=r"^model is .*; it must be the path of a file"):
         file_path("model", value)
     assert file_path("model", "x") == file_path("model", Path("x")) == Path("x")
@@ -134,7 +134,7 @@ def test_token_ids_of_every_kind_are_the_same(engine: Engine, ids: Sequence[int]
 @pytest.mark.parametrize(
     "ids", [np.array(3), [True, 2], [1.0], [1, None], "ab", b"ab", {1: 2}, None, 5, [[1, 2], [3]], np.array([[1]])]
 )
-def test_other_things_are_no_token_ids(engine: Engine, ids: Any) -> None:
+def test_values_that_are_not_token_ids(engine: Engine, ids: Any) -> None:
     with pytest.raises(OptionError, match="Token ids must be a flat list of whole numbers, not"):
         engine.feed(ids)
 
@@ -159,7 +159,7 @@ def test_an_engines_numbers_are_whole(options: dict[str, Any]) -> None:
         Engine.random(tiny_geometry(), "cpu", **options)
 
 
-def test_a_geometry_is_one() -> None:
+def test_a_geometry_is_required() -> None:
     with pytest.raises(OptionError, match="geometry is None"):
         Engine.random(None)  # type: ignore[arg-type]
 

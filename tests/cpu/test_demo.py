@@ -1,4 +1,4 @@
-"""The demo model: found without an import, checked by its hash, converted once."""
+"""The demo model: located without an import, verified by its hash, converted once."""
 
 import hashlib
 import sys

@@ -1,4 +1,4 @@
-"""numba's own variables and configuration file: obeyed, or refused in a sentence that names them."""
+"""numba's environment variables and configuration file: used, or refused by name."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ IMPORT = "import sys; from numba_atomflow.cli import run; sys.exit(run(['info'])
         ("CPU_FEATURES", "+bogus", "LLVM knows no such thing"),
     ],
 )
-def test_what_kernels_cannot_run_with(monkeypatch: pytest.MonkeyPatch, name: str, value: object, words: str) -> None:
+def test_unsupported_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: object, words: str) -> None:
     monkeypatch.setattr(config, name, value)
     with pytest.raises(BackendError) as caught:
         numba_settings.check()
@@ -37,7 +37,7 @@ def test_what_kernels_cannot_run_with(monkeypatch: pytest.MonkeyPatch, name: str
     assert message.endswith("in .numba_config.yaml.")  # the environment has no such variable
 
 
-def test_a_threading_layer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_threading_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba_settings, "_loads", lambda layer: layer == "workqueue")
     monkeypatch.setenv("NUMBA_THREADING_LAYER", "tbb")
     for layer, sound in {"tbb": False, "safe": False, "OMP": False, "workqueue": True, "default": True}.items():
@@ -63,7 +63,7 @@ def test_settings_that_change_code_have_a_cache_of_their_own(monkeypatch: pytest
 
 
 def test_the_default_settings_are_numbas() -> None:
-    """A default of another value would give every user two caches."""
+    """Other defaults would give every user two caches."""
     for name, default in numba_settings._COMPILER_DEFAULTS.items():
         assert hasattr(config, name), name
         assert isinstance(default, int | str | None)
@@ -96,7 +96,7 @@ def run_import(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[
         ({}, "{ broken: [\n", ".numba_config.yaml"),
     ],
 )
-def test_what_numba_cannot_read(tmp_path: Path, variables: dict[str, str], file: str | None, names: str) -> None:
+def test_unreadable_settings(tmp_path: Path, variables: dict[str, str], file: str | None, names: str) -> None:
     if file is not None:
         pytest.importorskip("yaml", reason="numba reads its configuration file with PyYAML alone")
         (tmp_path / ".numba_config.yaml").write_text(file)

@@ -1,4 +1,4 @@
-"""Calibrated quantisation: less error in every projection, nothing changed by folding, nothing lost by a kill."""
+"""Calibrated quantization: smaller errors in every projection, exact folding, resumption after a kill."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def layer_of(g: ModelGeometry, seed: int = 0) -> dict[str, NDArray[np.float32]]:
 def run(
     g: ModelGeometry, layer: dict[str, Any], stream: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], dict[str, Inputs]]:
-    """One sequence through one layer: what comes out, and what went into each projection."""
+    """One sequence through one layer: its output, and statistics of the inputs of each projection."""
     inputs = {"qkv": Inputs(g.hidden), "o": Inputs(g.q_dim), "gate_up": Inputs(g.hidden), "down": Inputs(g.ffn)}
     out = stream.copy()
     with cores_for_blas():
@@ -116,7 +116,7 @@ def test_the_error_is_that_of_outputs(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("method", [awq.quantize, gptq.quantize])
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 4}, {"hidden": 100, "ffn": 129}])
-def test_every_projection_errs_less_than_rounded_to_nearest(method: Method, changes: dict[str, Any]) -> None:
+def test_every_projection_has_a_smaller_error_than_rtn(method: Method, changes: dict[str, Any]) -> None:
     g = geometry(**changes)
     layer, stream = layer_of(g), np.random.default_rng(1).standard_normal((200, g.hidden), np.float32)
     stream[:, 3] *= 20  # a channel with large activations
@@ -128,7 +128,7 @@ def test_every_projection_errs_less_than_rounded_to_nearest(method: Method, chan
         assert 0 < kept < 0.95 * rounded, name
 
 
-def test_the_recorded_errors_are_those_of_what_is_kept() -> None:
+def test_the_recorded_errors_are_those_of_the_result() -> None:
     g = geometry()
     layer, stream = layer_of(g), np.random.default_rng(1).standard_normal((100, g.hidden), np.float32)
     inputs = run(g, layer, stream)[1]
@@ -142,7 +142,7 @@ def test_the_recorded_errors_are_those_of_what_is_kept() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"heads": 6, "kv_heads": 2}, {"kv_heads": 4}])
 def test_folding_channel_scales_changes_nothing(changes: dict[str, Any]) -> None:
-    """Scaled weights with folded scales do what the same weights, scaled back, do."""
+    """Scaled weights with folded scales give the same outputs as the unscaled weights."""
     g = geometry(**changes)
     layer, rng = layer_of(g), np.random.default_rng(2)
     stream = rng.standard_normal((64, g.hidden), np.float32)
@@ -164,7 +164,7 @@ def test_folding_channel_scales_changes_nothing(changes: dict[str, Any]) -> None
     assert relative_l2(run(g, folded, stream)[0], run(g, unfolded, stream)[0]) < 1e-5
 
 
-def test_heads_that_share_a_head_of_v_share_its_scales() -> None:
+def test_heads_with_the_same_head_of_v_share_scales() -> None:
     shared = Sharing(head_dim=2, ratio=2)
     means = shared.mean(np.array([1, 2, 3, 4, 5, 6, 7, 8], np.float32))
     assert means.tolist() == [2, 3, 2, 3, 6, 7, 6, 7]
@@ -172,7 +172,7 @@ def test_heads_that_share_a_head_of_v_share_its_scales() -> None:
     assert Sharing().mean(np.arange(3, dtype=np.float32)).tolist() == [0, 1, 2]
 
 
-def test_channel_scales_of_silent_and_loud_channels() -> None:
+def test_channel_scales_of_inactive_and_large_channels() -> None:
     scales = awq.channel_scales(np.array([0, 1, 1e6], np.float32), 1.0, Sharing())
     assert scales is not None
     assert np.isfinite(scales).all()
@@ -223,13 +223,13 @@ def test_the_default_text_is_long_and_the_same_every_time() -> None:
     assert len({row.tobytes() for row in tokens}) == SEQUENCES
 
 
-def test_a_context_that_a_bos_fills_leaves_nothing_to_calibrate_with(text_file: Path) -> None:
+def test_a_context_of_one_token_with_a_bos_is_refused(text_file: Path) -> None:
     assets = TextAssets(tiny_tokenizer().to_str().encode(), bos_token="<|bos|>", add_bos=True)
     with pytest.raises(OptionError, match="1 positions, none of them left"):
         read_calibration(text_file, assets, tiny_geometry(max_positions=1))
 
 
-def test_texts_that_cannot_be_used(tmp_path: Path, text_file: Path) -> None:
+def test_unusable_texts(tmp_path: Path, text_file: Path) -> None:
     write_hf_folder(tmp_path / "hf", geometry())
 
     def refused(error: type[Exception], fragment: str, **arguments: Any) -> None:
@@ -270,7 +270,7 @@ def start(tmp_path: Path, out: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_quantisation_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, text_file: Path) -> None:
+def test_a_killed_quantization_resumes_with_identical_bytes(tmp_path: Path, text_file: Path) -> None:
     write_hf_folder(tmp_path / "hf", geometry(layers=5))
     whole, out = tmp_path / "whole", tmp_path / "out"
     child = start(tmp_path, whole)
@@ -299,7 +299,7 @@ def test_a_killed_quantisation_goes_on_and_ends_in_the_same_bytes(tmp_path: Path
 
 
 class StopHereError(Exception):
-    """Ends a quantisation like an interrupt."""
+    """Interrupts a quantization."""
 
 
 def stop_at(layer: int) -> Any:
@@ -311,7 +311,7 @@ def stop_at(layer: int) -> Any:
 
 
 @pytest.mark.slow
-def test_finished_layers_are_of_use_for_the_same_job_only(tmp_path: Path, text_file: Path) -> None:
+def test_finished_layers_are_used_for_the_same_job_only(tmp_path: Path, text_file: Path) -> None:
     write_hf_folder(tmp_path / "hf", geometry(layers=3))
     arguments: dict[str, Any] = {"method": "gptq", "calibration": text_file}
     expected = {}
@@ -336,7 +336,7 @@ def test_finished_layers_are_of_use_for_the_same_job_only(tmp_path: Path, text_f
 
 
 @pytest.mark.parametrize("name", ["layer.0.npz", "stream.2.npy"])
-def test_a_damaged_layer_is_named_and_a_missing_one_made_again(tmp_path: Path, text_file: Path, name: str) -> None:
+def test_a_damaged_layer_is_named_and_a_missing_one_quantized_again(tmp_path: Path, text_file: Path, name: str) -> None:
     write_hf_folder(tmp_path / "hf", geometry(layers=3))
     out = tmp_path / "out"
     with pytest.raises(StopHereError):

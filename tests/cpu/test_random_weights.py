@@ -1,4 +1,4 @@
-"""Models with random weights, and the token level of the engine that they are run with."""
+"""Models with random weights, and the engine's generation of token ids."""
 
 import time
 
@@ -32,7 +32,7 @@ def test_the_arrays_are_those_of_a_checkpoint_of_this_geometry(model: RandomMode
     assert model.payload_bytes == sum(array.nbytes for array in arrays.values())
 
 
-def test_codes_are_no_nan_and_scales_are_positive(model: RandomModel) -> None:
+def test_codes_are_not_nan_and_scales_are_positive(model: RandomModel) -> None:
     for name in model.names():
         array = model.array(name)
         if array.dtype == np.uint8:
@@ -71,7 +71,7 @@ def test_a_projection_keeps_activations_near_unit_size(model: RandomModel, part:
     assert np.std(outputs) == pytest.approx(1, abs=0.15)
 
 
-def test_a_tensor_larger_than_the_block_goes_round_it() -> None:
+def test_a_tensor_larger_than_the_pool_is_periodic() -> None:
     model = RandomModel(tiny_geometry(vocabulary=100_000))
     codes = model.array("embedding.weight").reshape(-1)
     assert codes.size > POOL_BYTES
@@ -79,7 +79,7 @@ def test_a_tensor_larger_than_the_block_goes_round_it() -> None:
     assert not np.array_equal(codes[:192], codes[192:384])
 
 
-def test_weights_are_made_faster_than_a_disk_could_bring_them() -> None:
+def test_weights_are_generated_faster_than_read_from_a_disk() -> None:
     model = RandomModel(tiny_geometry(vocabulary=1_000_000))
     model.array("layer.0.o.weight")  # makes the block
     before = time.process_time()
@@ -92,7 +92,7 @@ def test_a_negative_seed_is_refused() -> None:
         RandomModel(tiny_geometry(), seed=-1)
 
 
-def test_presets_have_the_sizes_that_their_names_promise() -> None:
+def test_presets_have_the_sizes_in_their_names() -> None:
     billions = {name: round(geometry.parameter_count() / 1e9, 2) for name, geometry in PRESETS.items()}
     assert billions == {"llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "smollm2-135m": 0.13}
     with pytest.raises(OptionError, match=r"no geometry 'gpt-2'; choose one of llama-3.2-1b, .*smollm2-135m\."):
@@ -115,7 +115,7 @@ def test_a_random_model_generates_the_same_tokens_again_and_others_with_another_
     assert len(set(replies[0])) > 1
 
 
-def test_tokens_are_those_that_logits_prefer() -> None:
+def test_greedy_tokens_are_the_arg_max_of_logits() -> None:
     with random_engine() as engine:
         reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=4))
         tokens = list(reply)
@@ -127,7 +127,7 @@ def test_tokens_are_those_that_logits_prefer() -> None:
         assert list(np.argmax(logits[len(PROMPT) - 1 :], axis=1)) == tokens
 
 
-def test_tokens_go_on_to_the_end_of_the_context() -> None:
+def test_tokens_are_generated_to_the_end_of_the_context() -> None:
     with random_engine(max_seq_len=10) as engine:
         reply = engine.generate_tokens(PROMPT).finish()
         assert (reply.finish_reason, reply.stats.tokens) == ("context", 7)
@@ -136,7 +136,7 @@ def test_tokens_go_on_to_the_end_of_the_context() -> None:
 
 
 def test_decode_time_goes_from_the_first_token_to_the_last() -> None:
-    """The caller's time included: a device works ahead meanwhile, so that waiting alone would flatter it."""
+    """Includes the caller's time: a device runs ahead meanwhile, so the wait alone would underestimate it."""
     with random_engine() as engine:
         reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=3))
         for _ in reply:
@@ -145,7 +145,7 @@ def test_decode_time_goes_from_the_first_token_to_the_last() -> None:
 
 
 def test_the_wait_for_a_token_is_ttft_or_decode_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device works while the host goes on; only asking for the token waits for it."""
+    """A device runs asynchronously; only the request for the token waits for it."""
     with random_engine() as engine:
         sampled_tokens = engine.backend.sampled_tokens
 
@@ -167,7 +167,7 @@ def test_text_is_refused_without_a_tokenizer() -> None:
             engine.generate_tokens(PROMPT, SamplingParams(stop="a"))
 
 
-def test_a_new_reply_interrupts_the_one_before() -> None:
+def test_a_new_generation_interrupts_the_previous_one() -> None:
     with random_engine() as engine:
         first = engine.generate_tokens(PROMPT)
         next(first)

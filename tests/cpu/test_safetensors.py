@@ -1,4 +1,4 @@
-"""Headers that were written to do harm: refused in one short sentence, at a cost that is linear in their size."""
+"""Malicious headers are refused with one short sentence, in time linear in their size."""
 
 import json
 import os
@@ -62,14 +62,14 @@ def refused(path: Path, error: type[AtomFlowError], read: Callable[[Path], objec
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_header_is_refused(tmp_path: Path, case: str) -> None:
+def test_a_malicious_header_is_refused(tmp_path: Path, case: str) -> None:
     header, fragment = HOSTILE[case]
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_bytes(header(), bytes(8)))
     assert fragment in refused(path, SourceError, lambda path: read_tensor_file(path, SourceError))
 
 
-def test_empty_tensors_by_the_thousand_are_read(tmp_path: Path) -> None:
+def test_thousands_of_empty_tensors(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     header = {f"t{i}": entry(shape=[0, i], data_offsets=[0, 0]) for i in range(20_000)}
     path.write_bytes(safetensors_bytes(header | {"last": entry(shape=[])}, bytes(4)))
@@ -82,7 +82,7 @@ def test_empty_tensors_by_the_thousand_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [3_000, 25_000, 10**18])
-def test_a_checkpoint_of_absurdly_many_layers(tmp_path: Path, layers: int) -> None:
+def test_a_checkpoint_with_too_many_layers(tmp_path: Path, layers: int) -> None:
     geometry = ModelGeometry(1, 64, 1, 1, 64, 64, 8, 16)
     metadata = {
         "format": "numba-atomflow",
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_absurdly_many_layers(tmp_path: Path, layers: int) -> No
     assert fragment in refused(path, CheckpointError, Checkpoint.open)
 
 
-def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     os.mkfifo(path)  # opening it would wait for a writer
     assert "is not a file" in refused(path, SourceError, lambda path: read_tensor_file(path, SourceError))
@@ -109,7 +109,7 @@ def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "value", ["x" * 1_000_000, "[" * 100_000, "9" * 100_000, '{"%s": 1}' % ("n" * 100_000), "\x1b"]
 )
-def test_absurd_records_of_a_checkpoint(tmp_path: Path, key: str, value: str) -> None:
+def test_invalid_records_of_a_checkpoint(tmp_path: Path, key: str, value: str) -> None:
     path = tmp_path / "model.safetensors"
     writer = CheckpointWriter(path, ModelGeometry(1, 64, 1, 1, 64, 64, 8, 16), TextAssets(), {}, {})
     header = json.loads(writer._header[8:])

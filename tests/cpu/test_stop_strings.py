@@ -1,4 +1,4 @@
-"""Stop strings: however the text is cut into pieces, the same text comes out, up to the first one."""
+"""Stop strings: the output is the text before the first match, for every split into pieces."""
 
 import random
 
@@ -20,7 +20,7 @@ def run(strings: list[str], pieces: list[str]) -> tuple[str, str | None]:
 
 
 def first_to_complete(strings: list[str], text: str) -> tuple[str, str | None]:
-    """Character by character: the text before the first stop string that is complete."""
+    """The text before the first complete stop string, character by character."""
     for end in range(1, len(text) + 1):
         ended = [s for s in strings if text[:end].endswith(s)]
         if ended:
@@ -37,7 +37,7 @@ def test_single_characters(strings: list[str], text: str) -> None:
 
 
 @given(STOPS, st.lists(st.text("abc", max_size=6), max_size=8))
-def test_nothing_from_a_stop_string_on_comes_out_and_nothing_is_lost(strings: list[str], pieces: list[str]) -> None:
+def test_output_ends_before_the_stop_string_and_is_complete(strings: list[str], pieces: list[str]) -> None:
     text = "".join(pieces)
     out, found = run(strings, pieces)
     if not any(s in text for s in strings):
@@ -49,7 +49,7 @@ def test_nothing_from_a_stop_string_on_comes_out_and_nothing_is_lost(strings: li
 
 
 @given(STOPS, st.lists(st.text("abc", max_size=6), max_size=8))
-def test_text_is_held_back_only_while_it_may_become_a_stop_string(strings: list[str], pieces: list[str]) -> None:
+def test_only_a_possible_prefix_of_a_stop_string_is_held_back(strings: list[str], pieces: list[str]) -> None:
     stops, out, text = StopStrings(strings), "", ""
     for piece in pieces:
         out += stops.push(piece)
@@ -63,8 +63,8 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string(strings: list[
 
 @given(STOPS, st.lists(st.tuples(st.text("abc", max_size=4), st.booleans()), max_size=8))
 @example(["abc"], [("a", True), ("b", False), ("c", True)])
-def test_hidden_text_is_searched_and_never_shown(strings: list[str], pieces: list[tuple[str, bool]]) -> None:
-    """The plain rule on all of the text, and then without the hidden characters."""
+def test_special_tokens_are_searched_and_not_returned(strings: list[str], pieces: list[tuple[str, bool]]) -> None:
+    """The reference searches the whole text, and then removes the special tokens."""
     text = "".join(piece for piece, _ in pieces)
     visible = [shown for piece, shown in pieces for _ in piece]
     stops = StopStrings(strings)
@@ -75,7 +75,7 @@ def test_hidden_text_is_searched_and_never_shown(strings: list[str], pieces: lis
 
 
 def test_special_tokens_count_as_in_transformers() -> None:
-    """Random tokens, special ones among them: a reply ends with the same token."""
+    """Random tokens with special ones: generation stops at the same token."""
     criteria = pytest.importorskip("transformers.generation.stopping_criteria", reason="compares with transformers")
     torch = pytest.importorskip("torch", reason="transformers needs it for its criteria")
     transformers = pytest.importorskip("transformers")
@@ -100,18 +100,18 @@ def test_special_tokens_count_as_in_transformers() -> None:
                     break
 
 
-def test_the_earlier_one_wins_and_then_the_longer() -> None:
+def test_the_earlier_match_wins_then_the_longer() -> None:
     assert run(["world", "hello"], ["say hello world"]) == ("say ", "hello")
     assert run(["ab", "abc"], ["x abcd"]) == ("x ", "abc")
 
 
-def test_a_stop_string_across_pieces_is_not_shown() -> None:
+def test_a_stop_string_across_pieces_is_removed() -> None:
     stops = StopStrings(["<|end|>"])
     assert [stops.push(piece) for piece in ("text <", "|en", "d|", "> more")] == ["text ", "", "", ""]
     assert (stops.found, stops.flush()) == ("<|end|>", "")
 
 
-def test_what_only_looked_like_a_stop_string_comes_out_later() -> None:
+def test_a_partial_match_is_returned_later() -> None:
     stops = StopStrings(["END"])
     assert [stops.push(piece) for piece in ("E", "N", "OUGH", "E")] == ["", "", "ENOUGH", ""]
     assert stops.flush() == "E"

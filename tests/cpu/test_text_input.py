@@ -1,4 +1,4 @@
-"""Text from outside: UTF-8 whatever the locale, byte order marks, sentences for all else."""
+"""Text input: UTF-8 in every locale, byte order marks, errors for other encodings."""
 
 import codecs
 import io
@@ -22,7 +22,7 @@ def refused(what: str, read: object, *arguments: object) -> None:
     assert str(caught.value).endswith(".")
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_removed(tmp_path: Path) -> None:
     (tmp_path / "bom.txt").write_bytes(codecs.BOM_UTF8 + TEXT.encode())
     assert read_text_file(tmp_path / "bom.txt") == TEXT
     assert decode_text(TEXT.encode(), "It") == TEXT
@@ -35,7 +35,7 @@ def test_other_encodings_are_named(encoding: str) -> None:
     refused(f"It is {encoding[:6].upper()}, not UTF-8", decode_text, data, "It")
 
 
-def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"Gr\xfc")
     refused(f"The prompt file {latin} is not UTF-8 text (byte 2)", read_text_file, latin, "The prompt file")
@@ -75,8 +75,8 @@ def test_arguments_in_the_encoding_of_the_locale() -> None:
     assert typed(TEXT, "The prompt", "latin-1") == TEXT  # never was in that encoding
 
 
-def test_one_place_expands_a_tilde() -> None:
-    """`Path.expanduser` raises for a file that is called ~draft; `home.expand_user` takes it as a shell does."""
+def test_expand_user() -> None:
+    """`Path.expanduser` raises for a file that is called ~draft; `home.expand_user` keeps the name, as a shell does."""
     assert home.expand_user("~no-such-user/x") == Path("~no-such-user/x")
     assert home.expand_user("~/x") == Path.home() / "x"
     package = Path(home.__file__).parent

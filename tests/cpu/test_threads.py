@@ -1,4 +1,4 @@
-"""How many threads kernels run on: cores, affinity, and the CPU quotas of containers."""
+"""The number of kernel threads: cores, affinity, and CPU quotas of containers."""
 
 import os
 import subprocess
@@ -95,7 +95,7 @@ def test_the_default_is_the_quota_in_whole_cores(
     assert threads.default_threads(version_2(tmp_path, "/", {".": limit})) == expected
 
 
-def test_the_default_knows_an_affinity_that_was_set_after_numba_came(
+def test_the_default_respects_an_affinity_set_after_the_import_of_numba(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "most_threads", lambda: 8)
@@ -103,7 +103,7 @@ def test_the_default_knows_an_affinity_that_was_set_after_numba_came(
     assert threads.default_threads(tmp_path) == 1
 
 
-def test_more_threads_than_the_quota_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_threads_than_the_quota_may_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "most_threads", lambda: 8)
     monkeypatch.setattr(threads, "cpu_quota", lambda *_: 1.5)
     assert threads.choose_threads(None) == 1
@@ -132,7 +132,7 @@ threads = [threading.Thread(target=run) for _ in range(4)]
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core runs no two threads at the same time")
-def test_threads_take_turns_where_numbas_pool_serves_one(tmp_path: Path) -> None:
+def test_threads_take_turns_with_a_pool_that_is_not_thread_safe(tmp_path: Path) -> None:
     """Without turns, numba's workqueue layer ends this process by SIGABRT."""
     (tmp_path / "compiled").symlink_to(home.compiled().resolve())
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Tokenizers of others: panics, exceptions and growth of the tokenizers library become sentences."""
+"""Untrusted tokenizers: panics, exceptions and growth in the tokenizers library become errors."""
 
 import json
 import os
@@ -93,17 +93,17 @@ def test_a_template_that_names_an_unknown_token() -> None:
         {"decoder": {"type": "Sequence", "decoders": replacing(*[("a", "a" * 1000)] * 40)["normalizers"]}},
     ],
 )
-def test_a_text_that_would_grow_without_measure(part: dict[str, Any]) -> None:
+def test_a_normalizer_or_decoder_that_multiplies_the_text(part: dict[str, Any]) -> None:
     with pytest.raises(TextError, match="times as long"):
         TextCodec(changed(lambda r: r.update(part)))
 
 
-def test_replacements_of_real_models_are_taken() -> None:
+def test_replacements_of_real_models_are_accepted() -> None:
     steps = [(" ", "▁"), ("``", '"'), ("''", '"'), ("\n", "▁▁")]
     assert TextCodec(changed(lambda r: r.update(normalizer=replacing(*steps)))).encode("a b")
 
 
-def test_settings_of_a_training_run_change_no_prompt() -> None:
+def test_settings_of_a_training_run_are_ignored() -> None:
     def set_up(r: dict[str, Any]) -> None:
         r["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
         r["padding"] = {
@@ -123,18 +123,18 @@ def test_settings_of_a_training_run_change_no_prompt() -> None:
 
 
 @pytest.mark.parametrize("ids", [[-1], [1 << 40]])
-def test_ids_that_are_none(ids: list[int]) -> None:
+def test_invalid_ids(ids: list[int]) -> None:
     with pytest.raises(TextError, match="cannot decode the tokens"):
         TextCodec(ASSETS).decode(ids)
 
 
-def test_half_a_surrogate_pair_as_bos() -> None:
+def test_a_lone_surrogate_as_bos() -> None:
     with pytest.raises(TextError, match="its tokenizer lacks"):
         TextCodec(replace(ASSETS, add_bos=True, bos_token="\ud800"))
     assert TextCodec(ASSETS).token_id("\ud800") is None
 
 
-def test_ctrl_c_is_no_fault_of_a_tokenizer() -> None:
+def test_ctrl_c_is_not_translated() -> None:
     for passing in (KeyboardInterrupt, SystemExit, SourceError):
         with pytest.raises(passing), translate_errors("x", "y"):
             raise passing
@@ -145,9 +145,7 @@ def fail_after(words: bytes) -> None:
     raise ValueError
 
 
-def test_reports_of_panics_are_dropped_and_nothing_else(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_panic_reports_are_discarded(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers_library, "_suppress_panic_reports", True)
     codec = TextCodec(changed(lambda r: r.update(pre_tokenizer={"type": "FixedLength", "length": 0})))
     with pytest.raises(TextError, match="chunk size must be non-zero"):

@@ -1,4 +1,4 @@
-"""Values from files of others in messages, and JSON of others."""
+"""Untrusted values in messages, and untrusted JSON."""
 
 import numpy as np
 import pytest
@@ -52,20 +52,20 @@ def test_a_name_is_one_printable_line() -> None:
     ],
     ids=["lists", "objects", "digits", "negative", "encoding", "syntax", "empty"],
 )
-def test_json_that_cannot_be_read(text: str | bytes, fault: str) -> None:
+def test_invalid_json(text: str | bytes, fault: str) -> None:
     with pytest.raises(ValueError, match=fault) as refused:
         load_json(text)
     assert len(str(refused.value)) < 120
 
 
 @pytest.mark.parametrize("times", [2, 60_000])
-def test_names_that_are_listed_twice(times: int) -> None:
+def test_duplicate_names(times: int) -> None:
     text = '{"c": 1' + ', "a": 1, "b": 1' * times + "}"
     assert load_json(text)["a"] == 1
     with pytest.raises(ValueError, match="a is listed twice"):
         load_json(text, unique=True)
 
 
-def test_sound_json_is_what_the_standard_library_makes_of_it() -> None:
+def test_valid_json_is_parsed_as_by_the_standard_library() -> None:
     text = '{"a": [1, -2.5, 1e400, null, true, "\\ud83d\\ude00"], "limit": 1000000000000000019884624838656}'
     assert load_json(text, unique=True) == {"a": [1, -2.5, float("inf"), None, True, "😀"], "limit": int(1e30)}

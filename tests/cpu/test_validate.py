@@ -1,4 +1,4 @@
-"""The validator on small models: what passes, what is compared with what, and what a report says."""
+"""Validation of small models: results, comparisons, and reports."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ def llama_like(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
 
 @pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("block", [None, BLOCK, 3, 1])
-def test_a_sound_model_passes_however_its_prompt_is_taken(subject: Subject, block: int | None, isolate: bool) -> None:
+def test_a_correct_model_passes_with_every_prefill_chunk(subject: Subject, block: int | None, isolate: bool) -> None:
     report = check(subject.backend(), subject.truth, block=block, isolate=isolate)
     assert report.passed, report.verdict()
     assert report.verdict() == "PASS: 12/12 probes, 19/19 inner stages."
@@ -54,7 +54,7 @@ def test_a_model_of_llama_3b_proportions_passes_37_of_37(llama_like: Subject, is
     assert report.verdict().startswith("PASS: 37/37 probes"), report.verdict()
 
 
-def test_the_probes_of_28_layers_are_37_in_the_order_of_the_step() -> None:
+def test_28_layers_have_37_probes_in_execution_order() -> None:
     probes = [probe for probe in all_probes(like_llama_3b()) if probe.in_table]
     assert [probe.name for probe in probes] == [
         "embedding",
@@ -95,7 +95,7 @@ def test_a_decode_step_under_observation_is_the_bound_list_of_decode(subject: Su
 
 
 class Names:
-    """An observer that notes the names of ops before which it was called."""
+    """An observer that records the names of ops."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -123,7 +123,7 @@ def test_two_backends_are_compared_without_a_ground_truth(subject: Subject) -> N
     assert perturbed.fault.op == "layer.2.o"
 
 
-def test_blocks_are_compared_with_single_tokens(subject: Subject) -> None:
+def test_chunks_are_compared_with_single_tokens(subject: Subject) -> None:
     seen = record(subject.backend(), subject.geometry, PROMPT, DECODE_STEPS, block=1)
     report = check(subject.backend(), seen, block=BLOCK)
     assert report.passed, report.verdict()
@@ -145,7 +145,7 @@ def test_tolerances_grow_with_depth_and_not_with_isolation(subject: Subject) -> 
     assert max(values.max() for values in open_end.values()) < 1e-3
 
 
-def test_narrow_storage_and_quantised_weights_are_allowed_for(subject: Subject) -> None:
+def test_tolerances_include_narrow_storage_and_quantized_weights(subject: Subject) -> None:
     wide = tolerances(subject.truth, Precision(), isolate=True)
     half = tolerances(subject.truth, Precision(k=2.0**-11, v=2.0**-11), isolate=True)
     assert np.all(half["layer.1.q"] == wide["layer.1.q"])
@@ -155,7 +155,7 @@ def test_narrow_storage_and_quantised_weights_are_allowed_for(subject: Subject) 
     assert fp8["embedding"][0] == pytest.approx(4 * 2.0**-4, rel=1e-6)
 
 
-def test_the_original_weights_are_a_reference_too(subject: Subject) -> None:
+def test_the_original_weights_as_reference(subject: Subject) -> None:
     truth = make_ground_truth(subject.checkpoint, PROMPT, DECODE_STEPS, "original", subject.folder)
     report = check(subject.backend(), truth, isolate=True)
     assert report.passed, report.verdict()
@@ -166,7 +166,7 @@ def test_the_original_weights_are_a_reference_too(subject: Subject) -> None:
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_layers_asked_for_are_compared(subject: Subject) -> None:
+def test_only_the_requested_layers_are_compared(subject: Subject) -> None:
     report = check(subject.backend(), subject.truth, layers=range(1, 3))
     assert {probe.name.rpartition(".")[0] for probe in report.probes} == {"layer.1", "layer.2"}
     assert report.verdict() == "PASS: 2/2 probes, 16/16 inner stages."
@@ -178,12 +178,12 @@ def test_only_the_layers_asked_for_are_compared(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("layers", [range(3, 4), range(2, 2), range(2, 9)])
-def test_layers_that_are_not_there_are_refused(subject: Subject, layers: range) -> None:
+def test_layers_outside_the_model_are_refused(subject: Subject, layers: range) -> None:
     with pytest.raises(OptionError, match="--layers"):
         check(subject.backend(), subject.truth, layers=layers)
 
 
-def test_every_op_can_be_spoilt_and_is_named(subject: Subject) -> None:
+def test_a_fault_in_every_op_is_attributed_to_it(subject: Subject) -> None:
     ops: Sequence[Op] = subject.backend().step(1, SAMPLE)
     for op in ops:
         if op.name in {"sample", "advance"}:
@@ -209,8 +209,8 @@ def test_a_report_is_json_even_with_nan(subject: Subject) -> None:
     assert report.fault.op == "layer.1.gate_up"
 
 
-def test_a_position_that_was_never_seen_fails(subject: Subject) -> None:
-    class Blind:
+def test_a_position_that_was_not_compared_fails(subject: Subject) -> None:
+    class NoPromptLogits:
         """A backend whose `logits` calls no observer: prompt rows but the last have no logits."""
 
         def __init__(self) -> None:
@@ -223,7 +223,7 @@ def test_a_position_that_was_never_seen_fails(subject: Subject) -> None:
             del observer
             return self._backend.logits(start, stop)
 
-    report = check(Blind(), subject.truth)  # type: ignore[arg-type]
+    report = check(NoPromptLogits(), subject.truth)  # type: ignore[arg-type]
     assert {probe.name for probe in report.probes if not probe.passed} == {"final_norm", "logits"}
     assert not report.passed
 

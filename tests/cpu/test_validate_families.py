@@ -1,4 +1,4 @@
-"""The validator on models with biases or norms of q and k: sound ones pass, faults in either are put down to Qkv."""
+"""Validation of models with biases or norms of q and k: correct ones pass, faults are attributed to Qkv."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("block", [None, BLOCK, 1])
-def test_a_sound_model_passes(subject: Subject, block: int | None, isolate: bool) -> None:
+def test_a_correct_model_passes(subject: Subject, block: int | None, isolate: bool) -> None:
     report = check(subject.backend(), subject.truth, block=block, isolate=isolate)
     assert report.verdict() == "PASS: 12/12 probes, 19/19 inner stages."
     assert report.logits is not None
@@ -55,8 +55,8 @@ def test_the_ground_truth_of_the_original_weights(subject: Subject) -> None:
     ],
     ids=["qwen2", "qwen3"],
 )
-def test_a_gguf_as_transformers_itself_reads_it(tmp_path: Path, geometry: ModelGeometry) -> None:
-    """Rows of q and k must be in the order that its own reader gives them."""
+def test_a_gguf_file_as_read_by_transformers(tmp_path: Path, geometry: ModelGeometry) -> None:
+    """Rows of q and k are in the order of transformers' reader."""
     source = tmp_path / "model.gguf"
     write_gguf(source, geometry, tokenizer=True)
     with Checkpoint.open(convert(source, tmp_path / "out.safetensors")) as checkpoint:
@@ -95,7 +95,7 @@ def norms_of_q_and_k_swapped(weights: Weights) -> None:
     indirect=["subject"],
 )
 @pytest.mark.parametrize("isolate", [False, True])
-def test_a_fault_is_put_down_to_the_projection(
+def test_a_fault_is_attributed_to_the_projection(
     subject: Subject, corrupt: Callable[[Weights], None], isolate: bool
 ) -> None:
     weights = subject.weights
@@ -116,7 +116,7 @@ def test_a_model_that_transformers_does_not_have_is_compared_with_itself(subject
 
 
 class WithGeometry:
-    """As much of a checkpoint as is looked at before the refusal."""
+    """The part of a checkpoint that is read before the error."""
 
     def __init__(self, geometry: Any) -> None:
         self.geometry = geometry

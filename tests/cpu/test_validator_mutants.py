@@ -1,4 +1,4 @@
-"""Deliberate faults, one at a time: each must be caught, and put down to the right layer and op.
+"""Injected faults, one at a time: each must be detected, and attributed to the right layer and op.
 
 A fault is either a corrupted weight, or an observer that does an op's work once more after it, in NumPy, and wrong.
 """
@@ -91,7 +91,7 @@ def rotated_for_the_next_position(op: Qkv, memory: Memory, start: int, _residual
     write_heads(memory, keys, rope_reference(heads_of(qkv[:, q_dim : q_dim + kv_dim]), cosines, sines))
 
 
-def rotated_as_neighbours(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
+def rotated_interleaved(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
     """Pairs (2i, 2i + 1), as in GGUF files, instead of (i, i + head_dim / 2)."""
     count = op.q.shape[0]
     at = slice(start, start + count)
@@ -109,7 +109,7 @@ def rotated_backwards(op: Qkv, memory: Memory, start: int, _residual: NDArray[np
     write_heads(memory, op.q, rope_reference(heads_of(unrotated(op, memory)[:, : op.q.shape[1]]), cosines, -sines))
 
 
-def stored_one_slot_late(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
+def stored_one_row_late(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
     count = op.q.shape[0]
     for cache in (op.keys, op.values):
         room = min(count, cache.shape[0] - start - 1)
@@ -118,15 +118,15 @@ def stored_one_slot_late(op: Qkv, memory: Memory, start: int, _residual: NDArray
         memory.write(cache.rows(start, start + 1), np.zeros_like(rows[:1]))
 
 
-def stored_from_the_beginning(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
-    """Each step overwrites the first slots: right for the first block of a prompt, and wrong for all that follows."""
+def stored_from_row_0(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
+    """Each step overwrites the first rows: correct for the first chunk of a prompt only."""
     if start:
         rows = memory.read(op.keys.rows(start, start + op.q.shape[0]))
         memory.write(op.keys.rows(0, len(rows)), rows)
         memory.write(op.keys.rows(start, start + len(rows)), np.zeros_like(rows))
 
 
-def stray_write_into_an_old_slot(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
+def stray_write_to_an_earlier_row(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
     if start:
         memory.write(op.values.rows(2, 3), memory.read(op.values.rows(start, start + 1)))
 
@@ -145,7 +145,7 @@ def attending(
     visible: Callable[[int, int], int] = lambda position, _count: position + 1,
     subtract_maximum: bool = True,
 ) -> Callable[[Attention, Memory, int, NDArray[np.float32]], None]:
-    """Attention with one thing different."""
+    """Attention with one change."""
 
     def attend(op: Attention, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
         q = heads_of(memory.read(op.q)).astype(np.float32)
@@ -199,7 +199,7 @@ def norm_of_the_row_before(op: LmHead, memory: Memory, _start: int, _residual: N
     memory.write(op.logits, memory.read(op.x_norm) @ expanded(op.weight, memory).T)
 
 
-def stays_where_it_is(op: Advance, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
+def position_not_advanced(op: Advance, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
     memory.write(op.position, np.array([start]))
 
 
@@ -213,11 +213,11 @@ def only_decode(spoil: Callable[..., None]) -> Callable[..., None]:
 
 OBSERVED: dict[str, tuple[str, Callable[..., None]]] = {
     "RoPE angle off by one position": ("layer.1.qkv", rotated_for_the_next_position),
-    "RoPE pairs are neighbours": ("layer.1.qkv", rotated_as_neighbours),
+    "RoPE pairs are neighbours": ("layer.1.qkv", rotated_interleaved),
     "RoPE turns the other way": ("layer.1.qkv", rotated_backwards),
-    "KV written one slot late": ("layer.1.qkv", stored_one_slot_late),
-    "KV of a later block written from slot 0": ("layer.1.qkv", stored_from_the_beginning),
-    "a value written into an old slot as well": ("layer.1.qkv", stray_write_into_an_old_slot),
+    "KV written one slot late": ("layer.1.qkv", stored_one_row_late),
+    "KV of a later block written from slot 0": ("layer.1.qkv", stored_from_row_0),
+    "a value written into an old slot as well": ("layer.1.qkv", stray_write_to_an_earlier_row),
     "k and v swapped": ("layer.1.qkv", keys_and_values_swapped),
     "GQA head mapped wrong": ("layer.1.attention", attending(kv_head=lambda head, _heads, kv_heads: head % kv_heads)),
     "attention scale wrong": ("layer.1.attention", attending(scale=1 / HEAD_DIM)),
@@ -235,7 +235,7 @@ OBSERVED: dict[str, tuple[str, Callable[..., None]]] = {
     "norm subtracts the mean": ("layer.1.gate_up", norm_by_the_mean),
     "another activation": ("layer.1.gate_up", gelu_instead_of_silu),
     "final norm of the row before": ("lm_head", norm_of_the_row_before),
-    "position not advanced": ("advance", stays_where_it_is),
+    "position not advanced": ("advance", position_not_advanced),
 }
 
 
@@ -274,7 +274,7 @@ def embedding_row_off_by_one(weights: Weights) -> None:
         weights[name] = np.roll(weights[name], 1, axis=0)
 
 
-def vocabulary_is_the_embedding(weights: Weights) -> None:
+def lm_head_is_the_embedding(weights: Weights) -> None:
     weights |= {f"vocabulary.{part}": weights[f"embedding.{part}"] for part in ("weight", "scale")}
 
 
@@ -285,7 +285,7 @@ CORRUPTED: dict[str, tuple[str, Callable[[Weights], None]]] = {
     "gate and up swapped": ("layer.1.gate_up", gate_and_up_swapped),
     "one row of a projection is another": ("layer.1.o", one_row_of_o_is_another),
     "embedding row off by one": ("embed", embedding_row_off_by_one),
-    "untied head taken for a tied one": ("lm_head", vocabulary_is_the_embedding),
+    "untied head taken for a tied one": ("lm_head", lm_head_is_the_embedding),
 }
 
 
@@ -293,7 +293,7 @@ CORRUPTED: dict[str, tuple[str, Callable[[Weights], None]]] = {
 
 
 def assert_caught(report: Report, op: str) -> None:
-    """The op is named, and no other layer is blamed."""
+    """The op is named, and no other layer fails."""
     assert not report.passed
     assert report.fault is not None
     assert report.fault.op == op, report.verdict()
@@ -316,7 +316,7 @@ def test_there_are_enough_mutants() -> None:
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-def test_the_sound_models_pass(subject: Subject, loud_subject: Subject, isolate: bool) -> None:
+def test_the_correct_models_pass(subject: Subject, loud_subject: Subject, isolate: bool) -> None:
     for sound in (subject, loud_subject):
         report = run(sound, isolate=isolate)
         assert report.passed, report.verdict()
@@ -337,7 +337,7 @@ def test_a_corrupted_weight_is_caught_and_named(subject: Subject, fault: str) ->
     assert_caught(run(subject, weights), op)
 
 
-def test_softmax_without_its_maximum_is_caught_where_scores_are_large(loud_subject: Subject) -> None:
+def test_softmax_without_running_max_is_caught_with_large_scores(loud_subject: Subject) -> None:
     right = attending()
     wrong = attending(subtract_maximum=False)
     assert run(loud_subject, observers=[Mutant("layer.1.attention", right)]).passed
@@ -347,11 +347,11 @@ def test_softmax_without_its_maximum_is_caught_where_scores_are_large(loud_subje
     assert failed.share == np.inf
 
 
-def test_the_numpy_attention_of_the_mutants_is_right_when_nothing_is_changed(subject: Subject) -> None:
+def test_the_numpy_attention_of_the_mutants_is_correct_without_a_fault(subject: Subject) -> None:
     assert run(subject, observers=[Mutant("layer.1.attention", attending())]).passed
 
 
-def test_a_fault_of_decode_alone_shows_in_decode_alone(subject: Subject) -> None:
+def test_a_fault_in_decode_only_affects_only_decode(subject: Subject) -> None:
     op, spoil = OBSERVED["decode does not see its own key"]
     report = run(subject, observers=[Mutant(op, spoil)])
     probe = next(probe for probe in report.probes if probe.name == op)
@@ -360,7 +360,7 @@ def test_a_fault_of_decode_alone_shows_in_decode_alone(subject: Subject) -> None
     assert report.fault.position == subject.truth.prompt_tokens
 
 
-def test_without_isolation_later_layers_are_poisoned_and_the_op_is_named_all_the_same(subject: Subject) -> None:
+def test_without_isolation_the_first_divergent_op_is_still_named(subject: Subject) -> None:
     op, spoil = OBSERVED["GQA head mapped wrong"]
     report = run(subject, observers=[Mutant(op, spoil)], isolate=False)
     assert report.fault is not None

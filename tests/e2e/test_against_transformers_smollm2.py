@@ -1,4 +1,4 @@
-"""SmolLM2 against transformers holding the same dequantised FP8 weights: logits, greedy text, and the KV cache."""
+"""SmolLM2 compared with transformers on the same dequantized FP8 weights: logits, greedy tokens, KV cache."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +59,7 @@ def expected(reference: Reference, prompts: dict[str, list[int]]) -> dict[str, N
 
 
 def check(got: NDArray[np.float32], expected: NDArray[np.float32], limit: float = LIMIT) -> None:
-    """At every position: relative L2 within the limit, and the same most likely token."""
+    """At every position: relative L2 error within the limit, and the same arg-max token."""
     errors = [relative_l2(a, b) for a, b in zip(got, expected, strict=True)]
     worst = int(np.argmax(errors))
     share = f"relative L2 {errors[worst]:.3g} is {errors[worst] / limit:.1%} of {limit} at position {worst}"
@@ -135,8 +135,8 @@ def test_a_chat_of_two_turns_reuses_the_cache_and_equals_a_fresh_run(engine: Eng
     assert fresh.text == second.text
 
 
-def test_other_weights_would_be_seen(engine: Engine, reference: Reference, prompts, expected) -> None:
-    """The unquantised model is no stand-in for the dequantised one: the limit is far below what FP8 changes."""
+def test_the_limit_detects_other_weights(engine: Engine, reference: Reference, prompts, expected) -> None:
+    """The limit is far below the effect of FP8 quantization, so it detects unquantized weights."""
     up = reference.model.model.layers[3].mlp.up_proj.weight
     column = up.data[:, 17].clone()
     up.data[:, 17] *= 1.5

@@ -1,4 +1,4 @@
-"""Logits of tiny random models against transformers, over the grid of shapes and options that Llama models have.
+"""Logits of tiny random models compared with transformers, over a grid of shapes and options of Llama models.
 
 The other families, by what sets them apart, are in test_families_against_transformers.py.
 """
@@ -25,7 +25,7 @@ GRID = list(itertools.product(HEAD_DIMS, GQA_RATIOS, (True, False), (None, LLAMA
 
 
 def geometry_of(number: int) -> ModelGeometry:
-    """Model `number` of the grid; hidden and FFN sizes vary, most of them no multiple of 128."""
+    """Model `number` of the grid; hidden and intermediate sizes vary, most are not multiples of 128."""
     head_dim, ratio, tied, scaling = GRID[number]
     return tiny_geometry(
         head_dim=head_dim,
@@ -79,7 +79,7 @@ def test_logits_with_a_head_in_float16(tmp_path: Path, tied: bool) -> None:
         check_logits(np.stack([engine.feed([token]) for token in tokens]), expected, "token by token")
 
 
-def test_every_combination_is_there() -> None:
+def test_the_grid_has_every_combination() -> None:
     made = {(g.head_dim, g.gqa_ratio, g.tied_embeddings, g.rope_scaling) for g in map(geometry_of, range(64))}
     assert len(made) == 64
     assert any(g.kv_heads > 1 and g.gqa_ratio > 1 for g in map(geometry_of, range(64)))
@@ -87,7 +87,7 @@ def test_every_combination_is_there() -> None:
 
 
 def test_a_long_prompt(tmp_path: Path) -> None:
-    """More than one block of tokens and several tiles of keys."""
+    """More than one prefill chunk, and several tiles of keys."""
     geometry = tiny_geometry(heads=6, kv_heads=2, max_positions=1024, rope_scaling=LLAMA3)
     engine, reference = models(tmp_path, geometry, seed=100)
     tokens = np.random.default_rng(100).integers(0, geometry.vocabulary, 700).tolist()
@@ -96,7 +96,7 @@ def test_a_long_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"rope_theta": 20000.0}, {"rope_scaling": LLAMA3}, {"norm_eps": 1e-3}])
-def test_a_wrong_constant_would_be_seen(tmp_path: Path, change: dict[str, object]) -> None:
+def test_the_limit_detects_a_wrong_constant(tmp_path: Path, change: dict[str, object]) -> None:
     geometry = tiny_geometry()
     wrong = tiny_geometry(**change)
     write_hf_folder(tmp_path / "hf", geometry)

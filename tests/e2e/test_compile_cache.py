@@ -1,4 +1,4 @@
-"""A second start compiles nothing; an edit in ops/ compiles anew. Both asked from numba's own events."""
+"""A second start compiles nothing; an edit in ops/ recompiles. Both from numba's compilation events."""
 
 import json
 import os
@@ -42,7 +42,7 @@ result = float(out[0, 0])
 
 
 def record(home: Path, lines: str, tree: Path = ROOT) -> tuple[list[str], Any]:
-    """Names of the functions compiled while `lines` ran in a process of their own, and their result."""
+    """Names of the functions that a process running `lines` compiles, and its result."""
     answer = home / "answer.json"
     run(
         [sys.executable, "-c", RECORD, lines, str(answer)],
@@ -65,14 +65,14 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, tiny_checkpoint: Path) 
     assert same_tokens == tokens
 
 
-def copy_of_the_house(target: Path) -> Path:
-    """The package as an installation lays it out, rooms inside."""
+def copy_of_the_package(target: Path) -> Path:
+    """The package in the layout of an installation."""
     shutil.copytree(ROOT / "numba_atomflow", target / "numba_atomflow", ignore=shutil.ignore_patterns("__pycache__"))
     return target
 
 
-def test_an_edit_in_a_function_that_a_kernel_calls_compiles_anew(tmp_path: Path) -> None:
-    tree = copy_of_the_house(tmp_path / "tree")
+def test_an_edit_of_a_called_function_recompiles(tmp_path: Path) -> None:
+    tree = copy_of_the_package(tmp_path / "tree")
     first, before = record(tmp_path, ONE_KERNEL, tree)
     assert "numba_atomflow.ops.projection.swiglu" in first
     assert record(tmp_path, ONE_KERNEL, tree) == ([], before)
@@ -108,7 +108,7 @@ def test_damaged_compiled_code_is_compiled_again(tmp_path: Path) -> None:
         assert record(tmp_path, ONE_KERNEL) == ([], result)
 
 
-def test_a_disk_too_full_for_compiled_code_costs_time_alone(tmp_path: Path) -> None:
+def test_a_full_disk_disables_the_cache_only(tmp_path: Path) -> None:
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"  # bytes a file may have
     full += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     for _ in range(2):
@@ -117,7 +117,7 @@ def test_a_disk_too_full_for_compiled_code_costs_time_alone(tmp_path: Path) -> N
         assert result > 1
 
 
-def test_a_cache_that_vanishes_while_others_are_pruned_is_no_error(tmp_path: Path) -> None:
+def test_a_cache_deleted_during_pruning_is_not_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "compiled"
     folder.mkdir()
     (folder / "cpu-gone").symlink_to(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""Logits of tiny random Mistral, Qwen2 and Qwen3 models against their own classes in transformers."""
+"""Logits of tiny random Mistral, Qwen2 and Qwen3 models compared with transformers."""
 
 import itertools
 import json
@@ -59,8 +59,8 @@ def test_logits(tmp_path: Path, family: str, head_dim: int, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
-def test_a_sliding_window_ends_the_context_where_it_would_begin_to_slide(tmp_path: Path, family: str) -> None:
-    """Up to there every position sees all others, so a model with its window agrees with the engine without."""
+def test_the_context_is_limited_to_a_sliding_window(tmp_path: Path, family: str) -> None:
+    """Within the window, sliding-window attention equals full attention."""
     geometry = tiny_geometry(max_positions=512, **FAMILIES[family])
     write_hf_folder(tmp_path / "hf", geometry, model_type=family)
     config = tmp_path / "hf" / "config.json"
@@ -78,7 +78,7 @@ def test_a_sliding_window_ends_the_context_where_it_would_begin_to_slide(tmp_pat
 
 
 @pytest.mark.parametrize("part", ["q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.weight", "k_norm.weight"])
-def test_a_part_that_was_left_out_would_be_seen(tmp_path: Path, part: str) -> None:
+def test_the_limit_detects_a_missing_part(tmp_path: Path, part: str) -> None:
     family = "qwen2" if part.endswith("bias") else "qwen3"
     geometry = geometry_of(family, 64, tied=False)
     engine, reference = load(tmp_path, family, geometry)

@@ -1,4 +1,4 @@
-"""What `generate` costs in memory, and that decoding is faster than what one would write in NumPy."""
+"""Memory of `generate`, and speed of decoding compared with NumPy."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_peak_memory_is_the_checkpoint_and_350_mb(smollm2_checkpoint: Path) -> N
 
 
 @pytest.mark.slow
-def test_decoding_beats_numpy_by_half(smollm2_checkpoint: Path) -> None:
+def test_decoding_is_faster_than_numpy(smollm2_checkpoint: Path) -> None:
     command = [sys.executable, "scripts/bench_numpy.py", str(smollm2_checkpoint), "-n", "16", "-p", "128", "-r", "4"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run([*command, "--json"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

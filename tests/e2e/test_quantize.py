@@ -1,4 +1,4 @@
-"""``quantize`` and ``perplexity`` as a user meets them."""
+"""The commands ``quantize`` and ``perplexity``."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def test_quantize_reports_what_calibration_found(cli: InProcess, folder: Path, t
     assert re.search(r"^LM head +fp16$", cli("info", destination).out, re.MULTILINE)
 
 
-def test_rounding_to_nearest_is_what_convert_does(cli: InProcess, folder: Path, tmp_path: Path) -> None:
+def test_rtn_is_the_same_as_convert(cli: InProcess, folder: Path, tmp_path: Path) -> None:
     assert cli("convert", folder, tmp_path / "a").code == 0
     assert cli("quantize", folder, tmp_path / "b", "--method", "rtn", "--lm-head", "fp8").code == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -1,4 +1,4 @@
-"""The sandbox with real tokens of SmolLM2: many requests at once say what each says alone. On the CPU."""
+"""The sandbox with SmolLM2 on the CPU: concurrent requests generate the same tokens as single ones."""
 
 import json
 from collections.abc import Iterator
@@ -43,20 +43,20 @@ def server(checkpoint: Path, blocks: int, block_size: int, sequences: int) -> Se
     return ServerEngine(runner)
 
 
-def assert_as_alone(engine: Engine, served: list[Request]) -> None:
+def assert_same_as_alone(engine: Engine, served: list[Request]) -> None:
     for request in served:
         params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
         assert request.output == engine.generate_tokens(list(request.prompt), params).finish().token_ids
         assert request.finish_reason == "max_tokens"
 
 
-def test_eight_at_once_with_a_fork_and_a_shared_beginning(engine: Engine, smollm2_checkpoint: Path) -> None:
+def test_eight_requests_with_a_fork_and_a_shared_prefix(engine: Engine, smollm2_checkpoint: Path) -> None:
     one = server(smollm2_checkpoint, blocks=200, block_size=8, sequences=9)
     requests = [Request(i, engine.text.encode(text), TOKENS) for i, text in enumerate(PROMPTS)]
     late = Request(8, [*requests[5].prompt, *engine.text.encode(" the")], 8, arrival=1e-3)
     served = one.serve([*requests, late], [Fork(100, 2, 9, engine.text.encode(" a dragon"), TOKENS)])
     assert len(served) == 10
-    assert_as_alone(engine, served)
+    assert_same_as_alone(engine, served)
     assert late.shared_tokens == 8
     assert served[-1].shared_tokens > len(requests[2].prompt)
     assert one.manager.copies >= 1
@@ -68,7 +68,7 @@ def test_too_few_blocks_force_preemptions_and_change_no_token(engine: Engine, sm
     requests = [Request(i, engine.text.encode(text), TOKENS) for i, text in enumerate(PROMPTS)]
     served = one.serve(requests)
     assert sum(request.preemptions for request in served) >= 1
-    assert_as_alone(engine, served)
+    assert_same_as_alone(engine, served)
     assert one.manager.free_count == 12
 
 
@@ -77,7 +77,7 @@ def test_ten_times_more_requests_than_blocks(engine: Engine, smollm2_checkpoint:
     requests = [Request(i, engine.text.encode(PROMPTS[i % len(PROMPTS)])[:5], 4) for i in range(40)]
     served = one.serve(requests)
     assert [len(request.output) for request in served] == [4] * 40
-    assert_as_alone(engine, served[:8])
+    assert_same_as_alone(engine, served[:8])
 
 
 def test_the_command_serves_a_trace(cli: InProcess, smollm2_checkpoint: Path, tmp_path: Path) -> None:
@@ -164,9 +164,7 @@ def test_the_comparison(cli: InProcess, tiny_checkpoint: Path) -> None:
         (["compare", "--block-sizes", "8,x"], ["--block-sizes 8,x"]),
     ],
 )
-def test_what_cannot_be_done_is_refused(
-    cli: InProcess, tiny_checkpoint: Path, arguments: list[str], culprits: list[str]
-) -> None:
+def test_invalid_options(cli: InProcess, tiny_checkpoint: Path, arguments: list[str], culprits: list[str]) -> None:
     command, *rest = arguments
     assert_refused(cli("sandbox", command, tiny_checkpoint, *rest, "--backend", "cpu"), *culprits)
 

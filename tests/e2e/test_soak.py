@@ -1,4 +1,4 @@
-"""scripts/soak.py on the CPU: it passes what repeats, and sees what does not."""
+"""scripts/soak.py on the CPU: passes identical repetitions, and detects differences."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def test_the_script_repeats_a_reply_on_the_cpu() -> None:
     assert (record["passes"], record["steps"], record["first_difference"]) == (3, 30, None)
 
 
-def test_a_pass_that_differs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_pass_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine.random(TINY, "cpu", 32) as engine:
         logits = engine.backend.logits
         calls = []

@@ -1,4 +1,4 @@
-"""Tokens, texts and chats against transformers, reading the same GGUF files.
+"""Tokens, texts and chats compared with transformers on the same GGUF files.
 
 transformers reads a GGUF without what the models' own tokenizer.json says beyond it. Two of its rules are not followed
 (docs/decisions.md), and the reference is set to the models' own: SmolLM cuts off every digit first, and a sentencepiece
@@ -68,7 +68,7 @@ def load_reference(path: Path, own_rule: Callable[[Tokenizer], None]) -> Any:
     return reference
 
 
-def nothing_beyond(tokenizer: Tokenizer) -> None:
+def no_change(tokenizer: Tokenizer) -> None:
     pass
 
 
@@ -91,7 +91,7 @@ def test_there_are_enough_samples() -> None:
 
 
 @pytest.mark.parametrize("text", SAMPLES, ids=range(len(SAMPLES)))
-def test_smollm2_tokens_are_identical_and_come_back(reference: Any, codec: TextCodec, text: str) -> None:
+def test_smollm2_tokens_are_identical_and_decode_to_the_text(reference: Any, codec: TextCodec, text: str) -> None:
     ids = codec.encode(text)
     assert ids == reference(text)["input_ids"]
     assert codec.decode(ids) == reference.decode(ids, skip_special_tokens=True)
@@ -130,8 +130,8 @@ def test_smollm2_named_tokens_are_identical(reference: Any, codec: TextCodec) ->
 @pytest.mark.parametrize(
     ("make", "own_rule"),
     [
-        (byte_level, nothing_beyond),
-        (lambda: byte_level("llama-bpe"), nothing_beyond),
+        (byte_level, no_change),
+        (lambda: byte_level("llama-bpe"), no_change),
         (lambda: byte_level("qwen2"), normalised),
         (sentencepiece, space_before_every_text),
     ],
@@ -154,7 +154,7 @@ def test_other_kinds_of_tokenizer_are_identical(
 
 
 def write_gguf(path: Path, fields: dict[str, Any]) -> None:
-    """A model file of tokenizer and sizes only: transformers reads the sizes before the tokenizer."""
+    """A GGUF file with tokenizer and sizes only: transformers reads the sizes first."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)

@@ -1,4 +1,4 @@
-"""``ground-truth`` and ``validate`` as a user meets them, bad input included."""
+"""The commands ``ground-truth`` and ``validate``, with valid and invalid input."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def truth_file(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 # --- what works ------------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_model_passes(cli: InProcess, tiny_checkpoint: Path, truth_file: Path) -> None:
+def test_a_correct_model_passes(cli: InProcess, tiny_checkpoint: Path, truth_file: Path) -> None:
     outcome = cli("validate", tiny_checkpoint, "--ground-truth", truth_file)
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
@@ -50,7 +50,7 @@ def test_a_sound_model_passes(cli: InProcess, tiny_checkpoint: Path, truth_file:
     assert "arg-max agrees at 32 of 32 positions" in outcome.out
 
 
-def test_the_last_line_names_what_fails_first(cli: InProcess, tiny_checkpoint: Path, truth_file: Path) -> None:
+def test_the_last_line_names_the_first_failure(cli: InProcess, tiny_checkpoint: Path, truth_file: Path) -> None:
     outcome = cli("validate", tiny_checkpoint, "-g", truth_file, "--isolate", "--inject", "layer.1.attention")
     assert outcome.code == 1
     last = outcome.out.splitlines()[-1]
@@ -93,7 +93,7 @@ def test_the_original_weights_as_reference(
 
 
 def test_smollm2_passes_39_of_39(smollm2_checkpoint: Path) -> None:
-    """64 tokens of a prompt and 32 decode steps, on the checkpoint's own weights."""
+    """A prompt of 64 tokens and 32 decode steps, with the checkpoint's weights."""
     with Engine.load(smollm2_checkpoint, "cpu", 96) as engine:
         tokens = engine.text.encode(RHINE)
         assert len(tokens) == 64
@@ -184,14 +184,14 @@ def test_other_tokens_and_another_prompt(
         ({"geometry": "[]"}, "description"),
     ],
 )
-def test_descriptions_that_are_not_understood(
+def test_invalid_descriptions(
     cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path, records: dict[str, str], culprit: str
 ) -> None:
     path = changed(truth_file, tmp_path / "changed.safetensors", metadata(**records))
     assert_refused(cli("validate", tiny_checkpoint, "-g", path), path, culprit)
 
 
-def test_a_record_that_is_missing(cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path) -> None:
+def test_a_missing_record(cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path) -> None:
     path = changed(
         truth_file, tmp_path / "changed.safetensors", lambda header: header[METADATA].pop("checkpoint_sha256")
     )
@@ -206,7 +206,7 @@ def test_nan_in_a_ground_truth(cli: InProcess, tiny_checkpoint: Path, truth_file
     assert_refused(cli("validate", tiny_checkpoint, "-g", path), path, "NaN")
 
 
-def test_files_that_are_something_else(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_other_files(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing.safetensors"
     assert_refused(cli("validate", tiny_checkpoint, "-g", missing), missing)
     assert_refused(cli("validate", tiny_checkpoint, "-g", tiny_checkpoint), tiny_checkpoint, "not a ground truth")
@@ -225,7 +225,7 @@ def test_without_transformers(
     assert names_in(tmp_path) == []
 
 
-def test_sources_that_do_not_belong_to_the_checkpoint(
+def test_sources_of_another_checkpoint(
     cli: InProcess, tiny_checkpoint: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "truth.safetensors"
@@ -265,7 +265,7 @@ def test_one_backend_cannot_be_compared_with_itself(cli: InProcess, tiny_checkpo
 def test_another_backend_is_compared_with_the_cpu(
     cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one is the CPU backend under another name, with one op spoilt or none."""
+    """The other backend is the CPU backend under another name, with or without an injected fault."""
     load = Engine.load
     paths: list[tuple[str, str]] = []
 
