@@ -18,7 +18,7 @@ TOKENS = [1, 2, 4, 5, 7, 65, 200, 513]
 
 @dataclass
 class Case:
-    """T tokens behind `position` others; the cache beyond the last token is NaN."""
+    """T tokens after `position` earlier ones; the cache after the last token is NaN."""
 
     q: NDArray[np.float32]
     keys: NDArray[np.float32]
@@ -128,7 +128,7 @@ def test_scores_that_overflow_an_exponential(rng: np.random.Generator) -> None:
     winners = c.expected()
     for got in (c.block(), np.stack([c.token(t) for t in range(9)])):
         assert np.isfinite(got).all()
-        # Scores are good to 3000 * tolerance(128), which is 0.01: second places close behind may shift by that.
+        # The error of scores is 3000 * tolerance(128) = 0.01: nearly equal scores may differ by that.
         check_close(got, winners, 3000 * tolerance(2 * 64 + 36))
 
 

@@ -51,10 +51,10 @@ class Clone:
         shutil.copy(ROOT / "scripts" / "bootstrap.sh", self.folder / "scripts")
         shutil.copy(ROOT / "pyproject.toml", self.folder)
         (self.folder / "numba_atomflow").mkdir()
-        for room in ("ops", "memory", "validate"):
-            (self.folder / room).mkdir()
-            (self.folder / room / "__init__.py").touch()
-            (self.folder / "numba_atomflow" / room).symlink_to(Path("..") / room)
+        for package in ("ops", "memory", "validate"):
+            (self.folder / package).mkdir()
+            (self.folder / package / "__init__.py").touch()
+            (self.folder / "numba_atomflow" / package).symlink_to(Path("..") / package)
         self.programs.mkdir()
         self.program("python3", PYTHON)
 

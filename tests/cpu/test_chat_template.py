@@ -213,7 +213,7 @@ def test_no_process_outlives_a_program_that_was_killed() -> None:
         script.kill()
         script.wait()
         psutil.wait_procs([worker], timeout=60)
-    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE  # nobody's child: init's to bury
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE  # an orphan, which init reaps
 
 
 def test_a_python_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -399,13 +399,13 @@ class FailingDisk(io.FileIO):
 
     def __init__(self, path: Path, code: int) -> None:
         super().__init__(path, "x+b")
-        self.room, self.code = 10_000, code
+        self.free, self.code = 10_000, code
 
     def write(self, data: Any) -> int:
-        taken = bytes(data)[: self.room]
+        taken = bytes(data)[: self.free]
         if not taken:
             raise OSError(self.code, os.strerror(self.code))
-        self.room -= len(taken)
+        self.free -= len(taken)
         return super().write(taken)
 
 

@@ -55,7 +55,7 @@ def test_streamed_text_is_the_decoded_text_in_complete_characters(codec: TextCod
     pieces = pieces_of(codec, ids)
     assert "".join(pieces) == codec.decode(ids)
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
-    assert pieces[-1] == ""  # a whole text leaves nothing behind
+    assert pieces[-1] == ""  # a complete text leaves no rest
 
 
 @given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocabulary_size + 5)))

@@ -207,7 +207,7 @@ def test_memory_of_smollm2_stays_below_its_source(smollm2_gguf: Path, tmp_path: 
     assert peak_growth(smollm2_gguf, tmp_path / "out") < smollm2_gguf.stat().st_size
 
 
-# --- nothing is left behind ----------------------------------------------------------------------------------------
+# --- no files remain -----------------------------------------------------------------------------------------------
 
 
 def test_existing_destinations(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from numba_atomflow.sources.base import TEXT_RULES
 from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.utils.progress import Progress
 
-GGUF = b"stands for a GGUF"
+GGUF = b"a fake GGUF file"
 GEOMETRY = ModelGeometry(
     layers=1,
     hidden=64,

@@ -543,7 +543,7 @@ def test_an_exception_in_the_middle_ends_the_reply(scripted: Engine, monkeypatch
 
 
 def test_the_space_before_the_first_word_of_a_reply_is_kept(tmp_path: Path) -> None:
-    """Sentencepiece tokenizers hide a space in front of every word, and drop the one at the start of a text."""
+    """SentencePiece tokenizers encode the space before a word, and drop the one at the start of a text."""
     tokenizer, _ = sentencepiece()
     words = [token for spelling, token in sorted(tokenizer.get_vocab().items()) if spelling.startswith("▁t")][:2]
     assert len(words) == 2

@@ -33,7 +33,7 @@ def encode_independently(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def encode_by_kernel(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Values of at most 448 through the compiled encoder: a 448 in front of every 127 makes all scales one."""
+    """Values of at most 448 through the compiled encoder: a 448 before every 127 values makes all scales 1."""
     padded = np.zeros((-(-values.size // (GROUP - 1)), GROUP), np.float32)
     padded[:, 0] = LARGEST
     padded[:, 1:].flat[: values.size] = values

@@ -33,7 +33,7 @@ class Cache:
         sequence = self.new_id()
         missing, free = self.manager.missing_blocks(prompt), self.manager.free_count
         shared = self.manager.open(sequence, prompt)
-        taken = free - self.manager.free_count  # blocks that nobody used, but that held what the prompt begins with
+        taken = free - self.manager.free_count  # free blocks that hold a prefix of the prompt
         assert missing == taken + self.manager.blocks_for(len(prompt)) - shared // self.manager.block_size
         assert shared < len(prompt)
         assert shared % self.manager.block_size == 0
@@ -154,7 +154,7 @@ def test_a_page_table_row_follows_its_sequence_and_writes_only_what_changed() ->
     table.clean()
     table.update(10, [3, 4])
     assert table.dirty == {}
-    table.update(10, [3, 9, 1])  # the last block was shared: a copy stands for it
+    table.update(10, [3, 9, 1])  # the last block was shared and is copied
     assert table.dirty == {table.row(10): (1, 3)}
     assert table.array[table.row(10), :3].tolist() == [3, 9, 1]
     row = table.row(10)

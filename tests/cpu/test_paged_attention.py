@@ -19,7 +19,7 @@ def scattered(
     """A cache with the sequences' blocks in random order, noise between them; its page table; each sequence's slots."""
     counts = [-(-length // block_size) for length in LENGTHS]
     order = rng.permutation(sum(counts) + 3).astype(np.int32)
-    pages = np.full((len(LENGTHS), max(counts)), 2**30, np.int32)  # an address that nobody may follow
+    pages = np.full((len(LENGTHS), max(counts)), 2**30, np.int32)  # an invalid index
     cache = np.full((2, len(order) * block_size, kv_dim), np.nan, np.float32)
     slots, taken = [], 0
     for row, (length, count) in enumerate(zip(LENGTHS, counts, strict=True)):

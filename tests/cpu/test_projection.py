@@ -21,7 +21,7 @@ SUBNORMAL = np.array([code for code in range(256) if 0 < code & 0x7F < 8], np.ui
 
 @dataclass
 class Weight:
-    """Random codes and scales, with the weights that they stand for in float64."""
+    """Random codes and scales, and the dequantized weights in float64."""
 
     codes: NDArray[Any]
     scales: NDArray[np.float32]

@@ -115,7 +115,7 @@ def test_invalid_records_of_a_checkpoint(tmp_path: Path, key: str, value: str) -
     header = json.loads(writer._header[8:])
     header["__metadata__"][key] = value
     path.write_bytes(safetensors_bytes(header, bytes(writer.total_bytes - len(writer._header))))
-    if value.startswith("{") and key in ("quantiser", "source"):  # records of others, which nobody needs
+    if value.startswith("{") and key in ("quantiser", "source"):  # records that are not used
         Checkpoint.open(path).close()
         return
     with pytest.raises(CheckpointError) as caught:

@@ -55,7 +55,7 @@ class Model:
 
     def step(self) -> list[Request]:
         batch = self.scheduler.plan()
-        assert batch is not None, "nothing can be done, though somebody waits"
+        assert batch is not None, "no batch although requests are waiting"
         assert 1 <= batch.columns <= self.scheduler.token_budget
         assert len(self.scheduler.running) <= self.scheduler.max_sequences
         self.now += 1
@@ -75,20 +75,20 @@ class Model:
 def test_any_history(blocks: int, block_size: int, budget: int, sequences: int, history: bytes) -> None:
     """Bytes are arrivals, forks and steps. Whatever happens, each request ends with its own tokens."""
     model = Model(blocks, block_size, budget, min(sequences, budget))
-    room, requests = blocks * block_size, []
+    capacity, requests = blocks * block_size, []
     for number, value in enumerate(history):
         end = 0 if value & 8 else None
         ends = frozenset() if end is None else frozenset([end])
-        parents = [r for r in model.scheduler.running if r.output and r.length + 2 <= room]
+        parents = [r for r in model.scheduler.running if r.output and r.length + 2 <= capacity]
         if value % 4 == 0:
-            prompt = [(value >> i) % VOCABULARY for i in range(1 + min(value // 16, room - 2))]
-            request = Request(number, prompt, 1 + min(value // 8 % 8, room - len(prompt) - 1), ends, model.now)
+            prompt = [(value >> i) % VOCABULARY for i in range(1 + min(value // 16, capacity - 2))]
+            request = Request(number, prompt, 1 + min(value // 8 % 8, capacity - len(prompt) - 1), ends, model.now)
             model.scheduler.submit(request)
             requests.append(request)
         elif value % 4 == 1 and parents:
             parent = parents[value // 4 % len(parents)]
             prompt = [*parent.tokens(0, parent.length), value % VOCABULARY]
-            child = Request(number, prompt, 1 + min(value // 8 % 8, room - len(prompt) - 1), ends, model.now)
+            child = Request(number, prompt, 1 + min(value // 8 % 8, capacity - len(prompt) - 1), ends, model.now)
             model.scheduler.fork(parent, child)
             requests.append(child)
         elif not model.scheduler.idle:

@@ -134,7 +134,7 @@ def test_the_kernel_that_takes_times_is_another_one() -> None:
     kernels = ModelKernels(tiny_geometry(), Chip(132, 232448, (9, 0)), persistent=True)
     traced, plain = kernels.persistent_traced, kernels.planned["persistent"]
     assert traced.spec.name == "persistent_traced"
-    assert "persistent_traced" not in kernels.planned  # nobody waits for it to be compiled who does not ask for it
+    assert "persistent_traced" not in kernels.planned  # compiled only on request
     assert traced.spec.digest() != plain.spec.digest()
     assert (traced.blocks, traced.spec.cooperative, traced.spec.shared_bytes) == (132, True, plain.spec.shared_bytes)
 

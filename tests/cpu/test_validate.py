@@ -160,7 +160,7 @@ def test_the_original_weights_as_reference(subject: Subject) -> None:
     report = check(subject.backend(), truth, isolate=True)
     assert report.passed, report.verdict()
     embedding = report.probes[0]
-    assert 0.01 < embedding.relative_l2 < 0.0625  # FP8 keeps three bits behind the point
+    assert 0.01 < embedding.relative_l2 < 0.0625  # E4M3 has three mantissa bits
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_fault_in_every_op_is_attributed_to_it(subject: Subject) -> None:
         if op.name in {"sample", "advance"}:
             with pytest.raises(OptionError, match=f"--inject {op.name} names no op"):
                 inject(op.name, ops)
-        elif op.name != "layer.0.down":  # layer 0 stands for the others' `down`, layers 1 and 2 for its other ops
+        elif op.name != "layer.0.down":  # one layer per op: `down` in layer 0, the other ops in layers 1 and 2
             report = check(subject.backend(), subject.truth, isolate=True, observers=[inject(op.name, ops)])
             assert report.fault is not None
             assert report.fault.op == op.name

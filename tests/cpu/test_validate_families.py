@@ -101,7 +101,7 @@ def test_a_fault_is_attributed_to_the_projection(
     weights = subject.weights
     corrupt(weights)
     for values in weights.values():
-        values.flags.writeable = False  # as in a mapped file: numba compiles kernels for writable arrays anew
+        values.flags.writeable = False  # as in a mapped file; for writable arrays numba would compile kernels again
     report = check(subject.backend(weights), subject.truth, isolate=isolate, block=BLOCK)
     assert report.fault is not None
     assert report.fault.op == "layer.1.qkv", report.verdict()

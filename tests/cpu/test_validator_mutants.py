@@ -112,9 +112,9 @@ def rotated_backwards(op: Qkv, memory: Memory, start: int, _residual: NDArray[np
 def stored_one_row_late(op: Qkv, memory: Memory, start: int, _residual: NDArray[np.float32]) -> None:
     count = op.q.shape[0]
     for cache in (op.keys, op.values):
-        room = min(count, cache.shape[0] - start - 1)
+        rows_left = min(count, cache.shape[0] - start - 1)
         rows = memory.read(cache.rows(start, start + count))
-        memory.write(cache.rows(start + 1, start + 1 + room), rows[:room])
+        memory.write(cache.rows(start + 1, start + 1 + rows_left), rows[:rows_left])
         memory.write(cache.rows(start, start + 1), np.zeros_like(rows[:1]))
 
 
@@ -285,7 +285,7 @@ CORRUPTED: dict[str, tuple[str, Callable[[Weights], None]]] = {
     "gate and up swapped": ("layer.1.gate_up", gate_and_up_swapped),
     "one row of a projection is another": ("layer.1.o", one_row_of_o_is_another),
     "embedding row off by one": ("embed", embedding_row_off_by_one),
-    "untied head taken for a tied one": ("lm_head", lm_head_is_the_embedding),
+    "tied LM head instead of an untied one": ("lm_head", lm_head_is_the_embedding),
 }
 
 
@@ -307,7 +307,7 @@ def run(
     subject: Subject, weights: Weights | None = None, observers: Sequence[Any] = (), isolate: bool = True
 ) -> Report:
     for values in (weights or {}).values():
-        values.flags.writeable = False  # as in a mapped file: numba compiles kernels for writable arrays anew
+        values.flags.writeable = False  # as in a mapped file; for writable arrays numba would compile kernels again
     return check(subject.backend(weights), subject.truth, isolate=isolate, block=BLOCK, observers=observers)
 
 

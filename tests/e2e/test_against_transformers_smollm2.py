@@ -104,7 +104,7 @@ def test_rewinding_and_reusing_equal_a_fresh_engine(
     prose, code = prompts["prose"], prompts["code"]
     engine.reset()
     engine.feed(prose[:10])
-    engine.feed(code)  # leaves keys and values behind that must not be seen again
+    engine.feed(code)  # its keys and values must not be used again
     engine.rewind(10)
     again = engine.feed(prose[10:], all_logits=True)
     check(again, expected["prose"][10:])

@@ -31,7 +31,7 @@ with contextlib.redirect_stdout(io.StringIO()) as out:
 result = json.loads(out.getvalue())["token_ids"]
 """
 
-# `swiglu` is compiled from ops/projection.py; the function `silu` that it calls stands in ops/activation.py.
+# `swiglu` is compiled from ops/projection.py; it calls `silu` of ops/activation.py.
 ONE_KERNEL = """
 import numpy as np
 from numba_atomflow.ops.projection import swiglu
@@ -88,7 +88,7 @@ def test_an_edit_of_a_called_function_recompiles(tmp_path: Path) -> None:
     again, after = record(tmp_path, ONE_KERNEL, tree)
     assert "numba_atomflow.ops.projection.swiglu" in again
     assert after > 1.05 * before  # silu(4) instead of silu(2)
-    assert kernel_file.stat() == untouched  # numba, which looks at this file alone, would have seen no reason
+    assert kernel_file.stat() == untouched  # numba, which checks only this file, would not recompile
     assert record(tmp_path, ONE_KERNEL, tree) == ([], after)
 
     # The code of the state before is kept: going back to it compiles nothing.

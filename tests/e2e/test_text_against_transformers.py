@@ -2,7 +2,7 @@
 
 transformers reads a GGUF without what the models' own tokenizer.json says beyond it. Two of its rules are not followed
 (docs/decisions.md), and the reference is set to the models' own: SmolLM cuts off every digit first, and a sentencepiece
-model puts a space in front of a text that begins with one as well.
+model inserts a space even before a text that begins with one.
 """
 
 import warnings
@@ -147,7 +147,7 @@ def test_other_kinds_of_tokenizer_are_identical(
     codec = TextCodec(assets_from_gguf(fields))
     for text in SAMPLES:
         if text.startswith("<s>"):
-            continue  # a BOS spelt out: transformers puts a second one in front of it
+            continue  # the text begins with a BOS: transformers adds a second one
         ids = codec.encode(text)
         assert ids == expected(text)["input_ids"], text
         assert codec.decode(ids) == expected.decode(ids, skip_special_tokens=True)

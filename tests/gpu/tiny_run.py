@@ -1,4 +1,4 @@
-"""A tiny model's prompts and replies, greedy and sampled, replayed and eager: what compute-sanitizer looks at."""
+"""Prompts and generations of a tiny model, greedy and sampled, with graphs and without: run by compute-sanitizer."""
 
 from pathlib import Path
 from sys import path

@@ -83,7 +83,7 @@ def _fast_and_strict_simulator() -> Iterator[None]:
     patch.setattr(kernelapi.FakeCUDAShared, "__init__", poisoned)
     patch.setattr(kernelapi.FakeCUDAModule, "shared", property(_shared_of_block))
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(0.05)  # lanes hand over at barriers; taking turns in between only costs time
+    sys.setswitchinterval(0.05)  # lanes switch at barriers; other switches only cost time
     yield
     sys.setswitchinterval(interval)
     patch.undo()

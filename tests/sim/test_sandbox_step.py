@@ -101,7 +101,7 @@ def test_a_step_is_that_of_the_cpu(layout: Any, columns: int, monkeypatch: pytes
     cpu._cache[:] = noise[:, :, : SIZES.slots]
     pages = rng.permutation(12).reshape(3, 4).astype(np.int32)
     gpu.array("pages")[:3], cpu.pages[:] = pages, pages
-    gpu.array("pages")[3, 0] = 12  # the block that nobody has
+    gpu.array("pages")[3, 0] = 12  # a block without an owner
     positions, rows = np.array([20, 9, 0])[:columns], np.arange(columns)
     slots = rows * SIZES.capacity + positions
     if layout == "paged":

@@ -17,7 +17,7 @@ ENTRY = "from numba_atomflow.cli import main; main()"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """The result of a command."""
 
     code: int
     out: str
