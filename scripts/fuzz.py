@@ -7,7 +7,7 @@
     python scripts/fuzz.py --count 2000 --json > fuzz.json
 
 Sound files of a tiny model (checkpoints, Hugging Face folders, GGUF files, chat templates, tokenizers, ground
-truths, unfinished quantisations, traces and bench reports) are damaged: bits, pieces, lengths, JSON values, GGUF
+truths, unfinished quantizations, traces and bench reports) are damaged: bits, pieces, lengths, JSON values, GGUF
 metadata. Then they are put to use: converted, loaded, and asked for a few tokens. An exception that is no
 AtomFlowError, a message that is no sentence, a warning of NumPy's, a signal, or more than --limit seconds is a
 finding. Findings of the same origin count once; each is made smaller and written to a folder in --out, for

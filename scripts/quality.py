@@ -1,4 +1,4 @@
-"""What FP8 costs in quality: checkpoints of one model against the unquantised source, on two texts.
+"""What FP8 costs in quality: checkpoints of one model against the unquantized source, on two texts.
 
 Both texts are on every machine with Python and are not what `numba-atomflow quantize` calibrates on by default: the
 license of Python, and its language reference (the topics of pydoc). transformers computes the source's logits, once

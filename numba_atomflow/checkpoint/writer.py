@@ -55,7 +55,7 @@ class CheckpointWriter:
         path: the final name.
         geometry: determines the tensors and their shapes.
         text: stored in the metadata, the tokenizer as a tensor.
-        quantiser: a JSON-ready record of how the weights were quantised.
+        quantiser: a JSON-ready record of how the weights were quantized.
         source: a JSON-ready record of the source model.
         head: format of the LM head.
         calibration: a JSON-ready record of the calibration text and the remaining errors.

@@ -40,7 +40,7 @@ def ground_truth(
     decode_steps: Annotated[int, typer.Option("--decode-steps", metavar="N", help="Tokens after the prompt.")] = 32,
     reference: Annotated[
         ReferenceChoice,
-        typer.Option("--reference", help="The checkpoint's FP8 weights, dequantised, or those that it was made from."),
+        typer.Option("--reference", help="The checkpoint's FP8 weights, dequantized, or those of its source."),
     ] = ReferenceChoice.DEQUANTISED,
     source: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""``numba-atomflow quantize``: calibrated FP8 quantisation of a model (AWQ, GPTQ)."""
+"""``numba-atomflow quantize``: calibrated FP8 quantization of a model (AWQ, GPTQ)."""
 
 import json
 import time
@@ -66,7 +66,7 @@ def quantize(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Quantise a model to FP8 and write it as one file.
+    """Quantize a model to FP8 and write it as one file.
 
     DEST appears complete or not at all. If awq or gptq is stopped, even by a kill, the same command resumes after the
     last finished layer (kept in DEST.unfinished), and the result is the same to the byte.

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from numba_atomflow.ops.fp8 import encode_groups, quantize_groups
 from numba_atomflow.ops.scale_search import COARSE_FACTORS, search_scales
 from numba_atomflow.quantize.inputs import Inputs
-from numba_atomflow.quantize.projection import Quantised, Sharing, evaluate
+from numba_atomflow.quantize.projection import Quantized, Sharing, evaluate
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MIN_SHARE = np.float32(1e-4)  # of the largest magnitude; lower bound for inactive channels
 _MAX_WEIGHT = 65504.0  # the limit of sources, on which kernels rely
 
 
-def quantize(weights: NDArray[np.float32], inputs: Inputs, sharing: Sharing) -> Quantised:
+def quantize(weights: NDArray[np.float32], inputs: Inputs, sharing: Sharing) -> Quantized:
     """Search channel scales with coarse clipping, then fine clipping for the best channel scales."""
     nearest = evaluate(weights, inputs.gram, *quantize_groups(weights))
     candidates = [channel_scales(inputs.magnitude, alpha, sharing) for alpha in ALPHAS]
@@ -44,13 +44,13 @@ def _search_clipping(
     inputs: Inputs,
     channels: NDArray[np.float32] | None,
     factors: tuple[np.float32, ...] | None = None,
-) -> Quantised:
+) -> Quantized:
     gram = inputs.gram
     if channels is not None:
         weights = weights * channels
         gram = gram / channels
         gram /= channels[:, None]
         if np.abs(weights).max() > _MAX_WEIGHT:
-            return Quantised(np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), np.inf)
+            return Quantized(np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), np.inf)
     scales = search_scales(weights, gram) if factors is None else search_scales(weights, gram, factors)
     return evaluate(weights, gram, encode_groups(weights, scales), scales, channels)

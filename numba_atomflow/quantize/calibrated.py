@@ -17,7 +17,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.quantize.calibration import Calibration
 from numba_atomflow.quantize.forward import LayerForward
 from numba_atomflow.quantize.inputs import Inputs
-from numba_atomflow.quantize.layer import QuantisedLayer, quantize_layer
+from numba_atomflow.quantize.layer import QuantizedLayer, quantize_layer
 from numba_atomflow.quantize.projection import Method
 from numba_atomflow.quantize.resume import ResumableJob
 from numba_atomflow.quantize.threads import cores_for_blas, cores_for_kernels
@@ -58,7 +58,7 @@ def quantize_layers(
 
 def _quantize(
     source: WeightSource, i: int, stream: NDArray[np.float32], method: Method, on_projection: Callable[[str, int], None]
-) -> QuantisedLayer:
+) -> QuantizedLayer:
     """Calibrate and quantize layer i; updates the stream in place. Frees all memory but the result."""
     layer = _read_layer(source, i)
     inputs = _calibrate(source.geometry, layer, stream)

@@ -75,7 +75,7 @@ def read_calibration(path: Path | None, assets: TextAssets, geometry: ModelGeome
     if length < 1:
         raise OptionError(
             f"The model has {geometry.max_positions} positions, none of them left for a text; "
-            "quantise it by the method rtn, which needs no calibration."
+            "quantize it by the method rtn, which needs no calibration."
         )
     starts = np.linspace(0, len(tokens) - length, min(SEQUENCES, len(tokens) // length)).astype(int)
     rows = [[*prefix, *tokens[start : start + length]] for start in starts]

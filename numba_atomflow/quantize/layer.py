@@ -21,7 +21,7 @@ PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True)
-class QuantisedLayer:
+class QuantizedLayer:
     """The tensors of a layer by their checkpoint names without ``layer.{i}.``, and their errors.
 
     Attributes:
@@ -38,7 +38,7 @@ def quantize_layer(
     inputs: Mapping[str, Inputs],
     method: Method,
     on_projection: Callable[[str, int], None] = lambda _projection, _left: None,
-) -> QuantisedLayer:
+) -> QuantizedLayer:
     """Quantize a layer.
 
     Args:
@@ -62,7 +62,7 @@ def quantize_layer(
         if result.channels is not None:
             channels[name] = sharing.distinct(result.channels)
     _fold(geometry, tensors, channels)
-    return QuantisedLayer(tensors, errors)
+    return QuantizedLayer(tensors, errors)
 
 
 def _fold(geometry: ModelGeometry, tensors: dict[str, NDArray[Any]], channels: Mapping[str, NDArray[Any]]) -> None:

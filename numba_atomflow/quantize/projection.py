@@ -12,7 +12,7 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """FP8 weights of a projection.
 
     Attributes:
@@ -29,7 +29,7 @@ class Quantised:
 
 
 # Weights [N, K], statistics of the inputs, channels that share a scale.
-Method = Callable[[Array, Inputs, "Sharing"], Quantised]
+Method = Callable[[Array, Inputs, "Sharing"], Quantized]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ class Sharing:
 
 def evaluate(
     weights: Array, gram: Array, codes: NDArray[np.uint8], scales: Array, channels: Array | None = None
-) -> Quantised:
-    """A `Quantised` with its error; `weights` and `gram` are already scaled by `channels`."""
-    return Quantised(codes, scales, output_error(weights, codes, scales, gram), channels)
+) -> Quantized:
+    """A `Quantized` with its error; `weights` and `gram` are already scaled by `channels`."""
+    return Quantized(codes, scales, output_error(weights, codes, scales, gram), channels)

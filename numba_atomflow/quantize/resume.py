@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint.writer import write_failure
 from numba_atomflow.errors import DestinationError
-from numba_atomflow.quantize.layer import QuantisedLayer
+from numba_atomflow.quantize.layer import QuantizedLayer
 
 _ERRORS = "error/"  # before a projection's name
 _FILES = ("job.json*", "layer.*.npz*", "stream.*.npy*")
@@ -116,7 +116,7 @@ class ResumableJob:
             raise self._damaged(path)
         return stream
 
-    def save(self, layer: int, result: QuantisedLayer, stream: NDArray[np.float32]) -> None:
+    def save(self, layer: int, result: QuantizedLayer, stream: NDArray[np.float32]) -> None:
         """Save a finished layer; `stream` is the residual stream after it."""
         arrays = result.tensors | {_ERRORS + name: np.array(pair) for name, pair in result.errors.items()}
         with self._translate_errors():
@@ -125,7 +125,7 @@ class ResumableJob:
             self._write(self._stream(layer + 1), lambda file: np.save(file, stream))
             self._stream(layer).unlink(missing_ok=True)
 
-    def layer(self, layer: int, layout: Layout) -> QuantisedLayer:
+    def layer(self, layer: int, layout: Layout) -> QuantizedLayer:
         """A finished layer; its tensors must match the layout.
 
         Raises:
@@ -138,7 +138,7 @@ class ResumableJob:
         found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         if found != dict(layout) or not all(_is_pair(pair) for pair in errors.values()):
             raise self._damaged(path)
-        return QuantisedLayer(arrays, {name: (float(pair[0]), float(pair[1])) for name, pair in errors.items()})
+        return QuantizedLayer(arrays, {name: (float(pair[0]), float(pair[1])) for name, pair in errors.items()})
 
     def remove(self) -> None:
         """Remove the job's files after the checkpoint is published, and the folder unless it has other files."""

@@ -106,51 +106,51 @@ def dequantize_e8m0(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
 # --- config.json -------------------------------------------------------------------------------------------------
 
 
-def scheme_of(path: Path, quantisation: Mapping[str, Any]) -> Fp8Scheme:
+def scheme_of(path: Path, quantization: Mapping[str, Any]) -> Fp8Scheme:
     """The scheme of ``quantization_config`` in the config.json at `path`.
 
     Raises:
         SourceError: the scheme is not supported, or cannot be expressed in groups of 128.
     """
-    method = quantisation.get("quant_method", "unknown")
+    method = quantization.get("quant_method", "unknown")
     match method:
         case "compressed-tensors":
-            return _compressed_tensors(path, quantisation)
+            return _compressed_tensors(path, quantization)
         case "fbgemm_fp8":
             return Fp8Scheme(method, (PER_ROW,))
         case "fp8":
-            return _fp8(path, quantisation)
+            return _fp8(path, quantization)
     raise SourceError(
-        f"{path} is quantised by {shown(method)}, which cannot be read (supported are {SUPPORTED}); "
-        "give the unquantised model."
+        f"{path} is quantized by {shown(method)}, which cannot be read (supported are {SUPPORTED}); "
+        "give the unquantized model."
     )
 
 
-def _fp8(path: Path, quantisation: Mapping[str, Any]) -> Fp8Scheme:
-    kind = quantisation.get("fmt") or "e4m3"
+def _fp8(path: Path, quantization: Mapping[str, Any]) -> Fp8Scheme:
+    kind = quantization.get("fmt") or "e4m3"
     if kind not in ("e4m3", "e4m3fn", "float8_e4m3fn"):
-        raise SourceError(f"{path} is quantised to the FP8 format {shown(kind)}; only 'e4m3' is supported.")
+        raise SourceError(f"{path} is quantized to the FP8 format {shown(kind)}; only 'e4m3' is supported.")
     blocks: tuple[Block, ...] = (
         PER_TENSOR,
         (GROUP, GROUP),
     )  # default: AutoFP8's, or transformers'
-    if "weight_block_size" in quantisation:
-        block = quantisation["weight_block_size"]
+    if "weight_block_size" in quantization:
+        block = quantization["weight_block_size"]
         blocks = (PER_TENSOR if block is None else _block(path, "weight_block_size", block),)
     return Fp8Scheme("fp8", blocks, ("weight_scale_inv", "weight_scale"))
 
 
-def _compressed_tensors(path: Path, quantisation: Mapping[str, Any]) -> Fp8Scheme:
+def _compressed_tensors(path: Path, quantization: Mapping[str, Any]) -> Fp8Scheme:
     for key in ("sparsity_config", "transform_config"):
-        extra = quantisation.get(key) or {}
+        extra = quantization.get(key) or {}
         if extra and (not isinstance(extra, dict) or extra.get("format") != "dense"):
-            raise SourceError(f"{path} is quantised with a {key}, which is not supported; give the unquantised model.")
-    groups = quantisation.get("config_groups")
+            raise SourceError(f"{path} is quantized with a {key}, which is not supported; give the unquantized model.")
+    groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise SourceError(f"{path} has an unusable value for config_groups: {shown(groups)}.")
     blocks: list[Block] = []
     for group in groups.values():
-        stored = group.get("format") or quantisation.get("format")
+        stored = group.get("format") or quantization.get("format")
         weights = group.get("weights")
         kind = _kind(weights)
         if stored not in ("float-quantized", "naive-quantized") or kind != "8-bit float":
@@ -164,7 +164,7 @@ def _compressed_tensors(path: Path, quantisation: Mapping[str, Any]) -> Fp8Schem
 
 def _kind(weights: Any) -> str:
     if not isinstance(weights, dict):
-        return "unquantised"
+        return "unquantized"
     asymmetric = "" if weights.get("symmetric", True) else "asymmetric "
     bits, number = weights.get("num_bits"), weights.get("type")
     if type(bits) is int and isinstance(number, str):
@@ -183,7 +183,7 @@ def _strategy(path: Path, weights: Mapping[str, Any]) -> Block:
         case "group":
             return _block(path, "group_size", [1, weights.get("group_size")])
     raise SourceError(
-        f"{path} has weights quantised by the strategy {shown(weights.get('strategy'))}, which is not supported."
+        f"{path} has weights quantized by the strategy {shown(weights.get('strategy'))}, which is not supported."
     )
 
 
@@ -196,7 +196,7 @@ def _block(path: Path, key: str, value: Any) -> Block:
     if value[1] % GROUP:
         raise SourceError(
             f"{path} has a scale for every {value[1]} columns ({key}); only multiples of {GROUP} become groups of "
-            f"{GROUP} without loss, so give the unquantised model."
+            f"{GROUP} without loss, so give the unquantized model."
         )
     return value[0], value[1]
 

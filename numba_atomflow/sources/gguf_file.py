@@ -251,7 +251,7 @@ def _description(cursor: _Cursor, name: str) -> tuple[GGMLQuantizationType, tupl
     except ValueError as error:
         raise SourceError(
             f"Tensor {short(name)} of {cursor.path} has type number {number}, unknown to the installed gguf package; "
-            "upgrade gguf, or take a file in another quantisation."
+            "upgrade gguf, or take a file in another quantization."
         ) from error
     return kind, shape, cursor.scalar(_U64)
 

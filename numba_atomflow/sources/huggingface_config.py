@@ -67,8 +67,8 @@ def config_scheme(path: Path, config: Mapping[str, Any]) -> Fp8Scheme | None:
     Raises:
         SourceError: the quantization is not supported.
     """
-    quantisation = mapping(path, config, "quantization_config")
-    return scheme_of(path, quantisation) if quantisation else None
+    quantization = mapping(path, config, "quantization_config")
+    return scheme_of(path, quantization) if quantization else None
 
 
 def _geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:

@@ -35,7 +35,7 @@ GEOMETRY = ModelGeometry(
     layers=2, hidden=64, heads=2, kv_heads=1, head_dim=64, ffn=64, vocabulary=264, max_positions=256
 )
 MODEL, FOLDER, CALIBRATION, REPORT = "model.safetensors", "hf", "calibration.txt", "report.json"  # fixtures
-EXPECTED = "expected.safetensors"  # what the unfinished quantisation must become
+EXPECTED = "expected.safetensors"  # what the unfinished quantization must become
 MODEL_GGUF = "model.gguf"
 SETTINGS = bench.Settings(4, 3, (0, 8), 1)
 UNFINISHED = "out.safetensors"
@@ -65,7 +65,7 @@ TRACE = (
 
 
 class _StopHereError(Exception):
-    """Raised by a progress report, to leave a quantisation half done."""
+    """Raised by a progress report, to leave a quantization half done."""
 
 
 def make_fixtures(folder: Path) -> None:
@@ -86,17 +86,17 @@ def make_bases(fixtures: Path, scratch: Path) -> dict[str, list[Files]]:
     write_hf_folder(scratch / "scaled", small, dtype="F16")
     _scale_rope(scratch / "scaled" / "config.json")
     write_hf_folder(scratch / "fp8", small, dtype="F16")
-    _quantise(scratch / "fp8")
-    for name in ("gguf", "quantised"):
+    _quantize(scratch / "fp8")
+    for name in ("gguf", "quantized"):
         (scratch / name).mkdir()
     write_gguf(scratch / "gguf" / MODEL_GGUF, small, tokenizer=True)
     matrices = GGMLQuantizationType.Q8_0  # blocks of 32
-    write_gguf(scratch / "quantised" / MODEL_GGUF, small, tokenizer=True, matrices=matrices)
+    write_gguf(scratch / "quantized" / MODEL_GGUF, small, tokenizer=True, matrices=matrices)
     convert(scratch / "hf", scratch / "fp16" / MODEL, head="fp16")
     return {
         "checkpoint": [{MODEL: (fixtures / MODEL).read_bytes()}, _files(scratch / "fp16")],
         "folder": [_files(scratch / name) for name in ("hf", "sharded", "scaled", "fp8")],
-        "gguf": [_files(scratch / name) for name in ("gguf", "quantised")],
+        "gguf": [_files(scratch / name) for name in ("gguf", "quantized")],
         "template": [{"template.jinja": text.encode()} for text in TEMPLATES],
         "tokenizer": [{"tokenizer.json": make()[0].to_str().encode()} for make in (byte_level, sentencepiece)],
         "ground-truth": [{"truth.safetensors": _ground_truth(fixtures, scratch)}],
@@ -124,7 +124,7 @@ def _scale_rope(path: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-def _quantise(folder: Path) -> None:
+def _quantize(folder: Path) -> None:
     """One projection in FP8, with a scale per row; and the files for text that a folder may have besides."""
     config = json.loads((folder / "config.json").read_text())
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -180,13 +180,13 @@ def _ground_truth(fixtures: Path, scratch: Path) -> bytes:
 
 
 def _unfinished(fixtures: Path, scratch: Path) -> Files:
-    """What a quantisation leaves that was stopped before its last layer."""
+    """What a quantization leaves that was stopped before its last layer."""
 
     def stop(what: str, *_: int) -> None:
         if what == f"layer {GEOMETRY.layers - 1}: calibrating":
             raise _StopHereError
 
-    out = scratch / "quantising" / UNFINISHED
+    out = scratch / "quantizing" / UNFINISHED
     with contextlib.suppress(_StopHereError):
         convert(fixtures / FOLDER, out, method="gptq", calibration=fixtures / CALIBRATION, progress=stop)
     return {name: data for name, data in _files(out.parent).items() if not name.endswith("/lock")}

@@ -1,4 +1,4 @@
-"""vLLM with dummy weights, BF16 or FP8 (its own online quantisation: weights and activations; LM head in BF16).
+"""vLLM with dummy weights, BF16 or FP8 (its own online quantization: weights and activations; LM head in BF16).
 
 Time per token is the difference between replies of N + 1 tokens and of one, over N: the prompt cancels out.
 """

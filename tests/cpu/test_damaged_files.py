@@ -15,7 +15,7 @@ from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import DestinationError, GroundTruthError
 from numba_atomflow.quantize import resume
-from numba_atomflow.quantize.layer import QuantisedLayer
+from numba_atomflow.quantize.layer import QuantizedLayer
 from numba_atomflow.quantize.resume import ResumableJob
 from numba_atomflow.validate.ground_truth import check_fits, open_ground_truth
 
@@ -127,11 +127,11 @@ def folder(tmp_path: Path) -> Path:
     """The folder of a job with two finished layers."""
     with opened(tmp_path) as job:
         for i in range(2):
-            job.save(i, QuantisedLayer(TENSORS, {"down": (0.25, 0.125)}), STREAM + i)
+            job.save(i, QuantizedLayer(TENSORS, {"down": (0.25, 0.125)}), STREAM + i)
     return tmp_path / (UNFINISHED + ".unfinished")
 
 
-def read_all(tmp_path: Path) -> list[QuantisedLayer]:
+def read_all(tmp_path: Path) -> list[QuantizedLayer]:
     with opened(tmp_path) as job:
         done = job.finished()
         if done:

@@ -163,7 +163,7 @@ def test_the_largest_of_a_group_is_kept_and_a_group_of_zeros_has_scale_one(rng: 
     assert not codes[2, 128:256].any()
 
 
-def test_dequantising_matches_an_independent_formula(rng: np.random.Generator) -> None:
+def test_dequantizing_matches_an_independent_formula(rng: np.random.Generator) -> None:
     codes = rng.choice(FINITE, (9, 201))
     scales = rng.uniform(0.001, 2, (9, 2)).astype(np.float32)
     expected = np.concatenate(

@@ -1,6 +1,6 @@
 """FP8 models written by the reference tools convert without loss.
 
-Each test makes a small model, has the tool quantise and save it, and compares what this program reads from the folder
+Each test makes a small model, has the tool quantize and save it, and compares what this program reads from the folder
 and makes of it with what the tool itself expands the folder to (in float32).
 """
 
@@ -200,11 +200,11 @@ def write_fp8(folder: Path, geometry: ModelGeometry, **options: Any) -> None:
     ignored = ["lm_head", IGNORED]
     config = transformers.FineGrainedFP8Config(modules_to_not_convert=ignored, **options)
     model = random_model(geometry)
-    quantise = Fp8Quantize(type("Quantizer", (), {"quantization_config": config})())
+    quantize = Fp8Quantize(type("Quantizer", (), {"quantization_config": config})())
     tensors: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name not in ignored:
-            tensors |= quantise.convert({f"{name}.weight": module.weight.data})
+            tensors |= quantize.convert({f"{name}.weight": module.weight.data})
             if options.get("activation_scheme") == "static":
                 tensors[f"{name}.activation_scale"] = torch.tensor(0.5)
     others = {name: tensor for name, tensor in model.state_dict().items() if name not in tensors}

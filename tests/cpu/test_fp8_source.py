@@ -46,9 +46,9 @@ def fp8_tensors(suffix: str, scale: NDArray[np.float32], rng: np.random.Generato
     return tensors
 
 
-def write(folder: Path, tensors: Tensors, quantisation: Any) -> None:
+def write(folder: Path, tensors: Tensors, quantization: Any) -> None:
     folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", hf_config(tiny_geometry()) | {"quantization_config": quantisation})
+    write_json(folder / "config.json", hf_config(tiny_geometry()) | {"quantization_config": quantization})
     header, data = {}, b""
     for name, (dtype, values) in tensors.items():
         end = len(data) + values.nbytes
@@ -74,7 +74,7 @@ def refused(folder: Path, *fragments: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "suffix", "shape", "block"),
+    ("quantization", "suffix", "shape", "block"),
     [
         (compressed(strategy="tensor"), "weight_scale", (), (320, 192)),
         (compressed(strategy="tensor"), "weight_scale", (1,), (320, 192)),
@@ -95,13 +95,13 @@ def refused(folder: Path, *fragments: str) -> None:
 def test_every_scale_applies_to_its_weights(
     tmp_path: Path,
     rng: np.random.Generator,
-    quantisation: Any,
+    quantization: Any,
     suffix: str,
     shape: tuple[int, ...],
     block: tuple[int, int],
 ) -> None:
     tensors = fp8_tensors(suffix, scales(rng, *shape), rng)
-    write(tmp_path, tensors, quantisation)
+    write(tmp_path, tensors, quantization)
     source = open_source(tmp_path)
     codes, scale = tensors[f"{GATE}.weight"][1], tensors[f"{GATE}.{suffix}"][1]
     grid = scale.reshape(-(-320 // block[0]), -(-192 // block[1]))
@@ -150,10 +150,10 @@ def test_a_folder_without_quantized_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "fragments"),
+    ("quantization", "fragments"),
     [
-        ({"quant_method": "gptq"}, ("quantised by 'gptq'", "compressed-tensors, fbgemm_fp8 and fp8")),
-        ({"bits": 4}, ("quantised by 'unknown'",)),
+        ({"quant_method": "gptq"}, ("quantized by 'gptq'", "compressed-tensors, fbgemm_fp8 and fp8")),
+        ({"bits": 4}, ("quantized by 'unknown'",)),
         ("fp8", ("quantization_config",)),
         (compressed(type="int"), ("8-bit int weights", "'float-quantized'")),
         (compressed(num_bits=4), ("4-bit float",)),
@@ -168,7 +168,7 @@ def test_a_folder_without_quantized_layers(tmp_path: Path) -> None:
         (compressed(strategy="block", block_structure="axb"), ("block_structure: 'axb'",)),
         (compressed() | {"config_groups": {}}, ("config_groups: {}",)),
         (compressed() | {"config_groups": {"FP8": ["Linear"]}}, ("config_groups",)),
-        (compressed() | {"config_groups": {"g": {"weights": None}}}, ("unquantised weights",)),
+        (compressed() | {"config_groups": {"g": {"weights": None}}}, ("unquantized weights",)),
         (compressed() | {"transform_config": {"config_groups": {"R1": {}}}}, ("with a transform_config",)),
         (compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, ("with a sparsity_config",)),
         (BLOCKS | {"weight_block_size": [128, 64]}, ("every 64 columns (weight_block_size)", "multiples of 128")),
@@ -179,14 +179,14 @@ def test_a_folder_without_quantized_layers(tmp_path: Path) -> None:
     ],
 )
 def test_unsupported_schemes_are_named(
-    tmp_path: Path, rng: np.random.Generator, quantisation: Any, fragments: tuple[str, ...]
+    tmp_path: Path, rng: np.random.Generator, quantization: Any, fragments: tuple[str, ...]
 ) -> None:
-    write(tmp_path, fp8_tensors("weight_scale", scales(rng, 320, 1), rng), quantisation)
+    write(tmp_path, fp8_tensors("weight_scale", scales(rng, 320, 1), rng), quantization)
     refused(tmp_path, "config.json", *fragments)
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "suffix", "shape", "fragments"),
+    ("quantization", "suffix", "shape", "fragments"),
     [
         (compressed(), "weight_scale", (192, 1), ("[192, 1], not [320, 1]", "per channel", "[320, 192]")),
         (compressed(), "weight_scale", (), ("[], not [320, 1]",)),
@@ -202,12 +202,12 @@ def test_unsupported_schemes_are_named(
 def test_scales_of_a_wrong_shape(
     tmp_path: Path,
     rng: np.random.Generator,
-    quantisation: Any,
+    quantization: Any,
     suffix: str,
     shape: tuple[int, ...],
     fragments: tuple[str, ...],
 ) -> None:
-    write(tmp_path, fp8_tensors(suffix, scales(rng, *shape), rng), quantisation)
+    write(tmp_path, fp8_tensors(suffix, scales(rng, *shape), rng), quantization)
     refused(tmp_path, f"Tensor {GATE}.{suffix} of {tmp_path}/model.safetensors has shape", *fragments)
 
 

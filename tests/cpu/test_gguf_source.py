@@ -44,7 +44,7 @@ def test_a_gguf_and_a_folder_of_the_same_weights_are_the_same_source(
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
-def test_every_type_is_read_as_the_gguf_package_dequantises_it(tmp_path: Path, kind: str) -> None:
+def test_every_type_is_read_as_the_gguf_package_dequantizes_it(tmp_path: Path, kind: str) -> None:
     stored = write_gguf(tmp_path / "model.gguf", matrices=GGMLQuantizationType[kind])
     source = open_source(tmp_path / "model.gguf")
     for name, values in stored.items():
@@ -118,7 +118,7 @@ def test_smollm2(smollm2_gguf: Path, reference: gguf.GGUFReader) -> None:
     geometry = source.geometry
     assert (geometry.layers, geometry.hidden, geometry.heads, geometry.kv_heads) == (30, 576, 9, 3)
     assert (geometry.norm_eps, geometry.rope_theta, geometry.tied_embeddings) == (1e-5, 100000.0, True)
-    # Checked against the gguf package's own dequantisation, in the order of the file.
+    # Checked against the gguf package's own dequantization, in the order of the file.
     stored = next(tensor for tensor in reference.tensors if tensor.name == "blk.0.attn_q.weight")
     rows = gguf.quants.dequantize(stored.data, stored.tensor_type)
     read = source.read("model.layers.0.self_attn.q_proj.weight")
@@ -328,7 +328,7 @@ def test_invalid_tensor_descriptions(tmp_path: Path, at: int, value: bytes, frag
         open_source(path)
 
 
-def test_a_type_that_cannot_be_dequantised(tmp_path: Path) -> None:
+def test_a_type_that_cannot_be_dequantized(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path)
     patch_tensor(path, "blk.1.attn_q.weight", 20, struct.pack("<I", int(GGMLQuantizationType.I32)))

@@ -28,7 +28,7 @@ from numba_atomflow.quantize.calibration import SEQUENCES, documentation_strings
 from numba_atomflow.quantize.forward import LayerForward
 from numba_atomflow.quantize.inputs import Inputs, output_energy
 from numba_atomflow.quantize.layer import PROJECTIONS, quantize_layer
-from numba_atomflow.quantize.projection import Method, Quantised, Sharing, evaluate
+from numba_atomflow.quantize.projection import Method, Quantized, Sharing, evaluate
 from numba_atomflow.quantize.threads import cores_for_blas, cores_for_kernels
 from numba_atomflow.text.codec import TextAssets
 
@@ -149,7 +149,7 @@ def test_folding_channel_scales_changes_nothing(changes: dict[str, Any]) -> None
     unfolded = {name: part for name, part in layer.items() if part.ndim == 1}
     order = iter(PROJECTIONS)
 
-    def scaled(weights: NDArray[np.float32], inputs: Inputs, sharing: Sharing) -> Quantised:
+    def scaled(weights: NDArray[np.float32], inputs: Inputs, sharing: Sharing) -> Quantized:
         channels = sharing.mean(np.exp(rng.uniform(-1, 1, weights.shape[1])).astype(np.float32))
         codes, scales = quantize_groups(weights * channels)
         unfolded[next(order)] = dequantize_groups(codes, scales) / channels

@@ -29,7 +29,7 @@ def check_logits(got: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert not different.size, f"{what}: another token is most likely at positions {different.tolist()} ({share})"
 
 
-def dequantised(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
+def dequantized(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     """Every tensor of the checkpoint as float32, under its Hugging Face name."""
     g = checkpoint.geometry
 
@@ -80,7 +80,7 @@ class Reference:
                 )
             # RoPE frequencies are computed when the module is created, and are not in the state dict.
             self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.config)
-            weights = {name: torch.from_numpy(np.array(array)) for name, array in dequantised(checkpoint).items()}
+            weights = {name: torch.from_numpy(np.array(array)) for name, array in dequantized(checkpoint).items()}
             self.model.load_state_dict(weights, strict=True, assign=True)
         self.model.eval()
 
