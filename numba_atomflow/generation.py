@@ -1,4 +1,4 @@
-"""Replies in the making, as the caller of an engine sees them: iterators of text or of token ids."""
+"""Generations in progress: iterators over the text or the token ids that an engine generates."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -13,13 +13,13 @@ Item = TypeVar("Item", int, str)
 
 @dataclass
 class GenerationStats:
-    """What a reply cost. Times in seconds."""
+    """Token counts and times of a generation. Times are in seconds."""
 
     prompt_tokens: int = 0
-    reused_tokens: int = 0  # of the prompt, still in the KV cache from before
-    tokens: int = 0  # generated, the end-of-sequence token included
+    reused_tokens: int = 0  # of the prompt, found in the KV cache (prefix hit)
+    tokens: int = 0  # generated, including EOS
     ttft: float = 0.0  # from the call to the first token
-    decode_seconds: float = 0.0  # from the first token to the last, with all that the host and the caller did between
+    decode_seconds: float = 0.0  # from the first token to the last, including host and caller
 
     @property
     def tokens_per_second(self) -> float:
@@ -34,8 +34,8 @@ class GenerationStats:
 
 @dataclass
 class ReplyState:
-    """What is known of a reply so far. What makes the reply writes here and does not refer to the reply itself: one
-    that nobody holds any more is gone at once, and in nobody's way.
+    """The state of a generation, written by its iterator. The iterator does not refer to the generation itself, so an
+    abandoned generation is freed at once.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -44,18 +44,18 @@ class ReplyState:
 
 
 class Reply(Generic[Item]):
-    """What replies of tokens and of text have in common.
+    """Base class of generations of text and of token ids.
 
     Args:
-        make_items: makes the iterator that does the work and notes in the state what it did.
-        calls: of the engine: each item is made in a call of its own.
+        make_items: creates the iterator that generates, and updates the state.
+        calls: serializes calls of the engine; each item is one call.
     """
 
     def __init__(self, make_items: Callable[[ReplyState], Iterator[Item]], calls: OneCaller) -> None:
         self._state = ReplyState()
         self._items: Iterator[Item] = make_items(self._state)
         self._calls = calls
-        self._thread = threading.current_thread()  # that asked for it, or for its last item
+        self._thread = threading.current_thread()  # of the last call
 
     @property
     def token_ids(self) -> list[int]:
@@ -64,7 +64,7 @@ class Reply(Generic[Item]):
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it goes on."""
+        """Why the generation ended; None while it is in progress."""
         return self._state.finish_reason
 
     @property
@@ -90,35 +90,35 @@ class Reply(Generic[Item]):
             return next(self._items)
         except StopIteration:
             raise
-        except BaseException:  # Ctrl-C, for one
+        except BaseException:  # for example Ctrl-C
             self.close()
             raise
 
     def close(self) -> None:
-        """Stop here. What was generated stays in the KV cache, so that a chat can go on."""
+        """Stop. The generated tokens stay in the KV cache, so that a chat can continue."""
         if self._state.finish_reason is None:
             self._state.finish_reason = "interrupted"
         self._items = iter(())
 
     def make_way(self) -> None:
-        """End, because the KV cache is about to change: the reply would go on from somebody else's text.
+        """End the generation before the KV cache changes.
 
         Raises:
-            EngineBusyError: another thread is making the reply.
+            EngineBusyError: another thread is generating.
         """
         if self._state.finish_reason is None and held_by_another(self._thread):
             raise other_reply()
         self.close()
 
     def finish(self) -> Self:
-        """Generate to the end without looking at the pieces."""
+        """Generate to the end."""
         for _ in self:
             pass
         return self
 
 
 class TokenGeneration(Reply[int]):
-    """A reply in the making: iterate over it to get its token ids one by one, an end-of-sequence token included.
+    """A generation in progress: an iterator over its token ids, including EOS.
 
     Attributes:
         token_ids, finish_reason, stats: as those of `Generation`; there is no "stop".
@@ -126,11 +126,12 @@ class TokenGeneration(Reply[int]):
 
 
 class Generation(Reply[str]):
-    """A reply in the making: iterate over it to get its text piece by piece.
+    """A generation in progress: an iterator over pieces of its text.
 
     Attributes:
-        text: all text so far. token_ids: all generated tokens so far. finish_reason: None while it goes on, then
-        "eos", "stop" (a stop string), "max_tokens", "context" (it is full) or
+        text: all text so far.
+        token_ids: all generated tokens so far.
+        finish_reason: None while in progress, then "eos", "stop" (a stop string), "max_tokens", "context" (full) or
             "interrupted" (closed early).
         stats: counts and times.
     """

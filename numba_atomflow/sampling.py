@@ -1,8 +1,8 @@
-"""Sampling: which token comes next, given logits. The options, and what each one means.
+"""Sampling of the next token from logits, and its parameters.
 
 Filters apply in this order, as in Hugging Face's ``generate``: repetition penalty, temperature, top-k, top-p, min-p.
-Randomness is a counter-based generator: the same seed, prompt and options give the same text, and the n-th draw can be
-computed without the n - 1 before it.
+The random generator is counter-based: the same seed, prompt and options give the same text, and any draw can be
+computed without the earlier ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,32 +17,32 @@ from numba_atomflow.utils.arguments import real_number, truth_value, whole_numbe
 
 _MASK = (1 << 64) - 1
 _LARGEST_TOP_K = (1 << 63) - 1
-LEAST_TEMPERATURE = 1e-30  # lower ones count as this, by which the largest logits can still be divided
+LEAST_TEMPERATURE = 1e-30  # lower bound: logits divided by it stay finite
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop.
+    """Sampling parameters and stop conditions.
 
     Attributes:
-        temperature: 0 takes the most likely token every time (greedy); 1 samples the model's own distribution. Values
-            below `LEAST_TEMPERATURE` count as that.
+        temperature: 0 is greedy decoding; 1 samples the model's own distribution. Positive values below
+            `LEAST_TEMPERATURE` are raised to it.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose probabilities reach p; the token that crosses the
             threshold is kept. 1 keeps all.
-        min_p: drop tokens less likely than min_p times the most likely one; 0 keeps all.
+        min_p: remove tokens with a probability below min_p times the largest one; 0 keeps all.
         repetition_penalty: logits of tokens already in the context are divided by it if positive, multiplied if
-            negative; 1 changes nothing. Source: Keskar et al., "CTRL" (2019).
-        seed: of the random draws; None takes a fresh one for every reply. The same seed gives the same text if the
-            reply also starts from the same KV cache (`Engine.reset`): what is still in it of the prompt is not computed
-            again, and in steps of other widths a GPU rounds otherwise. CPU and GPU part after a few sampled tokens:
-            their logits differ by rounding (docs/cuda-backend.md).
-        max_tokens: most tokens to generate; None goes on to the end of the context.
-        stop: strings that end the reply; they are not part of the text.
-        ignore_eos: go on after an end-of-sequence token (for benchmarks).
+            negative; 1 has no effect. Source: Keskar et al., "CTRL" (2019).
+        seed: of the random draws; None: a new one for every generation. The same seed gives the same text if the KV
+            cache is in the same state (`Engine.reset`): a prefix hit changes the number of tokens per step, and with it
+            the rounding on a GPU. CPU and GPU diverge after a few sampled tokens, because their logits differ by
+            rounding (docs/cuda-backend.md).
+        max_tokens: maximum number of generated tokens; None: to the end of the context.
+        stop: stop strings, which are not part of the text.
+        ignore_eos: do not stop at an EOS token (for benchmarks).
 
-    None stands for an option's default. Numbers may be Python's or NumPy's; they are kept as Python's, and the strings
-    of `stop` as a tuple.
+    None means an option's default. Numbers may be Python's or NumPy's; they are converted to Python's, and `stop` to a
+    tuple.
 
     Raises:
         OptionError: a value is of another type, or outside its range.
@@ -70,8 +70,8 @@ class SamplingParams:
             (self.seed is None or 0 <= self.seed <= _MASK, "seed", "between 0 and 2^64 - 1"),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
         )
-        for fine, name, allowed in checks:
-            if not fine:
+        for valid, name, allowed in checks:
+            if not valid:
                 raise OptionError(f"{name} is {shown(getattr(self, name))}; it must be {allowed}.")
 
     def _set(self, name: str, value: object) -> None:
@@ -79,12 +79,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether decoding is greedy."""
         return self.temperature == 0.0 or self.top_k == 1
 
 
 def _converted(name: str, value: object, default: object) -> object:
-    """An option's value in the type that it is kept in."""
+    """An option's value, converted to its type."""
     if value is None:
         return default
     if name in ("top_k", "seed", "max_tokens"):
@@ -97,20 +97,20 @@ def _converted(name: str, value: object, default: object) -> object:
 def _stop_strings(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
-    wrong = f"stop is {shown(value)}; it must be a string, or a list of strings."
+    message = f"stop is {shown(value)}; it must be a string, or a list of strings."
     if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
-        raise OptionError(wrong)
+        raise OptionError(message)
     try:
         texts = tuple(str(text) if isinstance(text, str) else text for text in value)  # NumPy's are subclasses
-    except TypeError:  # an array without dimensions cannot be iterated over
-        raise OptionError(wrong) from None
+    except TypeError:  # a zero-dimensional array is not iterable
+        raise OptionError(message) from None
     if not all(isinstance(text, str) and text for text in texts):
-        raise OptionError("stop holds an empty string, or what is no string; give at least one character.")
+        raise OptionError("stop holds an empty string, or a value that is not a string; give at least one character.")
     return texts
 
 
 def uniform(seed: int, counter: int) -> float:
-    """Draw number `counter` of the stream `seed`, in [0, 1) with 53 bits.
+    """Draw number `counter` of the stream `seed`: in [0, 1), 53 bits.
 
     The SplitMix64 finaliser applied to a Weyl sequence: integer arithmetic only, the same on every backend. Source:
     Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (2014).
@@ -122,40 +122,40 @@ def uniform(seed: int, counter: int) -> float:
 
 
 def penalise(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: float) -> NDArray[np.float32]:
-    """Logits [V] with those of the tokens in `seen` [V] made less likely; infinite where float32 ends, as on a GPU."""
+    """Logits [V] after the repetition penalty of the tokens in `seen` [V]; overflow gives infinity, as on a GPU."""
     if penalty == 1.0:
         return logits
     with np.errstate(over="ignore"):
-        weaker = np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty))
-    return np.where(seen, weaker, logits)
+        penalised = np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty))
+    return np.where(seen, penalised, logits)
 
 
 def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Tokens that may be drawn and their probabilities.
 
-    With any filter set, the most likely one comes first (ties: lower token id first), and only as much of the
-    vocabulary is sorted as the filters let through; without, all tokens in the order of their ids.
+    With a filter, in descending order of probability (ties: lower id first); only the part of the vocabulary that may
+    pass is sorted. Without a filter, all tokens in order of their ids.
     """
     scaled = (logits - np.float64(logits.max())) / max(params.temperature, LEAST_TEMPERATURE)
     weights = np.exp(scaled)
-    few = 0 < params.top_k < len(scaled)
-    if few:
+    has_top_k = 0 < params.top_k < len(scaled)
+    if has_top_k:
         threshold = np.partition(scaled, -params.top_k)[-params.top_k]
-        kept = _sorted_prefix(scaled, np.flatnonzero(scaled >= threshold))[: params.top_k]
+        tokens = _sorted_prefix(scaled, np.flatnonzero(scaled >= threshold))[: params.top_k]
     elif params.top_p < 1.0 or params.min_p > 0.0:
-        kept = _nucleus_candidates(scaled, weights, params)
+        tokens = _nucleus_candidates(scaled, weights, params)
     else:
-        kept = np.arange(len(scaled))
-    total = weights[kept].sum() if few else weights.sum()
-    probabilities = weights[kept] / total
+        tokens = np.arange(len(scaled))
+    total = weights[tokens].sum() if has_top_k else weights.sum()
+    probabilities = weights[tokens] / total
     if params.top_p < 1.0:
-        before = np.cumsum(probabilities) - probabilities  # mass of the more likely ones: the crossing token stays
-        inside = before < params.top_p
-        kept, probabilities = kept[inside], probabilities[inside]
+        mass_before = np.cumsum(probabilities) - probabilities  # exclusive: the token that crosses top_p stays
+        inside = mass_before < params.top_p
+        tokens, probabilities = tokens[inside], probabilities[inside]
     if params.min_p > 0.0:
         likely = probabilities >= params.min_p * probabilities.max()
-        kept, probabilities = kept[likely], probabilities[likely]
-    return kept, probabilities / probabilities.sum()
+        tokens, probabilities = tokens[likely], probabilities[likely]
+    return tokens, probabilities / probabilities.sum()
 
 
 def _sorted_prefix(scaled: NDArray[np.float64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -166,7 +166,7 @@ def _sorted_prefix(scaled: NDArray[np.float64], tokens: NDArray[np.int64]) -> ND
 def _nucleus_candidates(
     scaled: NDArray[np.float64], weights: NDArray[np.float64], params: SamplingParams
 ) -> NDArray[np.int64]:
-    """A sorted set of most likely tokens that is sure to hold everything that top-p and min-p keep."""
+    """The most likely tokens, sorted: a superset of those that top-p and min-p keep."""
     total = weights.sum()
     for size in (256, 4096):
         if size >= len(scaled):
@@ -181,10 +181,11 @@ def _nucleus_candidates(
 
 
 class Sampler:
-    """Draws tokens for one reply: remembers what the context holds and how many draws were made.
+    """Samples the tokens of one generation.
 
     Attributes:
-        seed: of this reply's draws. seen: bool [V], whether the context holds a token.
+        seed: of the draws.
+        seen: bool [V], the tokens in the context.
     """
 
     def __init__(self, params: SamplingParams, vocabulary: int, context: Sequence[int]) -> None:
@@ -203,7 +204,7 @@ class Sampler:
             CheckpointError: the logits hold a NaN or an infinity, or would after the repetition penalty.
         """
         logits = penalise(logits, self.seen, self.params.repetition_penalty)
-        best = int(np.argmax(logits))  # finds a NaN if there is one
+        best = int(np.argmax(logits))  # a NaN, if there is one
         if not np.isfinite(logits[best]):
             raise non_finite_logits()
         token = best if self.params.greedy else self._draw(logits)
@@ -211,8 +212,8 @@ class Sampler:
         return token
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
-        kept, probabilities = candidates(logits, self.params)
+        tokens, probabilities = candidates(logits, self.params)
         draw = uniform(self.seed, self._draws)
         self._draws += 1
         index = int(np.searchsorted(np.cumsum(probabilities), draw, side="right"))
-        return int(kept[min(index, len(kept) - 1)])
+        return int(tokens[min(index, len(tokens) - 1)])

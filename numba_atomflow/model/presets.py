@@ -1,4 +1,4 @@
-"""Geometries of well-known models, so that their speed can be measured without their weights.
+"""Geometries of well-known models, to measure their speed with random weights.
 
 Sources: the ``config.json`` of meta-llama/Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B and HuggingFaceTB/SmolLM2-135M.
 """
