@@ -1,10 +1,10 @@
 """The command line: ``numba-atomflow generate | chat | convert | quantize | info | perplexity | validate | ...``.
 
-Results go to standard output, talk to standard error. Exit codes: 0 done, 1 a mistake in this program (and a validation
-that found a fault), 2 something that the user can put right (one line ``error: ...``), 130 Ctrl-C, 141 the reader of
-the output went away (``| head``).
+Results go to standard output, messages to standard error. Exit codes: 0 success, 1 a bug in this program (or a
+validation that failed), 2 an error that the user can correct (one line ``error: ...``), 130 Ctrl-C, 141 broken pipe
+(``| head``).
 
-Nothing heavy is imported before a command needs it: ``--help`` answers without NumPy and numba.
+Heavy modules are imported only where a command needs them: ``--help`` runs without NumPy and numba.
 """
 
 import io
@@ -17,11 +17,11 @@ from numba_atomflow.cli import output
 from numba_atomflow.errors import AtomFlowError, OptionError
 from numba_atomflow.text import tokenizers_library
 
-DEBUG = "NUMBA_ATOMFLOW_DEBUG"  # environment variable: show where an unexpected exception came from
+DEBUG = "NUMBA_ATOMFLOW_DEBUG"  # environment variable: show the traceback of an unexpected exception
 
-UNEXPECTED, WRONG_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
+UNEXPECTED, WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
-# Options whose Python names differ from what a user types.
+# Names in messages that are options on a command line: top_p is --top-p.
 _OPTIONS = frozenset(
     {
         "temperature",
@@ -71,28 +71,28 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         output.discard(sys.stdout)
-        return READER_GONE
+        return BROKEN_PIPE
     except Exception as error:
         if _debugging():
             raise
         kind = type(error).__name__
         return _fail(
-            f"Sorry, this is a mistake in numba-atomflow ({kind}: {error}); set {DEBUG}=1 to see where, and report it.",
+            f"This is a bug in numba-atomflow ({kind}: {error}); set {DEBUG}=1 for the traceback, and report it.",
             UNEXPECTED,
         )
 
 
 def _open_missing_streams() -> None:
-    """Read nothing from and write nowhere to a standard stream that the shell has closed (``>&-``)."""
+    """Open the null device for a standard stream that the shell has closed (``>&-``)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
 def _set_encodings() -> None:
-    """Pipes and files take UTF-8 in every locale; a terminal takes its own encoding, and PYTHONIOENCODING goes before.
+    """UTF-8 to pipes and files in every locale; a terminal keeps its encoding. PYTHONIOENCODING overrides both.
 
-    A model may well write what a terminal cannot show, and a file's name may hold bytes that are no text.
+    Characters that a terminal's encoding lacks, and bytes of file names that are not text, are replaced.
     """
     chosen = bool(os.environ.get("PYTHONIOENCODING"))
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
@@ -105,13 +105,13 @@ def _debugging() -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join(message.split("\n"))  # a sentence stays on one line, whatever a file's name holds
+    line = " ".join(message.split("\n"))  # one line, even if a file's name has several
     output.say(f"error: {line}")
     return code
 
 
 def _as_typed(error: AtomFlowError) -> str:
-    """The message, with an option under the name that the user typed: ``--top-p`` for ``top_p``."""
+    """The message, with an option's name as on the command line: ``--top-p`` for ``top_p``."""
     message = str(error)
     name, _, rest = message.partition(" ")
     if isinstance(error, OptionError) and name in _OPTIONS:

@@ -1,7 +1,7 @@
-"""The conversation loop behind ``numba-atomflow chat``.
+"""The conversation loop of ``numba-atomflow chat``.
 
-At a terminal there is a prompt, line editing and a history that outlives the session; through a pipe, each line is a
-turn. The model is shown the whole conversation at every turn; the engine computes only what its KV cache does not hold.
+A terminal has a prompt, line editing and a history that is kept between sessions; of a pipe, each line is a turn. Every
+turn submits the whole conversation; prefix caching leaves only the new tokens to compute.
 """
 
 import json
@@ -28,20 +28,20 @@ _HELP = """/reset      start a new conversation
 /save FILE  write the conversation to FILE as JSON
 /quit       leave; so does Ctrl-D, and Ctrl-C at the prompt
 //TEXT      say /TEXT, for a message that begins with /
-Ctrl-C      stop a reply; what there is of it stays in the conversation"""
+Ctrl-C      stop a reply; what was generated stays in the conversation"""
 
 
 class ChatSession:
     """One conversation with a model.
 
     Args:
-        engine: loaded; its KV cache is this session's.
-        params: for every reply.
-        system: a system message, or None.
-        template_variables: what the chat template is told besides.
+        engine: a loaded engine; the session owns its KV cache.
+        params: of every reply.
+        system: the system message, or None.
+        template_variables: variables for the chat template.
         quiet: no report after a reply.
-        as_json: each reply as one line of JSON, once it is complete; without a report. Not at a terminal.
-        raw_output: a terminal gets the control characters of a reply, too.
+        as_json: each complete reply as one line of JSON, without a report. Not at a terminal.
+        raw_output: control characters of a reply are written to the terminal, not escaped.
 
     Raises:
         TextError: the model cannot chat, or takes no system message.
@@ -68,12 +68,12 @@ class ChatSession:
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._opening)
         self._first_line = True
-        self._saved: set[Path] = set()  # files of this session, which it may replace
+        self._saved: set[Path] = set()  # files that this session wrote, and may replace
         first = {"role": "user", "content": "Hello"}  # fails now, not at the first turn
         engine.text.render_chat([*self._opening, first], template_variables=template_variables)
 
     def run(self) -> None:
-        """Read lines and answer them until the user leaves.
+        """Read lines and answer them until the end of input, or /quit.
 
         Raises:
             AtomFlowError: a turn of a piped conversation failed; at a terminal, the session goes on.
@@ -93,15 +93,15 @@ class ChatSession:
                     if not self.interactive:
                         raise
                     output.say(f"error: {error}")
-                except KeyboardInterrupt:  # a little too late for the reply: not meant for the session
+                except KeyboardInterrupt:  # meant for a reply that has just ended
                     if not self.interactive:
                         raise
                     output.say("")
 
     def _answer(self, line: str) -> None:
-        """Obey a command, or reply to a message; an empty line is neither.
+        """Run a command, or reply to a message; an empty line is ignored.
 
-        At a terminal, an unknown command is a slip of the hand; in a pipe it is text: a path, a comment of a program.
+        At a terminal an unknown command is an error; in a pipe it is a message, such as a path or a comment.
         """
         if not line:
             return
@@ -119,7 +119,7 @@ class ChatSession:
         """Answer one message and write the reply to standard output; at a terminal, Ctrl-C ends it early.
 
         Raises:
-            ContextError: the conversation has become too long. The message is not kept.
+            ContextError: the conversation has become too long. The message is discarded.
         """
         message = {"role": "user", "content": text}
         generation: Generation | None = None
@@ -142,10 +142,10 @@ class ChatSession:
             ) from error
         except AtomFlowError:
             if generation is not None and generation.text and not self.as_json:
-                output.emit("\n")  # the error goes to a line of its own
+                output.emit("\n")  # so that the error begins a line
             raise
         if generation is None or (not generation.text and generation.finish_reason == "interrupted"):
-            output.say("\n[stopped before the first word; your message is not kept]")
+            output.say("\n[stopped before the first token; the message is discarded]")
             return
         self.messages += [message, {"role": "assistant", "content": generation.text}]
         if self.as_json:
@@ -174,12 +174,12 @@ class ChatSession:
         if not self.quiet:
             speed = f", {stats.tokens_per_second:.1f} tok/s" if stats.tokens > 1 else ""
             output.say(
-                f"[prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} of them in the cache; "
+                f"[prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} of them cached; "
                 f"reply {stats.tokens} tokens{speed}]"
             )
 
     def _command(self, line: str) -> bool:
-        """Obey a command; False if it is none."""
+        """Run a command; False if it is none."""
         name, _, rest = line.partition(" ")
         match name, rest.strip():
             case "/help", "":
@@ -207,8 +207,8 @@ class ChatSession:
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         try:
             target = path.resolve()
-            own = target in self._saved
-            write_whole(target if own else path, text.encode(errors="replace"), replace=own)
+            ours = target in self._saved
+            write_whole(target if ours else path, text.encode(errors="replace"), replace=ours)
         except FileExistsError as error:
             raise DestinationError(f"{path} exists; choose another name.") from error
         except OSError as error:
@@ -217,12 +217,12 @@ class ChatSession:
         output.say(f"[saved to {path}]")
 
     def _read_line(self) -> str | None:
-        """The next line, or None if the user leaves."""
+        """The next line, or None at the end of input."""
         try:
             if self.interactive and sys.stdout.isatty():
                 return _edited_line()
             if self.interactive:
-                output.say(PROMPT, end="")  # standard output goes to a file, which is for replies alone
+                output.say(PROMPT, end="")  # standard output is redirected, and gets replies only
             line = read_line(self._first_line)
             self._first_line = False
             return line or None
@@ -232,12 +232,12 @@ class ChatSession:
             if not self.interactive:
                 raise
             line = None
-        output.say("")  # the shell's prompt goes to a line of its own
+        output.say("")  # so that the shell's prompt begins a line
         return line
 
 
 def _edited_line() -> str:
-    """A line typed at a terminal; an empty one where what was typed is no text."""
+    """A line typed at a terminal; an empty one if it is no text."""
     try:
         return typed(input(PROMPT), "The line", sys.stdin.encoding)
     except (UnicodeDecodeError, TextError):
@@ -246,13 +246,13 @@ def _edited_line() -> str:
 
 
 @contextmanager
-def _line_editing(wanted: bool) -> Iterator[None]:
-    """Line editing, and a history that is kept between sessions, where Python has readline."""
+def _line_editing(interactive: bool) -> Iterator[None]:
+    """Line editing, and a history that is kept between sessions, if Python has readline."""
     try:
         import readline
     except ImportError:
-        wanted = False
-    if not wanted:
+        interactive = False
+    if not interactive:
         yield
         return
     file = home.home() / "chat_history"
@@ -262,7 +262,7 @@ def _line_editing(wanted: bool) -> Iterator[None]:
         yield
     finally:
         readline.set_history_length(HISTORY_LINES)
-        with suppress(OSError):  # a history that cannot be kept is no reason to complain
+        with suppress(OSError):  # a read-only home: no history
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_name(f".chat_history.{os.getpid()}")
             readline.write_history_file(partial)

@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct, taken out of a Python package that ships it.
+"""The demo model: SmolLM2-135M-Instruct, from a Python package that contains it.
 
-``python -m numba_atomflow.cli.demo`` converts it once and prints where the checkpoint is; a second run only prints. The
-package is found, never imported: importing it would load llama-cpp-python, which this project does not use.
+``python -m numba_atomflow.cli.demo`` converts it once and prints the checkpoint's path; a second run only prints. The
+package is not imported: that would import llama-cpp-python, which is not used.
 """
 
 import argparse
@@ -32,12 +32,12 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def checkpoint_path() -> Path:
-    """Where the converted demo model belongs, whether it is there or not."""
+    """Path of the converted demo model, whether it exists or not."""
     return home.models() / f"{NAME}.safetensors"
 
 
 def existing() -> Path | None:
-    """The demo checkpoint, if a whole one made from the pinned GGUF by the present rules is there."""
+    """The demo checkpoint, if it exists, is complete, and was converted from the pinned GGUF by the current rules."""
     path = checkpoint_path()
     try:
         with Checkpoint.open(path) as checkpoint:
@@ -49,7 +49,7 @@ def existing() -> Path | None:
 
 
 def find_gguf() -> Path:
-    """The GGUF inside the installed package, checked against its pinned SHA-256.
+    """The GGUF of the installed package, checked against its pinned SHA-256.
 
     Raises:
         SourceError: the package or its file is missing, or the file is not the one that was pinned.
@@ -71,7 +71,7 @@ def find_gguf() -> Path:
 
 
 def prepare(progress: Progress | None = None) -> Path:
-    """The demo checkpoint, converted now unless it is there already.
+    """The demo checkpoint, converted if need be.
 
     Raises:
         SourceError: see `find_gguf`.
@@ -81,14 +81,14 @@ def prepare(progress: Progress | None = None) -> Path:
     if ready is not None:
         return ready
     gguf = find_gguf()
-    # What may be there already is damaged, or of another model.
+    # An existing file is damaged, or of another model.
     return convert(gguf, checkpoint_path(), overwrite=True, progress=progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert the demo model if need be and print the checkpoint's path; the exit code."""
+    """Convert the demo model if need be, print the checkpoint's path, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m numba_atomflow.cli.demo", description="Prepare the demo model.")
-    parser.add_argument("--existing", action="store_true", help="convert nothing: exit code 1 if it is not there yet")
+    parser.add_argument("--existing", action="store_true", help="do not convert: exit code 1 if there is none")
     options = parser.parse_args(arguments)
     if options.existing:
         path = existing()

@@ -113,7 +113,7 @@ def _stream(generation: "Generation", write: Callable[[str], None]) -> None:
 
 def _report(engine: "Engine", generation: "Generation") -> str:
     stats = generation.stats
-    speed = "one token: no decode speed"
+    speed = "no decode speed of one token"
     if stats.tokens > 1:
         read = engine.weight_bytes_per_token * stats.tokens_per_second / 1e9
         speed = f"{stats.tokens_per_second:.1f} tok/s, TPOT {stats.tpot * 1e3:.1f} ms, {read:.2f} GB/s of weights"

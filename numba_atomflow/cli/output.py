@@ -1,8 +1,7 @@
-"""Writing for people and programs: results to standard output, talk and progress bars to standard error.
+"""Output: results to standard output, messages and progress bars to standard error.
 
-Whatever is written may hold text of others: a file's name, a tensor's, a model's reply. None of it commands the user's
-terminal: control characters are spelt out, in results and in talk. Only a reply that goes to a file or a pipe, or that
-the user wants raw, is written as it is.
+Output may contain untrusted text: names of files and tensors, a model's reply. Control characters are escaped, so that
+no such text controls the user's terminal. Only a reply to a file or a pipe, or with --raw-output, is written unchanged.
 """
 
 import os
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
     from numba_atomflow.engine import Engine, GenerationStats
 
 
-def emit(text: str, *, as_it_is: bool = False) -> None:
-    """Write a part of the result now; `as_it_is`, control characters are written and not spelt out.
+def emit(text: str, *, raw: bool = False) -> None:
+    """Write a part of the result and flush it; with `raw`, control characters are not escaped.
 
     Raises:
         DestinationError: standard output is a file on a full disk, or the like.
     """
-    if not as_it_is:
+    if not raw:
         text = visible(text)
     try:
         sys.stdout.write(text)
@@ -39,18 +38,18 @@ def emit(text: str, *, as_it_is: bool = False) -> None:
 
 
 def emit_json(record: dict[str, Any], indent: int | None = 2) -> None:
-    """Write a record as the result, null for what is no finite number; without `indent`, on one line."""
+    """Write a record as JSON, with null for NaN and infinities; without `indent`, on one line."""
     emit(json_text(record, indent) + "\n")
 
 
 def reply_writer(raw: bool) -> Callable[[str], None]:
-    """Writes the pieces of a model's text: as they are to a file, a pipe, or with `raw`; spelt out to a terminal."""
-    as_it_is = raw or not sys.stdout.isatty()
-    return lambda piece: emit(piece, as_it_is=as_it_is)
+    """A function that writes pieces of a reply: escaped to a terminal, unless `raw`; unchanged to a file or a pipe."""
+    unescaped = raw or not sys.stdout.isatty()
+    return lambda piece: emit(piece, raw=unescaped)
 
 
 def stats_record(engine: "Engine", stats: "GenerationStats") -> dict[str, float]:
-    """What a reply cost, for JSON."""
+    """Times, tokens and bytes of a reply, for JSON."""
     return {
         "load_seconds": engine.load_seconds,
         "prompt_tokens": stats.prompt_tokens,
@@ -65,7 +64,7 @@ def stats_record(engine: "Engine", stats: "GenerationStats") -> dict[str, float]
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Write a line of talk. Where nobody can read it, the work goes on without."""
+    """Write a line to standard error; if that is closed or full, the work continues without."""
     try:
         sys.stderr.write(visible(text) + end)
         sys.stderr.flush()
@@ -74,35 +73,35 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def warn(sentence: str) -> None:
-    """Tell a user what was done in another way than they may expect; the command goes on."""
+    """Write a warning; the command continues."""
     say(f"warning: {' '.join(sentence.split())}")
 
 
 def one_line(text: str) -> str:
-    """A name for a table or a bar, on one line, whatever it holds."""
+    """An untrusted name on one line, for a table or a progress bar."""
     return visible(text).replace("\n", " ")
 
 
 def discard(stream: TextIO) -> None:
-    """Point a stream nowhere: what it still holds would fail again when the interpreter flushes it at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Redirect a stream to the null device: the interpreter's flush at exit would fail again on what is buffered."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes as text: "1.23 GB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def loading_bar() -> AbstractContextManager[Progress | None]:
-    """A bar for `Engine.load`, which compiles every kernel at its first start; None if nobody would see it."""
+    """A progress bar for `Engine.load`, which may compile all kernels; None if standard error is no terminal."""
     return steps_bar("kernels (the first start compiles them)")
 
 
 @contextmanager
 def bytes_bar() -> Iterator[Progress | None]:
-    """A bar for work that is counted in bytes and may have several phases; None if nobody would see it."""
+    """A progress bar in bytes, over one or more phases; None if standard error is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -117,7 +116,7 @@ def bytes_bar() -> Iterator[Progress | None]:
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal phase
-            if total != phase:  # speed and time left begin anew
+            if total != phase:  # reset speed and time left
                 bar.reset(task)
                 phase = total
             bar.update(task, description=one_line(what), completed=done, total=total)
@@ -127,9 +126,9 @@ def bytes_bar() -> Iterator[Progress | None]:
 
 @contextmanager
 def steps_bar(title: str | None = None, time_left: bool = False) -> Iterator[Progress | None]:
-    """A bar for work counted in steps, under one title or the name of each step; None if nobody would see it.
+    """A progress bar in steps, titled `title` or with the name of each step; None if standard error is no terminal.
 
-    With `time_left` it ends with the time left, instead of the time that has passed.
+    With `time_left` it shows the time left instead of the time passed.
     """
     if not sys.stderr.isatty():
         yield None

@@ -135,7 +135,9 @@ def _record(model: str, text: str | None, steps: int, engine_options: options.En
     with engine_options.load(model, 1) as engine:
         name, prompt = engine.backend.name, engine.text.encode(text)
     if name == "cpu":
-        raise BackendError("--diff-backends compares another backend with the CPU one, but only the CPU one runs here.")
+        raise BackendError(
+            "--diff-backends compares another backend with the CPU backend, and only that one runs here."
+        )
     on_cpu = replace(engine_options, backend=options.BackendChoice.CPU, decode=options.DecodeChoice.AUTO)
     with on_cpu.load(model, len(prompt) + steps) as engine, output.steps_bar() as progress:
         return record(engine.backend, engine.geometry, prompt, steps, progress=progress)
@@ -159,7 +161,7 @@ def _show(engine: "Engine", report: "Report") -> None:
     from rich.console import Console
 
     lines = io.StringIO()
-    # To a file or a pipe, a line stays a line, however wide.
+    # Lines to a file or a pipe are not wrapped.
     width = None if sys.stdout.isatty() else 200
     console = Console(file=lines, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
     console.print(report.rich_table())
@@ -179,4 +181,4 @@ def _show(engine: "Engine", report: "Report") -> None:
         if after is not None:
             console.print(f"next token: {after['model']!r}, the reference's is {after['reference']!r}", markup=False)
     console.print(visible(report.verdict()), markup=False)
-    output.emit(lines.getvalue(), as_it_is=True)  # it may hold rich's own colours
+    output.emit(lines.getvalue(), raw=True)  # with rich's colours

@@ -1,1 +1,1 @@
-"""Measuring: benchmark, profile, time line, compile times, perplexity."""
+"""Measurements: benchmark, profile, timeline, compile times, perplexity."""

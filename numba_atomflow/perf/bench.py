@@ -1,11 +1,11 @@
-"""How fast a model runs: prompt and decode speed at several depths of context, and the share of the device that is.
+"""Benchmark: prompt and decode speed at several depths of context, as a share of achievable bandwidth.
 
-For each depth the KV cache is filled once; then prompts and replies take turns, each starting at that very depth:
+For each depth the KV cache is filled once; then prefill and decode alternate, each starting at that depth:
 
 - a prompt of P tokens: TTFT, and P / TTFT;
-- N decode steps, one at a time: TPOT of each, N / their sum, and bytes per token over the median TPOT.
+- N decode steps: TPOT of each, N / their sum, and bytes per token over the median TPOT.
 
-Tokens are random, replies greedy, and the first turn is thrown away.
+Tokens are random, decoding is greedy, and the first turn is a discarded warm-up.
 """
 
 import math
@@ -40,7 +40,7 @@ _EARLIER_CEILINGS = {"copy engine": "TMA"}  # names in reports of earlier versio
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Parameters of a benchmark.
 
     Raises:
         OptionError: a number is out of range.
@@ -62,10 +62,10 @@ class Settings:
             raise OptionError(f"depths are {list(self.depths)}; give different numbers of tokens, 0 or more.")
 
     def positions(self, geometry: ModelGeometry) -> int:
-        """Positions of the KV cache that it takes.
+        """Positions that the KV cache needs.
 
         Raises:
-            OptionError: the model has not as many.
+            OptionError: the model has fewer.
         """
         longest = max(self.prompt_tokens, self.decode_tokens + 1)
         needed = max(self.depths) + longest
@@ -79,18 +79,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class DepthResult:
-    """What was measured at one depth. Times in seconds, speeds in tokens per second."""
+    """Results at one depth. Times in seconds, speeds in tokens per second."""
 
     depth: int
     prompt_speed: Spread
     ttft: Spread
     decode_speed: Spread
     tpot: Spread
-    bytes_per_token: int  # of weights and KV cache that a decode step must read, on average
+    bytes_per_token: int  # weights and KV cache that a decode step reads, mean over the steps
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Of weights and KV cache, by the median TPOT."""
+        """Bytes per token over the median TPOT."""
         return self.bytes_per_token / self.tpot.median / 1e9
 
     def to_dict(self, ceilings: dict[str, float]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class DepthResult:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """A whole run, with what it takes to repeat it."""
+    """Results of a run, with the facts to repeat it."""
 
     model: str
     random_weights: bool
@@ -116,11 +116,11 @@ class BenchReport:
     backend: str
     device: str
     settings: Settings
-    ceilings: dict[str, float]  # GB/s, measured in this run
+    ceilings: dict[str, float]  # achievable bandwidth in GB/s by way of reading, measured in this run
     results: list[DepthResult]
     load_seconds: float
     compile_times: CompileTimes | None = None
-    decode: DecodePath | None = None  # how decode steps ran, where there is a choice
+    decode: DecodePath | None = None  # None on the CPU
     machine: dict[str, Any] = field(default_factory=machine_record)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -154,13 +154,13 @@ def bench(
     compile_times: CompileTimes | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measure an engine that was made with at least `settings.positions`.
+    """Measure an engine with a KV cache of at least `settings.positions`.
 
     Args:
-        engine: what it remembers is lost.
-        settings: what to measure.
-        compile_times: to be put into the report.
-        progress: called with what is being done, turns done and turns in all.
+        engine: its KV cache is overwritten.
+        settings: parameters of the benchmark.
+        compile_times: for the report.
+        progress: called with turns done and turns in all.
     """
     turns = (settings.repeats + 1) * len(settings.depths)
     ceilings = engine.backend.measure.ceilings()
@@ -200,7 +200,7 @@ def _measure_depth(engine: Engine, depth: int, settings: Settings, report: Calla
         ttft = prompt_turn(engine, tokens)
         engine.rewind(depth)
         seconds = decode_turn(engine, tokens[: depth + 1], settings.decode_tokens)
-        if turn:  # the first one warms up
+        if turn:  # not the warm-up
             ttfts.append(ttft)
             prompt_speeds.append(settings.prompt_tokens / ttft)
             decode_speeds.append(len(seconds) / sum(seconds))
@@ -217,7 +217,7 @@ def _measure_depth(engine: Engine, depth: int, settings: Settings, report: Calla
 
 
 def prompt_turn(engine: Engine, tokens: Sequence[int]) -> float:
-    """TTFT in seconds of those tokens that the KV cache does not hold."""
+    """TTFT in seconds; tokens that are in the KV cache already are not computed."""
     return engine.generate_tokens(tokens, SamplingParams(max_tokens=1)).finish().stats.ttft
 
 
@@ -234,14 +234,17 @@ def decode_turn(engine: Engine, prompt: Sequence[int], count: int) -> list[float
 
 
 def bytes_per_token(engine: Engine, position: int, count: int) -> int:
-    """Bytes of weights and KV cache that each of `count` decode steps from `position` on must read, on average."""
+    """Bytes of weights and KV cache that a decode step reads: the mean over `count` steps from `position` on."""
     ops = engine.backend.step(1, SAMPLE)
-    lengths = (position + 1, position + count)  # the cache grows by one a step, and so does what is read of it
+    lengths = (
+        position + 1,
+        position + count,
+    )  # of the first and the last step: what is read grows by one position a step
     return sum(op.weight_bytes + sum(op.cache_bytes(length) for length in lengths) // 2 for op in ops)
 
 
 def _check_report(record: dict[str, Any]) -> None:
-    """What is compared and shown of a report is of the right type: KeyError, TypeError or ValueError if not."""
+    """Check the types of all values that are compared or shown: KeyError, TypeError or ValueError if one is wrong."""
     numbers = (*record["ceilings"].values(), *(record["compile_times"] or {}).values())
     texts = [record["model"], record["device"], record["backend"], record["date"]]
     machine, path = record["machine"], record.get("decode")
@@ -266,7 +269,7 @@ def read_report(path: Path) -> BenchReport:
     """An earlier report.
 
     Raises:
-        OptionError: the file cannot be read, or holds something else.
+        OptionError: the file cannot be read, or is no report.
     """
     try:
         with path.open("rb") as file:
@@ -278,7 +281,7 @@ def read_report(path: Path) -> BenchReport:
 
 
 def check_comparable(earlier: BenchReport, geometry: ModelGeometry, settings: Settings) -> None:
-    """Refuse to compare what cannot be.
+    """Check that a run can be compared with an earlier report.
 
     Raises:
         OptionError: another model, other numbers of tokens, or no depth in common.
@@ -297,7 +300,7 @@ def check_comparable(earlier: BenchReport, geometry: ModelGeometry, settings: Se
 
 @dataclass(frozen=True)
 class Ratio:
-    """Speeds at one depth, as multiples of those of an earlier report: above 1 is faster now."""
+    """Ratios of speeds at one depth to those of an earlier report: above 1 is faster now."""
 
     depth: int
     prompt_speed: Spread
@@ -305,7 +308,7 @@ class Ratio:
 
 
 def compare(now: BenchReport, earlier: BenchReport) -> list[Ratio]:
-    """The ratio at every depth that both have."""
+    """Ratios at every depth that both reports have."""
     before = {result.depth: result for result in earlier.results}
     return [
         Ratio(
@@ -319,7 +322,7 @@ def compare(now: BenchReport, earlier: BenchReport) -> list[Ratio]:
 
 
 def differences(now: BenchReport, earlier: BenchReport) -> dict[str, tuple[Any, Any]]:
-    """What else is not the same in two reports: name to (earlier, now)."""
+    """Other facts that differ between two reports: name to (earlier, now)."""
 
     def facts(report: BenchReport) -> dict[str, Any]:
         machine = {name: value for name, value in report.machine.items() if name != "versions"}

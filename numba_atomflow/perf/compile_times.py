@@ -1,6 +1,6 @@
-"""How long kernels take to be ready: at a first start, which compiles them, and at a second, which finds them compiled.
+"""Compile times: of a cold start, which compiles all kernels, and of a warm one, which loads them from the cache.
 
-Both are starts of a process of its own, with an empty folder for compiled code.
+Both are starts of a process of its own, with a compile cache that is empty at first.
 """
 
 import json
@@ -20,12 +20,12 @@ from numba_atomflow.errors import AtomFlowError, BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.utils.progress import Progress
 
-REFUSED = 2  # exit code of a start that a user's input or machine made impossible
+REFUSED = 2  # exit code of a start that failed with an AtomFlowError
 
 
 @dataclass(frozen=True)
 class CompileTimes:
-    """Seconds that `Backend.prepare` took."""
+    """Seconds of `Backend.prepare`."""
 
     cold: float
     warm: float
@@ -64,7 +64,7 @@ def measure_compile_times(
 def _start(options: dict[str, Any], folder: Path) -> float:
     environment = os.environ | {
         home.ENVIRONMENT_VARIABLE: str(folder),
-        "CUDA_CACHE_PATH": str(folder / "driver"),  # the driver keeps what it makes of PTX
+        "CUDA_CACHE_PATH": str(folder / "driver"),  # the driver's cache of code compiled from PTX
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     command = [sys.executable, "-m", __spec__.name, json.dumps(options)]
@@ -72,13 +72,13 @@ def _start(options: dict[str, Any], folder: Path) -> float:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         if done.returncode == REFUSED:
-            raise BackendError(last)  # a sentence that is complete without us
+            raise BackendError(last)  # a complete sentence
         raise BackendError(f"A start to measure compile times failed ({last}); leave them out with --no-compile-times.")
     return float(done.stdout)
 
 
 def main() -> int:
-    """Be such a start: print the seconds."""
+    """Start once and print the seconds."""
     options = json.loads(sys.argv[1])
     geometry, path = options.pop("geometry", None), options.pop("path", None)
     try:

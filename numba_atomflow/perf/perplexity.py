@@ -1,9 +1,8 @@
-"""Perplexity: how well a model predicts a text, and with a reference, how far it is from another model.
+"""Perplexity of a model on a text and, with a reference, its divergence from another model.
 
-A long text is read through windows of `context` tokens. Each window goes on by `stride` tokens from the one before and
-scores only what that one did not: every token is scored once, and all but those of the first window have at least
-context - stride tokens before them. Perplexity is exp of the mean negative log-likelihood in nats per token; bits per
-byte does not depend on the tokenizer.
+A sliding window of `context` tokens advances by `stride` tokens and scores only its new tokens: every token is scored
+once, and all but those of the first window with at least context - stride tokens before them. Perplexity is exp of the
+mean negative log-likelihood in nats per token; bits per byte does not depend on the tokenizer.
 """
 
 import math
@@ -23,19 +22,19 @@ from numba_atomflow.utils.progress import Progress
 
 DEFAULT_CONTEXT = 1024
 _LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
-_ROWS_AT_ONCE = 128  # positions whose probabilities are in memory; of a reference, a window's logits are as well
+_ROWS_AT_ONCE = 128  # positions whose log-probabilities are in memory at a time
 
 Logits = Callable[[Sequence[int]], NDArray[np.float32]]  # of every position [T, V]
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the model is from a reference, over the scored positions.
+    """Divergence of the model from a reference, over the scored positions.
 
     Attributes:
-        reference_perplexity: the reference's own.
-        mean_kl: Kullback-Leibler divergence of the model's next-token distribution from the reference's, in nats.
-        top1: share of positions at which both find the same token most likely.
+        reference_perplexity: of the reference.
+        mean_kl: KL(reference || model) of the next-token distributions, in nats per token.
+        top1: share of positions at which the most likely token is the same.
     """
 
     reference_perplexity: float
@@ -45,15 +44,15 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The measurement.
+    """Results.
 
     Attributes:
-        perplexity: per token; infinite where it is beyond every float64.
+        perplexity: per token; infinite above the range of float64.
         bits_per_byte: of the text in UTF-8.
-        tokens: that were scored.
+        tokens: scored tokens.
         context, stride: of the windows, in tokens.
-        tokens_per_second: taken through the model, those of overlapping windows counted each time.
-        divergence: from a reference, if there was one.
+        tokens_per_second: tokens computed per second; those of overlapping windows count each time.
+        divergence: from the reference, if there is one.
     """
 
     perplexity: float
@@ -78,7 +77,7 @@ def choose_windows(max_positions: int, context: int | None, stride: int | None) 
     context = min(DEFAULT_CONTEXT, max_positions) if context is None else whole_number("context", context)
     if max_positions < 2:
         raise OptionError(
-            "The context has room for one token, and none for another to predict; two or more are needed."
+            "The model's context is a single token, and perplexity needs two or more; give another model."
         )
     if not 2 <= context <= max_positions:
         raise OptionError(f"context is {shown(context)}; this model allows 2 to {max_positions} tokens.")
@@ -99,12 +98,12 @@ def measure(
     """Perplexity of a text.
 
     Args:
-        engine: with room for `context` positions; what its KV cache holds is forgotten.
+        engine: with a KV cache of at least `context` positions, which is overwritten.
         text: at least two tokens.
         context: tokens of a window, a BOS included.
         stride: new tokens of each window.
-        reference: makes the logits of another model for the tokens of a window.
-        progress: called with what is being done, tokens scored and tokens in all.
+        reference: returns another model's logits for the tokens of a window.
+        progress: called with tokens scored and tokens in all.
 
     Raises:
         OptionError: context or stride is out of range.
@@ -112,9 +111,9 @@ def measure(
         CheckpointError, SourceError: the logits of the model, or of the reference, contain NaN or Inf.
     """
     context, stride = choose_windows(engine.max_seq_len, context, stride)
-    before = engine.text.encode("")[:1]  # a BOS, if the model has one; some tokenizers put an EOS behind it
+    before = engine.text.encode("")[:1]  # a BOS, if the model has one; some tokenizers append an EOS
     tokens = engine.text.encode(text, add_special=False)
-    unscored = 0 if before else 1  # nothing predicts the first token but a BOS
+    unscored = 0 if before else 1  # without a BOS, the first token is not predicted
     if len(tokens) <= unscored:
         raise TextError("The text is too short to be measured; give at least two tokens.")
     totals, fed, seconds = np.zeros(4), 0, 0.0
@@ -126,7 +125,7 @@ def measure(
         if theirs is not None and not np.isfinite(theirs).all():
             raise SourceError("The reference's logits contain NaN or Inf: its weights are damaged; get them again.")
         engine.reset()
-        offset = len(before) - start  # of a token's position in the window
+        offset = len(before) - start  # from an index into `tokens` to one into the window
         for row in range(0, len(window), _ROWS_AT_ONCE):
             started = time.perf_counter()
             piece = window[row : row + _ROWS_AT_ONCE]
@@ -157,12 +156,12 @@ def measure(
 
 
 def _exp(loss: float) -> float:
-    """e^loss, infinite where Python's own would raise OverflowError: above 709."""
+    """e^loss; infinite where `math.exp` raises OverflowError, above 709."""
     return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
 
 
 def _windows(tokens: int, width: int, stride: int, first: int) -> Iterator[tuple[int, int, int]]:
-    """Start and stop of each window, and the first token that it scores."""
+    """Start and stop of each window, and its first scored token."""
     stop = min(width, tokens)
     yield 0, stop, first
     while stop < tokens:
@@ -173,7 +172,7 @@ def _windows(tokens: int, width: int, stride: int, first: int) -> Iterator[tuple
 def _score(
     ours: NDArray[np.float64], expected: NDArray[np.int64], theirs: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
-    """Sums over some positions: our loss, their loss, divergence, agreements. Log-probabilities are [n, V]."""
+    """Sums over n positions: loss, the reference's loss, KL, top-1 agreements. Log-probabilities are [n, V]."""
     rows = np.arange(len(expected))
     loss = -ours[rows, expected].sum()
     if theirs is None:
@@ -185,7 +184,7 @@ def _score(
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Log-probabilities [n, V] of finite logits, in float64: float32 has no room for their differences."""
+    """Log-probabilities [n, V] of finite logits, in float64: their differences are small beside float32's rounding."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))

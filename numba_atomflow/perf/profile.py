@@ -1,8 +1,8 @@
-"""Where the time of a decode step goes: each op on its own, then the step as a whole.
+"""Profile of a decode step: the time of each op, and of the whole step.
 
-On a GPU the ops are launched one by one with an event around each, and the step is a replay of the captured graph. What
-the two leave between them, the gap, is what launching, or overlapping, the ops makes of their sum. Where one persistent
-kernel makes the token, its ops are timed by a trace of it, which slows it a little: then the gap may be negative.
+On a GPU, ops are launched one by one between events, and the step is a replay of the captured graph; the gap between
+the sum of ops and the step is due to launches and overlap. Ops of the persistent kernel are timed by its trace, which
+slows it a little: the gap may be negative.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -26,18 +26,18 @@ from numba_atomflow.utils.plot import plot_file
 from numba_atomflow.utils.progress import Progress
 from numba_atomflow.utils.stats import faster_half
 
-WARM_UP = 2  # runs that are thrown away
-TURNS = 5  # of the ops and the step, one after the other: what slows the machine down for a while hits both
+WARM_UP = 2  # discarded runs
+TURNS = 5  # in which ops and step alternate, so that a slow phase of the machine affects both
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """All ops of one kind in a decode step: the 28 qkv of 28 layers, or the one vocabulary projection.
+    """All ops of one kind in a decode step: the 28 qkv projections of 28 layers, or the LM head.
 
     Attributes:
         count: ops per token.
-        seconds: of all of them together.
-        moved_bytes: that all of them together must at least move.
+        seconds: sum over these ops.
+        moved_bytes: compulsory traffic, sum over these ops.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class KernelRow:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """At which its bytes were moved, if it moved no more than it must."""
+        """Compulsory traffic over time."""
         return self.moved_bytes / self.seconds / 1e9
 
     @property
@@ -58,7 +58,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """A profile, with what it takes to repeat it. Times in seconds per token, over `repeats` runs."""
+    """A profile, with the facts to repeat it. Times in seconds per token, over `repeats` runs."""
 
     model: str
     random_weights: bool
@@ -67,11 +67,11 @@ class ProfileReport:
     device: str
     depth: int  # tokens in the KV cache
     repeats: int
-    ceilings: dict[str, float]  # GB/s, measured in this run
-    kernels: list[KernelRow]  # those that take longest first
+    ceilings: dict[str, float]  # achievable bandwidth in GB/s by way of reading, measured in this run
+    kernels: list[KernelRow]  # by time, longest first
     step_seconds: float
-    decode: DecodePath | None = None  # how the step ran, where there is a choice
-    trace: StepTrace | None = None  # of the persistent kernel, by which the ops that it makes were timed then
+    decode: DecodePath | None = None  # None on the CPU
+    trace: StepTrace | None = None  # of the persistent kernel, if it ran the step
     machine: dict[str, Any] = field(default_factory=machine_record)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -82,12 +82,12 @@ class ProfileReport:
 
     @property
     def ops_measured(self) -> str:
-        """How the ops were timed: "one by one", or "as traced": in the persistent kernel, by its trace."""
+        """How ops were timed: "one by one", or "as traced" (in the persistent kernel)."""
         return "one by one" if self.trace is None else "as traced"
 
     @property
     def gap_seconds(self) -> float:
-        """What the step, never traced, takes more than its ops together; negative if it takes less."""
+        """The whole step, without trace, minus the sum of ops; may be negative."""
         return self.step_seconds - self.ops_seconds
 
     @property
@@ -115,13 +115,13 @@ class ProfileReport:
 
 
 def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progress | None = None) -> ProfileReport:
-    """Profile a decode step behind `depth` tokens.
+    """Profile a decode step after `depth` tokens.
 
     Args:
-        engine: what it remembers is lost.
-        depth: tokens that the KV cache holds.
-        repeats: runs, the faster half of which counts, rounded up to a multiple of `TURNS`.
-        progress: called with what is being done, parts done and parts in all.
+        engine: its KV cache is overwritten.
+        depth: tokens in the KV cache.
+        repeats: runs, of which the faster half counts; rounded up to a multiple of `TURNS`.
+        progress: called with parts done and parts in all.
 
     Raises:
         OptionError: `depth` or `repeats` is out of range.
@@ -137,14 +137,14 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
             progress(what, done, turns + 2)
 
     backend = engine.backend
-    report("ceilings", 0)
+    report("achievable bandwidth", 0)
     ceilings = backend.measure.ceilings()
     report(f"filling the KV cache with {depth} tokens", 1)
     engine.reset()
     engine.feed(np.random.default_rng(0).integers(0, engine.geometry.vocabulary, depth + 1).tolist())
     engine.rewind(depth)
     backend.measure.time_step(WARM_UP)
-    trace = backend.measure.trace_step(each, progress)  # compiles what traces: not in the turns
+    trace = backend.measure.trace_step(each, progress)  # compiles the tracing kernel, so before the turns
     timed_ops, timed_steps = [], []
     for turn in range(turns):
         report("ops and step", turn + 2)
@@ -170,7 +170,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
 
 
 def check_profile(depth: int, repeats: int) -> None:
-    """Complain before a model is loaded.
+    """Check options before a model is loaded.
 
     Raises:
         OptionError: a number is out of range.
@@ -182,10 +182,10 @@ def check_profile(depth: int, repeats: int) -> None:
 
 
 def check_timeline(engine: Engine) -> None:
-    """Complain before anything is measured.
+    """Check before measuring that there is a persistent kernel to trace.
 
     Raises:
-        OptionError: no persistent kernel makes this engine's tokens, which could be traced.
+        OptionError: this engine does not decode with the persistent kernel.
     """
     path = engine.backend.decode_path
     if path is None:
@@ -200,7 +200,7 @@ def kind_of(op: Op) -> str:
 
 
 def kernel_rows(ops: list[tuple[Op, float]], length: int) -> list[KernelRow]:
-    """Ops and their seconds put together by kind; `length` positions of the KV cache are filled."""
+    """Ops and their seconds, summed by kind; attention reads `length` positions of the KV cache."""
     kinds: dict[str, list[tuple[Op, float]]] = {}
     for op, seconds in ops:
         kinds.setdefault(kind_of(op), []).append((op, seconds))

@@ -135,7 +135,7 @@ def test_default_windows() -> None:
     assert choose_windows(8192, None, None) == (1024, 512)
     assert choose_windows(3, None, None) == (3, 1)
     assert choose_windows(8192, 2048, None) == (2048, 1024)
-    with pytest.raises(OptionError, match="room for one token"):
+    with pytest.raises(OptionError, match="context is a single token"):
         choose_windows(1, None, None)
 
 

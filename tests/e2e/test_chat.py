@@ -17,7 +17,7 @@ import pytest
 from child_processes import Watchdog, finish, wait
 from cli_runner import InProcess, assert_refused, command_line, environment, run_cli
 
-CACHED = re.compile(r"prompt (\d+) tokens, (\d+) of them in the cache; reply (\d+) tokens")
+CACHED = re.compile(r"prompt (\d+) tokens, (\d+) of them cached; reply (\d+) tokens")
 
 
 def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
