@@ -10,75 +10,26 @@ roofline, for docs/benchmarks.md. The sandbox's picture is `numba-atomflow sandb
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from numba_atomflow import AtomFlowError, Engine
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.errors import OptionError
 from numba_atomflow.model.presets import find_preset
 from numba_atomflow.perf.profile import check_timeline, plot, plot_timeline, profile
-from numba_atomflow.utils.plot import save_figure
+from numba_atomflow.perf.timeline import draw_layer
+from numba_atomflow.utils.plot import plot_file
 
 SMS = 44  # rows of the README's picture; more would be too small to read
-COLOURS = {"qkv": "#7e57c2", "attention": "#2e9e3f", "o": "#8d5a3b", "gate_up": "#12a5c4", "down": "#dd6fb4"}
 
 
-def draw_layer(trace: StepTrace, path: Path, sms: int = SMS) -> None:
-    """One layer in the middle of the model, a row for each of the first `sms` SMs.
-
-    Dark: computing. Light: waiting for the result of the op before. Thin: the op's weights are copied.
+def draw_readme_picture(trace: StepTrace, path: Path) -> None:
+    """One layer of a step on the first SMs, low enough for the first screen of a page.
 
     Raises:
         DestinationError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    layers = len({name.split(".")[1] for name in trace.names if name.startswith("layer.")})
-    middle = f"layer.{layers // 2}."
-    ops = [op for op, name in enumerate(trace.names) if name.startswith(middle)]
-    zero = trace.ends[ops[0] - 1]
-    rows = np.arange(min(sms, len(trace.done)))
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    axes: Any = figure.subplots()
-    handles = []
-    for op in ops:
-        kind = trace.names[op].removeprefix(middle)
-        begun, staged, done, first, last = (
-            (times[: len(rows), op] - zero) / 1e3
-            for times in (trace.begun, trace.staged, trace.done, trace.copy_begun, trace.copy_done)
-        )
-        colour = COLOURS[kind]
-        busy, copied = ~np.isnan(staged), ~np.isnan(first)
-        axes.barh(rows[busy], (staged - begun)[busy], 0.62, begun[busy], color=colour, alpha=0.28)
-        axes.barh(rows[busy], (done - staged)[busy], 0.62, staged[busy], color=colour)
-        axes.hlines(rows[copied] + 0.5, first[copied], last[copied], color=colour, lw=0.9)
-        handles.append(Patch(color=colour, label=kind))
-    handles += [
-        Patch(color="#444444", label="computes"),
-        Patch(color="#444444", alpha=0.28, label="waits for its input"),
-        Line2D([], [], color="#444444", lw=1.2, label="weights are copied"),
-    ]
-    start = min(np.nanmin(trace.begun[: len(rows), ops[0]]), zero) - zero
-    axes.set_xlim(start / 1e3, (trace.ends[ops[-1]] - zero) / 1e3 * 1.005)
-    axes.set_ylim(len(rows), -1)
-    axes.set_xlabel("microseconds since the layer began", fontsize=14)
-    axes.set_ylabel("SM", fontsize=14)
-    axes.tick_params(labelsize=13)
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=len(handles),
-        fontsize=13,
-        frameon=False,
-        handlelength=1.2,
-        columnspacing=1.1,
-        handletextpad=0.5,
-    )
-    save_figure(figure, path)
+    with plot_file(path, 10, 4.6) as figure:
+        draw_layer(figure.subplots(), trace, SMS)
 
 
 def main() -> int:
@@ -97,7 +48,7 @@ def main() -> int:
         plot_timeline(report, args.out / f"persistent-{size}.png")
         if report.trace is None:
             raise OptionError("The step was not traced: no timeline.")
-        draw_layer(report.trace, args.out / "decode-step.png")
+        draw_readme_picture(report.trace, args.out / "decode-step.png")
     except AtomFlowError as error:
         print(f"docs_pictures: {error}", file=sys.stderr)
         return 2

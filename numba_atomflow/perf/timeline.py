@@ -28,7 +28,7 @@ def draw_timeline(trace: StepTrace, title: str, path: Path) -> None:
     with plot_file(path, 10, 11) as figure:
         phases, layer = figure.subplots(2, 1, height_ratios=(2, 5))
         _draw_phases(phases, trace)
-        _draw_layer(layer, trace)
+        draw_layer(layer, trace)
         figure.suptitle(title)
 
 
@@ -50,19 +50,20 @@ def _draw_phases(axes: Any, trace: StepTrace) -> None:
     _legend(axes, axes.get_legend_handles_labels()[0])
 
 
-def _draw_layer(axes: Any, trace: StepTrace) -> None:
+def draw_layer(axes: Any, trace: StepTrace, most_sms: int | None = None) -> None:
+    """Draw one layer in the middle of the model, a row per SM; with `most_sms` only so many of them."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     layers = len({name.split(".")[1] for name in trace.names if name.startswith("layer.")})
     middle = f"layer.{layers // 2}."
     ops = [op for op, name in enumerate(trace.names) if name.startswith(middle)]
-    sms = np.arange(len(trace.done))
+    sms = np.arange(len(trace.done))[:most_sms]
     zero = trace.ends[ops[0] - 1]
     handles: list[Any] = []
     for op in ops:
         begun, staged, done, first_copy, last_copy = (
-            (times[:, op] - zero) / 1e3
+            (times[: len(sms), op] - zero) / 1e3
             for times in (trace.begun, trace.staged, trace.done, trace.copy_begun, trace.copy_done)
         )
         kind = trace.names[op].removeprefix(middle)
