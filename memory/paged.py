@@ -254,7 +254,7 @@ def _digest(before: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(before + np.array(tokens, "<i4").tobytes(), digest_size=16).digest()
 
 
-class PageTable:
+class BlockTable:
     """The page tables of the sequences that run, as kernels read them: a row each.
 
     Args:

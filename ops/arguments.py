@@ -130,7 +130,7 @@ def _attend_paged(
     q: Array,
     keys: Array,
     values: Array,
-    pages: Array,
+    block_table: Array,
     rows: Array,
     positions: Array,
     block_size: int,
@@ -140,7 +140,7 @@ def _attend_paged(
 ) -> Conditions:
     del scores  # as long as the longest sequence, which `positions` tell
     columns = rows.shape == positions.shape == (len(q),)
-    return *_attention(q, keys, values, head_dim, out), q.ndim == pages.ndim == 2, columns, block_size > 0
+    return *_attention(q, keys, values, head_dim, out), q.ndim == block_table.ndim == 2, columns, block_size > 0
 
 
 _DEMANDS: dict[str, Callable[..., Conditions]] = {

@@ -20,7 +20,7 @@ def attend_paged_reference(
     q: NDArray[np.float64],
     keys: NDArray[np.float64],
     values: NDArray[np.float64],
-    pages: NDArray[np.int32],
+    block_table: NDArray[np.int32],
     rows: NDArray[np.int64],
     positions: NDArray[np.int64],
     block_size: int,
@@ -29,19 +29,19 @@ def attend_paged_reference(
     """What `attend_paged` computes: each sequence's slots are gathered into a static cache."""
     out = np.empty_like(q)
     for t, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-        slots = [pages[row, s // block_size] * block_size + s % block_size for s in range(position + 1)]
+        slots = [block_table[row, s // block_size] * block_size + s % block_size for s in range(position + 1)]
         out[t] = attend_reference(q[t : t + 1], keys[slots], values[slots], position, head_dim)[0]
     return out
 
 
 @cpu_kernel()
-def attend_paged(q, keys, values, pages, rows, positions, block_size, head_dim, scores, out):
+def attend_paged(q, keys, values, block_table, rows, positions, block_size, head_dim, scores, out):
     """Attention of T tokens, each over its own sequence.
 
     Args:
         q, out: float32 [T, heads * head_dim].
         keys, values: float32 [slots, kv_heads * head_dim].
-        pages: int32 [rows, width], page tables. rows, positions: int64 [T].
+        block_table: int32 [rows, width], page tables. rows, positions: int64 [T].
         scores: float32 [threads, longest sequence], scratch.
     """
     heads = q.shape[1] // head_dim
@@ -50,5 +50,5 @@ def attend_paged(q, keys, values, pages, rows, positions, block_size, head_dim, 
         t, h = item // heads, item % heads
         query = q[t, h * head_dim : (h + 1) * head_dim]
         result = out[t, h * head_dim : (h + 1) * head_dim]
-        page, length, own = pages[rows[t]], positions[t] + 1, scores[get_thread_id()]
+        page, length, own = block_table[rows[t]], positions[t] + 1, scores[get_thread_id()]
         attend_head(query, keys, values, h // ratio * head_dim, length, page, block_size, own, result)

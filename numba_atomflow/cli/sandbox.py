@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numba_atomflow.checkpoint.random_weights import RandomModel
     from numba_atomflow.sandbox.arrivals import Workload
     from numba_atomflow.sandbox.compare import Comparison
-    from numba_atomflow.sandbox.report import Percentiles, ServerReport
+    from numba_atomflow.sandbox.report import Percentiles, ServingReport
     from numba_atomflow.sandbox.requests import Request
     from numba_atomflow.sandbox.runner import CacheSizes, Runner
 
@@ -104,7 +104,7 @@ def run(
         raise OptionError("There are no arrivals; give either --trace FILE or --poisson RATE.")
     _check_plot(plot)
 
-    from numba_atomflow.sandbox.engine import ServerEngine
+    from numba_atomflow.sandbox.engine import ServingEngine
     from numba_atomflow.sandbox.report import report_of
     from numba_atomflow.sandbox.runner import cache_sizes
 
@@ -115,7 +115,7 @@ def run(
         )
         sizes = cache_sizes(weights.geometry, blocks, (block_size,), max_sequences)
         with _runner(weights, backend, sizes, threads) as runner:
-            server = ServerEngine(runner, token_budget, min(max_sequences, token_budget or runner.most_columns))
+            server = ServingEngine(runner, token_budget, min(max_sequences, token_budget or runner.max_batched_tokens))
             with output.steps_bar("requests") as progress:
                 served = server.serve(work.requests, work.forks, progress)
             report = report_of(server, served)
@@ -328,7 +328,7 @@ def _reply(request: "Request") -> dict[str, Any]:
     }
 
 
-def _run_table(report: "ServerReport", model: str, device: str) -> str:
+def _run_table(report: "ServingReport", model: str, device: str) -> str:
     def times(what: "Percentiles | None", factor: float, unit: str, digits: int = 1) -> str:
         if what is None:
             return "-"

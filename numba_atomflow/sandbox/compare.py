@@ -9,7 +9,7 @@ Where a step's time goes, at each batch size:
 - page tables: the host's upkeep of tables and slots, per step;
 - scheduling: planning the step and taking its tokens, per step;
 - host: what else passes between two steps: columns to the device, starting the step, tokens back.
-The latter three are measured in `ServerEngine` itself while it decodes a full batch.
+The latter three are measured in `ServingEngine` itself while it decodes a full batch.
 """
 
 import time
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.memory.paged import BlockManager
-from numba_atomflow.sandbox.engine import ServerEngine
+from numba_atomflow.sandbox.engine import ServingEngine
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import Runner
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
@@ -47,7 +47,7 @@ class StepRow:
     Attributes:
         static_seconds, paged_seconds: of the device, with the choice of a token.
         table_seconds, schedule_seconds: of the host, per step.
-        wall_seconds: from one step to the next in `ServerEngine`, everything included.
+        wall_seconds: from one step to the next in `ServingEngine`, everything included.
     """
 
     batch: int
@@ -180,8 +180,8 @@ def scattered_step(runner: Runner, batch: int, context: int, seed: int = 0) -> S
     """
     size, each = runner.block_size, -(-context // runner.block_size)
     order = np.random.default_rng(seed).permutation(runner.sizes.slots // size)[: batch * each].reshape(batch, each)
-    runner.pages[:batch, :each] = order
-    runner.pages_changed(dict.fromkeys(range(batch), (0, each)))
+    runner.block_table[:batch, :each] = order
+    runner.block_table_changed(dict.fromkeys(range(batch), (0, each)))
     last = context - 1
     rows = np.arange(batch)
     places = {
@@ -201,7 +201,7 @@ def _serve(runner: Runner, batch: int, context: int, steps: int) -> tuple[float,
     """Medians, in seconds, per step of a server that decodes `batch` sequences: page tables, scheduling, wall time."""
     rng = np.random.default_rng(batch)
     order = rng.permutation(runner.sizes.slots // runner.block_size).tolist()
-    server = ServerEngine(_WithoutPrompts(runner, batch * context), block_order=order)
+    server = ServingEngine(_WithoutPrompts(runner, batch * context), block_order=order)
     for number in range(batch):
         prompt = rng.integers(0, 1000, context - 1).tolist()
         server.submit(Request(number, prompt, steps + 1))
@@ -219,17 +219,17 @@ def _serve(runner: Runner, batch: int, context: int, steps: int) -> tuple[float,
 class _WithoutPrompts:
     """Takes prompts of any length at once, without computing them: what the cache holds does not matter for times."""
 
-    def __init__(self, runner: Runner, most_columns: int) -> None:
+    def __init__(self, runner: Runner, max_batched_tokens: int) -> None:
         self._runner = runner
-        self.most_columns = most_columns
-        self.sizes, self.pages, self.block_size = runner.sizes, runner.pages, runner.block_size
+        self.max_batched_tokens = max_batched_tokens
+        self.sizes, self.block_table, self.block_size = runner.sizes, runner.block_table, runner.block_size
 
-    def pages_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
-        self._runner.pages_changed(dirty)
+    def block_table_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
+        self._runner.block_table_changed(dirty)
 
     def run(self, batch: Batch) -> list[int]:
         if any(not chunk.request.output for chunk in batch.chunks):
-            return [1] * len(batch.wanted)
+            return [1] * len(batch.logits_indices)
         return self._runner.run(batch)
 
 

@@ -26,7 +26,7 @@ from numba_atomflow.sandbox.runner import CacheSizes, Layout, check_batch, check
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
 from numba_atomflow.utils.progress import Progress
 
-MOST_COLUMNS = 64
+MAX_BATCHED_TOKENS = 64
 FEW = 16  # up to here, one core reads the weights once per column sooner than it decodes them into scratch for BLAS
 
 
@@ -45,7 +45,7 @@ class CpuRunner:
         OptionError: no such number of cores, or no kernels for this family of models.
     """
 
-    most_columns = MOST_COLUMNS
+    max_batched_tokens = MAX_BATCHED_TOKENS
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class CpuRunner:
         self.geometry, self.sizes, self._weights = geometry, sizes, weights
         self.block_size = sizes.block_sizes[0]
         g = geometry
-        scratch = projection.LARGEST_TILE * (max(g.hidden, g.q_dim, g.ffn) + MOST_COLUMNS)
+        scratch = projection.LARGEST_TILE * (max(g.hidden, g.q_dim, g.ffn) + MAX_BATCHED_TOKENS)
         widths = {
             "residual": g.hidden,
             "normed": g.hidden,
@@ -78,18 +78,18 @@ class CpuRunner:
             plan_memory(
                 [
                     paged_cache_buffer(g.layers, sizes.slots, g.kv_dim, "float32"),
-                    *(Buffer("activations", name, (MOST_COLUMNS, n), "float32") for name, n in widths.items()),
+                    *(Buffer("activations", name, (MAX_BATCHED_TOKENS, n), "float32") for name, n in widths.items()),
                     Buffer("workspace", "scores", (max(self.threads, g.heads), sizes.longest), "float32"),
                     Buffer("workspace", "scratch", (self.threads, scratch), "float32"),
-                    Buffer("workspace", "pages", (sizes.sequences, sizes.table_width), "int32"),
+                    Buffer("workspace", "block_table", (sizes.sequences, sizes.table_width), "int32"),
                     Buffer("workspace", "cosines", (sizes.longest, g.head_dim // 2), "float32"),
                     Buffer("workspace", "sines", (sizes.longest, g.head_dim // 2), "float32"),
                 ]
             )
         )
         self._cache = self._array("paged_kv")
-        self.pages = self._array("pages")
-        self.pages[:] = 0
+        self.block_table = self._array("block_table")
+        self.block_table[:] = 0
         self._tables = self._array("cosines"), self._array("sines")
         self._tables[0][:], self._tables[1][:] = rope.rope_table(rope_inverse_frequencies(g), sizes.longest)
         self._blas: ThreadpoolController | None = None
@@ -114,7 +114,7 @@ class CpuRunner:
         """Choose another block size."""
         self.block_size = block_size
 
-    def pages_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
+    def block_table_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
         """Kernels read `pages` itself."""
         del dirty
 
@@ -128,7 +128,7 @@ class CpuRunner:
         return self._run(batch, self._attend_paged)
 
     def _check(self, batch: Batch) -> None:
-        check_batch(batch, self.sizes, self.block_size, self.pages, self.geometry.vocabulary, MOST_COLUMNS)
+        check_batch(batch, self.sizes, self.block_size, self.block_table, self.geometry.vocabulary, MAX_BATCHED_TOKENS)
 
     def _run(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
         try:
@@ -140,7 +140,7 @@ class CpuRunner:
         return tokens
 
     def _step(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
-        g, weights, columns = self.geometry, self._weights, batch.columns
+        g, weights, columns = self.geometry, self._weights, batch.token_count
         residual, normed, qkv = (self._array(name)[:columns] for name in ("residual", "normed", "qkv"))
         q, attended, ffn = (self._array(name)[:columns] for name in ("q", "attended", "ffn"))
         call = self._call
@@ -158,7 +158,7 @@ class CpuRunner:
                 call(rms_norm.rms_norm, residual, weights[f"layer.{i}.ffn_norm"], g.norm_eps, normed)
                 self._gate_up(f"layer.{i}.gate_up", normed, ffn)
                 self._project(f"layer.{i}.down", ffn, residual, accumulate=True)
-        return self._choose(residual[batch.wanted]) if batch.wanted else []
+        return self._choose(residual[batch.logits_indices]) if batch.logits_indices else []
 
     def _choose(self, residual: NDArray[np.float32]) -> list[int]:
         rows = len(residual)
@@ -172,8 +172,8 @@ class CpuRunner:
         return tokens
 
     def _attend_paged(self, batch: Batch, layer: int) -> None:
-        q, attended = self._array("q")[: batch.columns], self._array("attended")[: batch.columns]
-        places = self.pages, batch.rows, batch.positions, self.block_size
+        q, attended = self._array("q")[: batch.token_count], self._array("attended")[: batch.token_count]
+        places = self.block_table, batch.table_rows, batch.positions, self.block_size
         cache, head_dim = self._cache[layer], self.geometry.head_dim
         self._call(attend_paged, q, *cache, *places, head_dim, self._array("scores"), attended)
 
@@ -181,7 +181,7 @@ class CpuRunner:
         """What the engine does for one token, for each of the columns."""
         check_indices("positions of a sequence's part of the cache", batch.positions, self.sizes.capacity)
         q, attended, scores = self._array("q"), self._array("attended"), self._array("scores")
-        for t, row in enumerate(batch.rows.tolist()):
+        for t, row in enumerate(batch.table_rows.tolist()):
             first = row * self.sizes.capacity
             keys, values = self._cache[layer, :, first : first + self.sizes.capacity]
             position = batch.positions[t : t + 1]

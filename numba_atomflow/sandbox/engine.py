@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from numba_atomflow.errors import OptionError
-from numba_atomflow.memory.paged import BlockManager, PageTable
+from numba_atomflow.memory.paged import BlockManager, BlockTable
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import StepRunner
 from numba_atomflow.sandbox.scheduler import Scheduler
@@ -27,8 +27,8 @@ class StepRecord:
     """
 
     now: float
-    columns: int
-    tokens: int
+    batched_tokens: int
+    generated_tokens: int
     running: int
     waiting: int
     used_blocks: int
@@ -54,7 +54,7 @@ class Fork:
     end_tokens: frozenset[int] = frozenset()
 
 
-class ServerEngine:
+class ServingEngine:
     """Serves requests with one runner.
 
     Args:
@@ -74,16 +74,16 @@ class ServerEngine:
         max_sequences: int | None = None,
         block_order: Sequence[int] | None = None,
     ) -> None:
-        budget = runner.most_columns if token_budget is None else token_budget
-        if not 1 <= budget <= runner.most_columns:
-            raise OptionError(f"token_budget is {budget}; a step here takes 1 to {runner.most_columns} tokens.")
+        budget = runner.max_batched_tokens if token_budget is None else token_budget
+        if not 1 <= budget <= runner.max_batched_tokens:
+            raise OptionError(f"token_budget is {budget}; a step here takes 1 to {runner.max_batched_tokens} tokens.")
         rows = runner.sizes.sequences
         sequences = min(rows, budget) if max_sequences is None else max_sequences
         if sequences > rows:
             raise OptionError(f"max_sequences is {sequences}; the page table has {rows} rows.")
         self.runner = runner
         self.manager = BlockManager(runner.sizes.slots // runner.block_size, runner.block_size, block_order)
-        self.scheduler = Scheduler(self.manager, PageTable(runner.pages), budget, sequences)
+        self.scheduler = Scheduler(self.manager, BlockTable(runner.block_table), budget, sequences)
         self.now = 0.0
         self.steps: list[StepRecord] = []
         self.finished: list[Request] = []
@@ -116,7 +116,7 @@ class ServerEngine:
         if batch is None:
             return []
         used, planned = self.manager.used_count, time.perf_counter()
-        self.runner.pages_changed(scheduler.table.dirty)
+        self.runner.block_table_changed(scheduler.table.dirty)
         scheduler.table.clean()
         ready = time.perf_counter()
         tokens = self.runner.run(batch)
@@ -128,8 +128,8 @@ class ServerEngine:
         self.steps.append(
             StepRecord(
                 now=self.now,
-                columns=batch.columns,
-                tokens=len(tokens),
+                batched_tokens=batch.token_count,
+                generated_tokens=len(tokens),
                 running=len(scheduler.running) + len(ended),
                 waiting=len(scheduler.waiting),
                 used_blocks=used,

@@ -30,7 +30,8 @@ from numba_atomflow.ops.cuda.token.embedding import embed_kernel
 from numba_atomflow.sandbox.runner import CacheSizes
 
 GEMV_WIDTHS = (1, 2, 4, 8)  # tokens of a step
-STEP_INPUTS = ("positions", "known", "rows", "slots", "tokens")  # int64 each, in one buffer, copied at every step
+# int64 each, in one buffer that is copied to the device at every step.
+STEP_INPUTS = ("positions", "cached", "table_rows", "slots", "tokens")
 _STAGING = 4 << 20  # bytes after the weights at least, where loading stages what it prepacks
 
 
@@ -96,7 +97,7 @@ class SandboxKernels:
             # One KV block more than sequences have: padding tokens write there.
             paged_cache_buffer(g.layers, self.sizes.slots + max(self.sizes.block_sizes), g.kv_dim, "float16"),
             buffer("activations", "step", "int64", len(STEP_INPUTS), most),
-            buffer("activations", "pages", "int32", self.sizes.sequences + 1, self.sizes.table_width),
+            buffer("activations", "block_table", "int32", self.sizes.sequences + 1, self.sizes.table_width),
             buffer("activations", "residual", "float32", most, g.hidden),
             buffer("activations", "x_norm", "float16", most, padded(g.hidden)),
             buffer("activations", "q", "float16", most, g.q_dim),

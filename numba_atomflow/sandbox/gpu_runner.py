@@ -77,7 +77,7 @@ class GpuRunner:
             fp16_head = f"{self._head}.scale" not in weights
             chip = chip_of(self._gpu)
             self.kernels = SandboxKernels(geometry, chip, sizes, fp16_head=fp16_head, same_width=same_width)
-            self.most_columns = self.kernels.widths[-1]
+            self.max_batched_tokens = self.kernels.widths[-1]
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
             self.plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, self._projections)
             with self._owner.current():
@@ -92,10 +92,10 @@ class GpuRunner:
         self._stream = made.stream()
         self._arena = DeviceArena(self.plan, made)
         self._memory = DeviceMemory(self._stream)
-        self._step = PinnedArray((len(STEP_INPUTS), self.most_columns), "int64", made)
-        self._best = PinnedArray((self.most_columns,), "int64", made)
-        self._pages = PinnedArray(self._arena["pages"].shape, "int32", made)
-        self.pages: NDArray[np.int32] = self._pages.array[: self.sizes.sequences]
+        self._step = PinnedArray((len(STEP_INPUTS), self.max_batched_tokens), "int64", made)
+        self._best = PinnedArray((self.max_batched_tokens,), "int64", made)
+        self._pinned_table = PinnedArray(self._arena["block_table"].shape, "int32", made)
+        self.block_table: NDArray[np.int32] = self._pinned_table.array[: self.sizes.sequences]
 
     # --- life and death ----------------------------------------------------------------------------------------------
 
@@ -112,8 +112,8 @@ class GpuRunner:
             self._upload(progress)
             self.use_block_size(self.sizes.block_sizes[0])
             for width in self.kernels.widths:
-                for wanted in (False, True):
-                    self._graph(width, "paged", wanted)
+                for with_logits in (False, True):
+                    self._graph(width, "paged", with_logits)
         self._weights = {}
 
     def _upload(self, progress: Progress | None) -> None:
@@ -144,25 +144,27 @@ class GpuRunner:
         """Choose another block size. The columns that pad a step read the first slot behind those of sequences."""
         self.block_size = block_size
         row = self.sizes.sequences
-        self._pages.array[row, 0] = self.sizes.slots // block_size
-        self.pages_changed({row: (0, 1)})
+        self._pinned_table.array[row, 0] = self.sizes.slots // block_size
+        self.block_table_changed({row: (0, 1)})
 
-    def pages_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
+    def block_table_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
         """Copy these entries to the device, in stream order. The last step has ended: pinned memory may be written."""
         if not dirty:
             return
         with self._owner.current():
             for row, (first, last) in dirty.items():
-                entries = self._pages.array[row, first:last]
-                copy_to_device(self._arena["pages"].index(row).rows(first, last).address, entries, self._stream)
+                entries = self._pinned_table.array[row, first:last]
+                copy_to_device(self._arena["block_table"].index(row).rows(first, last).address, entries, self._stream)
 
     def run(self, batch: Batch) -> list[int]:
-        """Take a step through the model: the most likely token behind each wanted column."""
-        check_batch(batch, self.sizes, self.block_size, self.pages, self.geometry.vocabulary, self.most_columns)
+        """Take a step through the model: the most likely next token at each of `batch.logits_indices`."""
+        check_batch(
+            batch, self.sizes, self.block_size, self.block_table, self.geometry.vocabulary, self.max_batched_tokens
+        )
         with self._owner.current():
             self._copy(batch.copies)
             width = self._bring(batch, self.sizes.slots)
-            self._graph(width, "paged", bool(batch.wanted)).replay()
+            self._graph(width, "paged", bool(batch.logits_indices)).replay()
             best = self._best.view
             call(
                 "cuMemcpyDtoHAsync",
@@ -172,16 +174,16 @@ class GpuRunner:
                 self._stream,
             )
             call("cuStreamSynchronize", self._stream)
-        tokens = [token_of(int(self._best.array[column])) for column in batch.wanted]
+        tokens = [token_of(int(self._best.array[column])) for column in batch.logits_indices]
         if None in tokens:
             raise non_finite_logits()
         return [token for token in tokens if token is not None]
 
     def _bring(self, batch: Batch, spare_slot: int) -> int:
         """A step's columns to the device; the step's width. Columns that pad it write to `spare_slot`."""
-        width, columns = self.kernels.width_for(batch.columns), batch.columns
+        width, columns = self.kernels.width_for(batch.token_count), batch.token_count
         step = self._step.array
-        for place, values in enumerate((batch.positions, batch.known, batch.rows, batch.slots)):
+        for place, values in enumerate((batch.positions, batch.cached, batch.table_rows, batch.slots)):
             step[place, :columns] = values
         for place, spare in enumerate((0, 0, self.sizes.sequences, spare_slot)):
             step[place, columns:] = spare
@@ -216,14 +218,14 @@ class GpuRunner:
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _graph(self, width: int, layout: Layout, wanted: bool) -> Graph:
+    def _graph(self, width: int, layout: Layout, with_logits: bool) -> Graph:
         """The step of this width, with or without the choice of tokens."""
-        key = width, layout, self.block_size if layout == "paged" else 0, wanted
+        key = width, layout, self.block_size if layout == "paged" else 0, with_logits
         if key not in self._graphs:
-            self._graphs[key] = Graph(self._step_launches(width, layout, wanted), self._stream, self._owner.made)
+            self._graphs[key] = Graph(self._step_launches(width, layout, with_logits), self._stream, self._owner.made)
         return self._graphs[key]
 
-    def _step_launches(self, width: int, layout: Layout, wanted: bool) -> list[Launch]:
+    def _step_launches(self, width: int, layout: Layout, with_logits: bool) -> list[Launch]:
         at = self._arena.__getitem__
         residual, mlp_hidden = at("residual"), at("intermediate")
         embedded = EmbedArguments(weights=at("embedding"), tokens=self._input("tokens"), residual=residual)
@@ -240,7 +242,7 @@ class GpuRunner:
                 self._launch(f"gate_up_x{width}", SwigluArguments(**gate_up, mlp_hidden=mlp_hidden)),
                 self._launch(f"down_x{width}", down),
             ]
-        if wanted:
+        if with_logits:
             head = StoreArguments(**self._normed(self._head, "final_norm"), y=at("logits"))
             launches.append(self._launch(f"lm_head_x{width}", head))
             for column in range(width):
@@ -280,9 +282,9 @@ class GpuRunner:
         paged = PagedAttentionArguments(
             **common,
             positions=self._input("positions"),
-            cached=self._input("known"),
-            table_rows=self._input("rows"),
-            block_table=at("pages"),
+            cached=self._input("cached"),
+            table_rows=self._input("table_rows"),
+            block_table=at("block_table"),
         )
         form = f"paged{self.block_size}" if layout == "paged" else "static"
         return self._launch(f"attention_{form}_x{width}", paged)
@@ -308,7 +310,7 @@ class GpuRunner:
     def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of the whole step's graph."""
         with self._owner.current():
-            graph = self._graph(self._bring(batch, self._spare_slot(layout)), layout, bool(batch.wanted))
+            graph = self._graph(self._bring(batch, self._spare_slot(layout)), layout, bool(batch.logits_indices))
             return float(np.median(time_graph(graph, repeats, self._forget_best)))
 
     def _spare_slot(self, layout: Layout) -> int:

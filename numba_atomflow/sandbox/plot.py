@@ -26,7 +26,7 @@ def plot_run(steps: Sequence[StepRecord], blocks: int, path: Path) -> None:
         used = [100 * step.used_blocks / blocks for step in steps]
         cache.step(times, used, where="post", color="tab:green")
         cache.set_ylabel(f"KV blocks in use, %\nof {blocks}")
-        speeds = [step.tokens / took for step, took in zip(steps, seconds, strict=True)]
+        speeds = [step.generated_tokens / took for step, took in zip(steps, seconds, strict=True)]
         speed.plot(times, speeds, ".", color="tab:purple")
         speed.set_ylabel("tokens per second,\neach step")
         speed.set_xlabel("time on the server's clock, s")

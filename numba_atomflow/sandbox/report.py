@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from numba_atomflow.sandbox.engine import ServerEngine
+from numba_atomflow.sandbox.engine import ServingEngine
 from numba_atomflow.sandbox.requests import Request
 
 
@@ -25,7 +25,7 @@ class Percentiles:
 
 
 @dataclass(frozen=True)
-class ServerReport:
+class ServingReport:
     """Seconds are those of the server's clock.
 
     Attributes:
@@ -63,14 +63,14 @@ class ServerReport:
         return asdict(self)
 
 
-def report_of(server: ServerEngine, requests: Sequence[Request]) -> ServerReport:
+def report_of(server: ServingEngine, requests: Sequence[Request]) -> ServingReport:
     """The report on a server that has served these requests to their ends."""
     steps, blocks = server.steps, server.manager.block_count
     used = np.array([step.used_blocks for step in steps]) / blocks
     tokens = sum(len(request.output) for request in requests)
     seconds = server.now - min(request.arrival for request in requests)
     tpots = [request.tpot for request in requests if request.tpot is not None]
-    return ServerReport(
+    return ServingReport(
         requests=len(requests),
         prompt_tokens=sum(len(request.prompt) for request in requests),
         tokens=tokens,
@@ -87,7 +87,7 @@ def report_of(server: ServerEngine, requests: Sequence[Request]) -> ServerReport
         mean_utilisation=float(used.mean()),
         peak_utilisation=float(used.max()),
         steps=len(steps),
-        mean_columns=float(np.mean([step.columns for step in steps])),
+        mean_columns=float(np.mean([step.batched_tokens for step in steps])),
         schedule=Percentiles.of(step.schedule_seconds for step in steps),
         table=Percentiles.of(step.table_seconds for step in steps),
         model=Percentiles.of(step.model_seconds for step in steps),

@@ -1,4 +1,4 @@
-"""What the server asks of a device: take a step's columns through the model, and say the next tokens."""
+"""The interface of a device: it runs a step's tokens through the model, and returns the next tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from numba_atomflow.memory.paged import BLOCK_SIZES
 from numba_atomflow.sandbox.scheduler import Batch
 from numba_atomflow.utils.progress import Progress
 
-Layout = Literal["paged", "static"]  # static: each sequence has a contiguous part of the cache, and no page table
+Layout = Literal["paged", "static"]  # static: each sequence has a contiguous part of the cache, and no block table
 
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """Of a runner's cache.
+    """Sizes of a runner's KV cache.
 
     Attributes:
         slots: positions of all sequences together, a multiple of every block size.
-        block_sizes: that may be chosen; the first one is, to begin with.
-        sequences: rows of the page table.
-        longest: positions of one sequence at most.
+        block_sizes: that `use_block_size` accepts; the first one is in use at first.
+        sequences: rows of the block table.
+        longest: the most positions of one sequence.
     """
 
     slots: int
@@ -35,7 +35,7 @@ class CacheSizes:
 
     @property
     def table_width(self) -> int:
-        """Entries of a row of the page table."""
+        """Entries of a row of the block table."""
         return -(-self.longest // min(self.block_sizes))
 
     @property
@@ -47,7 +47,7 @@ class CacheSizes:
 def cache_sizes(
     geometry: ModelGeometry, blocks: int, block_sizes: Sequence[int], sequences: int, longest: int | None = None
 ) -> CacheSizes:
-    """Sizes of a cache of `blocks` blocks of the first block size.
+    """Sizes of a KV cache of `blocks` blocks of the first block size.
 
     Raises:
         OptionError: a number is out of range.
@@ -64,56 +64,61 @@ def cache_sizes(
 
 def check_family(geometry: ModelGeometry) -> None:
     """Raises:
-    OptionError: the model has a bias or norms of q and k, for which the sandbox has no kernels.
+    OptionError: the model has a bias or norms of q and k, which the sandbox's kernels lack.
     """
     if geometry.qkv_bias or geometry.qk_norm:
         raise OptionError("The sandbox runs models of the Llama and Mistral families; choose one of them.")
 
 
 def check_batch(
-    batch: Batch, sizes: CacheSizes, block_size: int, pages: NDArray[np.int32], vocabulary: int, most_columns: int
+    batch: Batch,
+    sizes: CacheSizes,
+    block_size: int,
+    block_table: NDArray[np.int32],
+    vocabulary: int,
+    max_batched_tokens: int,
 ) -> None:
-    """Whether all that a step's kernels compute addresses with leads into the cache, the tables and the weights.
+    """Check that everything that a step's kernels index with is within the cache, the tables and the weights.
 
     Raises:
-        IndexError: it does not.
+        IndexError: an index is not.
     """
-    columns, blocks = batch.columns, sizes.slots // block_size
-    check_range("columns", 0, columns, most_columns)
-    if not len(batch.positions) == len(batch.rows) == len(batch.slots) == columns:
-        raise IndexError(f"positions, rows and slots of other than {columns} columns")
+    count, blocks = batch.token_count, sizes.slots // block_size
+    check_range("tokens of a step", 0, count, max_batched_tokens)
+    if not len(batch.positions) == len(batch.table_rows) == len(batch.slots) == count:
+        raise IndexError(f"positions, rows of the block table and slots are not those of {count} tokens")
     check_indices("tokens", batch.tokens, vocabulary)
     check_indices("positions", batch.positions, sizes.longest)
     check_indices("slots", batch.slots, sizes.slots)
-    check_indices("rows of the page table", batch.rows, len(pages))
-    last = batch.positions // block_size  # entry of the page table that a column still reads
+    check_indices("rows of the block table", batch.table_rows, len(block_table))
+    last = batch.positions // block_size  # last entry of its row that a token reads
     width = int(last.max(initial=0)) + 1
-    check_range("entries of the page table", 0, width, sizes.table_width)
+    check_range("entries of the block table", 0, width, sizes.table_width)
     read = np.arange(width) <= last[:, None]
-    check_indices("blocks", pages[batch.rows, :width][read], blocks)
+    check_indices("blocks", block_table[batch.table_rows, :width][read], blocks)
     for copy in batch.copies:
         check_indices("blocks to copy", np.array([copy.source, copy.target]), blocks)
 
 
 class StepRunner(Protocol):
-    """What `ServerEngine` needs.
+    """What `ServingEngine` needs.
 
     Attributes:
-        most_columns: of a step.
-        pages: int32 [sequences, table_width], the page table; what changes there is announced by `pages_changed`.
-        block_size: positions per block, one of `sizes.block_sizes`.
+        max_batched_tokens: the most tokens of a step.
+        block_table: int32 [sequences, table_width]; `block_table_changed` must follow every change.
+        block_size: positions per KV block, one of `sizes.block_sizes`.
     """
 
-    most_columns: int
+    max_batched_tokens: int
     sizes: CacheSizes
-    pages: NDArray[np.int32]
+    block_table: NDArray[np.int32]
     block_size: int
 
-    def pages_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
-        """These entries (row: first, last + 1) of the page table have changed; the next step must see it."""
+    def block_table_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
+        """These entries (row: first, last + 1) of the block table have changed, for the next step to read."""
 
     def run(self, batch: Batch) -> list[int]:
-        """Take a step through the model: the most likely token behind each wanted column.
+        """Take a step through the model: the most likely next token at each of `batch.logits_indices`.
 
         Raises:
             CheckpointError: the logits contain NaN or Inf.
@@ -121,23 +126,27 @@ class StepRunner(Protocol):
 
 
 class Runner(StepRunner, Protocol):
-    """A model on a device, with a paged cache."""
+    """A model on a device, with a paged KV cache.
+
+    Attributes:
+        device: name and version, as reports give them.
+    """
 
     device: str
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Compile every kernel, or load it from the cache; bring weights to the device."""
+        """Compile every kernel or load it from the compile cache; upload the weights."""
 
     def use_block_size(self, block_size: int) -> None:
-        """Choose another block size. What the cache holds means nothing afterwards."""
+        """Choose another block size. What the KV cache holds is invalid afterwards."""
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
 
-    # --- what the comparison asks ------------------------------------------------------------------------------------
+    # --- for the comparison ------------------------------------------------------------------------------------------
 
     def time_attention(self, batch: Batch, layout: Layout, repeats: int) -> float:
-        """Median seconds of one layer's attention for this step's columns."""
+        """Median seconds of one layer's attention in this step."""
 
     def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
-        """Median seconds of the whole step, the choice of a token for each wanted column included."""
+        """Median seconds of the whole step, the arg-max of `batch.logits_indices` included."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import ContextError, OptionError, OutOfBlocksError
-from numba_atomflow.memory.paged import BlockCopy, BlockManager, PageTable
+from numba_atomflow.memory.paged import BlockCopy, BlockManager, BlockTable
 from numba_atomflow.sandbox.requests import Request
 
 
@@ -30,7 +30,7 @@ class Chunk:
     copies: list[BlockCopy]
 
     @property
-    def wants_token(self) -> bool:
+    def needs_logits(self) -> bool:
         """Whether its last token's logits choose the next one."""
         return self.stop == self.request.length
 
@@ -53,14 +53,14 @@ class Batch:
     chunks: list[Chunk]
     tokens: NDArray[np.int32]
     positions: NDArray[np.int64]
-    known: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    cached: NDArray[np.int64]
+    table_rows: NDArray[np.int64]
     slots: NDArray[np.int64]
-    wanted: list[int]
+    logits_indices: list[int]
     copies: list[BlockCopy]
 
     @property
-    def columns(self) -> int:
+    def token_count(self) -> int:
         return len(self.tokens)
 
 
@@ -79,7 +79,7 @@ class Scheduler:
         OptionError: a number is out of range.
     """
 
-    def __init__(self, manager: BlockManager, table: PageTable, token_budget: int, max_sequences: int) -> None:
+    def __init__(self, manager: BlockManager, table: BlockTable, token_budget: int, max_sequences: int) -> None:
         if not 1 <= max_sequences <= token_budget:
             raise OptionError(
                 f"max_sequences is {max_sequences}; it must be 1 to {token_budget}, the tokens that a step takes."
@@ -144,7 +144,7 @@ class Scheduler:
             for request in list(self.running):  # those preempted meanwhile are left out
                 left = request.length - self.manager.length(request.id) if request in self.running else 0
                 if left and (left == 1) == decoding:
-                    self._grow(request, min(left, self.token_budget - _columns(chunks)), chunks)
+                    self._grow(request, min(left, self.token_budget - _token_count(chunks)), chunks)
         self._admit(chunks)
         return self._batch(list(chunks.values())) if chunks else None
 
@@ -171,7 +171,7 @@ class Scheduler:
 
     def _admit(self, chunks: dict[int, Chunk]) -> None:
         """Begin waiting requests while there are columns and blocks for all of their tokens."""
-        while self.waiting and len(self.running) < self.max_sequences and _columns(chunks) < self.token_budget:
+        while self.waiting and len(self.running) < self.max_sequences and _token_count(chunks) < self.token_budget:
             request = self.waiting[0]
             tokens = request.tokens(0, request.length)
             if self.manager.missing_blocks(tokens) > self.manager.free_count:
@@ -180,7 +180,7 @@ class Scheduler:
             request.shared_tokens += self.manager.open(request.id, tokens)
             self.running.append(request)
             left = request.length - self.manager.length(request.id)
-            self._grow(request, min(left, self.token_budget - _columns(chunks)), chunks)
+            self._grow(request, min(left, self.token_budget - _token_count(chunks)), chunks)
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
         started = time.perf_counter()
@@ -197,10 +197,10 @@ class Scheduler:
             chunks,
             tokens=np.array([t for c in chunks for t in c.request.tokens(c.start, c.stop)], np.int32),
             positions=np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks]),
-            known=np.repeat(np.array([chunk.start for chunk in chunks]), counts),
-            rows=np.repeat(np.array(rows), counts),
+            cached=np.repeat(np.array([chunk.start for chunk in chunks]), counts),
+            table_rows=np.repeat(np.array(rows), counts),
             slots=np.concatenate(slots),
-            wanted=[end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.wants_token],
+            logits_indices=[end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.needs_logits],
             copies=[copy for chunk in chunks for copy in chunk.copies],
         )
 
@@ -210,7 +210,7 @@ class Scheduler:
         for chunk in batch.chunks:
             request = chunk.request
             self.manager.commit(request.id, chunk.stop)
-            if not chunk.wants_token:
+            if not chunk.needs_logits:
                 continue
             token = next(chosen)
             request.output.append(token)
@@ -227,5 +227,5 @@ class Scheduler:
         return ended
 
 
-def _columns(chunks: dict[int, Chunk]) -> int:
+def _token_count(chunks: dict[int, Chunk]) -> int:
     return sum(chunk.stop - chunk.start for chunk in chunks.values())

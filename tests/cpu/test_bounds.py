@@ -154,9 +154,9 @@ def test_an_observer_that_moves_the_position(backend: Any) -> None:
         ({"positions": np.array([0, 24])}, "positions"),
         ({"positions": np.array([0, -1])}, "positions"),
         ({"slots": np.array([0, 32])}, "slots"),
-        ({"rows": np.array([0, 2])}, "rows"),
-        ({"rows": np.array([0])}, "columns"),
-        ({"positions": np.array([0, 8])}, "blocks"),  # its page table leads nowhere there
+        ({"table_rows": np.array([0, 2])}, "rows"),
+        ({"table_rows": np.array([0])}, "not those of 2 tokens"),
+        ({"positions": np.array([0, 8])}, "blocks"),  # an entry of its row that is out of bounds
         ({"copies": [cpu_runner.BlockCopy(0, 4)]}, "blocks"),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_batch_with_indices_out_of_bounds(changes: dict[str, Any], argument: s
     geometry = tiny_geometry(layers=1)
     sizes = CacheSizes(slots=32, block_sizes=(8,), sequences=2, longest=24)
     runner = cpu_runner.CpuRunner(geometry, dict(WeightArrays(RandomModel(geometry))), sizes)
-    runner.pages[:, 1:] = 4  # there are blocks 0 to 3
+    runner.block_table[:, 1:] = 4  # there are blocks 0 to 3
     zeros = np.zeros(2, np.int64)
     batch = Batch([], np.zeros(2, np.int32), zeros, zeros, np.array([0, 1]), np.array([0, 8]), [], [])
     runner.run(batch)

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from numba_atomflow.errors import OutOfBlocksError
-from numba_atomflow.memory.paged import BlockManager, PageTable
+from numba_atomflow.memory.paged import BlockManager, BlockTable
 
 HISTORIES = int(os.environ.get("ATOMFLOW_HISTORIES", "6000"))
 
@@ -147,7 +147,7 @@ def test_too_few_blocks_are_told_with_the_numbers() -> None:
 
 
 def test_a_page_table_row_follows_its_sequence_and_writes_only_what_changed() -> None:
-    table = PageTable(np.full((2, 6), -1, np.int32))
+    table = BlockTable(np.full((2, 6), -1, np.int32))
     table.update(10, [3, 4])
     table.update(11, [5])
     assert table.array[table.row(10)].tolist() == [3, 4, -1, -1, -1, -1]

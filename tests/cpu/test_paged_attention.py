@@ -1,4 +1,4 @@
-"""Attention and the cache write over pages, beside the static kernels on the same data."""
+"""Attention and the cache write over a paged KV cache, beside the contiguous kernels on the same data."""
 
 import numba
 import numpy as np
@@ -19,16 +19,16 @@ def scattered(
     """A cache with the sequences' blocks in random order, noise between them; its page table; each sequence's slots."""
     counts = [-(-length // block_size) for length in LENGTHS]
     order = rng.permutation(sum(counts) + 3).astype(np.int32)
-    pages = np.full((len(LENGTHS), max(counts)), 2**30, np.int32)  # an invalid index
+    block_table = np.full((len(LENGTHS), max(counts)), 2**30, np.int32)  # an invalid index
     cache = np.full((2, len(order) * block_size, kv_dim), np.nan, np.float32)
     slots, taken = [], 0
     for row, (length, count) in enumerate(zip(LENGTHS, counts, strict=True)):
-        pages[row, :count] = order[taken : taken + count]
+        block_table[row, :count] = order[taken : taken + count]
         taken += count
         positions = np.arange(length)
-        slots.append(pages[row, positions // block_size] * block_size + positions % block_size)
+        slots.append(block_table[row, positions // block_size] * block_size + positions % block_size)
         cache[:, slots[-1]] = rng.standard_normal((2, length, kv_dim))
-    return cache, pages, slots
+    return cache, block_table, slots
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -36,18 +36,18 @@ def scattered(
 def test_paged_attention_is_static_attention_bit_for_bit(
     rng: np.random.Generator, block_size: int, head_dim: int, heads: int, kv_heads: int
 ) -> None:
-    cache, pages, slots = scattered(rng, block_size, kv_heads * head_dim)
+    cache, block_table, slots = scattered(rng, block_size, kv_heads * head_dim)
     q = rng.standard_normal((len(LENGTHS), heads * head_dim)).astype(np.float32)
     rows, positions = np.arange(len(LENGTHS)), np.array(LENGTHS) - 1
     scores, out = poisoned(numba.config.NUMBA_NUM_THREADS, max(LENGTHS)), poisoned(*q.shape)
-    attend_paged(q, *cache, pages, rows, positions, block_size, head_dim, scores, out)
+    attend_paged(q, *cache, block_table, rows, positions, block_size, head_dim, scores, out)
     for row, own in enumerate(slots):
         keys, values = np.ascontiguousarray(cache[0, own]), np.ascontiguousarray(cache[1, own])
         expected = poisoned(q.shape[1])
         attend_token(q[row], keys, values, positions[row : row + 1], head_dim, poisoned(heads, len(own)), expected)
         np.testing.assert_array_equal(out[row], expected)
     exact = (array.astype(np.float64) for array in (q, *cache))
-    reference = attend_paged_reference(*exact, pages, rows, positions, block_size, head_dim)
+    reference = attend_paged_reference(*exact, block_table, rows, positions, block_size, head_dim)
     assert np.linalg.norm(out - reference) <= 1e-5 * np.linalg.norm(reference)
 
 

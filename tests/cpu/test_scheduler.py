@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numba_atomflow.errors import ContextError, OptionError
-from numba_atomflow.memory.paged import BlockManager, PageTable
+from numba_atomflow.memory.paged import BlockManager, BlockTable
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.scheduler import Batch, Scheduler
 
@@ -29,7 +29,7 @@ class Model:
 
     def __init__(self, blocks: int, block_size: int, budget: int, sequences: int) -> None:
         self.manager = BlockManager(blocks, block_size)
-        self.table = PageTable(np.full((sequences, blocks), -1, np.int32))
+        self.table = BlockTable(np.full((sequences, blocks), -1, np.int32))
         self.scheduler = Scheduler(self.manager, self.table, budget, sequences)
         self.slots = np.full(blocks * block_size, -1)
         self.now = 0.0
@@ -39,16 +39,16 @@ class Model:
         for copy in batch.copies:
             source = self.slots[copy.source * size : (copy.source + 1) * size]
             self.slots[copy.target * size : (copy.target + 1) * size] = source
-        assert len(set(batch.slots.tolist())) == batch.columns, "two columns write to one slot"
+        assert len(set(batch.slots.tolist())) == batch.token_count, "two columns write to one slot"
         for chunk in batch.chunks:
             blocks = self.manager.blocks(chunk.request.id)
             written = {p // size for p in range(chunk.start, chunk.stop)}
             assert all(self.manager.references(blocks[i]) == 1 for i in written), "a write to a shared block"
         self.slots[batch.slots] = batch.tokens
         tokens = []
-        for column in batch.wanted:
+        for column in batch.logits_indices:
             positions = np.arange(batch.positions[column] + 1)
-            page = self.table.array[batch.rows[column]]
+            page = self.table.array[batch.table_rows[column]]
             past = self.slots[page[positions // size] * size + positions % size]
             tokens.append(hash(tuple(past.tolist())) % VOCABULARY)
         return tokens
@@ -56,7 +56,7 @@ class Model:
     def step(self) -> list[Request]:
         batch = self.scheduler.plan()
         assert batch is not None, "no batch although requests are waiting"
-        assert 1 <= batch.columns <= self.scheduler.token_budget
+        assert 1 <= batch.token_count <= self.scheduler.token_budget
         assert len(self.scheduler.running) <= self.scheduler.max_sequences
         self.now += 1
         ended = self.scheduler.finish_step(batch, self.run(batch), self.now)
@@ -114,8 +114,8 @@ def test_decodes_go_on_while_a_long_prompt_comes_in_chunks() -> None:
     for batch in batches:
         assert batch is not None
         assert [(chunk.request.id, chunk.stop - chunk.start) for chunk in batch.chunks] == [(1, 1), (2, 3)]
-        assert batch.wanted == [0]
-        assert batch.known.tolist() == [1, 0, 0, 0]
+        assert batch.logits_indices == [0]
+        assert batch.cached.tolist() == [1, 0, 0, 0]
         assert batch.positions.tolist() == [1, 0, 1, 2]
 
 

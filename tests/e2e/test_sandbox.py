@@ -12,7 +12,7 @@ from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.cli import sandbox_main
 from numba_atomflow.engine import WeightArrays
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
-from numba_atomflow.sandbox.engine import Fork, ServerEngine
+from numba_atomflow.sandbox.engine import Fork, ServingEngine
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import cache_sizes
 
@@ -35,12 +35,12 @@ def engine(smollm2_checkpoint: Path) -> Iterator[Engine]:
         yield engine
 
 
-def server(checkpoint: Path, blocks: int, block_size: int, sequences: int) -> ServerEngine:
+def server(checkpoint: Path, blocks: int, block_size: int, sequences: int) -> ServingEngine:
     opened = Checkpoint.open(checkpoint)
     sizes = cache_sizes(opened.geometry, blocks, (block_size,), sequences)
     runner = CpuRunner(opened.geometry, dict(WeightArrays(opened)), sizes, threads=1)
     runner.prepare()
-    return ServerEngine(runner)
+    return ServingEngine(runner)
 
 
 def assert_same_as_alone(engine: Engine, served: list[Request]) -> None:

@@ -17,7 +17,7 @@ from numba_atomflow.engine import WeightArrays
 from numba_atomflow.memory.paged import BLOCK_SIZES
 from numba_atomflow.sandbox.compare import Grid, blocks_needed, compare
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
-from numba_atomflow.sandbox.engine import Fork, ServerEngine
+from numba_atomflow.sandbox.engine import Fork, ServingEngine
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import Runner, cache_sizes
@@ -66,7 +66,7 @@ def test_the_gpu_says_what_the_cpu_says(block_size: int, blocks: int) -> None:
     runners: list[Runner] = [GpuRunner(model.geometry, weights, sizes), CpuRunner(model.geometry, weights, sizes)]
     for runner in runners:
         runner.prepare(None)
-        server = ServerEngine(runner, token_budget=8)
+        server = ServingEngine(runner, token_budget=8)
         served = server.serve(requests_of(model.geometry.vocabulary), [Fork(100, 2, 4, [7, 8], 20)])
         assert server.manager.free_count == server.manager.block_count
         outputs.append([request.output for request in served])
@@ -102,7 +102,7 @@ def gpu_runner(checkpoint: Checkpoint, blocks: int, block_size: int, *, same_wid
 
 def alone(runner: GpuRunner, request: Request) -> list[int]:
     """What a request's reply is when the server has nothing else to do."""
-    (single,) = ServerEngine(runner).serve([Request(1, request.prompt, request.max_tokens)])
+    (single,) = ServingEngine(runner).serve([Request(1, request.prompt, request.max_tokens)])
     return single.output
 
 
@@ -113,7 +113,7 @@ def test_eight_requests_at_once_say_what_each_says_alone(
 ) -> None:
     engine, checkpoint = smollm2
     runner = gpu_runner(checkpoint, blocks, 8, same_width=same_width)
-    server = ServerEngine(runner)
+    server = ServingEngine(runner)
     fork = Fork(100, 2, 9, engine.text.encode(" a dragon"), 24)
     served = server.serve([Request(i, engine.text.encode(text), 24) for i, text in enumerate(TEXTS)], [fork])
     assert (sum(request.preemptions for request in served) > 0) == (blocks < 100)
@@ -132,7 +132,7 @@ def test_eight_requests_at_once_say_what_each_says_alone(
 def test_a_fork_copies_blocks_on_the_device(smollm2: tuple[Engine, Checkpoint]) -> None:
     engine, checkpoint = smollm2
     runner = gpu_runner(checkpoint, 60, 32, same_width=True)
-    server = ServerEngine(runner)
+    server = ServingEngine(runner)
     prompt = engine.text.encode(TEXTS[2])
     served = server.serve([Request(0, prompt, 24)], [Fork(i, 0, 3 * i, [i + 5], 16) for i in (1, 2, 3)])
     assert server.manager.copies >= 3
@@ -145,7 +145,7 @@ def test_overload_loses_nothing(smollm2: tuple[Engine, Checkpoint]) -> None:
     """Ten times more requests than blocks."""
     engine, checkpoint = smollm2
     runner = gpu_runner(checkpoint, 20, 16, same_width=False)
-    server = ServerEngine(runner)
+    server = ServingEngine(runner)
     requests = [Request(i, engine.text.encode(TEXTS[i % 8]), 1 + i % 40, arrival=i * 1e-4) for i in range(200)]
     served = server.serve(requests)
     assert [len(request.output) for request in served] == [1 + i % 40 for i in range(200)]

@@ -39,8 +39,8 @@ class SimulatedRunner(GpuRunner):
     def __init__(self, weights: WeightArrays) -> None:
         self.geometry, self.sizes, self.block_size = GEOMETRY, SIZES, 8
         self.kernels = SandboxKernels(GEOMETRY, CHIP, SIZES, fp16_head=False)
-        self.most_columns, self._head, self._stream = self.kernels.widths[-1], "vocabulary", None
-        self._step: Any = SimpleNamespace(array=np.zeros((len(STEP_INPUTS), self.most_columns), np.int64))
+        self.max_batched_tokens, self._head, self._stream = self.kernels.widths[-1], "vocabulary", None
+        self._step: Any = SimpleNamespace(array=np.zeros((len(STEP_INPUTS), self.max_batched_tokens), np.int64))
         parts = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
         vectors = [name for name in weights if not name.endswith((".weight", ".scale"))]
         plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, parts)
@@ -99,13 +99,13 @@ def test_a_step_is_that_of_the_cpu(layout: Any, columns: int, monkeypatch: pytes
     noise = rng.standard_normal(gpu.array("paged_kv").shape).astype(np.float16)
     gpu.array("paged_kv")[:] = noise
     cpu._cache[:] = noise[:, :, : SIZES.slots]
-    pages = rng.permutation(12).reshape(3, 4).astype(np.int32)
-    gpu.array("pages")[:3], cpu.pages[:] = pages, pages
-    gpu.array("pages")[3, 0] = 12  # a block without an owner
+    block_table = rng.permutation(12).reshape(3, 4).astype(np.int32)
+    gpu.array("block_table")[:3], cpu.block_table[:] = block_table, block_table
+    gpu.array("block_table")[3, 0] = 12  # a block without an owner
     positions, rows = np.array([20, 9, 0])[:columns], np.arange(columns)
     slots = rows * SIZES.capacity + positions
     if layout == "paged":
-        slots = pages[rows, positions // 8].astype(np.int64) * 8 + positions % 8
+        slots = block_table[rows, positions // 8].astype(np.int64) * 8 + positions % 8
     tokens = rng.integers(0, GEOMETRY.vocabulary, columns).astype(np.int32)
     chunks = [Chunk(Request(row, [1], 1), 0, 1, []) for row in range(columns)]
     batch = Batch(chunks, tokens, positions, positions, rows, slots, list(range(columns)), [])

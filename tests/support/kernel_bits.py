@@ -32,9 +32,13 @@ def static(out: NDArray[np.float32]) -> None:
 
 def paged(out: NDArray[np.float32]) -> None:
     q, keys, values = normal(HEADS * DIM), normal(LENGTH, KV_HEADS * DIM), normal(LENGTH, KV_HEADS * DIM)
-    pages, row, position = np.arange(LENGTH // 10, dtype=np.int32)[None], np.zeros(1, np.int64), np.array([LENGTH - 1])
+    block_table, row, position = (
+        np.arange(LENGTH // 10, dtype=np.int32)[None],
+        np.zeros(1, np.int64),
+        np.array([LENGTH - 1]),
+    )
     scores = np.empty((numba.config.NUMBA_NUM_THREADS, LENGTH), np.float32)
-    attend_paged(q[None], keys, values, pages, row, position, 10, DIM, scores, out[None])
+    attend_paged(q[None], keys, values, block_table, row, position, 10, DIM, scores, out[None])
 
 
 def norm(out: NDArray[np.float32]) -> None:

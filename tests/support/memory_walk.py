@@ -26,7 +26,7 @@ from numba_atomflow.quantize import forward
 from numba_atomflow.quantize.inputs import Inputs
 from numba_atomflow.quantize.threads import cores_for_blas
 from numba_atomflow.sandbox import cpu_runner
-from numba_atomflow.sandbox.engine import Fork, ServerEngine
+from numba_atomflow.sandbox.engine import Fork, ServingEngine
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import cache_sizes
 
@@ -97,7 +97,7 @@ def walk_sandbox(geometry: ModelGeometry, check: Callable[[], None] = lambda: No
     runner = cpu_runner.CpuRunner(geometry, dict(WeightArrays(RandomModel(geometry))), sizes)
     runner.prepare()
     check()
-    server = ServerEngine(runner, block_order=range(8, -1, -1))
+    server = ServingEngine(runner, block_order=range(8, -1, -1))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, geometry.vocabulary, n).tolist() for n in (1, 8, 17, 30)]
     prompts.append([*prompts[-1][:-1], geometry.vocabulary - 1])
