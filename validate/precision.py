@@ -20,19 +20,19 @@ class Precision:
     """Unit roundoffs of one implementation; sums are float32 everywhere.
 
     Attributes:
-        normed, q, k, v, attended, ffn: of what the stages store.
+        x_norm, q, k, v, attn_out, mlp_hidden: of the stored values of a layer.
         probabilities: of the softmax weights in the product with v.
         weights: of the weights; 0 if they are those of the checkpoint.
         float32_angles: RoPE angles are computed in float32 (as in transformers), not taken from a float64 table.
     """
 
-    normed: float = FLOAT32
+    x_norm: float = FLOAT32
     q: float = FLOAT32
     k: float = FLOAT32
     v: float = FLOAT32
     probabilities: float = FLOAT32
-    attended: float = FLOAT32
-    ffn: float = FLOAT32
+    attn_out: float = FLOAT32
+    mlp_hidden: float = FLOAT32
     weights: float = 0.0
     float32_angles: bool = False
 
@@ -50,7 +50,7 @@ class Precision:
                     units |= {"q": unit(op.qkv, op.q), "k": unit(op.qkv, op.keys), "v": unit(op.qkv, op.values)}
                 case Attention():
                     # Tensor cores multiply probabilities and v in the dtype of v, which is that of the result.
-                    units |= {"probabilities": unit(op.attn_out), "attended": unit(op.attn_out)}
+                    units |= {"probabilities": unit(op.attn_out), "attn_out": unit(op.attn_out)}
                 case GateUp():
-                    units |= {"normed": unit(op.x_norm), "ffn": unit(op.y)}
+                    units |= {"x_norm": unit(op.x_norm), "mlp_hidden": unit(op.y)}
         return cls(**units)

@@ -92,7 +92,7 @@ class _ErrorModel:
         return np.full_like(self.positions, self.chain(1) + self.stored("weights"))
 
     def norm(self) -> float:
-        return self.chain(self.geometry.hidden + 4) + self.stored("normed")
+        return self.chain(self.geometry.hidden + 4) + self.stored("x_norm")
 
     def projection(self, in_features: int) -> float:
         return self.chain(in_features + -(-in_features // GROUP)) + self.stored("weights")
@@ -130,13 +130,13 @@ class _ErrorModel:
             np.maximum(max_score, 1.0) ** 2 * (q + k + self.chain(g.head_dim))
             + v
             + self.chain(1) * (2 * (self.positions + 1) + EXP_ROUNDINGS)
-            + self.stored("probabilities", "attended")
+            + self.stored("probabilities", "attn_out")
         )
         input_error = stream * norms[0]
         after_attention = self.add(
             stream, residual_in, input_error + attention + self.projection(g.q_dim), residual_mid
         )
-        ffn = 2 * (norm + project) + self.chain(EXP_ROUNDINGS) + self.stored("ffn")
+        ffn = 2 * (norm + project) + self.chain(EXP_ROUNDINGS) + self.stored("mlp_hidden")
         mlp = ffn + self.projection(g.ffn)
         mid_error = after_attention * norms[1]
         output = self.add(after_attention, residual_mid, mid_error + mlp, residual_out)
@@ -161,11 +161,11 @@ class _ErrorModel:
         return (_squares(x) * stream + _squares(total - x) * added) / whole + self.chain(1)
 
 
-def _norm_growth(x: Rows, normed: Rows) -> Variance:
+def _norm_growth(x: Rows, x_norm: Rows) -> Variance:
     """Growth of the relative variance of an error that is spread over all channels, in a norm: at least 1."""
     direction = x / np.maximum(np.sqrt(_squares(x) / x.shape[1]), _TINY)[:, None]
-    weights = np.sum(normed * direction, axis=0) / np.maximum(np.sum(direction**2, axis=0), _TINY)
-    growth: Variance = np.maximum(np.sum(weights**2) / np.maximum(_squares(normed), _TINY), 1.0)
+    weights = np.sum(x_norm * direction, axis=0) / np.maximum(np.sum(direction**2, axis=0), _TINY)
+    growth: Variance = np.maximum(np.sum(weights**2) / np.maximum(_squares(x_norm), _TINY), 1.0)
     return growth
 
 
