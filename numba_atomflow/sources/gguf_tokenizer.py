@@ -41,7 +41,7 @@ _EOS_TEXTS = frozenset(
         "_<EOT>",
         "<end_of_turn>",
         "<end_of_utterance>",
-        "<｜end▁of▁translate_errors｜>",
+        "<｜end▁of▁sentence｜>",
     }
 )
 _EOS_IF_CONTROL = frozenset({"</s>", "<eos>", "[EOT]", "[EOS]"})  # may also be ordinary text
