@@ -1,10 +1,16 @@
 """Generations in progress: iterators over the text or the token ids that an engine generates."""
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Self, TypeVar
 
+from numba_atomflow.context import Context
+from numba_atomflow.model.step import SAMPLE
+from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.text.detokenizer import Detokenizer
+from numba_atomflow.text.stop_strings import StopStrings
 from numba_atomflow.utils.one_caller import OneCaller, held_by_another, other_reply
 
 FinishReason = Literal["eos", "stop", "max_tokens", "context", "interrupted"]
@@ -33,7 +39,7 @@ class GenerationStats:
 
 
 @dataclass
-class ReplyState:
+class GenerationState:
     """The state of a generation, written by its iterator. The iterator does not refer to the generation itself, so an
     abandoned generation is freed at once.
     """
@@ -43,7 +49,7 @@ class ReplyState:
     stats: GenerationStats = field(default_factory=GenerationStats)
 
 
-class Reply(Generic[Item]):
+class BaseGeneration(Generic[Item]):
     """Base class of generations of text and of token ids.
 
     Args:
@@ -51,8 +57,8 @@ class Reply(Generic[Item]):
         calls: serializes calls of the engine; each item is one call.
     """
 
-    def __init__(self, make_items: Callable[[ReplyState], Iterator[Item]], calls: OneCaller) -> None:
-        self._state = ReplyState()
+    def __init__(self, make_items: Callable[[GenerationState], Iterator[Item]], calls: OneCaller) -> None:
+        self._state = GenerationState()
         self._items: Iterator[Item] = make_items(self._state)
         self._calls = calls
         self._thread = threading.current_thread()  # of the last call
@@ -100,7 +106,7 @@ class Reply(Generic[Item]):
             self._state.finish_reason = "interrupted"
         self._items = iter(())
 
-    def make_way(self) -> None:
+    def interrupt(self) -> None:
         """End the generation before the KV cache changes.
 
         Raises:
@@ -117,7 +123,7 @@ class Reply(Generic[Item]):
         return self
 
 
-class TokenGeneration(Reply[int]):
+class TokenGeneration(BaseGeneration[int]):
     """A generation in progress: an iterator over its token ids, including EOS.
 
     Attributes:
@@ -125,7 +131,7 @@ class TokenGeneration(Reply[int]):
     """
 
 
-class Generation(Reply[str]):
+class Generation(BaseGeneration[str]):
     """A generation in progress: an iterator over pieces of its text.
 
     Attributes:
@@ -142,3 +148,70 @@ class Generation(Reply[str]):
         piece = super().__next__()
         self.text += piece
         return piece
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        prompt: its tokens. eos_ids: tokens that end the generation.
+        started: when the caller asked, by `time.perf_counter`.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    eos_ids: Collection[int]
+    started: float
+
+
+def token_loop(state: GenerationState, context: Context, request: Request, reused: int) -> Iterator[int]:
+    """Generate token by token. The backend runs ahead of the host, which waits for it in `sampled_tokens` only.
+
+    Args:
+        context: holds the first `reused` tokens of the prompt, which are not computed again.
+    """
+    stats, backend, params = state.stats, context.backend, request.params
+    stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
+    backend.start(Sampler(params, context.vocabulary, request.prompt))
+    context.prefill(request.prompt[reused:], SAMPLE)
+    tokens = backend.sampled_tokens()
+    stats.ttft = time.perf_counter() - request.started
+    while True:
+        for number, token in enumerate(tokens, 1):
+            state.token_ids.append(token)
+            stats.tokens += 1
+            if token in request.eos_ids:
+                state.finish_reason = "eos"
+            elif params.max_tokens is not None and stats.tokens >= params.max_tokens:
+                state.finish_reason = "max_tokens"
+            elif context.is_full:
+                state.finish_reason = "context"
+            yield token
+            if state.finish_reason:
+                return
+            if number < len(tokens):  # the step that sampled it has also put it into the KV cache
+                context.token_ids.append(token)
+        context.decode(tokens[-1])
+        tokens = backend.sampled_tokens()
+        stats.decode_seconds = time.perf_counter() - request.started - stats.ttft
+
+
+def text_pieces(
+    state: GenerationState, tokens: Iterator[int], detokenizer: Detokenizer, params: SamplingParams
+) -> Iterator[str]:
+    """Text as its tokens come; what may still become a stop string is held back."""
+    stops = StopStrings(params.stop)
+    for token in tokens:
+        piece = "" if state.finish_reason == "eos" else stops.push(detokenizer.push(token))
+        if params.stop and (hidden := detokenizer.special_text(token)):
+            piece += stops.push(hidden, shown=False)
+        if stops.found:
+            state.finish_reason = "stop"
+        if piece:
+            yield piece
+        if stops.found:
+            return
+    rest = stops.push(detokenizer.flush()) + stops.flush()
+    if rest:
+        yield rest

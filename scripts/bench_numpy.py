@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow import AtomFlowError, Engine, SamplingParams, __version__
-from numba_atomflow.engine import DEFAULT_MODEL
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.host.machine import commit, cpu_name
 from numba_atomflow.ops.bandwidth import read_bandwidth

@@ -27,9 +27,9 @@ import numpy as np
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.presets import PRESETS

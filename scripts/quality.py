@@ -26,10 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow import AtomFlowError, Engine
-from numba_atomflow.checkpoint.find import find_checkpoint
+from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.cli.demo import find_gguf
-from numba_atomflow.engine import DEFAULT_MODEL
 from numba_atomflow.perf.perplexity import Logits, measure
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.validate import original_logits

@@ -1,6 +1,7 @@
-"""Which backend runs a model: the GPU where there is a usable one, else the CPU."""
+"""The backend that runs a model: a GPU where there is a usable one, else the CPU."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from numpy.typing import NDArray
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.base import Backend, Decode
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.utils.arguments import whole_number
 
 if TYPE_CHECKING:
     from numba_atomflow.device.resources import DeviceResources
@@ -16,24 +18,49 @@ BackendName = Literal["auto", "cpu", "cuda"]
 NAMES = ("auto", "cpu", "cuda")
 
 
-def check_name(name: str) -> None:
-    """Raises:
-    BackendError: there is no such backend.
-    """
-    if name not in NAMES:
-        raise BackendError(f"There is no backend {name!r}; choose auto, cpu or cuda.")
+@dataclass(frozen=True)
+class BackendChoice:
+    """The requested backend.
 
+    Attributes:
+        name: "auto" takes the GPU if there is a usable one, unless threads are given.
+        threads: of the CPU backend.
+        decode: of the CUDA backend; anything but "auto" asks for that backend.
+        device_ordinal: which GPU, from 0; anything but 0 asks for the CUDA backend.
 
-def check_decode(decode: str, backend: BackendName, threads: int | None) -> None:
-    """Raises:
-    OptionError: there is no such way to run decode steps, or the choice is the GPU's, and the CPU was asked for.
+    Raises:
+        BackendError: there is no such backend.
+        OptionError: there is no such way to run decode steps, or options of one backend are given for the other.
     """
-    if decode not in get_args(Decode):
-        raise OptionError(f"--decode {decode} does not exist; choose auto, graph or persistent.")
-    if decode != "auto" and backend == "cpu":
-        raise OptionError(f"--decode {decode} is for the CUDA backend; leave it out, or use --backend cuda.")
-    if decode != "auto" and threads is not None:
-        raise OptionError(f"--threads is for the CPU backend and --decode {decode} for the CUDA one; leave one out.")
+
+    name: BackendName = "auto"
+    threads: int | None = None
+    decode: Decode = "auto"
+    device_ordinal: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise BackendError(f"There is no backend {self.name!r}; choose auto, cpu or cuda.")
+        if self.decode not in get_args(Decode):
+            raise OptionError(f"--decode {self.decode} does not exist; choose auto, graph or persistent.")
+        if self.decode != "auto" and self.name == "cpu":
+            raise OptionError(f"--decode {self.decode} is for the CUDA backend; leave it out, or use --backend cuda.")
+        if self.decode != "auto" and self.threads is not None:
+            raise OptionError(
+                f"--threads is for the CPU backend and --decode {self.decode} for the CUDA one; leave one out."
+            )
+        if whole_number("device", self.device_ordinal) != 0 and (self.name == "cpu" or self.threads is not None):
+            raise OptionError(f"device {self.device_ordinal} is a GPU; leave it out, or use the CUDA backend.")
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether only the CUDA backend will do."""
+        return self.name == "cuda" or self.decode != "auto" or self.device_ordinal != 0
+
+    @property
+    def allows_gpu(self) -> bool:
+        """Whether the CUDA backend may be taken."""
+        return self.needs_gpu or (self.name == "auto" and self.threads is None)
 
 
 def gpu_is_usable() -> bool:
@@ -56,41 +83,33 @@ def _opened(probe: "DeviceResources") -> bool:
 
 
 def make_backend(
-    name: BackendName,
+    choice: BackendChoice,
     geometry: ModelGeometry,
     weights: Mapping[str, NDArray[Any]],
     max_seq_len: int,
-    threads: int | None = None,
-    decode: Decode = "auto",
     check_weights: Callable[[], None] = lambda: None,
 ) -> Backend:
     """A backend for a model; `prepare` it before use.
 
     Args:
-        name: "auto" takes the GPU if there is a usable one and no number of threads is given.
-        weights: the checkpoint's arrays by name, possibly made only when they are asked for.
-        threads: of the CPU backend.
-        decode: of the CUDA backend; anything but "auto" asks for that backend.
-        check_weights: raises if the arrays are not what they were; asked by a backend that reads them at every step.
+        weights: the checkpoint's arrays by name; each may be generated when it is looked up.
+        check_weights: raises if the arrays have changed; called by a backend that reads them at every step.
 
     Raises:
         BackendError: the backend cannot run here.
-        OptionError: threads are given for the GPU or `decode` for the CPU, or there are not that many cores.
+        OptionError: threads are given for the GPU, or there are not that many cores.
     """
-    check_name(name)
-    check_decode(decode, name, threads)
-    if decode != "auto":
-        name = "cuda"
-    if name == "cuda" and threads is not None:
+    if choice.needs_gpu and choice.threads is not None:
         raise OptionError("--threads is for the CPU backend; leave it out, or use --backend cpu.")
-    if name == "cuda" or (name == "auto" and threads is None):
+    if choice.allows_gpu:
         from numba_atomflow.device.resources import DeviceResources  # the CPU backend does without
 
-        with DeviceResources() as probe:  # kept open meanwhile, so that the context need not be made twice
-            if name == "cuda" or _opened(probe):
+        with DeviceResources() as probe:  # kept open meanwhile, so that the context is not created twice
+            if choice.needs_gpu or _opened(probe):
                 from numba_atomflow.backends.cuda.backend import CudaBackend
 
-                return CudaBackend(geometry, weights, max_seq_len, decode=decode)
+                ordinal = choice.device_ordinal
+                return CudaBackend(geometry, weights, max_seq_len, device_ordinal=ordinal, decode=choice.decode)
     from numba_atomflow.backends.cpu import CpuBackend
 
-    return CpuBackend(geometry, dict(weights), max_seq_len, threads, check_weights=check_weights)
+    return CpuBackend(geometry, dict(weights), max_seq_len, choice.threads, check_weights=check_weights)

@@ -96,7 +96,7 @@ def _model(
 def _memory_plan(checkpoint: "Checkpoint", max_seq_len: int | None, backend: options.BackendChoice) -> dict[str, Any]:
     """What loading would allocate: on the CPU the weights stay in the mapped file, on a GPU they are copied."""
     from numba_atomflow.backends.choose import gpu_is_usable
-    from numba_atomflow.engine import choose_max_seq_len
+    from numba_atomflow.context import choose_max_seq_len
 
     positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
     if backend == "cuda" or (backend == "auto" and gpu_is_usable()):

@@ -221,7 +221,7 @@ def _runner(
     weights: "Checkpoint | RandomModel", backend: options.BackendChoice, sizes: "CacheSizes", threads: int | None
 ) -> "Iterator[Runner]":
     """The model on a device, ready to run."""
-    from numba_atomflow.engine import WeightArrays
+    from numba_atomflow.checkpoint.arrays import WeightArrays
     from numba_atomflow.sandbox.choose import make_runner
 
     with output.loading_bar() as progress:

@@ -12,6 +12,7 @@ from tiny_models import tiny_geometry
 from numba_atomflow import Engine
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.host.machine import commit, machine_record, nvidia_driver
+from numba_atomflow.model.step import Head
 from numba_atomflow.ops.bandwidth import read_bandwidth, total, total_reference
 from numba_atomflow.perf.bench import (
     BenchReport,
@@ -61,7 +62,7 @@ def test_each_turn_starts_at_its_depth(engine: Engine, monkeypatch: pytest.Monke
     seen: list[tuple[str, int, int]] = []
     prefill, decode = engine.backend.prefill, engine.backend.decode
 
-    def watched_prefill(tokens: list[int], head: str) -> None:
+    def watched_prefill(tokens: list[int], head: Head) -> None:
         seen.append(("prefill", engine.position, len(tokens)))
         prefill(tokens, head)
 

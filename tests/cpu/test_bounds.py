@@ -18,8 +18,8 @@ from tiny_models import tiny_geometry
 from numba_atomflow import Engine
 from numba_atomflow.backends.base import Memory
 from numba_atomflow.backends.cpu import backend as cpu_backend
+from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.engine import WeightArrays
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.model.step import NO_LOGITS, Attention, Op
 from numba_atomflow.ops import attention, embedding, paged_attention, projection, rms_norm, rope

@@ -14,8 +14,8 @@ from toy_tokenizers import sentencepiece
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.checkpoint.format import Checkpoint
+from numba_atomflow.context import choose_max_seq_len
 from numba_atomflow.convert import convert
-from numba_atomflow.engine import choose_max_seq_len
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError, SourceWarning, TextError
 
 BOS, EOS, PAD = 0, 1, 2

@@ -23,11 +23,11 @@ from tiny_models import tiny_geometry
 from numba_atomflow import Engine
 from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.choose import gpu_is_usable
+from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.device import driver, resources
 from numba_atomflow.device.driver import open_device
 from numba_atomflow.device.resources import DeviceResources
-from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import BackendError, CheckpointError, ClosedError
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sandbox.gpu_runner import GpuRunner

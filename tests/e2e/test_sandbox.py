@@ -8,9 +8,9 @@ import pytest
 from cli_runner import InProcess, assert_refused
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.cli import sandbox_main
-from numba_atomflow.engine import WeightArrays
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
 from numba_atomflow.sandbox.engine import Fork, ServingEngine
 from numba_atomflow.sandbox.requests import Request

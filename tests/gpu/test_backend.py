@@ -20,8 +20,8 @@ from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.cpu import CpuBackend
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.backends.cuda.queue import StepQueue
+from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Embed, Op, Qkv

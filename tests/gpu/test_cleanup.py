@@ -19,9 +19,9 @@ from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Decode
+from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.device import driver
-from numba_atomflow.engine import WeightArrays
 from numba_atomflow.errors import AtomFlowError, BackendError
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
 from numba_atomflow.sandbox.runner import CacheSizes

@@ -11,9 +11,9 @@ from paged_kernel_cases import PAGED, PAGED_QKV, PagedCase, check_paged_attentio
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.engine import WeightArrays
 from numba_atomflow.memory.paged import BLOCK_SIZES
 from numba_atomflow.sandbox.compare import Grid, blocks_needed, compare
 from numba_atomflow.sandbox.cpu_runner import CpuRunner

@@ -9,8 +9,8 @@ from tiny_models import tiny_geometry  # noqa: E402
 
 from numba_atomflow import Engine, SamplingParams  # noqa: E402
 from numba_atomflow.backends.cuda.backend import CudaBackend  # noqa: E402
+from numba_atomflow.checkpoint.arrays import WeightArrays  # noqa: E402
 from numba_atomflow.checkpoint.random_weights import RandomModel  # noqa: E402
-from numba_atomflow.engine import WeightArrays  # noqa: E402
 
 SAMPLINGS = (SamplingParams(max_tokens=6), SamplingParams(max_tokens=6, temperature=1.0, top_p=0.9, seed=1))
 FAMILIES = (({}, "graph"), ({}, "auto"), ({"qk_norm": True, "qkv_bias": True}, "graph"))  # auto: persistent, if it can

@@ -10,8 +10,8 @@ from kernel_cases import generator, relative_error
 from numpy.typing import NDArray
 from tiny_models import tiny_geometry
 
+from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.engine import WeightArrays
 from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.view import View

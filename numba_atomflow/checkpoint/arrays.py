@@ -1,0 +1,29 @@
+"""A model's weights as a mapping from names to arrays."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from numba_atomflow.checkpoint.format import TOKENIZER, Checkpoint
+from numba_atomflow.checkpoint.random_weights import RandomModel
+
+
+class WeightArrays(Mapping[str, NDArray[Any]]):
+    """The weights of a checkpoint by name. An array is mapped, or generated, each time it is looked up."""
+
+    def __init__(self, checkpoint: Checkpoint | RandomModel) -> None:
+        self._checkpoint = checkpoint
+        self._names = dict.fromkeys(name for name in checkpoint.names() if name != TOKENIZER)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._checkpoint.array(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

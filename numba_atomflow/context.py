@@ -1,0 +1,145 @@
+"""The tokens that the KV cache holds, and the steps that put them there."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.backends.base import Backend
+from numba_atomflow.errors import ContextError, OptionError
+from numba_atomflow.files.untrusted import shown
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.step import NO_LOGITS, Head
+from numba_atomflow.utils.arguments import whole_number
+
+DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
+
+
+class Context:
+    """The KV cache of a backend, seen as the tokens in it.
+
+    Attributes:
+        token_ids: in order; the next one is written at position len(token_ids).
+        vocabulary: tokens of the model. max_seq_len: positions of the KV cache.
+    """
+
+    def __init__(self, backend: Backend, geometry: ModelGeometry, max_seq_len: int) -> None:
+        self.backend, self._geometry, self.max_seq_len = backend, geometry, max_seq_len
+        self.vocabulary = geometry.vocabulary
+        self.token_ids: list[int] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further token fits."""
+        return len(self.token_ids) >= self.max_seq_len
+
+    def checked(self, token_ids: Sequence[int], used: int) -> list[int]:
+        """The tokens as a list.
+
+        Args:
+            used: positions before theirs.
+
+        Raises:
+            ContextError: they do not fit after `used` others.
+            OptionError: there are none, or one is not a token of this model.
+        """
+        ids = _whole_numbers(token_ids)
+        if not ids:
+            raise OptionError("The prompt is empty; give at least one token.")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self.vocabulary:
+                raise OptionError(f"Token {shown(token)} does not exist; the vocabulary has {self.vocabulary} tokens.")
+        if len(ids) > self.max_seq_len - used:
+            taken = f", of which {used} are taken" if used else ""
+            raise ContextError(
+                f"The prompt has {len(ids)} tokens, but the context holds {self.max_seq_len}{taken}; "
+                f"shorten it or raise --max-seq-len (the model allows {self._geometry.max_positions})."
+            )
+        return ids
+
+    def rewind(self, position: int) -> None:
+        """Drop every token from `position` on.
+
+        Raises:
+            ContextError: there are fewer tokens.
+        """
+        if not 0 <= position <= len(self.token_ids):
+            raise ContextError(
+                f"The context holds {len(self.token_ids)} tokens; it cannot be rewound to {shown(position)}."
+            )
+        del self.token_ids[position:]
+        self.backend.seek(position)
+
+    def rewind_to_common_prefix(self, token_ids: Sequence[int]) -> int:
+        """Keep what the KV cache and a prompt share, and return its length: the hit of prefix caching.
+
+        At least one token of the prompt is left to be fed.
+        """
+        shared = 0
+        for cached, requested in zip(self.token_ids, token_ids[:-1], strict=False):
+            if cached != requested:
+                break
+            shared += 1
+        self.rewind(shared)
+        return shared
+
+    def prefill(self, token_ids: Sequence[int], head: Head) -> None:
+        """Feed a prompt in chunks; only the last chunk computes a head."""
+        backend, chunk = self.backend, self.backend.prefill_chunk
+        backend.seek(len(self.token_ids))  # a step that was interrupted (Ctrl-C) may have left it elsewhere
+        for start in range(0, len(token_ids), chunk):
+            tokens = token_ids[start : start + chunk]
+            is_last = start + len(tokens) == len(token_ids)
+            backend.prefill(tokens, head if is_last else NO_LOGITS)
+            self.token_ids.extend(tokens)
+
+    def feed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Feed tokens; the logits [V] of the last."""
+        self.prefill(token_ids, NO_LOGITS)
+        last = (len(token_ids) - 1) % self.backend.prefill_chunk
+        logits: NDArray[np.float32] = self.backend.logits(last, last + 1)[0]
+        return logits
+
+    def feed_all_logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Feed tokens; the logits [len(token_ids), V] of all of them."""
+        logits, chunk = [], self.backend.prefill_chunk
+        for start in range(0, len(token_ids), chunk):
+            tokens = token_ids[start : start + chunk]
+            self.prefill(tokens, NO_LOGITS)
+            logits.append(self.backend.logits(0, len(tokens)))
+        return np.concatenate(logits)
+
+    def decode(self, token: int) -> None:
+        """Request the decode step that takes the token sampled last into the KV cache."""
+        self.backend.decode()
+        self.token_ids.append(token)
+
+
+def choose_max_seq_len(geometry: ModelGeometry, requested: int | None) -> int:
+    """Positions of the KV cache.
+
+    Raises:
+        OptionError: `requested` is not between 1 and the model's limit.
+    """
+    if requested is None:
+        return min(geometry.max_positions, DEFAULT_MAX_SEQ_LEN)
+    positions = whole_number("max_seq_len", requested)
+    if not 1 <= positions <= geometry.max_positions:
+        raise OptionError(
+            f"max_seq_len is {shown(positions)}; this model allows 1 to {geometry.max_positions} positions."
+        )
+    return positions
+
+
+def _whole_numbers(token_ids: Sequence[int]) -> list[int]:
+    """Token ids of any integer type, as a list."""
+    wrong = f"Token ids must be a flat list of whole numbers, not {shown(token_ids)}."
+    if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Iterable):
+        raise OptionError(wrong)
+    try:
+        ids = list(token_ids)
+        if all(type(token) is int for token in ids):  # the fast path of a long prompt
+            return ids
+        return [whole_number("a token", token) for token in ids]
+    except (TypeError, OptionError):  # an array without dimensions cannot be iterated over
+        raise OptionError(wrong) from None
