@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend
 from numba_atomflow.errors import ContextError, OptionError
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import NO_LOGITS, Head
 from numba_atomflow.utils.arguments import whole_number
@@ -48,7 +48,7 @@ class Context:
             raise OptionError("The prompt is empty; give at least one token.")
         for token in (min(ids), max(ids)):
             if not 0 <= token < self.vocabulary:
-                raise OptionError(f"Token {shown(token)} does not exist; the vocabulary has {self.vocabulary} tokens.")
+                raise OptionError(f"Token {quote(token)} does not exist; the vocabulary has {self.vocabulary} tokens.")
         if len(ids) > self.max_seq_len - used:
             taken = f", of which {used} are taken" if used else ""
             raise ContextError(
@@ -65,7 +65,7 @@ class Context:
         """
         if not 0 <= position <= len(self.token_ids):
             raise ContextError(
-                f"The context holds {len(self.token_ids)} tokens; it cannot be rewound to {shown(position)}."
+                f"The context holds {len(self.token_ids)} tokens; it cannot be rewound to {quote(position)}."
             )
         del self.token_ids[position:]
         self.backend.seek(position)
@@ -126,14 +126,14 @@ def choose_max_seq_len(geometry: ModelGeometry, requested: int | None) -> int:
     positions = whole_number("max_seq_len", requested)
     if not 1 <= positions <= geometry.max_positions:
         raise OptionError(
-            f"max_seq_len is {shown(positions)}; this model allows 1 to {geometry.max_positions} positions."
+            f"max_seq_len is {quote(positions)}; this model allows 1 to {geometry.max_positions} positions."
         )
     return positions
 
 
 def _whole_numbers(token_ids: Sequence[int]) -> list[int]:
     """Token ids of any integer type, as a list."""
-    wrong = f"Token ids must be a flat list of whole numbers, not {shown(token_ids)}."
+    wrong = f"Token ids must be a flat list of whole numbers, not {quote(token_ids)}."
     if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Iterable):
         raise OptionError(wrong)
     try:

@@ -16,7 +16,7 @@ from numba_atomflow.checkpoint.writer import CheckpointWriter, destination_exist
 from numba_atomflow.errors import DestinationError, OptionError, SourceError, SourceWarning, TextError
 from numba_atomflow.files.stamp import stamps_of, unchanged
 from numba_atomflow.files.text_input import read_text_file
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
@@ -74,9 +74,9 @@ def convert(
     calibration = None if calibration is None else home.expand_user(file_path("calibration", calibration))
     source = file_path("source", source)
     if method not in get_args(MethodName):
-        raise OptionError(f"There is no method {shown(method)}; choose {', '.join(get_args(MethodName))}.")
+        raise OptionError(f"There is no method {quote(method)}; choose {', '.join(get_args(MethodName))}.")
     if head not in get_args(HeadFormat):
-        raise OptionError(f"head is {shown(head)}; choose {' or '.join(get_args(HeadFormat))}.")
+        raise OptionError(f"head is {quote(head)}; choose {' or '.join(get_args(HeadFormat))}.")
     if method == "rtn" and calibration is not None:
         raise OptionError(
             "The method rtn uses no calibration text; choose another method, or leave the calibration out."

@@ -25,7 +25,7 @@ from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.context import Context, choose_max_seq_len
 from numba_atomflow.errors import AtomFlowError, ClosedError, OptionError
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.generation import (
     BaseGeneration,
     FinishReason,
@@ -43,7 +43,7 @@ from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.text.detokenizer import Detokenizer
 from numba_atomflow.utils.arguments import truth_value, whole_number
-from numba_atomflow.utils.one_caller import OneCaller
+from numba_atomflow.utils.exclusive_calls import ExclusiveCalls
 from numba_atomflow.utils.progress import Progress
 
 Message = Mapping[str, Any]
@@ -67,7 +67,7 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.load_seconds = 0.0
         self.compile_seconds = 0.0  # of them, spent on compiling kernels or loading them from the cache
-        self._calls = OneCaller(survives_fork=backend.name == "cpu")
+        self._calls = ExclusiveCalls(survives_fork=backend.name == "cpu")
         # In progress, continuing what the KV cache holds. One that the caller has dropped cannot go on.
         self._generation: weakref.ref[BaseGeneration[Any]] | None = None
 
@@ -131,7 +131,7 @@ class Engine:
         started = time.perf_counter()
         choice = BackendChoice(backend, threads, decode, device)
         if not isinstance(geometry, ModelGeometry):
-            raise OptionError(f"geometry is {shown(geometry)}; it must be a ModelGeometry.")
+            raise OptionError(f"geometry is {quote(geometry)}; it must be a ModelGeometry.")
         model = RandomModel(geometry, seed, name)
         return cls._make_ready(model, choice, max_seq_len, progress, started)
 
@@ -381,5 +381,5 @@ def _checked(params: SamplingParams | None) -> SamplingParams:
     if params is None:
         return SamplingParams()
     if not isinstance(params, SamplingParams):
-        raise OptionError(f"params is {shown(params)}; give SamplingParams(...), or nothing.")
+        raise OptionError(f"params is {quote(params)}; give SamplingParams(...), or nothing.")
     return params

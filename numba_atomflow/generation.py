@@ -11,7 +11,7 @@ from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.text.detokenizer import Detokenizer
 from numba_atomflow.text.stop_strings import StopStrings
-from numba_atomflow.utils.one_caller import OneCaller, held_by_another, other_reply
+from numba_atomflow.utils.exclusive_calls import ExclusiveCalls, busy_elsewhere, runs_elsewhere
 
 FinishReason = Literal["eos", "stop", "max_tokens", "context", "interrupted"]
 Item = TypeVar("Item", int, str)
@@ -57,7 +57,7 @@ class BaseGeneration(Generic[Item]):
         calls: serializes calls of the engine; each item is one call.
     """
 
-    def __init__(self, make_items: Callable[[GenerationState], Iterator[Item]], calls: OneCaller) -> None:
+    def __init__(self, make_items: Callable[[GenerationState], Iterator[Item]], calls: ExclusiveCalls) -> None:
         self._state = GenerationState()
         self._items: Iterator[Item] = make_items(self._state)
         self._calls = calls
@@ -112,8 +112,8 @@ class BaseGeneration(Generic[Item]):
         Raises:
             EngineBusyError: another thread is generating.
         """
-        if self._state.finish_reason is None and held_by_another(self._thread):
-            raise other_reply()
+        if self._state.finish_reason is None and runs_elsewhere(self._thread):
+            raise busy_elsewhere()
         self.close()
 
     def finish(self) -> Self:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import GeometryError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 
 GROUP = 128  # weights along K that share one scale
 HEAD_DIMS = (64, 80, 96, 128)
@@ -80,10 +80,10 @@ class ModelGeometry:
         for field in ("rope_theta", "norm_eps"):
             _check_number(field, getattr(self, field))
         if not isinstance(self.rope_scaling, RopeScaling | None):
-            raise GeometryError(f"The model's rope_scaling is {shown(self.rope_scaling)}; it must be a record or null.")
+            raise GeometryError(f"The model's rope_scaling is {quote(self.rope_scaling)}; it must be a record or null.")
         for field in ("tied_embeddings", "qkv_bias", "qk_norm"):
             if not isinstance(getattr(self, field), bool):
-                raise GeometryError(f"The model's {field} is {shown(getattr(self, field))}; it must be true or false.")
+                raise GeometryError(f"The model's {field} is {quote(getattr(self, field))}; it must be true or false.")
         if self.heads % self.kv_heads:
             raise GeometryError(
                 f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly; check the config."
@@ -190,9 +190,9 @@ def rope_inverse_frequencies(geometry: ModelGeometry) -> NDArray[np.float64]:
 def _check_count(field: str, value: object) -> None:
     """`value` is an integer (a float or a bool that equals one is none) from 1 to `LARGEST_COUNT`."""
     if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
-        raise GeometryError(f"The model's {field} is {shown(value)}; it must be a whole number, at least 1.")
+        raise GeometryError(f"The model's {field} is {quote(value)}; it must be a whole number, at least 1.")
 
 
 def _check_number(field: str, value: object) -> None:
     if not isinstance(value, float) or not 0 < value < math.inf:
-        raise GeometryError(f"The model's {field} is {shown(value)}; it must be a positive finite number.")
+        raise GeometryError(f"The model's {field} is {quote(value)}; it must be a positive finite number.")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import OptionError, non_finite_logits
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.utils.arguments import real_number, truth_value, whole_number
 
 _MASK = (1 << 64) - 1
@@ -72,7 +72,7 @@ class SamplingParams:
         )
         for valid, name, allowed in checks:
             if not valid:
-                raise OptionError(f"{name} is {shown(getattr(self, name))}; it must be {allowed}.")
+                raise OptionError(f"{name} is {quote(getattr(self, name))}; it must be {allowed}.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -97,7 +97,7 @@ def _converted(name: str, value: object, default: object) -> object:
 def _stop_strings(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
-    message = f"stop is {shown(value)}; it must be a string, or a list of strings."
+    message = f"stop is {quote(value)}; it must be a string, or a list of strings."
     if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
         raise OptionError(message)
     try:

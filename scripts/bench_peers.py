@@ -162,7 +162,7 @@ def report(record: dict[str, Any], style: str) -> str:
     )
     headers = ["peer", "decode tok/s", "TTFT ms", "ours / theirs", "what"]
     return head + render(
-        "md" if style == "md" else "table", headers, [cells(row) for row in record["peers"]], words=(0, 4)
+        "md" if style == "md" else "table", headers, [cells(row) for row in record["peers"]], text_columns=(0, 4)
     )
 
 

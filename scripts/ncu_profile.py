@@ -271,7 +271,7 @@ def table(rows: Sequence[KindRow]) -> str:
             ]
         )
     headers = ["op", "count", *counters, "stalls"]
-    return render("table", headers, cells, words=(0, len(headers) - 1))
+    return render("table", headers, cells, text_columns=(0, len(headers) - 1))
 
 
 def main() -> int:

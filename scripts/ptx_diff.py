@@ -269,7 +269,7 @@ def _print(short: str, comparison: Comparison, show: int) -> None:
     rows += [(name, arch, f"only in {short}") for name, arch in comparison.removed]
     rows += [(name, arch, "only in the working tree") for name, arch in comparison.added]
     if rows:
-        print(render("table", ("kernel", "architecture", f"against {short}"), rows, words=(0, 1, 2)))
+        print(render("table", ("kernel", "architecture", f"against {short}"), rows, text_columns=(0, 1, 2)))
     print(
         f"{comparison.identical} kernels have identical PTX, {len(comparison.renamed)} under another name, "
         f"{len(comparison.differ)} differ; {len(comparison.removed)} only in {short}, {len(comparison.added)} new."

@@ -18,7 +18,7 @@ import numpy as np
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.safetensors import METADATA, TensorFile, read_tensor_file
 from numba_atomflow.errors import CheckpointError, DestinationError, GeometryError, GroundTruthError
-from numba_atomflow.files.untrusted import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.memory.mapped_file import MappedFile
 from numba_atomflow.text.codec import TextCodec
@@ -96,13 +96,13 @@ def open_ground_truth(path: Path | str) -> Reference:
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise GroundTruthError(
-            f"{path} has format version {shown(version)}, this program reads version {FORMAT_VERSION}; {_ADVICE}."
+            f"{path} has format version {quote(version)}, this program reads version {FORMAT_VERSION}; {_ADVICE}."
         )
     for key in _METADATA_KEYS:
         if key not in metadata:
             raise GroundTruthError(f"{path} lacks the record {key}; {_ADVICE}.")
     if metadata["reference"] not in REFERENCES:
-        raise GroundTruthError(f"{path} has the unknown reference {shown(metadata['reference'])}; {_ADVICE}.")
+        raise GroundTruthError(f"{path} has the unknown reference {quote(metadata['reference'])}; {_ADVICE}.")
     try:
         geometry = ModelGeometry.from_dict(_object(metadata["geometry"]))
         tokens = load_json(metadata["tokens"])
@@ -133,7 +133,7 @@ def _object(text: str) -> dict[str, Any]:
         case dict(record):
             return record
         case other:
-            raise ValueError(f"{shown(other)} is not an object")
+            raise ValueError(f"{quote(other)} is not an object")
 
 
 def _map_tensors(file: TensorFile, mapped: MappedFile, geometry: ModelGeometry, positions: int) -> dict[str, Rows]:
@@ -149,7 +149,7 @@ def _map_tensors(file: TensorFile, mapped: MappedFile, geometry: ModelGeometry, 
         shape = (positions, probe.width)
         if (entry.dtype, entry.shape) != ("F32", shape):
             raise GroundTruthError(
-                f"Probe {probe.name} of {file.path} is {entry.dtype} {shown(list(entry.shape))}, not F32 "
+                f"Probe {probe.name} of {file.path} is {entry.dtype} {quote(list(entry.shape))}, not F32 "
                 f"{list(shape)}; {_ADVICE}."
             )
         tensors[probe.name] = mapped.array(np.dtype("<f4"), shape, entry.offset)
@@ -175,8 +175,8 @@ def check_fits(truth: Reference, path: Path, checkpoint: Checkpoint, prompt: str
     if truth.geometry != checkpoint.geometry:
         field, expected, actual = _first_difference(truth.geometry.to_dict(), checkpoint.geometry.to_dict())
         raise GroundTruthError(
-            f"{path} is of another model: its {field} is {shown(expected)}, that of {checkpoint.path} is "
-            f"{shown(actual)}; {_ADVICE}."
+            f"{path} is of another model: its {field} is {quote(expected)}, that of {checkpoint.path} is "
+            f"{quote(actual)}; {_ADVICE}."
         )
     expected, actual = truth.metadata["checkpoint_sha256"], checkpoint.sha256()
     if expected != actual:
@@ -186,7 +186,7 @@ def check_fits(truth: Reference, path: Path, checkpoint: Checkpoint, prompt: str
         )
     text = truth.metadata["text"]
     if prompt is not None and prompt != text:
-        raise GroundTruthError(f"{path} was made for another prompt, {shown(text)}; leave --prompt out, or {_ADVICE}.")
+        raise GroundTruthError(f"{path} was made for another prompt, {quote(text)}; leave --prompt out, or {_ADVICE}.")
     if text and checkpoint.text.tokenizer_json is not None:
         ids = TextCodec(checkpoint.text).encode(text)
         stored = list(truth.tokens[: truth.prompt_tokens])

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint.safetensors import TensorEntry, TensorFile, read_tensor_file
 from numba_atomflow.errors import CheckpointError, GeometryError
-from numba_atomflow.files.untrusted import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.geometry import GROUP, ModelGeometry, layers_fit
 from numba_atomflow.memory.mapped_file import MappedFile
 from numba_atomflow.text.codec import TextAssets
@@ -272,7 +272,7 @@ def _check_tensors(file: TensorFile, geometry: ModelGeometry, head: HeadFormat) 
             raise CheckpointError(f"{file.path} lacks the tensor {name}; convert the model again.")
         if (entry.dtype, entry.shape) != (dtype, shape):
             raise CheckpointError(
-                f"Tensor {name} of {file.path} is {entry.dtype} {shown(list(entry.shape))}, not {dtype} {list(shape)}; "
+                f"Tensor {name} of {file.path} is {entry.dtype} {quote(list(entry.shape))}, not {dtype} {list(shape)}; "
                 "convert the model again."
             )
         if entry.offset % DTYPES[dtype].itemsize:

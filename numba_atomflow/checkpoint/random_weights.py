@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint.format import CODES, tensor_layout
 from numba_atomflow.errors import OptionError
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.fp8 import LARGEST, e4m3_to_float, encode_e4m3
 from numba_atomflow.text.codec import TextAssets
@@ -44,7 +44,7 @@ class RandomModel:
     def __init__(self, geometry: ModelGeometry, seed: int = 0, name: str = "random") -> None:
         seed = whole_number("seed", seed)
         if seed < 0:
-            raise OptionError(f"seed is {shown(seed)}; it must be 0 or more.")
+            raise OptionError(f"seed is {quote(seed)}; it must be 0 or more.")
         self.geometry = geometry
         self.path = Path(name)
         self.text = TextAssets()

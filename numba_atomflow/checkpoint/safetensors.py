@@ -14,7 +14,7 @@ from typing import Any
 
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.files.stamp import FileStamp
-from numba_atomflow.files.untrusted import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, quote, short
 
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -134,18 +134,18 @@ def _entry(path: Path, name: str, record: Any, data_start: int, error: type[Atom
         raise error(f"The header of {path} does not describe tensor {short(name)} by dtype, shape and data_offsets.")
     dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise error(f"Tensor {short(name)} of {path} has dtype {shown(dtype)}, which is not supported.")
+        raise error(f"Tensor {short(name)} of {path} has dtype {quote(dtype)}, which is not supported.")
     if not _are_sizes(shape, MAX_DIMENSIONS) or not _are_sizes(offsets, 2) or len(offsets) != 2:
         raise error(
-            f"Tensor {short(name)} of {path} has impossible shape {shown(shape)} or data_offsets {shown(offsets)}; "
+            f"Tensor {short(name)} of {path} has impossible shape {quote(shape)} or data_offsets {quote(offsets)}; "
             "the file is damaged."
         )
     begin, end = offsets
     nbytes = ITEM_SIZES[dtype] * math.prod(shape)
     if end - begin != nbytes:
         raise error(
-            f"Tensor {short(name)} of {path} is {dtype} {shown(shape)}, {shown(nbytes)} bytes, but its data_offsets "
-            f"are {shown(offsets)}; the file is damaged."
+            f"Tensor {short(name)} of {path} is {dtype} {quote(shape)}, {quote(nbytes)} bytes, but its data_offsets "
+            f"are {quote(offsets)}; the file is damaged."
         )
     return TensorEntry(dtype, tuple(shape), data_start + begin, nbytes)
 

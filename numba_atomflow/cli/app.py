@@ -37,7 +37,7 @@ from numba_atomflow.cli.sandbox import run as sandbox_run
 from numba_atomflow.cli.validate import EXAMPLES as VALIDATE_EXAMPLES
 from numba_atomflow.cli.validate import validate
 from numba_atomflow.errors import OptionError
-from numba_atomflow.files.text_input import typed
+from numba_atomflow.files.text_input import as_unicode
 from numba_atomflow.host import numba_settings
 
 PROGRAM = "numba-atomflow"
@@ -93,9 +93,9 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(value, Path):
             return home.expand_user(value)
         if name in _TEXTS and isinstance(value, str):
-            return typed(value, _TEXTS[name])
+            return as_unicode(value, _TEXTS[name])
         if name in _TEXTS and isinstance(value, list):
-            return [typed(text, _TEXTS[name]) for text in value]
+            return [as_unicode(text, _TEXTS[name]) for text in value]
         return value
 
     @wraps(command)

@@ -17,7 +17,7 @@ from numba_atomflow.cli import output
 from numba_atomflow.engine import Engine, Generation
 from numba_atomflow.errors import AtomFlowError, ContextError, DestinationError, TextError
 from numba_atomflow.files.atomic import write_whole
-from numba_atomflow.files.text_input import read_line, typed
+from numba_atomflow.files.text_input import as_unicode, read_line
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.utils.arguments import file_path
 
@@ -239,7 +239,7 @@ class ChatSession:
 def _edited_line() -> str:
     """A line typed at a terminal; an empty one if it is no text."""
     try:
-        return typed(input(PROMPT), "The line", sys.stdin.encoding)
+        return as_unicode(input(PROMPT), "The line", sys.stdin.encoding)
     except (UnicodeDecodeError, TextError):
         output.say("error: The line is not UTF-8 text; set the terminal to UTF-8.")
         return ""

@@ -20,7 +20,7 @@ from numba_atomflow import home
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, CheckpointError, SourceError
-from numba_atomflow.files.untrusted import visible
+from numba_atomflow.files.untrusted import escape_controls
 from numba_atomflow.sources.base import TEXT_RULES
 from numba_atomflow.utils.progress import Progress
 
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 path = prepare(lambda _name, done, total: bar.update(task, completed=done, total=total, visible=True))
             except AtomFlowError as error:
-                console.print(visible(str(error)), soft_wrap=True, markup=False, highlight=False)
+                console.print(escape_controls(str(error)), soft_wrap=True, markup=False, highlight=False)
                 return 2
     if path is None:
         return 1

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from numba_atomflow.errors import DestinationError
-from numba_atomflow.files.untrusted import visible
+from numba_atomflow.files.untrusted import escape_controls
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.progress import Progress
 
@@ -26,7 +26,7 @@ def emit(text: str, *, raw: bool = False) -> None:
         DestinationError: standard output is a file on a full disk, or the like.
     """
     if not raw:
-        text = visible(text)
+        text = escape_controls(text)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -66,7 +66,7 @@ def stats_record(engine: "Engine", stats: "GenerationStats") -> dict[str, float]
 def say(text: str, end: str = "\n") -> None:
     """Write a line to standard error; if that is closed or full, the work continues without."""
     try:
-        sys.stderr.write(visible(text) + end)
+        sys.stderr.write(escape_controls(text) + end)
         sys.stderr.flush()
     except OSError:
         discard(sys.stderr)
@@ -79,7 +79,7 @@ def warn(sentence: str) -> None:
 
 def one_line(text: str) -> str:
     """An untrusted name on one line, for a table or a progress bar."""
-    return visible(text).replace("\n", " ")
+    return escape_controls(text).replace("\n", " ")
 
 
 def discard(stream: TextIO) -> None:

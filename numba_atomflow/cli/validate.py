@@ -11,7 +11,7 @@ from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.errors import BackendError, OptionError
-from numba_atomflow.files.untrusted import visible
+from numba_atomflow.files.untrusted import escape_controls
 from numba_atomflow.model.step import SAMPLE
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _show(engine: "Engine", report: "Report") -> None:
     console = Console(file=lines, width=width, force_terminal=sys.stdout.isatty(), highlight=False)
     console.print(report.rich_table())
     console.print(
-        f"\n{report.backend} against {visible(report.reference)}: {report.prompt_tokens} prompt tokens, "
+        f"\n{report.backend} against {escape_controls(report.reference)}: {report.prompt_tokens} prompt tokens, "
         f"{report.decode_steps} decode steps" + (", layers isolated" if report.isolated else ""),
         markup=False,
     )
@@ -180,5 +180,5 @@ def _show(engine: "Engine", report: "Report") -> None:
         after = _next_token(engine, report)
         if after is not None:
             console.print(f"next token: {after['model']!r}, the reference's is {after['reference']!r}", markup=False)
-    console.print(visible(report.verdict()), markup=False)
+    console.print(escape_controls(report.verdict()), markup=False)
     output.emit(lines.getvalue(), raw=True)  # with rich's colours

@@ -1,4 +1,4 @@
-"""Files that appear under their names complete or not at all: a full disk or a kill leaves no half of one."""
+"""Atomic writes: a file appears under its name complete or not at all, even after a full disk or a kill."""
 
 import errno
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes, *, replace: bool) -> None:
-    """Write a file beside its place and move it there.
+    """Write a temporary file in the same folder and rename it.
 
     Args:
         path: the file; its folder exists.
-        data: all of it.
-        replace: a file of this name may be there; it stays whole until the new one is.
+        data: its contents.
+        replace: replace an existing file; otherwise that is an error.
 
     Raises:
-        FileExistsError: the name is taken, and not to be replaced.
+        FileExistsError: the file exists, and `replace` is False.
         OSError: it cannot be written.
     """
     partial = path.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}")
@@ -24,7 +24,7 @@ def write_whole(path: Path, data: bytes, *, replace: bool) -> None:
         with partial.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # a disk may be found full as late as here
+            os.fsync(file.fileno())  # a full disk may be noticed only here
         if replace:
             partial.replace(path)
         else:
@@ -35,13 +35,13 @@ def write_whole(path: Path, data: bytes, *, replace: bool) -> None:
 
 
 def publish_new(partial: Path, destination: Path) -> None:
-    """Give a complete file its final name, unless that name is taken.
+    """Give a complete file its final name, unless a file of that name exists.
 
-    A hard link is made or refused in one step. File systems without them (FAT, some network shares) leave a moment
-    between looking and renaming.
+    A hard link is atomic. On file systems without hard links (FAT, some network shares) there is a race between the
+    check and the renaming.
 
     Raises:
-        FileExistsError: the name is taken.
+        FileExistsError: a file of that name exists.
         OSError: the file cannot be linked or renamed.
     """
     try:

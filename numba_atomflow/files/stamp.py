@@ -1,4 +1,4 @@
-"""Whether a file is still the one that was opened: what the operating system says of it, compared with what it said."""
+"""Detect that a file was changed or replaced since it was opened, by its identity, size and modification time."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from numba_atomflow.errors import AtomFlowError
 class FileStamp(NamedTuple):
     """A file's identity and the time of its last change.
 
-    A change of the contents shows in the size or in the time, to the tick of the kernel's clock (some milliseconds).
+    A change of contents shows in the size or in the time, at the resolution of the kernel's clock (some milliseconds).
     """
 
     device: int
@@ -23,20 +23,20 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
-        """From what `os.stat` or `os.fstat` returned."""
+        """From the result of `os.stat` or `os.fstat`."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def stamps_of(files: Iterable[Path]) -> dict[Path, FileStamp | None]:
-    """Each file's stamp as it is now; None for one that cannot be found."""
+    """Each file's current stamp; None for one that does not exist."""
     return {path: _stamp(path) for path in files}
 
 
 def check_unchanged(stamps: Mapping[Path, FileStamp | None], error: type[AtomFlowError]) -> None:
-    """Every file is still what it was when `stamps` were taken.
+    """Check that no file has changed since `stamps` were taken.
 
     Raises:
-        AtomFlowError: of the class `error`, naming the first that is not.
+        AtomFlowError: of the class `error`, naming the first file that has changed.
     """
     for path, stamp in stamps.items():
         if _stamp(path) != stamp:
@@ -45,11 +45,11 @@ def check_unchanged(stamps: Mapping[Path, FileStamp | None], error: type[AtomFlo
 
 @contextmanager
 def unchanged(stamps: Mapping[Path, FileStamp | None], error: type[AtomFlowError]) -> Iterator[Callable[[], None]]:
-    """Within it, files are read, and must not change meanwhile; yields a function that checks it at any time.
+    """A context in which files are read and must not change; yields a function that checks it at any time.
 
     Raises:
-        AtomFlowError: of the class `error`, when it is left, or instead of another error of this program: what was read
-            from a file that was being written may have looked damaged.
+        AtomFlowError: of the class `error`, at the end of the context, or in place of another AtomFlowError: a file
+            that is being written may look damaged.
     """
     check = partial(check_unchanged, stamps, error)
     try:
@@ -61,7 +61,7 @@ def unchanged(stamps: Mapping[Path, FileStamp | None], error: type[AtomFlowError
 
 
 def changed_sentence(path: Path) -> str:
-    """What to tell about a file that was written to, or replaced, by another program."""
+    """The message about a file that another program wrote to or replaced."""
     return f"{path} was changed by another program while it was in use; start again when the file is complete."
 
 

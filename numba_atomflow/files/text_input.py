@@ -1,7 +1,6 @@
-"""Text from outside: files, standard input, arguments. It is UTF-8, whatever the locale says.
+"""Text input from files, standard input and arguments: UTF-8 in every locale.
 
-Editors on Windows put a byte order mark before UTF-8, which is no part of the text, or write UTF-16, which is told in
-a sentence.
+A byte order mark before UTF-8, as editors on Windows write it, is dropped; UTF-16 is refused in a sentence.
 """
 
 import codecs
@@ -13,7 +12,7 @@ from numba_atomflow.errors import TextError
 
 MOST_BYTES = 1 << 28  # of a text; a device such as /dev/zero has no end
 
-_OTHER_MARKS = (  # UTF-32's first: UTF-16's is the beginning of it
+_OTHER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -26,7 +25,7 @@ def decode_text(data: bytes, origin: str) -> str:
 
     Args:
         data: the whole text, or its beginning.
-        origin: what the message is to call it: a path, or "Standard input".
+        origin: its name in a message: a path, or "Standard input".
 
     Raises:
         TextError: it is not UTF-8.
@@ -45,7 +44,7 @@ def read_text_file(path: Path, what: str = "") -> str:
 
     Args:
         path: the file.
-        what: words that stand before the path in a message.
+        what: words before the path in a message.
 
     Raises:
         TextError: it cannot be read, is too long, or is not UTF-8.
@@ -81,7 +80,7 @@ def read_line(first: bool) -> str:
         TextError: it cannot be read, is too long, or is not UTF-8.
     """
     origin = "Standard input"
-    if not hasattr(sys.stdin, "buffer"):  # a program has put a text stream there
+    if not hasattr(sys.stdin, "buffer"):  # replaced by a text stream
         return sys.stdin.readline()
     try:
         line = sys.stdin.buffer.readline(MOST_BYTES + 1)
@@ -91,15 +90,15 @@ def read_line(first: bool) -> str:
     return decode_text(line, origin) if first else decode_text(b"\n" + line, origin)[1:]
 
 
-def typed(text: str, origin: str, encoding: str | None = None) -> str:
-    """What was typed, as Unicode: Python takes arguments and a terminal's lines for the locale's encoding.
+def as_unicode(text: str, origin: str, encoding: str | None = None) -> str:
+    """An argument or a terminal's line as Unicode: Python decodes both by the locale's encoding.
 
-    In a locale of another encoding, bytes that are UTF-8 are taken for UTF-8, which is hardly ever an accident.
+    In a locale of another encoding, bytes that are valid UTF-8 are decoded as UTF-8; other text is rarely valid UTF-8.
 
     Args:
-        text: as Python has read it.
-        origin: what the message is to call it: "The prompt".
-        encoding: by which it was read; by default that of arguments.
+        text: as Python decoded it.
+        origin: its name in a message: "The prompt".
+        encoding: by which it was decoded; by default that of arguments.
 
     Raises:
         TextError: it is no text, in UTF-8 or in the locale's encoding.
@@ -114,7 +113,7 @@ def typed(text: str, origin: str, encoding: str | None = None) -> str:
             message = f"{origin} is not UTF-8 text (byte {error.start}); give it in UTF-8."
             raise TextError(message) from error
         return text
-    except UnicodeEncodeError:  # it was not read in this encoding
+    except UnicodeEncodeError:  # it was decoded by another encoding
         return text
 
 

@@ -1,1 +1,1 @@
-"""The machine that runs the process: CPU, memory, threads, numba's settings."""
+"""The host: CPU, threads, versions, numba's settings."""

@@ -1,6 +1,6 @@
-"""How much of the processor the control groups of a container leave to this process (``docker run --cpus 1.5``).
+"""The CPU quota of this process's control groups (``docker run --cpus 1.5``).
 
-A quota takes no core away: all stay visible, and threads on them are stopped, all at once, when their time is used up.
+A quota hides no core: all threads are throttled together when the quota of a period is used up.
 Source: Linux kernel, Documentation/admin-guide/cgroup-v2.rst ("cpu.max") and scheduler/sched-bwc.rst (version 1).
 """
 
@@ -13,9 +13,7 @@ _SYSTEM = Path("/")
 
 
 def cpu_quota(root: Path = _SYSTEM) -> float | None:
-    """Cores' worth of time that this process may use, or None without a limit.
-
-    Groups are nested, and each may have a limit: the least one counts.
+    """The quota in cores, or None without a limit: the lowest quota of the nested groups.
 
     Args:
         root: folder that holds ``proc`` and ``sys``.
@@ -25,8 +23,8 @@ def cpu_quota(root: Path = _SYSTEM) -> float | None:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the groups that may limit this process: its own, and each that this one is in."""
-    own = _own_groups(root)
+    """Folders of the groups that may limit this process: its own group and all parents."""
+    group_paths = _group_paths(root)
     for line in _lines(root / "proc/self/mountinfo"):
         mounted, _, file_system = line.partition(" - ")
         fields, kind = mounted.split(" "), file_system.split(" ")
@@ -35,20 +33,22 @@ def _groups(root: Path) -> Iterator[Path]:
         version_2 = kind[0] == "cgroup2"
         if not version_2 and not (kind[0] == "cgroup" and "cpu" in kind[2].split(",")):
             continue
-        shown, mount = _unescaped(fields[3]), root / _unescaped(fields[4]).lstrip("/")
-        path = own.get("" if version_2 else "cpu")
+        mount_root, mount = _unescaped(fields[3]), root / _unescaped(fields[4]).lstrip("/")
+        path = group_paths.get("" if version_2 else "cpu")
         if path is None:
             continue
-        # A container may see its own group alone as the top of the mount, and still be told the path on the host.
-        inside = path.removeprefix(shown) if shown != "/" and (path + "/").startswith(shown + "/") else path
+        # In a container, the mount's root may be the container's group, while the path is that of the host.
+        inside = (
+            path.removeprefix(mount_root) if mount_root != "/" and f"{path}/".startswith(f"{mount_root}/") else path
+        )
         parts = [part for part in inside.split("/") if part]
-        if ".." in parts:  # outside of what is mounted here
+        if ".." in parts:  # outside the mount
             parts = []
         yield from (mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1))
 
 
-def _own_groups(root: Path) -> dict[str, str]:
-    """Path of this process's group by controller; that of version 2 by ""."""
+def _group_paths(root: Path) -> dict[str, str]:
+    """Path of this process's group by controller; "" is the key of version 2."""
     paths = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -57,7 +57,7 @@ def _own_groups(root: Path) -> dict[str, str]:
 
 
 def _quota(folder: Path) -> float | None:
-    """The limit that one group sets, in cores."""
+    """The quota of one group in cores, or None."""
     period = ["100000"]
     limit = _words(folder / "cpu.max")
     if not limit:
@@ -83,5 +83,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unescaped(field: str) -> str:
-    """A path of mountinfo, which writes a space as backslash 040."""
+    """A path of mountinfo, where a space is escaped as backslash 040."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)

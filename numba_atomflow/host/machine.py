@@ -1,4 +1,4 @@
-"""What figures were taken with: hardware, driver, versions, commit."""
+"""Facts about the machine for reports: hardware, driver, versions, commit."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ def machine_record() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of this program and of what it stands on; None for what is not installed."""
+    """Versions of this program and its dependencies; None for a package that is not installed."""
     packages = ("numba", "llvmlite", "numpy", "numba-cuda", "cuda-python")
     return {
         "numba-atomflow": __version__,
@@ -39,7 +39,7 @@ def versions() -> dict[str, str | None]:
 
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, or None."""
-    from importlib import metadata  # slow to import, and --help does without
+    from importlib import metadata  # slow to import, and not needed for --help
 
     try:
         return metadata.version(package)
@@ -51,7 +51,7 @@ def commit(folder: Path = _ROOT) -> str | None:
     """The checkout's commit, with a plus if files were changed; None for an installed package.
 
     Args:
-        folder: the root of the checkout. A repository around it, which may hold a virtual environment, does not count.
+        folder: the root of the checkout. A repository in a parent folder does not count.
     """
     if not (folder / ".git").exists():
         return None
@@ -64,7 +64,7 @@ def commit(folder: Path = _ROOT) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor as its maker calls it, where Linux tells."""
+    """The CPU's model name, from /proc/cpuinfo where it exists."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -74,7 +74,7 @@ def cpu_name() -> str:
 
 
 def nvidia_driver(file: Path = _DRIVER) -> str | None:
-    """Version of the NVIDIA driver as its kernel module says it, or None."""
+    """Version of the NVIDIA driver's kernel module, or None."""
     try:
         found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -83,7 +83,7 @@ def nvidia_driver(file: Path = _DRIVER) -> str | None:
 
 
 def cuda_driver() -> str | None:
-    """The CUDA version that the NVIDIA driver supports, or None: asked of the driver itself, without any package."""
+    """The CUDA version that the NVIDIA driver supports, or None; by ctypes, without any package."""
     import ctypes
 
     try:

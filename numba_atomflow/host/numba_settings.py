@@ -1,7 +1,6 @@
-"""numba's own settings: environment variables NUMBA_... and .numba_config.yaml in the current folder.
+"""numba's settings: environment variables NUMBA_... and .numba_config.yaml in the current folder.
 
-They are made for other programs on the same machine, or for a look at how numba compiles. What the kernels cannot run
-with is refused here, in a sentence; the rest is obeyed.
+Settings with which the kernels cannot run are refused in a sentence; all others are left to numba.
 """
 
 import os
@@ -16,9 +15,9 @@ from numba_atomflow.errors import BackendError, OptionError
 
 CONFIG_FILE = Path(".numba_config.yaml")
 OWN_PREFIX = "NUMBA_ATOMFLOW"
-MOST_THREADS = 4096  # of the pool; a system that refuses to start one ends the process
+MOST_THREADS = 4096  # numba aborts the process if the system refuses to start one
 
-# What changes the code that is made, beyond the CPU's name and features, with numba's defaults.
+# Settings that change the generated code, beyond the CPU's name and features, with numba's defaults.
 _COMPILER_DEFAULTS = {
     "BOUNDSCHECK": None,
     "OPT": 3,
@@ -37,7 +36,7 @@ _COMPILER_DEFAULTS = {
 _LAYERS = {"tbb": "tbbpool", "omp": "omppool", "workqueue": "workqueue"}
 _ALIASES = {"default": ("omp", "tbb", "workqueue"), "safe": ("tbb",), "threadsafe": ("tbb", "omp")}
 
-# Compiles a function for the CPU that the settings name. LLVM ends the process where it cannot.
+# Compiles a function for the CPU that the settings name. LLVM aborts the process on failure.
 _PROBE = """
 from llvmlite import binding as llvm
 llvm.initialize_native_target(); llvm.initialize_native_asmprinter()
@@ -48,7 +47,7 @@ target.emit_object(llvm.parse_assembly("define float @f(float %x) { %y = fadd fl
 
 
 def check_import() -> None:
-    """Import numba, if anything is set for it, and refuse what it cannot read: it would warn, and go on without.
+    """Import numba if there are settings for it, and refuse those that it would ignore with a warning.
 
     Raises:
         OptionError: a variable, or the configuration file, cannot be used.
@@ -65,7 +64,7 @@ def check_import() -> None:
         warnings.simplefilter("always")
         try:
             import numba  # noqa: F401
-        except Exception as error:  # YAML's, and whatever numba's settings raise
+        except Exception as error:  # of YAML, or of any of numba's settings
             first = str(error).split("\n")[0]
             raise OptionError(
                 f"numba cannot be started with {_where(names)} ({first}); correct or remove them."
@@ -80,7 +79,7 @@ def check_import() -> None:
 
 
 def check() -> None:
-    """Refuse settings that kernels cannot run with. To be called before the first kernel is declared.
+    """Refuse settings with which kernels cannot run. To be called before the first kernel is declared.
 
     Raises:
         BackendError: there is such a setting.
@@ -95,7 +94,7 @@ def check() -> None:
 
 
 def compiler_suffix() -> str:
-    """What to add to the name of a folder of compiled code: "" with numba's defaults."""
+    """A suffix for the folder of compiled code that identifies the settings: "" with numba's defaults."""
     import hashlib
 
     from numba.core import config
@@ -117,10 +116,10 @@ def _check_threads(config: Any) -> None:
     layer = str(config.THREADING_LAYER).lower()
     if layer == "default":
         return
-    known = {name: (name,) for name in _LAYERS} | _ALIASES | {"forksafe": _forksafe()}
-    if layer not in known:
-        _refuse("THREADING_LAYER", config.THREADING_LAYER, f"numba knows {', '.join(known)}")
-    if not any(_loads(name) for name in known[layer]):
+    layers = {name: (name,) for name in _LAYERS} | _ALIASES | {"forksafe": _forksafe()}
+    if layer not in layers:
+        _refuse("THREADING_LAYER", config.THREADING_LAYER, f"numba has {', '.join(layers)}")
+    if not any(_loads(name) for name in layers[layer]):
         _refuse("THREADING_LAYER", config.THREADING_LAYER, "that threading layer cannot be loaded here")
 
 
@@ -151,7 +150,7 @@ def _check_cpu(config: Any) -> None:
     probe = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if probe.returncode or "is not a recognized" in probe.stderr:
         setting = "CPU_NAME" if config.CPU_NAME is not None and "feature" not in probe.stderr else "CPU_FEATURES"
-        _refuse(setting, getattr(config, setting), "LLVM knows no such thing for this machine")
+        _refuse(setting, getattr(config, setting), "LLVM has none of that name for this machine")
 
 
 def _refuse(name: str, value: object, why: str) -> None:

@@ -23,7 +23,7 @@ from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, OptionError
 from numba_atomflow.files.text_input import MOST_BYTES
-from numba_atomflow.files.untrusted import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.geometry import LARGEST_COUNT, ModelGeometry
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.step import SAMPLE
@@ -55,7 +55,7 @@ class Settings:
         for name in ("prompt_tokens", "decode_tokens", "repeats"):
             number = whole_number(name, getattr(self, name))
             if number < 1:
-                raise OptionError(f"{name} is {shown(number)}; it must be at least 1.")
+                raise OptionError(f"{name} is {quote(number)}; it must be at least 1.")
             object.__setattr__(self, name, number)
         object.__setattr__(self, "depths", tuple(whole_number("a depth", depth) for depth in self.depths))
         if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):

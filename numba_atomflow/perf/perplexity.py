@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import OptionError, SourceError, TextError, non_finite_logits
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.utils.arguments import whole_number
 from numba_atomflow.utils.progress import Progress
 
@@ -80,10 +80,10 @@ def choose_windows(max_positions: int, context: int | None, stride: int | None) 
             "The model's context is a single token, and perplexity needs two or more; give another model."
         )
     if not 2 <= context <= max_positions:
-        raise OptionError(f"context is {shown(context)}; this model allows 2 to {max_positions} tokens.")
+        raise OptionError(f"context is {quote(context)}; this model allows 2 to {max_positions} tokens.")
     stride = max(1, context // 2) if stride is None else whole_number("stride", stride)
     if not 1 <= stride < context:
-        raise OptionError(f"stride is {shown(stride)}; it must be from 1 to {context - 1}, below the context.")
+        raise OptionError(f"stride is {quote(stride)}; it must be from 1 to {context - 1}, below the context.")
     return context, stride
 
 

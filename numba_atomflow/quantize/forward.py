@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
-from numba_atomflow.host.threads import most_threads
+from numba_atomflow.host.threads import max_threads
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.plan import Buffer, plan_memory
 from numba_atomflow.ops import attention, projection, rms_norm, rope
@@ -34,7 +34,7 @@ class LayerForward:
             "values": (tokens, g.kv_dim),
             "attn_out": (tokens, g.q_dim),
             "ffn": (tokens, g.ffn),
-            "scratch": (most_threads(), attention.chunk_scratch(g.head_dim)),
+            "scratch": (max_threads(), attention.chunk_scratch(g.head_dim)),
         }
         self._arena = HostArena(
             plan_memory(Buffer("workspace", name, shape, "float32") for name, shape in shapes.items())

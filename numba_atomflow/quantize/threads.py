@@ -11,7 +11,7 @@ import numba
 import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls must be loaded to be limited
 from threadpoolctl import threadpool_limits
 
-from numba_atomflow.host.threads import default_threads, kernels_turn
+from numba_atomflow.host.threads import default_threads, kernel_turn
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def _kernel_threads(count: int) -> Iterator[None]:
     threads = numba.get_num_threads()
     numba.set_num_threads(count)
     try:
-        with kernels_turn():
+        with kernel_turn():
             yield
     finally:
         numba.set_num_threads(threads)

@@ -13,7 +13,7 @@ from threadpoolctl import ThreadpoolController
 from numba_atomflow.errors import CheckpointError, non_finite_logits
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.host.machine import cpu_name
-from numba_atomflow.host.threads import choose_threads, described, kernels_turn
+from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices
 from numba_atomflow.memory.paged import BlockCopy, paged_cache_buffer
@@ -59,7 +59,7 @@ class CpuRunner:
         check_family(geometry)
         self._check_weights = check_weights
         self.threads = choose_threads(threads)
-        self.device = f"{cpu_name()}, {described(self.threads, threads)}"
+        self.device = f"{cpu_name()}, {describe_threads(self.threads, threads)}"
         self.geometry, self.sizes, self._weights = geometry, sizes, weights
         self.block_size = sizes.block_sizes[0]
         g = geometry
@@ -227,7 +227,7 @@ class CpuRunner:
 
             self._blas = ThreadpoolController()
         with (
-            kernels_turn(),
+            kernel_turn(),
             self._blas.limit(limits=1, user_api="blas") if columns > FEW and self._blas else nullcontext(),
         ):
             yield

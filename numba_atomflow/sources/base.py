@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import GeometryError, SourceError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.text.codec import TextAssets
 
@@ -93,7 +93,7 @@ def check_parameters(path: Path, geometry: ModelGeometry, shapes: Mapping[str, t
     for name, shape in expected.items():
         if tuple(shapes[name]) != shape:
             raise SourceError(
-                f"Tensor {name} of {path} has shape {shown(tuple(shapes[name]))}, but the model's description says "
+                f"Tensor {name} of {path} has shape {quote(tuple(shapes[name]))}, but the model's description says "
                 f"{shape}."
             )
     for name in shapes:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.geometry import GROUP, LARGEST_COUNT
 from numba_atomflow.sources.json_file import unusable
 
@@ -121,7 +121,7 @@ def scheme_of(path: Path, quantization: Mapping[str, Any]) -> Fp8Scheme:
         case "fp8":
             return _fp8(path, quantization)
     raise SourceError(
-        f"{path} is quantized by {shown(method)}, which cannot be read (supported are {SUPPORTED}); "
+        f"{path} is quantized by {quote(method)}, which cannot be read (supported are {SUPPORTED}); "
         "give the unquantized model."
     )
 
@@ -129,7 +129,7 @@ def scheme_of(path: Path, quantization: Mapping[str, Any]) -> Fp8Scheme:
 def _fp8(path: Path, quantization: Mapping[str, Any]) -> Fp8Scheme:
     kind = quantization.get("fmt") or "e4m3"
     if kind not in ("e4m3", "e4m3fn", "float8_e4m3fn"):
-        raise SourceError(f"{path} is quantized to the FP8 format {shown(kind)}; only 'e4m3' is supported.")
+        raise SourceError(f"{path} is quantized to the FP8 format {quote(kind)}; only 'e4m3' is supported.")
     blocks: tuple[Block, ...] = (
         PER_TENSOR,
         (GROUP, GROUP),
@@ -147,7 +147,7 @@ def _compressed_tensors(path: Path, quantization: Mapping[str, Any]) -> Fp8Schem
             raise SourceError(f"{path} is quantized with a {key}, which is not supported; give the unquantized model.")
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
-        raise SourceError(f"{path} has an unusable value for config_groups: {shown(groups)}.")
+        raise SourceError(f"{path} has an unusable value for config_groups: {quote(groups)}.")
     blocks: list[Block] = []
     for group in groups.values():
         stored = group.get("format") or quantization.get("format")
@@ -155,7 +155,7 @@ def _compressed_tensors(path: Path, quantization: Mapping[str, Any]) -> Fp8Schem
         kind = _kind(weights)
         if stored not in ("float-quantized", "naive-quantized") or kind != "8-bit float":
             raise SourceError(
-                f"{path} stores {kind} weights as {shown(stored)} (compressed-tensors); of that method, only 8-bit "
+                f"{path} stores {kind} weights as {quote(stored)} (compressed-tensors); of that method, only 8-bit "
                 "float ones as 'float-quantized' are supported."
             )
         blocks.append(_strategy(path, weights))
@@ -168,8 +168,8 @@ def _kind(weights: Any) -> str:
     asymmetric = "" if weights.get("symmetric", True) else "asymmetric "
     bits, number = weights.get("num_bits"), weights.get("type")
     if type(bits) is int and isinstance(number, str):
-        return f"{asymmetric}{shown(bits)}-bit {short(number)}"
-    return f"{asymmetric}num_bits {shown(bits)}, type {shown(number)}"
+        return f"{asymmetric}{quote(bits)}-bit {short(number)}"
+    return f"{asymmetric}num_bits {quote(bits)}, type {quote(number)}"
 
 
 def _strategy(path: Path, weights: Mapping[str, Any]) -> Block:
@@ -183,7 +183,7 @@ def _strategy(path: Path, weights: Mapping[str, Any]) -> Block:
         case "group":
             return _block(path, "group_size", [1, weights.get("group_size")])
     raise SourceError(
-        f"{path} has weights quantized by the strategy {shown(weights.get('strategy'))}, which is not supported."
+        f"{path} has weights quantized by the strategy {quote(weights.get('strategy'))}, which is not supported."
     )
 
 

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_frequencies
 from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
 from numba_atomflow.sources.gguf_computation import refuse_unsupported
@@ -178,7 +178,7 @@ def _architecture(fields: GgufFields) -> str:
     arch = fields.values.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise SourceError(
-            f"{fields.label} is of the architecture {shown(arch)}; supported are {', '.join(map(repr, ARCHITECTURES))}."
+            f"{fields.label} is of the architecture {quote(arch)}; supported are {', '.join(map(repr, ARCHITECTURES))}."
         )
     if fields.integer("split.count", 1) > 1:
         raise SourceError(f"{fields.label} is one part of a split model; merge the parts with gguf-split first.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.sources.gguf_fields import GgufFields
 
 # Values without effect; other values are rejected. The keys of RoPE are below.
@@ -108,6 +108,6 @@ def _check_neutral(fields: GgufFields, key: str, neutral: tuple[Any, ...]) -> No
 
 def _not_supported(fields: GgufFields, key: str) -> SourceError:
     return SourceError(
-        f"{fields.label} has {short(key)} {shown(fields.values[key])}, which changes what the model computes in a way "
+        f"{fields.label} has {short(key)} {quote(fields.values[key])}, which changes what the model computes in a way "
         "that is not supported; take another model."
     )

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 
 _T = TypeVar("_T")
 
@@ -58,7 +58,7 @@ class GgufFields:
             raise self.unusable(key)
         if value[:layers] != value[:1] * layers:
             raise SourceError(
-                f"{self.label} has {key} {shown(value)}: layers of different sizes are not supported; "
+                f"{self.label} has {key} {quote(value)}: layers of different sizes are not supported; "
                 "take a model whose layers are alike."
             )
         return int(value[0])
@@ -98,5 +98,5 @@ class GgufFields:
 
     def _unusable_value(self, key: str, value: object) -> SourceError:
         return SourceError(
-            f"{self.label} has an unusable value in the metadata field {key}: {shown(value)}; get the file again."
+            f"{self.label} has an unusable value in the metadata field {key}: {quote(value)}; get the file again."
         )

@@ -18,7 +18,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -217,7 +217,7 @@ def _tensors(cursor: _Cursor, count: int, fields: dict[str, Any]) -> dict[str, G
     alignment = fields.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise SourceError(
-            f"{cursor.path} has general.alignment {shown(alignment)}, which is not a power of two; get the file again."
+            f"{cursor.path} has general.alignment {quote(alignment)}, which is not a power of two; get the file again."
         )
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.sources import gguf_pre_tokenizer
 from numba_atomflow.sources.gguf_fields import GgufFields
 from numba_atomflow.sources.gguf_pre_tokenizer import PreTokenizer
@@ -72,7 +72,7 @@ def assets_from_gguf(values: Mapping[str, Any], where: object = "The GGUF file")
         return TextAssets(chat_template=chat_template)
     if kind not in ("gpt2", "llama"):
         raise SourceError(
-            f"{where} has a tokenizer of the model {shown(kind)}, which is not supported; supported are 'gpt2' and "
+            f"{where} has a tokenizer of the model {quote(kind)}, which is not supported; supported are 'gpt2' and "
             "'llama'."
         )
     vocabulary = _vocabulary(fields, kind)
@@ -257,7 +257,7 @@ def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
         return gguf_pre_tokenizer.NAMED[name]
     if name != "default":
         raise SourceError(
-            f"{fields.label} has the pre-tokenizer {shown(name)}, which is not supported; supported are {supported}."
+            f"{fields.label} has the pre-tokenizer {quote(name)}, which is not supported; supported are {supported}."
         )
     detected, fits_any = gguf_pre_tokenizer.detect_pre_tokenizer(
         vocabulary.tokens, fields.values.get("general.architecture")
@@ -287,7 +287,7 @@ def _byte_level(vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer) -> dict[st
     for pair in merges:
         if len(pair) != 2 or pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:
             raise SourceError(
-                f"{vocabulary.fields.label} has the merge {shown(' '.join(pair))}, which is not one of two tokens to "
+                f"{vocabulary.fields.label} has the merge {quote(' '.join(pair))}, which is not one of two tokens to "
                 "a third; get the file again."
             )
     return {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.sources.base import described_by
 from numba_atomflow.sources.fp8_schemes import Fp8Scheme, scheme_of
@@ -106,7 +106,7 @@ def _window(path: Path, config: Mapping[str, Any], family: Family) -> int | None
     kinds = config.get("layer_types") or []
     unknown = [kind for kind in kinds if kind not in _LAYER_TYPES] if isinstance(kinds, list) else [kinds]
     if unknown:
-        raise SourceError(f"{path} has layers of the type {shown(unknown[0])}, which is not supported.")
+        raise SourceError(f"{path} has layers of the type {quote(unknown[0])}, which is not supported.")
     if family.optional_window:
         layers = integer(path, config, "num_hidden_layers")
         some_slide = "sliding_attention" in kinds if kinds else integer(path, config, "max_window_layers", 28) < layers
@@ -119,10 +119,10 @@ def _window(path: Path, config: Mapping[str, Any], family: Family) -> int | None
 def _refuse_other_models(path: Path, config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise SourceError(f"{path} is of model_type {shown(model_type)}; supported are {', '.join(FAMILIES)}.")
+        raise SourceError(f"{path} is of model_type {quote(model_type)}; supported are {', '.join(FAMILIES)}.")
     for key, where in (("attention_bias", "o_proj"), ("mlp_bias", "the MLP")):
         if flag(path, config, key):
             raise SourceError(f"{path} sets {key}; a bias in {where} is not supported.")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise SourceError(f"{path} has hidden_act {shown(activation)}; only 'silu' is supported.")
+        raise SourceError(f"{path} has hidden_act {quote(activation)}; only 'silu' is supported.")

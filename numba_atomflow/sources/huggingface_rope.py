@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.geometry import RopeScaling
 from numba_atomflow.sources.json_file import integer, mapping, number
 
@@ -65,11 +65,11 @@ def _check_kind(path: Path, record: Mapping[str, Any]) -> None:
     kinds = [record[key] for key in _KINDS if key in record]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise SourceError(
-            f"{path} has a RoPE of rope_type {shown(kinds[0])} and of type {shown(kinds[1])}; keep one of the two."
+            f"{path} has a RoPE of rope_type {quote(kinds[0])} and of type {quote(kinds[1])}; keep one of the two."
         )
     if not kinds and record.get("factor", 1) != 1:
         raise SourceError(
-            f"{path} has a RoPE scaling factor {shown(record['factor'])} without rope_type; say which type it is, or "
+            f"{path} has a RoPE scaling factor {quote(record['factor'])} without rope_type; say which type it is, or "
             "remove the factor."
         )
 
@@ -101,7 +101,7 @@ def _scaling(
         return None
     if kind != "llama3":
         raise SourceError(
-            f"{path} uses RoPE scaling of type {shown(kind)}; supported are 'default', 'llama3', and 'linear' by 1."
+            f"{path} uses RoPE scaling of type {quote(kind)}; supported are 'default', 'llama3', and 'linear' by 1."
         )
     original = {integer(path, source, _ORIGINAL) for source in (record, config) if source.get(_ORIGINAL) is not None}
     if len(original) > 1:

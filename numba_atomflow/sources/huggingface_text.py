@@ -9,7 +9,7 @@ from typing import Any
 
 from numba_atomflow.errors import SourceError, TextError
 from numba_atomflow.files.text_input import decode_text
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.sources.huggingface_tokens import (
     ADDED_TOKENS,
     SPECIAL_TOKENS,
@@ -73,7 +73,7 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
         data, ids = tokenizer.data, tokenizer.ids
         if add_bos and special.get("bos_token") in tokenizer.unlisted:
             raise SourceError(
-                f"{folder} asks for a BOS before every text, but its tokenizer lacks {shown(special['bos_token'])}; "
+                f"{folder} asks for a BOS before every text, but its tokenizer lacks {quote(special['bos_token'])}; "
                 "get the complete model, or set add_bos_token to false."
             )
     listed = _listed_eos_ids(folder, records, config)
@@ -143,7 +143,7 @@ def _listed_eos_ids(folder: Path, records: Records, config: Mapping[str, Any]) -
         value = config.get("eos_token_id")
     listed = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int for item in listed):
-        raise SourceError(f"{folder} has an unusable eos_token_id: {shown(value)}; it must be a token id.")
+        raise SourceError(f"{folder} has an unusable eos_token_id: {quote(value)}; it must be a token id.")
     return listed
 
 
@@ -160,7 +160,7 @@ def _eos_warnings(folder: Path, listed: list[int], vocabulary: int) -> Iterator[
     for token_id in sorted(set(listed)):
         if not 0 <= token_id < vocabulary:
             yield (
-                f"{folder} has the eos_token_id {shown(token_id)}, outside its vocabulary of {vocabulary} tokens; "
+                f"{folder} has the eos_token_id {quote(token_id)}, outside its vocabulary of {vocabulary} tokens; "
                 "it is ignored."
             )
 
@@ -188,6 +188,6 @@ def _token_warnings(folder: Path, ids: Mapping[str, int], vocabulary: int) -> It
     if outside:
         more = f" and {len(outside) - 1} more tokens" if len(outside) > 1 else ""
         yield (
-            f"{folder} has the token {shown(outside[0])}{more} beyond the {vocabulary} rows of its embedding; "
+            f"{folder} has the token {quote(outside[0])}{more} beyond the {vocabulary} rows of its embedding; "
             "a text with such a token will be refused."
         )

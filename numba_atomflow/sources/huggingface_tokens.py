@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError, TextError
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.sources.json_file import flag, mapping, unusable
 from numba_atomflow.text.codec import TextAssets, TextCodec
 
@@ -140,7 +140,7 @@ class CompleteTokenizer:
             self._put(replace(token, special=token.special or token.content in names), overrides=tokens.overrides)
             if self.ids.get(token.content, token_id) != token_id:  # an empty string is not a token
                 raise SourceError(
-                    f"{tokens.listed_in} gives the token {shown(token.content)} the id {token_id}, but {path} and "
+                    f"{tokens.listed_in} gives the token {quote(token.content)} the id {token_id}, but {path} and "
                     f"the tokens before it give it the id {self.ids[token.content]}; make the two files agree."
                 )
         if not tokens.overrides:
@@ -180,7 +180,7 @@ class CompleteTokenizer:
         for content in self._entries:
             if content and codec.token_id(content) != self.ids[content]:  # the library drops an empty token
                 raise SourceError(
-                    f"{path} gives the token {shown(content)} the id {self.ids[content]}, which the tokenizers "
+                    f"{path} gives the token {quote(content)} the id {self.ids[content]}, which the tokenizers "
                     "library does not; get the file again."
                 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow.errors import SourceError
-from numba_atomflow.files.untrusted import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.sources.base import refuse_lfs_pointer
 
 
@@ -93,4 +93,4 @@ def unusable(path: Path, key: str, value: Any) -> SourceError:
     """The error for a value of a wrong type or size; None: the key is missing."""
     if value is None:
         return SourceError(f"{path} lacks {key}; get the complete model.")
-    return SourceError(f"{path} has an unusable value for {short(key)}: {shown(value)}.")
+    return SourceError(f"{path} has an unusable value for {short(key)}: {quote(value)}.")

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from numba_atomflow.errors import OptionError, TextError
-from numba_atomflow.files.untrusted import shown, visible
+from numba_atomflow.files.untrusted import escape_controls, quote
 from numba_atomflow.text import template_process
 
 Message = Mapping[str, Any]
@@ -100,11 +100,11 @@ class ChatTemplate:
                 return text
             case {"refusal": reason}:
                 end = "" if reason.endswith((".", "!", "?")) else "."
-                raise TextError(f"The model's chat template refuses this conversation: {visible(reason)}{end}")
+                raise TextError(f"The model's chat template refuses this conversation: {escape_controls(reason)}{end}")
             case {"invalid": reason}:
-                raise TextError(f"The model's chat template is not valid Jinja ({visible(reason)}).")
+                raise TextError(f"The model's chat template is not valid Jinja ({escape_controls(reason)}).")
             case answer:
-                raise TextError(f"The model's chat template cannot be rendered ({visible(answer['failure'])}).")
+                raise TextError(f"The model's chat template cannot be rendered ({escape_controls(answer['failure'])}).")
 
 
 def plain_variables(variables: Mapping[Any, Any]) -> dict[str, Any]:
@@ -118,13 +118,13 @@ def plain_variables(variables: Mapping[Any, Any]) -> dict[str, Any]:
     plain = {}
     for name, value in variables.items():
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
-            raise OptionError(f"The template variable {shown(name)} has no usable name; take letters, digits and _.")
+            raise OptionError(f"The template variable {quote(name)} has no usable name; take letters, digits and _.")
         if name in RESERVED:
-            raise OptionError(f"The template variable {shown(name)} is reserved; the template gets it from the model.")
+            raise OptionError(f"The template variable {quote(name)} is reserved; the template gets it from the model.")
         try:
             plain[str.__str__(name)] = _plain(value)
         except _NotPlainError as error:
-            raise OptionError(f"The template variable {shown(name)} {error}.") from error
+            raise OptionError(f"The template variable {quote(name)} {error}.") from error
     return plain
 
 
@@ -149,17 +149,17 @@ def _plain_message(number: int, message: Message) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in message.items():
         if not isinstance(key, str):
-            raise TextError(f"Message {number} of the chat has a field with the name {shown(key)}, which is no text.")
+            raise TextError(f"Message {number} of the chat has a field with the name {quote(key)}, which is no text.")
         try:
             plain[str.__str__(key)] = _text(value) if key == "content" and value is not None else _plain(value)
         except _NotPlainError as error:
-            raise TextError(f"The {shown(key)} of message {number} of the chat {error}.") from error
+            raise TextError(f"The {quote(key)} of message {number} of the chat {error}.") from error
     role = plain["role"]
     if not isinstance(role, str):
         raise TextError(f"The 'role' of message {number} of the chat is {type(role).__name__}; it must be text.")
     if role not in ROLES:
         raise TextError(
-            f"Message {number} of the chat has the unknown role {shown(role)}; roles are {', '.join(ROLES)}."
+            f"Message {number} of the chat has the unknown role {quote(role)}; roles are {', '.join(ROLES)}."
         )
     return plain
 
@@ -178,7 +178,7 @@ def _text(content: Any) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            what = f"of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "that is no text part"
+            what = f"of type {quote(kind)}" if isinstance(kind, str) and kind != "text" else "that is no text part"
             raise _NotPlainError(f'has a part {what}; only {{"type": "text", "text": ...}} is supported')
         texts.append(str.__str__(part["text"]))
     return "".join(texts)
@@ -205,7 +205,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
         case Mapping():
             for key in value:
                 if not isinstance(key, str):
-                    raise _NotPlainError(f"holds the name {shown(key)}, which is no text")
+                    raise _NotPlainError(f"holds the name {quote(key)}, which is no text")
             return {str.__str__(key): _plain(item, depth + 1) for key, item in value.items()}
         case list() | tuple():
             return [_plain(item, depth + 1) for item in value]

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from numba_atomflow.errors import CheckpointError, TextError
-from numba_atomflow.files.untrusted import short, shown
+from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.text.detokenizer import Detokenizer, TokenBytes
 from numba_atomflow.text.tokenizers_library import check_growth, translate_errors
 
@@ -69,7 +69,7 @@ class TextAssets:
                 valid = name == "add_bos" and isinstance(value, bool)
             if not valid:
                 raise CheckpointError(
-                    f"The checkpoint's text record has an unusable {short(name)}: {shown(value)}; convert the model "
+                    f"The checkpoint's text record has an unusable {short(name)}: {quote(value)}; convert the model "
                     "again."
                 )
         return cls(**dict(record) | {"tokenizer_json": tokenizer_json, "eos_ids": tuple(record.get("eos_ids", ()))})
@@ -204,6 +204,6 @@ class TextCodec:
         bos_id = self.token_id(self.assets.bos_token) if self.assets.bos_token else None
         if bos_id is None:
             raise TextError(
-                f"The model asks for a BOS before every text, but its tokenizer lacks {shown(self.assets.bos_token)}."
+                f"The model asks for a BOS before every text, but its tokenizer lacks {quote(self.assets.bos_token)}."
             )
         return bos_id

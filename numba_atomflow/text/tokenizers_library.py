@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from numba_atomflow.errors import AtomFlowError, TextError
-from numba_atomflow.files.untrusted import visible
+from numba_atomflow.files.untrusted import escape_controls
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,7 +39,7 @@ def translate_errors(what: str, advice: str, error: Callable[[str], AtomFlowErro
     except (AtomFlowError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as caught:
-        reason = visible(" ".join(str(caught).split())) or type(caught).__name__
+        reason = escape_controls(" ".join(str(caught).split())) or type(caught).__name__
         if len(reason) > _MAX_REASON:
             reason = reason[: _MAX_REASON - 3] + "..."
         raise error(f"{what} ({reason}); {advice}.") from caught

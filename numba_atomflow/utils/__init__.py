@@ -1,1 +1,1 @@
-"""Small tools without knowledge of models or GPUs."""
+"""Utilities that are independent of models and GPUs."""

@@ -1,4 +1,4 @@
-"""What callers of the Python API pass, checked by type before it is compared: numbers of Python and of NumPy alike."""
+"""Type checks of arguments of the Python API; numbers may be Python's or NumPy's."""
 
 import math
 import numbers
@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from numba_atomflow.errors import OptionError
-from numba_atomflow.files.untrusted import shown
+from numba_atomflow.files.untrusted import quote
 
 
 def whole_number(name: str, value: object) -> int:
-    """An `int`, of anything that is a whole number by its type: not 4.0, and neither True nor "4".
+    """An `int` from any integer type; 4.0, True and "4" are refused.
 
     Raises:
         OptionError: it is something else.
@@ -22,14 +22,14 @@ def whole_number(name: str, value: object) -> int:
             return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             pass
-    raise OptionError(f"{name} is {shown(value)}; it must be a whole number.")
+    raise OptionError(f"{name} is {quote(value)}; it must be a whole number.")
 
 
 def real_number(name: str, value: object) -> float:
-    """A `float`, of any real number but a bool; it may be a NaN or an infinity.
+    """A `float` from any real number but a bool; it may be NaN or infinite.
 
     Raises:
-        OptionError: it is something else, or too large for a float.
+        OptionError: it is something else.
     """
     if _is_of_numpy(value) and getattr(value, "ndim", None) == 0:
         value = value.item()  # type: ignore[attr-defined]
@@ -38,25 +38,25 @@ def real_number(name: str, value: object) -> float:
             return float(value)
         except OverflowError:
             return math.inf if value > 0 else -math.inf  # type: ignore[operator]
-    raise OptionError(f"{name} is {shown(value)}; it must be a number.")
+    raise OptionError(f"{name} is {quote(value)}; it must be a number.")
 
 
 def truth_value(name: str, value: object) -> bool:
-    """A `bool`, of Python or NumPy.
+    """A `bool` from Python's or NumPy's.
 
     Raises:
         OptionError: it is something else.
     """
     if _is_truth_value(value):
         return bool(value)
-    raise OptionError(f"{name} is {shown(value)}; it must be True or False.")
+    raise OptionError(f"{name} is {quote(value)}; it must be True or False.")
 
 
 def file_path(name: str, value: object) -> Path:
-    """A `Path`, of a string or of anything that stands for a path.
+    """A `Path` from a string or an `os.PathLike`.
 
     Raises:
-        OptionError: it is something else, or what no file can be called.
+        OptionError: it is something else, or no valid name of a file.
     """
     if isinstance(value, str | os.PathLike):
         text = os.fspath(value)
@@ -64,7 +64,7 @@ def file_path(name: str, value: object) -> Path:
             with suppress(UnicodeEncodeError):
                 os.fsencode(text)
                 return Path(text)
-    raise OptionError(f"{name} is {shown(value)}; it must be the path of a file, as text or as a Path.")
+    raise OptionError(f"{name} is {quote(value)}; it must be the path of a file, as text or as a Path.")
 
 
 def _is_truth_value(value: object) -> bool:
@@ -72,5 +72,5 @@ def _is_truth_value(value: object) -> bool:
 
 
 def _is_of_numpy(value: object) -> bool:
-    """By the name of its module: importing NumPy would make every command's start slower, ``--help`` included."""
+    """By the name of its module, without importing NumPy, which would slow down every start."""
     return type(value).__module__ == "numpy"

@@ -1,4 +1,4 @@
-"""Ctrl-C, put off while a few lines run that must not be left halfway."""
+"""Defer Ctrl-C (SIGINT) during short critical sections."""
 
 import signal
 import threading
@@ -7,34 +7,34 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class _Noted:
-    """Stands in for the handler of SIGINT, and remembers that one came."""
+class _Recorder:
+    """Replaces the handler of SIGINT and records a signal."""
 
     def __init__(self) -> None:
         self.frame: FrameType | None = None
-        self.came = False
+        self.received = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.frame, self.came = frame, True
+        self.frame, self.received = frame, True
 
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Have Ctrl-C wait until the block has ended; whatever handles SIGINT is called then.
+    """Defer SIGINT to the end of the block; the previous handler is called then.
 
-    For blocks of milliseconds. Python runs handlers of signals on the main thread alone: on other threads there is
-    nothing to put off. Blocks may lie within each other.
+    For blocks of milliseconds. Python runs signal handlers on the main thread only, so this does nothing on other
+    threads. Blocks may be nested.
     """
     previous = signal.getsignal(signal.SIGINT)
     on_main_thread = threading.get_ident() == threading.main_thread().ident
-    if not on_main_thread or not callable(previous) or isinstance(previous, _Noted):
+    if not on_main_thread or not callable(previous) or isinstance(previous, _Recorder):
         yield
         return
-    noted = _Noted()
+    recorder = _Recorder()
     try:
-        signal.signal(signal.SIGINT, noted)
+        signal.signal(signal.SIGINT, recorder)
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if noted.came:
-            previous(signal.SIGINT, noted.frame)
+        if recorder.received:
+            previous(signal.SIGINT, recorder.frame)

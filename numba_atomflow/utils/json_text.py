@@ -1,7 +1,7 @@
-"""JSON that other programs read.
+"""Strict JSON for other programs.
 
-JSON has no words for NaN and infinities, which become null; and many programs refuse halves of surrogate pairs, by
-which Python stands for the bytes of a file's name where they are no text in the locale's encoding.
+NaN and infinities, which JSON lacks, become null. Lone surrogates, by which Python represents bytes of file names that
+are no text in the locale's encoding, are replaced: many programs refuse them.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """A JSON-ready value with None for every float that is no finite number, and all texts valid Unicode."""
+    """A JSON-ready value: None for NaN and infinities, valid Unicode in all texts."""
     match value:
         case str():
             return _valid(value)
@@ -24,12 +24,12 @@ def finite(value: Any) -> Any:
 
 
 def _valid(text: str) -> str:
-    """The text; what is no Unicode in it as UTF-8 if its bytes are that, else as U+FFFD."""
+    """The text with surrogate-escaped bytes decoded as UTF-8, or replaced by U+FFFD."""
     if text.isascii():
         return text
     try:
         data = text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:  # halves that stand for no byte
+    except UnicodeEncodeError:  # surrogates that represent no byte
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return data.decode(errors="replace")
 

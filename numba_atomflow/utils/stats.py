@@ -1,4 +1,4 @@
-"""A measured quantity: its median, and where most of its values lie."""
+"""Statistics of repeated measurements."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_LARGEST = 1e100  # of values from a file: their ratios are numbers
+_LARGEST = 1e100  # of values from a file, so that ratios are finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Self:
-        """Of at least one value; between two values, percentiles are interpolated."""
+        """Of one or more values; percentiles are interpolated linearly."""
         values = list(values)
         low, median, high = np.percentile(values, [10, 50, 90]).tolist()
         return cls(median, low, high, len(values))
@@ -41,22 +41,21 @@ class Spread:
         return asdict(self)
 
     def over(self, other: "Spread") -> "Spread":
-        """The ratio to another quantity, between the least and the greatest that the two ranges allow."""
+        """The ratio to another quantity, with the least and the greatest ratio of the two ranges."""
         return Spread(
             self.median / other.median, self.low / other.high, self.high / other.low, min(self.count, other.count)
         )
 
     def text(self, digits: int, factor: float = 1.0) -> str:
-        """For people: ``12.3 (12.1-12.8)``."""
+        """As text: ``12.3 (12.1-12.8)``."""
         median, low, high = (f"{value * factor:.{digits}f}" for value in (self.median, self.low, self.high))
         return f"{median} ({low}-{high})"
 
 
 def faster_half(runs: ArrayLike) -> NDArray[np.float64]:
-    """What a run of several parts takes when nothing gets in its way: the mean of those runs [runs, parts] that are not
-    slower than their median.
+    """Undisturbed time of each part of a run: the mean over the runs [runs, parts] that are not slower than the median.
 
-    Unlike the medians of the parts, the results add up: their sum is what this gives for the runs as a whole.
+    Unlike medians of parts, the results add up to the same mean of the whole runs.
     """
     seconds = np.asarray(runs, np.float64)
     totals = seconds.sum(axis=1)

@@ -173,7 +173,7 @@ def use(function: object, target: str, folder: Path, fixtures: Path) -> Outcome:
 
 def _judged(target: str, error: Exception, folder: Path, fixtures: Path) -> Outcome:
     """Whether an error's message is one short sentence without control characters."""
-    from numba_atomflow.files.untrusted import visible
+    from numba_atomflow.files.untrusted import escape_controls
 
     message, kind = str(error), type(error).__name__
     bare = message.replace(str(folder), "").replace(str(fixtures), "")
@@ -181,7 +181,7 @@ def _judged(target: str, error: Exception, folder: Path, fixtures: Path) -> Outc
         name
         for name, there in (
             ("several lines", "\n" in message or "\r" in message),
-            ("control characters", visible(message) != message),
+            ("control characters", escape_controls(message) != message),
             ("too long", len(bare) > LONGEST_MESSAGE),
             ("no end", not message.rstrip().endswith((".", ":", ")", "!", "?"))),
         )

@@ -16,7 +16,7 @@ from numba_atomflow.errors import BackendError
 from numba_atomflow.ops.bandwidth import total
 from numba_atomflow.ops.fp8 import quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm
-from numba_atomflow.utils.one_caller import OneCaller
+from numba_atomflow.utils.exclusive_calls import ExclusiveCalls
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -24,7 +24,7 @@ REFUSED, WORKED = 11, 12
 
 FORK_FIRST = """
 import os, numpy as np
-from numba_atomflow.utils.one_caller import OneCaller
+from numba_atomflow.utils.exclusive_calls import ExclusiveCalls
 from numba_atomflow.ops.bandwidth import total
 pid = os.fork()
 if pid == 0:
@@ -78,7 +78,7 @@ def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_call_of_another_thread_does_not_block_the_child() -> None:
     """The thread does not exist in the child, so closing must not wait for it."""
-    calls, inside, leave = OneCaller(), threading.Event(), threading.Event()
+    calls, inside, leave = ExclusiveCalls(), threading.Event(), threading.Event()
     thread = threading.Thread(target=lambda: calls.run(lambda: inside.set() or leave.wait(60)))
     thread.start()
     assert inside.wait(60)
@@ -93,7 +93,7 @@ def test_a_call_of_another_thread_does_not_block_the_child() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_an_engine_whose_memory_is_on_a_gpu_belongs_to_one_process() -> None:
-    calls = OneCaller(survives_fork=False)
+    calls = ExclusiveCalls(survives_fork=False)
     assert calls.run(lambda: WORKED) == WORKED
     if (pid := os.fork()) == 0:
         calls.wait_and_run(lambda: os._exit(1))  # closing: nothing is done

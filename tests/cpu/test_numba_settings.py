@@ -18,13 +18,13 @@ IMPORT = "import sys; from numba_atomflow.cli import run; sys.exit(run(['info'])
     ("name", "value", "words"),
     [
         ("DISABLE_JIT", 1, "kernels must be compiled"),
-        ("THREADING_LAYER", "bogus", "numba knows tbb, omp"),
-        ("THREADING_LAYER", 5, "numba knows tbb, omp"),  # of a configuration file
+        ("THREADING_LAYER", "bogus", "numba has tbb, omp"),
+        ("THREADING_LAYER", 5, "numba has tbb, omp"),  # of a configuration file
         ("THREADING_LAYER_PRIORITY", ["tbb"], "in some order"),
         ("NUMBA_NUM_THREADS", 0, "number of threads"),
         ("NUMBA_NUM_THREADS", 1_000_000, "number of threads"),
-        ("CPU_NAME", "nonsense", "LLVM knows no such thing"),
-        ("CPU_FEATURES", "+bogus", "LLVM knows no such thing"),
+        ("CPU_NAME", "nonsense", "LLVM has none of that name"),
+        ("CPU_FEATURES", "+bogus", "LLVM has none of that name"),
     ],
 )
 def test_unsupported_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: object, words: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from numba_atomflow import home
 from numba_atomflow.errors import TextError
 from numba_atomflow.files import text_input
-from numba_atomflow.files.text_input import decode_text, read_line, read_standard_input, read_text_file, typed
+from numba_atomflow.files.text_input import as_unicode, decode_text, read_line, read_standard_input, read_text_file
 
 TEXT = "Grüße aus Köln. 你好"
 
@@ -64,15 +64,15 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
 def test_arguments_are_utf8_in_every_locale(encoding: str) -> None:
     taken = TEXT.encode().decode(encoding, "surrogateescape")  # as Python takes an argument
-    assert typed(taken, "The prompt", encoding) == TEXT
+    assert as_unicode(taken, "The prompt", encoding) == TEXT
 
 
 def test_arguments_in_the_encoding_of_the_locale() -> None:
-    assert typed(b"Gr\xfc\xdfe".decode("latin-1"), "The prompt", "latin-1") == "Grüße"
+    assert as_unicode(b"Gr\xfc\xdfe".decode("latin-1"), "The prompt", "latin-1") == "Grüße"
     for encoding in ("ascii", "utf-8"):
         taken = b"Gr\xfc".decode(encoding, "surrogateescape")
-        refused("--stop is not UTF-8 text (byte 2)", typed, taken, "--stop", encoding)
-    assert typed(TEXT, "The prompt", "latin-1") == TEXT  # never was in that encoding
+        refused("--stop is not UTF-8 text (byte 2)", as_unicode, taken, "--stop", encoding)
+    assert as_unicode(TEXT, "The prompt", "latin-1") == TEXT  # never was in that encoding
 
 
 def test_expand_user() -> None:

@@ -90,7 +90,7 @@ def test_a_system_without_control_groups_has_no_quota(tmp_path: Path) -> None:
 def test_the_default_is_the_quota_in_whole_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
 ) -> None:
-    monkeypatch.setattr(threads, "most_threads", lambda: 8)
+    monkeypatch.setattr(threads, "max_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert threads.default_threads(version_2(tmp_path, "/", {".": limit})) == expected
 
@@ -98,32 +98,32 @@ def test_the_default_is_the_quota_in_whole_cores(
 def test_the_default_respects_an_affinity_set_after_the_import_of_numba(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threads, "most_threads", lambda: 8)
+    monkeypatch.setattr(threads, "max_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
     assert threads.default_threads(tmp_path) == 1
 
 
 def test_more_threads_than_the_quota_may_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "most_threads", lambda: 8)
+    monkeypatch.setattr(threads, "max_threads", lambda: 8)
     monkeypatch.setattr(threads, "cpu_quota", lambda *_: 1.5)
     assert threads.choose_threads(None) == 1
     assert threads.choose_threads(8) == 8
     with pytest.raises(OptionError, match=r"^threads is 9; this machine allows 1 to 8\.$"):
         threads.choose_threads(9)
-    assert threads.described(1, None) == "1 thread (CPU quota of 1.5)"
-    assert threads.described(1, 1) == "1 thread"
+    assert threads.describe_threads(1, None) == "1 thread (CPU quota of 1.5)"
+    assert threads.describe_threads(1, 1) == "1 thread"
 
 
 TWO_THREADS = """
 import threading
 import numpy as np
 from numba_atomflow.ops.bandwidth import total
-from numba_atomflow.host.threads import kernels_turn
+from numba_atomflow.host.threads import kernel_turn
 data = np.ones(1 << 16, np.float32)
 total(data)
 def run():
     for _ in range(300):
-        with kernels_turn():
+        with kernel_turn():
             total(data)
 threads = [threading.Thread(target=run) for _ in range(4)]
 [thread.start() for thread in threads]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from numba_atomflow.files.untrusted import load_json, short, shown
+from numba_atomflow.files.untrusted import load_json, quote, short
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from numba_atomflow.files.untrusted import load_json, short, shown
     ],
 )
 def test_a_value_is_shown(value: object, expected: str) -> None:
-    assert shown(value) == expected
+    assert quote(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_a_value_is_shown(value: object, expected: str) -> None:
     ids=["text", "list", "dict", "integer", "nested", "object"],
 )
 def test_a_value_takes_less_than_a_line(value: object) -> None:
-    assert len(shown(value)) <= 80
+    assert len(quote(value)) <= 80
 
 
 def test_a_name_is_one_printable_line() -> None:

@@ -13,7 +13,7 @@ from tiny_models import safetensors_bytes, write_json
 
 from numba_atomflow.cli import output
 from numba_atomflow.convert import convert
-from numba_atomflow.files.untrusted import visible
+from numba_atomflow.files.untrusted import escape_controls
 
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 WILD = ("generate", "x", "-n", 120, "--temperature", 5, "--seed", 3, "--quiet")
@@ -27,7 +27,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def test_what_a_terminal_would_obey_is_spelt_out() -> None:
-    assert visible("a\x1b[31m\tb\r\n\x7f\x9b\u202eé漢😀") == "a\\x1b[31m\tb\\r\n\\x7f\\x9b\\u202eé漢😀"
+    assert escape_controls("a\x1b[31m\tb\r\n\x7f\x9b\u202eé漢😀") == "a\\x1b[31m\tb\\r\n\\x7f\\x9b\\u202eé漢😀"
 
 
 def test_a_pipe_gets_a_reply_as_it_is(cli: InProcess, tiny_checkpoint: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_terminal_gets_commands_only_if_asked_to(
     shown, raw = run(), run("--raw-output")
     assert not CONTROL.search(shown)
     assert CONTROL.search(raw)
-    assert visible(raw) == shown  # an escape sequence that comes in several pieces is spelt out all the same
+    assert escape_controls(raw) == shown  # an escape sequence that comes in several pieces is spelt out all the same
 
 
 def test_a_templates_refusal(cli: InProcess, tiny_folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from numba_atomflow.backends.cpu.measure import CpuMeasurements
 from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.host.machine import cpu_name
-from numba_atomflow.host.threads import choose_threads, described, kernels_turn
+from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
@@ -89,7 +89,7 @@ class CpuBackend:
     ) -> None:
         self.threads = choose_threads(threads)
         self._check_weights = check_weights
-        self.device = f"{cpu_name()}, {described(self.threads, threads)}"
+        self.device = f"{cpu_name()}, {describe_threads(self.threads, threads)}"
         self.geometry = geometry
         self.max_seq_len = max_seq_len
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
@@ -150,7 +150,7 @@ class CpuBackend:
         for done, ((kind, _), op) in enumerate(kinds.items()):
             if progress:
                 progress(f"compiling {kind.__name__}", done, len(kinds))
-            with kernels_turn(), self._single_threaded_blas():
+            with kernel_turn(), self._single_threaded_blas():
                 self._binder.bind(op)()
         if progress:
             progress("compiled", len(kinds), len(kinds))
@@ -215,7 +215,7 @@ class CpuBackend:
         self._require_open()
         numba.set_num_threads(self.threads)  # of the whole process: another engine may use another number
         try:
-            with kernels_turn(), nullcontext() if tokens <= GEMV_TOKENS else self._single_threaded_blas():
+            with kernel_turn(), nullcontext() if tokens <= GEMV_TOKENS else self._single_threaded_blas():
                 for action in actions:
                     action()
         except CheckpointError:  # weights that have changed look like damaged ones

@@ -1,4 +1,4 @@
-"""One call at a time: an engine has one KV cache, and two calls that change it at once would make text of neither."""
+"""Mutual exclusion of an engine's calls: it has one KV cache, which concurrent calls would corrupt."""
 
 import os
 import threading
@@ -10,30 +10,30 @@ from numba_atomflow.errors import BackendError, EngineBusyError
 
 Result = TypeVar("Result")
 
-_ADVICE = "an engine serves one thread at a time: take turns by a lock, or load an engine for each"
+_ADVICE = "an engine serves one thread at a time: use a lock, or load an engine for each thread"
 
 
-class OneCaller:
-    """Runs calls one at a time. A call that comes while another runs is refused; it does not wait.
+class ExclusiveCalls:
+    """Runs calls one at a time. A call during another one is refused; it does not wait.
 
     Args:
-        survives_fork: what is called works in a forked child too, or says itself why not. Memory of a GPU does not.
+        survives_fork: calls may be made in a forked child. Memory of a GPU is not usable there.
     """
 
     def __init__(self, survives_fork: bool = True) -> None:
         self._lock = threading.Lock()
-        self._thread = 0  # that runs a call, if one runs
+        self._thread = 0  # of the call in progress, or 0
         self._survives_fork, self._lost = survives_fork, False
         _all.add(self)
 
     def run(self, action: Callable[[], Result]) -> Result:
-        """What `action` returns.
+        """Run `action` and return its result.
 
-        Two threads may both find the lock free; then one waits for the other. `with` and the lock's own methods are
-        what Ctrl-C cannot come between.
+        Two threads may both find the lock free; then one waits for the other. The lock is taken by `with`, because
+        Ctrl-C cannot interrupt between its acquisition and the block.
 
         Raises:
-            EngineBusyError: another call runs, in another thread or, for a signal handler, in this one.
+            EngineBusyError: another call is in progress, in another thread or, for a signal handler, in this one.
             BackendError: the engine was loaded before this process was forked, and cannot be used here.
         """
         if self._lost:
@@ -46,10 +46,10 @@ class OneCaller:
         return self._run(action)
 
     def wait_and_run(self, action: Callable[[], None]) -> None:
-        """The same, but after a call that runs in another thread has ended; nothing for an engine of another process.
+        """Wait for a call in another thread, then run `action`. Does nothing in a forked child that lost the engine.
 
         Raises:
-            EngineBusyError: it would wait for its own thread.
+            EngineBusyError: the call in progress is of this thread.
         """
         if self._lost:
             return
@@ -66,12 +66,12 @@ class OneCaller:
                 self._thread = 0
 
     def forked(self) -> None:
-        """In a forked child: a call that ran in another thread does not run here, and would hold the lock for ever."""
+        """In a forked child: replace the lock, which a thread of the parent may hold for ever."""
         self._lock, self._thread = threading.Lock(), 0
         self._lost = not self._survives_fork
 
 
-_all: weakref.WeakSet[OneCaller] = weakref.WeakSet()
+_all: weakref.WeakSet[ExclusiveCalls] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
@@ -83,11 +83,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def held_by_another(thread: threading.Thread) -> bool:
-    """Whether what `thread` began may still be going on there."""
+def runs_elsewhere(thread: threading.Thread) -> bool:
+    """Whether `thread` is another one than this, and alive."""
     return thread is not threading.current_thread() and thread.is_alive()
 
 
-def other_reply() -> EngineBusyError:
-    """The refusal to end a reply that another thread is making."""
-    return EngineBusyError(f"Another thread's reply is in the making (end it by its close()), and {_ADVICE}.")
+def busy_elsewhere() -> EngineBusyError:
+    """The error of ending a generation that is in progress in another thread."""
+    return EngineBusyError(f"A generation is in progress in another thread (end it by its close()), and {_ADVICE}.")
