@@ -21,12 +21,13 @@ from numba_atomflow.ops.cuda.gemv.projections import (
     kind_of,
     projection_layouts,
 )
-from numba_atomflow.ops.cuda.layout import weights
-from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
+from numba_atomflow.ops.cuda.layout.prepack import prepack_fp16_kernel, prepack_kernel
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
 from numba_atomflow.ops.cuda.token.embedding import embed_kernel
+from numba_atomflow.ops.formats import FP8_E4M3, KV_FLOAT16, WeightFormat
 from numba_atomflow.sandbox.runner import CacheSizes
 
 GEMV_WIDTHS = (1, 2, 4, 8)  # tokens of a step
@@ -39,7 +40,7 @@ class SandboxKernels:
     """The kernels of one model, cache and chip.
 
     Args:
-        fp16_head: the LM head is float16.
+        head: format of the LM head.
         same_width: every step has the greatest width, padded: a token's bits then do not depend on how many others are
             in the step. Otherwise a step takes the smallest width, and the order of sums depends on it.
 
@@ -48,16 +49,22 @@ class SandboxKernels:
     """
 
     def __init__(
-        self, geometry: ModelGeometry, chip: Chip, sizes: CacheSizes, *, fp16_head: bool, same_width: bool = False
+        self,
+        geometry: ModelGeometry,
+        chip: Chip,
+        sizes: CacheSizes,
+        *,
+        head: WeightFormat = FP8_E4M3,
+        same_width: bool = False,
     ) -> None:
-        self.geometry, self.chip, self.sizes, self.fp16_head = geometry, chip, sizes, fp16_head
-        self.layouts = projection_layouts(geometry, chip, fp16_head=fp16_head)
+        self.geometry, self.chip, self.sizes, self.head = geometry, chip, sizes, head
+        self.layouts = projection_layouts(geometry, chip, head=head)
         self.projections = Projections(geometry, chip, self.layouts, chip.dependent_launch)
         self.widths = fitting_widths(GEMV_WIDTHS, self._shared_bytes, geometry, chip)[-1 if same_width else 0 :]
 
     # --- shapes ------------------------------------------------------------------------------------------------------
 
-    def layout_of(self, part: str) -> FragmentLayout:
+    def layout_of(self, part: str) -> PrepackedLayout:
         """The prepacked layout of a part of the checkpoint, such as ``layer.3.qkv``."""
         return self.layouts[kind_of(part)]
 
@@ -69,7 +76,7 @@ class SandboxKernels:
         """How one token's attention is cut in a step of this width: about a CTA per SM in all."""
         g = self.geometry
         splits = max(1, choose_kv_splits(g.heads, g.kv_heads, 1, self.chip.sms) // width)
-        return AttentionShape(g.heads, g.kv_heads, g.head_dim, 1, self.layouts["o"].padded_columns, splits)
+        return AttentionShape(g.heads, g.kv_heads, g.head_dim, 1, self.layouts["o"].padded_in_features, splits)
 
     def _shared_bytes(self, width: int) -> int:
         return max(self.projections.shared_bytes(width), self.attention_shape(width).shared_bytes)
@@ -95,7 +102,7 @@ class SandboxKernels:
             *(buffer("weights", part, "uint32", self.layout_of(part).words) for part in projections),
             *(buffer("weights", name, "float32", size) for name, size in vectors.items()),
             # One KV block more than sequences have: padding tokens write there.
-            paged_cache_buffer(g.layers, self.sizes.slots + max(self.sizes.block_sizes), g.kv_dim, "float16"),
+            paged_cache_buffer(g.layers, self.sizes.slots + max(self.sizes.block_sizes), g.kv_dim, KV_FLOAT16.dtype),
             buffer("activations", "step", "int64", len(STEP_INPUTS), most),
             buffer("activations", "block_table", "int32", self.sizes.sequences + 1, self.sizes.table_width),
             buffer("activations", "residual", "float32", most, g.hidden),
@@ -122,13 +129,13 @@ class SandboxKernels:
         """All kernels by name; those of a GEMV width are called ``<kind>_x<width>``."""
         chip = self.chip
         kernels = [
-            weights.repack_kernel(chip.hardware_fp8),
+            prepack_kernel(chip.fp8_converter),
             argmax_kernel(self.geometry.vocabulary, chip.sms, chip.dependent_launch),
             self._attention(1, "single", None),
             self.projections.kernel("qkv", 1, make_qkv, "qkv_single_x1"),  # one position for RoPE and cache
         ]
-        if self.fp16_head:
-            kernels.append(weights.repack_halves_kernel())
+        if not self.head.scaled:
+            kernels.append(prepack_fp16_kernel())
         for width in self.widths:
             kernels.append(embed_kernel(self.layouts["embedding"], width))
             kernels += [self.projections.kernel(kind, width, make_paged_qkv) for kind in PROJECTIONS]

@@ -36,6 +36,7 @@ from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.embedding import EmbedArguments
 from numba_atomflow.ops.cuda.token.order import token_of
+from numba_atomflow.ops.formats import FP8_E4M3, FP16
 from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, check_batch, check_family
 from numba_atomflow.sandbox.scheduler import Batch
@@ -74,9 +75,9 @@ class GpuRunner:
         self._owner = DeviceResources()  # of all that is made on the GPU; must not refer to the runner
         try:
             self._gpu = self._owner.open()
-            fp16_head = f"{self._head}.scale" not in weights
+            head = FP8_E4M3 if f"{self._head}.scale" in weights else FP16
             chip = chip_of(self._gpu)
-            self.kernels = SandboxKernels(geometry, chip, sizes, fp16_head=fp16_head, same_width=same_width)
+            self.kernels = SandboxKernels(geometry, chip, sizes, head=head, same_width=same_width)
             self.max_batched_tokens = self.kernels.widths[-1]
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
             self.plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, self._projections)

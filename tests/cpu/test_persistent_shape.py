@@ -65,7 +65,7 @@ def test_every_chunk_is_dealt_exactly_once(geometry: ModelGeometry, blocks: int)
         assert (dealt == 1).all()
         offset = (offset + dealt_on[kind]) % blocks
         layout = getattr(shape, WEIGHED[kind])
-        assert shares[kind] * slots[kind] == layout.tiles * layout.chunks
+        assert shares[kind] * slots[kind] == layout.tiles * layout.k_tiles
     np.testing.assert_array_equal(copied, shape.copied(shape.shift))
     if shape.shift == 0:
         assert load.max() - load.min() <= 1
@@ -87,10 +87,10 @@ def test_sizes_are_those_of_the_projections(geometry: ModelGeometry) -> None:
     shape = shape_of(geometry)
     for kind, name in WEIGHED.items():
         layout = getattr(shape, name)
-        assert layout.chunk == CHUNK
+        assert layout.k_tile == CHUNK
         halved = shape.sizes("halved")[kind]
-        assert shape.sizes("slots")[kind] * (1 + halved) == -(-layout.columns // (layout.group_columns * CHUNK))
-        assert shape.sizes("shares")[kind] * (16 >> halved) >= layout.rows
+        assert shape.sizes("slots")[kind] * (1 + halved) == -(-layout.in_features // (layout.group_in_features * CHUNK))
+        assert shape.sizes("shares")[kind] * (16 >> halved) >= layout.out_features
         assert shape.sizes("tile_words")[kind] == layout.tile_words
         rounds = shape.sizes("round_shares")[kind]
         assert rounds >= 1
@@ -133,8 +133,8 @@ def test_shared_memory_holds_everything_side_by_side(geometry: ModelGeometry, sh
         assert shape.block_bytes + room > shared_bytes - 32, "there is room for more slots"
     for name in WEIGHED.values():
         layout = getattr(shape, name)
-        assert layout.chunk_words <= shape.slot_words
-        assert layout.padded_columns <= 2 * shape.x_words or name == "vocabulary"
+        assert layout.k_tile_words <= shape.slot_words
+        assert layout.padded_in_features <= 2 * shape.x_words or name == "vocabulary"
     assert shape.slot_words % 32 == 0, "a bulk copy would not be aligned"
     assert shape.x_start % 4 == shape.query_pitch % 4 == shape.head_dim % 4 == 0, "16-byte loads would not be aligned"
     assert shape.scalars_start % 2 == 0, "keys of 8 bytes would not be aligned"

@@ -4,18 +4,18 @@ import pytest
 from device_launch import capability
 from kernel_cases import (
     ATTENTIONS,
-    HALF_LAYOUTS,
+    FP16_LAYOUTS,
     LAYOUTS,
     PROJECTIONS,
     ROPES,
     AttentionCase,
-    FragmentLayout,
+    PrepackedLayout,
     ProjectionCase,
     RopeCase,
     check_attention,
+    check_prepack,
+    check_prepack_fp16,
     check_projection,
-    check_repack,
-    check_repack_halves,
     check_rope,
     qkv_case,
 )
@@ -32,6 +32,7 @@ from token_kernel_cases import (
     check_sample,
 )
 
+from numba_atomflow.ops.formats import WeightFormat
 from numba_atomflow.sampling import SamplingParams
 
 LARGE_PROJECTIONS = (
@@ -47,24 +48,24 @@ LENGTHS = (1, 2, 127, 128, 129, 4096, 16384)
 HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
 
 
-def runs_here(hardware_fp8: bool) -> None:
-    if hardware_fp8 and capability() < (8, 9):
+def runs_here(weights: WeightFormat) -> None:
+    if weights.converter == "cvt" and capability() < (8, 9):
         pytest.skip("this GPU has no FP8 conversion (sm_89 and later have)")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_repack(layout: FragmentLayout) -> None:
-    check_repack(layout)
+def test_prepack(layout: PrepackedLayout) -> None:
+    check_prepack(layout)
 
 
-@pytest.mark.parametrize("layout", HALF_LAYOUTS, ids=str)
-def test_repack_halves(layout: FragmentLayout) -> None:
-    check_repack_halves(layout)
+@pytest.mark.parametrize("layout", FP16_LAYOUTS, ids=str)
+def test_prepack_fp16(layout: PrepackedLayout) -> None:
+    check_prepack_fp16(layout)
 
 
 @pytest.mark.parametrize("case", PROJECTIONS + LARGE_PROJECTIONS, ids=str)
 def test_projection(case: ProjectionCase) -> None:
-    runs_here(case.hardware_fp8)
+    runs_here(case.format)
     check_projection(case)
 
 
@@ -94,8 +95,8 @@ def test_qkv_at_every_geometry(head_dim: int, ratio: int) -> None:
 
 
 @pytest.mark.parametrize(("layout", "tokens"), EMBEDDINGS, ids=str)
-def test_embedding(layout: FragmentLayout, tokens: int) -> None:
-    runs_here(layout.hardware_fp8)
+def test_embedding(layout: PrepackedLayout, tokens: int) -> None:
+    runs_here(layout.format)
     check_embedding(layout, tokens)
 
 

@@ -25,7 +25,7 @@ CATALOGUES = {cc: {entry.name: entry for entry in catalogue(cc)} for cc in ARCHI
 # Kernels of the same name one after the other: architectures with the same abilities share what is slow.
 CASES = sorted(((name, cc) for cc in ARCHITECTURES for name in CATALOGUES[cc]), key=lambda case: case[0])
 # What --fast compiles: what is quick on every architecture, and one projection, attention and sampler of each kind.
-QUICK = {"advance", "advance_sampled", "argmax", "embed_x1", "read", "repack"}
+QUICK = {"advance", "advance_sampled", "argmax", "embed_x1", "read", "prepack"}
 FAST = {("attention_x1", (9, 0)), ("qkv_x1", (8, 0)), ("gate_up_x5", (8, 9)), ("down_x1", (12, 0)), ("sample", (9, 0))}
 
 
@@ -75,7 +75,7 @@ def test_machine_code(name: str, cc: tuple[int, int]) -> None:
     if entry.kind in ("o", "down"):
         assert re.search(r"st\.shared\.v4\.\w32", ptx), "x is staged in less than 16 bytes at a time"
     if entry.decodes:
-        assert ("e4m3x2" in ptx) == (cc >= (8, 9) and entry.kind != "repack")
+        assert ("e4m3x2" in ptx) == (cc >= (8, 9) and entry.kind != "prepack")
     if cc < (9, 0):
         assert not re.search(r"griddepcontrol|cp\.async\.bulk|mbarrier", ptx)
 
@@ -99,7 +99,7 @@ def test_finding_the_weights_of_a_chunk_takes_no_division(name: str) -> None:
     arguments = dict(spec.arguments)
     shape = arguments["shape"]
     assert shape.layout.groups > 4
-    arguments["shape"] = replace(shape, layout=replace(shape.layout, chunk=4))
+    arguments["shape"] = replace(shape, layout=replace(shape.layout, k_tile=4))
     spec = replace(spec, arguments=tuple(sorted(arguments.items())))
     ptx = make_ptx(spec.make(), spec, cc)
     assert not re.search(r"\b(?:div|rem)\.[su]", ptx)

@@ -29,7 +29,7 @@ def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple
     """A runner that has everything but a GPU; its launches are collected."""
     made = GpuRunner.__new__(GpuRunner)
     made.geometry, made.sizes, made.block_size = geometry, SIZES, 16
-    made.kernels = SandboxKernels(geometry, chip, SIZES, fp16_head=False)
+    made.kernels = SandboxKernels(geometry, chip, SIZES)
     made._head = "embedding" if geometry.tied_embeddings else "vocabulary"
     kinds = ("qkv", "o", "gate_up", "down")
     parts = ["embedding", *(f"layer.{i}.{kind}" for i in range(geometry.layers) for kind in kinds)]
@@ -87,6 +87,6 @@ SAME_BYTES: tuple[set[str], ...] = (
 
 def test_wide_steps_are_those_that_fit_into_shared_memory() -> None:
     llama = PRESETS["llama-3.1-8b"]
-    assert SandboxKernels(PRESETS["llama-3.2-3b"], H100, SIZES, fp16_head=False).widths == (1, 2, 4, 8)
-    assert SandboxKernels(llama, H100, SIZES, fp16_head=False).widths == (1, 2, 4)
-    assert SandboxKernels(llama, RTX_4090, SIZES, fp16_head=False).width_for(2) == 2
+    assert SandboxKernels(PRESETS["llama-3.2-3b"], H100, SIZES).widths == (1, 2, 4, 8)
+    assert SandboxKernels(llama, H100, SIZES).widths == (1, 2, 4)
+    assert SandboxKernels(llama, RTX_4090, SIZES).width_for(2) == 2

@@ -3,18 +3,18 @@
 import pytest
 from kernel_cases import (
     ATTENTIONS,
-    HALF_LAYOUTS,
+    FP16_LAYOUTS,
     LAYOUTS,
     PROJECTIONS,
     ROPES,
     AttentionCase,
-    FragmentLayout,
+    PrepackedLayout,
     ProjectionCase,
     RopeCase,
     check_attention,
+    check_prepack,
+    check_prepack_fp16,
     check_projection,
-    check_repack,
-    check_repack_halves,
     check_rope,
 )
 from token_kernel_cases import (
@@ -30,13 +30,13 @@ from token_kernel_cases import (
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_repack(layout: FragmentLayout) -> None:
-    check_repack(layout)
+def test_prepack(layout: PrepackedLayout) -> None:
+    check_prepack(layout)
 
 
-@pytest.mark.parametrize("layout", HALF_LAYOUTS, ids=str)
-def test_repack_halves(layout: FragmentLayout) -> None:
-    check_repack_halves(layout)
+@pytest.mark.parametrize("layout", FP16_LAYOUTS, ids=str)
+def test_prepack_fp16(layout: PrepackedLayout) -> None:
+    check_prepack_fp16(layout)
 
 
 @pytest.mark.parametrize("case", PROJECTIONS, ids=str)
@@ -55,7 +55,7 @@ def test_attention(case: AttentionCase) -> None:
 
 
 @pytest.mark.parametrize(("layout", "tokens"), EMBEDDINGS, ids=str)
-def test_embedding(layout: FragmentLayout, tokens: int) -> None:
+def test_embedding(layout: PrepackedLayout, tokens: int) -> None:
     check_embedding(layout, tokens)
 
 

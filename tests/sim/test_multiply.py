@@ -11,32 +11,33 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.weights import (
-    HALF_WORDS,
-    FragmentLayout,
-    halves_to_fragments_reference,
-    to_fragments_reference,
+    HALF_GROUP_WORDS,
+    PrepackedLayout,
+    prepack_fp16_reference,
+    prepack_reference,
 )
 from numba_atomflow.ops.cuda.persistent.projection import make_multiply
 from numba_atomflow.ops.cuda.persistent.schedule import CHUNK
 from numba_atomflow.ops.cuda.persistent.staging import swizzled
+from numba_atomflow.ops.formats import FP8_E4M3, FP16
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
 
 SLOT, SPARE = 1, 192  # slots before the one that is multiplied; words behind x that are read, and must not matter
 
 
 def multiplied(
-    layout: FragmentLayout, slot: NDArray[np.uint32], x: NDArray[np.float16], apart: int
+    layout: PrepackedLayout, slot: NDArray[np.uint32], x: NDArray[np.float16], apart: int
 ) -> NDArray[np.float32]:
     """Sums of rows 0 to 15, by a warp; NaN everywhere but in the slot and in x."""
-    slot_words = layout.chunk_words
+    slot_words = layout.k_tile_words
     memory = poisoned((SLOT + 1) * slot_words + x.size // 2 + SPARE, dtype=np.uint32)
     memory[SLOT * slot_words :][: slot.size] = slot
     place, pairs = (SLOT + 1) * slot_words, x.view(np.uint32)
     for word in range(pairs.size):
         memory[place + swizzled(word)] = pairs[word]
     shape: Any = SimpleNamespace(slot_words=slot_words, matrices=(layout,))
-    multiply, groups = make_multiply(shape, halves=layout.halves), min(layout.groups, CHUNK)
-    assert layout.group_columns * groups * (1 + (apart > 0)) == x.size
+    multiply, groups = make_multiply(shape, halves=layout.format.bits == 16), min(layout.groups, CHUNK)
+    assert layout.group_in_features * groups * (1 + (apart > 0)) == x.size
 
     @ptx.kernel(32, 1)
     def warp(given, sums):
@@ -63,13 +64,13 @@ def multiplied(
 def test_a_chunk_of_so_many_groups(groups: int, halves: bool) -> None:
     rng = generator(groups, halves)
     columns = groups * (64 if halves else 128)
-    layout = FragmentLayout(16, columns, 0, True, halves, CHUNK)
+    layout = PrepackedLayout(16, columns, format=FP16 if halves else FP8_E4M3, k_tile=CHUNK)
     values = rng.standard_normal((16, columns)).astype(np.float32)
     if halves:
-        weights, slot = values.astype(np.float16), halves_to_fragments_reference(values.astype(np.float16), layout)
+        weights, slot = values.astype(np.float16), prepack_fp16_reference(values.astype(np.float16), layout)
     else:
         codes, scales = quantize_groups(values)
-        weights, slot = dequantize_groups(codes, scales), to_fragments_reference(codes, scales, layout)
+        weights, slot = dequantize_groups(codes, scales), prepack_reference(codes, scales, layout)
     x = rng.standard_normal(columns).astype(np.float16)
     sums = multiplied(layout, slot, x, 0)
     within("a chunk's sums", relative_error(sums, weights.astype(np.float64) @ x.astype(np.float64)), 1e-5)
@@ -79,9 +80,9 @@ def test_a_chunk_of_so_many_groups(groups: int, halves: bool) -> None:
 def test_the_same_half_of_two_chunks(lower: bool) -> None:
     """Sums 0-7 are those of 8 rows over the first chunk, 8-15 those of the same rows over the second."""
     rng = generator(int(lower))
-    layout = FragmentLayout(16, 2 * CHUNK * 128, 0, True, False, CHUNK)
+    layout = PrepackedLayout(16, 2 * CHUNK * 128, k_tile=CHUNK)
     codes, scales = quantize_groups(rng.standard_normal((16, 1024)).astype(np.float32))
-    chunks = to_fragments_reference(codes, scales, layout).reshape(2, 2, CHUNK * HALF_WORDS)
+    chunks = prepack_reference(codes, scales, layout).reshape(2, 2, CHUNK * HALF_GROUP_WORDS)
     x = rng.standard_normal(1024).astype(np.float16)
     sums = multiplied(layout, chunks[:, int(lower)].reshape(-1), x, CHUNK * 64)
     rows = dequantize_groups(codes, scales).astype(np.float64)[8 * lower : 8 * lower + 8].reshape(8, 2, 512)

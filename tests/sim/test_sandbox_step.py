@@ -16,7 +16,7 @@ from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
-from numba_atomflow.ops.cuda.layout.weights import to_fragments_reference
+from numba_atomflow.ops.cuda.layout.weights import prepack_reference
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.token.order import token_of
 from numba_atomflow.sandbox import gpu_runner
@@ -38,7 +38,7 @@ class SimulatedRunner(GpuRunner):
 
     def __init__(self, weights: WeightArrays) -> None:
         self.geometry, self.sizes, self.block_size = GEOMETRY, SIZES, 8
-        self.kernels = SandboxKernels(GEOMETRY, CHIP, SIZES, fp16_head=False)
+        self.kernels = SandboxKernels(GEOMETRY, CHIP, SIZES)
         self.max_batched_tokens, self._head, self._stream = self.kernels.widths[-1], "vocabulary", None
         self._step: Any = SimpleNamespace(array=np.zeros((len(STEP_INPUTS), self.max_batched_tokens), np.int64))
         parts = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
@@ -49,7 +49,7 @@ class SimulatedRunner(GpuRunner):
             self.array(name)[:] = weights[name]
         for part in parts:
             codes, scales = weights[f"{part}.weight"], weights[f"{part}.scale"]
-            self.array(part)[:] = to_fragments_reference(codes, scales, self.kernels.layout_of(part))
+            self.array(part)[:] = prepack_reference(codes, scales, self.kernels.layout_of(part))
         tables = rope.rope_table(rope_inverse_frequencies(GEOMETRY), SIZES.longest)
         self.array("cosines")[:], self.array("sines")[:] = tables
         self.array("options")[:] = 0.0, 0.0, 1.0, 0.0, 1.0

@@ -22,18 +22,21 @@ from numba_atomflow.ops.cuda.attention.decode import AttentionArguments, make_at
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.gemv import kernels
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
-from numba_atomflow.ops.cuda.layout.weights import (
+from numba_atomflow.ops.cuda.layout.prepack import (
     THREADS,
-    FragmentLayout,
-    from_fragments_reference,
-    halves_to_fragments_reference,
-    make_repack,
-    make_repack_halves,
-    repack_blocks,
-    repack_sizes,
-    to_fragments_reference,
+    make_prepack,
+    make_prepack_fp16,
+    prepack_arguments,
+    prepack_ctas,
+)
+from numba_atomflow.ops.cuda.layout.weights import (
+    PrepackedLayout,
+    prepack_fp16_reference,
+    prepack_reference,
+    unpack_reference,
 )
 from numba_atomflow.ops.cuda.token import rope
+from numba_atomflow.ops.formats import FP8_E4M3, FP8_E4M3_BITS, FP16, WeightFormat
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 from numba_atomflow.ops.rope import rope_reference, rope_table
@@ -83,56 +86,57 @@ def launch(kernel: Any, blocks: int, threads: int, shared_bytes: int, *arrays: A
         launch_on_device(kernel, blocks, threads, shared_bytes, arrays)
 
 
-# --- fragments ---------------------------------------------------------------------------------------------------
+# --- prepacked weights -----------------------------------------------------------------------------------------------
 
 LAYOUTS = (
-    FragmentLayout(16, 128),
-    FragmentLayout(37, 200, hardware_fp8=True),  # neither rows nor columns fill a tile
-    FragmentLayout(40, 130, half=20, hardware_fp8=True),  # gate and up whose number is no multiple of 8
-    FragmentLayout(160, 64, half=40),  # two heads of 80
-    FragmentLayout(16, 576, chunk=4),  # 5 groups: a chunk of 4 and one of 1, each with padding of its own
-    FragmentLayout(40, 1024, hardware_fp8=True, chunk=4),  # a pair of whole chunks: half tiles can be copied
-    FragmentLayout(12, 330, half=6, hardware_fp8=True, chunk=1),
-    FragmentLayout(9, 130, chunk=4),  # fewer groups than a chunk may have
+    PrepackedLayout(16, 128, format=FP8_E4M3_BITS),
+    PrepackedLayout(37, 200),  # neither rows nor columns fill a tile
+    PrepackedLayout(40, 130, half=20),  # gate and up whose number is no multiple of 8
+    PrepackedLayout(160, 64, half=40, format=FP8_E4M3_BITS),  # two heads of 80
+    PrepackedLayout(16, 576, format=FP8_E4M3_BITS, k_tile=4),  # k-tiles of 4 groups and of 1, each padded
+    PrepackedLayout(40, 1024, k_tile=4),  # two whole k-tiles: 8-row tiles can be copied
+    PrepackedLayout(12, 330, half=6, k_tile=1),
+    PrepackedLayout(9, 130, format=FP8_E4M3_BITS, k_tile=4),  # fewer groups than a k-tile may have
 )
 
 
-def weights(layout: FragmentLayout, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def weights(layout: PrepackedLayout, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """A random projection as the checkpoint stores it, with large and small groups."""
-    values = rng.standard_normal((layout.rows, layout.columns)) * 0.05
-    values *= np.exp2(rng.integers(-6, 6, (layout.rows, 1)))
+    values = rng.standard_normal((layout.out_features, layout.in_features)) * 0.05
+    values *= np.exp2(rng.integers(-6, 6, (layout.out_features, 1)))
     return quantize_groups(values.astype(np.float32))
 
 
-def halves(layout: FragmentLayout, rng: np.random.Generator) -> NDArray[np.float16]:
+def fp16_weights(layout: PrepackedLayout, rng: np.random.Generator) -> NDArray[np.float16]:
     """A random projection in float16, with large and small rows."""
-    values = rng.standard_normal((layout.rows, layout.columns)) * np.exp2(rng.integers(-8, 2, (layout.rows, 1)))
+    shape = layout.out_features, layout.in_features
+    values = rng.standard_normal(shape) * np.exp2(rng.integers(-8, 2, (layout.out_features, 1)))
     return values.astype(np.float16)
 
 
-HALF_LAYOUTS = (
-    FragmentLayout(16, 128, halves=True),
-    FragmentLayout(37, 202, halves=True),
-    FragmentLayout(20, 300, halves=True, chunk=4),  # 6 groups of 64
+FP16_LAYOUTS = (
+    PrepackedLayout(16, 128, format=FP16),
+    PrepackedLayout(37, 202, format=FP16),
+    PrepackedLayout(20, 300, format=FP16, k_tile=4),  # 6 groups of 64
 )
 
 
-def check_repack_halves(layout: FragmentLayout) -> None:
-    values = halves(layout, generator(layout.rows))
+def check_prepack_fp16(layout: PrepackedLayout) -> None:
+    values = fp16_weights(layout, generator(layout.out_features))
     words = poisoned(layout.words, dtype=np.uint32)
     source = values.reshape(-1).view(np.uint16)
-    launch(make_repack_halves(), repack_blocks(layout), THREADS, 0, source, words, *repack_sizes(layout))
-    np.testing.assert_array_equal(words, halves_to_fragments_reference(values, layout))
+    launch(make_prepack_fp16(), prepack_ctas(layout), THREADS, 0, prepack_arguments(layout, [source], words))
+    np.testing.assert_array_equal(words, prepack_fp16_reference(values, layout))
 
 
-def check_repack(layout: FragmentLayout) -> None:
-    rng = generator(layout.rows)
+def check_prepack(layout: PrepackedLayout) -> None:
+    rng = generator(layout.out_features)
     codes, scales = weights(layout, rng)
     words = poisoned(layout.words, dtype=np.uint32)
-    arrays = codes.reshape(-1), scales.reshape(-1), words
-    launch(make_repack(layout.hardware_fp8), repack_blocks(layout), THREADS, 0, *arrays, *repack_sizes(layout))
-    np.testing.assert_array_equal(words, to_fragments_reference(codes, scales, layout))
-    back_codes, back_scales = from_fragments_reference(words, layout)
+    arguments = prepack_arguments(layout, [codes.reshape(-1), scales.reshape(-1)], words)
+    launch(make_prepack(layout.format.converter), prepack_ctas(layout), THREADS, 0, arguments)
+    np.testing.assert_array_equal(words, prepack_reference(codes, scales, layout))
+    back_codes, back_scales = unpack_reference(words, layout)
     np.testing.assert_array_equal(back_codes, codes)
     np.testing.assert_array_equal(back_scales, scales)
 
@@ -152,17 +156,16 @@ class ProjectionCase:
     split_k: int = 2
     groups_in_flight: int = 2
     ctas: int = 1
-    hardware_fp8: bool = False
+    format: WeightFormat = FP8_E4M3_BITS
     head_dim: int = 64
     heads: int = 1
     kv_heads: int = 1
-    halves: bool = False
-    chunk: int = 0
+    k_tile: int = 0
 
     @property
     def plan(self) -> GemvPlan:
         half = {"swiglu": self.out_features // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
-        layout = FragmentLayout(self.out_features, self.in_features, half, self.hardware_fp8, self.halves, self.chunk)
+        layout = PrepackedLayout(self.out_features, self.in_features, half, self.format, self.k_tile)
         return GemvPlan(layout, self.tokens, self.warps, self.split_k, self.groups_in_flight)
 
 
@@ -174,23 +177,23 @@ def qkv_case(in_features: int, tokens: int, head_dim: int, heads: int, kv_heads:
 PROJECTIONS = (
     ProjectionCase("store", 37, 576, 1),  # K padded to 640, N not a multiple of 16; three tiles for one CTA
     # One tile, one group.
-    ProjectionCase("store", 16, 128, 8, warps=1, split_k=1, groups_in_flight=1, hardware_fp8=True),
+    ProjectionCase("store", 16, 128, 8, warps=1, split_k=1, groups_in_flight=1, format=FP8_E4M3),
     ProjectionCase("store", 40, 200, 3, warps=2, split_k=1, ctas=2),  # tiles do not fill the last CTA
-    ProjectionCase("store", 37, 576, 1, halves=True),  # K of 640 is 10 groups of 64
-    ProjectionCase("store", 20, 200, 8, warps=2, split_k=1, groups_in_flight=1, halves=True),
-    ProjectionCase("add", 24, 576, 5, warps=4, split_k=4, groups_in_flight=1, hardware_fp8=True),
+    ProjectionCase("store", 37, 576, 1, format=FP16),  # K of 640 is 10 groups of 64
+    ProjectionCase("store", 20, 200, 8, warps=2, split_k=1, groups_in_flight=1, format=FP16),
+    ProjectionCase("add", 24, 576, 5, warps=4, split_k=4, groups_in_flight=1, format=FP8_E4M3),
     ProjectionCase("add", 16, 300, 2, warps=4, split_k=2, groups_in_flight=1),  # a slot without a tile
     ProjectionCase("swiglu", 40, 256, 4, groups_in_flight=1, ctas=2),  # 20 units: the last tile is not full
-    ProjectionCase("swiglu", 16, 576, 1, hardware_fp8=True),
-    ProjectionCase("store", 37, 576, 1, chunk=4),  # chunks of 4 groups and of 1
-    ProjectionCase("store", 20, 576, 2, groups_in_flight=1, halves=True, chunk=4),
-    ProjectionCase("add", 24, 1100, 3, groups_in_flight=3, hardware_fp8=True, chunk=3),  # three equal chunks
-    ProjectionCase("swiglu", 16, 330, 1, chunk=2, hardware_fp8=True),
+    ProjectionCase("swiglu", 16, 576, 1, format=FP8_E4M3),
+    ProjectionCase("store", 37, 576, 1, k_tile=4),  # chunks of 4 groups and of 1
+    ProjectionCase("store", 20, 576, 2, groups_in_flight=1, format=FP16, k_tile=4),
+    ProjectionCase("add", 24, 1100, 3, groups_in_flight=3, format=FP8_E4M3, k_tile=3),  # three equal chunks
+    ProjectionCase("swiglu", 16, 330, 1, k_tile=2, format=FP8_E4M3),
     ProjectionCase("store", 16, 640, 2, warps=4, split_k=2, groups_in_flight=1),  # two warps stage a token together
     ProjectionCase("store", 16, 130, 3, warps=2, split_k=1),  # no 16 bytes of float32 in a row; teams take turns
     ProjectionCase("store", 16, 192, 2, warps=5, split_k=1, groups_in_flight=1),  # a warp that belongs to no team
     qkv_case(128, 7, 64, 2, 1, groups_in_flight=1, ctas=3),
-    qkv_case(192, 1, 80, 1, 1, groups_in_flight=1, warps=1, split_k=1, hardware_fp8=True),
+    qkv_case(192, 1, 80, 1, 1, groups_in_flight=1, warps=1, split_k=1, format=FP8_E4M3),
     qkv_case(128, 2, 96, 1, 1, groups_in_flight=1, warps=1, split_k=1),
     qkv_case(128, 6, 128, 1, 1, groups_in_flight=1, warps=1, split_k=1),
 )
@@ -200,12 +203,12 @@ def check_projection(case: ProjectionCase) -> None:
     """Relative L2 error against float64: 1e-5 for float32 outputs, 5e-4 (they are rounded to float16) for others."""
     rng = generator(case.out_features, case.in_features, case.tokens)
     plan, layout = case.plan, case.plan.layout
-    if layout.halves:
-        stored = halves(layout, rng)
-        words, matrix = halves_to_fragments_reference(stored, layout), stored.astype(np.float64)
+    if layout.format.bits == 16:
+        stored = fp16_weights(layout, rng)
+        words, matrix = prepack_fp16_reference(stored, layout), stored.astype(np.float64)
     else:
         codes, scales = weights(layout, rng)
-        words = to_fragments_reference(codes, scales, layout)
+        words = prepack_reference(codes, scales, layout)
         matrix = dequantize_groups(codes, scales).astype(np.float64)
     residual = rng.standard_normal((case.tokens, case.in_features)).astype(np.float32)
     norm_weight = rng.uniform(0.5, 1.5, case.in_features).astype(np.float32)
@@ -213,14 +216,14 @@ def check_projection(case: ProjectionCase) -> None:
     product = x_norm @ matrix.T
     slack = float(np.linalg.norm(doubt @ matrix.T) / np.linalg.norm(product))
     grid = case.ctas, plan.threads, plan.shared_bytes
-    seen = poisoned(case.tokens * layout.padded_columns // 2, dtype=np.uint32)  # what the kernel says it multiplied
+    seen = poisoned(case.tokens * layout.padded_in_features // 2, dtype=np.uint32)  # what the kernel says it multiplied
     normed = {"weights": words, "residual": as_words(residual), "norm_weight": norm_weight, "x_norm": seen}
     if case.kind == "store":
         y = poisoned(case.tokens * case.out_features)
         launch(kernels.make_store(plan, EPS), *grid, kernels.StoreArguments(**normed, y=y))
         within("projection", relative_error(y.reshape(case.tokens, case.out_features), product), 1e-5 + slack)
     elif case.kind == "add":
-        x = np.zeros((case.tokens, layout.padded_columns), np.float16)
+        x = np.zeros((case.tokens, layout.padded_in_features), np.float16)
         x[:, : case.in_features] = rng.standard_normal((case.tokens, case.in_features))
         before = rng.standard_normal((case.tokens, case.out_features)).astype(np.float32)
         after = before.reshape(-1).copy()

@@ -23,7 +23,7 @@ PERSISTENT_MODELS = {
     "SmolLM2": tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152),
     "Llama 1B": tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096),
 }
-_OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "lm_head_x1", "lm_head_x{}", "repack_halves")
+_OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "lm_head_x1", "lm_head_x{}", "prepack_fp16")
 CACHE = CacheSizes(slots=1 << 16, block_sizes=(8, 32), sequences=8, longest=8192)  # of the sandbox
 _OF_SANDBOX = (
     "attention_paged8_x{}",
@@ -33,7 +33,7 @@ _OF_SANDBOX = (
     "gate_up_x{}",
     "down_x{}",
 )
-_HARDWARE_FP8 = ("qkv", "o", "gate_up", "down", "lm_head", "embed", "repack")
+_FP8_KINDS = ("qkv", "o", "gate_up", "down", "lm_head", "embed", "prepack")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Entry:
     @property
     def decodes(self) -> bool:
         """Whether it decodes FP8."""
-        return self.kind in _HARDWARE_FP8 and "halves" not in self.name
+        return self.kind in _FP8_KINDS and "fp16" not in self.name
 
     @property
     def weights(self) -> bool:
@@ -70,11 +70,11 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     entries = [Entry(name, kernel.spec) for name, kernel in ModelKernels(LLAMA, chip).planned.items()]
     other = ModelKernels(OTHER, chip, "fp16").planned
     names = [name.format(wide) for name in _OF_OTHER]
-    entries += [Entry(f"{name} of halves, heads of 80", other[name].spec) for name in names]
-    sandbox = SandboxKernels(LLAMA, chip, CACHE, fp16_head=False)
+    entries += [Entry(f"{name} with an fp16 head, heads of 80", other[name].spec) for name in names]
+    sandbox = SandboxKernels(LLAMA, chip, CACHE)
     names = [name.format(sandbox.widths[-1]) for name in _OF_SANDBOX]
     entries += [Entry(f"{name} of the sandbox", sandbox.planned[name].spec) for name in names]
-    sandbox = SandboxKernels(OTHER, chip, CACHE, fp16_head=False)
+    sandbox = SandboxKernels(OTHER, chip, CACHE)
     entries.append(Entry("attention_paged8_x1, heads of 80", sandbox.planned["attention_paged8_x1"].spec))
     entries.append(Entry("read", kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)))
     if capability >= COPY_ENGINE:

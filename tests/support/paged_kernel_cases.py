@@ -23,7 +23,7 @@ from numba_atomflow.ops.cuda.attention.decode import AttentionArguments, make_at
 from numba_atomflow.ops.cuda.attention.paged import PagedAttentionArguments, Paging, make_paged_attention
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.gemv.kernels import PagedQkvArguments, QkvArguments, make_paged_qkv, make_qkv
-from numba_atomflow.ops.cuda.layout.weights import to_fragments_reference
+from numba_atomflow.ops.cuda.layout.weights import prepack_reference
 from numba_atomflow.ops.paged_attention import attend_paged_reference
 from numba_atomflow.ops.rope import rope_table
 
@@ -152,7 +152,7 @@ def check_paged_qkv(case: ProjectionCase) -> None:
     plan, positions_at_all, slots_at_all = case.plan, 20, 32
     dim, q_width, kv_width = case.head_dim, case.heads * case.head_dim, case.kv_heads * case.head_dim
     codes, scales = weights(plan.layout, rng)
-    words = to_fragments_reference(codes, scales, plan.layout)
+    words = prepack_reference(codes, scales, plan.layout)
     residual = rng.standard_normal((case.tokens, case.in_features)).astype(np.float32)
     norm_weight = rng.uniform(0.5, 1.5, case.in_features).astype(np.float32)
     tables = [table.reshape(-1) for table in rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions_at_all)]
@@ -164,7 +164,7 @@ def check_paged_qkv(case: ProjectionCase) -> None:
 
     def outputs(rows: int) -> dict[str, NDArray[Any]]:
         sizes = {"q": case.tokens * q_width, "keys": rows * kv_width, "values": rows * kv_width}
-        x_norm = poisoned(case.tokens * plan.layout.padded_columns // 2, dtype=np.uint32)
+        x_norm = poisoned(case.tokens * plan.layout.padded_in_features // 2, dtype=np.uint32)
         return {name: poisoned(size, dtype=np.uint16) for name, size in sizes.items()} | {"x_norm": x_norm}
 
     paged = outputs(slots_at_all)

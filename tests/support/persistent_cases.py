@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.attention import attend_reference
 from numba_atomflow.ops.cuda.layout.weights import (
-    FragmentLayout,
-    halves_to_fragments_reference,
-    to_fragments_reference,
+    PrepackedLayout,
+    prepack_fp16_reference,
+    prepack_reference,
 )
 from numba_atomflow.ops.cuda.persistent import publish
 from numba_atomflow.ops.cuda.persistent.kernel import PersistentArguments, make_persistent
 from numba_atomflow.ops.cuda.persistent.schedule import BLOCK_THREADS, CHUNK, TABLE_UNIT, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, NAN_KEY, token_of
+from numba_atomflow.ops.formats import FP8_E4M3, FP16
 from numba_atomflow.ops.fp8 import dequantize_groups, quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 from numba_atomflow.ops.rope import rope_reference, rope_table
@@ -62,7 +63,7 @@ class PersistentCase:
     def kv_dim(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def layout(self, kind: str) -> FragmentLayout:
+    def layout(self, kind: str) -> PrepackedLayout:
         rows, columns, half = {
             "qkv": (self.q_dim + 2 * self.kv_dim, self.hidden, self.head_dim // 2),
             "o": (self.hidden, self.q_dim, 0),
@@ -71,7 +72,9 @@ class PersistentCase:
             "vocabulary": (self.vocabulary, self.hidden, 0),
         }[kind]
         halves = self.half_head and kind == "vocabulary"
-        return FragmentLayout(rows, columns, half, True, halves, CHUNK)  # as on every GPU that has bulk copies
+        return PrepackedLayout(
+            rows, columns, half=half, format=FP16 if halves else FP8_E4M3, k_tile=CHUNK
+        )  # as on every GPU that has bulk copies
 
     @cached_property
     def shape(self) -> PersistentShape:
@@ -144,16 +147,17 @@ class Model:
         model.add_norm("vocabulary", rng)
         return model
 
-    def add(self, name: str, layout: FragmentLayout, rng: np.random.Generator) -> None:
-        values = rng.standard_normal((layout.rows, layout.columns)) * np.exp2(rng.integers(-1, 2, (layout.rows, 1)))
-        values /= 1.0 if name == "embedding" else np.sqrt(layout.columns)
-        if layout.halves:
+    def add(self, name: str, layout: PrepackedLayout, rng: np.random.Generator) -> None:
+        shape = layout.out_features, layout.in_features
+        values = rng.standard_normal(shape) * np.exp2(rng.integers(-1, 2, (layout.out_features, 1)))
+        values /= 1.0 if name == "embedding" else np.sqrt(layout.in_features)
+        if layout.format.bits == 16:
             stored = values.astype(np.float16)
-            self.matrices[name], words = stored.astype(np.float64), halves_to_fragments_reference(stored, layout)
+            self.matrices[name], words = stored.astype(np.float64), prepack_fp16_reference(stored, layout)
         else:
             codes, scales = quantize_groups(values.astype(np.float32))
             self.matrices[name] = dequantize_groups(codes, scales).astype(np.float64)
-            words = to_fragments_reference(codes, scales, layout)
+            words = prepack_reference(codes, scales, layout)
         self._place(name, words)
 
     def add_norm(self, name: str, rng: np.random.Generator) -> None:

@@ -5,39 +5,40 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from kernel_cases import generator, halves, launch, poisoned, weights
+from kernel_cases import fp16_weights, generator, launch, poisoned, weights
 from numpy.typing import NDArray
 from sample_reference import device_token, logits_of
 
-from numba_atomflow.ops.cuda.layout.weights import FragmentLayout, halves_to_fragments_reference, to_fragments_reference
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_fp16_reference, prepack_reference
 from numba_atomflow.ops.cuda.token import advance, argmax, embedding, sample
 from numba_atomflow.ops.cuda.token.order import ID_BITS, ID_MASK, LOWEST_KEY
 from numba_atomflow.ops.embedding import embed_reference
+from numba_atomflow.ops.formats import FP8_E4M3_BITS, FP16
 from numba_atomflow.sampling import SamplingParams, candidates, penalise, uniform
 
 EMBEDDINGS = (
-    (FragmentLayout(40, 130, hardware_fp8=True), 3),  # neither fills its tiles
-    (FragmentLayout(33, 576), 1),
-    (FragmentLayout(40, 130, halves=True), 3),
-    (FragmentLayout(33, 576, hardware_fp8=True, chunk=4), 2),  # chunks of 4 and 1 groups
-    (FragmentLayout(20, 1100, chunk=3), 1),  # three equal chunks, of no power of two
-    (FragmentLayout(40, 300, halves=True, chunk=4), 3),
+    (PrepackedLayout(40, 130), 3),  # neither fills its tiles
+    (PrepackedLayout(33, 576, format=FP8_E4M3_BITS), 1),
+    (PrepackedLayout(40, 130, format=FP16), 3),
+    (PrepackedLayout(33, 576, k_tile=4), 2),  # chunks of 4 and 1 groups
+    (PrepackedLayout(20, 1100, format=FP8_E4M3_BITS, k_tile=3), 1),  # three equal chunks, of no power of two
+    (PrepackedLayout(40, 300, format=FP16, k_tile=4), 3),
 )
 
 
-def check_embedding(layout: FragmentLayout, count: int) -> None:
+def check_embedding(layout: PrepackedLayout, count: int) -> None:
     """Bit for bit: a code times its scale, rounded once."""
-    rng = generator(layout.rows, count)
-    if layout.halves:
-        stored = halves(layout, rng)
-        table, words = stored.astype(np.float64), halves_to_fragments_reference(stored, layout)
+    rng = generator(layout.out_features, count)
+    if layout.format.bits == 16:
+        stored = fp16_weights(layout, rng)
+        table, words = stored.astype(np.float64), prepack_fp16_reference(stored, layout)
     else:
         codes, scales = weights(layout, rng)
-        table = embed_reference(np.arange(layout.rows), codes, scales)
-        words = to_fragments_reference(codes, scales, layout)
-    tokens = rng.integers(0, layout.rows, count).astype(np.int32)
-    tokens[0] = layout.rows - 1
-    residual = poisoned(count * layout.columns)
+        table = embed_reference(np.arange(layout.out_features), codes, scales)
+        words = prepack_reference(codes, scales, layout)
+    tokens = rng.integers(0, layout.out_features, count).astype(np.int32)
+    tokens[0] = layout.out_features - 1
+    residual = poisoned(count * layout.in_features)
     kernel = embedding.make_embed(layout, count)
     arguments = embedding.EmbedArguments(weights=words, tokens=tokens, residual=residual)
     launch(kernel, embedding.embed_ctas(layout, count), embedding.THREADS, 0, arguments)

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from numba_atomflow.checkpoint.format import HeadFormat
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.formats import HEAD_FORMATS
 from numba_atomflow.ops.cuda.attention.decode import attention_kernel
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape, choose_kv_splits
 from numba_atomflow.ops.cuda.gemv.kernels import make_qkv, make_store
@@ -20,8 +21,8 @@ from numba_atomflow.ops.cuda.gemv.projections import (
     kind_of,
     projection_layouts,
 )
-from numba_atomflow.ops.cuda.layout import weights
-from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
+from numba_atomflow.ops.cuda.layout.prepack import prepack_fp16_kernel, prepack_kernel
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
 from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
 from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, PersistentShape
@@ -88,7 +89,7 @@ class ModelKernels:
         """Whether RoPE is a kernel of its own, because a bias or norms of whole heads come between QKV and RoPE."""
         return self.geometry.qkv_bias or self.geometry.qk_norm
 
-    def layout_of(self, part: str) -> FragmentLayout:
+    def layout_of(self, part: str) -> PrepackedLayout:
         """The prepacked layout of a part of the checkpoint, such as ``layer.3.qkv`` or ``embedding``."""
         return self.layouts[kind_of(part)]
 
@@ -96,7 +97,7 @@ class ModelKernels:
         """How attention of `tokens` tokens is cut."""
         g = self.geometry
         splits = choose_kv_splits(g.heads, g.kv_heads, tokens, self.chip.sms)
-        return AttentionShape(g.heads, g.kv_heads, g.head_dim, tokens, self.layouts["o"].padded_columns, splits)
+        return AttentionShape(g.heads, g.kv_heads, g.head_dim, tokens, self.layouts["o"].padded_in_features, splits)
 
     @cached_property
     def persistent_shape(self) -> PersistentShape:
@@ -120,11 +121,11 @@ class ModelKernels:
             embedding=layouts["embedding"],
         )
 
-    def _layouts(self, k_tile: int) -> dict[str, FragmentLayout]:
+    def _layouts(self, k_tile: int) -> dict[str, PrepackedLayout]:
         return projection_layouts(
             self.geometry,
             self.chip,
-            fp16_head=self.head == "fp16",
+            head=HEAD_FORMATS[self.head],
             separate_rope=self.separate_rope_kernel,
             k_tile=k_tile,
         )
@@ -139,7 +140,7 @@ class ModelKernels:
         """All kernels by name; those of a GEMV width are called ``<kind>_x<width>``."""
         vocabulary, dependent = self.geometry.vocabulary, self.dependent
         kernels = [
-            weights.repack_kernel(self.chip.hardware_fp8),
+            prepack_kernel(self.chip.fp8_converter),
             argmax_kernel(vocabulary, self.chip.sms, dependent),
             sample_kernel(vocabulary, dependent),
             advance_kernel(TOKEN_RING, sampled=False, dependent=dependent),
@@ -147,8 +148,8 @@ class ModelKernels:
         ]
         for width in self.gemv_widths:
             kernels += self._step_kernels(width)
-        if self.head == "fp16":
-            kernels.append(weights.repack_halves_kernel())
+        if not HEAD_FORMATS[self.head].scaled:
+            kernels.append(prepack_fp16_kernel())
         if self.persistent:
             kernels += [persistent_kernel(self.persistent_shape), publish_kernel(self.persistent_shape)]
         return {kernel.spec.name: kernel for kernel in kernels}

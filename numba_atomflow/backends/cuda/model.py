@@ -54,7 +54,7 @@ class DeviceModel:
                 vectors[name] = view
             else:
                 layout = self.kernels.layout_of(name)
-                projections[name] = Weight(layout.rows, layout.columns, view)
+                projections[name] = Weight(layout.out_features, layout.in_features, view)
         norms = {name: view for name, view in vectors.items() if name.endswith("_norm")}
         return Weights(projections, norms, {name: view for name, view in vectors.items() if name not in norms})
 

@@ -94,7 +94,7 @@ def make_reduce_partials(plan: GemvPlan, store: Any) -> Any:
 
 def make_store_epilogue(plan: GemvPlan) -> Epilogue:
     """Float32 to `io.y` [tokens, out_features]. Plain row order."""
-    rows = plan.layout.rows
+    rows = plan.layout.out_features
 
     @ptx.device_function
     def store(io, tile, r, token, low, high):
@@ -109,7 +109,7 @@ def make_store_epilogue(plan: GemvPlan) -> Epilogue:
 
 def make_add_epilogue(plan: GemvPlan) -> Epilogue:
     """Add to `io.residual`, float32 [tokens, out_features]. Plain row order."""
-    rows = plan.layout.rows
+    rows = plan.layout.out_features
     all_full = rows % 16 == 0
 
     @ptx.device_function

@@ -15,7 +15,7 @@ import numpy as np
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
-from numba_atomflow.ops.cuda.layout.weights import make_places
+from numba_atomflow.ops.cuda.layout.weights import make_offsets
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -27,8 +27,8 @@ def make_load(plan: GemvPlan) -> Any:
     """
     layout, split_k, in_flight, uniform = plan.layout, plan.split_k, plan.groups_in_flight, plan.uniform
     groups, tile_words = layout.groups, layout.tile_words
-    fp16, split_rows = layout.halves, layout.halves_apart
-    codes_at, scale_at = make_places(layout)
+    fp16, split_rows = layout.format.bits == 16, layout.split_rows
+    codes_at, scale_at = make_offsets(layout)
 
     @ptx.device_function
     def load(weights, tile, batch, k_slice, lane, codes, scales):
@@ -58,9 +58,9 @@ def make_multiply(plan: GemvPlan) -> Any:
     `words`: shared memory, x first. Lanes of tokens beyond the last one repeat it; their sums are discarded.
     """
     layout, split_k, in_flight, uniform = plan.layout, plan.split_k, plan.groups_in_flight, plan.uniform
-    groups, fp16 = layout.groups, layout.halves
-    tokens, x_pitch, x_step = plan.tokens, plan.x_pitch, layout.group_columns // 2  # words of x per group
-    convert = layout.decode
+    groups, fp16 = layout.groups, layout.format.bits == 16
+    tokens, x_pitch, x_step = plan.tokens, plan.x_pitch, layout.group_in_features // 2  # words of x per group
+    convert = layout.convert
 
     @ptx.device_function
     def multiply(batch, k_slice, lane, codes, scales, words, sums):

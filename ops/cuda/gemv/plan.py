@@ -16,7 +16,8 @@ lm_head  128256 x 3072        406.3    87.2         90-91
 
 from dataclasses import dataclass
 
-from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GemvPlan:
         ctas_per_sm: CTAs resident on an SM: with 8 warps and 4 KB of weights each, two have 64 KB in flight.
     """
 
-    layout: FragmentLayout
+    layout: PrepackedLayout
     tokens: int = 1
     warps: int = 8
     split_k: int = 8
@@ -75,12 +76,12 @@ class GemvPlan:
     @property
     def in_features(self) -> int:
         """K, without padding."""
-        return self.layout.columns
+        return self.layout.in_features
 
     @property
     def x_words(self) -> int:
         """Words of one token's x, padded to whole groups."""
-        return self.layout.padded_columns // 2
+        return self.layout.padded_in_features // 2
 
     @property
     def x_pitch(self) -> int:
@@ -108,13 +109,15 @@ class GemvPlan:
         return 4 * (self.squares_start + self.warps * self.tokens)
 
 
-def choose_plan(layout: FragmentLayout, tokens: int, sms: int) -> GemvPlan:
+def choose_plan(layout: PrepackedLayout, tokens: int, chip: Chip) -> GemvPlan:
     """The tiling of a projection, as measured on an H100 with the shapes of Llama 3.2 3B (docs/cuda-backend.md).
 
     The least split-K that still makes four CTAs of 8 warps per SM, and no more than there are groups. A warp loads its
     part of a tile at once if that is three groups at most. One CTA of 16 warps stages x once where two of 8 warps stage
     it twice: with one token that pays from two tiles per SM on; with more tokens, from one tile per SM on.
     """
+    sms, cvt = chip.sms, chip.fp8_converter == "cvt"
+    sms, cvt = chip.sms, chip.fp8_converter == "cvt"
     split_k = 1
     while split_k < 8 and 2 * split_k <= layout.groups and layout.tiles * split_k < 8 * 4 * sms:
         split_k *= 2
@@ -122,7 +125,7 @@ def choose_plan(layout: FragmentLayout, tokens: int, sms: int) -> GemvPlan:
     at_once = groups_per_warp if groups_per_warp <= 3 else 2
     if tokens > 1:
         # Before sm_89 FP8 is converted with integer instructions, which leaves registers for one group.
-        in_flight = at_once if layout.hardware_fp8 else 1
+        in_flight = at_once if cvt else 1
         if layout.tiles >= sms:
             return GemvPlan(layout, tokens, warps=16, split_k=split_k, groups_in_flight=in_flight, ctas_per_sm=1)
         return GemvPlan(layout, tokens, split_k=split_k, groups_in_flight=in_flight)
@@ -130,5 +133,5 @@ def choose_plan(layout: FragmentLayout, tokens: int, sms: int) -> GemvPlan:
         return GemvPlan(layout, split_k=split_k)
     if layout.tiles >= 2 * sms:
         return GemvPlan(layout, warps=16, split_k=split_k, groups_in_flight=at_once, ctas_per_sm=1)
-    most = 4 if layout.hardware_fp8 else 2
+    most = 4 if cvt else 2
     return GemvPlan(layout, split_k=split_k, groups_in_flight=groups_per_warp if groups_per_warp <= 3 else most)

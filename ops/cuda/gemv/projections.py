@@ -7,9 +7,10 @@ from typing import Any, Protocol
 from numba_atomflow.errors import BackendError
 from numba_atomflow.ops.cuda.gemv.kernels import make_add, make_store, make_swiglu, projection_kernel
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan, choose_plan
-from numba_atomflow.ops.cuda.layout.weights import FragmentLayout
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
+from numba_atomflow.ops.formats import FP8_E4M3, WeightFormat
 
 PROJECTIONS = ("qkv", "o", "gate_up", "down", "lm_head")
 GREATEST_GEMV_WIDTH = 8  # N of `mma.m16n8k16`
@@ -41,28 +42,28 @@ class ModelSizes(Protocol):
 
 
 def projection_layouts(
-    sizes: ModelSizes, chip: Chip, *, fp16_head: bool = False, separate_rope: bool = False, k_tile: int = 0
-) -> dict[str, FragmentLayout]:
+    sizes: ModelSizes, chip: Chip, *, head: WeightFormat = FP8_E4M3, separate_rope: bool = False, k_tile: int = 0
+) -> dict[str, PrepackedLayout]:
     """The prepacked layout of each kind of projection, and of the embedding.
 
     Args:
-        fp16_head: the LM head is float16.
+        head: format of the LM head; all other projections are FP8.
         separate_rope: the QKV kernel does not rotate, so that its weights need not pair the rows of a rotation.
         k_tile: groups along K of a k-tile; 0: all of them.
     """
-    g, cvt = sizes, chip.hardware_fp8
+    g = sizes
     rotated = 0 if separate_rope else g.head_dim // 2
 
-    def layout(out_features: int, in_features: int, paired: int = 0, fp16: bool = False) -> FragmentLayout:
-        return FragmentLayout(out_features, in_features, paired, cvt, fp16, k_tile)
+    def layout(out_features: int, in_features: int, half: int = 0, weights: WeightFormat = FP8_E4M3) -> PrepackedLayout:
+        return PrepackedLayout(out_features, in_features, half, chip.native(weights), k_tile)
 
     return {
-        "embedding": layout(g.vocabulary, g.hidden, fp16=fp16_head and g.tied_embeddings),
+        "embedding": layout(g.vocabulary, g.hidden, weights=head if g.tied_embeddings else FP8_E4M3),
         "qkv": layout(g.q_dim + 2 * g.kv_dim, g.hidden, rotated),
         "o": layout(g.hidden, g.q_dim),
         "gate_up": layout(2 * g.ffn, g.hidden, g.ffn),
         "down": layout(g.hidden, g.ffn),
-        "lm_head": layout(g.vocabulary, g.hidden, fp16=fp16_head),
+        "lm_head": layout(g.vocabulary, g.hidden, weights=head),
     }
 
 
@@ -82,12 +83,12 @@ class Projections:
 
     sizes: ModelSizes
     chip: Chip
-    layouts: Mapping[str, FragmentLayout]
+    layouts: Mapping[str, PrepackedLayout]
     dependent: bool
 
     def plan(self, kind: str, tokens: int) -> GemvPlan:
         """The tiling of a projection for so many tokens."""
-        return choose_plan(self.layouts[kind], tokens, self.chip.sms)
+        return choose_plan(self.layouts[kind], tokens, self.chip)
 
     def shared_bytes(self, tokens: int) -> int:
         """The most shared memory that one of the kernels takes."""
@@ -109,7 +110,7 @@ class Projections:
                     options |= {"heads": g.heads, "kv_heads": g.kv_heads}
             case "gate_up":
                 factory = make_swiglu
-                options |= {"y_pitch": self.layouts["down"].padded_columns}
+                options |= {"y_pitch": self.layouts["down"].padded_in_features}
             case "lm_head":
                 factory = make_store
             case _:

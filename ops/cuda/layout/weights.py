@@ -1,85 +1,100 @@
-"""Weights in fragment order: what a projection's tensor-core kernel reads, and the kernel that makes it.
+"""Prepacked weights: the order in which GEMV kernels read them (Marlin-style, for `mma.m16n8k16`).
 
-The checkpoint stores a projection plain: codes [N, K] and scales [N, groups], row-major. On the device, rows come in
-tiles of 16. A tile is one chunk or several, one behind the other, and a chunk is one run of 32-bit words:
+The checkpoint stores a projection row-major: codes [out_features, in_features], scales [out_features, groups]. On the
+device, rows come in tiles of 16 (M of the `mma`). A tile is one k-tile or several in sequence, and a k-tile is a
+contiguous run of 32-bit words:
 
-- codes: for every 64 columns, rows 0-7 and then rows 8-15, 32 lanes of 16 bytes each. Lane 4 g + t holds row g (or
-  g + 8), columns 16 t to 16 t + 15. Every load of a warp is 512 contiguous bytes, and what a lane loads is what it
-  multiplies: which columns meet in one `mma` is free, as long as the vector's follow the same order.
-- scales: for every 128 columns, 8 pairs of float32 (rows g and g + 8). They stand behind the codes of their own
-  chunk: a warp fetches them in the same batch of loads, from addresses known as early. Float32, because anything
-  shorter would round the checkpoint's scales, and a projection is to be exact to 1e-5.
-- padding to a multiple of 128 bytes, so that every bulk copy is aligned and no load straddles a cache line (but those
-  of rows 8-15 in a chunk whose groups are no multiple of 4).
+- codes: for every 64 weights along K, rows 0-7 and then rows 8-15, 32 lanes of 16 bytes each. Lane 4 g + t holds row g
+  (or g + 8), K 16 t to 16 t + 15. Every load of a warp is 512 contiguous bytes, and a lane multiplies what it loads:
+  the order of K within an `mma` is free, as long as the activations follow the same order.
+- scales: for every 128 weights along K, 8 pairs of float32 (rows g and g + 8), after the codes of their own k-tile: a
+  warp issues both in the same batch of loads. Float32, because a shorter type would round the checkpoint's scales.
+- padding to a multiple of 128 bytes: bulk copies are aligned and no load straddles a cache line (except those of rows
+  8-15 in a k-tile whose groups are no multiple of 4).
 
-Chunks: a kernel whose warps load weights themselves wants the whole tile as one (chunk = 0). One that copies weights
-to shared memory in bulk wants pieces of a few groups with their own scales (chunk = 4: 8448 bytes). The last chunk of
-a tile may have fewer groups. In such chunks the halves of the rows stand apart, rows 0-7 before rows 8-15, and of each
-half first all codes and then all scales: a piece that can be copied alone, by a block that has half of a tile.
+k-tiles: kernels whose warps load weights themselves take the whole tile as one (k_tile = 0). Kernels with TMA bulk
+copies take k-tiles of a few groups with their own scales (k_tile = 4: 8448 bytes). The last k-tile of a tile may have
+fewer groups. In such k-tiles rows 0-7 and rows 8-15 are split (`split_rows`), each with first all codes and then all
+scales: a CTA that computes an 8-row (M/2) tile copies one of them.
 
-Two orders of rows. Plain: tile i holds rows 16 i to 16 i + 15. Paired, with distance `half`: rows i and i + half of a
-section of 2 * half rows are put at r and r + 8 of a tile. Both then end in the same lane: gate and up of one
-unit (half = ffn), or the two elements that RoPE rotates together (half = head_dim / 2, one section per head).
+Row order. Plain: tile i holds rows 16 i to 16 i + 15. Paired, with distance `half`: rows i and i + half of a section of
+2 * half rows are rows r and r + 8 of a tile, so that both end in the same lane: gate and up of one unit (half =
+intermediate size), or the two elements that RoPE rotates together (half = head_dim / 2, one section per head).
 
-Two orders of bytes within a word of 4 columns, after the way of decoding: `decode_fp8_bits` yields bytes (1, 3) and
-(0, 2), `decode_fp8_cvt` yields (0, 1) and (2, 3), and both are to yield columns (0, 1) and (2, 3). The former decodes
-to the value times 2^-8, so the scale takes 2^8: exact.
+Byte order within a word of 4 weights depends on the converter (`layout/converters.py`).
 
-Padding rows and columns are zero codes with scale 0. Cost model of the kernel: N * K bytes read and written, once.
+Padded rows and columns are zero codes with scale 0.
 
-Float16 weights (the vocabulary projection may have them) follow the same plan without scales: a group is 64 columns,
-so that it has as many bytes, and lane 4 g + t holds 8 neighbouring columns of 32. Nothing stands between their chunks.
+Float16 weights have the same order without scales: a group is 64 weights along K, so that it has as many bytes, and
+lane 4 g + t holds 8 adjacent weights of 32. Their k-tiles are not separated.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.runtime.spec import F32, NUMBER, U8, U16, U32, Planned, kernel_spec
-from numba_atomflow.ops.fp8 import GROUP, group_count
+from numba_atomflow.ops.cuda.layout.converters import CONVERTERS
+from numba_atomflow.ops.formats import FP8_E4M3, WeightFormat
 
 TILE_ROWS = 16
-GROUP_WORDS = TILE_ROWS * GROUP // 4  # codes of 16 rows and 128 columns
-HALF_WORDS = (GROUP_WORDS + TILE_ROWS) // 2  # codes and scales of 8 rows and 128 columns
-THREADS = 256
+GROUP_WORDS = 512  # 16 rows of a group: 2 KB, whatever the format
+HALF_GROUP_WORDS = (GROUP_WORDS + TILE_ROWS) // 2  # 8 rows of an FP8 group: codes and scales
+_K_MULTIPLE = 128  # K is padded to this in every format
 
 
 @dataclass(frozen=True)
-class FragmentLayout:
-    """Where the weights of a projection [rows, columns] are on the device.
+class PrepackedLayout:
+    """Where the weights of a projection [out_features, in_features] are in device memory.
 
     Attributes:
-        half: distance of the rows that are paired; 0: plain order.
-        hardware_fp8: bytes and scales are ordered for `decode_fp8_cvt` (sm_89 and later), else for `decode_fp8_bits`.
-        halves: the weights are float16, without scales; plain order only.
-        chunk: groups of columns per chunk of a tile; 0: all of them.
+        half: distance of paired rows; 0: plain order.
+        format: of the weights; float16 only in plain order.
+        k_tile: groups per k-tile; 0: all of them.
     """
 
-    rows: int
-    columns: int
+    out_features: int
+    in_features: int
     half: int = 0
-    hardware_fp8: bool = False
-    halves: bool = False
-    chunk: int = 0
+    format: WeightFormat = FP8_E4M3
+    k_tile: int = 0
+
+    # --- K ---
 
     @property
-    def group_columns(self) -> int:
-        """Columns whose weights a warp loads together: 2 KB of a tile."""
-        return GROUP // 2 if self.halves else GROUP
+    def group_in_features(self) -> int:
+        """K of a group, which a warp loads together: 2 KB of a tile."""
+        return GROUP_WORDS * 32 // (TILE_ROWS * self.format.bits)
+
+    @property
+    def padded_in_features(self) -> int:
+        """K, padded."""
+        return -(-self.in_features // _K_MULTIPLE) * _K_MULTIPLE
 
     @property
     def groups(self) -> int:
-        """Groups of columns, the last ones padded."""
-        return self.padded_columns // self.group_columns
+        """Groups along K, the padded ones included."""
+        return self.padded_in_features // self.group_in_features
 
     @property
-    def padded_columns(self) -> int:
-        return group_count(self.columns) * GROUP
+    def k_tile_groups(self) -> int:
+        """Groups of every k-tile of a tile but the last."""
+        return min(self.k_tile or self.groups, self.groups)
+
+    @property
+    def k_tiles(self) -> int:
+        """k-tiles of a tile."""
+        return -(-self.groups // self.k_tile_groups)
+
+    @property
+    def last_k_tile_groups(self) -> int:
+        """Groups of a tile's last k-tile: 1 to `k_tile_groups`."""
+        return self.groups - (self.k_tiles - 1) * self.k_tile_groups
+
+    # --- rows ---
 
     @property
     def section_tiles(self) -> int:
@@ -89,131 +104,126 @@ class FragmentLayout:
     @property
     def tiles(self) -> int:
         if self.half:
-            return self.rows // (2 * self.half) * self.section_tiles
-        return -(-self.rows // TILE_ROWS)
+            return self.out_features // (2 * self.half) * self.section_tiles
+        return -(-self.out_features // TILE_ROWS)
 
     @property
-    def chunk_groups(self) -> int:
-        """Groups of every chunk of a tile but the last."""
-        return min(self.chunk or self.groups, self.groups)
+    def split_rows(self) -> bool:
+        """Whether rows 0-7 of a k-tile come before its rows 8-15, each with their scales."""
+        return bool(self.k_tile) and self.format.scaled
+
+    # --- words ---
 
     @property
-    def chunk_words(self) -> int:
-        """32-bit words from one chunk of a tile to the next: a multiple of 32."""
-        return self._words_of(self.chunk_groups)
+    def k_tile_words(self) -> int:
+        """32-bit words from one k-tile of a tile to the next: a multiple of 32."""
+        return self._words_of(self.k_tile_groups)
 
     @property
-    def chunks(self) -> int:
-        """Chunks per tile."""
-        return -(-self.groups // self.chunk_groups)
-
-    @property
-    def last_chunk_groups(self) -> int:
-        """Groups of a tile's last chunk: 1 to `chunk_groups`."""
-        return self.groups - (self.chunks - 1) * self.chunk_groups
-
-    @property
-    def last_chunk_words(self) -> int:
-        """32-bit words of a tile's last chunk: a multiple of 32, `chunk_words` at most."""
-        return self._words_of(self.last_chunk_groups)
+    def last_k_tile_words(self) -> int:
+        """32-bit words of a tile's last k-tile: a multiple of 32, `k_tile_words` at most."""
+        return self._words_of(self.last_k_tile_groups)
 
     @property
     def tile_words(self) -> int:
         """32-bit words from one tile to the next."""
-        return (self.chunks - 1) * self.chunk_words + self.last_chunk_words
-
-    @property
-    def halves_apart(self) -> bool:
-        """Whether rows 0-7 of a chunk stand before its rows 8-15, each with their scales."""
-        return bool(self.chunk) and not self.halves
-
-    def _words_of(self, groups: int) -> int:
-        """32-bit words of a chunk of so many groups."""
-        return -(-groups * (GROUP_WORDS + (0 if self.halves else TILE_ROWS)) // 32) * 32
+        return (self.k_tiles - 1) * self.k_tile_words + self.last_k_tile_words
 
     @property
     def words(self) -> int:
         """32-bit words of the whole projection."""
         return self.tiles * self.tile_words
 
-    @property
-    def byte_order(self) -> tuple[int, int, int, int]:
-        """Which of a word's 4 columns stands in byte 0, 1, 2, 3."""
-        return (0, 1, 2, 3) if self.hardware_fp8 else (2, 0, 3, 1)
+    def _words_of(self, groups: int) -> int:
+        """32-bit words of a k-tile of so many groups."""
+        return -(-groups * (GROUP_WORDS + (TILE_ROWS if self.format.scaled else 0)) // 32) * 32
+
+    # --- order ---
 
     @property
-    def decode(self) -> Any:
-        """The device function that makes two float16 pairs, columns (0, 1) and (2, 3), of a word of codes."""
-        return ptx.convert_fp8_cvt if self.hardware_fp8 else ptx.convert_fp8_bits
-
-    @property
-    def scale_factor(self) -> float:
-        """What a scale is multiplied with, to undo what `decode` leaves out."""
-        return 1.0 if self.hardware_fp8 else 256.0
+    def convert(self) -> Any:
+        """Device function that converts a word of weights; None if they are float16."""
+        converter = CONVERTERS.get(self.format.converter)
+        return converter and converter.convert
 
     def source_rows(self) -> NDArray[np.int64]:
         """Row of the checkpoint per row of the tiles: [tiles, 16]; -1 for padding."""
         tile, row = np.arange(self.tiles)[:, None], np.arange(TILE_ROWS)[None, :]
         if not self.half:
             source = tile * TILE_ROWS + row
-            return np.where(source < self.rows, source, -1)
+            return np.where(source < self.out_features, source, -1)
         section, first = np.divmod(tile, self.section_tiles)
         unit = first * 8 + row % 8
         source = section * 2 * self.half + row // 8 * self.half + unit
         return np.where(unit < self.half, source, -1)
 
-    def pieces(self) -> Iterator[tuple[slice, slice, slice, slice]]:
-        """What stands together in a tile, in its order: for each chunk, or for each half of one, which groups, which
-        halves of the rows (0: rows 0-7, 1: rows 8-15), and which of the tile's words hold their codes and scales.
-        """
-        for chunk in range(self.chunks):
-            first = chunk * self.chunk_groups
-            last = min(first + self.chunk_groups, self.groups)
-            start = chunk * self.chunk_words
-            for half in (slice(0, 1), slice(1, 2)) if self.halves_apart else (slice(0, 2),):
-                share = half.stop - half.start
+    def regions(self) -> Iterator["Region"]:
+        """The regions of a tile in their order: one per k-tile, or two where rows are split."""
+        for k_tile in range(self.k_tiles):
+            first = k_tile * self.k_tile_groups
+            last = min(first + self.k_tile_groups, self.groups)
+            start = k_tile * self.k_tile_words
+            for row_halves in (slice(0, 1), slice(1, 2)) if self.split_rows else (slice(0, 2),):
+                share = row_halves.stop - row_halves.start
                 codes_end = start + (last - first) * share * (GROUP_WORDS // 2)
-                scales_end = codes_end + (0 if self.halves else (last - first) * share * (TILE_ROWS // 2))
-                yield slice(first, last), half, slice(start, codes_end), slice(codes_end, scales_end)
+                scales_end = codes_end + ((last - first) * share * (TILE_ROWS // 2) if self.format.scaled else 0)
+                yield Region(slice(first, last), row_halves, slice(start, codes_end), slice(codes_end, scales_end))
                 start = scales_end
+
+
+class Region(NamedTuple):
+    """A contiguous part of a tile: all codes, then all scales.
+
+    Attributes:
+        groups: of the tile that it holds.
+        row_halves: 0: rows 0-7, 1: rows 8-15.
+        codes, scales: words of the tile that hold them.
+    """
+
+    groups: slice
+    row_halves: slice
+    codes: slice
+    scales: slice
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
 
 
-def to_fragments_reference(
-    codes: NDArray[np.uint8], scales: NDArray[np.float32], layout: FragmentLayout
+def prepack_reference(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], layout: PrepackedLayout
 ) -> NDArray[np.uint32]:
-    """Codes [N, K] and scales [N, groups] to words [layout.words]; the padding at the ends of chunks is zero."""
-    source = layout.source_rows()
-    padded = np.zeros((layout.tiles, TILE_ROWS, layout.padded_columns), np.uint8)
-    padded[source >= 0, : layout.columns] = codes[source[source >= 0]]
-    # axes: tile, row / 8, g, 64 columns, t, word, byte -> tile, 64 columns, row / 8, g, t, word, byte
-    blocks = padded.reshape(layout.tiles, 2, 8, -1, 4, 4, 4)[..., list(layout.byte_order)]
+    """Codes [N, K] and scales [N, groups] to words [layout.words]; the padding at the ends of k-tiles is zero."""
+    converter, source = CONVERTERS[layout.format.converter], layout.source_rows()
+    padded = np.zeros((layout.tiles, TILE_ROWS, layout.padded_in_features), np.uint8)
+    padded[source >= 0, : layout.in_features] = codes[source[source >= 0]]
+    # axes: tile, row / 8, g, 64 of K, t, word, byte -> tile, 64 of K, row / 8, g, t, word, byte
+    blocks = padded.reshape(layout.tiles, 2, 8, -1, 4, 4, 4)[..., list(converter.byte_order)]
     ordered = np.ascontiguousarray(blocks.transpose(0, 3, 1, 2, 4, 5, 6)).view(np.uint32)
-    ordered = ordered.reshape(layout.tiles, layout.groups, 2, 2, GROUP_WORDS // 4)  # .., 64 columns, row / 8, ..
+    ordered = ordered.reshape(layout.tiles, layout.groups, 2, 2, GROUP_WORDS // 4)  # .., 64 of K, row / 8, ..
     factors = np.zeros((layout.tiles, TILE_ROWS, layout.groups), np.float32)
-    factors[source >= 0] = scales[source[source >= 0]] * np.float32(layout.scale_factor)
+    factors[source >= 0] = scales[source[source >= 0]] * np.float32(converter.scale_factor)
     pairs = np.ascontiguousarray(factors.reshape(layout.tiles, 2, 8, -1).transpose(0, 3, 2, 1)).view(np.uint32)
     words = np.zeros((layout.tiles, layout.tile_words), np.uint32)
-    for groups, half, codes_at, scales_at in layout.pieces():
-        words[:, codes_at] = ordered[:, groups, :, half].reshape(layout.tiles, -1)
-        words[:, scales_at] = pairs[:, groups, :, half].reshape(layout.tiles, -1)
+    for region in layout.regions():
+        words[:, region.codes] = ordered[:, region.groups, :, region.row_halves].reshape(layout.tiles, -1)
+        words[:, region.scales] = pairs[:, region.groups, :, region.row_halves].reshape(layout.tiles, -1)
     return words.reshape(-1)
 
 
-def from_fragments_reference(
-    words: NDArray[np.uint32], layout: FragmentLayout
+def unpack_reference(
+    words: NDArray[np.uint32], layout: PrepackedLayout
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The inverse: codes [N, K] and scales [N, groups]."""
-    tiles = words.reshape(layout.tiles, layout.tile_words)
+    converter, tiles = CONVERTERS[layout.format.converter], words.reshape(layout.tiles, layout.tile_words)
     ordered = np.empty((layout.tiles, layout.groups, 2, 2, GROUP_WORDS // 4), np.uint32)
     pairs = np.empty((layout.tiles, layout.groups, 8, 2), np.uint32)
-    for groups, half, codes_at, scales_at in layout.pieces():
-        for place, at in ((ordered[:, groups, :, half], codes_at), (pairs[:, groups, :, half], scales_at)):
-            place[:] = tiles[:, at].reshape(place.shape)
+    for region in layout.regions():
+        codes_part = ordered[:, region.groups, :, region.row_halves]
+        scales_part = pairs[:, region.groups, :, region.row_halves]
+        codes_part[:] = tiles[:, region.codes].reshape(codes_part.shape)
+        scales_part[:] = tiles[:, region.scales].reshape(scales_part.shape)
     blocks = ordered.view(np.uint8).reshape(layout.tiles, -1, 2, 8, 4, 4, 4)
-    inverse = np.argsort(layout.byte_order)
+    inverse = np.argsort(converter.byte_order)
     rows = blocks[..., inverse].transpose(0, 2, 3, 1, 4, 5, 6).reshape(layout.tiles, TILE_ROWS, -1)
     by_row = (
         pairs.view(np.float32)
@@ -222,18 +232,18 @@ def from_fragments_reference(
         .reshape(layout.tiles, TILE_ROWS, -1)
     )
     source = layout.source_rows()
-    codes = np.empty((layout.rows, layout.columns), np.uint8)
-    scales = np.empty((layout.rows, layout.groups), np.float32)
-    codes[source[source >= 0]] = rows[source >= 0][:, : layout.columns]
-    scales[source[source >= 0]] = by_row[source >= 0] / np.float32(layout.scale_factor)
+    codes = np.empty((layout.out_features, layout.in_features), np.uint8)
+    scales = np.empty((layout.out_features, layout.groups), np.float32)
+    codes[source[source >= 0]] = rows[source >= 0][:, : layout.in_features]
+    scales[source[source >= 0]] = by_row[source >= 0] / np.float32(converter.scale_factor)
     return codes, scales
 
 
-def halves_to_fragments_reference(weights: NDArray[np.float16], layout: FragmentLayout) -> NDArray[np.uint32]:
+def prepack_fp16_reference(weights: NDArray[np.float16], layout: PrepackedLayout) -> NDArray[np.uint32]:
     """Float16 weights [N, K] to words [layout.words]."""
-    padded = np.zeros((layout.tiles * TILE_ROWS, layout.padded_columns), np.float16)
-    padded[: layout.rows, : layout.columns] = weights
-    # axes: tile, row / 8, g, 32 columns, t, element -> tile, 32 columns, row / 8, g, t, element
+    padded = np.zeros((layout.tiles * TILE_ROWS, layout.padded_in_features), np.float16)
+    padded[: layout.out_features, : layout.in_features] = weights
+    # axes: tile, row / 8, g, 32 of K, t, element -> tile, 32 of K, row / 8, g, t, element
     blocks = padded.reshape(layout.tiles, 2, 8, -1, 4, 8).transpose(0, 3, 1, 2, 4, 5)
     return np.ascontiguousarray(blocks).reshape(-1).view(np.uint32)
 
@@ -241,15 +251,15 @@ def halves_to_fragments_reference(weights: NDArray[np.float16], layout: Fragment
 # --- GPU ---------------------------------------------------------------------------------------------------------
 
 
-def make_places(layout: FragmentLayout) -> tuple[Any, Any]:
-    """Device functions that tell where weights are, in words from the start of their tile; nothing is negative.
+def make_offsets(layout: PrepackedLayout) -> tuple[Any, Any]:
+    """Device functions that compute where weights are, in words from the start of their tile. No argument is negative.
 
-    `codes_at(group, part, half)`: the 128 words of 64 columns (part 0 or 1 of the group) and 8 rows (half 0: rows 0-7).
+    `codes_at(group, part, half)`: the 128 words of 64 of K (part 0 or 1 of the group) and 8 rows (half 0: rows 0-7).
     `scale_at(group, row)`: a row's scale.
     """
-    groups, chunk_groups, chunk_words = layout.groups, layout.chunk_groups, layout.chunk_words
+    groups, k_tile_groups, k_tile_words = layout.groups, layout.k_tile_groups, layout.k_tile_words
     scales_start = groups * GROUP_WORDS
-    even = layout.last_chunk_groups == chunk_groups
+    even = layout.last_k_tile_groups == k_tile_groups
 
     @ptx.device_function
     def codes_in_tile(group, part, half):
@@ -260,137 +270,21 @@ def make_places(layout: FragmentLayout) -> tuple[Any, Any]:
         return scales_start + group * TILE_ROWS + row % 8 * 2 + row // 8
 
     @ptx.device_function
-    def split(group):
-        """Where the group's chunk begins; the group's number in it; groups that it has."""
+    def locate(group):
+        """Start of the group's k-tile; the group's index in it; groups of that k-tile."""
         # Unsigned, so that a power of two is a shift; then int64, because numba makes a float of uint64 + int64.
-        chunk = np.int64(np.uint32(group) // np.uint32(chunk_groups))
-        first = chunk * chunk_groups
-        return chunk * chunk_words, group - first, chunk_groups if even else min(chunk_groups, groups - first)
+        k_tile = np.int64(np.uint32(group) // np.uint32(k_tile_groups))
+        first = k_tile * k_tile_groups
+        return k_tile * k_tile_words, group - first, k_tile_groups if even else min(k_tile_groups, groups - first)
 
     @ptx.device_function
-    def codes_in_chunk(group, part, half):
-        start, number, count = split(group)
-        return start + half * count * HALF_WORDS + number * 256 + part * 128
+    def codes_in_k_tile(group, part, half):
+        start, number, count = locate(group)
+        return start + half * count * HALF_GROUP_WORDS + number * 256 + part * 128
 
     @ptx.device_function
-    def scale_in_chunk(group, row):
-        start, number, count = split(group)
-        return start + row // 8 * count * HALF_WORDS + count * 256 + number * 8 + row % 8
+    def scale_in_k_tile(group, row):
+        start, number, count = locate(group)
+        return start + row // 8 * count * HALF_GROUP_WORDS + count * 256 + number * 8 + row % 8
 
-    return (codes_in_chunk, scale_in_chunk) if layout.halves_apart else (codes_in_tile, scale_in_tile)
-
-
-def make_repack(hardware_fp8: bool) -> Any:
-    """Kernel (codes uint8 [N * K], scales float32 [N * groups], words uint32 [layout.words], then the numbers of
-    `repack_sizes(layout)`): one thread per word. One kernel for all layouts, because it runs once.
-
-    Launch: `repack_blocks(layout)` blocks of `THREADS` threads, no shared memory.
-    """
-    sample = FragmentLayout(TILE_ROWS, GROUP, hardware_fp8=hardware_fp8)
-    order_0, order_1, order_2, order_3 = sample.byte_order
-    factor = np.float32(sample.scale_factor)
-
-    @ptx.device_function
-    def source_row(tile, row, rows, half, section_tiles):
-        if half == 0:
-            source = tile * 16 + row
-            return source if source < rows else -1
-        unit = tile % section_tiles * 8 + row % 8
-        source = tile // section_tiles * (2 * half) + row // 8 * half + unit
-        return source if unit < half else -1
-
-    @ptx.device_function
-    def code(codes, row, column, columns):
-        return np.uint32(codes[row * columns + column]) if column < columns else np.uint32(0)
-
-    @ptx.kernel(THREADS, 1)
-    def repack(codes, scales, words, rows, columns, half, chunk_groups, together):
-        groups = (columns + 127) // 128
-        chunk_words = (chunk_groups * 528 + 31) // 32 * 32
-        whole_chunks = (groups - 1) // chunk_groups
-        tile_words = whole_chunks * chunk_words + ((groups - whole_chunks * chunk_groups) * 528 + 31) // 32 * 32
-        section_tiles = max((half + 7) // 8, 1)
-        index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        if index >= len(words):
-            return
-        tile = index // tile_words
-        chunk, word = index % tile_words // chunk_words, index % tile_words % chunk_words
-        first_group = chunk * chunk_groups
-        count = min(chunk_groups, groups - first_group)
-        value = np.uint32(0)
-        if word < count * 528:  # else padding
-            # Blocks of 128 words, and scales, of the halves of the rows that stand together take turns.
-            piece, word = word // (count * 264 * together), word % (count * 264 * together)
-            codes_end = count * 256 * together
-            if word < codes_end:
-                block = word // 128
-                row = (piece + block % together) * 8 + word % 128 // 16
-                row = source_row(tile, row, rows, half, section_tiles)
-                column = first_group * 128 + block // together * 64 + word % 16 * 4
-                if row >= 0:
-                    value = np.uint32(
-                        code(codes, row, column + order_0, columns)
-                        | code(codes, row, column + order_1, columns) << 8
-                        | code(codes, row, column + order_2, columns) << 16
-                        | code(codes, row, column + order_3, columns) << 24
-                    )
-            else:
-                entry = word - codes_end
-                row = (piece + entry % together) * 8 + entry // together % 8
-                row = source_row(tile, row, rows, half, section_tiles)
-                group = first_group + entry // (8 * together)
-                if row >= 0:
-                    value = np.uint32(ptx.f32_bits(scales[row * groups + group] * factor))
-        words[index] = value
-
-    return repack
-
-
-def make_repack_halves() -> Any:
-    """Kernel (weights uint16 [N * K], words uint32 [layout.words], then the numbers of `repack_sizes(layout)`): one
-    thread per word. Launched as `make_repack`'s.
-    """
-
-    @ptx.device_function
-    def half(weights, row, column, rows, columns):
-        if row < rows and column < columns:
-            return np.uint32(weights[row * columns + column])
-        return np.uint32(0)
-
-    @ptx.kernel(THREADS, 1)
-    def repack_halves(weights, words, rows, columns):
-        tile_words = (columns + 127) // 128 * 1024
-        index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        if index >= len(words):
-            return
-        tile, word = index // tile_words, index % tile_words
-        row = tile * 16 + word % 256 // 128 * 8 + word % 128 // 16
-        column = word // 256 * 32 + word % 16 * 2
-        low = half(weights, row, column, rows, columns)
-        words[index] = np.uint32(low | half(weights, row, column + 1, rows, columns) << 16)
-
-    return repack_halves
-
-
-def repack_kernel(hardware_fp8: bool) -> Planned:
-    """The kernel of `make_repack`."""
-    signature = (U8, F32, U32, NUMBER, NUMBER, NUMBER, NUMBER, NUMBER)
-    return Planned(kernel_spec("repack", make_repack, signature, THREADS, hardware_fp8=hardware_fp8), 0)
-
-
-def repack_halves_kernel() -> Planned:
-    """The kernel of `make_repack_halves`."""
-    return Planned(kernel_spec("repack_halves", make_repack_halves, (U16, U32, NUMBER, NUMBER), THREADS), 0)
-
-
-def repack_blocks(layout: FragmentLayout) -> int:
-    """Blocks of the repack kernel."""
-    return -(-layout.words // THREADS)
-
-
-def repack_sizes(layout: FragmentLayout) -> tuple[int, ...]:
-    """What a repack kernel is told about a layout: rows, columns, and, with scales, `half`, groups per chunk, and how
-    many halves of the rows stand together.
-    """
-    sizes = (layout.rows, layout.columns)
-    return sizes if layout.halves else (*sizes, layout.half, layout.chunk_groups, 1 if layout.halves_apart else 2)
+    return (codes_in_k_tile, scale_in_k_tile) if layout.split_rows else (codes_in_tile, scale_in_tile)

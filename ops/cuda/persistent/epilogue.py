@@ -24,7 +24,7 @@ from numba_atomflow.ops.cuda.token.order import penalise, sort_key
 
 def make_prepare(shape: PersistentShape) -> Any:
     """Device function (kind, given, share, entry, ahead)."""
-    rows, halved_of = shape.vocabulary.rows, shape.picker("halved")
+    rows, halved_of = shape.vocabulary.out_features, shape.picker("halved")
     entering, middle = shape.exchange["entering_exact"], shape.exchange["middle_exact"]
 
     @ptx.device_function
@@ -140,7 +140,7 @@ def _make_swiglu(shape: PersistentShape) -> Any:
 
 def _make_logits(shape: PersistentShape) -> Any:
     """Logits, and the largest of the thread's sort keys."""
-    rows = shape.vocabulary.rows
+    rows = shape.vocabulary.out_features
     row_sum = make_row_sum(shape, VOCABULARY)
 
     @ptx.large_device_function

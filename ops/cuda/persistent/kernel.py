@@ -228,9 +228,9 @@ def _make_stage(shape: PersistentShape) -> Any:
     """
     words_of_x, x_start = shape.hidden // 2, shape.x_start
     entering, middle, attended, ffn = (shape.exchange[name] for name in ("entering", "middle", "attended", "ffn"))
-    stage_norm = make_stage_norm(shape, shape.qkv.padded_columns)
-    stage_attended = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_columns)
-    stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_columns)
+    stage_norm = make_stage_norm(shape, shape.qkv.padded_in_features)
+    stage_attended = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_in_features)
+    stage_ffn = make_stage_copy(shape, shape.ffn, shape.down.padded_in_features)
 
     @ptx.device_function
     def report(normed, thread, words):

@@ -67,8 +67,8 @@ def make_cut(shape: PersistentShape) -> tuple[Any, Any]:
         place (of, share) -> the word of the model's weights at which a share begins.
     """
     table_start, slots_of, halved_of = shape.table_start, shape.picker("slots"), shape.picker("halved")
-    tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("chunk_words")
-    last_words_of = shape.picker("last_chunk_words")
+    tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("k_tile_words")
+    last_words_of = shape.picker("last_k_tile_words")
 
     @ptx.device_function
     def cut(words, op, kind):

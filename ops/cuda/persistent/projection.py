@@ -14,7 +14,7 @@ import numpy as np
 from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, HALF_WORDS
+from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, HALF_GROUP_WORDS
 from numba_atomflow.ops.cuda.persistent.pipeline import await_barrier
 from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, CONSUMERS, THREADS, VOCABULARY, PersistentShape
 from numba_atomflow.ops.cuda.persistent.staging import meet, swizzled
@@ -37,8 +37,8 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
     and each of which is then taken from its own.
     """
     slot_words = shape.slot_words
-    matrices = [matrix for matrix in shape.matrices if matrix.halves == halves]
-    even = all(matrix.last_chunk_groups == CHUNK for matrix in matrices)
+    matrices = [matrix for matrix in shape.matrices if (matrix.format.bits == 16) == halves]
+    even = all(matrix.last_k_tile_groups == CHUNK for matrix in matrices)
     x_step = 32 if halves else 64  # words of x per group
     code_registers, sum_registers = 16 * CHUNK, 4 * CHUNK
     fragments = 2 if halves else 4  # of 16 bytes, of x
@@ -51,7 +51,7 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
         odd, upper = t & np.uint32(1) == np.uint32(1), t >= np.uint32(2)
         start = np.uint32(slot * np.uint32(slot_words))
         count = np.uint32(CHUNK if even else groups)
-        second = np.uint32(start + count * np.uint32(HALF_WORDS))  # of rows 8-15: codes, then scales
+        second = np.uint32(start + count * np.uint32(HALF_GROUP_WORDS))  # of rows 8-15: codes, then scales
         for u in range(CHUNK):
             if even or u < groups:
                 for i in range(4):
@@ -119,11 +119,11 @@ def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
     partials, partial_words = shape.partials_start, shape.partial_words
     landed, free = shape.barriers_start, shape.barriers_start + slots
     trace, ops = shape.trace, shape.ops
-    halves = shape.vocabulary.halves
+    halves = shape.vocabulary.format.bits == 16
     multiply = make_multiply(shape, halves=False)
     multiply_halves = make_multiply(shape, halves=True) if halves else multiply
     shares_of, slots_of, halved_of = shape.picker("shares"), shape.picker("slots"), shape.picker("halved")
-    last_groups_of, x_start = shape.picker("last_chunk_groups"), shape.x_start
+    last_groups_of, x_start = shape.picker("last_k_tile_groups"), shape.x_start
     round_shares_of, entry_bits_of = shape.picker("round_shares"), shape.picker("entry_bits")
     x_words = np.uint32(CHUNK * 64)  # of a chunk
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.layout.weights import HALF_WORDS, FragmentLayout
+from numba_atomflow.ops.cuda.layout.weights import HALF_GROUP_WORDS, PrepackedLayout
 
 CHUNK = 4  # groups of 128 columns per chunk: 8 KB and its scales, large enough for the copy engine
 CONSUMERS = 7  # warps that compute: with the one that copies, 8, which may have 255 registers each
@@ -56,12 +56,12 @@ class PersistentShape:
     kv_heads: int
     head_dim: int
     eps: float
-    qkv: FragmentLayout
-    o: FragmentLayout
-    gate_up: FragmentLayout
-    down: FragmentLayout
-    vocabulary: FragmentLayout
-    embedding: FragmentLayout
+    qkv: PrepackedLayout
+    o: PrepackedLayout
+    gate_up: PrepackedLayout
+    down: PrepackedLayout
+    vocabulary: PrepackedLayout
+    embedding: PrepackedLayout
     sms: int
     shared_bytes: int
     in_flight: int = 4
@@ -78,7 +78,7 @@ class PersistentShape:
         return 5 * self.layers + 2
 
     @property
-    def matrices(self) -> tuple[FragmentLayout, ...]:
+    def matrices(self) -> tuple[PrepackedLayout, ...]:
         """Projections, in the order of their kinds."""
         return self.qkv, self.o, self.gate_up, self.down, self.vocabulary
 
@@ -93,7 +93,7 @@ class PersistentShape:
         """
         layouts = dict(zip(_KINDS, self.matrices, strict=True))
         halved = {kind: int(kind in (OUT, DOWN) and _can_be_halved(layout)) for kind, layout in layouts.items()}
-        slots = {kind: layout.chunks // (1 + halved[kind]) for kind, layout in layouts.items()}
+        slots = {kind: layout.k_tiles // (1 + halved[kind]) for kind, layout in layouts.items()}
         match what:
             case "halved":
                 return halved
@@ -153,7 +153,7 @@ class PersistentShape:
     @property
     def slot_words(self) -> int:
         """A chunk of any projection."""
-        return max(m.chunk_words for m in self.matrices)
+        return max(m.k_tile_words for m in self.matrices)
 
     @property
     def slots(self) -> int:
@@ -180,7 +180,7 @@ class PersistentShape:
     @property
     def x_words(self) -> int:
         """The vector that a projection reads, float16; or what attention keeps: queries, the newest key, sums."""
-        widest = max(m.padded_columns for m in (self.qkv, self.o, self.gate_up, self.down)) // 2
+        widest = max(m.padded_in_features for m in (self.qkv, self.o, self.gate_up, self.down)) // 2
         attention = MOST_QUERIES * self.query_pitch + self.head_dim + self.sum_parts * self.ratio * (self.head_dim + 2)
         return -(-max(widest, attention) // 32) * 32
 
@@ -257,7 +257,7 @@ class PersistentShape:
 
     def refusal(self) -> str | None:
         """Why this shape can't be run; None if it can."""
-        if not all(matrix.halves or matrix.hardware_fp8 for matrix in self.matrices):
+        if not all(matrix.format.converter != "bits" for matrix in self.matrices):
             return "it has no instruction that decodes FP8 (sm_89 and later do)"
         if self.hidden % 16 or self.ffn % 8 or self.head_dim % 16:
             return "its widths are not multiples of 16"
@@ -270,7 +270,9 @@ class PersistentShape:
         return None
 
 
-def _can_be_halved(layout: FragmentLayout) -> bool:
+def _can_be_halved(layout: PrepackedLayout) -> bool:
     """Whether the chunks of a tile make whole pairs."""
-    whole = layout.chunks % 2 == 0 and layout.last_chunk_groups == CHUNK
-    return layout.halves_apart and whole and layout.chunk_words == 2 * CHUNK * HALF_WORDS  # nothing pads the halves
+    whole = layout.k_tiles % 2 == 0 and layout.last_k_tile_groups == CHUNK
+    return (
+        layout.split_rows and whole and layout.k_tile_words == 2 * CHUNK * HALF_GROUP_WORDS
+    )  # nothing pads the halves

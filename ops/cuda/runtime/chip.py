@@ -1,17 +1,19 @@
-"""What the cutting of work depends on: a GPU in a few numbers."""
+"""The properties of a GPU that kernels are tiled for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from numba_atomflow.device.driver import Device
+from numba_atomflow.ops.formats import WeightFormat
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What the cutting of work depends on.
+    """The properties of a GPU that kernels are tiled for.
 
     Attributes:
+        sms: number of SMs.
+        shared_bytes: largest shared memory of a CTA.
         capability: compute capability.
-        shared_bytes: the most shared memory of a block.
     """
 
     sms: int
@@ -19,16 +21,20 @@ class Chip:
     capability: tuple[int, int]
 
     @property
-    def hardware_fp8(self) -> bool:
-        """Whether it converts FP8 by an instruction."""
-        return self.capability >= (8, 9)
+    def fp8_converter(self) -> str:
+        """How FP8 becomes float16: by the `cvt` instruction since sm_89, else by integer instructions ("bits")."""
+        return "cvt" if self.capability >= (8, 9) else "bits"
+
+    def native(self, weights: WeightFormat) -> WeightFormat:
+        """The format with the converter that this GPU has."""
+        return replace(weights, converter=self.fp8_converter) if weights.converter in {"cvt", "bits"} else weights
 
     @property
     def dependent_launch(self) -> bool:
-        """Whether a kernel may start before the one before has ended."""
+        """Whether it has programmatic dependent launch."""
         return self.capability >= (9, 0)
 
 
 def chip_of(device: Device) -> Chip:
-    """What cutting the work must know of a device."""
+    """The properties of an open device."""
     return Chip(device.sms, device.shared_bytes, device.capability)

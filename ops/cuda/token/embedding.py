@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from numba import cuda
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.layout.weights import FragmentLayout, make_places
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, make_offsets
 from numba_atomflow.ops.cuda.runtime.spec import F32, I32, U32, Planned, kernel_spec
 
 THREADS = 256
@@ -32,41 +32,41 @@ class EmbedArguments(NamedTuple):
     residual: F32
 
 
-def make_quad(layout: FragmentLayout) -> Any:
+def make_quad(layout: PrepackedLayout) -> Any:
     """Device function (words, start, row, quad) -> elements 4 quad .. 4 quad + 3 of a row of the embedding.
 
     The embedding begins at word `start` of `words` uint32. Plain rows.
     """
     tile_words = layout.tile_words
-    decode = layout.decode
-    codes_at, scale_at = make_places(layout)
+    convert = layout.convert
+    codes_at, scale_at = make_offsets(layout)
 
     @ptx.device_function
-    def quad_of_codes(words, start, row, quad):
+    def quad_of_fp8(words, start, row, quad):
         tile, r, group = start + row // 16 * tile_words, row % 16, quad // 32
         code = words[tile + codes_at(group, quad // 16 % 2, r // 8) + r % 8 * 16 + quad % 16]
         scale = ptx.bits_f32(words[tile + scale_at(group, r)])
-        pair_0, pair_1 = decode(code)
+        pair_0, pair_1 = convert(code)
         x0, x1 = ptx.unpack_f16x2(pair_0)
         x2, x3 = ptx.unpack_f16x2(pair_1)
         return x0 * scale, x1 * scale, x2 * scale, x3 * scale
 
     @ptx.device_function
-    def quad_of_halves(words, start, row, quad):
+    def quad_of_fp16(words, start, row, quad):
         at = start + row // 16 * tile_words + quad // 8 * 256 + row % 16 // 8 * 128 + row % 8 * 16 + quad % 8 * 2
         x0, x1 = ptx.unpack_f16x2(words[at])
         x2, x3 = ptx.unpack_f16x2(words[at + 1])
         return x0, x1, x2, x3
 
-    return quad_of_halves if layout.halves else quad_of_codes
+    return quad_of_fp16 if layout.format.bits == 16 else quad_of_fp8
 
 
-def make_embed(layout: FragmentLayout, tokens: int) -> Any:
+def make_embed(layout: PrepackedLayout, tokens: int) -> Any:
     """Kernel (`EmbedArguments`): residual[t] = row tokens[t] of the embedding. Plain row order.
 
     Launch: `embed_ctas(layout, tokens)` CTAs of `THREADS` threads, no shared memory.
     """
-    hidden = layout.columns
+    hidden = layout.in_features
     row_quads = -(-hidden // 4)
     total = tokens * row_quads
     quad_of = make_quad(layout)
@@ -90,12 +90,12 @@ def make_embed(layout: FragmentLayout, tokens: int) -> Any:
     return embed
 
 
-def embed_kernel(layout: FragmentLayout, tokens: int) -> Planned:
+def embed_kernel(layout: PrepackedLayout, tokens: int) -> Planned:
     """The spec of the kernel of `make_embed`."""
     spec = kernel_spec(f"embed_x{tokens}", make_embed, EmbedArguments, THREADS, layout=layout, tokens=tokens)
     return Planned(spec, embed_ctas(layout, tokens))
 
 
-def embed_ctas(layout: FragmentLayout, tokens: int) -> int:
+def embed_ctas(layout: PrepackedLayout, tokens: int) -> int:
     """CTAs of a launch."""
-    return -(-tokens * -(-layout.columns // 4) // THREADS)
+    return -(-tokens * -(-layout.in_features // 4) // THREADS)
