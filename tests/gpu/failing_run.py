@@ -13,6 +13,7 @@ from numba_atomflow.errors import BackendError  # noqa: E402
 from numba_atomflow.memory.view import View  # noqa: E402
 from numba_atomflow.model.step import SAMPLE  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.launch import Launch  # noqa: E402
+from numba_atomflow.ops.cuda.token.embedding import EmbedArguments  # noqa: E402
 
 PROMPT, PARAMS = [5, 6, 7, 8], SamplingParams(max_tokens=12)
 
@@ -22,7 +23,8 @@ def fail(backend: CudaBackend) -> None:
         good = backend._graphs.launches(2, SAMPLE)[0]  # the embedding of a prompt, whatever way tokens are decoded
         nowhere = View("nowhere", 0x10, (1 << 20,), "float32")
         table, tokens = backend._model.weights.projections["embedding"].codes, backend._model.buffers["tokens"]
-        Launch(good.kernel, good.blocks, (table, tokens, nowhere), backend.stream).run()
+        arguments = EmbedArguments(table, tokens, nowhere)
+        Launch(good.kernel, good.blocks, arguments, backend.stream).run()
 
 
 def main() -> None:
