@@ -7,9 +7,8 @@ steps), prompt_tokens, geometry (JSON), versions (JSON), checkpoint_sha256, sour
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.safetensors import METADATA, TensorFile, read_tensor_file
 from numba_atomflow.errors import CheckpointError, DestinationError, GeometryError, GroundTruthError
+from numba_atomflow.files.atomic import write_pieces
 from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.memory.mapped_file import MappedFile
@@ -63,23 +63,15 @@ def save_ground_truth(truth: Reference, path: Path | str) -> None:
         end += rows.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # float32 data must be aligned to 4 bytes
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    head = len(text).to_bytes(8, "little") + text
+    contents = (np.ascontiguousarray(tensor, "<f4").data for tensor in truth.tensors.values())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for rows in truth.tensors.values():
-                file.write(np.ascontiguousarray(rows, "<f4").data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_pieces(path, chain([head], contents), replace=True)
     except OSError as error:
         raise DestinationError(
             f"{path} cannot be written ({error.strerror}); make room, or choose another name."
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def open_ground_truth(path: Path | str) -> Reference:

@@ -3,16 +3,22 @@
 import errno
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes, *, replace: bool) -> None:
+    """Write a temporary file in the same folder and rename it; arguments and errors as those of `write_pieces`."""
+    write_pieces(path, [data], replace=replace)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], *, replace: bool) -> None:
     """Write a temporary file in the same folder and rename it.
 
     Args:
         path: the file; its folder exists.
-        data: its contents.
+        pieces: its contents, in order.
         replace: replace an existing file; otherwise that is an error.
 
     Raises:
@@ -22,7 +28,8 @@ def write_whole(path: Path, data: bytes, *, replace: bool) -> None:
     partial = path.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with partial.open("xb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())  # a full disk may be noticed only here
         if replace:

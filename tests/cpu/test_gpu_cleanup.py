@@ -10,20 +10,20 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cache, partial
 from types import CodeType, FrameType
 from typing import Any
 
 import pytest
+from gpu_runners import make_runner
 from numpy.typing import NDArray
-from pretended_gpu import PretendedDriver, Status
+from pretended_gpu import PretendedDriver, Status, pretend_compiler
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
 from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.choose import gpu_is_usable
-from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.device import driver, resources
 from numba_atomflow.device.driver import open_device
@@ -31,7 +31,6 @@ from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.errors import BackendError, CheckpointError, ClosedError
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
-from numba_atomflow.sandbox.runner import CacheSizes
 from numba_atomflow.utils import interrupts
 from numba_atomflow.utils.interrupts import deferred_interrupts
 
@@ -45,14 +44,7 @@ UNDOING = ("cuGraphExecDestroy", "cuModuleUnload", "cuMemFree", "cuMemFreeHost",
 
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(specs: Any, _capability: Any, progress: Any = None) -> dict[Any, bytes]:
-        if progress:
-            progress("compiling GPU kernels", 0, len(specs))
-        return dict.fromkeys(specs, b"code")
-
-    for user in ("backends.cuda.backend", "sandbox.gpu_runner", "backends.cuda.measure"):
-        monkeypatch.setattr(f"numba_atomflow.{user}.build", build)
-    monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.build.missing_compiler", lambda: None)
+    pretend_compiler(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -78,22 +70,10 @@ def load(decode: Decode = "graph", **options: Any) -> Engine:
     return Engine.random(SMALL, "cuda", 1, decode=decode, **options)
 
 
-def make_runner() -> GpuRunner:
-    """The sandbox's."""
-    model = RandomModel(SMALL)
-    sizes = CacheSizes(slots=32, block_sizes=(16,), sequences=1, longest=16)
-    with ExitStack() as refused:
-        runner = GpuRunner(model.geometry, WeightArrays(model), sizes)
-        refused.callback(runner.close)
-        runner.prepare(None)
-        refused.pop_all()
-    return runner
-
-
 MAKERS: dict[str, Callable[[], Engine | GpuRunner]] = {
     "graph": load,
     "persistent": partial(load, "persistent"),
-    "sandbox": make_runner,
+    "sandbox": partial(make_runner, SMALL),
 }
 
 

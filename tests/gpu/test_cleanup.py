@@ -9,22 +9,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from device_launch import capability
+from gpu_runners import make_runner
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Decode
-from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.device import driver
 from numba_atomflow.errors import AtomFlowError, BackendError
-from numba_atomflow.sandbox.gpu_runner import GpuRunner
-from numba_atomflow.sandbox.runner import CacheSizes
 
 SMALL = tiny_geometry(layers=1)
 PROMPT, PARAMS = [5, 6, 7], SamplingParams(max_tokens=8, ignore_eos=True)
@@ -94,17 +93,6 @@ def load(decode: Decode = "auto", **options: Any) -> Engine:
     return Engine.random(SMALL, "cuda", 16, decode=decode, **options)
 
 
-def make_runner() -> GpuRunner:
-    model = RandomModel(SMALL)
-    sizes = CacheSizes(slots=32, block_sizes=(16,), sequences=1, longest=16)
-    with ExitStack() as refused:
-        runner = GpuRunner(model.geometry, WeightArrays(model), sizes)
-        refused.callback(runner.close)
-        runner.prepare(None)
-        refused.pop_all()
-    return runner
-
-
 def reply(engine: Engine) -> list[int]:
     engine.reset()
     return engine.generate_tokens(PROMPT, PARAMS).finish().token_ids
@@ -120,7 +108,7 @@ def telling(calls: list[str]) -> list[int]:
     return sorted({ways.index(way) for way in ways} | {len(ways) - 1 - ways[::-1].index(way) for way in ways})
 
 
-@pytest.mark.parametrize("make", [load, make_runner], ids=["engine", "sandbox"])
+@pytest.mark.parametrize("make", [load, partial(make_runner, SMALL)], ids=["engine", "sandbox"])
 @pytest.mark.parametrize("failure", ["every call interrupted", "out of memory", "Ctrl-C before", "Ctrl-C after"])
 def test_a_failure_at_any_call_of_the_driver(watched: Watched, make: Callable[[], Any], failure: str) -> None:
     from cuda.bindings.driver import CUresult
@@ -207,7 +195,7 @@ class Ways:
             self.watched.behave()
 
     def serve(self) -> None:
-        make_runner().close()
+        make_runner(SMALL).close()
 
 
 def test_cycles_in_random_order_bring_all_memory_back(watched: Watched) -> None:

@@ -333,3 +333,16 @@ class PretendedDriver:
 
     def _cuEventElapsedTime(self, _start: int, _end: int) -> float:
         return 1.0
+
+
+def pretend_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels "compile" at once, to code that the pretended driver does not look at."""
+
+    def build(specs: Any, _capability: Any, progress: Any = None) -> dict[Any, bytes]:
+        if progress:
+            progress("compiling GPU kernels", 0, len(specs))
+        return dict.fromkeys(specs, b"code")
+
+    for user in ("backends.cuda.backend", "sandbox.gpu_runner", "backends.cuda.measure"):
+        monkeypatch.setattr(f"numba_atomflow.{user}.build", build)
+    monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.build.missing_compiler", lambda: None)

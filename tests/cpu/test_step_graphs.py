@@ -1,0 +1,107 @@
+"""Which graphs of a model's steps are captured, and what a step puts into the stream; over a pretended driver."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from pretended_gpu import PretendedDriver, pretend_compiler
+from tiny_models import tiny_geometry
+
+from numba_atomflow import Engine
+from numba_atomflow.backends.base import Decode
+from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.backends.cuda.graphs import is_decode, split_tail
+from numba_atomflow.backends.cuda.queue import RUN_AHEAD
+from numba_atomflow.model.step import LAST_LOGITS, NO_LOGITS, SAMPLE, Advance, Head, LmHead, Sample
+
+pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
+pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
+
+LAYERS, MAX_SEQ_LEN = 2, 64
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_compiler(monkeypatch)
+
+
+@pytest.fixture(params=["graph", "persistent"])
+def decode(request: pytest.FixtureRequest) -> Decode:
+    path: Decode = request.param
+    return path
+
+
+@pytest.fixture
+def backend(pretended: PretendedDriver, decode: Decode) -> Iterator[CudaBackend]:
+    with Engine.random(tiny_geometry(layers=LAYERS), "cuda", MAX_SEQ_LEN, decode=decode) as engine:
+        assert isinstance(engine.backend, CudaBackend)
+        yield engine.backend
+
+
+def since(pretended: PretendedDriver, first: int) -> Counter[str]:
+    """Calls of the driver that put work into a stream, or capture it."""
+    calls = Counter(pretended.calls[first:])
+    return Counter({name: calls[name] for name in ("cuGraphLaunch", "cuLaunchKernelEx", "cuGraphInstantiate")})
+
+
+def test_few_graphs_are_captured_before_the_first_prompt(
+    pretended: PretendedDriver, backend: CudaBackend, decode: Decode
+) -> None:
+    """Decode (with the persistent kernel: greedy or not), a whole prefill chunk, and the layers of a padded one."""
+    assert pretended.counts()["executable graph"] == (4 if decode == "persistent" else 3)
+    assert backend.prefill_chunk == backend.kernels.gemv_width == 8
+
+
+def test_no_length_of_a_prompt_captures_another(pretended: PretendedDriver, backend: CudaBackend) -> None:
+    captured = pretended.counts()["executable graph"]
+    for tokens in range(1, backend.prefill_chunk + 1):
+        first = len(pretended.calls)
+        backend.prefill([1] * tokens, SAMPLE)
+        tail = 0 if tokens == 1 else 4  # LM head, arg-max, sampling, advance
+        assert since(pretended, first) == Counter(cuGraphLaunch=1, cuLaunchKernelEx=tail)
+        backend.seek(0)
+    first = len(pretended.calls)
+    backend.prefill([1] * backend.prefill_chunk, NO_LOGITS)
+    assert since(pretended, first) == Counter(cuGraphLaunch=1)
+    assert pretended.counts()["executable graph"] == captured
+
+
+def test_the_layers_of_a_single_token_are_captured_on_first_use(
+    pretended: PretendedDriver, backend: CudaBackend
+) -> None:
+    captured = pretended.counts()["executable graph"]
+    for _ in range(2):
+        backend.prefill([1], NO_LOGITS)
+    assert pretended.counts()["executable graph"] == captured + 1
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 8])
+@pytest.mark.parametrize("head", [NO_LOGITS, LAST_LOGITS, SAMPLE])
+def test_a_chunk_takes_the_same_launches_with_and_without_graphs(backend: CudaBackend, tokens: int, head: Head) -> None:
+    launches = backend._graphs.launches(tokens, head)
+    layers, tail = split_tail(backend.step(tokens, head))
+    assert len(layers) == 1 + 5 * LAYERS
+    expected = [launch.kernel for op in layers for launch in backend._graphs.bind(op)]
+    expected += [launch.kernel for op in tail for launch in backend._graphs.bind(op, sampled=head.sample)]
+    assert [launch.kernel for launch in launches] == expected
+
+
+def test_only_one_token_that_samples_one_is_a_decode_step() -> None:
+    assert is_decode(1, SAMPLE)
+    assert not is_decode(2, SAMPLE)
+    assert not is_decode(1, LAST_LOGITS)
+
+
+def test_ops_after_the_layers(backend: CudaBackend) -> None:
+    kinds = {
+        head: [type(op) for op in split_tail(backend.step(3, head))[1]] for head in (NO_LOGITS, LAST_LOGITS, SAMPLE)
+    }
+    assert kinds == {NO_LOGITS: [Advance], LAST_LOGITS: [LmHead, Advance], SAMPLE: [LmHead, Sample, Advance]}
+
+
+def test_decode_steps_are_queued_ahead(pretended: PretendedDriver, backend: CudaBackend) -> None:
+    backend.prefill([1, 2], SAMPLE)
+    for steps in (1 + RUN_AHEAD, 1, 1):
+        first = len(pretended.calls)
+        backend.decode()
+        assert since(pretended, first)["cuGraphLaunch"] == steps
