@@ -188,7 +188,7 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# --- two models ------------------------------------------------------------------------------------------------------
+# --- the two models --------------------------------------------------------------------------------------------------
 
 
 def _source_model(checkpoint: Checkpoint, path: Path) -> Any:

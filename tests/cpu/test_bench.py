@@ -43,7 +43,7 @@ def report(engine: Engine) -> BenchReport:
     return bench(engine, SETTINGS, CompileTimes(2.0, 1.0))
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------
+# --- measurements ----------------------------------------------------------------------------------------------------
 
 
 def test_every_depth_has_every_figure(report: BenchReport) -> None:
@@ -284,7 +284,7 @@ def test_what_else_changed_is_told(report: BenchReport) -> None:
     }
 
 
-# --- its parts -------------------------------------------------------------------------------------------------------
+# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_spread_is_a_median_and_the_middle_four_fifths() -> None:

@@ -92,7 +92,7 @@ def test_guard_pages_detect_a_row_out_of_bounds() -> None:
     assert in_guarded_pages("above", "fault").returncode == -signal.SIGSEGV
 
 
-# --- before a step -----------------------------------------------------------------------------------------------
+# --- checks before a step ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

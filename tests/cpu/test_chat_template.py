@@ -222,7 +222,7 @@ def test_a_python_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyP
         ChatTemplate("x", {})
 
 
-# --- what a template is given ----------------------------------------------------------------------------------------
+# --- input data ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def write(path: Path, tensors: dict[str, np.ndarray] | None = None, text: TextAs
     return path
 
 
-# --- what is in the file -------------------------------------------------------------------------------------------
+# --- layout --------------------------------------------------------------------------------------------------------
 
 
 def test_layout_of_a_layer() -> None:
@@ -202,7 +202,7 @@ def test_arrays_outlive_the_checkpoint(tmp_path: Path) -> None:
     assert norm.sum() > 0
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------------
 
 
 def refused(path: Path, *fragments: str) -> None:
@@ -347,7 +347,7 @@ def test_damaged_values_are_not_published(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-# --- writing all or nothing ----------------------------------------------------------------------------------------
+# --- atomic writes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

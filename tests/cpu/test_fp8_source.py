@@ -70,7 +70,7 @@ def refused(folder: Path, *fragments: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# --- what is read ----------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_folder_without_quantized_layers(tmp_path: Path) -> None:
     assert open_source(tmp_path).fp8_scheme is None
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_local_paths_take_precedence(source: Path, monkeypatch: pytest.MonkeyPat
         local_source(name, "main")
 
 
-# --- what is fetched -------------------------------------------------------------------------------------------------
+# --- downloads -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -232,7 +232,7 @@ def test_of_two_processes_the_second_waits(tmp_path: Path) -> None:
     assert (folder() / WEIGHTS).read_bytes() == files[WEIGHTS]
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])

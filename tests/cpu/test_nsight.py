@@ -157,7 +157,7 @@ def test_a_report_without_kernels_is_told(text: str) -> None:
         ncu_profile.parse_raw(text)
 
 
-# --- the scripts as a whole, with tools that only pretend ------------------------------------------------------------
+# --- the complete scripts, with fake tools ---------------------------------------------------------------------------
 
 FAKE_TOOL = """#!{python}
 import pathlib, subprocess, sys

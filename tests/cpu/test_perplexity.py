@@ -145,7 +145,7 @@ def test_texts_that_are_too_short(engine: Engine, text: str) -> None:
         measure(engine, text)
 
 
-# --- at the end of what numbers can hold ---------------------------------------------------------------------------
+# --- overflow and underflow ----------------------------------------------------------------------------------------
 
 
 def fed_with(engine: Engine, monkeypatch: pytest.MonkeyPatch, row: Callable[[int], float]) -> None:

@@ -197,7 +197,7 @@ def test_swiglu_of_a_block(rng: np.random.Generator, tokens: int, width: int) ->
     np.testing.assert_allclose(y, expected, rtol=tolerance(25), atol=1e-37)
 
 
-# --- these comparisons can fail ----------------------------------------------------------------------------------
+# --- sensitivity of the tests ------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("single_threaded_blas")

@@ -181,7 +181,7 @@ def test_channel_scales_of_inactive_and_large_channels() -> None:
     assert awq.channel_scales(np.ones(3, np.float32), 0.0, Sharing()) is None
 
 
-# --- a whole model ---------------------------------------------------------------------------------------------------
+# --- a complete model ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.sampled(2)
@@ -248,7 +248,7 @@ def test_unusable_texts(tmp_path: Path, text_file: Path) -> None:
     refused((SourceError, TextError), "tokenizer", method="gptq", calibration=text_file)  # type: ignore[arg-type]
 
 
-# --- going on after a kill -------------------------------------------------------------------------------------------
+# --- resumption after a kill -----------------------------------------------------------------------------------------
 
 SLOWLY = """
 import sys, time

@@ -99,7 +99,7 @@ def test_presets_have_the_sizes_in_their_names() -> None:
         find_preset("gpt-2")
 
 
-# --- the engine's token level ----------------------------------------------------------------------------------------
+# --- generation of token ids -----------------------------------------------------------------------------------------
 
 
 def random_engine(**options: int) -> Engine:

@@ -94,7 +94,7 @@ def test_times_of_different_shapes_are_no_trace(by_hand: StepTrace) -> None:
         StepTrace(by_hand.names[:3], *(getattr(by_hand, event) for event in EVENTS))
 
 
-# --- what the kernel writes ------------------------------------------------------------------------------------------
+# --- the trace buffer ------------------------------------------------------------------------------------------------
 
 
 def test_the_kernels_clocks_become_a_trace() -> None:
@@ -139,7 +139,7 @@ def test_the_kernel_that_takes_times_is_another_one() -> None:
     assert (traced.blocks, traced.spec.cooperative, traced.spec.shared_bytes) == (132, True, plain.spec.shared_bytes)
 
 
-# --- the picture -----------------------------------------------------------------------------------------------------
+# --- the plot --------------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_of_all_kinds_and_of_the_layer_in_the_middle(tmp_path: Path) -> None:

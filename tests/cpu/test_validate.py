@@ -33,7 +33,7 @@ def llama_like(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     subject.checkpoint.close()
 
 
-# --- what passes -----------------------------------------------------------------------------------------------------
+# --- correct models --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("isolate", [False, True])

@@ -1,8 +1,8 @@
 """Tokens, texts and chats compared with transformers on the same GGUF files.
 
-transformers reads a GGUF without what the models' own tokenizer.json says beyond it. Two of its rules are not followed
-(docs/decisions.md), and the reference is set to the models' own: SmolLM cuts off every digit first, and a sentencepiece
-model inserts a space even before a text that begins with one.
+transformers' GGUF reader ignores two rules of the models' own tokenizer.json (docs/decisions.md): SmolLM splits off
+every digit first, and SentencePiece inserts a space even before a text that begins with one. The reference is changed
+to follow them.
 """
 
 import warnings

@@ -37,7 +37,7 @@ def truth_file(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-# --- what works ------------------------------------------------------------------------------------------------------
+# --- valid input -----------------------------------------------------------------------------------------------------
 
 
 def test_a_correct_model_passes(cli: InProcess, tiny_checkpoint: Path, truth_file: Path) -> None:
@@ -105,7 +105,7 @@ def test_smollm2_passes_39_of_39(smollm2_checkpoint: Path) -> None:
             assert report.logits.agreed == 96
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- invalid input ---------------------------------------------------------------------------------------------------
 
 
 def changed(source: Path, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
