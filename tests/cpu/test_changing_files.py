@@ -174,20 +174,20 @@ if end == "elsewhere":
 
 
 def test_reading_after_the_end_does_not_end_the_process(tmp_path: Path) -> None:
-    done = run_python(_FAULTS, tmp_path, "")
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    completed = run_python(_FAULTS, tmp_path, "")
+    assert completed.returncode == 0, completed.stderr
+    first, second = completed.stdout.splitlines()
     assert str(tmp_path / "a") in first
     assert second == "lives"
-    assert done.stderr == ""
+    assert completed.stderr == ""
 
 
 @pytest.mark.parametrize("end", ["sent", "elsewhere"])
 def test_other_faults_still_end_the_process(tmp_path: Path, end: str) -> None:
-    done = run_python(_FAULTS, tmp_path, end)
-    assert done.stdout.endswith("lives\n")
-    assert done.returncode == -7
-    assert "Fatal Python error: Bus error" in done.stderr  # the handler that was there before was called
+    completed = run_python(_FAULTS, tmp_path, end)
+    assert completed.stdout.endswith("lives\n")
+    assert completed.returncode == -7
+    assert "Fatal Python error: Bus error" in completed.stderr  # the handler that was there before was called
 
 
 _ENGINES = """
@@ -242,17 +242,17 @@ print("exit code", cli.run(["generate", "ab", *map(str, arguments)]))
 
 
 def test_engines_refuse_a_changed_model_and_the_process_continues(checkpoint: Path, tmp_path: Path) -> None:
-    done = run_python(_ENGINES, checkpoint, tmp_path)
-    assert done.returncode == 0, done.stderr
-    *lines, last = done.stdout.splitlines()
+    completed = run_python(_ENGINES, checkpoint, tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    *lines, last = completed.stdout.splitlines()
     for change in ("cut", "halve", "copy_over", "spoil"):
-        told = [line for line in lines if line.startswith(f"{change} ")]
-        assert len(told) == 3
-        assert all(CHANGED in line and str(tmp_path / f"{change}.safetensors") in line for line in told)
+        messages = [line for line in lines if line.startswith(f"{change} ")]
+        assert len(messages) == 3
+        assert all(CHANGED in line and str(tmp_path / f"{change}.safetensors") in line for line in messages)
     for change in ("replace", "unlink"):
         assert lines.count(f"{change} goes on") == 3
     assert last.endswith("exit code 2")
-    (error,) = done.stderr.splitlines()
+    (error,) = completed.stderr.splitlines()
     assert error.startswith("error: ")
     assert CHANGED in error
 
@@ -303,20 +303,20 @@ def test_a_change_is_not_reported_as_damage(checkpoint: Path, tmp_path: Path) ->
 def test_a_truncated_ground_truth_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "truth"
     with Engine.load(checkpoint, "cpu", 8, 1) as engine:
-        made = record(engine.backend, engine.geometry, [5, 6], 2)
+        created = record(engine.backend, engine.geometry, [5, 6], 2)
         described = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "reference": "dequantised",
             "text": "",
-            "tokens": json.dumps(made.tokens),
+            "tokens": json.dumps(created.tokens),
             "prompt_tokens": "2",
             "geometry": json.dumps(engine.geometry.to_dict()),
             "versions": "{}",
             "checkpoint_sha256": engine.checkpoint.sha256(),
             "source": "{}",
         }
-        save_ground_truth(replace(made, metadata=described), path)
+        save_ground_truth(replace(created, metadata=described), path)
         truth = open_ground_truth(path)
         check(engine.backend, truth)
         os.truncate(path, 4096)

@@ -230,8 +230,8 @@ def test_a_damaged_record_is_a_checkpoint_error(record: dict[str, Any]) -> None:
 def test_importing_text_loads_neither_jinja_nor_tokenizers() -> None:
     heavy = ("jinja2", "tokenizers", "numpy")
     code = f"import sys, numba_atomflow.text.codec; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "[]"
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------

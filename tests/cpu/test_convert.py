@@ -76,23 +76,23 @@ def check_values(path: Path, weights: Weights) -> None:
 def test_values_are_in_the_right_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int, tied: bool) -> None:
     monkeypatch.setattr(base, "SLAB_VALUES", slab)
     weights = write_hf_folder(tmp_path / "hf", tiny_geometry(tied_embeddings=tied), dtype="BF16", shards=2)
-    made = convert(tmp_path / "hf", tmp_path / "out" / "model.safetensors")
-    assert made == tmp_path / "out" / "model.safetensors"
-    check_values(made, weights)
+    created = convert(tmp_path / "hf", tmp_path / "out" / "model.safetensors")
+    assert created == tmp_path / "out" / "model.safetensors"
+    check_values(created, weights)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_in_float16_is_the_source_rounded_once(tmp_path: Path, tied: bool) -> None:
     weights = write_hf_folder(tmp_path / "hf", tiny_geometry(tied_embeddings=tied))
     plain = convert(tmp_path / "hf", tmp_path / "plain.safetensors")
-    made = convert(tmp_path / "hf", tmp_path / "model.safetensors", head="fp16")
+    created = convert(tmp_path / "hf", tmp_path / "model.safetensors", head="fp16")
     head, theirs = ("embedding", "model.embed_tokens.weight") if tied else ("vocabulary", "lm_head.weight")
-    with Checkpoint.open(made) as ours, Checkpoint.open(plain) as fp8:
-        assert (ours.head, fp8.head) == ("fp16", "fp8")
-        np.testing.assert_array_equal(ours.array(head + ".weight"), weights[theirs].astype(np.float16))
-        assert set(fp8.names()) - set(ours.names()) == {head + ".scale"}
-        for name in set(ours.names()) - {head + ".weight"}:
-            np.testing.assert_array_equal(ours.array(name), fp8.array(name), err_msg=name)
+    with Checkpoint.open(created) as actual, Checkpoint.open(plain) as fp8:
+        assert (actual.head, fp8.head) == ("fp16", "fp8")
+        np.testing.assert_array_equal(actual.array(head + ".weight"), weights[theirs].astype(np.float16))
+        assert set(fp8.names()) - set(actual.names()) == {head + ".scale"}
+        for name in set(actual.names()) - {head + ".weight"}:
+            np.testing.assert_array_equal(actual.array(name), fp8.array(name), err_msg=name)
 
 
 @pytest.mark.parametrize("family", ["qkv_bias", "qk_norm"])
@@ -137,9 +137,9 @@ def test_progress_goes_from_hashing_through_every_part_to_verifying(tmp_path: Pa
     convert(tmp_path / "model.gguf", tmp_path / "out", progress=lambda *step: steps.append(step))
     names = [name for name, _, _ in steps]
     assert (names[0], names[1], names[-2], names[-1]) == ("hashing model.gguf", "embedding", "vocabulary", "verifying")
-    done = [done for _, done, _ in steps[1:]]
-    assert done == sorted(done)
-    assert all(0 <= done <= total for _, done, total in steps)
+    completed = [completed for _, completed, _ in steps[1:]]
+    assert completed == sorted(completed)
+    assert all(0 <= completed <= total for _, completed, total in steps)
     assert steps[-1][1] > 0.9 * steps[-1][2]
 
 
@@ -174,8 +174,8 @@ print(peak() - before)
 def peak_growth(source: Path, destination: Path) -> int:
     """Bytes by which the largest resident size of a process grows when it converts."""
     command = [sys.executable, "-c", PEAK, source, destination]
-    done = run(command, cwd=REPOSITORY, text=True, check=True)
-    return int(done.stdout)
+    completed = run(command, cwd=REPOSITORY, text=True, check=True)
+    return int(completed.stdout)
 
 
 def write_sparse_folder(folder: Path, geometry: ModelGeometry) -> None:

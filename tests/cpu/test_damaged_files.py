@@ -133,10 +133,10 @@ def folder(tmp_path: Path) -> Path:
 
 def read_all(tmp_path: Path) -> list[QuantizedLayer]:
     with opened(tmp_path) as job:
-        done = job.finished()
-        if done:
-            np.testing.assert_array_equal(job.stream(done, STREAM.shape), STREAM + done - 1)
-        return [job.layer(i, LAYOUT) for i in range(done)]
+        finished = job.finished()
+        if finished:
+            np.testing.assert_array_equal(job.stream(finished, STREAM.shape), STREAM + finished - 1)
+        return [job.layer(i, LAYOUT) for i in range(finished)]
 
 
 def test_saved_layers_are_read_back(folder: Path, tmp_path: Path) -> None:
@@ -149,12 +149,12 @@ def test_saved_layers_are_read_back(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["layer.0.npz", "layer.1.npz", "stream.2.npy"])
 def test_every_changed_bit_is_detected(folder: Path, tmp_path: Path, name: str) -> None:
     path = folder / name
-    sound = path.read_bytes()
-    for place in range(0, len(sound), 13):
-        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+    intact = path.read_bytes()
+    for place in range(0, len(intact), 13):
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
         with pytest.raises(DestinationError, match=rf"{name} is damaged; delete .*\.unfinished and start again\."):
             read_all(tmp_path)
-    path.write_bytes(sound)
+    path.write_bytes(intact)
     assert len(read_all(tmp_path)) == 2
 
 

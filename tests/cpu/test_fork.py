@@ -64,7 +64,7 @@ def test_a_kernel_in_a_child_of_a_process_that_ran_kernels_raises(kernel: str) -
 
 def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp_path: Path) -> None:
     (tmp_path / "compiled").symlink_to(home.compiled().resolve())
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORK_FIRST],
         env=environment(tmp_path),
         capture_output=True,
@@ -72,7 +72,7 @@ def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp
         timeout=240,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, "12 5\n"), done.stderr
+    assert (completed.returncode, completed.stdout) == (0, "12 5\n"), completed.stderr
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

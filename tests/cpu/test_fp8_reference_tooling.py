@@ -69,8 +69,8 @@ def check_lossless(folder: Path, expected: Weights, kept: str) -> None:
         for part, names in fusion(checkpoint.geometry).items():
             if f"{part}.weight" in checkpoint.names():
                 got = dequantize_groups(checkpoint.array(f"{part}.weight"), checkpoint.array(f"{part}.scale"))
-                wanted = [rounded(expected[n]) if source.read_fp8(n) is None else expected[n] for n in names]
-                np.testing.assert_array_equal(got, np.concatenate(wanted), err_msg=part)
+                target = [rounded(expected[n]) if source.read_fp8(n) is None else expected[n] for n in names]
+                np.testing.assert_array_equal(got, np.concatenate(target), err_msg=part)
 
 
 def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:

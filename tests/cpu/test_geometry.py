@@ -108,6 +108,6 @@ def test_parameters_are_those_of_transformers(
     geometry = tiny_geometry(head_dim=head_dim, heads=heads, kv_heads=kv_heads, tied_embeddings=tied, **family)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf_config(geometry)))
-    theirs = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
-    assert geometry.parameters() == theirs
-    assert geometry.parameter_count() == sum(math.prod(shape) for shape in theirs.values())
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
+    assert geometry.parameters() == expected
+    assert geometry.parameter_count() == sum(math.prod(shape) for shape in expected.values())

@@ -103,14 +103,14 @@ def reference(smollm2_gguf: Path) -> gguf.GGUFReader:
 
 
 def test_the_reader_agrees_with_that_of_the_gguf_package(smollm2_gguf: Path, reference: gguf.GGUFReader) -> None:
-    ours = read_gguf_file(smollm2_gguf)
+    actual = read_gguf_file(smollm2_gguf)
     their_fields = {key: field.contents() for key, field in reference.fields.items() if not key.startswith("GGUF.")}
-    assert ours.fields == their_fields
-    assert list(ours.tensors) == [tensor.name for tensor in reference.tensors]
+    assert actual.fields == their_fields
+    assert list(actual.tensors) == [tensor.name for tensor in reference.tensors]
     for tensor in reference.tensors:
-        mine = ours.tensors[tensor.name]
-        assert (mine.type, mine.offset, mine.nbytes) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
-        assert mine.shape == tuple(int(n) for n in tensor.shape[::-1])
+        parsed = actual.tensors[tensor.name]
+        assert (parsed.type, parsed.offset, parsed.nbytes) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
+        assert parsed.shape == tuple(int(n) for n in tensor.shape[::-1])
 
 
 def test_smollm2(smollm2_gguf: Path, reference: gguf.GGUFReader) -> None:

@@ -118,9 +118,9 @@ def test_a_model_is_downloaded_once(tmp_path: Path, shards: int) -> None:
     with serve(REPO, tmp_path / "hf") as hub:
         hub.files |= {"README.md": b"hello", "pytorch_model.bin": b"pickled", "original/consolidated.safetensors": b"x"}
         got = fetch(MODEL, lambda *step: steps.append(step), hub.endpoint)
-        asked = len(hub.requests)
+        requested = len(hub.requests)
         assert fetch(MODEL, endpoint=hub.endpoint) == got == folder()
-        assert len(hub.requests) == asked  # nothing but the listing is asked for again
+        assert len(hub.requests) == requested  # nothing but the listing is asked for again
     assert names_in(got) == sorted([".lock", *names_in(tmp_path / "hf")])
     for path in (tmp_path / "hf").iterdir():
         assert (got / path.name).read_bytes() == path.read_bytes()

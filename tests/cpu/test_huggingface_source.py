@@ -378,9 +378,9 @@ def test_eos_ids_outside_the_vocabulary_are_ignored_with_a_warning(folder: Path,
     assert str(folder) in warning
     with pytest.warns(SourceWarning, match="outside its vocabulary of 288 tokens; it is ignored"):
         convert(folder, folder.parent / "python.safetensors")
-    told: list[str] = []
-    convert(folder, folder.parent / "cli.safetensors", warn=told.append)
-    assert told == [warning]
+    warnings: list[str] = []
+    convert(folder, folder.parent / "cli.safetensors", warn=warnings.append)
+    assert warnings == [warning]
 
 
 # --- tied embeddings -----------------------------------------------------------------------------------------------

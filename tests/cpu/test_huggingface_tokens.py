@@ -62,10 +62,10 @@ def random_names(rng: random.Random, where: str) -> dict[str, Any]:
 
 def listed_tokens(tokenizer: Tokenizer, rng: random.Random) -> dict[str, int]:
     """Some tokens, new and old, with the ids that they will have."""
-    wanted = rng.sample(POOL, rng.randint(0, 6))
-    new = (text for text in wanted if tokenizer.token_to_id(text) is None)
+    target = rng.sample(POOL, rng.randint(0, 6))
+    new = (text for text in target if tokenizer.token_to_id(text) is None)
     ids = {text: tokenizer.get_vocab_size() + i for i, text in enumerate(new)}
-    return {text: ids.get(text, tokenizer.token_to_id(text)) for text in wanted}
+    return {text: ids.get(text, tokenizer.token_to_id(text)) for text in target}
 
 
 def assets(folder: Path) -> TextAssets:
@@ -88,10 +88,10 @@ def test_random_folders_tokenize_as_transformers(tmp_path: Path) -> None:
         folder.mkdir()
         random_folder(folder, random.Random(seed))
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-        ours = assets(folder)
-        codec = TextCodec(ours)
+        actual = assets(folder)
+        codec = TextCodec(actual)
         files = {path.name: json.loads(path.read_text()) for path in folder.iterdir() if path.name != "tokenizer.json"}
-        assert ours.special_tokens() == theirs.special_tokens_map, (seed, files)
+        assert actual.special_tokens() == theirs.special_tokens_map, (seed, files)
         for text in TEXTS:
             plain = codec.encode(text, add_special=False)
             assert plain == theirs.encode(text, add_special_tokens=False), (seed, text, files)

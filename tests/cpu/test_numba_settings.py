@@ -40,9 +40,9 @@ def test_unsupported_settings(monkeypatch: pytest.MonkeyPatch, name: str, value:
 def test_a_missing_threading_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba_settings, "_loads", lambda layer: layer == "workqueue")
     monkeypatch.setenv("NUMBA_THREADING_LAYER", "tbb")
-    for layer, sound in {"tbb": False, "safe": False, "OMP": False, "workqueue": True, "default": True}.items():
+    for layer, available in {"tbb": False, "safe": False, "OMP": False, "workqueue": True, "default": True}.items():
         monkeypatch.setattr(config, "THREADING_LAYER", layer)
-        if sound:
+        if available:
             numba_settings.check()
         else:
             with pytest.raises(BackendError, match=f"NUMBA_THREADING_LAYER is '{layer}'.*remove it.$"):
@@ -100,7 +100,7 @@ def test_unreadable_settings(tmp_path: Path, variables: dict[str, str], file: st
     if file is not None:
         pytest.importorskip("yaml", reason="numba reads its configuration file with PyYAML alone")
         (tmp_path / ".numba_config.yaml").write_text(file)
-    done = run_import(tmp_path, **variables)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert names in done.stderr
+    completed = run_import(tmp_path, **variables)
+    assert (completed.returncode, completed.stdout) == (2, ""), completed.stderr
+    assert len(completed.stderr.splitlines()) == 1, completed.stderr
+    assert names in completed.stderr

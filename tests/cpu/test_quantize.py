@@ -281,9 +281,9 @@ def test_a_killed_quantization_resumes_with_identical_bytes(tmp_path: Path, text
     for _ in range(2):
         child = start(tmp_path, out)
         assert child.stdout is not None
-        wanted = random.randrange(calibrating[0], len(steps) - 1)  # a random step, and a random moment in it
+        target = random.randrange(calibrating[0], len(steps) - 1)  # a random step, and a random moment in it
         for seen, step in enumerate(child.stdout):
-            if seen >= wanted or "verifying" in step:
+            if seen >= target or "verifying" in step:
                 break
         time.sleep(random.uniform(0, 0.03))
         child.kill()
@@ -316,8 +316,8 @@ def test_finished_layers_are_used_for_the_same_job_only(tmp_path: Path, text_fil
     arguments: dict[str, Any] = {"method": "gptq", "calibration": text_file}
     expected = {}
     for method in ("gptq", "awq"):
-        made = convert(tmp_path / "hf", tmp_path / method, **arguments | {"method": method})
-        expected[method] = made.read_bytes()
+        created = convert(tmp_path / "hf", tmp_path / method, **arguments | {"method": method})
+        expected[method] = created.read_bytes()
     out, left = tmp_path / "out", tmp_path / "out.unfinished"
     with pytest.raises(StopHereError):
         convert(tmp_path / "hf", out, **arguments, progress=stop_at(2))
@@ -386,13 +386,13 @@ def test_memory_is_that_of_one_layer(tmp_path: Path, text_file: Path) -> None:
         g = geometry(layers=layers, hidden=512, heads=8, ffn=2048)
         write_hf_folder(tmp_path / f"{layers}", g, dtype="BF16")
         sizes.append(2 * g.parameter_count())
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", PEAK, tmp_path / f"{layers}", tmp_path / f"{layers}.out", text_file],
             cwd=REPOSITORY,
             capture_output=True,
             check=True,
             text=True,
         )
-        peaks.append(int(done.stdout))
+        peaks.append(int(completed.stdout))
     assert peaks[1] < sizes[1] / 10 * 3 + 1e9
     assert peaks[1] - peaks[0] < 0.5 * (sizes[1] - sizes[0])  # in float32, the other layers take twice their size

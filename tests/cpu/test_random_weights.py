@@ -45,9 +45,9 @@ def test_codes_are_not_nan_and_scales_are_positive(model: RandomModel) -> None:
 def test_the_same_seed_gives_the_same_arrays_in_any_order() -> None:
     one, other, stranger = (RandomModel(tiny_geometry(), seed) for seed in (1, 1, 2))
     names = one.names()
-    theirs = {name: other.array(name) for name in reversed(names)}
+    expected = {name: other.array(name) for name in reversed(names)}
     for name in names:
-        np.testing.assert_array_equal(one.array(name), theirs[name])
+        np.testing.assert_array_equal(one.array(name), expected[name])
         assert not np.array_equal(one.array(name), stranger.array(name))
     assert not np.array_equal(one.array("layer.0.o.weight"), one.array("layer.1.o.weight"))
 

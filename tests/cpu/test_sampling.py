@@ -59,9 +59,9 @@ def check_candidates(logits: NDArray[np.float32], params: SamplingParams) -> Non
     tokens, probabilities, edge = naive(logits, params)
     if edge < 1e-12:
         return
-    ours, expected = by_token(*candidates(logits, params)), by_token(tokens, probabilities)
-    assert ours.keys() == expected.keys()
-    assert ours == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    actual, expected = by_token(*candidates(logits, params)), by_token(tokens, probabilities)
+    assert actual.keys() == expected.keys()
+    assert actual == pytest.approx(expected, rel=1e-9, abs=1e-300)
 
 
 # --- filters -----------------------------------------------------------------------------------------------------
@@ -179,10 +179,10 @@ def test_the_same_tokens_are_left_as_in_transformers(
 
     seen = np.zeros(vocabulary, np.bool_)
     seen[context] = True
-    ours = by_token(*candidates(penalise(logits, seen, params.repetition_penalty), params))
-    assert sorted(ours) == np.flatnonzero(theirs).tolist()
+    actual = by_token(*candidates(penalise(logits, seen, params.repetition_penalty), params))
+    assert sorted(actual) == np.flatnonzero(theirs).tolist()
     # penalised logits are rounded to float32: e^(3 * 4 / temperature) times 2^-24 at most
-    np.testing.assert_allclose([ours[i] for i in sorted(ours)], theirs[theirs > 0], rtol=1e-5)
+    np.testing.assert_allclose([actual[i] for i in sorted(actual)], theirs[theirs > 0], rtol=1e-5)
 
 
 def test_penalties_push_down_whatever_the_sign() -> None:

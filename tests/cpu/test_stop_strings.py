@@ -80,12 +80,12 @@ def test_special_tokens_count_as_in_transformers() -> None:
     torch = pytest.importorskip("torch", reason="transformers needs it for its criteria")
     transformers = pytest.importorskip("transformers")
     tokenizer = tiny_tokenizer()
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    expected = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     codec = TextCodec(TextAssets(tokenizer_json=tokenizer.to_str().encode()))
     rng = random.Random(0)
     letters = [codec.token_id(letter) for letter in "eos|"]
     for strings in (["<|eos|>"], ["s<|eos|>"], ["<|eos|>e"], ["|eos", "|><|"], ["o<|eos|><|eos|>s"], ["eo", "os"]):
-        ends = criteria.StopStringCriteria(theirs, strings)
+        ends = criteria.StopStringCriteria(expected, strings)
         for _ in range(20):
             ids = rng.choices([1, 1, *letters], k=12)
             stops, stream = StopStrings(strings), codec.stream()

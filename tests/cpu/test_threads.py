@@ -135,7 +135,7 @@ threads = [threading.Thread(target=run) for _ in range(4)]
 def test_threads_take_turns_with_a_pool_that_is_not_thread_safe(tmp_path: Path) -> None:
     """Without turns, numba's workqueue layer ends this process by SIGABRT."""
     (tmp_path / "compiled").symlink_to(home.compiled().resolve())
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", TWO_THREADS],
         env=environment(tmp_path, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2"),
         capture_output=True,
@@ -143,4 +143,4 @@ def test_threads_take_turns_with_a_pool_that_is_not_thread_safe(tmp_path: Path) 
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr

@@ -134,10 +134,10 @@ def test_chunks_are_compared_with_single_tokens(subject: Subject) -> None:
 
 
 def test_tolerances_grow_with_depth_and_not_with_isolation(subject: Subject) -> None:
-    ours = Precision.of_ops(subject.backend().step(1, SAMPLE))
-    assert ours == Precision()
-    open_end = tolerances(subject.truth, ours, isolate=False)
-    isolated = tolerances(subject.truth, ours, isolate=True)
+    actual = Precision.of_ops(subject.backend().step(1, SAMPLE))
+    assert actual == Precision()
+    open_end = tolerances(subject.truth, actual, isolate=False)
+    isolated = tolerances(subject.truth, actual, isolate=True)
     outputs = [f"layer.{i}.output" for i in range(3)]
     assert np.all(np.diff([open_end[name].max() for name in outputs]) > 0)
     assert np.all(isolated["layer.2.output"] < open_end["layer.2.output"])

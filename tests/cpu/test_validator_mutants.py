@@ -317,8 +317,8 @@ def test_there_are_enough_mutants() -> None:
 
 @pytest.mark.parametrize("isolate", [True, False])
 def test_the_correct_models_pass(subject: Subject, loud_subject: Subject, isolate: bool) -> None:
-    for sound in (subject, loud_subject):
-        report = run(sound, isolate=isolate)
+    for model in (subject, loud_subject):
+        report = run(model, isolate=isolate)
         assert report.passed, report.verdict()
         assert len(report.table) == 12
 

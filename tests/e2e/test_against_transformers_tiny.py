@@ -80,8 +80,8 @@ def test_logits_with_a_head_in_float16(tmp_path: Path, tied: bool) -> None:
 
 
 def test_the_grid_has_every_combination() -> None:
-    made = {(g.head_dim, g.gqa_ratio, g.tied_embeddings, g.rope_scaling) for g in map(geometry_of, range(64))}
-    assert len(made) == 64
+    created = {(g.head_dim, g.gqa_ratio, g.tied_embeddings, g.rope_scaling) for g in map(geometry_of, range(64))}
+    assert len(created) == 64
     assert any(g.kv_heads > 1 and g.gqa_ratio > 1 for g in map(geometry_of, range(64)))
     assert sum(g.hidden % 128 != 0 for g in map(geometry_of, range(64))) > 32
 

@@ -50,8 +50,8 @@ def record(home: Path, lines: str, tree: Path = ROOT) -> tuple[list[str], Any]:
         cwd=home,
         check=True,
     )
-    told = json.loads(answer.read_text())
-    return told["compiled"], told["result"]
+    events = json.loads(answer.read_text())
+    return events["compiled"], events["result"]
 
 
 @pytest.mark.slow

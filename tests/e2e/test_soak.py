@@ -18,8 +18,8 @@ from numba_atomflow import Engine  # noqa: E402
 
 def test_the_script_repeats_a_reply_on_the_cpu() -> None:
     command = [sys.executable, "scripts/soak.py", "--steps", "30", "--reply", "11", "--backend", "cpu", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    record = json.loads(done.stdout)
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    record = json.loads(completed.stdout)
     assert (record["passes"], record["steps"], record["first_difference"]) == (3, 30, None)
 
 
@@ -40,6 +40,6 @@ def test_a_different_pass_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_numbers_are_refused() -> None:
     command = [sys.executable, "scripts/soak.py", "--steps", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--steps" in done.stderr
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert completed.returncode == 2
+    assert "--steps" in completed.stderr

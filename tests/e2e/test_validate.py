@@ -80,12 +80,12 @@ def test_the_original_weights_as_reference(
     cli: InProcess, tiny_checkpoint: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "original.safetensors"
-    made = cli(
+    created = cli(
         "ground-truth", tiny_checkpoint, "-p", TEXT, "-o", path, "--decode-steps", "2", "--json",
         "--reference", "original", "--source", tiny_folder,
     )  # fmt: skip
-    assert made.code == 0, made
-    assert json.loads(made.out)["reference"] == "original"
+    assert created.code == 0, created
+    assert json.loads(created.out)["reference"] == "original"
     assert names_in(tmp_path) == ["original.safetensors"]
     outcome = cli("validate", tiny_checkpoint, "-g", path)
     assert outcome.code == 0

@@ -53,8 +53,8 @@ def run_cli(
 ) -> Outcome:
     """Run a command line in a process of its own."""
     command = command_line(*arguments, before=before)
-    done = run(command, stdin=stdin, env=environment(home, **(env or {})), encoding="utf-8")
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    completed = run(command, stdin=stdin, env=environment(home, **(env or {})), encoding="utf-8")
+    return Outcome(completed.returncode, completed.stdout, completed.stderr)
 
 
 def assert_refused(outcome: Outcome, *culprits: object) -> None:
