@@ -1,8 +1,9 @@
-"""A GGUF file taken apart and put together, with one thing wrong in its metadata or its list of tensors."""
+"""Parses a GGUF file and writes it again with one fault in its metadata or its list of tensors."""
 
 import random
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 _LAYOUTS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -25,7 +26,7 @@ _TEXTS = (
 
 @dataclass
 class Field:
-    """A metadata field: its key, its type, and its value as it is in the file; of an array, its type and its items."""
+    """A metadata field: key, type and stored value; of an array, item type and items."""
 
     key: bytes
     kind: int
@@ -45,27 +46,25 @@ class Entry:
 
 
 def damage(rng: random.Random, data: bytes) -> bytes:
-    """The file with one part changed.
+    """The file with one field or tensor entry changed.
 
     Raises:
         ValueError, IndexError: the file is damaged already.
     """
-    fields, entries, body = _take_apart(data)
+    fields, entries, body = _parse(data)
     if rng.random() < 0.75:
         _damage_fields(rng, fields)
     else:
         _damage_entries(rng, entries)
-    return _put_together(fields, entries, body)
+    return _serialize(fields, entries, body)
 
 
 def _damage_fields(rng: random.Random, fields: list[Field]) -> None:
     i = rng.randrange(len(fields))
     field = fields[i]
     match rng.randrange(10):
-        case 0:
-            del fields[i]
-        case 1:
-            fields.insert(i, field)
+        case 0 | 1 as case:
+            _drop_or_repeat(fields, i, repeat=case == 1)
         case 2:
             field.key = rng.choice((field.key + b"x", b"", b"general.alignment", rng.choice(fields).key, *_TEXTS))
         case 3:
@@ -88,6 +87,13 @@ def _damage_fields(rng: random.Random, fields: list[Field]) -> None:
             field.value = len(text).to_bytes(8, "little") + text
         case _:
             field.value = _number(rng, len(field.value))
+
+
+def _drop_or_repeat(items: list[Any], i: int, *, repeat: bool) -> None:
+    if repeat:
+        items.insert(i, items[i])
+    else:
+        del items[i]
 
 
 def _damage_items(rng: random.Random, field: Field) -> None:
@@ -121,10 +127,8 @@ def _damage_entries(rng: random.Random, entries: list[Entry]) -> None:
     i = rng.randrange(len(entries))
     entry = entries[i]
     match rng.randrange(7):
-        case 0:
-            del entries[i]
-        case 1:
-            entries.insert(i, entry)
+        case 0 | 1 as case:
+            _drop_or_repeat(entries, i, repeat=case == 1)
         case 2:
             entry.name = rng.choice((*_TEXTS, entry.name + b"x", rng.choice(entries).name))
         case 3:
@@ -137,7 +141,7 @@ def _damage_entries(rng: random.Random, entries: list[Entry]) -> None:
             entry.offset = rng.choice((*_NUMBERS, entry.offset + 32, entry.offset + 1, rng.choice(entries).offset))
 
 
-def _take_apart(data: bytes) -> tuple[list[Field], list[Entry], bytes]:
+def _parse(data: bytes) -> tuple[list[Field], list[Entry], bytes]:
     reader = _Reader(data)
     if reader.take(4) != b"GGUF":
         raise ValueError("no GGUF file")
@@ -149,7 +153,7 @@ def _take_apart(data: bytes) -> tuple[list[Field], list[Entry], bytes]:
     return fields, entries, data[-(-reader.at // _ALIGNMENT) * _ALIGNMENT :]
 
 
-def _put_together(fields: list[Field], entries: list[Entry], body: bytes) -> bytes:
+def _serialize(fields: list[Field], entries: list[Entry], body: bytes) -> bytes:
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(entries), len(fields))]
     for field in fields:
         parts += [_text(field.key), struct.pack("<I", field.kind)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import InProcess, assert_refused
+from text_samples import PROMPTS
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.checkpoint.arrays import WeightArrays
@@ -16,16 +17,6 @@ from numba_atomflow.sandbox.engine import Fork, ServingEngine
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import cache_sizes
 
-PROMPTS = (
-    "The capital of France is",
-    "The capital of France is a city that",
-    "Once upon a time, in a village by the sea,",
-    "def fibonacci(n):",
-    "Water boils at a temperature that depends on",
-    "The three most important inventions of the twentieth century were",
-    "1, 2, 3,",
-    "The capital of France is",
-)
 TOKENS = 24
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from kernel_cases import ProjectionCase, qkv_case
 from paged_kernel_cases import PAGED, PAGED_QKV, PagedCase, check_paged_attention, check_paged_qkv
+from text_samples import PROMPTS
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
@@ -81,18 +82,6 @@ def smollm2(smollm2_checkpoint: Path) -> Iterator[tuple[Engine, Checkpoint]]:
         yield engine, checkpoint
 
 
-TEXTS = (
-    "The capital of France is",
-    "The capital of France is a city that",
-    "Once upon a time, in a village by the sea,",
-    "def fibonacci(n):",
-    "Water boils at a temperature that depends on",
-    "The three most important inventions of the twentieth century were",
-    "1, 2, 3,",
-    "The capital of France is",
-)
-
-
 def gpu_runner(checkpoint: Checkpoint, blocks: int, block_size: int, *, same_width: bool) -> GpuRunner:
     sizes = cache_sizes(checkpoint.geometry, blocks, (block_size,), 8)
     runner = GpuRunner(checkpoint.geometry, WeightArrays(checkpoint), sizes, same_width=same_width)
@@ -115,7 +104,7 @@ def test_eight_requests_at_once_say_what_each_says_alone(
     runner = gpu_runner(checkpoint, blocks, 8, same_width=same_width)
     server = ServingEngine(runner)
     fork = Fork(100, 2, 9, engine.text.encode(" a dragon"), 24)
-    served = server.serve([Request(i, engine.text.encode(text), 24) for i, text in enumerate(TEXTS)], [fork])
+    served = server.serve([Request(i, engine.text.encode(text), 24) for i, text in enumerate(PROMPTS)], [fork])
     assert (sum(request.preemptions for request in served) > 0) == (blocks < 100)
     # In steps of other widths sums are taken in another order, and float16 may then decide a close call otherwise.
     allowed = 0 if same_width else 1
@@ -133,7 +122,7 @@ def test_a_fork_copies_blocks_on_the_device(smollm2: tuple[Engine, Checkpoint]) 
     engine, checkpoint = smollm2
     runner = gpu_runner(checkpoint, 60, 32, same_width=True)
     server = ServingEngine(runner)
-    prompt = engine.text.encode(TEXTS[2])
+    prompt = engine.text.encode(PROMPTS[2])
     served = server.serve([Request(0, prompt, 24)], [Fork(i, 0, 3 * i, [i + 5], 16) for i in (1, 2, 3)])
     assert server.manager.copies >= 3
     for request in served:
@@ -146,7 +135,7 @@ def test_overload_loses_nothing(smollm2: tuple[Engine, Checkpoint]) -> None:
     engine, checkpoint = smollm2
     runner = gpu_runner(checkpoint, 20, 16, same_width=False)
     server = ServingEngine(runner)
-    requests = [Request(i, engine.text.encode(TEXTS[i % 8]), 1 + i % 40, arrival=i * 1e-4) for i in range(200)]
+    requests = [Request(i, engine.text.encode(PROMPTS[i % 8]), 1 + i % 40, arrival=i * 1e-4) for i in range(200)]
     served = server.serve(requests)
     assert [len(request.output) for request in served] == [1 + i % 40 for i in range(200)]
     assert all(request.ttft > 0 for request in served)

@@ -211,6 +211,18 @@ def _spliced(count: int) -> list[str]:
 
 SAMPLES = HANDWRITTEN + _spliced(100)
 
+# Prompts of concurrent requests: two are equal, and one is a prefix of another.
+PROMPTS = (
+    "The capital of France is",
+    "The capital of France is a city that",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "Water boils at a temperature that depends on",
+    "The three most important inventions of the twentieth century were",
+    "1, 2, 3,",
+    "The capital of France is",
+)
+
 CONVERSATIONS: dict[str, list[dict[str, str]]] = {
     "one question": [{"role": "user", "content": "What is the capital of France?"}],
     "with a system message": [
