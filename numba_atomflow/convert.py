@@ -11,12 +11,13 @@ from typing import Any, get_args
 import numpy as np
 
 from numba_atomflow import home
-from numba_atomflow.checkpoint.format import HeadFormat, fusion, head_part
+from numba_atomflow.checkpoint.format import fusion
 from numba_atomflow.checkpoint.writer import CheckpointWriter, destination_exists
 from numba_atomflow.errors import DestinationError, OptionError, SourceError, SourceWarning, TextError
 from numba_atomflow.files.stamp import stamps_of, unchanged
 from numba_atomflow.files.text_input import read_text_file
 from numba_atomflow.files.untrusted import quote
+from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from numba_atomflow.errors import GeometryError
 from numba_atomflow.files.untrusted import quote, short
+from numba_atomflow.ops.formats import FP8_E4M3
 
-GROUP = 128  # weights along K that share one scale
+GROUP = FP8_E4M3.group  # weights along K that share one scale
 HEAD_DIMS = (64, 80, 96, 128)
 LARGEST_COUNT = 2**63 - 1  # kernels compute in int64
 _TENSORS_OF_A_LAYER = 9  # at least: two norms and seven projections

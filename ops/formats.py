@@ -43,13 +43,11 @@ class KvFormat:
     """How an element of the KV cache is stored.
 
     Attributes:
-        dtype: of NumPy.
-        element_bytes: bytes of an element.
+        dtype: NumPy's.
         converter: how attention kernels make float16 (GPU) or float32 (CPU) of it; "none": nothing to convert.
     """
 
     dtype: str
-    element_bytes: int
     converter: str = "none"
 
 
@@ -59,5 +57,5 @@ FP8_E4M3 = WeightFormat("fp8", "float8_e4m3fn", 8, group=128, scale="float32", c
 FP8_E4M3_BITS = WeightFormat("fp8", "float8_e4m3fn", 8, group=128, scale="float32", converter="bits")
 FP16 = WeightFormat("fp16", "float16", 16)
 
-KV_FLOAT16 = KvFormat("float16", 2)
-KV_FLOAT32 = KvFormat("float32", 4)
+KV_FLOAT16 = KvFormat("float16")
+KV_FLOAT32 = KvFormat("float32")

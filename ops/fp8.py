@@ -13,9 +13,10 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
+from numba_atomflow.ops.formats import FP8_E4M3
 from numba_atomflow.ops.jit import cpu_kernel
 
-GROUP = 128  # weights along K that share one scale
+GROUP = FP8_E4M3.group  # weights along K that share one scale
 LARGEST = 448.0  # largest finite E4M3 value
 
 MAGNITUDE_AND_SIGN = 0x87F00000  # where a shifted code's sign and magnitude end up in a float32

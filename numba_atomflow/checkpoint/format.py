@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 from numba_atomflow.checkpoint.safetensors import TensorEntry, TensorFile, read_tensor_file
 from numba_atomflow.errors import CheckpointError, GeometryError
 from numba_atomflow.files.untrusted import load_json, quote, short
-from numba_atomflow.geometry import GROUP, ModelGeometry, layers_fit
+from numba_atomflow.geometry import ModelGeometry, layers_fit
 from numba_atomflow.memory.mapped_file import MappedFile
+from numba_atomflow.model.formats import HeadFormat, head_part, matrix_format
 from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.utils.arguments import file_path
 
@@ -43,7 +44,6 @@ FORMAT = "numba-atomflow"
 FORMAT_VERSION = "1"
 TOKENIZER = "tokenizer.json"
 CODES, SCALES, FP16, BYTES = "F8_E4M3", "F32", "F16", "U8"
-HeadFormat = Literal["fp8", "fp16"]  # of the LM head
 
 DTYPES: dict[str, np.dtype[Any]] = {
     CODES: np.dtype(np.uint8),
@@ -51,6 +51,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     FP16: np.dtype("<f2"),
     BYTES: np.dtype(np.uint8),
 }
+_DTYPE_OF_ELEMENT = {"float8_e4m3fn": CODES, "float16": FP16}
 _VERIFY_BYTES = 1 << 20  # per read
 
 
@@ -81,11 +82,6 @@ def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
     return parts
 
 
-def head_part(geometry: ModelGeometry) -> str:
-    """The part that holds the LM head."""
-    return "embedding" if geometry.tied_embeddings else "vocabulary"
-
-
 def tensor_layout(geometry: ModelGeometry, head: HeadFormat = "fp8") -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every tensor of the checkpoint but the tokenizer: name to safetensors dtype and shape."""
     shapes = geometry.parameters()
@@ -96,11 +92,10 @@ def tensor_layout(geometry: ModelGeometry, head: HeadFormat = "fp8") -> dict[str
             layout[part] = (SCALES, (rows,))
             continue
         (columns,) = width
-        if head == "fp16" and part == head_part(geometry):
-            layout[part + ".weight"] = (FP16, (rows, columns))
-            continue
-        layout[part + ".weight"] = (CODES, (rows, columns))
-        layout[part + ".scale"] = (SCALES, (rows, -(-columns // GROUP)))
+        weights = matrix_format(geometry, part, head)
+        layout[part + ".weight"] = (_DTYPE_OF_ELEMENT[weights.element], (rows, columns))
+        if weights.scaled:
+            layout[part + ".scale"] = (SCALES, (rows, -(-columns // weights.group)))
     return layout
 
 

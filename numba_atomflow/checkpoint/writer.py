@@ -32,13 +32,13 @@ from numba_atomflow.checkpoint.format import (
     SCALES,
     TOKENIZER,
     Checkpoint,
-    HeadFormat,
     tensor_layout,
 )
 from numba_atomflow.checkpoint.safetensors import ITEM_SIZES, METADATA, TensorEntry
 from numba_atomflow.errors import DestinationError
 from numba_atomflow.files.atomic import publish_new
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.formats import HeadFormat
 from numba_atomflow.text.codec import TextAssets
 
 ALIGNMENT = 128  # bytes; of the weights

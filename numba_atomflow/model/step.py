@@ -14,6 +14,7 @@ from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.kv_cache import kv_cache_buffer, layer_cache
 from numba_atomflow.memory.plan import Buffer
 from numba_atomflow.memory.view import View
+from numba_atomflow.ops.formats import KV_FLOAT32, KvFormat
 
 
 class Head(NamedTuple):
@@ -266,7 +267,7 @@ class StepSizes:
         step_tokens: most tokens of a step, padding tokens included.
         head_rows: most rows whose logits are computed at once.
         activation: dtype of the inputs of projections and attention.
-        cache: dtype of the KV cache.
+        cache: format of the KV cache.
         pad_multiple: the inputs of projections are zero-padded to a multiple of this along K.
         spare_positions: KV cache positions after the last, which padding tokens write and nothing reads.
         keep_qkv: whether q, k and v are written to memory before RoPE.
@@ -276,7 +277,7 @@ class StepSizes:
     step_tokens: int
     head_rows: int
     activation: str = "float32"
-    cache: str = "float32"
+    cache: KvFormat = KV_FLOAT32
     pad_multiple: int = 1
     spare_positions: int = 0
     keep_qkv: bool = True
@@ -294,7 +295,7 @@ def step_buffers(geometry: ModelGeometry, sizes: StepSizes) -> list[Buffer]:
         return Buffer("activations", name, shape, dtype)
 
     buffers = [
-        kv_cache_buffer(g.layers, positions, g.kv_dim, sizes.cache),
+        kv_cache_buffer(g.layers, positions, g.kv_dim, sizes.cache.dtype),
         activation("tokens", tokens, dtype="int32"),
         activation("position", 1, dtype="int64"),
         activation("residual", tokens, g.hidden),

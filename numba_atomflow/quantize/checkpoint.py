@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.checkpoint.format import DTYPES, HeadFormat, fusion, head_part, tensor_layout
+from numba_atomflow.checkpoint.format import DTYPES, fusion, tensor_layout
 from numba_atomflow.checkpoint.writer import CheckpointWriter
 from numba_atomflow.geometry import GROUP, ModelGeometry
+from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.ops.fp8 import encode_groups
 from numba_atomflow.ops.jit import source_hash
 from numba_atomflow.ops.scale_search import search_scales

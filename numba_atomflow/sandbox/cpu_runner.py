@@ -20,6 +20,7 @@ from numba_atomflow.memory.paged import BlockCopy, paged_cache_buffer
 from numba_atomflow.memory.plan import Buffer, plan_memory
 from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
+from numba_atomflow.ops.formats import KV_FLOAT32
 from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import CacheSizes, Layout, check_batch, check_family
@@ -77,7 +78,7 @@ class CpuRunner:
         self._arena = HostArena(
             plan_memory(
                 [
-                    paged_cache_buffer(g.layers, sizes.slots, g.kv_dim, "float32"),
+                    paged_cache_buffer(g.layers, sizes.slots, g.kv_dim, KV_FLOAT32.dtype),
                     *(Buffer("activations", name, (MAX_BATCHED_TOKENS, n), "float32") for name, n in widths.items()),
                     Buffer("workspace", "scores", (max(self.threads, g.heads), sizes.longest), "float32"),
                     Buffer("workspace", "scratch", (self.threads, scratch), "float32"),

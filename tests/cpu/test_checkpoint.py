@@ -16,10 +16,11 @@ import pytest
 from safetensors import safe_open
 from tiny_models import names_in, safetensors_bytes, tiny_geometry, tiny_tokenizer
 
-from numba_atomflow.checkpoint.format import Checkpoint, HeadFormat, tensor_layout
+from numba_atomflow.checkpoint.format import Checkpoint, tensor_layout
 from numba_atomflow.checkpoint.writer import CheckpointWriter
 from numba_atomflow.errors import CheckpointError, DestinationError
 from numba_atomflow.geometry import RopeScaling
+from numba_atomflow.model.formats import HeadFormat
 from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.text.codec import TextAssets
 

@@ -31,6 +31,7 @@ from numba_atomflow.model.step import (
     build_step,
     step_buffers,
 )
+from numba_atomflow.ops.formats import KV_FLOAT16
 
 MAX_SEQ_LEN, BLOCK, HEAD_ROWS = 100, 32, 4
 
@@ -212,7 +213,7 @@ def test_the_head_alone_for_any_rows(tied: bool) -> None:
 
 def test_buffers_have_room_for_the_largest_step() -> None:
     g = tiny_geometry()
-    sizes = StepSizes(MAX_SEQ_LEN, BLOCK, HEAD_ROWS, cache="float16")
+    sizes = StepSizes(MAX_SEQ_LEN, BLOCK, HEAD_ROWS, cache=KV_FLOAT16)
     buffers = {b.name: b for b in step_buffers(g, sizes)}
     assert buffers["kv_cache"].shape == (2, 2, MAX_SEQ_LEN, g.kv_dim)
     assert np.dtype(buffers["kv_cache"].dtype) == np.float16

@@ -13,9 +13,9 @@ from reference import LIMIT, Reference, check_logits
 from tiny_models import random_weights, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine
-from numba_atomflow.checkpoint.format import HeadFormat
 from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry, RopeScaling
+from numba_atomflow.model.formats import HeadFormat
 
 HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
 

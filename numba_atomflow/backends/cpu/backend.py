@@ -26,6 +26,7 @@ from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View, view_of
+from numba_atomflow.model.formats import CPU_KV
 from numba_atomflow.model.step import (
     LAST_LOGITS,
     SAMPLE,
@@ -53,7 +54,7 @@ def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryP
     scratch = max(projection.LARGEST_TILE * (widest + chunk), attention.chunk_scratch(geometry.head_dim))
     return plan_memory(
         [
-            *step_buffers(geometry, StepSizes(max_seq_len, chunk, HEAD_ROWS)),
+            *step_buffers(geometry, StepSizes(max_seq_len, chunk, HEAD_ROWS, cache=CPU_KV)),
             Buffer("workspace", "prefill_scratch", (threads, scratch), "float32"),
             Buffer("workspace", "gate_up", (chunk, 2 * geometry.ffn), "float32"),
             Buffer("workspace", "scores", (geometry.heads, max_seq_len), "float32"),

@@ -15,10 +15,10 @@ from numba_atomflow.backends.cuda.measure import CudaMeasurements
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue, TokenRing
-from numba_atomflow.checkpoint.format import HeadFormat, head_part
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.bounds import check_indices, check_range
+from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.model.step import Head, Op
 from numba_atomflow.ops.cuda.runtime.build import build
 from numba_atomflow.ops.cuda.runtime.chip import chip_of

@@ -2,9 +2,9 @@
 
 from numba_atomflow.backends.base import Decode, DecodePath
 from numba_atomflow.backends.cuda.kernels import ModelKernels
-from numba_atomflow.checkpoint.format import HeadFormat
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.formats import HeadFormat
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 _LEAST_CAPABILITY = (9, 0)  # bulk copies and the mbarriers that tell of their arrival

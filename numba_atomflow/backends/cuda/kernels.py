@@ -7,9 +7,8 @@ padding tokens are discarded: weights are read once, however many tokens there a
 from dataclasses import replace
 from functools import cached_property
 
-from numba_atomflow.checkpoint.format import HeadFormat
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.model.formats import HEAD_FORMATS
+from numba_atomflow.model.formats import HEAD_FORMATS, HeadFormat
 from numba_atomflow.ops.cuda.attention.decode import attention_kernel
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape, choose_kv_splits
 from numba_atomflow.ops.cuda.gemv.kernels import make_qkv, make_store

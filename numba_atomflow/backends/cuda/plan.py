@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, Self
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers
-from numba_atomflow.checkpoint.format import HeadFormat, fusion
+from numba_atomflow.checkpoint.format import fusion
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View
-from numba_atomflow.model.formats import GPU_KV
+from numba_atomflow.model.formats import GPU_KV, HeadFormat
 from numba_atomflow.model.step import StepSizes, step_buffers
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
@@ -88,7 +88,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         step_tokens=step_tokens,
         head_rows=kernels.gemv_width,
         activation="float16",
-        cache=GPU_KV.dtype,
+        cache=GPU_KV,
         pad_multiple=GROUP,
         spare_positions=step_tokens - 1,  # of the padding tokens
         keep_qkv=kernels.separate_rope_kernel,
