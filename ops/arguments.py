@@ -1,9 +1,8 @@
-"""What CPU kernels demand of their arguments. Compiled code checks nothing: it would write wherever an index leads it.
+"""Conditions on the arguments of CPU kernels. Compiled code has no bounds checks: a wrong index would corrupt memory.
 
-Shapes are checked where a kernel is bound to its arguments, once for all calls. What stands in memory and changes from
-step to step (positions, tokens, slots, page tables) is checked before each step, by whoever runs it
-(memory/bounds.py). A bad file or option is refused elsewhere, in a sentence of its own: what is found here is a mistake
-of this program.
+Shapes are checked once for all calls, when a kernel is bound to its arguments. Values in memory that change from step
+to step (positions, tokens, slots, page tables) are checked before each step (memory/bounds.py). A bad file or option is
+refused elsewhere, with an error of its own: an IndexError from here is a bug of this program.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,13 @@ Conditions = tuple[bool, ...]
 
 
 def bind(kernel: Any, *arguments: Any) -> Callable[[], None]:
-    """The kernel with its arguments in place.
+    """The kernel, bound to its arguments.
 
     Raises:
         IndexError: their shapes do not fit together.
     """
     name = kernel.py_func.__name__
-    if not all(_DEMANDS[name](*arguments)):
+    if not all(_CONDITIONS[name](*arguments)):
         shapes = ", ".join(str(getattr(argument, "shape", argument)) for argument in arguments)
         raise IndexError(f"{name} cannot take arguments of these shapes: {shapes}")
     return partial(kernel, *arguments)
@@ -62,9 +61,9 @@ def _project_token_swiglu(codes: Array, scales: Array, x: Array, y: Array) -> Co
 
 def _project_chunk(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool, scratch: Array) -> Conditions:
     del accumulate
-    rows, columns = codes.shape
-    room = scratch.shape[1] >= LARGEST_TILE * (columns + len(x))
-    return _is_weight(codes, scales), x.shape == (len(x), columns), y.shape == (len(x), rows), room
+    rows, in_features = codes.shape
+    enough_scratch = scratch.shape[1] >= LARGEST_TILE * (in_features + len(x))
+    return _is_weight(codes, scales), x.shape == (len(x), in_features), y.shape == (len(x), rows), enough_scratch
 
 
 def _swiglu(gate_up: Array, y: Array) -> Conditions:
@@ -96,8 +95,8 @@ def _rope(qkv: Array, cosines: Array, sines: Array, q: Array, keys: Array, value
 def _rope_and_store(
     qkv: Array, position: Array, cosines: Array, sines: Array, q: Array, keys: Array, values: Array
 ) -> Conditions:
-    room = len(q) <= len(keys) <= len(cosines)
-    return *_rope(qkv, cosines, sines, q, keys, values), position.shape == (1,), room
+    long_enough = len(q) <= len(keys) <= len(cosines)
+    return *_rope(qkv, cosines, sines, q, keys, values), position.shape == (1,), long_enough
 
 
 def _rope_and_store_paged(
@@ -115,15 +114,15 @@ def _attention(q: Array, keys: Array, values: Array, head_dim: int, out: Array) 
 def _attend_token(
     q: Array, keys: Array, values: Array, position: Array, head_dim: int, scores: Array, out: Array
 ) -> Conditions:
-    room = scores.shape[0] >= q.size // head_dim and scores.shape[1] >= len(keys)
-    return *_attention(q, keys, values, head_dim, out), q.ndim == 1, position.shape == (1,), room
+    enough_scratch = scores.shape[0] >= q.size // head_dim and scores.shape[1] >= len(keys)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == 1, position.shape == (1,), enough_scratch
 
 
 def _attend_chunk(
     q: Array, keys: Array, values: Array, position: Array, head_dim: int, scratch: Array, out: Array
 ) -> Conditions:
-    room = len(q) <= len(keys) and scratch.shape[1] >= chunk_scratch(head_dim)
-    return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), room
+    enough = len(q) <= len(keys) and scratch.shape[1] >= chunk_scratch(head_dim)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), enough
 
 
 def _attend_paged(
@@ -138,14 +137,14 @@ def _attend_paged(
     scores: Array,
     out: Array,
 ) -> Conditions:
-    del scores  # as long as the longest sequence, which `positions` tell
-    columns = rows.shape == positions.shape == (len(q),)
-    return *_attention(q, keys, values, head_dim, out), q.ndim == block_table.ndim == 2, columns, block_size > 0
+    del scores  # as long as the longest sequence, which depends on the values of `positions`
+    per_token = rows.shape == positions.shape == (len(q),)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == block_table.ndim == 2, per_token, block_size > 0
 
 
-_DEMANDS: dict[str, Callable[..., Conditions]] = {
-    demand.__name__.removeprefix("_"): demand
-    for demand in (
+_CONDITIONS: dict[str, Callable[..., Conditions]] = {
+    condition.__name__.removeprefix("_"): condition
+    for condition in (
         _embed,
         _project_token,
         _project_token_swiglu,

@@ -1,10 +1,10 @@
-"""Grouped-query attention over a static, contiguous KV cache.
+"""Grouped-query attention (GQA) over a contiguous KV cache.
 
-One layer's cache is two arrays [positions, kv_heads * head_dim]: the address of a key is plain arithmetic. Query head h
-reads key/value head h // ratio. Softmax is taken in float32 with the maximum subtracted.
+One layer's cache is two arrays [positions, kv_heads * head_dim]: the row of a key is its position. Query head h reads
+KV head h // ratio. Softmax is computed in float32 with the maximum subtracted.
 
-Cost model, one token at length S: 8 * S * kv_dim bytes (float32 cache). A block of T tokens: 4 * T * S * q_dim
-operations, done by BLAS on tiles, with the running maximum and sum of online softmax (Milakov and Gimelshein, 2018).
+Cost model, one token at length S: 8 * S * kv_dim bytes (float32 cache). A prefill chunk of T tokens: 4 * T * S * q_dim
+operations, done by BLAS on tiles, with the running max and row sum of online softmax (Milakov and Gimelshein, 2018).
 """
 
 import math
@@ -44,53 +44,43 @@ def attend_reference(
 
 
 @cpu_kernel(inline=True)
-def attend_head(query, keys, values, start, length, page, run, scores, result):
-    """One query over `length` keys of one key/value head.
+def attend_head(query, keys, values, start, length, block_table, block_size, scores, result):
+    """One query over `length` keys of one KV head.
 
     Args:
         query, result: float32 [head_dim].
-        keys, values: float32 [rows, kv_heads * head_dim]; the head begins at column `start`.
-        page: None: position s is row s. Else int32, the blocks of a paged cache, each of `run`
-            positions (ops/paged_attention.py).
+        keys, values: float32 [rows, kv_heads * head_dim]; the head's elements begin at `start`.
+        block_table: int32, the KV blocks of a sequence in a paged cache, each of `block_size` positions
+            (ops/paged_attention.py). None for a contiguous cache, which is one block of `block_size` = `length`.
         scores: float32 [at least length], scratch.
     """
     head_dim = query.shape[0]
     scale = np.float32(1.0 / math.sqrt(head_dim))
-    largest = _LOWEST
-    row, left = 0, 0
+    running_max = _LOWEST
+    for first in range(0, length, block_size):
+        row = 0 if block_table is None else block_table[first // block_size] * block_size
+        for s in range(first, min(first + block_size, length)):
+            key = keys[row + s - first, start : start + head_dim]
+            dot = np.float32(0.0)
+            for d in range(head_dim):
+                dot += query[d] * key[d]
+            scores[s] = dot * scale
+            running_max = max(running_max, dot * scale)
+    row_sum = np.float32(0.0)
     for s in range(length):
-        if page is None:
-            row = s
-        else:
-            row, left = row + 1, left - 1
-            if left < 0:  # the next block: no division for every key
-                row, left = page[s // run] * run, run - 1
-        key = keys[row, start : start + head_dim]
-        dot = np.float32(0.0)
-        for d in range(head_dim):
-            dot += query[d] * key[d]
-        scores[s] = dot * scale
-        largest = max(largest, dot * scale)
-    total = np.float32(0.0)
-    for s in range(length):
-        weight = exp(scores[s] - largest)
+        weight = exp(scores[s] - running_max)
         scores[s] = weight
-        total += weight
+        row_sum += weight
     result[:] = np.float32(0.0)
-    row, left = 0, 0
-    for s in range(length):
-        if page is None:
-            row = s
-        else:
-            row, left = row + 1, left - 1
-            if left < 0:
-                row, left = page[s // run] * run, run - 1
-        value = values[row, start : start + head_dim]
-        weight = scores[s]
-        for d in range(head_dim):
-            result[d] += weight * value[d]
+    for first in range(0, length, block_size):
+        row = 0 if block_table is None else block_table[first // block_size] * block_size
+        for s in range(first, min(first + block_size, length)):
+            value = values[row + s - first, start : start + head_dim]
+            weight = scores[s]
+            for d in range(head_dim):
+                result[d] += weight * value[d]
     for d in range(head_dim):
-        result[d] /= total
+        result[d] /= row_sum
 
 
 @cpu_kernel()
@@ -109,12 +99,12 @@ def attend_token(q, keys, values, position, head_dim, scores, out):
     for h in prange(heads):
         query = q[h * head_dim : (h + 1) * head_dim]
         result = out[h * head_dim : (h + 1) * head_dim]
-        attend_head(query, keys, values, h // ratio * head_dim, length, None, 1, scores[h], result)
+        attend_head(query, keys, values, h // ratio * head_dim, length, None, length, scores[h], result)
 
 
 @cpu_kernel()
 def attend_chunk(q, keys, values, position, head_dim, scratch, out):
-    """Causal attention of T tokens at positions position[0] .. position[0] + T - 1.
+    """Causal attention of a prefill chunk: T tokens at positions position[0] .. position[0] + T - 1.
 
     Args:
         q, out: float32 [T, heads * head_dim].
@@ -126,32 +116,32 @@ def attend_chunk(q, keys, values, position, head_dim, scratch, out):
     ratio = heads // (keys.shape[1] // head_dim)
     query_tiles = (tokens + QUERY_TILE - 1) // QUERY_TILE
     scale = np.float32(1.0 / math.sqrt(head_dim))
-    for item in prange(heads * query_tiles):  # head-major: every thread gets short and long tiles alike
+    for item in prange(heads * query_tiles):  # head-major: every thread gets short and long tiles
         h, first = item // query_tiles, item % query_tiles * QUERY_TILE
         count = min(QUERY_TILE, tokens - first)
         start = h // ratio * head_dim
-        own = scratch[get_thread_id()]
-        query = own[: count * head_dim].reshape((count, head_dim))
+        thread_scratch = scratch[get_thread_id()]
+        query = thread_scratch[: count * head_dim].reshape((count, head_dim))
         used = QUERY_TILE * head_dim
-        sums = own[used : used + count * head_dim].reshape((count, head_dim))
+        sums = thread_scratch[used : used + count * head_dim].reshape((count, head_dim))
         used += QUERY_TILE * head_dim
-        kv_tile = own[used : used + KEY_TILE * head_dim]
+        kv_tile = thread_scratch[used : used + KEY_TILE * head_dim]
         used += KEY_TILE * head_dim
-        weights_tile = own[used : used + QUERY_TILE * KEY_TILE]
+        weights_tile = thread_scratch[used : used + QUERY_TILE * KEY_TILE]
         used += QUERY_TILE * KEY_TILE
-        product = own[used : used + count * head_dim].reshape((count, head_dim))
+        product = thread_scratch[used : used + count * head_dim].reshape((count, head_dim))
         used += QUERY_TILE * head_dim
-        largest = own[used : used + count]
-        totals = own[used + QUERY_TILE : used + QUERY_TILE + count]
+        running_max = thread_scratch[used : used + count]
+        row_sums = thread_scratch[used + QUERY_TILE : used + QUERY_TILE + count]
 
         for i in range(count):
             for d in range(head_dim):
                 query[i, d] = q[first + i, h * head_dim + d] * scale
                 sums[i, d] = np.float32(0.0)
-            largest[i] = _LOWEST
-            totals[i] = np.float32(0.0)
+            running_max[i] = _LOWEST
+            row_sums[i] = np.float32(0.0)
 
-        length = position[0] + first + count  # keys that the last query of the tile sees
+        length = position[0] + first + count  # keys visible to the last query of the tile
         for key_start in range(0, length, KEY_TILE):
             width = min(KEY_TILE, length - key_start)
             tile = kv_tile[: width * head_dim].reshape((width, head_dim))
@@ -161,21 +151,21 @@ def attend_chunk(q, keys, values, position, head_dim, scratch, out):
                     tile[s, d] = keys[key_start + s, start + d]
             np.dot(query, tile.T, weights)
             for i in range(count):
-                visible = min(width, position[0] + first + i + 1 - key_start)  # at most 0: nothing in this tile
-                peak = largest[i]
+                visible = min(width, position[0] + first + i + 1 - key_start)  # at most 0: none of this tile
+                new_max = running_max[i]
                 for s in range(visible):
-                    peak = max(peak, weights[i, s])
-                shrink = exp(largest[i] - peak)
-                total = np.float32(0.0)
+                    new_max = max(new_max, weights[i, s])
+                rescale = exp(running_max[i] - new_max)
+                tile_sum = np.float32(0.0)
                 for s in range(visible):
-                    weights[i, s] = exp(weights[i, s] - peak)
-                    total += weights[i, s]
+                    weights[i, s] = exp(weights[i, s] - new_max)
+                    tile_sum += weights[i, s]
                 for s in range(max(visible, 0), width):
                     weights[i, s] = np.float32(0.0)
-                totals[i] = totals[i] * shrink + total
-                largest[i] = peak
+                row_sums[i] = row_sums[i] * rescale + tile_sum
+                running_max[i] = new_max
                 for d in range(head_dim):
-                    sums[i, d] *= shrink
+                    sums[i, d] *= rescale
             for s in range(width):
                 for d in range(head_dim):
                     tile[s, d] = values[key_start + s, start + d]
@@ -186,4 +176,4 @@ def attend_chunk(q, keys, values, position, head_dim, scratch, out):
 
         for i in range(count):
             for d in range(head_dim):
-                out[first + i, h * head_dim + d] = sums[i, d] / totals[i]
+                out[first + i, h * head_dim + d] = sums[i, d] / row_sums[i]

@@ -1,7 +1,7 @@
-"""How fast memory can be read here: a sum over more bytes than any cache holds.
+"""Achievable memory bandwidth of this machine: a sum over more bytes than any cache holds.
 
-It is the ceiling of decoding, which reads every weight once a token. Cost: one pass over the data, and a parallel loop
-whose additions are hidden behind the loads.
+It is the ceiling of decoding, which reads every weight once a token. Cost: one pass over the data in a parallel loop,
+whose additions overlap with the loads.
 """
 
 import time
@@ -30,7 +30,7 @@ def total(x):
 
 
 def read_bandwidth(nbytes: int = BYTES, repeats: int = 5) -> float:
-    """GB/s of reading `nbytes` on all threads that numba uses now: the best of `repeats` passes."""
+    """GB/s of reading `nbytes` on all threads that numba is set to use: the best of `repeats` passes."""
     data = np.ones(nbytes // 4, np.float32)
     total(data[:1000])  # compiled, and threads started
     best = float("inf")

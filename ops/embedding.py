@@ -1,7 +1,7 @@
 """Embedding lookup: one row of the embedding per token, FP8 in groups or float16.
 
 Cost model: hidden bytes and hidden / 32 bytes of scales (2 * hidden bytes of float16) read per token, 4 * hidden
-written: nothing beside a projection.
+written: negligible beside a projection.
 """
 
 import numpy as np

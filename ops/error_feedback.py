@@ -1,13 +1,13 @@
-"""Rounding with error feedback: what one weight loses, the weights after it make up for.
+"""Rounding with error feedback (GPTQ): the rounding error of one weight is compensated by the weights after it.
 
-Columns are rounded one after the other. The error of each is spread over the columns that are still to come, so that
-the output on calibration inputs changes least: with G [K, K] the mean of x x^T and U the upper Cholesky factor of G^-1,
-a column's error e / U[j, j] is subtracted from column k in proportion to U[j, k]. Columns with the largest inputs come
-first, while there are most left to make up for them.
+Columns of W (input features) are rounded one after the other. The error of each is spread over the columns not yet
+rounded, so that the output on calibration inputs changes least: with G [K, K] the mean of x x^T and U the upper
+Cholesky factor of G^-1, a column's error e / U[j, j] is subtracted from column k in proportion to U[j, k]. Columns with
+the largest inputs come first (act-order), when most columns are left to compensate for them.
 
-Cost model: K^3 operations for U and N * K^2 / 2 multiply-adds for the feedback. Rows are independent: each thread takes
-a tile of them through all columns, in blocks of 128 whose weights stay in cache; what a block does to the columns
-behind it is one matrix product. Inside the parallel loop BLAS must be single-threaded (the caller sees to it).
+Cost model: K^3 operations for U and N * K^2 / 2 multiply-adds for the feedback. Rows are independent: each thread
+rounds all columns of a tile of rows, in blocks of 128 whose weights stay in cache; the update of the columns after a
+block is one matrix product. Inside the parallel loop BLAS must be single-threaded: the caller limits it.
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022).
 """
 
@@ -19,8 +19,8 @@ from numba_atomflow.ops.fp8 import GROUP, UNBIAS, convert_biased, e4m3_to_float,
 from numba_atomflow.ops.jit import cpu_kernel
 
 DAMPING = 0.01  # of G's mean diagonal, added to it: calibration inputs may not span all directions
-_BLOCK = 128  # columns rounded before the others hear of it
-_TILE = 64  # rows that a thread takes through all columns
+_BLOCK = 128  # columns rounded before those after them are updated (lazy batch updates)
+_TILE = 64  # rows that a thread rounds at a time
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
@@ -31,16 +31,16 @@ def round_with_feedback_reference(
 ) -> NDArray[np.uint8]:
     """What `round_with_feedback` computes, from the definition: after each column the best update of all others."""
     weights, codes = weights.copy(), np.empty(weights.shape, np.uint8)
-    left = list(np.argsort(-np.diag(gram), kind="stable"))
+    remaining = list(np.argsort(-np.diag(gram), kind="stable"))
     damped = gram + DAMPING * np.diag(gram).mean() * np.eye(len(gram))
-    while left:
-        inverse = np.linalg.inv(damped[np.ix_(left, left)])
-        k = left[0]
+    while remaining:
+        inverse = np.linalg.inv(damped[np.ix_(remaining, remaining)])
+        k = remaining[0]
         scale = scales[:, k // GROUP]
         codes[:, k] = encode_e4m3((weights[:, k] / scale).astype(np.float32))
         error = weights[:, k] - e4m3_to_float(codes[:, k]) * scale
-        weights[:, left] -= np.outer(error, inverse[0] / inverse[0, 0])
-        del left[0]
+        weights[:, remaining] -= np.outer(error, inverse[0] / inverse[0, 0])
+        del remaining[0]
     return codes
 
 
@@ -83,7 +83,7 @@ def _round_rows(weights, scales, group_of, factor, codes):
 def round_with_feedback(
     weights: NDArray[np.float32], scales: NDArray[np.float32], gram: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
-    """Codes [N, K] of weights [N, K] under given scales [N, ceil(K / 128)], each rounding error fed to later columns.
+    """Codes [N, K] of weights [N, K] with the scales [N, ceil(K / 128)], each rounding error fed to later columns.
 
     `gram` is the mean of x x^T over calibration inputs, float32 [K, K].
     """
@@ -97,7 +97,7 @@ def round_with_feedback(
 
 
 def _feedback_factor(gram: NDArray[np.float32], order: NDArray[np.int64]) -> NDArray[np.float32]:
-    """U of the reordered G with G^-1 = U^T U, upper triangular; more damping where the first is not enough."""
+    """U of the reordered G with G^-1 = U^T U, upper triangular; the damping grows until G is positive definite."""
     damping = max(DAMPING * float(np.diag(gram).mean()), float(np.finfo(np.float32).tiny))
     while True:
         work = gram[np.ix_(order, order)]
@@ -109,9 +109,9 @@ def _feedback_factor(gram: NDArray[np.float32], order: NDArray[np.int64]) -> NDA
 
 
 def _cholesky_of_inverse(matrix: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    """In the matrix's own memory, which may be large; None if it is not positive definite.
+    """Upper Cholesky factor of the inverse, computed in place; None if the matrix is not positive definite.
 
-    LAPACK counts in columns: its lower triangle of the transpose is the upper one in ours.
+    LAPACK is column-major: its lower triangle of the transpose is our upper one.
     """
     from scipy.linalg import lapack
 

@@ -4,9 +4,9 @@
 mantissa bits, largest value 448, no infinities; 0x7f and 0xff are NaN, and the encoder never writes them. Source: OCP
 8-bit Floating Point Specification, revision 1.0.
 
-Decoding on the CPU moves the seven magnitude bits to where float32 keeps its exponent and mantissa. The result is the
-value times 2^-120 (the exponent biases differ by 127 - 7), subnormals included; the factor is put into the group scale,
-so that a weight costs one shift and one mask. Cost model: 1 byte read per weight, 4 more per 128 for the scale.
+Conversion on the CPU moves the seven magnitude bits to float32's exponent and mantissa. The result is the value times
+2^-120 (the exponent biases differ by 127 - 7), subnormals included; the factor is folded into the group scale, so that
+a weight costs one shift and one mask. Cost model: 1 byte read per weight, 4 more per 128 for the scale.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ from numba_atomflow.ops.jit import cpu_kernel
 GROUP = FP8_E4M3.group  # weights along K that share one scale
 LARGEST = 448.0  # largest finite E4M3 value
 
-MAGNITUDE_AND_SIGN = 0x87F00000  # where a shifted code's sign and magnitude end up in a float32
+MAGNITUDE_AND_SIGN = 0x87F00000  # bits of a float32 that a shifted code's sign and magnitude occupy
 UNBIAS = np.float32(2.0**120)  # a shifted code, read as float32, is the value times 2^-120
 
 
@@ -42,21 +42,21 @@ def e4m3_to_float(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def encode_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Float32 of any shape to E4M3: round to nearest even, saturate at 448. NaN must have been refused before."""
+    """Float32 of any shape to E4M3: round to nearest even, saturate at 448. No NaN."""
     magnitude = np.minimum(np.abs(values.astype(np.float64)), LARGEST)
     # Between 2^e and 2^(e+1) representable values are 2^(e-3) apart; below 2^-6 the spacing stays that of 2^-6.
     exponent = np.maximum(np.frexp(magnitude)[1] - 1, -6)
     steps = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int64)  # rint rounds half to even; 0..16
-    # `steps` of 8..15 hold the hidden bit; 16 carries into the exponent, and the addition does just that.
+    # `steps` of 8..15 hold the hidden bit; 16 carries into the exponent by the addition.
     codes = np.where(steps == 0, 0, ((exponent + 6) << 3) + steps)
     return (codes | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
 
 
 def quantize_groups_reference(weights: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """What `quantize_groups` computes, in plain NumPy."""
-    rows, columns = weights.shape
-    codes = np.empty((rows, columns), np.uint8)
-    scales = np.empty((rows, group_count(columns)), np.float32)
+    rows, in_features = weights.shape
+    codes = np.empty((rows, in_features), np.uint8)
+    scales = np.empty((rows, group_count(in_features)), np.float32)
     for g in range(scales.shape[1]):
         block = weights[:, g * GROUP : (g + 1) * GROUP]
         largest = np.abs(block).max(axis=1)
@@ -68,13 +68,13 @@ def quantize_groups_reference(weights: NDArray[np.float32]) -> tuple[NDArray[np.
 
 def dequantize_groups(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Codes [N, K] and scales [N, ceil(K / 128)] to float32 weights [N, K]."""
-    columns = codes.shape[1]
-    return e4m3_to_float(codes) * np.repeat(scales, GROUP, axis=1)[:, :columns]
+    in_features = codes.shape[1]
+    return e4m3_to_float(codes) * np.repeat(scales, GROUP, axis=1)[:, :in_features]
 
 
-def group_count(columns: int) -> int:
+def group_count(in_features: int) -> int:
     """Groups along K; the last one may be short."""
-    return -(-columns // GROUP)
+    return -(-in_features // GROUP)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------------------
@@ -103,10 +103,10 @@ def encode_one(value):
 
 @cpu_kernel(exact=True)
 def _quantize(weights, codes, scales):
-    rows, columns = weights.shape
+    rows, in_features = weights.shape
     for n in prange(rows):
         for g in range(scales.shape[1]):
-            start, stop = g * GROUP, min(columns, (g + 1) * GROUP)
+            start, stop = g * GROUP, min(in_features, (g + 1) * GROUP)
             largest = np.float32(0.0)
             for k in range(start, stop):
                 largest = max(largest, abs(weights[n, k]))
@@ -120,27 +120,27 @@ def _quantize(weights, codes, scales):
 
 @cpu_kernel(exact=True)
 def _encode_groups(weights, scales, codes):
-    rows, columns = weights.shape
+    rows, in_features = weights.shape
     for n in prange(rows):
-        for k in range(columns):
+        for k in range(in_features):
             codes[n, k] = encode_one(weights[n, k] / scales[n, k // GROUP])
 
 
 def encode_groups(weights: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Weights [N, K] to the nearest codes under given group scales [N, ceil(K / 128)]; what is too large saturates."""
+    """Weights [N, K] to the nearest codes with the group scales [N, ceil(K / 128)]; too large ones saturate."""
     codes = np.empty(weights.shape, np.uint8)
     _encode_groups(np.ascontiguousarray(weights, np.float32), scales, codes)
     return codes
 
 
 def quantize_groups(weights: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round weights [N, K] to the nearest E4M3 values, with scale = absmax / 448 per row and 128 columns.
+    """Round weights [N, K] to the nearest E4M3 values, with scale = absmax / 448 per row and group of 128 along K.
 
     Returns codes uint8 [N, K] and scales float32 [N, ceil(K / 128)]; a group of zeros has scale 1. The weights must be
-    finite: sources refuse others before they come here.
+    finite: sources refuse others.
     """
-    rows, columns = weights.shape
-    codes = np.empty((rows, columns), np.uint8)
-    scales = np.empty((rows, group_count(columns)), np.float32)
+    rows, in_features = weights.shape
+    codes = np.empty((rows, in_features), np.uint8)
+    scales = np.empty((rows, group_count(in_features)), np.float32)
     _quantize(np.ascontiguousarray(weights, np.float32), codes, scales)
     return codes, scales

@@ -1,8 +1,8 @@
-"""How kernels are compiled for the CPU, and where the compiled code is kept.
+"""Compilation of CPU kernels, and the cache of compiled code.
 
 `cpu_kernel` is numba's ``njit`` with this project's flags and an on-disk cache. Numba's own cache looks only at the
-file of the compiled function: it would miss an edit in a function that the kernel *calls*. So the cache folder
-carries a hash of every file in ``ops/``: any edit there starts an empty folder, and everything is compiled afresh.
+file of the compiled function: it would miss an edit in a function that the kernel *calls*. So the name of the cache
+folder has a hash of every file in ``ops/``: after any edit there, everything is compiled again into a new folder.
 
 In a process that was forked from one whose OpenMP pool runs, kernels raise BackendError.
 """
@@ -30,7 +30,7 @@ from numba_atomflow import home
 from numba_atomflow.errors import BackendError
 from numba_atomflow.host import numba_settings
 
-_KEPT_CACHES = 4  # older folders, left behind by edits of ops/, are deleted
+_KEPT_CACHES = 4  # folders; older ones, of earlier states of ops/, are deleted
 
 # numba's OpenMP layer keeps its threads spinning between parallel loops: starting a loop costs 2 us. The TBB and
 # workqueue layers put them to sleep, and waking one costs 20-130 us; a decode step has 150 parallel loops.
@@ -53,7 +53,7 @@ def source_hash(target: str = "cpu") -> str:
 
 @cache
 def cache_folder(target: str = "cpu") -> Path | None:
-    """Folder of code compiled for "cpu" or "cuda" from this very state of ``ops/``; None if it cannot be written."""
+    """Folder of code compiled for "cpu" or "cuda" from this state of ``ops/``; None if it cannot be written."""
     folder = home.compiled() / f"{target}-{source_hash(target)}{numba_settings.compiler_suffix()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _prune(current: Path, target: str) -> None:
 
 
 class _KernelCache(FunctionCache):  # type: ignore[misc]
-    """numba's cache, but a damaged or full one costs a compilation, not the program."""
+    """numba's cache, except that a damaged or full one costs a compilation instead of an exception."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled code of a signature, or None: compile it."""
@@ -106,10 +106,10 @@ class _SelfContainedLibrary(JITCodeLibrary):  # type: ignore[misc]
     """A kernel's machine code with private copies of the functions that it calls.
 
     numba emits a called function, the body of a parallel loop too, with "linkonce_odr": one copy in the library that it
-    was compiled in, and one in every library that links it, where it has been through the optimiser once more and may
-    add floats in another order. Of all copies in a process the dynamic linker takes the one that was loaded first. So
-    a kernel would compute other bits after a compilation than after a load from the cache, and again other ones where
-    another kernel with the same building block was loaded before. Internal linkage leaves nothing to choose.
+    was compiled in, and one in every library that links it, which was optimised once more and may add floats in another
+    order. Of all copies in a process the dynamic linker takes the one that was loaded first. So a kernel would compute
+    other bits after a compilation than after a load from the cache, and other ones again if another kernel that calls
+    the same function was loaded before. With internal linkage every library uses its own copy.
     """
 
     def _optimize_final_module(self) -> None:
@@ -141,7 +141,7 @@ def cpu_kernel(
 
     Args:
         parallel: run ``prange`` loops on all cores.
-        inline: the function is a building block of kernels: it is compiled into its callers and needs no cache.
+        inline: the function is called by kernels only: it is compiled into its callers and needs no cache.
         exact: plain IEEE arithmetic in the order written, for results that must be the same bit for bit everywhere.
     """
     flags: dict[str, Any] = {
@@ -176,7 +176,7 @@ _pool_lost = False  # by a fork: GNU OpenMP's threads stay in the parent, and nu
 
 
 def _guarded(kernel: Any) -> Any:
-    """The kernel, remembered for `_after_fork`."""
+    """The kernel, registered for `_after_fork`."""
     _kernels.append(kernel)
     if _pool_lost:
         _disable(kernel)
@@ -184,7 +184,7 @@ def _guarded(kernel: Any) -> Any:
 
 
 def _after_fork() -> None:
-    """In the child: disable all kernels, if they would be the end of it."""
+    """In the child: disable all kernels, if calling one would end the process."""
     global _pool_lost  # noqa: PLW0603  a property of the process
     if not pool._is_initialized or pool._threading_layer != "omp":  # noqa: SLF001  `threading_layer()` raises
         return
@@ -196,7 +196,7 @@ def _after_fork() -> None:
 
 
 def _disable(kernel: Any) -> None:
-    """Take the compiled code out of a kernel: what it calls in order to compile anew raises."""
+    """Remove the compiled code of a kernel: a call would compile it again, which raises."""
     kernel._compile_for_args = _refuse  # noqa: SLF001
     kernel._clear()  # noqa: SLF001
 

@@ -1,8 +1,8 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, over a token's hidden state or over each head of its q and k.
 
-Cost model: one token's residual stays in the first-level cache, so the cost is its 2 * hidden multiply-adds; for a
-block of T tokens, 12 * T * hidden bytes, one percent of the projections' time. One core does it: starting a parallel
-loop would take longer than one token's norm. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+Cost model: one token's residual stays in L1, so the cost is its 2 * hidden multiply-adds; for a prefill chunk of T
+tokens, 12 * T * hidden bytes, one percent of the projections' time. It runs on one core: starting a parallel loop would
+take longer than one token's norm. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
 
 import math
@@ -34,7 +34,7 @@ def rms_norm(x, weight, eps, y):
 
 @cpu_kernel(parallel=False)
 def rms_norm_heads(qkv, q_weight, k_weight, q_dim, kv_dim, eps):
-    """Norm every head of q and of k in place, each for itself; v is left alone.
+    """Norm every head of q and of k by itself, in place; v is not touched.
 
     Args:
         qkv: float32 [T, q_dim + 2 * kv_dim]: heads of q, of k, of v.

@@ -57,7 +57,7 @@ def rope_and_store(qkv, position, cosines, sines, q, keys, values):
 
     Args:
         qkv: float32 [T, q_dim + 2 * kv_dim], the projection's output.
-        position: int64 [1], cache slot and rotary position of the first of the T tokens.
+        position: int64 [1], cache row and rotary position of the first of the T tokens.
         cosines, sines: float32 [positions, head_dim / 2].
         q: float32 [T, q_dim], out.
         keys, values: float32 [positions, kv_dim], written at rows position .. position + T - 1.

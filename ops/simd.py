@@ -1,12 +1,12 @@
-"""Hand-placed SIMD for the CPU: the one inner loop that LLVM does not vectorise well by itself.
+"""Explicit SIMD for the CPU: the one inner loop that LLVM does not vectorise well by itself.
 
-The dot product of an FP8 weight row with a vector is nearly all that decoding does on a CPU. Left to LLVM, the loop
-becomes one long chain of dependent multiply-adds (each waits four cycles for the one before): 6 GB/s of weights per
-core where this one reaches 13. Here four independent accumulators of eight lanes share a group, and the group's scale
-is applied to lanes, so that lanes are summed once per row, not once per group.
+The dot product of an FP8 weight row with a vector is nearly all the time of a decode step on a CPU. Left to LLVM, the
+loop becomes one chain of dependent multiply-adds (a latency of four cycles each): 6 GB/s of weights per core, where
+this one reaches 13. Here four independent accumulators of eight lanes share a group, and the group's scale is applied
+to lanes, so that lanes are summed once per row, not once per group.
 
-This module is to the CPU what `ptx/` is to the GPU: no other one uses the compiler's extension API. The vector
-operations are LLVM's portable ones: they become AVX2, AVX-512, NEON, or plain code.
+This module is to the CPU what `ops.ptx` is to the GPU: no other CPU module uses the compiler's extension API. The
+vector operations are LLVM's portable ones: they become AVX2, AVX-512, NEON, or scalar code.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ ACCUMULATORS = 4
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _CODES, _WORDS, _FLOATS = (ir.VectorType(t, LANES) for t in (_I8, _I32, _F32))
 _HALF_FUNCTIONS = ("__extendhfsf2", "__gnu_h2f_ieee", "__aeabi_h2f")  # of compilers' run-time libraries
-_FUSE = ("contract",)  # a multiply and an add may become one instruction
+_FUSE = ("contract",)  # a multiply and an add may become one FMA
 
 
 @intrinsic
@@ -33,15 +33,15 @@ def half_to_float(typing_context, bits):
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         del signature
-        if _widens_halves(context.codegen()):
+        if _has_half_conversion(context.codegen()):
             return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _F32)
         return _widened(builder, args[0])
 
     return types.float32(types.int16), codegen
 
 
-def _widens_halves(codegen: Any) -> bool:
-    """Whether the processor that numba compiles for has an instruction for it: LLVM would call a library, else."""
+def _has_half_conversion(codegen: Any) -> bool:
+    """Whether the processor that numba compiles for has an instruction for it; else LLVM would call a library."""
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(_F32, [_I16]), "widen")
     builder = ir.IRBuilder(function.append_basic_block())
@@ -53,7 +53,7 @@ def _widens_halves(codegen: Any) -> bool:
 
 
 def _widened(b: ir.IRBuilder, half: ir.Value) -> ir.Value:
-    """A float16 to float32 on its bits: exact, a NaN made quiet, and no float32 subnormal on the way."""
+    """A float16 to float32 by its bits: exact, a NaN made quiet, without float32 subnormals as intermediate values."""
     bits = b.zext(half, _I32)
     magnitude = b.shl(b.and_(bits, _I32(0x7FFF)), _I32(13))
     exponent = b.and_(magnitude, _I32(0x1F << 23))
@@ -78,7 +78,7 @@ def fp8_row_dot(typing_context, codes, scales, n, x):
         x: float32 [K], contiguous.
 
     Returns:
-        float32; the factor 2^-120 is the caller's to undo.
+        float32; the caller undoes the factor 2^-120.
     """
     del typing_context
     signature = types.float32(codes, scales, n, x)
@@ -89,11 +89,11 @@ def fp8_row_dot(typing_context, codes, scales, n, x):
         scales_array = context.make_array(scales_type)(context, builder, args[1])
         x_array = context.make_array(x_type)(context, builder, args[3])
         row = context.cast(builder, args[2], n_type, types.int64)
-        columns = cgutils.unpack_tuple(builder, codes_array.shape)[1]
+        in_features = cgutils.unpack_tuple(builder, codes_array.shape)[1]
         groups = cgutils.unpack_tuple(builder, scales_array.shape)[1]
-        row_codes = builder.gep(codes_array.data, [builder.mul(row, columns)])
+        row_codes = builder.gep(codes_array.data, [builder.mul(row, in_features)])
         row_scales = builder.gep(scales_array.data, [builder.mul(row, groups)])
-        return _RowDot(builder, row_codes, row_scales, x_array.data).emit(columns)
+        return _RowDot(builder, row_codes, row_scales, x_array.data).emit(in_features)
 
     return signature, codegen
 
@@ -104,12 +104,12 @@ class _RowDot:
     def __init__(self, builder: ir.IRBuilder, codes: ir.Value, scales: ir.Value, x: ir.Value) -> None:
         self.builder, self.codes, self.scales, self.x = builder, codes, scales, x
 
-    def emit(self, columns: ir.Value) -> ir.Value:
+    def emit(self, in_features: ir.Value) -> ir.Value:
         """Whole groups, then the short last group in vectors, then what is left in single elements."""
         b = self.builder
         total = cgutils.alloca_once_value(b, ir.Constant(_FLOATS, [0.0] * LANES))
         rest = cgutils.alloca_once_value(b, ir.Constant(_F32, 0.0))
-        whole_groups = b.sdiv(columns, _I64(GROUP))
+        whole_groups = b.sdiv(in_features, _I64(GROUP))
         with cgutils.for_range(b, whole_groups, intp=_I64) as loop:
             start = b.mul(loop.index, _I64(GROUP))
             sums = [ir.Constant(_FLOATS, [0.0] * LANES)] * ACCUMULATORS
@@ -120,15 +120,15 @@ class _RowDot:
             self._add_scaled(total, group, loop.index)
 
         done = b.mul(whole_groups, _I64(GROUP))
-        vectors = b.sdiv(b.sub(columns, done), _I64(LANES))
+        vectors = b.sdiv(b.sub(in_features, done), _I64(LANES))
         with cgutils.for_range(b, vectors, intp=_I64) as loop:
             at = b.add(done, b.mul(loop.index, _I64(LANES)))
             self._add_scaled(total, self._multiply_add(at, ir.Constant(_FLOATS, [0.0] * LANES)), whole_groups)
 
         done = b.add(done, b.mul(vectors, _I64(LANES)))
-        with cgutils.for_range(b, b.sub(columns, done), intp=_I64) as loop:
+        with cgutils.for_range(b, b.sub(in_features, done), intp=_I64) as loop:
             at = b.add(done, loop.index)
-            weight = self._decode(b.load(b.gep(self.codes, [at])), _I32)
+            weight = self._convert(b.load(b.gep(self.codes, [at])), _I32)
             scaled = b.fmul(weight, b.load(b.gep(self.scales, [whole_groups])))
             product = b.fmul(scaled, b.load(b.gep(self.x, [at])))
             b.store(b.fadd(b.load(rest), product), rest)
@@ -139,10 +139,10 @@ class _RowDot:
         b = self.builder
         codes = b.load(b.bitcast(b.gep(self.codes, [at]), _CODES.as_pointer()), align=1)
         x = b.load(b.bitcast(b.gep(self.x, [at]), _FLOATS.as_pointer()), align=4)
-        product = b.fmul(self._decode(codes, _WORDS), x, flags=_FUSE)
+        product = b.fmul(self._convert(codes, _WORDS), x, flags=_FUSE)
         return b.fadd(accumulator, product, flags=_FUSE)
 
-    def _decode(self, codes: ir.Value, words: ir.Type) -> ir.Value:
+    def _convert(self, codes: ir.Value, words: ir.Type) -> ir.Value:
         """Sign-extend, shift, mask: float32 of the value times 2^-120."""
         b = self.builder
         floats = _FLOATS if words is _WORDS else _F32

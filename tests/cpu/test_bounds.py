@@ -242,7 +242,7 @@ def test_every_kernel_with_views_checks_its_arguments() -> None:
         "convert_biased",
         "_rotate",
         "_store_token",
-        "_half_row_dot",
+        "_fp16_row_dot",
         "_dequantize_rows",
     }
     assert kernels - inlined == set(SOUND)
