@@ -1,8 +1,8 @@
 """Decode speed on the CPU against a plain NumPy float32 forward pass of the same model, in the same run.
 
-Both sides hold the same weights (ours as FP8, NumPy's expanded to float32), take the same prompt and make the same
-greedy tokens; their turns are interleaved, so that whatever else the machine does hits both. Two ceilings are
-measured as well: memory bandwidth (a parallel sum over 1 GB) for decode, and BLAS throughput (a large product) for
+Both sides have the same weights (FP8 here, dequantised to float32 for NumPy) and the same prompt, and generate the same
+greedy tokens; their turns are interleaved, so that other load on the machine affects both alike. Two achievable limits
+are measured as well: memory bandwidth (a parallel sum over 1 GB) for decode, and BLAS throughput (a large product) for
 prefill.
 
     python scripts/bench_numpy.py                      # the demo model
@@ -32,7 +32,7 @@ PROMPT = "The history of computing began long before the first electronic machin
 
 
 class NumpyModel:
-    """A Llama forward pass for one token at a time, as one would write it in NumPy; weights expanded to float32."""
+    """A Llama forward pass for one token at a time in plain NumPy, with weights in float32."""
 
     def __init__(self, engine: Engine) -> None:
         self.g = engine.geometry
@@ -70,19 +70,19 @@ class NumpyModel:
             scores = q @ keys[:length].transpose(1, 2, 0)
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
-            attended = weights @ values[:length].transpose(1, 0, 2)
-            x += w[f"layer.{i}.o.weight"] @ attended.reshape(-1)
+            attn_out = weights @ values[:length].transpose(1, 0, 2)
+            x += w[f"layer.{i}.o.weight"] @ attn_out.reshape(-1)
             gate_up = w[f"layer.{i}.gate_up.weight"] @ self._norm(x, w[f"layer.{i}.ffn_norm"])
             gate, up = gate_up[: g.ffn], gate_up[g.ffn :]
             x += w[f"layer.{i}.down.weight"] @ (gate / (1 + np.exp(-gate)) * up)
         self.position += 1
-        vocabulary = w["embedding.weight"] if g.tied_embeddings else w["vocabulary.weight"]
-        logits: NDArray[np.float32] = vocabulary @ self._norm(x, w["final_norm"])
+        lm_head = w["embedding.weight"] if g.tied_embeddings else w["vocabulary.weight"]
+        logits: NDArray[np.float32] = lm_head @ self._norm(x, w["final_norm"])
         return logits
 
     def _norm(self, x: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
-        normed: NDArray[np.float32] = x / np.sqrt(np.mean(x * x) + np.float32(self.g.norm_eps)) * weight
-        return normed
+        x_norm: NDArray[np.float32] = x / np.sqrt(np.mean(x * x) + np.float32(self.g.norm_eps)) * weight
+        return x_norm
 
     @staticmethod
     def _rotate(
@@ -116,7 +116,7 @@ def decode_turn(engine: Engine, baseline: NumpyModel, prompt: list[int], tokens:
     started = time.perf_counter()
     for ours in generation.token_ids[:-1]:
         if int(np.argmax(logits)) != ours:
-            raise SystemExit("bench_numpy: the two sides chose different tokens; one of them is wrong")
+            raise SystemExit("bench_numpy: the two sides generated different tokens; one of them is wrong")
         logits = baseline.step(ours)
     return generation.stats.tpot, (time.perf_counter() - started) / tokens
 
@@ -129,7 +129,7 @@ def prefill_turn(engine: Engine, tokens: int) -> float:
 
 
 def measure(model: str, tokens: int, prompt_tokens: int, repeats: int) -> dict[str, Any]:
-    """Everything, as one record; times in milliseconds per token, medians over the repeats with their range."""
+    """A JSON-ready record; times in milliseconds per token, medians over the repeats with their range."""
     with Engine.load(model) as engine:
         baseline = NumpyModel(engine)
         prompt = engine.text.encode(PROMPT)
@@ -169,23 +169,23 @@ def measure(model: str, tokens: int, prompt_tokens: int, repeats: int) -> dict[s
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def report(r: dict[str, Any]) -> str:
-    """The record as a table to read."""
+    """The record as a table."""
 
     def row(what: str, times: dict[str, float], share: str) -> str:
         middle, low, high = times["median"], times["min"], times["max"]
         return f"{what:34} {middle:8.2f} ms ({low:.2f}-{high:.2f})  {1e3 / middle:8.1f} tok/s  {share}"
 
-    decode_share = f"{r['weights_gb_s']:.1f} GB/s, {r['weights_gb_s'] / r['bandwidth_gb_s']:.0%} of the ceiling"
-    prefill_share = f"{r['prefill_gflops']:.0f} GFLOP/s, {r['prefill_gflops'] / r['blas_gflops']:.0%} of the ceiling"
+    decode_share = f"{r['weights_gb_s']:.1f} GB/s, {r['weights_gb_s'] / r['bandwidth_gb_s']:.0%} of achievable"
+    prefill_share = f"{r['prefill_gflops']:.0f} GFLOP/s, {r['prefill_gflops'] / r['blas_gflops']:.0%} of achievable"
     return "\n".join(
         [
             f"{r['model']} on {r['cpu']}, {r['threads']} threads, commit {r['commit']}, {r['repeats']} repeats",
-            f"ceilings in this run: memory {r['bandwidth_gb_s']:.1f} GB/s, BLAS {r['blas_gflops']:.0f} GFLOP/s",
+            f"achievable in this run: memory {r['bandwidth_gb_s']:.1f} GB/s, BLAS {r['blas_gflops']:.0f} GFLOP/s",
             row("decode, NumPy float32", r["numpy_ms"], f"{r['numpy_gb_s']:.1f} GB/s"),
             row("decode, this project", r["ours_ms"], decode_share),
             row(f"prefill of {r['prompt_tokens']}, this project", r["prefill_ms"], prefill_share),

@@ -187,11 +187,11 @@ def main() -> int:
     if min(options.prompt_tokens, options.decode_tokens, options.repeats) < 1:
         parser.error("-p, -n and -r must be at least 1.")
     if options.peers:
-        wanted = {OURS, *options.peers.split(",")}
-        unknown = wanted - {peer.name for peer in peers}
+        requested = {OURS, *options.peers.split(",")}
+        unknown = requested - {peer.name for peer in peers}
         if unknown:
             parser.error(f"There is no peer {min(unknown)}; choose of {', '.join(peer.name for peer in peers[1:])}.")
-        peers = [peer for peer in peers if peer.name in wanted]
+        peers = [peer for peer in peers if peer.name in requested]
     task = Task(geometry, options.prompt_tokens, options.decode_tokens, options.repeats, options.device)
     outcomes = run_all(peers, task, lambda text: print(text, file=sys.stderr))
     record = record_of(outcomes, task, options.geometry)

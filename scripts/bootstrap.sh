@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # From a fresh clone to generated text: check the machine, make .venv, install, convert the demo model, generate.
-# Every part that is finished is kept: run it again after an interruption, or after `git pull`.
+# Finished stages are skipped: run it again after an interruption, or after `git pull`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=.venv
 STATE=$VENV/.bootstrap # "making" while the venv is half made, "made" without the project, then what was installed
-NEEDED_MB=2500         # 700 MB of packages, as much again of CUDA libraries, 250 MB of model, room for pip to unpack
+NEEDED_MB=2500         # 700 MB of packages, as much again of CUDA libraries, 250 MB of model, space for pip to unpack
 NEEDED_HOME_MB=400     # of it in NUMBA_ATOMFLOW_HOME, which may lie on another disk: the model and compiled code
 PROMPT="The capital of France is"
 
@@ -25,7 +25,7 @@ Environment:
 END
 }
 
-# --- talking --------------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------------------------
 
 stage() { printf '[%s/4] %s\n' "$1" "$2"; }
 note() { printf '      %s\n' "$*"; }
@@ -48,9 +48,9 @@ quietly() {
 # --- 1. the machine -------------------------------------------------------------------------------------------------
 
 check_checkout() {
-    local room
-    for room in ops memory validate; do
-        [ -f "numba_atomflow/$room/__init__.py" ] || die "numba_atomflow/$room is not a working symlink; clone again with" \
+    local package
+    for package in ops memory validate; do
+        [ -f "numba_atomflow/$package/__init__.py" ] || die "numba_atomflow/$package is not a working symlink; clone again with" \
             "\`git clone -c core.symlinks=true\` (on Windows, inside WSL)."
     done
 }
@@ -94,7 +94,7 @@ find_python() {
 check_python() {
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         die "$python has no venv module; install it (Debian and Ubuntu: apt install python3-venv)."
-    # numba's OpenMP layer needs libgomp; without it a layer is used that takes up to 100 times as long to wake threads.
+    # numba's OpenMP layer needs libgomp; the fallback takes up to 100 times as long to wake threads.
     "$python" -c 'import ctypes, sys; sys.platform != "linux" or ctypes.CDLL("libgomp.so.1")' 2>/dev/null ||
         warn "libgomp is missing, decoding will be slow; install it (Debian and Ubuntu: apt install libgomp1)."
 }
@@ -127,7 +127,7 @@ except OSError:
 print("" if failed else version.value // 1000)
 '
 
-# The extra that brings the CUDA libraries for this machine's driver: cu13, cu12, or none.
+# The extra with the CUDA libraries for this machine's driver: cu13, cu12, or none.
 cuda_extra() {
     local major
     major=$("$VENV/bin/python" -c "$DRIVER_VERSION")
@@ -138,9 +138,9 @@ cuda_extra() {
     fi
 }
 
-wanted_state() { echo "$(cksum <pyproject.toml) $(cuda_extra)"; }
+required_state() { echo "$(cksum <pyproject.toml) $(cuda_extra)"; }
 
-is_installed() { venv_works && [ "$(state)" = "$(wanted_state)" ]; }
+is_installed() { venv_works && [ "$(state)" = "$(required_state)" ]; }
 
 install_project() {
     local extra
@@ -149,7 +149,7 @@ install_project() {
     note "a minute or two; ${extra:-no NVIDIA driver for CUDA 12 or later, so no CUDA libraries}"
     quietly "installing the project" \
         "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --editable ".${extra:+[$extra]}"
-    wanted_state >"$STATE"
+    required_state >"$STATE"
 }
 
 # --- 3. the demo model ----------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ fetch_model() {
     checkpoint=$("$VENV/bin/python" -m numba_atomflow.cli.demo)
 }
 
-# --- the order of things --------------------------------------------------------------------------------------------
+# --- stages ---------------------------------------------------------------------------------------------------------
 
 install=yes
 fetch=yes

@@ -1,19 +1,19 @@
-"""Damaged files by the thousand: each must be refused in one sentence, or work.
+"""Fuzzing with damaged files: each must be refused in one sentence, or work.
 
     python scripts/fuzz.py                                   # 60 seconds over all kinds of files
     python scripts/fuzz.py --count 20000 --seed 1            # some minutes
     python scripts/fuzz.py --targets gguf,folder --seconds 600
-    python scripts/fuzz.py --replay tests/corpus/NAME        # a case of the corpus, or one that was found
+    python scripts/fuzz.py --replay tests/corpus/NAME        # a case of the corpus, or a finding
     python scripts/fuzz.py --count 2000 --json > fuzz.json
 
 Sound files of a tiny model (checkpoints, Hugging Face folders, GGUF files, chat templates, tokenizers, ground
-truths, unfinished quantizations, traces and bench reports) are damaged: bits, pieces, lengths, JSON values, GGUF
-metadata. Then they are put to use: converted, loaded, and asked for a few tokens. An exception that is no
-AtomFlowError, a message that is no sentence, a warning of NumPy's, a signal, or more than --limit seconds is a
-finding. Findings of the same origin count once; each is made smaller and written to a folder in --out, for
---replay. The n-th case of a seed is always the same.
+truths, unfinished quantizations, traces and bench reports) are mutated: bits, ranges, lengths, JSON values, GGUF
+metadata. Then they are converted and loaded, and a few tokens are generated. A finding is an exception other than
+AtomFlowError, a message that is no sentence, a warning of NumPy, a signal, or more than --limit seconds. Findings of
+the same origin count once; each is minimised and written to a folder in --out, for --replay. Cases are determined by
+the seed and their number.
 
-Exit code 0: nothing was found. 1: something was. 2: an option is wrong.
+Exit code 0: no findings. 1: findings. 2: an option is wrong.
 """
 
 import argparse
@@ -39,14 +39,14 @@ from fuzzing.worker import Outcome, Worker
 from numba_atomflow.utils.json_text import json_text
 
 SECONDS, LIMIT = 60.0, 5.0
-CASE = "case.json"  # what is known of a case in a folder; the other files are the case itself
-_SHARES = {"unfinished": 0.1}  # of the cases, where it is not 1: a layer takes a hundred times as long as a header
-_FEWEST_RUNS = 10  # to make a case smaller that hangs, or ends the process
+CASE = "case.json"  # facts about a case in its folder; the other files are the case itself
+_SHARES = {"unfinished": 0.1}  # weights of targets, 1 by default: a layer takes a hundred times as long as a header
+_FEWEST_RUNS = 10  # of minimising a case that hangs or kills the process
 
 
 @dataclass
 class Finding:
-    """One fault, with the first case that showed it."""
+    """One fault, with its first case."""
 
     target: str
     kind: str
@@ -60,7 +60,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What a run did. `outcomes` counts, by target, "ok", classes of errors, and kinds of findings."""
+    """Results of a run. `outcomes` counts, by target, "ok", classes of errors, and kinds of findings."""
 
     seed: int
     cases: int = 0
@@ -70,17 +70,20 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready record."""
-        outcomes = {name: dict(counts) for name, counts in self.outcomes.items()}  # asdict does not know Counter
-        return asdict(self) | {"outcomes": outcomes, "findings": [asdict(each) for each in self.findings.values()]}
+        outcomes = {name: dict(counts) for name, counts in self.outcomes.items()}  # asdict fails for a Counter
+        return asdict(self) | {
+            "outcomes": outcomes,
+            "findings": [asdict(finding) for finding in self.findings.values()],
+        }
 
 
 class Fuzzer:
-    """Makes cases and has them run. A context manager: it works in a folder of its own, which it removes."""
+    """Makes and runs cases, in a temporary folder that exists within the `with` block."""
 
     def __init__(self, seed: int, out: Path, targets: list[str], limit: float = LIMIT) -> None:
         self.report = Report(seed, outcomes={name: Counter() for name in targets})
         self._out, self._targets = out, targets
-        memory = Path("/dev/shm")  # every checkpoint is flushed to the disk, which takes longer than all the rest
+        memory = Path("/dev/shm")  # fsync of every checkpoint would dominate the time on a disk
         self._work = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
         self._fixtures, self._folder = self._work / "fixtures", self._work / "case"
         self._worker = Worker(self._fixtures, limit)
@@ -116,7 +119,7 @@ class Fuzzer:
         return target, files, base
 
     def run(self, target: str, files: Files) -> Outcome:
-        """Put files to use."""
+        """Run the target on these files."""
         shutil.rmtree(self._folder, ignore_errors=True)
         for name, data in files.items():
             path = self._folder / name
@@ -125,16 +128,16 @@ class Fuzzer:
         return self._worker.run(target, self._folder)
 
     def case(self, number: int) -> None:
-        """Make a case, run it, and keep what it shows."""
+        """Make a case, run it, and record its outcome."""
         target, files, base = self.make(number)
         outcome = self.run(target, files)
         self.report.cases += 1
         self.report.outcomes[target][outcome.signature if outcome.kind == "refused" else outcome.kind] += 1
         if not outcome.is_finding:
             return
-        known = self.report.findings.get(outcome.signature)
-        if known is not None:
-            known.times += 1
+        earlier = self.report.findings.get(outcome.signature)
+        if earlier is not None:
+            earlier.times += 1
             return
         finding = Finding(target, outcome.kind, outcome.signature, outcome.detail, self.report.seed, number)
         self.report.findings[outcome.signature] = finding
@@ -149,7 +152,7 @@ class Fuzzer:
 
 
 def write_case(folder: Path, files: Files, base: Files, record: dict[str, Any]) -> None:
-    """Keep the files that differ from the sound ones, and what is known about them."""
+    """Write the files that differ from the sound ones, and the record."""
     for name, data in files.items():
         if data != base.get(name):
             path = folder / name
@@ -161,15 +164,15 @@ def write_case(folder: Path, files: Files, base: Files, record: dict[str, Any]) 
 
 
 def read_case(folder: Path, bases: dict[str, list[Files]]) -> tuple[str, Files]:
-    """Target and files of a case that was kept; what it does not hold comes from the target's first sound files."""
+    """Target and files of a written case; missing files come from the target's first sound files."""
     record = json.loads((folder / CASE).read_text())
-    kept = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    del kept[CASE]
+    stored = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    del stored[CASE]
     sound = next(
-        base for base in bases[record["target"]] if set(kept) <= set(base) or base is bases[record["target"]][-1]
+        base for base in bases[record["target"]] if set(stored) <= set(base) or base is bases[record["target"]][-1]
     )
     files = {name: data for name, data in sound.items() if name not in record.get("removed", ())}
-    return record["target"], files | {name: path.read_bytes() for name, path in kept.items()}
+    return record["target"], files | {name: path.read_bytes() for name, path in stored.items()}
 
 
 def run(fuzzer: Fuzzer, count: int | None, seconds: float | None, progress: Callable[[Report], None]) -> None:
@@ -190,7 +193,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, metavar="S", help=f"how long to run (default: {SECONDS:.0f}, without --count)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of all cases (default: a fresh one, which is printed)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of all cases (default: random; it is printed)")
     parser.add_argument(
         "--targets", metavar="A,B", default=",".join(USES), help="kinds of files (default: %(default)s)"
     )
@@ -200,9 +203,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("fuzz-findings"), help="folder for findings (default: %(default)s)"
     )
-    parser.add_argument(
-        "--replay", type=Path, nargs="+", metavar="FOLDER", help="run cases that were kept, and nothing else"
-    )
+    parser.add_argument("--replay", type=Path, nargs="+", metavar="FOLDER", help="only run these written cases")
     parser.add_argument("--json", action="store_true", help="print a record")
     options = parser.parse_args()
     unknown = [name for name in options.targets.split(",") if name not in USES]
@@ -234,7 +235,7 @@ def _show(report: Report) -> None:
 
 
 def _replay(fuzzer: Fuzzer, folders: list[Path]) -> int:
-    """Run kept cases; how many are findings."""
+    """Run written cases; how many are findings."""
     found = 0
     for folder in folders:
         outcome = fuzzer.run(*read_case(folder, fuzzer.bases))

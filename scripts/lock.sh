@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes requirements-dev.lock: what a clean resolve of the project with its extras `dev` and `validate` gives, with the
-# CPU build of torch (the lock names plain versions, so that it serves any index). Python: $PYTHON, else python3.11.
+# Writes requirements-dev.lock: a clean resolve of the project and its extras, with the CPU build of torch (without local
+# version labels, so that the lock works with any index). Python: $PYTHON, else python3.11.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,12 +1,12 @@
-"""What limits each kernel of a decode step: Nsight Compute's counters in one table.
+"""Nsight Compute's counters of every kernel of a decode step, in one table.
 
     python scripts/ncu_profile.py                                        # the demo model
     python scripts/ncu_profile.py --geometry llama-3.2-3b --out step
     python scripts/ncu_profile.py --read step.ncu-rep                    # the table of an earlier report
 
-One token is decoded op by op; ncu runs each of its kernels several times, once per group of counters. Bytes that the
-DRAM counters saw stand beside those that the op must read (weights and KV cache): a kernel that reads twice is found
-here. Times are those under ncu, with caches emptied before every run. Needs Nsight Compute, the right to read counters
+One decode step runs op by op; ncu replays each kernel once per group of counters. The table compares DRAM bytes read
+with the compulsory traffic of the op (weights and KV cache), which reveals redundant reads. Times are those under ncu,
+with caches flushed before every replay. Needs Nsight Compute, the right to read counters
 (https://developer.nvidia.com/ERR_NVGPUCTRPERM) and the extra `profile` (nvtx).
 """
 
@@ -32,7 +32,7 @@ SM = "sm__throughput.avg.pct_of_peak_sustained_elapsed"
 OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 REGISTERS = "launch__registers_per_thread"
 METRICS = (TIME, DRAM_READ, DRAM_WRITTEN, DRAM, SM, OCCUPANCY, REGISTERS)
-SECTIONS = ("WarpStateStats", "LaunchStats")  # the first one has the stalls
+SECTIONS = ("WarpStateStats", "LaunchStats")  # the first has the stalls
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(?P<reason>\w+)_per_issue_active\.ratio")
 TOP_STALLS = 3
 
@@ -42,14 +42,14 @@ _UNIT = re.compile(r"(?P<scale>[numKMGT]?)(?P<unit>byte|second|s)")
 
 @dataclass(frozen=True)
 class KernelRun:
-    """One kernel as ncu saw it.
+    """One kernel, as measured by ncu.
 
     Attributes:
-        label: the innermost NVTX range around its launch (an op's name), or the kernel's name where there is none.
+        label: the innermost NVTX range around its launch (an op's name), or the kernel's name if there is none.
         kernel: the kernel's own name.
-        seconds: of one run. dram_read, dram_written: bytes. None: not counted on this chip.
-        dram, sm, occupancy: percent of the most that the chip can do.
-        stalls: reason to warps waiting for it per instruction issued, the largest first.
+        seconds: of one run. dram_read, dram_written: bytes. None: no such counter on this GPU.
+        dram, sm, occupancy: percent of the GPU's peak.
+        stalls: warps stalled per instruction issued, by reason, largest first.
     """
 
     label: str
@@ -66,10 +66,10 @@ class KernelRun:
 
 @dataclass(frozen=True)
 class KindRow:
-    """All kernels of one kind of op; means of the above.
+    """All kernels of one kind of op; means of `KernelRun`.
 
     Attributes:
-        must_read: bytes of weights and KV cache per op; None where the op is not known.
+        must_read: bytes of weights and KV cache per op; None if the kernel belongs to no op.
     """
 
     kind: str
@@ -89,7 +89,7 @@ class KindRow:
 
 
 def profile_command(ncu: str, out: Path, child: Sequence[str]) -> list[str]:
-    """Count what happens inside the range `nsight.CAPTURED` of a Python program."""
+    """The command that profiles the range `nsight.CAPTURED` of a Python program."""
     return [
         ncu,
         f"--export={out}",
@@ -97,7 +97,7 @@ def profile_command(ncu: str, out: Path, child: Sequence[str]) -> list[str]:
         "--target-processes=all",
         "--nvtx",
         f"--nvtx-include={nsight.CAPTURED}",
-        "--clock-control=none",  # else ncu holds the clocks down, and shares of the ceiling mean something else
+        "--clock-control=none",  # by default ncu lowers the clocks
         "--metrics=" + ",".join(METRICS),
         *(f"--section={section}" for section in SECTIONS),
         sys.executable,
@@ -209,17 +209,17 @@ def by_kind(runs: Sequence[KernelRun], must_read: Mapping[str, float]) -> list[K
     rows = []
     for kind, members in kinds.items():
         ops = {run.label for run in members}  # an op may be several kernels
-        known = ops <= must_read.keys()
+        all_ops = ops <= must_read.keys()
         reasons = {reason for run in members for reason in run.stalls}
         stalls = {reason: statistics.fmean(run.stalls.get(reason, 0.0) for run in members) for reason in reasons}
         rows.append(
             KindRow(
                 kind=kind,
                 kernels=sorted({run.kernel for run in members}),
-                count=len(ops) if known else len(members),
-                seconds=_per_op(members, "seconds", len(ops) if known else len(members)),
-                dram_read=_per_op(members, "dram_read", len(ops) if known else len(members)),
-                must_read=statistics.fmean(must_read[op] for op in ops) if known else None,
+                count=len(ops) if all_ops else len(members),
+                seconds=_per_op(members, "seconds", len(ops) if all_ops else len(members)),
+                dram_read=_per_op(members, "dram_read", len(ops) if all_ops else len(members)),
+                must_read=statistics.fmean(must_read[op] for op in ops) if all_ops else None,
                 dram=_mean(members, "dram"),
                 sm=_mean(members, "sm"),
                 occupancy=_mean(members, "occupancy"),
@@ -245,8 +245,8 @@ def _per_op(runs: Sequence[KernelRun], field: str, ops: int) -> float | None:
 
 
 def table(rows: Sequence[KindRow]) -> str:
-    """For people."""
-    counters = ["us", "DRAM MB read", "MB to read", "ratio", "DRAM %", "SM %", "occupancy %", "registers"]
+    """The rows as text."""
+    counters = ["us", "DRAM MB read", "MB compulsory", "ratio", "DRAM %", "SM %", "occupancy %", "registers"]
 
     def text(value: float | None, digits: int, factor: float = 1.0) -> str:
         return "-" if value is None else f"{value * factor:.{digits}f}"
@@ -275,11 +275,11 @@ def table(rows: Sequence[KindRow]) -> str:
 
 
 def main() -> int:
-    """Parse options, count, print."""
+    """Parse options, profile, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     nsight.model_options(parser)
     parser.add_argument("-o", "--out", type=Path, default=Path("decode"), help="report, without .ncu-rep")
-    parser.add_argument("--read", type=Path, metavar="REPORT", help="count nothing: the table of this report")
+    parser.add_argument("--read", type=Path, metavar="REPORT", help="do not profile: the table of this report")
     parser.add_argument("--ncu", type=Path, metavar="PATH", help="the tool, if it is not on PATH")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
@@ -290,7 +290,7 @@ def main() -> int:
         if not options.read:
             nsight.check_recording(options.out)
             child = [str(nsight.CHILD), *nsight.model_arguments(options), "--tokens=0", f"--ops-out={ops_file}"]
-            print(f"counting the kernels of one token into {report} (minutes)", file=sys.stderr)
+            print(f"profiling the kernels of one token into {report} (minutes)", file=sys.stderr)
             nsight.run(profile_command(ncu, options.out, child))
         pages = [parse_raw(nsight.run(read_command(ncu, report, renamed=renamed))) for renamed in (False, True)]
     except nsight.ToolError as error:

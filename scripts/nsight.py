@@ -1,4 +1,4 @@
-"""What nsys_profile.py and ncu_profile.py share: the tool, the process under it, and the model that it runs."""
+"""Shared by nsys_profile.py and ncu_profile.py: finding the tool, options of the model, running the child process."""
 
 import argparse
 import shutil
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-CAPTURED = "decode"  # the NVTX range that is recorded
+CAPTURED = "decode"  # the NVTX range that is profiled
 PRODUCTS = {"nsys": "Nsight Systems", "ncu": "Nsight Compute"}
 CHILD = Path(__file__).with_name("traced_decode.py")
 
@@ -18,7 +18,7 @@ class ToolError(Exception):
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
-    """What to run; `model_arguments` hands it on."""
+    """Options of the model; `model_arguments` passes them on."""
     parser.add_argument("model", nargs="?", help="checkpoint, or the name of one (default: the demo model)")
     parser.add_argument("--geometry", metavar="NAME", help="instead of a model: a well-known one with random weights")
     parser.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="tokens in the KV cache (default: 0)")
@@ -26,45 +26,45 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_arguments(options: argparse.Namespace) -> list[str]:
-    """The same options again, for the process under the tool."""
+    """The same options for the child process."""
     arguments = ["--depth", str(options.depth), "--backend", options.backend]
     if options.geometry:
         arguments += ["--geometry", options.geometry]
     return arguments + ([options.model] if options.model else [])
 
 
-def find_tool(name: str, given: Path | None) -> str:
-    """Path of a tool: where the user says, or on PATH.
+def find_tool(name: str, path: Path | None) -> str:
+    """Path of a tool: as given, or on PATH.
 
     Raises:
-        ToolError: it is not there.
+        ToolError: there is none.
     """
-    found = shutil.which(given or name)
+    found = shutil.which(path or name)
     if found is None:
         raise ToolError(
-            f"{given or name} is not there: install {PRODUCTS[name]} from https://developer.nvidia.com/tools-overview "
-            f"(the CUDA toolkit brings it along), or give its path with --{name}."
+            f"{path or name} was not found: install {PRODUCTS[name]} from https://developer.nvidia.com/tools-overview "
+            f"(it is part of the CUDA toolkit), or give its path with --{name}."
         )
     return found
 
 
 def check_recording(out: Path) -> None:
-    """Complain before the work is done.
+    """Check before profiling that a report can be made.
 
     Raises:
-        ToolError: the package that names ranges is not installed, or there is no folder for the report.
+        ToolError: nvtx is not installed, or there is no folder for the report.
     """
     if find_spec("nvtx") is None:
-        raise ToolError("The package nvtx, which names what is recorded, is missing; run `pip install nvtx`.")
+        raise ToolError("The package nvtx, which marks the profiled range, is missing; run `pip install nvtx`.")
     if not out.parent.is_dir():
         raise ToolError(f"There is no folder {out.parent} for the report; make it first.")
 
 
 def run(command: Sequence[str]) -> str:
-    """Run a tool to its end; its standard output. What it says on the way is shown.
+    """Run a tool; its output.
 
     Raises:
-        ToolError: it failed; the last line that it wrote with an error in it is told.
+        ToolError: it failed; the message has the last line with an error of its output.
     """
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
@@ -76,6 +76,6 @@ def run(command: Sequence[str]) -> str:
 
 
 def leave(error: Exception) -> int:
-    """Tell an error; the exit code."""
+    """Print an error; the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return 2

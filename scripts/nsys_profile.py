@@ -4,9 +4,9 @@
     python scripts/nsys_profile.py --geometry llama-3.2-3b --depth 2048 --out decode
     python scripts/nsys_profile.py --read decode.nsys-rep                # the table of an earlier report
 
-Only decoding is recorded: not loading, not compiling, not the prompt. Tokens are NVTX ranges, kernels inside the
-captured graph are traced one by one; one more token is run op by op, with a range for each. Open the report with
-`nsys-ui` to look around in it. Needs Nsight Systems and the extra `profile` (nvtx).
+Only decode steps are recorded, without loading, compiling and prefill. Tokens are NVTX ranges, and kernels of the
+captured graph are traced one by one; one more token runs op by op, with a range per op. `nsys-ui` opens the report.
+Needs Nsight Systems and the extra `profile` (nvtx).
 """
 
 import argparse
@@ -36,7 +36,7 @@ class KernelSummary:
 
 
 def profile_command(nsys: str, out: Path, child: Sequence[str]) -> list[str]:
-    """Record what happens inside the range `nsight.CAPTURED` of a Python program."""
+    """The command that records the range `nsight.CAPTURED` of a Python program."""
     return [
         nsys,
         "profile",
@@ -48,18 +48,18 @@ def profile_command(nsys: str, out: Path, child: Sequence[str]) -> list[str]:
         "--cuda-graph-trace=node",
         "--capture-range=nvtx",
         f"--nvtx-capture={nsight.CAPTURED}",
-        "--capture-range-end=stop",  # stop recording, let the program end by itself
-        "--env-var=NSYS_NVTX_PROFILER_REGISTER_ONLY=0",  # a range may begin a recording without a registered name
+        "--capture-range-end=stop",  # stop recording, but let the program finish
+        "--env-var=NSYS_NVTX_PROFILER_REGISTER_ONLY=0",  # the range's name is not registered
         sys.executable,
         *child,
     ]
 
 
 def check_report(report: Path) -> None:
-    """Whether the recording has become a report.
+    """Check that nsys converted its recording into a report.
 
     Raises:
-        ToolError: nsys left what it recorded as it was.
+        ToolError: it did not.
     """
     raw = report.with_suffix(".qdstrm")
     if raw.exists() and not report.exists():
@@ -75,10 +75,10 @@ def stats_command(nsys: str, report: Path) -> list[str]:
 
 
 def parse_kernels(text: str) -> list[KernelSummary]:
-    """The table in what `stats_command` prints; lines around it are ignored.
+    """Parse the table in the output of `stats_command`; other lines are ignored.
 
     Raises:
-        ToolError: there is none: nothing ran on a GPU, or the driver did not let nsys look.
+        ToolError: there is none: nothing ran on a GPU, or the driver refused tracing.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith("Time (%),") and "Instances" in line), None)
@@ -87,7 +87,7 @@ def parse_kernels(text: str) -> list[KernelSummary]:
         raise nsight.ToolError(f"The report holds no GPU kernels ({said}); was the CUDA backend used?")
     rows = []
     for record in csv.DictReader(lines[start:]):
-        if not record.get("Name"):  # the empty line behind the table
+        if not record.get("Name"):  # the empty line after the table
             break
         rows.append(
             KernelSummary(
@@ -125,7 +125,7 @@ def main() -> int:
     nsight.model_options(parser)
     parser.add_argument("-n", "--tokens", type=int, default=16, help="tokens to record (default: 16)")
     parser.add_argument("-o", "--out", type=Path, default=Path("decode"), help="report, without .nsys-rep")
-    parser.add_argument("--read", type=Path, metavar="REPORT", help="record nothing: the table of this report")
+    parser.add_argument("--read", type=Path, metavar="REPORT", help="do not record: the table of this report")
     parser.add_argument("--nsys", type=Path, metavar="PATH", help="the tool, if it is not on PATH")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What FP8 costs in quality: checkpoints of one model against the unquantized source, on two texts.
+"""Quality loss of FP8: checkpoints of one model against the unquantized source, on two texts.
 
-Both texts are on every machine with Python and are not what `numba-atomflow quantize` calibrates on by default: the
-license of Python, and its language reference (the topics of pydoc). transformers computes the source's logits, once
-for all checkpoints. For each text: perplexity and its increase over the source's, the mean Kullback-Leibler divergence
-of the next-token distribution in nats, and top-1, the share of positions at which both find the same token most likely.
+Both texts come with Python and are not the default calibration text of `numba-atomflow quantize`: Python's license, and
+its language reference (the topics of pydoc). transformers computes the source's logits, once for all checkpoints. For
+each text: perplexity and its increase over the source's, the mean Kullback-Leibler divergence of the next-token
+distribution in nats, and top-1, the share of positions whose most likely token is the same.
 
     numba-atomflow quantize model.gguf gptq.safetensors
     numba-atomflow convert model.gguf rtn.safetensors
@@ -46,15 +46,15 @@ def read_texts() -> dict[str, str]:
     }
 
 
-def remembered(logits: Logits) -> Logits:
+def cached(logits: Logits) -> Logits:
     """The same function, which computes each window once."""
-    known: dict[tuple[int, ...], NDArray[np.float32]] = {}
+    results: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
     def look_up(tokens: Sequence[int]) -> NDArray[np.float32]:
         key = tuple(tokens)
-        if key not in known:
-            known[key] = logits(tokens)
-        return known[key]
+        if key not in results:
+            results[key] = logits(tokens)
+        return results[key]
 
     return look_up
 
@@ -65,13 +65,13 @@ def compare(models: Sequence[str], source: Path) -> list[dict[str, Any]]:
         reference = original_logits(checkpoint, source)
     records = []
     for name, text in read_texts().items():
-        theirs = remembered(reference)
+        theirs = cached(reference)
         for model in models:
             with Engine.load(model, max_seq_len=CONTEXT) as engine:
                 result = measure(engine, text, CONTEXT, STRIDE, theirs)
                 quantiser = json.loads(engine.checkpoint.metadata["quantiser"])
-                made = {"model": str(model), "method": quantiser["method"], "head": engine.checkpoint.head}
-            records.append(made | {"text": name} | result.to_dict())
+                facts = {"model": str(model), "method": quantiser["method"], "head": engine.checkpoint.head}
+            records.append(facts | {"text": name} | result.to_dict())
             print(f"{model} on {name}: {result.perplexity:.4f}", file=sys.stderr)
     return records
 
@@ -96,7 +96,7 @@ def main() -> int:
     """Parse options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=[DEFAULT_MODEL], help="checkpoints, or the names of some")
-    parser.add_argument("--source", type=Path, help="what all were made from (default: the demo model's GGUF)")
+    parser.add_argument("--source", type=Path, help="the source of all checkpoints (default: the demo model's GGUF)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args()
     try:

@@ -1,12 +1,11 @@
-"""The same reply over and over: every bit must come out the same, and nothing may hang.
+"""Soak test: the same reply many times must be identical, bit for bit, and nothing may hang.
 
     python scripts/soak.py --steps 1000000                          # a tiny model, some minutes
     python scripts/soak.py --geometry llama-3.2-3b --steps 100000
     python scripts/soak.py --steps 200 --backend cpu --json
 
-A model with random weights answers the same prompt greedily, again and again. Every pass must give the tokens of the
-first, and its last token the same logits, bit for bit: these depend on everything that was computed before. Exit code 1
-if not.
+A model with random weights answers the same prompt greedily, many times. Every pass must generate the tokens of the
+first, and the same last logits, bit for bit: these depend on all that was computed before. Exit code 1 if not.
 """
 
 import argparse
@@ -37,7 +36,7 @@ def soak(engine: Engine, steps: int, reply_tokens: int) -> dict[str, object]:
     expected, passes, done, differed = None, 0, 0, None
     started = time.perf_counter()
     while done < steps and differed is None:
-        engine.reset()  # otherwise the prompt would be found in the cache, where another step of another width put it
+        engine.reset()  # no prefix caching: a step of another width rounds differently
         reply = engine.generate_tokens(PROMPT, params).finish()
         logits = engine.backend.logits(0, 1)
         found = reply.token_ids, hashlib.sha256(logits.tobytes()).hexdigest()
@@ -73,7 +72,7 @@ def main() -> int:
     if options.json:
         print(json_text(record | {"machine": machine_record()}))
     else:
-        verdict = "all the same" if record["first_difference"] is None else f"pass {record['first_difference']} DIFFERS"
+        verdict = "identical" if record["first_difference"] is None else f"pass {record['first_difference']} DIFFERS"
         print(
             f"{record['device']}, decode {record['decode'] or 'step'}: {record['passes']} passes, "
             f"{record['steps']} steps in {record['seconds']:.1f} s: {verdict}"

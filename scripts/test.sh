@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The test suite. What this machine cannot run is skipped with a reason.
 #
-#   bash scripts/test.sh                         some minutes: every part, but not every case; says what it left out
+#   bash scripts/test.sh                         some minutes: every part, but not every case
 #   bash scripts/test.sh --all                   everything
 #   bash scripts/test.sh tests/cpu/test_fp8.py   all tests of a file; arguments go to pytest (-k tokenizer, -x)
 #
@@ -57,16 +57,16 @@ if [ ${#here[@]} -eq 0 ] && [ ${#simulated[@]} -eq 0 ]; then
         [ -n "$all" ] || options=(--fast)
     fi
 fi
-# Kernels of several processes share the cores: threads that wait for each other sleep instead of spinning.
+# Several processes share the cores: waiting threads sleep instead of spinning.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 reports=$(mktemp -d)
 beside='' status=0
 trap 'rm -rf "$reports"' EXIT
-# Interrupted: what runs in the background ends, too, and what it has said so far is shown.
+# On an interruption, stop the background process and show its output.
 trap '[ -z "$beside" ] || { kill "$beside" 2>/dev/null || true; cat "$reports/simulated.log"; }; exit 130' INT TERM
 
-# run_pytest NAME ARGUMENTS...: in the place of a subshell.
+# run_pytest NAME ARGUMENTS...: replaces the subshell that calls it.
 run_pytest() {
     exec "$python" -m pytest --junit-xml "$reports/$1.xml" "${@:2}" ${options[@]+"${options[@]}"}
 }
@@ -79,8 +79,8 @@ if [ ${#here[@]} -eq 0 ]; then
 elif [ ${#simulated[@]} -eq 0 ]; then
     (run_pytest here --ignore=tests/sim "${here[@]}") || judge $?
 else
-    # The simulator's threads take turns, and so it keeps one core busy: it runs beside the rest, and is shown behind it.
-    # Each remembers what failed in a folder of its own: two at once would overwrite each other's.
+    # The simulator runs one thread at a time and uses one core: it runs in the background, and its output comes last.
+    # Each of the two has a pytest cache of its own.
     (NUMBA_ENABLE_CUDASIM=1 run_pytest simulated -o cache_dir=.pytest_cache/simulated "${simulated[@]}") >"$reports/simulated.log" 2>&1 &
     beside=$!
     (run_pytest here --ignore=tests/sim ${parallel[@]+"${parallel[@]}"} "${here[@]}") || judge $?

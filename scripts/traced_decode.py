@@ -1,7 +1,7 @@
-"""Decode with NVTX ranges: what nsys_profile.py and ncu_profile.py run under their tools.
+"""Decode with NVTX ranges: the program that nsys_profile.py and ncu_profile.py profile.
 
-After a warm-up, one range "decode" holds everything: a range per token for tokens as users get them (on a GPU, replays
-of a graph), then tokens whose ops are run one by one, with a range per op.
+After a warm-up, one range "decode" encloses the rest: a range per token for ordinary decode steps (on a GPU, replays of
+a graph), then tokens whose ops run one by one, with a range per op.
 
     python scripts/traced_decode.py --geometry llama-3.2-3b --tokens 16 --op-tokens 1
 
@@ -43,7 +43,7 @@ class OpRanges:
 
 @contextmanager
 def captured() -> Iterator[None]:
-    """The range that the tools record."""
+    """The range that the tools profile."""
     handle = nvtx.start_range(nsight.CAPTURED)
     try:
         yield
@@ -52,9 +52,7 @@ def captured() -> Iterator[None]:
 
 
 def traced_decode(engine: Engine, depth: int, tokens: int, op_tokens: int) -> None:
-    """Decode behind `depth` tokens, to the very end of the context: a backend that works ahead of the host has nothing
-    to work ahead on.
-    """
+    """Decode after `depth` tokens up to the end of the context, so that run-ahead launches no further steps."""
     backend, prompt = engine.backend, [i % engine.geometry.vocabulary for i in range(depth + 1)]
 
     def run_ops(observer: Observer) -> None:
@@ -65,7 +63,7 @@ def traced_decode(engine: Engine, depth: int, tokens: int, op_tokens: int) -> No
     reply = engine.generate_tokens(prompt, SamplingParams(ignore_eos=True))
     for _ in range(WARM_UP):
         next(reply)
-    run_ops(_Nobody())
+    run_ops(_NoObserver())
     with captured():
         for i in range(tokens):
             with nvtx.annotate(f"token {i}"):
@@ -75,8 +73,8 @@ def traced_decode(engine: Engine, depth: int, tokens: int, op_tokens: int) -> No
                 run_ops(OpRanges())
 
 
-class _Nobody:
-    """An observer that looks at nothing: the first walk may compile or bind something."""
+class _NoObserver:
+    """An observer that does nothing, for the first walk, which may compile or bind something."""
 
     def before(self, op: Op, memory: Memory) -> None: ...
 
@@ -84,14 +82,14 @@ class _Nobody:
 
 
 def op_records(engine: Engine, length: int) -> list[dict[str, Any]]:
-    """Every op of a decode step with the bytes of weights and KV cache that it must read."""
+    """Every op of a decode step with its compulsory reads of weights and KV cache in bytes."""
     return [
         {"name": op.name, "bytes": op.weight_bytes + op.cache_bytes(length)} for op in engine.backend.step(1, SAMPLE)
     ]
 
 
 def open_engine(options: argparse.Namespace) -> Engine:
-    """The model that the options name, with room for what is run."""
+    """An engine for the model of the options, with as many positions as needed."""
     if options.depth < 0 or options.tokens < 0 or options.op_tokens < 0:
         raise OptionError("--depth, --tokens and --op-tokens must be 0 or more.")
     positions = options.depth + WARM_UP + options.tokens
@@ -104,7 +102,7 @@ def main() -> int:
     """Parse options and decode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     nsight.model_options(parser)
-    parser.add_argument("--tokens", type=int, default=16, help="tokens as users get them (default: 16)")
+    parser.add_argument("--tokens", type=int, default=16, help="ordinary decode steps (default: 16)")
     parser.add_argument("--op-tokens", type=int, default=1, help="tokens whose ops are run one by one (default: 1)")
     parser.add_argument("--ops-out", type=Path, metavar="FILE", help="write the ops and their bytes here, as JSON")
     options = parser.parse_args()

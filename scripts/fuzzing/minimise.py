@@ -21,7 +21,7 @@ def minimise(files: Files, base: Files, fails: Fails, runs: int = MOST_RUNS) -> 
 
     Args:
         files: a case for which it holds.
-        base: the sound files that it was made of.
+        base: the sound files that it was mutated from.
     """
     best, left = dict(files), runs
 

@@ -11,7 +11,7 @@ from fuzzing import gguf_parts
 sys.set_int_max_str_digits(0)  # this process writes numbers of any length; the worker reads under Python's own limit
 
 INTERESTING = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63)
-_RAW = "\ue000raw{}\ue001"  # stands for JSON text that `json.dumps` would not write
+_RAW = "\ue000raw{}\ue001"  # placeholder of JSON text that `json.dumps` would not write
 
 
 def mutate(rng: random.Random, name: str, data: bytes) -> bytes:

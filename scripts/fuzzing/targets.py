@@ -1,7 +1,7 @@
 """What is damaged, and how each kind of file is put to real use.
 
 A target is a folder of sound files (`make_bases`) and a function that uses it (`USES`): that function may return, or
-raise an AtomFlowError. What does not change with a case lies in a folder of fixtures, which is made once per run.
+raise an AtomFlowError. A folder of fixtures has the files that are the same for all cases of a run.
 """
 
 import contextlib
@@ -267,7 +267,7 @@ USES: dict[str, Callable[[Path, Path], None]] = {
 
 
 def _reply(checkpoint: Path) -> None:
-    """A few tokens in both manners, and a chat where the model is made for one."""
+    """A few tokens, greedy and sampled, and a chat if the model has a template."""
     with Engine.load(checkpoint, "cpu", threads=1) as engine:
         if engine.checkpoint.text.tokenizer_json is None:
             engine.generate_tokens([3, 4, 5], SamplingParams(max_tokens=3)).finish()

@@ -21,7 +21,7 @@ MODULE = "fuzzing.worker"
 MEMORY = 3 << 30  # bytes beyond what the process has when it is ready; the models are of 200 kB
 LONGEST_MESSAGE = 700  # characters of an error's sentence, without those of its paths
 _READY = 120  # seconds to start, to load the kernels or to compile them
-_PATIENCE = 8  # a process that got no CPU time for its work is given so many limits
+_MOST_LIMITS = 8  # wall time, as a multiple of the CPU time limit, for a process that got no CPU time
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Worker:
         process = self._process
         assert process is not None
         assert process.stdout is not None
-        used, until = _cpu_seconds(process.pid), time.monotonic() + _PATIENCE * limit
+        used, until = _cpu_seconds(process.pid), time.monotonic() + _MOST_LIMITS * limit
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while time.monotonic() < until:

@@ -37,9 +37,9 @@ def measure(task: Task) -> Answer:
             started = time.perf_counter()
             (output,) = llm.generate([prompt], params, use_tqdm=False)
             took = time.perf_counter() - started
-            made = len(output.outputs[0].token_ids)
-            if made != tokens:
-                raise RuntimeError(f"vLLM made {made} tokens instead of {tokens}")
+            count = len(output.outputs[0].token_ids)
+            if count != tokens:
+                raise RuntimeError(f"vLLM generated {count} tokens instead of {tokens}")
             return took
 
         turns = [(seconds(1), seconds(task.decode_tokens + 1)) for _ in range(task.repeats + 1)][1:]

@@ -226,7 +226,7 @@ def test_a_missing_tool_is_one_sentence(tmp_path: Path) -> None:
     for script, option in (("nsys_profile.py", "--nsys"), ("ncu_profile.py", "--ncu")):
         done = run_script(script, option, tmp_path / "none")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"error: {tmp_path / 'none'} is not there: install Nsight")
+        assert done.stderr.startswith(f"error: {tmp_path / 'none'} was not found: install Nsight")
         assert len(done.stderr.splitlines()) == 1
 
 
