@@ -1,12 +1,13 @@
-"""The paged KV cache: who owns which block, and where each sequence's positions lie.
+"""The paged KV cache: allocation of KV blocks, prefix caching, copy-on-write, and block tables.
 
-The cache of a layer is an array of slots [blocks * block_size, kv_dim]; a block is `block_size` neighbouring slots, the
-same ones in every layer. A sequence owns a list of blocks, its page table: position p lies in slot
-``blocks[p // block_size] * block_size + p % block_size``. `BlockManager` counts references to blocks: sequences that
-begin alike share full blocks, a fork shares all of them, and whoever must write into a shared block gets a copy first.
+The cache of a layer is an array of slots [blocks * block_size, kv_dim]; a KV block is `block_size` neighbouring slots,
+the same ones in every layer. The blocks of a sequence are its row of the block table: position p lies in slot
+``blocks[p // block_size] * block_size + p % block_size``. `BlockManager` counts references to blocks. Sequences with a
+common prefix share its full blocks (prefix caching), a fork shares all blocks of its parent, and a write to a shared
+block goes to a copy of it (copy-on-write).
 
-A block that nobody references keeps what it holds until it is taken for something else, so that a prompt may still
-find its beginning there; the one that was given back first is taken first.
+A block without references stays in the prefix cache until it is allocated again. Blocks are allocated in the order in
+which they were freed (LRU).
 Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
 """
 
@@ -21,12 +22,12 @@ from numpy.typing import NDArray
 from numba_atomflow.errors import OutOfBlocksError
 from numba_atomflow.memory.plan import Buffer
 
-BLOCK_SIZES = (8, 16, 32, 64, 128)  # positions per block that kernels are made for
+BLOCK_SIZES = (8, 16, 32, 64, 128)  # positions per KV block that kernels support
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """What one block holds is to be put into another, in every layer, before anything is written to the other."""
+    """Copy-on-write: `source` is to be copied to `target`, in every layer, before the step writes to `target`."""
 
     source: int
     target: int
@@ -37,7 +38,7 @@ class _Sequence:
     """Attributes:
     tokens: one per position that has a slot.
     written: positions whose keys and values are in the cache.
-    digests: one per full block of `tokens` in front of `written`; each covers all tokens up to its end.
+    digests: one per full block of the first `written` tokens; each covers all tokens up to the block's end.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -47,14 +48,14 @@ class _Sequence:
 
 
 class BlockManager:
-    """Hands out blocks, and counts who uses them. It moves no bytes: it says which block must be copied.
+    """Allocates KV blocks and counts references to them. It moves no data: `append` returns the copies to make.
 
     Args:
         blocks: of the cache. block_size: positions per block.
-        order: in which blocks are handed out at first; by number, if None.
+        order: in which blocks are first allocated; by number, if None.
 
     Attributes:
-        copies: blocks copied before a write so far.
+        copies: blocks copied on write so far.
     """
 
     def __init__(self, blocks: int, block_size: int, order: Sequence[int] | None = None) -> None:
@@ -63,22 +64,23 @@ class BlockManager:
         self.block_count, self.block_size = blocks, block_size
         self.copies = 0
         self._references = [0] * blocks
-        # What was given back first is taken first.
+        # In the order in which they are allocated: the one freed first comes first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks) if order is None else order)
-        self._block_of: dict[bytes, int] = {}  # full, written blocks by the digest of all tokens up to their end
+        # The prefix cache: full, written blocks by the digest of all tokens up to their end.
+        self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._sequences: dict[int, _Sequence] = {}
 
-    # --- what there is -----------------------------------------------------------------------------------------------
+    # --- state -------------------------------------------------------------------------------------------------------
 
     @property
     def free_count(self) -> int:
-        """Blocks that nobody references."""
+        """Blocks without references."""
         return len(self._free)
 
     @property
     def used_count(self) -> int:
-        """Blocks that somebody references; a shared one counts once."""
+        """Blocks with references; a shared one counts once."""
         return self.block_count - len(self._free)
 
     def sequences(self) -> list[int]:
@@ -94,11 +96,11 @@ class BlockManager:
         return self._sequences[sequence].written
 
     def blocks(self, sequence: int) -> Sequence[int]:
-        """The sequence's page table: the list itself, for reading."""
+        """The sequence's blocks in the order of positions: the list itself, for reading."""
         return self._sequences[sequence].blocks
 
     def references(self, block: int) -> int:
-        """Sequences that use a block."""
+        """Sequences that share a block."""
         return self._references[block]
 
     def slots(self, sequence: int, start: int, stop: int) -> NDArray[np.int64]:
@@ -110,16 +112,16 @@ class BlockManager:
         return slots
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that a sequence of so many tokens has."""
+        """Blocks of a sequence of this many tokens."""
         return -(-tokens // self.block_size)
 
-    # --- the life of a sequence --------------------------------------------------------------------------------------
+    # --- sequences ---------------------------------------------------------------------------------------------------
 
     def open(self, sequence: int, prompt: Sequence[int]) -> int:
-        """Begin a sequence; the number of the prompt's tokens that are in the cache already.
+        """Begin a sequence; returns the length of the prompt's prefix that is in the cache (prefix hit).
 
-        They are whole blocks, and never all tokens: the last one must be computed, for its logits. They count as
-        appended and written.
+        The prefix is whole blocks, and never the whole prompt: the last token must be computed, for its logits. Its
+        tokens count as appended and written.
         """
         if sequence in self._sequences:
             raise ValueError(f"sequence {sequence} is open")
@@ -136,12 +138,12 @@ class BlockManager:
         return opened.written
 
     def missing_blocks(self, prompt: Sequence[int]) -> int:
-        """Free blocks that opening a sequence and filling in its prompt would take."""
+        """Free blocks that a sequence with this prompt would allocate."""
         in_use = sum(self._references[block] > 0 for _, block in self._shared(prompt))
         return self.blocks_for(len(prompt)) - in_use
 
     def _shared(self, prompt: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-        """The blocks that hold the prompt's beginning, each with its digest."""
+        """The blocks of the prefix cache that hold a prefix of the prompt, each with its digest."""
         digest = b""
         for start in range(0, (len(prompt) - 1) // self.block_size * self.block_size, self.block_size):
             digest = _digest(digest, prompt[start : start + self.block_size])
@@ -151,60 +153,60 @@ class BlockManager:
             yield digest, block
 
     def append(self, sequence: int, tokens: Sequence[int]) -> list[BlockCopy]:
-        """Give the next tokens slots that this sequence alone may write to; the copies to make before.
+        """Allocate slots for the next tokens, in blocks of this sequence alone; returns the copies to make first.
 
         Raises:
             OutOfBlocksError: there are too few free blocks; nothing has changed.
         """
-        grown = self._sequences[sequence]
-        end = len(grown.tokens) + len(tokens)
-        fresh = self.blocks_for(end) - len(grown.blocks)
-        begun = len(grown.tokens) % self.block_size != 0  # the last block has room
-        split = bool(begun and tokens and self._references[grown.blocks[-1]] > 1)
-        if fresh + split > len(self._free):
+        state = self._sequences[sequence]
+        end = len(state.tokens) + len(tokens)
+        fresh = self.blocks_for(end) - len(state.blocks)
+        partial = len(state.tokens) % self.block_size != 0  # the last block has free slots
+        copied = bool(partial and tokens and self._references[state.blocks[-1]] > 1)
+        if fresh + copied > len(self._free):
             raise OutOfBlocksError(
-                f"{fresh + split} more blocks of {self.block_size} positions are needed, but {len(self._free)} of "
+                f"{fresh + copied} more blocks of {self.block_size} positions are needed, but {len(self._free)} of "
                 f"{self.block_count} are free; give the cache more blocks, or admit fewer sequences."
             )
         copies = []
-        if split:
-            shared, own = grown.blocks[-1], self._take()
-            self._references[shared] -= 1
-            grown.blocks[-1] = own
-            copies.append(BlockCopy(shared, own))
+        if copied:
+            source, target = state.blocks[-1], self._allocate()
+            self._references[source] -= 1
+            state.blocks[-1] = target
+            copies.append(BlockCopy(source, target))
             self.copies += 1
-        grown.blocks += [self._take() for _ in range(fresh)]
-        grown.tokens += tokens
+        state.blocks += [self._allocate() for _ in range(fresh)]
+        state.tokens += tokens
         return copies
 
     def commit(self, sequence: int, written: int) -> None:
-        """The first `written` positions are in the cache now; whole blocks of them may be shared from here on."""
-        done = self._sequences[sequence]
-        if not done.written <= written <= len(done.tokens):
-            raise ValueError(f"sequence {sequence} has {done.written} of {len(done.tokens)} positions, not {written}")
-        done.written = written
-        for i in range(len(done.digests), written // self.block_size):
-            before = done.digests[-1] if done.digests else b""
-            digest = _digest(before, done.tokens[i * self.block_size : (i + 1) * self.block_size])
-            done.digests.append(digest)
-            if digest not in self._block_of:  # else another block holds the same, and goes on serving
-                self._forget(done.blocks[i])
-                self._block_of[digest] = done.blocks[i]
-                self._digest_of[done.blocks[i]] = digest
+        """The first `written` positions are in the cache; full blocks of them join the prefix cache."""
+        state = self._sequences[sequence]
+        if not state.written <= written <= len(state.tokens):
+            raise ValueError(f"sequence {sequence} has {state.written} of {len(state.tokens)} positions, not {written}")
+        state.written = written
+        for i in range(len(state.digests), written // self.block_size):
+            before = state.digests[-1] if state.digests else b""
+            digest = _digest(before, state.tokens[i * self.block_size : (i + 1) * self.block_size])
+            state.digests.append(digest)
+            if digest not in self._block_of:  # else another block with the same tokens stays in the prefix cache
+                self._forget(state.blocks[i])
+                self._block_of[digest] = state.blocks[i]
+                self._digest_of[state.blocks[i]] = digest
 
     def fork(self, parent: int, child: int) -> None:
-        """Begin a sequence that goes on from all that another one has written, and shares its blocks."""
+        """Begin a sequence that continues from everything that another one has written, and shares its blocks."""
         if child in self._sequences:
             raise ValueError(f"sequence {child} is open")
-        old = self._sequences[parent]
-        count = self.blocks_for(old.written)
-        for block in old.blocks[:count]:
+        state = self._sequences[parent]
+        written, blocks = state.written, state.blocks[: self.blocks_for(state.written)]
+        for block in blocks:
             self._references[block] += 1
-        digests = old.digests[: old.written // self.block_size]
-        self._sequences[child] = _Sequence(old.tokens[: old.written], old.blocks[:count], old.written, list(digests))
+        digests = state.digests[: written // self.block_size]
+        self._sequences[child] = _Sequence(state.tokens[:written], blocks, written, digests)
 
     def close(self, sequence: int) -> None:
-        """End a sequence: blocks that nobody else references are free."""
+        """End a sequence: its blocks without other references are free."""
         for block in self._sequences.pop(sequence).blocks:
             self._references[block] -= 1
             if not self._references[block]:
@@ -212,8 +214,8 @@ class BlockManager:
 
     # --- blocks ------------------------------------------------------------------------------------------------------
 
-    def _take(self) -> int:
-        """A free block, with one reference; what it held is lost."""
+    def _allocate(self) -> int:
+        """A free block, with one reference; it leaves the prefix cache."""
         block, _ = self._free.popitem(last=False)
         self._forget(block)
         self._references[block] = 1
@@ -225,10 +227,10 @@ class BlockManager:
             del self._block_of[digest]
 
     def audit(self) -> None:
-        """Count everything anew.
+        """Check all counts.
 
         Raises:
-            RuntimeError: a block is lost, free and in use, or counted wrongly; or two sequences could write to it.
+            RuntimeError: a block is lost, both free and in use, or miscounted; or two sequences could write to it.
         """
         counts = [0] * self.block_count
         for sequence in self._sequences.values():
@@ -250,18 +252,18 @@ class BlockManager:
 
 
 def _digest(before: bytes, tokens: Sequence[int]) -> bytes:
-    """Stands for all tokens up to a block's end. 16 bytes of BLAKE2b: equal digests are equal tokens."""
+    """Digest of all tokens up to a block's end: 16 bytes of BLAKE2b, so that equal digests mean equal tokens."""
     return hashlib.blake2b(before + np.array(tokens, "<i4").tobytes(), digest_size=16).digest()
 
 
 class BlockTable:
-    """The page tables of the sequences that run, as kernels read them: a row each.
+    """The block table of the running sequences, as kernels read it: a row for each.
 
     Args:
-        array: int32 [rows, width], which the GPU's runner also sends to the device.
+        array: int32 [rows, width], memory of the runner.
 
     Attributes:
-        dirty: per row, the range of entries that have changed since `clean`.
+        dirty: per row, the range of entries (first, last + 1) that have changed since `clean`.
     """
 
     def __init__(self, array: NDArray[np.int32]) -> None:
@@ -272,18 +274,17 @@ class BlockTable:
         self._unused = list(reversed(range(len(array))))
 
     def row(self, sequence: int) -> int:
-        """The sequence's row; it gets one if it has none."""
+        """The sequence's row; allocated at the first call."""
         if sequence not in self._rows:
             self._rows[sequence] = self._unused.pop()
             self._lengths[sequence] = 0
         return self._rows[sequence]
 
     def update(self, sequence: int, blocks: Sequence[int]) -> None:
-        """Put a sequence's blocks into its row. What has not changed is not written: mostly that is everything."""
-        row, known = self.row(sequence), self._lengths[sequence]
-        start = known
-        if known and self.array[row, known - 1] != blocks[known - 1]:  # a copy has taken its place
-            start = known - 1
+        """Write a sequence's blocks to its row. Only entries that differ are written: in most steps none."""
+        row, start = self.row(sequence), self._lengths[sequence]
+        if start and self.array[row, start - 1] != blocks[start - 1]:  # replaced by copy-on-write
+            start -= 1
         if start < len(blocks):
             self.array[row, start : len(blocks)] = blocks[start:]
             first, last = self.dirty.get(row, (start, len(blocks)))
@@ -291,17 +292,17 @@ class BlockTable:
             self._lengths[sequence] = len(blocks)
 
     def release(self, sequence: int) -> None:
-        """The sequence has ended, or waits: its row is free."""
+        """Free the row of a sequence that has ended or was preempted."""
         row = self._rows.pop(sequence, None)
         if row is not None:
             del self._lengths[sequence]
             self._unused.append(row)
 
     def clean(self) -> None:
-        """What was dirty has reached the device."""
+        """The device has all entries."""
         self.dirty.clear()
 
 
 def paged_cache_buffer(layers: int, slots: int, kv_dim: int, dtype: str) -> Buffer:
-    """The cache as a buffer of the memory plan: [layer][k | v][slot][kv_dim]."""
+    """The KV cache as a buffer of the memory plan: [layer][k | v][slot][kv_dim]."""
     return Buffer("kv cache", "paged_kv", (layers, 2, slots, kv_dim), dtype)

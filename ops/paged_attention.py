@@ -1,11 +1,11 @@
 """Grouped-query attention over a paged KV cache, for tokens of several sequences at once.
 
 One layer's cache is two arrays [slots, kv_heads * head_dim]. Position s of a sequence lies in slot
-``page[s // block_size] * block_size + s % block_size``, with `page` the sequence's row of the page table. A token is a
-column of the step, whatever its sequence: it attends to positions 0 .. its own. Tokens of one prompt are neighbouring
-columns with the same row; their keys are all in the cache before any of them attends.
+``blocks[s // block_size] * block_size + s % block_size``, with `blocks` the sequence's row of the block table. A token
+attends to positions 0 to its own (causal). Tokens of one prompt have the same row; their keys are all in the cache
+before any of them attends.
 
-Cost model: what static attention costs (8 * S * kv_dim bytes per token), and one look-up per block.
+Cost model: that of contiguous attention (8 * S * kv_dim bytes per token), and one look-up per KV block.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def attend_paged_reference(
     block_size: int,
     head_dim: int,
 ) -> NDArray[np.float64]:
-    """What `attend_paged` computes: each sequence's slots are gathered into a static cache."""
+    """What `attend_paged` computes: the slots of each sequence are gathered into a contiguous cache."""
     out = np.empty_like(q)
     for t, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
         slots = [block_table[row, s // block_size] * block_size + s % block_size for s in range(position + 1)]
@@ -41,7 +41,8 @@ def attend_paged(q, keys, values, block_table, rows, positions, block_size, head
     Args:
         q, out: float32 [T, heads * head_dim].
         keys, values: float32 [slots, kv_heads * head_dim].
-        block_table: int32 [rows, width], page tables. rows, positions: int64 [T].
+        block_table: int32 [rows, width], KV blocks of each sequence in the order of positions.
+        rows: int64 [T], row of the block table. positions: int64 [T].
         scores: float32 [threads, longest sequence], scratch.
     """
     heads = q.shape[1] // head_dim
@@ -50,5 +51,5 @@ def attend_paged(q, keys, values, block_table, rows, positions, block_size, head
         t, h = item // heads, item % heads
         query = q[t, h * head_dim : (h + 1) * head_dim]
         result = out[t, h * head_dim : (h + 1) * head_dim]
-        page, length, own = block_table[rows[t]], positions[t] + 1, scores[get_thread_id()]
-        attend_head(query, keys, values, h // ratio * head_dim, length, page, block_size, own, result)
+        blocks, length, weights = block_table[rows[t]], positions[t] + 1, scores[get_thread_id()]
+        attend_head(query, keys, values, h // ratio * head_dim, length, blocks, block_size, weights, result)

@@ -1,4 +1,4 @@
-"""The server sandbox: many requests over one model, with a paged KV cache, to measure what that costs.
+"""The serving sandbox: continuous batching of many requests over a paged KV cache, to measure what that costs.
 
-It stands beside the engine and shares only kernels (`ops`) and memory (`memory`) with it.
+It is independent of `engine` and `backends`: they share only kernels (`ops`) and memory (`memory`).
 """

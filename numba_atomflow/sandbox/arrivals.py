@@ -1,12 +1,12 @@
-"""Requests to serve: from a trace, or arrivals of a Poisson process.
+"""Workloads: requests from a trace, or arrivals of a Poisson process.
 
-A trace is a file of JSON objects, a line each:
+A trace is a file of JSON objects, one per line:
 
     {"id": 1, "arrival": 0.0, "prompt": "Once upon a time", "max_tokens": 32}
     {"id": 2, "arrival": 0.5, "tokens": [5, 6, 7], "max_tokens": 32}
     {"id": 3, "fork_of": 1, "after": 10, "prompt": " But then", "max_tokens": 32}
 
-A fork goes on from what request 1 has when 10 tokens of its reply are there. `id` is the line's number if left out.
+The fork continues request 1 as of its 10th generated token. `id` defaults to the number of the line.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ _FIELDS = {"id", "arrival", "prompt", "tokens", "max_tokens", "fork_of", "after"
 
 @dataclass
 class Workload:
-    """What comes to the server."""
+    """Requests with their arrival times, and forks of them."""
 
     requests: list[Request] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
@@ -42,11 +42,11 @@ def read_trace(
 
     Args:
         encode: text to token ids; None if the model has no tokenizer.
-        vocabulary: ids are below it.
+        vocabulary: its size; ids are below it.
 
     Raises:
         TextError: the file cannot be read.
-        OptionError: a line is no request.
+        OptionError: a line is not a valid request.
     """
     lines = read_text_file(path, "The trace").split("\n")
     workload, seen = Workload(), set[int]()
@@ -56,10 +56,10 @@ def read_trace(
         try:
             entry = _Line(load_json(line, unique=True), number, encode, vocabulary)
         except (ValueError, TypeError) as error:
-            raise OptionError(f"Line {number} of the trace {path} is no request ({error}); correct it.") from error
+            raise _invalid_line(number, path, str(error)) from error
         if entry.id in seen or (entry.parent is not None and entry.parent not in seen):
             fault = f"id {entry.id} is there twice" if entry.id in seen else f"there is no request {entry.parent}"
-            raise OptionError(f"Line {number} of the trace {path} is no request ({fault} before it); correct it.")
+            raise _invalid_line(number, path, f"{fault} before it")
         seen.add(entry.id)
         if entry.parent is None:
             workload.requests.append(Request(entry.id, entry.tokens, entry.max_tokens, end_tokens, entry.arrival))
@@ -67,8 +67,12 @@ def read_trace(
             fork = Fork(entry.id, entry.parent, entry.after, entry.tokens, entry.max_tokens, end_tokens)
             workload.forks.append(fork)
     if not workload.requests:
-        raise OptionError(f"The trace {path} holds no request; write one JSON object per line.")
+        raise OptionError(f"The trace {path} has no requests; write one JSON object per line.")
     return workload
+
+
+def _invalid_line(number: int, path: Path, fault: str) -> OptionError:
+    return OptionError(f"Line {number} of the trace {path} is not a valid request ({fault}); correct it.")
 
 
 class _Line:
@@ -85,7 +89,7 @@ class _Line:
         self.parent = _whole(record, "fork_of", 0, 0) if "fork_of" in record else None
         arrival = record.get("arrival", 0.0)
         if type(arrival) not in (int, float) or not 0.0 <= arrival <= _LATEST:
-            raise ValueError("arrival is no time in seconds")
+            raise ValueError("arrival is not a time in seconds")
         self.arrival = float(arrival)
         if ("prompt" in record) == ("tokens" in record):
             raise ValueError("it needs a prompt or tokens")
@@ -115,7 +119,7 @@ def poisson_arrivals(
     end_tokens: frozenset[int] = frozenset(),
     seed: int = 0,
 ) -> Workload:
-    """A request per prompt; times between arrivals are exponential with mean 1 / rate seconds.
+    """A request per prompt, whose inter-arrival times are exponential with mean 1 / rate seconds.
 
     Raises:
         OptionError: the rate or the number of tokens is not positive.
@@ -134,7 +138,7 @@ def poisson_arrivals(
 
 
 def random_prompts(count: int, tokens: int, vocabulary: int, common: int = 0, seed: int = 0) -> list[list[int]]:
-    """Prompts of random tokens, the first `common` of which all have in common.
+    """Prompts of random tokens with a common prefix of `common` tokens.
 
     Raises:
         OptionError: a number is out of range.
@@ -145,5 +149,5 @@ def random_prompts(count: int, tokens: int, vocabulary: int, common: int = 0, se
             "give --requests and --prompt-tokens of at least 1, and --common-tokens up to that."
         )
     rng = np.random.default_rng(seed)
-    beginning = rng.integers(0, vocabulary, common).tolist()
-    return [[*beginning, *rng.integers(0, vocabulary, tokens - common).tolist()] for _ in range(count)]
+    prefix = rng.integers(0, vocabulary, common).tolist()
+    return [[*prefix, *rng.integers(0, vocabulary, tokens - common).tolist()] for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Which device the sandbox runs on: the GPU where there is a usable one, else the CPU."""
+"""The choice of a device for the sandbox: the GPU if a usable one is there, else the CPU."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -19,16 +19,16 @@ def make_runner(
     threads: int | None = None,
     check_weights: Callable[[], None] = lambda: None,
 ) -> Runner:
-    """A runner for a model; `prepare` it before use.
+    """A runner for a model; call `prepare` before use.
 
     Args:
         weights: the checkpoint's arrays by name, which must stay mapped.
-        threads: of the CPU; with "auto", naming them chooses it.
-        check_weights: raises if the arrays are not what they were; asked by a runner that reads them at every step.
+        threads: of the CPU; with "auto" and a number, the CPU is chosen.
+        check_weights: raises if the arrays have changed; called by a runner that reads them at every step.
 
     Raises:
         BackendError: the device cannot be used here.
-        OptionError: threads are given for the GPU, or there are not that many cores; no kernels for this model.
+        OptionError: threads are given for the GPU, or are more than the cores; or there are no kernels for the model.
     """
     if device == "cuda" and threads is not None:
         raise OptionError("--threads is for the CPU; leave it out, or use --backend cpu.")

@@ -1,14 +1,14 @@
-"""The comparison: what paging and batching cost a decode step, against static contiguous KV and a single stream.
+"""The comparison: what paging and batching cost a decode step, beside a contiguous KV cache and a single sequence.
 
-Static and paged run in the same process, on the same cache, with the same kernels for everything else. Static: each
-sequence has a contiguous part of the cache and the address of a key is plain arithmetic. Paged: the same number of
-positions in blocks whose order is random. The cache holds noise: times do not depend on it.
+The static and the paged layout run in the same process, on the same cache, with the same kernels for everything else.
+Static: each sequence has a contiguous part of the cache. Paged: the same number of positions, in KV blocks whose order
+is random. The cache holds noise: times do not depend on it.
 
-Where a step's time goes, at each batch size:
-- indirection: the paged step on the device, less the static one;
-- page tables: the host's upkeep of tables and slots, per step;
-- scheduling: planning the step and taking its tokens, per step;
-- host: what else passes between two steps: columns to the device, starting the step, tokens back.
+Breakdown of the time from one step to the next, at each batch size:
+- indirection: the paged step on the device, minus the static one;
+- page tables: the host's updates of block tables and slots;
+- scheduling: planning the step and appending its tokens;
+- host: everything else between two steps: the batch to the device, the launch, the tokens back.
 The latter three are measured in `ServingEngine` itself while it decodes a full batch.
 """
 
@@ -27,12 +27,12 @@ from numba_atomflow.sandbox.runner import Runner
 from numba_atomflow.sandbox.scheduler import Batch, Chunk
 from numba_atomflow.utils.progress import Progress
 
-ROUNDS = 3  # in which static, paged and served take turns: what drifts on the machine meets all of them
+ROUNDS = 3  # in which the three measurements alternate, so that drift of the machine affects all of them
 
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Attention of one layer for one token, in seconds."""
+    """Attention of one layer for one token; median seconds."""
 
     context: int
     block_size: int
@@ -42,10 +42,10 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class StepRow:
-    """A decode step of `batch` sequences, in seconds.
+    """A decode step of `batch` sequences; median seconds.
 
     Attributes:
-        static_seconds, paged_seconds: of the device, with the choice of a token.
+        static_seconds, paged_seconds: of the step on the device, arg-max included.
         table_seconds, schedule_seconds: of the host, per step.
         wall_seconds: from one step to the next in `ServingEngine`, everything included.
     """
@@ -61,24 +61,24 @@ class StepRow:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all sequences together, as the server runs."""
+        """Throughput of all sequences together, in `ServingEngine`."""
         return self.batch / self.wall_seconds
 
     def shares(self) -> dict[str, float]:
-        """Each cause's part of the time from one step to the next. Noise may make a small one negative."""
+        """Each part of the breakdown as a share of `wall_seconds`. Noise may make a small one negative."""
         indirection = self.paged_seconds - self.static_seconds
-        known = self.paged_seconds + self.table_seconds + self.schedule_seconds
+        accounted = self.paged_seconds + self.table_seconds + self.schedule_seconds
         return {
             "indirection": indirection / self.wall_seconds,
             "page tables": self.table_seconds / self.wall_seconds,
             "scheduling": self.schedule_seconds / self.wall_seconds,
-            "host": (self.wall_seconds - known) / self.wall_seconds,
+            "host": (self.wall_seconds - accounted) / self.wall_seconds,
         }
 
 
 @dataclass
 class Comparison:
-    """Everything that was measured."""
+    """The measurements of one model on one device."""
 
     model: str
     device: str
@@ -87,7 +87,7 @@ class Comparison:
     steps: list[StepRow] = field(default_factory=list)
 
     def steps_by_kind(self) -> dict[tuple[int, int], list[StepRow]]:
-        """Rows by (block size, context), in the order of the batch."""
+        """Rows by (block size, context), ordered by batch size."""
         kinds: dict[tuple[int, int], list[StepRow]] = {}
         for row in sorted(self.steps, key=lambda row: (row.block_size, row.context, row.batch)):
             kinds.setdefault((row.block_size, row.context), []).append(row)
@@ -103,12 +103,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured: attention at `contexts`, whole steps at `step_contexts`, each for all of the runner's block
-    sizes.
+    """What to measure: attention at `contexts`, whole steps at `step_contexts`, for all block sizes of the runner.
 
     Attributes:
-        batches: sequences of a step.
-        server_steps: steps of the server per row; each of them moves every sequence on by a token.
+        batches: sequences per step.
+        repeats: runs per median.
+        server_steps: steps of `ServingEngine` per row; each one adds a token to every sequence.
     """
 
     contexts: Sequence[int]
@@ -119,31 +119,31 @@ class Grid:
 
     @property
     def longest(self) -> int:
-        """Positions that a sequence needs."""
+        """The most positions of a sequence."""
         return max(*self.contexts, *(context + self.server_steps + 2 for context in self.step_contexts))
 
 
 def compare(runner: Runner, model: str, grid: Grid, progress: Progress | None = None) -> Comparison:
-    """Measure. The runner's cache must hold `grid.longest` positions for the largest batch."""
-    found = Comparison(model, runner.device, grid.repeats)
+    """Run all measurements. The runner's cache must hold the largest batch, with `grid.longest` positions each."""
+    comparison = Comparison(model, runner.device, grid.repeats)
     sizes = runner.sizes.block_sizes
     total = len(sizes) * (len(grid.contexts) + len(grid.step_contexts) * len(grid.batches))
 
-    def report(what: str) -> None:
+    def report(label: str) -> None:
         if progress:
-            progress(what, len(found.attention) + len(found.steps), total)
+            progress(label, len(comparison.attention) + len(comparison.steps), total)
 
     for block_size in sizes:
         runner.use_block_size(block_size)
         for context in grid.contexts:
-            report(f"attention at {context}, blocks of {block_size}")
-            found.attention.append(_attention_row(runner, context, grid.repeats))
+            report(f"attention at context {context}, KV blocks of {block_size}")
+            comparison.attention.append(_attention_row(runner, context, grid.repeats))
         for context in grid.step_contexts:
             for batch in grid.batches:
-                report(f"{batch} sequences at {context}, blocks of {block_size}")
-                found.steps.append(_step_row(runner, batch, context, grid))
+                report(f"{batch} sequences at context {context}, KV blocks of {block_size}")
+                comparison.steps.append(_step_row(runner, batch, context, grid))
     report("done")
-    return found
+    return comparison
 
 
 def _attention_row(runner: Runner, context: int, repeats: int) -> AttentionRow:
@@ -168,56 +168,58 @@ def _step_row(runner: Runner, batch: int, context: int, grid: Grid) -> StepRow:
 
 @dataclass(frozen=True)
 class ScatteredStep:
-    """A decode step in both layouts: the same tokens and positions, other slots."""
+    """A decode step in both layouts: the same tokens and positions, different slots."""
 
     static: Batch
     paged: Batch
 
 
 def scattered_step(runner: Runner, batch: int, context: int, seed: int = 0) -> ScatteredStep:
-    """A decode step of `batch` sequences that hold `context` positions each, the new one included; the blocks of the
-    paged one are in random order, in the runner's page table.
+    """A decode step of `batch` sequences of `context` positions each, the new one included. Writes KV blocks in random
+    order to the runner's block table.
     """
-    size, each = runner.block_size, -(-context // runner.block_size)
-    order = np.random.default_rng(seed).permutation(runner.sizes.slots // size)[: batch * each].reshape(batch, each)
-    runner.block_table[:batch, :each] = order
-    runner.block_table_changed(dict.fromkeys(range(batch), (0, each)))
+    size, blocks = runner.block_size, -(-context // runner.block_size)
+    order = np.random.default_rng(seed).permutation(runner.sizes.slots // size)[: batch * blocks].reshape(batch, blocks)
+    runner.block_table[:batch, :blocks] = order
+    runner.block_table_changed(dict.fromkeys(range(batch), (0, blocks)))
     last = context - 1
     rows = np.arange(batch)
-    places = {
+    slots = {
         "static": rows * runner.sizes.capacity + last,
         "paged": order[:, last // size].astype(np.int64) * size + last % size,
     }
-    made = {}
-    for layout, slots in places.items():
+    batches = {}
+    for layout, layout_slots in slots.items():
         requests = [Request(row, [1], 1) for row in range(batch)]
         chunks = [Chunk(request, last, context, []) for request in requests]
         positions, tokens = np.full(batch, last), np.full(batch, 1, np.int32)
-        made[layout] = Batch(chunks, tokens, positions, positions, rows, slots, list(range(batch)), [])
-    return ScatteredStep(made["static"], made["paged"])
+        batches[layout] = Batch(chunks, tokens, positions, positions, rows, layout_slots, list(range(batch)), [])
+    return ScatteredStep(batches["static"], batches["paged"])
 
 
 def _serve(runner: Runner, batch: int, context: int, steps: int) -> tuple[float, float, float]:
-    """Medians, in seconds, per step of a server that decodes `batch` sequences: page tables, scheduling, wall time."""
+    """Median seconds per step of an engine that decodes `batch` sequences: block tables, scheduling, wall time."""
     rng = np.random.default_rng(batch)
     order = rng.permutation(runner.sizes.slots // runner.block_size).tolist()
-    server = ServingEngine(_WithoutPrompts(runner, batch * context), block_order=order)
+    engine = ServingEngine(_SkipPrefill(runner, batch * context), block_order=order)
     for number in range(batch):
         prompt = rng.integers(0, 1000, context - 1).tolist()
-        server.submit(Request(number, prompt, steps + 1))
-    server.step()  # all prompts
-    server.steps.clear()
-    moments = [time.perf_counter()]
-    while not server.scheduler.idle and len(server.steps) < steps - 1:
-        server.step()
-        moments.append(time.perf_counter())
-    table = float(np.median([step.table_seconds for step in server.steps]))
-    schedule = float(np.median([step.schedule_seconds for step in server.steps]))
-    return table, schedule, float(np.median(np.diff(moments)))
+        engine.submit(Request(number, prompt, steps + 1))
+    engine.step()  # prefill of all prompts
+    engine.steps.clear()
+    times = [time.perf_counter()]
+    while not engine.scheduler.idle and len(engine.steps) < steps - 1:
+        engine.step()
+        times.append(time.perf_counter())
+    table = float(np.median([step.table_seconds for step in engine.steps]))
+    schedule = float(np.median([step.schedule_seconds for step in engine.steps]))
+    return table, schedule, float(np.median(np.diff(times)))
 
 
-class _WithoutPrompts:
-    """Takes prompts of any length at once, without computing them: what the cache holds does not matter for times."""
+class _SkipPrefill:
+    """A runner that accepts prompts of any length and does not compute them: decode times do not depend on the cache's
+    content.
+    """
 
     def __init__(self, runner: Runner, max_batched_tokens: int) -> None:
         self._runner = runner
@@ -234,5 +236,5 @@ class _WithoutPrompts:
 
 
 def blocks_needed(grid: Grid, block_size: int) -> int:
-    """Blocks of this size for the largest batch at the longest context."""
+    """KV blocks of this size that the largest batch takes at the longest context."""
     return max(grid.batches) * BlockManager(1, block_size).blocks_for(grid.longest)

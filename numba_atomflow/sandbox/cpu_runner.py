@@ -1,4 +1,4 @@
-"""The sandbox's model on the CPU: the engine's kernels, with the cache in pages. Float32 but for the weights."""
+"""The sandbox's model on the CPU: the engine's kernels over a paged KV cache. Everything but weights is float32."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,10 +28,10 @@ from numba_atomflow.sandbox.scheduler import Batch, Chunk
 from numba_atomflow.utils.progress import Progress
 
 MAX_BATCHED_TOKENS = 64
-FEW = 16  # up to here, one core reads the weights once per column sooner than it decodes them into scratch for BLAS
+MAX_GEMV_TOKENS = 16  # up to here, a GEMV per token takes less time than converting weights to float32 for BLAS
 
 
-Weight = tuple[NDArray[Any], NDArray[np.float32] | None]  # codes and scales as kernels take them
+Weight = tuple[NDArray[Any], NDArray[np.float32] | None]  # codes and scales, as kernels take them
 
 
 class CpuRunner:
@@ -39,11 +39,11 @@ class CpuRunner:
         geometry: of the model.
         weights: the checkpoint's arrays by name, which must stay mapped.
         sizes: of the cache.
-        threads: that kernels run on; by default all cores, or what a CPU quota allows.
-        check_weights: called after every step; raises if the arrays are not what they were.
+        threads: of the kernels; by default all cores, or what a CPU quota allows.
+        check_weights: called after every step; raises if the arrays have changed.
 
     Raises:
-        OptionError: no such number of cores, or no kernels for this family of models.
+        OptionError: more threads than cores, or no kernels for this family of models.
     """
 
     max_batched_tokens = MAX_BATCHED_TOKENS
@@ -67,12 +67,12 @@ class CpuRunner:
         scratch = projection.LARGEST_TILE * (max(g.hidden, g.q_dim, g.ffn) + MAX_BATCHED_TOKENS)
         widths = {
             "residual": g.hidden,
-            "normed": g.hidden,
+            "x_norm": g.hidden,
             "qkv": g.q_dim + 2 * g.kv_dim,
             "q": g.q_dim,
-            "attended": g.q_dim,
+            "attn_out": g.q_dim,
             "gate_up": 2 * g.ffn,
-            "ffn": g.ffn,
+            "mlp_hidden": g.ffn,
             "logits": g.vocabulary,
         }
         self._arena = HostArena(
@@ -94,19 +94,19 @@ class CpuRunner:
         self._tables = self._array("cosines"), self._array("sines")
         self._tables[0][:], self._tables[1][:] = rope.rope_table(rope_inverse_frequencies(g), sizes.longest)
         self._blas: ThreadpoolController | None = None
-        self._call: Callable[..., None] = _call_with_care
+        self._call: Callable[..., None] = _call_checked
 
     def _array(self, name: str) -> NDArray[Any]:
         return self._arena[name].host_array()
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Run a small step of each kind, so that numba compiles all kernels. Here their arguments' shapes are checked,
-        too: later steps differ in the number of columns alone.
+        """Run a small step of each kind, so that numba compiles all kernels. Only here the shapes of all arguments are
+        checked: later steps differ in the number of tokens alone.
         """
-        for done, columns in enumerate((1, FEW + 1)):
+        for done, tokens in enumerate((1, MAX_GEMV_TOKENS + 1)):
             if progress:
                 progress("compiling kernels", done, 2)
-            self.run(_dry_step(columns))
+            self.run(_dry_step(tokens))
         if progress:
             progress("compiling kernels", 2, 2)
         self._call = _call
@@ -116,16 +116,16 @@ class CpuRunner:
         self.block_size = block_size
 
     def block_table_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
-        """Kernels read `pages` itself."""
+        """Nothing to do: kernels read `block_table` itself."""
         del dirty
 
     def close(self) -> None:
-        """The memory goes with this object."""
+        """Nothing to do: the memory is freed with this object."""
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def run(self, batch: Batch) -> list[int]:
-        """Take a step through the model: the most likely token behind each wanted column."""
+        """Run a step; returns the most likely next token at each of `batch.logits_indices`."""
         return self._run(batch, self._attend_paged)
 
     def _check(self, batch: Batch) -> None:
@@ -134,60 +134,60 @@ class CpuRunner:
     def _run(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
         try:
             tokens = self._step(batch, attend)
-        except CheckpointError:  # weights that have changed look like damaged ones
+        except CheckpointError:  # changed weights look like damaged ones
             self._check_weights()
             raise
         self._check_weights()
         return tokens
 
     def _step(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
-        g, weights, columns = self.geometry, self._weights, batch.token_count
-        residual, normed, qkv = (self._array(name)[:columns] for name in ("residual", "normed", "qkv"))
-        q, attended, ffn = (self._array(name)[:columns] for name in ("q", "attended", "ffn"))
+        g, weights, count = self.geometry, self._weights, batch.token_count
+        residual, x_norm, qkv = (self._array(name)[:count] for name in ("residual", "x_norm", "qkv"))
+        q, attn_out, mlp_hidden = (self._array(name)[:count] for name in ("q", "attn_out", "mlp_hidden"))
         call = self._call
         self._check(batch)
         self._copy(batch.copies)
-        with self._kernel_threads(columns):
+        with self._kernel_threads(count):
             call(embedding.embed, batch.tokens, *self._weight("embedding"), residual)
             for i in range(g.layers):
-                call(rms_norm.rms_norm, residual, weights[f"layer.{i}.attention_norm"], g.norm_eps, normed)
-                self._project(f"layer.{i}.qkv", normed, qkv)
-                places = batch.positions, batch.slots
-                call(rope.rope_and_store_paged, qkv, *places, *self._tables, q, *self._cache[i])
+                call(rms_norm.rms_norm, residual, weights[f"layer.{i}.attention_norm"], g.norm_eps, x_norm)
+                self._project(f"layer.{i}.qkv", x_norm, qkv)
+                indices = batch.positions, batch.slots
+                call(rope.rope_and_store_paged, qkv, *indices, *self._tables, q, *self._cache[i])
                 attend(batch, i)
-                self._project(f"layer.{i}.o", attended, residual, accumulate=True)
-                call(rms_norm.rms_norm, residual, weights[f"layer.{i}.ffn_norm"], g.norm_eps, normed)
-                self._gate_up(f"layer.{i}.gate_up", normed, ffn)
-                self._project(f"layer.{i}.down", ffn, residual, accumulate=True)
+                self._project(f"layer.{i}.o", attn_out, residual, accumulate=True)
+                call(rms_norm.rms_norm, residual, weights[f"layer.{i}.ffn_norm"], g.norm_eps, x_norm)
+                self._gate_up(f"layer.{i}.gate_up", x_norm, mlp_hidden)
+                self._project(f"layer.{i}.down", mlp_hidden, residual, accumulate=True)
         return self._choose(residual[batch.logits_indices]) if batch.logits_indices else []
 
     def _choose(self, residual: NDArray[np.float32]) -> list[int]:
         rows = len(residual)
-        normed, logits = self._array("normed")[:rows], self._array("logits")[:rows]
+        x_norm, logits = self._array("x_norm")[:rows], self._array("logits")[:rows]
         with self._kernel_threads(rows):
-            self._call(rms_norm.rms_norm, residual, self._weights["final_norm"], self.geometry.norm_eps, normed)
-            self._project("embedding" if self.geometry.tied_embeddings else "vocabulary", normed, logits)
+            self._call(rms_norm.rms_norm, residual, self._weights["final_norm"], self.geometry.norm_eps, x_norm)
+            self._project("embedding" if self.geometry.tied_embeddings else "vocabulary", x_norm, logits)
         if not np.isfinite(logits.max()):
             raise non_finite_logits()
         tokens: list[int] = logits.argmax(axis=1).tolist()
         return tokens
 
     def _attend_paged(self, batch: Batch, layer: int) -> None:
-        q, attended = self._array("q")[: batch.token_count], self._array("attended")[: batch.token_count]
-        places = self.block_table, batch.table_rows, batch.positions, self.block_size
+        q, attn_out = self._array("q")[: batch.token_count], self._array("attn_out")[: batch.token_count]
+        indices = self.block_table, batch.table_rows, batch.positions, self.block_size
         cache, head_dim = self._cache[layer], self.geometry.head_dim
-        self._call(attend_paged, q, *cache, *places, head_dim, self._array("scores"), attended)
+        self._call(attend_paged, q, *cache, *indices, head_dim, self._array("scores"), attn_out)
 
     def _attend_static(self, batch: Batch, layer: int) -> None:
-        """What the engine does for one token, for each of the columns."""
-        check_indices("positions of a sequence's part of the cache", batch.positions, self.sizes.capacity)
-        q, attended, scores = self._array("q"), self._array("attended"), self._array("scores")
+        """The engine's attention of one token, for each token of the step."""
+        check_indices("positions in a sequence's part of the cache", batch.positions, self.sizes.capacity)
+        q, attn_out, scores = self._array("q"), self._array("attn_out"), self._array("scores")
         for t, row in enumerate(batch.table_rows.tolist()):
             first = row * self.sizes.capacity
             keys, values = self._cache[layer, :, first : first + self.sizes.capacity]
             position = batch.positions[t : t + 1]
             head_dim = self.geometry.head_dim
-            self._call(attention.attend_token, q[t], keys, values, position, head_dim, scores, attended[t])
+            self._call(attention.attend_token, q[t], keys, values, position, head_dim, scores, attn_out[t])
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         size = self.block_size
@@ -203,7 +203,7 @@ class CpuRunner:
 
     def _project(self, part: str, x: NDArray[Any], y: NDArray[Any], *, accumulate: bool = False) -> None:
         codes, scales = self._weight(part)
-        if len(x) <= FEW:
+        if len(x) <= MAX_GEMV_TOKENS:
             for t in range(len(x)):
                 self._call(projection.project_token, codes, scales, x[t], y[t], accumulate)
         else:
@@ -211,7 +211,7 @@ class CpuRunner:
 
     def _gate_up(self, part: str, x: NDArray[Any], y: NDArray[Any]) -> None:
         codes, scales = self._weight(part)
-        if len(x) <= FEW:
+        if len(x) <= MAX_GEMV_TOKENS:
             for t in range(len(x)):
                 self._call(projection.project_token_swiglu, codes, scales, x[t], y[t])
         else:
@@ -220,23 +220,23 @@ class CpuRunner:
             self._call(projection.swiglu, gate_up, y)
 
     @contextmanager
-    def _kernel_threads(self, columns: int) -> Iterator[None]:
-        """Kernels call BLAS from inside their parallel loops, where its own threads would only get in the way."""
+    def _kernel_threads(self, tokens: int) -> Iterator[None]:
+        """Limits BLAS to one thread: kernels call it inside their parallel loops."""
         numba.set_num_threads(self.threads)
-        if columns > FEW and self._blas is None:
+        if tokens > MAX_GEMV_TOKENS and self._blas is None:
             import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls; slow to import
 
             self._blas = ThreadpoolController()
         with (
             kernel_turn(),
-            self._blas.limit(limits=1, user_api="blas") if columns > FEW and self._blas else nullcontext(),
+            self._blas.limit(limits=1, user_api="blas") if tokens > MAX_GEMV_TOKENS and self._blas else nullcontext(),
         ):
             yield
 
     # --- times -------------------------------------------------------------------------------------------------------
 
     def time_attention(self, batch: Batch, layout: Layout, repeats: int) -> float:
-        """Median seconds of one layer's attention. Layers take turns, as in a step: their caches are cold."""
+        """Median seconds of one layer's attention. Layers alternate, as in a step, so that their KV is not cached."""
         attend = self._attend_paged if layout == "paged" else self._attend_static
         numba.set_num_threads(self.threads)
         self._check(batch)
@@ -253,7 +253,7 @@ def _call(kernel: Any, *arguments: Any) -> None:
     kernel(*arguments)
 
 
-def _call_with_care(kernel: Any, *arguments: Any) -> None:
+def _call_checked(kernel: Any, *arguments: Any) -> None:
     """Raises:
     IndexError: the shapes of the arguments do not fit together.
     """
@@ -261,7 +261,7 @@ def _call_with_care(kernel: Any, *arguments: Any) -> None:
 
 
 def _median_seconds(action: Callable[[int], object], repeats: int, warm: int) -> float:
-    """Of `repeats` runs, after `warm` that are thrown away: the first to touch a page of memory waits for it."""
+    """Median of `repeats` runs, after `warm` that are discarded: the first access to a page of memory is slow."""
     seconds = []
     for i in range(warm + repeats):
         started = time.perf_counter()
@@ -270,9 +270,9 @@ def _median_seconds(action: Callable[[int], object], repeats: int, warm: int) ->
     return float(np.median(seconds[warm:]))
 
 
-def _dry_step(columns: int) -> Batch:
-    """A step that means nothing: every column is its own row's first token."""
-    zeros = np.zeros(columns, np.int64)
-    chunk = Chunk(Request(0, [0] * columns, 1), 0, columns, [])
-    positions = np.zeros(columns, np.int64)
-    return Batch([chunk], np.zeros(columns, np.int32), positions, zeros, zeros, zeros, list(range(columns)), [])
+def _dry_step(tokens: int) -> Batch:
+    """A step for compilation only: every token is at position 0 of row 0."""
+    zeros = np.zeros(tokens, np.int64)
+    chunk = Chunk(Request(0, [0] * tokens, 1), 0, tokens, [])
+    positions = np.zeros(tokens, np.int64)
+    return Batch([chunk], np.zeros(tokens, np.int32), positions, zeros, zeros, zeros, list(range(tokens)), [])

@@ -1,7 +1,7 @@
-"""The server: requests come, steps are planned and run, replies go. No network: the clock is the work's own.
+"""The serving loop: admit requests at their arrival times, plan and run steps. There is no network.
 
-The clock stands still while nothing is to be done until the next arrival, and otherwise moves by what each step took:
-a trace of an hour takes as long as its work.
+Time is that of a simulated clock: each step advances it by the measured duration of the step, and when the engine is
+idle it jumps to the next arrival. Replaying a trace of an hour takes only as long as its steps.
 """
 
 import time
@@ -18,12 +18,13 @@ from numba_atomflow.utils.progress import Progress
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step did and took: seconds of the scheduler, of page tables and slots, of the model.
+    """One step: what it computed, and the seconds that scheduler, block tables and model took.
 
     Attributes:
-        now: the server's clock after it.
-        columns: tokens that went through the model. tokens: that came out.
-        running, waiting: requests. used_blocks: after the plan was made.
+        now: the clock after the step, in seconds.
+        batched_tokens: tokens of the step's batch, of prompts and generations.
+        generated_tokens: that the step sampled.
+        running, waiting: requests. used_blocks: KV blocks with references, after planning.
     """
 
     now: float
@@ -39,11 +40,12 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Fork:
-    """A request that goes on from another one's reply.
+    """A request that continues another one's generation, and shares its KV blocks.
 
     Attributes:
-        parent: id of that request. after: tokens of its reply that must be there; or all of it, if it ends before.
-        tokens: that follow, at least one.
+        parent: id of that request.
+        after: the fork is submitted when the parent has generated this many tokens, or has finished.
+        tokens: appended to the parent's tokens, at least one.
     """
 
     id: int
@@ -58,10 +60,14 @@ class ServingEngine:
     """Serves requests with one runner.
 
     Args:
-        runner: prepared; it is the caller's to close.
-        token_budget: columns of a step; as many as the runner takes, if None.
-        max_sequences: requests that run at once; as many as the page table has rows, but no more than columns, if None.
-        block_order: in which blocks are handed out at first.
+        runner: prepared; the caller closes it.
+        token_budget: the most tokens of a step; `runner.max_batched_tokens` if None.
+        max_sequences: the most running requests; if None, the rows of the block table, up to the token budget.
+        block_order: in which KV blocks are first allocated.
+
+    Attributes:
+        now: the simulated clock, in seconds.
+        steps: all steps so far. finished: requests in the order in which they ended.
 
     Raises:
         OptionError: a number is out of range.
@@ -80,7 +86,7 @@ class ServingEngine:
         rows = runner.sizes.sequences
         sequences = min(rows, budget) if max_sequences is None else max_sequences
         if sequences > rows:
-            raise OptionError(f"max_sequences is {sequences}; the page table has {rows} rows.")
+            raise OptionError(f"max_sequences is {sequences}; the block table has {rows} rows.")
         self.runner = runner
         self.manager = BlockManager(runner.sizes.slots // runner.block_size, runner.block_size, block_order)
         self.scheduler = Scheduler(self.manager, BlockTable(runner.block_table), budget, sequences)
@@ -92,24 +98,24 @@ class ServingEngine:
         """Queue a request.
 
         Raises:
-            ContextError: the whole cache is too small for it.
-            OptionError: it is empty, wants no tokens, or is longer than the model allows.
+            ContextError: it needs more than the whole KV cache.
+            OptionError: it has no prompt, asks for no tokens, or is longer than a sequence may be.
         """
         self._check(request)
         self.scheduler.submit(request)
 
     def _check(self, request: Request) -> None:
         if not request.prompt or request.max_tokens < 1:
-            raise OptionError(f"Request {request.id} has no prompt, or wants no tokens; give it both.")
+            raise OptionError(f"Request {request.id} has an empty prompt or max_tokens below 1; give it both.")
         if request.most_tokens > self.runner.sizes.longest:
             raise OptionError(
-                f"Request {request.id} may come to {request.most_tokens} tokens; sequences here have at most "
+                f"Request {request.id} may reach {request.most_tokens} tokens; sequences here have at most "
                 f"{self.runner.sizes.longest}, make it shorter."
             )
         self.scheduler.check(request)
 
     def step(self) -> list[Request]:
-        """Plan and run one step; the requests that ended with it. Does nothing if there is nothing to do."""
+        """Plan and run one step; returns the requests that it finished. Does nothing when no request is there."""
         scheduler, table_before = self.scheduler, self.scheduler.table_seconds
         started = time.perf_counter()
         batch = scheduler.plan()
@@ -124,7 +130,7 @@ class ServingEngine:
         ended = scheduler.finish_step(batch, tokens, self.now + ran - started)
         done = time.perf_counter()
         self.now += done - started
-        slots = scheduler.table_seconds - table_before  # of the plan
+        slots = scheduler.table_seconds - table_before  # part of planning
         self.steps.append(
             StepRecord(
                 now=self.now,
@@ -147,24 +153,24 @@ class ServingEngine:
         forks: Sequence[Fork] = (),
         progress: Progress | None = None,
     ) -> list[Request]:
-        """Serve requests, each from its arrival on, and forks of them, to their ends; all of them, in order of id.
+        """Serve requests from their arrival times, and their forks, until all have finished; returns them by id.
 
         Raises:
-            ContextError, OptionError: as `submit`; nothing has been run then.
+            ContextError, OptionError: as `submit`, before anything runs; of a fork, when it is submitted.
         """
-        coming = sorted(requests, key=lambda request: request.arrival)
-        for request in coming:
+        arrivals = sorted(requests, key=lambda request: request.arrival)
+        for request in arrivals:
             self._check(request)
         by_id = {request.id: request for request in requests}
-        left, total, done = list(forks), len(requests) + len(forks), 0
-        while coming or left or not self.scheduler.idle:
-            if self.scheduler.idle and coming:
-                self.now = max(self.now, coming[0].arrival)
-            while coming and coming[0].arrival <= self.now:
-                self.submit(coming.pop(0))
+        pending, total, done = list(forks), len(requests) + len(forks), 0
+        while arrivals or pending or not self.scheduler.idle:
+            if self.scheduler.idle and arrivals:
+                self.now = max(self.now, arrivals[0].arrival)
+            while arrivals and arrivals[0].arrival <= self.now:
+                self.submit(arrivals.pop(0))
             done += len(self.step())
-            for fork in [fork for fork in left if _is_due(fork, by_id)]:
-                left.remove(fork)
+            for fork in [fork for fork in pending if _is_due(fork, by_id)]:
+                pending.remove(fork)
                 by_id[fork.id] = self._fork(fork, by_id[fork.parent])
             if progress:
                 progress("requests", done, total)

@@ -1,7 +1,7 @@
-"""The sandbox's model on an NVIDIA GPU: a captured graph per width of a step, with what changes in device memory.
+"""The sandbox's model on an NVIDIA GPU: a CUDA graph per GEMV width, whose inputs lie in device memory.
 
-A step brings its columns along in one copy from pinned memory (positions, slots, rows of the page table, tokens), and
-what has changed in the page table in another. The host waits for the step's tokens: the next plan depends on them.
+A step's batch (positions, slots, rows of the block table, tokens) is one copy from pinned memory, changed entries of
+the block table are another. The host waits for the step's tokens, as the next step is planned from them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,15 +43,15 @@ from numba_atomflow.sandbox.scheduler import Batch
 from numba_atomflow.utils.progress import Progress
 
 _GREEDY = (0.0, 0.0, 1.0, 0.0, 1.0)  # temperature, top-k, top-p, min-p, repetition penalty
-_NOISE = 1 << 24  # float16 elements that are drawn; the cache is filled with copies of them
+_NOISE = 1 << 24  # random float16 elements, repeated to fill the cache
 
 
 class GpuRunner:
     """Args:
         geometry: of the model.
-        weights: the checkpoint's arrays by name; not needed any more when `prepare` has returned.
+        weights: the checkpoint's arrays by name; unused after `prepare`.
         sizes: of the cache.
-        same_width: as of `SandboxKernels`: the same bits whatever the batch.
+        same_width: as in `SandboxKernels`: batch-invariant results.
 
     Raises:
         BackendError: no usable GPU, or too little memory on it.
@@ -72,7 +72,7 @@ class GpuRunner:
         vectors = [n for n in weights if not n.endswith((".weight", ".scale"))]
         self._head = "embedding" if geometry.tied_embeddings else "vocabulary"
         self._graphs: dict[tuple[Any, ...], Graph] = {}
-        self._owner = DeviceResources()  # of all that is made on the GPU; must not refer to the runner
+        self._owner = DeviceResources()  # of all resources on the GPU; must not refer to the runner
         try:
             self._gpu = self._owner.open()
             head = FP8_E4M3 if f"{self._head}.scale" in weights else FP16
@@ -84,7 +84,7 @@ class GpuRunner:
             with self._owner.current():
                 self._allocate()
         except BaseException:
-            with suppress(Exception):  # what went wrong first is what to tell
+            with suppress(Exception):  # report the first error
                 self._owner.close()
             raise
 
@@ -98,14 +98,14 @@ class GpuRunner:
         self._pinned_table = PinnedArray(self._arena["block_table"].shape, "int32", made)
         self.block_table: NDArray[np.int32] = self._pinned_table.array[: self.sizes.sequences]
 
-    # --- life and death ----------------------------------------------------------------------------------------------
+    # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give all memory of the GPU back. Closing twice is fine."""
+        """Free all resources on the GPU. May be called twice."""
         self._owner.close()
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Compile the kernels or load them from the cache, bring the weights to the device, capture the steps."""
+        """Compile the kernels or load them from the compile cache, upload the weights, capture the steps' graphs."""
         planned = self.kernels.planned
         codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
         with self._owner.current():
@@ -130,7 +130,7 @@ class GpuRunner:
         self._fill_cache()
 
     def _fill_cache(self) -> None:
-        """Finite noise: the comparison attends to positions that nobody has written."""
+        """Fill the KV cache with finite noise: the comparison reads positions that no step has written."""
         cache = self._arena["paged_kv"]
         noise = np.random.default_rng(0).standard_normal(min(_NOISE, cache.nbytes // 2), np.float32).astype(np.float16)
         copy_to_device(cache.address, noise, self._stream)
@@ -139,17 +139,17 @@ class GpuRunner:
             call("cuMemcpyDtoDAsync", cache.address + start, cache.address, count, self._stream)
         call("cuStreamSynchronize", self._stream)
 
-    # --- what the server calls ---------------------------------------------------------------------------------------
+    # --- StepRunner --------------------------------------------------------------------------------------------------
 
     def use_block_size(self, block_size: int) -> None:
-        """Choose another block size. The columns that pad a step read the first slot behind those of sequences."""
+        """Choose another block size. Padding tokens read the first slot after those of sequences."""
         self.block_size = block_size
         row = self.sizes.sequences
         self._pinned_table.array[row, 0] = self.sizes.slots // block_size
         self.block_table_changed({row: (0, 1)})
 
     def block_table_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:
-        """Copy these entries to the device, in stream order. The last step has ended: pinned memory may be written."""
+        """Copy these entries to the device, in stream order. No step is running: pinned memory may be written."""
         if not dirty:
             return
         with self._owner.current():
@@ -158,13 +158,13 @@ class GpuRunner:
                 copy_to_device(self._arena["block_table"].index(row).rows(first, last).address, entries, self._stream)
 
     def run(self, batch: Batch) -> list[int]:
-        """Take a step through the model: the most likely next token at each of `batch.logits_indices`."""
+        """Run a step; returns the most likely next token at each of `batch.logits_indices`."""
         check_batch(
             batch, self.sizes, self.block_size, self.block_table, self.geometry.vocabulary, self.max_batched_tokens
         )
         with self._owner.current():
             self._copy(batch.copies)
-            width = self._bring(batch, self.sizes.slots)
+            width = self._upload_batch(batch, self.sizes.slots)
             self._graph(width, "paged", bool(batch.logits_indices)).replay()
             best = self._best.view
             call(
@@ -175,32 +175,32 @@ class GpuRunner:
                 self._stream,
             )
             call("cuStreamSynchronize", self._stream)
-        tokens = [token_of(int(self._best.array[column])) for column in batch.logits_indices]
+        tokens = [token_of(int(self._best.array[i])) for i in batch.logits_indices]
         if None in tokens:
             raise non_finite_logits()
         return [token for token in tokens if token is not None]
 
-    def _bring(self, batch: Batch, spare_slot: int) -> int:
-        """A step's columns to the device; the step's width. Columns that pad it write to `spare_slot`."""
-        width, columns = self.kernels.width_for(batch.token_count), batch.token_count
+    def _upload_batch(self, batch: Batch, padding_slot: int) -> int:
+        """Copy a batch to the device; returns the GEMV width. Padding tokens write to `padding_slot`."""
+        width, count = self.kernels.width_for(batch.token_count), batch.token_count
         step = self._step.array
-        for place, values in enumerate((batch.positions, batch.cached, batch.table_rows, batch.slots)):
-            step[place, :columns] = values
-        for place, spare in enumerate((0, 0, self.sizes.sequences, spare_slot)):
-            step[place, columns:] = spare
+        for i, values in enumerate((batch.positions, batch.cached, batch.table_rows, batch.slots)):
+            step[i, :count] = values
+        for i, padding in enumerate((0, 0, self.sizes.sequences, padding_slot)):
+            step[i, count:] = padding
         tokens = step[-1].view(np.int32)
-        tokens[:columns], tokens[columns:] = batch.tokens, 0
+        tokens[:count], tokens[count:] = batch.tokens, 0
         copy_to_device(self._arena["step"].address, step, self._stream)
-        self._forget_best()
+        self._clear_best()
         return width
 
-    def _forget_best(self) -> None:
-        """All bits set: what stands there before an arg-max."""
+    def _clear_best(self) -> None:
+        """Set all bits, the initial value of the arg-max."""
         best = self._arena["best"]
         call("cuMemsetD8Async", best.address, 0xFF, best.nbytes, self._stream)
 
     def _copy(self, copies: list[BlockCopy]) -> None:
-        """One strided copy per block: the same slots of keys and values in every layer."""
+        """Copy-on-write: one strided copy per KV block, the same slots of keys and values in every layer."""
         if not copies:
             return
         from cuda.bindings import driver
@@ -209,18 +209,18 @@ class GpuRunner:
         pitch = self._arena["paged_kv"].index(0, 0).nbytes
         block = pitch // slots * self.block_size
         for copy in copies:
-            one = driver.CUDA_MEMCPY2D()
-            one.srcMemoryType = one.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
-            one.srcDevice = self._arena["paged_kv"].address + copy.source * block
-            one.dstDevice = self._arena["paged_kv"].address + copy.target * block
-            one.srcPitch = one.dstPitch = pitch
-            one.WidthInBytes, one.Height = block, layers * parts
-            call("cuMemcpy2DAsync", one, self._stream)
+            parameters = driver.CUDA_MEMCPY2D()
+            parameters.srcMemoryType = parameters.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+            parameters.srcDevice = self._arena["paged_kv"].address + copy.source * block
+            parameters.dstDevice = self._arena["paged_kv"].address + copy.target * block
+            parameters.srcPitch = parameters.dstPitch = pitch
+            parameters.WidthInBytes, parameters.Height = block, layers * parts
+            call("cuMemcpy2DAsync", parameters, self._stream)
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def _graph(self, width: int, layout: Layout, with_logits: bool) -> Graph:
-        """The step of this width, with or without the choice of tokens."""
+        """The step of this width, with or without LM head and arg-max."""
         key = width, layout, self.block_size if layout == "paged" else 0, with_logits
         if key not in self._graphs:
             self._graphs[key] = Graph(self._step_launches(width, layout, with_logits), self._stream, self._owner.made)
@@ -246,8 +246,8 @@ class GpuRunner:
         if with_logits:
             head = StoreArguments(**self._normed(self._head, "final_norm"), y=at("logits"))
             launches.append(self._launch(f"lm_head_x{width}", head))
-            for column in range(width):
-                logits, best = at("logits").index(column), at("best").rows(column, column + 1)
+            for i in range(width):
+                logits, best = at("logits").index(i), at("best").rows(i, i + 1)
                 arguments = ArgmaxArguments(logits=logits, seen=at("seen"), options=at("options"), best=best)
                 launches.append(self._launch("argmax", arguments))
         return launches
@@ -263,7 +263,7 @@ class GpuRunner:
         return self._launch(f"qkv_x{width}", paged)
 
     def _normed(self, weights: str, norm_weight: str) -> dict[str, View]:
-        """The arguments that projections of the normed residual share."""
+        """The arguments that projections with RMSNorm share."""
         at = self._arena.__getitem__
         return {
             "weights": at(weights),
@@ -304,16 +304,17 @@ class GpuRunner:
     def time_attention(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of one layer's attention: that of all layers, each with its own cache, in one graph."""
         with self._owner.current():
-            width = self._bring(batch, self._spare_slot(layout))
+            width = self._upload_batch(batch, self._padding_slot(layout))
             launches = [self._attention(width, layout, i) for i in range(self.geometry.layers)]
             return time_launches(launches, self._stream, repeats, self._owner.made)
 
     def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of the whole step's graph."""
         with self._owner.current():
-            graph = self._graph(self._bring(batch, self._spare_slot(layout)), layout, bool(batch.logits_indices))
-            return float(np.median(time_graph(graph, repeats, self._forget_best)))
+            width = self._upload_batch(batch, self._padding_slot(layout))
+            graph = self._graph(width, layout, bool(batch.logits_indices))
+            return float(np.median(time_graph(graph, repeats, self._clear_best)))
 
-    def _spare_slot(self, layout: Layout) -> int:
-        """Where columns that pad a step write to: position 0 of the row behind those of sequences."""
+    def _padding_slot(self, layout: Layout) -> int:
+        """Where padding tokens write to: position 0 of the row after those of sequences."""
         return self.sizes.slots if layout == "paged" else self.sizes.sequences * self.sizes.capacity

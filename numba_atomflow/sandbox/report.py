@@ -1,4 +1,4 @@
-"""What serving a workload has cost."""
+"""Metrics of a served workload: throughput, latency, cache usage, time per step."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from numba_atomflow.sandbox.requests import Request
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of seconds."""
+    """Percentiles, in seconds."""
 
     p50: float
     p90: float
@@ -20,21 +20,24 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Self:
-        """Of at least one value."""
+        """Percentiles of at least one value."""
         return cls(*np.percentile(list(values), [50, 90, 99]).tolist())
 
 
 @dataclass(frozen=True)
 class ServingReport:
-    """Seconds are those of the server's clock.
+    """Metrics of one run. Seconds are those of the engine's clock. Fields are keys of the JSON report.
 
     Attributes:
+        tokens: generated tokens.
         throughput: generated tokens per second, from the first arrival to the last token.
-        shared_tokens: tokens of prompts that were in the cache already, recomputed requests included.
-        mean_utilisation, peak_utilisation: share of blocks in use, over steps.
-        mean_columns: tokens per step.
-        schedule, table, model: per step: the scheduler; page tables and slots; the model with the copies to and from
-            the device.
+        latency: from arrival to the last token.
+        block_copies: KV blocks copied on write.
+        shared_tokens: tokens found in the cache (prefix hits, forks), those of recomputed requests included.
+        mean_utilisation, peak_utilisation: share of KV blocks in use, over steps.
+        mean_columns: mean tokens per step.
+        schedule, table, model: seconds per step of the scheduler; of block tables and slots; of the model with the
+            copies to and from the device.
     """
 
     requests: int
@@ -63,12 +66,12 @@ class ServingReport:
         return asdict(self)
 
 
-def report_of(server: ServingEngine, requests: Sequence[Request]) -> ServingReport:
-    """The report on a server that has served these requests to their ends."""
-    steps, blocks = server.steps, server.manager.block_count
+def report_of(engine: ServingEngine, requests: Sequence[Request]) -> ServingReport:
+    """The metrics of an engine that has finished these requests."""
+    steps, blocks = engine.steps, engine.manager.block_count
     used = np.array([step.used_blocks for step in steps]) / blocks
     tokens = sum(len(request.output) for request in requests)
-    seconds = server.now - min(request.arrival for request in requests)
+    seconds = engine.now - min(request.arrival for request in requests)
     tpots = [request.tpot for request in requests if request.tpot is not None]
     return ServingReport(
         requests=len(requests),
@@ -80,10 +83,10 @@ def report_of(server: ServingEngine, requests: Sequence[Request]) -> ServingRepo
         tpot=Percentiles.of(tpots) if tpots else None,
         latency=Percentiles.of(request.token_times[-1] - request.arrival for request in requests),
         preemptions=sum(request.preemptions for request in requests),
-        block_copies=server.manager.copies,
+        block_copies=engine.manager.copies,
         shared_tokens=sum(request.shared_tokens for request in requests),
         blocks=blocks,
-        block_size=server.manager.block_size,
+        block_size=engine.manager.block_size,
         mean_utilisation=float(used.mean()),
         peak_utilisation=float(used.max()),
         steps=len(steps),

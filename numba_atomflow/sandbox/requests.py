@@ -1,4 +1,4 @@
-"""A request, and what becomes of it."""
+"""A request and its generation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,18 +9,18 @@ FinishReason = Literal["eos", "max_tokens"]
 
 @dataclass
 class Request:
-    """One prompt, and its reply in the making. Times are seconds of the server's clock.
+    """A prompt and its generation so far. Times are seconds of the engine's clock.
 
     Attributes:
-        id: of its sequence in the cache; no two requests have the same.
+        id: unique; also of its sequence in the KV cache.
         prompt: token ids, at least one.
-        max_tokens: of the reply, at least one.
-        end_tokens: ids that end the reply.
-        arrival: when it came.
-        output: the reply so far.
-        shared_tokens: tokens that were found in the cache, counted each time that it was admitted.
-        preemptions: how often its blocks were taken for others.
-        token_times: when each token of the reply was there.
+        max_tokens: the most generated tokens, at least one.
+        end_tokens: ids that end the generation.
+        arrival: time of arrival.
+        output: generated token ids.
+        shared_tokens: tokens found in the cache (prefix hits, and blocks shared by a fork), at each admission.
+        preemptions: times that it was preempted.
+        token_times: time at which each generated token was complete.
     """
 
     id: int
@@ -36,26 +36,26 @@ class Request:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and reply so far."""
+        """Tokens of prompt and output so far."""
         return len(self.prompt) + len(self.output)
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of prompt and reply at most."""
+        """The most tokens of prompt and output."""
         return len(self.prompt) + self.max_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Tokens start .. stop - 1 of prompt and reply."""
+        """Tokens start .. stop - 1 of prompt and output."""
         first = len(self.prompt)
         return [*self.prompt[start : min(stop, first)], *self.output[max(start - first, 0) : max(stop - first, 0)]]
 
     @property
     def ttft(self) -> float:
-        """Seconds from arrival to the first token, waiting included."""
+        """Time to first token: seconds from arrival, queueing included."""
         return self.token_times[0] - self.arrival
 
     @property
     def tpot(self) -> float | None:
-        """Mean seconds per token after the first; None if there is only one."""
+        """Time per output token: mean seconds per token after the first; None if there is only one."""
         count = len(self.token_times) - 1
         return (self.token_times[-1] - self.token_times[0]) / count if count else None

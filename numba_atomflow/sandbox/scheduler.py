@@ -1,11 +1,11 @@
-"""Continuous batching: which tokens go through the model in the next step.
+"""Continuous batching with chunked prefill: which tokens the next step computes.
 
-First come, first served. Every running request that has its prompt behind it gets one token per step; what is left of
-the token budget goes to prompts in the order of arrival, in chunks if they are longer. A waiting request is admitted
-when the blocks for all of its tokens are free. When a running one finds no block for its next token, the request that
-came last gives its blocks back and waits at the front: it will be computed again (preemption by recompute), from
-whatever of its beginning is still in the cache. The first of the running requests is never preempted for another, and
-the whole cache is enough for any single request: so every admitted request finishes.
+First come, first served. Every running request in decode gets one token per step; the rest of the token budget goes to
+prompts in the order of arrival, in chunks (chunked prefill). A waiting request is admitted when KV blocks for all of
+its tokens are free. When no block is free for a running request's next token, the request admitted last is preempted:
+its blocks are freed, and it waits at the front of the queue, to be recomputed (preemption by recompute) except for the
+prefix that is then still in the cache. The first running request is never preempted for another one, and the whole
+cache is enough for any single request: so every admitted request finishes.
 """
 
 import time
@@ -22,7 +22,7 @@ from numba_atomflow.sandbox.requests import Request
 
 @dataclass
 class Chunk:
-    """Tokens start .. stop - 1 of a request, which go through the model in one step."""
+    """Tokens start .. stop - 1 of a request, computed in one step."""
 
     request: Request
     start: int
@@ -31,23 +31,23 @@ class Chunk:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether its last token's logits choose the next one."""
+        """Whether the next token is sampled from its last token's logits."""
         return self.stop == self.request.length
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's tokens, a column each, whatever their sequence.
+    """The tokens of a step, of any sequences.
 
     Attributes:
-        chunks: whose they are, in the order of the columns.
-        tokens: int32 [columns].
-        positions: int64 [columns], in their sequence.
-        known: int64 [columns], positions of the sequence that earlier steps have written.
-        rows: int64 [columns], row of the page table.
-        slots: int64 [columns], where keys and values go.
-        wanted: columns whose logits choose a token.
-        copies: blocks to copy before anything is written, in this order.
+        chunks: of the requests, in the order of the tokens.
+        tokens: int32 [token_count].
+        positions: int64 [token_count], in their sequence.
+        cached: int64 [token_count], positions of the sequence that are in the cache before this step.
+        table_rows: int64 [token_count], rows of the block table.
+        slots: int64 [token_count], that keys and values are written to.
+        logits_indices: tokens whose logits a next token is sampled from.
+        copies: KV blocks to copy before anything is written (copy-on-write), in this order.
     """
 
     chunks: list[Chunk]
@@ -65,15 +65,15 @@ class Batch:
 
 
 class Scheduler:
-    """Plans steps, and keeps account of blocks and page tables.
+    """Plans steps, and allocates KV blocks and rows of the block table for them.
 
     Args:
-        manager: of the cache's blocks. table: with a row for each of `max_sequences`.
-        token_budget: columns of a step at most.
-        max_sequences: requests that run at once, at most as many as a step has columns.
+        manager: of the KV blocks. table: with a row for each of `max_sequences`.
+        token_budget: the most tokens of a step.
+        max_sequences: the most running requests, at most `token_budget`.
 
     Attributes:
-        table_seconds: spent on page tables and slots so far, of what `plan` took.
+        table_seconds: spent on block tables and slots so far, a part of what `plan` took.
 
     Raises:
         OptionError: a number is out of range.
@@ -82,7 +82,7 @@ class Scheduler:
     def __init__(self, manager: BlockManager, table: BlockTable, token_budget: int, max_sequences: int) -> None:
         if not 1 <= max_sequences <= token_budget:
             raise OptionError(
-                f"max_sequences is {max_sequences}; it must be 1 to {token_budget}, the tokens that a step takes."
+                f"max_sequences is {max_sequences}; it must be 1 to {token_budget}, the tokens of a step."
             )
         self.manager, self.table = manager, table
         self.token_budget, self.max_sequences = token_budget, max_sequences
@@ -92,26 +92,26 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Nothing is running or waiting."""
+        """Whether no request is running or waiting."""
         return not self.running and not self.waiting
 
     def submit(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            ContextError: the whole cache is too small for it.
+            ContextError: it needs more than the whole KV cache.
         """
         self.check(request)
         self.waiting.append(request)
 
     def fork(self, parent: Request, child: Request) -> None:
-        """Queue a request whose prompt begins with all that the parent has so far; it shares the parent's blocks.
+        """Queue a request whose prompt begins with all tokens of the parent so far; it shares the parent's blocks.
 
-        If the parent does not run, or as many requests run as may, the child waits like any other, and shares what it
-        finds in the cache when its turn comes.
+        If the parent is not running, or `max_sequences` requests are, the child waits like any other, and shares blocks
+        by prefix caching when it is admitted.
 
         Raises:
-            ContextError: the whole cache is too small for it.
+            ContextError: it needs more than the whole KV cache.
         """
         self.check(child)
         if parent not in self.running or len(self.running) == self.max_sequences:
@@ -119,29 +119,29 @@ class Scheduler:
             return
         written = self.manager.written(parent.id)
         if list(child.prompt[:written]) != parent.tokens(0, written) or len(child.prompt) <= written:
-            raise ValueError("a fork's prompt begins with what its parent has written, and goes on")
+            raise ValueError("a fork's prompt must begin with its parent's cached tokens, and be longer")
         self.manager.fork(parent.id, child.id)
         child.shared_tokens += written
         self.running.append(child)
 
     def check(self, request: Request) -> None:
         """Raises:
-        ContextError: the whole cache is too small for this request.
+        ContextError: the request needs more than the whole KV cache.
         """
-        room = self.manager.block_count * self.manager.block_size
-        if request.most_tokens > room:
+        slots = self.manager.block_count * self.manager.block_size
+        if request.most_tokens > slots:
             raise ContextError(
-                f"Request {request.id} may come to {request.most_tokens} tokens, but the cache has "
+                f"Request {request.id} may reach {request.most_tokens} tokens, but the cache has "
                 f"{self.manager.block_count} blocks of {self.manager.block_size}; give it more blocks."
             )
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> Batch | None:
-        """The next step; None if there is nothing to do."""
+        """The next step; None if no request is running or waiting."""
         chunks: dict[int, Chunk] = {}
         for decoding in (True, False):
-            for request in list(self.running):  # those preempted meanwhile are left out
+            for request in list(self.running):  # a request may be preempted during this loop
                 left = request.length - self.manager.length(request.id) if request in self.running else 0
                 if left and (left == 1) == decoding:
                     self._grow(request, min(left, self.token_budget - _token_count(chunks)), chunks)
@@ -149,7 +149,7 @@ class Scheduler:
         return self._batch(list(chunks.values())) if chunks else None
 
     def _grow(self, request: Request, count: int, chunks: dict[int, Chunk]) -> None:
-        """Give a request's next tokens slots and a place in the step; those who came last make room if need be."""
+        """Add a request's next tokens to the step; requests admitted later are preempted if blocks are missing."""
         start = self.manager.length(request.id)
         while count > 0 and request in self.running:
             try:
@@ -161,7 +161,7 @@ class Scheduler:
                 return
 
     def _preempt(self, chunks: dict[int, Chunk]) -> None:
-        """Take the blocks of the request that came last."""
+        """Free the blocks of the running request that was admitted last, and queue it first."""
         victim = self.running.pop()
         chunks.pop(victim.id, None)
         self.manager.close(victim.id)
@@ -170,7 +170,7 @@ class Scheduler:
         self.waiting.appendleft(victim)
 
     def _admit(self, chunks: dict[int, Chunk]) -> None:
-        """Begin waiting requests while there are columns and blocks for all of their tokens."""
+        """Admit waiting requests while there is token budget, and KV blocks for all tokens of the next one."""
         while self.waiting and len(self.running) < self.max_sequences and _token_count(chunks) < self.token_budget:
             request = self.waiting[0]
             tokens = request.tokens(0, request.length)
@@ -205,14 +205,14 @@ class Scheduler:
         )
 
     def finish_step(self, batch: Batch, tokens: list[int], now: float) -> list[Request]:
-        """Take a step's tokens, one per wanted column; the requests that have ended."""
-        chosen, ended = iter(tokens), []
+        """Append a step's tokens, one for each of `batch.logits_indices`; returns the requests that finished."""
+        sampled, ended = iter(tokens), []
         for chunk in batch.chunks:
             request = chunk.request
             self.manager.commit(request.id, chunk.stop)
             if not chunk.needs_logits:
                 continue
-            token = next(chosen)
+            token = next(sampled)
             request.output.append(token)
             request.token_times.append(now)
             if token in request.end_tokens:

@@ -151,7 +151,7 @@ def test_who_came_last_makes_room_and_is_computed_again() -> None:
 
 def test_what_can_never_fit_is_refused_before_it_waits() -> None:
     model = Model(4, 2, budget=4, sequences=2)
-    with pytest.raises(ContextError, match=r"Request 7 may come to 9 tokens, but the cache has 4 blocks of 2; give"):
+    with pytest.raises(ContextError, match=r"Request 7 may reach 9 tokens, but the cache has 4 blocks of 2; give"):
         model.scheduler.submit(Request(7, [0] * 4, 5))
     assert model.scheduler.idle
     with pytest.raises(OptionError, match="max_sequences is 5; it must be 1 to 4"):

@@ -68,11 +68,11 @@ class SimulatedRunner(GpuRunner):
 
         return run
 
-    def _forget_best(self) -> None:
+    def _clear_best(self) -> None:
         self.array("best")[:] = -1
 
     def step(self, batch: Batch, layout: Any) -> None:
-        width = self._bring(batch, self._spare_slot(layout))
+        width = self._upload_batch(batch, self._padding_slot(layout))
         for launch in self._step_launches(width, layout, True):
             launch()
 
