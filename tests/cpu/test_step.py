@@ -228,7 +228,7 @@ def test_a_backend_may_pad_rows_and_positions() -> None:
     """Rows of 192 elements have a pitch of 256, and the ops' views have 192 columns."""
     g = tiny_geometry()
     sizes = StepSizes(
-        MAX_SEQ_LEN, 8, 8, activation="float16", cache="float16", pad_multiple=128, spare_positions=7, keep_qkv=False
+        MAX_SEQ_LEN, 8, 8, activation="float16", cache=KV_FLOAT16, pad_multiple=128, spare_positions=7, keep_qkv=False
     )
     plan = plan_memory(step_buffers(g, sizes))
     buffers = {b.name: View(b.name, at, b.shape, b.dtype) for b, at in zip(plan.buffers, plan.offsets, strict=True)}
