@@ -57,7 +57,7 @@ class Engine:
 
     Threads may take turns. A call while another thread's call runs, or while another thread's generation is in
     progress, raises EngineBusyError; `close` waits for the call. The backend itself, for research, is not guarded.
-    After `close`, whatever needs the backend raises ClosedError. If another program writes into the checkpoint's file,
+    After `close`, every use of the backend raises ClosedError. If another program writes into the checkpoint's file,
     a backend that reads the weights there (the CPU's) raises CheckpointError from then on; load the engine again.
     """
 
@@ -89,20 +89,20 @@ class Engine:
         Args:
             path_or_name: a checkpoint file, or the name of one in the models folder.
             backend: "auto" takes the GPU where there is a usable one, if no number of threads is given.
-            max_seq_len: positions of the KV cache; by default 4,096 or what the model was made for, if that is less.
+            max_seq_len: positions of the KV cache; by default 4,096 or the model's limit, if that is less.
             threads: cores that the CPU backend uses; all of them by default. Fewer are faster where other programs keep
                 some busy.
             progress: called with what is being done, steps finished and steps in all.
             decode: how the GPU runs decode steps: "graph", kernel after kernel; "persistent", in one kernel; "auto",
-                in the latter where GPU and model allow it. `engine.backend.decode_path` has what was chosen.
+                the latter where GPU and model allow it. `engine.backend.decode_path` has the choice.
             device: which GPU, from 0 as the NVIDIA driver numbers them (CUDA_VISIBLE_DEVICES).
             private_copy: read the whole file into memory first: other programs may then write into it. The CPU backend
                 otherwise reads weights in the file, and refuses to go on when it changes; the GPU's has a copy anyway.
 
         Raises:
             CheckpointError: no such checkpoint, or a damaged one, or one that changed while it was loaded.
-            OptionError: `max_seq_len` or `threads` is out of range, or `decode` is given for the CPU.
-            BackendError: the backend cannot run here, or not in the way that `decode` asks for.
+            OptionError: `max_seq_len` or `threads` is out of range, or `decode` is set for the CPU.
+            BackendError: the backend cannot run here, or not in the way that `decode` requires.
         """
         started = time.perf_counter()
         choice = BackendChoice(backend, threads, decode, device)
@@ -329,7 +329,7 @@ class Engine:
         Args:
             messages: ``{"role": ..., "content": ...}`` each, in the shape of OpenAI's interface; roles are system,
                 developer, user, assistant and tool. The content is a text or a list of text parts.
-            params: how tokens are chosen, and when the reply ends.
+            params: how tokens are sampled, and when the reply ends.
             template_variables: what the model's chat template may be told besides, such as
                 ``{"enable_thinking": False}`` or ``{"tools": [...]}``; plain data.
 

@@ -1,8 +1,7 @@
 """The shape of a Llama-family model: one frozen record, read from any description of it.
 
-`ModelGeometry` is the only thing that kernels, plans and sources need to know about a model. `parameters` lists every
-tensor that such a model must hold, under the names that Hugging Face gives them; `rope_inverse_frequencies` is the one
-place where rotary frequencies are computed.
+Kernels, plans and sources depend on nothing else of a model. `parameters` lists every tensor that the model has, under
+its Hugging Face name; rotary frequencies are computed in `rope_inverse_frequencies` only.
 """
 
 import math
@@ -108,7 +107,7 @@ class ModelGeometry:
         return self.heads // self.kv_heads
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model: Hugging Face name to shape, projections as [rows N, columns K]."""
+        """Every tensor of the model: Hugging Face name to shape, projections as [out_features N, in_features K]."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
         for i in range(self.layers):
             layer = f"model.layers.{i}."
@@ -162,9 +161,9 @@ class ModelGeometry:
 
 
 def layers_fit(geometry: ModelGeometry, tensors: int) -> bool:
-    """Whether so many tensors may be all of the model's: asked before a list is made for an absurd number of layers.
+    """Whether so many tensors may be all of the model's: checked before an absurd number of layers is listed.
 
-    Where few are missing, the list names them, which says more.
+    Up to 1,000 layers, the list is short enough to name what is missing.
     """
     least = geometry.layers if geometry.layers <= 1000 else _TENSORS_OF_A_LAYER * geometry.layers
     return least <= tensors
@@ -174,7 +173,7 @@ def rope_inverse_frequencies(geometry: ModelGeometry) -> NDArray[np.float64]:
     """Rotation angle per position of each rotary pair: float64 [head_dim / 2], radians.
 
     Pair ``i`` is (i, i + head_dim / 2), the Hugging Face order. With Llama 3 scaling, long wavelengths are divided by
-    ``factor``, short ones are kept, and those between are blended (as `transformers` does for ``rope_type: llama3``).
+    ``factor``, short ones are unchanged, those between are blended (as `transformers` does for ``rope_type: llama3``).
     """
     pairs = np.arange(0, geometry.head_dim, 2, dtype=np.float64)
     frequencies: NDArray[np.float64] = geometry.rope_theta ** (-pairs / geometry.head_dim)

@@ -25,8 +25,8 @@ class BackendChoice:
     Attributes:
         name: "auto" takes the GPU if there is a usable one, unless threads are given.
         threads: of the CPU backend.
-        decode: of the CUDA backend; anything but "auto" asks for that backend.
-        device_ordinal: which GPU, from 0; anything but 0 asks for the CUDA backend.
+        decode: of the CUDA backend; anything but "auto" requires that backend.
+        device_ordinal: which GPU, from 0; anything but 0 requires the CUDA backend.
 
     Raises:
         BackendError: there is no such backend.
@@ -72,7 +72,7 @@ def gpu_is_usable() -> bool:
 
 
 def _opened(probe: "DeviceResources") -> bool:
-    """Open the GPU; whether there is one, and the compiler for it (the extras cu12 and cu13 bring it)."""
+    """Open the GPU; whether there is one, and the compiler for it (from the extras cu12 and cu13)."""
     try:
         probe.open()
     except BackendError:

@@ -46,7 +46,7 @@ def test_auto_and_persistent_are_persistent_where_everything_is_there(chip: Chip
 
 @pytest.mark.parametrize(("chip", "geometry"), [(HOPPER, LLAMA), (HOPPER, QWEN3), (ADA, LLAMA)])
 def test_a_graph_that_is_asked_for_is_made(chip: Chip, geometry: Any) -> None:
-    assert str(choose_decode_path(ModelKernels(geometry, chip), "graph")) == "graph, because it was asked for"
+    assert str(choose_decode_path(ModelKernels(geometry, chip), "graph")) == "graph, because it was requested"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def ada(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
     assert gpu.counts() == {}
 
 
-@pytest.mark.parametrize(("wanted", "reason"), [("auto", CAPABILITY), ("graph", "it was asked for")])
+@pytest.mark.parametrize(("wanted", "reason"), [("auto", CAPABILITY), ("graph", "it was requested")])
 def test_the_backend_says_how_it_decodes(ada: PretendedDriver, wanted: Decode, reason: str) -> None:
     backend = CudaBackend(LLAMA, {}, 32, decode=wanted)
     assert ada.counts() == {"context": 1}

@@ -197,6 +197,31 @@ def test_closing_a_finished_reply_changes_nothing(scripted: Engine) -> None:
     assert (reply.finish_reason, reply.text) == ("eos", "YZ")
 
 
+@pytest.mark.parametrize("max_tokens", [8, 9, 10])
+def test_a_step_may_sample_several_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch, max_tokens: int) -> None:
+    """A backend whose decode step samples two tokens, as a speculative one would; the end may fall between them."""
+    prompt, params = some_tokens(12), SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    expected = engine.generate_tokens(prompt, params).finish().token_ids
+    engine.reset()
+    decode, sampled_tokens, pair = engine.backend.decode, engine.backend.sampled_tokens, list[int]()
+
+    def decode_twice() -> None:
+        pair.clear()
+        for _ in range(2):
+            decode()
+            pair.extend(sampled_tokens())
+
+    monkeypatch.setattr(engine.backend, "decode", decode_twice)
+    monkeypatch.setattr(engine.backend, "sampled_tokens", lambda: tuple(pair) or sampled_tokens())
+    generation = engine.generate_tokens(prompt, params).finish()
+    assert generation.token_ids == expected
+    assert generation.stats.tokens == max_tokens
+    assert engine.token_ids == prompt + expected[:-1]
+    monkeypatch.undo()
+    again = engine.generate_tokens(engine.token_ids, SamplingParams(max_tokens=1, ignore_eos=True)).finish()
+    assert again.token_ids == expected[-1:]
+
+
 def test_a_new_reply_ends_the_one_before(scripted: Engine) -> None:
     """They would share one KV cache: going on with the old one would go on with the new one's text."""
     old = scripted.generate("ab")
@@ -231,15 +256,15 @@ SAME = 1e-5
 def test_all_logits_over_several_blocks_equal_token_by_token(engine: Engine) -> None:
     tokens = some_tokens(600)
     assert len(tokens) > engine.backend.prefill_chunk
-    blocks = engine.feed(tokens, all_logits=True)
-    assert blocks.shape == (600, SMALLEST_VOCABULARY)
-    assert blocks.dtype == np.float32
+    chunked = engine.feed(tokens, all_logits=True)
+    assert chunked.shape == (600, SMALLEST_VOCABULARY)
+    assert chunked.dtype == np.float32
     assert engine.position == 600
     engine.reset()
     single = np.stack([engine.feed([token]) for token in tokens])
-    errors = [relative_l2(a, b) for a, b in zip(blocks, single, strict=True)]
+    errors = [relative_l2(a, b) for a, b in zip(chunked, single, strict=True)]
     assert max(errors) <= SAME, f"{max(errors):.3g} at position {np.argmax(errors)}"
-    np.testing.assert_array_equal(blocks.argmax(axis=1), single.argmax(axis=1))
+    np.testing.assert_array_equal(chunked.argmax(axis=1), single.argmax(axis=1))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 17, 512, 513, 600])
@@ -428,10 +453,10 @@ def test_rewinding_to_nowhere_is_refused(engine: Engine, position: int) -> None:
     assert engine.position == 3
 
 
-@pytest.mark.parametrize("wanted", [0, -5, MAX_POSITIONS + 1])
-def test_a_context_that_the_model_does_not_allow_is_refused(random_checkpoint: Path, wanted: int) -> None:
-    with pytest.raises(OptionError, match=f"max_seq_len is {wanted}; this model allows 1 to {MAX_POSITIONS}"):
-        Engine.load(random_checkpoint, max_seq_len=wanted)
+@pytest.mark.parametrize("requested", [0, -5, MAX_POSITIONS + 1])
+def test_a_context_that_the_model_does_not_allow_is_refused(random_checkpoint: Path, requested: int) -> None:
+    with pytest.raises(OptionError, match=f"max_seq_len is {requested}; this model allows 1 to {MAX_POSITIONS}"):
+        Engine.load(random_checkpoint, max_seq_len=requested)
 
 
 def test_the_default_context_is_what_the_model_allows_up_to_4096() -> None:

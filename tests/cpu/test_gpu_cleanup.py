@@ -1,4 +1,4 @@
-"""Whatever fails while an engine is made on a GPU, or closed, everything is given back and the process goes on.
+"""After any failure while an engine is created on a GPU, or closed, everything is freed and the process goes on.
 
 Over a driver that is only pretended, call by call; `tests/gpu/test_cleanup.py` is the same on a GPU.
 """
@@ -321,7 +321,7 @@ def test_auto_says_that_the_gpu_is_there_but_too_small(pretended: PretendedDrive
     assert pretended.counts() == {}
 
 
-def test_an_engine_that_nobody_closed_gives_back_when_collected_or_at_the_end(pretended: PretendedDriver) -> None:
+def test_an_engine_that_is_not_closed_is_freed_when_collected_or_at_exit(pretended: PretendedDriver) -> None:
     engine = load()
     del engine
     gc.collect()

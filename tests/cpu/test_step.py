@@ -33,11 +33,11 @@ from numba_atomflow.model.step import (
 )
 from numba_atomflow.ops.formats import KV_FLOAT16
 
-MAX_SEQ_LEN, BLOCK, HEAD_ROWS = 100, 32, 4
+MAX_SEQ_LEN, STEP_TOKENS, HEAD_ROWS = 100, 32, 4
 
 
 def fake_tensors(geometry: ModelGeometry) -> dict[str, View]:
-    """Views of a checkpoint's tensors, at addresses that nobody looks at."""
+    """Views of a checkpoint's tensors, at addresses that are not read."""
     views, address = {}, 1 << 40
     for name, (dtype, shape) in tensor_layout(geometry).items():
         views[name] = View(name, address, shape, "int8" if dtype == "F8_E4M3" else "float32", readonly=True)
@@ -50,7 +50,7 @@ def fake_weights(geometry: ModelGeometry) -> Weights:
 
 
 def fake_buffers(geometry: ModelGeometry) -> dict[str, View]:
-    plan = plan_memory(step_buffers(geometry, StepSizes(MAX_SEQ_LEN, BLOCK, HEAD_ROWS)))
+    plan = plan_memory(step_buffers(geometry, StepSizes(MAX_SEQ_LEN, STEP_TOKENS, HEAD_ROWS)))
     return {b.name: View(b.name, at, b.shape, b.dtype) for b, at in zip(plan.buffers, plan.offsets, strict=True)}
 
 
@@ -91,7 +91,34 @@ def test_the_head_decides_how_a_step_ends(head: Head, ending: list[str]) -> None
     assert [op.name for op in step(tiny_geometry(), 7, head)][-len(ending) :] == ending
 
 
-@pytest.mark.parametrize("tokens", [1, 7, BLOCK])
+@pytest.mark.parametrize(
+    ("head", "rows"),
+    [
+        (Head(0, 3), range(3)),
+        (Head(2, 4, sample=True), range(2, 4)),
+        (Head(-3, None, sample=True), range(4, 7)),
+        (Head(-1, None), range(6, 7)),
+        (Head(-9, 2), range(2)),
+    ],
+)
+def test_any_rows_of_a_step_may_have_logits(head: Head, rows: range) -> None:
+    assert head.rows(7) == rows
+    ops = step(tiny_geometry(), 7, head)
+    residual = ops[0].writes[0]
+    lm_head = next(op for op in ops if isinstance(op, LmHead))
+    assert lm_head.residual == residual.rows(rows.start, rows.stop)
+    assert lm_head.logits.shape[0] == lm_head.x_norm.shape[0] == len(rows)
+    sampled = [op for op in ops if isinstance(op, Sample)]
+    assert len(sampled) == head.sample
+    assert all(op.logits == lm_head.logits and op.token.shape == (len(rows),) for op in sampled)
+
+
+def test_more_rows_of_logits_than_the_buffers_hold_are_refused() -> None:
+    with pytest.raises(IndexError, match=r"logits|final_x_norm"):
+        step(tiny_geometry(), 7, Head(0, HEAD_ROWS + 1))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, STEP_TOKENS])
 def test_everything_read_was_written_before(tokens: int) -> None:
     """Token ids and the position come from outside; all other activations come out of an earlier op of the step."""
     ops = step(tiny_geometry(), tokens, SAMPLE)
@@ -213,15 +240,15 @@ def test_the_head_alone_for_any_rows(tied: bool) -> None:
 
 def test_buffers_have_room_for_the_largest_step() -> None:
     g = tiny_geometry()
-    sizes = StepSizes(MAX_SEQ_LEN, BLOCK, HEAD_ROWS, cache=KV_FLOAT16)
+    sizes = StepSizes(MAX_SEQ_LEN, STEP_TOKENS, HEAD_ROWS, cache=KV_FLOAT16)
     buffers = {b.name: b for b in step_buffers(g, sizes)}
     assert buffers["kv_cache"].shape == (2, 2, MAX_SEQ_LEN, g.kv_dim)
     assert np.dtype(buffers["kv_cache"].dtype) == np.float16
     assert buffers["logits"].shape == (HEAD_ROWS, g.vocabulary)
     per_token = ("tokens", "residual", "x_norm", "qkv", "q", "attn_out", "intermediate")
-    assert {buffers[name].shape[0] for name in per_token} == {BLOCK}
+    assert {buffers[name].shape[0] for name in per_token} == {STEP_TOKENS}
     with pytest.raises(IndexError, match="rows 0:33 of view residual, which has 32"):
-        step(g, BLOCK + 1, NO_LOGITS)
+        step(g, STEP_TOKENS + 1, NO_LOGITS)
 
 
 def test_a_backend_may_pad_rows_and_positions() -> None:

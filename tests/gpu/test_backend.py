@@ -171,7 +171,7 @@ def test_eager_and_dependent_launches_change_no_bit(engine: Engine, options: dic
 
 
 @pytest.mark.parametrize("noise", [np.nan, 60000.0])
-def test_noise_behind_the_position_changes_nothing(engine: Engine, noise: float) -> None:
+def test_noise_after_the_position_changes_nothing(engine: Engine, noise: float) -> None:
     prompt, params = tokens_of(engine.geometry, 10), SamplingParams(max_tokens=30)
     expected = engine.generate_tokens(prompt, params).finish().token_ids
     engine.reset()
@@ -182,8 +182,8 @@ def test_noise_behind_the_position_changes_nothing(engine: Engine, noise: float)
     assert engine.generate_tokens(prompt, params).finish().token_ids == expected
 
 
-def test_a_reply_that_stops_early_leaves_nothing_behind(engine: Engine) -> None:
-    """Replays queued ahead have gone on when a reply ends; what comes next does not see it."""
+def test_a_generation_that_stops_early_has_no_effect_on_the_next(engine: Engine) -> None:
+    """Steps queued ahead are still running when a generation ends; the next one is not affected."""
     prompt = tokens_of(engine.geometry, 9)
     whole = engine.generate_tokens(prompt, SamplingParams(max_tokens=20)).finish().token_ids
     for stop_after in (1, 2, 5):
@@ -321,12 +321,12 @@ def test_two_engines_at_once_and_memory_comes_back(engine: Engine, monkeypatch: 
     assert len(live) == 1
     del forgotten
     gc.collect()
-    assert not live, "an engine that nobody closed keeps its memory"
+    assert not live, "an engine that was not closed keeps its memory"
     assert engine.generate_tokens(prompt, params).finish().token_ids == expected
 
 
-def test_engines_that_decode_at_the_same_time_get_along(engine: Engine) -> None:
-    """Also where each takes every multiprocessor for itself: one waits until the other's step is done."""
+def test_engines_may_decode_at_the_same_time(engine: Engine) -> None:
+    """Also where each takes every SM for itself: one waits until the other's step is done."""
     prompt, params = tokens_of(engine.geometry, 9), SamplingParams(max_tokens=60, ignore_eos=True)
     expected = engine.generate_tokens(prompt, params).finish().token_ids
 

@@ -1,4 +1,4 @@
-"""Whatever fails while an engine is made on a GPU, all of the memory comes back and the process goes on.
+"""After any failure while an engine is created on a GPU, all memory is freed and the process goes on.
 
 `tests/cpu/test_gpu_cleanup.py` is the same over a driver that is only pretended, and looks into more corners.
 """

@@ -1,8 +1,8 @@
 # ruff: noqa: N802  the functions are called as the driver calls them
-"""A CUDA driver that is only pretended: it knows what is alive and whose it is, and notices wrong use.
+"""A pretended CUDA driver: it tracks every resource and its context, and reports wrong use.
 
-Device memory is memory of the host, checked copy by copy; kernels do nothing. `install` puts it in the place of the
-bindings. Every call may be made to fail: before it has done anything, or after.
+Device memory is host memory, checked copy by copy; kernels do nothing. `install` replaces the bindings. Every call can
+be made to fail, before it has had its effect or after.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ class Misuse(BaseException):
 
 
 class Names:
-    """Whatever is asked of an enumeration."""
+    """An enumeration with every name."""
 
     def __getattr__(self, name: str) -> str:
         return name
@@ -86,12 +86,12 @@ class PretendedDriver:
         return Counter(kind for kind, _ in self.live.values())
 
     def behave(self) -> None:
-        """Nothing fails any more."""
+        """No call fails from here on."""
         self.failing = {}
         self.before, self.after = lambda _number, _name: None, lambda _number, _name: None
 
     def assert_used_well(self) -> None:
-        """Nobody used, or gave back, what was gone."""
+        """Nothing was used, or freed, after it was freed."""
         assert self.misuses == []
         assert self.stack() == [], "a context was left current"
 
@@ -159,7 +159,7 @@ class PretendedDriver:
             if start <= int(address) and int(address) + nbytes <= start + len(block):
                 self._context()
                 return int(address)
-        self._misuse(f"{nbytes} bytes at {address} are nobody's")
+        self._misuse(f"{nbytes} bytes at {address} are not allocated")
         return 0
 
     # --- the device and its context ---

@@ -95,7 +95,7 @@ class CpuBackend:
         self.max_seq_len = max_seq_len
         self.plan = cpu_plan(geometry, max_seq_len, self.threads)
         self.prefill_chunk = min(PREFILL_CHUNK, max_seq_len)
-        self._weight_arrays = dict(weights)  # views own nothing, and a mapping may make its arrays anew each time
+        self._weight_arrays = dict(weights)  # views own nothing, and each lookup may create a new array
         views = {
             name: view_of(name, array.view(np.int8) if array.dtype == np.uint8 else array)
             for name, array in self._weight_arrays.items()
@@ -260,7 +260,7 @@ class CpuBackend:
         return self._blas.limit(limits=1, user_api="blas")
 
     def bound_step(self, tokens: int, head: Head) -> list[Action]:
-        """The actions of a step; those used last are kept."""
+        """The actions of a step, from a cache of those used last."""
         actions = self._bound.pop((tokens, head), None)
         if actions is None:
             actions = [self._binder.bind(op) for op in self.step(tokens, head)]

@@ -1,4 +1,4 @@
-"""The list of ops as calls of numba kernels, with their arguments in place."""
+"""The list of ops as calls of numba kernels with bound arguments."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -35,7 +35,7 @@ class CpuBinder:
 
     Args:
         buffers: every view but the weights, by name.
-        sampler: of the first reply; assign another for the next.
+        sampler: of the first generation; assign another for the next.
     """
 
     def __init__(self, geometry: ModelGeometry, buffers: Mapping[str, View], sampler: Sampler) -> None:
@@ -45,7 +45,7 @@ class CpuBinder:
         return self._buffers[name].host_array()
 
     def bind(self, op: Op) -> Action:
-        """The kernels of an op, with their arguments in place."""
+        """The kernels of an op, with bound arguments."""
         match op:
             case Embed():
                 codes, scales = _stored(op.embedding)

@@ -1,1 +1,1 @@
-"""The CUDA backend: one block of device memory, fused FP8 kernels, the whole step in one captured graph."""
+"""The CUDA backend: one allocation of device memory, fused FP8 kernels, captured steps."""

@@ -7,36 +7,36 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HeadFormat
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
-_LEAST_CAPABILITY = (9, 0)  # bulk copies and the mbarriers that tell of their arrival
+_LEAST_CAPABILITY = (9, 0)  # TMA bulk copies, and mbarriers that count their bytes
 
 
 def kernels_for(
-    geometry: ModelGeometry, chip: Chip, head: HeadFormat, wanted: Decode, *, dependent: bool | None = None
+    geometry: ModelGeometry, chip: Chip, head: HeadFormat, requested: Decode, *, dependent: bool | None = None
 ) -> tuple[ModelKernels, DecodePath]:
-    """A model's kernels for the way that decode steps will run.
+    """A model's kernels, and how decode steps run.
 
     Raises:
         BackendError: as `ModelKernels` and `choose_decode_path`.
     """
     kernels = ModelKernels(geometry, chip, head, dependent=dependent)
-    path = choose_decode_path(kernels, wanted)
+    path = choose_decode_path(kernels, requested)
     if path.name == "persistent":
         kernels = ModelKernels(geometry, chip, head, dependent=dependent, persistent=True)
     return kernels, path
 
 
-def choose_decode_path(kernels: ModelKernels, wanted: Decode) -> DecodePath:
-    """The way that was asked for; "auto" takes the persistent kernel where it can run.
+def choose_decode_path(kernels: ModelKernels, requested: Decode) -> DecodePath:
+    """The requested decode path; "auto" is the persistent kernel where it can run.
 
     Raises:
-        BackendError: the persistent kernel was asked for, and cannot run.
+        BackendError: the persistent kernel is requested, and cannot run.
     """
-    if wanted == "graph":
-        return DecodePath("graph", "it was asked for")
+    if requested == "graph":
+        return DecodePath("graph", "it was requested")
     obstacle = _obstacle(kernels)
     if obstacle is None:
         return DecodePath("persistent")
-    if wanted == "persistent":
+    if requested == "persistent":
         raise BackendError(f"--decode persistent is not possible because {obstacle}; use --decode graph.")
     return DecodePath("graph", obstacle)
 

@@ -59,7 +59,7 @@ class StepGraphs:
         self._graphs: dict[_Step, Graph] = {}
 
     def prepare(self, prefill_chunk: int) -> None:
-        """Bind, and capture, the steps that every prompt and reply takes; others follow on first use."""
+        """Bind, and capture, the steps that every generation runs; others follow on first use."""
         greedy = self.greedy
         for self.greedy in (True, False):  # with the persistent kernel these are two
             self._ready(self._key(1, SAMPLE))

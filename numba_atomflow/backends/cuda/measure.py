@@ -22,10 +22,10 @@ from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.spec import U32, kernel_spec
 from numba_atomflow.utils.progress import Progress
 
-_CEILING_BYTES = 2 << 30  # read per pass: far more than any second-level cache holds
-_LEAST_CACHES = 4  # second-level caches that it must be larger than
+_CEILING_BYTES = 2 << 30  # read per pass: far more than any L2 holds
+_LEAST_L2S = 4  # the source is at least so many times as large as L2
 _CEILING_PASSES = 12
-_READ_BLOCKS = 4  # per SM
+_READ_CTAS = 4  # per SM
 
 
 class CudaMeasurements:
@@ -122,8 +122,8 @@ class CudaMeasurements:
     def _position_keeper(self) -> Callable[[], None]:
         """Puts the device's position back to what it is now."""
         position = self._model.buffers["position"]
-        kept = self._model.memory.read(position)
-        return lambda: self._model.memory.write(position, kept)
+        value = self._model.memory.read(position)
+        return lambda: self._model.memory.write(position, value)
 
 
 def _kind(op: Op) -> str:
@@ -143,27 +143,27 @@ def measure_ceilings(device: Device, stream: Any, resources: Resources) -> dict[
     """
     chip = chip_of(device)
     free = int(call("cuMemGetInfo")[0])
-    room = min(_CEILING_BYTES, free // 2) // (1 << 20) * (1 << 20)
-    if room < _LEAST_CACHES * device.l2_bytes:
-        needed = 2 * _LEAST_CACHES * device.l2_bytes
+    nbytes = min(_CEILING_BYTES, free // 2) // (1 << 20) * (1 << 20)
+    if nbytes < _LEAST_L2S * device.l2_bytes:
+        needed = 2 * _LEAST_L2S * device.l2_bytes
         raise BackendError(
             f"Measuring how fast the GPU's memory is takes {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB "
             "are free; use a smaller --max-seq-len, or close other programs."
         )
     specs = {"loads": kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)}
-    blocks = {"loads": _READ_BLOCKS * chip.sms, "TMA": chip.sms}
+    ctas = {"loads": _READ_CTAS * chip.sms, "TMA": chip.sms}
     if chip.capability >= (9, 0):
         shared = bandwidth.bulk_shared_bytes()
         specs["TMA"] = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
     codes = build(list(specs.values()), chip.capability)
-    found = {}
+    ceilings = {}
     with resources.scope(stream) as measuring:
-        address = int(measuring.call("cuMemAlloc", room, undo="cuMemFree"))
-        call("cuMemsetD32Async", address, 0x3C5A96E1, room // 4, stream)
-        source = View("ceiling.source", address, (room // 4 - 1024,), "uint32")
-        total = View("ceiling.total", address + room - 4096, (1,), "uint32")
+        address = int(measuring.call("cuMemAlloc", nbytes, undo="cuMemFree"))
+        call("cuMemsetD32Async", address, 0x3C5A96E1, nbytes // 4, stream)
+        source = View("ceiling.source", address, (nbytes // 4 - 1024,), "uint32")
+        total = View("ceiling.total", address + nbytes - 4096, (1,), "uint32")
         for name, spec in specs.items():
             kernel = Kernel(spec, codes[spec], measuring)
-            graph = Graph([Launch(kernel, blocks[name], (source, total), stream)], stream, measuring)
-            found[name] = source.nbytes / float(np.median(time_graph(graph, _CEILING_PASSES))) / 1e9
-    return found
+            graph = Graph([Launch(kernel, ctas[name], (source, total), stream)], stream, measuring)
+            ceilings[name] = source.nbytes / float(np.median(time_graph(graph, _CEILING_PASSES))) / 1e9
+    return ceilings

@@ -39,7 +39,7 @@ class SamplingState(NamedTuple):
 
     @staticmethod
     def plan(vocabulary: int) -> list[Buffer]:
-        """The buffers behind these views."""
+        """The buffers of these views."""
         sizes = {
             "seen": (-(-vocabulary // 32), "uint32"),
             "options": (5, "float64"),
@@ -67,7 +67,7 @@ class AttentionScratch(NamedTuple):
 
     @staticmethod
     def plan(shapes: Sequence[AttentionShape]) -> list[Buffer]:
-        """The buffers behind these views, large enough for each of the shapes."""
+        """The buffers of these views, large enough for each of the shapes."""
         return [
             Buffer("workspace", "attention.partials", (max(shape.partials for shape in shapes),), "float32"),
             Buffer("workspace", "attention.counters", (max(shape.work_tiles for shape in shapes),), "uint32"),

@@ -22,7 +22,7 @@ from numba_atomflow.memory.device import PinnedArray, copy_to_device
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import SAMPLE, Head
 
-RUN_AHEAD = 3  # decode steps that are queued before they are requested; at a reply's end they are discarded
+RUN_AHEAD = 3  # decode steps that are queued before they are requested; at a generation's end they are discarded
 _STAGED_TOKENS = 1 << 14  # of prompts, that may wait for their copy to the device
 _POLLS = 2000  # of the ring (some 100 us) between checks of the stream
 _ID_BITS = 31
@@ -113,7 +113,7 @@ class StepQueue:
 
     @contextmanager
     def launching(self, tokens: int, head: Head) -> Iterator[None]:
-        """The block launches a step, which is counted, and its tokens requested, when it has."""
+        """The body launches a step; afterwards the step is counted, and its tokens are requested."""
         self._exact = False
         yield
         self.count(tokens, head)
@@ -172,7 +172,7 @@ class StepQueue:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """The block may run decode steps at the current position; afterwards the position is what it was."""
+        """The body may run decode steps at the current position; afterwards the position is what it was."""
         position = self.position
         check_range("positions", position, 1, self._max_seq_len)
         self._exact = False
