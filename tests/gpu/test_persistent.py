@@ -2,24 +2,24 @@
 
 import pytest
 from device_launch import capability
-from persistent_cases import CASES, CASES_OF_MANY_BLOCKS, PersistentCase, check_choosing, check_giving_up, check_ops
+from persistent_cases import CASES, CASES_OF_MANY_CTAS, PersistentCase, check_greedy, check_ops, check_watchdog
 
 
 @pytest.fixture(autouse=True)
-def _copy_engine() -> None:
+def _bulk_copies() -> None:
     if capability() < (9, 0):
         pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
 
 
-@pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_BLOCKS], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_CTAS], ids=str)
 def test_a_step_op_by_op_and_as_a_whole(case: PersistentCase) -> None:
     check_ops(case)
 
 
-@pytest.mark.parametrize("case", CASES_OF_MANY_BLOCKS, ids=str)
-def test_the_most_likely_token_is_handed_over_by_the_last_block(case: PersistentCase) -> None:
-    check_choosing(case)
+@pytest.mark.parametrize("case", CASES_OF_MANY_CTAS, ids=str)
+def test_the_last_cta_posts_the_most_likely_token(case: PersistentCase) -> None:
+    check_greedy(case)
 
 
-def test_a_block_does_not_wait_for_ever() -> None:
-    check_giving_up(CASES[0])
+def test_the_watchdog_ends_a_wait() -> None:
+    check_watchdog(CASES[0])

@@ -1,8 +1,8 @@
 """The persistent decode kernel compiled down to machine code: no GPU, driver or toolkit is needed.
 
-One layer of SmolLM2, and one of Llama 3.2 1B, which has half tiles: all layers run through the same code. It takes half
-a minute to compile, and below sm_90 does not run at all: so it is not among the kernels of `kernel_catalogue.py`, but
-its registers are recorded with theirs.
+One layer of SmolLM2, and one of Llama 3.2 1B, which has 8-row tiles: all layers run through the same code. It takes
+half a minute to compile, and needs sm_90: so it is not in the catalogue of `kernel_catalogue.py`, but its registers are
+recorded with theirs.
 """
 
 import re
@@ -20,7 +20,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import DOWN  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
 
-VECTORS = 3  # the residual stream, what attention makes, what the MLP does
+VECTORS = 3  # that are received: the residual stream, attn_out, intermediate
 SMOLLM2, LLAMA = PERSISTENT_MODELS.values()
 
 
@@ -35,7 +35,7 @@ def test_machine_code(name: str, model: str, geometry: ModelGeometry, cc: tuple[
     """No spills, stack or local memory; no float64; weights come by bulk copies, and in no other way."""
     kernels = ModelKernels(geometry, Chip(SMS, SHARED_BYTES[cc], cc), persistent=True)
     assert kernels.persistent_shape.refusal() is None
-    assert kernels.persistent_shape.sizes("halved")[DOWN] == (model == "Llama 1B")
+    assert kernels.persistent_shape.plans[DOWN].half_tiles == (model == "Llama 1B")
     spec = kernels.planned[name].spec
     ptx = make_ptx(spec.make(), spec, cc)
     _, log = assemble(ptx, cc)
@@ -62,9 +62,9 @@ def test_machine_code(name: str, model: str, geometry: ModelGeometry, cc: tuple[
             "e4m3x2",
         ):
             assert instruction in ptx
-        # All lanes of a warp must come to a vote: once for each kind of vector that is waited for, in no branch's copy.
+        # All lanes of a warp must take part in a vote: once for each kind of vector, not duplicated in a branch.
         assert ptx.count("vote.sync.ballot.b32") == VECTORS
-        # Words of the exchange: two of 8 bytes at once, past the first-level cache, and never as ordinary accesses.
+        # Words of the mailbox: two of 8 bytes at once, past L1, and never as ordinary accesses.
         assert "ld.relaxed.gpu.global.v2.b64" in ptx
         assert "st.relaxed.gpu.global.b64" in ptx
     check_registers(f"{name} of {model}'s layer", cc, registers)

@@ -7,7 +7,7 @@ from numba import cuda, uint32, uint64
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.comm.flagged import cut_24, is_pair_of, pair_of, publish_pair
+from numba_atomflow.ops.cuda.comm.flagged import has_pair_flag, ll_store_pair, round_to_24_bits, unpack_pair
 
 WORD = 0xFFFFFFFF
 
@@ -131,14 +131,14 @@ def there_and_back(values: NDArray[np.float32], epoch: int) -> tuple[NDArray[np.
         epoch = np.uint32(uint64(known))
         pair = cuda.threadIdx.x
         while 2 * pair < len(values):
-            publish_pair(words, pair, values[2 * pair], values[2 * pair + 1], epoch)
+            ll_store_pair(words, pair, values[2 * pair], values[2 * pair + 1], epoch)
             pair += 32
         ptx.sync_warp()
         pair = cuda.threadIdx.x
         while 2 * pair < len(values):
             first, second, _, _ = ptx.ll_load(words, pair)
-            if is_pair_of(np.uint32(second), epoch):
-                out[2 * pair], out[2 * pair + 1] = pair_of(np.uint32(first), np.uint32(second))
+            if has_pair_flag(np.uint32(second), epoch):
+                out[2 * pair], out[2 * pair + 1] = unpack_pair(np.uint32(first), np.uint32(second))
             pair += 32
 
     words, out = np.zeros(len(values) // 2 + 1, np.uint64), np.full(len(values), -7.0, np.float32)
@@ -174,11 +174,11 @@ def test_nan_stays_nan() -> None:
 
 def test_another_epoch_is_not_taken() -> None:
     for other in (4, 0x20003, 3):
-        assert bool(is_pair_of(np.uint32(0x0003ABCD), np.uint32(other))) == (other & 0xFFFF == 3)
+        assert bool(has_pair_flag(np.uint32(0x0003ABCD), np.uint32(other))) == (other & 0xFFFF == 3)
 
 
 def test_ties_round_away_from_zero() -> None:
     """Half a unit of the last place that is kept: up in magnitude, whatever the sign."""
     for sign in (0, 1 << 31):
         bits = np.uint32(0x3F800080 | sign)
-        assert int(cut_24(bits.view(np.float32))) == (0x3F8001 | sign >> 8)
+        assert int(round_to_24_bits(bits.view(np.float32))) == (0x3F8001 | sign >> 8)

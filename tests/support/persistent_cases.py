@@ -1,7 +1,7 @@
 """The persistent decode kernel against NumPy, at small shapes: the same checks in numba's simulator and on a GPU.
 
-A case has a whole model's memory: weights in one array as the kernel reads them, the cache, the exchange, and a view
-for each op. Results begin as NaN, as does the cache behind the past; the exchange as words of the token before.
+A case has a whole model's memory: weights in one array as the kernel reads them, the cache, the mailbox, and a view
+for each op. Results begin as NaN, as does the cache behind the past; the mailbox as words of the token before.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from numba_atomflow.ops.cuda.layout.weights import (
 )
 from numba_atomflow.ops.cuda.persistent import publish
 from numba_atomflow.ops.cuda.persistent.kernel import PersistentArguments, make_persistent
-from numba_atomflow.ops.cuda.persistent.schedule import BLOCK_THREADS, CHUNK, TABLE_UNIT, PersistentShape
+from numba_atomflow.ops.cuda.persistent.schedule import CTA_THREADS, K_TILE_GROUPS, TABLE_UNIT, PersistentShape
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, NAN_KEY, token_of
 from numba_atomflow.ops.formats import FP8_E4M3, FP16
@@ -35,13 +35,14 @@ Matrix = NDArray[np.float64]
 STEPS = 21845  # made before: with two layers, the 16 bits of a pair's epoch begin at zero with this one
 PENALTY = 1.5
 RING, COUNTED = 4, 6  # entries for the host; tokens that were made before
-SPARE = 3  # words behind each view, which nobody may write
+SPARE = 3  # words behind each view, which nothing may write
 KINDS = ("qkv", "attention", "o", "gate_up", "down")
+BUFFERS = ("residual", "q", "attn_out", "intermediate", "x_norm", "final_x_norm", "logits")
 
 
 @dataclass(frozen=True)
 class PersistentCase:
-    """A model, cut for a chip of so many SMs, with `position` tokens before this one."""
+    """A model, cut for a chip with so many SMs, with `position` tokens before this one."""
 
     hidden: int
     ffn: int
@@ -51,9 +52,9 @@ class PersistentCase:
     position: int
     layers: int = 1
     vocabulary: int = 40
-    blocks: int = 1
-    slots: int = 7  # of the ring: so few that it goes round many times
-    half_head: bool = False
+    sms: int = 1
+    stages: int = 7  # of the pipeline: so few that each is used many times
+    fp16_head: bool = False
 
     @property
     def q_dim(self) -> int:
@@ -69,12 +70,10 @@ class PersistentCase:
             "o": (self.hidden, self.q_dim, 0),
             "gate_up": (2 * self.ffn, self.hidden, self.ffn),
             "down": (self.hidden, self.ffn, 0),
-            "vocabulary": (self.vocabulary, self.hidden, 0),
+            "lm_head": (self.vocabulary, self.hidden, 0),
         }[kind]
-        halves = self.half_head and kind == "vocabulary"
-        return PrepackedLayout(
-            rows, columns, half=half, format=FP16 if halves else FP8_E4M3, k_tile=CHUNK
-        )  # as on every GPU that has bulk copies
+        weights = FP16 if self.fp16_head and kind == "lm_head" else FP8_E4M3
+        return PrepackedLayout(rows, columns, half=half, format=weights, k_tile=K_TILE_GROUPS)  # as TMA GPUs have it
 
     @cached_property
     def shape(self) -> PersistentShape:
@@ -82,7 +81,7 @@ class PersistentCase:
             return PersistentShape(
                 layers=self.layers,
                 hidden=self.hidden,
-                ffn=self.ffn,
+                intermediate=self.ffn,
                 heads=self.heads,
                 kv_heads=self.kv_heads,
                 head_dim=self.head_dim,
@@ -91,29 +90,29 @@ class PersistentCase:
                 o=self.layout("o"),
                 gate_up=self.layout("gate_up"),
                 down=self.layout("down"),
-                vocabulary=self.layout("vocabulary"),
-                embedding=self.layout("vocabulary"),
-                sms=self.blocks,
+                lm_head=self.layout("lm_head"),
+                embedding=self.layout("lm_head"),
+                sms=self.sms,
                 shared_bytes=shared_bytes,
             )
 
         generous = cut(1 << 20)
-        shape = cut((1 << 20) - 4 * (generous.slots - self.slots) * (generous.slot_words + 4))
-        assert shape.slots == self.slots
+        shape = cut((1 << 20) - 4 * (generous.stages - self.stages) * (generous.stage_words + 4))
+        assert shape.stages == self.stages
         assert shape.refusal() is None
         return shape
 
 
 CASES = (
-    PersistentCase(64, 128, 2, 1, 64, position=0, layers=2),  # the first token; all columns padded to one group
-    PersistentCase(80, 520, 1, 1, 80, position=131, slots=12, half_head=True),  # chunks of 4 groups and of 1
+    PersistentCase(64, 128, 2, 1, 64, position=0, layers=2),  # the first token; K padded to one group
+    PersistentCase(80, 520, 1, 1, 80, position=131, stages=12, fp16_head=True),  # k-tiles of 4 groups and of 1
 )
-CASES_OF_MANY_BLOCKS = (
-    PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, blocks=3, half_head=True),  # three chunks of the past
-    PersistentCase(64, 72, 4, 2, 32, position=290, blocks=5),  # two chunks per head; a block idles
-    PersistentCase(80, 520, 1, 1, 32, position=5, layers=3, blocks=3),  # dealing skips a block behind each layer
-    PersistentCase(64, 1024, 1, 1, 64, position=5, blocks=3),  # half tiles of "down"
-    PersistentCase(64, 2048, 8, 1, 128, position=5, blocks=3),  # of "o", too; "down" takes two slots for each
+CASES_OF_MANY_CTAS = (
+    PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, sms=3, fp16_head=True),  # three KV splits
+    PersistentCase(64, 72, 4, 2, 32, position=290, sms=5),  # two splits per head; a CTA idles
+    PersistentCase(80, 520, 1, 1, 32, position=5, layers=3, sms=3),  # the schedule skips a CTA after each layer
+    PersistentCase(64, 1024, 1, 1, 64, position=5, sms=3),  # 8-row tiles of "down"
+    PersistentCase(64, 2048, 8, 1, 128, position=5, sms=3),  # of "o", too; "down" takes two stages for each
 )
 
 
@@ -138,18 +137,18 @@ class Model:
     @classmethod
     def draw(cls, case: PersistentCase, rng: np.random.Generator) -> "Model":
         model = cls(case)
-        model.add("embedding", case.layout("vocabulary"), rng)
+        model.add("embedding", case.layout("lm_head"), rng)
         for layer in range(case.layers):
             for kind in ("qkv", "o", "gate_up", "down"):
                 model.add(f"{layer}.{kind}", case.layout(kind), rng)
             for kind in ("qkv", "gate_up"):
                 model.add_norm(f"{layer}.{kind}", rng)
-        model.add_norm("vocabulary", rng)
+        model.add_norm("lm_head", rng)
         return model
 
     def add(self, name: str, layout: PrepackedLayout, rng: np.random.Generator) -> None:
-        shape = layout.out_features, layout.in_features
-        values = rng.standard_normal(shape) * np.exp2(rng.integers(-1, 2, (layout.out_features, 1)))
+        size = layout.out_features, layout.in_features
+        values = rng.standard_normal(size) * np.exp2(rng.integers(-1, 2, (layout.out_features, 1)))
         values /= 1.0 if name == "embedding" else np.sqrt(layout.in_features)
         if layout.format.bits == 16:
             stored = values.astype(np.float16)
@@ -176,12 +175,12 @@ class Model:
             for kind in KINDS:
                 name = f"{layer}.{kind}"
                 entries.append((self.places.get(name, 0), self.places.get(f"{name}_norm", 0)))
-        entries.append((self.places["embedding"], self.places["vocabulary_norm"]))
+        entries.append((self.places["embedding"], self.places["lm_head_norm"]))
         return np.array(entries, np.int64).reshape(-1)
 
 
 class Memory:
-    """Everything that a step reads and writes beside the weights."""
+    """What a step reads and writes beside the weights."""
 
     def __init__(self, case: PersistentCase, model: Model, rng: np.random.Generator) -> None:
         self.case, self.model, self.shape = case, model, case.shape
@@ -195,12 +194,12 @@ class Memory:
         self.token = int(rng.integers(case.vocabulary))
         self.tokens = np.array([self.token], np.int32)
         self.stale = self._stale_words()
-        self.exchange = self.stale.copy()
+        self.mailbox = self.stale.copy()
         self.residual = poisoned(case.hidden + SPARE)
         self.q = poisoned(case.q_dim + SPARE, dtype=np.uint16)
-        self.attended = poisoned(case.q_dim // 2 + SPARE, dtype=np.uint32)
-        self.ffn = poisoned(case.ffn // 2 + SPARE, dtype=np.uint32)
-        self.normed, self.final_normed = (poisoned(case.hidden // 2 + SPARE, dtype=np.uint32) for _ in range(2))
+        self.attn_out = poisoned(case.q_dim // 2 + SPARE, dtype=np.uint32)
+        self.intermediate = poisoned(case.ffn // 2 + SPARE, dtype=np.uint32)
+        self.x_norm, self.final_x_norm = (poisoned(case.hidden // 2 + SPARE, dtype=np.uint32) for _ in range(2))
         self.logits = poisoned(case.vocabulary + SPARE)
         self.seen = rng.random(case.vocabulary) < 0.3
         bits = np.packbits(self.seen, bitorder="little")
@@ -211,14 +210,14 @@ class Memory:
 
     @property
     def epoch(self) -> int:
-        """Of the embedding; layer i makes words of epoch + i + 1."""
+        """Of the embedding; the results of layer i have epoch + i + 1."""
         return STEPS * (self.case.layers + 1) + 1
 
     def _stale_words(self) -> NDArray[np.uint64]:
-        """An exchange of NaN, of the last layer of the token before."""
-        before, places = self.epoch - 1, self.shape.exchange
+        """A mailbox of NaN, of the last layer of the token before."""
+        before, places = self.epoch - 1, self.shape.mailbox._asdict()
         words = np.full(places["end"], before << 32 | 0xFFFFFFFF, np.uint64)
-        for pairs, behind in (("entering", "entering_exact"), ("middle", "middle_exact")):
+        for pairs, behind in (("residual_in", "residual_in_exact"), ("residual_mid", "residual_mid_exact")):
             words[places[pairs] : places[behind]] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
         return words
 
@@ -226,7 +225,7 @@ class Memory:
     def plane(self) -> int:
         return self.cache[0, 0].size
 
-    def run(self, first: int, last: int, *, choose: bool = False) -> None:
+    def run(self, first: int, last: int, *, greedy: bool = False) -> None:
         """Ops first .. last - 1."""
         shape = self.shape
         options = np.array([0.0, 0.0, 1.0, 0.0, PENALTY], np.float64)
@@ -234,25 +233,25 @@ class Memory:
         launch(
             kernels(shape)[0],
             shape.sms,
-            BLOCK_THREADS,
-            shape.block_bytes,
+            CTA_THREADS,
+            shape.dynamic_shared_bytes,
             PersistentArguments(
                 weights=self.weights,
                 table=self.model.table,
                 cache16=cache.view(np.uint16),
                 cache=self.cache.reshape(-1).copy().view(np.uint32),  # what it writes, it need not read
-                mailbox=self.exchange,
+                mailbox=self.mailbox,
                 tokens=self.tokens,
                 position=self.position,
                 steps=self.steps,
                 cosines=self.cosines.reshape(-1),
                 sines=self.sines.reshape(-1),
                 residual=self.residual,
-                x_norm=self.normed,
-                final_x_norm=self.final_normed,
+                x_norm=self.x_norm,
+                final_x_norm=self.final_x_norm,
                 q=self.q,
-                attn_out=self.attended,
-                intermediate=self.ffn,
+                attn_out=self.attn_out,
+                intermediate=self.intermediate,
                 logits=self.logits,
                 seen=self.seen_bits,
                 options=options,
@@ -264,7 +263,7 @@ class Memory:
                 plane=self.plane,
                 first_op=first,
                 end_op=last,
-                greedy=int(choose),
+                greedy=int(greedy),
             ),
         )
 
@@ -274,9 +273,9 @@ class Memory:
             residual=self.residual,
             q=self.q,
             cache=self.cache.reshape(-1).view(np.uint16),
-            attn_out=self.attended,
-            intermediate=self.ffn,
-            mailbox=self.exchange,
+            attn_out=self.attn_out,
+            intermediate=self.intermediate,
+            mailbox=self.mailbox,
             position=self.position,
             steps=self.steps,
             plane=self.plane,
@@ -296,7 +295,18 @@ class Memory:
 
     def outputs(self) -> dict[str, NDArray[Any]]:
         """Everything that both ways of running a step must leave alike, bit for bit."""
-        names = ("residual", "q", "attended", "ffn", "normed", "final_normed", "logits", "best", "fault", "cache")
+        names = (
+            "residual",
+            "q",
+            "attn_out",
+            "intermediate",
+            "x_norm",
+            "final_x_norm",
+            "logits",
+            "best",
+            "fault",
+            "cache",
+        )
         return {name: np.ascontiguousarray(getattr(self, name)).view(np.uint8).copy() for name in names}
 
 
@@ -304,7 +314,7 @@ class Memory:
 
 
 def check_step(case: PersistentCase) -> None:
-    """A whole step, beside float64 with nothing rounded; what is in the exchange then; and that all stays in bounds."""
+    """A whole step, beside float64 with nothing rounded; the mailbox afterwards; and that all stays in bounds."""
     whole_step(case)
 
 
@@ -313,7 +323,7 @@ def whole_step(case: PersistentCase) -> Memory:
     whole = Memory(case, model, generator(case.ffn, case.position))
     whole.run(0, whole.shape.ops)
     check_bounds(whole)
-    check_exchange(whole)
+    check_mailbox(whole)
     logits, written = step_reference(model, whole)
     within("persistent step", relative_error(whole.logits[: case.vocabulary], logits), 4e-3)
     within("persistent cache", relative_error(whole.cache[:, :, case.position], written), 4e-3)
@@ -323,16 +333,16 @@ def whole_step(case: PersistentCase) -> Memory:
     return whole
 
 
-def check_choosing(case: PersistentCase) -> None:
-    """A step that takes the most likely token leaves all as one that does not, and hands the token over."""
+def check_greedy(case: PersistentCase) -> None:
+    """A step that takes the most likely token leaves all as one that does not, and posts the token."""
     model = Model.draw(case, generator(case.hidden, case.position))
     left, taken = (Memory(case, model, generator(case.ffn, case.position)) for _ in range(2))
     left.run(0, left.shape.ops)
-    taken.run(0, taken.shape.ops, choose=True)
+    taken.run(0, taken.shape.ops, greedy=True)
     token = int(np.argmax(penalise(left.logits[: case.vocabulary], left.seen, PENALTY)))
     assert taken.tokens.tolist() == [token]
     assert taken.position.tolist() == [case.position + 1]
-    assert taken.best.tolist() == [LOWEST_KEY], "the next arg-max begins anew"
+    assert taken.best.tolist() == [LOWEST_KEY], "ready for the next arg-max"
     assert taken.steps.tolist() == [STEPS + 1, 0]
     assert taken.count.tolist() == [COUNTED + 1]
     assert taken.ring.tolist() == [0, 0, (COUNTED + 1) << 32 | token, 0]
@@ -357,7 +367,7 @@ def check_ops(case: PersistentCase) -> None:
         for number, check in enumerate((check_qkv, check_attention, check_o, check_gate_up, check_down)):
             before = alone.stream
             alone.publish(layer)
-            op = 1 + 5 * layer + number
+            op = alone.shape.op_index.of_layer(layer, number)
             alone.run(op, op + 1)
             check(alone, layer, before)
     alone.publish(case.layers)
@@ -373,7 +383,7 @@ def cut_24_reference(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def check_normed(memory: Memory, view: str, norm: str, before: NDArray[np.float32]) -> Matrix:
-    """The normalised residual stream, as the kernel says it multiplied it."""
+    """The normalised residual stream, as the kernel reports it."""
     normed = memory.halves(view, memory.case.hidden)
     expected, doubt = normed_as_float16(cut_24_reference(before), memory.model.norms[norm])
     slack = float(np.linalg.norm(doubt) / np.linalg.norm(expected))
@@ -383,7 +393,7 @@ def check_normed(memory: Memory, view: str, norm: str, before: NDArray[np.float3
 
 def check_qkv(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
     case = memory.case
-    normed = check_normed(memory, "normed", f"{layer}.qkv", before)
+    normed = check_normed(memory, "x_norm", f"{layer}.qkv", before)
     q, k, v = np.split(memory.model.matrices[f"{layer}.qkv"] @ normed, [case.q_dim, case.q_dim + case.kv_dim])
     for got, expected in (
         (memory.halves("q", case.q_dim), rotate(memory, q)),
@@ -405,36 +415,40 @@ def check_attention(memory: Memory, layer: int, before: NDArray[np.float32]) -> 
     keys, values = memory.cache[layer].astype(np.float64)
     q = memory.halves("q", case.q_dim)[None]
     expected = attend_reference(q, keys, values, case.position, case.head_dim)[0]
-    within("persistent attention", relative_error(memory.halves("attended", case.q_dim), expected), 1e-3)
+    within("persistent attention", relative_error(memory.halves("attn_out", case.q_dim), expected), 1e-3)
 
 
 def check_o(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
-    added = memory.model.matrices[f"{layer}.o"] @ memory.halves("attended", memory.case.q_dim)
+    added = memory.model.matrices[f"{layer}.o"] @ memory.halves("attn_out", memory.case.q_dim)
     within("persistent sums", relative_error(memory.stream, before + added), 1e-5)
 
 
 def check_gate_up(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
-    normed = check_normed(memory, "normed", f"{layer}.gate_up", before)
+    normed = check_normed(memory, "x_norm", f"{layer}.gate_up", before)
     gate, up = np.split(memory.model.matrices[f"{layer}.gate_up"] @ normed, 2)
-    within("persistent SwiGLU", relative_error(memory.halves("ffn", memory.case.ffn), silu_reference(gate) * up), 5e-4)
+    within(
+        "persistent SwiGLU",
+        relative_error(memory.halves("intermediate", memory.case.ffn), silu_reference(gate) * up),
+        5e-4,
+    )
 
 
 def check_down(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
-    added = memory.model.matrices[f"{layer}.down"] @ memory.halves("ffn", memory.case.ffn)
+    added = memory.model.matrices[f"{layer}.down"] @ memory.halves("intermediate", memory.case.ffn)
     within("persistent sums", relative_error(memory.stream, before + added), 1e-5)
 
 
 def check_logits(memory: Memory) -> None:
-    normed = check_normed(memory, "final_normed", "vocabulary", memory.stream)
+    normed = check_normed(memory, "final_x_norm", "lm_head", memory.stream)
     logits = memory.logits[: memory.case.vocabulary]
     within("persistent sums", relative_error(logits, memory.model.matrices["embedding"] @ normed), 1e-5)
     assert token_of(int(memory.best[0])) == int(np.argmax(penalise(logits, memory.seen, PENALTY)))
 
 
 def check_bounds(memory: Memory) -> None:
-    """Nothing is written behind a view or beside the token's row of the cache, and nothing was waited for in vain."""
+    """Nothing is written beyond a buffer or beside the token's row of the cache, and no watchdog tripped."""
     assert not memory.fault[0]
-    for name in ("residual", "q", "attended", "ffn", "normed", "final_normed", "logits"):
+    for name in BUFFERS:
         view = getattr(memory, name)
         np.testing.assert_array_equal(view[-SPARE:], poisoned(SPARE, dtype=view.dtype), err_msg=name)
         assert np.isfinite(view[:-SPARE].view(np.float16 if view.dtype.kind == "u" else view.dtype)).all(), name
@@ -444,31 +458,32 @@ def check_bounds(memory: Memory) -> None:
     )
 
 
-def check_exchange(memory: Memory) -> None:
-    """Every word is of the last layer, and says what the views say; what pads a buffer is as it was."""
+def check_mailbox(memory: Memory) -> None:
+    """Every word is of the last layer, and agrees with the buffers; padding is unchanged."""
     case, epoch = memory.case, memory.epoch + memory.case.layers
     pairs_of_heads = np.split(memory.q[: case.q_dim], case.heads), *np.split(memory.cache[-1, :, case.position], 2)
     keys, values = (np.split(row.reshape(-1).view(np.uint16), case.kv_heads) for row in pairs_of_heads[1:])
     expected = {
-        "entering": pairs_reference(memory.stream, epoch),
-        "entering_exact": words_of(memory.stream.view(np.uint32), epoch),
+        "residual_in": pairs_reference(memory.stream, epoch),
+        "residual_in_exact": words_of(memory.stream.view(np.uint32), epoch),
         "q": words_of(rotated_pairs(pairs_of_heads[0]), epoch),
         "k": words_of(rotated_pairs(keys), epoch),
         "v": words_of(rotated_pairs(values), epoch),
-        "attended": words_of(memory.attended[:-SPARE], epoch),
-        "ffn": words_of(memory.ffn[:-SPARE], epoch),
+        "attn_out": words_of(memory.attn_out[:-SPARE], epoch),
+        "intermediate": words_of(memory.intermediate[:-SPARE], epoch),
     }
-    places = memory.shape.exchange
+    places = memory.shape.mailbox._asdict()
     ends = dict(zip(places, [*list(places.values())[1:], None], strict=True))
     for name, words in expected.items():
-        buffer, stale = (whole[places[name] : ends[name]] for whole in (memory.exchange, memory.stale))
+        buffer, stale = (whole[places[name] : ends[name]] for whole in (memory.mailbox, memory.stale))
         np.testing.assert_array_equal(buffer[: len(words)], words, err_msg=name)
-        np.testing.assert_array_equal(buffer[len(words) :], stale[len(words) :], err_msg=f"{name}: wrote behind it")
-    exact = memory.exchange[places["middle_exact"] : ends["middle_exact"]][: case.hidden]
+        np.testing.assert_array_equal(buffer[len(words) :], stale[len(words) :], err_msg=f"{name}: wrote beyond it")
+    exact = memory.mailbox[places["residual_mid_exact"] : ends["residual_mid_exact"]][: case.hidden]
     assert (exact >> np.uint64(32) == epoch).all()
     middle = (exact & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.float32)
     np.testing.assert_array_equal(
-        memory.exchange[places["middle"] : places["middle"] + case.hidden // 2], pairs_reference(middle, epoch)
+        memory.mailbox[places["residual_mid"] : places["residual_mid"] + case.hidden // 2],
+        pairs_reference(middle, epoch),
     )
 
 
@@ -505,12 +520,12 @@ def step_reference(model: Model, memory: Memory) -> tuple[Matrix, Matrix]:
         normed = rms_norm_reference(x, model.norms[f"{layer}.gate_up"].astype(np.float64), EPS)
         gate, up = np.split(weights[f"{layer}.gate_up"] @ normed, 2)
         x += weights[f"{layer}.down"] @ (silu_reference(gate) * up)
-    normed = rms_norm_reference(x, model.norms["vocabulary"].astype(np.float64), EPS)
+    normed = rms_norm_reference(x, model.norms["lm_head"].astype(np.float64), EPS)
     return weights["embedding"] @ normed, np.array(written)
 
 
-def check_giving_up(case: PersistentCase) -> None:
-    """An op whose input never comes ends, says so, and marks the token as one without logits."""
+def check_watchdog(case: PersistentCase) -> None:
+    """An op whose input never arrives ends, reports it, and marks the token as one without logits."""
     model = Model.draw(case, generator(case.hidden))
     memory = Memory(case, model, generator(case.ffn))
     memory.run(memory.shape.ops - 1, memory.shape.ops)
@@ -519,9 +534,9 @@ def check_giving_up(case: PersistentCase) -> None:
     assert token_of(NAN_KEY) is None
     assert ~NAN_KEY & 0xFFFFFF == 0, "what is sampled from it must be a row of the embedding: token 0"
     memory.fault[0], memory.best[0] = 0, LOWEST_KEY
-    memory.run(memory.shape.ops - 1, memory.shape.ops, choose=True)
+    memory.run(memory.shape.ops - 1, memory.shape.ops, greedy=True)
     assert memory.tokens.tolist() == [0]
-    assert memory.ring.tolist() == [0, 0, (COUNTED + 1) << 32 | 1 << 31, 0], "the host is told that it is no token"
+    assert memory.ring.tolist() == [0, 0, (COUNTED + 1) << 32 | 1 << 31, 0], "the host learns that it is no token"
     memory.position[0], memory.fault[0] = case.position, 0
-    memory.run(3, 4)  # o: neither its input nor what it adds to is there
+    memory.run(3, 4)  # o: neither its input nor the residual stream has arrived
     assert memory.fault[0] == 1

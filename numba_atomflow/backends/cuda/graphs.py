@@ -92,7 +92,7 @@ class StepGraphs:
     def op_launches(self, op: Op, index: int, tokens: int, head: Head) -> list[Launch]:
         """Op number `index` of a step by itself, reading what the views hold."""
         if self.persistent is not None and is_decode(tokens, head) and index < self.persistent.shape.ops:
-            return self.persistent.op_launches(index, op)
+            return self.persistent.op_launches(index)
         if isinstance(op, Sample):
             self._model.reset_argmax()  # the persistent kernel computes the arg-max in the LM head
         return self._binder.bind(op, sampled=head.sample)

@@ -24,7 +24,7 @@ from numba_atomflow.ops.cuda.layout.prepack import prepack_fp16_kernel, prepack_
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
 from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
-from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, PersistentShape
+from numba_atomflow.ops.cuda.persistent.schedule import K_TILE_GROUPS, PersistentShape
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.advance import advance_kernel
@@ -63,7 +63,7 @@ class ModelKernels:
         self.geometry, self.chip, self.head = geometry, chip, head
         self.dependent = chip.dependent_launch if dependent is None else dependent
         self.persistent = persistent
-        self.layouts = self._layouts(CHUNK if persistent else 0)
+        self.layouts = self._layouts(K_TILE_GROUPS if persistent else 0)
         self.projections = Projections(geometry, chip, self.layouts, self.dependent)
         self.gemv_width = fitting_widths(range(1, GREATEST_GEMV_WIDTH + 1), self._shared_bytes, geometry, chip)[-1]
 
@@ -101,11 +101,11 @@ class ModelKernels:
     @cached_property
     def persistent_shape(self) -> PersistentShape:
         """How the persistent kernel is cut for this model and chip; its `refusal` says whether it can run."""
-        g, layouts = self.geometry, self._layouts(CHUNK)
+        g, layouts = self.geometry, self._layouts(K_TILE_GROUPS)
         return PersistentShape(
             layers=g.layers,
             hidden=g.hidden,
-            ffn=g.ffn,
+            intermediate=g.ffn,
             heads=g.heads,
             kv_heads=g.kv_heads,
             head_dim=g.head_dim,
@@ -116,7 +116,7 @@ class ModelKernels:
             o=layouts["o"],
             gate_up=layouts["gate_up"],
             down=layouts["down"],
-            vocabulary=layouts["lm_head"],
+            lm_head=layouts["lm_head"],
             embedding=layouts["embedding"],
         )
 

@@ -94,7 +94,7 @@ class CudaMeasurements:
         persistent, memory = self._graphs.persistent, self._model.memory
         if persistent is None:
             return None
-        traces, times = [], self._model.buffers["persistent.times"]
+        traces, times = [], self._model.buffers["persistent.timestamps"]
         ops = self._model.step(1, SAMPLE)
         with self._queue.measuring():
             launches = [self._traced_launch(progress), *self._graphs.launches(1, SAMPLE)[1:]]

@@ -36,11 +36,11 @@ def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
     """What the kernel needs beside what every decode step has."""
     events = shape.sms * shape.ops * EVENTS
     return [
-        Buffer("workspace", "persistent.exchange", (shape.exchange["end"],), "uint64"),
+        Buffer("workspace", "persistent.mailbox", (shape.mailbox.end,), "uint64"),
         Buffer("workspace", "persistent.table", (2 * shape.ops,), "int64"),
         Buffer("workspace", "persistent.steps", (2,), "int64"),
         Buffer("workspace", "persistent.fault", (1,), "int32"),
-        Buffer("workspace", "persistent.times", (events,), "int64"),
+        Buffer("workspace", "persistent.timestamps", (events,), "int64"),
     ]
 
 
@@ -101,7 +101,7 @@ class PersistentStep:
             table=b["persistent.table"],
             cache16=cache,
             cache=cache,
-            mailbox=b["persistent.exchange"],
+            mailbox=b["persistent.mailbox"],
             tokens=b["tokens"],
             position=b["position"],
             steps=b["persistent.steps"],
@@ -120,7 +120,7 @@ class PersistentStep:
             token_ring=self._ring,
             tokens_posted=b["sampling.tokens_posted"],
             fault=b["persistent.fault"],
-            timestamps=b["persistent.times"],
+            timestamps=b["persistent.timestamps"],
             plane=self._plane,
             first_op=first,
             end_op=last,
@@ -138,7 +138,7 @@ class PersistentStep:
             cache=b[KV_CACHE],
             attn_out=b["attn_out"],
             intermediate=b["intermediate"],
-            mailbox=b["persistent.exchange"],
+            mailbox=b["persistent.mailbox"],
             position=b["position"],
             steps=b["persistent.steps"],
             plane=self._plane,
@@ -147,7 +147,7 @@ class PersistentStep:
         return Launch(self._loaded["publish"], planned.blocks, arguments, self._stream)
 
     def trace(self, ops: Sequence[Op], times: NDArray[np.int64]) -> StepTrace:
-        """What a traced launch of a whole step has left in `persistent.times`, int64 [blocks * ops * EVENTS]."""
+        """What a traced launch of a whole step has left in `persistent.timestamps`, int64 [blocks * ops * EVENTS]."""
         made = self.shape.ops
         found = to_nanoseconds(times.reshape(self.shape.sms, made, EVENTS))
         return StepTrace(
@@ -172,9 +172,9 @@ class PersistentStep:
         cache = self._buffers[KV_CACHE]
         return cache.nbytes // 2 // (2 * self._kernels.geometry.layers)
 
-    def op_launches(self, index: int, op: Op) -> list[Launch]:
+    def op_launches(self, index: int) -> list[Launch]:
         """One op by itself, reading what the views hold."""
-        layer = self.shape.layers if op.name == "lm_head" else max(0, (index - 1) // 5)
+        layer = self.shape.op_index.layer(index)
         return [self.publish(layer), self.launch(index, index + 1)]
 
 

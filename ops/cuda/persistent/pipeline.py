@@ -1,205 +1,242 @@
-"""The ring of chunks in shared memory: one warp has weights copied into it, the others take them out.
+"""The shared-memory pipeline: the producer warp issues bulk copies of weights, the consumer warps read them.
 
-The producer knows the whole step in advance: which shares its block has of which projection. It never waits for an op
-to end, only for a free slot, and so the copies of the next op's weights are on their way, or have landed, while the
-blocks still exchange the results of this one. At most `in_flight` copies are on their way at a time: the memory system
-is busy with that many, and small accesses (the exchange, the cache) need not queue behind more.
+The producer has the whole step's schedule from the start: which work tiles its CTA has of which projection. It never
+waits for an op to complete, only for an empty stage, so the copies of the next op's weights are under way, or complete,
+while the CTAs still exchange the results of this one. At most `copies_in_flight` copies are under way at a time: they
+saturate memory, and small accesses (mailbox, KV cache) do not queue behind more.
 
-While the ring is full, memory would have nothing to do: the producer then asks for the op's chunks that come next to be
-brought into the second-level cache, out of which they are copied faster later. It does so at memory's own pace.
+While the pipeline is full, memory would idle: the producer then issues L2 prefetches for the next k-tiles of this op,
+which take less time to copy from there. It paces them at memory's own rate.
 
-Slot n % slots holds chunk n of the block, or of a half tile the same half of two chunks, which count as one here. Two
-barriers per slot: `landed` completes when the chunk's bytes are there, `free` when the warp that took them has them in
-registers. Chunk n waits for the phase of parity (n // slots) & 1 of `landed`.
+Stage n % stages holds k-tile n of the CTA (of an 8-row work tile, the same rows of two k-tiles, which count as one
+here). Each stage has two mbarriers: `full` completes a phase when the bytes have arrived, `empty` when the consumer
+warp has them in registers. K-tile n waits for the phase of parity (n // stages) & 1 of `full`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, int32, int64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.comm.flagged import give_up
-from numba_atomflow.ops.cuda.persistent.schedule import ATTENTION, TABLE_UNIT, VOCABULARY, PersistentShape
-from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_note
+from numba_atomflow.ops.cuda.comm.flagged import watchdog_trips
+from numba_atomflow.ops.cuda.persistent.schedule import (
+    ATTENTION,
+    TABLE_UNIT,
+    PersistentShape,
+    make_kind_of,
+)
+from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_timestamp
 
-LEAD, SHARE, PIECE, ASKED = range(4)  # of what is asked for ahead
+i32, u32 = np.int32, np.uint32
+
+LEAD, WORK_TILE, K_TILE, ISSUED = range(4)  # of `PrefetchCursor.state`
+
+
+class WeightCopies(NamedTuple):
+    """The weights of an op, and the bulk copies that bring a work tile of them.
+
+    Attributes:
+        start: word of the model's weights at which they begin.
+        tile_words, k_tile_words: from one 16-row tile to the next, and from one k-tile to the next.
+        stages: that a work tile takes.
+        half_tiles: 1 if work tiles have 8 rows, else 0; then a stage takes two copies, of the same rows of two k-tiles.
+        copy_bytes, last_copy_bytes: of a copy, and of the work tile's last one.
+    """
+
+    start: Any
+    tile_words: Any
+    k_tile_words: Any
+    stages: Any
+    half_tiles: Any
+    copy_bytes: Any
+    last_copy_bytes: Any
+
+
+class PrefetchCursor(NamedTuple):
+    """What the producer prefetches into L2 next.
+
+    Attributes:
+        state: int32 [4]: k-tiles prefetched and not copied yet (`LEAD`), work tile and k-tile of the next prefetch, and
+            the cycle at which the last one was issued (`ISSUED`).
+        source: int64 [1]: word of the weights at which the next one begins.
+    """
+
+    state: Any
+    source: Any
 
 
 @ptx.device_function
-def await_barrier(barriers, address, parity, patience, fault):
-    """Wait for a phase of an mbarrier; not for ever."""
-    tries = np.uint32(0)
+def await_barrier(barriers, address, parity, watchdog):
+    """Wait for a phase of an mbarrier, or until the watchdog trips."""
+    polls = u32(0)
     while ptx.barrier_try_wait(barriers, address, parity) == 0:
-        tries = np.uint32(tries + np.uint32(1))
-        if give_up(patience, fault, tries):
+        polls = u32(polls + u32(1))
+        if watchdog_trips(watchdog, polls):
             break
 
 
-def make_deal(blocks: int) -> Any:
-    """Device function (offset) -> the block's first share of a projection, when `offset` were dealt before."""
+def make_first_work_tile(ctas: int) -> Any:
+    """Device function (offset) -> the CTA's first work tile of a projection that begins at this CTA of the schedule."""
 
     @ptx.device_function
-    def deal(offset):
-        return (np.int32(cuda.blockIdx.x) + np.int32(blocks) - offset) % np.int32(blocks)
+    def first_work_tile(offset):
+        return (i32(cuda.blockIdx.x) + i32(ctas) - offset) % i32(ctas)
 
-    return deal
-
-
-def make_kind_of(shape: PersistentShape) -> Any:
-    """Device function (op) -> its kind; op from 1 on."""
-    ops = shape.ops
-
-    @ptx.device_function
-    def kind_of(op):
-        return np.int32(VOCABULARY) if op == ops - 1 else np.int32((np.int32(op) - np.int32(1)) % np.int32(5))
-
-    return kind_of
+    return first_work_tile
 
 
-def make_cut(shape: PersistentShape) -> tuple[Any, Any]:
-    """Device functions that tell where a projection's weights are, and in which pieces they are copied.
+def make_weight_copies(shape: PersistentShape) -> tuple[Any, Any]:
+    """Device functions of the weights in memory.
 
     Returns:
-        cut (words, op, kind) -> of: where they begin; words of a tile and of a chunk; slots that a share takes; 1 if
-            shares are half tiles, else 0; bytes of a copy, and of the share's last one. A half tile's slot takes two
-            copies: the same half of two chunks.
-        place (of, share) -> the word of the model's weights at which a share begins.
+        weight_copies (words, op, kind) -> `WeightCopies`; words: view of shared memory.
+        source_of (copies, work_tile) -> word of the model's weights at which a work tile begins.
     """
-    table_start, slots_of, halved_of = shape.table_start, shape.picker("slots"), shape.picker("halved")
-    tile_words_of, chunk_words_of = shape.picker("tile_words"), shape.picker("k_tile_words")
-    last_words_of = shape.picker("last_k_tile_words")
+    table_start = shape.table_start
+    stages_of = shape.by_kind(lambda plan: plan.work_tile_stages)
+    half_tiles_of = shape.by_kind(lambda plan: int(plan.half_tiles))
+    tile_words_of = shape.by_kind(lambda plan: plan.layout.tile_words)
+    k_tile_words_of = shape.by_kind(lambda plan: plan.layout.k_tile_words)
+    last_words_of = shape.by_kind(lambda plan: plan.layout.last_k_tile_words)
 
     @ptx.device_function
-    def cut(words, op, kind):
+    def weight_copies(words, op, kind):
         start = np.int64(words[table_start + 2 * op]) * TABLE_UNIT
-        halved, chunk_words = np.int32(halved_of(kind)), np.int64(chunk_words_of(kind))
-        nbytes = np.uint32(4 * chunk_words >> np.int64(halved))
-        last_bytes = nbytes if halved else np.uint32(4 * last_words_of(kind))
-        return start, np.int64(tile_words_of(kind)), chunk_words, np.int32(slots_of(kind)), halved, nbytes, last_bytes
+        half_tiles, k_tile_words = i32(half_tiles_of(kind)), np.int64(k_tile_words_of(kind))
+        copy_bytes = u32(4 * k_tile_words >> np.int64(half_tiles))
+        last_copy_bytes = copy_bytes if half_tiles else u32(4 * last_words_of(kind))
+        tile_words, stages = np.int64(tile_words_of(kind)), i32(stages_of(kind))
+        return WeightCopies(start, tile_words, k_tile_words, stages, half_tiles, copy_bytes, last_copy_bytes)
 
     @ptx.device_function
-    def place(of, share):
-        start, tile_words, chunk_words, halved = of[0], of[1], of[2], of[4]
-        return start + np.int64(share >> halved) * tile_words + np.int64(share & halved) * (chunk_words // 2)
+    def source_of(copies, work_tile):
+        start, tile_words, half_tiles = copies.start, copies.tile_words, copies.half_tiles
+        tile = start + np.int64(work_tile >> half_tiles) * tile_words
+        return tile + np.int64(work_tile & half_tiles) * (copies.k_tile_words // 2)
 
-    return cut, place
+    return weight_copies, source_of
 
 
-def make_await_free(shape: PersistentShape, place: Any) -> Any:
-    """Device function (weights, barriers, address, parity, share, piece, source, of, shares, ahead, far, far_source,
-    patience, fault): wait until a slot is free, and use the time.
+def make_await_empty(shape: PersistentShape, source_of: Any) -> Any:
+    """Device function (weights, barriers, address, parity, work_tile, k_tile, source, copies, work_tiles, distance,
+    cursor, watchdog): wait until a stage is empty, and issue L2 prefetches meanwhile.
 
-    Args of it: share, piece and source: what comes into the slot; of, from `cut`; shares, of the projection; ahead,
-    chunks from this one on that may be asked for; far int32 [4] and far_source int64 [1]: how many have been (`LEAD`),
-    share, piece and place of the one that is asked for next, and when the last one was.
+    Args of it: address and parity of the stage's empty barrier; work_tile, k_tile, source: what is copied to the stage
+    next; work_tiles, of the projection; distance, k-tiles from that one on that may be prefetched.
     """
-    pace, blocks = np.int32(shape.pace), np.int32(shape.sms)
+    interval, ctas = i32(shape.prefetch_interval_cycles), i32(shape.sms)
 
     @ptx.large_device_function
-    def await_free(
-        weights, barriers, address, parity, share, piece, source, of, shares, ahead, far, far_source, patience, fault
+    def await_empty(
+        weights, barriers, address, parity, work_tile, k_tile, source, copies, work_tiles, distance, cursor, watchdog
     ):
-        chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
-        if far[LEAD] <= 0:
-            far[LEAD], far[SHARE], far[PIECE], far_source[0] = 0, share, piece, source
+        state, next_source = cursor.state, cursor.source
+        k_tile_words, stages, half_tiles = copies.k_tile_words, copies.stages, copies.half_tiles
+        copy_bytes, last_copy_bytes = copies.copy_bytes, copies.last_copy_bytes
+        if state[LEAD] <= 0:
+            state[LEAD], state[WORK_TILE], state[K_TILE], next_source[0] = 0, work_tile, k_tile, source
         full = True
-        while full and far[LEAD] < ahead and far[SHARE] < shares:
-            now = np.int32(ptx.cycles_32())
-            if np.int32(now - far[ASKED]) >= pace:
-                far[ASKED] = now
-                far[LEAD] += 1
-                far[PIECE] += 1
-                ends = far[PIECE] == pieces
-                ptx.bulk_prefetch_l2(weights, far_source[0], last_bytes if ends else nbytes)
-                if halved:
-                    ptx.bulk_prefetch_l2(weights, far_source[0] + chunk_words, nbytes)
-                far_source[0] += chunk_words << np.int64(halved)
-                if ends:
-                    far[PIECE], far[SHARE] = 0, far[SHARE] + blocks
-                    far_source[0] = place(of, far[SHARE])
+        while full and state[LEAD] < distance and state[WORK_TILE] < work_tiles:
+            now = i32(ptx.cycles_32())
+            if i32(now - state[ISSUED]) >= interval:
+                state[ISSUED] = now
+                state[LEAD] += 1
+                state[K_TILE] += 1
+                last = state[K_TILE] == stages
+                ptx.bulk_prefetch_l2(weights, next_source[0], last_copy_bytes if last else copy_bytes)
+                if half_tiles:
+                    ptx.bulk_prefetch_l2(weights, next_source[0] + k_tile_words, copy_bytes)
+                next_source[0] += k_tile_words << np.int64(half_tiles)
+                if last:
+                    state[K_TILE], state[WORK_TILE] = 0, state[WORK_TILE] + ctas
+                    next_source[0] = source_of(copies, state[WORK_TILE])
             full = ptx.barrier_test_wait(barriers, address, parity) == 0
         if full:
-            await_barrier(barriers, address, parity, patience, fault)
+            await_barrier(barriers, address, parity, watchdog)
 
-    return await_free
+    return await_empty
 
 
 def make_produce(shape: PersistentShape) -> Any:
-    """Device function (weights, words, barriers, position, first, last, patience, fault, times): the producer's whole
-    life; one thread.
+    """Device function (io, shared, watchdog): the producer warp, of which one thread works.
 
-    Args of it: weights uint32, all of the model's; words uint32 and barriers uint64, views of shared
-    memory; ops first .. last - 1 are run.
+    Args of it: io, `PersistentArguments`; shared, `SharedMemory`.
 
-    A copy takes memory 360 ns of each multiprocessor's time on an H100, and less out of the second-level cache: this
-    one thread must not take longer over it. So slots and barriers are addresses that are counted up, and two barriers
-    are looked at without asking whether there is anything to wait for yet: the first phase's parity says no.
+    A copy takes 360 ns of memory's time per SM on an H100, and less out of L2: this thread must issue one in less time.
+    So stages and barriers are addresses that are incremented, and two barriers are polled without a test whether there
+    is anything to wait for yet: the parity of the phase before the first says that there is not.
     """
-    slots, in_flight, blocks, ops = shape.slots, shape.in_flight, shape.sms, shape.ops
-    slot_bytes, barriers_bytes = np.uint32(4 * shape.slot_words), np.uint32(8 * slots)
-    landed, shares_of, dealt_of = shape.barriers_start, shape.picker("shares"), shape.picker("dealt")
-    deal, kind_of, note = make_deal(blocks), make_kind_of(shape), make_note(shape)
-    cut, place = make_cut(shape)
-    await_free = make_await_free(shape, place)
-    # What attention reads takes the time that is idle otherwise: so many chunks less are asked for ahead.
-    most_ahead, kv_bytes = shape.ahead, 4 * shape.kv_heads * shape.head_dim
-    ahead_bytes = blocks * 4 * shape.slot_words
+    stages, copies_in_flight, ctas, ops = shape.stages, shape.copies_in_flight, shape.sms, shape.ops
+    stage_bytes, barriers_bytes = u32(4 * shape.stage_words), u32(8 * stages)
+    full_start, work_tiles_of = shape.full_start, shape.by_kind(lambda plan: plan.work_tiles)
+    advance_of, first_work_tile = shape.by_kind(shape.schedule_advance), make_first_work_tile(ctas)
+    kind_of, timestamp = make_kind_of(shape), make_timestamp(shape)
+    weight_copies, source_of = make_weight_copies(shape)
+    await_empty = make_await_empty(shape, source_of)
+    # Reading the KV cache takes the time in which memory would idle: so many k-tiles less are prefetched.
+    max_distance, kv_bytes = shape.prefetch_distance, 4 * shape.kv_heads * shape.head_dim
+    k_tiles_bytes = ctas * 4 * shape.stage_words
 
     @ptx.device_function
-    def following(barrier, turn, first, end):
-        """The next slot's barrier, and the parity that goes with it."""
-        barrier = np.uint32(barrier + np.uint32(8))
-        return (first, np.uint32(turn ^ np.uint32(1))) if barrier == end else (barrier, turn)
+    def following(barrier, parity, first, end):
+        """The next stage's barrier, and the parity that goes with it."""
+        barrier = u32(barrier + u32(8))
+        return (first, u32(parity ^ u32(1))) if barrier == end else (barrier, parity)
 
     @ptx.large_device_function
-    def produce(weights, words, barriers, position, first, last, patience, fault, times):
-        far = cuda.local.array(4, int32)
-        far_source = cuda.local.array(1, int64)
-        far[LEAD], far[SHARE], far[PIECE], far[ASKED] = 0, 0, 0, np.int32(ptx.cycles_32())
-        ahead = np.int32(max(most_ahead - position * kv_bytes // ahead_bytes, 0))
-        first_slot, first_barrier = ptx.shared_address(words, 0), ptx.shared_address(barriers, landed)
-        end = np.uint32(first_barrier + barriers_bytes)
-        # The slot that is filled next, its barrier, and the parity of its last release; the oldest copy under way.
-        slot, barrier, turn = first_slot, first_barrier, np.uint32(1)
-        oldest, oldest_turn = np.uint32(end - np.uint32(8 * in_flight)), np.uint32(1)
-        offset = np.int32(0)
+    def produce(io, shared, watchdog):
+        weights, words, barriers = io.weights, shared.words, shared.barriers
+        position = io.position[0]
+        state = cuda.local.array(4, int32)
+        next_source = cuda.local.array(1, int64)
+        state[LEAD], state[WORK_TILE], state[K_TILE], state[ISSUED] = 0, 0, 0, i32(ptx.cycles_32())
+        distance = i32(max(max_distance - position * kv_bytes // k_tiles_bytes, 0))
+        cursor = PrefetchCursor(state, next_source)
+        first_stage, first_full = ptx.shared_address(words, 0), ptx.shared_address(barriers, full_start)
+        end = u32(first_full + barriers_bytes)
+        # The stage that is filled next, its full barrier, the parity of its last release; the oldest copy under way.
+        stage, full, parity = first_stage, first_full, u32(1)
+        oldest, oldest_parity = u32(end - u32(8 * copies_in_flight)), u32(1)
+        offset = i32(0)
         for op in range(1, ops):
             kind = kind_of(op)
             if kind == ATTENTION:
                 continue
-            of, shares = cut(words, op, kind), np.int32(shares_of(kind))
-            chunk_words, pieces, halved, nbytes, last_bytes = of[2], of[3], of[4], of[5], of[6]
-            share = np.int32(deal(offset)) if first <= op < last else shares
-            if share < shares:
-                note(times, op, COPY_BEGUN)
-            far[LEAD] = 0  # what was asked for may be of another op
-            while share < shares:
-                source = place(of, share)
-                for piece in range(pieces):
-                    if ptx.barrier_test_wait(barriers, barrier + barriers_bytes, turn) == 0:
-                        await_free(
-                            *(weights, barriers, np.uint32(barrier + barriers_bytes), turn, share, piece, source),
-                            *(of, shares, ahead, far, far_source, patience, fault),
+            copies, work_tiles = weight_copies(words, op, kind), i32(work_tiles_of(kind))
+            k_tile_words, half_tiles = copies.k_tile_words, copies.half_tiles
+            copy_bytes, last_copy_bytes = copies.copy_bytes, copies.last_copy_bytes
+            work_tile = i32(first_work_tile(offset)) if io.first_op <= op < io.end_op else work_tiles
+            if work_tile < work_tiles:
+                timestamp(io.timestamps, op, COPY_BEGUN)
+            state[LEAD] = 0  # earlier prefetches may be of another op
+            while work_tile < work_tiles:
+                source = source_of(copies, work_tile)
+                for k_tile in range(copies.stages):
+                    empty = u32(full + barriers_bytes)
+                    if ptx.barrier_test_wait(barriers, empty, parity) == 0:
+                        await_empty(
+                            *(weights, barriers, empty, parity, work_tile, k_tile, source),
+                            *(copies, work_tiles, distance, cursor, watchdog),
                         )
-                    await_barrier(barriers, oldest, oldest_turn, patience, fault)
-                    size = last_bytes if piece == pieces - 1 else nbytes
-                    ptx.barrier_arrive_expect(barriers, barrier, np.uint32(size << np.uint32(halved)))
-                    ptx.bulk_copy(words, slot, weights, source, size, barriers, barrier)
-                    if halved:
-                        other = np.uint32(slot + nbytes)
-                        ptx.bulk_copy(words, other, weights, source + chunk_words, nbytes, barriers, barrier)
-                    source += chunk_words << np.int64(halved)
-                    far[LEAD] -= 1
-                    barrier, turn = following(barrier, turn, first_barrier, end)
-                    slot = first_slot if barrier == first_barrier else np.uint32(slot + slot_bytes)
-                    oldest, oldest_turn = following(oldest, oldest_turn, first_barrier, end)
-                share = np.int32(share + np.int32(blocks))
-                note(times, op, COPY_DONE)
-            offset = np.int32((offset + dealt_of(kind)) % np.int32(blocks))
-        # A block must not end while copies into its shared memory are on their way.
-        for _ in range(in_flight):
-            await_barrier(barriers, oldest, oldest_turn, patience, fault)
-            oldest, oldest_turn = following(oldest, oldest_turn, first_barrier, end)
+                    await_barrier(barriers, oldest, oldest_parity, watchdog)
+                    nbytes = last_copy_bytes if k_tile == copies.stages - 1 else copy_bytes
+                    ptx.barrier_arrive_expect(barriers, full, u32(nbytes << u32(half_tiles)))
+                    ptx.bulk_copy(words, stage, weights, source, nbytes, barriers, full)
+                    if half_tiles:
+                        second = u32(stage + copy_bytes)
+                        ptx.bulk_copy(words, second, weights, source + k_tile_words, copy_bytes, barriers, full)
+                    source += k_tile_words << np.int64(half_tiles)
+                    state[LEAD] -= 1
+                    full, parity = following(full, parity, first_full, end)
+                    stage = first_stage if full == first_full else u32(stage + stage_bytes)
+                    oldest, oldest_parity = following(oldest, oldest_parity, first_full, end)
+                work_tile = i32(work_tile + i32(ctas))
+                timestamp(io.timestamps, op, COPY_DONE)
+            offset = i32((offset + advance_of(kind)) % i32(ctas))
+        # A CTA must not end while copies into its shared memory are under way.
+        for _ in range(copies_in_flight):
+            await_barrier(barriers, oldest, oldest_parity, watchdog)
+            oldest, oldest_parity = following(oldest, oldest_parity, first_full, end)
 
     return produce

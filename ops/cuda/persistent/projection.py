@@ -1,14 +1,15 @@
-"""A projection of the persistent kernel: a block's shares, slot by slot, out of the ring.
+"""A projection of the persistent kernel: the consumer warps' main loop over the stages of the pipeline.
 
-Slot q of a round goes to warp q % `CONSUMERS`, whatever its share; its sums, 16 of them, go to shared memory, and when
-the round's slots are done a few threads add up each share's in order of the columns: the same bits in every run. Rounds
-take turns between two sets of sums, so that one meeting per round is enough.
+Work tiles are processed in rounds. Stage q of a round goes to warp q % `CONSUMER_WARPS`, whatever its work tile
+(intra-CTA split-K); its 16 partial sums go to shared memory, and when the stages of the round are done a few threads
+per work tile reduce them in order of K, so that every run gives the same bits. Rounds alternate between two buffers of
+partial sums, so that one barrier per round is enough.
 
-All projections of a step run through this one piece of code, with their sizes as variables: a copy for each made the
-kernel half as long again, took three times as long to compile, and was no faster.
+All projections of a step run through this one main loop, with their sizes as variables: a copy for each made the kernel
+half as long again, took three times as long to compile, and was no faster.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, float32, int64, uint32
@@ -16,62 +17,160 @@ from numba import cuda, float32, int64, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, HALF_GROUP_WORDS
 from numba_atomflow.ops.cuda.persistent.pipeline import await_barrier
-from numba_atomflow.ops.cuda.persistent.schedule import CHUNK, CONSUMERS, THREADS, VOCABULARY, PersistentShape
-from numba_atomflow.ops.cuda.persistent.staging import meet, swizzled
+from numba_atomflow.ops.cuda.persistent.schedule import (
+    CONSUMER_THREADS,
+    CONSUMER_WARPS,
+    K_TILE_GROUPS,
+    LM_HEAD,
+    PersistentShape,
+)
+from numba_atomflow.ops.cuda.persistent.staging import swizzled, sync_consumers
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 
+u32 = np.uint32
+
 _ZERO = np.float32(0.0)
-TURN, CHUNKS = 0, 1  # places in a warp's state: which set of sums is next; slots' contents that the block has had
+_X_WORDS = u32(K_TILE_GROUPS * 64)  # of x, for a k-tile
+BUFFER, CONSUMED = 0, 1  # of a warp's progress: the next buffer of partial sums; stages that the CTA has consumed
 
 
-def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
-    """Device function (words, floats, slot, x, apart, groups, lane) -> a slot's sums: lane 4 g has that of row g, lane
-    4 g + 2 that of row g + 8.
+class OpState(NamedTuple):
+    """What the epilogue of a projection reads and writes beside its sums.
 
-    Args of it: slot, of the ring; x, the word of shared memory at which the vector's elements for it begin; apart, from
-    there to those for rows 8-15: 0, or, where these are the next chunk's rows 0-7, a chunk's; groups, that a chunk has.
-
-    A block's warps can have 128 bytes a cycle brought into registers, no more, and were the vector all 8 columns of the
-    other factor, it would take as many as the weights. So each group of 128 columns has a column of its own, 0-3 for
-    rows 0-7 and 4-7 for rows 8-15: one fragment of the vector serves four groups, which are multiplied by all columns,
-    and each of which is then taken from its own.
+    Attributes:
+        mailbox, q, cache16, residual, intermediate, logits, seen, timestamps: as in `PersistentArguments`.
+        op: its number. kind: of projection.
+        input_flag, flag: of the residual stream at the layer's start, and of the layer's results.
+        position: of the token. penalty: repetition penalty.
+        keys_start, values_start: elements of `cache16` at which the layer's keys and values begin.
+        best: the thread's own int64 [1], the largest sort key of its logits.
+        watchdog: `Watchdog`.
     """
-    slot_words = shape.slot_words
-    matrices = [matrix for matrix in shape.matrices if (matrix.format.bits == 16) == halves]
-    even = all(matrix.last_k_tile_groups == CHUNK for matrix in matrices)
-    x_step = 32 if halves else 64  # words of x per group
-    code_registers, sum_registers = 16 * CHUNK, 4 * CHUNK
-    fragments = 2 if halves else 4  # of 16 bytes, of x
+
+    mailbox: Any
+    q: Any
+    cache16: Any
+    residual: Any
+    intermediate: Any
+    logits: Any
+    seen: Any
+    timestamps: Any
+    op: Any
+    kind: Any
+    input_flag: Any
+    flag: Any
+    position: Any
+    penalty: Any
+    keys_start: Any
+    values_start: Any
+    best: Any
+    watchdog: Any
+
+
+class StageSizes(NamedTuple):
+    """Of the stages of a projection.
+
+    Attributes:
+        k_tiles: stages that a work tile passes through. last_groups: groups of 128 weights in the last of them.
+        half_tiles: 1 if work tiles have 8 rows, else 0. split_rows: as in `make_multiply`.
+    """
+
+    k_tiles: Any
+    last_groups: Any
+    half_tiles: Any
+    split_rows: Any
+
+
+def make_multiply(shape: PersistentShape, *, fp16: bool) -> Any:
+    """Device function (words, floats, stage, x, split_rows, groups, lane) -> the partial sums of a stage: lane 4 g has
+    that of row g, lane 4 g + 2 that of row g + 8.
+
+    Args of it: x, the word of shared memory at which the stage's elements of the vector begin; split_rows, from there
+    to those for rows 8-15: 0, or, where these are rows 0-7 of the next k-tile, a k-tile's; groups, of a k-tile.
+
+    Shared memory delivers 128 bytes per cycle and SM. Were the vector all 8 columns of the mma's B operand, it would
+    take as many as the weights. So each group of 128 weights along K has a column of its own, 0-3 for rows 0-7 and 4-7
+    for rows 8-15: one fragment of the vector serves four groups, all of which are multiplied by all columns, and each
+    result is taken from its own column.
+    """
+    load_codes, accumulate = _make_load_codes(shape, fp16=fp16), _make_accumulate(shape, fp16=fp16)
+    even, stage_words = _is_even(shape, fp16=fp16), shape.stage_words
+    x_step = 32 if fp16 else 64  # words of x per group
+    code_registers, sum_registers = 16 * K_TILE_GROUPS, 4 * K_TILE_GROUPS
 
     @ptx.large_device_function
-    def multiply(words, floats, slot, x, apart, groups, lane):
+    def multiply(words, floats, stage, x, split_rows, groups, lane):
         codes = cuda.local.array(code_registers, uint32)
         sums = cuda.local.array(sum_registers, float32)
-        g, t = np.uint32(lane >> np.uint32(2)), np.uint32(lane & np.uint32(3))
-        odd, upper = t & np.uint32(1) == np.uint32(1), t >= np.uint32(2)
-        start = np.uint32(slot * np.uint32(slot_words))
-        count = np.uint32(CHUNK if even else groups)
-        second = np.uint32(start + count * np.uint32(HALF_GROUP_WORDS))  # of rows 8-15: codes, then scales
-        for u in range(CHUNK):
-            if even or u < groups:
-                for i in range(4):
-                    if halves:
-                        place = start + u * GROUP_WORDS + i * 128
-                    else:
-                        place = (second if i % 2 else start) + u * 256 + i // 2 * 128
-                    w0, w1, w2, w3 = ptx.load_shared_16(words, place + lane * 4)
-                    at = 16 * u + 4 * i
-                    codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
+        g, t = u32(lane >> u32(2)), u32(lane & u32(3))
+        odd, upper = t & u32(1) == u32(1), t >= u32(2)
+        start = u32(stage * u32(stage_words))
+        count = u32(K_TILE_GROUPS if even else groups)
+        second = u32(start + count * u32(HALF_GROUP_WORDS))  # of rows 8-15: codes, then scales
+        load_codes(words, start, second, groups, lane, codes)
         for i in range(sum_registers):
             sums[i] = _ZERO
-        column = np.uint32((g >> np.uint32(2)) * apart + (g & np.uint32(3)) * np.uint32(x_step))
+        column = u32((g >> u32(2)) * split_rows + (g & u32(3)) * u32(x_step))
+        accumulate(words, x, column, t, groups, codes, sums)
+        # Columns 2 t and 2 t + 1 are a lane's: those of two of the groups, for its upper or its lower row.
+        above, below = (sums[8], sums[10]) if odd else (sums[0], sums[2])
+        first = below if upper else above
+        above, below = (sums[13], sums[15]) if odd else (sums[5], sums[7])
+        other = below if upper else above
+        if not fp16:
+            group = u32((t & u32(1)) * u32(2))
+            scale = u32((second if upper else start) + count * u32(256) + group * u32(8) + g)
+            if even or group < count:
+                first *= floats[scale]
+            if even or u32(group + u32(1)) < count:
+                other *= floats[u32(scale + u32(8))]
+        total = first + other
+        return total + ptx.shuffle_xor_f32(total, 1)
+
+    return multiply
+
+
+def _is_even(shape: PersistentShape, *, fp16: bool) -> bool:
+    """Whether every k-tile of the projections of this format has all groups."""
+    layouts = [layout for layout in shape.layouts if (layout.format.bits == 16) == fp16]
+    return all(layout.last_k_tile_groups == K_TILE_GROUPS for layout in layouts)
+
+
+def _make_load_codes(shape: PersistentShape, *, fp16: bool) -> Any:
+    """Device function (words, start, second, groups, lane, codes): the lane's weights of a k-tile into registers."""
+    even = _is_even(shape, fp16=fp16)
+
+    @ptx.device_function
+    def load_codes(words, start, second, groups, lane, codes):
+        for u in range(K_TILE_GROUPS):
+            if even or u < groups:
+                for i in range(4):
+                    if fp16:
+                        offset = start + u * GROUP_WORDS + i * 128
+                    else:
+                        offset = (second if i % 2 else start) + u * 256 + i // 2 * 128
+                    w0, w1, w2, w3 = ptx.load_shared_16(words, offset + lane * 4)
+                    at = 16 * u + 4 * i
+                    codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
+
+    return load_codes
+
+
+def _make_accumulate(shape: PersistentShape, *, fp16: bool) -> Any:
+    """Device function (words, x, column, t, groups, codes, sums): multiply the groups of a k-tile by the vector's
+    fragments, of which this lane loads the elements from word x + column on.
+    """
+    even, fragments = _is_even(shape, fp16=fp16), 2 if fp16 else 4  # of 16 bytes, of x
+
+    @ptx.device_function
+    def accumulate(words, x, column, t, groups, codes, sums):
         for i in range(fragments):
-            unit = np.uint32(4 * i + t) if halves else np.uint32(i // 2 * 8 + i % 2 + 2 * t)
-            b0, b1, b2, b3 = ptx.load_shared_16(words, np.uint32(x + swizzled(np.uint32(column + unit * np.uint32(4)))))
+            unit = u32(4 * i + t) if fp16 else u32(i // 2 * 8 + i % 2 + 2 * t)
+            b0, b1, b2, b3 = ptx.load_shared_16(words, u32(x + swizzled(u32(column + unit * u32(4)))))
             for k in range(2):
-                for u in range(CHUNK):
+                for u in range(K_TILE_GROUPS):
                     if even or u < groups:
-                        if halves:
+                        if fp16:
                             at = 16 * u + 8 * i + 2 * k
                             a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
                         else:
@@ -84,133 +183,139 @@ def make_multiply(shape: PersistentShape, *, halves: bool) -> Any:
                         else:
                             c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, c0, c1, c2, c3)
                         sums[4 * u], sums[4 * u + 1], sums[4 * u + 2], sums[4 * u + 3] = c0, c1, c2, c3
-        # Columns 2 t and 2 t + 1 are a lane's: those of two of the groups, for its row above or below.
-        above, below = (sums[8], sums[10]) if odd else (sums[0], sums[2])
-        first = below if upper else above
-        above, below = (sums[13], sums[15]) if odd else (sums[5], sums[7])
-        other = below if upper else above
-        if not halves:
-            group = np.uint32((t & np.uint32(1)) * np.uint32(2))
-            scale = np.uint32((second if upper else start) + count * np.uint32(256) + group * np.uint32(8) + g)
-            if even or group < count:
-                first *= floats[scale]
-            if even or np.uint32(group + np.uint32(1)) < count:
-                other *= floats[np.uint32(scale + np.uint32(8))]
-        total = first + other
-        return total + ptx.shuffle_xor_f32(total, 1)
 
-    return multiply
+    return accumulate
 
 
-def make_project(shape: PersistentShape, prepare: Any, finish: Any) -> Any:
-    """Device function (kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op): all but
-    the staging of x.
+def make_project(shape: PersistentShape, load_ahead: Any, epilogue: Any) -> Any:
+    """Device function (state, first_work_tile, thread, shared, progress): all of a projection but the staging of x.
 
-    Args of it: kind, which projection; first, the block's first share; given: handed on to `prepare` and `finish`.
+    Args of it: state, `OpState`; first_work_tile, of the CTA; shared, `SharedMemory`; progress, uint32 [2].
 
     Args:
-        prepare: device function (kind, given, share, entry, ahead): start the loads that `finish` needs for this entry,
-            into four words `ahead`; called before the weights are waited for.
-        finish: device function (kind, given, share, entry, ahead, floats, sums): what becomes of a share, entry by
-            entry; the sums of row r of its n-th slot stand at floats[sums + 16 * n + r], where in half tiles rows
-            8-15 are rows 0-7 over the next chunk.
+        load_ahead: device function (state, work_tile, entry, loaded): issue the loads that the epilogue of this entry
+            needs, into four words; called before the wait for the weights.
+        epilogue: device function (state, work_tile, entry, loaded, floats, sums): what becomes of the sums of a work
+            tile, entry by entry; the sum of row r of its n-th stage is at floats[sums + 16 * n + r], where rows 8-15
+            of an 8-row work tile are its rows 0-7 over the next k-tile.
     """
-    slots, blocks = shape.slots, shape.sms
+    ctas, full_start, empty_start = shape.sms, shape.full_start, shape.empty_start
     partials, partial_words = shape.partials_start, shape.partial_words
-    landed, free = shape.barriers_start, shape.barriers_start + slots
-    trace, ops = shape.trace, shape.ops
-    halves = shape.vocabulary.format.bits == 16
-    multiply = make_multiply(shape, halves=False)
-    multiply_halves = make_multiply(shape, halves=True) if halves else multiply
-    shares_of, slots_of, halved_of = shape.picker("shares"), shape.picker("slots"), shape.picker("halved")
-    last_groups_of, x_start = shape.picker("last_k_tile_groups"), shape.x_start
-    round_shares_of, entry_bits_of = shape.picker("round_shares"), shape.picker("entry_bits")
-    x_words = np.uint32(CHUNK * 64)  # of a chunk
+    work_tiles_of = shape.by_kind(lambda plan: plan.work_tiles)
+    round_work_tiles_of = shape.by_kind(lambda plan: plan.round_work_tiles)
+    stages_of = shape.by_kind(lambda plan: plan.work_tile_stages)
+    half_tiles_of = shape.by_kind(lambda plan: int(plan.half_tiles))
+    last_groups_of = shape.by_kind(lambda plan: plan.layout.last_k_tile_groups)
+    bits_of, x_words = shape.by_kind(lambda plan: plan.epilogue_bits), _X_WORDS
+    consume_stage = _make_consume_stage(shape)
 
     @ptx.device_function
     def split_entry(entry, bits):
-        """Share of the round, and part of it."""
-        share = np.uint32(entry >> bits)
-        return share, np.uint32(entry - (share << bits))
+        """Work tile of the round, and the entry's number in it."""
+        number = u32(entry >> bits)
+        return number, u32(entry - (number << bits))
 
     @ptx.large_device_function
-    def project(kind, first, thread, words, floats, barriers, state, patience, fault, given, times, op):
-        ahead = cuda.local.array(4, uint32)
-        # 32 bits without sign: no index has to be looked at for being negative.
-        me, blocks_now = np.uint32(thread), np.uint32(blocks)
-        lane, warp = np.uint32(me & np.uint32(31)), np.uint32(me >> np.uint32(5))
-        first_landed, first_free = ptx.shared_address(barriers, landed), ptx.shared_address(barriers, free)
-        pieces, round_shares = np.uint32(slots_of(kind)), np.uint32(round_shares_of(kind))
-        halved = np.uint32(halved_of(kind))
-        apart = np.uint32(halved * x_words)
-        bits = np.uint32(entry_bits_of(kind))
-        last_groups = last_groups_of(kind)
-        start = np.uint32(first)
-        own = np.uint32((np.uint32(shares_of(kind)) - start + blocks_now - np.uint32(1)) // blocks_now)
-        while own > np.uint32(0):
-            now = min(round_shares, own)
-            sums = np.uint32(np.uint32(partials) + state[TURN] * np.uint32(partial_words))
-            # By all threads, as a branch would wait for what is loaded in it.
-            entries = np.uint32(now << bits)
-            entry = min(me, np.uint32(entries - np.uint32(1)))
-            share, part = split_entry(entry, bits)
-            prepare(kind, given, np.uint32(start + share * blocks_now), part, ahead)
-            q, piece = warp, warp
-            while piece >= pieces:
-                piece = np.uint32(piece - pieces)
-            while q < np.uint32(now * pieces):
-                n = np.uint32(state[CHUNKS] + q)
-                turn = np.uint32(n // np.uint32(slots))
-                slot = np.uint32(n - turn * np.uint32(slots))
-                began = ptx.cycles() if trace else np.uint64(0)
-                await_barrier(barriers, first_landed + slot * np.uint32(8), turn & np.uint32(1), patience, fault)
-                if trace and thread == 0:
-                    times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + WAITED] += int64(ptx.cycles() - began)
-                groups = last_groups if piece == np.uint32(pieces - np.uint32(1)) else np.int32(CHUNK)
-                if halves and kind == VOCABULARY:
-                    x = np.uint32(np.uint32(x_start) + (piece * x_words >> np.uint32(1)))
-                    total = multiply_halves(words, floats, slot, x, apart, groups, lane)
-                else:
-                    x = np.uint32(np.uint32(x_start) + (piece * x_words << halved))
-                    total = multiply(words, floats, slot, x, apart, groups, lane)
-                ptx.sync_warp()
-                if lane == np.uint32(0):
-                    ptx.barrier_arrive(barriers, first_free + slot * np.uint32(8))
-                if lane & np.uint32(1) == np.uint32(0):
-                    row = (lane >> np.uint32(2)) + (lane & np.uint32(2)) * np.uint32(4)
-                    floats[np.uint32(sums + q * np.uint32(16) + row)] = total
-                q = np.uint32(q + np.uint32(CONSUMERS))
-                piece = np.uint32(piece + np.uint32(CONSUMERS))
-                while piece >= pieces:
-                    piece = np.uint32(piece - pieces)
-            state[CHUNKS] = np.uint32(state[CHUNKS] + now * pieces)
-            meet()
+    def project(state, first_work_tile, thread, shared, progress):
+        loaded = cuda.local.array(4, uint32)
+        # Unsigned 32 bits: the compiler need not handle negative indices.
+        me, step = u32(thread), u32(ctas)
+        lane, warp = u32(me & u32(31)), u32(me >> u32(5))
+        full, empty = ptx.shared_address(shared.barriers, full_start), ptx.shared_address(shared.barriers, empty_start)
+        k_tiles, round_work_tiles = u32(stages_of(state.kind)), u32(round_work_tiles_of(state.kind))
+        half_tiles = u32(half_tiles_of(state.kind))
+        split_rows = u32(half_tiles * x_words)
+        bits = u32(bits_of(state.kind))
+        sizes = StageSizes(k_tiles, last_groups_of(state.kind), half_tiles, split_rows)
+        start = u32(first_work_tile)
+        remaining = u32((u32(work_tiles_of(state.kind)) - start + step - u32(1)) // step)
+        while remaining > u32(0):
+            now = min(round_work_tiles, remaining)
+            sums = u32(u32(partials) + progress[BUFFER] * u32(partial_words))
+            # By all threads: a branch would wait for what is loaded in it.
+            entries = u32(now << bits)
+            entry = min(me, u32(entries - u32(1)))
+            number, part = split_entry(entry, bits)
+            load_ahead(state, u32(start + number * step), part, loaded)
+            q, k_tile = warp, warp
+            while k_tile >= k_tiles:
+                k_tile = u32(k_tile - k_tiles)
+            while q < u32(now * k_tiles):
+                n = u32(progress[CONSUMED] + q)
+                total = consume_stage(state, sizes, thread, lane, shared, full, empty, n, k_tile)
+                if lane & u32(1) == u32(0):
+                    row = (lane >> u32(2)) + (lane & u32(2)) * u32(4)
+                    shared.floats[u32(sums + q * u32(16) + row)] = total
+                q = u32(q + u32(CONSUMER_WARPS))
+                k_tile = u32(k_tile + u32(CONSUMER_WARPS))
+                while k_tile >= k_tiles:
+                    k_tile = u32(k_tile - k_tiles)
+            progress[CONSUMED] = u32(progress[CONSUMED] + now * k_tiles)
+            sync_consumers()
             entry = me
             while entry < entries:
                 number, part = split_entry(entry, bits)
-                share = np.uint32(start + number * blocks_now)
+                work_tile = u32(start + number * step)
                 if entry != me:
-                    prepare(kind, given, share, part, ahead)
-                finish(kind, given, share, part, ahead, floats, np.uint32(sums + number * pieces * np.uint32(16)))
-                entry = np.uint32(entry + np.uint32(THREADS))
-            state[TURN] = np.uint32(state[TURN] ^ np.uint32(1))
-            start = np.uint32(start + now * blocks_now)
-            own = np.uint32(own - now)
+                    load_ahead(state, work_tile, part, loaded)
+                epilogue(state, work_tile, part, loaded, shared.floats, u32(sums + number * k_tiles * u32(16)))
+                entry = u32(entry + u32(CONSUMER_THREADS))
+            progress[BUFFER] = u32(progress[BUFFER] ^ u32(1))
+            start = u32(start + now * step)
+            remaining = u32(remaining - now)
 
     return project
 
 
+def _make_consume_stage(shape: PersistentShape) -> Any:
+    """Device function (state, sizes, thread, lane, shared, full, empty, n, k_tile) -> the partial sums of stage n of
+    the CTA, which holds this k-tile of a work tile: wait until it is full, multiply, and release it.
+
+    Args of it: sizes, `StageSizes`; full and empty, addresses of the first full and the first empty barrier.
+    """
+    stages, trace, ops, x_start = shape.stages, shape.trace, shape.ops, shape.x_start
+    fp16 = shape.lm_head.format.bits == 16
+    multiply = make_multiply(shape, fp16=False)
+    multiply_fp16 = make_multiply(shape, fp16=True) if fp16 else multiply
+    x_words = _X_WORDS
+
+    @ptx.device_function
+    def consume_stage(state, sizes, thread, lane, shared, full, empty, n, k_tile):
+        words, floats, barriers = shared.words, shared.floats, shared.barriers
+        phase = u32(n // u32(stages))
+        stage = u32(n - phase * u32(stages))
+        begun = ptx.cycles() if trace else np.uint64(0)
+        await_barrier(barriers, full + stage * u32(8), phase & u32(1), state.watchdog)
+        if trace and thread == 0:
+            at = (int64(cuda.blockIdx.x) * ops + state.op) * EVENTS + WAITED
+            state.timestamps[at] += int64(ptx.cycles() - begun)
+        groups = sizes.last_groups if k_tile == u32(sizes.k_tiles - u32(1)) else np.int32(K_TILE_GROUPS)
+        if fp16 and state.kind == LM_HEAD:
+            x = u32(u32(x_start) + (k_tile * x_words >> u32(1)))
+            total = multiply_fp16(words, floats, stage, x, sizes.split_rows, groups, lane)
+        else:
+            x = u32(u32(x_start) + (k_tile * x_words << sizes.half_tiles))
+            total = multiply(words, floats, stage, x, sizes.split_rows, groups, lane)
+        ptx.sync_warp()
+        if lane == u32(0):
+            ptx.barrier_arrive(barriers, empty + stage * u32(8))
+        return total
+
+    return consume_stage
+
+
 def make_row_sum(shape: PersistentShape, kind: int) -> Any:
-    """Device function (floats, sums, row) -> a row's sum over all chunks of its tile, in their order."""
-    slots, halved = shape.sizes("slots")[kind], shape.sizes("halved")[kind]
+    """Device function (floats, sums, row) -> a row's sum over all k-tiles, in their order."""
+    plan = shape.plans[kind]
+    stages, half_tiles = plan.work_tile_stages, plan.half_tiles
 
     @ptx.device_function
     def row_sum(floats, sums, row):
         total = _ZERO
-        for slot in range(slots):
-            total += floats[sums + slot * 16 + row]
-            if halved:
-                total += floats[sums + slot * 16 + row + 8]
+        for stage in range(stages):
+            total += floats[sums + stage * 16 + row]
+            if half_tiles:
+                total += floats[sums + stage * 16 + row + 8]
         return total
 
     return row_sum

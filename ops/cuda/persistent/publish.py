@@ -1,7 +1,7 @@
-"""Views into the exchange: what lets a single op of the persistent kernel run by itself.
+"""Mailbox words from the buffers of a step: what lets a single op of the persistent kernel run by itself.
 
-Whoever looks at a step op by op may change what an op reads, in the views that all ways of running a step share. Before
-such an op, this kernel makes words of everything that it could wait for. It is not part of a decode step.
+Validators that run a step op by op may change the buffers that an op reads, which all ways of running a step share.
+Before such an op, this kernel writes the words that it could poll for. It is not part of a decode step.
 """
 
 from typing import Any, NamedTuple
@@ -10,12 +10,14 @@ import numpy as np
 from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.comm.flagged import publish_pair
+from numba_atomflow.ops.cuda.comm.flagged import ll_store_pair
 from numba_atomflow.ops.cuda.persistent.schedule import PersistentShape
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 
+u32 = np.uint32
+
 THREADS = 256
-_BLOCKS = 16
+_CTAS = 16
 
 
 class PublishArguments(NamedTuple):
@@ -40,47 +42,45 @@ class PublishArguments(NamedTuple):
 
 
 def make_publish(shape: PersistentShape) -> Any:
-    """Kernel (`PublishArguments`): the words that an op of the layer may read. Launch: any number of CTAs of `THREADS`
-    threads.
-    """
+    """Kernel (`PublishArguments`). Launch: any number of CTAs of `THREADS` threads."""
     layers, hidden, half = shape.layers, shape.hidden, shape.head_dim // 2
     q_words, kv_words = shape.heads * half, shape.kv_heads * half
-    ffn_words, kv_width = shape.ffn // 2, shape.kv_heads * shape.head_dim
-    places = shape.exchange
-    entering, entering_exact = places["entering"], places["entering_exact"]
-    middle, middle_exact = places["middle"], places["middle_exact"]
-    q_place, k_place, v_place = places["q"], places["k"], places["v"]
-    attended_place, ffn_place = places["attended"], places["ffn"]
-    most = max(hidden, q_words, ffn_words)
+    intermediate_words, kv_width = shape.intermediate // 2, shape.kv_heads * shape.head_dim
+    offsets = shape.mailbox
+    residual_in, residual_in_exact = offsets.residual_in, offsets.residual_in_exact
+    residual_mid, residual_mid_exact = offsets.residual_mid, offsets.residual_mid_exact
+    q_start, k_start, v_start = offsets.q, offsets.k, offsets.v
+    attn_out_start, intermediate_start = offsets.attn_out, offsets.intermediate
+    most = max(hidden, q_words, intermediate_words)
 
     @ptx.device_function
-    def rotated(array, start, word):
+    def packed_pair(array, start, word):
         at = start + word // half * 2 * half + word % half
-        return np.uint32(np.uint32(array[at]) | np.uint32(array[at + half]) << np.uint32(16))
+        return u32(u32(array[at]) | u32(array[at + half]) << u32(16))
 
     @ptx.kernel(THREADS, 1)
     def publish(io):
-        before = np.uint32(io.steps[0] * (layers + 1) + 1 + io.layer)
-        now = np.uint32(before + np.uint32(1))
+        input_flag = u32(io.steps[0] * (layers + 1) + 1 + io.layer)
+        flag = u32(input_flag + u32(1))
         word = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         while word < most:
             if word < hidden:
                 bits = ptx.f32_bits(io.residual[word])
-                ptx.ll_store(io.mailbox, entering_exact + word, bits, before)
-                ptx.ll_store(io.mailbox, middle_exact + word, bits, now)
+                ptx.ll_store(io.mailbox, residual_in_exact + word, bits, input_flag)
+                ptx.ll_store(io.mailbox, residual_mid_exact + word, bits, flag)
             if word < hidden // 2:
                 low, high = io.residual[2 * word], io.residual[2 * word + 1]
-                publish_pair(io.mailbox, entering + word, low, high, before)
-                publish_pair(io.mailbox, middle + word, low, high, now)
+                ll_store_pair(io.mailbox, residual_in + word, low, high, input_flag)
+                ll_store_pair(io.mailbox, residual_mid + word, low, high, flag)
             if word < q_words:
-                ptx.ll_store(io.mailbox, q_place + word, rotated(io.q, int64(0), word), now)
-                ptx.ll_store(io.mailbox, attended_place + word, io.attn_out[word], now)
+                ptx.ll_store(io.mailbox, q_start + word, packed_pair(io.q, int64(0), word), flag)
+                ptx.ll_store(io.mailbox, attn_out_start + word, io.attn_out[word], flag)
             if word < kv_words and io.layer < layers:
                 keys = 2 * io.layer * io.plane + io.position[0] * kv_width
-                ptx.ll_store(io.mailbox, k_place + word, rotated(io.cache, keys, word), now)
-                ptx.ll_store(io.mailbox, v_place + word, rotated(io.cache, keys + io.plane, word), now)
-            if word < ffn_words:
-                ptx.ll_store(io.mailbox, ffn_place + word, io.intermediate[word], now)
+                ptx.ll_store(io.mailbox, k_start + word, packed_pair(io.cache, keys, word), flag)
+                ptx.ll_store(io.mailbox, v_start + word, packed_pair(io.cache, keys + io.plane, word), flag)
+            if word < intermediate_words:
+                ptx.ll_store(io.mailbox, intermediate_start + word, io.intermediate[word], flag)
             word += cuda.gridDim.x * THREADS
 
     return publish
@@ -88,4 +88,4 @@ def make_publish(shape: PersistentShape) -> Any:
 
 def publish_kernel(shape: PersistentShape) -> Planned:
     """The kernel of `make_publish`."""
-    return Planned(kernel_spec("publish", make_publish, PublishArguments, THREADS, shape=shape), _BLOCKS)
+    return Planned(kernel_spec("publish", make_publish, PublishArguments, THREADS, shape=shape), _CTAS)

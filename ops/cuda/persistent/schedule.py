@@ -1,14 +1,19 @@
-"""What the persistent kernel is made for: a geometry, cut for a chip.
+"""The static schedule of the persistent kernel, and its memory: a model's geometry cut for a chip.
 
-Every multiprocessor runs one block for the whole step: `CONSUMERS` warps that compute, and one that has weights copied
-into a ring of slots in shared memory. Projections are cut into tiles of 16 rows, tiles into chunks of `CHUNK` groups of
-128 columns: a chunk is what a slot holds, with its scales. Shares are dealt to the blocks in turn, from one projection
-to the next, so that over a few layers every block has the same to copy. A share is a tile; or, of "o" and "down", of
-which blocks get but one tile or two, half a tile: then a slot holds 8 rows of two neighbouring chunks.
+Every SM runs one CTA for the whole step: `CONSUMER_WARPS` warps that compute, and one producer warp that issues TMA
+bulk copies of weights into a pipeline of stages in shared memory. The output of a projection is cut into tiles of 16
+rows, and a tile along K into k-tiles of `K_TILE_GROUPS` groups of 128 weights: a stage holds a k-tile with its scales.
+
+Work tiles are assigned to CTAs round-robin, statically; each projection goes on where the one before it ended, so that
+over a few layers every CTA has the same number of bytes to copy. A work tile is a tile. For the o and down
+projections, of which a CTA gets only one tile or two, it is an 8-row (M/2) tile: a stage then holds 8 rows of two
+neighbouring k-tiles.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,22 +21,123 @@ from numpy.typing import NDArray
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.weights import HALF_GROUP_WORDS, PrepackedLayout
 
-CHUNK = 4  # groups of 128 columns per chunk: 8 KB and its scales, large enough for the copy engine
-CONSUMERS = 7  # warps that compute: with the one that copies, 8, which may have 255 registers each
-THREADS = 32 * CONSUMERS
-BLOCK_THREADS = THREADS + 32
-SPLITS = 32  # chunks of the sequence at most: a lane each when they are added up
-MOST_QUERIES = 8  # heads that share a key/value head: rows of a fragment
-KEYS = 16  # per step of a warp in attention
-STEP_KEYS = KEYS * CONSUMERS
-ALONE = 2 * STEP_KEYS  # keys that one block takes sooner than several, with what adding up takes
-_SHIFTS = 32  # ways of dealing that are compared
-_PARTIALS = 64  # chunks' sums that are kept until they are added up
-_SCALARS = 64  # float32 for sums over the block
-QKV, ATTENTION, OUT, GATE_UP, DOWN, VOCABULARY = range(6)  # kinds of ops, behind the embedding
-_KINDS = (QKV, OUT, GATE_UP, DOWN, VOCABULARY)  # projections
-_ENTRY_BITS = {QKV: 3, OUT: 3, GATE_UP: 2, DOWN: 3, VOCABULARY: 4}  # 2^so many threads finish a tile
+K_TILE_GROUPS = 4  # groups of 128 weights along K: 8 KB and their scales, enough for an efficient bulk copy
+CONSUMER_WARPS = 7  # with the producer 8 warps, which may have 255 registers per thread
+CONSUMER_THREADS = 32 * CONSUMER_WARPS
+CTA_THREADS = CONSUMER_THREADS + 32
+MAX_KV_SPLITS = 32  # one lane per split when they are combined
+MAX_QUERY_GROUP = 8  # query heads per KV head: rows of an mma fragment
+WARP_KEYS = 16  # keys per iteration of a warp in attention
+CTA_KEYS = WARP_KEYS * CONSUMER_WARPS
+ONE_SPLIT_KEYS = 2 * CTA_KEYS  # up to so many keys, one CTA takes less time than several and their combining
+_ROTATIONS = 32  # candidates for the rotation of the schedule
+_PARTIAL_SUMS = 64  # k-tiles whose sums are kept until they are reduced
+_SCALARS = 64  # float32 for reductions over the CTA
+OPS_PER_LAYER = 5
+QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(6)  # kinds of ops after the embedding
+_EPILOGUE_BITS = {QKV: 3, O_PROJ: 3, GATE_UP: 2, DOWN: 3, LM_HEAD: 4}  # of a 16-row tile: 2^bits threads
 TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
+
+
+@dataclass(frozen=True)
+class OpIndex:
+    """Numbers of a step's ops, in the order of `model.step.build_step`: 0 is the embedding, then five ops per layer in
+    the order of their kinds, then the LM head.
+    """
+
+    layers: int
+
+    @property
+    def count(self) -> int:
+        """Ops of a step."""
+        return OPS_PER_LAYER * self.layers + 2
+
+    @property
+    def lm_head(self) -> int:
+        return self.count - 1
+
+    def of_layer(self, layer: int, kind: int) -> int:
+        """Number of an op of a layer."""
+        return 1 + OPS_PER_LAYER * layer + kind
+
+    def layer(self, op: int) -> int:
+        """Layer of an op: 0 for the embedding, the number of layers for the LM head."""
+        return max(0, (op - 1) // OPS_PER_LAYER)
+
+
+@ptx.device_function
+def layer_of(op):
+    """Device function: layer of an op from 1 on; the number of layers for the LM head."""
+    return (op - 1) // OPS_PER_LAYER
+
+
+def make_kind_of(shape: "PersistentShape") -> Any:
+    """Device function (op) -> its kind; op from 1 on."""
+    lm_head = shape.op_index.lm_head
+
+    @ptx.device_function
+    def kind_of(op):
+        return np.int32(LM_HEAD) if op == lm_head else np.int32((np.int32(op) - np.int32(1)) % np.int32(OPS_PER_LAYER))
+
+    return kind_of
+
+
+@dataclass(frozen=True)
+class ProjectionPlan:
+    """How a projection is cut into work tiles.
+
+    Attributes:
+        half_tiles: a work tile has 8 rows instead of 16, and a stage holds them of two k-tiles.
+    """
+
+    kind: int
+    layout: PrepackedLayout
+    half_tiles: bool
+
+    @property
+    def work_tiles(self) -> int:
+        return self.layout.tiles * (1 + self.half_tiles)
+
+    @property
+    def work_tile_stages(self) -> int:
+        """Pipeline stages that a work tile passes through: its k-tiles, or pairs of them."""
+        return self.layout.k_tiles // (1 + self.half_tiles)
+
+    @property
+    def epilogue_bits(self) -> int:
+        """2^bits threads run the epilogue of a work tile."""
+        return _EPILOGUE_BITS[self.kind] - self.half_tiles
+
+    @property
+    def round_work_tiles(self) -> int:
+        """Work tiles whose partial sums a CTA keeps before it reduces them."""
+        return max(1, _PARTIAL_SUMS // self.work_tile_stages)
+
+
+class MailboxOffsets(NamedTuple):
+    """Where each op's results lie in the mailbox, in its words of 8 bytes (`comm/flagged.py`).
+
+    Attributes:
+        residual_in, residual_mid: the residual stream before attention and before the MLP, as pairs of 24-bit floats.
+        residual_in_exact, residual_mid_exact: the same as float32.
+        q, k, v: of the token, rotated; pairs of float16 that RoPE rotates together.
+        attn_out, intermediate: pairs of float16.
+        partials, softmax_stats: of the KV splits: weighted sums of values, and (m, l) of each.
+        end: words in all.
+    """
+
+    residual_in: int
+    residual_in_exact: int
+    residual_mid: int
+    residual_mid_exact: int
+    q: int
+    k: int
+    v: int
+    attn_out: int
+    intermediate: int
+    partials: int
+    softmax_stats: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -39,19 +145,19 @@ class PersistentShape:
     """Everything that the kernel is compiled for.
 
     Attributes:
-        sms: blocks of the launch.
-        shared_bytes: the most that a block may have; the ring takes what the rest leaves.
-        in_flight: chunks on their way at once: more would make every small access wait behind them.
-        ahead: chunks that may be asked for beyond a full ring.
-        pace: cycles from one of them to the next. Both found on an H100, whose memory gives all blocks a chunk each in
-            725 cycles (366 ns), and no worse than others on an H200.
-        pause: nanoseconds between two looks at the exchange.
-        trace: whether every block writes down when it does what.
+        sms: CTAs of the launch.
+        shared_bytes: of a CTA at most; the pipeline takes what the rest leaves.
+        copies_in_flight: bulk copies under way at once: with more, every small access would queue behind them.
+        prefetch_distance: k-tiles that may be prefetched into L2 beyond a full pipeline.
+        prefetch_interval_cycles: from one prefetch to the next. Both were tuned on an H100, whose memory serves a
+            k-tile per CTA in 725 cycles (366 ns); on an H200 no other values were better.
+        poll_interval_ns: between two polls of the mailbox.
+        trace: every CTA writes timestamps.
     """
 
     layers: int
     hidden: int
-    ffn: int
+    intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -60,112 +166,100 @@ class PersistentShape:
     o: PrepackedLayout
     gate_up: PrepackedLayout
     down: PrepackedLayout
-    vocabulary: PrepackedLayout
+    lm_head: PrepackedLayout
     embedding: PrepackedLayout
     sms: int
     shared_bytes: int
-    in_flight: int = 4
-    ahead: int = 20
-    pace: int = 680
-    pause: int = 30
+    copies_in_flight: int = 4
+    prefetch_distance: int = 20
+    prefetch_interval_cycles: int = 680
+    poll_interval_ns: int = 30
     trace: bool = False
 
-    # --- ops -----------------------------------------------------------------------------------------------------
+    # --- ops and their work tiles ------------------------------------------------------------------------------------
+
+    @property
+    def op_index(self) -> OpIndex:
+        return OpIndex(self.layers)
 
     @property
     def ops(self) -> int:
-        """Embedding, five ops a layer, vocabulary: in the order of `decode.build_step`."""
-        return 5 * self.layers + 2
+        return self.op_index.count
 
     @property
-    def matrices(self) -> tuple[PrepackedLayout, ...]:
-        """Projections, in the order of their kinds."""
-        return self.qkv, self.o, self.gate_up, self.down, self.vocabulary
+    def layouts(self) -> tuple[PrepackedLayout, ...]:
+        """Of the projections, in the order of their kinds."""
+        return self.qkv, self.o, self.gate_up, self.down, self.lm_head
 
-    def sizes(self, what: str) -> dict[int, int]:
-        """A number for each kind of projection: an attribute of its layout, or
+    @cached_property
+    def plans(self) -> dict[int, ProjectionPlan]:
+        """Of the projections, by kind."""
+        layouts = zip((QKV, O_PROJ, GATE_UP, DOWN, LM_HEAD), self.layouts, strict=True)
+        return {
+            kind: ProjectionPlan(kind, layout, kind in (O_PROJ, DOWN) and _has_half_tiles(layout))
+            for kind, layout in layouts
+        }
 
-        - "halved": 1 if its shares are half tiles, else 0;
-        - "shares": how many there are; "slots": of the ring that one takes;
-        - "dealt": by how many blocks dealing goes on behind it;
-        - "entry_bits": 2^so many threads finish a share;
-        - "round_shares": those whose slots' sums a block keeps before it adds them up.
-        """
-        layouts = dict(zip(_KINDS, self.matrices, strict=True))
-        halved = {kind: int(kind in (OUT, DOWN) and _can_be_halved(layout)) for kind, layout in layouts.items()}
-        slots = {kind: layout.k_tiles // (1 + halved[kind]) for kind, layout in layouts.items()}
-        match what:
-            case "halved":
-                return halved
-            case "shares":
-                return {kind: layout.tiles * (1 + halved[kind]) for kind, layout in layouts.items()}
-            case "slots":
-                return slots
-            case "dealt":
-                return self.sizes("shares") | {DOWN: self.sizes("shares")[DOWN] + self.shift}
-            case "entry_bits":
-                return {kind: bits - halved[kind] for kind, bits in _ENTRY_BITS.items()}
-            case "round_shares":
-                return {kind: max(1, _PARTIALS // count) for kind, count in slots.items()}
-        return {kind: int(getattr(layout, what)) for kind, layout in layouts.items()}
-
-    @property
-    def shift(self) -> int:
-        """Blocks that dealing skips behind every layer, so that no block has much more to copy than others: where a
-        layer's shares are a multiple of the blocks, the same blocks would get more than their part in each.
-        """
-        return min(range(_SHIFTS), key=lambda shift: self.copied(shift).max())
-
-    def copied(self, shift: int) -> NDArray[np.int64]:
-        """Slots that each block fills in a step, if dealing skips so many blocks behind every layer."""
-        shares, slots, blocks = self.sizes("shares"), self.sizes("slots"), self.sms
-        offset, copied = 0, np.zeros(blocks, np.int64)
-        for kind in (QKV, OUT, GATE_UP, DOWN) * self.layers + (VOCABULARY,):
-            first = (np.arange(blocks) - offset) % blocks
-            copied += -((first - shares[kind]) // blocks) * slots[kind]
-            offset += shares[kind] + (shift if kind == DOWN else 0)
-        return copied
-
-    def picker(self, what: str) -> Any:
-        """Device function (kind) -> the number that `sizes` has for it."""
-        sizes = self.sizes(what)
-        qkv, o, gate_up, down, vocabulary = (np.int32(size) for size in sizes.values())
+    def by_kind(self, size: Callable[[ProjectionPlan], int]) -> Any:
+        """Device function (kind) -> a size of this kind's plan."""
+        qkv, o_proj, gate_up, down, lm_head = (np.int32(size(plan)) for plan in self.plans.values())
 
         @ptx.device_function
-        def pick(kind):
-            size = qkv if kind == QKV else o if kind == OUT else gate_up
-            return down if kind == DOWN else vocabulary if kind == VOCABULARY else size
+        def select(kind):
+            value = qkv if kind == QKV else o_proj if kind == O_PROJ else gate_up
+            return down if kind == DOWN else lm_head if kind == LM_HEAD else value
 
-        return pick
+        return select
+
+    def schedule_advance(self, plan: ProjectionPlan) -> int:
+        """CTAs by which the round-robin schedule moves on after a projection."""
+        return plan.work_tiles + (self.rotation if plan.kind == DOWN else 0)
+
+    @cached_property
+    def rotation(self) -> int:
+        """CTAs that the schedule skips after every layer, so that none has much more to copy than others: where a
+        layer's work tiles are a multiple of the CTAs, the same CTAs would get more than their share in each.
+        """
+        return min(range(_ROTATIONS), key=lambda rotation: self.stages_filled(rotation).max())
+
+    def stages_filled(self, rotation: int) -> NDArray[np.int64]:
+        """Pipeline stages that each CTA fills in a step, with this rotation after every layer."""
+        offset, filled = 0, np.zeros(self.sms, np.int64)
+        for kind in (QKV, O_PROJ, GATE_UP, DOWN) * self.layers + (LM_HEAD,):
+            plan = self.plans[kind]
+            first = (np.arange(self.sms) - offset) % self.sms
+            filled += -((first - plan.work_tiles) // self.sms) * plan.work_tile_stages
+            offset += plan.work_tiles + (rotation if kind == DOWN else 0)
+        return filled
 
     @property
-    def ratio(self) -> int:
-        """Heads that share a key/value head."""
+    def query_group(self) -> int:
+        """Query heads per KV head (GQA)."""
         return self.heads // self.kv_heads
 
     @property
-    def splits(self) -> int:
-        """Chunks of the sequence, per key/value head, at most."""
-        return max(1, min(SPLITS, self.sms // self.kv_heads))
+    def kv_splits(self) -> int:
+        """CTAs per KV head at most (split-KV)."""
+        return max(1, min(MAX_KV_SPLITS, self.sms // self.kv_heads))
 
     # --- shared memory, in 32-bit words ------------------------------------------------------------------------------
 
     @property
-    def slot_words(self) -> int:
-        """A chunk of any projection."""
-        return max(m.k_tile_words for m in self.matrices)
+    def stage_words(self) -> int:
+        """A k-tile of any projection."""
+        return max(layout.k_tile_words for layout in self.layouts)
 
     @property
-    def slots(self) -> int:
-        """Of the ring.
+    def stages(self) -> int:
+        """Stages of the pipeline.
 
-        A barrier's parity tells a chunk from the one before it in the same slot, not from the one before that. A warp
-        may wait for chunk n when chunk n - `CONSUMERS`, which it had, is the last that it knows to have landed, and
-        with it all up to n - `CONSUMERS` - `in_flight`; chunk n - `slots` must be among these. Or it is the warp's own
-        last one.
+        The parity of an mbarrier tells a phase from the one before it, not from the one before that. A warp may wait
+        for k-tile n when k-tile n - `CONSUMER_WARPS`, which it consumed, is the last that it knows to be complete, and
+        with it all up to n - `CONSUMER_WARPS` - `copies_in_flight`; k-tile n - `stages` must be among these. Or it is
+        the last one of the warp itself.
         """
-        room = (self.shared_bytes // 4 - self._rest_words) // (self.slot_words + 4)
-        return room if room >= self.in_flight + CONSUMERS else min(room, CONSUMERS)
+        stages = (self.shared_bytes // 4 - self._rest_words) // (self.stage_words + 4)
+        return stages if stages >= self.copies_in_flight + CONSUMER_WARPS else min(stages, CONSUMER_WARPS)
 
     @property
     def _rest_words(self) -> int:
@@ -173,26 +267,27 @@ class PersistentShape:
 
     @property
     def query_pitch(self) -> int:
-        """Words from one query to the next in shared memory: 16 more than a multiple of 32, for the banks."""
+        """Words from one query to the next: 16 more than a multiple of 32, against bank conflicts."""
         words = self.head_dim // 2
         return words + (16 - words) % 32
 
     @property
     def x_words(self) -> int:
-        """The vector that a projection reads, float16; or what attention keeps: queries, the newest key, sums."""
-        widest = max(m.padded_in_features for m in (self.qkv, self.o, self.gate_up, self.down)) // 2
-        attention = MOST_QUERIES * self.query_pitch + self.head_dim + self.sum_parts * self.ratio * (self.head_dim + 2)
+        """The input of a projection, float16; or the working set of attention: queries, newest key and value, sums."""
+        widest = max(layout.padded_in_features for layout in self.layouts[:-1]) // 2
+        group_words = self.sum_parts * self.query_group * (self.head_dim + 2)
+        attention = MAX_QUERY_GROUP * self.query_pitch + self.head_dim + group_words
         return -(-max(widest, attention) // 32) * 32
 
     @property
     def sum_parts(self) -> int:
-        """What attention adds up in a block: a sum for each warp, and the token's own key."""
-        return CONSUMERS + 1
+        """Partial results that attention combines in a CTA: one per warp, and the newest key."""
+        return CONSUMER_WARPS + 1
 
     @property
     def partial_words(self) -> int:
-        """Sums of the slots of a round: 16 rows each."""
-        return max(_PARTIALS, *self.sizes("slots").values()) * 16
+        """Partial sums of a round's stages: 16 rows each."""
+        return max(_PARTIAL_SUMS, *(plan.work_tile_stages for plan in self.plans.values())) * 16
 
     @property
     def table_words(self) -> int:
@@ -200,7 +295,7 @@ class PersistentShape:
 
     @property
     def x_start(self) -> int:
-        return self.slots * self.slot_words
+        return self.stages * self.stage_words
 
     @property
     def partials_start(self) -> int:
@@ -220,59 +315,62 @@ class PersistentShape:
         return self.rope_start + self.head_dim
 
     @property
-    def barriers_start(self) -> int:
-        """In words of 8 bytes: `slots` barriers of chunks that have landed, then `slots` of slots that are free."""
+    def full_start(self) -> int:
+        """The full barriers, one per stage, in words of 8 bytes."""
         return (self.table_start + self.table_words) // 2
 
     @property
-    def block_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        return 8 * (self.barriers_start + 2 * self.slots)
-
-    # --- the exchange between blocks, in words of 8 bytes ------------------------------------------------------------
+    def empty_start(self) -> int:
+        """The empty barriers."""
+        return self.full_start + self.stages
 
     @property
-    def exchange(self) -> dict[str, int]:
-        """Where each op's results lie in the exchange, and under "end" its size. See `exchange.py`."""
+    def dynamic_shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA."""
+        return 8 * (self.empty_start + self.stages)
+
+    # --- the mailbox -------------------------------------------------------------------------------------------------
+
+    @property
+    def mailbox(self) -> MailboxOffsets:
+        """Offsets of the mailbox; every part begins at a multiple of 128 bytes."""
         sizes = {
-            "entering": self.hidden // 2,  # residual stream before attention, as pairs
-            "entering_exact": self.hidden,
-            "middle": self.hidden // 2,  # before the MLP
-            "middle_exact": self.hidden,
+            "residual_in": self.hidden // 2,
+            "residual_in_exact": self.hidden,
+            "residual_mid": self.hidden // 2,
+            "residual_mid_exact": self.hidden,
             "q": self.heads * self.head_dim // 2,
             "k": self.kv_heads * self.head_dim // 2,
             "v": self.kv_heads * self.head_dim // 2,
-            "attended": self.heads * self.head_dim // 2,
-            "ffn": self.ffn // 2,
-            "sums": self.splits * self.heads * self.head_dim,
-            "stats": self.splits * self.heads * 2,
+            "attn_out": self.heads * self.head_dim // 2,
+            "intermediate": self.intermediate // 2,
+            "partials": self.kv_splits * self.heads * self.head_dim,
+            "softmax_stats": self.kv_splits * self.heads * 2,
         }
-        starts, at = {}, 0
+        starts, end = {}, 0
         for name, size in sizes.items():
-            starts[name] = at
-            at += -(-size // 16) * 16
-        return starts | {"end": at}
+            starts[name] = end
+            end += -(-size // 16) * 16
+        return MailboxOffsets(**starts, end=end)
 
     # --- what does not work ------------------------------------------------------------------------------------------
 
     def refusal(self) -> str | None:
         """Why this shape can't be run; None if it can."""
-        if not all(matrix.format.converter != "bits" for matrix in self.matrices):
-            return "it has no instruction that decodes FP8 (sm_89 and later do)"
-        if self.hidden % 16 or self.ffn % 8 or self.head_dim % 16:
+        if not all(layout.format.converter != "bits" for layout in self.layouts):
+            return "it has no instruction that converts FP8 (sm_89 and later do)"
+        if self.hidden % 16 or self.intermediate % 8 or self.head_dim % 16:
             return "its widths are not multiples of 16"
-        if self.ratio > MOST_QUERIES:
-            return f"{self.ratio} heads share a key/value head, and {MOST_QUERIES} is the most"
+        if self.query_group > MAX_QUERY_GROUP:
+            return f"{self.query_group} heads share a key/value head, and {MAX_QUERY_GROUP} is the most"
         if self.kv_heads > self.sms:
             return f"it has more key/value heads than this GPU has SMs ({self.sms})"
-        if self.slots < max(CONSUMERS, self.in_flight + 1):
-            return f"{self.shared_bytes // 1024} KB of shared memory leave no room for a ring of weights"
+        if self.stages < max(CONSUMER_WARPS, self.copies_in_flight + 1):
+            return f"{self.shared_bytes // 1024} KB of shared memory leave no room for a pipeline of weights"
         return None
 
 
-def _can_be_halved(layout: PrepackedLayout) -> bool:
-    """Whether the chunks of a tile make whole pairs."""
-    whole = layout.k_tiles % 2 == 0 and layout.last_k_tile_groups == CHUNK
-    return (
-        layout.split_rows and whole and layout.k_tile_words == 2 * CHUNK * HALF_GROUP_WORDS
-    )  # nothing pads the halves
+def _has_half_tiles(layout: PrepackedLayout) -> bool:
+    """Whether the k-tiles of a tile make whole pairs, each of two 8-row parts without padding."""
+    whole = layout.k_tiles % 2 == 0 and layout.last_k_tile_groups == K_TILE_GROUPS
+    return layout.split_rows and whole and layout.k_tile_words == 2 * K_TILE_GROUPS * HALF_GROUP_WORDS

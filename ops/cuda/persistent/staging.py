@@ -1,168 +1,232 @@
-"""What a projection reads, brought into shared memory as float16: from the exchange, as soon as it is there.
+"""The input of a projection, staged in shared memory as float16: polled from the mailbox and, if need be, normalised.
 
-Columns that pad the vector are set to zero, which the weights' padding is, too (zero times NaN would be NaN).
+Padding along K is set to zero, which the weights' padding is, too (zero times NaN would be NaN).
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.comm.flagged import give_up, is_pair_of, pair_of
-from numba_atomflow.ops.cuda.persistent.schedule import CONSUMERS, THREADS, PersistentShape
+from numba_atomflow.ops.cuda.comm.flagged import has_pair_flag, unpack_pair, watchdog_trips
+from numba_atomflow.ops.cuda.persistent.schedule import (
+    CONSUMER_THREADS,
+    CONSUMER_WARPS,
+    DOWN,
+    GATE_UP,
+    O_PROJ,
+    PersistentShape,
+)
 
-CONSUMERS_MEET = 1  # number of the barrier at which the warps that compute meet: the producer takes no part
+u32 = np.uint32
 
-_FEW = 8  # of 32 words may be missing when all are asked for
-_NARROW = 1024  # quads that take a moment
+CONSUMER_BARRIER = 1  # number of the named barrier of the consumer warps; the producer takes no part
+
+_FEW = 8  # of 32 sampled words may be missing when all are polled
+_NARROW = 1024  # quads of a vector that arrives almost at once
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
+class SharedMemory(NamedTuple):
+    """Views of the CTA's dynamic shared memory, all from its beginning on.
+
+    Attributes:
+        words: uint32. halves: uint16, bits of float16. floats: float32. keys: int64. barriers: uint64.
+    """
+
+    words: Any
+    halves: Any
+    floats: Any
+    keys: Any
+    barriers: Any
+
+
+class NormWeight(NamedTuple):
+    """weights: uint32, all of the model's. start: word at which the weight of the norm begins."""
+
+    weights: Any
+    start: Any
+
+
 @ptx.device_function
-def meet():
-    """All warps that compute arrive; what they wrote to shared memory is seen by the others."""
-    ptx.named_barrier_sync(np.uint32(CONSUMERS_MEET), np.uint32(THREADS))
+def sync_consumers():
+    """Barrier of all consumer warps: what they wrote to shared memory becomes visible to the others."""
+    ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(CONSUMER_THREADS))
 
 
 @ptx.device_function
 def swizzled(word):
-    """Where word `word` of x lies, from its beginning on: neighbouring groups of 128 columns are read side by side, and
-    would be in the same banks. (Of the groups of 64 of float16 weights, only every other pair is kept apart.)
+    """Position of word `word` of x, from its beginning on: neighbouring groups of 128 elements are read side by side,
+    and would have bank conflicts. (Of the groups of 64 of float16 weights, only every other pair is free of them.)
     """
     return word ^ (word >> 4 & 4)
 
 
 def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
-    """Device function (exchange, start, epoch, thread, received, patience, fault): `quads` times two words from word
-    `start` on, when they are all there; those of quad i * THREADS + thread go to received[4 i] .. received[4 i + 3].
+    """Device function (mailbox, start, flag, thread, received, watchdog): poll `quads` times two words from word
+    `start` on until all have the flag; those of quad i * CONSUMER_THREADS + thread go to received[4 i .. 4 i + 3].
 
-    One warp looks for 32 of them, spread over all, while the others rest: all words asked for again and again by every
-    block would fill the second-level cache's queues. When most of these are there, the others are, too, or will be in a
-    moment; of a wide vector, whose words take long, when all are.
+    First one warp polls a sample of 32, spread over all, while the others wait at a barrier: if every CTA polled all
+    words, L2's queues would fill up. When most of the sample have arrived, the rest have, too, or are about to; of a
+    wide vector, whose words take longer, when the whole sample has.
     """
-    each, pause, spread = -(-quads // THREADS), shape.pause, max(1, quads // 32)
+    rounds, interval, spread = -(-quads // CONSUMER_THREADS), shape.poll_interval_ns, max(1, quads // 32)
     few = _FEW if quads <= _NARROW else 0
 
     @ptx.device_function
-    def is_there(e0, e1, epoch):
-        return is_pair_of(e0, epoch) and is_pair_of(e1, epoch) if pairs else e0 == epoch and e1 == epoch
+    def has_flag(high0, high1, flag):
+        return has_pair_flag(high0, flag) and has_pair_flag(high1, flag) if pairs else high0 == flag and high1 == flag
 
     @ptx.device_function
-    def receive(exchange, start, epoch, thread, received, patience, fault):
-        tries = np.uint32(0)
+    def receive(mailbox, start, flag, thread, received, watchdog):
+        polls = u32(0)
         if thread < 32:
-            missing, lacks = np.uint32(32), True
-            while missing > np.uint32(few):
-                if lacks:
-                    _, e0, _, e1 = ptx.ll_load(exchange, start + 2 * min(thread * spread, quads - 1))
-                    lacks = not is_there(e0, e1, epoch)
-                tries = np.uint32(tries + np.uint32(1))
-                if lacks and give_up(patience, fault, tries):
-                    lacks = False
-                missing = np.uint32(ptx.count_lanes(np.uint32(lacks)))
-                if missing > np.uint32(few):
-                    ptx.nanosleep(np.uint32(pause))
-        meet()
+            missing, waiting = u32(32), True
+            while missing > u32(few):
+                if waiting:
+                    _, high0, _, high1 = ptx.ll_load(mailbox, start + 2 * min(thread * spread, quads - 1))
+                    waiting = not has_flag(high0, high1, flag)
+                polls = u32(polls + u32(1))
+                if waiting and watchdog_trips(watchdog, polls):
+                    waiting = False
+                missing = u32(ptx.count_lanes(u32(waiting)))
+                if missing > u32(few):
+                    ptx.nanosleep(u32(interval))
+        sync_consumers()
         waiting = True
         while waiting:
-            for i in range(each):
-                quad = min(i * THREADS + thread, quads - 1)
-                w0, w1, w2, w3 = ptx.ll_load(exchange, start + 2 * quad)
+            for i in range(rounds):
+                quad = min(i * CONSUMER_THREADS + thread, quads - 1)
+                w0, w1, w2, w3 = ptx.ll_load(mailbox, start + 2 * quad)
                 received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
             waiting = False
-            for i in range(each):
-                if not is_there(received[4 * i + 1], received[4 * i + 3], epoch):
+            for i in range(rounds):
+                if not has_flag(received[4 * i + 1], received[4 * i + 3], flag):
                     waiting = True
-            tries = np.uint32(tries + np.uint32(1))
+            polls = u32(polls + u32(1))
             if waiting:
-                ptx.nanosleep(np.uint32(pause))
-                if give_up(patience, fault, tries):
+                ptx.nanosleep(u32(interval))
+                if watchdog_trips(watchdog, polls):
                     waiting = False
 
     return receive
 
 
 def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
-    """Device function (exchange, start, epoch, weights, norm, thread, words, floats, patience, fault): x is the
-    RMSNorm of the residual stream.
+    """Device function (mailbox, start, flag, norm, thread, shared, watchdog): x is the RMSNorm of the residual stream.
 
-    Args of it: the residual stream as pairs from word `start` of the exchange on; the norm's weights from word `norm`
-    of `weights` on. padded: columns of x with padding.
+    Args of it: start, word of the mailbox at which the residual stream begins, as pairs; norm, `NormWeight`.
+
+    Args:
+        padded: elements of x with padding.
     """
     width, x_start, scalars = shape.hidden, shape.x_start, shape.scalars_start
     quads, all_quads = width // 4, padded // 4
-    each = -(-quads // THREADS)
-    rounds = -(-all_quads // THREADS)
-    registers = 4 * each
+    input_rounds, rounds = -(-quads // CONSUMER_THREADS), -(-all_quads // CONSUMER_THREADS)
+    registers = 4 * input_rounds
     receive = make_receive(shape, quads, pairs=True)
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
 
     @ptx.large_device_function
-    def stage_norm(exchange, start, epoch, weights, norm, thread, words, floats, patience, fault):
+    def stage_norm(mailbox, start, flag, norm, thread, shared, watchdog):
+        words, floats = shared.words, shared.floats
         gains = cuda.local.array(registers, float32)
         values = cuda.local.array(registers, float32)
         received = cuda.local.array(registers, uint32)
-        for i in range(each):
-            quad = i * THREADS + thread
+        for i in range(input_rounds):
+            quad = i * CONSUMER_THREADS + thread
             if quad < quads:
-                w0, w1, w2, w3 = ptx.load_16(weights, norm + quad * 4)
+                w0, w1, w2, w3 = ptx.load_16(norm.weights, norm.start + quad * 4)
                 gains[4 * i], gains[4 * i + 1] = ptx.bits_f32(w0), ptx.bits_f32(w1)
                 gains[4 * i + 2], gains[4 * i + 3] = ptx.bits_f32(w2), ptx.bits_f32(w3)
-        receive(exchange, start, epoch, thread, received, patience, fault)
+        receive(mailbox, start, flag, thread, received, watchdog)
         squares = _ZERO
-        for i in range(each):
-            a, b = pair_of(received[4 * i], received[4 * i + 1])
-            c, d = pair_of(received[4 * i + 2], received[4 * i + 3])
+        for i in range(input_rounds):
+            a, b = unpack_pair(received[4 * i], received[4 * i + 1])
+            c, d = unpack_pair(received[4 * i + 2], received[4 * i + 3])
             values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3] = a, b, c, d
-            if i * THREADS + thread < quads:
+            if i * CONSUMER_THREADS + thread < quads:
                 squares += (a * a + b * b) + (c * c + d * d)
         squares = ptx.warp_sum(squares)
         if thread & 31 == 0:
             floats[scalars + (thread >> 5)] = squares
-        meet()
+        sync_consumers()
         squares = _ZERO
-        for warp in range(CONSUMERS):
+        for warp in range(CONSUMER_WARPS):
             squares += floats[scalars + warp]
         factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
         for i in range(rounds):
-            quad = i * THREADS + thread
+            quad = i * CONSUMER_THREADS + thread
             at = x_start + swizzled(2 * quad)
-            if i < each and quad < quads:
+            if i < input_rounds and quad < quads:
                 a, b = values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1]
                 words[at] = ptx.pack_f16x2(a, b)
                 a, b = values[4 * i + 2] * factor * gains[4 * i + 2], values[4 * i + 3] * factor * gains[4 * i + 3]
                 words[at + 1] = ptx.pack_f16x2(a, b)
             elif quad < all_quads:
-                words[at] = np.uint32(0)
-                words[at + 1] = np.uint32(0)
-        meet()
+                words[at] = u32(0)
+                words[at + 1] = u32(0)
+        sync_consumers()
 
     return stage_norm
 
 
 def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
-    """Device function (exchange, start, epoch, thread, words, patience, fault): x = float16 pairs, as they come."""
+    """Device function (mailbox, start, flag, thread, words, watchdog): x is a vector of float16 pairs, as received."""
     x_start = shape.x_start
     quads, all_quads = width // 4, padded // 4
-    each = -(-quads // THREADS)
-    rounds = -(-all_quads // THREADS)
-    registers = 4 * each
+    input_rounds, rounds = -(-quads // CONSUMER_THREADS), -(-all_quads // CONSUMER_THREADS)
+    registers = 4 * input_rounds
     receive = make_receive(shape, quads, pairs=False)
 
     @ptx.large_device_function
-    def stage_copy(exchange, start, epoch, thread, words, patience, fault):
+    def stage_copy(mailbox, start, flag, thread, words, watchdog):
         received = cuda.local.array(registers, uint32)
-        receive(exchange, start, epoch, thread, received, patience, fault)
+        receive(mailbox, start, flag, thread, received, watchdog)
         for i in range(rounds):
-            quad = i * THREADS + thread
+            quad = i * CONSUMER_THREADS + thread
             at = x_start + swizzled(2 * quad)
-            if i < each and quad < quads:
+            if i < input_rounds and quad < quads:
                 words[at], words[at + 1] = received[4 * i], received[4 * i + 2]
             elif quad < all_quads:
-                words[at] = np.uint32(0)
-                words[at + 1] = np.uint32(0)
-        meet()
+                words[at] = u32(0)
+                words[at + 1] = u32(0)
+        sync_consumers()
 
     return stage_copy
+
+
+def make_stage(shape: PersistentShape) -> Any:
+    """Device function (kind, mailbox, input_flag, flag, norm, x_norm, report, thread, shared, watchdog): stage the
+    input of a projection of this kind.
+
+    Args of it: input_flag, of the residual stream at the layer's start; flag, of the layer's results; norm,
+    `NormWeight`; x_norm, for validators: with `report`, a normalised input is written there, too.
+    """
+    x_words, x_start, offsets = shape.hidden // 2, shape.x_start, shape.mailbox
+    stage_norm = make_stage_norm(shape, shape.qkv.padded_in_features)
+    stage_attn_out = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_in_features)
+    stage_intermediate = make_stage_copy(shape, shape.intermediate, shape.down.padded_in_features)
+
+    @ptx.device_function
+    def write(x_norm, thread, words):
+        word = thread
+        while word < x_words:
+            x_norm[word] = words[x_start + swizzled(word)]
+            word += CONSUMER_THREADS
+
+    @ptx.large_device_function
+    def stage(kind, mailbox, input_flag, flag, norm, x_norm, report, thread, shared, watchdog):
+        if kind == O_PROJ:
+            stage_attn_out(mailbox, offsets.attn_out, flag, thread, shared.words, watchdog)
+        elif kind == DOWN:
+            stage_intermediate(mailbox, offsets.intermediate, flag, thread, shared.words, watchdog)
+        else:
+            start, norm_flag = (offsets.residual_mid, flag) if kind == GATE_UP else (offsets.residual_in, input_flag)
+            stage_norm(mailbox, start, norm_flag, norm, thread, shared, watchdog)
+            if report:
+                write(x_norm, thread, shared.words)
+
+    return stage

@@ -1,7 +1,7 @@
-"""When each block does what: what a trace of the persistent kernel holds.
+"""Timestamps of the persistent kernel: when each CTA does what.
 
-Times are read from each multiprocessor's own cycle counter, which is quick; each block also writes down what the common
-clock and its own say when it begins and when it ends, so that the host can bring them together (`to_nanoseconds`).
+They are read from each SM's own cycle counter, which is cheap. At its start and at its end a CTA records the global
+timer and its cycle counter together, so that the host can convert all of them to one clock (`to_nanoseconds`).
 """
 
 from typing import Any
@@ -14,51 +14,51 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.schedule import PersistentShape
 
 EVENTS = 6
-# Of an op: the block turns to it; what it reads is there; its results are published; the first and the last of its
-# weights are asked for; and, a duration, how long the block's first warp waited for weights.
+# Of an op: the CTA turns to it; its input is in shared memory; its results are published; the first and the last copy
+# of its weights are issued; and, a duration, how long the CTA's first warp waited for weights.
 BEGUN, STAGED, DONE, COPY_BEGUN, COPY_DONE, WAITED = range(EVENTS)
-# In the place of op 0: the common clock and the block's own, at its beginning and at its end.
+# In the row of op 0: the global timer and the CTA's cycle counter, at its start and at its end.
 _CLOCKS = 4
 
 
-def make_note(shape: PersistentShape) -> Any:
-    """Device function (times, op, event): write the time down; nothing without `shape.trace`.
+def make_timestamp(shape: PersistentShape) -> Any:
+    """Device function (timestamps, op, event): record the time; nothing without `shape.trace`.
 
-    times: int64 [blocks, ops, EVENTS], one-dimensional.
+    timestamps: int64 [CTAs, ops, EVENTS], one-dimensional.
     """
     ops, trace = shape.ops, shape.trace
 
     @ptx.device_function
-    def note(times, op, event):
+    def timestamp(timestamps, op, event):
         if trace:
-            times[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + event] = int64(ptx.cycles())
+            timestamps[(int64(cuda.blockIdx.x) * ops + op) * EVENTS + event] = int64(ptx.cycles())
 
-    return note
+    return timestamp
 
 
-def make_note_clocks(shape: PersistentShape) -> Any:
-    """Device function (times, end): write both clocks down, at the beginning (0) or the end (1) of a block."""
+def make_record_clocks(shape: PersistentShape) -> Any:
+    """Device function (timestamps, end): record both clocks, at the start (0) or the end (1) of a CTA."""
     ops, trace = shape.ops, shape.trace
 
     @ptx.device_function
-    def note_clocks(times, end):
+    def record_clocks(timestamps, end):
         if trace:
             at = int64(cuda.blockIdx.x) * ops * EVENTS + 2 * end
-            times[at] = int64(ptx.nanoseconds())
-            times[at + 1] = int64(ptx.cycles())
+            timestamps[at] = int64(ptx.nanoseconds())
+            timestamps[at + 1] = int64(ptx.cycles())
 
-    return note_clocks
+    return record_clocks
 
 
-def to_nanoseconds(times: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Times [blocks, ops, EVENTS] of a traced launch in nanoseconds since its first block began; NaN where nothing was
-    noted.
+def to_nanoseconds(timestamps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Timestamps [CTAs, ops, EVENTS] of a traced launch, in nanoseconds since its first CTA started; NaN where nothing
+    was recorded.
     """
-    begun, begun_cycles, ended, ended_cycles = (times[:, 0, i] for i in range(_CLOCKS))
-    length = (ended - begun) / (ended_cycles - begun_cycles)
-    since = begun - begun.min()  # the common clock counts from 1970: too far for a float64 to tell nanoseconds apart
-    found = (times - begun_cycles[:, None, None]) * length[:, None, None] + since[:, None, None]
-    found[..., WAITED] = times[..., WAITED] * length[:, None]
-    found[times == 0] = np.nan
-    found[:, 0] = np.nan
-    return np.asarray(found)
+    start, start_cycles, end, end_cycles = (timestamps[:, 0, i] for i in range(_CLOCKS))
+    cycle = (end - start) / (end_cycles - start_cycles)  # nanoseconds
+    since = start - start.min()  # the timer counts from 1970: a float64 could not tell nanoseconds apart
+    nanoseconds = (timestamps - start_cycles[:, None, None]) * cycle[:, None, None] + since[:, None, None]
+    nanoseconds[..., WAITED] = timestamps[..., WAITED] * cycle[:, None]
+    nanoseconds[timestamps == 0] = np.nan
+    nanoseconds[:, 0] = np.nan
+    return np.asarray(nanoseconds)
