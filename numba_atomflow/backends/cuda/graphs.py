@@ -20,7 +20,11 @@ from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 
 
 class _Step(NamedTuple):
-    """What tells captured steps apart. A head of None: the layers of a padded step, without its tail."""
+    """The key of a bound or captured step. A head of None: the layers of a padded step, without its tail.
+
+    Attributes:
+        fused_sampling: the persistent kernel also samples, which makes the launch the whole step.
+    """
 
     tokens: int
     head: Head | None
@@ -60,10 +64,9 @@ class StepGraphs:
 
     def prepare(self, prefill_chunk: int) -> None:
         """Bind, and capture, the steps that every generation runs; others follow on first use."""
-        greedy = self.greedy
-        for self.greedy in (True, False):  # with the persistent kernel these are two
-            self._ready(self._key(1, SAMPLE))
-        self.greedy = greedy
+        self._ready(_Step(1, SAMPLE))
+        if self.persistent is not None:
+            self._ready(_Step(1, SAMPLE, fused_sampling=True))
         self._ready(self._key(prefill_chunk, NO_LOGITS))
         if prefill_chunk > 1:
             self._ready(_Step(self._kernels.width_for(prefill_chunk), None))
