@@ -1,1 +1,1 @@
-"""Where bytes live: the mapped checkpoint, views of it, and the key/value cache."""
+"""Memory: mapped files, views, the memory plan, arenas, and the KV cache."""

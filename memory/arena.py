@@ -1,4 +1,4 @@
-"""One block of memory, handed out once, in the order of the plan. Nothing is allocated afterwards."""
+"""The host arena: one allocation that holds all buffers of a memory plan."""
 
 import mmap
 
@@ -10,12 +10,12 @@ from numba_atomflow.memory.view import View
 
 
 class HostArena:
-    """A single anonymous mapping that holds every buffer of a plan.
+    """An anonymous mapping with every buffer of a plan.
 
-    The operating system gives pages when they are first touched, so a long KV cache costs only what is used of it.
+    The operating system commits pages at first access, so a long KV cache takes only the memory of its used positions.
 
     Raises:
-        BackendError: the machine will not give that much address space.
+        BackendError: the mapping fails.
     """
 
     def __init__(self, plan: MemoryPlan) -> None:

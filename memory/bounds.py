@@ -1,6 +1,6 @@
-"""Whether indices lead into a tensor: asked on the host before a step, whose kernels do not ask.
+"""Bounds checks of indices on the host, before a step: kernels do not check.
 
-Who fails here has found a mistake of this program: files and options are checked elsewhere, and refused in a sentence.
+A failure is a bug of this program; files and options are validated elsewhere.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""Device memory: the one allocation of an engine on a GPU, and copies to and from it.
+"""Device memory: the arena of an engine on a GPU, and copies to and from it.
 
-Everything runs in the context that is current on the calling thread.
+All calls use the current context of the calling thread.
 """
 
 from collections.abc import Collection
@@ -15,14 +15,14 @@ from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
 
-_HEADROOM = 64 << 20  # bytes left to the driver, for code and launches
+_HEADROOM = 64 << 20  # bytes for the driver: code and launches
 
 
 class DeviceArena:
-    """A single `cuMemAlloc` that holds every buffer of a plan; `made` owns it.
+    """One `cuMemAlloc` with every buffer of a plan; `made` owns it.
 
     Raises:
-        BackendError: the GPU has too little free memory; the sentence has the numbers.
+        BackendError: the GPU has too little free memory.
     """
 
     def __init__(self, plan: MemoryPlan, made: Resources) -> None:
@@ -40,7 +40,7 @@ class DeviceArena:
         try:
             self.base = int(made.call("cuMemAlloc", plan.total, undo="cuMemFree"))
         except DriverError as error:
-            if error.code == "CUDA_ERROR_OUT_OF_MEMORY":  # somebody else was faster
+            if error.code == "CUDA_ERROR_OUT_OF_MEMORY":  # another process allocated first
                 raise BackendError(refusal) from error
             raise
         self._views = {
@@ -70,27 +70,26 @@ class DeviceArena:
 
 
 def copy_to_device(address: int, values: NDArray[Any], stream: Any) -> None:
-    """Put a C-contiguous host array at an address, in stream order.
+    """Copy a C-contiguous host array to a device address, in stream order.
 
-    From ordinary (pageable) memory the driver has taken what it needs when this returns; pinned memory must stay as it
-    is until the stream gets there.
+    Pageable memory may be reused when this returns; pinned memory must not change until the copy has completed.
     """
     if values.nbytes:
         call("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, stream)
 
 
 class DeviceMemory:
-    """Views of device memory, as observers see them: by copies. Waits for the stream."""
+    """Access of observers to device memory, by synchronous copies."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def read(self, view: View) -> NDArray[Any]:
-        """What the view holds now (a copy)."""
+        """Copy the view to the host."""
         return self._strided(view, self._fetch(view)).copy()
 
     def write(self, view: View, values: NDArray[Any]) -> None:
-        """Put `values` into the view; what lies between its rows stays."""
+        """Copy `values` to the view; memory between its rows is unchanged."""
         if view.readonly:
             raise ValueError(f"{view.name} is read-only")
         raw = self._fetch(view) if view.pitch else np.empty(view.extent, np.uint8)
@@ -112,8 +111,8 @@ class DeviceMemory:
 
 
 class PinnedArray:
-    """Host memory that the GPU can reach: an array of zeros, and its address on the device. `made` owns it: when that
-    is closed, the array must not be used any more.
+    """Pinned host memory, mapped to the device: an array of zeros, and a view with its device address. `made` owns it;
+    the array is invalid after `made` is closed.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str, made: Resources) -> None:

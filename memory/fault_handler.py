@@ -1,13 +1,13 @@
-"""A mapped file that becomes shorter must not end the process.
+"""A SIGBUS handler, so that the truncation of a mapped file does not end the process.
 
-Reading a page that lies behind the end of its file raises SIGBUS in the thread that reads, which may be one of a
-kernel's own. Python's signal handlers never get to run then: the instruction is tried again before they would. So the
-handler here is machine code, made from the text below by LLVM, which numba brings. It looks the address up in a table
-of mappings, puts zeros in place of the whole mapping by one `mmap`, marks the table, and returns: the read goes on.
-Whoever owns the mapping asks `Watch.faulted` afterwards, and refuses the results.
+Reading a page after the end of a mapped file raises SIGBUS in the reading thread, which may be a kernel's. A Python
+signal handler cannot run then, because the faulting instruction is restarted first. This handler is machine code,
+compiled by LLVM (part of numba) from the IR below. It looks up the address in a table of mappings, replaces the whole
+mapping by zeros with one `mmap`, sets a flag in the table, and returns, so that the read is restarted. The owner of the
+mapping then checks `Watch.faulted` and discards the results.
 
-Faults elsewhere go to the handler that was there before; without one, the process ends by SIGBUS as it would have.
-Only system calls that may be made in a signal handler are made.
+Other faults are forwarded to the previous handler; without one, the process ends by SIGBUS. The handler calls only
+async-signal-safe functions.
 """
 
 import ctypes
@@ -27,11 +27,11 @@ from typing import Any
 from numba_atomflow import home
 from numba_atomflow.errors import AtomFlowError
 
-SLOTS = 1024  # mappings that are watched at once
+SLOTS = 1024  # watched mappings
 _SIGACTION_BYTES = 152  # of glibc and musl on 64-bit Linux: handler, mask of 128 bytes, flags, restorer
 _FLAGS_AT = 136
 _SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
-_MAP_ZEROS = 0x32  # private, anonymous, at this very address
+_MAP_ZEROS = 0x32  # private, anonymous, fixed address
 
 _CODE = f"""
 %slot = type {{ i64, i64, i64 }} ; first byte, end, whether a read has faulted
@@ -113,10 +113,10 @@ done:
 
 
 class Watch:
-    """One mapping in the handler's table, for as long as the mapping lives.
+    """Registers a mapping in the handler's table, for the lifetime of the mapping.
 
     Args:
-        mapped: of a file; pages of it are replaced by zeros when the file has become too short for them.
+        mapped: of a file; replaced by zeros if a page after the end of the file is read.
         address: of its first byte.
     """
 
@@ -129,27 +129,27 @@ class Watch:
             self._end = weakref.finalize(mapped, table.give_back, index)
 
     def end(self) -> None:
-        """The mapping is gone."""
+        """Remove the mapping from the table."""
         if self._slot is not None:
             self._end()
 
     @property
     def faulted(self) -> bool:
-        """Whether a read of the mapping met a page that the file does not have any more."""
+        """Whether a page after the end of the file was read."""
         return self._slot is not None and self._slot[2] != 0
 
 
 class _Table:
-    """The handler's table, which both sides can see. Slots are taken and given back by one thread at a time."""
+    """The handler's table in shared memory. Only one thread at a time takes and returns slots."""
 
     def __init__(self, address: int) -> None:
         self.slots = (ctypes.c_int64 * 3 * SLOTS).from_address(address)
         self._free = list(range(SLOTS))
 
     def take(self, start: int, end: int) -> int | None:
-        """A slot for the bytes from `start` to `end`, which is written last: the handler may look at any moment.
+        """A slot for the bytes from `start` to `end`; `end` is written last, because the handler may run at any time.
 
-        None if there is none left: then this mapping does without.
+        None if the table is full: the mapping is then not watched.
         """
         if not self._free:
             return None
@@ -161,7 +161,7 @@ class _Table:
         return index
 
     def give_back(self, index: int) -> None:
-        """The bytes are not of a mapping any more."""
+        """Clear a slot."""
         slot = self.slots[index]
         slot[1] = 0
         slot[0] = 0
@@ -172,16 +172,16 @@ _lock = threading.Lock()
 
 
 def _table() -> _Table | None:
-    """The table of the installed handler; None where there is none."""
+    """The table of the installed handler, or None."""
     with _lock:
         return _install()
 
 
 @cache
 def _install() -> _Table | None:
-    """Build the handler, or load it, and install it. It stays for the life of the process, and of its forks."""
+    """Compile or load the handler, and install it for the lifetime of the process and its forks."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return None  # where structures are laid out otherwise, a change is only found after the fact
+        return None  # other struct layouts: changes are detected only by check_unchanged
     from llvmlite import binding
 
     binding.initialize_native_target()
@@ -191,10 +191,10 @@ def _install() -> _Table | None:
     engine = binding.create_mcjit_compiler(module, machine)
     engine.add_object_file(binding.ObjectFileRef.from_data(_object_code(machine)))
     engine.finalize_object()
-    _kept.append(engine)  # its memory holds the code
+    _engines.append(engine)  # owns the machine code
     sigaction = ctypes.CDLL(None, use_errno=True).sigaction
     previous = engine.get_global_value_address("previous")
-    sigaction(signal.SIGBUS, None, ctypes.c_void_p(previous))  # it must be there before the handler is
+    sigaction(signal.SIGBUS, None, ctypes.c_void_p(previous))  # the handler needs it
     action = ctypes.create_string_buffer(_SIGACTION_BYTES)
     ctypes.c_void_p.from_buffer(action).value = engine.get_function_address("handler")
     ctypes.c_int.from_buffer(action, _FLAGS_AT).value = _SA_SIGINFO | _SA_ONSTACK
@@ -203,11 +203,11 @@ def _install() -> _Table | None:
     return _Table(engine.get_global_value_address("slots"))
 
 
-_kept: list[object] = []
+_engines: list[object] = []
 
 
 def _object_code(machine: Any) -> bytes:
-    """The handler for this processor, compiled or from the cache: compiling takes 15 ms, reading 0.1."""
+    """The handler's object code, from the cache or compiled: 0.1 ms or 15 ms."""
     from llvmlite import binding
 
     about = f"{machine.triple} {binding.llvm_version_info} {_CODE}"

@@ -1,4 +1,4 @@
-"""A file's bytes as read-only arrays, and the certainty that they are still those of the file that was opened."""
+"""A file's bytes as read-only arrays, with detection of changes since it was opened."""
 
 import hashlib
 import math
@@ -16,25 +16,25 @@ from numba_atomflow.errors import AtomFlowError, ClosedError
 from numba_atomflow.files.stamp import FileStamp, changed_sentence
 from numba_atomflow.memory.fault_handler import Watch
 
-_READ_AT_ONCE = 1 << 26  # bytes
-_HASHED_AT_ONCE = 1 << 20
+_COPY_CHUNK_BYTES = 1 << 26  # bytes
+_HASH_CHUNK_BYTES = 1 << 20
 
 
 class MappedFile:
-    """A regular file, opened once: what is mapped, what is read and what is checked belong to the same one.
+    """A regular file, opened once; maps, reads and checks use the same descriptor.
 
-    It is mapped when an array is first asked for. Other programs may replace or delete the file, which leaves this one
-    as it was. If they write into it, or cut it, arrays hold other bytes from then on (zeros, where there is no file any
-    more), and `check_unchanged` raises.
+    It is mapped with the first array. If another program replaces or deletes the file, nothing changes. If it writes to
+    the file or truncates it, arrays have other contents (zeros after the end of the file), and `check_unchanged`
+    raises.
 
     Args:
         path: of the file.
-        stamp: that the file must have: of what was read from it before.
+        stamp: required stamp, from an earlier read of the file.
         error: class of the exceptions.
-        private_copy: arrays are of a copy in memory, which nobody else can change.
+        private_copy: arrays are views of a copy in memory, which other programs cannot change.
 
     Raises:
-        AtomFlowError: of the class `error`: it cannot be opened, or is not the one with that stamp.
+        AtomFlowError: of class `error`: the file cannot be opened, or has another stamp.
     """
 
     def __init__(self, path: Path, stamp: FileStamp, error: type[AtomFlowError], *, private_copy: bool = False) -> None:
@@ -54,10 +54,10 @@ class MappedFile:
             raise self._changed()
 
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset`, without mapping anything.
+        """Read `count` bytes at `offset`, without mapping the file.
 
         Raises:
-            AtomFlowError: they cannot be read, or the file has changed.
+            AtomFlowError: the file cannot be read, or has changed.
         """
         self._check_open()
         try:
@@ -72,18 +72,18 @@ class MappedFile:
         return data
 
     def sha256(self) -> str:
-        """Hash of the whole file, in hexadecimal digits.
+        """SHA-256 of the file, in hexadecimal digits.
 
         Raises:
-            AtomFlowError: it cannot be read, or has changed.
+            AtomFlowError: the file cannot be read, or has changed.
         """
         digest = hashlib.sha256()
-        for start in range(0, self._stamp.size, _HASHED_AT_ONCE):
-            digest.update(self.read(start, min(_HASHED_AT_ONCE, self._stamp.size - start)))
+        for start in range(0, self._stamp.size, _HASH_CHUNK_BYTES):
+            digest.update(self.read(start, min(_HASH_CHUNK_BYTES, self._stamp.size - start)))
         return digest.hexdigest()
 
     def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> NDArray[Any]:
-        """A read-only view of the bytes at `offset`. It stays valid when this object is closed.
+        """A read-only view of the bytes at `offset`. It stays valid after `close`.
 
         Raises:
             AtomFlowError: the file cannot be mapped, or has changed before it was copied.
@@ -91,17 +91,15 @@ class MappedFile:
         self._check_open()
         if self._map is None:
             self._map = self._copied() if self._private_copy else self._mapped()
-        view = np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)  # it holds the mapping
+        view = np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)  # keeps the mapping alive
         view.flags.writeable = False
         return view
 
     def check_unchanged(self) -> None:
-        """The bytes that were read or mapped are still those of the file that was opened.
-
-        Costs one system call.
+        """Check that the file was not written to or truncated since it was opened. Costs one system call.
 
         Raises:
-            AtomFlowError: another program has written into the file, or cut it.
+            AtomFlowError: another program has changed the file.
         """
         if not self._close.alive or (self._private_copy and self._map is not None):
             return
@@ -115,7 +113,7 @@ class MappedFile:
         self._changed_at, self._attributes = status.st_ctime_ns, _attributes(status)
 
     def close(self) -> None:
-        """Unmap the file, unless arrays from it are still in use: then the mapping goes with the last of them."""
+        """Unmap the file; while arrays of it exist, the mapping lives until the last of them is gone."""
         self._close()
         if self._map is not None:
             with suppress(BufferError):
@@ -125,9 +123,9 @@ class MappedFile:
             self._map = None
 
     def _is_backdated(self, status: os.stat_result) -> bool:
-        """Whether the file may have been written and given its old time back, as ``cp -p`` and ``rsync -t`` do.
+        """Whether the file may have been written to and its mtime restored, as by ``cp -p`` and ``rsync -t``.
 
-        A new name, another owner, other permissions and a deletion change the status as well, and can be told from it.
+        Rename, chown, chmod and unlink change ctime as well, but also other attributes.
         """
         try:
             named = self.path.stat()
@@ -138,7 +136,7 @@ class MappedFile:
     def _mapped(self) -> mmap.mmap:
         try:
             mapped = mmap.mmap(self._descriptor, self._stamp.size, access=mmap.ACCESS_READ)
-        except ValueError as problem:  # longer than the file is now
+        except ValueError as problem:  # the file was truncated
             raise self._changed() from problem
         except OSError as problem:
             raise self._error(f"{self.path} cannot be mapped ({problem.strerror}).") from problem
@@ -157,7 +155,7 @@ class MappedFile:
         with memoryview(copy) as whole:
             while done < self._stamp.size:
                 try:
-                    count = os.preadv(self._descriptor, [whole[done : done + _READ_AT_ONCE]], done)
+                    count = os.preadv(self._descriptor, [whole[done : done + _COPY_CHUNK_BYTES]], done)
                 except OSError as problem:
                     raise self._unreadable(problem) from problem
                 if not count:
@@ -178,5 +176,5 @@ class MappedFile:
 
 
 def _attributes(status: os.stat_result) -> tuple[int, int, int, int]:
-    """What changes a file's status without changing its contents."""
+    """Attributes that change without a change of the contents."""
     return status.st_nlink, status.st_mode, status.st_uid, status.st_gid

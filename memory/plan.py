@@ -1,4 +1,4 @@
-"""The memory plan: every buffer of an engine, sized and placed before the first byte is allocated."""
+"""The memory plan: size and offset of every buffer of an engine, computed before the allocation."""
 
 import math
 from collections.abc import Iterable
@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 
 Pool = Literal["weights", "kv cache", "activations", "workspace"]
-POOLS: tuple[Pool, ...] = ("weights", "kv cache", "activations", "workspace")  # their order in the arena
+POOLS: tuple[Pool, ...] = ("weights", "kv cache", "activations", "workspace")  # in arena order
 ALIGNMENT = 128  # bytes: two cache lines of a CPU, one memory transaction of a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One tensor to be placed: its name, shape, dtype, and the pool that it belongs to."""
+    """A tensor of the plan: pool, name, shape and dtype."""
 
     pool: Pool
     name: str
@@ -41,8 +41,8 @@ class MemoryPlan:
 
 
 def plan_memory(buffers: Iterable[Buffer]) -> MemoryPlan:
-    """Place buffers pool by pool, each at a multiple of `ALIGNMENT`."""
-    ordered = sorted(buffers, key=lambda buffer: POOLS.index(buffer.pool))  # stable: order within a pool is kept
+    """Assign offsets to buffers, pool by pool, aligned to `ALIGNMENT`."""
+    ordered = sorted(buffers, key=lambda buffer: POOLS.index(buffer.pool))  # stable: keeps the order within a pool
     names = [buffer.name for buffer in ordered]
     if len(set(names)) != len(names):
         raise ValueError(f"two buffers of a plan share a name: {min(n for n in names if names.count(n) > 1)}")

@@ -1,4 +1,4 @@
-"""A view: where a tensor lies, and what it looks like. It owns nothing; the arena or the mapped file does."""
+"""Views: address, shape and dtype of a tensor in memory that an arena or a mapped file owns."""
 
 import ctypes
 import math
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A tensor in memory that somebody else owns: C order, its rows possibly further apart than they are long.
+    """A non-owning view of a tensor in C order, with an optional row pitch.
 
     Attributes:
-        name: what it holds, for messages, probes and plans.
-        address: first byte, in the address space of the backend that made it.
+        name: for messages, probes and plans.
+        address: of the first byte, in the address space of its backend.
         shape: elements per axis.
         dtype: NumPy's name of the element type; FP8 codes are "int8", which decodes by sign extension.
         readonly: the memory must not be written (mapped weights).
-        pitch: elements from one row (of the last axis) to the next; 0: rows follow each other without a gap.
+        pitch: elements from one row (of the last axis) to the next; 0: rows are contiguous.
     """
 
     name: str
@@ -31,7 +31,7 @@ class View:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all elements; gaps between rows do not count."""
+        """Bytes of all elements, without gaps between rows."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
@@ -54,7 +54,7 @@ class View:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3: what numba, CuPy and PyTorch take a device array from; only for views of device memory."""
+        """CUDA array interface, version 3, for numba, CuPy and PyTorch; only for views of device memory."""
         return {
             "shape": self.shape,
             "typestr": np.dtype(self.dtype).str,
@@ -88,7 +88,7 @@ class View:
         return view
 
     def host_array(self) -> NDArray[Any]:
-        """The tensor as a NumPy array over the same memory; only for views in host memory, while their owner lives."""
+        """A NumPy array over the same memory; only for host memory, and only while its owner exists."""
         buffer = (ctypes.c_byte * self.extent).from_address(self.address)
         array: NDArray[Any] = np.ndarray(self.shape, self.dtype, memoryview(buffer), strides=self.strides)
         array.flags.writeable = not self.readonly
@@ -96,7 +96,7 @@ class View:
 
 
 def view_of(name: str, array: NDArray[Any]) -> View:
-    """A view over an existing C-contiguous host array, which must outlive it."""
+    """A view of a C-contiguous host array, which must outlive the view."""
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is not contiguous")
     return View(name, array.ctypes.data, array.shape, array.dtype.name, readonly=not array.flags.writeable)

@@ -98,7 +98,7 @@ def test_times_of_different_shapes_are_no_trace(by_hand: StepTrace) -> None:
 
 
 def test_the_kernels_clocks_become_a_trace() -> None:
-    """The common clock counts nanoseconds from 1970, and cycles are counted by each multiprocessor for itself."""
+    """The common clock counts nanoseconds from 1970, and cycles are counted by each SM."""
     pytest.importorskip("numba_cuda", reason="the kernel is made of it; there is none for macOS")
     from numba_atomflow.backends.cuda.kernels import ModelKernels
     from numba_atomflow.backends.cuda.persistent import PersistentStep

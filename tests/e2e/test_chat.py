@@ -187,7 +187,7 @@ class Terminal:
             else:
                 try:
                     self.shown += os.read(self._master, 4096).decode(errors="replace")
-                except OSError as error:  # Linux's way to say that nobody holds the other end
+                except OSError as error:  # on Linux: the other end is closed
                     raise AssertionError(f"{pattern!r} never came: {self.shown!r}") from error
         seen, self.shown = self.shown[: hit.end()], self.shown[hit.end() :]
         return seen

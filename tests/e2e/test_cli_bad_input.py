@@ -317,10 +317,10 @@ def test_option_out_of_range(
 
 
 def test_environment_that_makes_no_sense(cli_home: Path, tiny_checkpoint: Path) -> None:
-    nobody = {"NUMBA_ATOMFLOW_HOME": "~nosuchuser/x"}
-    assert_refused(run_cli(cli_home, "info", env=nobody), "NUMBA_ATOMFLOW_HOME", "~nosuchuser/x")
+    unknown_user = {"NUMBA_ATOMFLOW_HOME": "~nosuchuser/x"}
+    assert_refused(run_cli(cli_home, "info", env=unknown_user), "NUMBA_ATOMFLOW_HOME", "~nosuchuser/x")
     generate = ("generate", "x", "--model", tiny_checkpoint)
-    assert_refused(run_cli(cli_home, *generate, env=nobody), "NUMBA_ATOMFLOW_HOME", "~nosuchuser/x")
+    assert_refused(run_cli(cli_home, *generate, env=unknown_user), "NUMBA_ATOMFLOW_HOME", "~nosuchuser/x")
     for threads in ("0", "-1", "many"):
         assert_refused(run_cli(cli_home, "info", env={"NUMBA_NUM_THREADS": threads}), "NUMBA_NUM_THREADS", threads)
     assert run_cli(cli_home, "--help", env={"NUMBA_NUM_THREADS": "0"}).code == 0
@@ -460,7 +460,7 @@ def test_help_on_a_full_disk(cli_home: Path, arguments: tuple[str, ...]) -> None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_talk_that_nobody_can_read_stops_no_work(cli_home: Path, tiny_checkpoint: Path) -> None:
+def test_unwritable_standard_error_stops_no_work(cli_home: Path, tiny_checkpoint: Path) -> None:
     command = ("generate", "x", "-n", 3, "--model", tiny_checkpoint)
     for redirection in ("2>/dev/full", "2>&-"):
         done = redirected(cli_home, redirection, *command)
