@@ -2,4 +2,4 @@
 
 import numpy as np
 
-u32, i32, f32 = np.uint32, np.int32, np.float32
+u16, u32, i32, f32 = np.uint16, np.uint32, np.int32, np.float32

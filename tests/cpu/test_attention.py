@@ -1,4 +1,4 @@
-"""Attention against float64: one token and blocks, every grouping, and nothing read beyond the last position."""
+"""Attention against float64: one token and prefill chunks, every grouping, nothing read beyond the last position."""
 
 from dataclasses import dataclass
 
@@ -53,8 +53,8 @@ class Case:
         attention.attend_token(self.q[t], self.keys, self.values, position, self.head_dim, scores, out)
         return out
 
-    def block(self) -> NDArray[np.float32]:
-        """What the kernel for blocks makes of it."""
+    def chunk(self) -> NDArray[np.float32]:
+        """The result of the kernel for prefill chunks."""
         out, position = poisoned(*self.q.shape), np.array([self.position], np.int64)
         scratch = poisoned(numba.config.NUMBA_NUM_THREADS, attention.chunk_scratch(self.head_dim))
         attention.attend_chunk(self.q, self.keys, self.values, position, self.head_dim, scratch, out)
@@ -103,21 +103,21 @@ def test_one_token(rng: np.random.Generator, shape: tuple[int, int, int], positi
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("shape", HEADS)
-def test_a_block(rng: np.random.Generator, shape: tuple[int, int, int], tokens: int) -> None:
+def test_a_chunk(rng: np.random.Generator, shape: tuple[int, int, int], tokens: int) -> None:
     c = case(rng, shape, tokens, int(rng.integers(0, 300)))
-    check_close(c.block(), c.expected(), allowed(c))
+    check_close(c.chunk(), c.expected(), allowed(c))
 
 
 @pytest.mark.parametrize("position", [0, 1, 191, 255, 256, 257, 512])
-def test_a_block_behind_any_position(rng: np.random.Generator, position: int) -> None:
+def test_a_chunk_after_any_position(rng: np.random.Generator, position: int) -> None:
     c = case(rng, (64, 6, 2), 130, position)
-    check_close(c.block(), c.expected(), allowed(c))
+    check_close(c.chunk(), c.expected(), allowed(c))
 
 
 @pytest.mark.parametrize("size", [0.0, 5.0, 40.0])
 def test_flat_and_peaked_attention(rng: np.random.Generator, size: float) -> None:
     c = case(rng, (64, 4, 2), 70, 400, size)
-    check_close(c.block(), c.expected(), allowed(c, size))
+    check_close(c.chunk(), c.expected(), allowed(c, size))
     for t in (0, 69):
         check_close(c.token(t), c.expected()[t], allowed(c, size))
 
@@ -126,7 +126,7 @@ def test_scores_that_overflow_an_exponential(rng: np.random.Generator) -> None:
     """Scores of thousands: only the largest counts, and nothing becomes infinite."""
     c = case(rng, (64, 2, 1), 9, 300, 3000.0)
     winners = c.expected()
-    for got in (c.block(), np.stack([c.token(t) for t in range(9)])):
+    for got in (c.chunk(), np.stack([c.token(t) for t in range(9)])):
         assert np.isfinite(got).all()
         # The error of scores is 3000 * tolerance(128) = 0.01: nearly equal scores may differ by that.
         check_close(got, winners, 3000 * tolerance(2 * 64 + 36))
@@ -135,18 +135,18 @@ def test_scores_that_overflow_an_exponential(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("tokens", [1, 9, 130])
 def test_what_lies_beyond_the_last_position_changes_nothing(rng: np.random.Generator, tokens: int) -> None:
     c = case(rng, (64, 6, 2), tokens, 100)
-    run = c.block if tokens > 1 else lambda: c.token(0)
+    run = c.chunk if tokens > 1 else lambda: c.token(0)
     beside_nan = run()
     c.keys[c.length :], c.values[c.length :] = 1.0, -1e6
     np.testing.assert_array_equal(run(), beside_nan)
 
 
-def test_a_block_is_causal(rng: np.random.Generator) -> None:
+def test_a_chunk_is_causal(rng: np.random.Generator) -> None:
     c = case(rng, (64, 4, 2), 300, 20)
-    before = c.block()
+    before = c.chunk()
     c.keys[20 + 201 : c.length] += 1.0
     c.values[20 + 201 : c.length] = 0.0
-    after = c.block()
+    after = c.chunk()
     np.testing.assert_array_equal(after[:201], before[:201])
     assert min(relative_l2(after[t], before[t]) for t in range(201, 300)) > 1e-4
 
@@ -160,7 +160,7 @@ def test_nan_shows(rng: np.random.Generator, where: str) -> None:
         getattr(c, where)[12, 3] = np.nan
     column = slice(0, 64) if where != "values" else 3
     assert np.isnan(c.token(4)[column]).all()
-    assert np.isnan(c.block()[4, column]).all()
+    assert np.isnan(c.chunk()[4, column]).all()
 
 
 @pytest.mark.parametrize("mistake", ["one position more", "one position fewer", "wrong key head", "no scale"])
@@ -176,5 +176,5 @@ def test_a_mistake_is_far_outside_the_tolerance(rng: np.random.Generator, mistak
         c.keys = np.ascontiguousarray(np.roll(c.keys, 64, axis=1))
     else:
         c.q *= 8
-    for got, wanted in ((c.block(), expected), (c.token(8), expected[8])):
+    for got, wanted in ((c.chunk(), expected), (c.token(8), expected[8])):
         assert relative_l2(got, wanted) > 20 * allowed(c)

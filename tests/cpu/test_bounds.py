@@ -185,7 +185,7 @@ WEIGHT = empty(N, K, dtype="int8"), empty(N, 2)
 CACHE = empty(LENGTH, KV), empty(LENGTH, KV)
 TABLES = empty(LENGTH, DIM // 2), empty(LENGTH, DIM // 2)
 POSITION, PLACES = empty(1, dtype="int64"), empty(T, dtype="int64")
-BLOCK_SCRATCH = empty(1, attention.chunk_scratch(DIM))
+CHUNK_SCRATCH = empty(1, attention.chunk_scratch(DIM))
 PROJECT_SCRATCH = empty(1, projection.LARGEST_TILE * (K + T))
 
 SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -202,7 +202,7 @@ SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (empty(T, Q + 2 * KV), PLACES, PLACES, *TABLES, empty(T, Q), *CACHE),
     ),
     "attend_token": (attention.attend_token, (empty(Q), *CACHE, POSITION, DIM, empty(HEADS, LENGTH), empty(Q))),
-    "attend_chunk": (attention.attend_chunk, (empty(T, Q), *CACHE, POSITION, DIM, BLOCK_SCRATCH, empty(T, Q))),
+    "attend_chunk": (attention.attend_chunk, (empty(T, Q), *CACHE, POSITION, DIM, CHUNK_SCRATCH, empty(T, Q))),
     "attend_paged": (
         paged_attention.attend_paged,
         (empty(T, Q), *CACHE, empty(2, 3, dtype="int32"), PLACES, PLACES, 8, DIM, empty(2, LENGTH), empty(T, Q)),

@@ -16,9 +16,9 @@ def correlated_gram(rng: np.random.Generator, width: int) -> NDArray[np.float32]
     return (x.T @ x / len(x)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 64), (70, 129), (5, 300)])
-def test_codes_are_those_of_the_definition(rng: np.random.Generator, rows: int, columns: int) -> None:
-    weights, gram = rng.standard_normal((rows, columns), np.float32), correlated_gram(rng, columns)
+@pytest.mark.parametrize(("rows", "in_features"), [(1, 1), (2, 64), (70, 129), (5, 300)])
+def test_codes_are_those_of_the_definition(rng: np.random.Generator, rows: int, in_features: int) -> None:
+    weights, gram = rng.standard_normal((rows, in_features), np.float32), correlated_gram(rng, in_features)
     scales = quantize_groups(weights)[1]
     got = round_with_feedback(weights, scales, gram)
     expected = round_with_feedback_reference(weights.astype(np.float64), scales, gram.astype(np.float64))

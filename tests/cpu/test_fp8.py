@@ -23,7 +23,7 @@ FINITE = CODES[(CODES & 0x7F) != 0x7F]
 POSITIVE = np.arange(0x7F, dtype=np.uint8)  # 0 to 448, ascending
 
 
-def decode_independently(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+def convert_independently(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
@@ -45,15 +45,15 @@ def encode_by_kernel(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 ENCODERS = pytest.mark.parametrize("encode", [encode_e4m3, encode_by_kernel])
 
 
-def test_all_codes_decode_as_in_ml_dtypes() -> None:
-    ours, theirs = e4m3_to_float(CODES), decode_independently(CODES)
+def test_all_codes_convert_as_in_ml_dtypes() -> None:
+    ours, theirs = e4m3_to_float(CODES), convert_independently(CODES)
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(np.signbit(ours[FINITE]), np.signbit(theirs[FINITE]))  # -0.0 is 0x80
     assert np.flatnonzero(np.isnan(ours)).tolist() == [0x7F, 0xFF]
 
 
 @ENCODERS
-def test_every_finite_code_survives_decoding_and_encoding(encode) -> None:
+def test_every_finite_code_survives_conversion_and_encoding(encode) -> None:
     np.testing.assert_array_equal(encode(e4m3_to_float(FINITE)), FINITE)
 
 
@@ -107,12 +107,14 @@ def same_as_reference(weights: NDArray[np.float32]) -> tuple[NDArray[np.uint8], 
     return codes, scales
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 127), (5, 128), (7, 129), (33, 200), (64, 576), (2, 1536)])
-def test_groups_equal_their_reference_bit_for_bit(rng: np.random.Generator, rows: int, columns: int) -> None:
-    weights = (rng.standard_normal((rows, columns)) * np.exp(rng.uniform(-20, 5, (rows, 1)))).astype(np.float32)
+@pytest.mark.parametrize(
+    ("rows", "in_features"), [(1, 1), (3, 127), (5, 128), (7, 129), (33, 200), (64, 576), (2, 1536)]
+)
+def test_groups_equal_their_reference_bit_for_bit(rng: np.random.Generator, rows: int, in_features: int) -> None:
+    weights = (rng.standard_normal((rows, in_features)) * np.exp(rng.uniform(-20, 5, (rows, 1)))).astype(np.float32)
     codes, scales = same_as_reference(weights)
-    assert codes.shape == (rows, columns)
-    assert scales.shape == (rows, -(-columns // 128))
+    assert codes.shape == (rows, in_features)
+    assert scales.shape == (rows, -(-in_features // 128))
 
 
 @given(
@@ -167,7 +169,8 @@ def test_dequantizing_matches_an_independent_formula(rng: np.random.Generator) -
     codes = rng.choice(FINITE, (9, 201))
     scales = rng.uniform(0.001, 2, (9, 2)).astype(np.float32)
     expected = np.concatenate(
-        [decode_independently(codes[:, :128]) * scales[:, :1], decode_independently(codes[:, 128:]) * scales[:, 1:]], 1
+        [convert_independently(codes[:, :128]) * scales[:, :1], convert_independently(codes[:, 128:]) * scales[:, 1:]],
+        1,
     )
     np.testing.assert_array_equal(dequantize_groups(codes, scales), expected)
 

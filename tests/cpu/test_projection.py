@@ -1,4 +1,4 @@
-"""Projections against float64: one token and blocks, any K, nothing read or written beside the arrays."""
+"""Projections against float64: one token and prefill chunks, any K, nothing read or written beside the arrays."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from numba_atomflow.ops import projection
 from numba_atomflow.ops.activation import silu_reference
 
-COLUMNS = [1, 7, 8, 9, 127, 128, 129, 136, 200, 576]
+IN_FEATURES = [1, 7, 8, 9, 127, 128, 129, 136, 200, 576]
 TOKENS = [1, 2, 4, 5, 7, 65, 200, 513]
 FINITE = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8)
 SUBNORMAL = np.array([code for code in range(256) if 0 < code & 0x7F < 8], np.uint8)
@@ -31,18 +31,20 @@ class Weight:
         return self.codes.view(np.uint8)
 
 
-def random_weight(rng: np.random.Generator, rows: int, columns: int, codes: NDArray[np.uint8] = FINITE) -> Weight:
-    chosen = rng.choice(codes, (rows, columns))
-    scales = np.exp(rng.uniform(-9, -3, (rows, -(-columns // 128)))).astype(np.float32)
-    decoded = chosen.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-    group_of = np.arange(columns) // 128
-    return Weight(chosen.view(np.int8), scales, decoded * scales[:, group_of].astype(np.float64))
+def random_weight(rng: np.random.Generator, rows: int, in_features: int, codes: NDArray[np.uint8] = FINITE) -> Weight:
+    chosen = rng.choice(codes, (rows, in_features))
+    scales = np.exp(rng.uniform(-9, -3, (rows, -(-in_features // 128)))).astype(np.float32)
+    converted = chosen.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    group_of = np.arange(in_features) // 128
+    return Weight(chosen.view(np.int8), scales, converted * scales[:, group_of].astype(np.float64))
 
 
-def random_halves(rng: np.random.Generator, rows: int, columns: int) -> Weight:
+def random_fp16(rng: np.random.Generator, rows: int, in_features: int) -> Weight:
     """Float16 weights as kernels take them: bits as int16, and no scales. Subnormals are among them."""
-    halves = (rng.standard_normal((rows, columns)) * np.exp(rng.uniform(-12, 2, (rows, columns)))).astype(np.float16)
-    return Weight(halves.view(np.int16), np.empty((0, 0), np.float32), halves.astype(np.float64))
+    values = (rng.standard_normal((rows, in_features)) * np.exp(rng.uniform(-12, 2, (rows, in_features)))).astype(
+        np.float16
+    )
+    return Weight(values.view(np.int16), np.empty((0, 0), np.float32), values.astype(np.float64))
 
 
 def random_x(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
@@ -58,13 +60,13 @@ def magnitude(x: NDArray[np.float32], weight: Weight) -> NDArray[np.float64]:
     return np.sqrt((x.astype(np.float64) ** 2) @ (weight.values**2).T)
 
 
-def roundings(columns: int) -> float:
-    """A product, its sum and its scale each round: at most three operations per column."""
-    return 3.0 * columns
+def roundings(in_features: int) -> float:
+    """A product, its sum and its scale each round: at most three operations per element of K."""
+    return 3.0 * in_features
 
 
-def scratch(columns: int, tokens: int) -> NDArray[np.float32]:
-    return poisoned(numba.config.NUMBA_NUM_THREADS, projection.LARGEST_TILE * (columns + tokens))
+def scratch(in_features: int, tokens: int) -> NDArray[np.float32]:
+    return poisoned(numba.config.NUMBA_NUM_THREADS, projection.LARGEST_TILE * (in_features + tokens))
 
 
 def test_the_reference_is_a_plain_matrix_product(rng: np.random.Generator) -> None:
@@ -82,21 +84,21 @@ def test_the_reference_is_a_plain_matrix_product(rng: np.random.Generator) -> No
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 67])
-@pytest.mark.parametrize("columns", COLUMNS)
-def test_one_token(rng: np.random.Generator, columns: int, rows: int, accumulate: bool) -> None:
-    weight, x = random_weight(rng, rows, columns), random_x(rng, columns)
+@pytest.mark.parametrize("in_features", IN_FEATURES)
+def test_one_token(rng: np.random.Generator, in_features: int, rows: int, accumulate: bool) -> None:
+    weight, x = random_weight(rng, rows, in_features), random_x(rng, in_features)
     y = rng.standard_normal(rows).astype(np.float32) if accumulate else poisoned(rows)
     expected = weight.values @ x.astype(np.float64) + (y if accumulate else 0)
     size = magnitude(x, weight) + (np.abs(y) if accumulate else 0)
     projection.project_token(weight.codes, weight.scales, x, y, accumulate)
-    check_close(y, expected, tolerance(roundings(columns)), size)
+    check_close(y, expected, tolerance(roundings(in_features)), size)
 
 
-@pytest.mark.parametrize("columns", [9, 136, 576])
-def test_one_token_with_subnormal_codes(rng: np.random.Generator, columns: int) -> None:
-    weight, x, y = random_weight(rng, 33, columns, SUBNORMAL), random_x(rng, columns), poisoned(33)
+@pytest.mark.parametrize("in_features", [9, 136, 576])
+def test_one_token_with_subnormal_codes(rng: np.random.Generator, in_features: int) -> None:
+    weight, x, y = random_weight(rng, 33, in_features, SUBNORMAL), random_x(rng, in_features), poisoned(33)
     projection.project_token(weight.codes, weight.scales, x, y, False)
-    check_close(y, weight.values @ x.astype(np.float64), tolerance(roundings(columns)), magnitude(x, weight))
+    check_close(y, weight.values @ x.astype(np.float64), tolerance(roundings(in_features)), magnitude(x, weight))
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-4, 1e6])
@@ -108,23 +110,23 @@ def test_one_token_of_any_size(rng: np.random.Generator, size: float) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("columns", COLUMNS)
-def test_one_token_through_float16(rng: np.random.Generator, columns: int, accumulate: bool) -> None:
-    weight, x = random_halves(rng, 67, columns), random_x(rng, columns)
+@pytest.mark.parametrize("in_features", IN_FEATURES)
+def test_one_token_through_float16(rng: np.random.Generator, in_features: int, accumulate: bool) -> None:
+    weight, x = random_fp16(rng, 67, in_features), random_x(rng, in_features)
     y = rng.standard_normal(67).astype(np.float32) if accumulate else poisoned(67)
     expected = weight.values @ x.astype(np.float64) + (y if accumulate else 0)
     size = magnitude(x, weight) + (np.abs(y) if accumulate else 0)
     projection.project_token(weight.codes, None, x, y, accumulate)
-    check_close(y, expected, tolerance(roundings(columns)), size)
+    check_close(y, expected, tolerance(roundings(in_features)), size)
 
 
 @pytest.mark.usefixtures("single_threaded_blas")
 @pytest.mark.parametrize("tokens", [1, 5, 65])
-@pytest.mark.parametrize("columns", [1, 129, 576])
-def test_a_block_through_float16(rng: np.random.Generator, columns: int, tokens: int) -> None:
-    weight, x, y = random_halves(rng, 700, columns), random_x(rng, tokens, columns), poisoned(tokens, 700)
-    projection.project_chunk(weight.codes, None, x, y, False, scratch(columns, tokens))
-    check_close(y, x.astype(np.float64) @ weight.values.T, tolerance(roundings(columns)), magnitude(x, weight))
+@pytest.mark.parametrize("in_features", [1, 129, 576])
+def test_a_chunk_through_float16(rng: np.random.Generator, in_features: int, tokens: int) -> None:
+    weight, x, y = random_fp16(rng, 700, in_features), random_x(rng, tokens, in_features), poisoned(tokens, 700)
+    projection.project_chunk(weight.codes, None, x, y, False, scratch(in_features, tokens))
+    check_close(y, x.astype(np.float64) @ weight.values.T, tolerance(roundings(in_features)), magnitude(x, weight))
 
 
 def test_every_single_weight_is_seen(rng: np.random.Generator) -> None:
@@ -138,28 +140,28 @@ def test_every_single_weight_is_seen(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("columns", [7, 129, 200, 576])
-def test_nan_and_infinity_in_x_show_in_every_row(rng: np.random.Generator, columns: int, bad: float) -> None:
-    weight = random_weight(rng, 5, columns)
-    for k in {0, columns // 2, columns - 1}:
-        x, y = random_x(rng, columns), np.zeros(5, np.float32)
+@pytest.mark.parametrize("in_features", [7, 129, 200, 576])
+def test_nan_and_infinity_in_x_show_in_every_row(rng: np.random.Generator, in_features: int, bad: float) -> None:
+    weight = random_weight(rng, 5, in_features)
+    for k in {0, in_features // 2, in_features - 1}:
+        x, y = random_x(rng, in_features), np.zeros(5, np.float32)
         x[k] = bad
         projection.project_token(weight.codes, weight.scales, x, y, False)
         assert not np.isfinite(y).any(), f"column {k}: {y}"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 67])
-@pytest.mark.parametrize("columns", [1, 9, 136, 200, 576])
-def test_one_token_through_swiglu(rng: np.random.Generator, columns: int, rows: int) -> None:
-    weight, x, y = random_weight(rng, 2 * rows, columns), random_x(rng, columns), poisoned(rows)
-    x /= np.float32(np.sqrt(columns))  # gate and up of about 1, as in a model
+@pytest.mark.parametrize("in_features", [1, 9, 136, 200, 576])
+def test_one_token_through_swiglu(rng: np.random.Generator, in_features: int, rows: int) -> None:
+    weight, x, y = random_weight(rng, 2 * rows, in_features), random_x(rng, in_features), poisoned(rows)
+    x /= np.float32(np.sqrt(in_features))  # gate and up of about 1, as in a model
     both = weight.values @ x.astype(np.float64)
     gate, up = both[:rows], both[rows:]
     size = magnitude(x, weight)
     projection.project_token_swiglu(weight.codes, weight.scales, x, y)
     # silu's slope is below 1.1, and its exponential is good to 5 roundings
     spread = 1.1 * size[:rows] * np.abs(up) + np.abs(gate) * size[rows:] + size[:rows] * size[rows:]
-    check_close(y, silu_reference(gate) * up, tolerance(roundings(columns) + 25), spread)
+    check_close(y, silu_reference(gate) * up, tolerance(roundings(in_features) + 25), spread)
 
 
 # --- many tokens -------------------------------------------------------------------------------------------------
@@ -168,18 +170,18 @@ def test_one_token_through_swiglu(rng: np.random.Generator, columns: int, rows: 
 @pytest.mark.usefixtures("single_threaded_blas")
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 129), (320, 200), (321, 128), (641, 9), (645, 576)])
-def test_a_block(rng: np.random.Generator, rows: int, columns: int, tokens: int, accumulate: bool) -> None:
-    weight, x = random_weight(rng, rows, columns), random_x(rng, tokens, columns)
+@pytest.mark.parametrize(("rows", "in_features"), [(1, 1), (3, 129), (320, 200), (321, 128), (641, 9), (645, 576)])
+def test_a_chunk(rng: np.random.Generator, rows: int, in_features: int, tokens: int, accumulate: bool) -> None:
+    weight, x = random_weight(rng, rows, in_features), random_x(rng, tokens, in_features)
     y = rng.standard_normal((tokens, rows)).astype(np.float32) if accumulate else poisoned(tokens, rows)
     expected = x.astype(np.float64) @ weight.values.T + (y if accumulate else 0)
     size = magnitude(x, weight) + (np.abs(y) if accumulate else 0)
-    projection.project_chunk(weight.codes, weight.scales, x, y, accumulate, scratch(columns, tokens))
-    check_close(y, expected, tolerance(roundings(columns)), size)
+    projection.project_chunk(weight.codes, weight.scales, x, y, accumulate, scratch(in_features, tokens))
+    check_close(y, expected, tolerance(roundings(in_features)), size)
 
 
 @pytest.mark.usefixtures("single_threaded_blas")
-def test_a_block_keeps_nan_in_its_own_row(rng: np.random.Generator) -> None:
+def test_a_chunk_keeps_nan_in_its_own_row(rng: np.random.Generator) -> None:
     weight, x, y = random_weight(rng, 200, 136), random_x(rng, 9, 136), poisoned(9, 200)
     x[4, 135] = np.nan
     projection.project_chunk(weight.codes, weight.scales, x, y, False, scratch(136, 9))
@@ -188,7 +190,7 @@ def test_a_block_keeps_nan_in_its_own_row(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 129), (65, 320)])
-def test_swiglu_of_a_block(rng: np.random.Generator, tokens: int, width: int) -> None:
+def test_swiglu_of_a_chunk(rng: np.random.Generator, tokens: int, width: int) -> None:
     gate_up, y = random_x(rng, tokens, 2 * width), poisoned(tokens, width)
     gate_up *= 10
     projection.swiglu(gate_up, y)

@@ -28,7 +28,7 @@ def test_rows_are_normed(rng: np.random.Generator, hidden: int, tokens: int) -> 
     x = (rng.standard_normal((tokens, hidden)) * np.exp(rng.uniform(-3, 5, (tokens, 1)))).astype(np.float32)
     weight = rng.standard_normal(hidden).astype(np.float32)
     expected = exact(x, weight)
-    # The sum of squares rounds twice per column, but the square root halves that; four operations follow.
+    # The sum of squares rounds twice per element, but the square root halves that; four operations follow.
     check_close(normed(x, weight), expected, tolerance(hidden + 4))
     np.testing.assert_allclose(
         rms_norm_reference(x.astype(np.float64), weight.astype(np.float64), float(EPS)), expected, rtol=1e-12
@@ -57,7 +57,7 @@ def test_nan_stays_in_its_row(rng: np.random.Generator) -> None:
     assert np.isfinite(y[[0, 2]]).all()
 
 
-def test_a_missing_column_is_far_outside_the_tolerance(rng: np.random.Generator) -> None:
+def test_a_missing_element_is_far_outside_the_tolerance(rng: np.random.Generator) -> None:
     x = rng.standard_normal((4, 576)).astype(np.float32)
     weight = np.ones(576, np.float32)
     expected = exact(x, weight)

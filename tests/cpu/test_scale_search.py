@@ -30,12 +30,12 @@ def group_costs(
     return costs
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 127), (65, 200), (130, 384)])
+@pytest.mark.parametrize(("rows", "in_features"), [(1, 1), (3, 127), (65, 200), (130, 384)])
 @pytest.mark.parametrize("factors", [FACTORS, COARSE_FACTORS])
 def test_the_reference_finds_no_better_scales(
-    rng: np.random.Generator, rows: int, columns: int, factors: tuple[np.float32, ...]
+    rng: np.random.Generator, rows: int, in_features: int, factors: tuple[np.float32, ...]
 ) -> None:
-    weights, gram = rng.standard_normal((rows, columns), np.float32), correlated_gram(rng, columns)
+    weights, gram = rng.standard_normal((rows, in_features), np.float32), correlated_gram(rng, in_features)
     got = group_costs(weights, search_scales(weights, gram, factors), gram)
     scales = search_scales_reference(weights.astype(np.float64), gram.astype(np.float64), factors)
     np.testing.assert_allclose(got, group_costs(weights, scales, gram), rtol=1e-3)  # candidates may be that close

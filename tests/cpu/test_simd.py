@@ -21,14 +21,14 @@ def test_every_float16(monkeypatch: pytest.MonkeyPatch, instruction: bool) -> No
     monkeypatch.setattr(simd, "_has_half_conversion", lambda _: instruction)
 
     @numba.njit
-    def widen(halves: Any, out: Any) -> None:
-        for i in range(halves.size):
-            out[i] = simd.half_to_float(halves[i])
+    def widen(bits: Any, out: Any) -> None:
+        for i in range(bits.size):
+            out[i] = simd.half_to_float(bits[i])
 
-    halves = np.arange(1 << 16, dtype=np.uint16)
-    out = np.empty(halves.size, np.float32)
-    widen(halves.view(np.int16), out)
-    expected = halves.view(np.float16).astype(np.float32)
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    out = np.empty(bits.size, np.float32)
+    widen(bits.view(np.int16), out)
+    expected = bits.view(np.float16).astype(np.float32)
     expected.view(np.uint32)[np.isnan(expected)] |= 0x00400000  # the instruction makes a NaN quiet
     np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
 

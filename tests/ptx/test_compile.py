@@ -74,7 +74,7 @@ def test_machine_code(name: str, cc: tuple[int, int]) -> None:
         assert "mma.sync.aligned.m16n8k16" in ptx
     if entry.kind in ("o", "down"):
         assert re.search(r"st\.shared\.v4\.\w32", ptx), "x is staged in less than 16 bytes at a time"
-    if entry.decodes:
+    if entry.converts:
         assert ("e4m3x2" in ptx) == (cc >= (8, 9) and entry.kind != "prepack")
     if cc < (9, 0):
         assert not re.search(r"griddepcontrol|cp\.async\.bulk|mbarrier", ptx)

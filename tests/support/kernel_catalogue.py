@@ -13,11 +13,11 @@ from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
 from numba_atomflow.sandbox.runner import CacheSizes
 
 SMS = 132  # of an H200
-SHARED_BYTES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # per block: how wide a step can be
-COPY_ENGINE = (9, 0)  # the first with one
+SHARED_BYTES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # per CTA: it limits the GEMV width
+TMA = (9, 0)  # the first with bulk copies
 
 LLAMA = PRESETS["llama-3.2-3b"]
-# Heads of 80, no GQA, Qwen's norms and bias, a float16 head: what the other kernels are for.
+# Heads of 80, no GQA, Qwen's norms and bias, a float16 LM head: they take the other kernels.
 OTHER = replace(LLAMA, heads=32, kv_heads=32, head_dim=80, qkv_bias=True, qk_norm=True)
 PERSISTENT_MODELS = {
     "SmolLM2": tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152),
@@ -48,8 +48,8 @@ class Entry:
         return self.spec.name.rpartition("_x")[0] or self.spec.name
 
     @property
-    def decodes(self) -> bool:
-        """Whether it decodes FP8."""
+    def converts(self) -> bool:
+        """Whether it converts FP8."""
         return self.kind in _FP8_KINDS and "fp16" not in self.name
 
     @property
@@ -77,7 +77,7 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     sandbox = SandboxKernels(OTHER, chip, CACHE)
     entries.append(Entry("attention_paged8_x1, heads of 80", sandbox.planned["attention_paged8_x1"].spec))
     entries.append(Entry("read", kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)))
-    if capability >= COPY_ENGINE:
+    if capability >= TMA:
         shared = bandwidth.bulk_shared_bytes()
         bulk = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
         entries.append(Entry("bulk_read", bulk))
@@ -87,7 +87,7 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
 def persistent_catalogue(capability: tuple[int, int]) -> list[Entry]:
     """The persistent kernel and what goes with it, for one layer each: all layers run through the same code.
 
-    It takes half a minute to compile, and does not run below sm_90: so it is not among the kernels of `catalogue`.
+    It takes half a minute to compile and needs sm_90: so it is not in `catalogue`.
     """
     entries = []
     for model, geometry in PERSISTENT_MODELS.items():

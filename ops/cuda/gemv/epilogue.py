@@ -8,13 +8,12 @@ from the first warp to the last. An epilogue gets two finished rows of a tile, r
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
+from numba_atomflow.ops.cuda.scalars import f32, u16
 
-_LOG2_E = np.float32(math.log2(math.e))
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_LOG2_E = f32(math.log2(math.e))
+_ZERO, _ONE = f32(0.0), f32(1.0)
 
 
 class Epilogue(NamedTuple):
@@ -134,7 +133,7 @@ def make_swiglu_epilogue(plan: GemvPlan, y_pitch: int) -> Epilogue:
     def store(io, tile, r, token, gate, up):
         unit = tile * 8 + r
         if unit < units:
-            io.mlp_hidden[token * y_pitch + unit] = np.uint16(ptx.f16_bits(swiglu(gate, up)))
+            io.mlp_hidden[token * y_pitch + unit] = u16(ptx.f16_bits(swiglu(gate, up)))
 
     return Epilogue(store, _no_prefetch)
 
@@ -163,8 +162,8 @@ def make_qkv_epilogue(plan: GemvPlan, heads: int, kv_heads: int, *, paged: bool)
 
     @ptx.device_function
     def put(target, start, low, high):
-        target[start] = np.uint16(ptx.f16_bits(low))
-        target[start + half] = np.uint16(ptx.f16_bits(high))
+        target[start] = u16(ptx.f16_bits(low))
+        target[start + half] = u16(ptx.f16_bits(high))
 
     @ptx.device_function
     def store(io, tile, r, token, low, high):

@@ -15,7 +15,6 @@ float16 comes as uint16 where elements are written, and as uint32 where pairs ar
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
@@ -32,8 +31,9 @@ from numba_atomflow.ops.cuda.gemv.mainloop import make_load, make_multiply
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
 from numba_atomflow.ops.cuda.gemv.prologue import Prologue, make_copy_prologue, make_norm_prologue
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U16, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import f32
 
-_ZERO = np.float32(0.0)
+_ZERO = f32(0.0)
 
 
 class StoreArguments(NamedTuple):

@@ -11,13 +11,12 @@ A lane's registers: `codes` uint32 [groups in flight, 16]; `scales` float32 [gro
 
 from typing import Any
 
-import numpy as np
-
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
 from numba_atomflow.ops.cuda.layout.weights import make_offsets
+from numba_atomflow.ops.cuda.scalars import f32
 
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_ZERO, _ONE = f32(0.0), f32(1.0)
 
 
 def make_load(plan: GemvPlan) -> Any:

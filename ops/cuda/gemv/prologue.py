@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
+from numba_atomflow.ops.cuda.scalars import f32, u32
 
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_ZERO, _ONE = f32(0.0), f32(1.0)
 
 _LOADS_AT_ONCE = 4  # of x (and of the norm) that the compiler may gather: more would spill the first weights
 
@@ -127,7 +127,7 @@ def _make_norm_of_one(plan: GemvPlan, eps: float) -> Any:
     """The norm of the only token, by all threads of the CTA."""
     warps, threads, in_features, x_words = plan.warps, plan.threads, plan.in_features, plan.x_words
     squares_start, pairs_per_thread = plan.squares_start, -(-x_words // threads)
-    inverse_width, epsilon = np.float32(1.0 / in_features), np.float32(eps)
+    inverse_width, epsilon = f32(1.0 / in_features), f32(eps)
 
     @ptx.device_function
     def stage(io, thread, words, floats):
@@ -145,7 +145,7 @@ def _make_norm_of_one(plan: GemvPlan, eps: float) -> Any:
         squares = _ZERO
         for warp in range(warps):
             squares += floats[squares_start + warp]
-        factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
+        factor = _ONE / f32(math.sqrt(squares * inverse_width + epsilon))
         for i in range(pairs_per_thread):
             pair = i * threads + thread
             if 2 * pair < in_features:
@@ -154,7 +154,7 @@ def _make_norm_of_one(plan: GemvPlan, eps: float) -> Any:
                 high = ptx.bits_f32(b) * factor * io.norm_weight[2 * pair + 1]
                 words[pair] = ptx.pack_f16x2(low, high)
             elif pair < x_words:
-                words[pair] = np.uint32(0)
+                words[pair] = u32(0)
 
     return stage
 
@@ -165,7 +165,7 @@ def _make_norm_by_teams(plan: GemvPlan, eps: float) -> Any:
     team, team_count, turns, uniform = teams.threads, teams.count, teams.turns, teams.uniform
     tokens, in_features, x_words, x_pitch = plan.tokens, plan.in_features, plan.x_words, plan.x_pitch
     squares_start = plan.squares_start
-    inverse_width, epsilon = np.float32(1.0 / in_features), np.float32(eps)
+    inverse_width, epsilon = f32(1.0 / in_features), f32(eps)
     vector = 4 if in_features % 4 == 0 else 2  # elements of a load
     vectors = -(-2 * x_words // (vector * team))  # per thread
     all_full = in_features == vectors * vector * team
@@ -206,7 +206,7 @@ def _make_norm_by_teams(plan: GemvPlan, eps: float) -> Any:
                     words[word] = ptx.pack_f16x2(a * factor * e, b * factor * f)
             elif (uniform or active) and not all_full and at < 2 * x_words:
                 for j in range(vector // 2):
-                    words[word + j] = np.uint32(0)
+                    words[word + j] = u32(0)
 
     @ptx.device_function
     def stage(io, thread, words, floats):

@@ -7,6 +7,7 @@ from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.runtime.spec import I32, I64, NUMBER, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import u32
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, NON_FINITE_KEY
 
 _THREADS = 32  # that it is compiled for; it is launched with one
@@ -45,7 +46,7 @@ def post_token(token, best, seen, token_ring, size, tokens_posted):
     """
     number = tokens_posted[0] + 1
     tokens_posted[0] = number
-    seen[token // 32] = np.uint32(int64(seen[token // 32]) | int64(1) << (token % 32))
+    seen[token // 32] = u32(int64(seen[token // 32]) | int64(1) << (token % 32))
     non_finite = int64(1) if best >= NON_FINITE_KEY else int64(0)
     word = (number & 0xFFFFFFFF) << 32 | non_finite << 31 | token
     token_ring[(number - 1) % size] = np.uint64(word)

@@ -5,11 +5,11 @@ Cost model: 4 * V bytes read by the whole chip, 3-4 us.
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I64, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import f32
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, PENALTY, penalised, sort_key, warp_max_key
 
 THREADS = 256
@@ -44,7 +44,7 @@ def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
         thread = cuda.threadIdx.x
-        penalty = np.float32(io.options[PENALTY])
+        penalty = f32(io.options[PENALTY])
         largest = int64(LOWEST_KEY)
         token = cuda.blockIdx.x * THREADS + thread
         while token < vocabulary:

@@ -4,10 +4,10 @@ A key is the logit's bits made monotone (NaN on top, as in NumPy's arg-max), the
 lower id wins a tie. The arg-max is the largest key: an atomic maximum, the same in whatever order CTAs arrive.
 """
 
-import numpy as np
 from numba import int64
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.scalars import f32
 
 ID_BITS = 24
 ID_MASK = (1 << ID_BITS) - 1
@@ -28,7 +28,7 @@ def token_of(best: int) -> int | None:
 @ptx.device_function
 def rank(logit):
     """The logit as an integer of 32 bits in the same order; NaN on top, -0 equal to 0."""
-    bits = int64(ptx.f32_bits(logit + np.float32(0.0)))
+    bits = int64(ptx.f32_bits(logit + f32(0.0)))
     magnitude = bits & 0x7FFFFFFF
     if magnitude > 0x7F800000:
         return int64(_NAN_RANK)
@@ -51,7 +51,7 @@ def token_id(key):
 def penalise(logit, seen, token, penalty):
     """A token's logit after the repetition penalty; `seen`: the word of the bitmap that has its bit."""
     if (int64(seen) >> (token % 32)) & 1:
-        logit = logit / penalty if logit > np.float32(0.0) else logit * penalty
+        logit = logit / penalty if logit > f32(0.0) else logit * penalty
     return logit
 
 

@@ -8,15 +8,15 @@ bias is added here too. Cost model: a launch (2-3 us); 4 bytes read and 2 writte
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda, float32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemv.epilogue import rope_pair
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U16, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import f32, u16
 
 THREADS = 128
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_ZERO, _ONE = f32(0.0), f32(1.0)
 
 
 class RopeArguments(NamedTuple):
@@ -67,7 +67,7 @@ def make_rope(
     """
     half, all_heads = head_dim // 2, heads + 2 * kv_heads
     pairs = -(-half // 32)  # per lane
-    inverse_width, epsilon = np.float32(1.0 / head_dim), np.float32(eps)
+    inverse_width, epsilon = f32(1.0 / head_dim), f32(eps)
 
     @ptx.kernel(THREADS, 1)
     def rope(io):
@@ -93,7 +93,7 @@ def make_rope(
             squares += lows[p] * lows[p] + highs[p] * highs[p]
         if norm:
             squares = ptx.warp_sum(squares)
-        factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
+        factor = _ONE / f32(math.sqrt(squares * inverse_width + epsilon))
         position = io.position[0] + token
         for p in range(pairs):
             i = lane + 32 * p
@@ -106,7 +106,7 @@ def make_rope(
                         high *= factor * weight[half + i]
                     cosine, sine = io.cosines[position * half + i], io.sines[position * half + i]
                     low, high = rope_pair(low, high, cosine, sine)
-                low_bits, high_bits = np.uint16(ptx.f16_bits(low)), np.uint16(ptx.f16_bits(high))
+                low_bits, high_bits = u16(ptx.f16_bits(low)), u16(ptx.f16_bits(high))
                 if head < heads:
                     at = (token * heads + head) * head_dim + i
                     io.q[at], io.q[at + half] = low_bits, high_bits

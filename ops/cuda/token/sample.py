@@ -23,11 +23,11 @@ tokens: 12-30 us, 1-3 % of a 3B model's step.
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import f32
 from numba_atomflow.ops.cuda.token.order import (
     ID_BITS,
     ID_MASK,
@@ -49,7 +49,7 @@ BINS, CAPACITY = 2048, 512  # of the histogram; of the list of tokens that are r
 _UNIT = float(2**44)
 _DIGIT_BITS, _DIGITS = 8, 256
 _STRIDE = 32  # bins that one thread adds up
-_BINS_PER_TEMPERATURE = np.float32(64.0)  # 2,048 bins reach down to e^-32, below one unit
+_BINS_PER_TEMPERATURE = f32(64.0)  # 2,048 bins reach down to e^-32, below one unit
 _TOP_K_STAGE, _TOP_P_STAGE, _DRAW_STAGE = range(3)
 
 
@@ -126,8 +126,8 @@ def make_sample(
         logit = penalised(d.logits, d.seen, token, d.penalty)
         order = int64(0) if d.by_id else rank(logit) << ID_BITS
         key = order | (ID_MASK - token)
-        distance = (d.most_likely - logit) * (_BINS_PER_TEMPERATURE / np.float32(d.temperature))
-        near = distance < np.float32(last_bin)  # NaN and -infinity go to the last bin, without mass
+        distance = (d.most_likely - logit) * (_BINS_PER_TEMPERATURE / f32(d.temperature))
+        near = distance < f32(last_bin)  # NaN and -infinity go to the last bin, without mass
         nearness = int64(distance) if near else int64(last_bin)
         bin_ = token >> id_shift if d.by_id else nearness
         exponent = float(logit) / d.temperature - float(d.most_likely) / d.temperature
@@ -274,7 +274,7 @@ def make_sample(
             ptx.wait_for_previous_kernel()
         thread = cuda.threadIdx.x
         temperature, top_k = io.options[TEMPERATURE], int64(io.options[TOP_K])
-        top_p, min_p, penalty = io.options[TOP_P], io.options[MIN_P], np.float32(io.options[PENALTY])
+        top_p, min_p, penalty = io.options[TOP_P], io.options[MIN_P], f32(io.options[PENALTY])
         best_key = io.best[0]
         best_token = token_id(best_key)
         some_k = top_k > 0 and top_k < vocabulary
