@@ -42,7 +42,7 @@ from numba_atomflow.host import numba_settings
 
 PROGRAM = "numba-atomflow"
 
-# The class of all mistakes in a command line. Some versions of typer take it from click, others bring their own.
+# The base class of all errors in a command line: click's, or a copy of it in typer, depending on typer's version.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 _EXAMPLES = """\b
@@ -176,6 +176,9 @@ def _main(
 
 @sandbox.callback(invoke_without_command=True)
 def _sandbox(context: typer.Context) -> None:
-    """Many requests over one model with a paged KV cache, and what that costs."""
+    """Serve many requests with a paged KV cache.
+
+    Continuous batching, prefix caching, copy-on-write and preemption; and measurements of their cost.
+    """
     if context.invoked_subcommand is None:
         output.emit(context.get_help() + "\n")

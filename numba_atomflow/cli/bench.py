@@ -52,7 +52,10 @@ def bench(
     engine_options: options.EngineOptions,
     report_options: measured.ReportOptions,
 ) -> None:
-    """Measure prompt and decode speed, TTFT and TPOT, against the achievable memory bandwidth."""
+    """Measure prompt and decode speed.
+
+    With TTFT and TPOT, at several depths of context, and the share of achievable memory bandwidth.
+    """
     chosen = model.find()
 
     from numba_atomflow.perf import bench as benchmark
@@ -88,7 +91,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
         raise OptionError(f"--depths {text} is no list of numbers; give for example --depths 0,2048.") from error
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def show(report: "BenchReport", earlier: "BenchReport | None", form: Format) -> None:

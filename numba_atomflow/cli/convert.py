@@ -21,7 +21,9 @@ def convert(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Quantize a model to FP8 and write it as one file.
+    """Convert a model to an FP8 checkpoint.
+
+    Weights are rounded to nearest, in groups of 128.
 
     DEST appears complete or not at all: after an interruption, run the same command again. A model of the hub is kept
     in the cache folder, and an interrupted download is resumed. Weights that are FP8 already are kept as they are.

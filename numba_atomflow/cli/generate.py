@@ -56,9 +56,10 @@ def generate(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Continue a text, or answer a question; tokens are written as they are generated.
+    """Continue a text, or answer a question.
 
-    One newline at the end of a file or of standard input is not part of the prompt.
+    Tokens are written as they are generated. One newline at the end of a file or of standard input is not part of the
+    prompt.
     """
     text = _read_prompt(prompt, file)
     variables = options.template_variables(template_var)

@@ -35,7 +35,9 @@ class ReferenceChoice(StrEnum):
 def ground_truth(
     *,
     model: options.ModelArgument = DEFAULT_MODEL,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to run; - reads standard input.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to run; - reads standard input.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The safetensors file to write.")],
     decode_steps: Annotated[int, typer.Option("--decode-steps", metavar="N", help="Tokens after the prompt.")] = 32,
     reference: Annotated[
@@ -49,9 +51,9 @@ def ground_truth(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Run transformers in float32 on the CPU, and write every probe to a file.
+    """Write a reference run of transformers.
 
-    FILE appears complete or not at all.
+    It runs in float32 on the CPU; the file has every probe. FILE appears complete or not at all.
     """
     started = time.perf_counter()
     if out.exists() and not overwrite:

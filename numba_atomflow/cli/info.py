@@ -37,9 +37,9 @@ def info(
     backend: options.Backend = options.BackendChoice.AUTO,
     as_json: options.Json = False,
 ) -> None:
-    """Show a checkpoint and its memory plan, or this machine.
+    """Show a checkpoint, or this machine.
 
-    The machine is shown if no MODEL is named.
+    Of a checkpoint: geometry, sizes and memory plan. Without MODEL: this machine and its versions.
     """
     if model is None:
         if verify or max_seq_len is not None or backend != "auto":
@@ -139,7 +139,7 @@ def _model_table(record: dict[str, Any]) -> Table:
         ),
         ("parameters", f"{record['parameters']:,}"),
         ("layers", f"{g['layers']}"),
-        ("hidden, ffn", f"{g['hidden']}, {g['ffn']}"),
+        ("hidden, intermediate", f"{g['hidden']}, {g['ffn']}"),
         ("heads", f"{g['heads']} of {g['head_dim']}, {g['kv_heads']} for keys and values{_extras(g)}"),
         ("vocabulary", f"{g['vocabulary']:,} tokens, {'tied' if g['tied_embeddings'] else 'untied'} embeddings"),
         ("LM head", record["head"]),

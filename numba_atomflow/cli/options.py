@@ -183,7 +183,7 @@ class SamplingOptions(OptionGroup):
         return SamplingParams(**vars(self) | {"stop": tuple(self.stop or ()), "ignore_eos": ignore_eos})
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 RawOutput = Annotated[
     bool,

@@ -46,9 +46,10 @@ def perplexity(
     engine_options: options.EngineOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Measure perplexity, bits per byte and speed on a text; with --reference also KL and top-1 agreement.
+    """Measure a model's perplexity on a text.
 
-    Every token is scored once, most of them with at least N - M tokens before them.
+    Also bits per byte and speed; with --reference, KL divergence and top-1 agreement as well. Every token is scored
+    once, most of them with at least N - M tokens before them.
     """
     from numba_atomflow.checkpoint.find import find_checkpoint
     from numba_atomflow.checkpoint.format import Checkpoint

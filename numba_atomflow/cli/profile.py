@@ -48,7 +48,10 @@ def profile(
     engine_options: options.EngineOptions,
     report_options: measured.ReportOptions,
 ) -> None:
-    """Time every op of a decode step, and the whole step, against the achievable memory bandwidth."""
+    """Time every op of a decode step.
+
+    And the whole step; with the share of achievable memory bandwidth.
+    """
     chosen = model.find()
 
     from numba_atomflow.perf import profile as profiler

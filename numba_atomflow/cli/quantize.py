@@ -22,7 +22,7 @@ Examples:
   numba-atomflow perplexity model.safetensors --text book.txt --reference model.gguf
 
 \b
-Methods: rtn rounds to nearest, in seconds. awq and gptq minimise the error on a calibration text: awq searches scales
+Methods: rtn rounds to nearest, in seconds. awq and gptq minimize the error on a calibration text: awq searches scales
 of input channels and the clipping of groups; gptq searches the clipping, and compensates rounding errors in later
 weights.
 """
@@ -66,7 +66,7 @@ def quantize(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Quantize a model to FP8 and write it as one file.
+    """Quantize a model to FP8 with calibration.
 
     DEST appears complete or not at all. If awq or gptq is stopped, even by a kill, the same command resumes after the
     last finished layer (kept in DEST.unfinished), and the result is the same to the byte.

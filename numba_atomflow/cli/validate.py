@@ -44,7 +44,10 @@ def validate(
         bool, typer.Option("--diff-backends", help="Compare the backend with the CPU backend; needs no ground truth.")
     ] = False,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="For --diff-backends: the text to run; - reads standard input.")
+        str | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="For --diff-backends: the text to run; - reads standard input."
+        ),
     ] = None,
     decode_steps: Annotated[
         int, typer.Option("--decode-steps", metavar="N", help="For --diff-backends: tokens after the prompt.")
@@ -65,9 +68,10 @@ def validate(
     engine_options: options.EngineOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Compare every layer with a reference: transformers (a ground truth), or another backend.
+    """Compare every layer with a reference.
 
-    The last line names the first probe that fails; with --isolate, also the op at fault.
+    The reference is a run of transformers (a ground truth), or the CPU backend. The last line names the first probe
+    that fails; with --isolate, also the op at fault.
     """
     if (ground_truth is None) != diff_backends:
         raise OptionError("A validation needs one reference; give --ground-truth FILE or --diff-backends.")
@@ -143,7 +147,7 @@ def _record(model: str, text: str | None, steps: int, engine_options: options.En
         return record(engine.backend, engine.geometry, prompt, steps, progress=progress)
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def _next_token(engine: "Engine", report: "Report") -> dict[str, str] | None:
