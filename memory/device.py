@@ -19,13 +19,13 @@ _HEADROOM = 64 << 20  # bytes for the driver: code and launches
 
 
 class DeviceArena:
-    """One `cuMemAlloc` with every buffer of a plan; `made` owns it.
+    """One `cuMemAlloc` with every buffer of a plan; `resources` owns it.
 
     Raises:
         BackendError: the GPU has too little free memory.
     """
 
-    def __init__(self, plan: MemoryPlan, made: Resources) -> None:
+    def __init__(self, plan: MemoryPlan, resources: Resources) -> None:
         self.plan = plan
         free, total = (int(count) for count in call("cuMemGetInfo"))
         pools = plan.pool_bytes()
@@ -38,7 +38,7 @@ class DeviceArena:
         if plan.total + _HEADROOM > free:
             raise BackendError(refusal)
         try:
-            self.base = int(made.call("cuMemAlloc", plan.total, undo="cuMemFree"))
+            self.base = int(resources.call("cuMemAlloc", plan.total, undo="cuMemFree"))
         except DriverError as error:
             if error.code == "CUDA_ERROR_OUT_OF_MEMORY":  # another process allocated first
                 raise BackendError(refusal) from error
@@ -51,8 +51,8 @@ class DeviceArena:
     def __getitem__(self, name: str) -> View:
         return self._views[name]
 
-    def behind(self, pool: str) -> tuple[int, int]:
-        """First byte and size of everything behind a pool."""
+    def space_after(self, pool: str) -> tuple[int, int]:
+        """Address and bytes of everything after a pool."""
         ends = [
             offset + buffer.nbytes
             for buffer, offset in zip(self.plan.buffers, self.plan.offsets, strict=True)
@@ -111,15 +111,15 @@ class DeviceMemory:
 
 
 class PinnedArray:
-    """Pinned host memory, mapped to the device: an array of zeros, and a view with its device address. `made` owns it;
-    the array is invalid after `made` is closed.
+    """Pinned host memory, mapped to the device: an array of zeros, and a view with its device address. `resources` owns
+    it; the array is invalid after `resources` is closed.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, made: Resources) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, resources: Resources) -> None:
         from cuda.bindings import driver
 
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        pointer = int(made.call("cuMemHostAlloc", nbytes, driver.CU_MEMHOSTALLOC_DEVICEMAP, undo="cuMemFreeHost"))
+        pointer = int(resources.call("cuMemHostAlloc", nbytes, driver.CU_MEMHOSTALLOC_DEVICEMAP, undo="cuMemFreeHost"))
         address = int(call("cuMemHostGetDevicePointer", pointer, 0))
         self.view = View("pinned", address, shape, dtype)
         self.array = View("pinned", pointer, shape, dtype).host_array()

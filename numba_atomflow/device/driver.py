@@ -1,4 +1,4 @@
-"""The CUDA driver as this project uses it: every call is checked, and a failure is one sentence.
+"""The CUDA driver: every call is checked, and a failure is an error with one sentence.
 
 A process has at most one context per GPU, created for its first user and destroyed with its last. It is not the primary
 context that numba and PyTorch share, so closing the last engine frees everything. A context belongs to the process that
@@ -16,10 +16,10 @@ from typing import Any
 from numba_atomflow.errors import BackendError
 from numba_atomflow.utils.interrupts import deferred_interrupts
 
-OLDEST = (8, 0)  # compute capability: the first with `mma` on float16 with 16 columns and with `cp.async`
+OLDEST = (8, 0)  # compute capability: the first with `mma.m16n8k16` on float16 and with `cp.async`
 _INSTALL = "pip install 'numba-atomflow[cu13]' (or [cu12] for an older driver)"
 
-# After these, every call of the process fails. Source: the driver's documentation of CUresult.
+# Sticky errors: every later call of the process fails. Source: the driver's documentation of CUresult.
 _FINAL = {
     f"CUDA_ERROR_{name}"
     for name in (
@@ -46,7 +46,7 @@ _ADVICE = {
     "CUDA_ERROR_NO_BINARY_FOR_GPU": _OTHER_LIBRARIES,
 }
 
-_lock = threading.RLock()  # a forgotten engine may be collected, and closed, on the very thread that holds it
+_lock = threading.RLock()  # an unclosed engine may be collected, and closed, on the thread that holds it
 _initialised_in: int | None = None  # process
 
 

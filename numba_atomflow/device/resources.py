@@ -1,8 +1,8 @@
-"""What has been made on the GPU, and giving it back: everything, once, last made first, whatever happens.
+"""Ownership of GPU resources: everything is released exactly once, in reverse order, also after errors and Ctrl-C.
 
-The rule is that nothing is made without an owner. The owner's entry is there before the thing is made, Ctrl-C waits
-while the driver makes it, and giving back takes each entry off the list before it is undone. So neither an error nor
-Ctrl-C between two instructions leaves anything behind, and closing twice, or closing after a failure, is fine.
+Nothing is created without an owner. The owner's entry exists before the resource is created, Ctrl-C is deferred while
+the driver creates it, and closing removes each entry before it is undone. So neither an error nor Ctrl-C between two
+bytecodes leaks anything, and closing twice, or closing after a failure, is safe.
 """
 
 import os
@@ -19,38 +19,38 @@ from numba_atomflow.utils.interrupts import deferred_interrupts
 
 T = TypeVar("T")
 
-_NOTHING: Any = object()  # in an entry whose thing is not made (yet)
+_NOTHING: Any = object()  # in an entry whose resource does not exist (yet)
 
 
 class _Entry:
-    """Something made, and what undoes it."""
+    """A resource, and the function that releases it."""
 
-    __slots__ = ("made", "undo")
+    __slots__ = ("undo", "value")
 
     def __init__(self, undo: Callable[[Any], object]) -> None:
         self.undo = undo
-        self.made = _NOTHING
+        self.value = _NOTHING
 
 
 class Resources:
-    """A list of what to undo. Calls of the driver go to the context that is current on the calling thread."""
+    """A list of resources to release. Driver calls use the context that is current on the calling thread."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
-        self._streams: list[Any] = []  # that may still work with what is given back
+        self._streams: list[Any] = []  # that may still use the resources
         self._process = os.getpid()
         self._lock = threading.RLock()
 
     def make(self, make: Callable[..., T], *arguments: Any, undo: Callable[[T], object]) -> T:
-        """What `make(*arguments)` returns, which `close` hands to `undo`."""
+        """Create a resource by `make(*arguments)`; `close` calls `undo` with it."""
         entry = _Entry(undo)
         self._entries.append(entry)
         with deferred_interrupts():
-            made = entry.made = make(*arguments)
-        return made
+            value = entry.value = make(*arguments)
+        return value
 
     def call(self, function: str, *arguments: Any, undo: str) -> Any:
-        """Call a function of the driver that makes something; `undo` names the one that takes it back.
+        """Call a function of the driver that creates a resource; `undo` names the one that releases it.
 
         Raises:
             DriverError: it failed.
@@ -58,7 +58,7 @@ class Resources:
         return self.make(call, function, *arguments, undo=partial(call, undo))
 
     def stream(self) -> Any:
-        """A stream of its own. `close` waits for what is queued in it before anything else."""
+        """Create a stream. `close` waits for its work before it releases anything."""
         from cuda.bindings import driver
 
         stream = self.call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING, undo="cuStreamDestroy")
@@ -67,23 +67,23 @@ class Resources:
 
     @contextmanager
     def scope(self, stream: Any = None) -> Iterator["Resources"]:
-        """Resources that last as long as the block; should closing them be interrupted, as long as these ones.
+        """Resources of a `with` block; if closing them is interrupted, these ones release the rest.
 
         Args:
-            stream: that works with them: closing waits for it.
+            stream: that uses them: closing waits for it.
         """
         inner = Resources()
         if stream is not None:
             inner._streams.append(stream)
         entry = _Entry(Resources.close)
-        entry.made = inner
+        entry.value = inner
         self._entries.append(entry)
         try:
             yield inner
-        except GeneratorExit:  # Ctrl-C before the block has begun; by now another context may be current
+        except GeneratorExit:  # Ctrl-C before the block has begun; another context may be current
             raise
         except BaseException:
-            with suppress(Exception):  # the block's own error is the one to tell
+            with suppress(Exception):  # the block's own error is the one to report
                 self._close_inner(entry)
             raise
         self._close_inner(entry)
@@ -91,20 +91,19 @@ class Resources:
     def _close_inner(self, entry: _Entry) -> None:
         with deferred_interrupts():
             try:
-                entry.made.close()
+                entry.value.close()
             finally:
-                with suppress(ValueError):  # closed by its owner in the meantime
+                with suppress(ValueError):  # already closed by its owner
                     self._entries.remove(entry)
 
     def held(self) -> list[Any]:
-        """All that was made and not given back, in the order of making."""
-        return [entry.made for entry in self._entries if entry.made is not _NOTHING]
+        """All resources that exist, in the order of creation."""
+        return [entry.value for entry in self._entries if entry.value is not _NOTHING]
 
     def close(self) -> None:
-        """Give everything back. Closing twice is fine; in a forked child, whose parent owns it all, nothing is undone.
+        """Release everything. Closing twice is safe; in a forked child, whose parent owns it all, nothing is released.
 
-        A failing call of the driver is passed over: after a failure of the GPU everything went with the context, and
-        it says so each time.
+        Failing driver calls are ignored: after a failure of the GPU the context is lost, and every call reports that.
         """
         if os.getpid() != self._process:  # the lock may have been another thread's
             self._entries.clear()
@@ -115,16 +114,16 @@ class Resources:
                 _undo(partial(call, "cuStreamSynchronize"), self._streams.pop(), failures)
             while self._entries:
                 entry = self._entries.pop()
-                if entry.made is not _NOTHING:
-                    _undo(entry.undo, entry.made, failures)
+                if entry.value is not _NOTHING:
+                    _undo(entry.undo, entry.value, failures)
         if failures:
             raise failures[0]
 
 
-def _undo(undo: Callable[[Any], object], made: Any, failures: list[BaseException]) -> None:
-    """Whatever happens here, the rest is given back all the same."""
+def _undo(undo: Callable[[Any], object], value: Any, failures: list[BaseException]) -> None:
+    """Release one resource, and record an error instead of raising it, so that the rest is released too."""
     try:
-        undo(made)
+        undo(value)
     except DriverError:
         pass
     except BaseException as error:
@@ -132,16 +131,16 @@ def _undo(undo: Callable[[Any], object], made: Any, failures: list[BaseException
 
 
 class DeviceResources:
-    """One owner's use of the process's GPU: the device itself, and in `made` all that the owner makes there.
+    """One owner's use of a GPU: the device itself, and in `resources` all that the owner creates there.
 
-    Given back by `close`, when the object is collected, and when the interpreter ends: by whichever comes first.
+    Released by `close`, when the object is collected, or when the interpreter ends, whichever comes first.
     """
 
     def __init__(self) -> None:
-        self.made = Resources()
+        self.resources = Resources()
         self.closed = False
-        self._use = Resources()  # the device, closed when its context is needed no more
-        self._forgotten = weakref.finalize(self, _give_back, self._use, self.made)
+        self._device = Resources()  # the device alone: closed last, because the others need its context
+        self._finalizer = weakref.finalize(self, _release, self._device, self.resources)
 
     def open(self, device_ordinal: int = 0) -> Device:
         """A GPU, by its number among those that the driver sees.
@@ -149,7 +148,7 @@ class DeviceResources:
         Raises:
             BackendError: there is no such GPU, or it cannot be used.
         """
-        return self._use.make(open_device, device_ordinal, undo=Device.close)
+        return self._device.make(open_device, device_ordinal, undo=Device.close)
 
     def current(self) -> AbstractContextManager[None]:
         """`Device.current`.
@@ -157,17 +156,17 @@ class DeviceResources:
         Raises:
             ClosedError: closed, or never opened.
         """
-        devices = self._use.held()
+        devices = self._device.held()
         if self.closed or not devices:
             raise closed_sentence()
         device: Device = devices[0]
         return device.current()
 
     def close(self) -> None:
-        """Give everything back. Closing twice is fine."""
+        """Release everything. Closing twice is safe."""
         self.closed = True
-        _give_back(self._use, self.made)
-        self._forgotten.detach()
+        _release(self._device, self.resources)
+        self._finalizer.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -177,15 +176,15 @@ class DeviceResources:
 
 
 def closed_sentence() -> ClosedError:
-    """What to raise for a use after closing."""
+    """The error for a use after closing."""
     return ClosedError("This model's memory on the GPU has been given back; load the model again.")
 
 
-def _give_back(use: Resources, made: Resources) -> None:
+def _release(devices: Resources, resources: Resources) -> None:
     with deferred_interrupts():
         try:
-            for device in use.held():
+            for device in devices.held():
                 with suppress(BackendError), device.current():
-                    made.close()
+                    resources.close()
         finally:
-            use.close()
+            devices.close()

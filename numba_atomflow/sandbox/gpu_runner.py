@@ -89,7 +89,7 @@ class GpuRunner:
             raise
 
     def _allocate(self) -> None:
-        made = self._owner.made
+        made = self._owner.resources
         self._stream = made.stream()
         self._arena = DeviceArena(self.plan, made)
         self._memory = DeviceMemory(self._stream)
@@ -109,7 +109,7 @@ class GpuRunner:
         planned = self.kernels.planned
         codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
         with self._owner.current():
-            self._loaded = {spec.name: Kernel(spec, code, self._owner.made) for spec, code in codes.items()}
+            self._loaded = {spec.name: Kernel(spec, code, self._owner.resources) for spec, code in codes.items()}
             self._upload(progress)
             self.use_block_size(self.sizes.block_sizes[0])
             for width in self.kernels.widths:
@@ -119,7 +119,7 @@ class GpuRunner:
 
     def _upload(self, progress: Progress | None) -> None:
         targets = {b.name: self._arena[b.name] for b in self.plan.buffers if b.pool == "weights"}
-        staging = self._arena.behind("weights")
+        staging = self._arena.space_after("weights")
         upload(Uploader(self._loaded, staging, self._stream), self._weights, targets, self.kernels.layout_of, progress)
         # Padding of activations must be zero, and counters start at zero.
         self._arena.clear(("activations", "workspace"), self._stream)
@@ -223,7 +223,9 @@ class GpuRunner:
         """The step of this width, with or without LM head and arg-max."""
         key = width, layout, self.block_size if layout == "paged" else 0, with_logits
         if key not in self._graphs:
-            self._graphs[key] = Graph(self._step_launches(width, layout, with_logits), self._stream, self._owner.made)
+            self._graphs[key] = Graph(
+                self._step_launches(width, layout, with_logits), self._stream, self._owner.resources
+            )
         return self._graphs[key]
 
     def _step_launches(self, width: int, layout: Layout, with_logits: bool) -> list[Launch]:
@@ -297,7 +299,7 @@ class GpuRunner:
         return self._arena["step"].index(STEP_INPUTS.index(name))
 
     def _launch(self, name: str, arguments: Sequence[DeviceArray | int]) -> Launch:
-        return Launch(self._loaded[name], self.kernels.planned[name].blocks, arguments, self._stream)
+        return Launch(self._loaded[name], self.kernels.planned[name].ctas, arguments, self._stream)
 
     # --- times -------------------------------------------------------------------------------------------------------
 
@@ -306,7 +308,7 @@ class GpuRunner:
         with self._owner.current():
             width = self._upload_batch(batch, self._padding_slot(layout))
             launches = [self._attention(width, layout, i) for i in range(self.geometry.layers)]
-            return time_launches(launches, self._stream, repeats, self._owner.made)
+            return time_launches(launches, self._stream, repeats, self._owner.resources)
 
     def time_step(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of the whole step's graph."""

@@ -108,11 +108,11 @@ def test_an_arena_allocates_once_and_clears_what_it_is_told(pretended: Pretended
     with DeviceResources() as owner:
         owner.open()
         with owner.current():
-            arena = DeviceArena(plan_memory(buffers), owner.made)
+            arena = DeviceArena(plan_memory(buffers), owner.resources)
             arena.clear(("activations", "workspace"), stream=None)
     assert pretended.calls.count("cuMemAlloc") == 1
     assert pretended.cleared == [(arena["x"].address, 30), (arena["y"].address, 56)]
-    assert arena.behind("weights") == (arena["x"].address, arena.plan.total - 512)
+    assert arena.space_after("weights") == (arena["x"].address, arena.plan.total - 512)
     assert pretended.calls.count("cuMemFree") == 1
     assert np.dtype(arena["x"].dtype) == np.float16
 
@@ -124,7 +124,7 @@ def test_a_plan_larger_than_what_is_free_is_refused_with_the_numbers(pretended: 
         owner.open()
         refusal = r"needs 8\.59 GB on the GPU \(weights 8\.59, .* use --backend cpu\."
         with owner.current(), pytest.raises(BackendError, match=refusal):
-            DeviceArena(plan, owner.made)
+            DeviceArena(plan, owner.resources)
     assert "cuMemAlloc" not in pretended.calls
 
 
@@ -145,7 +145,7 @@ def test_named_arguments_are_packed_in_the_order_of_their_class(pretended: Prete
     with DeviceResources() as owner:
         owner.open()
         with owner.current():
-            kernel = Kernel(spec, b"code", owner.made)
+            kernel = Kernel(spec, b"code", owner.resources)
             launch = Launch(kernel, 132, Arguments(count=7, x=View("x", 4096, (5,), "float32")), stream=0)
             assert list(launch._words) == [0, 0, 5, 4, 4096, 5, 4, 7]
             with pytest.raises(TypeError, match="k takes a Arguments, not a tuple"):
@@ -161,7 +161,7 @@ def test_a_launch_has_the_attributes_of_its_spec(
     with DeviceResources() as owner:
         owner.open()
         with owner.current():
-            kernel = Kernel(spec_of(dependent=dependent, cooperative=cooperative), b"code", owner.made)
+            kernel = Kernel(spec_of(dependent=dependent, cooperative=cooperative), b"code", owner.resources)
             Launch(kernel, 132, (7,), stream=0).run()
     (config,) = pretended.launched
     assert (config.gridDimX, config.blockDimX, config.sharedMemBytes) == (132, 96, 4096)
@@ -181,7 +181,7 @@ def test_a_cooperative_grid_that_does_not_fit_is_an_error(pretended: PretendedDr
     with DeviceResources() as owner:
         owner.open()
         with owner.current():
-            launch = Launch(Kernel(spec_of(cooperative=True), b"code", owner.made), 1 << 20, (7,), stream=0)
+            launch = Launch(Kernel(spec_of(cooperative=True), b"code", owner.resources), 1 << 20, (7,), stream=0)
             with pytest.raises(DriverError, match="in cuLaunchKernelEx") as caught:
                 launch.run()
     assert caught.value.code == "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"

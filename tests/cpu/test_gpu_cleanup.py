@@ -162,9 +162,9 @@ def use_the_gpu() -> None:
     with DeviceResources() as owner:
         owner.open()
         with owner.current():
-            stream = owner.made.stream()
-            owner.made.call("cuMemAlloc", 64, undo="cuMemFree")
-            with owner.made.scope(stream) as inner:
+            stream = owner.resources.stream()
+            owner.resources.call("cuMemAlloc", 64, undo="cuMemFree")
+            with owner.resources.scope(stream) as inner:
                 inner.call("cuMemAlloc", 64, undo="cuMemFree")
 
 
@@ -327,7 +327,7 @@ def test_an_engine_that_is_not_closed_is_freed_when_collected_or_at_exit(pretend
     gc.collect()
     assert pretended.counts() == {}
     engine = load()
-    engine.backend._owner._forgotten()  # type: ignore[attr-defined]  what the interpreter calls at its end
+    engine.backend._owner._finalizer()  # type: ignore[attr-defined]  what the interpreter calls at its end
     assert pretended.counts() == {}
     engine.close()
     engine.close()

@@ -136,7 +136,7 @@ def test_the_kernel_that_takes_times_is_another_one() -> None:
     assert traced.spec.name == "persistent_traced"
     assert "persistent_traced" not in kernels.planned  # compiled only on request
     assert traced.spec.digest() != plain.spec.digest()
-    assert (traced.blocks, traced.spec.cooperative, traced.spec.shared_bytes) == (132, True, plain.spec.shared_bytes)
+    assert (traced.ctas, traced.spec.cooperative, traced.spec.shared_bytes) == (132, True, plain.spec.shared_bytes)
 
 
 # --- the plot --------------------------------------------------------------------------------------------------------

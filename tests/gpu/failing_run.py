@@ -24,7 +24,7 @@ def fail(backend: CudaBackend) -> None:
         nowhere = View("nowhere", 0x10, (1 << 20,), "float32")
         table, tokens = backend._model.weights.projections["embedding"].codes, backend._model.buffers["tokens"]
         arguments = EmbedArguments(table, tokens, nowhere)
-        Launch(good.kernel, good.blocks, arguments, backend.stream).run()
+        Launch(good.kernel, good.ctas, arguments, backend.stream).run()
 
 
 def main() -> None:

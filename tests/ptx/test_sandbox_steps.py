@@ -42,7 +42,7 @@ def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple
     }
 
     def launch(name: str, arguments: tuple[Any, ...]) -> Any:
-        seen.append((name, made.kernels.planned[name].blocks, arguments))
+        seen.append((name, made.kernels.planned[name].ctas, arguments))
 
     made._launch = launch  # type: ignore[method-assign]
     return made

@@ -64,7 +64,7 @@ class SimulatedRunner(GpuRunner):
         parameters = (spec.signature(*arrays),) if isinstance(spec.signature, type) else arrays
 
         def run() -> None:
-            spec.make()[planned.blocks, spec.threads, 0, spec.shared_bytes](*parameters)
+            spec.make()[planned.ctas, spec.threads, 0, spec.shared_bytes](*parameters)
 
         return run
 

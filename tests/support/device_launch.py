@@ -21,7 +21,7 @@ def _device() -> tuple[DeviceResources, tuple[int, int], Any]:
     owner = DeviceResources()
     capability = owner.open().capability
     with owner.current():
-        return owner, capability, owner.made.stream()
+        return owner, capability, owner.resources.stream()
 
 
 def capability() -> tuple[int, int]:
@@ -43,12 +43,12 @@ def launch_on_device(kernel: Any, blocks: int, threads: int, shared_bytes: int, 
     types = tuple(f"{a.dtype.name}*" if isinstance(a, np.ndarray) else "int64" for a in arguments)
     assert signature is None or types == element_types(signature), "the class declares other types"
     signature = signature or types
-    with owner.current(), owner.made.scope(stream) as made:
+    with owner.current(), owner.resources.scope(stream) as made:
         key = (id(kernel), signature, threads, shared_bytes)
         if key not in _loaded:
             spec = KernelSpec("tested", "", (), signature, threads, shared_bytes)
             code, _ = assemble(make_ptx(kernel, spec, capability), capability)
-            _loaded[key] = kernel, Kernel(spec, code, owner.made)
+            _loaded[key] = kernel, Kernel(spec, code, owner.resources)
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
         addresses = [int(made.call("cuMemAlloc", max(a.nbytes, 1), undo="cuMemFree")) for a in arrays]
         for address, array in zip(addresses, arrays, strict=True):

@@ -82,7 +82,7 @@ class CudaBackend:
             raise
 
     def _allocate(self) -> None:
-        resources = self._owner.made
+        resources = self._owner.resources
         self.stream = resources.stream()
         self._model = DeviceModel(self.kernels, self.plan, self.stream, resources)
         self._prompts = PromptStaging(self.stream, resources)
@@ -99,9 +99,9 @@ class CudaBackend:
         self.compile_seconds = time.perf_counter() - started
         owner, model = self._owner, self._model
         with owner.current():
-            loaded = {spec.name: Kernel(spec, code, owner.made) for spec, code in codes.items()}
+            loaded = {spec.name: Kernel(spec, code, owner.resources) for spec, code in codes.items()}
             model.upload(loaded, self._arrays, progress)
-            self._graphs = StepGraphs(model, loaded, self._ring.view, owner.made, capture=self._capture)
+            self._graphs = StepGraphs(model, loaded, self._ring.view, owner.resources, capture=self._capture)
             self._graphs.prepare(self.prefill_chunk)
             self._queue = StepQueue(model, self._graphs, self._ring, owner, self._max_seq_len)
             self.measure = CudaMeasurements(model, self._graphs, self._queue, self._gpu, owner)

@@ -113,7 +113,7 @@ class Binder:
         return f"{kind}_x{self._kernels.width_for(rows.shape[0])}"
 
     def _launch(self, name: str, arguments: Sequence[DeviceArray | int]) -> Launch:
-        return Launch(self._loaded[name], self._kernels.planned[name].blocks, arguments, self._model.stream)
+        return Launch(self._loaded[name], self._kernels.planned[name].ctas, arguments, self._model.stream)
 
 
 def _norm_inputs(op: Qkv | GateUp | LmHead) -> dict[str, View]:

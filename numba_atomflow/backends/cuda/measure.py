@@ -41,7 +41,7 @@ class CudaMeasurements:
     def ceilings(self) -> dict[str, float]:
         """GB/s of reading this GPU's memory, by loads and by TMA bulk copies, measured now."""
         with self._owner.current():
-            return measure_ceilings(self._device, self._model.stream, self._owner.made)
+            return measure_ceilings(self._device, self._model.stream, self._owner.resources)
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
         """The decode step's ops in order, each with the seconds of its kind; those of the persistent kernel with what
@@ -69,7 +69,7 @@ class CudaMeasurements:
             launches = [
                 launch for op in members for launch in self._graphs.bind(op, sampled=True, argmax_done=argmax_done)
             ]
-            per_launch = time_launches(launches, self._model.stream, repeats, self._owner.made)
+            per_launch = time_launches(launches, self._model.stream, repeats, self._owner.resources)
             seconds[kind] = per_launch * len(launches) / len(members)
         return seconds
 
@@ -115,7 +115,7 @@ class CudaMeasurements:
         if self._traced_kernel is None:
             spec = self._model.kernels.persistent_traced.spec
             code = build([spec], self._device.capability, progress)[spec]
-            self._traced_kernel = Kernel(spec, code, self._owner.made)
+            self._traced_kernel = Kernel(spec, code, self._owner.resources)
         choose = self._graphs.samples_in_kernel
         return persistent.launch(0, persistent.shape.ops, choose=choose, traced=self._traced_kernel)
 

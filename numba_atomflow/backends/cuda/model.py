@@ -78,7 +78,7 @@ class DeviceModel:
         Args:
             loaded: kernels by name. arrays: of the checkpoint, by name.
         """
-        uploader = Uploader(loaded, self._arena.behind("weights"), self.stream)
+        uploader = Uploader(loaded, self._arena.space_after("weights"), self.stream)
         upload(uploader, arrays, self.weight_views, self.kernels.layout_of, progress)
         # Padding of activations must be zero, and counters start at zero; staging has overwritten both.
         self._arena.clear(("activations", "workspace"), self.stream)

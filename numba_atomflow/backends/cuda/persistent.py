@@ -144,7 +144,7 @@ class PersistentStep:
             plane=self._plane,
             layer=layer,
         )
-        return Launch(self._loaded["publish"], planned.blocks, arguments, self._stream)
+        return Launch(self._loaded["publish"], planned.ctas, arguments, self._stream)
 
     def trace(self, ops: Sequence[Op], times: NDArray[np.int64]) -> StepTrace:
         """What a traced launch of a whole step has left in `persistent.timestamps`, int64 [blocks * ops * EVENTS]."""

@@ -1,4 +1,4 @@
-"""Launches captured into a graph and replayed; and times, by events around replays: the host takes no part in them."""
+"""CUDA graphs: captured launches and their replay; and timing by events around replays, without the host."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,31 +11,31 @@ from numba_atomflow.device.driver import DriverError, call
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 
-LEAST_LAUNCHES = 32  # in a timed graph: starting it costs some 5 us, which this many share
+LEAST_LAUNCHES = 32  # in a timed graph, to amortise some 5 us for its start
 
 
 class Graph:
-    """A step, captured from the launches that also run eagerly. It is never patched: all that changes from token to
-    token is in device memory. `made` owns it.
+    """A step, captured from the launches that also run eagerly. It is never updated: what changes from token to token
+    is in device memory. `resources` owns it.
     """
 
-    def __init__(self, launches: Sequence[Launch], stream: Any, made: Resources) -> None:
-        self.stream, self.made = stream, made
-        with made.scope() as capturing:
+    def __init__(self, launches: Sequence[Launch], stream: Any, resources: Resources) -> None:
+        self.stream, self.resources = stream, resources
+        with resources.scope() as capturing:
             graph = capturing.make(_capture, launches, stream, undo=partial(call, "cuGraphDestroy"))
-            self._executable = made.call("cuGraphInstantiate", graph, 0, undo="cuGraphExecDestroy")
+            self._executable = resources.call("cuGraphInstantiate", graph, 0, undo="cuGraphExecDestroy")
         call("cuGraphUpload", self._executable, stream)
 
     def replay(self) -> None:
-        """Put the step into the stream once more."""
+        """Launch the step in its stream."""
         call("cuGraphLaunch", self._executable, self.stream)
 
 
 def _capture(launches: Sequence[Launch], stream: Any) -> Any:
     """The driver's graph of these launches.
 
-    Captured in relaxed mode: an engine that nobody closed may be collected just now, on this thread, and what it gives
-    back has nothing to do with this stream. In the other modes such calls fail, and the capture with them.
+    Captured in relaxed mode: an engine that was not closed may be collected at any moment, on this thread, and frees
+    resources that have nothing to do with this stream. In the other modes such calls fail, and the capture with them.
     """
     from cuda.bindings import driver
 
@@ -44,20 +44,20 @@ def _capture(launches: Sequence[Launch], stream: Any) -> Any:
         for launch in launches:
             launch.run()
     except BaseException:
-        with suppress(DriverError):  # the launch's own error is the one to tell
+        with suppress(DriverError):  # the launch's own error is the one to report
             call("cuGraphDestroy", call("cuStreamEndCapture", stream))
         raise
     return call("cuStreamEndCapture", stream)
 
 
 def time_graph(graph: Graph, repeats: int, before: Callable[[], None] | None = None) -> list[float]:
-    """Seconds of each of `repeats` replays, after one that is thrown away.
+    """Seconds of each of `repeats` replays, after one that is discarded.
 
     Args:
-        before: put into the stream ahead of each replay, outside of what is timed.
+        before: called before each replay, outside of the timed interval; launches in the same stream.
     """
     seconds = []
-    with graph.made.scope(graph.stream) as events:
+    with graph.resources.scope(graph.stream) as events:
         start, end = (events.call("cuEventCreate", 0, undo="cuEventDestroy") for _ in range(2))
         for _ in range(repeats + 1):
             if before:
@@ -70,14 +70,14 @@ def time_graph(graph: Graph, repeats: int, before: Callable[[], None] | None = N
     return seconds[1:]
 
 
-def time_launches(launches: Sequence[Launch], stream: Any, repeats: int, made: Resources) -> float:
-    """Median seconds of one launch, when these follow each other, as often as it takes to hide the graph's start.
+def time_launches(launches: Sequence[Launch], stream: Any, repeats: int, resources: Resources) -> float:
+    """Median seconds of one launch, in a sequence long enough to hide the graph's start.
 
     Args:
-        made: owns the graph while it is needed.
+        resources: owns the graph.
     """
     times = -(-LEAST_LAUNCHES // len(launches))
-    with made.scope(stream) as timing:
+    with resources.scope(stream) as timing:
         graph = Graph([*launches] * times, stream, timing)
         total = float(np.median(time_graph(graph, repeats)))
     return total / (times * len(launches))

@@ -1,7 +1,7 @@
-"""Machine code on the GPU, and launches whose arguments stay in place: what a graph is captured from.
+"""Loaded kernels, and launches with packed arguments, which a graph is captured from.
 
-numba passes an array as seven words: two pointers to its owner (unused here), number of elements, bytes of one,
-address, number of elements, stride. A launch packs them once; running it again costs one call of the driver.
+numba passes an array as seven words: two pointers to its owner (unused here), number of elements, bytes per element,
+address, number of elements, stride. A launch packs them once; running it again is one call of the driver.
 """
 
 import ctypes
@@ -14,11 +14,11 @@ from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
 
-_PLAIN_SHARED_BYTES = 48 * 1024  # a block may have more only if its function says so
+_PLAIN_SHARED_BYTES = 48 * 1024  # a CTA may have more only if its function has the attribute
 
 
 class DeviceArray(Protocol):
-    """What a kernel needs to know of an array: a view of `memory` has it."""
+    """An array of device memory, such as a view of `memory`: its address and its bytes."""
 
     @property
     def address(self) -> int: ...
@@ -27,11 +27,11 @@ class DeviceArray(Protocol):
 
 
 class Kernel:
-    """A kernel's machine code, loaded into the current context; `made` owns it."""
+    """A kernel's machine code, loaded into the current context; `resources` owns it."""
 
-    def __init__(self, spec: KernelSpec, code: bytes, made: Resources) -> None:
+    def __init__(self, spec: KernelSpec, code: bytes, resources: Resources) -> None:
         self.spec = spec
-        module = made.call("cuModuleLoadData", code, undo="cuModuleUnload")
+        module = resources.call("cuModuleLoadData", code, undo="cuModuleUnload")
         self.function = call("cuModuleGetFunction", module, spec.name.encode())
         if spec.shared_bytes > _PLAIN_SHARED_BYTES:
             from cuda.bindings import driver
@@ -41,24 +41,24 @@ class Kernel:
 
 
 class Launch:
-    """A kernel with its arguments, ready to be put into a stream as often as one likes.
+    """A kernel with packed arguments, to be launched any number of times.
 
     Args:
-        blocks: of the grid.
+        ctas: grid size.
         arguments: arrays of device memory, and numbers: a value of the NamedTuple class that is the kernel's signature,
             or, where that is a tuple of types, as many values in its order.
+        stream: that `run` uses.
 
     Raises:
         TypeError: they are no value of the signature's class, or a number where the kernel takes an array.
-        stream: that `run` uses.
     """
 
-    def __init__(self, kernel: Kernel, blocks: int, arguments: Sequence[DeviceArray | int], stream: Any) -> None:
+    def __init__(self, kernel: Kernel, ctas: int, arguments: Sequence[DeviceArray | int], stream: Any) -> None:
         from cuda.bindings import driver
 
         spec = kernel.spec
         self.kernel = kernel
-        self.blocks = blocks
+        self.ctas = ctas
         if isinstance(spec.signature, type) and not isinstance(arguments, spec.signature):
             raise TypeError(f"{spec.name} takes a {spec.signature.__name__}, not a {type(arguments).__name__}")
         words = [word for kind, value in zip(spec.element_types, arguments, strict=True) for word in _pack(kind, value)]
@@ -66,7 +66,7 @@ class Launch:
         start = ctypes.addressof(self._words)
         self._pointers = (ctypes.c_void_p * len(words))(*range(start, start + 8 * len(words), 8))
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = ctas, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = spec.threads, 1, 1
         config.sharedMemBytes = spec.shared_bytes
         config.hStream = stream
@@ -75,11 +75,11 @@ class Launch:
         self._config = config
 
     def run(self) -> None:
-        """Put it into its stream.
+        """Launch it in its stream.
 
         Raises:
             DriverError: it cannot be launched; CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE if it is cooperative and the
-                GPU cannot hold all of its blocks at once.
+                GPU cannot hold all of its CTAs at once.
         """
         call("cuLaunchKernelEx", self._config, self.kernel.function, ctypes.addressof(self._pointers), 0)
 

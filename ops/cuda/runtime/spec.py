@@ -1,6 +1,6 @@
-"""A GPU kernel as data: which factory makes it, from what, and how it is called.
+"""A GPU kernel as data: its factory, the factory's arguments, and its launch configuration.
 
-A spec can be compiled here or in another process, found again in a cache on disk, and launched, all without the
+A spec can be pickled, compiled in another process, found in the cache on disk, and launched, without the compiled
 function itself.
 """
 
@@ -29,15 +29,15 @@ class KernelSpec:
     Attributes:
         name: as profilers show it; letters, digits and underscores.
         factory: a function of a module (specs are pickled); takes `arguments`, returns the kernel as numba has it.
-        arguments: of the factory: plain values and shapes, whose `repr` tells them apart.
+        arguments: of the factory: plain values and frozen records, which their `repr` identifies.
         signature: a `typing.NamedTuple` class, which is the kernel's single parameter: its fields are annotated with
             U32, F32, NUMBER, ... A value of it is what a launch packs, what device code reads by name
             (`arguments.tokens`) and what tests fill by keyword; it compiles to the same parameters as one for each
             field. Or a tuple of these types, for a kernel with as many parameters.
-        threads: per block. shared_bytes: dynamic shared memory.
-        dependent: it may be launched before the kernel before it has ended (programmatic dependent launch).
-        cooperative: its blocks wait for each other, so that all must be resident at once; the driver refuses a grid
-            that does not fit, which would wait for ever.
+        threads: per CTA. shared_bytes: dynamic shared memory per CTA.
+        dependent: programmatic dependent launch: it may start before the previous kernel has ended.
+        cooperative: its CTAs wait for each other, so that all must be resident at once; the driver refuses a grid that
+            does not fit, which would deadlock.
     """
 
     name: str
@@ -69,7 +69,7 @@ class KernelSpec:
         return (types.NamedTuple(fields, self.signature),) if isinstance(self.signature, type) else fields
 
     def digest(self) -> str:
-        """Tells this kernel from others made by the same source: 16 hexadecimal digits."""
+        """Identifies the kernel among those of the same source: 16 hexadecimal digits."""
         factory = f"{self.factory.__module__}:{self.factory.__qualname__}"
         return hashlib.sha256(repr((factory, self.arguments, self.element_types)).encode()).hexdigest()[:16]
 
@@ -83,10 +83,10 @@ def element_types(signature: type[tuple[Any, ...]] | tuple[Any, ...]) -> tuple[s
 
 @dataclass(frozen=True)
 class Planned:
-    """A kernel and the number of blocks that it is launched with; 0 where that is decided at each launch."""
+    """A kernel and its grid size in CTAs; 0 where each launch has its own."""
 
     spec: KernelSpec
-    blocks: int
+    ctas: int
 
 
 def kernel_spec(
@@ -97,9 +97,9 @@ def kernel_spec(
     shared_bytes: int = 0,
     **arguments: Any,
 ) -> KernelSpec:
-    """A spec whose factory takes `arguments`; one of them, `dependent`, also says how it is launched.
+    """A spec whose factory takes `arguments`; one of them, `dependent`, is also part of the launch configuration.
 
-    A cooperative one is `replace(kernel_spec(...), cooperative=True)`: its factory need not know.
+    For a cooperative kernel: `replace(kernel_spec(...), cooperative=True)`.
     """
     dependent = bool(arguments.get("dependent", False))
     return KernelSpec(name, factory, tuple(sorted(arguments.items())), signature, threads, shared_bytes, dependent)
