@@ -111,13 +111,15 @@ def _record(checkpoint: "Checkpoint", method: MethodChoice, seconds: float) -> d
 
 
 def _show(record: dict[str, Any]) -> None:
-    made = f"{record['method']}, {record['head']} head, {record['seconds']:.1f} s"
-    lines = [f"{record['path']}: {record['parameters']:,} parameters in {output.size(record['bytes'])}, {made}"]
+    how = f"{record['method']}, {record['head']} head, {record['seconds']:.1f} s"
+    lines = [f"{record['path']}: {record['parameters']:,} parameters in {output.size(record['bytes'])}, {how}"]
     calibration = record["calibration"]
     if calibration is not None:
         lines.append(f"calibrated on {calibration['tokens']:,} tokens of {calibration['text']}; relative error there:")
         for projection in ("qkv", "o", "gate_up", "down"):
             pairs = [pair for name, pair in calibration["errors"].items() if name.endswith("." + projection)]
             rounded, kept = (sum(pair[key] for pair in pairs) / len(pairs) for key in ("rtn", "kept"))
-            lines.append(f"  {projection:<8}{rounded:8.3%} rounded to nearest, {kept:7.3%} now (mean of layers)")
+            lines.append(
+                f"  {projection:<8}{rounded:8.3%} rounded to nearest, {kept:7.3%} as stored (mean over layers)"
+            )
     output.emit("\n".join(lines) + "\n")
