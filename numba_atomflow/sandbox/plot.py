@@ -1,4 +1,4 @@
-"""Plots of a served workload and of a comparison. Need the extra `plot` (matplotlib)."""
+"""Plots of a served workload and of a comparison. They need the extra `plot` (matplotlib)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from numba_atomflow.utils.plot import plot_file
 
 
 def plot_run(steps: Sequence[StepRecord], blocks: int, path: Path) -> None:
-    """Requests, KV blocks in use, and tokens per second, over the server's clock.
+    """Requests, KV blocks in use, and throughput of each step, over the engine's clock.
 
     Raises:
         DestinationError: the file cannot be written.
@@ -28,14 +28,14 @@ def plot_run(steps: Sequence[StepRecord], blocks: int, path: Path) -> None:
         cache.set_ylabel(f"KV blocks in use, %\nof {blocks}")
         speeds = [step.generated_tokens / took for step, took in zip(steps, seconds, strict=True)]
         speed.plot(times, speeds, ".", color="tab:purple")
-        speed.set_ylabel("tokens per second,\neach step")
-        speed.set_xlabel("time on the server's clock, s")
+        speed.set_ylabel("generated tokens/s,\neach step")
+        speed.set_xlabel("time on the engine's clock, s")
         for axes in (requests, cache, speed):
             axes.grid(color="0.9")
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Latency of attention by context, and of the whole step by batch, static and paged.
+    """Latency of attention by context length, and of the whole step by batch size, with static and with paged KV.
 
     Raises:
         DestinationError: the file cannot be written.

@@ -1,1 +1,1 @@
-"""Attention of decode steps: split-KV over a contiguous or a paged cache."""
+"""Attention of decode steps: split-KV over a contiguous or a paged KV cache."""

@@ -28,11 +28,11 @@ def make_combine(head_dim: int, rows: int, out_start: int, stats_start: int) -> 
         for p in range(partials):
             rescale = ptx.exp2(floats[stats_start + (p * rows + row) * 2] - new_max)
             row_sum += rescale * floats[stats_start + (p * rows + row) * 2 + 1]
-            at = out_start + (p * rows + row) * head_dim + d
-            o0 += rescale * floats[at]
-            o1 += rescale * floats[at + 1]
-            o2 += rescale * floats[at + 2]
-            o3 += rescale * floats[at + 3]
+            index = out_start + (p * rows + row) * head_dim + d
+            o0 += rescale * floats[index]
+            o1 += rescale * floats[index + 1]
+            o2 += rescale * floats[index + 2]
+            o3 += rescale * floats[index + 3]
         return new_max, row_sum, o0, o1, o2, o3
 
     return combine

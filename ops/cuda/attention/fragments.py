@@ -1,8 +1,9 @@
-"""How heads of keys, queries and values lie in the registers of a warp: the same for every kernel of attention.
+"""Operands of `mma.m16n8k16` from rows of Q, K and V, in 16-byte loads where the head dimension allows it.
 
-Loads are of 16 bytes where the head allows it. For queries and keys a lane's 8 neighbouring elements stand for 4 pairs
-of what is summed over, in any order, as long as both sides have the same; for values they are 8 columns of the result,
-and `element` says which.
+The 8 neighbouring float16 elements that a lane loads are not the ones that mma's layout assigns to it. Q K^T may sum
+over the head dimension in any order, as long as Q and K have the same one: a load is the lane's next 4 pairs along k.
+P V may permute its columns: a load of V is 8 columns of the output, `prmt` pairs the elements of neighbouring keys, and
+`element` says which element of the head a column is.
 """
 
 from dataclasses import dataclass
@@ -13,16 +14,17 @@ from numba_atomflow.ops import ptx
 
 @dataclass(frozen=True)
 class HeadFragments:
-    """Of one head.
+    """Fragments of one head. Lane 4 g + t of a warp is in row g of Q, K and the scores, and in column g of V.
 
     Attributes:
-        wide, narrow: pieces of 32 and of 16 elements that a query or key is loaded in.
-        row_registers: words that a lane has of one row of Q or K.
-        value_registers: words that a lane has of one row of V.
-        load_row: device function (array, start, t, out, at): a lane's part of one row of Q or K, from word `start`.
-        load_value: device function (array, start, g, out, at): a lane's part of one row of V.
-        element: device function (t, column, j): the element of the head that fragment j of the sums holds in column
-            2 t + column.
+        wide, narrow: pieces of 32 and of 16 elements, of which a row of Q or K consists; a lane loads 16 and 8 bytes of
+            them.
+        row_registers: 32-bit words of a lane per row of Q or K.
+        value_registers: 32-bit words of a lane per row of V.
+        load_row: device function (array, start, t, out, index): a lane's words of the row of Q or K that begins at word
+            `start`, to out[index ...].
+        load_value: device function (array, start, g, out, index): the same of a row of V.
+        element: device function (t, column, j): the element of the head in column 2 t + column of output fragment j.
     """
 
     wide: int
@@ -35,30 +37,31 @@ class HeadFragments:
 
 
 def _make_load(lanes: int, fours: int, twos: int, ones: int) -> Any:
-    """Device function (array, start, lane, out, at): what one of `lanes` has of a row that begins at word `start`. The
-    row consists of pieces of which every lane has four words, then of those with two words, then with one.
+    """Device function (array, start, lane, out, index): loads the words of one of `lanes` lanes, of the row that begins
+    at word `start`. The row has `fours` pieces of four words per lane, then `twos` of two words, then `ones` of one.
     """
     twos_start = fours * 4 * lanes
     ones_start = twos_start + twos * 2 * lanes
 
     @ptx.device_function
-    def load(array, start, lane, out, at):
+    def load(array, start, lane, out, index):
         for c in range(fours):
             a0, a1, a2, a3 = ptx.load_16(array, start + c * 4 * lanes + lane * 4)
-            out[at + 4 * c], out[at + 4 * c + 1], out[at + 4 * c + 2], out[at + 4 * c + 3] = a0, a1, a2, a3
+            out[index + 4 * c], out[index + 4 * c + 1] = a0, a1
+            out[index + 4 * c + 2], out[index + 4 * c + 3] = a2, a3
         for _ in range(twos):
             a0, a1 = ptx.load_8(array, start + twos_start + lane * 2)
-            out[at + 4 * fours], out[at + 4 * fours + 1] = a0, a1
+            out[index + 4 * fours], out[index + 4 * fours + 1] = a0, a1
         for _ in range(ones):
-            out[at + 4 * fours + 2 * twos] = array[start + ones_start + lane]
+            out[index + 4 * fours + 2 * twos] = array[start + ones_start + lane]
 
     return load
 
 
 def make_head_fragments(head_dim: int) -> HeadFragments:
-    """For heads of 64, 80, 96, 128 ... elements."""
+    """Fragments of a head of `head_dim` elements: 64, 80, 96, 128 ..."""
     wide, narrow = head_dim // 32, head_dim % 32 // 16
-    blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a value
+    blocks_64, block_32, block_16 = head_dim // 64, head_dim % 64 // 32, head_dim % 32 // 16  # pieces of a row of V
 
     load_row, load_value = _make_load(4, wide, narrow, 0), _make_load(8, blocks_64, block_32, block_16)
 

@@ -33,11 +33,11 @@ def quad_sum(x):
 
 
 def make_softmax_step(value_registers: int, *, half_tile: bool) -> Any:
-    """Device function (m_0, m_1, l_0, l_1, scores, v_part, out) -> the new (m_0, m_1, l_0, l_1).
+    """Device function (m_0, m_1, l_0, l_1, scores, v_regs, out) -> the new (m_0, m_1, l_0, l_1).
 
     It updates running maxima and row sums, and adds P V to the unnormalised outputs. Arguments: m_0 and m_1, running
     max of rows g and g + 8; l_0 and l_1, the lane's part of their row sums; scores, the eight masked and scaled
-    (s0, ..., s7); v_part uint32, V of the 16 keys as `HeadFragments.load_value` fills it; out float32, per fragment two
+    (s0, ..., s7); v_regs uint32, V of the 16 keys as `HeadFragments.load_value` fills it; out float32, per fragment two
     elements of row g and two of row g + 8.
 
     Args:
@@ -48,7 +48,7 @@ def make_softmax_step(value_registers: int, *, half_tile: bool) -> Any:
     pitch = 2 if half_tile else 4  # elements of `out` per fragment
 
     @ptx.device_function
-    def softmax_step(m_0, m_1, l_0, l_1, scores, v_part, out):
+    def softmax_step(m_0, m_1, l_0, l_1, scores, v_regs, out):
         s0, s1, s2, s3, s4, s5, s6, s7 = scores
         new_max_0 = max(m_0, quad_max(max(s0, s1, s4, s5)))
         new_max_1 = m_1 if half_tile else max(m_1, quad_max(max(s2, s3, s6, s7)))
@@ -66,21 +66,21 @@ def make_softmax_step(value_registers: int, *, half_tile: bool) -> Any:
         p2 = ptx.pack_f16x2(s4, s5)
         p3 = np.uint32(0) if half_tile else ptx.pack_f16x2(s6, s7)
         for word in range(value_registers):
-            v0, v1 = v_part[word], v_part[value_registers + word]
-            v2, v3 = v_part[2 * value_registers + word], v_part[3 * value_registers + word]
+            v0, v1 = v_regs[word], v_regs[value_registers + word]
+            v2, v3 = v_regs[2 * value_registers + word], v_regs[3 * value_registers + word]
             for odd in range(2):
                 if odd == 0:
                     b0, b1 = ptx.low_halves(v0, v1), ptx.low_halves(v2, v3)
                 else:
                     b0, b1 = ptx.high_halves(v0, v1), ptx.high_halves(v2, v3)
-                at = (2 * word + odd) * pitch
-                c0, c1, c2, c3 = out[at] * rescale_0, out[at + 1] * rescale_0, _ZERO, _ZERO
+                index = (2 * word + odd) * pitch
+                c0, c1, c2, c3 = out[index] * rescale_0, out[index + 1] * rescale_0, _ZERO, _ZERO
                 if not half_tile:
-                    c2, c3 = out[at + 2] * rescale_1, out[at + 3] * rescale_1
+                    c2, c3 = out[index + 2] * rescale_1, out[index + 3] * rescale_1
                 c0, c1, c2, c3 = ptx.mma(p0, p1, p2, p3, b0, b1, c0, c1, c2, c3)
-                out[at], out[at + 1] = c0, c1
+                out[index], out[index + 1] = c0, c1
                 if not half_tile:
-                    out[at + 2], out[at + 3] = c2, c3
+                    out[index + 2], out[index + 3] = c2, c3
         return new_max_0, new_max_1, row_sum_0, row_sum_1
 
     return softmax_step

@@ -89,7 +89,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
 
     @ptx.device_function
-    def load_step(io, first_page, base, length, kv, g, t, k_part, v_part):
+    def load_step(io, first_page, base, length, kv, g, t, k_regs, v_regs):
         """A lane's part of the keys and values of one step."""
         page_0 = find_page(io, first_page, base)
         # The last key is loaded for those beyond it: if the step's second half has no keys, it is in the first half.
@@ -97,11 +97,11 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         for h in range(2):
             key = min(base + h * 8 + g, length - 1)
             row = row_of(page_0 if h == 0 else page_1, key)
-            load_row(io.keys, row * kv_row + kv * head_words, t, k_part, h * row_registers)
+            load_row(io.keys, row * kv_row + kv * head_words, t, k_regs, h * row_registers)
         for i in range(4):
             key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
             row = row_of(page_0 if i // 2 == 0 else page_1, key)
-            load_value(io.values, row * kv_row + kv * head_words, g, v_part, i * value_registers)
+            load_value(io.values, row * kv_row + kv * head_words, g, v_regs, i * value_registers)
 
     @ptx.device_function
     def store_out(out, sequence, query, kv, d, o0, o1, o2, o3):
@@ -111,28 +111,28 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         out[start + 1] = np.uint32(ptx.pack_f16x2(o2, o3))
 
     @ptx.device_function
-    def stage_queries(q, sequence, query_0, query_1, kv, lane, t, q_part, words):
+    def stage_queries(q, sequence, query_0, query_1, kv, lane, t, q_regs, words):
         """Q to shared memory as A fragments, so that it takes no registers in the loop over keys."""
         for h in range(2):
             query = query_0 if h == 0 else query_1
             start = (sequence + query // gqa_ratio) * q_row + (kv * gqa_ratio + query % gqa_ratio) * head_words
-            load_row(q, start, t, q_part, h * row_registers)
+            load_row(q, start, t, q_regs, h * row_registers)
         for i in range(row_registers // 2):
             for h in range(2):
                 index = i * 128 + lane * 4 + h
-                words[index] = q_part[h * row_registers + 2 * i]
-                words[index + 2] = q_part[h * row_registers + 2 * i + 1]
+                words[index] = q_regs[h * row_registers + 2 * i]
+                words[index + 2] = q_regs[h * row_registers + 2 * i + 1]
 
     @ptx.device_function
-    def scores_of(words, k_part, key, last_0, last_1, lane):
+    def scores_of(words, k_regs, key, last_0, last_1, lane):
         """Scores of a step in units of log2(e), masked beyond the last key that each row sees."""
         s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
         s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
         for i in range(row_registers // 2):
             a0, a1, a2, a3 = ptx.load_shared_16(words, i * 128 + lane * 4)
-            b0, b1 = k_part[2 * i], k_part[2 * i + 1]
+            b0, b1 = k_regs[2 * i], k_regs[2 * i + 1]
             s0, s1, s2, s3 = ptx.mma(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
-            b0, b1 = k_part[row_registers + 2 * i], k_part[row_registers + 2 * i + 1]
+            b0, b1 = k_regs[row_registers + 2 * i], k_regs[row_registers + 2 * i + 1]
             s4, s5, s6, s7 = ptx.mma(a0, a1, a2, a3, b0, b1, s4, s5, s6, s7)
         s0 = s0 * scale if np.int32(key) <= last_0 else LOWEST
         s1 = s1 * scale if np.int32(key + 1) <= last_0 else LOWEST
@@ -148,10 +148,10 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     def attend(io):
         floats = cuda.shared.array(0, float32)
         words = cuda.shared.array(0, uint32)
-        q_part = cuda.local.array(k_registers, uint32)
-        k_part = cuda.local.array(k_registers, uint32)
-        v_part = cuda.local.array(v_registers, uint32)
-        out_part = cuda.local.array(out_registers, float32)
+        q_regs = cuda.local.array(k_registers, uint32)
+        k_regs = cuda.local.array(k_registers, uint32)
+        v_regs = cuda.local.array(v_registers, uint32)
+        out_regs = cuda.local.array(out_registers, float32)
         loaded = cuda.local.array(load_registers, float32)
         if dependent:
             ptx.let_next_kernel_start()
@@ -176,7 +176,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         # No launch of this step moves the position or writes to earlier keys: loading them needs no wait.
         preloaded = dependent and base < end and base + KEYS <= cached(io, sequence)
         if preloaded:
-            load_step(io, first_page, base, length, kv, g, t, k_part, v_part)
+            load_step(io, first_page, base, length, kv, g, t, k_regs, v_regs)
         if dependent:
             ptx.wait_for_previous_kernel()
 
@@ -185,18 +185,18 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         last_0 = np.int32(position_of(io, sequence) + (query_0 // gqa_ratio if tokens > 1 else 0))
         last_1 = np.int32(position_of(io, sequence) + query_1 // gqa_ratio) if tokens > 1 else last_0
         if warp == 0:
-            stage_queries(io.q, sequence, query_0, query_1, kv, lane, t, q_part, words)
+            stage_queries(io.q, sequence, query_0, query_1, kv, lane, t, q_regs, words)
         cuda.syncthreads()
 
         for i in range(out_registers):
-            out_part[i] = _ZERO
+            out_regs[i] = _ZERO
         m_0, m_1, l_0, l_1 = LOWEST, LOWEST, _ZERO, _ZERO  # running max and row sum of rows g and g + 8
         while base < end:
             if not preloaded:
-                load_step(io, first_page, base, length, kv, g, t, k_part, v_part)
+                load_step(io, first_page, base, length, kv, g, t, k_regs, v_regs)
             preloaded = False
-            scores = scores_of(words, k_part, base + 2 * t, last_0, last_1, lane)
-            m_0, m_1, l_0, l_1 = softmax_step(m_0, m_1, l_0, l_1, scores, v_part, out_part)
+            scores = scores_of(words, k_regs, base + 2 * t, last_0, last_1, lane)
+            m_0, m_1, l_0, l_1 = softmax_step(m_0, m_1, l_0, l_1, scores, v_regs, out_regs)
             base += step_keys
 
         # Combine the warps in shared memory.
@@ -207,7 +207,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
                 for j in range(out_registers // 4):
                     for column in range(2):
                         index = out_start + (warp * rows + row) * head_dim + element(t, column, j)
-                        floats[index] = out_part[4 * j + 2 * h + column]
+                        floats[index] = out_regs[4 * j + 2 * h + column]
                 if t == 0:
                     index = stats_start + (warp * rows + row) * 2
                     floats[index] = m_0 if h == 0 else m_1
