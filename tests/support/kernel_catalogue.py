@@ -8,7 +8,7 @@ from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.ops.cuda.runtime import bandwidth
 from numba_atomflow.ops.cuda.runtime.chip import Chip
-from numba_atomflow.ops.cuda.runtime.spec import U32, KernelSpec, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
 from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
 from numba_atomflow.sandbox.runner import CacheSizes
 
@@ -76,11 +76,9 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     entries += [Entry(f"{name} of the sandbox", sandbox.planned[name].spec) for name in names]
     sandbox = SandboxKernels(OTHER, chip, CACHE)
     entries.append(Entry("attention_paged8_x1, heads of 80", sandbox.planned["attention_paged8_x1"].spec))
-    entries.append(Entry("read", kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)))
+    entries.append(Entry("read", bandwidth.read_kernel(SMS).spec))
     if capability >= TMA:
-        shared = bandwidth.bulk_shared_bytes()
-        bulk = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
-        entries.append(Entry("bulk_read", bulk))
+        entries.append(Entry("bulk_read", bandwidth.bulk_read_kernel(SMS).spec))
     return entries
 
 

@@ -19,13 +19,11 @@ from numba_atomflow.ops.cuda.runtime.build import build
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 from numba_atomflow.ops.cuda.runtime.graph import Graph, time_graph, time_launches
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
-from numba_atomflow.ops.cuda.runtime.spec import U32, kernel_spec
 from numba_atomflow.utils.progress import Progress
 
 _CEILING_BYTES = 2 << 30  # read per pass: far more than any L2 holds
 _LEAST_L2S = 4  # the source is at least so many times as large as L2
 _CEILING_PASSES = 12
-_READ_CTAS = 4  # per SM
 
 
 class CudaMeasurements:
@@ -150,20 +148,19 @@ def measure_ceilings(device: Device, stream: Any, resources: Resources) -> dict[
             f"Measuring how fast the GPU's memory is takes {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB "
             "are free; use a smaller --max-seq-len, or close other programs."
         )
-    specs = {"loads": kernel_spec("read", bandwidth.make_read, (U32, U32), bandwidth.THREADS)}
-    ctas = {"loads": _READ_CTAS * chip.sms, "TMA": chip.sms}
+    kernels = {"loads": bandwidth.read_kernel(chip.sms)}
     if chip.capability >= (9, 0):
-        shared = bandwidth.bulk_shared_bytes()
-        specs["TMA"] = kernel_spec("bulk_read", bandwidth.make_bulk_read, (U32, U32), 32, shared)
-    codes = build(list(specs.values()), chip.capability)
+        kernels["TMA"] = bandwidth.bulk_read_kernel(chip.sms)
+    codes = build([planned.spec for planned in kernels.values()], chip.capability)
     ceilings = {}
     with resources.scope(stream) as measuring:
         address = int(measuring.call("cuMemAlloc", nbytes, undo="cuMemFree"))
         call("cuMemsetD32Async", address, 0x3C5A96E1, nbytes // 4, stream)
         source = View("ceiling.source", address, (nbytes // 4 - 1024,), "uint32")
         total = View("ceiling.total", address + nbytes - 4096, (1,), "uint32")
-        for name, spec in specs.items():
-            kernel = Kernel(spec, codes[spec], measuring)
-            graph = Graph([Launch(kernel, ctas[name], (source, total), stream)], stream, measuring)
+        arguments = bandwidth.ReadArguments(source=source, total=total)
+        for name, planned in kernels.items():
+            kernel = Kernel(planned.spec, codes[planned.spec], measuring)
+            graph = Graph([Launch(kernel, planned.ctas, arguments, stream)], stream, measuring)
             ceilings[name] = source.nbytes / float(np.median(time_graph(graph, _CEILING_PASSES))) / 1e9
     return ceilings

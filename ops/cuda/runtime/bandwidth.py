@@ -1,52 +1,71 @@
-"""How fast this GPU's memory can be read: the two ceilings that every figure is compared with.
+"""Achievable bandwidth of this GPU's memory: the two ceilings that every figure is compared with.
 
-`make_read` loads 16 bytes a thread, every block striding over the whole. `make_bulk_read` (sm_90 and later) lets the
-copy engine bring tiles into shared memory, a ring of them per block, with nobody looking at what arrives: as fast as
-memory gives. Cost model: the bytes, once.
+`make_read` loads 16 bytes a thread, every CTA with a stride of the grid. `make_bulk_read` (sm_90 and later) copies
+tiles into shared memory by TMA, through a pipeline of stages per CTA, without reading them there: the highest rate
+that memory reaches. Cost model: the bytes, once.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda, uint32, uint64
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.runtime.spec import U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import u32
 
 THREADS = 512
 UNROLLED = 8  # loads that a thread has in flight
 TILE_WORDS = 2048  # 8 KB: smaller copies are limited by their number
-STAGES = 12  # tiles in flight per block
+STAGES = 12  # tiles in flight per CTA
+_READ_CTAS = 4  # per SM
+
+
+class ReadArguments(NamedTuple):
+    """The parameter of both kernels.
+
+    Attributes:
+        source: what is read; its length is a multiple of 4, or of `tile_words` for the bulk copies.
+        total: [1]: a sum over all words is added, or the number of tiles, as a proof of reading.
+    """
+
+    source: U32
+    total: U32
 
 
 def make_read() -> Any:
-    """Kernel (source uint32 [a multiple of 4], total uint32 [1]): total += a sum over all words, as a proof of reading.
+    """Kernel (`ReadArguments`): total += the sum of all words.
 
-    Launch: some blocks of `THREADS` threads per multiprocessor, no shared memory.
+    Launch: some CTAs of `THREADS` threads per SM, no shared memory.
     """
 
     @ptx.kernel(THREADS, 2)
-    def read(source, total):
+    def read(io):
         step = cuda.gridDim.x * THREADS
-        quads = len(source) // 4
+        quads = len(io.source) // 4
         quad = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         words = cuda.local.array(32, uint32)
-        found = np.uint32(0)
+        found = u32(0)
         while quad < quads:
             for u in range(UNROLLED):
                 at = min(quad + u * step, quads - 1)
-                w0, w1, w2, w3 = ptx.load_stream_16(source, at * 4)
+                w0, w1, w2, w3 = ptx.load_stream_16(io.source, at * 4)
                 words[4 * u], words[4 * u + 1], words[4 * u + 2], words[4 * u + 3] = w0, w1, w2, w3
             for u in range(UNROLLED):
                 if quad + u * step < quads:
                     for i in range(4):
-                        found = np.uint32(found + words[4 * u + i])
+                        found = u32(found + words[4 * u + i])
             quad += UNROLLED * step
         for lanes in range(5):
-            found = np.uint32(found + ptx.shuffle_xor_u32(found, 16 >> lanes))
+            found = u32(found + ptx.shuffle_xor_u32(found, 16 >> lanes))
         if cuda.threadIdx.x & 31 == 0:
-            cuda.atomic.add(total, 0, found)
+            cuda.atomic.add(io.total, 0, found)
 
     return read
+
+
+def read_kernel(sms: int) -> Planned:
+    """The spec of the kernel of `make_read`."""
+    return Planned(kernel_spec("read", make_read, ReadArguments, THREADS), _READ_CTAS * sms)
 
 
 def bulk_shared_bytes() -> int:
@@ -55,14 +74,14 @@ def bulk_shared_bytes() -> int:
 
 
 def make_bulk_read(stages: int = STAGES, tile_words: int = TILE_WORDS) -> Any:
-    """Kernel (source uint32 [a multiple of `tile_words`], total uint32 [1]): copies every tile; total counts them.
+    """Kernel (`ReadArguments`): copies every tile; total += their number.
 
-    Launch: one block of 32 threads per multiprocessor, `bulk_shared_bytes()` of shared memory.
+    Launch: one CTA of 32 threads per SM, `bulk_shared_bytes()` of shared memory.
     """
     barriers_start = stages * tile_words // 2  # in words of 8 bytes
 
     @ptx.kernel(32, 1)
-    def bulk_read(source, total):
+    def bulk_read(io):
         tiles = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(0, uint64)
         if cuda.threadIdx.x == 0:
@@ -70,7 +89,7 @@ def make_bulk_read(stages: int = STAGES, tile_words: int = TILE_WORDS) -> Any:
             for stage in range(stages):
                 ptx.barrier_init(barriers, first_barrier + 8 * stage, 1)
             ptx.fence_barriers()
-            count = len(source) // tile_words
+            count = len(io.source) // tile_words
             own = (count - cuda.blockIdx.x + cuda.gridDim.x - 1) // cuda.gridDim.x
             for i in range(own + stages):
                 stage = i % stages
@@ -81,7 +100,12 @@ def make_bulk_read(stages: int = STAGES, tile_words: int = TILE_WORDS) -> Any:
                     tile, nbytes = cuda.blockIdx.x + i * cuda.gridDim.x, tile_words * 4
                     ptx.barrier_arrive_expect(barriers, barrier, nbytes)
                     at = ptx.shared_address(tiles, stage * tile_words)
-                    ptx.bulk_copy(tiles, at, source, tile * tile_words, nbytes, barriers, barrier)
-            cuda.atomic.add(total, 0, np.uint32(own))
+                    ptx.bulk_copy(tiles, at, io.source, tile * tile_words, nbytes, barriers, barrier)
+            cuda.atomic.add(io.total, 0, u32(own))
 
     return bulk_read
+
+
+def bulk_read_kernel(sms: int) -> Planned:
+    """The spec of the kernel of `make_bulk_read`."""
+    return Planned(kernel_spec("bulk_read", make_bulk_read, ReadArguments, 32, bulk_shared_bytes()), sms)
