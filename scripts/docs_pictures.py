@@ -1,4 +1,4 @@
-"""Draw the pictures of the documents anew, in one run on a GPU: roofline, timeline, and the README's layer of a step.
+"""Draw the figures of the documents, in one run on a GPU: roofline, timeline, and the README's layer of a step.
 
     python scripts/docs_pictures.py                                 # Llama 3.2 3B with random weights, into docs/
     python scripts/docs_pictures.py --geometry llama-3.1-8b --out /tmp

@@ -79,7 +79,7 @@ class StepTrace:
 
     def phases(self) -> list[PhaseRow]:
         """Where the time goes, by kind of op, in the order of their first op; the embedding has no phases."""
-        start, end = self.ends[:-1], self.ends[1:]  # of op 1 and those behind it
+        start, end = self.ends[:-1], self.ends[1:]  # of op 1 and later ops
         staged = np.fmax(self.staged[:, 1:], start)  # what came before is part of the op before
         shares = ~np.isnan(self.staged[:, 1:])
         done = np.where(shares, np.fmax(self.done[:, 1:], staged), start)

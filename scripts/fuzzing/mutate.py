@@ -15,7 +15,7 @@ _RAW = "\ue000raw{}\ue001"  # placeholder of JSON text that `json.dumps` would n
 
 
 def mutate(rng: random.Random, name: str, data: bytes) -> bytes:
-    """A damaged version of a file; its name's suffix says what the damage may know of its structure."""
+    """A damaged version of a file; the suffix of its name selects damage that follows the format's structure."""
     structured = _STRUCTURED.get(name.rpartition(".")[2])
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if structured is None or rng.random() < 0.3:

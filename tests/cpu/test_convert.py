@@ -164,7 +164,7 @@ from numba_atomflow.ops.fp8 import quantize_groups
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-quantize_groups(np.ones((8, 256), np.float32))  # whatever the compiler takes is not the conversion's
+quantize_groups(np.ones((8, 256), np.float32))  # memory of the compiler is not counted
 before = peak()
 convert(Path(sys.argv[1]), Path(sys.argv[2]))
 print(peak() - before)

@@ -47,7 +47,7 @@ def exists(reference: str, *, beside: str = "") -> bool:
 
 
 def is_path(reference: str) -> bool:
-    """Whether what stands in backticks names a file or folder of the repository.
+    """Whether text in backticks names a file or folder of the repository.
 
     Data files of users (`config.json`, `roofline.svg`) and names of the hub (`org/name`) are none.
     """
@@ -85,7 +85,7 @@ def dead_links(document: Path) -> Iterator[str]:
 
 
 def dead_paths(file: Path) -> Iterator[str]:
-    """Paths from the root anywhere in a file, and whatever in a document's backticks looks like a path."""
+    """Paths from the root anywhere in a file, and text in a document's backticks that looks like a path."""
     text = file.read_text()
     for match in FROM_ROOT.finditer(text):
         if not exists(match[1]) and match[1] not in MADE_UP:
@@ -97,7 +97,7 @@ def dead_paths(file: Path) -> Iterator[str]:
 
 
 def long_lines(document: Path) -> Iterator[str]:
-    """Lines of prose beyond the width: tables, pictures, addresses and what stands in backticks do not count."""
+    """Lines of prose beyond the width: tables, images, URLs and text in backticks do not count."""
     for number, line in enumerate(blank(document.read_text()).splitlines(), 1):
         prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", line)
         if len(prose) > WIDTH and not line.lstrip().startswith(("|", "<", "![")):

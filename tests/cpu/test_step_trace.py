@@ -1,4 +1,4 @@
-"""Where the time of a traced step goes: a step made up by hand, and one that a GPU recorded."""
+"""The time of a traced step, by op: a constructed trace, and one recorded on a GPU."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_ops_end_with_their_last_block_and_add_up_to_the_step(by_hand: StepTrace
 
 
 def test_no_time_is_counted_twice(by_hand: StepTrace) -> None:
-    """Op 1 begins at 100, op 2 at 490, op 3 at 690, whatever a block did before."""
+    """Op 1 begins at 100, op 2 at 490, op 3 at 690."""
     qkv, attention, o = by_hand.phases()
     assert phases(qkv) == pytest.approx([75, 40, 225, 50])  # of (100, 50), (30, 50), (160, 290) and (100, 0)
     assert phases(attention) == pytest.approx([0, 0, 100, 100])  # the second block is not in it: all of it is waiting

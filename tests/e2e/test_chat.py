@@ -251,7 +251,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_session(
     answer = terminal.expect(r"reply \d+ tokens")
     assert "Paris" in answer
     second, from_cache, _ = map(int, CACHED.search(answer).groups())  # type: ignore[union-attr]
-    # What there was of the story is in the conversation and in the KV cache; where it broke off, tokens may join anew.
+    # The interrupted text is in the conversation and in the KV cache; at its end, tokens may be merged differently.
     assert first + tokens - 5 <= from_cache < second
     terminal.expect("> ")
 

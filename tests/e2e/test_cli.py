@@ -1,4 +1,4 @@
-"""The commands as a user meets them: generate, convert, info, help."""
+"""The commands generate, convert and info, and help."""
 
 import io
 import json

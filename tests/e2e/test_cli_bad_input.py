@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input: exit code 2, one sentence that names the culprit, and nothing left behind."""
+"""Invalid input: exit code 2, one sentence that names the cause, and no files left."""
 
 import io
 import json
@@ -374,7 +374,7 @@ def test_disk_without_room(
 
 
 def test_disk_that_fills_up(cli_home: Path, tiny_folder: Path, destination: Path) -> None:
-    """A limit on the size of files stands for the full disk: writing fails in the middle."""
+    """A limit on the size of files acts as a full disk: a write fails midway."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     outcome = run_cli(cli_home, "convert", tiny_folder, destination, before=limit)
     assert_refused(outcome, destination, "could not be written")

@@ -178,7 +178,7 @@ def test_another_epoch_is_not_taken() -> None:
 
 
 def test_ties_round_away_from_zero() -> None:
-    """Half a unit of the last place that is kept: up in magnitude, whatever the sign."""
+    """Half a unit in the last place, for both signs."""
     for sign in (0, 1 << 31):
         bits = np.uint32(0x3F800080 | sign)
         assert int(round_to_24_bits(bits.view(np.float32))) == (0x3F8001 | sign >> 8)

@@ -91,7 +91,7 @@ def plain(view: View, kind: str) -> NDArray[Any]:
 @pytest.mark.parametrize("layout", ["paged", "static"])
 @pytest.mark.parametrize("columns", [1, 3])
 def test_a_step_is_that_of_the_cpu(layout: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sequences with 20, 9 and no positions behind them, in a step of four columns; or the first one alone."""
+    """Three sequences of 20, 9 and 0 earlier positions in a step of four tokens; or the first one alone."""
     monkeypatch.setattr(gpu_runner, "copy_to_device", copy_in_memory)
     rng = generator(columns)
     weights = WeightArrays(RandomModel(GEOMETRY))

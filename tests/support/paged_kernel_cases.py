@@ -69,7 +69,7 @@ def _kernels(case: PagedCase, stride: int) -> tuple[Any, Any]:
 
 
 def check_paged_attention(case: PagedCase) -> None:
-    """Bit for bit what the contiguous kernel computes of each token's own keys, whatever other slots hold; relative L2
+    """Bit-identical to the contiguous kernel on each token's own keys, for any contents of other slots; relative L2
     error 1e-3 against float64.
     """
     rng = generator(case.head_dim, case.heads, *case.lengths)

@@ -1,4 +1,4 @@
-"""The sampling kernel's arithmetic (ops/cuda/token/sample.py) in NumPy: integer mass, whatever the order of threads."""
+"""The sampling kernel's arithmetic (ops/cuda/token/sample.py) in NumPy: integer mass, for any order of threads."""
 
 import math
 
