@@ -4,7 +4,7 @@ A step's batch (positions, slots, rows of the block table, tokens) is one copy f
 the block table are another. The host waits for the step's tokens, as the next step is planned from them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -298,7 +298,7 @@ class GpuRunner:
     def _input(self, name: str) -> View:
         return self._arena["step"].index(STEP_INPUTS.index(name))
 
-    def _launch(self, name: str, arguments: Sequence[DeviceArray | int]) -> Launch:
+    def _launch(self, name: str, arguments: tuple[DeviceArray | int, ...]) -> Launch:
         return Launch(self._loaded[name], self.kernels.planned[name].ctas, arguments, self._stream)
 
     # --- times -------------------------------------------------------------------------------------------------------

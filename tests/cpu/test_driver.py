@@ -128,8 +128,12 @@ def test_a_plan_larger_than_what_is_free_is_refused_with_the_numbers(pretended: 
     assert "cuMemAlloc" not in pretended.calls
 
 
+class OneNumber(NamedTuple):
+    count: NUMBER
+
+
 def spec_of(dependent: bool = False, cooperative: bool = False) -> KernelSpec:
-    spec = kernel_spec("k", "module:factory", (NUMBER,), 96, 4096, dependent=dependent)
+    spec = kernel_spec("k", "module:factory", OneNumber, 96, 4096, dependent=dependent)
     return replace(spec, cooperative=cooperative)
 
 
@@ -162,7 +166,7 @@ def test_a_launch_has_the_attributes_of_its_spec(
         owner.open()
         with owner.current():
             kernel = Kernel(spec_of(dependent=dependent, cooperative=cooperative), b"code", owner.resources)
-            Launch(kernel, 132, (7,), stream=0).run()
+            Launch(kernel, 132, OneNumber(7), stream=0).run()
     (config,) = pretended.launched
     assert (config.gridDimX, config.blockDimX, config.sharedMemBytes) == (132, 96, 4096)
     found = {attribute.id.name.removeprefix("CU_LAUNCH_ATTRIBUTE_"): attribute.value for attribute in config.attrs}
@@ -181,7 +185,9 @@ def test_a_cooperative_grid_that_does_not_fit_is_an_error(pretended: PretendedDr
     with DeviceResources() as owner:
         owner.open()
         with owner.current():
-            launch = Launch(Kernel(spec_of(cooperative=True), b"code", owner.resources), 1 << 20, (7,), stream=0)
+            launch = Launch(
+                Kernel(spec_of(cooperative=True), b"code", owner.resources), 1 << 20, OneNumber(7), stream=0
+            )
             with pytest.raises(DriverError, match="in cuLaunchKernelEx") as caught:
                 launch.run()
     assert caught.value.code == "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"

@@ -61,10 +61,10 @@ class SimulatedRunner(GpuRunner):
         planned = self.kernels.planned[name]
         spec = planned.spec
         arrays = [plain(view, kind) for kind, view in zip(spec.element_types, arguments, strict=True)]
-        parameters = (spec.signature(*arrays),) if isinstance(spec.signature, type) else arrays
+        parameter = spec.signature(*arrays)
 
         def run() -> None:
-            spec.make()[planned.ctas, spec.threads, 0, spec.shared_bytes](*parameters)
+            spec.make()[planned.ctas, spec.threads, 0, spec.shared_bytes](parameter)
 
         return run
 

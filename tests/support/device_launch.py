@@ -1,6 +1,5 @@
 """Launches test kernels on a GPU, with the launch code of the backend."""
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -29,20 +28,16 @@ def capability() -> tuple[int, int]:
     return _device()[1]
 
 
-def launch_on_device(kernel: Any, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
+def launch_on_device(kernel: Any, ctas: int, threads: int, shared_bytes: int, arguments: tuple[Any, ...]) -> None:
     """Copy arrays to the device, run the kernel once, and copy them back. Numbers are passed as int64.
 
     Args:
-        arguments: one for each parameter of the kernel; or one value of the NamedTuple class that is its signature.
+        arguments: a value of the NamedTuple class that is the kernel's signature.
     """
     owner, capability, stream = _device()
-    signature: Any = None
-    if isinstance(arguments[0], tuple):
-        (arguments,) = arguments
-        signature = type(arguments)
+    signature = type(arguments)
     types = tuple(f"{a.dtype.name}*" if isinstance(a, np.ndarray) else "int64" for a in arguments)
-    assert signature is None or types == element_types(signature), "the class declares other types"
-    signature = signature or types
+    assert types == element_types(signature), "the class declares other types"
     with owner.current(), owner.resources.scope(stream) as made:
         key = (id(kernel), signature, threads, shared_bytes)
         if key not in _loaded:
@@ -55,8 +50,7 @@ def launch_on_device(kernel: Any, blocks: int, threads: int, shared_bytes: int, 
             call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
         rest = iter(addresses)
         values = [View("x", next(rest), a.shape, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments]
-        packed = signature(*values) if isinstance(signature, type) else values
-        Launch(_loaded[key][1], blocks, packed, stream).run()
+        Launch(_loaded[key][1], ctas, signature(*values), stream).run()
         call("cuStreamSynchronize", stream)
         for address, array in zip(addresses, arrays, strict=True):
             call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)

@@ -73,17 +73,18 @@ def within(family: str, error: float, limit: float) -> None:
     assert error <= limit, f"{family}: relative L2 {error:.3g} is {error / limit:.0%} of {limit}"
 
 
-def launch(kernel: Any, blocks: int, threads: int, shared_bytes: int, *arrays: Any) -> None:
+def launch(kernel: Any, ctas: int, threads: int, shared_bytes: int, *arguments: Any) -> None:
     """Run a kernel over host arrays, which it changes in place: in the simulator, or on the GPU.
 
-    arrays: one for each parameter of the kernel; or one value of the NamedTuple class that is its signature.
+    arguments: a value of the NamedTuple class that is the kernel's signature. In the simulator, a test's own kernel may
+    take several parameters.
     """
     if ptx.SIMULATED:
-        kernel[blocks, threads, 0, shared_bytes](*arrays)
+        kernel[ctas, threads, 0, shared_bytes](*arguments)
     else:
         from device_launch import launch_on_device
 
-        launch_on_device(kernel, blocks, threads, shared_bytes, arrays)
+        launch_on_device(kernel, ctas, threads, shared_bytes, *arguments)
 
 
 # --- prepacked weights -----------------------------------------------------------------------------------------------

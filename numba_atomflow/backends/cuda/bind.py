@@ -1,6 +1,6 @@
 """The list of ops as launches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.memory.view import View
@@ -112,7 +112,7 @@ class Binder:
         """The kernel for this many tokens."""
         return f"{kind}_x{self._kernels.width_for(rows.shape[0])}"
 
-    def _launch(self, name: str, arguments: Sequence[DeviceArray | int]) -> Launch:
+    def _launch(self, name: str, arguments: tuple[DeviceArray | int, ...]) -> Launch:
         return Launch(self._loaded[name], self._kernels.planned[name].ctas, arguments, self._model.stream)
 
 

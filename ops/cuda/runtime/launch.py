@@ -5,7 +5,6 @@ address, number of elements, stride. A launch packs them once; running it again 
 """
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,21 +44,20 @@ class Launch:
 
     Args:
         ctas: grid size.
-        arguments: arrays of device memory, and numbers: a value of the NamedTuple class that is the kernel's signature,
-            or, where that is a tuple of types, as many values in its order.
+        arguments: arrays of device memory, and numbers: a value of the NamedTuple class that is the kernel's signature.
         stream: that `run` uses.
 
     Raises:
-        TypeError: they are no value of the signature's class, or a number where the kernel takes an array.
+        TypeError: they are of another class, or a number where the kernel takes an array.
     """
 
-    def __init__(self, kernel: Kernel, ctas: int, arguments: Sequence[DeviceArray | int], stream: Any) -> None:
+    def __init__(self, kernel: Kernel, ctas: int, arguments: tuple[DeviceArray | int, ...], stream: Any) -> None:
         from cuda.bindings import driver
 
         spec = kernel.spec
         self.kernel = kernel
         self.ctas = ctas
-        if isinstance(spec.signature, type) and not isinstance(arguments, spec.signature):
+        if not isinstance(arguments, spec.signature):
             raise TypeError(f"{spec.name} takes a {spec.signature.__name__}, not a {type(arguments).__name__}")
         words = [word for kind, value in zip(spec.element_types, arguments, strict=True) for word in _pack(kind, value)]
         self._words = (ctypes.c_int64 * len(words))(*words)

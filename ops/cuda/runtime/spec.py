@@ -32,8 +32,7 @@ class KernelSpec:
         arguments: of the factory: plain values and frozen records, which their `repr` identifies.
         signature: a `typing.NamedTuple` class, which is the kernel's single parameter: its fields are annotated with
             U32, F32, NUMBER, ... A value of it is what a launch packs, what device code reads by name
-            (`arguments.tokens`) and what tests fill by keyword; it compiles to the same parameters as one for each
-            field. Or a tuple of these types, for a kernel with as many parameters.
+            (`io.tokens`) and what tests fill by keyword; it compiles to the same parameters as one for each field.
         threads: per CTA. shared_bytes: dynamic shared memory per CTA.
         dependent: programmatic dependent launch: it may start before the previous kernel has ended.
         cooperative: its CTAs wait for each other, so that all must be resident at once; the driver refuses a grid that
@@ -43,7 +42,7 @@ class KernelSpec:
     name: str
     factory: Callable[..., Any]
     arguments: tuple[tuple[str, Any], ...]
-    signature: type[tuple[Any, ...]] | tuple[Any, ...]
+    signature: type[tuple[Any, ...]]
     threads: int
     shared_bytes: int = 0
     dependent: bool = False
@@ -58,15 +57,15 @@ class KernelSpec:
         """Types of the kernel's arguments in order: "uint32*" is an array of uint32, "int64" a number."""
         return element_types(self.signature)
 
-    def numba_signature(self) -> tuple[Any, ...]:
-        """Types of the kernel's parameters."""
+    def numba_signature(self) -> tuple[Any]:
+        """Type of the kernel's parameter."""
         from numba.cuda import types
 
         fields = tuple(
             getattr(types, kind.removesuffix("*"))[::1] if kind.endswith("*") else getattr(types, kind)
             for kind in self.element_types
         )
-        return (types.NamedTuple(fields, self.signature),) if isinstance(self.signature, type) else fields
+        return (types.NamedTuple(fields, self.signature),)
 
     def digest(self) -> str:
         """Identifies the kernel among those of the same source: 16 hexadecimal digits."""
@@ -75,10 +74,9 @@ class KernelSpec:
 
 
 @cache
-def element_types(signature: type[tuple[Any, ...]] | tuple[Any, ...]) -> tuple[str, ...]:
+def element_types(signature: type[tuple[Any, ...]]) -> tuple[str, ...]:
     """`KernelSpec.element_types` of a signature."""
-    kinds = get_type_hints(signature, include_extras=True).values() if isinstance(signature, type) else signature
-    return tuple(kind if isinstance(kind, str) else kind.__metadata__[0] for kind in kinds)
+    return tuple(kind.__metadata__[0] for kind in get_type_hints(signature, include_extras=True).values())
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Planned:
 def kernel_spec(
     name: str,
     factory: Callable[..., Any],
-    signature: type[tuple[Any, ...]] | tuple[Any, ...],
+    signature: type[tuple[Any, ...]],
     threads: int,
     shared_bytes: int = 0,
     **arguments: Any,
