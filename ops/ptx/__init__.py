@@ -62,6 +62,7 @@ from numba_atomflow.ops.ptx.warp import (
     shuffle_xor_u32,
     sync_warp,
     warp_sum,
+    warp_sum_u32,
 )
 
 __all__ = [
@@ -120,4 +121,5 @@ __all__ = [
     "unpack_f16x2",
     "wait_for_previous_kernel",
     "warp_sum",
+    "warp_sum_u32",
 ]

@@ -55,3 +55,11 @@ def warp_sum(value):
     for step in range(5):
         value += shuffle_xor_f32(value, 16 >> step)
     return value
+
+
+@device_function
+def warp_sum_u32(value):
+    """The same of a uint32, modulo 2^32."""
+    for step in range(5):
+        value = np.uint32(value + shuffle_xor_u32(value, 16 >> step))
+    return value

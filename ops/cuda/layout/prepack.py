@@ -7,13 +7,13 @@ weights read and written once.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.converters import CONVERTERS
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.spec import F32, NUMBER, U8, U16, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import f32, u32
 
 THREADS = 256
 
@@ -56,7 +56,7 @@ def make_prepack(converter: str) -> Any:
     Launch: `prepack_ctas(layout)` CTAs of `THREADS` threads, no shared memory.
     """
     order_0, order_1, order_2, order_3 = CONVERTERS[converter].byte_order
-    factor = np.float32(CONVERTERS[converter].scale_factor)
+    factor = f32(CONVERTERS[converter].scale_factor)
 
     @ptx.device_function
     def source_row(tile, row, rows, half, section_tiles):
@@ -69,7 +69,7 @@ def make_prepack(converter: str) -> Any:
 
     @ptx.device_function
     def code(codes, row, k, in_features):
-        return np.uint32(codes[row * in_features + k]) if k < in_features else np.uint32(0)
+        return u32(codes[row * in_features + k]) if k < in_features else u32(0)
 
     @ptx.kernel(THREADS, 1)
     def prepack(io):
@@ -86,7 +86,7 @@ def make_prepack(converter: str) -> Any:
         k_tile, word = index % tile_words // k_tile_words, index % tile_words % k_tile_words
         first_group = k_tile * k_tile_groups
         count = min(k_tile_groups, groups - first_group)
-        value = np.uint32(0)
+        value = u32(0)
         if word < count * 528:  # else padding
             # In a region, blocks of 128 words, and scales, alternate between its halves of the rows.
             region, word = word // (count * 264 * row_halves), word % (count * 264 * row_halves)
@@ -97,7 +97,7 @@ def make_prepack(converter: str) -> Any:
                 row = source_row(tile, row, io.out_features, io.half, section_tiles)
                 k = first_group * 128 + block // row_halves * 64 + word % 16 * 4
                 if row >= 0:
-                    value = np.uint32(
+                    value = u32(
                         code(io.codes, row, k + order_0, in_features)
                         | code(io.codes, row, k + order_1, in_features) << 8
                         | code(io.codes, row, k + order_2, in_features) << 16
@@ -109,7 +109,7 @@ def make_prepack(converter: str) -> Any:
                 row = source_row(tile, row, io.out_features, io.half, section_tiles)
                 group = first_group + entry // (8 * row_halves)
                 if row >= 0:
-                    value = np.uint32(ptx.f32_bits(io.scales[row * groups + group] * factor))
+                    value = u32(ptx.f32_bits(io.scales[row * groups + group] * factor))
         io.words[index] = value
 
     return prepack
@@ -121,8 +121,8 @@ def make_prepack_fp16() -> Any:
     @ptx.device_function
     def element(weights, row, k, rows, in_features):
         if row < rows and k < in_features:
-            return np.uint32(weights[row * in_features + k])
-        return np.uint32(0)
+            return u32(weights[row * in_features + k])
+        return u32(0)
 
     @ptx.kernel(THREADS, 1)
     def prepack_fp16(io):
@@ -134,7 +134,7 @@ def make_prepack_fp16() -> Any:
         row = tile * 16 + word % 256 // 128 * 8 + word % 128 // 16
         k = word // 256 * 32 + word % 16 * 2
         low = element(io.weights, row, k, io.out_features, io.in_features)
-        io.words[index] = np.uint32(low | element(io.weights, row, k + 1, io.out_features, io.in_features) << 16)
+        io.words[index] = u32(low | element(io.weights, row, k + 1, io.out_features, io.in_features) << 16)
 
     return prepack_fp16
 

@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.converters import CONVERTERS
+from numba_atomflow.ops.cuda.scalars import u32
 from numba_atomflow.ops.formats import FP8_E4M3, WeightFormat
 
 TILE_ROWS = 16
@@ -273,7 +274,7 @@ def make_offsets(layout: PrepackedLayout) -> tuple[Any, Any]:
     def locate(group):
         """Start of the group's k-tile; the group's index in it; groups of that k-tile."""
         # Unsigned, so that a power of two is a shift; then int64, because numba makes a float of uint64 + int64.
-        k_tile = np.int64(np.uint32(group) // np.uint32(k_tile_groups))
+        k_tile = np.int64(u32(group) // u32(k_tile_groups))
         first = k_tile * k_tile_groups
         return k_tile * k_tile_words, group - first, k_tile_groups if even else min(k_tile_groups, groups - first)
 

@@ -1,10 +1,10 @@
-"""From kernel specs to machine code: compiled in parallel processes, kept on disk, loaded from there the next time.
+"""From kernel specs to machine code: compiled in parallel processes and cached on disk.
 
-No driver is needed: numba makes PTX, and nvJitLink makes a cubin of it, for any architecture. The cache folder
-carries a hash of every file of ``ops/``, so that any edit there compiles everything afresh; a file's name carries the
-spec, the architecture and the versions of the compilers. Numba needs 2-7 s for a kernel, most of it in Python: hence
-processes, started as ``python -m numba_atomflow.ops.cuda.runtime.build`` and not through `multiprocessing`, which would
-run a user's script again where it lacks the guard for that.
+No driver is needed: numba compiles to PTX, and nvJitLink assembles a cubin, for any architecture. The name of the cache
+folder has a hash of every file of ``ops/``, so that any edit there recompiles everything; a file's name has the spec,
+the architecture and the versions of the compilers. Numba takes 2-7 s per kernel, mostly in Python: hence processes.
+They are started as ``python -m numba_atomflow.ops.cuda.runtime.build``, because `multiprocessing` would run a user's
+script again if it has no ``if __name__ == "__main__"``.
 """
 
 import base64
@@ -41,15 +41,15 @@ def compile_spec(spec: KernelSpec, capability: tuple[int, int]) -> bytes:
 
 
 def make_ptx(kernel: Any, spec: KernelSpec, capability: tuple[int, int]) -> str:
-    """PTX of a kernel, whose long mangled name is replaced by `spec.name`.
+    """PTX of a kernel, with `spec.name` in place of its mangled name.
 
     Args:
-        kernel: as numba has it: `spec.make()`.
+        kernel: `spec.make()`.
     """
     from numba import cuda
 
     share_scopes()
-    bounds = kernel.targetoptions["launch_bounds"]  # `compile_ptx` does not look there
+    bounds = kernel.targetoptions["launch_bounds"]  # `compile_ptx` ignores them
     with compiling_for(capability):
         ptx, _ = cuda.compile_ptx(kernel.py_func, spec.numba_signature(), cc=capability, launch_bounds=bounds)
     return rename(str(ptx), spec.name)
@@ -57,10 +57,10 @@ def make_ptx(kernel: Any, spec: KernelSpec, capability: tuple[int, int]) -> str:
 
 @cache
 def share_scopes() -> None:
-    """Compile in half the time, to the same PTX.
+    """Halve the time of compiling, with the same PTX.
 
-    numba copies the code of a function that it inlines with `copy.deepcopy`. Each variable in it points to the table of
-    all variables, which would be copied along; nothing is written to that table afterwards.
+    numba copies an inlined function's IR with `copy.deepcopy`. Each variable in it refers to the scope of all
+    variables, which would be copied too, although nothing writes to the copy.
     """
     from numba.cuda.core import ir  # type: ignore[import-not-found]
 
@@ -68,15 +68,15 @@ def share_scopes() -> None:
 
 
 def rename(ptx: str, name: str) -> str:
-    """PTX with a readable name for its one kernel."""
+    """PTX with a readable name for its kernel."""
     mangled = re.search(r"\.entry\s+([\w$]+)\(", ptx)
     if mangled is None:
-        raise RuntimeError(f"numba made no kernel of {name}")
+        raise RuntimeError(f"numba generated no kernel for {name}")
     return ptx.replace(mangled[1], name)
 
 
 def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
-    """A cubin of PTX, and what the assembler says about registers and spills."""
+    """A cubin of PTX, and the assembler's log of registers and spills."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
     options = LinkerOptions(arch="sm_{}{}".format(*capability), ptxas_options=["-v"])
@@ -89,7 +89,7 @@ def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
 
 @cache
 def compilers() -> str:
-    """Versions of what turns Python into machine code."""
+    """Versions of the compilers."""
     found = []
     libraries = ("nvidia-nvvm", "nvidia-cuda-nvcc", "nvidia-cuda-nvrtc", "nvidia-nvjitlink")
     for package in ("numba", "numba-cuda", "cuda-core", *libraries, *(f"{library}-cu12" for library in libraries)):
@@ -99,7 +99,7 @@ def compilers() -> str:
 
 
 def cache_path(spec: KernelSpec, capability: tuple[int, int]) -> Path | None:
-    """Where a kernel's machine code is kept; None where nothing can be."""
+    """The cache file of a kernel's machine code; None if the cache cannot be written."""
     folder = jit.cache_folder("cuda")
     if folder is None:
         return None
@@ -108,7 +108,7 @@ def cache_path(spec: KernelSpec, capability: tuple[int, int]) -> Path | None:
 
 
 def read_cached(path: Path | None) -> bytes | None:
-    """The machine code in a cache file; None if there is none, or it is damaged."""
+    """The machine code in a cache file; None if it is missing or damaged."""
     if path is None:
         return None
     try:
@@ -120,7 +120,7 @@ def read_cached(path: Path | None) -> bytes | None:
 
 
 def write_cached(path: Path | None, code: bytes) -> None:
-    """Keep machine code, if that is possible: a full disk costs a compilation the next time, not the program."""
+    """Cache machine code, if possible: with a full disk it is compiled again the next time."""
     if path is None:
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -137,9 +137,9 @@ def write_cached(path: Path | None, code: bytes) -> None:
 def build(
     specs: Sequence[KernelSpec], capability: tuple[int, int], progress: Progress | None = None
 ) -> dict[KernelSpec, bytes]:
-    """Machine code of all specs, from the cache where it is there.
+    """Machine code of all specs, from the cache or compiled.
 
-    `progress` is called on the thread of the caller.
+    `progress` is called on the caller's thread.
 
     Raises:
         BackendError: the compiler is not installed, or failed.
@@ -168,7 +168,7 @@ def build(
 
 
 def missing_compiler() -> str | None:
-    """The library of the compiler that is not installed; None if all are there. A plain install has none of them."""
+    """A library of the compiler that is not installed; None if all are. A plain install has none of them."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
     except ImportError:
@@ -176,7 +176,7 @@ def missing_compiler() -> str | None:
     for name in ("nvvm", "nvrtc", "nvJitLink"):
         try:
             load_nvidia_dynamic_lib(name)
-        except RuntimeError:  # its class for a library that is not found
+        except RuntimeError:  # the class that it raises for a missing library
             return name
     return None
 
@@ -193,7 +193,7 @@ def _check_compiler() -> None:
 def _compile_in_parallel(
     specs: Sequence[KernelSpec], capability: tuple[int, int], report: Callable[[KernelSpec, bytes], None]
 ) -> None:
-    """Workers take the next spec when they have finished one; the first failure stops all."""
+    """Each worker takes the next spec when it has finished one; the first failure stops all."""
     waiting: SimpleQueue[KernelSpec] = SimpleQueue()
     for spec in specs:
         waiting.put(spec)
@@ -223,14 +223,14 @@ def _compile_in_parallel(
                     f"A GPU kernel could not be compiled ({spec.name}: {failure}); use --backend cpu, and report this."
                 )
             report(spec, code)
-    finally:  # also after Ctrl-C: no compiler goes on by itself
+    finally:  # also after Ctrl-C: no worker survives
         with deferred_interrupts():
             for worker in workers:
                 worker.stop()
 
 
 class _Worker:
-    """Another Python, which compiles the specs that it is sent, a line each."""
+    """A Python process that compiles specs, one per line of its standard input."""
 
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -241,12 +241,12 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for the parent, which stops its workers
+            start_new_session=True,  # Ctrl-C goes to the parent, which stops its workers
             text=True,
         )
 
     def compile(self, spec: KernelSpec, capability: tuple[int, int]) -> tuple[bytes, str]:
-        """Machine code, or what went wrong."""
+        """Machine code, or a description of the failure."""
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             return b"", "the compiler's process has no pipes"
@@ -261,7 +261,7 @@ class _Worker:
         return base64.b64decode(answer["code"]), str(answer["failure"])
 
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -271,8 +271,8 @@ class _Worker:
 
 
 def _work() -> None:
-    """The worker's life: a spec per line in, an answer per line out."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may stand between answers
+    """The worker's main loop: a spec per line in, an answer per line out."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with answers
     for line in sys.stdin:
         spec, capability = pickle.loads(base64.b64decode(line))  # noqa: S301  from the parent process
         code, failure = b"", ""
