@@ -14,7 +14,7 @@ WORD = 0xFFFFFFFF
 
 def test_words_are_published_and_loaded_whole() -> None:
     @ptx.kernel(32, 1)
-    def hand_over(words, out):
+    def store_and_load(words, out):
         thread = cuda.threadIdx.x
         if thread < 2:
             ptx.ll_store(words, 2 + thread, np.uint32(WORD - thread), np.uint32(7 + thread))
@@ -23,7 +23,7 @@ def test_words_are_published_and_loaded_whole() -> None:
             out[0], out[1], out[2], out[3] = ptx.ll_load(words, 2)
 
     words, out = np.arange(6, dtype=np.uint64), np.zeros(4, np.uint32)
-    launch(hand_over, 1, 32, 0, words, out)
+    launch(store_and_load, 1, 32, 0, words, out)
     assert words.tolist() == [0, 1, 7 << 32 | WORD, 8 << 32 | WORD - 1, 4, 5]
     assert out.tolist() == [WORD, 7, WORD - 1, 8]
 

@@ -16,5 +16,5 @@ def test_paged_qkv(case: ProjectionCase) -> None:
 
 
 def test_a_block_of_sixteen_warps() -> None:
-    """What a step of eight columns takes where x leaves room for one block per multiprocessor."""
+    """The plan of eight tokens where x leaves shared memory for one CTA per SM."""
     check_projection(ProjectionCase("add", 40, 520, 8, warps=16, split_k=4, groups_in_flight=1))
