@@ -66,7 +66,7 @@ class Side:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._answer()
+        self.facts = self._answer()  # device and decode path
 
     def turn(self) -> Turn:
         """Run a prompt and its reply."""
@@ -75,14 +75,14 @@ class Side:
         self._process.stdin.flush()
         return Turn(**self._answer())
 
-    def _answer(self) -> dict[str, float]:
+    def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             _, said = self._process.communicate()
             last = (said.strip().splitlines() or ["it wrote nothing"])[-1].rstrip(".")
             raise SideError(f"{self.name} cannot run this: {last}.")
-        record: dict[str, float] = json.loads(line)
+        record: dict[str, Any] = json.loads(line)
         return record
 
     def __enter__(self) -> Self:
@@ -198,11 +198,19 @@ def main() -> int:
             print(f"loading {names[0]} and {names[1]}", file=sys.stderr)
             with Side(names[0], tree, task) as before, Side(names[1], ROOT, task) as now:
                 pairs = take_turns(before, now, options.repeats)
+                facts = {"before": before.facts, "now": now.facts}
     except (SideError, AtomFlowError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    record = record_of(pairs, names, task)
-    print(json_text(record) if options.json else report(record), end="\n" if options.json else "")
+    record = record_of(pairs, names, task) | {"engines": facts}
+    if options.json:
+        print(json_text(record))
+    else:
+        what = options.geometry or task["path"]
+        print(
+            f"{what}, {now.facts['device']}, a prompt of {options.prompt_tokens}, then {options.decode_tokens} tokens"
+        )
+        print(report(record), end="")
     return 0
 
 

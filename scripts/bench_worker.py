@@ -17,20 +17,23 @@ def main() -> int:
     positions = task["prompt_tokens"] + count + 1
     params = SamplingParams(max_tokens=count + 1, ignore_eos=True)
     where = (task["backend"], positions, task["threads"])
-    path = {} if task.get("decode", "auto") == "auto" else {"decode": task["decode"]}  # earlier versions have no choice
+    decode = (
+        {} if task.get("decode", "auto") == "auto" else {"decode": task["decode"]}
+    )  # earlier versions have no choice
     try:
         if "path" in task:
-            engine = Engine.load(task["path"], *where, **path)
+            engine = Engine.load(task["path"], *where, **decode)
             generate = engine.generate
         else:
-            engine = Engine.random(ModelGeometry.from_dict(task["geometry"]), *where, **path)
+            engine = Engine.random(ModelGeometry.from_dict(task["geometry"]), *where, **decode)
             generate = engine.generate_tokens
     except (AtomFlowError, AttributeError, TypeError) as error:
         print(error, file=sys.stderr)
         return 2
     with engine:
         prompt = [i % engine.geometry.vocabulary for i in range(task["prompt_tokens"])]
-        print(json.dumps({}), flush=True)
+        path = getattr(engine.backend, "decode_path", None)
+        print(json.dumps({"device": engine.backend.device, "decode": path and path.name}), flush=True)
         for _ in sys.stdin:
             engine.reset()
             stats = generate(prompt, params).finish().stats
