@@ -168,7 +168,7 @@ def test_half_a_character_at_the_end_is_marked(scripted: Engine) -> None:
     ("limit", "prompt", "text"), [(8, "ab", "cdefgé"), (8, "abc", "defgé"), (4, "abcd", "e"), (1, "a", "b")]
 )
 def test_a_full_context_ends_a_reply(scripted_checkpoint: Path, limit: int, prompt: str, text: str) -> None:
-    """The token that was made from the last position is still shown."""
+    """The token that is sampled at the last position is still part of the text."""
     with Engine.load(scripted_checkpoint, max_seq_len=limit) as engine:
         reply = engine.generate(prompt).finish()
         assert reply.finish_reason == "context"

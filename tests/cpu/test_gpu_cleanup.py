@@ -35,7 +35,7 @@ from numba_atomflow.utils import interrupts
 from numba_atomflow.utils.interrupts import deferred_interrupts
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
-pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
+pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is none for macOS")
 
 RANDOM_ARRAY = RandomModel.array
 SMALL = tiny_geometry(layers=1)
@@ -95,7 +95,7 @@ class Failure:
 
 LOST = "the GPU failed"  # then to the whole process
 EVERYWHERE = "interrupted"  # not only at telling calls
-AFTERWARDS = "Ctrl-C afterwards"  # when the driver has done what it was asked for
+AFTERWARDS = "Ctrl-C afterwards"  # when the call has had its effect
 FAILURES = {
     "out of memory": (Failure(status=Status.CUDA_ERROR_OUT_OF_MEMORY), BackendError),
     LOST: (Failure(status=Status.CUDA_ERROR_ILLEGAL_ADDRESS), BackendError),
@@ -124,9 +124,9 @@ def test_a_failure_at_any_call_of_the_driver_leaves_nothing_behind(
     make, (fail, expected) = MAKERS[maker], FAILURES[failure]
     other = load() if beside else None
     alive, first = dict(pretended.live), len(pretended.calls)
-    made = make()
+    resource = make()
     calls = pretended.calls[first:]
-    made.close()
+    resource.close()
     assert pretended.live == alive
     for at in telling(calls) if failure != EVERYWHERE else range(len(calls)):
         fail.at = len(pretended.calls) + at
@@ -138,7 +138,7 @@ def test_a_failure_at_any_call_of_the_driver_leaves_nothing_behind(
             make().close()
         except expected:
             pass
-        else:  # where something is given back that was needed for a moment
+        else:  # where something temporary is freed
             assert calls[at] in ("cuCtxPopCurrent", "cuGraphDestroy"), calls[at]
         pretended.behave()
         if calls[at] == "cuCtxPopCurrent":
@@ -374,7 +374,7 @@ def test_a_forked_child_touches_nothing_of_its_parent(
     pretended: PretendedDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, parent = load(), os.getpid()
-    made, calls = dict(pretended.live), len(pretended.calls)
+    live, calls = dict(pretended.live), len(pretended.calls)
     backend = engine.backend
     monkeypatch.setattr(os, "getpid", lambda: parent + 1)
     with pytest.raises(BackendError, match="before this process was forked"):
@@ -384,7 +384,7 @@ def test_a_forked_child_touches_nothing_of_its_parent(
     assert not gpu_is_usable()
     engine.close()
     assert len(pretended.calls) == calls
-    assert pretended.live == made
+    assert pretended.live == live
     monkeypatch.undo()
     pretended.live.clear()  # in the parent it would have been closed
     del backend
@@ -393,7 +393,7 @@ def test_a_forked_child_touches_nothing_of_its_parent(
 def test_replays_in_flight_are_waited_for(pretended: PretendedDriver) -> None:
     engine = load("persistent")
     engine.backend.prefill([1], SAMPLE)
-    engine.close()  # the pretended driver notices what is given back while the GPU works
+    engine.close()  # the pretended driver reports what is freed while the GPU works
     assert pretended.counts() == {}
 
 

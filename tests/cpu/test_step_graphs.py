@@ -15,7 +15,7 @@ from numba_atomflow.backends.cuda.queue import RUN_AHEAD
 from numba_atomflow.model.step import LAST_LOGITS, NO_LOGITS, SAMPLE, Advance, Head, LmHead, Sample
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
-pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
+pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is none for macOS")
 
 LAYERS, MAX_SEQ_LEN = 2, 64
 

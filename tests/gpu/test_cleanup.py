@@ -31,7 +31,7 @@ CYCLES = 200
 
 
 class Watched:
-    """The bindings, whose functions may be made to fail; counts their calls."""
+    """The bindings; counts their calls, and can make each fail."""
 
     def __init__(self, bindings: Any) -> None:
         self._bindings = bindings
@@ -78,13 +78,13 @@ def _ctrl_c_interrupts() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _weights_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    array, made = RandomModel.array, dict[tuple[Any, str], Any]()
+    array, arrays = RandomModel.array, dict[tuple[Any, str], Any]()
 
     def remembered(model: RandomModel, name: str) -> Any:
         key = model.geometry, name
-        if key not in made:
-            made[key] = array(model, name)
-        return made[key]
+        if key not in arrays:
+            arrays[key] = array(model, name)
+        return arrays[key]
 
     monkeypatch.setattr(RandomModel, "array", remembered)
 
@@ -117,9 +117,9 @@ def test_a_failure_at_any_call_of_the_driver(watched: Watched, make: Callable[[]
         expected = reply(beside)
         make().close()
         first = len(watched.calls)
-        made = make()
+        resource = make()
         calls = watched.calls[first:]
-        made.close()
+        resource.close()
         free = free_bytes(beside)
         for at in range(len(calls)) if failure.startswith("every") else telling(calls):
             number = len(watched.calls) + at
@@ -141,7 +141,7 @@ def test_a_failure_at_any_call_of_the_driver(watched: Watched, make: Callable[[]
             with suppress(BackendError, KeyboardInterrupt):
                 make().close()
             watched.behave()
-        # A graph whose own destruction was made to fail is left, some kilobytes; the driver takes memory by 2 MB.
+        # A graph whose destruction failed is left, some kilobytes; the driver takes memory by 2 MB.
         assert free - free_bytes(beside) <= 2 << 20
         assert reply(beside) == expected
     with load() as engine:

@@ -150,7 +150,7 @@ class PretendedDriver:
     def _destroy(self, handle: Any, kind: str) -> None:
         self._context()
         if any(int(handle) in used for used in self._busy.values()):
-            self._misuse(f"the {kind} is given back while the GPU works with it")
+            self._misuse(f"the {kind} is freed while the GPU works with it")
         del self.live[self._alive(handle, kind)]
         self._blocks.pop(int(handle), None)
 

@@ -77,8 +77,8 @@ class StepGraphs:
         if not self._capture:
             for launch in self.launches(tokens, head):
                 launch.run()
-        elif key in self._graphs:
-            self._graphs[key].replay()
+        elif key in self._graphs or is_decode(tokens, head):
+            self._graph(key).replay()
         else:
             self._graph(_Step(self._kernels.width_for(tokens), None)).replay()
             for launch in self._tail(tokens, head):
