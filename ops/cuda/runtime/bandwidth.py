@@ -14,8 +14,8 @@ from numba_atomflow.ops.cuda.runtime.spec import U32, Planned, kernel_spec
 from numba_atomflow.ops.cuda.scalars import u32
 
 THREADS = 512
-UNROLLED = 8  # loads that a thread has in flight
-TILE_WORDS = 2048  # 8 KB: smaller copies are limited by their number
+UNROLLED = 8  # loads in flight per thread
+TILE_WORDS = 2048  # 8 KB: smaller copies are limited by their rate
 STAGES = 12  # tiles in flight per CTA
 _READ_CTAS = 4  # per SM
 
@@ -25,7 +25,7 @@ class ReadArguments(NamedTuple):
 
     Attributes:
         source: what is read; its length is a multiple of 4, or of `tile_words` for the bulk copies.
-        total: [1]: a sum over all words is added, or the number of tiles, as a proof of reading.
+        total: [1]: a sum over all words is added, or the number of tiles, so that no read is optimised away.
     """
 
     source: U32
@@ -44,7 +44,7 @@ def make_read() -> Any:
         quads = len(io.source) // 4
         quad = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         words = cuda.local.array(32, uint32)
-        found = u32(0)
+        checksum = u32(0)
         while quad < quads:
             for u in range(UNROLLED):
                 at = min(quad + u * step, quads - 1)
@@ -53,12 +53,11 @@ def make_read() -> Any:
             for u in range(UNROLLED):
                 if quad + u * step < quads:
                     for i in range(4):
-                        found = u32(found + words[4 * u + i])
+                        checksum = u32(checksum + words[4 * u + i])
             quad += UNROLLED * step
-        for lanes in range(5):
-            found = u32(found + ptx.shuffle_xor_u32(found, 16 >> lanes))
+        checksum = ptx.warp_sum_u32(checksum)
         if cuda.threadIdx.x & 31 == 0:
-            cuda.atomic.add(io.total, 0, found)
+            cuda.atomic.add(io.total, 0, checksum)
 
     return read
 
@@ -90,18 +89,18 @@ def make_bulk_read(stages: int = STAGES, tile_words: int = TILE_WORDS) -> Any:
                 ptx.barrier_init(barriers, first_barrier + 8 * stage, 1)
             ptx.fence_barriers()
             count = len(io.source) // tile_words
-            own = (count - cuda.blockIdx.x + cuda.gridDim.x - 1) // cuda.gridDim.x
-            for i in range(own + stages):
+            cta_tiles = (count - cuda.blockIdx.x + cuda.gridDim.x - 1) // cuda.gridDim.x
+            for i in range(cta_tiles + stages):
                 stage = i % stages
                 barrier = first_barrier + 8 * stage
                 if i >= stages:
                     ptx.barrier_wait(barriers, barrier, (i // stages - 1) & 1)
-                if i < own:
+                if i < cta_tiles:
                     tile, nbytes = cuda.blockIdx.x + i * cuda.gridDim.x, tile_words * 4
                     ptx.barrier_arrive_expect(barriers, barrier, nbytes)
                     at = ptx.shared_address(tiles, stage * tile_words)
                     ptx.bulk_copy(tiles, at, io.source, tile * tile_words, nbytes, barriers, barrier)
-            cuda.atomic.add(io.total, 0, u32(own))
+            cuda.atomic.add(io.total, 0, u32(cta_tiles))
 
     return bulk_read
 
