@@ -89,12 +89,15 @@ class _ErrorModel:
         return len(self.sides) * roundings * _U2
 
     def embedding(self) -> Variance:
+        """One multiplication by a scale."""
         return np.full_like(self.positions, self.chain(1) + self.stored("weights"))
 
     def norm(self) -> float:
+        """A sum of squares over the hidden size, square root, division and two products."""
         return self.chain(self.geometry.hidden + 4) + self.stored("x_norm")
 
     def projection(self, in_features: int) -> float:
+        """A sum of in_features products, and one product with a scale per group."""
         return self.chain(in_features + -(-in_features // GROUP)) + self.stored("weights")
 
     def angles(self) -> Variance:

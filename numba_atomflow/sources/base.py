@@ -35,9 +35,11 @@ class WeightSource(Protocol):
     # Ignored settings of the source, one complete sentence each, including those of `text`.
     warnings: tuple[str, ...]
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Names of all tensors."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor: [N, K] of a matrix, [N] of a vector."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows [start, stop) of a tensor (elements of a vector), dequantized.

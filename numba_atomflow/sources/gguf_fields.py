@@ -42,6 +42,7 @@ class GgufFields:
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """An integer; without a default, the key is required."""
         value = self.value(key, int)
         if value is not None:
             return value
@@ -85,15 +86,18 @@ class GgufFields:
         return values
 
     def required_items(self, key: str, kind: type[_T]) -> list[_T]:
+        """A required list whose items are of exactly this type."""
         values = self.items(key, kind)
         if values is None:
             raise self.missing(key)
         return values
 
     def missing(self, key: str) -> SourceError:
+        """The error for a missing required key."""
         return SourceError(f"{self.label} lacks the metadata field {key}; get the complete model.")
 
     def unusable(self, key: str) -> SourceError:
+        """The error for a value of a wrong type or range."""
         return self._unusable_value(key, self.values[key])
 
     def _unusable_value(self, key: str, value: object) -> SourceError:

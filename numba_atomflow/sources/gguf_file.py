@@ -103,6 +103,7 @@ class _Cursor:
         self._items_left = MAX_ITEMS
 
     def require(self, count: int) -> None:
+        """Check that the file has `count` more bytes."""
         if count > self.size - self.position:
             raise SourceError(
                 f"{self.path} is truncated or damaged: {count} bytes are announced at byte {self.position}, "
@@ -110,6 +111,7 @@ class _Cursor:
             )
 
     def read(self, count: int) -> bytes:
+        """Read `count` bytes of the header."""
         self.require(count)
         if count > MAX_HEADER_BYTES - self.position:
             raise SourceError(
@@ -165,6 +167,7 @@ class _Cursor:
         return items
 
     def kind(self) -> GGUFValueType:
+        """Read the type of a value."""
         number = self.scalar(_U32)
         try:
             return GGUFValueType(number)
