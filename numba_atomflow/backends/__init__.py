@@ -1,1 +1,1 @@
-"""What runs the list of ops: the CPU here and now, an NVIDIA GPU where there is one."""
+"""Backends, which run the ops of a step: CPU and CUDA."""

@@ -1,1 +1,1 @@
-"""The CUDA driver: checked calls, and ownership of what was made on the GPU."""
+"""The CUDA driver: checked calls, and ownership of GPU resources."""

@@ -1,1 +1,1 @@
-"""Files of users: reading within limits, writing whole files, noticing changes."""
+"""Files: reading untrusted input, atomic writes, detection of changes."""

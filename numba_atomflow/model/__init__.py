@@ -1,1 +1,1 @@
-"""What a model is: well-known geometries and the operations of one step."""
+"""Models: well-known geometries, number formats, config.json, and the ops of one step."""

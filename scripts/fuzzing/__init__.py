@@ -1,4 +1,4 @@
-"""Parts of `scripts/fuzz.py`. They use the tiny models of the tests."""
+"""Modules of `scripts/fuzz.py`, which use the tiny models of the tests."""
 
 import sys
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""One persistent kernel per token: docs/persistent-kernel.md says how it works and what was tried."""
+"""The persistent decode kernel, one launch per token: docs/persistent-kernel.md."""
