@@ -1,8 +1,8 @@
-"""When each block of a traced decode step did what, and where the time of its ops goes.
+"""A traced decode step: when each CTA did what, and where the time of the ops goes.
 
-An op ends when the last of its blocks is done, and what it adds to the step begins where the op before it ended. So
-ops add up to the step, and the phases of an op, each the mean over all blocks, to the op: nothing is counted twice,
-although blocks turn to an op while others are still busy with the one before.
+An op ends when the last of its CTAs is done, and its time is counted from the end of the op before. So the times of the
+ops add up to the step's, and the phases of an op, each the mean over all CTAs, to the op's: nothing is counted twice,
+although CTAs start an op while others still run the one before.
 """
 
 from dataclasses import dataclass, fields
@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class PhaseRow:
-    """Where the time of all ops of one kind goes: seconds of a block per op, the mean over blocks and layers.
+    """Where the time of all ops of one kind goes: seconds of a CTA per op, the mean over CTAs and layers.
 
     Attributes:
         count: ops per step.
-        staging_seconds: until what the op reads is in the block, counted from the end of the op before.
-        copy_wait_seconds: waiting for weights, as the first warp of the block notes it.
-        compute_seconds: from there to the block's last result, without the wait for weights.
-        barrier_seconds: from the block's last result (of one without a share in the op: from the op's begin) to that of
-            the slowest.
+        staging_seconds: until the op's input is in shared memory, from the end of the op before.
+        copy_wait_seconds: wait for weights, as measured by the first warp of the CTA.
+        compute_seconds: from then on to the CTA's last result, without the wait for weights.
+        barrier_seconds: from the CTA's last result (without work in the op: from its start) to that of the slowest CTA.
     """
 
     kind: str
@@ -34,22 +33,22 @@ class PhaseRow:
 
     @property
     def seconds(self) -> float:
-        """What one op adds to the step: the sum of its phases."""
+        """Time of one op: the sum of its phases."""
         return self.staging_seconds + self.copy_wait_seconds + self.compute_seconds + self.barrier_seconds
 
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Times of one traced step, float64 [blocks, ops], in nanoseconds since its first block began.
+    """Times of one traced step, float64 [CTAs, ops], in nanoseconds since its first CTA started.
 
-    NaN where a block has no share in an op or does nothing of the kind, and for op 0, the embedding, which is over when
-    the last block turns to op 1.
+    NaN where a CTA has no work in an op or no such event, and for op 0, the embedding, which ends when the last CTA
+    starts op 1.
 
     Attributes:
         names: of the ops, in order.
-        begun: the block turns to the op. staged: what it reads is there. done: its results are published.
-        copy_begun, copy_done: the first and the last of its weights are asked for.
-        waited: how long the block waited for weights.
+        begun: the CTA starts the op. staged: its input is in shared memory. done: its results are published.
+        copy_begun, copy_done: the first and the last copy of its weights are issued.
+        waited: duration of the CTA's wait for weights.
     """
 
     names: tuple[str, ...]
@@ -63,26 +62,26 @@ class StepTrace:
     def __post_init__(self) -> None:
         shapes = {getattr(self, field.name).shape for field in fields(self) if field.name != "names"}
         if len(shapes) != 1 or shapes.pop()[1:] != (len(self.names),):
-            raise ValueError(f"times of {len(self.names)} ops must all be [blocks, ops]")
+            raise ValueError(f"times of {len(self.names)} ops must all be [CTAs, ops]")
 
     @cached_property
     def ends(self) -> NDArray[np.float64]:
-        """Nanoseconds [ops] at which each op's last block is done."""
+        """Nanoseconds [ops] at which each op's last CTA is done."""
         ends = np.fmax.reduce(self.done, axis=0)
         ends[0] = np.fmax.reduce(self.begun[:, 1])
         return np.maximum.accumulate(ends)
 
     @property
     def op_seconds(self) -> list[float]:
-        """What each op adds to the step."""
+        """Time of each op."""
         return (np.diff(self.ends, prepend=0) / 1e9).tolist()  # type: ignore[no-any-return]
 
     def phases(self) -> list[PhaseRow]:
         """Where the time goes, by kind of op, in the order of their first op; the embedding has no phases."""
         start, end = self.ends[:-1], self.ends[1:]  # of op 1 and later ops
-        staged = np.fmax(self.staged[:, 1:], start)  # what came before is part of the op before
-        shares = ~np.isnan(self.staged[:, 1:])
-        done = np.where(shares, np.fmax(self.done[:, 1:], staged), start)
+        staged = np.fmax(self.staged[:, 1:], start)  # earlier time is part of the op before
+        has_work = ~np.isnan(self.staged[:, 1:])
+        done = np.where(has_work, np.fmax(self.done[:, 1:], staged), start)
         waited = np.fmin(np.nan_to_num(self.waited[:, 1:]), done - staged)
         parts = np.array([staged - start, waited, done - staged - waited, end - done]).mean(axis=1) / 1e9
         kinds: dict[str, list[int]] = {}

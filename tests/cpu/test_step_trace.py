@@ -26,7 +26,7 @@ def recorded() -> tuple[dict[str, Any], StepTrace]:
 
 @pytest.fixture
 def by_hand() -> StepTrace:
-    """Two blocks; the second has no share in op 2 (attention), and turns to op 3 (o) while the first is busy with 2."""
+    """Two CTAs; the second has no work in op 2 (attention), and starts op 3 (o) while the first still runs 2."""
     return StepTrace(
         names=("embed", "layer.0.qkv", "layer.0.attention", "layer.0.o"),
         begun=np.array([[NO, 100, 400, 700], [NO, 80, 500, 500]]),
@@ -38,7 +38,7 @@ def by_hand() -> StepTrace:
     )
 
 
-def test_ops_end_with_their_last_block_and_add_up_to_the_step(by_hand: StepTrace) -> None:
+def test_ops_end_with_their_last_cta_and_add_up_to_the_step(by_hand: StepTrace) -> None:
     assert by_hand.ends.tolist() == [100, 490, 690, 900]
     assert by_hand.op_seconds == pytest.approx([100e-9, 390e-9, 200e-9, 210e-9])
 
@@ -47,7 +47,7 @@ def test_no_time_is_counted_twice(by_hand: StepTrace) -> None:
     """Op 1 begins at 100, op 2 at 490, op 3 at 690."""
     qkv, attention, o = by_hand.phases()
     assert phases(qkv) == pytest.approx([75, 40, 225, 50])  # of (100, 50), (30, 50), (160, 290) and (100, 0)
-    assert phases(attention) == pytest.approx([0, 0, 100, 100])  # the second block is not in it: all of it is waiting
+    assert phases(attention) == pytest.approx([0, 0, 100, 100])  # the second CTA has no work: all of it is waiting
     assert phases(o) == pytest.approx([15, 5, 140, 50])  # the second had all it reads at 690: of (30, 0), (0, 10), ...
 
 
@@ -73,19 +73,19 @@ def test_phases_add_up_to_the_step_that_a_gpu_recorded() -> None:
 def test_one_kind_of_the_recorded_step_by_pencil() -> None:
     record, trace = recorded()
     (row,) = (row for row in trace.phases() if row.kind == "gate_up")
-    sums, shares = [0.0, 0.0, 0.0, 0.0], 0
+    sums, count = [0.0, 0.0, 0.0, 0.0], 0
     for op in (4, 9, 14):
         assert record["names"][op].endswith("gate_up")
         before = max(done[op - 1] for done in record["done"])
         last = max(done[op] for done in record["done"])
-        for block in range(len(record["done"])):
-            staged, done, waited = (record[event][block][op] for event in ("staged", "done", "waited"))
+        for cta in range(len(record["done"])):
+            staged, done, waited = (record[event][cta][op] for event in ("staged", "done", "waited"))
             assert before < staged < done  # nothing to be cut off here
             for phase, took in enumerate((staged - before, waited, done - staged - waited, last - done)):
                 sums[phase] += took
-            shares += 1
-    assert shares == 3 * 17
-    assert phases(row) == pytest.approx([total / shares for total in sums])
+            count += 1
+    assert count == 3 * 17
+    assert phases(row) == pytest.approx([total / count for total in sums])
     assert row.copy_wait_seconds > 1e-6  # 52 MB do not come by themselves
 
 
@@ -103,7 +103,7 @@ def test_the_kernels_clocks_become_a_trace() -> None:
     from numba_atomflow.backends.cuda.kernels import ModelKernels
     from numba_atomflow.backends.cuda.persistent import PersistentStep
     from numba_atomflow.memory.view import View
-    from numba_atomflow.ops.cuda.persistent import trace as noted
+    from numba_atomflow.ops.cuda.persistent import trace as events
     from numba_atomflow.ops.cuda.runtime.chip import Chip
 
     chip = Chip(sms=2, shared_bytes=232448, capability=(9, 0))
@@ -111,12 +111,12 @@ def test_the_kernels_clocks_become_a_trace() -> None:
     words = View("w", 0, (1,), "uint32")
     step = PersistentStep(kernels, {}, {}, {"w": words}, words, None)
     ops = step.shape.ops
-    times = np.zeros((2, ops, noted.EVENTS), np.int64)
+    times = np.zeros((2, ops, events.EVENTS), np.int64)
     now = 1_795_000_000_000_000_003
     times[0, 0, :4] = now, 5_000, now + 1_000, 6_500  # 1.5 cycles in a nanosecond
     times[1, 0, :4] = now + 40, 70_000, now + 1_040, 72_000
     times[0, 1] = [5_150, 5_300, 5_600, 5_030, 5_060, 45]
-    times[1, 3, noted.DONE] = 71_002
+    times[1, 3, events.DONE] = 71_002
     trace = step.trace([SimpleNamespace(name=f"op {i}") for i in range(ops + 2)], times.reshape(-1))  # type: ignore[misc]
     assert trace.names == tuple(f"op {i}" for i in range(ops))
     found = [getattr(trace, event)[0, 1] for event in EVENTS]

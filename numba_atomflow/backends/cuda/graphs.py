@@ -137,7 +137,7 @@ class StepGraphs:
             return self._bind_ops(layers)
         if self.persistent is not None and is_decode(tokens, head):
             kernel_ops = self.persistent.shape.ops
-            launches = [self.persistent.launch(0, kernel_ops, choose=key.fused_sampling)]
+            launches = [self.persistent.launch(0, kernel_ops, greedy=key.fused_sampling)]
             ops = [] if key.fused_sampling else self._model.step(tokens, head)[kernel_ops:]
             return launches + self._bind_ops(ops, sampled=True, argmax_done=True)
         return self._bound(_Step(self._kernels.width_for(tokens), None)) + self._tail(tokens, head)

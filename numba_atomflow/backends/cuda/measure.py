@@ -114,8 +114,8 @@ class CudaMeasurements:
             spec = self._model.kernels.persistent_traced.spec
             code = build([spec], self._device.capability, progress)[spec]
             self._traced_kernel = Kernel(spec, code, self._owner.resources)
-        choose = self._graphs.samples_in_kernel
-        return persistent.launch(0, persistent.shape.ops, choose=choose, traced=self._traced_kernel)
+        greedy = self._graphs.samples_in_kernel
+        return persistent.launch(0, persistent.shape.ops, greedy=greedy, traced=self._traced_kernel)
 
     def _position_keeper(self) -> Callable[[], None]:
         """Puts the device's position back to what it is now."""

@@ -29,11 +29,11 @@ from numba_atomflow.ops.cuda.persistent.trace import (
 )
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 
-_BYTES = 4 * TABLE_UNIT  # that the table of weights counts in
+_BYTES = 4 * TABLE_UNIT  # unit of the offsets in the table
 
 
 def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
-    """What the kernel needs beside what every decode step has."""
+    """Buffers of the kernel beside those of every decode step."""
     events = shape.sms * shape.ops * EVENTS
     return [
         Buffer("workspace", "persistent.mailbox", (shape.mailbox.end,), "uint64"),
@@ -48,8 +48,8 @@ class PersistentStep:
     """Launches of the persistent kernel.
 
     Args:
-        loaded: kernels by name. buffers: all views that are no weights, by name. weights: views of the weights by name.
-        ring: where the host finds tokens.
+        loaded: kernels by name. buffers: all views but the weights, by name. weights: views of the weights by name.
+        token_ring: pinned host memory to which tokens are posted.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class PersistentStep:
         loaded: Mapping[str, Kernel],
         buffers: Mapping[str, View],
         weights: Mapping[str, View],
-        ring: View,
+        token_ring: View,
         stream: Any,
     ) -> None:
         self._kernels, self._loaded, self._stream = kernels, loaded, stream
-        self._buffers, self._weights, self._ring = buffers, weights, ring
+        self._buffers, self._weights, self._token_ring = buffers, weights, token_ring
         self.shape = kernels.persistent_shape
         self._base = min(view.address for view in weights.values())
 
     def table(self) -> NDArray[np.int64]:
-        """For each op where its weights and its norm begin."""
+        """int64 [2 * ops]: for each op the offsets of its weights and of its norm weight, in units of 128 bytes."""
         g, entries = self._kernels.geometry, []
         entries.append(self._entry("embedding", None))
         for i in range(g.layers):
@@ -80,17 +80,17 @@ class PersistentStep:
         return np.array(entries, np.int64).reshape(-1)
 
     def _entry(self, weight: str, norm: str | None) -> tuple[int, int]:
-        return self._place(weight), 0 if norm is None else self._place(norm)
+        return self._offset(weight), 0 if norm is None else self._offset(norm)
 
-    def _place(self, name: str) -> int:
-        place, rest = divmod(self._weights[name].address - self._base, _BYTES)
+    def _offset(self, name: str) -> int:
+        offset, rest = divmod(self._weights[name].address - self._base, _BYTES)
         if rest:
             raise RuntimeError(f"{name} does not begin at a multiple of {_BYTES} bytes")
-        return place
+        return offset
 
-    def launch(self, first: int, last: int, *, choose: bool = False, traced: Kernel | None = None) -> Launch:
-        """Ops first .. last - 1 of the step, counted as in `decode.build_step`; by the kernel `traced`, if given.
-        choose: the most likely token is the next one, and the step ends with this launch.
+    def launch(self, first_op: int, end_op: int, *, greedy: bool = False, traced: Kernel | None = None) -> Launch:
+        """Ops first_op .. end_op - 1 of the step, numbered by `OpIndex`; by the kernel `traced`, if given.
+        greedy: the most likely token is the next one, and the step ends with this launch.
         """
         b = self._buffers
         end = max(view.address + view.nbytes for view in self._weights.values())
@@ -117,20 +117,20 @@ class PersistentStep:
             seen=b["sampling.seen"],
             options=b["sampling.options"],
             best=b["sampling.best"],
-            token_ring=self._ring,
+            token_ring=self._token_ring,
             tokens_posted=b["sampling.tokens_posted"],
             fault=b["persistent.fault"],
             timestamps=b["persistent.timestamps"],
             plane=self._plane,
-            first_op=first,
-            end_op=last,
-            greedy=int(choose),
+            first_op=first_op,
+            end_op=end_op,
+            greedy=int(greedy),
         )
         kernel = traced or self._loaded["persistent"]
         return Launch(kernel, self.shape.sms, arguments, self._stream)
 
     def publish(self, layer: int) -> Launch:
-        """What lets an op of this layer run by itself; the vocabulary's is behind the last."""
+        """The mailbox words that let an op of this layer run by itself; the number of layers: the LM head."""
         b, planned = self._buffers, self._kernels.planned["publish"]
         arguments = PublishArguments(
             residual=b["residual"],
@@ -146,22 +146,22 @@ class PersistentStep:
         )
         return Launch(self._loaded["publish"], planned.ctas, arguments, self._stream)
 
-    def trace(self, ops: Sequence[Op], times: NDArray[np.int64]) -> StepTrace:
-        """What a traced launch of a whole step has left in `persistent.timestamps`, int64 [blocks * ops * EVENTS]."""
-        made = self.shape.ops
-        found = to_nanoseconds(times.reshape(self.shape.sms, made, EVENTS))
+    def trace(self, ops: Sequence[Op], timestamps: NDArray[np.int64]) -> StepTrace:
+        """Of a traced launch of a whole step, from its `persistent.timestamps`: int64 [CTAs * ops * EVENTS]."""
+        count = self.shape.ops
+        times = to_nanoseconds(timestamps.reshape(self.shape.sms, count, EVENTS))
         return StepTrace(
-            names=tuple(op.name for op in ops[:made]),
-            begun=found[..., BEGUN],
-            staged=found[..., STAGED],
-            done=found[..., DONE],
-            copy_begun=found[..., COPY_BEGUN],
-            copy_done=found[..., COPY_DONE],
-            waited=found[..., WAITED],
+            names=tuple(op.name for op in ops[:count]),
+            begun=times[..., BEGUN],
+            staged=times[..., STAGED],
+            done=times[..., DONE],
+            copy_begun=times[..., COPY_BEGUN],
+            copy_done=times[..., COPY_DONE],
+            waited=times[..., WAITED],
         )
 
-    def begin_anew(self, memory: DeviceMemory) -> None:
-        """After a step that may have been left halfway, or have failed: the next one uses epochs of its own."""
+    def reset(self, memory: DeviceMemory) -> None:
+        """After a step that may be incomplete or have failed: the next one uses epochs of its own."""
         steps = int(memory.read(self._buffers["persistent.steps"])[0])
         memory.write(self._buffers["persistent.steps"], np.array([steps + 1, 0]))
         memory.write(self._buffers["persistent.fault"], np.zeros(1, np.int32))
@@ -173,14 +173,14 @@ class PersistentStep:
         return cache.nbytes // 2 // (2 * self._kernels.geometry.layers)
 
     def op_launches(self, index: int) -> list[Launch]:
-        """One op by itself, reading what the views hold."""
+        """One op by itself, which reads the buffers instead of results of the same launch."""
         layer = self.shape.op_index.layer(index)
         return [self.publish(layer), self.launch(index, index + 1)]
 
 
 def fault_sentence() -> BackendError:
-    """What a launch means whose blocks stopped waiting for each other."""
+    """The error of a launch in which a watchdog tripped."""
     return BackendError(
-        "The persistent decode kernel waited too long for a result of its own and gave up; "
-        "its tokens are wrong. Use --decode graph, and please report it."
+        "The watchdog of the persistent decode kernel tripped: a result did not arrive in time, "
+        "and its tokens are wrong. Use --decode graph, and please report it."
     )

@@ -191,7 +191,7 @@ class StepQueue:
         self._model.set_position(position)
         self._model.reset_argmax()  # a step may have ended between its arg-max and its end
         if self._graphs.persistent is not None:
-            self._graphs.persistent.begin_anew(self._model.memory)
+            self._graphs.persistent.reset(self._model.memory)
         self._queued = self._requested = self._model.posted_tokens()
         self.position = position
         self._exact = True
