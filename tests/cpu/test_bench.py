@@ -1,4 +1,4 @@
-"""The benchmark on tiny models: what is counted, which numbers are made of which, and what may be compared."""
+"""The benchmark on tiny models: measurements, derived figures, reports and their comparison."""
 
 import json
 import time
@@ -58,7 +58,7 @@ def test_every_depth_has_every_figure(report: BenchReport) -> None:
 
 
 def test_each_turn_starts_at_its_depth(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions at which prompts and decode steps really run, seen at the backend."""
+    """Positions of prompts and decode steps, recorded at the backend."""
     seen: list[tuple[str, int, int]] = []
     prefill, decode = engine.backend.prefill, engine.backend.decode
 
@@ -117,7 +117,7 @@ def test_progress_counts_every_turn(engine: Engine) -> None:
         ({"depths": (5, 5)}, r"depths are \[5, 5\]"),
     ],
 )
-def test_senseless_settings_are_refused(changes: dict[str, object], message: str) -> None:
+def test_settings_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         replace(SETTINGS, **changes)
 
@@ -131,14 +131,14 @@ def test_a_depth_beyond_the_model_is_refused() -> None:
 # --- ceilings and compile times --------------------------------------------------------------------------------------
 
 
-def test_a_sum_reads_everything() -> None:
+def test_the_bandwidth_kernel_sums_every_element() -> None:
     import numpy as np
 
     x = np.random.default_rng(0).random(100_003, np.float32)
     assert total(x) == pytest.approx(total_reference(x), rel=1e-4)
 
 
-def test_memory_is_read_at_a_speed_that_a_memory_can_have() -> None:
+def test_read_bandwidth_is_plausible() -> None:
     assert 0.2 < read_bandwidth(1 << 26, 2) < 5000
 
 
@@ -154,12 +154,12 @@ def test_a_second_start_compiles_nothing() -> None:
     assert times.warm * 2 < times.cold
 
 
-def test_a_start_that_is_refused_says_why_in_its_own_sentence() -> None:
+def test_an_error_of_a_start_is_reported_in_its_own_sentence() -> None:
     with pytest.raises(BackendError, match=r"^threads is 1000; this machine allows 1 to \d+\.$"):
         measure_compile_times(tiny_geometry(), threads=1000)
 
 
-def test_a_start_that_breaks_down_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_crashes_advises_to_leave_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho killed >&2\nexit 1\n")
     python.chmod(0o755)
@@ -171,7 +171,7 @@ def test_a_start_that_breaks_down_can_be_left_out(tmp_path: Path, monkeypatch: p
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_report_survives_json(report: BenchReport, tmp_path: Path) -> None:
+def test_a_report_round_trips_through_json(report: BenchReport, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report.to_dict()))
     assert read_report(path) == report
@@ -181,7 +181,7 @@ def test_a_report_survives_json(report: BenchReport, tmp_path: Path) -> None:
     assert record["compile_times"] == {"cold": 2.0, "warm": 1.0}
 
 
-def test_a_report_of_an_earlier_version_names_its_ceilings_as_today(report: BenchReport, tmp_path: Path) -> None:
+def test_ceilings_of_earlier_reports_get_their_present_names(report: BenchReport, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     record = report.to_dict() | {"ceilings": {"loads": 4100.0, "copy engine": 4300.0}}
     path.write_text(json.dumps(record))
@@ -191,7 +191,7 @@ def test_a_report_of_an_earlier_version_names_its_ceilings_as_today(report: Benc
 @pytest.mark.parametrize(
     "content", ["", "[]", "3", "{}", '{"format": "numba-atomflow bench 1"}', '{"format": "other"}']
 )
-def test_what_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
+def test_other_files_are_refused_as_reports(tmp_path: Path, content: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(content)
     with pytest.raises(OptionError, match=r"report\.json is no report; make one with"):
@@ -202,7 +202,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("value", [None, True, -1, 0, 1e400, "x", [], {}, "\x1b[2J", 10**900, 2**63])
 @pytest.mark.parametrize(
-    "place",
+    "path_in_record",
     [
         ("settings",),
         ("settings", "prompt_tokens"),
@@ -221,13 +221,13 @@ def test_what_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
     ],
 )
 def test_a_report_with_a_wrong_value_is_refused_or_can_be_shown(
-    report: BenchReport, tmp_path: Path, place: tuple[str | int, ...], value: object
+    report: BenchReport, tmp_path: Path, path_in_record: tuple[str | int, ...], value: object
 ) -> None:
     record = json.loads(json.dumps(report.to_dict()))
     parent = record
-    for key in place[:-1]:
+    for key in path_in_record[:-1]:
         parent = parent[key]
-    parent[place[-1]] = value
+    parent[path_in_record[-1]] = value
     path = tmp_path / "report.json"
     path.write_text(json.dumps(record))
     try:
@@ -242,14 +242,14 @@ def test_a_report_with_a_wrong_value_is_refused_or_can_be_shown(
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, '{"a":' * 5000, "\ud800"])
-def test_a_report_that_is_hardly_json(tmp_path: Path, content: str) -> None:
+def test_pathological_json_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "report.json"
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(OptionError, match=r"report\.json is no report"):
         read_report(path)
 
 
-def test_a_ratio_is_now_over_then(report: BenchReport) -> None:
+def test_a_ratio_is_now_over_earlier(report: BenchReport) -> None:
     def at_speed(speed: float) -> BenchReport:
         result = replace(report.results[1], decode_speed=Spread(speed, 0.9 * speed, 1.2 * speed, 5))
         return replace(report, results=[report.results[0], result])
@@ -263,7 +263,7 @@ def test_only_depths_that_both_have_are_compared(report: BenchReport) -> None:
     assert [ratio.depth for ratio in compare(replace(report, results=report.results[1:]), report)] == [20]
 
 
-def test_what_cannot_be_compared_is_refused(report: BenchReport) -> None:
+def test_incomparable_reports_are_refused(report: BenchReport) -> None:
     with pytest.raises(OptionError, match="of another model, random"):
         check_comparable(report, tiny_geometry(layers=3), SETTINGS)
     with pytest.raises(OptionError, match="has -p 6 -n 4; give the same"):
@@ -273,7 +273,7 @@ def test_what_cannot_be_compared_is_refused(report: BenchReport) -> None:
     check_comparable(report, tiny_geometry(), replace(SETTINGS, depths=(7, 20)))
 
 
-def test_what_else_changed_is_told(report: BenchReport) -> None:
+def test_other_differences_are_listed(report: BenchReport) -> None:
     assert differences(report, report) == {}
     machine = report.machine | {"commit": "abc", "versions": report.machine["versions"] | {"numba": "0.1"}}
     found = differences(report, replace(report, machine=machine, device="another"))
@@ -287,7 +287,7 @@ def test_what_else_changed_is_told(report: BenchReport) -> None:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_spread_is_a_median_and_the_middle_four_fifths() -> None:
+def test_a_spread_is_a_median_with_10th_and_90th_percentile() -> None:
     spread = Spread.of(range(11))
     assert spread == Spread(5.0, 1.0, 9.0, 11)
     assert spread.text(1, 2.0) == "10.0 (2.0-18.0)"

@@ -97,7 +97,7 @@ def test_the_table_of_nsys_is_read() -> None:
 
 
 @pytest.mark.parametrize(("text", "said"), [(NSYS_EMPTY, "does not contain CUDA kernel data"), ("", "says no more")])
-def test_a_timeline_without_kernels_is_told(text: str, said: str) -> None:
+def test_a_timeline_without_kernels_is_an_error(text: str, said: str) -> None:
     with pytest.raises(nsight.ToolError, match=said):
         nsys_profile.parse_kernels(text)
 
@@ -127,7 +127,7 @@ def test_the_raw_page_of_ncu_is_read_in_base_units() -> None:
     assert third.stalls == {"barrier": 1.0}
 
 
-def test_kernels_are_put_together_by_op_and_compared_with_what_it_must_read() -> None:
+def test_kernels_are_summed_by_op_and_compared_with_compulsory_traffic() -> None:
     runs = ncu_profile.kernel_runs(ncu_profile.parse_raw(PLAIN), ncu_profile.parse_raw(RENAMED))
     qkv, attention = ncu_profile.by_kind(runs, MUST_READ)
     assert (qkv.kind, qkv.count, qkv.kernels) == ("qkv", 2, ["project"])
@@ -152,7 +152,7 @@ def test_without_ranges_kernels_go_by_their_own_names() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "==WARNING== No kernels were profiled.\n", ncu_page()])
-def test_a_report_without_kernels_is_told(text: str) -> None:
+def test_a_report_without_kernels_is_an_error(text: str) -> None:
     with pytest.raises(nsight.ToolError, match="holds no GPU kernels"):
         ncu_profile.parse_raw(text)
 

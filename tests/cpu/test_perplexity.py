@@ -1,4 +1,4 @@
-"""Perplexity against its definition: one token after the other, each after the tokens of its window."""
+"""Perplexity against its definition, computed token by token."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def test_a_window_longer_than_a_block_of_rows(engine: Engine) -> None:
     assert measure(engine, text, 300, 200).perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
 
 
-def test_a_model_that_wants_a_bos_scores_the_first_token_too(checkpoint: Path) -> None:
+def test_with_a_bos_the_first_token_is_scored_too(checkpoint: Path) -> None:
     with Engine.load(checkpoint, backend="cpu", threads=1) as engine:
         engine.text = TextCodec(replace(engine.checkpoint.text, add_bos=True))
         tokens = engine.text.encode(TEXT)
@@ -99,7 +99,7 @@ def test_a_reference_that_is_the_model_itself(engine: Engine, checkpoint: Path) 
     assert divergence.mean_kl == pytest.approx(0, abs=1e-6)
 
 
-def test_a_reference_that_knows_nothing(engine: Engine) -> None:
+def test_a_uniform_reference(engine: Engine) -> None:
     """Against equal probabilities: perplexity V, and the divergence of the definition."""
 
     def uniform(tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -126,7 +126,7 @@ def test_a_reference_that_knows_nothing(engine: Engine) -> None:
         (10, "5", "stride is '5'; it must be a whole number"),
     ],
 )
-def test_windows_that_cannot_be(context: Any, stride: Any, fragment: str) -> None:
+def test_invalid_windows_are_refused(context: Any, stride: Any, fragment: str) -> None:
     with pytest.raises(OptionError, match=fragment):
         choose_windows(600, context, stride)
 
@@ -149,7 +149,7 @@ def test_texts_that_are_too_short(engine: Engine, text: str) -> None:
 
 
 def fed_with(engine: Engine, monkeypatch: pytest.MonkeyPatch, row: Callable[[int], float]) -> None:
-    """The engine's logits are `row` of the token that is right, and 0 for all others."""
+    """The engine's logits are `row` at the correct token, and 0 elsewhere."""
 
     def feed(tokens: Sequence[int], all_logits: bool = False) -> NDArray[np.float32]:
         logits = np.zeros((len(tokens), engine.geometry.vocabulary), np.float32)

@@ -1,4 +1,4 @@
-"""The profile of a decode step on tiny models: what is timed, and how the table is made of it."""
+"""The profile of a decode step on tiny models: timing, rows of the table, the plot."""
 
 import time
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def test_bytes_are_weights_cache_and_activations(engine: Engine, report: Profile
     assert sum(moved.values()) > weights + g.layers * cache
 
 
-def test_ops_of_a_kind_are_put_together(engine: Engine) -> None:
+def test_ops_are_summed_by_kind(engine: Engine) -> None:
     ops = engine.backend.step(1, SAMPLE)
     rows = kernel_rows([(op, 2e-6 if kind_of(op) == "down" else 1e-6) for op in ops], 1)
     assert (rows[0].kind, rows[0].count) == ("down", 2)
@@ -110,7 +110,7 @@ def test_the_record_has_shares_of_the_fastest_ceiling(report: ProfileReport) -> 
     assert record["repeats"] == 10
 
 
-def test_senseless_numbers_are_refused(engine: Engine) -> None:
+def test_numbers_out_of_range_are_refused(engine: Engine) -> None:
     with pytest.raises(OptionError, match="depth is -1"):
         profile(engine, -1)
     with pytest.raises(OptionError, match="repeats is 0"):

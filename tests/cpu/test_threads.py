@@ -133,7 +133,7 @@ threads = [threading.Thread(target=run) for _ in range(4)]
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core runs no two threads at the same time")
 def test_threads_take_turns_with_a_pool_that_is_not_thread_safe(tmp_path: Path) -> None:
-    """Without turns, numba's workqueue layer ends this process by SIGABRT."""
+    """Without the lock, numba's workqueue layer ends this process by SIGABRT."""
     (tmp_path / "compiled").symlink_to(home.compiled().resolve())
     completed = subprocess.run(
         [sys.executable, "-c", TWO_THREADS],

@@ -1,4 +1,4 @@
-"""The program that the Nsight wrappers run: which ranges it opens, and around what."""
+"""The program that the Nsight wrappers run: its NVTX ranges."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ DEPTH, TOKENS = 5, 2
 
 @pytest.fixture
 def ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is opened (+) and closed (-), in order."""
+    """Ranges that are opened (+) and closed (-), in order."""
     log: list[str] = []
     opened: list[str] = []
 
@@ -68,7 +68,7 @@ def test_only_decoding_is_captured_with_a_range_per_token_and_op(
     ]
 
 
-def test_the_record_of_ops_has_what_each_must_read() -> None:
+def test_the_record_of_ops_has_their_compulsory_reads() -> None:
     with Engine.random(tiny_geometry(), "cpu", 16, threads=1) as engine:
         records = {record["name"]: record["bytes"] for record in traced_decode.op_records(engine, 10)}
         g = engine.geometry

@@ -19,7 +19,7 @@ from numba_atomflow.files.untrusted import load_json, quote, short
         pytest.param(np.zeros((2, 1)), "array([[0.], [0.]])", id="a repr of two lines"),
     ],
 )
-def test_a_value_is_shown(value: object, expected: str) -> None:
+def test_a_value_is_quoted(value: object, expected: str) -> None:
     assert quote(value) == expected
 
 

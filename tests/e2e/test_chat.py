@@ -44,7 +44,7 @@ def test_two_turns_share_the_kv_cache(smollm2_home: Path) -> None:
     assert second > from_cache
 
 
-def test_quiet_leaves_replies_alone(cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_prints_only_replies(cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, "hi")
     noisy = cli("chat", "--model", tiny_checkpoint, "-n", 200, "--stop", "e")
     say(monkeypatch, "hi")
@@ -296,7 +296,7 @@ def test_two_slashes_say_one_at_a_terminal(
     assert json.loads((tmp_path / "saved.json").read_text())["messages"][0]["content"] == "/etc is a folder"
 
 
-def test_history_outlives_a_session(
+def test_history_is_kept_between_sessions(
     at_terminal: Callable[..., Terminal], cli_home: Path, tiny_checkpoint: Path
 ) -> None:
     first = at_terminal(cli_home, "chat", "--model", tiny_checkpoint)

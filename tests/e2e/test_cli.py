@@ -130,7 +130,7 @@ def test_a_seed_gives_the_same_text_in_another_process(
     assert cli(*sampled, "--seed", "8", "--model", smollm2_checkpoint).out != first.out
 
 
-def test_json_is_all_there_is_on_standard_output(cli: InProcess, tiny_checkpoint: Path) -> None:
+def test_json_is_the_only_standard_output(cli: InProcess, tiny_checkpoint: Path) -> None:
     outcome = cli("generate", "abc", "--model", tiny_checkpoint, "-n", 6, "--seed", 3, "-t", 0.5, "--json")
     assert (outcome.code, outcome.err) == (0, "")
     record = json.loads(outcome.out)
@@ -150,7 +150,7 @@ def test_json_is_all_there_is_on_standard_output(cli: InProcess, tiny_checkpoint
         assert record["stats"]["weight_bytes_per_token"] == engine.weight_bytes_per_token
 
 
-def test_every_sampling_option_arrives(cli: InProcess, tiny_checkpoint: Path) -> None:
+def test_every_sampling_option_is_passed_on(cli: InProcess, tiny_checkpoint: Path) -> None:
     given = {"temperature": 0.5, "top_k": 9, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 11}
     given["max_tokens"] = 2
     arguments = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -183,7 +183,7 @@ def test_chat_wraps_the_prompt_in_the_template(cli: InProcess, tiny_checkpoint: 
     assert (raw, chat) == (len("abc"), len("user: abc\nassistant: "))
 
 
-def test_text_is_written_as_it_is_made(smollm2_home: Path) -> None:
+def test_text_is_written_as_it_is_generated(smollm2_home: Path) -> None:
     """The first words arrive long before the last; Ctrl-C then ends the program without a traceback."""
     command = command_line("generate", "Once upon a time", "-n", 2000, "--ignore-eos")
     with subprocess.Popen(
@@ -199,7 +199,7 @@ def test_text_is_written_as_it_is_made(smollm2_home: Path) -> None:
     assert err == ""
 
 
-def test_a_reader_that_goes_away_is_no_error(cli_home: Path, tiny_checkpoint: Path) -> None:
+def test_a_broken_pipe_is_no_error(cli_home: Path, tiny_checkpoint: Path) -> None:
     command = command_line("generate", "abc", "--model", tiny_checkpoint, "-n", 500, "--ignore-eos")
     with subprocess.Popen(
         command, env=environment(cli_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -212,7 +212,7 @@ def test_a_reader_that_goes_away_is_no_error(cli_home: Path, tiny_checkpoint: Pa
     assert process.returncode == 141
 
 
-def test_a_terminal_that_knows_only_ascii_gets_question_marks(cli_home: Path, smollm2_home: Path) -> None:
+def test_an_ascii_terminal_gets_question_marks(cli_home: Path, smollm2_home: Path) -> None:
     outcome = run_cli(smollm2_home, "generate", "日本の首都は、", "-n", 8, "--quiet", env={"PYTHONIOENCODING": "ascii"})
     assert (outcome.code, outcome.err) == (0, "")
     assert "?" in outcome.out
