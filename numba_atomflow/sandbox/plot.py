@@ -25,13 +25,15 @@ def plot_run(steps: Sequence[StepRecord], blocks: int, path: Path) -> None:
         requests.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
         used = [100 * step.used_blocks / blocks for step in steps]
         cache.step(times, used, where="post", color="tab:green")
-        cache.set_ylabel(f"KV blocks in use, %\nof {blocks}")
+        cache.set_ylabel(f"KV blocks in use,\n% of {blocks}")
         speeds = [step.generated_tokens / took for step, took in zip(steps, seconds, strict=True)]
         speed.plot(times, speeds, ".", color="tab:purple")
-        speed.set_ylabel("generated tokens/s,\neach step")
+        speed.set_ylabel("throughput of a step,\ngenerated tokens/s")
         speed.set_xlabel("time on the engine's clock, s")
         for axes in (requests, cache, speed):
             axes.grid(color="0.9")
+        for axes in (cache, speed):
+            axes.set_ylim(bottom=0)
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
@@ -53,8 +55,8 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
             attention.plot([r.context for r in rows], seconds, ".--", color=color, label=f"paged, blocks of {size}")
         attention.set_xscale("log", base=2)
         attention.set_xticks(contexts, [str(context) for context in contexts])
-        attention.set_xlabel("context, tokens")
-        attention.set_ylabel("attention of one layer, µs")
+        attention.set_xlabel("context length, tokens")
+        attention.set_ylabel("attention of one layer,\none token, µs")
         for (size, context), steps in comparison.steps_by_kind().items():
             batches, static = [step.batch for step in steps], [step.static_seconds * 1e3 for step in steps]
             step_time.plot(batches, static, "k.-", label="static KV")
@@ -63,8 +65,8 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
             if size == sizes[0]:
                 step_time.annotate(f" context {context}", (batches[-1], static[-1]), va="top")
         step_time.set_xticks(sorted({step.batch for step in comparison.steps}))
-        step_time.set_xlabel("sequences per step")
-        step_time.set_ylabel("decode step, ms")
+        step_time.set_xlabel("batch size, sequences per step")
+        step_time.set_ylabel("decode step on the device, ms")
         step_time.margins(x=0.15)
         for axes in (attention, step_time):
             axes.grid(color="0.9")
