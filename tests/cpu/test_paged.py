@@ -1,4 +1,4 @@
-"""Blocks of the paged KV cache: histories of random operations beside a model that remembers who wrote what where."""
+"""Block manager of the paged KV cache: random histories of operations, checked against a cache that stores tokens."""
 
 import os
 
@@ -14,7 +14,7 @@ HISTORIES = int(os.environ.get("ATOMFLOW_HISTORIES", "6000"))
 
 
 class Cache:
-    """A manager, and a cache in which every slot remembers the tokens up to its position.
+    """A manager, and a cache in which every slot stores all tokens up to its position.
 
     Whatever a sequence would read must be its own tokens; and no write may change what another sequence reads.
     """
@@ -85,7 +85,7 @@ class Cache:
 @given(blocks=st.integers(1, 12), block_size=st.integers(1, 5), history=st.binary(max_size=60))
 @example(blocks=4, block_size=2, history=bytes([0, 40, 1, 9, 2, 0, 1, 3, 1, 3, 3, 0, 3, 0]))
 def test_any_history(blocks: int, block_size: int, history: bytes) -> None:
-    """Pairs of bytes are operations. Only two different tokens: beginnings are often the same."""
+    """Pairs of bytes are operations. There are two different tokens only: common prefixes are frequent."""
     cache = Cache(blocks, block_size)
     for operation, value in zip(history[::2], history[1::2], strict=False):
         alive = list(cache.tokens)
@@ -109,15 +109,15 @@ def test_any_history(blocks: int, block_size: int, history: bytes) -> None:
     assert cache.manager.free_count == blocks
 
 
-def test_a_prompt_finds_the_blocks_of_another_even_after_its_end() -> None:
+def test_prefix_caching_also_after_the_end_of_a_sequence() -> None:
     manager = BlockManager(8, 4)
     manager.open(1, list(range(10)))
     manager.append(1, list(range(10)))
-    assert manager.open(2, list(range(10))) == 0  # nothing is written yet
+    assert manager.open(2, list(range(10))) == 0  # nothing is in the cache yet
     manager.close(2)
     manager.commit(1, 10)
     assert manager.open(2, [0, 1, 2, 3, 9, 9]) == 4
-    assert manager.open(3, list(range(8))) == 4  # not all: the last token's logits are wanted
+    assert manager.open(3, list(range(8))) == 4  # not all: the last token's logits are needed
     assert manager.blocks(2)[0] == manager.blocks(3)[0] == manager.blocks(1)[0]
     for sequence in (1, 2, 3):
         manager.close(sequence)
@@ -126,7 +126,7 @@ def test_a_prompt_finds_the_blocks_of_another_even_after_its_end() -> None:
     manager.audit()
 
 
-def test_a_fork_copies_the_block_it_writes_to_and_the_last_owner_need_not() -> None:
+def test_copy_on_write_of_a_shared_block_but_not_by_its_last_owner() -> None:
     manager = BlockManager(4, 4)
     manager.open(1, [5, 6])
     manager.append(1, [5, 6])
@@ -139,14 +139,14 @@ def test_a_fork_copies_the_block_it_writes_to_and_the_last_owner_need_not() -> N
     assert manager.copies == 1
 
 
-def test_too_few_blocks_are_told_with_the_numbers() -> None:
+def test_an_error_with_the_numbers_when_blocks_run_out() -> None:
     manager = BlockManager(2, 8)
     manager.open(1, [0])
     with pytest.raises(OutOfBlocksError, match=r"3 more blocks of 8 positions are needed, but 2 of 2 are free; "):
         manager.append(1, list(range(20)))
 
 
-def test_a_page_table_row_follows_its_sequence_and_writes_only_what_changed() -> None:
+def test_a_block_table_row_writes_only_changed_entries() -> None:
     table = BlockTable(np.full((2, 6), -1, np.int32))
     table.update(10, [3, 4])
     table.update(11, [5])

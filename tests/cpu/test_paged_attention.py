@@ -16,7 +16,7 @@ LENGTHS = (1, 2, 7, 8, 9, 31, 64, 150)  # of the sequences of one step
 def scattered(
     rng: np.random.Generator, block_size: int, kv_dim: int
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """A cache with the sequences' blocks in random order, noise between them; its page table; each sequence's slots."""
+    """A cache of blocks in random order, with noise between them; its block table; the slots of each sequence."""
     counts = [-(-length // block_size) for length in LENGTHS]
     order = rng.permutation(sum(counts) + 3).astype(np.int32)
     block_table = np.full((len(LENGTHS), max(counts)), 2**30, np.int32)  # an invalid index
@@ -33,7 +33,7 @@ def scattered(
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(64, 9, 3), (80, 2, 2), (128, 8, 2)])
-def test_paged_attention_is_static_attention_bit_for_bit(
+def test_paged_attention_is_contiguous_attention_bit_for_bit(
     rng: np.random.Generator, block_size: int, head_dim: int, heads: int, kv_heads: int
 ) -> None:
     cache, block_table, slots = scattered(rng, block_size, kv_heads * head_dim)
@@ -51,7 +51,7 @@ def test_paged_attention_is_static_attention_bit_for_bit(
     assert np.linalg.norm(out - reference) <= 1e-5 * np.linalg.norm(reference)
 
 
-def test_the_paged_write_is_the_static_write(rng: np.random.Generator) -> None:
+def test_the_paged_write_is_the_contiguous_write(rng: np.random.Generator) -> None:
     dim, q_dim, kv_dim, tokens = 64, 192, 128, 5
     cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), 40)
     qkv = rng.standard_normal((tokens, q_dim + 2 * kv_dim)).astype(np.float32)

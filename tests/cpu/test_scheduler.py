@@ -1,4 +1,4 @@
-"""Continuous batching with a model that costs nothing: every request gets the tokens that it would get alone."""
+"""Continuous batching with a trivial model: every request generates the same tokens as alone."""
 
 import os
 
@@ -13,11 +13,11 @@ from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.scheduler import Batch, Scheduler
 
 HISTORIES = int(os.environ.get("ATOMFLOW_HISTORIES", "4000"))
-VOCABULARY = 3  # beginnings are often the same
+VOCABULARY = 3  # common prefixes are frequent
 
 
 def reply(tokens: tuple[int, ...], count: int, end: int | None) -> list[int]:
-    """What the model says alone: each token follows from all before it."""
+    """The generation of a request alone: each token is a function of all tokens before it."""
     out: list[int] = []
     while len(out) < count and (not out or out[-1] != end):
         out.append(hash((*tokens, *out)) % VOCABULARY)
@@ -25,7 +25,7 @@ def reply(tokens: tuple[int, ...], count: int, end: int | None) -> list[int]:
 
 
 class Model:
-    """Reads every token's whole past through the page table, as attention does."""
+    """Reads all earlier tokens of a sequence through the block table, as attention does."""
 
     def __init__(self, blocks: int, block_size: int, budget: int, sequences: int) -> None:
         self.manager = BlockManager(blocks, block_size)
@@ -39,17 +39,17 @@ class Model:
         for copy in batch.copies:
             source = self.slots[copy.source * size : (copy.source + 1) * size]
             self.slots[copy.target * size : (copy.target + 1) * size] = source
-        assert len(set(batch.slots.tolist())) == batch.token_count, "two columns write to one slot"
+        assert len(set(batch.slots.tolist())) == batch.token_count, "two tokens write to one slot"
         for chunk in batch.chunks:
             blocks = self.manager.blocks(chunk.request.id)
             written = {p // size for p in range(chunk.start, chunk.stop)}
             assert all(self.manager.references(blocks[i]) == 1 for i in written), "a write to a shared block"
         self.slots[batch.slots] = batch.tokens
         tokens = []
-        for column in batch.logits_indices:
-            positions = np.arange(batch.positions[column] + 1)
-            page = self.table.array[batch.table_rows[column]]
-            past = self.slots[page[positions // size] * size + positions % size]
+        for index in batch.logits_indices:
+            positions = np.arange(batch.positions[index] + 1)
+            blocks = self.table.array[batch.table_rows[index]]
+            past = self.slots[blocks[positions // size] * size + positions % size]
             tokens.append(hash(tuple(past.tolist())) % VOCABULARY)
         return tokens
 
@@ -73,7 +73,7 @@ class Model:
     history=st.binary(min_size=1, max_size=30),
 )
 def test_any_history(blocks: int, block_size: int, budget: int, sequences: int, history: bytes) -> None:
-    """Bytes are arrivals, forks and steps. Whatever happens, each request ends with its own tokens."""
+    """Bytes are arrivals, forks and steps. Each request ends with the tokens that it generates alone."""
     model = Model(blocks, block_size, budget, min(sequences, budget))
     capacity, requests = blocks * block_size, []
     for number, value in enumerate(history):
@@ -105,7 +105,7 @@ def test_any_history(blocks: int, block_size: int, budget: int, sequences: int, 
         assert request.token_times == sorted(request.token_times)
 
 
-def test_decodes_go_on_while_a_long_prompt_comes_in_chunks() -> None:
+def test_chunked_prefill_beside_decode() -> None:
     model = Model(20, 4, budget=4, sequences=3)
     model.scheduler.submit(Request(1, [0], 20))
     model.step()
@@ -119,7 +119,7 @@ def test_decodes_go_on_while_a_long_prompt_comes_in_chunks() -> None:
         assert batch.positions.tolist() == [1, 0, 1, 2]
 
 
-def test_a_prompt_that_was_there_before_and_a_fork_cost_only_what_is_new() -> None:
+def test_a_prefix_hit_and_a_fork_compute_only_new_tokens() -> None:
     model = Model(20, 2, budget=8, sequences=3)
     first = Request(1, [0, 1, 2, 0, 1], 6)
     model.scheduler.submit(first)
@@ -132,10 +132,10 @@ def test_a_prompt_that_was_there_before_and_a_fork_cost_only_what_is_new() -> No
     assert [(c.request.id, c.start, c.stop) for c in batch.chunks] == [(1, 5, 6), (3, 5, 7), (2, 4, 5)]
     assert (again.shared_tokens, child.shared_tokens) == (4, 5)
     assert len(batch.copies) == 1
-    assert model.manager.used_count == 2 + 1 + 2 + 1  # two full ones that all share, and what each has beyond
+    assert model.manager.used_count == 2 + 1 + 2 + 1  # two full blocks shared by all, and each one's last
 
 
-def test_who_came_last_makes_room_and_is_computed_again() -> None:
+def test_the_request_admitted_last_is_preempted_and_recomputed() -> None:
     model = Model(4, 2, budget=4, sequences=2)
     first, second = Request(1, [0, 1, 2], 5), Request(2, [2, 2], 6)
     for request in (first, second):
@@ -149,7 +149,7 @@ def test_who_came_last_makes_room_and_is_computed_again() -> None:
     assert second.output == reply((2, 2), 6, None)
 
 
-def test_what_can_never_fit_is_refused_before_it_waits() -> None:
+def test_a_request_larger_than_the_cache_is_refused_at_submission() -> None:
     model = Model(4, 2, budget=4, sequences=2)
     with pytest.raises(ContextError, match=r"Request 7 may reach 9 tokens, but the cache has 4 blocks of 2; give"):
         model.scheduler.submit(Request(7, [0] * 4, 5))

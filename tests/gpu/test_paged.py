@@ -1,4 +1,4 @@
-"""The sandbox on a GPU: its kernels beside the static ones, and its server beside the engine."""
+"""The sandbox on a GPU: paged kernels beside contiguous ones, `ServingEngine` beside the engine."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,11 +47,11 @@ def test_paged_qkv(case: ProjectionCase) -> None:
     check_paged_qkv(case)
 
 
-# --- the server ------------------------------------------------------------------------------------------------------
+# --- ServingEngine ---------------------------------------------------------------------------------------------------
 
 
 def requests_of(vocabulary: int) -> list[Request]:
-    """Eight prompts of several lengths; the last two begin alike."""
+    """Eight prompts of several lengths; the last two have a common prefix."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocabulary, length).tolist() for length in (1, 3, 8, 9, 17, 30, 40)]
     return [Request(i, prompt, 24) for i, prompt in enumerate([*prompts, [*prompts[-1][:33], 5]])]
@@ -59,7 +59,7 @@ def requests_of(vocabulary: int) -> list[Request]:
 
 @pytest.mark.parametrize("blocks", [60, 14], ids=["enough blocks", "preemptions"])
 @pytest.mark.parametrize("block_size", [8, 64])
-def test_the_gpu_says_what_the_cpu_says(block_size: int, blocks: int) -> None:
+def test_the_same_tokens_as_on_the_cpu(block_size: int, blocks: int) -> None:
     model = RandomModel(tiny_geometry())
     weights = dict(WeightArrays(model))
     sizes = cache_sizes(model.geometry, max(blocks * 8 // block_size, 2), (block_size,), 8)
@@ -67,13 +67,13 @@ def test_the_gpu_says_what_the_cpu_says(block_size: int, blocks: int) -> None:
     runners: list[Runner] = [GpuRunner(model.geometry, weights, sizes), CpuRunner(model.geometry, weights, sizes)]
     for runner in runners:
         runner.prepare(None)
-        server = ServingEngine(runner, token_budget=8)
-        served = server.serve(requests_of(model.geometry.vocabulary), [Fork(100, 2, 4, [7, 8], 20)])
-        assert server.manager.free_count == server.manager.block_count
+        serving = ServingEngine(runner, token_budget=8)
+        served = serving.serve(requests_of(model.geometry.vocabulary), [Fork(100, 2, 4, [7, 8], 20)])
+        assert serving.manager.free_count == serving.manager.block_count
         outputs.append([request.output for request in served])
         runner.close()
-    parted = sum(ours != theirs for ours, theirs in zip(*outputs, strict=True))
-    assert parted <= 2, outputs  # of nine: float16 activations decide close calls otherwise
+    different = sum(ours != theirs for ours, theirs in zip(*outputs, strict=True))
+    assert different <= 2, outputs  # of nine: float16 activations break near-ties differently
 
 
 @pytest.fixture(scope="module")
@@ -90,53 +90,53 @@ def gpu_runner(checkpoint: Checkpoint, blocks: int, block_size: int, *, same_wid
 
 
 def alone(runner: GpuRunner, request: Request) -> list[int]:
-    """What a request's reply is when the server has nothing else to do."""
+    """The generation of a request that is served alone."""
     (single,) = ServingEngine(runner).serve([Request(1, request.prompt, request.max_tokens)])
     return single.output
 
 
 @pytest.mark.parametrize("same_width", [True, False])
 @pytest.mark.parametrize("blocks", [200, 14], ids=["enough blocks", "preemptions"])
-def test_eight_requests_at_once_say_what_each_says_alone(
+def test_eight_requests_at_once_generate_the_same_tokens_as_alone(
     smollm2: tuple[Engine, Checkpoint], blocks: int, same_width: bool
 ) -> None:
     engine, checkpoint = smollm2
     runner = gpu_runner(checkpoint, blocks, 8, same_width=same_width)
-    server = ServingEngine(runner)
+    serving = ServingEngine(runner)
     fork = Fork(100, 2, 9, engine.text.encode(" a dragon"), 24)
-    served = server.serve([Request(i, engine.text.encode(text), 24) for i, text in enumerate(PROMPTS)], [fork])
+    served = serving.serve([Request(i, engine.text.encode(text), 24) for i, text in enumerate(PROMPTS)], [fork])
     assert (sum(request.preemptions for request in served) > 0) == (blocks < 100)
-    # In steps of other widths sums are taken in another order, and float16 may then decide a close call otherwise.
+    # Steps of other widths sum in another order, and float16 may then break a near-tie differently.
     allowed = 0 if same_width else 1
     assert sum(request.output != alone(runner, request) for request in served) <= allowed
-    parted = 0
+    different = 0
     for request in served:
         params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
-        parted += request.output != engine.generate_tokens(list(request.prompt), params).finish().token_ids
-    print(f"{parted} of {len(served)} replies part from the engine's")
-    assert parted <= 1
+        different += request.output != engine.generate_tokens(list(request.prompt), params).finish().token_ids
+    print(f"{different} of {len(served)} replies part from the engine's")
+    assert different <= 1
     runner.close()
 
 
 def test_a_fork_copies_blocks_on_the_device(smollm2: tuple[Engine, Checkpoint]) -> None:
     engine, checkpoint = smollm2
     runner = gpu_runner(checkpoint, 60, 32, same_width=True)
-    server = ServingEngine(runner)
+    serving = ServingEngine(runner)
     prompt = engine.text.encode(PROMPTS[2])
-    served = server.serve([Request(0, prompt, 24)], [Fork(i, 0, 3 * i, [i + 5], 16) for i in (1, 2, 3)])
-    assert server.manager.copies >= 3
+    served = serving.serve([Request(0, prompt, 24)], [Fork(i, 0, 3 * i, [i + 5], 16) for i in (1, 2, 3)])
+    assert serving.manager.copies >= 3
     for request in served:
         assert request.output == alone(runner, request)
     runner.close()
 
 
-def test_overload_loses_nothing(smollm2: tuple[Engine, Checkpoint]) -> None:
+def test_overload_finishes_all_requests(smollm2: tuple[Engine, Checkpoint]) -> None:
     """Ten times more requests than blocks."""
     engine, checkpoint = smollm2
     runner = gpu_runner(checkpoint, 20, 16, same_width=False)
-    server = ServingEngine(runner)
+    serving = ServingEngine(runner)
     requests = [Request(i, engine.text.encode(PROMPTS[i % 8]), 1 + i % 40, arrival=i * 1e-4) for i in range(200)]
-    served = server.serve(requests)
+    served = serving.serve(requests)
     assert [len(request.output) for request in served] == [1 + i % 40 for i in range(200)]
     assert all(request.ttft > 0 for request in served)
     runner.close()

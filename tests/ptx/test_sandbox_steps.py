@@ -1,4 +1,4 @@
-"""The sandbox's steps on a GPU, as far as they can be seen without one: every launch fits its kernel and its memory."""
+"""The launches of the sandbox's steps, without a GPU: arguments have the kernel's types, and lie in the memory plan."""
 
 import os
 from math import prod
@@ -26,7 +26,7 @@ SIZES = CacheSizes(slots=4096, block_sizes=(16, 8), sequences=8, longest=1024)
 
 
 def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple[Any, ...]]]) -> GpuRunner:
-    """A runner that has everything but a GPU; its launches are collected."""
+    """A runner without a GPU, whose launches are collected."""
     made = GpuRunner.__new__(GpuRunner)
     made.geometry, made.sizes, made.block_size = geometry, SIZES, 16
     made.kernels = SandboxKernels(geometry, chip, SIZES)
@@ -85,7 +85,7 @@ SAME_BYTES: tuple[set[str], ...] = (
 )
 
 
-def test_wide_steps_are_those_that_fit_into_shared_memory() -> None:
+def test_widths_are_those_that_fit_into_shared_memory() -> None:
     llama = PRESETS["llama-3.1-8b"]
     assert SandboxKernels(PRESETS["llama-3.2-3b"], H100, SIZES).widths == (1, 2, 4, 8)
     assert SandboxKernels(llama, H100, SIZES).widths == (1, 2, 4)

@@ -15,6 +15,6 @@ def test_paged_qkv(case: ProjectionCase) -> None:
     check_paged_qkv(case)
 
 
-def test_a_block_of_sixteen_warps() -> None:
-    """The plan of eight tokens where x leaves shared memory for one CTA per SM."""
+def test_a_cta_of_sixteen_warps() -> None:
+    """The plan of a step of eight tokens where x leaves shared memory for one CTA per SM."""
     check_projection(ProjectionCase("add", 40, 520, 8, warps=16, split_k=4, groups_in_flight=1))

@@ -89,11 +89,11 @@ def plain(view: View, kind: str) -> NDArray[Any]:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["paged", "static"])
-@pytest.mark.parametrize("columns", [1, 3])
-def test_a_step_is_that_of_the_cpu(layout: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sequences of 20, 9 and 0 earlier positions in a step of four tokens; or the first one alone."""
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_equals_that_of_the_cpu(layout: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences with 20, 9 and no cached positions, in a step of width four; or the first one alone."""
     monkeypatch.setattr(gpu_runner, "copy_to_device", copy_in_memory)
-    rng = generator(columns)
+    rng = generator(count)
     weights = WeightArrays(RandomModel(GEOMETRY))
     gpu, cpu = SimulatedRunner(weights), CpuRunner(GEOMETRY, dict(weights), SIZES, threads=1)
     noise = rng.standard_normal(gpu.array("paged_kv").shape).astype(np.float16)
@@ -101,20 +101,20 @@ def test_a_step_is_that_of_the_cpu(layout: Any, columns: int, monkeypatch: pytes
     cpu._cache[:] = noise[:, :, : SIZES.slots]
     block_table = rng.permutation(12).reshape(3, 4).astype(np.int32)
     gpu.array("block_table")[:3], cpu.block_table[:] = block_table, block_table
-    gpu.array("block_table")[3, 0] = 12  # a block without an owner
-    positions, rows = np.array([20, 9, 0])[:columns], np.arange(columns)
+    gpu.array("block_table")[3, 0] = 12  # the block of padding tokens
+    positions, rows = np.array([20, 9, 0])[:count], np.arange(count)
     slots = rows * SIZES.capacity + positions
     if layout == "paged":
         slots = block_table[rows, positions // 8].astype(np.int64) * 8 + positions % 8
-    tokens = rng.integers(0, GEOMETRY.vocabulary, columns).astype(np.int32)
-    chunks = [Chunk(Request(row, [1], 1), 0, 1, []) for row in range(columns)]
-    batch = Batch(chunks, tokens, positions, positions, rows, slots, list(range(columns)), [])
+    tokens = rng.integers(0, GEOMETRY.vocabulary, count).astype(np.int32)
+    chunks = [Chunk(Request(row, [1], 1), 0, 1, []) for row in range(count)]
+    batch = Batch(chunks, tokens, positions, positions, rows, slots, list(range(count)), [])
     gpu.step(batch, layout)
     cpu._run(batch, cpu._attend_paged if layout == "paged" else cpu._attend_static)
-    expected = cpu._array("logits")[:columns].astype(np.float64)
-    assert relative_error(gpu.array("logits")[:columns], expected) <= LIMIT
-    best = [token_of(int(key)) for key in gpu.array("best")[:columns]]
-    assert best == gpu.array("logits")[:columns].argmax(axis=1).tolist()
+    expected = cpu._array("logits")[:count].astype(np.float64)
+    assert relative_error(gpu.array("logits")[:count], expected) <= LIMIT
+    best = [token_of(int(key)) for key in gpu.array("best")[:count]]
+    assert best == gpu.array("logits")[:count].argmax(axis=1).tolist()
     written = gpu.array("paged_kv")[:, :, slots].astype(np.float64)
     assert relative_error(written, cpu._cache[:, :, slots].astype(np.float64)) <= LIMIT
     others = np.setdiff1d(np.arange(SIZES.slots), slots)
