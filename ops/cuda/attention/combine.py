@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import numpy as np
-
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.softmax import LOWEST
+from numba_atomflow.ops.cuda.scalars import f32
 
 LOADS_IN_FLIGHT = 8  # partial results that a thread of `combine_splits` loads before it uses the first
-_ZERO = np.float32(0.0)
+_ZERO = f32(0.0)
 
 
 def make_combine(head_dim: int, rows: int, out_start: int, stats_start: int) -> Any:

@@ -2,12 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.attention.split_kv import KvAddressing, make_attend
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import i32
 
 
 class AttentionArguments(NamedTuple):
@@ -49,7 +48,7 @@ def _contiguous() -> KvAddressing:
 
     @ptx.device_function
     def first_page(io, sequence):
-        return np.int32(0)
+        return i32(0)
 
     @ptx.device_function
     def find_page(io, first, key):

@@ -10,13 +10,13 @@ cost of paging is measured against.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import int64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.attention.split_kv import KEYS, KvAddressing, make_attend
 from numba_atomflow.ops.cuda.runtime.spec import F32, I32, I64, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import i32
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ def _paged(paging: Paging) -> KvAddressing:
 
     @ptx.device_function
     def first_page(io, sequence):
-        return np.int32(io.table_rows[sequence] * stride)
+        return i32(io.table_rows[sequence] * stride)
 
     @ptx.device_function
     def find_page(io, first, key):
-        return io.block_table[first + np.int32(key) // block_size] * block_size if block_size > 0 else first
+        return io.block_table[first + i32(key) // block_size] * block_size if block_size > 0 else first
 
     @ptx.device_function
     def row_of(page, key):
-        return int64(page + np.int32(key) % block_size) if block_size > 0 else page + key
+        return int64(page + i32(key) % block_size) if block_size > 0 else page + key
 
     @ptx.device_function
     def position(io, sequence):

@@ -10,12 +10,11 @@ keys 2 t and 2 t + 1, and s4 .. s7 likewise for keys 2 t + 8 and 2 t + 9.
 
 from typing import Any
 
-import numpy as np
-
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.scalars import f32, u32
 
-LOWEST = np.float32(-1.0e30)  # the score of a masked key; finite, so that LOWEST - LOWEST is no NaN
-_ZERO = np.float32(0.0)
+LOWEST = f32(-1.0e30)  # the score of a masked key; finite, so that LOWEST - LOWEST is no NaN
+_ZERO = f32(0.0)
 
 
 @ptx.device_function
@@ -62,9 +61,9 @@ def make_softmax_step(value_registers: int, *, half_tile: bool) -> Any:
         row_sum_0 = l_0 * rescale_0 + ((s0 + s1) + (s4 + s5))
         row_sum_1 = l_1 if half_tile else l_1 * rescale_1 + ((s2 + s3) + (s6 + s7))
         p0 = ptx.pack_f16x2(s0, s1)
-        p1 = np.uint32(0) if half_tile else ptx.pack_f16x2(s2, s3)
+        p1 = u32(0) if half_tile else ptx.pack_f16x2(s2, s3)
         p2 = ptx.pack_f16x2(s4, s5)
-        p3 = np.uint32(0) if half_tile else ptx.pack_f16x2(s6, s7)
+        p3 = u32(0) if half_tile else ptx.pack_f16x2(s6, s7)
         for word in range(value_registers):
             v0, v1 = v_regs[word], v_regs[value_registers + word]
             v2, v3 = v_regs[2 * value_registers + word], v_regs[3 * value_registers + word]

@@ -21,7 +21,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
@@ -29,10 +28,11 @@ from numba_atomflow.ops.cuda.attention.combine import LOADS_IN_FLIGHT, make_comb
 from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
+from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 KEYS = 16  # per step of a warp
 _UNSPLIT_STEPS = 2  # of a CTA: a sequence of no more is not split, as combining would take longer
-_ZERO = np.float32(0.0)
+_ZERO = f32(0.0)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     softmax_step = make_softmax_step(value_registers, half_tile=False)
     combine_warps = make_combine(head_dim, rows, out_start, stats_start)
     combine_splits = make_combine_splits(head_dim, rows, out_start)
-    scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
+    scale = f32(math.log2(math.e) / math.sqrt(head_dim))
 
     @ptx.device_function
     def load_step(io, first_page, base, length, kv, g, t, k_regs, v_regs):
@@ -107,8 +107,8 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     def store_out(out, sequence, query, kv, d, o0, o1, o2, o3):
         """Four elements of a query's output."""
         start = (sequence + query // gqa_ratio) * out_row + (kv * gqa_ratio + query % gqa_ratio) * head_words + d // 2
-        out[start] = np.uint32(ptx.pack_f16x2(o0, o1))
-        out[start + 1] = np.uint32(ptx.pack_f16x2(o2, o3))
+        out[start] = u32(ptx.pack_f16x2(o0, o1))
+        out[start + 1] = u32(ptx.pack_f16x2(o2, o3))
 
     @ptx.device_function
     def stage_queries(q, sequence, query_0, query_1, kv, lane, t, q_regs, words):
@@ -134,14 +134,14 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
             s0, s1, s2, s3 = ptx.mma(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
             b0, b1 = k_regs[row_registers + 2 * i], k_regs[row_registers + 2 * i + 1]
             s4, s5, s6, s7 = ptx.mma(a0, a1, a2, a3, b0, b1, s4, s5, s6, s7)
-        s0 = s0 * scale if np.int32(key) <= last_0 else LOWEST
-        s1 = s1 * scale if np.int32(key + 1) <= last_0 else LOWEST
-        s2 = s2 * scale if np.int32(key) <= last_1 else LOWEST
-        s3 = s3 * scale if np.int32(key + 1) <= last_1 else LOWEST
-        s4 = s4 * scale if np.int32(key + 8) <= last_0 else LOWEST
-        s5 = s5 * scale if np.int32(key + 9) <= last_0 else LOWEST
-        s6 = s6 * scale if np.int32(key + 8) <= last_1 else LOWEST
-        s7 = s7 * scale if np.int32(key + 9) <= last_1 else LOWEST
+        s0 = s0 * scale if i32(key) <= last_0 else LOWEST
+        s1 = s1 * scale if i32(key + 1) <= last_0 else LOWEST
+        s2 = s2 * scale if i32(key) <= last_1 else LOWEST
+        s3 = s3 * scale if i32(key + 1) <= last_1 else LOWEST
+        s4 = s4 * scale if i32(key + 8) <= last_0 else LOWEST
+        s5 = s5 * scale if i32(key + 9) <= last_0 else LOWEST
+        s6 = s6 * scale if i32(key + 8) <= last_1 else LOWEST
+        s7 = s7 * scale if i32(key + 9) <= last_1 else LOWEST
         return s0, s1, s2, s3, s4, s5, s6, s7
 
     @ptx.device_function
@@ -182,8 +182,8 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
 
         query_0, query_1 = min(first_query + g, queries - 1), min(first_query + g + 8, queries - 1)
         # The last key that each row sees (causal mask). 32 bits, to save registers on sm_80.
-        last_0 = np.int32(position_of(io, sequence) + (query_0 // gqa_ratio if tokens > 1 else 0))
-        last_1 = np.int32(position_of(io, sequence) + query_1 // gqa_ratio) if tokens > 1 else last_0
+        last_0 = i32(position_of(io, sequence) + (query_0 // gqa_ratio if tokens > 1 else 0))
+        last_1 = i32(position_of(io, sequence) + query_1 // gqa_ratio) if tokens > 1 else last_0
         if warp == 0:
             stage_queries(io.q, sequence, query_0, query_1, kv, lane, t, q_regs, words)
         cuda.syncthreads()
@@ -238,7 +238,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         cuda.threadfence()
         cuda.syncthreads()
         if thread == 0:
-            words[flag_index] = cuda.atomic.inc(io.counters, counter, np.uint32(active_splits - 1))
+            words[flag_index] = cuda.atomic.inc(io.counters, counter, u32(active_splits - 1))
         cuda.syncthreads()
         if words[flag_index] != active_splits - 1:
             return
