@@ -1,8 +1,8 @@
 """Every GPU kernel compiled down to machine code for four architectures: no GPU, driver or toolkit is needed.
 
-What is asked of the code: no spills, no stack, no local memory; weights come in 16-byte loads past the first-level
-cache, and activations are staged 16 bytes at a time; no float64 that slipped in through NumPy's or numba's promotion
-rules. Registers are compared with those in registers.json (ATOMFLOW_RECORD_REGISTERS=1 writes it).
+What is asked of the code: no spills, no stack, no local memory; weights come in 16-byte loads past L1, and activations
+are staged 16 bytes at a time; no float64 that slipped in through NumPy's or numba's promotion rules. Registers are
+compared with those in registers.json (ATOMFLOW_RECORD_REGISTERS=1 writes it).
 """
 
 import re
