@@ -1,4 +1,4 @@
-"""What instructions of ops/ptx mean where no kernel's own test would tell; and words of the exchange."""
+"""Instructions of ops/ptx in the simulator, where no kernel's own test covers them; and LL words of the mailbox."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from numba_atomflow.ops.cuda.comm.flagged import has_pair_flag, ll_store_pair, r
 WORD = 0xFFFFFFFF
 
 
-def test_words_are_published_and_loaded_whole() -> None:
+def test_ll_words_are_stored_and_loaded_whole() -> None:
     @ptx.kernel(32, 1)
     def store_and_load(words, out):
         thread = cuda.threadIdx.x
@@ -28,7 +28,7 @@ def test_words_are_published_and_loaded_whole() -> None:
     assert out.tolist() == [WORD, 7, WORD - 1, 8]
 
 
-def test_a_reader_that_looks_again_and_again_lets_the_writer_run() -> None:
+def test_polling_lets_the_writer_run() -> None:
     @ptx.kernel(256, 1)
     def wait(words, out):
         thread = cuda.threadIdx.x
@@ -46,11 +46,11 @@ def test_a_reader_that_looks_again_and_again_lets_the_writer_run() -> None:
     assert out.sum() == 255
 
 
-def test_some_warps_meet_and_the_others_take_no_part() -> None:
+def test_a_named_barrier_of_some_warps() -> None:
     """Twice over, so that the barrier serves again; a third warp never comes."""
 
     @ptx.kernel(96, 1)
-    def meet(out):
+    def exchange(out):
         values = cuda.shared.array(0, uint32)
         thread = cuda.threadIdx.x
         if thread < 64:
@@ -63,11 +63,11 @@ def test_some_warps_meet_and_the_others_take_no_part() -> None:
             out[thread] = values[thread ^ 1]
 
     out = np.zeros(64, np.uint32)
-    launch(meet, 1, 96, 96 * 4, out)
+    launch(exchange, 1, 96, 96 * 4, out)
     assert out.tolist() == [63 - (thread ^ 1) for thread in range(64)]
 
 
-def test_lanes_that_say_yes_are_counted_warp_by_warp() -> None:
+def test_lanes_are_counted_per_warp() -> None:
     @ptx.kernel(64, 1)
     def count(out):
         thread = cuda.threadIdx.x
@@ -79,7 +79,7 @@ def test_lanes_that_say_yes_are_counted_warp_by_warp() -> None:
 
 
 def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
-    """Ready means the phase of that parity is over: before any, the one "before" phase 0, of parity 1, is."""
+    """A wait succeeds if the phase of that parity is complete: initially the one "before" phase 0, of parity 1."""
 
     @ptx.kernel(32, 1)
     def phases(source, out):
@@ -117,17 +117,17 @@ def test_an_mbarrier_counts_arrivals_and_bytes_in_phases() -> None:
     assert out[18:].tolist() == [0, 1, 0]
 
 
-# --- words of the exchange -----------------------------------------------------------------------------------------
+# --- LL words of the mailbox -----------------------------------------------------------------------------------------
 
 SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, 1.0, -1.0, 3.4028235e38, -3.4028235e38, 1e-45, 65504.0], np.float32)
 NANS = np.array([0x7FC00000, 0xFFC00000, 0xFFFFFFFF, 0x7FFFFFFF], np.uint32).view(np.float32)  # those of arithmetic
 
 
-def there_and_back(values: NDArray[np.float32], epoch: int) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
-    """Pairs of values after a way through the exchange, and its words."""
+def round_trip(values: NDArray[np.float32], epoch: int) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
+    """Pairs of values after a round trip through the mailbox, and its words."""
 
     @ptx.kernel(32, 1)
-    def travel(values, words, out, known):
+    def store_and_load(values, words, out, known):
         epoch = np.uint32(uint64(known))
         pair = cuda.threadIdx.x
         while 2 * pair < len(values):
@@ -142,7 +142,7 @@ def there_and_back(values: NDArray[np.float32], epoch: int) -> tuple[NDArray[np.
             pair += 32
 
     words, out = np.zeros(len(values) // 2 + 1, np.uint64), np.full(len(values), -7.0, np.float32)
-    launch(travel, 1, 32, 0, values, words, out, epoch)
+    launch(store_and_load, 1, 32, 0, values, words, out, epoch)
     return out, words
 
 
@@ -150,29 +150,29 @@ def there_and_back(values: NDArray[np.float32], epoch: int) -> tuple[NDArray[np.
 def test_a_pair_keeps_24_bits_of_each(epoch: int) -> None:
     rng = generator(epoch)
     values = (rng.standard_normal(200) * np.exp2(rng.integers(-120, 120, 200))).astype(np.float32)
-    back, words = there_and_back(values, epoch)
+    back, words = round_trip(values, epoch)
     assert (np.abs(back - values) <= np.abs(values) * 2.0**-16).all()
     assert not (back.view(np.uint32) & 0xFF).any()
     assert (words[:-1] >> np.uint64(48) == epoch & 0xFFFF).all()
 
 
-def test_what_has_24_bits_comes_back_as_it_was() -> None:
+def test_values_of_24_bits_are_exact() -> None:
     """Zeros with their signs and infinities among them; the largest numbers round to infinity."""
     rng = generator(24)
     exact = (rng.integers(0, 1 << 32, 100, np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
     exact = np.concatenate([exact[np.isfinite(exact)][:80], SPECIAL[:6]])
-    back, _ = there_and_back(exact, 3)
+    back, _ = round_trip(exact, 3)
     np.testing.assert_array_equal(back.view(np.uint32), exact.view(np.uint32))
-    back, _ = there_and_back(SPECIAL[6:], 3)
+    back, _ = round_trip(SPECIAL[6:], 3)
     np.testing.assert_array_equal(back, np.array([np.inf, -np.inf, 0.0, 65504.0], np.float32))
 
 
 def test_nan_stays_nan() -> None:
-    back, _ = there_and_back(np.repeat(NANS, 2), 3)
+    back, _ = round_trip(np.repeat(NANS, 2), 3)
     assert np.isnan(back).all()
 
 
-def test_another_epoch_is_not_taken() -> None:
+def test_another_epoch_is_rejected() -> None:
     for other in (4, 0x20003, 3):
         assert bool(has_pair_flag(np.uint32(0x0003ABCD), np.uint32(other))) == (other & 0xFFFF == 3)
 

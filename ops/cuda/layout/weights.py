@@ -145,7 +145,7 @@ class PrepackedLayout:
     def convert(self) -> Any:
         """Device function that converts a word of weights; None if they are float16."""
         converter = CONVERTERS.get(self.format.converter)
-        return converter and converter.convert
+        return converter.convert if converter else None
 
     def source_rows(self) -> NDArray[np.int64]:
         """Row of the checkpoint per row of the tiles: [tiles, 16]; -1 for padding."""
