@@ -31,8 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_atomflow.ops import ptx
-
-u32 = np.uint32
+from numba_atomflow.ops.cuda.scalars import u32
 
 SPIN_LIMIT = 1 << 21  # polls of a word or barrier (a second or more) before the watchdog trips
 

@@ -31,8 +31,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
 )
 from numba_atomflow.ops.cuda.persistent.staging import sync_consumers
 from numba_atomflow.ops.cuda.persistent.trace import STAGED
-
-i32, u32 = np.int32, np.uint32
+from numba_atomflow.ops.cuda.scalars import i32, u32
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 

@@ -15,9 +15,8 @@ from numba_atomflow.ops.cuda.comm.flagged import ll_store_pair, watchdog_trips
 from numba_atomflow.ops.cuda.gemv.epilogue import rope_pair, swiglu
 from numba_atomflow.ops.cuda.persistent.projection import make_row_sum
 from numba_atomflow.ops.cuda.persistent.schedule import DOWN, GATE_UP, LM_HEAD, O_PROJ, QKV, PersistentShape
+from numba_atomflow.ops.cuda.scalars import u32
 from numba_atomflow.ops.cuda.token.order import penalise, sort_key
-
-u32 = np.uint32
 
 
 def make_load_ahead(shape: PersistentShape) -> Any:

@@ -44,11 +44,10 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
 from numba_atomflow.ops.cuda.persistent.staging import NormWeight, SharedMemory, make_stage, sync_consumers
 from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_record_clocks, make_timestamp
 from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import i32, u32
 from numba_atomflow.ops.cuda.token.advance import post_token
 from numba_atomflow.ops.cuda.token.embedding import make_quad
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, NAN_KEY, PENALTY, token_id, warp_max_key
-
-i32, u32 = np.int32, np.uint32
 
 
 class PersistentArguments(NamedTuple):

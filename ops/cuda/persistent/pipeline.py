@@ -27,8 +27,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     make_kind_of,
 )
 from numba_atomflow.ops.cuda.persistent.trace import COPY_BEGUN, COPY_DONE, make_timestamp
-
-i32, u32 = np.int32, np.uint32
+from numba_atomflow.ops.cuda.scalars import i32, u32
 
 LEAD, WORK_TILE, K_TILE, ISSUED = range(4)  # of `PrefetchCursor.state`
 

@@ -26,8 +26,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
 )
 from numba_atomflow.ops.cuda.persistent.staging import swizzled, sync_consumers
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
-
-u32 = np.uint32
+from numba_atomflow.ops.cuda.scalars import u32
 
 _ZERO = np.float32(0.0)
 _X_WORDS = u32(K_TILE_GROUPS * 64)  # of x, for a k-tile

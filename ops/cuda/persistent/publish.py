@@ -6,15 +6,13 @@ Before such an op, this kernel writes the words that it could poll for. It is no
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.comm.flagged import ll_store_pair
 from numba_atomflow.ops.cuda.persistent.schedule import PersistentShape
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
-
-u32 = np.uint32
+from numba_atomflow.ops.cuda.scalars import u32
 
 THREADS = 256
 _CTAS = 16

@@ -19,8 +19,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     O_PROJ,
     PersistentShape,
 )
-
-u32 = np.uint32
+from numba_atomflow.ops.cuda.scalars import u32
 
 CONSUMER_BARRIER = 1  # number of the named barrier of the consumer warps; the producer takes no part
 
