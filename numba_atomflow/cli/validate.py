@@ -12,7 +12,6 @@ from numba_atomflow.cli import options, output
 from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.files.untrusted import escape_controls
-from numba_atomflow.model.step import SAMPLE
 
 if TYPE_CHECKING:
     from numba_atomflow.engine import Engine
@@ -78,6 +77,7 @@ def validate(
     chosen = _parse_layers(layers)
 
     from numba_atomflow import validate as validator
+    from numba_atomflow.model.step import SAMPLE
     from numba_atomflow.utils.plot import check_plot
     from numba_atomflow.validate.plot import plot as draw
 
