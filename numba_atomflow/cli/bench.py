@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from numba_atomflow.cli import measured, options, output
-from numba_atomflow.cli.measured import Format
+from numba_atomflow.cli import options, output
+from numba_atomflow.cli.model_choice import ModelChoice
+from numba_atomflow.cli.report import Format, ReportOptions, headline
 from numba_atomflow.errors import OptionError
 from numba_atomflow.utils.tables import render
 
@@ -32,7 +33,7 @@ the achievable bandwidth, which the same run measures by loads and by TMA bulk c
 
 def bench(
     *,
-    model: measured.ModelChoice,
+    model: ModelChoice,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", "-n", metavar="N", help="Tokens to generate.")] = 128,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", metavar="N", help="Tokens of a prompt.")] = 512,
     depths: Annotated[
@@ -50,7 +51,7 @@ def bench(
         Path | None, typer.Option("--compare", metavar="FILE", help="Also show ratios to an earlier --json report.")
     ] = None,
     engine_options: options.EngineOptions,
-    report_options: measured.ReportOptions,
+    report_options: ReportOptions,
 ) -> None:
     """Measure prompt and decode speed.
 
@@ -114,7 +115,7 @@ def _headline(report: "BenchReport") -> list[str]:
     """Everything that is the same at all depths, a line each."""
     settings = report.settings
     return [
-        *measured.headline(report),
+        *headline(report),
         f"each of {settings.repeats} turns: a prompt of {settings.prompt_tokens}, then {settings.decode_tokens} tokens",
     ]
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from numba_atomflow.cli import measured, options, output
-from numba_atomflow.cli.measured import Format
+from numba_atomflow.cli import options, output
+from numba_atomflow.cli.model_choice import ModelChoice
+from numba_atomflow.cli.report import Format, ReportOptions, headline
 from numba_atomflow.errors import OptionError
 from numba_atomflow.utils.tables import Style, render
 
@@ -33,7 +34,7 @@ slowest SM; and one layer, SM by SM. --json has the same sums as "trace".
 
 def profile(
     *,
-    model: measured.ModelChoice,
+    model: ModelChoice,
     depth: Annotated[int, typer.Option("--depth", "-d", metavar="N", help="Tokens in the KV cache.")] = 0,
     repeats: Annotated[
         int, typer.Option("--repeats", "-r", metavar="N", help="Runs, of which the faster half counts.")
@@ -46,7 +47,7 @@ def profile(
         typer.Option("--timeline", metavar="IMAGE", help="Draw the persistent kernel's trace, SM by SM."),
     ] = None,
     engine_options: options.EngineOptions,
-    report_options: measured.ReportOptions,
+    report_options: ReportOptions,
 ) -> None:
     """Time every op of a decode step.
 
@@ -86,7 +87,7 @@ def profile(
 
 def _headline(report: "ProfileReport") -> list[str]:
     lines = [
-        *measured.headline(report),
+        *headline(report),
         f"a decode step after {report.depth} tokens, mean of the faster half of {report.repeats} runs",
     ]
     if report.trace is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from numba_atomflow.cli import options, output, sandbox_report
-from numba_atomflow.cli.measured import ModelChoice
+from numba_atomflow.cli.model_choice import ModelChoice
 from numba_atomflow.cli.sandbox_options import (
     CacheOptions,
     DeviceOptions,
@@ -45,7 +45,7 @@ _CONTEXTS, _STEP_CONTEXTS = "128,512,1024,2048,4096,8192,16384", "128,1024,4096"
 _STEP_MARGIN = 64  # positions that whole steps add to their context, at most
 
 Plot = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw a plot (needs matplotlib).", show_default=False)
+    Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw a plot (needs matplotlib).", show_default=False)
 ]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from numba_atomflow.cli import options, output
-from numba_atomflow.cli.measured import ModelChoice
+from numba_atomflow.cli.model_choice import ModelChoice
 from numba_atomflow.cli.option_groups import OptionGroup
 from numba_atomflow.errors import OptionError, TextError
 
@@ -38,7 +38,7 @@ def open_weights(model: ModelChoice) -> "Iterator[Checkpoint | RandomModel]":
     """The checkpoint or the random weights that a command line names.
 
     Raises:
-        OptionError, CheckpointError: as `Measured`.
+        OptionError, CheckpointError: as `ChosenModel`.
     """
     source = model.find().source
 

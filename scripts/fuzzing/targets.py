@@ -18,7 +18,8 @@ from toy_tokenizers import byte_level, sentencepiece
 
 from numba_atomflow import Engine, SamplingParams, cli
 from numba_atomflow.checkpoint.format import Checkpoint
-from numba_atomflow.cli.bench import Format, show
+from numba_atomflow.cli.bench import show
+from numba_atomflow.cli.report import Format
 from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.perf import bench

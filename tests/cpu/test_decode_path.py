@@ -18,7 +18,7 @@ from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.backends.cuda.decode_path import choose_decode_path
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.plan import plan_for_this_gpu
-from numba_atomflow.cli.measured import headline
+from numba_atomflow.cli.report import headline
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.perf.bench import BenchReport, Settings, bench, differences
@@ -61,7 +61,7 @@ def test_a_kernel_that_cannot_be_cut_stands_in_the_way() -> None:
     many = tiny_geometry(heads=18, kv_heads=2)
     assert_impossible(ModelKernels(many, HOPPER), "9 heads share a key/value head, and 8 is the most")
     narrow = replace(HOPPER, shared_bytes=48 << 10)
-    assert_impossible(ModelKernels(LLAMA, narrow), "48 KB of shared memory leave no room for a ring of weights")
+    assert_impossible(ModelKernels(LLAMA, narrow), "48 KB of shared memory leave no room for a pipeline of weights")
 
 
 def assert_impossible(kernels: ModelKernels, reason: str) -> None:

@@ -57,7 +57,7 @@ def test_what_the_gpu_cannot_do_is_refused_with_the_reason(
 def test_a_start_for_compile_times_gets_the_option_and_its_refusal_is_the_sentence(
     cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("numba_atomflow.cli.measured.Measured.open")  # it would refuse, too
+    monkeypatch.delattr("numba_atomflow.cli.model_choice.ChosenModel.open")  # it would refuse, too
     outcome = cli("bench", tiny_checkpoint, "--decode", "graph", "--threads", 1)
     assert_refused(outcome, "--threads", "--decode graph")
     assert "compile times" not in outcome.err

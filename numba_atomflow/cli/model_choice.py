@@ -1,7 +1,6 @@
-"""What `bench`, `profile` and `sandbox` run: a checkpoint, or a well-known geometry with random weights."""
+"""The model of `bench`, `profile` and `sandbox`: a checkpoint, or a well-known geometry with random weights."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 
     from numba_atomflow.engine import Engine
     from numba_atomflow.geometry import ModelGeometry
-    from numba_atomflow.perf.bench import BenchReport
-    from numba_atomflow.perf.profile import ProfileReport
 
 _PRESETS = "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, smollm2-135m"  # not imported: --help must not wait for NumPy
 
@@ -34,15 +31,6 @@ RandomWeights = Annotated[
 ]
 
 
-class Format(StrEnum):
-    """Values of --format."""
-
-    TABLE = "table"
-    MD = "md"
-    CSV = "csv"
-    JSON = "json"
-
-
 @dataclass(frozen=True)
 class ModelChoice(OptionGroup):
     """The model that is run."""
@@ -51,25 +39,12 @@ class ModelChoice(OptionGroup):
     geometry: Geometry = None
     random_weights: RandomWeights = False
 
-    def find(self) -> "Measured":
-        """See `Measured`."""
-        return Measured(self.model, self.geometry, self.random_weights)
+    def find(self) -> "ChosenModel":
+        """See `ChosenModel`."""
+        return ChosenModel(self.model, self.geometry, self.random_weights)
 
 
-@dataclass(frozen=True)
-class ReportOptions(OptionGroup):
-    """How a report is printed."""
-
-    form: Annotated[Format, typer.Option("--format", "-f", help="Format of the report.")] = Format.TABLE
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False
-
-    @property
-    def chosen(self) -> Format:
-        """--json goes before --format."""
-        return Format.JSON if self.as_json else self.form
-
-
-class Measured:
+class ChosenModel:
     """The model that a command line names.
 
     Raises:
@@ -124,21 +99,3 @@ class Measured:
                 decode=engine_options.decode.value,
                 name=self._preset or "random",
             )
-
-
-def headline(report: "BenchReport | ProfileReport") -> list[str]:
-    """Model, device, machine, versions, commit and achievable bandwidth: a line each."""
-    machine = report.machine
-    driver = machine["nvidia_driver"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    return [
-        f"model: {report.model}" + (", random weights" if report.random_weights else ""),
-        f"device: {report.device}, {report.backend} backend",
-        *([] if report.decode is None else [f"decode: {report.decode}"]),
-        f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}"
-        + (f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""),
-        f"versions: {versions}",
-        f"commit: {machine['commit'] or 'installed package'}, {report.date}",
-        "achievable bandwidth, measured in this run: "
-        + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
-    ]
