@@ -145,6 +145,74 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         return s0, s1, s2, s3, s4, s5, s6, s7
 
     @ptx.device_function
+    def store_warp(floats, out_regs, m_0, m_1, l_0, l_1, warp, g, t):
+        """A warp's partial result to shared memory."""
+        for h in range(2):
+            row = g + 8 * h
+            if row < rows:
+                for j in range(out_registers // 4):
+                    for column in range(2):
+                        index = out_start + (warp * rows + row) * head_dim + element(t, column, j)
+                        floats[index] = out_regs[4 * j + 2 * h + column]
+                if t == 0:
+                    index = stats_start + (warp * rows + row) * 2
+                    floats[index] = m_0 if h == 0 else m_1
+                    floats[index + 1] = l_0 if h == 0 else l_1
+
+    @ptx.device_function
+    def store_cta(io, floats, sequence, counter, split, active_splits, first_query, kv, thread):
+        """Combine the warps: to `out` if the sequence is not split, else to `partials`."""
+        cta = counter * kv_splits + split
+        entry = thread
+        while entry < vectors:
+            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
+            m, row_sum, o0, o1, o2, o3 = combine_warps(floats, warps, row, d)
+            if active_splits == 1:
+                if first_query + row < queries:
+                    query = first_query + row
+                    store_out(io.out, sequence, query, kv, d, o0 / row_sum, o1 / row_sum, o2 / row_sum, o3 / row_sum)
+            else:
+                index = (cta * rows + row) * head_dim + d
+                io.partials[index], io.partials[index + 1] = o0, o1
+                io.partials[index + 2], io.partials[index + 3] = o2, o3
+                if d == 0:
+                    index = stats_global + (cta * rows + row) * 2
+                    io.partials[index], io.partials[index + 1] = m, row_sum
+            entry += threads
+
+    @ptx.device_function
+    def is_last(io, words, counter, active_splits, thread):
+        """Whether this CTA is the last of its work tile, so that it may read what the others wrote: each wrote, fenced,
+        passed the barrier and then counted; this one counted last, and fences before it reads.
+        """
+        cuda.threadfence()
+        cuda.syncthreads()
+        if thread == 0:
+            words[flag_index] = cuda.atomic.inc(io.counters, counter, u32(active_splits - 1))
+        cuda.syncthreads()
+        return words[flag_index] == active_splits - 1
+
+    @ptx.device_function
+    def store_combined(io, floats, loaded, sequence, counter, active_splits, first_query, kv, thread):
+        """Combine the KV splits, to `out`."""
+        cuda.threadfence()
+        first_cta = counter * kv_splits
+        entry = thread
+        while entry < active_splits * rows * 2:
+            index = stats_global + first_cta * rows * 2 + entry
+            floats[out_start + entry] = ptx.load_relaxed_f32(io.partials, index)
+            entry += threads
+        cuda.syncthreads()
+        entry = thread
+        while entry < vectors:
+            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
+            row_sum, o0, o1, o2, o3 = combine_splits(io.partials, floats, loaded, first_cta, active_splits, row, d)
+            if first_query + row < queries:
+                query = first_query + row
+                store_out(io.out, sequence, query, kv, d, o0 / row_sum, o1 / row_sum, o2 / row_sum, o3 / row_sum)
+            entry += threads
+
+    @ptx.device_function
     def attend(io):
         floats = cuda.shared.array(0, float32)
         words = cuda.shared.array(0, uint32)
@@ -199,64 +267,11 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
             m_0, m_1, l_0, l_1 = softmax_step(m_0, m_1, l_0, l_1, scores, v_regs, out_regs)
             base += step_keys
 
-        # Combine the warps in shared memory.
-        l_0, l_1 = quad_sum(l_0), quad_sum(l_1)
-        for h in range(2):
-            row = g + 8 * h
-            if row < rows:
-                for j in range(out_registers // 4):
-                    for column in range(2):
-                        index = out_start + (warp * rows + row) * head_dim + element(t, column, j)
-                        floats[index] = out_regs[4 * j + 2 * h + column]
-                if t == 0:
-                    index = stats_start + (warp * rows + row) * 2
-                    floats[index] = m_0 if h == 0 else m_1
-                    floats[index + 1] = l_0 if h == 0 else l_1
+        store_warp(floats, out_regs, m_0, m_1, quad_sum(l_0), quad_sum(l_1), warp, g, t)
         cuda.syncthreads()
-        cta = counter * kv_splits + split
-        entry = thread
-        while entry < vectors:
-            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
-            m, row_sum, o0, o1, o2, o3 = combine_warps(floats, warps, row, d)
-            if active_splits == 1:
-                if first_query + row < queries:
-                    query = first_query + row
-                    store_out(io.out, sequence, query, kv, d, o0 / row_sum, o1 / row_sum, o2 / row_sum, o3 / row_sum)
-            else:
-                index = (cta * rows + row) * head_dim + d
-                io.partials[index], io.partials[index + 1] = o0, o1
-                io.partials[index + 2], io.partials[index + 3] = o2, o3
-                if d == 0:
-                    index = stats_global + (cta * rows + row) * 2
-                    io.partials[index], io.partials[index + 1] = m, row_sum
-            entry += threads
-        if active_splits == 1:
+        store_cta(io, floats, sequence, counter, split, active_splits, first_query, kv, thread)
+        if active_splits == 1 or not is_last(io, words, counter, active_splits, thread):
             return
-
-        # The last CTA of its work tile combines the KV splits. Its reads come after all writes of the others: each
-        # wrote, fenced, passed the barrier and then counted; this one counted last, and fences before it reads.
-        cuda.threadfence()
-        cuda.syncthreads()
-        if thread == 0:
-            words[flag_index] = cuda.atomic.inc(io.counters, counter, u32(active_splits - 1))
-        cuda.syncthreads()
-        if words[flag_index] != active_splits - 1:
-            return
-        cuda.threadfence()
-        first_cta = counter * kv_splits
-        entry = thread
-        while entry < active_splits * rows * 2:
-            index = stats_global + first_cta * rows * 2 + entry
-            floats[out_start + entry] = ptx.load_relaxed_f32(io.partials, index)
-            entry += threads
-        cuda.syncthreads()
-        entry = thread
-        while entry < vectors:
-            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
-            row_sum, o0, o1, o2, o3 = combine_splits(io.partials, floats, loaded, first_cta, active_splits, row, d)
-            if first_query + row < queries:
-                query = first_query + row
-                store_out(io.out, sequence, query, kv, d, o0 / row_sum, o1 / row_sum, o2 / row_sum, o3 / row_sum)
-            entry += threads
+        store_combined(io, floats, loaded, sequence, counter, active_splits, first_query, kv, thread)
 
     return attend
