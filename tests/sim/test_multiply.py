@@ -63,15 +63,15 @@ def multiplied(
 )
 def test_a_k_tile_of_so_many_groups(groups: int, halves: bool) -> None:
     rng = generator(groups, halves)
-    columns = groups * (64 if halves else 128)
-    layout = PrepackedLayout(16, columns, format=FP16 if halves else FP8_E4M3, k_tile=K_TILE_GROUPS)
-    values = rng.standard_normal((16, columns)).astype(np.float32)
+    in_features = groups * (64 if halves else 128)
+    layout = PrepackedLayout(16, in_features, format=FP16 if halves else FP8_E4M3, k_tile=K_TILE_GROUPS)
+    values = rng.standard_normal((16, in_features)).astype(np.float32)
     if halves:
         weights, stage = values.astype(np.float16), prepack_fp16_reference(values.astype(np.float16), layout)
     else:
         codes, scales = quantize_groups(values)
         weights, stage = dequantize_groups(codes, scales), prepack_reference(codes, scales, layout)
-    x = rng.standard_normal(columns).astype(np.float16)
+    x = rng.standard_normal(in_features).astype(np.float16)
     sums = multiplied(layout, stage, x, 0)
     within("a k-tile's sums", relative_error(sums, weights.astype(np.float64) @ x.astype(np.float64)), 1e-5)
 

@@ -1,7 +1,7 @@
 """The persistent decode kernel against NumPy, at small shapes: the same checks in numba's simulator and on a GPU.
 
 A case has a whole model's memory: weights in one array as the kernel reads them, the cache, the mailbox, and a view
-for each op. Results begin as NaN, as does the cache behind the past; the mailbox as words of the token before.
+for each op. Results begin as NaN, as does the cache beyond the past; the mailbox as words of the token before.
 """
 
 from dataclasses import dataclass, field
@@ -32,10 +32,10 @@ from numba_atomflow.sampling import penalise
 
 Matrix = NDArray[np.float64]
 
-STEPS = 21845  # made before: with two layers, the 16 bits of a pair's epoch begin at zero with this one
+STEPS = 21845  # completed before: with two layers, the 16 bits of a pair's epoch begin at zero with this one
 PENALTY = 1.5
-RING, COUNTED = 4, 6  # entries for the host; tokens that were made before
-SPARE = 3  # words behind each view, which nothing may write
+RING, COUNTED = 4, 6  # entries of the host ring; tokens posted before
+SPARE = 3  # words after each buffer, which nothing may write
 KINDS = ("qkv", "attention", "o", "gate_up", "down")
 BUFFERS = ("residual", "q", "attn_out", "intermediate", "x_norm", "final_x_norm", "logits")
 
@@ -65,7 +65,7 @@ class PersistentCase:
         return self.kv_heads * self.head_dim
 
     def layout(self, kind: str) -> PrepackedLayout:
-        rows, columns, half = {
+        out_features, in_features, half = {
             "qkv": (self.q_dim + 2 * self.kv_dim, self.hidden, self.head_dim // 2),
             "o": (self.hidden, self.q_dim, 0),
             "gate_up": (2 * self.ffn, self.hidden, self.ffn),
@@ -73,7 +73,7 @@ class PersistentCase:
             "lm_head": (self.vocabulary, self.hidden, 0),
         }[kind]
         weights = FP16 if self.fp16_head and kind == "lm_head" else FP8_E4M3
-        return PrepackedLayout(rows, columns, half=half, format=weights, k_tile=K_TILE_GROUPS)  # as TMA GPUs have it
+        return PrepackedLayout(out_features, in_features, half=half, format=weights, k_tile=K_TILE_GROUPS)
 
     @cached_property
     def shape(self) -> PersistentShape:
@@ -217,8 +217,8 @@ class Memory:
         """A mailbox of NaN, of the last layer of the token before."""
         before, places = self.epoch - 1, self.shape.mailbox._asdict()
         words = np.full(places["end"], before << 32 | 0xFFFFFFFF, np.uint64)
-        for pairs, behind in (("residual_in", "residual_in_exact"), ("residual_mid", "residual_mid_exact")):
-            words[places[pairs] : places[behind]] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
+        for pairs, exact in (("residual_in", "residual_in_exact"), ("residual_mid", "residual_mid_exact")):
+            words[places[pairs] : places[exact]] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
         return words
 
     @property
@@ -384,17 +384,17 @@ def cut_24_reference(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def check_normed(memory: Memory, view: str, norm: str, before: NDArray[np.float32]) -> Matrix:
     """The normalised residual stream, as the kernel reports it."""
-    normed = memory.halves(view, memory.case.hidden)
+    x_norm = memory.halves(view, memory.case.hidden)
     expected, doubt = normed_as_float16(cut_24_reference(before), memory.model.norms[norm])
     slack = float(np.linalg.norm(doubt) / np.linalg.norm(expected))
-    within("persistent norm", relative_error(normed, expected), 1e-5 + slack)
-    return normed
+    within("persistent norm", relative_error(x_norm, expected), 1e-5 + slack)
+    return x_norm
 
 
 def check_qkv(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
     case = memory.case
-    normed = check_normed(memory, "x_norm", f"{layer}.qkv", before)
-    q, k, v = np.split(memory.model.matrices[f"{layer}.qkv"] @ normed, [case.q_dim, case.q_dim + case.kv_dim])
+    x_norm = check_normed(memory, "x_norm", f"{layer}.qkv", before)
+    q, k, v = np.split(memory.model.matrices[f"{layer}.qkv"] @ x_norm, [case.q_dim, case.q_dim + case.kv_dim])
     for got, expected in (
         (memory.halves("q", case.q_dim), rotate(memory, q)),
         (memory.cache[layer, 0, case.position], rotate(memory, k)),
@@ -424,8 +424,8 @@ def check_o(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
 
 
 def check_gate_up(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
-    normed = check_normed(memory, "x_norm", f"{layer}.gate_up", before)
-    gate, up = np.split(memory.model.matrices[f"{layer}.gate_up"] @ normed, 2)
+    x_norm = check_normed(memory, "x_norm", f"{layer}.gate_up", before)
+    gate, up = np.split(memory.model.matrices[f"{layer}.gate_up"] @ x_norm, 2)
     within(
         "persistent SwiGLU",
         relative_error(memory.halves("intermediate", memory.case.ffn), silu_reference(gate) * up),
@@ -439,9 +439,9 @@ def check_down(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
 
 
 def check_logits(memory: Memory) -> None:
-    normed = check_normed(memory, "final_x_norm", "lm_head", memory.stream)
+    x_norm = check_normed(memory, "final_x_norm", "lm_head", memory.stream)
     logits = memory.logits[: memory.case.vocabulary]
-    within("persistent sums", relative_error(logits, memory.model.matrices["embedding"] @ normed), 1e-5)
+    within("persistent sums", relative_error(logits, memory.model.matrices["embedding"] @ x_norm), 1e-5)
     assert token_of(int(memory.best[0])) == int(np.argmax(penalise(logits, memory.seen, PENALTY)))
 
 
@@ -508,20 +508,20 @@ def step_reference(model: Model, memory: Memory) -> tuple[Matrix, Matrix]:
     case, weights = memory.case, model.matrices
     x, written = weights["embedding"][memory.token].copy(), []
     for layer in range(case.layers):
-        normed = rms_norm_reference(x, model.norms[f"{layer}.qkv"].astype(np.float64), EPS)
-        q, k, v = np.split(weights[f"{layer}.qkv"] @ normed, [case.q_dim, case.q_dim + case.kv_dim])
+        x_norm = rms_norm_reference(x, model.norms[f"{layer}.qkv"].astype(np.float64), EPS)
+        q, k, v = np.split(weights[f"{layer}.qkv"] @ x_norm, [case.q_dim, case.q_dim + case.kv_dim])
         written.append((rotate(memory, k), v))
         keys, values = (
             np.vstack([past[: case.position], new])
             for past, new in zip(memory.past[layer].astype(np.float64), written[-1], strict=True)
         )
-        attended = attend_reference(rotate(memory, q)[None], keys, values, case.position, case.head_dim)[0]
-        x += weights[f"{layer}.o"] @ attended
-        normed = rms_norm_reference(x, model.norms[f"{layer}.gate_up"].astype(np.float64), EPS)
-        gate, up = np.split(weights[f"{layer}.gate_up"] @ normed, 2)
+        attn_out = attend_reference(rotate(memory, q)[None], keys, values, case.position, case.head_dim)[0]
+        x += weights[f"{layer}.o"] @ attn_out
+        x_norm = rms_norm_reference(x, model.norms[f"{layer}.gate_up"].astype(np.float64), EPS)
+        gate, up = np.split(weights[f"{layer}.gate_up"] @ x_norm, 2)
         x += weights[f"{layer}.down"] @ (silu_reference(gate) * up)
-    normed = rms_norm_reference(x, model.norms["lm_head"].astype(np.float64), EPS)
-    return weights["embedding"] @ normed, np.array(written)
+    x_norm = rms_norm_reference(x, model.norms["lm_head"].astype(np.float64), EPS)
+    return weights["embedding"] @ x_norm, np.array(written)
 
 
 def check_watchdog(case: PersistentCase) -> None:

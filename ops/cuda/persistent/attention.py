@@ -5,8 +5,6 @@ of `ops/cuda/attention/`; with one token, the query heads that share a KV head f
 the other 8 are left out (M/2). The newest key and value come through the mailbox, with q, and the CTA of the first
 split adds them as one more partial result. So all keys that are read from the cache were written by earlier launches,
 and the first ones are loaded before q has arrived.
-
-The CTAs that computed the splits also combine them: each takes a share of the result's elements, one lane per split.
 """
 
 import math
@@ -19,35 +17,20 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.combine import make_combine
 from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
 from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
-from numba_atomflow.ops.cuda.comm.flagged import watchdog_trips
 from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_THREADS,
     CONSUMER_WARPS,
     CTA_KEYS,
     MAX_QUERY_GROUP,
-    ONE_SPLIT_KEYS,
     WARP_KEYS,
     PersistentShape,
 )
+from numba_atomflow.ops.cuda.persistent.split_kv import make_combine_splits, make_poll, make_store_out
 from numba_atomflow.ops.cuda.persistent.staging import sync_consumers
 from numba_atomflow.ops.cuda.persistent.trace import STAGED
 from numba_atomflow.ops.cuda.scalars import i32, u32
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-
-
-class KvSplit(NamedTuple):
-    """A CTA's part of attention.
-
-    Attributes:
-        kv_head: its KV head; out of range for a CTA without work. split: its number among the splits of the sequence.
-        keys: per split. active: splits with keys.
-    """
-
-    kv_head: Any
-    split: Any
-    keys: Any
-    active: Any
 
 
 class LayerCache(NamedTuple):
@@ -60,89 +43,6 @@ class LayerCache(NamedTuple):
     pairs: Any
     keys_start: Any
     values_start: Any
-
-
-class AttentionIo(NamedTuple):
-    """What attention reads and writes beside the cache.
-
-    Attributes:
-        mailbox, attn_out, timestamps: as in `PersistentArguments`. op: its number. flag: of the layer's results.
-        watchdog: `Watchdog`.
-    """
-
-    mailbox: Any
-    attn_out: Any
-    timestamps: Any
-    op: Any
-    flag: Any
-    watchdog: Any
-
-
-def make_kv_split(shape: PersistentShape) -> Any:
-    """Device function (position) -> the CTA's `KvSplit`."""
-    kv_splits = shape.kv_splits
-
-    @ptx.device_function
-    def kv_split(position):
-        keys = ((position + kv_splits - 1) // kv_splits + WARP_KEYS - 1) // WARP_KEYS * WARP_KEYS
-        keys = max(keys, ONE_SPLIT_KEYS if position <= ONE_SPLIT_KEYS else CTA_KEYS)
-        active = max((position + keys - 1) // keys, 1)
-        cta = i32(cuda.blockIdx.x)
-        return KvSplit(i32(cta // kv_splits), i32(cta % kv_splits), i32(keys), i32(active))
-
-    return kv_split
-
-
-def _make_team(lanes: int) -> tuple[Any, Any]:
-    """Device functions (x) -> the maximum, and the sum, of x over neighbouring lanes: a power of two of them."""
-    steps = lanes.bit_length() - 1
-
-    @ptx.device_function
-    def team_max(x):
-        for step in range(steps):
-            x = max(x, ptx.shuffle_xor_f32(x, lanes // 2 >> step))
-        return x
-
-    @ptx.device_function
-    def team_sum(x):
-        for step in range(steps):
-            x += ptx.shuffle_xor_f32(x, lanes // 2 >> step)
-        return x
-
-    return team_max, team_sum
-
-
-def _make_poll() -> tuple[Any, Any]:
-    """Device functions (io, index, out) and (io, index, other, out): poll two words of the mailbox from `index` on, or
-    two each from two places, whose loads are issued together.
-    """
-
-    @ptx.large_device_function
-    def poll(io, index, out):
-        mailbox, flag, polls = io.mailbox, io.flag, u32(0)
-        waiting = True
-        while waiting:
-            w0, flag0, w1, flag1 = ptx.ll_load(mailbox, index)
-            out[0], out[1] = w0, w1
-            polls = u32(polls + u32(1))
-            waiting = flag0 != flag or flag1 != flag
-            if waiting and watchdog_trips(io.watchdog, polls):
-                waiting = False
-
-    @ptx.device_function
-    def poll_both(io, index, other, out):
-        mailbox, flag, polls = io.mailbox, io.flag, u32(0)
-        waiting = True
-        while waiting:
-            w0, flag0, w1, flag1 = ptx.ll_load(mailbox, index)
-            w2, flag2, w3, flag3 = ptx.ll_load(mailbox, other)
-            out[0], out[1], out[2], out[3] = w0, w1, w2, w3
-            polls = u32(polls + u32(1))
-            waiting = flag0 != flag or flag1 != flag or flag2 != flag or flag3 != flag
-            if waiting and watchdog_trips(io.watchdog, polls):
-                waiting = False
-
-    return poll, poll_both
 
 
 def _make_receive_token(shape: PersistentShape, token_start: int, poll: Any) -> Any:
@@ -212,54 +112,73 @@ def _make_add_newest(shape: PersistentShape, token_start: int, sums_start: int, 
     return add_newest
 
 
-def _make_store_out(shape: PersistentShape) -> Any:
-    """Device function (io, kv_head, pair, low, high): two elements of the result."""
-    start, pairs = shape.mailbox.attn_out, shape.query_group * shape.head_dim // 2
+def _make_store_result(shape: PersistentShape, sums_start: int, stats_start: int, store_out: Any) -> Any:
+    """Device function (io, part, floats, thread): combine the warps' partial results of the CTA, in shared memory, and
+    publish the result, or the split's partial result.
+    """
+    head_dim, query_group, kv_splits, parts = shape.head_dim, shape.query_group, shape.kv_splits, shape.sum_parts
+    mailbox_partials, mailbox_stats = shape.mailbox.partials, shape.mailbox.softmax_stats
+    combine, quads = make_combine(head_dim, query_group, sums_start, stats_start), query_group * head_dim // 4
 
     @ptx.device_function
-    def store_out(io, kv_head, pair, low, high):
-        word = ptx.pack_f16x2(low, high)
-        ptx.ll_store(io.mailbox, start + kv_head * pairs + pair, word, io.flag)
-        io.attn_out[kv_head * pairs + pair] = word
+    def store_result(io, part, floats, thread):
+        kv_head, split, active = part.kv_head, part.split, part.active
+        entry = thread
+        while entry < quads:
+            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
+            if split == 0:  # two constants: the compiler interleaves the sums
+                m, total, o0, o1, o2, o3 = combine(floats, parts, row, d)
+            else:
+                m, total, o0, o1, o2, o3 = combine(floats, CONSUMER_WARPS, row, d)
+            if active == 1:
+                inverse = _ONE / total
+                store_out(io, kv_head, entry * 2, o0 * inverse, o1 * inverse)
+                store_out(io, kv_head, entry * 2 + 1, o2 * inverse, o3 * inverse)
+            else:
+                unit = (kv_head * kv_splits + split) * query_group + row
+                at = mailbox_partials + unit * head_dim + d
+                ptx.ll_store(io.mailbox, at, ptx.f32_bits(o0), io.flag)
+                ptx.ll_store(io.mailbox, at + 1, ptx.f32_bits(o1), io.flag)
+                ptx.ll_store(io.mailbox, at + 2, ptx.f32_bits(o2), io.flag)
+                ptx.ll_store(io.mailbox, at + 3, ptx.f32_bits(o3), io.flag)
+                if d == 0:
+                    ptx.ll_store(io.mailbox, mailbox_stats + unit * 2, ptx.f32_bits(m), io.flag)
+                    ptx.ll_store(io.mailbox, mailbox_stats + unit * 2 + 1, ptx.f32_bits(total), io.flag)
+            entry += CONSUMER_THREADS
 
-    return store_out
+    return store_result
 
 
-def _make_combine_splits(shape: PersistentShape, poll_both: Any, store_out: Any) -> Any:
-    """Device function (io, part, thread): the CTA's share of combining the splits: every `active`-th pair of elements,
-    each by a team with one lane per split.
+def _make_multiply_queries(shape: PersistentShape) -> Any:
+    """Device function (words, q_part, k_part, g, t) -> scores of row g, before scaling: keys 2 t, 2 t + 1, 2 t + 8 and
+    2 t + 9 of the 16 in `k_part`.
     """
-    head_dim, query_group, kv_splits = shape.head_dim, shape.query_group, shape.kv_splits
-    head_words, pairs = head_dim // 2, query_group * head_dim // 2
-    partials_start, stats_start = shape.mailbox.partials, shape.mailbox.softmax_stats
-    team = 16 if kv_splits <= 16 else 32
-    team_max, team_sum = _make_team(team)
+    fragments = make_head_fragments(shape.head_dim)
+    wide, narrow, row_registers = fragments.wide, fragments.narrow, fragments.row_registers
+    x_start, pitch, query_group = shape.x_start, shape.query_pitch, shape.query_group
 
-    @ptx.large_device_function
-    def combine_splits(io, part, thread):
-        kv_head, active = part.kv_head, part.active
-        received = cuda.local.array(4, uint32)
-        lane = thread % team
-        split = min(lane, i32(active - 1))
-        warp_pair = part.split + active * (thread // 32 * (32 // team))  # of the warp's first team
-        while warp_pair < pairs:
-            # All lanes of a warp must take part in the shuffles: a team without a pair repeats the last one.
-            own = warp_pair + active * (thread % 32 // team)
-            pair = min(own, pairs - 1)
-            row, d = pair // head_words, pair % head_words * 2
-            unit = (kv_head * kv_splits + split) * query_group + row
-            poll_both(io, stats_start + unit * 2, partials_start + unit * head_dim + d, received)
-            m, row_sum = ptx.bits_f32(received[0]), ptx.bits_f32(received[1])
-            new_max = team_max(m)
-            rescale = ptx.exp2(m - new_max) if lane < active else _ZERO
-            total = team_sum(row_sum * rescale)
-            low = team_sum(ptx.bits_f32(received[2]) * rescale)
-            high = team_sum(ptx.bits_f32(received[3]) * rescale)
-            if lane == 0 and own < pairs:
-                store_out(io, kv_head, pair, low / total, high / total)
-            warp_pair += active * (CONSUMER_THREADS // team)
+    @ptx.device_function
+    def multiply_queries(words, q_part, k_part, g, t):
+        s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
+        s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
+        q_row = x_start + min(g, query_group - 1) * pitch
+        for c in range(wide + narrow):
+            if c < wide:
+                a0, a1, a2, a3 = ptx.load_shared_16(words, q_row + c * 16 + t * 4)
+                q_part[0], q_part[1], q_part[2], q_part[3] = a0, a1, a2, a3
+            else:
+                a0, a1 = ptx.load_8(words, q_row + wide * 16 + t * 2)
+                q_part[0], q_part[1] = a0, a1
+            for i in range(2 if c < wide else 1):
+                a0, a2, none = q_part[2 * i], q_part[2 * i + 1], u32(0)
+                at = 4 * c + 2 * i
+                b0, b1 = k_part[at], k_part[at + 1]
+                s0, s1, s2, s3 = ptx.mma(a0, none, a2, none, b0, b1, s0, s1, s2, s3)
+                b0, b1 = k_part[row_registers + at], k_part[row_registers + at + 1]
+                s4, s5, s6, s7 = ptx.mma(a0, none, a2, none, b0, b1, s4, s5, s6, s7)
+        return s0, s1, s4, s5
 
-    return combine_splits
+    return multiply_queries
 
 
 def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
@@ -270,28 +189,25 @@ def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
     Args:
         timestamp: from `trace.make_timestamp`.
     """
-    head_dim, query_group, kv_splits, kv_heads = shape.head_dim, shape.query_group, shape.kv_splits, shape.kv_heads
+    head_dim, query_group, kv_heads = shape.head_dim, shape.query_group, shape.kv_heads
     head_words, kv_row = head_dim // 2, shape.kv_heads * head_dim // 2
     fragments = make_head_fragments(head_dim)
-    wide, narrow = fragments.wide, fragments.narrow
     row_registers, value_registers = fragments.row_registers, fragments.value_registers
     load_row, load_value, element = fragments.load_row, fragments.load_value, fragments.element
     k_registers, v_registers = 2 * row_registers, 4 * value_registers
     softmax_step = make_softmax_step(value_registers, half_tile=True)
     sum_registers = head_dim // 4
-    pitch, parts = shape.query_pitch, shape.sum_parts
-    x_start = shape.x_start
-    token_start = x_start + MAX_QUERY_GROUP * pitch  # the newest key, then its value: head_dim float16 each
+    # After the queries, the newest key and its value, head_dim float16 each; then the partial results.
+    token_start = shape.x_start + MAX_QUERY_GROUP * shape.query_pitch
     sums_start = token_start + head_dim
-    stats_start = sums_start + parts * query_group * head_dim
-    combine = make_combine(head_dim, query_group, sums_start, stats_start)
-    quads = query_group * head_dim // 4
-    mailbox_partials, mailbox_stats = shape.mailbox.partials, shape.mailbox.softmax_stats
+    stats_start = sums_start + shape.sum_parts * query_group * head_dim
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
-    (poll, poll_both), store_out = _make_poll(), _make_store_out(shape)
+    (poll, poll_both), store_out = make_poll(), make_store_out(shape)
     receive_token = _make_receive_token(shape, token_start, poll)
     add_newest = _make_add_newest(shape, token_start, sums_start, stats_start, scale)
-    combine_splits = _make_combine_splits(shape, poll_both, store_out)
+    multiply_queries = _make_multiply_queries(shape)
+    store_result = _make_store_result(shape, sums_start, stats_start, store_out)
+    combine_splits = make_combine_splits(shape, poll_both, store_out)
 
     @ptx.device_function
     def load_keys(cache, start, base, last, kv_head, g, t, k_part):
@@ -332,23 +248,7 @@ def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
             running_max, row_sum = LOWEST, _ZERO
             while base < end:
                 following = i32(base + CTA_KEYS)
-                s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
-                s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO
-                q_row = x_start + min(g, query_group - 1) * pitch
-                for c in range(wide + narrow):
-                    if c < wide:
-                        a0, a1, a2, a3 = ptx.load_shared_16(words, q_row + c * 16 + t * 4)
-                        q_part[0], q_part[1], q_part[2], q_part[3] = a0, a1, a2, a3
-                    else:
-                        a0, a1 = ptx.load_8(words, q_row + wide * 16 + t * 2)
-                        q_part[0], q_part[1] = a0, a1
-                    for i in range(2 if c < wide else 1):
-                        a0, a2, none = q_part[2 * i], q_part[2 * i + 1], u32(0)
-                        at = 4 * c + 2 * i
-                        b0, b1 = k_part[at], k_part[at + 1]
-                        s0, s1, s2, s3 = ptx.mma(a0, none, a2, none, b0, b1, s0, s1, s2, s3)
-                        b0, b1 = k_part[row_registers + at], k_part[row_registers + at + 1]
-                        s4, s5, s6, s7 = ptx.mma(a0, none, a2, none, b0, b1, s4, s5, s6, s7)
+                s0, s1, s4, s5 = multiply_queries(words, q_part, k_part, g, t)
                 # The next keys are loaded during softmax and P V, the next values after that.
                 if following < end:
                     load_keys(cache.pairs, cache.keys_start, following, last, kv_head, g, t, k_part)
@@ -376,28 +276,7 @@ def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
             if split == 0:
                 add_newest(lane, warp, words, floats)
             sync_consumers()
-            entry = thread
-            while entry < quads:
-                row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
-                if split == 0:  # two constants: the compiler interleaves the sums
-                    m, total, o0, o1, o2, o3 = combine(floats, parts, row, d)
-                else:
-                    m, total, o0, o1, o2, o3 = combine(floats, CONSUMER_WARPS, row, d)
-                if active == 1:
-                    inverse = _ONE / total
-                    store_out(io, kv_head, entry * 2, o0 * inverse, o1 * inverse)
-                    store_out(io, kv_head, entry * 2 + 1, o2 * inverse, o3 * inverse)
-                else:
-                    unit = (kv_head * kv_splits + split) * query_group + row
-                    at = mailbox_partials + unit * head_dim + d
-                    ptx.ll_store(io.mailbox, at, ptx.f32_bits(o0), io.flag)
-                    ptx.ll_store(io.mailbox, at + 1, ptx.f32_bits(o1), io.flag)
-                    ptx.ll_store(io.mailbox, at + 2, ptx.f32_bits(o2), io.flag)
-                    ptx.ll_store(io.mailbox, at + 3, ptx.f32_bits(o3), io.flag)
-                    if d == 0:
-                        ptx.ll_store(io.mailbox, mailbox_stats + unit * 2, ptx.f32_bits(m), io.flag)
-                        ptx.ll_store(io.mailbox, mailbox_stats + unit * 2 + 1, ptx.f32_bits(total), io.flag)
-                entry += CONSUMER_THREADS
+            store_result(io, part, floats, thread)
             if active > 1:
                 combine_splits(io, part, thread)
             sync_consumers()

@@ -8,10 +8,10 @@ specialized:
   the other, into a pipeline of stages in shared memory, and runs ahead of the consumers as far as the stages allow.
 - The consumer warps (`consume` below) take each op in turn: stage its input in shared memory (`staging.py`), multiply
   it by the weights as their stages become full (`projection.py`), and publish the results (`epilogue.py`); or compute
-  attention (`attention.py`).
+  attention (`attention.py`, `split_kv.py`).
 
 Which CTA computes which work tile of an op is fixed in advance (`schedule.py`). Results reach other CTAs through the
-mailbox in device memory, as words that carry a flag, by which a reader knows that the data has arrived
+mailbox in device memory, as words that carry a flag: when it matches, the data has arrived
 (`comm/flagged.py`). A wait that lasts too long ends by a watchdog, which the host reports.
 
 Launch: `shape.sms` CTAs of `CTA_THREADS` threads with `shape.dynamic_shared_bytes` of dynamic shared memory.
@@ -26,7 +26,7 @@ from numba import cuda, float32, int64, uint16, uint32, uint64
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.comm.flagged import SPIN_LIMIT, Watchdog, ll_store_pair
-from numba_atomflow.ops.cuda.persistent.attention import AttentionIo, LayerCache, make_attend, make_kv_split
+from numba_atomflow.ops.cuda.persistent.attention import LayerCache, make_attend
 from numba_atomflow.ops.cuda.persistent.epilogue import make_epilogue, make_load_ahead
 from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile, make_produce
 from numba_atomflow.ops.cuda.persistent.projection import BUFFER, CONSUMED, OpState, make_project
@@ -41,6 +41,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     layer_of,
     make_kind_of,
 )
+from numba_atomflow.ops.cuda.persistent.split_kv import AttentionIo, make_kv_split
 from numba_atomflow.ops.cuda.persistent.staging import NormWeight, SharedMemory, make_stage, sync_consumers
 from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_record_clocks, make_timestamp
 from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec

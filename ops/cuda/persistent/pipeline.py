@@ -33,7 +33,7 @@ LEAD, WORK_TILE, K_TILE, ISSUED = range(4)  # of `PrefetchCursor.state`
 
 
 class WeightCopies(NamedTuple):
-    """The weights of an op, and the bulk copies that bring a work tile of them.
+    """The weights of an op, and the bulk copies of a work tile.
 
     Attributes:
         start: word of the model's weights at which they begin.

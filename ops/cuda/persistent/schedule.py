@@ -254,9 +254,9 @@ class PersistentShape:
         """Stages of the pipeline.
 
         The parity of an mbarrier tells a phase from the one before it, not from the one before that. A warp may wait
-        for k-tile n when k-tile n - `CONSUMER_WARPS`, which it consumed, is the last that it knows to be complete, and
-        with it all up to n - `CONSUMER_WARPS` - `copies_in_flight`; k-tile n - `stages` must be among these. Or it is
-        the last one of the warp itself.
+        for k-tile n when k-tile n - `CONSUMER_WARPS`, which it consumed, is the latest that is known to be complete,
+        and with it all up to n - `CONSUMER_WARPS` - `copies_in_flight`; k-tile n - `stages` must be among these. Or
+        k-tile n - `stages` is the last one that the warp itself consumed.
         """
         stages = (self.shared_bytes // 4 - self._rest_words) // (self.stage_words + 4)
         return stages if stages >= self.copies_in_flight + CONSUMER_WARPS else min(stages, CONSUMER_WARPS)
