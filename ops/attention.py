@@ -36,10 +36,10 @@ def attend_reference(
         length = position + t + 1
         for h in range(heads):
             kv = slice(h * kv_heads // heads * head_dim, (h * kv_heads // heads + 1) * head_dim)
-            own = slice(h * head_dim, (h + 1) * head_dim)
-            scores = keys[:length, kv] @ q[t, own] / math.sqrt(head_dim)
+            head = slice(h * head_dim, (h + 1) * head_dim)
+            scores = keys[:length, kv] @ q[t, head] / math.sqrt(head_dim)
             weights = np.exp(scores - scores.max())
-            out[t, own] = weights @ values[:length, kv] / weights.sum()
+            out[t, head] = weights @ values[:length, kv] / weights.sum()
     return out
 
 

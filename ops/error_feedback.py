@@ -100,9 +100,9 @@ def _feedback_factor(gram: NDArray[np.float32], order: NDArray[np.int64]) -> NDA
     """U of the reordered G with G^-1 = U^T U, upper triangular; the damping grows until G is positive definite."""
     damping = max(DAMPING * float(np.diag(gram).mean()), float(np.finfo(np.float32).tiny))
     while True:
-        work = gram[np.ix_(order, order)]
-        work[np.diag_indices(len(work))] += np.float32(damping)
-        factor = _cholesky_of_inverse(work)
+        damped = gram[np.ix_(order, order)]
+        damped[np.diag_indices(len(damped))] += np.float32(damping)
+        factor = _cholesky_of_inverse(damped)
         if factor is not None:
             return factor
         damping *= 10

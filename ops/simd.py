@@ -114,31 +114,31 @@ class _RowDot:
             start = b.mul(loop.index, _I64(GROUP))
             sums = [ir.Constant(_FLOATS, [0.0] * LANES)] * ACCUMULATORS
             for step in range(GROUP // LANES):
-                at = b.add(start, _I64(step * LANES))
-                sums[step % ACCUMULATORS] = self._multiply_add(at, sums[step % ACCUMULATORS])
+                offset = b.add(start, _I64(step * LANES))
+                sums[step % ACCUMULATORS] = self._multiply_add(offset, sums[step % ACCUMULATORS])
             group = b.fadd(b.fadd(sums[0], sums[1]), b.fadd(sums[2], sums[3]))
             self._add_scaled(total, group, loop.index)
 
-        done = b.mul(whole_groups, _I64(GROUP))
-        vectors = b.sdiv(b.sub(in_features, done), _I64(LANES))
+        covered = b.mul(whole_groups, _I64(GROUP))
+        vectors = b.sdiv(b.sub(in_features, covered), _I64(LANES))
         with cgutils.for_range(b, vectors, intp=_I64) as loop:
-            at = b.add(done, b.mul(loop.index, _I64(LANES)))
-            self._add_scaled(total, self._multiply_add(at, ir.Constant(_FLOATS, [0.0] * LANES)), whole_groups)
+            offset = b.add(covered, b.mul(loop.index, _I64(LANES)))
+            self._add_scaled(total, self._multiply_add(offset, ir.Constant(_FLOATS, [0.0] * LANES)), whole_groups)
 
-        done = b.add(done, b.mul(vectors, _I64(LANES)))
-        with cgutils.for_range(b, b.sub(in_features, done), intp=_I64) as loop:
-            at = b.add(done, loop.index)
-            weight = self._convert(b.load(b.gep(self.codes, [at])), _I32)
+        covered = b.add(covered, b.mul(vectors, _I64(LANES)))
+        with cgutils.for_range(b, b.sub(in_features, covered), intp=_I64) as loop:
+            offset = b.add(covered, loop.index)
+            weight = self._convert(b.load(b.gep(self.codes, [offset])), _I32)
             scaled = b.fmul(weight, b.load(b.gep(self.scales, [whole_groups])))
-            product = b.fmul(scaled, b.load(b.gep(self.x, [at])))
+            product = b.fmul(scaled, b.load(b.gep(self.x, [offset])))
             b.store(b.fadd(b.load(rest), product), rest)
         return b.fadd(self._sum_lanes(b.load(total)), b.load(rest))
 
-    def _multiply_add(self, at: ir.Value, accumulator: ir.Value) -> ir.Value:
-        """accumulator + weights[at : at + 8] * x[at : at + 8]."""
+    def _multiply_add(self, offset: ir.Value, accumulator: ir.Value) -> ir.Value:
+        """accumulator + weights[offset : offset + 8] * x[offset : offset + 8]."""
         b = self.builder
-        codes = b.load(b.bitcast(b.gep(self.codes, [at]), _CODES.as_pointer()), align=1)
-        x = b.load(b.bitcast(b.gep(self.x, [at]), _FLOATS.as_pointer()), align=4)
+        codes = b.load(b.bitcast(b.gep(self.codes, [offset]), _CODES.as_pointer()), align=1)
+        x = b.load(b.bitcast(b.gep(self.x, [offset]), _FLOATS.as_pointer()), align=4)
         product = b.fmul(self._convert(codes, _WORDS), x, flags=_FUSE)
         return b.fadd(accumulator, product, flags=_FUSE)
 

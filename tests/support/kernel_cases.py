@@ -226,11 +226,11 @@ def check_projection(case: ProjectionCase) -> None:
     elif case.kind == "add":
         x = np.zeros((case.tokens, layout.padded_in_features), np.float16)
         x[:, : case.in_features] = rng.standard_normal((case.tokens, case.in_features))
-        before = rng.standard_normal((case.tokens, case.out_features)).astype(np.float32)
-        after = before.reshape(-1).copy()
-        launch(kernels.make_add(plan), *grid, kernels.AddArguments(weights=words, x=as_words(x), residual=after))
+        initial = rng.standard_normal((case.tokens, case.out_features)).astype(np.float32)
+        residual_out = initial.reshape(-1).copy()
+        launch(kernels.make_add(plan), *grid, kernels.AddArguments(weights=words, x=as_words(x), residual=residual_out))
         expected = x[:, : case.in_features].astype(np.float64) @ matrix.T
-        within("projection", relative_error(after.reshape(before.shape), before + expected), 1e-5)
+        within("projection", relative_error(residual_out.reshape(initial.shape), initial + expected), 1e-5)
     elif case.kind == "swiglu":
         ffn = case.out_features // 2
         y = poisoned(case.tokens, ffn + 3, dtype=np.uint16)
@@ -341,11 +341,11 @@ def check_rope(case: RopeCase) -> None:
     launch(kernel, rope.rope_ctas(case.heads, case.kv_heads, case.tokens), rope.THREADS, 0, arguments)
     exact = qkv.astype(np.float64) + (bias if case.bias else 0.0)
     parts = [part.reshape(case.tokens, -1, dim) for part in np.split(exact, [q_width, q_width + kv_width], axis=1)]
-    at = slice(first, positions)
+    last_rows = slice(first, positions)
     for i, weight in enumerate(norms):
         if case.norm:
             parts[i] = rms_norm_reference(parts[i], weight.astype(np.float64), EPS)
-        parts[i] = rope_reference(parts[i], cosines[at].astype(np.float64), sines[at].astype(np.float64))
+        parts[i] = rope_reference(parts[i], cosines[last_rows].astype(np.float64), sines[last_rows].astype(np.float64))
     for got, want in zip((q, keys, values), parts, strict=True):
         new = got.reshape(-1, want.shape[1] * dim)
         if len(new) == positions:

@@ -145,9 +145,9 @@ def check_argmax(case: TokenCase) -> None:
 def expected_token(logits: NDArray[np.float32], params: SamplingParams, seed: int, counter: int) -> int:
     if params.greedy:
         return int(np.argmax(logits))
-    kept, probabilities = candidates(logits, params)
+    tokens, probabilities = candidates(logits, params)
     index = int(np.searchsorted(np.cumsum(probabilities), uniform(seed, counter), side="right"))
-    return int(kept[min(index, len(kept) - 1)])
+    return int(tokens[min(index, len(tokens) - 1)])
 
 
 def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: int = 8) -> None:
@@ -211,10 +211,10 @@ def check_advance() -> None:
     assert ring.tolist() == [5 << 32 | 1 << 31 | 64, 7, 7, 4 << 32 | 31]
     assert count.tolist() == [5]
     prompt = advance.make_advance(ring_size, sampled=False)
-    before: list[Any] = [array.copy() for array in (seen, ring, count)]
+    initial: list[Any] = [array.copy() for array in (seen, ring, count)]
     best = np.array([LOWEST_KEY], np.int64)
     arguments = advance.AdvanceArguments(**state, token=np.array([1], np.int32), best=best, tokens=8)
     launch(prompt, 1, 1, 0, arguments)
     assert position.tolist() == [20]
-    for array, old in zip((seen, ring, count), before, strict=True):
+    for array, old in zip((seen, ring, count), initial, strict=True):
         np.testing.assert_array_equal(array, old)

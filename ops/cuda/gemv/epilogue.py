@@ -56,12 +56,12 @@ def make_write_partials(plan: GemvPlan) -> Any:
 
     @ptx.device_function
     def write_partials(start, warp, lane, sums, floats):
-        at = start + warp * 16 * tokens + (lane >> 2) * tokens
+        base = start + warp * 16 * tokens + (lane >> 2) * tokens
         for i in range(2):
             token = (lane & 3) * 2 + i
             if token < tokens:
-                floats[at + token] = sums[i]
-                floats[at + 8 * tokens + token] = sums[2 + i]
+                floats[base + token] = sums[i]
+                floats[base + 8 * tokens + token] = sums[2 + i]
 
     return write_partials
 
@@ -74,14 +74,14 @@ def make_reduce_partials(plan: GemvPlan, store: Any) -> Any:
     pairs, tile_threads = 8 * tokens, split_k * 32
 
     @ptx.device_function
-    def reduce_partials(io, tile, live, start, slot, k_slice, lane, floats):
+    def reduce_partials(io, tile, has_tile, start, slot, k_slice, lane, floats):
         pair = k_slice * 32 + lane
-        while pair < pairs and live:
+        while pair < pairs and has_tile:
             low, high = _ZERO, _ZERO
             for k in range(split_k):
-                at = start + (slot * split_k + k) * 16 * tokens + pair
-                low += floats[at]
-                high += floats[at + 8 * tokens]
+                index = start + (slot * split_k + k) * 16 * tokens + pair
+                low += floats[index]
+                high += floats[index + 8 * tokens]
             store(io, tile, pair // tokens, pair % tokens, low, high)
             pair += tile_threads
 
@@ -114,13 +114,13 @@ def make_add_epilogue(plan: GemvPlan) -> Epilogue:
     @ptx.device_function
     def add(io, tile, r, token, low, high):
         row = tile * 16 + r
-        at = token * rows + row
+        index = token * rows + row
         if all_full or row + 8 < rows:
-            upper, lower = io.residual[at], io.residual[at + 8]  # both loads are issued before the first store
-            io.residual[at] = upper + low
-            io.residual[at + 8] = lower + high
+            upper, lower = io.residual[index], io.residual[index + 8]  # both loads are issued before the first store
+            io.residual[index] = upper + low
+            io.residual[index + 8] = lower + high
         elif row < rows:
-            io.residual[at] += low
+            io.residual[index] += low
 
     return Epilogue(add, _no_prefetch)
 
@@ -194,8 +194,8 @@ def _make_prefetch_angles(plan: GemvPlan, slot_of: Any) -> Any:
             line = i * threads + thread
             if line < tokens * lines:
                 position, _ = slot_of(io, line // lines)
-                at = position * half + line % lines * 32
-                ptx.prefetch_l2(io.cosines, at)
-                ptx.prefetch_l2(io.sines, at)
+                offset = position * half + line % lines * 32
+                ptx.prefetch_l2(io.cosines, offset)
+                ptx.prefetch_l2(io.sines, offset)
 
     return prefetch

@@ -182,8 +182,8 @@ def make_gemv(plan: GemvPlan, prologue: Prologue, epilogue: Epilogue, dependent:
         thread = cuda.threadIdx.x
         lane, warp = thread & 31, thread >> 5
         slot, k_slice = warp // split_k, warp % split_k
-        first = cuda.blockIdx.x * tiles_per_cta
-        tile = min(first + slot, tiles - 1)  # a slot without a tile repeats the last one; its result is discarded
+        first_tile = cuda.blockIdx.x * tiles_per_cta
+        tile = min(first_tile + slot, tiles - 1)  # a slot without a tile repeats the last one; its result is discarded
 
         load(io.weights, tile, 0, k_slice, lane, codes, scales)
         prefetch_weight(io, thread)
@@ -196,16 +196,16 @@ def make_gemv(plan: GemvPlan, prologue: Prologue, epilogue: Epilogue, dependent:
         report(io, thread, words)
 
         parity = 0
-        while first < tiles:
-            live = first + slot < tiles
-            following = first + cuda.gridDim.x * tiles_per_cta
-            next_tile = min(following + slot, tiles - 1)
+        while first_tile < tiles:
+            has_tile = first_tile + slot < tiles
+            next_first = first_tile + cuda.gridDim.x * tiles_per_cta
+            next_tile = min(next_first + slot, tiles - 1)
             for i in range(4):
                 sums[i] = _ZERO
             for batch in range(batches):
                 multiply(batch, k_slice, lane, codes, scales, words, sums)
                 last = batch == batches - 1
-                if not last or following < tiles:
+                if not last or next_first < tiles:
                     load(
                         io.weights, next_tile if last else tile, 0 if last else batch + 1, k_slice, lane, codes, scales
                     )
@@ -217,10 +217,10 @@ def make_gemv(plan: GemvPlan, prologue: Prologue, epilogue: Epilogue, dependent:
                 ptx.sync_warp()
             else:
                 cuda.syncthreads()
-            reduce_partials(io, tile, live, start, slot, k_slice, lane, floats)
+            reduce_partials(io, tile, has_tile, start, slot, k_slice, lane, floats)
             parity ^= 1
             tile = next_tile
-            first = following
+            first_tile = next_first
 
     return gemv
 

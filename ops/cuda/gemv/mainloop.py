@@ -45,8 +45,8 @@ def make_load(plan: GemvPlan) -> Any:
                 for i in range(4):
                     start = tile * tile_words + codes_at(group, i // 2, i % 2) + lane * 4
                     w0, w1, w2, w3 = ptx.load_stream_16(weights, start)
-                    at = 16 * u + 4 * i
-                    codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
+                    base = 16 * u + 4 * i
+                    codes[base], codes[base + 1], codes[base + 2], codes[base + 3] = w0, w1, w2, w3
 
     return load
 
@@ -69,21 +69,21 @@ def make_multiply(plan: GemvPlan) -> Any:
             if uniform or group < groups:
                 c0, c1, c2, c3 = _ZERO, _ZERO, _ZERO, _ZERO
                 for s in range(2):
-                    at = 16 * u + 8 * s
+                    base = 16 * u + 8 * s
                     if fp16:
                         b0, b1, b2, b3 = ptx.load_shared_16(words, x_row + group * x_step + s * 16)
-                        a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
+                        a0, a1, a2, a3 = codes[base], codes[base + 4], codes[base + 1], codes[base + 5]
                         c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
-                        a0, a1, a2, a3 = codes[at + 2], codes[at + 6], codes[at + 3], codes[at + 7]
+                        a0, a1, a2, a3 = codes[base + 2], codes[base + 6], codes[base + 3], codes[base + 7]
                         c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, c0, c1, c2, c3)
                     else:
                         for h in range(2):
                             b0, b1, b2, b3 = ptx.load_shared_16(words, x_row + group * x_step + s * 32 + h * 4)
-                            low_0, low_1 = convert(codes[at + 2 * h])
-                            high_0, high_1 = convert(codes[at + 4 + 2 * h])
+                            low_0, low_1 = convert(codes[base + 2 * h])
+                            high_0, high_1 = convert(codes[base + 4 + 2 * h])
                             c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b0, b1, c0, c1, c2, c3)
-                            low_0, low_1 = convert(codes[at + 2 * h + 1])
-                            high_0, high_1 = convert(codes[at + 5 + 2 * h])
+                            low_0, low_1 = convert(codes[base + 2 * h + 1])
+                            high_0, high_1 = convert(codes[base + 5 + 2 * h])
                             c0, c1, c2, c3 = ptx.mma(low_0, high_0, low_1, high_1, b2, b3, c0, c1, c2, c3)
                 low_scale = _ONE if fp16 else scales[2 * u]
                 high_scale = _ONE if fp16 else scales[2 * u + 1]

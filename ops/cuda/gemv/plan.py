@@ -117,7 +117,6 @@ def choose_plan(layout: PrepackedLayout, tokens: int, chip: Chip) -> GemvPlan:
     it twice: with one token that pays from two tiles per SM on; with more tokens, from one tile per SM on.
     """
     sms, cvt = chip.sms, chip.fp8_converter == "cvt"
-    sms, cvt = chip.sms, chip.fp8_converter == "cvt"
     split_k = 1
     while split_k < 8 and 2 * split_k <= layout.groups and layout.tiles * split_k < 8 * 4 * sms:
         split_k *= 2

@@ -116,9 +116,9 @@ def _make_prefetch(plan: GemvPlan) -> Any:
     def prefetch(io, thread):
         """The norm's weight was last read a step ago: L2 has lost it."""
         for i in range(lines):
-            at = (i * threads + thread) * 32
-            if at < in_features:
-                ptx.prefetch_l2(io.norm_weight, at)
+            k = (i * threads + thread) * 32
+            if k < in_features:
+                ptx.prefetch_l2(io.norm_weight, k)
 
     return prefetch
 
@@ -175,13 +175,13 @@ def _make_norm_by_teams(plan: GemvPlan, eps: float) -> Any:
         """A thread's part of a token's sum of squares."""
         squares = _ZERO
         for i in range(vectors):
-            at = (i * team + member) * vector
-            if all_full or at < in_features:
+            k = (i * team + member) * vector
+            if all_full or k < in_features:
                 if vector == 4:
-                    a, b, c, d = ptx.load_f32x4(residual, token * in_features + at)
+                    a, b, c, d = ptx.load_f32x4(residual, token * in_features + k)
                     squares += a * a + b * b + (c * c + d * d)
                 else:
-                    a, b = ptx.load_f32x2(residual, token * in_features + at)
+                    a, b = ptx.load_f32x2(residual, token * in_features + k)
                     squares += a * a + b * b
         return squares
 
@@ -191,20 +191,20 @@ def _make_norm_by_teams(plan: GemvPlan, eps: float) -> Any:
         for i in range(vectors):
             if i > 0 and i % _LOADS_AT_ONCE == 0:
                 ptx.sync_warp()
-            at = (i * team + member) * vector
-            word = token * x_pitch + at // 2
-            if (uniform or active) and (all_full or at < in_features):
+            k = (i * team + member) * vector
+            word = token * x_pitch + k // 2
+            if (uniform or active) and (all_full or k < in_features):
                 if vector == 4:
-                    a, b, c, d = ptx.load_f32x4(residual, token * in_features + at)
-                    e, f, g, h = ptx.load_f32x4(norm_weight, at)
+                    a, b, c, d = ptx.load_f32x4(residual, token * in_features + k)
+                    e, f, g, h = ptx.load_f32x4(norm_weight, k)
                     low = ptx.pack_f16x2(a * factor * e, b * factor * f)
                     high = ptx.pack_f16x2(c * factor * g, d * factor * h)
                     ptx.store_shared_8(words, word, low, high)
                 else:
-                    a, b = ptx.load_f32x2(residual, token * in_features + at)
-                    e, f = ptx.load_f32x2(norm_weight, at)
+                    a, b = ptx.load_f32x2(residual, token * in_features + k)
+                    e, f = ptx.load_f32x2(norm_weight, k)
                     words[word] = ptx.pack_f16x2(a * factor * e, b * factor * f)
-            elif (uniform or active) and not all_full and at < 2 * x_words:
+            elif (uniform or active) and not all_full and k < 2 * x_words:
                 for j in range(vector // 2):
                     words[word + j] = u32(0)
 

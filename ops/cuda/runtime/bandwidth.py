@@ -47,8 +47,8 @@ def make_read() -> Any:
         checksum = u32(0)
         while quad < quads:
             for u in range(UNROLLED):
-                at = min(quad + u * step, quads - 1)
-                w0, w1, w2, w3 = ptx.load_stream_16(io.source, at * 4)
+                quad_index = min(quad + u * step, quads - 1)
+                w0, w1, w2, w3 = ptx.load_stream_16(io.source, quad_index * 4)
                 words[4 * u], words[4 * u + 1], words[4 * u + 2], words[4 * u + 3] = w0, w1, w2, w3
             for u in range(UNROLLED):
                 if quad + u * step < quads:
@@ -98,8 +98,8 @@ def make_bulk_read(stages: int = STAGES, tile_words: int = TILE_WORDS) -> Any:
                 if i < cta_tiles:
                     tile, nbytes = cuda.blockIdx.x + i * cuda.gridDim.x, tile_words * 4
                     ptx.barrier_arrive_expect(barriers, barrier, nbytes)
-                    at = ptx.shared_address(tiles, stage * tile_words)
-                    ptx.bulk_copy(tiles, at, io.source, tile * tile_words, nbytes, barriers, barrier)
+                    address = ptx.shared_address(tiles, stage * tile_words)
+                    ptx.bulk_copy(tiles, address, io.source, tile * tile_words, nbytes, barriers, barrier)
             cuda.atomic.add(io.total, 0, u32(cta_tiles))
 
     return bulk_read

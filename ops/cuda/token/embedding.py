@@ -53,9 +53,9 @@ def make_quad(layout: PrepackedLayout) -> Any:
 
     @ptx.device_function
     def quad_of_fp16(words, start, row, quad):
-        at = start + row // 16 * tile_words + quad // 8 * 256 + row % 16 // 8 * 128 + row % 8 * 16 + quad % 8 * 2
-        x0, x1 = ptx.unpack_f16x2(words[at])
-        x2, x3 = ptx.unpack_f16x2(words[at + 1])
+        base = start + row // 16 * tile_words + quad // 8 * 256 + row % 16 // 8 * 128 + row % 8 * 16 + quad % 8 * 2
+        x0, x1 = ptx.unpack_f16x2(words[base])
+        x2, x3 = ptx.unpack_f16x2(words[base + 1])
         return x0, x1, x2, x3
 
     return quad_of_fp16 if layout.format.bits == 16 else quad_of_fp8

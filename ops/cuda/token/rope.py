@@ -78,7 +78,7 @@ def make_rope(
             ptx.wait_for_previous_kernel()
         index = (cuda.blockIdx.x * THREADS + cuda.threadIdx.x) >> 5
         lane = cuda.threadIdx.x & 31
-        live = index < tokens * all_heads
+        has_head = index < tokens * all_heads
         token, head = min(index // all_heads, tokens - 1), index % all_heads
         start = (token * all_heads + head) * head_dim
         squares = _ZERO
@@ -97,7 +97,7 @@ def make_rope(
         position = io.position[0] + token
         for p in range(pairs):
             i = lane + 32 * p
-            if i < half and live:
+            if i < half and has_head:
                 low, high = lows[p], highs[p]
                 if head < heads + kv_heads:
                     if norm:
@@ -108,14 +108,14 @@ def make_rope(
                     low, high = rope_pair(low, high, cosine, sine)
                 low_bits, high_bits = u16(ptx.f16_bits(low)), u16(ptx.f16_bits(high))
                 if head < heads:
-                    at = (token * heads + head) * head_dim + i
-                    io.q[at], io.q[at + half] = low_bits, high_bits
+                    element = (token * heads + head) * head_dim + i
+                    io.q[element], io.q[element + half] = low_bits, high_bits
                 elif head < heads + kv_heads:
-                    at = (position * kv_heads + head - heads) * head_dim + i
-                    io.keys[at], io.keys[at + half] = low_bits, high_bits
+                    element = (position * kv_heads + head - heads) * head_dim + i
+                    io.keys[element], io.keys[element + half] = low_bits, high_bits
                 else:
-                    at = (position * kv_heads + head - heads - kv_heads) * head_dim + i
-                    io.values[at], io.values[at + half] = low_bits, high_bits
+                    element = (position * kv_heads + head - heads - kv_heads) * head_dim + i
+                    io.values[element], io.values[element + half] = low_bits, high_bits
 
     return rope
 

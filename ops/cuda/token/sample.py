@@ -115,7 +115,8 @@ def make_sample(
     keys_start = strides_start + 2 * strides
     masses_start = keys_start + capacity
     scalars = masses_start + capacity
-    mass_before, count_before, offset, listed, min_p_mass, chosen, reached = (scalars + i for i in range(7))
+    mass_before, count_before, found_entry, list_size = (scalars + i for i in range(4))
+    min_p_mass, chosen_token, mass_reached = (scalars + i for i in range(4, 7))
 
     id_shift = max(0, (vocabulary - 1).bit_length() - bins.bit_length() + 1)  # ids fall into bins in their own order
     last_bin = bins - 1
@@ -127,8 +128,8 @@ def make_sample(
         order = int64(0) if d.by_id else rank(logit) << ID_BITS
         key = order | (ID_MASK - token)
         distance = (d.most_likely - logit) * (_BINS_PER_TEMPERATURE / f32(d.temperature))
-        near = distance < f32(last_bin)  # NaN and -infinity go to the last bin, without mass
-        nearness = int64(distance) if near else int64(last_bin)
+        in_range = distance < f32(last_bin)  # NaN and -infinity go to the last bin, without mass
+        nearness = int64(distance) if in_range else int64(last_bin)
         bin_ = token >> id_shift if d.by_id else nearness
         exponent = float(logit) / d.temperature - float(d.most_likely) / d.temperature
         mass = int64(math.exp(exponent) * _UNIT) if exponent > -40.0 else int64(0)
@@ -171,42 +172,42 @@ def make_sample(
             entry += threads
 
     @ptx.device_function
-    def first_reaching(shared, masses, counts, size, need, by_count):
-        """The first of `size` entries with which the running sum reaches `need`; thread 0 only.
+    def first_reaching(shared, masses, counts, size, target, by_count):
+        """The first of `size` entries with which the running sum reaches `target`; thread 0 only.
 
         mass_before and count_before grow by the entries before it.
         """
         for i in range(size):
-            before = shared[count_before] if by_count else shared[mass_before]
-            entry = shared[counts + i] if by_count else shared[masses + i]
-            if before + entry >= need or i == size - 1:
+            sum_before = shared[count_before] if by_count else shared[mass_before]
+            increment = shared[counts + i] if by_count else shared[masses + i]
+            if sum_before + increment >= target or i == size - 1:
                 return i
             shared[mass_before] += shared[masses + i]
             shared[count_before] += shared[counts + i]
         return size - 1
 
     @ptx.device_function
-    def find_bin(shared, need, by_count, thread):
-        """The bin in which the running sum reaches `need`: over strides of 32 bins first, then within one."""
+    def find_bin(shared, target, by_count, thread):
+        """The bin in which the running sum reaches `target`: over strides of 32 bins first, then within one."""
         cuda.syncthreads()
         if thread == 0:
             shared[mass_before], shared[count_before] = 0, 0
-            first = first_reaching(shared, strides_start, stride_counts_start, strides, need, by_count)
-            first *= _STRIDE
-            within = first_reaching(shared, first, counts_start + first, _STRIDE, need, by_count)
-            shared[offset] = first + within
-            shared[listed] = shared[counts_start + first + within]
+            first_bin = first_reaching(shared, strides_start, stride_counts_start, strides, target, by_count)
+            first_bin *= _STRIDE
+            bin_in_stride = first_reaching(shared, first_bin, counts_start + first_bin, _STRIDE, target, by_count)
+            shared[found_entry] = first_bin + bin_in_stride
+            shared[list_size] = shared[counts_start + first_bin + bin_in_stride]
         cuda.syncthreads()
-        return shared[offset]
+        return shared[found_entry]
 
     @ptx.device_function
-    def narrow_down(d, shared, selected, need, by_count, thread):
+    def narrow_down(d, shared, selected_bin, target, by_count, thread):
         """Radix select: while too many tokens share the bin, narrow them down by a digit, the largest first.
 
         Returns shift and prefix: the tokens that are left are those with `key >> shift == prefix`.
         """
         shift, prefix = int64(KEY_BITS), int64(0)
-        while shared[listed] > capacity:
+        while shared[list_size] > capacity:
             shift -= _DIGIT_BITS
             cuda.syncthreads()
             clear(shared, digits_start, 2 * _DIGITS, thread)
@@ -214,42 +215,42 @@ def make_sample(
             candidate = int64(thread)
             while candidate < vocabulary:
                 bin_, key, mass = measure(d, candidate)
-                if mass > 0 and bin_ == selected and key >> (shift + _DIGIT_BITS) == prefix:
+                if mass > 0 and bin_ == selected_bin and key >> (shift + _DIGIT_BITS) == prefix:
                     digit = _DIGITS - 1 - ((key >> shift) & (_DIGITS - 1))
                     cuda.atomic.add(shared, digits_start + digit, mass)
                     cuda.atomic.add(shared, digit_counts_start + digit, 1)
                 candidate += threads
             cuda.syncthreads()
             if thread == 0:
-                within = first_reaching(shared, digits_start, digit_counts_start, _DIGITS, need, by_count)
-                shared[offset] = _DIGITS - 1 - within
-                shared[listed] = shared[digit_counts_start + within]
+                digit_index = first_reaching(shared, digits_start, digit_counts_start, _DIGITS, target, by_count)
+                shared[found_entry] = _DIGITS - 1 - digit_index
+                shared[list_size] = shared[digit_counts_start + digit_index]
             cuda.syncthreads()
-            prefix = prefix << _DIGIT_BITS | shared[offset]
+            prefix = prefix << _DIGIT_BITS | shared[found_entry]
         return shift, prefix
 
     @ptx.device_function
-    def list_tokens(d, shared, selected, shift, prefix, thread):
+    def list_tokens(d, shared, selected_bin, shift, prefix, thread):
         """Keys and masses of the tokens that are left; returns how many."""
-        size = shared[listed]
+        size = shared[list_size]
         cuda.syncthreads()
         if thread == 0:
-            shared[listed] = 0
+            shared[list_size] = 0
         cuda.syncthreads()
         candidate = int64(thread)
         while candidate < vocabulary:
             bin_, key, mass = measure(d, candidate)
-            if mass > 0 and bin_ == selected and key >> shift == prefix:
-                at = cuda.atomic.add(shared, listed, 1)
-                shared[keys_start + at] = key
-                shared[masses_start + at] = mass
+            if mass > 0 and bin_ == selected_bin and key >> shift == prefix:
+                index = cuda.atomic.add(shared, list_size, 1)
+                shared[keys_start + index] = key
+                shared[masses_start + index] = mass
             candidate += threads
         cuda.syncthreads()
         return size
 
     @ptx.device_function
-    def choose(shared, size, need, by_count, thread):
-        """The listed token with which the running sum reaches `need`, and the mass up to it."""
+    def choose(shared, size, target, by_count, thread):
+        """The listed token with which the running sum reaches `target`, and the mass up to it."""
         entry = thread
         while entry < size:
             key, mass = shared[keys_start + entry], shared[masses_start + entry]
@@ -258,11 +259,11 @@ def make_sample(
                 if shared[keys_start + i] > key:
                     mass_up_to += shared[masses_start + i]
                     count_up_to += 1
-            before = count_up_to if by_count else mass_up_to
-            own = int64(1) if by_count else mass
-            if before < need and before + own >= need:
-                shared[chosen] = token_id(key)
-                shared[reached] = mass_up_to + mass
+            sum_before = count_up_to if by_count else mass_up_to
+            increment = int64(1) if by_count else mass
+            if sum_before < target and sum_before + increment >= target:
+                shared[chosen_token] = token_id(key)
+                shared[mass_reached] = mass_up_to + mass
             entry += threads
         cuda.syncthreads()
 
@@ -298,29 +299,29 @@ def make_sample(
             total += shared[strides_start + i]
             total_count += shared[stride_counts_start + i]
 
-        kept = total  # mass that top-k leaves, then that all filters leave
+        kept_mass = total  # mass that top-k leaves, then that all filters leave
         for stage in range(3):
             by_count = stage == _TOP_K_STAGE
-            need = int64(0)  # 0: this filter is off
+            target = int64(0)  # 0: this filter is off
             if stage == _TOP_K_STAGE and some_k and top_k < total_count:
-                need = top_k
+                target = top_k
             if stage == _TOP_P_STAGE and top_p < 1.0:
-                need = min(max(int64(math.ceil(top_p * float(kept))), int64(1)), kept)
+                target = min(max(int64(math.ceil(top_p * float(kept_mass))), int64(1)), kept_mass)
             if stage == _DRAW_STAGE:
                 if min_p > 0.0:
-                    kept = min(kept, shared[min_p_mass])
+                    kept_mass = min(kept_mass, shared[min_p_mass])
                 uniform = float(ptx.random_53_bits(io.generator[0], io.generator[1])) * 2.0**-53
-                need = min(int64(uniform * float(kept)) + 1, kept)
-            if need > 0:
-                selected = find_bin(shared, need, by_count, thread)
-                shift, prefix = narrow_down(d, shared, selected, need, by_count, thread)
-                size = list_tokens(d, shared, selected, shift, prefix, thread)
-                choose(shared, size, need, by_count, thread)
+                target = min(int64(uniform * float(kept_mass)) + 1, kept_mass)
+            if target > 0:
+                selected_bin = find_bin(shared, target, by_count, thread)
+                shift, prefix = narrow_down(d, shared, selected_bin, target, by_count, thread)
+                size = list_tokens(d, shared, selected_bin, shift, prefix, thread)
+                choose(shared, size, target, by_count, thread)
                 if stage < _DRAW_STAGE:
                     # Later filters see what earlier ones kept; min-p's mass is taken from the whole order.
-                    kept = min(kept, shared[reached])
+                    kept_mass = min(kept_mass, shared[mass_reached])
         if thread == 0:
-            io.token[0] = shared[chosen]
+            io.token[0] = shared[chosen_token]
             io.generator[1] += 1
 
     return sample
