@@ -81,10 +81,10 @@ def test_a_tensor_larger_than_the_pool_is_periodic() -> None:
 
 def test_weights_are_generated_faster_than_read_from_a_disk() -> None:
     model = RandomModel(tiny_geometry(vocabulary=1_000_000))
-    model.array("layer.0.o.weight")  # makes the block
+    model.array("layer.0.o.weight")  # makes the pool
     before = time.process_time()
     size = model.array("embedding.weight").nbytes
-    assert size / (time.process_time() - before) > 0.3e9  # several GB/s where nothing else runs
+    assert size / (time.process_time() - before) > 0.3e9  # several GB/s on an idle machine
 
 
 def test_a_negative_seed_is_refused() -> None:
