@@ -186,9 +186,9 @@ PROJECTIONS = (
     ProjectionCase("add", 16, 300, 2, warps=4, split_k=2, groups_in_flight=1),  # a slot without a tile
     ProjectionCase("swiglu", 40, 256, 4, groups_in_flight=1, ctas=2),  # 20 units: the last tile is not full
     ProjectionCase("swiglu", 16, 576, 1, format=FP8_E4M3),
-    ProjectionCase("store", 37, 576, 1, k_tile=4),  # chunks of 4 groups and of 1
+    ProjectionCase("store", 37, 576, 1, k_tile=4),  # k-tiles of 4 groups and of 1
     ProjectionCase("store", 20, 576, 2, groups_in_flight=1, format=FP16, k_tile=4),
-    ProjectionCase("add", 24, 1100, 3, groups_in_flight=3, format=FP8_E4M3, k_tile=3),  # three equal chunks
+    ProjectionCase("add", 24, 1100, 3, groups_in_flight=3, format=FP8_E4M3, k_tile=3),  # three equal k-tiles
     ProjectionCase("swiglu", 16, 330, 1, k_tile=2, format=FP8_E4M3),
     ProjectionCase("store", 16, 640, 2, warps=4, split_k=2, groups_in_flight=1),  # two warps stage a token together
     ProjectionCase("store", 16, 130, 3, warps=2, split_k=1),  # no 16 bytes of float32 in a row; teams take turns

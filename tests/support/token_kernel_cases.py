@@ -20,8 +20,8 @@ EMBEDDINGS = (
     (PrepackedLayout(40, 130), 3),  # neither fills its tiles
     (PrepackedLayout(33, 576, format=FP8_E4M3_BITS), 1),
     (PrepackedLayout(40, 130, format=FP16), 3),
-    (PrepackedLayout(33, 576, k_tile=4), 2),  # chunks of 4 and 1 groups
-    (PrepackedLayout(20, 1100, format=FP8_E4M3_BITS, k_tile=3), 1),  # three equal chunks, of no power of two
+    (PrepackedLayout(33, 576, k_tile=4), 2),  # k-tiles of 4 groups and of 1
+    (PrepackedLayout(20, 1100, format=FP8_E4M3_BITS, k_tile=3), 1),  # three equal k-tiles, not a power of two
     (PrepackedLayout(40, 300, format=FP16, k_tile=4), 3),
 )
 
