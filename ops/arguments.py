@@ -130,7 +130,7 @@ def _attend_paged(
     keys: Array,
     values: Array,
     block_table: Array,
-    rows: Array,
+    table_rows: Array,
     positions: Array,
     block_size: int,
     head_dim: int,
@@ -138,7 +138,7 @@ def _attend_paged(
     out: Array,
 ) -> Conditions:
     del scores  # as long as the longest sequence, which depends on the values of `positions`
-    per_token = rows.shape == positions.shape == (len(q),)
+    per_token = table_rows.shape == positions.shape == (len(q),)
     return *_attention(q, keys, values, head_dim, out), q.ndim == block_table.ndim == 2, per_token, block_size > 0
 
 

@@ -21,28 +21,28 @@ def attend_paged_reference(
     keys: NDArray[np.float64],
     values: NDArray[np.float64],
     block_table: NDArray[np.int32],
-    rows: NDArray[np.int64],
+    table_rows: NDArray[np.int64],
     positions: NDArray[np.int64],
     block_size: int,
     head_dim: int,
 ) -> NDArray[np.float64]:
     """What `attend_paged` computes: the slots of each sequence are gathered into a contiguous cache."""
     out = np.empty_like(q)
-    for t, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+    for t, (row, position) in enumerate(zip(table_rows.tolist(), positions.tolist(), strict=True)):
         slots = [block_table[row, s // block_size] * block_size + s % block_size for s in range(position + 1)]
         out[t] = attend_reference(q[t : t + 1], keys[slots], values[slots], position, head_dim)[0]
     return out
 
 
 @cpu_kernel()
-def attend_paged(q, keys, values, block_table, rows, positions, block_size, head_dim, scores, out):
+def attend_paged(q, keys, values, block_table, table_rows, positions, block_size, head_dim, scores, out):
     """Attention of T tokens, each over its own sequence.
 
     Args:
         q, out: float32 [T, heads * head_dim].
         keys, values: float32 [slots, kv_heads * head_dim].
         block_table: int32 [rows, width], KV blocks of each sequence in the order of positions.
-        rows: int64 [T], row of the block table. positions: int64 [T].
+        table_rows: int64 [T], row of the block table. positions: int64 [T].
         scores: float32 [threads, longest sequence], scratch.
     """
     heads = q.shape[1] // head_dim
@@ -51,5 +51,5 @@ def attend_paged(q, keys, values, block_table, rows, positions, block_size, head
         t, h = item // heads, item % heads
         query = q[t, h * head_dim : (h + 1) * head_dim]
         result = out[t, h * head_dim : (h + 1) * head_dim]
-        blocks, length, weights = block_table[rows[t]], positions[t] + 1, scores[get_thread_id()]
+        blocks, length, weights = block_table[table_rows[t]], positions[t] + 1, scores[get_thread_id()]
         attend_head(query, keys, values, h // ratio * head_dim, length, blocks, block_size, weights, result)
