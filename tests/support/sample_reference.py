@@ -19,24 +19,24 @@ def device_token(logits: NDArray[np.float32], params: SamplingParams, seed: int,
     by_id = not some_k and params.top_p >= 1.0 and params.min_p <= 0.0
     order = np.arange(len(logits)) if by_id else np.argsort(-logits, kind="stable")
     order = order[masses[order] > 0]
-    reached = np.cumsum(masses[order])
-    kept = int(reached[-1])
+    mass_up_to = np.cumsum(masses[order])
+    kept_mass = int(mass_up_to[-1])
     if some_k and params.top_k < len(order):
-        kept = int(reached[params.top_k - 1])
+        kept_mass = int(mass_up_to[params.top_k - 1])
     if params.top_p < 1.0:
-        need = min(max(math.ceil(params.top_p * float(kept)), 1), kept)
-        kept = min(kept, int(reached[np.searchsorted(reached, need)]))
+        target = min(max(math.ceil(params.top_p * float(kept_mass)), 1), kept_mass)
+        kept_mass = min(kept_mass, int(mass_up_to[np.searchsorted(mass_up_to, target)]))
     if params.min_p > 0.0:
-        kept = min(kept, int(masses[masses >= params.min_p * UNIT].sum()))
-    need = min(int(uniform(seed, counter) * float(kept)) + 1, kept)
-    return int(order[np.searchsorted(reached, need)])
+        kept_mass = min(kept_mass, int(masses[masses >= params.min_p * UNIT].sum()))
+    target = min(int(uniform(seed, counter) * float(kept_mass)) + 1, kept_mass)
+    return int(order[np.searchsorted(mass_up_to, target)])
 
 
 DISTRIBUTIONS = ("flat", "peaked", "one", "equal", "tail")
 
 
 def logits_of(kind: str, vocabulary: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Flat: what random weights give. Peaked: what a text gives. One: nearly sure. Tail: much mass in what is small."""
+    """Flat: as of random weights. Peaked: as of a text. One: one likely token. Tail: much mass in unlikely tokens."""
     normal = rng.standard_normal(vocabulary)
     spread = {"flat": 1.0, "peaked": 4.0, "one": 1.0, "equal": 0.0, "tail": 0.1}[kind]
     logits = (spread * normal).astype(np.float32) + np.float32(0.0)  # no -0
