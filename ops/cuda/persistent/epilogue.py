@@ -20,18 +20,18 @@ from numba_atomflow.ops.cuda.token.order import penalise, sort_key
 
 
 def make_load_ahead(shape: PersistentShape) -> Any:
-    """Device function (state, work_tile, entry, loaded)."""
+    """Device function (kind, state, work_tile, entry, loaded). kind: that of `state`, as a constant where it is one."""
     vocabulary, half_tiles_of = shape.lm_head.out_features, shape.by_kind(lambda plan: int(plan.half_tiles))
     residual_in, residual_mid = shape.mailbox.residual_in_exact, shape.mailbox.residual_mid_exact
 
     @ptx.device_function
-    def load_ahead(state, work_tile, entry, loaded):
-        if state.kind == O_PROJ or state.kind == DOWN:  # not `in`: numba makes a loop of it
-            row = (work_tile * 16 >> u32(half_tiles_of(state.kind))) + 2 * entry
-            start = residual_in if state.kind == O_PROJ else residual_mid
+    def load_ahead(kind, state, work_tile, entry, loaded):
+        if kind == O_PROJ or kind == DOWN:  # noqa: SIM109 (numba makes a loop of `in`)
+            row = (work_tile * 16 >> u32(half_tiles_of(kind))) + 2 * entry
+            start = residual_in if kind == O_PROJ else residual_mid
             w0, w1, w2, w3 = ptx.ll_load(state.mailbox, start + row)
             loaded[0], loaded[1], loaded[2], loaded[3] = w0, w1, w2, w3
-        elif state.kind == LM_HEAD:
+        elif kind == LM_HEAD:
             loaded[0] = state.seen[min(work_tile * 16 + entry, vocabulary - 1) // 32]
 
     return load_ahead
@@ -104,7 +104,7 @@ def _make_add(shape: PersistentShape, kind: int, load_ahead: Any) -> Any:
         addend_flag = state.input_flag if is_o else state.flag
         polls = u32(0)  # the words have nearly always arrived: the op's own input depends on all of them
         while loaded[1] != addend_flag or loaded[3] != addend_flag:
-            load_ahead(state, work_tile, entry, loaded)
+            load_ahead(kind, state, work_tile, entry, loaded)
             polls = u32(polls + u32(1))
             if watchdog_trips(state.watchdog, polls):
                 break

@@ -192,8 +192,8 @@ def make_project(shape: PersistentShape, load_ahead: Any, epilogue: Any) -> Any:
     Args of it: state, `OpState`; first_work_tile, of the CTA; shared, `SharedMemory`; progress, uint32 [2].
 
     Args:
-        load_ahead: device function (state, work_tile, entry, loaded): issue the loads that the epilogue of this entry
-            needs, into four words; called before the wait for the weights.
+        load_ahead: device function (kind, state, work_tile, entry, loaded): issue the loads that the epilogue of this
+            entry needs, into four words; called before the wait for the weights.
         epilogue: device function (state, work_tile, entry, loaded, floats, sums): what becomes of the sums of a work
             tile, entry by entry; the sum of row r of its n-th stage is at floats[sums + 16 * n + r], where rows 8-15
             of an 8-row work tile are its rows 0-7 over the next k-tile.
@@ -235,7 +235,7 @@ def make_project(shape: PersistentShape, load_ahead: Any, epilogue: Any) -> Any:
             entries = u32(now << bits)
             entry = min(me, u32(entries - u32(1)))
             number, part = split_entry(entry, bits)
-            load_ahead(state, u32(start + number * step), part, loaded)
+            load_ahead(state.kind, state, u32(start + number * step), part, loaded)
             q, k_tile = warp, warp
             while k_tile >= k_tiles:
                 k_tile = u32(k_tile - k_tiles)
@@ -256,7 +256,7 @@ def make_project(shape: PersistentShape, load_ahead: Any, epilogue: Any) -> Any:
                 number, part = split_entry(entry, bits)
                 work_tile = u32(start + number * step)
                 if entry != me:
-                    load_ahead(state, work_tile, part, loaded)
+                    load_ahead(state.kind, state, work_tile, part, loaded)
                 epilogue(state, work_tile, part, loaded, shared.floats, u32(sums + number * k_tiles * u32(16)))
                 entry = u32(entry + u32(CONSUMER_THREADS))
             progress[BUFFER] = u32(progress[BUFFER] ^ u32(1))
