@@ -19,8 +19,8 @@ its input at all, so it need not be waited for. That a word's two writes, by dif
 every reader is more than the axioms say of relaxed accesses; on these chips a word has one location of coherence, in
 L2. If it were otherwise, a reader would miss its epoch and its watchdog would trip; it would never take a wrong result.
 
-The buffers that validators read are written beside the mailbox by plain stores, which nothing orders between ops; each
-is written by one op only, and within a step nothing reads them.
+The buffers that validators read are written beside the mailbox by plain stores, which nothing orders between ops; two
+writes of the same element are at least an op apart, and within a step nothing reads them.
 
 Kinds of words: a float32 with a flag of 32 bits; two float16 with a flag of 32 bits; and, for the residual stream,
 which its readers round to float16 after normalising it, two float32 rounded to 24 bits each with a flag of 16 bits.
