@@ -7,7 +7,8 @@
 
 The kernels are those of the catalogue in tests/support/kernel_catalogue.py, which tests/ptx compiles. Names of symbols,
 and the order of declarations, are left out of the comparison; a kernel with a new name is found by its code. No GPU is
-needed. The exit code is 1 if a kernel's code differs, or if a kernel has no counterpart.
+needed. Where PTX differs, both are assembled: the order of instructions in PTX may change without changing the machine
+code. The exit code is 1 if a kernel's machine code differs, or if a kernel has no counterpart.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from rich.progress import Progress
 
 from numba_atomflow import home
 from numba_atomflow.files.atomic import write_whole
-from numba_atomflow.ops.cuda.runtime.build import compilers
+from numba_atomflow.ops.cuda.runtime.build import assemble, compilers
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
 
@@ -82,22 +84,31 @@ def entry_name(ptx: str) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A kernel whose code differs: how many lines, and the lines as a unified diff."""
+    """A kernel whose PTX differs.
+
+    Attributes:
+        lines: how many of its PTX differ; diff: them, as a unified diff.
+        same_machine_code: the assembler makes the same instructions of both.
+        registers, code_bytes: before and after.
+    """
 
     name: str
     architecture: str
     lines: int
     diff: list[str]
+    same_machine_code: bool
+    registers: tuple[int, int]
+    code_bytes: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What became of every kernel.
+    """The outcome for every kernel.
 
     Attributes:
-        identical: how many have the same code under the same name.
-        renamed: [old name, new name, architecture] of those with the same code under another name.
-        differ: those whose code differs. removed, added: those without a counterpart.
+        identical: how many have the same PTX under the same name.
+        renamed: [old name, new name, architecture] of those with the same PTX under another name.
+        differ: those whose PTX differs. removed, added: those without a counterpart.
     """
 
     identical: int
@@ -108,30 +119,67 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        return not (self.differ or self.removed or self.added)
+        """Whether the same instructions run."""
+        return all(row.same_machine_code for row in self.differ) and not (self.removed or self.added)
 
 
 def compare(before: Dump, after: Dump) -> Comparison:
-    """Match kernels by name, then those left over by code."""
+    """Match kernels by name, then those left over by code, or by the name that their code has elsewhere."""
     old = {key: normalised(ptx, entry_name(ptx)) for key, ptx in before.items()}
     new = {key: normalised(ptx, entry_name(ptx)) for key, ptx in after.items()}
-    shared = sorted(old.keys() & new.keys())
-    differ = [_difference(key, old[key], new[key]) for key in shared if old[key] != new[key]]
     removed, added = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
+    pairs = {key: key for key in old.keys() & new.keys()}
+    new_names: dict[str, str] = {}
     renamed = []
-    for key in list(removed):
+    for key in removed:
         match = next((other for other in added if other[1] == key[1] and new[other] == old[key]), None)
         if match is not None:
             renamed.append((key[0], match[0], key[1]))
-            removed.remove(key)
+            new_names[key[0]] = match[0]
             added.remove(match)
-    return Comparison(len(shared) - len(differ), renamed, differ, removed, added)
+    gone = [key for key in removed if (key[0], new_names.get(key[0]), key[1]) not in renamed]
+    for key in list(gone):
+        match = (new_names.get(key[0], ""), key[1])
+        if match in added:
+            pairs[key] = match
+            gone.remove(key)
+            added.remove(match)
+    differ = [
+        _difference(other, old[key], new[other], before[key], after[other])
+        for key, other in sorted(pairs.items())
+        if old[key] != new[other]
+    ]
+    return Comparison(len(pairs) - len(differ), renamed, differ, gone, added)
 
 
-def _difference(key: Key, old: list[str], new: list[str]) -> Difference:
+def _difference(key: Key, old: list[str], new: list[str], before: str, after: str) -> Difference:
     diff = list(difflib.unified_diff(old, new, "before", "after", lineterm="", n=2))
     changed = sum(line[0] in "+-" for line in diff[2:])
-    return Difference(key[0], key[1], changed, diff)
+    (code, registers), (new_code, new_registers) = (machine_code(ptx, key[1]) for ptx in (before, after))
+    return Difference(*key, changed, diff, code == new_code, (registers, new_registers), (len(code), len(new_code)))
+
+
+def machine_code(ptx: str, architecture: str) -> tuple[bytes, int]:
+    """Instructions that the assembler makes of a kernel, and its number of registers."""
+    cubin, log = assemble(ptx, CAPABILITIES[architecture])
+    registers = re.search(r"Used (\d+) registers", log)
+    return elf_section(cubin, f".text.{entry_name(ptx)}"), int(registers[1]) if registers else 0
+
+
+def elf_section(file: bytes, name: str) -> bytes:
+    """A section of a 64-bit ELF file, such as a cubin (System V ABI, chapter 4).
+
+    Raises:
+        KeyError: it has no such section.
+    """
+    (start,) = struct.unpack_from("<Q", file, 40)
+    size, count, names = struct.unpack_from("<HHH", file, 58)
+    headers = [struct.unpack_from("<IIQQQQ", file, start + i * size) for i in range(count)]
+    strings = headers[names][4]
+    for offset, _, _, _, begin, length in headers:
+        if file[strings + offset : file.index(b"\0", strings + offset)].decode() == name:
+            return file[begin : begin + length]
+    raise KeyError(name)
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -262,17 +310,30 @@ def _record(short: str, comparison: Comparison) -> dict[str, object]:
 
 def _print(short: str, comparison: Comparison, show: int) -> None:
     for difference in comparison.differ:
-        print(f"\n{difference.name}, {difference.architecture}: {difference.lines} lines differ")
-        print("\n".join(difference.diff[:show]))
-    rows = [(f"{old} -> {new}", arch, "renamed, same code") for old, new, arch in comparison.renamed]
-    rows += [(row.name, row.architecture, f"{row.lines} lines differ") for row in comparison.differ]
+        if not difference.same_machine_code:
+            print(f"\n{difference.name}, {difference.architecture}: {difference.lines} lines differ")
+            print("\n".join(difference.diff[:show]))
+    rows = [(f"{old} -> {new}", arch, "renamed, same PTX") for old, new, arch in comparison.renamed]
+    rows += [(row.name, row.architecture, _outcome(row)) for row in comparison.differ]
     rows += [(name, arch, f"only in {short}") for name, arch in comparison.removed]
     rows += [(name, arch, "only in the working tree") for name, arch in comparison.added]
     if rows:
         print(render("table", ("kernel", "architecture", f"against {short}"), rows, text_columns=(0, 1, 2)))
+    same = sum(row.same_machine_code for row in comparison.differ)
     print(
-        f"{comparison.identical} kernels have identical PTX, {len(comparison.renamed)} under another name, "
-        f"{len(comparison.differ)} differ; {len(comparison.removed)} only in {short}, {len(comparison.added)} new."
+        f"{comparison.identical} kernels have identical PTX, {len(comparison.renamed)} under another name; "
+        f"{same} have other PTX with identical machine code, {len(comparison.differ) - same} other machine code; "
+        f"{len(comparison.removed)} only in {short}, {len(comparison.added)} new."
+    )
+
+
+def _outcome(row: Difference) -> str:
+    if row.same_machine_code:
+        return f"{row.lines} lines of PTX differ, machine code identical"
+    (registers, new_registers), (size, new_size) = row.registers, row.code_bytes
+    return (
+        f"{row.lines} lines of PTX differ, machine code differs: "
+        f"{registers} -> {new_registers} registers, {size} -> {new_size} bytes"
     )
 
 

@@ -1,6 +1,8 @@
 """scripts/ptx_diff.py: what counts as the same code."""
 
 import json
+import sys
+from pathlib import Path
 
 import ptx_diff
 import pytest
@@ -28,6 +30,16 @@ ret;
 }
 """
 KEY = ("qkv_x1", "sm_90")
+
+
+@pytest.fixture(autouse=True)
+def assembler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An assembler for which the order of moves does not matter."""
+
+    def assembled(ptx: str, _architecture: str) -> tuple[bytes, int]:
+        return "".join(sorted(ptx.replace("gemv_", "").splitlines())).encode(), 32
+
+    monkeypatch.setattr(ptx_diff, "machine_code", assembled)
 
 
 def test_names_of_symbols_and_the_order_of_declarations_do_not_count() -> None:
@@ -60,6 +72,31 @@ def test_a_kernel_with_a_new_name_is_found_by_its_code() -> None:
     result = compare({KEY: PTX}, after)
     assert result.renamed == [("qkv_x1", "gemv_qkv_x1", "sm_90")]
     assert result.same
+
+
+def test_other_ptx_with_the_same_machine_code_is_told_and_does_not_count() -> None:
+    lines = PTX.splitlines()
+    lines[15], lines[16] = lines[16], lines[15]
+    result = compare({KEY: PTX}, {KEY: "\n".join(lines)})
+    assert result.differ[0].same_machine_code
+    assert result.same
+
+
+def test_a_new_name_that_one_architecture_shows_pairs_kernels_of_another() -> None:
+    before = {KEY: PTX, ("qkv_x1", "sm_120"): PTX}
+    renamed = PTX.replace("qkv_x1", "gemv_qkv_x1")
+    after = {("gemv_qkv_x1", "sm_90"): renamed, ("gemv_qkv_x1", "sm_120"): renamed.replace("ret;", "exit;")}
+    result = compare(before, after)
+    assert (result.removed, result.added) == ([], [])
+    assert [(row.name, row.architecture) for row in result.differ] == [("gemv_qkv_x1", "sm_120")]
+    assert not result.same
+
+
+def test_a_section_of_an_elf_file_is_found_by_its_name() -> None:
+    library = Path(sys.executable).resolve().read_bytes()
+    assert ptx_diff.elf_section(library, ".interp").startswith(b"/lib")
+    with pytest.raises(KeyError):
+        ptx_diff.elf_section(library, ".text.kernel")
 
 
 def test_a_kernel_without_counterpart_counts() -> None:
