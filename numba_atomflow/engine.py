@@ -165,7 +165,7 @@ class Engine:
     def close(self) -> None:
         """Release the backend's memory and the mapped checkpoint; the engine cannot be used afterwards.
 
-        A generation in progress ends; a call that runs in another thread is waited for. Closing twice is fine.
+        A generation in progress ends; a call that runs in another thread is waited for. Closing twice is safe.
         """
         self._calls.wait_and_run(self._close)
 

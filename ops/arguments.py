@@ -1,8 +1,8 @@
 """Conditions on the arguments of CPU kernels. Compiled code has no bounds checks: a wrong index would corrupt memory.
 
 Shapes are checked once for all calls, when a kernel is bound to its arguments. Values in memory that change from step
-to step (positions, tokens, slots, page tables) are checked before each step (memory/bounds.py). A bad file or option is
-refused elsewhere, with an error of its own: an IndexError from here is a bug of this program.
+to step (positions, tokens, slots, block tables) are checked before each step (memory/bounds.py). A bad file or
+option is refused elsewhere, with an error of its own: an IndexError from here is a bug of this program.
 """
 
 from collections.abc import Callable

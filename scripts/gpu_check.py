@@ -55,7 +55,7 @@ COLD_TARGET, WARM_TARGET = 60.0, 3.0  # seconds to the first token
 
 @dataclass
 class Row:
-    """A line of the table. `passed` is None where nothing is asked for, or nothing could be run."""
+    """A line of the table. `passed` is None without a target, or where nothing could be run."""
 
     section: str
     what: str

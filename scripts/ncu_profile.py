@@ -123,7 +123,7 @@ def read_command(ncu: str, report: Path, *, renamed: bool) -> list[str]:
 def parse_raw(text: str) -> list[dict[str, str | float]]:
     """The raw page: a record per kernel, values of metrics as numbers in bytes, seconds and percent.
 
-    The first row names the columns, the second their units; lines before it are talk.
+    The first row names the columns, the second their units; lines before it are messages of ncu.
 
     Raises:
         ToolError: there is no kernel in it.

@@ -1,4 +1,4 @@
-"""Tolerances: the rounding error allowed mid_error two correct implementations, by op, propagated through the layers.
+"""Tolerances: the rounding error allowed between two correct implementations, by op, propagated through the layers.
 
 Errors are relative L2 errors |a - b| / |b| of a probe's row (one position). Roundings are modelled as independent:
 variances add, and a tolerance is `LAMBDA` standard deviations. docs/validation.md has the derivation.

@@ -18,8 +18,8 @@ Tensors, with V vocabulary, H hidden and weights row-major [N, K] in codes F8_E4
 The LM head (with tied embeddings: the embedding) may be F16 [V, H] without a scale; its dtype tells which.
 
 Order of tensors: F32, F16, codes, tokenizer. The header is padded with spaces so that the data after F32 is aligned to
-128 bytes. The metadata holds JSON records: geometry, quantiser, source and its
-SHA-256, text, and calibration where there was one.
+128 bytes. The metadata holds JSON records: geometry, quantiser, source and its SHA-256, text, and calibration where
+there was one.
 """
 
 from collections.abc import Iterator

@@ -236,10 +236,7 @@ def decode_turn(engine: Engine, prompt: Sequence[int], count: int) -> list[float
 def bytes_per_token(engine: Engine, position: int, count: int) -> int:
     """Bytes of weights and KV cache that a decode step reads: the mean over `count` steps from `position` on."""
     ops = engine.backend.step(1, SAMPLE)
-    lengths = (
-        position + 1,
-        position + count,
-    )  # of the first and the last step: what is read grows by one position a step
+    lengths = position + 1, position + count  # of the first and the last step: each step reads one position more
     return sum(op.weight_bytes + sum(op.cache_bytes(length) for length in lengths) // 2 for op in ops)
 
 

@@ -245,7 +245,7 @@ def _ignored_settings(fields: GgufFields) -> list[str]:
 
 
 def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
-    """The pre-tokenizer of a byte-level vocabulary: special by the file, or detected from the vocabulary.
+    """The pre-tokenizer of a byte-level vocabulary: named by the file, or detected from the vocabulary.
 
     Raises:
         SourceError: the pre-tokenizer is not supported.

@@ -123,7 +123,7 @@ def _chat_template(folder: Path, contents: Mapping[str, bytes], records: Records
 
 
 def _default_template(path: Path, value: Any) -> str | None:
-    """The template; of several, in a list of records or by name, the one special "default"."""
+    """The template; of several, in a list of records or by name, the one named "default"."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = next((item.get("template") for item in value if item.get("name") == "default"), None)
     elif isinstance(value, dict):

@@ -32,7 +32,7 @@ class TextAssets:
     add_bos: bool = False  # encode puts bos_token first, even if tokenizer.json does not
     # Further named tokens, for chat templates: sep_token, cls_token, ...
     other_tokens: Mapping[str, str] = field(default_factory=dict)
-    # Settings of the source that are ignored, one translate_errors each; not stored in a checkpoint.
+    # Settings of the source that are ignored, one sentence each; not stored in a checkpoint.
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def special_tokens(self) -> dict[str, str]:

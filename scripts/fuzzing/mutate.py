@@ -237,7 +237,7 @@ def _damage_safetensors(rng: random.Random, data: bytes) -> bytes:
         return (other % 2**64).to_bytes(8, "little") + header + body
     text = _damage_json(rng, header)
     if rng.random() < 0.5:
-        text += b" " * (-(len(text) - length) % 128)  # what follows stays where the alignment wants it
+        text += b" " * (-(len(text) - length) % 128)  # the data stay aligned
     return len(text).to_bytes(8, "little") + text + body
 
 

@@ -1,6 +1,6 @@
 """A process that uses damaged files, one after the other, and is watched: it may be ended by a signal, or hang.
 
-It is asked and answers in lines of JSON: {"target", "folder"} -> {"kind", "signature", "detail"}.
+Requests and replies are lines of JSON: {"target", "folder"} -> {"kind", "signature", "detail"}.
 """
 
 import json
@@ -45,7 +45,7 @@ class Outcome:
 
 
 class Worker:
-    """The process, as its parent sees it; it is started when there is something to do, and again after its death."""
+    """The process, as its parent sees it; it is started for the first request, and again after it has ended."""
 
     def __init__(self, fixtures: Path, limit: float) -> None:
         self._fixtures, self._limit = fixtures, limit
@@ -94,7 +94,7 @@ class Worker:
         return self._process
 
     def _answer(self, limit: float) -> dict[str, str] | None:
-        """The next line; None if the process is dead, or works for longer than `limit` seconds."""
+        """The next line; None if the process has ended, or works for longer than `limit` seconds."""
         process = self._process
         assert process is not None
         assert process.stdout is not None

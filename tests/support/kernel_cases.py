@@ -1,7 +1,7 @@
 """GPU kernels against their references, at small shapes: the same checks in numba's simulator and on a GPU.
 
-Every check draws fresh inputs (the seed is in the test's name through `SEED`), poisons what it hands over for output
-with NaN, and compares with float64.
+Every check draws fresh inputs (the seed is in the test's name through `SEED`), fills outputs with NaN, and compares
+with float64.
 """
 
 import json
