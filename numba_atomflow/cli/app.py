@@ -53,7 +53,7 @@ Examples:
   numba-atomflow info my-model.safetensors
 
 \b
-Models and compiled code live in your cache folder, or in $NUMBA_ATOMFLOW_HOME.
+Models and compiled code are in your cache folder, or in $NUMBA_ATOMFLOW_HOME; `numba-atomflow info` shows it.
 """
 
 
@@ -166,7 +166,7 @@ def _show_version(requested: bool) -> None:
 def _main(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Run a Llama-family language model with FP8 weights on this machine: low latency for one user."""

@@ -55,7 +55,7 @@ def bench(
 ) -> None:
     """Measure prompt and decode speed.
 
-    With TTFT and TPOT, at several depths of context, and the share of achievable memory bandwidth.
+    Also TTFT, TPOT and the share of achievable memory bandwidth, at several depths of context.
     """
     chosen = model.find()
 

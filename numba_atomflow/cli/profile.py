@@ -51,7 +51,7 @@ def profile(
 ) -> None:
     """Time every op of a decode step.
 
-    And the whole step; with the share of achievable memory bandwidth.
+    Also the whole step, and the share of achievable memory bandwidth.
     """
     chosen = model.find()
 

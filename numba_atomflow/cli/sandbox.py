@@ -103,7 +103,7 @@ def compare(
         typer.Option(
             "--step-contexts",
             metavar="A,B,...",
-            help="Context lengths of whole steps.  [default: 128, 1024, 4096]",
+            help="Context lengths of whole steps.  [default: 128,1024,4096]",
             show_default=False,
         ),
     ] = None,

@@ -84,7 +84,9 @@ class WorkloadOptions(OptionGroup):
         OptionError: there is no workload, or there are two.
         """
         if (self.trace is None) == (self.poisson is None):
-            raise OptionError("There are no arrivals; give either --trace FILE or --poisson RATE.")
+            raise OptionError(
+                "Requests come from a trace or from Poisson arrivals; give either --trace FILE or --poisson RATE."
+            )
 
     def make(self, weights: "Checkpoint | RandomModel") -> "Workload":
         """The workload for a model.
