@@ -20,7 +20,7 @@ class Precision:
     """Unit roundoffs of one implementation; sums are float32 everywhere.
 
     Attributes:
-        x_norm, q, k, v, attn_out, mlp_hidden: of the stored values of a layer.
+        x_norm, q, k, v, attn_out, intermediate: of the stored values of a layer.
         probabilities: of the softmax weights in the product with v.
         weights: of the weights; 0 if they are those of the checkpoint.
         float32_angles: RoPE angles are computed in float32 (as in transformers), not taken from a float64 table.
@@ -32,7 +32,7 @@ class Precision:
     v: float = FLOAT32
     probabilities: float = FLOAT32
     attn_out: float = FLOAT32
-    mlp_hidden: float = FLOAT32
+    intermediate: float = FLOAT32
     weights: float = 0.0
     float32_angles: bool = False
 
@@ -52,5 +52,5 @@ class Precision:
                     # Tensor cores multiply probabilities and v in the dtype of v, which is that of the result.
                     units |= {"probabilities": unit(op.attn_out), "attn_out": unit(op.attn_out)}
                 case GateUp():
-                    units |= {"x_norm": unit(op.x_norm), "mlp_hidden": unit(op.y)}
+                    units |= {"x_norm": unit(op.x_norm), "intermediate": unit(op.y)}
         return cls(**units)

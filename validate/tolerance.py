@@ -139,7 +139,7 @@ class _ErrorModel:
         after_attention = self.add(
             stream, residual_in, input_error + attention + self.projection(g.q_dim), residual_mid
         )
-        ffn = 2 * (norm + project) + self.chain(EXP_ROUNDINGS) + self.stored("mlp_hidden")
+        ffn = 2 * (norm + project) + self.chain(EXP_ROUNDINGS) + self.stored("intermediate")
         mlp = ffn + self.projection(g.ffn)
         mid_error = after_attention * norms[1]
         output = self.add(after_attention, residual_mid, mid_error + mlp, residual_out)

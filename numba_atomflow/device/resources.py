@@ -158,7 +158,7 @@ class DeviceResources:
         """
         devices = self._device.held()
         if self.closed or not devices:
-            raise closed_sentence()
+            raise closed_error()
         device: Device = devices[0]
         return device.current()
 
@@ -175,7 +175,7 @@ class DeviceResources:
         self.close()
 
 
-def closed_sentence() -> ClosedError:
+def closed_error() -> ClosedError:
     """The error for a use after closing."""
     return ClosedError("This model's memory on the GPU has been given back; load the model again.")
 

@@ -83,7 +83,7 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One stage of the step. The fields of the subclasses name every tensor that it reads or writes.
+    """One op of the step. The fields of the subclasses name every tensor that it reads or writes.
 
     Two ops are never equal: the methods that compare them would cost every start of the program some 5 ms.
 
@@ -98,6 +98,11 @@ class Op:
     READS: ClassVar[tuple[str, ...]] = ()
     WRITES: ClassVar[tuple[str, ...]] = ()
     WEIGHTS: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def kind(self) -> str:
+        """Its name without the layer: "qkv" of ``layer.3.qkv``."""
+        return self.name.rpartition(".")[2]
 
     @property
     def reads(self) -> tuple[View, ...]:

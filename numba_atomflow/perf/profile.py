@@ -194,16 +194,11 @@ def check_timeline(engine: Engine) -> None:
         raise OptionError(f"--timeline shows the persistent kernel, and this model decodes by {path}; use --plot.")
 
 
-def kind_of(op: Op) -> str:
-    """An op's name without its layer: ``qkv`` for ``layer.3.qkv``."""
-    return op.name.rpartition(".")[2]
-
-
 def kernel_rows(ops: list[tuple[Op, float]], length: int) -> list[KernelRow]:
     """Ops and their seconds, summed by kind; attention reads `length` positions of the KV cache."""
     kinds: dict[str, list[tuple[Op, float]]] = {}
     for op, seconds in ops:
-        kinds.setdefault(kind_of(op), []).append((op, seconds))
+        kinds.setdefault(op.kind, []).append((op, seconds))
     rows = [
         KernelRow(
             kind=kind,

@@ -72,7 +72,7 @@ class CpuRunner:
             "q": g.q_dim,
             "attn_out": g.q_dim,
             "gate_up": 2 * g.ffn,
-            "mlp_hidden": g.ffn,
+            "intermediate": g.ffn,
             "logits": g.vocabulary,
         }
         self._arena = HostArena(
@@ -143,7 +143,7 @@ class CpuRunner:
     def _step(self, batch: Batch, attend: Callable[[Batch, int], None]) -> list[int]:
         g, weights, count = self.geometry, self._weights, batch.token_count
         residual, x_norm, qkv = (self._array(name)[:count] for name in ("residual", "x_norm", "qkv"))
-        q, attn_out, mlp_hidden = (self._array(name)[:count] for name in ("q", "attn_out", "mlp_hidden"))
+        q, attn_out, intermediate = (self._array(name)[:count] for name in ("q", "attn_out", "intermediate"))
         call = self._call
         self._check(batch)
         self._copy(batch.copies)
@@ -157,8 +157,8 @@ class CpuRunner:
                 attend(batch, i)
                 self._project(f"layer.{i}.o", attn_out, residual, accumulate=True)
                 call(rms_norm.rms_norm, residual, weights[f"layer.{i}.ffn_norm"], g.norm_eps, x_norm)
-                self._gate_up(f"layer.{i}.gate_up", x_norm, mlp_hidden)
-                self._project(f"layer.{i}.down", mlp_hidden, residual, accumulate=True)
+                self._gate_up(f"layer.{i}.gate_up", x_norm, intermediate)
+                self._project(f"layer.{i}.down", intermediate, residual, accumulate=True)
         return self._choose(residual[batch.logits_indices]) if batch.logits_indices else []
 
     def _choose(self, residual: NDArray[np.float32]) -> list[int]:

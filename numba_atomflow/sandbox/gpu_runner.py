@@ -230,19 +230,19 @@ class GpuRunner:
 
     def _step_launches(self, width: int, layout: Layout, with_logits: bool) -> list[Launch]:
         at = self._arena.__getitem__
-        residual, mlp_hidden = at("residual"), at("intermediate")
+        residual, intermediate = at("residual"), at("intermediate")
         embedded = EmbedArguments(weights=at("embedding"), tokens=self._input("tokens"), residual=residual)
         launches = [self._launch(f"embed_x{width}", embedded)]
         for i in range(self.geometry.layers):
             layer = f"layer.{i}"
             gate_up = self._normed(f"{layer}.gate_up", f"{layer}.ffn_norm")
             o = AddArguments(weights=at(f"{layer}.o"), x=at("attn_out"), residual=residual)
-            down = AddArguments(weights=at(f"{layer}.down"), x=mlp_hidden, residual=residual)
+            down = AddArguments(weights=at(f"{layer}.down"), x=intermediate, residual=residual)
             launches += [
                 self._qkv(width, layout, i),
                 self._attention(width, layout, i),
                 self._launch(f"o_x{width}", o),
-                self._launch(f"gate_up_x{width}", SwigluArguments(**gate_up, mlp_hidden=mlp_hidden)),
+                self._launch(f"gate_up_x{width}", SwigluArguments(**gate_up, intermediate=intermediate)),
                 self._launch(f"down_x{width}", down),
             ]
         if with_logits:

@@ -119,7 +119,7 @@ def test_shared_memory_holds_everything_side_by_side(geometry: ModelGeometry, sh
         (0, shape.stages * shape.stage_words),
         (shape.x_start, shape.x_words),
         (shape.partials_start, 2 * shape.partial_words),
-        (shape.scalars_start, CONSUMER_THREADS // 32 * 2),  # a float32 of each warp, or a key
+        (shape.reduction_start, CONSUMER_THREADS // 32 * 2),  # a float32 of each warp, or a key
         (shape.rope_start, shape.head_dim),
         (shape.table_start, 2 * shape.ops),
         (2 * shape.full_start, 4 * shape.stages),
@@ -139,7 +139,7 @@ def test_shared_memory_holds_everything_side_by_side(geometry: ModelGeometry, sh
         assert layout.padded_in_features <= 2 * shape.x_words or name == "lm_head"
     assert shape.stage_words % 32 == 0, "a bulk copy would not be aligned"
     assert shape.x_start % 4 == shape.query_pitch % 4 == shape.head_dim % 4 == 0, "16-byte loads would not be aligned"
-    assert shape.scalars_start % 2 == 0, "keys of 8 bytes would not be aligned"
+    assert shape.reduction_start % 2 == 0, "keys of 8 bytes would not be aligned"
 
 
 @pytest.mark.parametrize("ctas", [1, 7, 132])

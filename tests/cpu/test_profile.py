@@ -10,7 +10,7 @@ from tiny_models import tiny_geometry
 from numba_atomflow import Engine
 from numba_atomflow.errors import DestinationError, OptionError
 from numba_atomflow.model.step import SAMPLE, Op
-from numba_atomflow.perf.profile import KernelRow, ProfileReport, kernel_rows, kind_of, plot, profile
+from numba_atomflow.perf.profile import KernelRow, ProfileReport, kernel_rows, plot, profile
 
 DEPTH = 30
 
@@ -49,7 +49,7 @@ def test_bytes_are_weights_cache_and_activations(engine: Engine, report: Profile
 
 def test_ops_are_summed_by_kind(engine: Engine) -> None:
     ops = engine.backend.step(1, SAMPLE)
-    rows = kernel_rows([(op, 2e-6 if kind_of(op) == "down" else 1e-6) for op in ops], 1)
+    rows = kernel_rows([(op, 2e-6 if op.kind == "down" else 1e-6) for op in ops], 1)
     assert (rows[0].kind, rows[0].count) == ("down", 2)
     assert rows[0].seconds == pytest.approx(4e-6)
     assert rows[0].mean_seconds == pytest.approx(2e-6)

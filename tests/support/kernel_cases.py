@@ -235,7 +235,7 @@ def check_projection(case: ProjectionCase) -> None:
         ffn = case.out_features // 2
         y = poisoned(case.tokens, ffn + 3, dtype=np.uint16)
         kernel, flat = kernels.make_swiglu(plan, EPS, ffn + 3), y.reshape(-1)
-        launch(kernel, *grid, kernels.SwigluArguments(**normed, mlp_hidden=flat))
+        launch(kernel, *grid, kernels.SwigluArguments(**normed, intermediate=flat))
         y = flat.reshape(y.shape)
         expected = silu_reference(product[:, :ffn]) * product[:, ffn:]
         within("SwiGLU to float16", relative_error(y[:, :ffn].view(np.float16), expected), 5e-4)

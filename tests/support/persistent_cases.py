@@ -222,7 +222,7 @@ class Memory:
         return words
 
     @property
-    def plane(self) -> int:
+    def kv_stride(self) -> int:
         return self.cache[0, 0].size
 
     def run(self, first: int, last: int, *, greedy: bool = False) -> None:
@@ -260,7 +260,7 @@ class Memory:
                 tokens_posted=self.count,
                 fault=self.fault,
                 timestamps=np.zeros(shape.sms * shape.ops * EVENTS, np.int64),
-                plane=self.plane,
+                kv_stride=self.kv_stride,
                 first_op=first,
                 end_op=last,
                 greedy=int(greedy),
@@ -278,7 +278,7 @@ class Memory:
             mailbox=self.mailbox,
             position=self.position,
             steps=self.steps,
-            plane=self.plane,
+            kv_stride=self.kv_stride,
             layer=layer,
         )
         launch(kernels(self.shape)[1], 1, publish.THREADS, 0, arguments)

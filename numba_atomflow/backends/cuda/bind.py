@@ -54,11 +54,12 @@ class Binder:
                 )
                 return [self._launch(self._name("attention", op.q), attention)]
             case ProjectAdd():
-                kind = op.name.rpartition(".")[2]
                 added = AddArguments(weights=op.weight.codes, x=op.x, residual=op.residual)
-                return [self._launch(self._name(kind, op.x), added)]
+                return [self._launch(self._name(op.kind, op.x), added)]
             case GateUp():
-                return [self._launch(self._name("gate_up", op.y), SwigluArguments(**_norm_inputs(op), mlp_hidden=op.y))]
+                return [
+                    self._launch(self._name("gate_up", op.y), SwigluArguments(**_norm_inputs(op), intermediate=op.y))
+                ]
             case LmHead():
                 stored = StoreArguments(**_norm_inputs(op), y=op.logits)
                 return [self._launch(self._name("lm_head", op.logits), stored)]

@@ -7,7 +7,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HeadFormat
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
-_LEAST_CAPABILITY = (9, 0)  # TMA bulk copies, and mbarriers that count their bytes
+_MIN_CAPABILITY = (9, 0)  # TMA bulk copies, and mbarriers that count their bytes
 
 
 def kernels_for(
@@ -44,8 +44,8 @@ def choose_decode_path(kernels: ModelKernels, requested: Decode) -> DecodePath:
 def _obstacle(kernels: ModelKernels) -> str | None:
     """Why the persistent kernel cannot run, as a clause; None if it can."""
     capability = kernels.chip.capability
-    if capability < _LEAST_CAPABILITY:
-        has, needed = (".".join(map(str, version)) for version in (capability, _LEAST_CAPABILITY))
+    if capability < _MIN_CAPABILITY:
+        has, needed = (".".join(map(str, version)) for version in (capability, _MIN_CAPABILITY))
         return f"this GPU's compute capability is {has}, and bulk copies need {needed}"
     if kernels.separate_rope_kernel:
         return "the model's RoPE is a kernel of its own"

@@ -13,7 +13,7 @@ from numba_atomflow.ops.cuda.attention.decode import attention_kernel
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape, choose_kv_splits
 from numba_atomflow.ops.cuda.gemv.kernels import make_qkv, make_store
 from numba_atomflow.ops.cuda.gemv.projections import (
-    GREATEST_GEMV_WIDTH,
+    MAX_GEMV_WIDTH,
     PROJECTIONS,
     Projections,
     fitting_widths,
@@ -65,7 +65,7 @@ class ModelKernels:
         self.persistent = persistent
         self.layouts = self._layouts(K_TILE_GROUPS if persistent else 0)
         self.projections = Projections(geometry, chip, self.layouts, self.dependent)
-        self.gemv_width = fitting_widths(range(1, GREATEST_GEMV_WIDTH + 1), self._shared_bytes, geometry, chip)[-1]
+        self.gemv_width = fitting_widths(range(1, MAX_GEMV_WIDTH + 1), self._shared_bytes, geometry, chip)[-1]
 
     # --- shapes ------------------------------------------------------------------------------------------------------
 

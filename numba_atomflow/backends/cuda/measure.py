@@ -22,7 +22,7 @@ from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.utils.progress import Progress
 
 _CEILING_BYTES = 2 << 30  # read per pass: far more than any L2 holds
-_LEAST_L2S = 4  # the source is at least so many times as large as L2
+_MIN_L2S = 4  # the source is at least so many times as large as L2
 _CEILING_PASSES = 12
 
 
@@ -56,12 +56,12 @@ class CudaMeasurements:
         others = ops[len(traced) :]
         with self._queue.measuring():
             seconds = self._seconds_by_kind(others, repeats, argmax_done=trace is not None)
-        return traced + [(op, seconds[_kind(op)]) for op in others]
+        return traced + [(op, seconds[op.kind]) for op in others]
 
     def _seconds_by_kind(self, ops: Sequence[Op], repeats: int, *, argmax_done: bool) -> dict[str, float]:
         kinds: dict[str, list[Op]] = {}
         for op in ops:
-            kinds.setdefault(_kind(op), []).append(op)
+            kinds.setdefault(op.kind, []).append(op)
         seconds = {}
         for kind, members in kinds.items():
             launches = [
@@ -124,10 +124,6 @@ class CudaMeasurements:
         return lambda: self._model.memory.write(position, value)
 
 
-def _kind(op: Op) -> str:
-    return op.name.rpartition(".")[2]
-
-
 def measure_ceilings(device: Device, stream: Any, resources: Resources) -> dict[str, float]:
     """GB/s (medians) of reading memory: by loads, and by TMA bulk copies where the GPU has them.
 
@@ -142,8 +138,8 @@ def measure_ceilings(device: Device, stream: Any, resources: Resources) -> dict[
     chip = chip_of(device)
     free = int(call("cuMemGetInfo")[0])
     nbytes = min(_CEILING_BYTES, free // 2) // (1 << 20) * (1 << 20)
-    if nbytes < _LEAST_L2S * device.l2_bytes:
-        needed = 2 * _LEAST_L2S * device.l2_bytes
+    if nbytes < _MIN_L2S * device.l2_bytes:
+        needed = 2 * _MIN_L2S * device.l2_bytes
         raise BackendError(
             f"Measuring how fast the GPU's memory is takes {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB "
             "are free; use a smaller --max-seq-len, or close other programs."

@@ -121,7 +121,7 @@ class PersistentStep:
             tokens_posted=b["sampling.tokens_posted"],
             fault=b["persistent.fault"],
             timestamps=b["persistent.timestamps"],
-            plane=self._plane,
+            kv_stride=self._kv_stride,
             first_op=first_op,
             end_op=end_op,
             greedy=int(greedy),
@@ -141,7 +141,7 @@ class PersistentStep:
             mailbox=b["persistent.mailbox"],
             position=b["position"],
             steps=b["persistent.steps"],
-            plane=self._plane,
+            kv_stride=self._kv_stride,
             layer=layer,
         )
         return Launch(self._loaded["publish"], planned.ctas, arguments, self._stream)
@@ -167,8 +167,8 @@ class PersistentStep:
         memory.write(self._buffers["persistent.fault"], np.zeros(1, np.int32))
 
     @property
-    def _plane(self) -> int:
-        """Elements of a layer's keys."""
+    def _kv_stride(self) -> int:
+        """As in `PersistentArguments`."""
         cache = self._buffers[KV_CACHE]
         return cache.nbytes // 2 // (2 * self._kernels.geometry.layers)
 
@@ -178,7 +178,7 @@ class PersistentStep:
         return [self.publish(layer), self.launch(index, index + 1)]
 
 
-def fault_sentence() -> BackendError:
+def watchdog_error() -> BackendError:
     """The error of a launch in which a watchdog tripped."""
     return BackendError(
         "The watchdog of the persistent decode kernel tripped: a result did not arrive in time, "

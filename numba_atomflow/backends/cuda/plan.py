@@ -17,7 +17,7 @@ from numba_atomflow.model.step import StepSizes, step_buffers
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 
-SMALLEST_STAGING = 4 << 20  # bytes after the weights, where loading stages what it prepacks
+MIN_STAGING_BYTES = 4 << 20  # of memory after the weights, where loading stages what it prepacks
 
 
 class SamplingState(NamedTuple):
@@ -101,9 +101,9 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
     ]
     if kernels.persistent:
         buffers += persistent_buffers(kernels.persistent_shape)
-    spent = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
-    if spent < SMALLEST_STAGING:
-        buffers.append(Buffer("workspace", "staging", (SMALLEST_STAGING - spent,), "uint8"))
+    staging_bytes = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
+    if staging_bytes < MIN_STAGING_BYTES:
+        buffers.append(Buffer("workspace", "staging", (MIN_STAGING_BYTES - staging_bytes,), "uint8"))
     return plan_memory(buffers)
 
 
@@ -125,9 +125,9 @@ def weight_buffers(kernels: ModelKernels) -> list[Buffer]:
     """One buffer for each projection, prepacked, and for each vector; named as parts of the checkpoint."""
     shapes = kernels.geometry.parameters()
     buffers = []
-    for part, theirs in fusion(kernels.geometry).items():
-        if len(shapes[theirs[0]]) == 1:
-            rows = sum(shapes[name][0] for name in theirs)
+    for part, tensors in fusion(kernels.geometry).items():
+        if len(shapes[tensors[0]]) == 1:
+            rows = sum(shapes[name][0] for name in tensors)
             buffers.append(Buffer("weights", part, (rows,), "float32"))
         else:
             buffers.append(Buffer("weights", part, (kernels.layout_of(part).words,), "uint32"))

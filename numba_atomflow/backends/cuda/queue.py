@@ -13,9 +13,9 @@ from typing import Any
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.kernels import TOKEN_RING
 from numba_atomflow.backends.cuda.model import DeviceModel
-from numba_atomflow.backends.cuda.persistent import fault_sentence
+from numba_atomflow.backends.cuda.persistent import watchdog_error
 from numba_atomflow.device.driver import call
-from numba_atomflow.device.resources import DeviceResources, Resources, closed_sentence
+from numba_atomflow.device.resources import DeviceResources, Resources, closed_error
 from numba_atomflow.errors import CheckpointError, non_finite_logits
 from numba_atomflow.memory.bounds import check_range
 from numba_atomflow.memory.device import PinnedArray, copy_to_device
@@ -154,7 +154,7 @@ class StepQueue:
             BackendError: the GPU failed, or the watchdog of the persistent kernel tripped.
         """
         if self._owner.closed:  # the ring is gone
-            raise closed_sentence()
+            raise closed_error()
         try:
             return (self._ring.receive(self._requested, self._check),)
         except CheckpointError:
@@ -181,9 +181,9 @@ class StepQueue:
             self._settle(position)
 
     def check_watchdog(self) -> None:
-        """Raise if the watchdog of the persistent kernel tripped. Its token is then marked as one without logits."""
+        """Raise if the watchdog of the persistent kernel tripped. Its token then counts as one with NaN logits."""
         if self._graphs.persistent is not None and self._model.memory.read(self._model.buffers["persistent.fault"])[0]:
-            raise fault_sentence()
+            raise watchdog_error()
 
     def _settle(self, position: int) -> None:
         """Wait for all queued steps, count their tokens as received, and set the position."""

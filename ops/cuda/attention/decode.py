@@ -47,12 +47,12 @@ def _contiguous() -> KvAddressing:
     """The position of a key is its row in the cache."""
 
     @ptx.device_function
-    def first_page(io, sequence):
+    def sequence_start(io, sequence):
         return i32(0)
 
     @ptx.device_function
-    def find_page(io, first, key):
-        return first
+    def find_page(io, sequence_start, key):
+        return sequence_start
 
     @ptx.device_function
     def row_of(page, key):
@@ -62,7 +62,7 @@ def _contiguous() -> KvAddressing:
     def position(io, sequence):
         return io.position[0]
 
-    return KvAddressing(0, False, first_page, find_page, row_of, position, cached=position)
+    return KvAddressing(0, False, sequence_start, find_page, row_of, position, cached=position)
 
 
 def attention_kernel(name: str, shape: AttentionShape, *, dependent: bool) -> Planned:

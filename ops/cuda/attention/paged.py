@@ -79,12 +79,14 @@ def _paged(paging: Paging) -> KvAddressing:
     block_size, stride = paging.block_size, paging.stride
 
     @ptx.device_function
-    def first_page(io, sequence):
+    def sequence_start(io, sequence):
         return i32(io.table_rows[sequence] * stride)
 
     @ptx.device_function
-    def find_page(io, first, key):
-        return io.block_table[first + i32(key) // block_size] * block_size if block_size > 0 else first
+    def find_page(io, sequence_start, key):
+        return (
+            io.block_table[sequence_start + i32(key) // block_size] * block_size if block_size > 0 else sequence_start
+        )
 
     @ptx.device_function
     def row_of(page, key):
@@ -98,7 +100,7 @@ def _paged(paging: Paging) -> KvAddressing:
     def cached(io, sequence):
         return io.cached[sequence]
 
-    return KvAddressing(paging.tokens, block_size % KEYS == 0, first_page, find_page, row_of, position, cached)
+    return KvAddressing(paging.tokens, block_size % KEYS == 0, sequence_start, find_page, row_of, position, cached)
 
 
 def paged_attention_kernel(name: str, shape: AttentionShape, paging: Paging, *, dependent: bool) -> Planned:

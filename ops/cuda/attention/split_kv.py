@@ -44,8 +44,9 @@ class KvAddressing:
         batch: tokens of a launch, each of any sequence and with the CTAs of an `AttentionShape` of one token. 0: a
             launch computes one sequence.
         same_page: the keys of a step are always in one page.
-        first_page: (io, sequence) -> what `find_page` needs of a sequence; int32.
-        find_page: (io, first_page, key) -> what `row_of` needs of the page that position `key` lies in.
+        sequence_start: (io, sequence) -> int32: first entry of the sequence in the block table, or first row in the
+            cache.
+        find_page: (io, sequence_start, key) -> what `row_of` needs of the page that position `key` lies in.
         row_of: (page, key) -> row of the key and value in the cache.
         position: (io, sequence) -> position of the sequence's first token in this step.
         cached: (io, sequence) -> positions that were in the cache before this step.
@@ -53,7 +54,7 @@ class KvAddressing:
 
     batch: int
     same_page: bool
-    first_page: Any
+    sequence_start: Any
     find_page: Any
     row_of: Any
     position: Any
@@ -81,7 +82,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     flag_index = shape.shared_bytes // 4 - 1
     batched, same_page = addressing.batch > 0, addressing.same_page
     position_of, cached = addressing.position, addressing.cached
-    first_page_of, find_page, row_of = addressing.first_page, addressing.find_page, addressing.row_of
+    sequence_start_of, find_page, row_of = addressing.sequence_start, addressing.find_page, addressing.row_of
     stats_global = max(addressing.batch, 1) * shape.ctas * rows * head_dim
     softmax_step = make_softmax_step(value_registers, half_tile=False)
     combine_warps = make_combine(head_dim, rows, out_start, stats_start)
@@ -89,11 +90,11 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     scale = f32(math.log2(math.e) / math.sqrt(head_dim))
 
     @ptx.device_function
-    def load_step(io, first_page, base, length, kv, g, t, k_regs, v_regs):
+    def load_step(io, sequence_start, base, length, kv, g, t, k_regs, v_regs):
         """A lane's part of the keys and values of one step."""
-        page_0 = find_page(io, first_page, base)
+        page_0 = find_page(io, sequence_start, base)
         # The last key is loaded for those beyond it: if the step's second half has no keys, it is in the first half.
-        page_1 = page_0 if same_page else find_page(io, first_page, min(base + 8, length - 1))
+        page_1 = page_0 if same_page else find_page(io, sequence_start, min(base + 8, length - 1))
         for h in range(2):
             key = min(base + h * 8 + g, length - 1)
             row = row_of(page_0 if h == 0 else page_1, key)
@@ -230,7 +231,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         sequence = counter // work_tiles if batched else int64(0)
         work_tile = counter % work_tiles if batched else counter
         kv, first_query = counter % kv_heads, work_tile // kv_heads * 16
-        first_page = first_page_of(io, sequence)
+        sequence_start = sequence_start_of(io, sequence)
 
         length = position_of(io, sequence) + tokens
         split_keys = ((length + kv_splits - 1) // kv_splits + step_keys - 1) // step_keys * step_keys
@@ -244,7 +245,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         # No launch of this step moves the position or writes to earlier keys: loading them needs no wait.
         preloaded = dependent and base < end and base + KEYS <= cached(io, sequence)
         if preloaded:
-            load_step(io, first_page, base, length, kv, g, t, k_regs, v_regs)
+            load_step(io, sequence_start, base, length, kv, g, t, k_regs, v_regs)
         if dependent:
             ptx.wait_for_previous_kernel()
 
@@ -261,7 +262,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         m_0, m_1, l_0, l_1 = LOWEST, LOWEST, _ZERO, _ZERO  # running max and row sum of rows g and g + 8
         while base < end:
             if not preloaded:
-                load_step(io, first_page, base, length, kv, g, t, k_regs, v_regs)
+                load_step(io, sequence_start, base, length, kv, g, t, k_regs, v_regs)
             preloaded = False
             scores = scores_of(words, k_regs, base + 2 * t, last_0, last_1, lane)
             m_0, m_1, l_0, l_1 = softmax_step(m_0, m_1, l_0, l_1, scores, v_regs, out_regs)

@@ -67,8 +67,9 @@ def make_write_partials(plan: GemvPlan) -> Any:
 
 
 def make_reduce_partials(plan: GemvPlan, store: Any) -> Any:
-    """Device function (io, tile, live, start, slot, k_slice, lane, floats): reduce the partial sums of a tile, and give
-    them to an epilogue's `store`. `slot`: which of the CTA's tiles it is; `live`: whether there is such a tile.
+    """Device function (io, tile, has_tile, start, slot, k_slice, lane, floats): reduce the partial sums of a tile in
+    the buffer at `start`, and store them by the epilogue. `slot`: which of the CTA's tiles it is; `has_tile`: whether
+    there is one.
     """
     tokens, split_k = plan.tokens, plan.split_k
     pairs, tile_threads = 8 * tokens, split_k * 32
@@ -116,9 +117,12 @@ def make_add_epilogue(plan: GemvPlan) -> Epilogue:
         row = tile * 16 + r
         index = token * rows + row
         if all_full or row + 8 < rows:
-            upper, lower = io.residual[index], io.residual[index + 8]  # both loads are issued before the first store
-            io.residual[index] = upper + low
-            io.residual[index + 8] = lower + high
+            old_low, old_high = (
+                io.residual[index],
+                io.residual[index + 8],
+            )  # both loads are issued before the first store
+            io.residual[index] = old_low + low
+            io.residual[index + 8] = old_high + high
         elif row < rows:
             io.residual[index] += low
 
@@ -126,14 +130,14 @@ def make_add_epilogue(plan: GemvPlan) -> Epilogue:
 
 
 def make_swiglu_epilogue(plan: GemvPlan, y_pitch: int) -> Epilogue:
-    """silu(gate) * up to `io.mlp_hidden`, float16 bits [tokens, y_pitch]. Rows paired with half = number of units."""
+    """silu(gate) * up to `io.intermediate`, float16 bits [tokens, y_pitch]. Rows paired with half = number of units."""
     units = plan.layout.half
 
     @ptx.device_function
     def store(io, tile, r, token, gate, up):
         unit = tile * 8 + r
         if unit < units:
-            io.mlp_hidden[token * y_pitch + unit] = u16(ptx.f16_bits(swiglu(gate, up)))
+            io.intermediate[token * y_pitch + unit] = u16(ptx.f16_bits(swiglu(gate, up)))
 
     return Epilogue(store, _no_prefetch)
 

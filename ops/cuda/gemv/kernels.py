@@ -1,7 +1,7 @@
 """The projections of a decode step: GEMV kernels with what comes before and after the product fused in.
 
 A kernel is a prologue (x into shared memory), the main loop (weights times x on tensor cores) and an epilogue.
-`split_k` warps of a CTA share a tile of 16 rows, each taking every `split_k`-th group of 128 weights along K; CTAs walk
+`split_k` warps of a CTA share a tile of 16 rows, each taking every `split_k`-th group of 128 weights along K; CTAs loop
 over the tiles with a stride of the grid. The next loads of weights are always issued before the work that waits for
 something else: before the prologue (x is staged while the first weights are in flight), and before a tile's partial
 sums are reduced.
@@ -69,18 +69,18 @@ class AddArguments(NamedTuple):
 
 
 class SwigluArguments(NamedTuple):
-    """mlp_hidden = silu(gate) * up with (gate, up) = W norm(residual). Rows paired with half = number of units.
+    """intermediate = silu(gate) * up with (gate, up) = W norm(residual). Rows paired with half = number of units.
 
     Attributes:
         weights, residual, norm_weight, x_norm: as in `StoreArguments`.
-        mlp_hidden: bits of float16 [tokens, K of the down projection, padded].
+        intermediate: bits of float16 [tokens, K of the down projection, padded].
     """
 
     weights: U32
     residual: U32
     norm_weight: F32
     x_norm: U32
-    mlp_hidden: U16
+    intermediate: U16
 
 
 class QkvArguments(NamedTuple):

@@ -132,5 +132,7 @@ def choose_plan(layout: PrepackedLayout, tokens: int, chip: Chip) -> GemvPlan:
         return GemvPlan(layout, split_k=split_k)
     if layout.tiles >= 2 * sms:
         return GemvPlan(layout, warps=16, split_k=split_k, groups_in_flight=at_once, ctas_per_sm=1)
-    most = 4 if cvt else 2
-    return GemvPlan(layout, split_k=split_k, groups_in_flight=groups_per_warp if groups_per_warp <= 3 else most)
+    max_in_flight = 4 if cvt else 2
+    return GemvPlan(
+        layout, split_k=split_k, groups_in_flight=groups_per_warp if groups_per_warp <= 3 else max_in_flight
+    )

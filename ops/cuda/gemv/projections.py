@@ -13,7 +13,7 @@ from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.formats import FP8_E4M3, WeightFormat
 
 PROJECTIONS = ("qkv", "o", "gate_up", "down", "lm_head")
-GREATEST_GEMV_WIDTH = 8  # N of `mma.m16n8k16`
+MAX_GEMV_WIDTH = 8  # N of `mma.m16n8k16`
 
 
 class ModelSizes(Protocol):

@@ -15,7 +15,7 @@ from numba_atomflow.ops.cuda.scalars import f32, u32
 
 _ZERO, _ONE = f32(0.0), f32(1.0)
 
-_LOADS_AT_ONCE = 4  # of x (and of the norm) that the compiler may gather: more would spill the first weights
+_LOADS_AT_ONCE = 4  # of x (and of the norm weight) between warp barriers: with more, the first weights would spill
 
 
 class Prologue(NamedTuple):

@@ -1,4 +1,4 @@
-"""Kernels that bring weights from the checkpoint's order into the prepacked one, at loading.
+"""Kernels that prepack weights when a model is loaded: from the checkpoint's order to that of `layout/weights.py`.
 
 One thread per word of the result. One kernel serves all layouts of a format, because each runs once. Cost model: the
 weights read and written once.
@@ -75,6 +75,7 @@ def make_prepack(converter: str) -> Any:
     def prepack(io):
         in_features, k_tile_groups, row_halves = io.in_features, io.k_tile_groups, io.row_halves
         groups = (in_features + 127) // 128
+        # 528 words hold 16 rows of a group (GROUP_WORDS, and 16 scales), 264 its 8 rows (HALF_GROUP_WORDS).
         k_tile_words = (k_tile_groups * 528 + 31) // 32 * 32
         whole_k_tiles = (groups - 1) // k_tile_groups
         tile_words = whole_k_tiles * k_tile_words + ((groups - whole_k_tiles * k_tile_groups) * 528 + 31) // 32 * 32

@@ -26,7 +26,7 @@ Byte order within a word of 4 weights depends on the converter (`layout/converte
 Padded rows and columns are zero codes with scale 0.
 
 Float16 weights have the same order without scales: a group is 64 weights along K, so that it has as many bytes, and
-lane 4 g + t holds 8 adjacent weights of 32. Their k-tiles are not separated.
+lane 4 g + t holds 8 adjacent weights of 32. Their rows are not split.
 """
 
 from collections.abc import Iterator

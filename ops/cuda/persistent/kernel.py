@@ -68,7 +68,7 @@ class PersistentArguments(NamedTuple):
         token_ring, tokens_posted: the pinned host ring, and [1], as in `advance.post_token`.
         fault: [1]; set when the watchdog of a CTA trips.
         timestamps: [CTAs, ops, EVENTS], written with `shape.trace`.
-        plane: elements of a layer's keys.
+        kv_stride: elements from a layer's keys to its values, and from these to the next layer's keys.
         first_op, end_op: ops first_op .. end_op - 1 are run.
         greedy: 1: the most likely token is taken, and the step ends with it; 0 leaves that to the kernels that follow.
     """
@@ -97,7 +97,7 @@ class PersistentArguments(NamedTuple):
     tokens_posted: I64
     fault: I32
     timestamps: I64
-    plane: NUMBER
+    kv_stride: NUMBER
     first_op: NUMBER
     end_op: NUMBER
     greedy: NUMBER
@@ -139,7 +139,7 @@ def make_persistent(shape: PersistentShape) -> Any:
 def _make_consume(shape: PersistentShape) -> Any:
     """Device function (io, shared, thread): a step of the consumer warps, op by op.
 
-    Args of it: io, `PersistentArguments`; shared, `SharedMemory`.
+    Arguments: io, `PersistentArguments`; shared, `SharedMemory`.
     """
     layers, ops, ctas = shape.layers, shape.ops, shape.sms
     table_start, rope_start, half = shape.table_start, shape.rope_start, shape.head_dim // 2
@@ -160,8 +160,8 @@ def _make_consume(shape: PersistentShape) -> Any:
         progress[BUFFER], progress[CONSUMED] = u32(0), u32(0)
         limit[0], best[0] = u32(SPIN_LIMIT), int64(LOWEST_KEY)
         watchdog = Watchdog(limit, io.fault)
-        traces = thread == 0
-        if traces:
+        tracing = thread == 0
+        if tracing:
             record_clocks(timestamps, 0)
         epoch, position = u32(io.steps[0] * (layers + 1) + 1), io.position[0]
         penalty = np.float32(io.options[PENALTY])  # loaded once: every op would wait for it
@@ -170,7 +170,7 @@ def _make_consume(shape: PersistentShape) -> Any:
             floats[rope_start + entry] = io.cosines[position * half + entry]
             floats[rope_start + half + entry] = io.sines[position * half + entry]
             entry += CONSUMER_THREADS
-        part = kv_split(position)
+        cta_split = kv_split(position)
         if io.first_op == 0:
             embed(io, words, epoch, thread)
 
@@ -179,36 +179,36 @@ def _make_consume(shape: PersistentShape) -> Any:
             kind, layer, runs = kind_of(op), layer_of(op), io.first_op <= op < io.end_op
             input_flag = u32(epoch + u32(layer))
             flag = u32(input_flag + u32(1))
-            keys_start = 2 * layer * io.plane
+            keys_start = 2 * layer * io.kv_stride
             if kind == ATTENTION:
                 if runs:
-                    if traces:
+                    if tracing:
                         timestamp(timestamps, op, BEGUN)
-                    cache = LayerCache(io.cache, keys_start // 2, (keys_start + io.plane) // 2)
+                    cache = LayerCache(io.cache, keys_start // 2, (keys_start + io.kv_stride) // 2)
                     attention_io = AttentionIo(mailbox, io.attn_out, timestamps, op, flag, watchdog)
-                    attend(attention_io, i32(position), part, cache, thread, shared)
-                    if traces:
+                    attend(attention_io, i32(position), cta_split, cache, thread, shared)
+                    if tracing:
                         timestamp(timestamps, op, DONE)
                 continue
             work_tile = first_work_tile(offset)
             offset = (offset + advance_of(kind)) % i32(ctas)
             if runs and work_tile < work_tiles_of(kind):
-                if traces:
+                if tracing:
                     timestamp(timestamps, op, BEGUN)
                 norm = NormWeight(io.weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT)
                 x_norm = io.final_x_norm if kind == LM_HEAD else io.x_norm
                 stage(kind, mailbox, input_flag, flag, norm, x_norm, work_tile == 0, thread, shared, watchdog)
-                if traces:
+                if tracing:
                     timestamp(timestamps, op, STAGED)
-                values_start = keys_start + io.plane
+                values_start = keys_start + io.kv_stride
                 state = OpState(
                     *(mailbox, io.q, io.cache16, io.residual, io.intermediate, io.logits, io.seen, timestamps),
                     *(op, kind, input_flag, flag, position, penalty, keys_start, values_start, best, watchdog),
                 )
                 project(state, work_tile, thread, shared, progress)
-                if traces:
+                if tracing:
                     timestamp(timestamps, op, DONE)
-        if traces:
+        if tracing:
             record_clocks(timestamps, 1)
         if io.end_op == ops:
             if work_tile < work_tiles_of(LM_HEAD):
@@ -233,14 +233,14 @@ def _make_embed(shape: PersistentShape) -> Any:
         while quad < quads:
             row_start = int64(words[table_start]) * TABLE_UNIT
             x0, x1, x2, x3 = look_up(io.weights, row_start, int64(io.tokens[0]), int64(quad))
-            at = quad * 4
-            ll_store_pair(mailbox, pairs + at // 2, x0, x1, epoch)
-            ll_store_pair(mailbox, pairs + at // 2 + 1, x2, x3, epoch)
-            ptx.ll_store(mailbox, exact + at, ptx.f32_bits(x0), epoch)
-            ptx.ll_store(mailbox, exact + at + 1, ptx.f32_bits(x1), epoch)
-            ptx.ll_store(mailbox, exact + at + 2, ptx.f32_bits(x2), epoch)
-            ptx.ll_store(mailbox, exact + at + 3, ptx.f32_bits(x3), epoch)
-            residual[at], residual[at + 1], residual[at + 2], residual[at + 3] = x0, x1, x2, x3
+            index = quad * 4
+            ll_store_pair(mailbox, pairs + index // 2, x0, x1, epoch)
+            ll_store_pair(mailbox, pairs + index // 2 + 1, x2, x3, epoch)
+            ptx.ll_store(mailbox, exact + index, ptx.f32_bits(x0), epoch)
+            ptx.ll_store(mailbox, exact + index + 1, ptx.f32_bits(x1), epoch)
+            ptx.ll_store(mailbox, exact + index + 2, ptx.f32_bits(x2), epoch)
+            ptx.ll_store(mailbox, exact + index + 3, ptx.f32_bits(x3), epoch)
+            residual[index], residual[index + 1], residual[index + 2], residual[index + 3] = x0, x1, x2, x3
             quad += i32(cuda.gridDim.x) * CONSUMER_THREADS
 
     return embed
@@ -248,7 +248,7 @@ def _make_embed(shape: PersistentShape) -> Any:
 
 def _make_reduce_best(shape: PersistentShape) -> Any:
     """Device function (key, keys, io, thread): the largest of the CTA's sort keys goes into `best` (arg-max)."""
-    start = shape.scalars_start // 2
+    start = shape.reduction_start // 2
 
     @ptx.device_function
     def reduce_best(key, keys, io, thread):
@@ -260,7 +260,7 @@ def _make_reduce_best(shape: PersistentShape) -> Any:
         if thread == 0:
             for warp in range(CONSUMER_WARPS):
                 largest = max(largest, keys[start + warp])
-            # The results of a CTA whose watchdog tripped are wrong: the token is marked as one without logits.
+            # The results of a CTA whose watchdog tripped are wrong: the token gets the key of a NaN logit.
             cuda.atomic.max(io.best, 0, largest if io.fault[0] == 0 else int64(NAN_KEY))
 
     return reduce_best

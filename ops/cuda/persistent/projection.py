@@ -67,25 +67,26 @@ class OpState(NamedTuple):
 
 
 class StageSizes(NamedTuple):
-    """Of the stages of a projection.
+    """Sizes of a projection's pipeline stages.
 
     Attributes:
         k_tiles: stages that a work tile passes through. last_groups: groups of 128 weights in the last of them.
-        half_tiles: 1 if work tiles have 8 rows, else 0. split_rows: as in `make_multiply`.
+        half_tiles: 1 if work tiles have 8 rows, else 0. high_rows_offset: as in `make_multiply`.
     """
 
     k_tiles: Any
     last_groups: Any
     half_tiles: Any
-    split_rows: Any
+    high_rows_offset: Any
 
 
 def make_multiply(shape: PersistentShape, *, fp16: bool) -> Any:
-    """Device function (words, floats, stage, x, split_rows, groups, lane) -> the partial sums of a stage: lane 4 g has
-    that of row g, lane 4 g + 2 that of row g + 8.
+    """Device function (words, floats, stage, x, high_rows_offset, groups, lane) -> the partial sums of a stage: lane
+    4 g has that of row g, lane 4 g + 2 that of row g + 8.
 
-    Args of it: x, the word of shared memory at which the stage's elements of the vector begin; split_rows, from there
-    to those for rows 8-15: 0, or, where these are rows 0-7 of the next k-tile, a k-tile's; groups, of a k-tile.
+    Arguments: x, the word of shared memory at which the stage's elements of the vector begin; high_rows_offset, words
+    from there to the elements for rows 8-15: 0, or those of a k-tile, where rows 8-15 are rows 0-7 of the next k-tile;
+    groups, groups of 128 weights in the k-tile.
 
     Shared memory delivers 128 bytes per cycle and SM. Were the vector all 8 columns of the mma's B operand, it would
     take as many as the weights. So each group of 128 weights along K has a column of its own, 0-3 for rows 0-7 and 4-7
@@ -98,27 +99,27 @@ def make_multiply(shape: PersistentShape, *, fp16: bool) -> Any:
     code_registers, sum_registers = 16 * K_TILE_GROUPS, 4 * K_TILE_GROUPS
 
     @ptx.large_device_function
-    def multiply(words, floats, stage, x, split_rows, groups, lane):
+    def multiply(words, floats, stage, x, high_rows_offset, groups, lane):
         codes = cuda.local.array(code_registers, uint32)
         sums = cuda.local.array(sum_registers, float32)
         g, t = u32(lane >> u32(2)), u32(lane & u32(3))
-        odd, upper = t & u32(1) == u32(1), t >= u32(2)
+        odd, high_rows = t & u32(1) == u32(1), t >= u32(2)
         start = u32(stage * u32(stage_words))
         count = u32(K_TILE_GROUPS if even else groups)
         second = u32(start + count * u32(HALF_GROUP_WORDS))  # of rows 8-15: codes, then scales
         load_codes(words, start, second, groups, lane, codes)
         for i in range(sum_registers):
             sums[i] = _ZERO
-        column = u32((g >> u32(2)) * split_rows + (g & u32(3)) * u32(x_step))
+        column = u32((g >> u32(2)) * high_rows_offset + (g & u32(3)) * u32(x_step))
         accumulate(words, x, column, t, groups, codes, sums)
-        # Columns 2 t and 2 t + 1 are a lane's: those of two of the groups, for its upper or its lower row.
-        above, below = (sums[8], sums[10]) if odd else (sums[0], sums[2])
-        first = below if upper else above
-        above, below = (sums[13], sums[15]) if odd else (sums[5], sums[7])
-        other = below if upper else above
+        # A lane has columns 2 t and 2 t + 1 of the result: two of the groups, for row g (t < 2) or row g + 8.
+        low, high = (sums[8], sums[10]) if odd else (sums[0], sums[2])
+        first = high if high_rows else low
+        low, high = (sums[13], sums[15]) if odd else (sums[5], sums[7])
+        other = high if high_rows else low
         if not fp16:
             group = u32((t & u32(1)) * u32(2))
-            scale = u32((second if upper else start) + count * u32(256) + group * u32(8) + g)
+            scale = u32((second if high_rows else start) + count * u32(256) + group * u32(8) + g)
             if even or group < count:
                 first *= floats[scale]
             if even or u32(group + u32(1)) < count:
@@ -149,8 +150,8 @@ def _make_load_codes(shape: PersistentShape, *, fp16: bool) -> Any:
                     else:
                         offset = (second if i % 2 else start) + u * 256 + i // 2 * 128
                     w0, w1, w2, w3 = ptx.load_shared_16(words, offset + lane * 4)
-                    at = 16 * u + 4 * i
-                    codes[at], codes[at + 1], codes[at + 2], codes[at + 3] = w0, w1, w2, w3
+                    base = 16 * u + 4 * i
+                    codes[base], codes[base + 1], codes[base + 2], codes[base + 3] = w0, w1, w2, w3
 
     return load_codes
 
@@ -170,12 +171,12 @@ def _make_accumulate(shape: PersistentShape, *, fp16: bool) -> Any:
                 for u in range(K_TILE_GROUPS):
                     if even or u < groups:
                         if fp16:
-                            at = 16 * u + 8 * i + 2 * k
-                            a0, a1, a2, a3 = codes[at], codes[at + 4], codes[at + 1], codes[at + 5]
+                            base = 16 * u + 8 * i + 2 * k
+                            a0, a1, a2, a3 = codes[base], codes[base + 4], codes[base + 1], codes[base + 5]
                         else:
-                            at = 16 * u + i // 2 * 8 + i % 2 * 2 + k
-                            a0, a2 = ptx.convert_fp8_cvt(codes[at])
-                            a1, a3 = ptx.convert_fp8_cvt(codes[at + 4])
+                            base = 16 * u + i // 2 * 8 + i % 2 * 2 + k
+                            a0, a2 = ptx.convert_fp8_cvt(codes[base])
+                            a1, a3 = ptx.convert_fp8_cvt(codes[base + 4])
                         c0, c1, c2, c3 = sums[4 * u], sums[4 * u + 1], sums[4 * u + 2], sums[4 * u + 3]
                         if k == 0:
                             c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
@@ -189,14 +190,16 @@ def _make_accumulate(shape: PersistentShape, *, fp16: bool) -> Any:
 def make_project(shape: PersistentShape, load_ahead: Any, epilogue: Any) -> Any:
     """Device function (state, first_work_tile, thread, shared, progress): all of a projection but the staging of x.
 
-    Args of it: state, `OpState`; first_work_tile, of the CTA; shared, `SharedMemory`; progress, uint32 [2].
+    Arguments: state, `OpState`; first_work_tile, of the CTA; shared, `SharedMemory`; progress, uint32 [2]
+    (`BUFFER`, `CONSUMED`).
 
     Args:
         load_ahead: device function (kind, state, work_tile, entry, loaded): issue the loads that the epilogue of this
             entry needs, into four words; called before the wait for the weights.
-        epilogue: device function (state, work_tile, entry, loaded, floats, sums): what becomes of the sums of a work
-            tile, entry by entry; the sum of row r of its n-th stage is at floats[sums + 16 * n + r], where rows 8-15
-            of an 8-row work tile are its rows 0-7 over the next k-tile.
+        epilogue: device function (state, work_tile, entry, loaded, floats, sums): reduce and store the rows of a work
+            tile that one thread finishes, an entry: one row of logits, two rows otherwise, four of gate and up. The
+            partial sum of row r of the tile's n-th stage is at floats[sums + 16 * n + r], where rows 8-15 of an 8-row
+            work tile are its rows 0-7 over the next k-tile.
     """
     ctas, full_start, empty_start = shape.sms, shape.full_start, shape.empty_start
     partials, partial_words = shape.partials_start, shape.partial_words
@@ -210,36 +213,36 @@ def make_project(shape: PersistentShape, load_ahead: Any, epilogue: Any) -> Any:
 
     @ptx.device_function
     def split_entry(entry, bits):
-        """Work tile of the round, and the entry's number in it."""
-        number = u32(entry >> bits)
-        return number, u32(entry - (number << bits))
+        """Work tile of the round, from 0 on, and the entry of that work tile."""
+        round_tile = u32(entry >> bits)
+        return round_tile, u32(entry - (round_tile << bits))
 
     @ptx.large_device_function
     def project(state, first_work_tile, thread, shared, progress):
         loaded = cuda.local.array(4, uint32)
         # Unsigned 32 bits: the compiler need not handle negative indices.
-        me, step = u32(thread), u32(ctas)
-        lane, warp = u32(me & u32(31)), u32(me >> u32(5))
+        thread_index, step = u32(thread), u32(ctas)
+        lane, warp = u32(thread_index & u32(31)), u32(thread_index >> u32(5))
         full, empty = ptx.shared_address(shared.barriers, full_start), ptx.shared_address(shared.barriers, empty_start)
         k_tiles, round_work_tiles = u32(stages_of(state.kind)), u32(round_work_tiles_of(state.kind))
         half_tiles = u32(half_tiles_of(state.kind))
-        split_rows = u32(half_tiles * x_words)
+        high_rows_offset = u32(half_tiles * x_words)
         bits = u32(bits_of(state.kind))
-        sizes = StageSizes(k_tiles, last_groups_of(state.kind), half_tiles, split_rows)
+        sizes = StageSizes(k_tiles, last_groups_of(state.kind), half_tiles, high_rows_offset)
         start = u32(first_work_tile)
         remaining = u32((u32(work_tiles_of(state.kind)) - start + step - u32(1)) // step)
         while remaining > u32(0):
-            now = min(round_work_tiles, remaining)
+            round_size = min(round_work_tiles, remaining)
             sums = u32(u32(partials) + progress[BUFFER] * u32(partial_words))
             # By all threads: a branch would wait for what is loaded in it.
-            entries = u32(now << bits)
-            entry = min(me, u32(entries - u32(1)))
-            number, part = split_entry(entry, bits)
-            load_ahead(state.kind, state, u32(start + number * step), part, loaded)
+            entries = u32(round_size << bits)
+            entry = min(thread_index, u32(entries - u32(1)))
+            round_tile, tile_entry = split_entry(entry, bits)
+            load_ahead(state.kind, state, u32(start + round_tile * step), tile_entry, loaded)
             q, k_tile = warp, warp
             while k_tile >= k_tiles:
                 k_tile = u32(k_tile - k_tiles)
-            while q < u32(now * k_tiles):
+            while q < u32(round_size * k_tiles):
                 n = u32(progress[CONSUMED] + q)
                 total = consume_stage(state, sizes, thread, lane, shared, full, empty, n, k_tile)
                 if lane & u32(1) == u32(0):
@@ -249,19 +252,20 @@ def make_project(shape: PersistentShape, load_ahead: Any, epilogue: Any) -> Any:
                 k_tile = u32(k_tile + u32(CONSUMER_WARPS))
                 while k_tile >= k_tiles:
                     k_tile = u32(k_tile - k_tiles)
-            progress[CONSUMED] = u32(progress[CONSUMED] + now * k_tiles)
+            progress[CONSUMED] = u32(progress[CONSUMED] + round_size * k_tiles)
             sync_consumers()
-            entry = me
+            entry = thread_index
             while entry < entries:
-                number, part = split_entry(entry, bits)
-                work_tile = u32(start + number * step)
-                if entry != me:
-                    load_ahead(state.kind, state, work_tile, part, loaded)
-                epilogue(state, work_tile, part, loaded, shared.floats, u32(sums + number * k_tiles * u32(16)))
+                round_tile, tile_entry = split_entry(entry, bits)
+                work_tile = u32(start + round_tile * step)
+                if entry != thread_index:
+                    load_ahead(state.kind, state, work_tile, tile_entry, loaded)
+                tile_sums = u32(sums + round_tile * k_tiles * u32(16))
+                epilogue(state, work_tile, tile_entry, loaded, shared.floats, tile_sums)
                 entry = u32(entry + u32(CONSUMER_THREADS))
             progress[BUFFER] = u32(progress[BUFFER] ^ u32(1))
-            start = u32(start + now * step)
-            remaining = u32(remaining - now)
+            start = u32(start + round_size * step)
+            remaining = u32(remaining - round_size)
 
     return project
 
@@ -270,7 +274,7 @@ def _make_consume_stage(shape: PersistentShape) -> Any:
     """Device function (state, sizes, thread, lane, shared, full, empty, n, k_tile) -> the partial sums of stage n of
     the CTA, which holds this k-tile of a work tile: wait until it is full, multiply, and release it.
 
-    Args of it: sizes, `StageSizes`; full and empty, addresses of the first full and the first empty barrier.
+    Arguments: sizes, `StageSizes`; full and empty, addresses of the first full and the first empty barrier.
     """
     stages, trace, ops, x_start = shape.stages, shape.trace, shape.ops, shape.x_start
     fp16 = shape.lm_head.format.bits == 16
@@ -286,15 +290,15 @@ def _make_consume_stage(shape: PersistentShape) -> Any:
         begun = ptx.cycles() if trace else np.uint64(0)
         await_barrier(barriers, full + stage * u32(8), phase & u32(1), state.watchdog)
         if trace and thread == 0:
-            at = (int64(cuda.blockIdx.x) * ops + state.op) * EVENTS + WAITED
-            state.timestamps[at] += int64(ptx.cycles() - begun)
+            index = (int64(cuda.blockIdx.x) * ops + state.op) * EVENTS + WAITED
+            state.timestamps[index] += int64(ptx.cycles() - begun)
         groups = sizes.last_groups if k_tile == u32(sizes.k_tiles - u32(1)) else np.int32(K_TILE_GROUPS)
         if fp16 and state.kind == LM_HEAD:
             x = u32(u32(x_start) + (k_tile * x_words >> u32(1)))
-            total = multiply_fp16(words, floats, stage, x, sizes.split_rows, groups, lane)
+            total = multiply_fp16(words, floats, stage, x, sizes.high_rows_offset, groups, lane)
         else:
             x = u32(u32(x_start) + (k_tile * x_words << sizes.half_tiles))
-            total = multiply(words, floats, stage, x, sizes.split_rows, groups, lane)
+            total = multiply(words, floats, stage, x, sizes.high_rows_offset, groups, lane)
         ptx.sync_warp()
         if lane == u32(0):
             ptx.barrier_arrive(barriers, empty + stage * u32(8))

@@ -23,7 +23,7 @@ class PublishArguments(NamedTuple):
 
     Attributes:
         residual: [hidden]. q, cache: bits of float16. attn_out, intermediate: pairs of float16.
-        mailbox, position, steps, plane: as in `PersistentArguments`.
+        mailbox, position, steps, kv_stride: as in `PersistentArguments`.
         layer: whose ops may read the words; `shape.layers` for the LM head.
     """
 
@@ -35,7 +35,7 @@ class PublishArguments(NamedTuple):
     mailbox: U64
     position: I64
     steps: I64
-    plane: NUMBER
+    kv_stride: NUMBER
     layer: NUMBER
 
 
@@ -49,19 +49,19 @@ def make_publish(shape: PersistentShape) -> Any:
     residual_mid, residual_mid_exact = offsets.residual_mid, offsets.residual_mid_exact
     q_start, k_start, v_start = offsets.q, offsets.k, offsets.v
     attn_out_start, intermediate_start = offsets.attn_out, offsets.intermediate
-    most = max(hidden, q_words, intermediate_words)
+    words = max(hidden, q_words, intermediate_words)
 
     @ptx.device_function
     def packed_pair(array, start, word):
-        at = start + word // half * 2 * half + word % half
-        return u32(u32(array[at]) | u32(array[at + half]) << u32(16))
+        index = start + word // half * 2 * half + word % half
+        return u32(u32(array[index]) | u32(array[index + half]) << u32(16))
 
     @ptx.kernel(THREADS, 1)
     def publish(io):
         input_flag = u32(io.steps[0] * (layers + 1) + 1 + io.layer)
         flag = u32(input_flag + u32(1))
         word = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        while word < most:
+        while word < words:
             if word < hidden:
                 bits = ptx.f32_bits(io.residual[word])
                 ptx.ll_store(io.mailbox, residual_in_exact + word, bits, input_flag)
@@ -74,9 +74,9 @@ def make_publish(shape: PersistentShape) -> Any:
                 ptx.ll_store(io.mailbox, q_start + word, packed_pair(io.q, int64(0), word), flag)
                 ptx.ll_store(io.mailbox, attn_out_start + word, io.attn_out[word], flag)
             if word < kv_words and io.layer < layers:
-                keys = 2 * io.layer * io.plane + io.position[0] * kv_width
+                keys = 2 * io.layer * io.kv_stride + io.position[0] * kv_width
                 ptx.ll_store(io.mailbox, k_start + word, packed_pair(io.cache, keys, word), flag)
-                ptx.ll_store(io.mailbox, v_start + word, packed_pair(io.cache, keys + io.plane, word), flag)
+                ptx.ll_store(io.mailbox, v_start + word, packed_pair(io.cache, keys + io.kv_stride, word), flag)
             if word < intermediate_words:
                 ptx.ll_store(io.mailbox, intermediate_start + word, io.intermediate[word], flag)
             word += cuda.gridDim.x * THREADS

@@ -32,10 +32,10 @@ CTA_KEYS = WARP_KEYS * CONSUMER_WARPS
 ONE_SPLIT_KEYS = 2 * CTA_KEYS  # up to so many keys, one CTA takes less time than several and their combining
 _ROTATIONS = 32  # candidates for the rotation of the schedule
 _PARTIAL_SUMS = 64  # k-tiles whose sums are kept until they are reduced
-_SCALARS = 64  # float32 for reductions over the CTA
+_REDUCTION_WORDS = 64  # scratch for reductions over the CTA
 OPS_PER_LAYER = 5
 QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(6)  # kinds of ops after the embedding
-_EPILOGUE_BITS = {QKV: 3, O_PROJ: 3, GATE_UP: 2, DOWN: 3, LM_HEAD: 4}  # of a 16-row tile: 2^bits threads
+_EPILOGUE_BITS = {QKV: 3, O_PROJ: 3, GATE_UP: 2, DOWN: 3, LM_HEAD: 4}  # 2^bits threads for a 16-row tile
 TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
 
 
@@ -263,7 +263,7 @@ class PersistentShape:
 
     @property
     def _rest_words(self) -> int:
-        return self.x_words + 2 * self.partial_words + _SCALARS + self.head_dim + self.table_words
+        return self.x_words + 2 * self.partial_words + _REDUCTION_WORDS + self.head_dim + self.table_words
 
     @property
     def query_pitch(self) -> int:
@@ -275,12 +275,12 @@ class PersistentShape:
     def x_words(self) -> int:
         """The input of a projection, float16; or the working set of attention: queries, newest key and value, sums."""
         widest = max(layout.padded_in_features for layout in self.layouts[:-1]) // 2
-        group_words = self.sum_parts * self.query_group * (self.head_dim + 2)
-        attention = MAX_QUERY_GROUP * self.query_pitch + self.head_dim + group_words
+        result_words = self.partial_results * self.query_group * (self.head_dim + 2)
+        attention = MAX_QUERY_GROUP * self.query_pitch + self.head_dim + result_words
         return -(-max(widest, attention) // 32) * 32
 
     @property
-    def sum_parts(self) -> int:
+    def partial_results(self) -> int:
         """Partial results that attention combines in a CTA: one per warp, and the newest key."""
         return CONSUMER_WARPS + 1
 
@@ -302,13 +302,13 @@ class PersistentShape:
         return self.x_start + self.x_words
 
     @property
-    def scalars_start(self) -> int:
+    def reduction_start(self) -> int:
         return self.partials_start + 2 * self.partial_words
 
     @property
     def rope_start(self) -> int:
         """Cosines, then sines, of the token's position."""
-        return self.scalars_start + _SCALARS
+        return self.reduction_start + _REDUCTION_WORDS
 
     @property
     def table_start(self) -> int:

@@ -17,8 +17,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     WARP_KEYS,
     PersistentShape,
 )
-
-i32, u32 = np.int32, np.uint32
+from numba_atomflow.ops.cuda.scalars import i32, u32
 
 _ZERO = np.float32(0.0)
 
@@ -69,7 +68,7 @@ def make_kv_split(shape: PersistentShape) -> Any:
 
 
 def _make_team(lanes: int) -> tuple[Any, Any]:
-    """Device functions (x) -> the maximum, and the sum, of x over neighbouring lanes: a power of two of them."""
+    """Device functions (x) -> the maximum, and the sum, of x over a team of `lanes` adjacent lanes, a power of two."""
     steps = lanes.bit_length() - 1
 
     @ptx.device_function
@@ -134,8 +133,8 @@ def make_store_out(shape: PersistentShape) -> Any:
 
 
 def make_combine_splits(shape: PersistentShape, poll_both: Any, store_out: Any) -> Any:
-    """Device function (io, part, thread): the CTA's share of combining the splits: every `active`-th pair of elements,
-    each by a team with one lane per split.
+    """Device function (io, cta_split, thread): the CTA's share of combining the KV splits: every `active`-th pair of
+    elements, each by a team of 16 or 32 lanes, one lane per KV split.
     """
     head_dim, query_group, kv_splits = shape.head_dim, shape.query_group, shape.kv_splits
     head_words, pairs = head_dim // 2, query_group * head_dim // 2
@@ -144,16 +143,16 @@ def make_combine_splits(shape: PersistentShape, poll_both: Any, store_out: Any) 
     team_max, team_sum = _make_team(team)
 
     @ptx.large_device_function
-    def combine_splits(io, part, thread):
-        kv_head, active = part.kv_head, part.active
+    def combine_splits(io, cta_split, thread):
+        kv_head, active = cta_split.kv_head, cta_split.active
         received = cuda.local.array(4, uint32)
         lane = thread % team
         split = min(lane, i32(active - 1))
-        warp_pair = part.split + active * (thread // 32 * (32 // team))  # of the warp's first team
+        warp_pair = cta_split.split + active * (thread // 32 * (32 // team))  # of the warp's first team
         while warp_pair < pairs:
             # All lanes of a warp must take part in the shuffles: a team without a pair repeats the last one.
-            own = warp_pair + active * (thread % 32 // team)
-            pair = min(own, pairs - 1)
+            team_pair = warp_pair + active * (thread % 32 // team)
+            pair = min(team_pair, pairs - 1)
             row, d = pair // head_words, pair % head_words * 2
             unit = (kv_head * kv_splits + split) * query_group + row
             poll_both(io, stats_start + unit * 2, partials_start + unit * head_dim + d, received)
@@ -163,7 +162,7 @@ def make_combine_splits(shape: PersistentShape, poll_both: Any, store_out: Any) 
             total = team_sum(row_sum * rescale)
             low = team_sum(ptx.bits_f32(received[2]) * rescale)
             high = team_sum(ptx.bits_f32(received[3]) * rescale)
-            if lane == 0 and own < pairs:
+            if lane == 0 and team_pair < pairs:
                 store_out(io, kv_head, pair, low / total, high / total)
             warp_pair += active * (CONSUMER_THREADS // team)
 

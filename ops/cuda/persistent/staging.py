@@ -23,8 +23,8 @@ from numba_atomflow.ops.cuda.scalars import u32
 
 CONSUMER_BARRIER = 1  # number of the named barrier of the consumer warps; the producer takes no part
 
-_FEW = 8  # of 32 sampled words may be missing when all are polled
-_NARROW = 1024  # quads of a vector that arrives almost at once
+_MAX_MISSING = 8  # of 32 sampled words: when no more are missing, all words are polled
+_NARROW_QUADS = 1024  # a vector of at most so many quads (two mailbox words each) arrives almost at once
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
@@ -43,7 +43,11 @@ class SharedMemory(NamedTuple):
 
 
 class NormWeight(NamedTuple):
-    """weights: uint32, all of the model's. start: word at which the weight of the norm begins."""
+    """The weight of an RMSNorm.
+
+    Attributes:
+        weights: all weights of the model, 32-bit words. start: word at which the norm's begins.
+    """
 
     weights: Any
     start: Any
@@ -71,8 +75,8 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
     words, L2's queues would fill up. When most of the sample have arrived, the rest have, too, or are about to; of a
     wide vector, whose words take longer, when the whole sample has.
     """
-    rounds, interval, spread = -(-quads // CONSUMER_THREADS), shape.poll_interval_ns, max(1, quads // 32)
-    few = _FEW if quads <= _NARROW else 0
+    rounds, interval, sample_stride = -(-quads // CONSUMER_THREADS), shape.poll_interval_ns, max(1, quads // 32)
+    max_missing = _MAX_MISSING if quads <= _NARROW_QUADS else 0
 
     @ptx.device_function
     def has_flag(high0, high1, flag):
@@ -83,15 +87,15 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
         polls = u32(0)
         if thread < 32:
             missing, waiting = u32(32), True
-            while missing > u32(few):
+            while missing > u32(max_missing):
                 if waiting:
-                    _, high0, _, high1 = ptx.ll_load(mailbox, start + 2 * min(thread * spread, quads - 1))
+                    _, high0, _, high1 = ptx.ll_load(mailbox, start + 2 * min(thread * sample_stride, quads - 1))
                     waiting = not has_flag(high0, high1, flag)
                 polls = u32(polls + u32(1))
                 if waiting and watchdog_trips(watchdog, polls):
                     waiting = False
                 missing = u32(ptx.count_lanes(u32(waiting)))
-                if missing > u32(few):
+                if missing > u32(max_missing):
                     ptx.nanosleep(u32(interval))
         sync_consumers()
         waiting = True
@@ -116,12 +120,12 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
 def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
     """Device function (mailbox, start, flag, norm, thread, shared, watchdog): x is the RMSNorm of the residual stream.
 
-    Args of it: start, word of the mailbox at which the residual stream begins, as pairs; norm, `NormWeight`.
+    Arguments: start, word of the mailbox at which the residual stream begins, as pairs; norm, `NormWeight`.
 
     Args:
         padded: elements of x with padding.
     """
-    width, x_start, scalars = shape.hidden, shape.x_start, shape.scalars_start
+    width, x_start, reduction_start = shape.hidden, shape.x_start, shape.reduction_start
     quads, all_quads = width // 4, padded // 4
     input_rounds, rounds = -(-quads // CONSUMER_THREADS), -(-all_quads // CONSUMER_THREADS)
     registers = 4 * input_rounds
@@ -150,23 +154,23 @@ def make_stage_norm(shape: PersistentShape, padded: int) -> Any:
                 squares += (a * a + b * b) + (c * c + d * d)
         squares = ptx.warp_sum(squares)
         if thread & 31 == 0:
-            floats[scalars + (thread >> 5)] = squares
+            floats[reduction_start + (thread >> 5)] = squares
         sync_consumers()
         squares = _ZERO
         for warp in range(CONSUMER_WARPS):
-            squares += floats[scalars + warp]
+            squares += floats[reduction_start + warp]
         factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
         for i in range(rounds):
             quad = i * CONSUMER_THREADS + thread
-            at = x_start + swizzled(2 * quad)
+            index = x_start + swizzled(2 * quad)
             if i < input_rounds and quad < quads:
                 a, b = values[4 * i] * factor * gains[4 * i], values[4 * i + 1] * factor * gains[4 * i + 1]
-                words[at] = ptx.pack_f16x2(a, b)
+                words[index] = ptx.pack_f16x2(a, b)
                 a, b = values[4 * i + 2] * factor * gains[4 * i + 2], values[4 * i + 3] * factor * gains[4 * i + 3]
-                words[at + 1] = ptx.pack_f16x2(a, b)
+                words[index + 1] = ptx.pack_f16x2(a, b)
             elif quad < all_quads:
-                words[at] = u32(0)
-                words[at + 1] = u32(0)
+                words[index] = u32(0)
+                words[index + 1] = u32(0)
         sync_consumers()
 
     return stage_norm
@@ -186,12 +190,12 @@ def make_stage_copy(shape: PersistentShape, width: int, padded: int) -> Any:
         receive(mailbox, start, flag, thread, received, watchdog)
         for i in range(rounds):
             quad = i * CONSUMER_THREADS + thread
-            at = x_start + swizzled(2 * quad)
+            index = x_start + swizzled(2 * quad)
             if i < input_rounds and quad < quads:
-                words[at], words[at + 1] = received[4 * i], received[4 * i + 2]
+                words[index], words[index + 1] = received[4 * i], received[4 * i + 2]
             elif quad < all_quads:
-                words[at] = u32(0)
-                words[at + 1] = u32(0)
+                words[index] = u32(0)
+                words[index + 1] = u32(0)
         sync_consumers()
 
     return stage_copy
@@ -201,7 +205,7 @@ def make_stage(shape: PersistentShape) -> Any:
     """Device function (kind, mailbox, input_flag, flag, norm, x_norm, report, thread, shared, watchdog): stage the
     input of a projection of this kind.
 
-    Args of it: input_flag, of the residual stream at the layer's start; flag, of the layer's results; norm,
+    Arguments: input_flag, of the residual stream at the layer's start; flag, of the layer's results; norm,
     `NormWeight`; x_norm, for validators: with `report`, a normalised input is written there, too.
     """
     x_words, x_start, offsets = shape.hidden // 2, shape.x_start, shape.mailbox

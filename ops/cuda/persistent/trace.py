@@ -14,7 +14,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.persistent.schedule import PersistentShape
 
 EVENTS = 6
-# Of an op: the CTA turns to it; its input is in shared memory; its results are published; the first and the last copy
+# Of an op: the CTA begins it; its input is in shared memory; its results are published; the first and the last copy
 # of its weights are issued; and, a duration, how long the CTA's first warp waited for weights.
 BEGUN, STAGED, DONE, COPY_BEGUN, COPY_DONE, WAITED = range(EVENTS)
 # In the row of op 0: the global timer and the CTA's cycle counter, at its start and at its end.
@@ -43,9 +43,9 @@ def make_record_clocks(shape: PersistentShape) -> Any:
     @ptx.device_function
     def record_clocks(timestamps, end):
         if trace:
-            at = int64(cuda.blockIdx.x) * ops * EVENTS + 2 * end
-            timestamps[at] = int64(ptx.nanoseconds())
-            timestamps[at + 1] = int64(ptx.cycles())
+            index = int64(cuda.blockIdx.x) * ops * EVENTS + 2 * end
+            timestamps[index] = int64(ptx.nanoseconds())
+            timestamps[index + 1] = int64(ptx.cycles())
 
     return record_clocks
 
@@ -55,10 +55,10 @@ def to_nanoseconds(timestamps: NDArray[np.int64]) -> NDArray[np.float64]:
     was recorded.
     """
     start, start_cycles, end, end_cycles = (timestamps[:, 0, i] for i in range(_CLOCKS))
-    cycle = (end - start) / (end_cycles - start_cycles)  # nanoseconds
-    since = start - start.min()  # the timer counts from 1970: a float64 could not tell nanoseconds apart
-    nanoseconds = (timestamps - start_cycles[:, None, None]) * cycle[:, None, None] + since[:, None, None]
-    nanoseconds[..., WAITED] = timestamps[..., WAITED] * cycle[:, None]
+    cycle_ns = (end - start) / (end_cycles - start_cycles)
+    start_offset = start - start.min()  # the timer counts from 1970: a float64 could not tell nanoseconds apart
+    nanoseconds = (timestamps - start_cycles[:, None, None]) * cycle_ns[:, None, None] + start_offset[:, None, None]
+    nanoseconds[..., WAITED] = timestamps[..., WAITED] * cycle_ns[:, None]
     nanoseconds[timestamps == 0] = np.nan
     nanoseconds[:, 0] = np.nan
     return np.asarray(nanoseconds)

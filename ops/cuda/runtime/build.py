@@ -32,7 +32,7 @@ from numba_atomflow.utils.interrupts import deferred_interrupts
 from numba_atomflow.utils.progress import Progress
 
 _DIGEST_BYTES = 32
-_MOST_WORKERS = 16
+_MAX_WORKERS = 16
 
 
 def compile_spec(spec: KernelSpec, capability: tuple[int, int]) -> bytes:
@@ -210,7 +210,7 @@ def _compile_in_parallel(
 
     try:
         try:
-            for _ in range(min(len(specs), len(os.sched_getaffinity(0)), _MOST_WORKERS)):
+            for _ in range(min(len(specs), len(os.sched_getaffinity(0)), _MAX_WORKERS)):
                 with deferred_interrupts():
                     workers.append(_Worker())
                 threading.Thread(target=serve, args=(workers[-1],), daemon=True).start()

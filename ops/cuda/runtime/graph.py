@@ -11,7 +11,7 @@ from numba_atomflow.device.driver import DriverError, call
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 
-LEAST_LAUNCHES = 32  # in a timed graph, to amortise some 5 us for its start
+MIN_LAUNCHES = 32  # in a timed graph, to amortise some 5 us for its start
 
 
 class Graph:
@@ -76,7 +76,7 @@ def time_launches(launches: Sequence[Launch], stream: Any, repeats: int, resourc
     Args:
         resources: owns the graph.
     """
-    times = -(-LEAST_LAUNCHES // len(launches))
+    times = -(-MIN_LAUNCHES // len(launches))
     with resources.scope(stream) as timing:
         graph = Graph([*launches] * times, stream, timing)
         total = float(np.median(time_graph(graph, repeats)))

@@ -18,7 +18,7 @@ from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
 from numba_atomflow.utils.progress import Progress
 
 ALIGNMENT = 128  # bytes, of what is staged
-_LARGEST_PIECE = 64 << 20  # bytes: the progress bar moves
+_MAX_PIECE_BYTES = 64 << 20  # small enough that the progress bar moves
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Piece:
     first_tile: int
 
 
-def pieces(layout: PrepackedLayout, room: int) -> Iterator[Piece]:
-    """Divide a projection into pieces of at most `room` bytes in the checkpoint.
+def pieces(layout: PrepackedLayout, staging_bytes: int) -> Iterator[Piece]:
+    """Divide a projection into pieces of at most `staging_bytes` bytes in the checkpoint.
 
     Raises:
         ValueError: not even the smallest piece fits.
     """
     row_bytes = layout.format.row_bytes(layout.in_features)
-    fitting = (min(room, _LARGEST_PIECE) - ALIGNMENT) // row_bytes  # rows; scales begin at a multiple of it
+    fitting = (min(staging_bytes, _MAX_PIECE_BYTES) - ALIGNMENT) // row_bytes  # rows; scales begin at a multiple of it
     section = 2 * layout.half
     if not layout.half:
         step = fitting // TILE_ROWS * TILE_ROWS
@@ -61,7 +61,7 @@ def pieces(layout: PrepackedLayout, room: int) -> Iterator[Piece]:
         for base in range(0, layout.out_features, section):
             for first in range(0, layout.half, _positive(step)):
                 last = min(first + step, layout.half)
-                ranges = tuple(slice(base + at + first, base + at + last) for at in (0, layout.half))
+                ranges = tuple(slice(base + offset + first, base + offset + last) for offset in (0, layout.half))
                 tile = base // section * layout.section_tiles + first // 8
                 yield Piece(ranges, replace(layout, out_features=2 * (last - first), half=last - first), tile)
 
@@ -105,15 +105,15 @@ class Uploader:
             progress: called with the bytes of each piece.
         """
         kernel = self._loaded["prepack" if layout.format.scaled else "prepack_fp16"]
-        address, room = self._staging
-        for piece in pieces(layout, room):
-            staged, at = [], address
+        address, staging_bytes = self._staging
+        for piece in pieces(layout, staging_bytes):
+            staged, next_address = [], address
             for array in parts:
-                staged.append(_Span(at, piece.layout.out_features * array.shape[1] * array.itemsize))
+                staged.append(_Span(next_address, piece.layout.out_features * array.shape[1] * array.itemsize))
                 for rows in piece.rows:
-                    self._copy(at, array[rows])
-                    at += array[rows].nbytes
-                at = -(-at // ALIGNMENT) * ALIGNMENT
+                    self._copy(next_address, array[rows])
+                    next_address += array[rows].nbytes
+                next_address = -(-next_address // ALIGNMENT) * ALIGNMENT
             target = _Span(words.address + 4 * piece.first_tile * layout.tile_words, 4 * piece.layout.words)
             arguments = prepack_arguments(piece.layout, staged, target)
             Launch(kernel, prepack_ctas(piece.layout), arguments, self._stream).run()
