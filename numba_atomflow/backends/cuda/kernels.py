@@ -165,7 +165,11 @@ class ModelKernels:
     def _rope(self, width: int) -> Planned:
         g = self.geometry
         return rope_kernel(
-            *(g.heads, g.kv_heads, g.head_dim, width, g.norm_eps),
+            heads=g.heads,
+            kv_heads=g.kv_heads,
+            head_dim=g.head_dim,
+            tokens=width,
+            eps=g.norm_eps,
             bias=g.qkv_bias,
             norm=g.qk_norm,
             dependent=self.dependent,

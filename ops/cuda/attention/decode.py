@@ -62,7 +62,15 @@ def _contiguous() -> KvAddressing:
     def position(io, sequence):
         return io.position[0]
 
-    return KvAddressing(0, False, sequence_start, find_page, row_of, position, cached=position)
+    return KvAddressing(
+        batch=0,
+        same_page=False,
+        sequence_start=sequence_start,
+        find_page=find_page,
+        row_of=row_of,
+        position=position,
+        cached=position,
+    )
 
 
 def attention_kernel(name: str, shape: AttentionShape, *, dependent: bool) -> Planned:

@@ -75,4 +75,12 @@ def make_head_fragments(head_dim: int) -> HeadFragments:
         return blocks_64 * 64 + block_32 * 32 + n * 2 + j - 8 * blocks_64 - 4 * block_32
 
     value_registers = 4 * blocks_64 + 2 * block_32 + block_16
-    return HeadFragments(wide, narrow, 4 * wide + 2 * narrow, value_registers, load_row, load_value, element)
+    return HeadFragments(
+        wide=wide,
+        narrow=narrow,
+        row_registers=4 * wide + 2 * narrow,
+        value_registers=value_registers,
+        load_row=load_row,
+        load_value=load_value,
+        element=element,
+    )

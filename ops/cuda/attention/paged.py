@@ -100,7 +100,15 @@ def _paged(paging: Paging) -> KvAddressing:
     def cached(io, sequence):
         return io.cached[sequence]
 
-    return KvAddressing(paging.tokens, block_size % KEYS == 0, sequence_start, find_page, row_of, position, cached)
+    return KvAddressing(
+        batch=paging.tokens,
+        same_page=block_size % KEYS == 0,
+        sequence_start=sequence_start,
+        find_page=find_page,
+        row_of=row_of,
+        position=position,
+        cached=cached,
+    )
 
 
 def paged_attention_kernel(name: str, shape: AttentionShape, paging: Paging, *, dependent: bool) -> Planned:

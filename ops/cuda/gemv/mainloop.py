@@ -1,7 +1,7 @@
 """The main loop of a GEMV: prepacked weights from device memory to registers, converted, multiplied on tensor cores.
 
 `mma.m16n8k16` multiplies 16 weight rows (A, converted from FP8 in registers) by up to 8 tokens (B, from shared memory);
-the weights pass through once, whatever the number of tokens. Products of float16 are exact in float32; sums are
+the weights are read once for any number of tokens. Products of float16 are exact in float32; sums are
 float32; a group's scale multiplies its sum of 128 products; float16 weights need neither conversion nor scales. The
 order of the weights: `layout/weights.py`.
 

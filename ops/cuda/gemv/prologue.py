@@ -237,7 +237,7 @@ def _make_report(plan: GemvPlan) -> Any:
 
     @ptx.device_function
     def report(io, thread, words):
-        """A token from each of the last CTAs: none of them is held up by all tokens."""
+        """Each of the last CTAs writes one token, so that none of them has to write all."""
         for token in range(tokens):
             if cuda.blockIdx.x == max(cuda.gridDim.x - 1 - token, 0):
                 for i in range(pairs_per_thread):

@@ -11,7 +11,7 @@ class Converter(NamedTuple):
     Attributes:
         convert: device function: a word of 4 FP8 codes to two pairs of float16, weights (0, 1) and (2, 3) along K.
         byte_order: which of the 4 weights is in byte 0, 1, 2, 3 of a word.
-        scale_factor: factor of the group's scale that makes up for what `convert` leaves out.
+        scale_factor: that the group's scale is multiplied by, because `convert` yields the value divided by it.
     """
 
     convert: Any

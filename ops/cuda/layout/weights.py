@@ -42,7 +42,7 @@ from numba_atomflow.ops.cuda.scalars import u32
 from numba_atomflow.ops.formats import FP8_E4M3, WeightFormat
 
 TILE_ROWS = 16
-GROUP_WORDS = 512  # 16 rows of a group: 2 KB, whatever the format
+GROUP_WORDS = 512  # 16 rows of a group: 2 KB in every format
 HALF_GROUP_WORDS = (GROUP_WORDS + TILE_ROWS) // 2  # 8 rows of an FP8 group: codes and scales
 _K_MULTIPLE = 128  # K is padded to this in every format
 

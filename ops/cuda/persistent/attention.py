@@ -211,7 +211,7 @@ def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
 
     @ptx.device_function
     def load_keys(cache, start, base, last, kv_head, g, t, k_regs):
-        """A lane's part of the next 16 keys; the last key stands in for those beyond the end."""
+        """A lane's part of the next 16 keys; beyond the end, the last key is loaded again."""
         for h in range(2):
             key = min(i32(base + h * 8 + g), last)
             load_row(cache, start + i32(key * kv_row + kv_head * head_words), t, k_regs, h * row_registers)

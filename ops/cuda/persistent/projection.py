@@ -1,6 +1,6 @@
 """A projection of the persistent kernel: the consumer warps' main loop over the stages of the pipeline.
 
-Work tiles are processed in rounds. Stage q of a round goes to warp q % `CONSUMER_WARPS`, whatever its work tile
+Work tiles are processed in rounds. Stage q of a round, of any work tile, goes to warp q % `CONSUMER_WARPS`
 (intra-CTA split-K); its 16 partial sums go to shared memory, and when the stages of the round are done a few threads
 per work tile reduce them in order of K, so that every run gives the same bits. Rounds alternate between two buffers of
 partial sums, so that one barrier per round is enough.

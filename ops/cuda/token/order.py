@@ -1,7 +1,7 @@
 """The order of tokens by logit, as integers: sort keys.
 
 A key is the logit's bits made monotone (NaN on top, as in NumPy's arg-max), then the complement of the id, so that the
-lower id wins a tie. The arg-max is the largest key: an atomic maximum, the same in whatever order CTAs arrive.
+lower id wins a tie. The arg-max is the largest key: an atomic maximum, the same in any order of the CTAs.
 """
 
 from numba import int64
