@@ -42,7 +42,7 @@ class MappedFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as problem:
-            raise self._unreadable(problem) from problem
+            raise self._read_error(problem) from problem
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._map: mmap.mmap | None = None
         self._watch: Watch | None = None
@@ -51,7 +51,7 @@ class MappedFile:
         self._attributes = _attributes(status)
         if FileStamp.of(status) != stamp:
             self._close()
-            raise self._changed()
+            raise self._change_error()
 
     def read(self, offset: int, count: int) -> bytes:
         """Read `count` bytes at `offset`, without mapping the file.
@@ -62,13 +62,13 @@ class MappedFile:
         self._check_open()
         try:
             data = os.pread(self._descriptor, count, offset)
-            while len(data) < count and (more := os.pread(self._descriptor, count - len(data), offset + len(data))):
-                data += more
+            while len(data) < count and (piece := os.pread(self._descriptor, count - len(data), offset + len(data))):
+                data += piece
         except OSError as problem:
-            raise self._unreadable(problem) from problem
+            raise self._read_error(problem) from problem
         self.check_unchanged()
         if len(data) < count:
-            raise self._changed()
+            raise self._change_error()
         return data
 
     def sha256(self) -> str:
@@ -90,7 +90,7 @@ class MappedFile:
         """
         self._check_open()
         if self._map is None:
-            self._map = self._copied() if self._private_copy else self._mapped()
+            self._map = self._copy_file() if self._private_copy else self._map_file()
         view = np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)  # keeps the mapping alive
         view.flags.writeable = False
         return view
@@ -105,11 +105,11 @@ class MappedFile:
             return
         status = os.fstat(self._descriptor)
         if self._watch is not None and self._watch.faulted:
-            raise self._changed()
+            raise self._change_error()
         if status.st_ctime_ns == self._changed_at and status.st_size == self._stamp.size:
             return
         if FileStamp.of(status) != self._stamp or self._is_backdated(status):
-            raise self._changed()
+            raise self._change_error()
         self._changed_at, self._attributes = status.st_ctime_ns, _attributes(status)
 
     def close(self) -> None:
@@ -128,22 +128,22 @@ class MappedFile:
         Rename, chown, chmod and unlink change ctime as well, but also other attributes.
         """
         try:
-            named = self.path.stat()
+            path_status = self.path.stat()
         except OSError:
             return False
-        return _attributes(status) == self._attributes and os.path.samestat(named, status)
+        return _attributes(status) == self._attributes and os.path.samestat(path_status, status)
 
-    def _mapped(self) -> mmap.mmap:
+    def _map_file(self) -> mmap.mmap:
         try:
             mapped = mmap.mmap(self._descriptor, self._stamp.size, access=mmap.ACCESS_READ)
         except ValueError as problem:  # the file was truncated
-            raise self._changed() from problem
+            raise self._change_error() from problem
         except OSError as problem:
             raise self._error(f"{self.path} cannot be mapped ({problem.strerror}).") from problem
         self._watch = Watch(mapped, np.frombuffer(mapped, np.uint8).ctypes.data)
         return mapped
 
-    def _copied(self) -> mmap.mmap:
+    def _copy_file(self) -> mmap.mmap:
         try:
             copy = mmap.mmap(-1, self._stamp.size)
         except OSError as problem:
@@ -151,16 +151,18 @@ class MappedFile:
                 f"{self.path} cannot be copied: this machine refused {self._stamp.size / 1e9:.1f} GB; "
                 "use it without a private copy."
             ) from problem
-        done = 0
-        with memoryview(copy) as whole:
-            while done < self._stamp.size:
+        copied_bytes = 0
+        with memoryview(copy) as target:
+            while copied_bytes < self._stamp.size:
                 try:
-                    count = os.preadv(self._descriptor, [whole[done : done + _COPY_CHUNK_BYTES]], done)
+                    count = os.preadv(
+                        self._descriptor, [target[copied_bytes : copied_bytes + _COPY_CHUNK_BYTES]], copied_bytes
+                    )
                 except OSError as problem:
-                    raise self._unreadable(problem) from problem
+                    raise self._read_error(problem) from problem
                 if not count:
-                    raise self._changed()
-                done += count
+                    raise self._change_error()
+                copied_bytes += count
         self.check_unchanged()
         return copy
 
@@ -168,10 +170,10 @@ class MappedFile:
         if not self._close.alive:
             raise ClosedError(f"{self.path} was closed before; open it again.")
 
-    def _changed(self) -> AtomFlowError:
+    def _change_error(self) -> AtomFlowError:
         return self._error(changed_sentence(self.path))
 
-    def _unreadable(self, problem: OSError) -> AtomFlowError:
+    def _read_error(self, problem: OSError) -> AtomFlowError:
         return self._error(f"{self.path} cannot be read ({problem.strerror}); check the path and its permissions.")
 
 

@@ -106,8 +106,8 @@ class Engine:
         """
         started = time.perf_counter()
         choice = BackendChoice(backend, threads, decode, device)
-        copied = truth_value("private_copy", private_copy)
-        checkpoint = Checkpoint.open(find_checkpoint(path_or_name), private_copy=copied)
+        private = truth_value("private_copy", private_copy)
+        checkpoint = Checkpoint.open(find_checkpoint(path_or_name), private_copy=private)
         return cls._make_ready(checkpoint, choice, max_seq_len, progress, started)
 
     @classmethod
@@ -291,10 +291,10 @@ class Engine:
             OptionError: the prompt is empty, or holds an unknown token id; or there are stop strings.
         """
         started = time.perf_counter()
-        chosen = _checked(params)
-        if chosen.stop:
+        checked_params = _checked(params)
+        if checked_params.stop:
             raise OptionError("Stop strings need text; use generate, or leave them out of generate_tokens.")
-        request = self._request(self._open_context().checked(token_ids, used=0), chosen, started)
+        request = self._request(self._open_context().checked(token_ids, used=0), checked_params, started)
 
         def start(reused: int) -> TokenGeneration:
             return TokenGeneration(lambda state: self._token_loop(state, request, reused), self._calls)

@@ -131,7 +131,7 @@ def record_of(outcomes: Sequence[Outcome], task: Task, name: str) -> dict[str, A
                 "ttft_seconds": Spread.of(outcome.answer.ttft).to_dict(),
             }
             if ours:
-                row["ratio"] = Spread.of([1 / tpot for tpot in ours.tpot]).over(speed).to_dict()
+                row["ratio"] = Spread.of([1 / tpot for tpot in ours.tpot]).ratio_to(speed).to_dict()
         rows.append(row)
     return {
         "geometry": name,

@@ -65,12 +65,12 @@ def normalised(ptx: str, name: str) -> list[str]:
     lines = [line.rstrip() for line in ptx.splitlines() if line.strip()]
     declarations = [line for line in lines if _TOP_LEVEL.match(line)]
     code = [_SYMBOL.sub(numbered, line) for line in lines if not _TOP_LEVEL.match(line)]
-    used = sorted(_SYMBOL.sub(numbered, line) for line in declarations if _known(line, names))
-    unused = sorted(_SYMBOL.sub("unused", line) for line in declarations if not _known(line, names))
+    used = sorted(_SYMBOL.sub(numbered, line) for line in declarations if _is_used(line, names))
+    unused = sorted(_SYMBOL.sub("unused", line) for line in declarations if not _is_used(line, names))
     return used + unused + code
 
 
-def _known(declaration: str, names: Mapping[str, str]) -> bool:
+def _is_used(declaration: str, names: Mapping[str, str]) -> bool:
     return all(symbol in names for symbol in _SYMBOL.findall(declaration))
 
 

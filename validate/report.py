@@ -116,8 +116,8 @@ class Report:
     def verdict(self) -> str:
         """The last line: the number of probes that pass, and the first failure."""
         table, stages = self.table, [probe for probe in self.probes if not probe.in_table]
-        within = sum(probe.passed for probe in table)
-        counts = f"{within}/{len(table)} probes" if table else ""
+        passed = sum(probe.passed for probe in table)
+        counts = f"{passed}/{len(table)} probes" if table else ""
         if stages:
             counts += f"{', ' if counts else ''}{sum(probe.passed for probe in stages)}/{len(stages)} inner stages"
         if self.passed:

@@ -24,12 +24,12 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     path = home.expand_user(text)
     is_name = Path(text).name == text
     if is_name:
-        named = home.models() / f"{text}.safetensors"
-        if _mode(named) is not None:
-            path = named
+        model_file = home.models() / f"{text}.safetensors"
+        if _mode(model_file) is not None:
+            path = model_file
     mode = _mode(path)
     if mode is None:
-        raise CheckpointError(_unknown_name(text) if is_name else _missing(path))
+        raise CheckpointError(_unknown_name(text) if is_name else _missing_file(path))
     if stat.S_ISDIR(mode):
         raise CheckpointError(f"{path} is a folder, not a checkpoint; make one from it with `numba-atomflow convert`.")
     if not stat.S_ISREG(mode):  # opening a pipe would block
@@ -45,7 +45,7 @@ def _mode(path: Path) -> int | None:
         return None
 
 
-def _missing(path: Path) -> str:
+def _missing_file(path: Path) -> str:
     return f"There is no checkpoint {path}; check the path, or make one with `numba-atomflow convert`."
 
 

@@ -57,31 +57,31 @@ def bench(
 
     Also TTFT, TPOT and the share of achievable memory bandwidth, at several depths of context.
     """
-    chosen = model.find()
+    chosen_model = model.find()
 
     from numba_atomflow.perf import bench as benchmark
 
     settings = benchmark.Settings(prompt_tokens, decode_tokens, parse_depths(depths), repeats)
-    positions = settings.positions(chosen.geometry)
+    positions = settings.positions(chosen_model.geometry)
     earlier = None if compare is None else benchmark.read_report(compare)
     if earlier is not None:
-        benchmark.check_comparable(earlier, chosen.geometry, settings)
+        benchmark.check_comparable(earlier, chosen_model.geometry, settings)
     times = None
     if compile_times:
         from numba_atomflow.perf.compile_times import measure_compile_times
 
         with output.steps_bar() as progress:
             times = measure_compile_times(
-                chosen.source,
+                chosen_model.source,
                 engine_options.backend.value,
                 positions,
                 engine_options.threads,
                 progress,
                 decode=engine_options.decode.value,
             )
-    with chosen.open(engine_options, positions) as engine, output.steps_bar() as progress:
+    with chosen_model.open(engine_options, positions) as engine, output.steps_bar() as progress:
         report = benchmark.bench(engine, settings, times, progress)
-    show(report, earlier, report_options.chosen)
+    show(report, earlier, report_options.format)
 
 
 def parse_depths(text: str) -> tuple[int, ...]:

@@ -182,8 +182,8 @@ def _decode(plan: dict[str, Any]) -> Table:
     return [] if path is None else [("decode", str(DecodePath(**path)))]
 
 
-def _yes(there: bool) -> str:
-    return "yes" if there else "none"
+def _yes(present: bool) -> str:
+    return "yes" if present else "none"
 
 
 # --- this machine ----------------------------------------------------------------------------------------------------

@@ -64,21 +64,21 @@ def perplexity(
             from numba_atomflow.sources import local_source
             from numba_atomflow.validate import original_logits
 
-            with output.bytes_bar() as fetching:
-                logits = original_logits(checkpoint, local_source(reference, progress=fetching))
+            with output.bytes_bar() as download_progress:
+                logits = original_logits(checkpoint, local_source(reference, progress=download_progress))
     with engine_options.load(model, context) as engine, output.steps_bar(time_left=True) as progress:
         result = measure(engine, contents, context, stride, logits, progress)
-    described = {"model": model, "text": str(text)}
+    subject = {"model": model, "text": str(text)}
     if as_json:
-        output.emit_json(described | result.to_dict())
+        output.emit_json(subject | result.to_dict())
     else:
-        _show(described, result)
+        _show(subject, result)
 
 
-def _show(described: dict[str, Any], result: "Perplexity") -> None:
+def _show(subject: dict[str, Any], result: "Perplexity") -> None:
     rows = [
-        ("model", described["model"]),
-        ("text", f"{described['text']}, {result.tokens:,} tokens scored"),
+        ("model", subject["model"]),
+        ("text", f"{subject['text']}, {result.tokens:,} tokens scored"),
         ("perplexity", f"{result.perplexity:.4f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("speed", f"{result.tokens_per_second:.1f} tokens/s"),
@@ -87,16 +87,16 @@ def _show(described: dict[str, Any], result: "Perplexity") -> None:
     other = result.divergence
     if other is not None:
         rows += [
-            ("reference", _beside(result.perplexity, other.reference_perplexity)),
+            ("reference", _reference_text(result.perplexity, other.reference_perplexity)),
             ("mean KL", f"{other.mean_kl:.5f} nats per token"),
             ("top-1", f"{other.top1:.2%} of positions agree"),
         ]
     output.emit("".join(f"{name:<15}{value}\n" for name, value in rows))
 
 
-def _beside(ours: float, reference: float) -> str:
+def _reference_text(model: float, reference: float) -> str:
     """The reference's perplexity, and how far ours is from it, unless one is infinite."""
     text = f"perplexity {reference:.4f}"
-    if not math.isfinite(ours) or not math.isfinite(reference):
+    if not math.isfinite(model) or not math.isfinite(reference):
         return text
-    return f"{text}; the model's is {ours / reference - 1:+.2%} from it"
+    return f"{text}; the model's is {model / reference - 1:+.2%} from it"

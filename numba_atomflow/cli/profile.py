@@ -53,7 +53,7 @@ def profile(
 
     Also the whole step, and the share of achievable memory bandwidth.
     """
-    chosen = model.find()
+    chosen_model = model.find()
 
     from numba_atomflow.perf import profile as profiler
     from numba_atomflow.utils.plot import check_plot
@@ -62,9 +62,9 @@ def profile(
     for option, path in (("--plot", plot), ("--timeline", timeline)):
         if path is not None:
             check_plot(path, option)
-    if depth >= chosen.geometry.max_positions:
-        raise OptionError(f"--depth is {depth}; this model allows 0 to {chosen.geometry.max_positions - 1}.")
-    with chosen.open(engine_options, depth + 1) as engine, output.steps_bar() as progress:
+    if depth >= chosen_model.geometry.max_positions:
+        raise OptionError(f"--depth is {depth}; this model allows 0 to {chosen_model.geometry.max_positions - 1}.")
+    with chosen_model.open(engine_options, depth + 1) as engine, output.steps_bar() as progress:
         if timeline is not None:
             profiler.check_timeline(engine)
         report = profiler.profile(engine, depth, repeats, progress)
@@ -72,7 +72,7 @@ def profile(
         profiler.plot(report, plot)
     if timeline is not None:
         profiler.plot_timeline(report, timeline)
-    match report_options.chosen:
+    match report_options.format:
         case Format.JSON:
             output.emit_json(report.to_dict())
         case Format.CSV:

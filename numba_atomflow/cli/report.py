@@ -30,7 +30,7 @@ class ReportOptions(OptionGroup):
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False
 
     @property
-    def chosen(self) -> Format:
+    def format(self) -> Format:
         """--json goes before --format."""
         return Format.JSON if self.as_json else self.form
 

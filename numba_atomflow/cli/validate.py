@@ -74,7 +74,7 @@ def validate(
     """
     if (ground_truth is None) != diff_backends:
         raise OptionError("A validation needs one reference; give --ground-truth FILE or --diff-backends.")
-    chosen = _parse_layers(layers)
+    layer_range = _parse_layers(layers)
 
     from numba_atomflow import validate as validator
     from numba_atomflow.model.step import SAMPLE
@@ -92,7 +92,7 @@ def validate(
         device = engine.backend
         observers = [validator.inject(inject, device.step(1, SAMPLE))] if inject is not None else []
         report = validator.check(
-            device, reference, isolate=isolate, layers=chosen, block=block, observers=observers, progress=progress
+            device, reference, isolate=isolate, layers=layer_range, block=block, observers=observers, progress=progress
         )
         if as_json:
             output.emit_json(report.to_dict() | {"next_token": _next_token(engine, report)})
@@ -181,8 +181,10 @@ def _show(engine: "Engine", report: "Report") -> None:
             f"KL mean {logits.mean_kl:.2e}, max {logits.max_kl:.2e} nats",
             markup=False,
         )
-        after = _next_token(engine, report)
-        if after is not None:
-            console.print(f"next token: {after['model']!r}, the reference's is {after['reference']!r}", markup=False)
+        next_token = _next_token(engine, report)
+        if next_token is not None:
+            console.print(
+                f"next token: {next_token['model']!r}, the reference's is {next_token['reference']!r}", markup=False
+            )
     console.print(escape_controls(report.verdict()), markup=False)
     output.emit(lines.getvalue(), raw=True)  # with rich's colours

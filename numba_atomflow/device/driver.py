@@ -161,18 +161,18 @@ class Device:
             raise _forked()
         if self._context is None:
             raise BackendError("The GPU was given back; load the model again.")
-        undisturbed = False
+        completed = False
         try:
             call("cuCtxPushCurrent", self._context)
             yield
-            undisturbed = True
+            completed = True
         except DriverError as error:
             if error.final:
                 self._abandon()
             raise
         finally:
             with suppress(DriverError):
-                if undisturbed or self._is_current():  # Ctrl-C may have come before or after it was pushed
+                if completed or self._is_current():  # Ctrl-C may have come before or after it was pushed
                     call("cuCtxPopCurrent")
 
     def _is_current(self) -> bool:

@@ -52,7 +52,7 @@ def read_text_file(path: Path, what: str = "") -> str:
     origin = f"{what} {path}".lstrip()
     try:
         with path.open("rb") as file:
-            return decode_text(_whole(file, origin), origin)
+            return decode_text(_read_all(file, origin), origin)
     except OSError as error:
         raise TextError(f"{origin} cannot be read ({error.strerror}); check the path and its permissions.") from error
 
@@ -65,7 +65,7 @@ def read_standard_input() -> str:
     """
     origin = "Standard input"
     try:
-        return decode_text(_whole(sys.stdin.buffer, origin), origin)
+        return decode_text(_read_all(sys.stdin.buffer, origin), origin)
     except OSError as error:
         raise TextError(f"{origin} cannot be read ({error.strerror}); give a file or a pipe.") from error
 
@@ -117,7 +117,7 @@ def as_unicode(text: str, origin: str, encoding: str | None = None) -> str:
         return text
 
 
-def _whole(file: BinaryIO, origin: str) -> bytes:
+def _read_all(file: BinaryIO, origin: str) -> bytes:
     data = file.read(MOST_BYTES + 1)
     _check_length(data, origin)
     return data

@@ -167,9 +167,9 @@ def bench(
     results = []
     for i, depth in enumerate(sorted(settings.depths)):
 
-        def report(turn: int, depth: int = depth, before: int = i * (settings.repeats + 1)) -> None:
+        def report(turn: int, depth: int = depth, turns_before: int = i * (settings.repeats + 1)) -> None:
             if progress:
-                progress(f"depth {depth}", before + turn, turns)
+                progress(f"depth {depth}", turns_before + turn, turns)
 
         results.append(_measure_depth(engine, depth, settings, report))
     return BenchReport(
@@ -250,12 +250,12 @@ def _check_report(record: dict[str, Any]) -> None:
         texts += [name, *([] if value is None else [str(value) if type(value) is int else value])]
     counts = [record["settings"][name] for name in ("prompt_tokens", "decode_tokens", "repeats")]
     counts += [*record["settings"]["depths"], *(result["depth"] for result in record["results"])]
-    sound = (
+    valid = (
         all(type(value) in (int, float) and 0 < value < math.inf for value in numbers)
         and all(isinstance(text, str) and text.isprintable() and len(text) < _LONGEST_TEXT for text in texts)
         and all(type(count) is int and 0 <= count <= LARGEST_COUNT for count in counts)
     )
-    if not sound:
+    if not valid:
         raise ValueError("a value of a wrong type")
 
 
@@ -283,15 +283,15 @@ def check_comparable(earlier: BenchReport, geometry: ModelGeometry, settings: Se
     Raises:
         OptionError: another model, other numbers of tokens, or no depth in common.
     """
-    then = earlier.settings
+    other = earlier.settings
     if earlier.geometry != geometry:
         raise OptionError(f"The report to compare with is of another model, {short(earlier.model)}; run that one.")
-    if (then.prompt_tokens, then.decode_tokens) != (settings.prompt_tokens, settings.decode_tokens):
+    if (other.prompt_tokens, other.decode_tokens) != (settings.prompt_tokens, settings.decode_tokens):
         raise OptionError(
-            f"The report to compare with has -p {then.prompt_tokens} -n {then.decode_tokens}; give the same."
+            f"The report to compare with has -p {other.prompt_tokens} -n {other.decode_tokens}; give the same."
         )
-    if not set(then.depths) & set(settings.depths):
-        depths = short(",".join(str(depth) for depth in then.depths))
+    if not set(other.depths) & set(settings.depths):
+        depths = short(",".join(str(depth) for depth in other.depths))
         raise OptionError(f"The report to compare with has no depth in common; give --depths {depths}.")
 
 
@@ -306,15 +306,15 @@ class Ratio:
 
 def compare(now: BenchReport, earlier: BenchReport) -> list[Ratio]:
     """Ratios at every depth that both reports have."""
-    before = {result.depth: result for result in earlier.results}
+    earlier_results = {result.depth: result for result in earlier.results}
     return [
         Ratio(
             result.depth,
-            result.prompt_speed.over(before[result.depth].prompt_speed),
-            result.decode_speed.over(before[result.depth].decode_speed),
+            result.prompt_speed.ratio_to(earlier_results[result.depth].prompt_speed),
+            result.decode_speed.ratio_to(earlier_results[result.depth].decode_speed),
         )
         for result in now.results
-        if result.depth in before
+        if result.depth in earlier_results
     ]
 
 

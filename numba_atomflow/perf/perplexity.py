@@ -111,21 +111,21 @@ def measure(
         CheckpointError, SourceError: the logits of the model, or of the reference, contain NaN or Inf.
     """
     context, stride = choose_windows(engine.max_seq_len, context, stride)
-    before = engine.text.encode("")[:1]  # a BOS, if the model has one; some tokenizers append an EOS
+    bos = engine.text.encode("")[:1]  # a BOS, if the model has one; some tokenizers append an EOS
     tokens = engine.text.encode(text, add_special=False)
-    unscored = 0 if before else 1  # without a BOS, the first token is not predicted
+    unscored = 0 if bos else 1  # without a BOS, the first token is not predicted
     if len(tokens) <= unscored:
         raise TextError("The text is too short to be measured; give at least two tokens.")
-    totals, fed, seconds = np.zeros(4), 0, 0.0
-    for start, stop, first in _windows(len(tokens), context - len(before), stride, unscored):
+    totals, computed_tokens, seconds = np.zeros(4), 0, 0.0
+    for start, stop, first in _windows(len(tokens), context - len(bos), stride, unscored):
         if progress:
             progress("scoring", first, len(tokens))
-        window = [*before, *tokens[start:stop]]
-        theirs = reference(window) if reference else None
-        if theirs is not None and not np.isfinite(theirs).all():
+        window = [*bos, *tokens[start:stop]]
+        reference_logits = reference(window) if reference else None
+        if reference_logits is not None and not np.isfinite(reference_logits).all():
             raise SourceError("The reference's logits contain NaN or Inf: its weights are damaged; get them again.")
         engine.reset()
-        offset = len(before) - start  # from an index into `tokens` to one into the window
+        offset = len(bos) - start  # from an index into `tokens` to one into the window
         for row in range(0, len(window), _ROWS_AT_ONCE):
             started = time.perf_counter()
             piece = window[row : row + _ROWS_AT_ONCE]
@@ -138,20 +138,22 @@ def measure(
             if targets:
                 rows = np.array(targets) + offset - 1
                 expected = np.array([tokens[t] for t in targets])
-                ours = _log_softmax(logits[rows - row])
-                totals += _score(ours, expected, None if theirs is None else _log_softmax(theirs[rows]))
-        fed += len(window)
+                log_p = _log_softmax(logits[rows - row])
+                totals += _score(
+                    log_p, expected, None if reference_logits is None else _log_softmax(reference_logits[rows])
+                )
+        computed_tokens += len(window)
     scored = len(tokens) - unscored
     text_bytes = len(text.encode()) - len(engine.text.decode(tokens[:unscored], skip_special=False).encode())
-    loss, their_loss, divergence, agreed = (float(total) / scored for total in totals)
+    loss, reference_loss, divergence, top1 = (float(total) / scored for total in totals)
     return Perplexity(
         perplexity=_exp(loss),
         bits_per_byte=loss * scored / math.log(2) / max(text_bytes, 1),
         tokens=scored,
         context=context,
         stride=stride,
-        tokens_per_second=fed / seconds,
-        divergence=Divergence(_exp(their_loss), divergence, agreed) if reference else None,
+        tokens_per_second=computed_tokens / seconds,
+        divergence=Divergence(_exp(reference_loss), divergence, top1) if reference else None,
     )
 
 
@@ -170,17 +172,17 @@ def _windows(tokens: int, width: int, stride: int, first: int) -> Iterator[tuple
 
 
 def _score(
-    ours: NDArray[np.float64], expected: NDArray[np.int64], theirs: NDArray[np.float64] | None
+    log_p: NDArray[np.float64], expected: NDArray[np.int64], reference_log_p: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
     """Sums over n positions: loss, the reference's loss, KL, top-1 agreements. Log-probabilities are [n, V]."""
     rows = np.arange(len(expected))
-    loss = -ours[rows, expected].sum()
-    if theirs is None:
+    loss = -log_p[rows, expected].sum()
+    if reference_log_p is None:
         return np.array([loss, 0.0, 0.0, 0.0])
-    their_loss = -theirs[rows, expected].sum()
-    divergence = (np.exp(theirs) * (theirs - ours)).sum()
-    agreed = np.count_nonzero(ours.argmax(axis=1) == theirs.argmax(axis=1))
-    return np.array([loss, their_loss, divergence, agreed])
+    reference_loss = -reference_log_p[rows, expected].sum()
+    divergence = (np.exp(reference_log_p) * (reference_log_p - log_p)).sum()
+    top1 = np.count_nonzero(log_p.argmax(axis=1) == reference_log_p.argmax(axis=1))
+    return np.array([loss, reference_loss, divergence, top1])
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -130,7 +130,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
     check_profile(depth, repeats)
 
     turns = min(TURNS, repeats)
-    each = -(-repeats // turns)
+    runs_per_turn = -(-repeats // turns)
 
     def report(what: str, done: int) -> None:
         if progress:
@@ -144,12 +144,12 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
     engine.feed(np.random.default_rng(0).integers(0, engine.geometry.vocabulary, depth + 1).tolist())
     engine.rewind(depth)
     backend.measure.time_step(WARM_UP)
-    trace = backend.measure.trace_step(each, progress)  # compiles the tracing kernel, so before the turns
+    trace = backend.measure.trace_step(runs_per_turn, progress)  # compiles the tracing kernel, so before the turns
     timed_ops, timed_steps = [], []
     for turn in range(turns):
         report("ops and step", turn + 2)
-        timed_ops.append(backend.measure.time_ops(each))
-        timed_steps.append(backend.measure.time_step(each))
+        timed_ops.append(backend.measure.time_ops(runs_per_turn))
+        timed_steps.append(backend.measure.time_step(runs_per_turn))
     report("ops and step", turns + 2)
     ops = [op for op, _ in timed_ops[0]]
     seconds = faster_half([[took for _, took in timed] for timed in timed_ops]).tolist()
@@ -160,7 +160,7 @@ def profile(engine: Engine, depth: int = 0, repeats: int = 20, progress: Progres
         backend=backend.name,
         device=backend.device,
         depth=depth,
-        repeats=turns * each,
+        repeats=turns * runs_per_turn,
         ceilings=ceilings,
         kernels=kernel_rows(list(zip(ops, seconds, strict=True)), depth + 1),
         step_seconds=float(faster_half([[took] for took in timed_steps])[0]),

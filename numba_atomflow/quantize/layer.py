@@ -37,7 +37,7 @@ def quantize_layer(
     layer: dict[str, NDArray[np.float32]],
     inputs: Mapping[str, Inputs],
     method: Method,
-    on_projection: Callable[[str, int], None] = lambda _projection, _left: None,
+    on_projection: Callable[[str, int], None] = lambda _projection, _weights_left: None,
 ) -> QuantizedLayer:
     """Quantize a layer.
 

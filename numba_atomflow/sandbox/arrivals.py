@@ -83,10 +83,10 @@ class _Line:
             raise TypeError("not a JSON object")
         if unknown := set(record) - _FIELDS:
             raise ValueError(f"unknown field {short(min(unknown))}")
-        self.id = _whole(record, "id", number, 0)
-        self.max_tokens = _whole(record, "max_tokens", 32, 1)
-        self.after = _whole(record, "after", 1, 1)
-        self.parent = _whole(record, "fork_of", 0, 0) if "fork_of" in record else None
+        self.id = _whole_number(record, "id", number, 0)
+        self.max_tokens = _whole_number(record, "max_tokens", 32, 1)
+        self.after = _whole_number(record, "after", 1, 1)
+        self.parent = _whole_number(record, "fork_of", 0, 0) if "fork_of" in record else None
         arrival = record.get("arrival", 0.0)
         if type(arrival) not in (int, float) or not 0.0 <= arrival <= _LATEST:
             raise ValueError("arrival is not a time in seconds")
@@ -105,7 +105,7 @@ class _Line:
             raise ValueError("its tokens are none of the model's, or there are none")
 
 
-def _whole(record: dict[str, Any], name: str, default: int, least: int) -> int:
+def _whole_number(record: dict[str, Any], name: str, default: int, least: int) -> int:
     value = record.get(name, default)
     if type(value) is not int or not least <= value <= _LARGEST:
         raise ValueError(f"{name} must be a whole number, at least {least}")

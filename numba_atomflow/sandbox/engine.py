@@ -121,31 +121,31 @@ class ServingEngine:
         batch = scheduler.plan()
         if batch is None:
             return []
-        used, planned = self.manager.used_count, time.perf_counter()
+        used_blocks, planned = self.manager.used_count, time.perf_counter()
         self.runner.block_table_changed(scheduler.table.dirty)
         scheduler.table.clean()
         ready = time.perf_counter()
         tokens = self.runner.run(batch)
         ran = time.perf_counter()
-        ended = scheduler.finish_step(batch, tokens, self.now + ran - started)
-        done = time.perf_counter()
-        self.now += done - started
+        finished = scheduler.finish_step(batch, tokens, self.now + ran - started)
+        end = time.perf_counter()
+        self.now += end - started
         slots = scheduler.table_seconds - table_before  # part of planning
         self.steps.append(
             StepRecord(
                 now=self.now,
                 batched_tokens=batch.token_count,
                 generated_tokens=len(tokens),
-                running=len(scheduler.running) + len(ended),
+                running=len(scheduler.running) + len(finished),
                 waiting=len(scheduler.waiting),
-                used_blocks=used,
-                schedule_seconds=planned - started - slots + done - ran,
+                used_blocks=used_blocks,
+                schedule_seconds=planned - started - slots + end - ran,
                 table_seconds=slots + ready - planned,
                 model_seconds=ran - ready,
             )
         )
-        self.finished += ended
-        return ended
+        self.finished += finished
+        return finished
 
     def serve(
         self,

@@ -89,13 +89,13 @@ class GpuRunner:
             raise
 
     def _allocate(self) -> None:
-        made = self._owner.resources
-        self._stream = made.stream()
-        self._arena = DeviceArena(self.plan, made)
+        resources = self._owner.resources
+        self._stream = resources.stream()
+        self._arena = DeviceArena(self.plan, resources)
         self._memory = DeviceMemory(self._stream)
-        self._step = PinnedArray((len(STEP_INPUTS), self.max_batched_tokens), "int64", made)
-        self._best = PinnedArray((self.max_batched_tokens,), "int64", made)
-        self._pinned_table = PinnedArray(self._arena["block_table"].shape, "int32", made)
+        self._step = PinnedArray((len(STEP_INPUTS), self.max_batched_tokens), "int64", resources)
+        self._best = PinnedArray((self.max_batched_tokens,), "int64", resources)
+        self._pinned_table = PinnedArray(self._arena["block_table"].shape, "int32", resources)
         self.block_table: NDArray[np.int32] = self._pinned_table.array[: self.sizes.sequences]
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
@@ -229,15 +229,15 @@ class GpuRunner:
         return self._graphs[key]
 
     def _step_launches(self, width: int, layout: Layout, with_logits: bool) -> list[Launch]:
-        at = self._arena.__getitem__
-        residual, intermediate = at("residual"), at("intermediate")
-        embedded = EmbedArguments(weights=at("embedding"), tokens=self._input("tokens"), residual=residual)
-        launches = [self._launch(f"embed_x{width}", embedded)]
+        view = self._arena.__getitem__
+        residual, intermediate = view("residual"), view("intermediate")
+        embed = EmbedArguments(weights=view("embedding"), tokens=self._input("tokens"), residual=residual)
+        launches = [self._launch(f"embed_x{width}", embed)]
         for i in range(self.geometry.layers):
             layer = f"layer.{i}"
-            gate_up = self._normed(f"{layer}.gate_up", f"{layer}.ffn_norm")
-            o = AddArguments(weights=at(f"{layer}.o"), x=at("attn_out"), residual=residual)
-            down = AddArguments(weights=at(f"{layer}.down"), x=intermediate, residual=residual)
+            gate_up = self._norm_arguments(f"{layer}.gate_up", f"{layer}.ffn_norm")
+            o = AddArguments(weights=view(f"{layer}.o"), x=view("attn_out"), residual=residual)
+            down = AddArguments(weights=view(f"{layer}.down"), x=intermediate, residual=residual)
             launches += [
                 self._qkv(width, layout, i),
                 self._attention(width, layout, i),
@@ -246,39 +246,45 @@ class GpuRunner:
                 self._launch(f"down_x{width}", down),
             ]
         if with_logits:
-            head = StoreArguments(**self._normed(self._head, "final_norm"), y=at("logits"))
+            head = StoreArguments(**self._norm_arguments(self._head, "final_norm"), y=view("logits"))
             launches.append(self._launch(f"lm_head_x{width}", head))
             for i in range(width):
-                logits, best = at("logits").index(i), at("best").rows(i, i + 1)
-                arguments = ArgmaxArguments(logits=logits, seen=at("seen"), options=at("options"), best=best)
+                logits, best = view("logits").index(i), view("best").rows(i, i + 1)
+                arguments = ArgmaxArguments(logits=logits, seen=view("seen"), options=view("options"), best=best)
                 launches.append(self._launch("argmax", arguments))
         return launches
 
     def _qkv(self, width: int, layout: Layout, layer: int) -> Launch:
-        at = self._arena.__getitem__
+        view = self._arena.__getitem__
         positions, (keys, values) = self._input("positions"), self._layer_cache(layer)
-        arguments = self._normed(f"layer.{layer}.qkv", f"layer.{layer}.attention_norm")
-        arguments |= {"cosines": at("cosines"), "sines": at("sines"), "q": at("q"), "keys": keys, "values": values}
+        arguments = self._norm_arguments(f"layer.{layer}.qkv", f"layer.{layer}.attention_norm")
+        arguments |= {
+            "cosines": view("cosines"),
+            "sines": view("sines"),
+            "q": view("q"),
+            "keys": keys,
+            "values": values,
+        }
         if layout == "static" and width == 1:
             return self._launch("qkv_single_x1", QkvArguments(**arguments, position=positions))
         paged = PagedQkvArguments(**arguments, positions=positions, slots=self._input("slots"))
         return self._launch(f"qkv_x{width}", paged)
 
-    def _normed(self, weights: str, norm_weight: str) -> dict[str, View]:
+    def _norm_arguments(self, weights: str, norm_weight: str) -> dict[str, View]:
         """The arguments that projections with RMSNorm share."""
-        at = self._arena.__getitem__
+        view = self._arena.__getitem__
         return {
-            "weights": at(weights),
-            "residual": at("residual"),
-            "norm_weight": at(norm_weight),
-            "x_norm": at("x_norm"),
+            "weights": view(weights),
+            "residual": view("residual"),
+            "norm_weight": view(norm_weight),
+            "x_norm": view("x_norm"),
         }
 
     def _attention(self, width: int, layout: Layout, layer: int) -> Launch:
-        at = self._arena.__getitem__
+        view = self._arena.__getitem__
         keys, values = self._layer_cache(layer)
-        common = {"q": at("q"), "keys": keys, "values": values, "out": at("attn_out")}
-        common |= {"partials": at("partials"), "counters": at("counters")}
+        common = {"q": view("q"), "keys": keys, "values": values, "out": view("attn_out")}
+        common |= {"partials": view("partials"), "counters": view("counters")}
         if layout == "static" and width == 1:
             single = AttentionArguments(**common, position=self._input("positions"))
             return self._launch("attention_single_x1", single)
@@ -287,7 +293,7 @@ class GpuRunner:
             positions=self._input("positions"),
             cached=self._input("cached"),
             table_rows=self._input("table_rows"),
-            block_table=at("block_table"),
+            block_table=view("block_table"),
         )
         form = f"paged{self.block_size}" if layout == "paged" else "static"
         return self._launch(f"attention_{form}_x{width}", paged)

@@ -23,8 +23,8 @@ def plot_run(steps: Sequence[StepRecord], blocks: int, path: Path) -> None:
         requests.step(times, [step.waiting for step in steps], where="post", label="waiting")
         requests.set_ylabel("requests")
         requests.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-        used = [100 * step.used_blocks / blocks for step in steps]
-        cache.step(times, used, where="post", color="tab:green")
+        shares = [100 * step.used_blocks / blocks for step in steps]
+        cache.step(times, shares, where="post", color="tab:green")
         cache.set_ylabel(f"KV blocks in use,\n% of {blocks}")
         speeds = [step.generated_tokens / took for step, took in zip(steps, seconds, strict=True)]
         speed.plot(times, speeds, ".", color="tab:purple")

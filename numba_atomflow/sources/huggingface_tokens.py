@@ -137,7 +137,7 @@ class CompleteTokenizer:
 
         names = {token.content for token in tokens.named.values()}
         for token_id, token in tokens.listed:
-            self._put(replace(token, special=token.special or token.content in names), overrides=tokens.overrides)
+            self._add(replace(token, special=token.special or token.content in names), overrides=tokens.overrides)
             if self.ids.get(token.content, token_id) != token_id:  # an empty string is not a token
                 raise SourceError(
                     f"{tokens.listed_in} gives the token {quote(token.content)} the id {token_id}, but {path} and "
@@ -149,7 +149,7 @@ class CompleteTokenizer:
         listed = set(self.ids)
         existing = set(self._entries)
         for token in dict.fromkeys((*tokens.named.values(), *tokens.extra)):  # the last of equal texts counts
-            self._put(token, overrides=token.content not in existing)
+            self._add(token, overrides=token.content not in existing)
         self.unlisted = self.ids.keys() - listed
 
         self.data = data
@@ -158,7 +158,7 @@ class CompleteTokenizer:
             self.data = json.dumps({**record, "added_tokens": added}, ensure_ascii=False).encode()
         self._check_ids(path)
 
-    def _put(self, token: _Token, *, overrides: bool) -> None:
+    def _add(self, token: _Token, *, overrides: bool) -> None:
         """Add a token, or change the flags of an existing one if it `overrides` them."""
         entry = self._entries.get(token.content)
         if entry is not None and overrides:

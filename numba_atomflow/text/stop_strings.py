@@ -30,10 +30,10 @@ class StopStrings:
         if not shown:
             self._special.append((len(self._held), len(self._held) + len(piece)))
         self._held += piece
-        matches = [(at, text) for text in self._strings if (at := self._held.find(text)) >= 0]
+        matches = [(start, text) for text in self._strings if (start := self._held.find(text)) >= 0]
         if matches:
-            at, self.found = min(matches, key=lambda match: (match[0], -len(match[1])))
-            out, self._held = self._take(at), ""
+            start, self.found = min(matches, key=lambda match: (match[0], -len(match[1])))
+            out, self._held = self._take(start), ""
             return out
         keep = max((self._overlap(text) for text in self._strings), default=0)
         return self._take(len(self._held) - keep)
@@ -44,15 +44,15 @@ class StopStrings:
 
     def _take(self, count: int) -> str:
         """Remove the first characters of the held text; returns them without special tokens."""
-        taken, self._held = self._held[:count], self._held[count:]
+        text, self._held = self._held[:count], self._held[count:]
         if not self._special:
-            return taken
-        out, at = "", 0
+            return text
+        out, end = "", 0
         for start, stop in self._special:
-            out += taken[at:start]
-            at = stop
+            out += text[end:start]
+            end = stop
         self._special = [(max(start - count, 0), stop - count) for start, stop in self._special if stop > count]
-        return out + taken[at:]
+        return out + text[end:]
 
     def _overlap(self, text: str) -> int:
         """Length of the longest suffix of the held text that is a prefix of `text`."""

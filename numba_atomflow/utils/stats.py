@@ -40,7 +40,7 @@ class Spread:
         """A JSON-ready record."""
         return asdict(self)
 
-    def over(self, other: "Spread") -> "Spread":
+    def ratio_to(self, other: "Spread") -> "Spread":
         """The ratio to another quantity, with the least and the greatest ratio of the two ranges."""
         return Spread(
             self.median / other.median, self.low / other.high, self.high / other.low, min(self.count, other.count)

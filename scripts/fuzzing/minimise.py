@@ -91,44 +91,44 @@ def _shrink_json(best: Files, name: str, better: Fails) -> None:
         record = json.loads(best[name])
     except (ValueError, RecursionError):
         return
-    places: list[tuple[Any, ...]] = [()]
-    while places:
-        place = places.pop(0)
-        value = _at(record, place)
+    paths: list[tuple[Any, ...]] = [()]
+    while paths:
+        path = paths.pop(0)
+        value = _value_at(record, path)
         if isinstance(value, str) and len(value) > _LONGEST_VALUE:
-            shorter = _with(record, place, value[:_LONGEST_VALUE])
+            shorter = _replaced(record, path, value[:_LONGEST_VALUE])
             record = shorter if better(best | {name: _text(shorter)}) else record
         if not isinstance(value, dict | list):
             continue
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         for key in reversed(keys):
-            smaller = _without(record, (*place, key))
+            smaller = _removed(record, (*path, key))
             record = smaller if better(best | {name: _text(smaller)}) else record
-        left = _at(record, place)
-        places += [(*place, key) for key in (left if isinstance(left, dict) else range(len(left)))]
+        left = _value_at(record, path)
+        paths += [(*path, key) for key in (left if isinstance(left, dict) else range(len(left)))]
 
 
 def _text(record: Any) -> bytes:
     return json.dumps(record).encode()
 
 
-def _at(record: Any, place: tuple[Any, ...]) -> Any:
-    for key in place:
+def _value_at(record: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
         record = record[key]
     return record
 
 
-def _with(record: Any, place: tuple[Any, ...], value: Any) -> Any:
+def _replaced(record: Any, path: tuple[Any, ...], value: Any) -> Any:
     copy = json.loads(json.dumps(record))
-    if not place:
+    if not path:
         return value
-    _at(copy, place[:-1])[place[-1]] = value
+    _value_at(copy, path[:-1])[path[-1]] = value
     return copy
 
 
-def _without(record: Any, place: tuple[Any, ...]) -> Any:
+def _removed(record: Any, path: tuple[Any, ...]) -> Any:
     copy = json.loads(json.dumps(record))
-    del _at(copy, place[:-1])[place[-1]]
+    del _value_at(copy, path[:-1])[path[-1]]
     return copy
 
 
