@@ -94,8 +94,8 @@ def check_kernels(report: Report, options: argparse.Namespace) -> None:
         worst: dict[str, tuple[float, float]] = {}
         for line in figures.read_text().splitlines() if figures.exists() else ():
             entry = json.loads(line)
-            held = worst.get(entry["family"], (0.0, 1.0))
-            if entry["error"] / entry["limit"] >= held[0] / held[1]:
+            largest = worst.get(entry["family"], (0.0, 1.0))
+            if entry["error"] / entry["limit"] >= largest[0] / largest[1]:
                 worst[entry["family"]] = entry["error"], entry["limit"]
         for family, (error, limit) in worst.items():
             figure = f"relative L2 {error:.2e}, {error / limit:.0%} of the tolerance"
@@ -234,9 +234,11 @@ def _memory(report: Report, name: str) -> None:
         with Engine.random(PRESETS[name], "cuda", 2048, name=name) as engine:
             used = free - device.free_bytes()
             pools = engine.backend.plan.pool_bytes()
-            held = pools["weights"] + pools["kv cache"]
-    figure = f"{used / 1e9:.3f} GB, of which weights and KV cache {held / 1e9:.3f}"
-    report.add("speed", f"{name}, VRAM at 2,048 positions", figure, "those + 64 MB", used - held <= OVERHEAD_TARGET)
+            model_bytes = pools["weights"] + pools["kv cache"]
+    figure = f"{used / 1e9:.3f} GB, of which weights and KV cache {model_bytes / 1e9:.3f}"
+    report.add(
+        "speed", f"{name}, VRAM at 2,048 positions", figure, "those + 64 MB", used - model_bytes <= OVERHEAD_TARGET
+    )
 
 
 # --- start -----------------------------------------------------------------------------------------------------------
@@ -260,8 +262,8 @@ def check_start(report: Report, options: argparse.Namespace) -> None:
             with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe) as run:
                 first = run.stdout.read(1) if run.stdout else b""
                 seconds = time.perf_counter() - started
-                _, talk = run.communicate()
-            (options.logs / f"start-{what.replace(' ', '-')}.log").write_bytes(talk)
+                _, messages = run.communicate()
+            (options.logs / f"start-{what.replace(' ', '-')}.log").write_bytes(messages)
             figure = f"{seconds:.2f} s to the first text" if first else "no text came"
             report.add("start", what, figure, f"{target:.0f} s", bool(first) and seconds <= target)
 

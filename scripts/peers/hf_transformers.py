@@ -21,23 +21,23 @@ class StaticDecoder:
 
     def __init__(self, task: Task, device: str, dtype: torch.dtype) -> None:
         config = LlamaConfig(**config_json(task.geometry) | {"torch_dtype": "bfloat16"})
-        before = torch.get_default_dtype()
+        previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # in float32, the largest models would not fit
         try:
             with torch.device(device):
                 self.model = LlamaForCausalLM(config).eval()
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(previous)
         self.cache = StaticCache(config=config, max_cache_len=task.positions)
         self.positions = torch.arange(task.positions, device=device)
 
-    def step(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The token [1, 1] that follows tokens [1, T] at positions [T]."""
         out = self.model(
             tokens,
             past_key_values=self.cache,
-            cache_position=at,  # transformers 4; later versions keep it in the cache
-            position_ids=at[None],
+            cache_position=positions,  # transformers 4; later versions keep it in the cache
+            position_ids=positions[None],
             use_cache=True,
             logits_to_keep=1,
         )
@@ -49,8 +49,8 @@ class StaticDecoder:
         length = prompt.shape[1]
         token = self.step(prompt, self.positions[:length])
         yield token
-        for at in range(length, length + count):
-            token = decode(token, self.positions[at : at + 1]).clone()  # the next replay of the graph overwrites it
+        for i in range(length, length + count):
+            token = decode(token, self.positions[i : i + 1]).clone()  # the next replay of the graph overwrites it
             yield token
 
 
