@@ -1,6 +1,6 @@
 """Decode speed on the CPU against a plain NumPy float32 forward pass of the same model, in the same run.
 
-Both sides have the same weights (FP8 here, dequantised to float32 for NumPy) and the same prompt, and generate the same
+Both sides have the same weights (FP8 here, dequantized to float32 for NumPy) and the same prompt, and generate the same
 greedy tokens; their turns are interleaved, so that other load on the machine affects both alike. Two achievable limits
 are measured as well: memory bandwidth (a parallel sum over 1 GB) for decode, and BLAS throughput (a large product) for
 prefill.
