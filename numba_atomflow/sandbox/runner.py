@@ -118,7 +118,7 @@ class StepRunner(Protocol):
         """These entries (row: first, last + 1) of the block table have changed, for the next step to read."""
 
     def run(self, batch: Batch) -> list[int]:
-        """Take a step through the model: the most likely next token at each of `batch.logits_indices`.
+        """Run a step: the most likely next token at each of `batch.logits_indices`.
 
         Raises:
             CheckpointError: the logits contain NaN or Inf.
