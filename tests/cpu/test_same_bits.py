@@ -12,7 +12,9 @@ from cli_runner import ROOT, environment
 
 def run_kernels(home: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """What tests/support/kernel_bits.py says about these kernels, called in this order by a process of its own."""
-    completed = run([sys.executable, ROOT / "tests" / "kernel_bits.py", *names], env=environment(home), check=True)
+    completed = run(
+        [sys.executable, ROOT / "tests" / "support" / "kernel_bits.py", *names], env=environment(home), check=True
+    )
     answer: dict[str, dict[str, Any]] = json.loads(completed.stdout)
     return answer
 

@@ -93,13 +93,13 @@ def test_programmatic_dependent_launch_is_in_the_code(cc: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("name", ["down_x1", "qkv_x8"])
-def test_finding_the_weights_of_a_chunk_takes_no_division(name: str) -> None:
+def test_finding_the_weights_of_a_k_tile_takes_no_division(name: str) -> None:
     cc = (9, 0)
     spec = CATALOGUES[cc][name].spec
     arguments = dict(spec.arguments)
-    shape = arguments["shape"]
-    assert shape.layout.groups > 4
-    arguments["shape"] = replace(shape, layout=replace(shape.layout, k_tile=4))
+    plan = arguments["plan"]
+    assert plan.layout.groups > 4
+    arguments["plan"] = replace(plan, layout=replace(plan.layout, k_tile=4))
     spec = replace(spec, arguments=tuple(sorted(arguments.items())))
     ptx = make_ptx(spec.make(), spec, cc)
     assert not re.search(r"\b(?:div|rem)\.[su]", ptx)
