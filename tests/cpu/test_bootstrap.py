@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_processes import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +65,7 @@ class Clone:
         path.chmod(0o755)
 
     def bootstrap(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return run(
             ["bash", "scripts/bootstrap.sh", *options],
             cwd=self.folder,
             env={
@@ -74,11 +75,7 @@ class Clone:
                 "HOME": os.environ.get("HOME", "/"),
                 **environment,
             },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
             text=True,
-            timeout=60,
-            check=False,
         )
 
     def calls(self, part: str) -> list[str]:

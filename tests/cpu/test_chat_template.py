@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from child_processes import finish
 
 from numba_atomflow.errors import OptionError, TextError
 from numba_atomflow.text import template_process
@@ -33,10 +35,24 @@ def short_cpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "CPU_SECONDS", 0.3)
 
 
+EARLIER: set[int] = set()  # template processes that others in this process hold
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test starts without a template process: an engine of other tests may hold one."""
+    monkeypatch.setattr(template_process, "_shared", None)
+    EARLIER.update(workers())
+
+
 def workers() -> list[int]:
-    """Process ids of template processes among the children of this process."""
-    children = psutil.Process().children()
-    return [child.pid for child in children if any("template_worker" in word for word in child.cmdline())]
+    """Process ids of this test's template processes among the children of this process."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it ends just now
+            if child.pid not in EARLIER and any("template_worker" in word for word in child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -202,7 +218,7 @@ def start_script(**more: Any) -> "subprocess.Popen[str]":
 
 def test_a_script_without_main_in_an_almost_empty_environment(tmp_path: Path) -> None:
     with start_script(cwd=tmp_path) as script:
-        out, err = script.communicate("", timeout=60)
+        out, err = finish(script, "")
     assert (out.split()[0], out.split()[2], err) == ("hi", "False", "")
 
 

@@ -1,7 +1,6 @@
 """Kernels in forked processes: they work, or raise; GNU OpenMP would end the process."""
 
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from child_processes import run
 from cli_runner import environment
 
 from numba_atomflow import home
@@ -64,13 +64,10 @@ def test_a_kernel_in_a_child_of_a_process_that_ran_kernels_raises(kernel: str) -
 
 def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp_path: Path) -> None:
     (tmp_path / "compiled").symlink_to(home.compiled().resolve())
-    completed = subprocess.run(
+    completed = run(
         [sys.executable, "-W", "ignore", "-c", FORK_FIRST],
         env=environment(tmp_path),
-        capture_output=True,
         text=True,
-        timeout=240,
-        check=False,
     )
     assert (completed.returncode, completed.stdout) == (0, "12 5\n"), completed.stderr
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_processes import run
 from cli_runner import environment
 from numba.core import config
 
@@ -77,14 +78,11 @@ def test_numbers_of_threads(monkeypatch: pytest.MonkeyPatch, threads: str) -> No
 
 
 def run_import(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return run(
         [sys.executable, "-c", IMPORT],
         cwd=tmp_path,
         env=environment(tmp_path, **variables),
-        capture_output=True,
         text=True,
-        timeout=120,
-        check=False,
     )
 
 

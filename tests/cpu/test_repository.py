@@ -41,6 +41,14 @@ def test_a_folder_at_the_top_has_a_relative_symlink_and_a_package_dir(folder: st
     assert SETUPTOOLS["package-dir"][f"numba_atomflow.{folder}"] == folder
 
 
+def test_no_test_waits_for_a_child_by_the_clock() -> None:
+    """A busy machine takes any time: child_processes.py limits the CPU time of a child instead."""
+    by_the_clock = re.compile(r"(run|communicate|check_output|check_call|\.wait)\([^()]*timeout=")
+    for folder in ("cpu", "e2e", "ptx", "sim"):
+        for path in sorted((ROOT / "tests" / folder).rglob("*.py")):
+            assert not by_the_clock.search(path.read_text()), path
+
+
 def test_the_version_is_one() -> None:
     assert PROJECT["version"] == numba_atomflow.__version__
 

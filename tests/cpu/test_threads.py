@@ -1,11 +1,11 @@
 """The number of kernel threads: cores, affinity, and CPU quotas of containers."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from child_processes import run
 from cli_runner import environment
 
 from numba_atomflow import home
@@ -135,12 +135,9 @@ threads = [threading.Thread(target=run) for _ in range(4)]
 def test_threads_take_turns_with_a_pool_that_is_not_thread_safe(tmp_path: Path) -> None:
     """Without the lock, numba's workqueue layer ends this process by SIGABRT."""
     (tmp_path / "compiled").symlink_to(home.compiled().resolve())
-    completed = subprocess.run(
+    completed = run(
         [sys.executable, "-c", TWO_THREADS],
         env=environment(tmp_path, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2"),
-        capture_output=True,
         text=True,
-        timeout=240,
-        check=False,
     )
     assert completed.returncode == 0, completed.stderr

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_processes import run
 from cli_runner import InProcess, assert_refused, command_line, environment, run_cli
 
 from numba_atomflow.home import ENVIRONMENT_VARIABLE
@@ -40,15 +41,15 @@ def test_bytes_that_are_no_text(cli_home: Path, tiny_checkpoint: Path, tmp_path:
     name = os.fsencode(tmp_path) + b"/n\xfc.txt"
     Path(os.fsdecode(name)).write_text(TEXT, encoding="utf-8")
 
-    def run(*arguments: bytes) -> subprocess.CompletedProcess[bytes]:
+    def run_bytes(*arguments: bytes) -> subprocess.CompletedProcess[bytes]:
         common = [os.fsencode(part) for part in command_line("generate", "--model", tiny_checkpoint, "-q", "-n", 1)]
         more = environment(cli_home)
-        return subprocess.run([*common, *arguments], env=more, capture_output=True, timeout=240, check=False)
+        return run([*common, *arguments], env=more)
 
-    assert run(b"--file", name).returncode == 0
-    done = run(b"--chat", b"--template-var", b"name=\xfc", b"Hi")
+    assert run_bytes(b"--file", name).returncode == 0
+    done = run_bytes(b"--chat", b"--template-var", b"name=\xfc", b"Hi")
     assert done.stderr == b"error: --template-var is not UTF-8 text (byte 5); give it in UTF-8.\n"
-    done = run(b"Gr\xfc")
+    done = run_bytes(b"Gr\xfc")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"error: The prompt is not UTF-8 text (byte 2); give it in UTF-8.\n"
 
@@ -102,13 +103,13 @@ def test_a_file_whose_name_begins_with_a_tilde(
 
 
 def test_the_package_runs_as_a_module(cli_home: Path) -> None:
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run_module(*arguments: str) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "numba_atomflow", *arguments]
         more = environment(cli_home, COLUMNS="80")
-        done = subprocess.run(command, env=more, capture_output=True, text=True, timeout=60, check=False)
+        done = run(command, env=more, text=True)
         return done.returncode, done.stdout, done.stderr
 
-    code, out, err = run("generate", "--help")
+    code, out, err = run_module("generate", "--help")
     assert (code, err) == (0, "")
     assert out.startswith("Usage: numba-atomflow generate [OPTIONS]")
-    assert run("--bogus") == (2, "", "error: No such option: --bogus; see `numba-atomflow --help`.\n")
+    assert run_module("--bogus") == (2, "", "error: No such option: --bogus; see `numba-atomflow --help`.\n")
