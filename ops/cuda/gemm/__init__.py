@@ -1,0 +1,1 @@
+"""Projections of many tokens: W8A16 GEMM on tensor cores."""
