@@ -13,7 +13,7 @@ from numba_atomflow.device.driver import DriverError, call
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.plan import MemoryPlan
-from numba_atomflow.memory.view import View
+from numba_atomflow.memory.view import Tiling, View
 
 _HEADROOM = 64 << 20  # bytes for the driver: code and launches
 
@@ -86,15 +86,27 @@ class DeviceMemory:
 
     def read(self, view: View) -> NDArray[Any]:
         """Copy the view to the host."""
+        if view.tiling is not None:
+            rows = view.tiling.unpack(self._fetch(view).view(np.uint32))
+            return rows[: view.shape[0], : view.shape[1]].copy()
         return self._strided(view, self._fetch(view)).copy()
 
     def write(self, view: View, values: NDArray[Any]) -> None:
         """Copy `values` to the view; memory between its rows is unchanged."""
         if view.readonly:
             raise ValueError(f"{view.name} is read-only")
+        if view.tiling is not None:
+            self._write_tiled(view, view.tiling, values)
+            return
         raw = self._fetch(view) if view.pitch else np.empty(view.extent, np.uint8)
         self._strided(view, raw)[:] = values
         copy_to_device(view.address, raw, self._stream)
+        call("cuStreamSynchronize", self._stream)
+
+    def _write_tiled(self, view: View, tiling: Tiling, values: NDArray[Any]) -> None:
+        rows = tiling.unpack(self._fetch(view).view(np.uint32))
+        rows[: view.shape[0], : view.shape[1]] = values
+        copy_to_device(view.address, tiling.pack(rows), self._stream)
         call("cuStreamSynchronize", self._stream)
 
     def _fetch(self, view: View) -> NDArray[np.uint8]:

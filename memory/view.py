@@ -3,15 +3,29 @@
 import ctypes
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+class Tiling(Protocol):
+    """An order of a matrix in memory other than row after row, as 32-bit words (`ops/cuda/layout/activations.py`)."""
+
+    @property
+    def words(self) -> int:
+        """32-bit words of the whole matrix, padding included."""
+
+    def pack(self, x: NDArray[Any]) -> NDArray[np.uint32]:
+        """The words [words] of a matrix; rows and columns that it lacks are zero."""
+
+    def unpack(self, words: NDArray[np.uint32]) -> NDArray[Any]:
+        """The inverse: every row, without padding columns."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """A non-owning view of a tensor in C order, with an optional row pitch.
+    """A non-owning view of a tensor in C order, with an optional row pitch; or of the first rows of a tiled matrix.
 
     Attributes:
         name: for messages, probes and plans.
@@ -20,6 +34,8 @@ class View:
         dtype: NumPy's name of the element type; FP8 codes are "int8", which decodes by sign extension.
         readonly: the memory must not be written (mapped weights).
         pitch: elements from one row (of the last axis) to the next; 0: rows are contiguous.
+        tiling: the order of elements; None: C order. A tiled view has the address and the extent of the whole matrix,
+            whatever rows and columns it has, all from 0 on.
     """
 
     name: str
@@ -28,6 +44,7 @@ class View:
     dtype: str
     readonly: bool = False
     pitch: int = 0
+    tiling: Tiling | None = None
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +53,13 @@ class View:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Bytes from one element to the next, per axis."""
+        """Bytes from one element to the next, per axis.
+
+        Raises:
+            ValueError: the view is tiled.
+        """
+        if self.tiling is not None:
+            raise ValueError(f"view {self.name} is tiled: its elements are not at constant distances")
         strides, step = [], np.dtype(self.dtype).itemsize
         for axis in reversed(range(len(self.shape))):
             strides.append(step)
@@ -49,6 +72,8 @@ class View:
         """Bytes from the first element to the end of the last."""
         if not self.nbytes:
             return 0
+        if self.tiling is not None:
+            return self.tiling.words * 4
         spans = (stride * (n - 1) for stride, n in zip(self.strides, self.shape, strict=True))
         return sum(spans) + np.dtype(self.dtype).itemsize
 
@@ -67,6 +92,8 @@ class View:
         """Rows start .. stop - 1 of the first axis."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise IndexError(f"rows {start}:{stop} of view {self.name}, which has {self.shape[0]}")
+        if self.tiling is not None:
+            return self._first(start, (stop, *self.shape[1:]))
         return replace(self, address=self.address + start * self.strides[0], shape=(stop - start, *self.shape[1:]))
 
     def columns(self, start: int, stop: int) -> "View":
@@ -76,8 +103,16 @@ class View:
             raise IndexError(f"columns {start}:{stop} of view {self.name}, which has {width}")
         if stop - start == width:
             return self
+        if self.tiling is not None:
+            return self._first(start, (*self.shape[:-1], stop))
         address = self.address + start * self.strides[-1]
         return replace(self, address=address, shape=(*self.shape[:-1], stop - start), pitch=self.pitch or width)
+
+    def _first(self, start: int, shape: tuple[int, ...]) -> "View":
+        """A part of a tiled matrix that begins where the matrix does."""
+        if start:
+            raise IndexError(f"view {self.name} is tiled: a part of it begins at 0, not at {start}")
+        return replace(self, shape=shape)
 
     def index(self, *indices: int) -> "View":
         """The sub-tensor at fixed leading indices: ``cache.index(layer, 0)`` drops the first two axes."""
