@@ -1,0 +1,25 @@
+"""Causal grouped-query attention of a prefill chunk over a contiguous float16 KV cache (prefill_plan.py)."""
+
+from typing import NamedTuple
+
+from numba_atomflow.ops.cuda.runtime.spec import I64, U16, U32
+
+
+class PrefillAttentionArguments(NamedTuple):
+    """The kernel's parameter. All arrays are one-dimensional.
+
+    Attributes:
+        q: bits of float16 [tokens, heads * head_dim]; rows beyond `count` are not read.
+        keys, values: bits of float16 [positions, kv_heads * head_dim]; all tokens of the chunk are in them already.
+            What lies behind the last token is not read.
+        position: [1], of the first token; the others follow.
+        count: [1], tokens of the chunk.
+        out: tiled activations, x of the o projection. Rows beyond `count` and the padding of K are not written.
+    """
+
+    q: U16
+    keys: U16
+    values: U16
+    position: I64
+    count: I64
+    out: U32

@@ -1,0 +1,110 @@
+"""How attention of a prefill chunk is divided among CTAs, and how its tiles lie in shared memory.
+
+A CTA computes one query head and `query_tile` tokens of the chunk, over all keys that they see, in blocks of
+`key_block` keys: FlashAttention's order, with the scores and the outputs in registers. CTAs are numbered so that the
+last tokens of the chunk, which see most keys, come first; the heads that share a KV head are neighbours, so that their
+keys and values come from L2.
+
+Shared memory holds Q, and for every stage K and V: [column block of 64 elements][row][128 bytes], with 16-byte chunk c
+of a row at chunk c XOR (row % 8). `wgmma` reads this as its 128-byte swizzle, and `ldmatrix` without bank conflicts. A
+head of 80 or 96 elements leaves the end of its last column block unused.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+
+WARPGROUP_ROWS = 64  # queries of a warpgroup: M of wgmma
+COLUMN_BLOCK = 64  # elements of a head in a row of a tile: 128 bytes
+_ALIGNMENT = 1024  # of a tile with the 128-byte swizzle
+_TWO_CTAS_BYTES = 80 * 1024  # shared memory per CTA with which two fit on an SM of sm_80
+
+
+@dataclass(frozen=True)
+class PrefillAttentionPlan:
+    """The tiling of prefill attention: a CTA computes `query_tile` tokens of one query head.
+
+    Attributes:
+        out: tiled activations, x of the o projection; K is heads * head_dim.
+        instructions: "wgmma" (sm_90 only) or "mma" (`mma.m16n8k16`).
+        query_tile: tokens of a CTA: a multiple of 64 with wgmma, of 16 with mma.
+        key_block: keys between two updates of the softmax state: a multiple of 16.
+        stages: of the pipeline of K and V in shared memory; 1 with mma.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    out: ActivationTiles
+    instructions: Literal["wgmma", "mma"]
+    query_tile: int
+    key_block: int
+    stages: int = 1
+
+    def __post_init__(self) -> None:
+        rows = WARPGROUP_ROWS if self.instructions == "wgmma" else 16
+        if self.query_tile % rows or self.key_block % 16 or self.head_dim % 16 or self.heads % self.kv_heads:
+            raise ValueError(f"prefill attention cannot be tiled like this: {self}")
+        if self.out.in_features != self.heads * self.head_dim or self.out.bits != 16:
+            raise ValueError(f"the output of prefill attention is float16 [tokens, heads * head_dim], not {self.out}")
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 16 queries that a warp computes. Two (mma only) halve the reads of K and V from shared memory."""
+        return 1 if self.instructions == "wgmma" or self.query_tile <= 64 else 2
+
+    @property
+    def consumer_warps(self) -> int:
+        """Warps that compute."""
+        return self.query_tile // 16 // self.row_blocks
+
+    @property
+    def threads(self) -> int:
+        """Per CTA: with wgmma, a producer warpgroup beside the consumers."""
+        return self.consumer_warps * 32 + (128 if self.instructions == "wgmma" else 0)
+
+    @property
+    def column_blocks(self) -> int:
+        """Column blocks of a head."""
+        return -(-self.head_dim // COLUMN_BLOCK)
+
+    @property
+    def q_bytes(self) -> int:
+        return self.column_blocks * self.query_tile * COLUMN_BLOCK * 2
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of K, or of V, of one key block."""
+        return self.column_blocks * self.key_block * COLUMN_BLOCK * 2
+
+    @property
+    def barriers_start(self) -> int:
+        """Byte offset of the mbarriers, behind Q and the stages of K and of V."""
+        return self.q_bytes + 2 * self.stages * self.kv_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: tiles, four mbarriers per stage with wgmma, and what aligning the start may take."""
+        barriers = 4 * 8 * self.stages if self.instructions == "wgmma" else 0
+        return self.barriers_start + barriers + _ALIGNMENT
+
+    def ctas(self, tokens: int) -> int:
+        """Grid of a chunk padded to `tokens` tokens. One kernel serves all: CTAs without tokens exit at once."""
+        return self.heads * -(-tokens // self.query_tile)
+
+
+def choose_prefill_attention_plan(
+    heads: int, kv_heads: int, head_dim: int, out: ActivationTiles, chip: Chip
+) -> PrefillAttentionPlan:
+    """The plan for a chip.
+
+    wgmma: 128 queries, 128 keys (64 for heads of more than 128 elements), two stages. mma: 4 warps and 64 keys; 128
+    queries where shared memory has room for two such CTAs per SM, else 64.
+    """
+    if chip.capability[0] == 9:
+        key_block = 128 if head_dim <= 128 else 64
+        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, key_block, stages=2)
+    query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES and head_dim <= 128 else 64
+    return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, 64 if head_dim <= 128 else 32)
