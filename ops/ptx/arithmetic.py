@@ -11,6 +11,14 @@ def rsqrt(x):
     return np.float32(1.0 / np.sqrt(np.float64(x)))
 
 
+@instruction("rcp.approx.ftz.f32 $0, $1;", (f32,), (f32,))
+def reciprocal(x):
+    """1 / x; relative error 2^-23, results below 2^-126 become 0."""
+    with np.errstate(divide="ignore"):
+        value = np.float32(1.0) / np.float32(x)
+    return value if not abs(value) < 2.0**-126 else np.float32(0.0)
+
+
 @instruction("ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,))
 def exp2(x):
     """2^x; relative error about 2^-22, results below 2^-126 become 0."""

@@ -80,3 +80,10 @@ def low_halves(a, b):
 def high_halves(a, b):
     """The high 16 bits of a, below those of b."""
     return int(a) >> 16 | int(b) & 0xFFFF0000
+
+
+@instruction("prmt.b32 $0, $1, $2, $3;", (u32,), (u32, u32, u32))
+def permute_bytes(a, b, selector):
+    """Four of the 8 bytes of a (0 to 3) and b (4 to 7), by the hexadecimal digits of `selector`, lowest first."""
+    both = int(a) | int(b) << 32
+    return sum((both >> 8 * (int(selector) >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))

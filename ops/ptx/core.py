@@ -26,6 +26,7 @@ _REGISTER = {  # constraint letters of inline assembly
     types.uint32: "r",
     types.int32: "r",
     types.uint64: "l",
+    types.int64: "l",
     types.float32: "f",
     ADDRESS: "l",
     SHARED_ADDRESS: "r",
@@ -36,7 +37,7 @@ _SHARED_SPACE = 3  # LLVM's address space of shared memory
 VECTOR_LOAD = "load"
 VECTOR_STORE = "store"
 
-u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
+u16, u32, u64, i64, f32 = types.uint16, types.uint32, types.uint64, types.int64, types.float32
 
 
 def instruction(

@@ -6,7 +6,7 @@ Source: PTX ISA 9.0, section 9.7.9.
 
 import numpy as np
 
-from numba_atomflow.ops.ptx.core import ADDRESS, VECTOR_LOAD, VECTOR_STORE, f32, instruction, u32
+from numba_atomflow.ops.ptx.core import ADDRESS, VECTOR_LOAD, VECTOR_STORE, f32, i64, instruction, u32
 from numba_atomflow.ops.ptx.simulator import back_off
 
 
@@ -69,6 +69,27 @@ def store_shared_16(array, index, a, b, c, d):
 def store_shared_8(array, index, a, b):
     """8 bytes into shared memory."""
     array[index], array[index + 1] = a, b
+
+
+@instruction(VECTOR_STORE, (), (ADDRESS,) + (u32,) * 4)
+def store_16(array, index, a, b, c, d):
+    """16 bytes."""
+    for i, word in enumerate((a, b, c, d)):
+        array[index + i] = word
+
+
+@instruction(VECTOR_STORE, (), (ADDRESS, u32))
+def store_pair(array, index, word):
+    """Two float16 of one word into an array of their bits (uint16); index: even."""
+    if index % 2:
+        raise IndexError(f"a pair of float16 at odd element {index}")
+    array[index], array[index + 1] = int(word) & 0xFFFF, int(word) >> 16
+
+
+@instruction("ld.global.nc.b64 $0, [$1];", (i64,), (ADDRESS,))
+def load_constant_i64(array, index):
+    """An int64 that no kernel writes while this one runs."""
+    return int(array[index])
 
 
 @instruction("ld.relaxed.gpu.global.f32 $0, [$1];", (f32,), (ADDRESS,), memory=True)

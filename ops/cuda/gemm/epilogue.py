@@ -1,0 +1,172 @@
+"""Epilogues of a GEMM: accumulator fragments are stored, added, gated, or rotated and put into the KV cache.
+
+The accumulators of `wgmma` m64nNk16 (16 rows of each warp) and of `mma.m16n8k16` lie in the lanes of a warp in the same
+way: lane 4 g + t has, of a prepacked tile of 16 rows and of 8 tokens, rows g (c0, c1) and g + 8 (c2, c3) of tokens 2t
+(c0, c2) and 2t + 1 (c1, c3). In paired row order rows g and g + 8 are gate and up of a unit, or what RoPE rotates
+together. Float16 results are written as pairs: lanes of neighbouring rows exchange one token each.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.gemm.plan import TILE_ROWS, GemmPlan
+from numba_atomflow.ops.cuda.gemv.epilogue import rope_pair
+from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
+from numba_atomflow.ops.cuda.scalars import f32, u32
+
+CONSUMERS = 256  # threads: 8 warps, each with one prepacked tile of a CTA's tile
+_UNITS = TILE_ROWS // 2  # of SwiGLU in a CTA's tile
+_LOG2_E = f32(math.log2(math.e))
+_ONE = f32(1.0)
+_EVEN_LANE, _ODD_LANE = u32(0x5410), u32(0x3276)  # selectors: the low halves of (own, other); the high of (other, own)
+
+
+class GemmEpilogue(NamedTuple):
+    """Device functions that read and write the kernel's arguments `io`.
+
+    Attributes:
+        store: (io, stage, tile, lane, token, in_tile, c0, c1, c2, c3), called by all lanes of a warp: the fragment of
+            prepacked tile `tile` (it may be beyond the last) and tokens `token` to `token` + 7; `in_tile`: index of
+            `token` in the CTA's tile. `token` and `in_tile` are multiples of 8.
+        flush: (io, stage, row_tile, token, thread), called by the consumer threads after a barrier that all calls of
+            `store` for a CTA's tile come before: what was staged to device memory. `row_tile`: of `TILE_ROWS` rows;
+            `token`: the tile's first. The next tile's `store` comes after one more barrier.
+        stage_words: uint32 of shared memory that `stage` needs, 16-byte aligned; 0: no `flush`, no barriers.
+    """
+
+    store: Any
+    flush: Any
+    stage_words: int = 0
+
+
+@ptx.device_function
+def _no_flush(io, stage, row_tile, token, thread):
+    """Nothing was staged."""
+
+
+@ptx.device_function
+def swiglu_approx(gate, up):
+    """silu(gate) * up, with a relative error of some 2^-21: before it is rounded to float16."""
+    return gate * ptx.reciprocal(_ONE + ptx.exp2(-gate * _LOG2_E)) * up
+
+
+@ptx.device_function
+def pair_rows(lane, a, b):
+    """Float16 of rows g & ~1 and g | 1 in one word, of token 2t for even g and 2t + 1 for odd g, from every lane's
+    (row g, token 2t) `a` and (row g, token 2t + 1) `b`.
+    """
+    own = ptx.pack_f16x2(a, b)
+    other = ptx.shuffle_xor_u32(own, 4)
+    return ptx.permute_bytes(own, other, _ODD_LANE if lane & 4 else _EVEN_LANE)
+
+
+def make_store_epilogue(plan: GemmPlan) -> GemmEpilogue:
+    """Float32 to `io.y` [tokens, out_features]. Plain row order."""
+    rows = plan.layout.out_features
+
+    @ptx.device_function
+    def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+        row = tile * 16 + (lane >> 2)
+        index = (token + (lane & 3) * 2) * rows + row
+        if row < rows:
+            io.y[index], io.y[index + rows] = c0, c1
+        if row + 8 < rows:
+            io.y[index + 8], io.y[index + rows + 8] = c2, c3
+
+    return GemmEpilogue(store, _no_flush)
+
+
+def make_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
+    """Add to `io.residual`, float32 [tokens, out_features]. Plain row order."""
+    rows, tiles = plan.layout.out_features, plan.layout.tiles
+    all_full = rows % 16 == 0
+
+    @ptx.device_function
+    def add(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+        row = tile * 16 + (lane >> 2)
+        index = (token + (lane & 3) * 2) * rows + row
+        if tile < tiles if all_full else row + 8 < rows:
+            # All loads are issued before the first store.
+            r0, r1, r2, r3 = (
+                io.residual[index],
+                io.residual[index + rows],
+                io.residual[index + 8],
+                io.residual[index + rows + 8],
+            )
+            io.residual[index], io.residual[index + rows] = r0 + c0, r1 + c1
+            io.residual[index + 8], io.residual[index + rows + 8] = r2 + c2, r3 + c3
+        elif not all_full and row < rows:
+            io.residual[index] += c0
+            io.residual[index + rows] += c1
+
+    return GemmEpilogue(add, _no_flush)
+
+
+def make_swiglu_epilogue(plan: GemmPlan, intermediate: ActivationTiles) -> GemmEpilogue:
+    """silu(gate) * up to `io.intermediate`, tiled float16. Rows paired with half = number of units.
+
+    A CTA's tile is 64 units, one K block of the intermediate's tiles: it is staged in the order of these, where its
+    tokens are contiguous, and written 16 bytes a lane. K blocks beyond the last unit are padding and are written as
+    zeros: weights beyond the last tile count as zero.
+    """
+    tiles, blocks, block_words = plan.layout.tiles, intermediate.blocks, intermediate.block_words
+    tile_words = plan.tile_tokens * BLOCK_WORDS
+    in_block = ActivationTiles(_UNITS, plan.tile_tokens).make_word_index()  # a block by itself, padded to two
+    vectors = tile_words // 4
+
+    @ptx.device_function
+    def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+        word = pair_rows(lane, swiglu_approx(c0, c2), swiglu_approx(c1, c3))
+        row = in_tile + (lane & 3) * 2 + (lane >> 2 & 1)
+        stage[in_block(row, tile % 8 * 4 + (lane >> 3))] = word if tile < tiles else u32(0)
+
+    @ptx.device_function
+    def flush(io, stage, row_tile, token, thread):
+        start = row_tile * block_words + token * BLOCK_WORDS
+        for i in range(-(-vectors // CONSUMERS)):
+            vector = i * CONSUMERS + thread
+            if (vectors % CONSUMERS == 0 or vector < vectors) and row_tile < blocks:
+                a, b, c, d = ptx.load_shared_16(stage, vector * 4)
+                ptx.store_16(io.intermediate, start + vector * 4, a, b, c, d)
+
+    return GemmEpilogue(store, flush, tile_words)
+
+
+def make_qkv_epilogue(plan: GemmPlan, heads: int, kv_heads: int) -> GemmEpilogue:
+    """RoPE on q and k; q to `io.q`, k and v of the first `io.count` tokens to the KV cache.
+
+    Rows paired with half = head_dim / 2, a multiple of 8. Padding tokens take the angles of the last one.
+    """
+    half, section_tiles, tiles = plan.layout.half, plan.layout.section_tiles, plan.layout.tiles
+    q_width, kv_width = 2 * half * heads, 2 * half * kv_heads
+    if half % 8:
+        raise ValueError(f"heads of {2 * half}: their size must be a multiple of 16")
+
+    @ptx.device_function
+    def put(target, start, low, high):
+        ptx.store_pair(target, start, low)
+        ptx.store_pair(target, start + half, high)
+
+    @ptx.device_function
+    def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+        head, i = tile // section_tiles, tile % section_tiles * 8 + (lane >> 2)
+        position, last = ptx.load_constant_i64(io.position, 0), ptx.load_constant_i64(io.count, 0) - 1
+        if head < heads + kv_heads:
+            first = token + (lane & 3) * 2
+            angle = (position + min(first, last)) * half + i
+            c0, c2 = rope_pair(c0, c2, io.cosines[angle], io.sines[angle])
+            angle = (position + min(first + 1, last)) * half + i
+            c1, c3 = rope_pair(c1, c3, io.cosines[angle], io.sines[angle])
+        low, high = pair_rows(lane, c0, c1), pair_rows(lane, c2, c3)
+        row, element = token + (lane & 3) * 2 + (lane >> 2 & 1), i // 2 * 2
+        if head < heads:
+            put(io.q, row * q_width + head * 2 * half + element, low, high)
+        elif tile < tiles and row <= last:
+            slot = (position + row) * kv_width + element
+            if head < heads + kv_heads:
+                put(io.keys, slot + (head - heads) * 2 * half, low, high)
+            else:
+                put(io.values, slot + (head - heads - kv_heads) * 2 * half, low, high)
+
+    return GemmEpilogue(store, _no_flush)
