@@ -14,13 +14,22 @@ def test_unpack_is_the_inverse_of_pack(
     bits: int, weight_bits: int, in_features: int, tokens: int, rows: int, rng: np.random.Generator
 ) -> None:
     tiles = ActivationTiles(in_features, tokens, bits, weight_bits)
-    x = rng.integers(1, 255, (rows, in_features)).astype(tiles.dtype)
+    x = rng.integers(1, 16, (rows, in_features)).astype(tiles.dtype)
+    x[:, ::128] = 448  # so that FP8's scales are 1, and codes are exact
     words = tiles.pack(x)
     assert words.shape == (tiles.words,)
     back = tiles.unpack(words)
-    np.testing.assert_array_equal(back[:rows], x)
+    np.testing.assert_allclose(back[:rows], x, rtol=2**-23)  # 1 / 448 is rounded
     assert not back[rows:].any()
-    assert np.count_nonzero(words.view(tiles.dtype)) == x.size  # padding is zero
+    codes = words[: tiles.scales_start].view(np.uint8 if bits == 8 else np.uint16)
+    assert np.count_nonzero(codes) == x.size  # padding is zero
+
+
+def test_scales_follow_the_blocks_and_the_tokens_of_a_block_are_contiguous(rng: np.random.Generator) -> None:
+    tiles = ActivationTiles(300, 16, bits=8)
+    largest = rng.uniform(0.1, 9, (16, 3)).astype(np.float32)
+    words = tiles.pack(np.repeat(largest, 128, axis=1)[:, :300])
+    np.testing.assert_allclose(words[tiles.scales_start :].view(np.float32).reshape(3, 16), largest.T / 448, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "weight_bits"), FORMATS)

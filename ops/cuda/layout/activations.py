@@ -10,6 +10,9 @@ bytes]: the tokens of a tile are contiguous for every tile height, and a token's
   meets FP8 weights: lane t of a quad has K 16 t to 16 t + 15, which four k-steps of 16 take 4 at a time. Where both
   sides have the same number of bits, word w is word w // 4 % 4 of chunk 4 (w // 16) + w % 4.
 
+FP8 activations have a float32 scale for each token and group of 128 along K, a block (`fp8_activations.py`). Scales
+come after all blocks, as [K block][token]: those of a tile are contiguous too.
+
 The kernels that make x (RMSNorm, attention, SwiGLU) write this order. Tokens beyond the step's are never read as
 anything but rows whose results are discarded; K is padded with zeros to a multiple of 128.
 """
@@ -21,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.layout.fp8_activations import quantize_activations
+from numba_atomflow.ops.fp8 import e4m3_to_float
 
 BLOCK_BYTES = 128  # of a token in a K block: a row of the 128-byte swizzle
 BLOCK_WORDS = BLOCK_BYTES // 4
@@ -34,7 +39,7 @@ class ActivationTiles:
 
     Attributes:
         in_features: K. tokens: capacity: a multiple of 8.
-        bits: of an activation: 16 (float16) or 8 (FP8 E4M3).
+        bits: of an activation: 16 (float16) or 8 (FP8 E4M3 with scales).
         weight_bits: of the weights that x is multiplied by, 8 or 16.
     """
 
@@ -49,8 +54,8 @@ class ActivationTiles:
 
     @property
     def dtype(self) -> str:
-        """NumPy's name of an element's type: float16, or uint8 for FP8 codes."""
-        return "float16" if self.bits == 16 else "uint8"
+        """NumPy's name of the type of x as it is packed and unpacked: float16, or float32 for FP8."""
+        return "float16" if self.bits == 16 else "float32"
 
     @property
     def block_elements(self) -> int:
@@ -68,9 +73,14 @@ class ActivationTiles:
         return self.tokens * BLOCK_WORDS
 
     @property
-    def words(self) -> int:
-        """32-bit words of all blocks."""
+    def scales_start(self) -> int:
+        """32-bit words of all blocks: where the scales of FP8 activations begin."""
         return self.blocks * self.block_words
+
+    @property
+    def words(self) -> int:
+        """32-bit words of x, its scales included."""
+        return self.scales_start + (self.blocks * self.tokens if self.bits == 8 else 0)
 
     @property
     def same_bits(self) -> bool:
@@ -94,17 +104,23 @@ class ActivationTiles:
         return start + (position // 4 ^ token % _SWIZZLE_ROWS) * 4 + position % 4
 
     def pack(self, x: NDArray[Any]) -> NDArray[np.uint32]:
-        """x [rows, K], with at most `tokens` rows, to words [words]; what is beyond is zero."""
+        """x [rows, K], with at most `tokens` rows, to words [words]; what is beyond is zero. FP8: x is quantized."""
         padded = np.zeros((self.tokens, self.blocks * self.block_elements), self.dtype)
         padded[: len(x), : x.shape[1]] = x
         words = np.empty(self.words, np.uint32)
+        if self.bits == 8:
+            padded, scales = quantize_activations(padded)
+            words[self.scales_start :] = np.ascontiguousarray(scales.T).view(np.uint32).reshape(-1)
         words[self._index().reshape(-1)] = padded.view(np.uint32).reshape(-1)
         return words
 
     def unpack(self, words: NDArray[np.uint32]) -> NDArray[Any]:
-        """The inverse: x [tokens, in_features]."""
-        rows = words[self._index().reshape(-1)].view(self.dtype).reshape(self.tokens, -1)
-        return np.ascontiguousarray(rows[:, : self.in_features])
+        """The inverse: x [tokens, in_features]. FP8: dequantized."""
+        rows = np.ascontiguousarray(words[self._index().reshape(-1)]).reshape(self.tokens, -1)
+        if self.bits == 8:
+            scales = np.repeat(words[self.scales_start :].view(np.float32).reshape(self.blocks, -1).T, 128, axis=1)
+            return np.ascontiguousarray((e4m3_to_float(rows.view(np.uint8)) * scales)[:, : self.in_features])
+        return np.ascontiguousarray(rows.view(np.float16)[:, : self.in_features])
 
     # --- GPU -----------------------------------------------------------------------------------------------------
 
