@@ -68,7 +68,7 @@ def make_ground_truth(
     if progress:
         progress("loading transformers", 0, len(tokens) + decode_steps)
     with _quiet_transformers():
-        model = _source_model(checkpoint, source) if source is not None else _dequantized_model(checkpoint)
+        model = _source_model(checkpoint, source) if source is not None else dequantized_model(checkpoint)
         run = HookedModel(model, checkpoint.geometry, len(tokens) + decode_steps)
         prompt_tokens = len(tokens)
         run.feed(tokens)
@@ -224,8 +224,13 @@ def _read_source_model(checkpoint: Checkpoint, source: WeightSource) -> Any:
     return model.eval()
 
 
-def _dequantized_model(checkpoint: Checkpoint) -> Any:
-    """transformers' model with the dequantized weights of the checkpoint."""
+def dequantized_model(checkpoint: Checkpoint) -> Any:
+    """transformers' model with the dequantized weights of the checkpoint, in float32 on the CPU.
+
+    Raises:
+        GroundTruthError: transformers is not installed.
+    """
+    _check_installed("The model runs")
     import torch
 
     state: dict[str, Any] = {}
