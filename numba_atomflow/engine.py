@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Backend, Decode
+from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.backends.choose import BackendChoice, BackendName, make_backend
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
@@ -83,6 +83,8 @@ class Engine:
         decode: Decode = "auto",
         device: int = 0,
         private_copy: bool = False,
+        prefill: Prefill = "auto",
+        prefill_chunk: int | None = None,
     ) -> "Engine":
         """Open a checkpoint and make its backend ready to run.
 
@@ -98,14 +100,19 @@ class Engine:
             device: which GPU, from 0 as the NVIDIA driver numbers them (CUDA_VISIBLE_DEVICES).
             private_copy: read the whole file into memory first: other programs may then write into it. The CPU backend
                 otherwise reads weights in the file, and refuses to go on when it changes; the GPU's has a copy anyway.
+            prefill: how the GPU runs prompts: "gemv", up to 8 tokens at a time in the kernels of decode steps; "gemm",
+                in chunks of many tokens; "fp8", the same with activations rounded to FP8, which changes results a
+                little; "auto", today "gemv". `engine.backend.prefill_path` has the choice.
+            prefill_chunk: most tokens of a chunk of "gemm" and "fp8"; by default 2,048, or `max_seq_len` if that is
+                less. Activations take memory in proportion to it.
 
         Raises:
             CheckpointError: no such checkpoint, or a damaged one, or one that changed while it was loaded.
-            OptionError: `max_seq_len` or `threads` is out of range, or `decode` is set for the CPU.
-            BackendError: the backend cannot run here, or not in the way that `decode` requires.
+            OptionError: a number is out of range, or `decode` or `prefill` is set for the CPU.
+            BackendError: the backend cannot run here, or not in the way that `decode` or `prefill` requires.
         """
         started = time.perf_counter()
-        choice = BackendChoice(backend, threads, decode, device)
+        choice = BackendChoice(backend, threads, decode, device, prefill, prefill_chunk)
         private = truth_value("private_copy", private_copy)
         checkpoint = Checkpoint.open(find_checkpoint(path_or_name), private_copy=private)
         return cls._make_ready(checkpoint, choice, max_seq_len, progress, started)
@@ -123,13 +130,15 @@ class Engine:
         device: int = 0,
         seed: int = 0,
         name: str = "random",
+        prefill: Prefill = "auto",
+        prefill_chunk: int | None = None,
     ) -> "Engine":
         """A model of this geometry with random weights and no tokenizer (`generate_tokens`), to measure speed with.
 
         Args and errors are those of `load`, with the `seed` and the `name` of `RandomModel`.
         """
         started = time.perf_counter()
-        choice = BackendChoice(backend, threads, decode, device)
+        choice = BackendChoice(backend, threads, decode, device, prefill, prefill_chunk)
         if not isinstance(geometry, ModelGeometry):
             raise OptionError(f"geometry is {quote(geometry)}; it must be a ModelGeometry.")
         model = RandomModel(geometry, seed, name)

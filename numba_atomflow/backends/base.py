@@ -15,6 +15,7 @@ from numba_atomflow.sampling import Sampler
 from numba_atomflow.utils.progress import Progress
 
 Decode = Literal["auto", "graph", "persistent"]  # the requested way of running decode steps on a GPU
+Prefill = Literal["auto", "gemv", "gemm", "fp8"]  # the requested way of running prompts on a GPU
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,23 @@ class DecodePath:
     """
 
     name: Literal["graph", "persistent"]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}, because {self.reason}" if self.reason else self.name
+
+
+@dataclass(frozen=True)
+class PrefillPath:
+    """How prompts run on a GPU.
+
+    Attributes:
+        name: "gemv", up to 8 tokens a step in the kernels of decode steps; "gemm", chunks of many tokens in tensor core
+            kernels; "fp8", the same with activations rounded to FP8.
+        reason: why it is not another one, as a clause; "" if it was requested.
+    """
+
+    name: Literal["gemv", "gemm", "fp8"]
     reason: str = ""
 
     def __str__(self) -> str:
@@ -94,6 +112,10 @@ class Backend(Protocol):
     @property
     def decode_path(self) -> DecodePath | None:
         """How decode steps run, where there is more than one way; None on the CPU."""
+
+    @property
+    def prefill_path(self) -> PrefillPath | None:
+        """How prompts run, where there is more than one way; None on the CPU."""
 
     @property
     def measure(self) -> Measurements:

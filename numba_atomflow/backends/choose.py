@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Backend, Decode
+from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.utils.arguments import whole_number
@@ -27,35 +27,58 @@ class BackendChoice:
         threads: of the CPU backend.
         decode: of the CUDA backend; anything but "auto" requires that backend.
         device_ordinal: which GPU, from 0; anything but 0 requires the CUDA backend.
+        prefill: of the CUDA backend; anything but "auto" requires that backend.
+        prefill_chunk: most tokens of a prefill step on the GEMM path; None: its default.
 
     Raises:
         BackendError: there is no such backend.
-        OptionError: there is no such way to run decode steps, or options of one backend are given for the other.
+        OptionError: there is no such way to run decode steps or prompts, options of one backend are given for the
+            other, or a chunk's size for a path without chunks.
     """
 
     name: BackendName = "auto"
     threads: int | None = None
     decode: Decode = "auto"
     device_ordinal: int = 0
+    prefill: Prefill = "auto"
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise BackendError(f"There is no backend {self.name!r}; choose auto, cpu or cuda.")
         if self.decode not in get_args(Decode):
             raise OptionError(f"--decode {self.decode} does not exist; choose auto, graph or persistent.")
-        if self.decode != "auto" and self.name == "cpu":
-            raise OptionError(f"--decode {self.decode} is for the CUDA backend; leave it out, or use --backend cuda.")
-        if self.decode != "auto" and self.threads is not None:
-            raise OptionError(
-                f"--threads is for the CPU backend and --decode {self.decode} for the CUDA one; leave one out."
-            )
+        if self.prefill not in get_args(Prefill):
+            raise OptionError(f"--prefill {self.prefill} does not exist; choose auto, gemv, gemm or fp8.")
+        for option in self._gpu_options():
+            if self.name == "cpu":
+                raise OptionError(f"{option} is for the CUDA backend; leave it out, or use --backend cuda.")
+            if self.threads is not None:
+                raise OptionError(f"--threads is for the CPU backend and {option} for the CUDA one; leave one out.")
+        self._check_prefill_chunk()
         if whole_number("device", self.device_ordinal) != 0 and (self.name == "cpu" or self.threads is not None):
             raise OptionError(f"device {self.device_ordinal} is a GPU; leave it out, or use the CUDA backend.")
+
+    def _gpu_options(self) -> list[str]:
+        """The options for the CUDA backend that are not at their defaults."""
+        options = {"--decode": self.decode, "--prefill": self.prefill}
+        return [f"{name} {value}" for name, value in options.items() if value != "auto"]
+
+    def _check_prefill_chunk(self) -> None:
+        if self.prefill_chunk is None:
+            return
+        chunk = whole_number("prefill_chunk", self.prefill_chunk)
+        if self.prefill not in {"gemm", "fp8"}:
+            raise OptionError(
+                f"--prefill-chunk {chunk} is for --prefill gemm or fp8; give one of them, or leave it out."
+            )
+        if chunk < 1:
+            raise OptionError(f"--prefill-chunk is {chunk}; it must be at least 1.")
 
     @property
     def needs_gpu(self) -> bool:
         """Whether only the CUDA backend will do."""
-        return self.name == "cuda" or self.decode != "auto" or self.device_ordinal != 0
+        return self.name == "cuda" or bool(self._gpu_options()) or self.device_ordinal != 0
 
     @property
     def allows_gpu(self) -> bool:
@@ -108,8 +131,15 @@ def make_backend(
             if choice.needs_gpu or _opened(probe):
                 from numba_atomflow.backends.cuda.backend import CudaBackend
 
-                ordinal = choice.device_ordinal
-                return CudaBackend(geometry, weights, max_seq_len, device_ordinal=ordinal, decode=choice.decode)
+                return CudaBackend(
+                    geometry,
+                    weights,
+                    max_seq_len,
+                    device_ordinal=choice.device_ordinal,
+                    decode=choice.decode,
+                    prefill=choice.prefill,
+                    prefill_chunk=choice.prefill_chunk,
+                )
     from numba_atomflow.backends.cpu import CpuBackend
 
     return CpuBackend(geometry, dict(weights), max_seq_len, choice.threads, check_weights=check_weights)

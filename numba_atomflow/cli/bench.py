@@ -78,6 +78,8 @@ def bench(
                 engine_options.threads,
                 progress,
                 decode=engine_options.decode.value,
+                prefill=engine_options.prefill.value,
+                prefill_chunk=engine_options.prefill_chunk,
             )
     with chosen_model.open(engine_options, positions) as engine, output.steps_bar() as progress:
         report = benchmark.bench(engine, settings, times, progress)
@@ -116,6 +118,7 @@ def _headline(report: "BenchReport") -> list[str]:
     settings = report.settings
     return [
         *headline(report),
+        *([] if report.prefill is None else [f"prefill: {report.prefill}"]),
         f"each of {settings.repeats} turns: a prompt of {settings.prompt_tokens}, then {settings.decode_tokens} tokens",
     ]
 
@@ -193,6 +196,7 @@ def _csv(report: "BenchReport", earlier: "BenchReport | None") -> str:
             "backend": report.backend,
             "device": report.device,
             "decode": report.decode and report.decode.name,
+            "prefill": report.prefill and report.prefill.name,
             "nvidia_driver": machine["nvidia_driver"],
             "commit": machine["commit"],
             "date": report.date,

@@ -157,7 +157,7 @@ def _model_table(record: dict[str, Any]) -> Table:
         ),
         *((f"  {pool}", f"{output.size(count):>10}") for pool, count in plan["allocated_bytes"].items()),
         ("  allocated", f"{output.size(plan['allocated_total']):>10}  {_of_device(plan)}"),
-        *_decode(plan),
+        *_paths(plan),
     ]
 
 
@@ -174,12 +174,14 @@ def _of_device(plan: dict[str, Any]) -> str:
     return f"in one allocation; {device['name']} has {free} free of {total}"
 
 
-def _decode(plan: dict[str, Any]) -> Table:
-    """How this GPU would run decode steps."""
-    from numba_atomflow.backends.base import DecodePath
+def _paths(plan: dict[str, Any]) -> Table:
+    """How this GPU would run decode steps and prompts."""
+    from numba_atomflow.backends.base import DecodePath, PrefillPath
 
-    path = plan["device"].get("decode")
-    return [] if path is None else [("decode", str(DecodePath(**path)))]
+    device = plan["device"]
+    if not device:
+        return []
+    return [("decode", str(DecodePath(**device["decode"]))), ("prefill", str(PrefillPath(**device["prefill"])))]
 
 
 def _yes(present: bool) -> str:

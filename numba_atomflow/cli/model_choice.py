@@ -98,4 +98,6 @@ class ChosenModel:
                 progress,
                 decode=engine_options.decode.value,
                 name=self._preset or "random",
+                prefill=engine_options.prefill.value,
+                prefill_chunk=engine_options.prefill_chunk,
             )

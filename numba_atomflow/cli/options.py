@@ -37,6 +37,15 @@ class DecodeChoice(StrEnum):
     PERSISTENT = "persistent"
 
 
+class PrefillChoice(StrEnum):
+    """Values of --prefill."""
+
+    AUTO = "auto"
+    GEMV = "gemv"
+    GEMM = "gemm"
+    FP8 = "fp8"
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 MODEL_HELP = "A checkpoint file, or the name of one in the models folder."
@@ -69,6 +78,22 @@ Decode = Annotated[
         "the GPU and the model allow it.",
     ),
 ]
+Prefill = Annotated[
+    PrefillChoice,
+    typer.Option(
+        "--prefill",
+        help="Prompts on a GPU: up to 8 tokens at a time in the kernels of decode steps (gemv), or in chunks of many "
+        "tokens (gemm), or those with activations in FP8 (fp8); auto: gemv.",
+    ),
+]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-chunk",
+        metavar="N",
+        help="Tokens of a prompt at a time, with --prefill gemm or fp8.  [default: 2048, or less if the context is]",
+    ),
+]
 MaxSeqLen = Annotated[
     int | None,
     typer.Option(
@@ -99,6 +124,8 @@ class EngineOptions(OptionGroup):
 
     backend: Backend = BackendChoice.AUTO
     decode: Decode = DecodeChoice.AUTO
+    prefill: Prefill = PrefillChoice.AUTO
+    prefill_chunk: PrefillChunk = None
     threads: Threads = None
     private_copy: PrivateCopy = False
 
@@ -115,7 +142,13 @@ class EngineOptions(OptionGroup):
                 progress,
                 decode=self.decode.value,
                 private_copy=self.private_copy,
+                prefill=self.prefill.value,
+                prefill_chunk=self.prefill_chunk,
             )
+
+    def on_cpu(self) -> "EngineOptions":
+        """The same for the CPU backend, without what only the CUDA backend has."""
+        return EngineOptions(BackendChoice.CPU, threads=self.threads, private_copy=self.private_copy)
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

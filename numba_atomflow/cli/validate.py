@@ -1,7 +1,6 @@
 """``numba-atomflow validate``: every layer compared with a reference, down to the first op that diverges."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,8 +141,7 @@ def _record(model: str, text: str | None, steps: int, engine_options: options.En
         raise BackendError(
             "--diff-backends compares another backend with the CPU backend, and only that one runs here."
         )
-    on_cpu = replace(engine_options, backend=options.BackendChoice.CPU, decode=options.DecodeChoice.AUTO)
-    with on_cpu.load(model, len(prompt) + steps) as engine, output.steps_bar() as progress:
+    with engine_options.on_cpu().load(model, len(prompt) + steps) as engine, output.steps_bar() as progress:
         return record(engine.backend, engine.geometry, prompt, steps, progress=progress)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from numba_atomflow.backends.base import DecodePath
+from numba_atomflow.backends.base import DecodePath, PrefillPath
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, OptionError
@@ -121,6 +121,7 @@ class BenchReport:
     load_seconds: float
     compile_times: CompileTimes | None = None
     decode: DecodePath | None = None  # None on the CPU
+    prefill: PrefillPath | None = None  # None on the CPU
     machine: dict[str, Any] = field(default_factory=machine_record)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -136,7 +137,7 @@ class BenchReport:
             raise ValueError(record["format"])
         _check_report(record)
         settings, times = record["settings"], record["compile_times"]
-        path = record.get("decode")  # earlier versions had no choice
+        path, prefill = record.get("decode"), record.get("prefill")  # earlier versions had no choice
         fields = dict(record) | {
             "geometry": ModelGeometry.from_dict(record["geometry"]),
             "ceilings": {_EARLIER_CEILINGS.get(name, name): speed for name, speed in record["ceilings"].items()},
@@ -144,6 +145,7 @@ class BenchReport:
             "results": [DepthResult.from_dict(result) for result in record["results"]],
             "compile_times": None if times is None else CompileTimes(**times),
             "decode": None if path is None else DecodePath(**path),
+            "prefill": None if prefill is None else PrefillPath(**prefill),
         }
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 
@@ -184,6 +186,7 @@ def bench(
         load_seconds=engine.load_seconds,
         compile_times=compile_times,
         decode=engine.backend.decode_path,
+        prefill=engine.backend.prefill_path,
     )
 
 
@@ -244,9 +247,9 @@ def _check_report(record: dict[str, Any]) -> None:
     """Check the types of all values that are compared or shown: KeyError, TypeError or ValueError if one is wrong."""
     numbers = (*record["ceilings"].values(), *(record["compile_times"] or {}).values())
     texts = [record["model"], record["device"], record["backend"], record["date"]]
-    machine, path = record["machine"], record.get("decode")
+    machine, paths = record["machine"], [record.get(name) for name in ("decode", "prefill")]
     facts = [*machine["versions"].items(), *((name, value) for name, value in machine.items() if name != "versions")]
-    for name, value in [*facts, *(path or {}).items()]:
+    for name, value in [*facts, *(fact for path in paths for fact in (path or {}).items())]:
         texts += [name, *([] if value is None else [str(value) if type(value) is int else value])]
     counts = [record["settings"][name] for name in ("prompt_tokens", "decode_tokens", "repeats")]
     counts += [*record["settings"]["depths"], *(result["depth"] for result in record["results"])]
@@ -324,7 +327,7 @@ def differences(now: BenchReport, earlier: BenchReport) -> dict[str, tuple[Any, 
     def facts(report: BenchReport) -> dict[str, Any]:
         machine = {name: value for name, value in report.machine.items() if name != "versions"}
         where = {"model": report.model, "backend": report.backend, "device": report.device}
-        how = {"decode": report.decode and report.decode.name}
+        how = {"decode": report.decode and report.decode.name, "prefill": report.prefill and report.prefill.name}
         return {**where, **how, **machine, **report.machine["versions"]}
 
     old, new = facts(earlier), facts(now)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_atomflow import home
-from numba_atomflow.backends.base import Decode
+from numba_atomflow.backends.base import Decode, Prefill
 from numba_atomflow.backends.choose import BackendName
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, BackendError
@@ -39,13 +39,22 @@ def measure_compile_times(
     progress: Progress | None = None,
     *,
     decode: Decode = "auto",
+    prefill: Prefill = "auto",
+    prefill_chunk: int | None = None,
 ) -> CompileTimes:
     """Start twice: the kernels of a checkpoint, or of a model with random weights.
 
     Raises:
         BackendError: a start failed.
     """
-    options: dict[str, Any] = {"backend": backend, "max_seq_len": max_seq_len, "threads": threads, "decode": decode}
+    options: dict[str, Any] = {
+        "backend": backend,
+        "max_seq_len": max_seq_len,
+        "threads": threads,
+        "decode": decode,
+        "prefill": prefill,
+        "prefill_chunk": prefill_chunk,
+    }
     if isinstance(model, ModelGeometry):
         options["geometry"] = model.to_dict()
     else:

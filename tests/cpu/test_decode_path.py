@@ -12,7 +12,7 @@ from tiny_models import tiny_geometry
 pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
 
 from numba_atomflow import Engine
-from numba_atomflow.backends.base import Decode, DecodePath
+from numba_atomflow.backends.base import Decode, DecodePath, PrefillPath
 from numba_atomflow.backends.cpu import CpuBackend
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.backends.cuda.decode_path import choose_decode_path
@@ -104,6 +104,7 @@ def test_what_the_gpu_cannot_do_is_refused_and_the_gpu_given_back(backend: Any) 
 def test_the_plan_for_a_gpu_comes_with_how_it_would_decode() -> None:
     _, device = plan_for_this_gpu(LLAMA, "fp8", 32)
     assert device["decode"] == {"name": "graph", "reason": CAPABILITY}
+    assert device["prefill"]["name"] == "gemv"
 
 
 @pytest.mark.parametrize("load", [partial(Engine.load, "no-such-model"), partial(Engine.random, LLAMA)])
@@ -114,6 +115,11 @@ def test_the_plan_for_a_gpu_comes_with_how_it_would_decode() -> None:
         ({"backend": "cpu", "decode": "persistent"}, "--decode persistent is for the CUDA backend; leave it out"),
         ({"threads": 1, "decode": "graph"}, "--threads is for the CPU backend and --decode graph for the CUDA one"),
         ({"decode": "quick"}, "--decode quick does not exist; choose auto, graph or persistent"),
+        ({"backend": "cpu", "prefill": "gemm"}, "--prefill gemm is for the CUDA backend; leave it out"),
+        ({"threads": 1, "prefill": "gemv"}, "--threads is for the CPU backend and --prefill gemv for the CUDA one"),
+        ({"prefill": "quick"}, "--prefill quick does not exist; choose auto, gemv, gemm or fp8"),
+        ({"prefill_chunk": 64}, "--prefill-chunk 64 is for --prefill gemm or fp8; give one"),
+        ({"prefill": "gemm", "prefill_chunk": 0}, "--prefill-chunk is 0; it must be at least 1"),
     ],
 )
 def test_contradictions_are_refused_before_a_model_is_looked_for(
@@ -164,3 +170,6 @@ def test_another_path_is_a_difference(engine: Engine) -> None:
     report = measured(engine)
     then, now = replace(report, decode=GRAPH), replace(report, decode=DecodePath("persistent"))
     assert differences(now, then) == {"decode": ("graph", "persistent")}
+    then, now = replace(report, prefill=PrefillPath("gemv")), replace(report, prefill=PrefillPath("gemm"))
+    assert differences(now, then) == {"prefill": ("gemv", "gemm")}
+    assert BenchReport.from_dict(now.to_dict()) == now

@@ -43,6 +43,7 @@ NAMES = ("generate", "chat", "perplexity", "validate", "bench", "bench, compile 
 def test_the_cpu_has_no_choice(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path, command: str) -> None:
     line = commands(tiny_checkpoint, tmp_path)[command]
     assert_refused(cli(*line, "--backend", "cpu", "--decode", "graph"), "--decode graph", "use --backend cuda")
+    assert_refused(cli(*line, "--backend", "cpu", "--prefill", "gemm"), "--prefill gemm", "use --backend cuda")
 
 
 @pytest.mark.usefixtures("_ada")

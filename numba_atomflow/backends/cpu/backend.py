@@ -77,7 +77,7 @@ class CpuBackend:
     """
 
     name = "cpu"
-    decode_path = None  # there is only one
+    decode_path = prefill_path = None  # there is only one
 
     def __init__(
         self,

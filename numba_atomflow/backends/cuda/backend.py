@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Decode, Observer
+from numba_atomflow.backends.base import Decode, Observer, Prefill
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.measure import CudaMeasurements
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
+from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
 from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue, TokenRing
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import ModelGeometry
@@ -38,12 +39,14 @@ class CudaBackend:
         dependent: programmatic dependent launch; where the GPU has it, if None.
         graphs: replay captured steps; without, kernels are launched one by one (to measure what that costs).
         decode: how decode steps run; `decode_path` has what was chosen.
+        prefill: how prompts run; `prefill_path` has what was chosen.
+        prefill_chunk: most tokens of a prefill step on the GEMM path; 2,048 if None.
 
     Attributes:
         measure: times ops and steps; there after `prepare`.
 
     Raises:
-        BackendError: no usable GPU, too little memory on it, or `decode` is not possible.
+        BackendError: no usable GPU, too little memory on it, or `decode` or `prefill` is not possible.
     """
 
     name = "cuda"
@@ -59,6 +62,8 @@ class CudaBackend:
         dependent: bool | None = None,
         graphs: bool = True,
         decode: Decode = "auto",
+        prefill: Prefill = "auto",
+        prefill_chunk: int | None = None,
     ) -> None:
         self.geometry = geometry
         self._arrays: Mapping[str, NDArray[Any]] | None = weights
@@ -70,6 +75,7 @@ class CudaBackend:
             self._gpu = self._owner.open(device_ordinal)
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             chip = chip_of(self._gpu)
+            self.prefill_path = choose_prefill_path(prefill)
             self.kernels, self.decode_path = kernels_for(geometry, chip, head, decode, dependent=dependent)
             self.prefill_chunk = min(self.kernels.prefill_chunk, max_seq_len)
             self.plan = cuda_plan(self.kernels, max_seq_len)

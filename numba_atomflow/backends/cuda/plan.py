@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers
+from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
 from numba_atomflow.checkpoint.format import fusion
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
@@ -108,7 +109,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
 
 
 def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: int) -> tuple[MemoryPlan, dict[str, Any]]:
-    """The plan that loading would execute, and the GPU: name, memory and free memory in bytes, its decode path.
+    """The plan that loading would execute, and the GPU: name, memory and free memory in bytes, its paths.
 
     Raises:
         BackendError: there is no usable GPU.
@@ -117,7 +118,7 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
         device = owner.open()
         kernels, path = kernels_for(geometry, chip_of(device), head, "auto")
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
-        record["decode"] = asdict(path)
+        record |= {"decode": asdict(path), "prefill": asdict(choose_prefill_path("auto"))}
         return cuda_plan(kernels, max_seq_len), record
 
 
