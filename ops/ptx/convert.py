@@ -37,6 +37,22 @@ def convert_fp8_cvt(word):
     return int(pairs[0]), int(pairs[1])
 
 
+@instruction(
+    "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;"
+    " mov.b32 $0, {l, h}; }",
+    (u32,),
+    (f32,) * 4,
+)
+def pack_e4m3x4(a, b, c, d):
+    """Four float32 rounded to E4M3 codes in one word, a in the lowest byte; saturated at 448. Since sm_89."""
+    from numba_atomflow.ops.fp8 import encode_e4m3
+
+    values = np.array([a, b, c, d], np.float32)
+    invalid = np.isnan(values)
+    codes = np.where(invalid, 0x7F, encode_e4m3(np.where(invalid, 0, values))).astype(np.uint8)
+    return int(codes.view(np.uint32)[0])
+
+
 @instruction("cvt.rn.f16x2.f32 $0, $2, $1;", (u32,), (f32, f32))
 def pack_f16x2(low, high):
     """Two float32 rounded to float16 in one word."""
