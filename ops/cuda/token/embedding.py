@@ -13,7 +13,7 @@ from numba import cuda
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, make_offsets
-from numba_atomflow.ops.cuda.runtime.spec import F32, I32, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import F32, I32, I64, U32, Planned, kernel_spec
 
 THREADS = 256
 
@@ -29,6 +29,20 @@ class EmbedArguments(NamedTuple):
 
     weights: U32
     tokens: I32
+    residual: F32
+
+
+class EmbedChunkArguments(NamedTuple):
+    """The parameter of the kernel for any number of tokens.
+
+    Attributes:
+        count: [1], tokens of the chunk; the others are padding, and their rows are not written.
+        weights, tokens, residual: as in `EmbedArguments`.
+    """
+
+    weights: U32
+    tokens: I32
+    count: I64
     residual: F32
 
 
@@ -66,15 +80,34 @@ def make_embed(layout: PrepackedLayout, tokens: int) -> Any:
 
     Launch: `embed_ctas(layout, tokens)` CTAs of `THREADS` threads, no shared memory.
     """
+
+    @ptx.device_function
+    def count_of(io):
+        return tokens
+
+    return _make_embed(layout, count_of)
+
+
+def make_embed_chunk(layout: PrepackedLayout) -> Any:
+    """Kernel (`EmbedChunkArguments`): the same for the first `count` tokens. Launch: as above, for all with padding."""
+
+    @ptx.device_function
+    def count_of(io):
+        return io.count[0]
+
+    return _make_embed(layout, count_of)
+
+
+def _make_embed(layout: PrepackedLayout, count_of: Any) -> Any:
+    """`count_of`: device function (io) -> number of tokens."""
     hidden = layout.in_features
     row_quads = -(-hidden // 4)
-    total = tokens * row_quads
     quad_of = make_quad(layout)
 
     @ptx.kernel(THREADS, 1)
     def embed(io):
         index = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        if index >= total:
+        if index >= count_of(io) * row_quads:
             return
         token, quad = index // row_quads, index % row_quads
         x0, x1, x2, x3 = quad_of(io.weights, 0, io.tokens[token], quad)
@@ -94,6 +127,11 @@ def embed_kernel(layout: PrepackedLayout, tokens: int) -> Planned:
     """The spec of the kernel of `make_embed`."""
     spec = kernel_spec(f"embed_x{tokens}", make_embed, EmbedArguments, THREADS, layout=layout, tokens=tokens)
     return Planned(spec, embed_ctas(layout, tokens))
+
+
+def embed_chunk_kernel(layout: PrepackedLayout) -> Planned:
+    """The spec of the kernel of `make_embed_chunk`; `embed_ctas` is the grid of a launch."""
+    return Planned(kernel_spec("embed_chunk", make_embed_chunk, EmbedChunkArguments, THREADS, layout=layout), 0)
 
 
 def embed_ctas(layout: PrepackedLayout, tokens: int) -> int:

@@ -44,6 +44,27 @@ class RopeArguments(NamedTuple):
     values: U16
 
 
+class RopeChunkArguments(NamedTuple):
+    """The parameter of the kernel for any number of tokens.
+
+    Attributes:
+        count: [1], tokens of the chunk; the others are padding, for which nothing is written.
+        others: as in `RopeArguments`.
+    """
+
+    qkv: F32
+    bias: F32
+    q_norm: F32
+    k_norm: F32
+    count: I64
+    position: I64
+    cosines: F32
+    sines: F32
+    q: U16
+    keys: U16
+    values: U16
+
+
 def rope_ctas(heads: int, kv_heads: int, tokens: int) -> int:
     """CTAs of a launch: a warp for each head of q, k and v of each token."""
     return -(-tokens * (heads + 2 * kv_heads) * 32 // THREADS)
@@ -65,6 +86,30 @@ def make_rope(
     Args:
         bias, norm: whether the model has a bias, and a norm of each head of q and k.
     """
+
+    @ptx.device_function
+    def count_of(io):
+        return tokens
+
+    return _make_rope(heads, kv_heads, head_dim, eps, bias, norm, count_of, dependent)
+
+
+def make_rope_chunk(
+    heads: int, kv_heads: int, head_dim: int, eps: float, bias: bool, norm: bool, *, dependent: bool = False
+) -> Any:
+    """Kernel (`RopeChunkArguments`): the same for the first `count` tokens. Launch: as above, for all with padding."""
+
+    @ptx.device_function
+    def count_of(io):
+        return io.count[0]
+
+    return _make_rope(heads, kv_heads, head_dim, eps, bias, norm, count_of, dependent)
+
+
+def _make_rope(
+    heads: int, kv_heads: int, head_dim: int, eps: float, bias: bool, norm: bool, count_of: Any, dependent: bool
+) -> Any:
+    """`count_of`: device function (io) -> number of tokens."""
     half, all_heads = head_dim // 2, heads + 2 * kv_heads
     pairs = -(-half // 32)  # per lane
     inverse_width, epsilon = f32(1.0 / head_dim), f32(eps)
@@ -76,6 +121,7 @@ def make_rope(
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
+        tokens = count_of(io)
         index = (cuda.blockIdx.x * THREADS + cuda.threadIdx.x) >> 5
         lane = cuda.threadIdx.x & 31
         has_head = index < tokens * all_heads
@@ -139,3 +185,23 @@ def rope_kernel(
         dependent=dependent,
     )
     return Planned(spec, rope_ctas(heads, kv_heads, tokens))
+
+
+def rope_chunk_kernel(
+    heads: int, kv_heads: int, head_dim: int, eps: float, *, bias: bool, norm: bool, dependent: bool
+) -> Planned:
+    """The spec of the kernel of `make_rope_chunk`; `rope_ctas` is the grid of a launch."""
+    spec = kernel_spec(
+        "rope_chunk",
+        make_rope_chunk,
+        RopeChunkArguments,
+        THREADS,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        eps=eps,
+        bias=bias,
+        norm=norm,
+        dependent=dependent,
+    )
+    return Planned(spec, 0)
