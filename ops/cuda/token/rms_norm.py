@@ -12,7 +12,7 @@ from numba import cuda, float32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
 from numba_atomflow.ops.cuda.runtime.spec import F32, U32, Planned, kernel_spec
-from numba_atomflow.ops.cuda.scalars import f32, u32
+from numba_atomflow.ops.cuda.scalars import f32
 
 _MAX_WARPS = 8
 _BLOCKS_PER_WARP = 4  # where there are few K blocks
@@ -48,14 +48,15 @@ def make_rms_norm_tiles(x: ActivationTiles, eps: float, *, dependent: bool = Fal
     threads = rms_norm_tiles_threads(x)
     warps, blocks, in_features = threads // 32, x.blocks, x.in_features
     turns = -(-blocks // warps)
+    elements = 2 * turns  # of a thread
     inverse_width, epsilon = f32(1.0 / in_features), f32(eps)
     word_index = x.make_word_index()
 
     @ptx.kernel(threads, 1)
     def rms_norm_tiles(io):
         sums = cuda.shared.array(_MAX_WARPS, float32)
-        values = cuda.local.array(2 * turns, float32)
-        weights = cuda.local.array(2 * turns, float32)
+        values = cuda.local.array(elements, float32)
+        weights = cuda.local.array(elements, float32)
         lane, warp, token = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockIdx.x
         for i in range(turns):  # no kernel writes them
             k = ((i * warps + warp) * BLOCK_WORDS + lane) * 2
@@ -84,7 +85,7 @@ def make_rms_norm_tiles(x: ActivationTiles, eps: float, *, dependent: bool = Fal
             block = i * warps + warp
             if block < blocks:
                 low, high = values[2 * i] * factor * weights[2 * i], values[2 * i + 1] * factor * weights[2 * i + 1]
-                io.x[word_index(token, block * BLOCK_WORDS + lane)] = u32(ptx.pack_f16x2(low, high))
+                io.x[word_index(token, block * BLOCK_WORDS + lane)] = ptx.pack_f16x2(low, high)
 
     return rms_norm_tiles
 
