@@ -75,6 +75,26 @@ def test_the_layers_of_a_single_token_are_captured_on_first_use(
     assert pretended.counts()["executable graph"] == captured + 1
 
 
+def test_kernels_are_loaded_when_a_step_first_needs_them(
+    pretended: PretendedDriver, backend: CudaBackend, decode: Decode
+) -> None:
+    """With the persistent kernel, the layers of a single token are those of a prompt's last token, if at all."""
+    loaded = backend._graphs._loaded
+    assert ("qkv_x1" in loaded._loaded) == (decode == "graph")
+    assert "lm_head_x8" not in loaded._loaded
+    modules = pretended.counts()["module"]
+    backend.prefill([1, 2, 3], SAMPLE)
+    backend.decode()
+    assert pretended.counts()["module"] == modules
+    backend.seek(0)
+    for _ in range(2):
+        backend.prefill([1], NO_LOGITS)
+        assert pretended.counts()["module"] == modules + (5 + 1 if decode == "persistent" else 0)
+    backend.prefill([1, 2], NO_LOGITS)
+    backend.logits(0, 2)
+    assert "lm_head_x8" in loaded._loaded
+
+
 @pytest.mark.parametrize("tokens", [2, 5, 8])
 @pytest.mark.parametrize("head", [NO_LOGITS, LAST_LOGITS, SAMPLE])
 def test_a_chunk_takes_the_same_launches_with_and_without_graphs(backend: CudaBackend, tokens: int, head: Head) -> None:

@@ -343,6 +343,6 @@ def pretend_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
             progress("compiling GPU kernels", 0, len(specs))
         return dict.fromkeys(specs, b"code")
 
-    for user in ("backends.cuda.backend", "sandbox.gpu_runner", "backends.cuda.measure"):
+    for user in ("backends.cuda.loaded", "sandbox.gpu_runner", "backends.cuda.measure"):
         monkeypatch.setattr(f"numba_atomflow.{user}.build", build)
     monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.build.missing_compiler", lambda: None)

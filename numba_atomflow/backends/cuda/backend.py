@@ -1,6 +1,5 @@
 """The CUDA backend: its lifecycle, and what the engine calls."""
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.base import Decode, Observer, Prefill
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.graphs import StepGraphs
+from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.measure import CudaMeasurements
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
@@ -21,9 +21,9 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.model.step import Head, Op
-from numba_atomflow.ops.cuda.runtime.build import build
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
-from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.utils.progress import Progress
 
@@ -97,15 +97,14 @@ class CudaBackend:
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Compile the kernels or load them from the cache, upload the weights, and capture the graphs."""
+        """Compile the kernels of every prompt or load them from the cache, upload the weights, and capture graphs."""
         if self._arrays is None:
             raise RuntimeError("prepare was called before")
-        started = time.perf_counter()
-        codes = build([kernel.spec for kernel in self.kernels.planned.values()], self._gpu.capability, progress)
-        self.compile_seconds = time.perf_counter() - started
         owner, model = self._owner, self._model
         with owner.current():
-            loaded = {spec.name: Kernel(spec, code, owner.resources) for spec, code in codes.items()}
+            loaded = LoadedKernels(self.kernels.planned, self._gpu.capability, owner.resources)
+            loaded.require(self._kernels_at_start(), progress)
+            self.compile_seconds = loaded.seconds
             model.upload(loaded, self._arrays, progress)
             self._graphs = StepGraphs(model, loaded, self._ring.view, owner.resources, capture=self._capture)
             self._graphs.prepare(self.prefill_chunk)
@@ -113,6 +112,11 @@ class CudaBackend:
             self.measure = CudaMeasurements(model, self._graphs, self._queue, self._gpu, owner)
             self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
         self._arrays = None
+
+    def _kernels_at_start(self) -> list[KernelSpec]:
+        """What is compiled, and loaded, before the first prompt."""
+        width = self.kernels.width_for(self.prefill_chunk)
+        return [kernel.spec for kernel in self.kernels.start + self.kernels.layer_kernels(width)]
 
     def close(self) -> None:
         """Free all memory on the GPU. Closing twice is fine; every later use raises `ClosedError`."""

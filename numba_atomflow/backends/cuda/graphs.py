@@ -6,17 +6,18 @@ graph of that width, and the step's tail, which depends on the number of tokens,
 the chosen rows, sampling, and the advance of the position. These few launches are queued while the layers run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from numba_atomflow.backends.cuda.bind import Binder
+from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.persistent import PersistentStep
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Advance, Head, LmHead, Op, Sample
 from numba_atomflow.ops.cuda.runtime.graph import Graph
-from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.launch import Launch
 
 
 class _Step(NamedTuple):
@@ -46,10 +47,10 @@ class StepGraphs:
     """
 
     def __init__(
-        self, model: DeviceModel, loaded: Mapping[str, Kernel], ring: View, resources: Resources, *, capture: bool
+        self, model: DeviceModel, loaded: LoadedKernels, ring: View, resources: Resources, *, capture: bool
     ) -> None:
         self._model, self._kernels, self._resources = model, model.kernels, resources
-        self._capture = capture
+        self._capture, self._loaded = capture, loaded
         self._binder = Binder(model, loaded, ring)
         self.persistent: PersistentStep | None = None
         if self._kernels.persistent:
@@ -133,6 +134,7 @@ class StepGraphs:
     def _bind_step(self, key: _Step) -> list[Launch]:
         tokens, head = key.tokens, key.head
         if head is None:
+            self._loaded.require(kernel.spec for kernel in self._kernels.layer_kernels(tokens))
             layers, _ = split_tail(self._model.step(tokens, NO_LOGITS))
             return self._bind_ops(layers)
         if self.persistent is not None and is_decode(tokens, head):

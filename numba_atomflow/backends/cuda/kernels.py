@@ -134,6 +134,22 @@ class ModelKernels:
 
     # --- kernels -----------------------------------------------------------------------------------------------------
 
+    @property
+    def start(self) -> list[Planned]:
+        """The kernels that loading, decode steps and the end of every prompt need; others are loaded on first use.
+
+        Where decode steps run in the persistent kernel, those of single tokens are not among them.
+        """
+        names = ["argmax", "sample", "advance", "advance_sampled", "lm_head_x1"]
+        names += [name for name in ("prepack", "prepack_fp16", "persistent") if name in self.planned]
+        kernels = [self.planned[name] for name in names]
+        return kernels if self.persistent else kernels + self.layer_kernels(1)
+
+    def layer_kernels(self, width: int) -> list[Planned]:
+        """The kernels of the layers of a step that is padded to `width` tokens, and of its embedding."""
+        kinds = ["embed", "qkv", "attention", "o", "gate_up", "down"] + ["rope"] * self.separate_rope_kernel
+        return [self.planned[f"{kind}_x{width}"] for kind in kinds]
+
     @cached_property
     def planned(self) -> dict[str, Planned]:
         """All kernels by name; those of a GEMV width are called ``<kind>_x<width>``."""
