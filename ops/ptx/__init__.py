@@ -74,6 +74,7 @@ from numba_atomflow.ops.ptx.warp import (
     shuffle_xor_f32,
     shuffle_xor_u32,
     sync_warp,
+    warp_max,
     warp_sum,
     warp_sum_u32,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "sync_warp",
     "unpack_f16x2",
     "wait_for_previous_kernel",
+    "warp_max",
     "warp_sum",
     "warp_sum_u32",
 ]

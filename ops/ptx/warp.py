@@ -50,6 +50,14 @@ def shuffle_xor_u32(value, lanes):
 
 
 @device_function
+def warp_max(value):
+    """Maximum of a float32 over the warp, in every lane: a butterfly of five shuffles."""
+    for step in range(5):
+        value = max(value, shuffle_xor_f32(value, 16 >> step))
+    return value
+
+
+@device_function
 def warp_sum(value):
     """Sum of a float32 over the warp, in every lane: a butterfly of five shuffles."""
     for step in range(5):

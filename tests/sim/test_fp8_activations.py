@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fp8_activation_cases import QUANTIZED, check_quantize_tiles
+from fp8_activation_cases import NORMED, QUANTIZED, check_quantize_tiles, check_rms_norm_fp8
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.fp8 import e4m3_table
@@ -11,6 +11,11 @@ from numba_atomflow.ops.fp8 import e4m3_table
 @pytest.mark.parametrize(("in_features", "capacity", "tokens"), QUANTIZED)
 def test_quantize_tiles(in_features: int, capacity: int, tokens: int) -> None:
     check_quantize_tiles(in_features, capacity, tokens)
+
+
+@pytest.mark.parametrize(("in_features", "capacity", "tokens"), NORMED)
+def test_rms_norm_fp8(in_features: int, capacity: int, tokens: int) -> None:
+    check_rms_norm_fp8(in_features, capacity, tokens)
 
 
 def test_codes_are_packed_from_the_lowest_byte_rounded_and_saturated() -> None:

@@ -13,6 +13,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
 from numba_atomflow.ops.cuda.runtime.spec import F32, U32, Planned, kernel_spec
 from numba_atomflow.ops.cuda.scalars import f32
+from numba_atomflow.ops.cuda.token.rms_norm_fp8 import make_rms_norm_fp8, rms_norm_fp8_threads
 
 _MAX_WARPS = 8
 _BLOCKS_PER_WARP = 4  # where there are few K blocks
@@ -91,7 +92,12 @@ def make_rms_norm_tiles(x: ActivationTiles, eps: float, *, dependent: bool = Fal
 
 
 def rms_norm_tiles_kernel(name: str, x: ActivationTiles, eps: float, dependent: bool) -> Planned:
-    """The spec of the kernel of `make_rms_norm_tiles`, which serves any number of tokens up to `x.tokens`."""
-    threads = rms_norm_tiles_threads(x)
-    spec = kernel_spec(name, make_rms_norm_tiles, RmsNormTilesArguments, threads, x=x, eps=eps, dependent=dependent)
+    """The spec of the kernel of `make_rms_norm_tiles`, which serves any number of tokens up to `x.tokens`.
+
+    FP8 tiles: of `rms_norm_fp8.make_rms_norm_fp8`.
+    """
+    make, threads = make_rms_norm_tiles, rms_norm_tiles_threads(x)
+    if x.bits == 8:
+        make, threads = make_rms_norm_fp8, rms_norm_fp8_threads(x)
+    spec = kernel_spec(name, make, RmsNormTilesArguments, threads, x=x, eps=eps, dependent=dependent)
     return Planned(spec, 0)
