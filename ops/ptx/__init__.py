@@ -22,6 +22,11 @@ from numba_atomflow.ops.ptx.bulk import (
     barrier_wait,
     bulk_copy,
     bulk_prefetch_l2,
+    bulk_store,
+    bulk_store_commit,
+    bulk_store_wait,
+    bulk_store_wait_read,
+    fence_async_shared,
     fence_barriers,
     shared_address,
 )
@@ -38,7 +43,14 @@ from numba_atomflow.ops.ptx.convert import (
     permute_bytes,
     unpack_f16x2,
 )
-from numba_atomflow.ops.ptx.core import SIMULATED, compiling_for, device_function, kernel, large_device_function
+from numba_atomflow.ops.ptx.core import (
+    SIMULATED,
+    Registers,
+    compiling_for,
+    device_function,
+    kernel,
+    large_device_function,
+)
 from numba_atomflow.ops.ptx.memory import (
     ll_load,
     ll_store,
@@ -78,9 +90,22 @@ from numba_atomflow.ops.ptx.warp import (
     warp_sum,
     warp_sum_u32,
 )
+from numba_atomflow.ops.ptx.wgmma import (
+    K_STEP_WORDS,
+    SWIZZLE_ATOM_BYTES,
+    make_set_registers,
+    make_wgmma,
+    make_wgmma_fence,
+    make_wgmma_wait,
+    wgmma_commit,
+    wgmma_descriptor,
+)
 
 __all__ = [
+    "K_STEP_WORDS",
     "SIMULATED",
+    "SWIZZLE_ATOM_BYTES",
+    "Registers",
     "barrier_arrive",
     "barrier_arrive_expect",
     "barrier_arrive_on_copies",
@@ -91,6 +116,10 @@ __all__ = [
     "bits_f32",
     "bulk_copy",
     "bulk_prefetch_l2",
+    "bulk_store",
+    "bulk_store_commit",
+    "bulk_store_wait",
+    "bulk_store_wait_read",
     "commit_copies",
     "compiling_for",
     "convert_fp8_bits",
@@ -103,6 +132,7 @@ __all__ = [
     "exp2",
     "f16_bits",
     "f32_bits",
+    "fence_async_shared",
     "fence_barriers",
     "high_halves",
     "kernel",
@@ -124,7 +154,11 @@ __all__ = [
     "load_shared_16",
     "load_stream_16",
     "low_halves",
+    "make_set_registers",
     "make_wait_copies",
+    "make_wgmma",
+    "make_wgmma_fence",
+    "make_wgmma_wait",
     "mma",
     "named_barrier_sync",
     "nanoseconds",
@@ -149,4 +183,6 @@ __all__ = [
     "warp_max",
     "warp_sum",
     "warp_sum_u32",
+    "wgmma_commit",
+    "wgmma_descriptor",
 ]

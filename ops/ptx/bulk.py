@@ -96,3 +96,40 @@ def bulk_prefetch_l2(source, start, nbytes):
     end = int(start) + int(nbytes) // source.itemsize
     if int(nbytes) % 16 or int(start) * source.itemsize % 16 or not 0 <= start < end <= source.size:
         raise IndexError(f"words {start} to {end} of {source.size} cannot be prefetched by one instruction")
+
+
+@instruction("fence.proxy.async.shared::cta;", (), (), memory=True)
+def fence_async_shared():
+    """What this thread stored to shared memory becomes visible to `bulk_store` and `wgmma`, after a barrier."""
+
+
+@instruction("cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;", (), (ADDRESS, ARRAY, u32, u32), memory=True)
+def bulk_store(target, start, source, address, nbytes):
+    """Start a copy of `nbytes` from address `address` of shared memory to element `start` of global memory.
+
+    Size and both addresses: multiples of 16. One thread, after `fence_async_shared` by all that wrote and a barrier.
+    """
+    first, count = int(address) // source.itemsize, int(nbytes) // source.itemsize
+
+    def copy():
+        target[start : start + count] = source[first : first + count]
+
+    simulator.bulk_stores().append(copy)
+
+
+@instruction("cp.async.bulk.commit_group;", (), (), memory=True)
+def bulk_store_commit():
+    """End a group: the bulk stores of this thread since the last one."""
+    simulator.bulk_stores().append(None)
+
+
+@instruction("cp.async.bulk.wait_group.read 0;", (), (), memory=True)
+def bulk_store_wait_read():
+    """Wait until this thread's groups of bulk stores have read shared memory: it may be written again."""
+    simulator.finish_bulk_stores()
+
+
+@instruction("cp.async.bulk.wait_group 0;", (), (), memory=True)
+def bulk_store_wait():
+    """Wait until this thread's groups of bulk stores are complete. A CTA may not end before: it owns what they read."""
+    simulator.finish_bulk_stores()

@@ -7,6 +7,7 @@ is emitted and the body is dropped; in numba's CUDA simulator (NUMBA_ENABLE_CUDA
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,15 +41,29 @@ VECTOR_STORE = "store"
 u16, u32, u64, i64, f32 = types.uint16, types.uint32, types.uint64, types.int64, types.float32
 
 
+@dataclass(frozen=True)
+class Registers:
+    """Kind of argument: a local array, of which `count` elements from `first` on are operands, in registers.
+
+    In the assembly they are numbered as results if they are `written` (operands that are read and written: no use of
+    these registers moves past the instruction), else as arguments.
+    """
+
+    count: int
+    first: int = 0
+    written: bool = True
+
+
 def instruction(
     assembly: str, results: tuple[Any, ...], arguments: tuple[Any, ...], *, effect: bool = False, memory: bool = False
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: a device function of one PTX instruction, whose Python body is run by the simulator.
 
     Args:
-        assembly: with $0, $1, ... for results, then arguments.
+        assembly: with $0, $1, ... for results, then written registers, then arguments.
         results: numba types; several are returned as a tuple.
-        arguments: numba types, to which the caller's values are cast, or `ADDRESS`, `SHARED_ADDRESS`, `ARRAY`.
+        arguments: numba types, to which the caller's values are cast, or `ADDRESS`, `SHARED_ADDRESS`, `ARRAY`,
+            `Registers`.
         effect: volatile: neither removed nor reordered with other volatile instructions.
         memory: volatile and a compiler barrier for memory: no access is moved across it.
     """
@@ -58,7 +73,7 @@ def instruction(
             return body
         from numba.cuda.extending import intrinsic
 
-        names = list(inspect.signature(body).parameters)
+        names = _parameter_names(body, arguments)
 
         def typing(typing_context: Any, *actual: Any) -> Any:
             del typing_context
@@ -75,11 +90,19 @@ def instruction(
     return decorate
 
 
+def _parameter_names(body: Callable[..., Any], arguments: tuple[Any, ...]) -> list[str]:
+    """Those of the body; one that takes any number (`*arrays`) has as many as there are arguments."""
+    parameters = inspect.signature(body).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        return [f"argument_{i}" for i in range(len(arguments))]
+    return [parameter.name for parameter in parameters]
+
+
 def _lowered_types(actual: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
     """Types of the lowered call: those declared; an address keeps its array's type and has an int64 index."""
     rest, expected = iter(actual), []
     for argument in arguments:
-        if argument is ARRAY:
+        if argument is ARRAY or isinstance(argument, Registers):
             expected.append(next(rest))
         elif argument in {ADDRESS, SHARED_ADDRESS}:
             expected += [next(rest), types.int64]
@@ -104,9 +127,20 @@ class _Emitter:
         from llvmlite import ir
 
         values, letters, rest = [], [], iter(zip(signature.args, args, strict=True))
+        written: list[tuple[Any, Any]] = []  # type and address of each written register
         for argument in self.arguments:
             kind, value = next(rest)
             if argument is ARRAY:
+                continue
+            if isinstance(argument, Registers):
+                data = context.make_array(kind)(context, builder, value).data
+                for i in range(argument.first, argument.first + argument.count):
+                    address = builder.gep(data, [ir.Constant(ir.IntType(64), i)])
+                    if argument.written:
+                        written.append((kind.dtype, address))
+                    else:
+                        values.append(builder.load(address))
+                        letters.append(_REGISTER[kind.dtype])
                 continue
             if argument in {ADDRESS, SHARED_ADDRESS}:
                 array = context.make_array(kind)(context, builder, value)
@@ -130,22 +164,26 @@ class _Emitter:
                 vector = builder.insert_element(vector, element, ir.Constant(ir.IntType(32), i))
             builder.store(vector, builder.bitcast(address, vector.type.as_pointer()), align=4 * len(elements))
             return context.get_dummy_value()
-        outputs = [context.get_value_type(result) for result in self.results]
+        outputs = [context.get_value_type(result) for result in (*self.results, *(kind for kind, _ in written))]
         returned = ir.VoidType() if not outputs else outputs[0]
         if len(outputs) > 1:
             returned = ir.LiteralStructType(outputs)
-        constraints = [f"={_REGISTER[result]}" for result in self.results] + letters
+        constraints = [f"={_REGISTER[result]}" for result in (*self.results, *(kind for kind, _ in written))] + letters
+        constraints += [str(len(self.results) + i) for i in range(len(written))]
+        values += [builder.load(address) for _, address in written]
         if self.memory:
             constraints.append("~{memory}")
         function_type = ir.FunctionType(returned, [value.type for value in values])
         text = ir.InlineAsm(function_type, self.assembly, ",".join(constraints), side_effect=self.effect)
         out = builder.call(text, values)
-        if not outputs:
+        parts = [out] if len(outputs) == 1 else [builder.extract_value(out, i) for i in range(len(outputs))]
+        for part, (_, address) in zip(parts[len(self.results) :], written, strict=True):
+            builder.store(part, address)
+        if not self.results:
             return context.get_dummy_value()
-        if len(outputs) == 1:
-            return out
-        parts = [builder.extract_value(out, i) for i in range(len(outputs))]
-        return context.make_tuple(builder, signature.return_type, parts)
+        if len(self.results) == 1:
+            return parts[0]
+        return context.make_tuple(builder, signature.return_type, parts[: len(self.results)])
 
 
 def device_function(function: Callable[..., Any]) -> Any:

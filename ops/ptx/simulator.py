@@ -15,18 +15,19 @@ from typing import Any
 LOCK = threading.Lock()  # of mbarriers, and of the warps and barriers of a CTA
 
 
-class Warp:
-    """An all-gather of 32 simulated threads.
+class Lanes:
+    """An all-gather of the simulated threads of a warp or a warpgroup.
 
     Each lane waits at a gate of its own, which the last lane opens: with `threading.Barrier` all lanes would contend
     for one lock.
     """
 
-    def __init__(self) -> None:
-        self.values: list[Any] = [None] * 32
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.values: list[Any] = [None] * count
         self.result: Any = None
         self.arrived, self.broken = 0, False
-        self.lock, self.gates = threading.Lock(), [threading.Lock() for _ in range(32)]
+        self.lock, self.gates = threading.Lock(), [threading.Lock() for _ in range(count)]
         for gate in self.gates:
             gate.acquire()
 
@@ -34,10 +35,10 @@ class Warp:
         """combine(values of all lanes), computed by the last lane to arrive."""
         with self.lock:
             self.values[lane] = value
-            self.arrived = (self.arrived + 1) % 32
+            self.arrived = (self.arrived + 1) % self.count
             last = self.arrived == 0
         if last:
-            values, self.values = self.values, [None] * 32  # a lane may start the next exchange at once
+            values, self.values = self.values, [None] * self.count  # a lane may start the next exchange at once
             self.result = combine(values)
             for other, gate in enumerate(self.gates):
                 if other != lane:
@@ -61,15 +62,15 @@ def lane_index() -> int:
     return int(threading.current_thread().thread_id % 32)  # type: ignore[attr-defined]
 
 
-def exchange(value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
-    """combine(values of all 32 lanes), computed once per warp; every lane must call it."""
+def exchange(value: Any, combine: Callable[[list[Any]], Any] = list, *, lanes: int = 32) -> Any:
+    """combine(values of all lanes), computed once per warp, or warpgroup of 128 lanes; every lane must call it."""
     thread: Any = threading.current_thread()
-    number = thread.thread_id // 32
+    key = lanes, thread.thread_id // lanes
     with LOCK:
         warps = vars(thread._manager).setdefault("atomflow_warps", {})  # noqa: SLF001  shared by the threads of a CTA
-        if number not in warps:
-            warps[number] = Warp()
-    return warps[number].exchange(thread.thread_id % 32, value, combine)
+        if key not in warps:
+            warps[key] = Lanes(lanes)
+    return warps[key].exchange(thread.thread_id % lanes, value, combine)
 
 
 def f16_pair(word: int) -> tuple[float, float]:
@@ -109,3 +110,18 @@ def advance_barrier(barriers: Any, address: Any, arrived: int, nbytes: int) -> N
         if pending == 0 and expected == 0:
             phase, pending = phase ^ 1, arrivals
         barriers[index] = barrier_word(phase, pending, arrivals, expected)
+
+
+def bulk_stores() -> list[Callable[[], None] | None]:
+    """Bulk stores of this thread that it has not waited for; None where a group ends."""
+    stores: list[Callable[[], None] | None] = vars(threading.current_thread()).setdefault("atomflow_bulk_stores", [])
+    return stores
+
+
+def finish_bulk_stores() -> None:
+    """Copy what was committed, as late as the hardware may."""
+    stores = bulk_stores()
+    while None in stores:
+        copy = stores.pop(0)
+        if copy is not None:
+            copy()

@@ -1,5 +1,6 @@
 """Launches test kernels on a GPU, with the launch code of the backend."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.memory.view import View
-from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx
+from numba_atomflow.ops.cuda.runtime.build import assemble, assemble_arch_specific, make_ptx
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec, element_types
 
@@ -42,7 +43,12 @@ def launch_on_device(kernel: Any, ctas: int, threads: int, shared_bytes: int, ar
         key = (id(kernel), signature, threads, shared_bytes)
         if key not in _loaded:
             spec = KernelSpec("tested", "", (), signature, threads, shared_bytes)
-            code, _ = assemble(make_ptx(kernel, spec, capability), capability)
+            ptx = make_ptx(kernel, spec, capability)
+            if "wgmma" in ptx:
+                spec = replace(spec, arch_specific=True)
+                code, _ = assemble_arch_specific(kernel, spec, capability)
+            else:
+                code, _ = assemble(ptx, capability)
             _loaded[key] = kernel, Kernel(spec, code, owner.resources)
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
         addresses = [int(made.call("cuMemAlloc", max(a.nbytes, 1), undo="cuMemFree")) for a in arrays]

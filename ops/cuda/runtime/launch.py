@@ -11,6 +11,7 @@ import numpy as np
 
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
+from numba_atomflow.ops.cuda.runtime.build import entry_name
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
 
 _PLAIN_SHARED_BYTES = 48 * 1024  # a CTA may have more only if its function has the attribute
@@ -31,7 +32,8 @@ class Kernel:
     def __init__(self, spec: KernelSpec, code: bytes, resources: Resources) -> None:
         self.spec = spec
         module = resources.call("cuModuleLoadData", code, undo="cuModuleUnload")
-        self.function = call("cuModuleGetFunction", module, spec.name.encode())
+        name = entry_name(code) if spec.arch_specific else spec.name
+        self.function = call("cuModuleGetFunction", module, name.encode())
         if spec.shared_bytes > _PLAIN_SHARED_BYTES:
             from cuda.bindings import driver
 

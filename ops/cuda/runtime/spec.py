@@ -37,6 +37,8 @@ class KernelSpec:
         dependent: programmatic dependent launch: it may start before the previous kernel has ended.
         cooperative: its CTAs wait for each other, so that all must be resident at once; the driver refuses a grid that
             does not fit, which would deadlock.
+        arch_specific: it has instructions that only this architecture has (wgmma and setmaxnreg on sm_90: compiled for
+            sm_90a).
     """
 
     name: str
@@ -47,6 +49,7 @@ class KernelSpec:
     shared_bytes: int = 0
     dependent: bool = False
     cooperative: bool = False
+    arch_specific: bool = False
 
     def make(self) -> Any:
         """The kernel as numba has it."""
@@ -97,7 +100,7 @@ def kernel_spec(
 ) -> KernelSpec:
     """A spec whose factory takes `arguments`; one of them, `dependent`, is also part of the launch configuration.
 
-    For a cooperative kernel: `replace(kernel_spec(...), cooperative=True)`.
+    For a cooperative kernel: `replace(kernel_spec(...), cooperative=True)`; `arch_specific` likewise.
     """
     dependent = bool(arguments.get("dependent", False))
     return KernelSpec(name, factory, tuple(sorted(arguments.items())), signature, threads, shared_bytes, dependent)
