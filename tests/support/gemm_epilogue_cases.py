@@ -72,7 +72,7 @@ def fragments_kernel(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
         stage = cuda.shared.array(0, uint32)
         thread = cuda.threadIdx.x
         lane, warp = thread & 31, thread >> 5
-        for number in range(cuda.blockIdx.x, row_tiles * (tokens // tile_tokens), cuda.gridDim.x):
+        for number in range(cuda.blockIdx.x, row_tiles * io.token_tiles, cuda.gridDim.x):
             row_tile, first = number % row_tiles, number // row_tiles * tile_tokens
             if staged:
                 cuda.syncthreads()
@@ -105,6 +105,7 @@ def check_epilogue(case: EpilogueCase) -> None:
         "x": poisoned(1, dtype=np.uint32),
         "partials": rows.reshape(-1),
         "counters": np.zeros(1, np.uint32),
+        "token_tiles": plan.token_tiles,
     }
     if case.kind == "store":
         y = poisoned(case.tokens * case.out_features)

@@ -2,11 +2,12 @@
 
 `weights`: prepacked. `x`: tiled activations (`layout/activations.py`). `partials` and `counters`: scratch of tiles that
 several CTAs share: float32 partial sums, and how many of the CTAs are done (0 before and after every launch).
+`token_tiles`: tiles of `plan.tile_tokens` tokens that are computed, so that one kernel serves chunks of any length.
 """
 
 from typing import NamedTuple
 
-from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U16, U32
+from numba_atomflow.ops.cuda.runtime.spec import F32, I64, NUMBER, U16, U32
 
 
 class GemmStoreArguments(NamedTuple):
@@ -20,6 +21,7 @@ class GemmStoreArguments(NamedTuple):
     x: U32
     partials: F32
     counters: U32
+    token_tiles: NUMBER
     y: F32
 
 
@@ -34,6 +36,7 @@ class GemmAddArguments(NamedTuple):
     x: U32
     partials: F32
     counters: U32
+    token_tiles: NUMBER
     residual: F32
 
 
@@ -48,6 +51,7 @@ class GemmSwigluArguments(NamedTuple):
     x: U32
     partials: F32
     counters: U32
+    token_tiles: NUMBER
     intermediate: U32
 
 
@@ -66,6 +70,7 @@ class GemmQkvArguments(NamedTuple):
     x: U32
     partials: F32
     counters: U32
+    token_tiles: NUMBER
     count: I64
     position: I64
     cosines: F32
