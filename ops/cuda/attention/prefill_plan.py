@@ -100,11 +100,10 @@ def choose_prefill_attention_plan(
 ) -> PrefillAttentionPlan:
     """The plan for a chip.
 
-    wgmma: 128 queries, 128 keys (64 for heads of more than 128 elements), two stages. mma: 4 warps and 64 keys; 128
-    queries where shared memory has room for two such CTAs per SM, else 64.
+    wgmma: 128 queries, 128 keys, two stages. mma: 4 warps and 64 keys; 128 queries where shared memory has room for two
+    such CTAs per SM, else 64.
     """
     if chip.capability[0] == 9:
-        key_block = 128 if head_dim <= 128 else 64
-        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, key_block, stages=2)
-    query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES and head_dim <= 128 else 64
-    return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, 64 if head_dim <= 128 else 32)
+        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=2)
+    query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES else 64
+    return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, 64)

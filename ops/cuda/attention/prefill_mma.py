@@ -1,0 +1,146 @@
+"""Attention of a prefill chunk with `mma.m16n8k16`, `ldmatrix` and `cp.async`: for GPUs without wgmma.
+
+A warp has 16 or 32 queries, with their outputs in registers; Q, K and V are in shared memory, where V of a block
+arrives while the block's scores are computed, and the next block's K during softmax and P V (FlashAttention-2's order).
+Key blocks run from the last one backwards, so that the causal mask and the keys that do not exist are in the first.
+
+Cost model: 4 * heads * head_dim operations for every pair of a query and a key that it sees, at 50-60 % of the tensor
+cores' rate: ldmatrix reads K and V once per warp, as many bytes per operation as shared memory can just deliver with 32
+queries per warp.
+"""
+
+from typing import Any
+
+from numba import cuda, float32, int64, uint32
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
+from numba_atomflow.ops.cuda.attention.prefill_softmax import MASKED, make_mask, make_softmax, make_store_rows
+from numba_atomflow.ops.cuda.attention.prefill_tiles import make_copy_rows
+from numba_atomflow.ops.cuda.scalars import f32, i32, u32
+
+_ZERO = f32(0.0)
+
+
+def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = False) -> Any:
+    """Kernel (`PrefillAttentionArguments`). Launch: `plan.ctas(tokens)` CTAs of `plan.threads` threads with
+    `plan.shared_bytes` of dynamic shared memory.
+    """
+    heads, head_dim, gqa_ratio = plan.heads, plan.head_dim, plan.heads // plan.kv_heads
+    query_tile, key_block, row_blocks = plan.query_tile, plan.key_block, plan.row_blocks
+    q_pitch, kv_pitch = heads * head_dim, plan.kv_heads * head_dim
+    q_bytes, kv_bytes = plan.q_bytes, plan.kv_bytes
+    q_column_block, kv_column_block = query_tile * 128, key_block * 128
+    k_steps, key_steps, column_pairs = head_dim // 16, key_block // 16, head_dim // 16
+    score_registers, out_registers = key_block // 2, head_dim // 2  # of 16 rows
+    scores_size, outs_size, stats_size = row_blocks * score_registers, row_blocks * out_registers, 2 * row_blocks
+    wait_copies = ptx.make_wait_copies(0)
+    copy_q = make_copy_rows(head_dim, query_tile, plan.threads)
+    copy_kv = make_copy_rows(head_dim, key_block, plan.threads)
+    mask = make_mask(key_block)
+    softmax = make_softmax(key_block, head_dim)
+    store_rows = make_store_rows(plan)
+
+    @ptx.device_function
+    def multiply_keys(shared, q_at, k_at, a_offsets, b_offsets, s):
+        """S = Q K^T: s[row block][key tile of 8][4]."""
+        for i in range(scores_size):
+            s[i] = _ZERO
+        for step in range(k_steps):
+            q_now = q_at + step // 4 * q_column_block + a_offsets[step % 4]
+            k_now = k_at + step // 4 * kv_column_block + b_offsets[step % 4]
+            for pair in range(key_steps):
+                b0, b1, b2, b3 = ptx.load_matrix(shared, u32(k_now + pair * 2048))
+                for block in range(row_blocks):
+                    a0, a1, a2, a3 = ptx.load_matrix(shared, u32(q_now + block * 2048))
+                    i = block * score_registers + pair * 8
+                    c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, s[i], s[i + 1], s[i + 2], s[i + 3])
+                    s[i], s[i + 1], s[i + 2], s[i + 3] = c0, c1, c2, c3
+                    c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, s[i + 4], s[i + 5], s[i + 6], s[i + 7])
+                    s[i + 4], s[i + 5], s[i + 6], s[i + 7] = c0, c1, c2, c3
+
+    @ptx.device_function
+    def add_values(shared, v_at, a_offsets, s, o):
+        """O += P V."""
+        for step in range(key_steps):
+            for pair in range(column_pairs):
+                v_now = v_at + pair // 4 * kv_column_block + step * 2048 + a_offsets[pair % 4]
+                b0, b1, b2, b3 = ptx.load_matrix_transposed(shared, u32(v_now))
+                for block in range(row_blocks):
+                    p = block * score_registers + step * 8
+                    a0, a1 = ptx.pack_f16x2(s[p], s[p + 1]), ptx.pack_f16x2(s[p + 2], s[p + 3])
+                    a2, a3 = ptx.pack_f16x2(s[p + 4], s[p + 5]), ptx.pack_f16x2(s[p + 6], s[p + 7])
+                    i = block * out_registers + pair * 8
+                    c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, o[i], o[i + 1], o[i + 2], o[i + 3])
+                    o[i], o[i + 1], o[i + 2], o[i + 3] = c0, c1, c2, c3
+                    c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, o[i + 4], o[i + 5], o[i + 6], o[i + 7])
+                    o[i + 4], o[i + 5], o[i + 6], o[i + 7] = c0, c1, c2, c3
+
+    @ptx.kernel(plan.threads, 1)
+    def prefill_attention(io):
+        shared = cuda.shared.array(0, uint32)
+        s = cuda.local.array(scores_size, float32)
+        o = cuda.local.array(outs_size, float32)
+        m = cuda.local.array(stats_size, float32)
+        l = cuda.local.array(stats_size, float32)
+        a_offsets = cuda.local.array(4, uint32)
+        b_offsets = cuda.local.array(4, uint32)
+        if dependent:
+            ptx.let_next_kernel_start()
+            ptx.wait_for_previous_kernel()
+        thread = cuda.threadIdx.x
+        lane, warp = thread & 31, thread >> 5
+        g, t = lane >> 2, lane & 3
+        count, position = io.count[0], io.position[0]
+        tile = (cuda.gridDim.x - 1 - cuda.blockIdx.x) // heads  # the longest rows first
+        head = cuda.blockIdx.x % heads
+        first = tile * query_tile
+        if first >= count:
+            return
+        q_at = u32((ptx.shared_address(shared, 0) + u32(1023)) & u32(0xFFFFFC00))
+        k_at, v_at = u32(q_at + u32(q_bytes)), u32(q_at + u32(q_bytes + kv_bytes))
+        # Of the four matrices of ldmatrix, lane 8 i + r has row r of matrix i: A and V go down the rows first, K last.
+        matrix, r = lane >> 3, lane & 7
+        for step in range(4):
+            a_offsets[step] = ((matrix & 1) * 8 + r) * 128 + ((2 * step + (matrix >> 1)) ^ r) * 16
+            b_offsets[step] = ((matrix >> 1) * 8 + r) * 128 + ((2 * step + (matrix & 1)) ^ r) * 16
+        for i in range(outs_size):
+            o[i] = _ZERO
+        for i in range(stats_size):
+            m[i], l[i] = MASKED, _ZERO
+
+        length = position + count
+        block = (min(position + first + query_tile, length) - 1) // key_block
+        kv_start = head // gqa_ratio * head_dim
+        copy_q(shared, q_at, io.q, head * head_dim, int64(q_pitch), first, count, thread)
+        copy_kv(shared, k_at, io.keys, kv_start, int64(kv_pitch), block * key_block, length, thread)
+        ptx.commit_copies()
+        row = warp * 16 * row_blocks
+        while block >= 0:
+            wait_copies()
+            cuda.syncthreads()  # K is there, and V has been read
+            copy_kv(shared, v_at, io.values, kv_start, int64(kv_pitch), block * key_block, length, thread)
+            ptx.commit_copies()
+            multiply_keys(shared, u32(q_at + row * 128), k_at, a_offsets, b_offsets, s)
+            wait_copies()
+            cuda.syncthreads()  # V is there, and K has been read
+            if block > 0:
+                copy_kv(shared, k_at, io.keys, kv_start, int64(kv_pitch), (block - 1) * key_block, length, thread)
+                ptx.commit_copies()
+            if (block + 1) * key_block > position + first + 1:
+                for i in range(row_blocks):
+                    last = position + first + row + 16 * i + g - block * key_block
+                    mask(s, i * score_registers, i32(last), i32(t))
+            for i in range(row_blocks):
+                rescale_0, rescale_1 = softmax(s, i * score_registers, m, l, 2 * i)
+                for j in range(out_registers // 4):
+                    at = i * out_registers + 4 * j
+                    o[at], o[at + 1] = o[at] * rescale_0, o[at + 1] * rescale_0
+                    o[at + 2], o[at + 3] = o[at + 2] * rescale_1, o[at + 3] * rescale_1
+            add_values(shared, v_at, a_offsets, s, o)
+            block -= 1
+        for i in range(row_blocks):
+            token = first + row + 16 * i + g
+            store_rows(io.out, o, i * out_registers, l, 2 * i, token, count, head, t)
+
+    return prefill_attention
