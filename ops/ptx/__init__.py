@@ -4,7 +4,7 @@ Kernels use it as one namespace: ``from numba_atomflow.ops import ptx`` and then
 `simd.py` is to the CPU: nothing else uses the compiler's extension API.
 """
 
-from numba_atomflow.ops.ptx.arithmetic import exp2, random_53_bits, reciprocal, rsqrt
+from numba_atomflow.ops.ptx.arithmetic import exp2, fma, max_f32, random_53_bits, reciprocal, rsqrt
 from numba_atomflow.ops.ptx.async_copy import (
     barrier_arrive_on_copies,
     commit_copies,
@@ -134,6 +134,7 @@ __all__ = [
     "f32_bits",
     "fence_async_shared",
     "fence_barriers",
+    "fma",
     "high_halves",
     "kernel",
     "large_device_function",
@@ -159,6 +160,7 @@ __all__ = [
     "make_wgmma",
     "make_wgmma_fence",
     "make_wgmma_wait",
+    "max_f32",
     "mma",
     "named_barrier_sync",
     "nanoseconds",

@@ -19,6 +19,18 @@ def reciprocal(x):
     return value if not abs(value) < 2.0**-126 else np.float32(0.0)
 
 
+@instruction("max.f32 $0, $1, $2;", (f32,), (f32, f32))
+def max_f32(x, y):
+    """The greater of two numbers; of a NaN and a number, the number. Python's `max` compiles to two instructions."""
+    return np.fmax(np.float32(x), np.float32(y))
+
+
+@instruction("fma.rn.f32 $0, $1, $2, $3;", (f32,), (f32, f32, f32))
+def fma(x, y, z):
+    """x * y + z, rounded once."""
+    return np.float32(np.float64(x) * np.float64(y) + np.float64(z))
+
+
 @instruction("ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,))
 def exp2(x):
     """2^x; relative error about 2^-22, results below 2^-126 become 0."""

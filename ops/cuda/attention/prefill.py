@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-from numba_atomflow.ops.cuda.runtime.spec import I64, U16, U32
+from numba_atomflow.ops.cuda.attention.prefill_mma import make_prefill_attention_mma
+from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
+from numba_atomflow.ops.cuda.runtime.spec import I64, U16, U32, Planned, kernel_spec
 
 
 class PrefillAttentionArguments(NamedTuple):
@@ -23,3 +25,12 @@ class PrefillAttentionArguments(NamedTuple):
     position: I64
     count: I64
     out: U32
+
+
+def prefill_attention_kernel(name: str, plan: PrefillAttentionPlan, dependent: bool) -> Planned:
+    """The kernel of a plan. Each launch has its own grid: `plan.ctas(tokens)`."""
+    options = {"plan": plan, "dependent": dependent}
+    spec = kernel_spec(
+        name, make_prefill_attention_mma, PrefillAttentionArguments, plan.threads, plan.shared_bytes, **options
+    )
+    return Planned(spec, 0)

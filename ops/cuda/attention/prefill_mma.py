@@ -11,7 +11,7 @@ queries per warp.
 
 from typing import Any
 
-from numba import cuda, float32, int64, uint32
+from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
@@ -28,15 +28,14 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
     """
     heads, head_dim, gqa_ratio = plan.heads, plan.head_dim, plan.heads // plan.kv_heads
     query_tile, key_block, row_blocks = plan.query_tile, plan.key_block, plan.row_blocks
-    q_pitch, kv_pitch = heads * head_dim, plan.kv_heads * head_dim
     q_bytes, kv_bytes = plan.q_bytes, plan.kv_bytes
     q_column_block, kv_column_block = query_tile * 128, key_block * 128
     k_steps, key_steps, column_pairs = head_dim // 16, key_block // 16, head_dim // 16
     score_registers, out_registers = key_block // 2, head_dim // 2  # of 16 rows
     scores_size, outs_size, stats_size = row_blocks * score_registers, row_blocks * out_registers, 2 * row_blocks
     wait_copies = ptx.make_wait_copies(0)
-    copy_q = make_copy_rows(head_dim, query_tile, plan.threads)
-    copy_kv = make_copy_rows(head_dim, key_block, plan.threads)
+    copy_q = make_copy_rows(head_dim, heads * head_dim, query_tile, plan.threads)
+    copy_kv = make_copy_rows(head_dim, plan.kv_heads * head_dim, key_block, plan.threads)
     mask = make_mask(key_block)
     softmax = make_softmax(key_block, head_dim)
     store_rows = make_store_rows(plan)
@@ -59,30 +58,54 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
                     c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, s[i + 4], s[i + 5], s[i + 6], s[i + 7])
                     s[i + 4], s[i + 5], s[i + 6], s[i + 7] = c0, c1, c2, c3
 
-    @ptx.device_function
-    def add_values(shared, v_at, a_offsets, s, o):
-        """O += P V."""
-        for step in range(key_steps):
+    def make_add_values(step: int) -> Any:
+        """Device function: O += P V of 16 keys."""
+        p = step * 8
+
+        @ptx.device_function
+        def add_values(shared, v_at, a_offsets, s, o):
             for pair in range(column_pairs):
                 v_now = v_at + pair // 4 * kv_column_block + step * 2048 + a_offsets[pair % 4]
                 b0, b1, b2, b3 = ptx.load_matrix_transposed(shared, u32(v_now))
                 for block in range(row_blocks):
-                    p = block * score_registers + step * 8
-                    a0, a1 = ptx.pack_f16x2(s[p], s[p + 1]), ptx.pack_f16x2(s[p + 2], s[p + 3])
-                    a2, a3 = ptx.pack_f16x2(s[p + 4], s[p + 5]), ptx.pack_f16x2(s[p + 6], s[p + 7])
+                    j = block * score_registers + p
+                    a0, a1 = ptx.pack_f16x2(s[j], s[j + 1]), ptx.pack_f16x2(s[j + 2], s[j + 3])
+                    a2, a3 = ptx.pack_f16x2(s[j + 4], s[j + 5]), ptx.pack_f16x2(s[j + 6], s[j + 7])
                     i = block * out_registers + pair * 8
                     c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b0, b1, o[i], o[i + 1], o[i + 2], o[i + 3])
                     o[i], o[i + 1], o[i + 2], o[i + 3] = c0, c1, c2, c3
                     c0, c1, c2, c3 = ptx.mma(a0, a1, a2, a3, b2, b3, o[i + 4], o[i + 5], o[i + 6], o[i + 7])
                     o[i + 4], o[i + 5], o[i + 6], o[i + 7] = c0, c1, c2, c3
 
+        if step == 0:
+            return add_values
+        add_values_before = make_add_values(step - 1)
+
+        @ptx.device_function
+        def add_all_values(shared, v_at, a_offsets, s, o):
+            add_values_before(shared, v_at, a_offsets, s, o)
+            add_values(shared, v_at, a_offsets, s, o)
+
+        return add_all_values
+
+    add_values = make_add_values(key_steps - 1)  # a loop of so many statements is not unrolled
+
+    @ptx.device_function
+    def rescale_outs(s, o, maxima, row_sums, block):
+        """Scores to weights, and the outputs so far to the new maxima, of one block of 16 rows."""
+        rescale_0, rescale_1 = softmax(s, block * score_registers, maxima, row_sums, 2 * block)
+        for j in range(out_registers // 4):
+            i = block * out_registers + 4 * j
+            o[i], o[i + 1] = o[i] * rescale_0, o[i + 1] * rescale_0
+            o[i + 2], o[i + 3] = o[i + 2] * rescale_1, o[i + 3] * rescale_1
+
     @ptx.kernel(plan.threads, 1)
     def prefill_attention(io):
         shared = cuda.shared.array(0, uint32)
         s = cuda.local.array(scores_size, float32)
         o = cuda.local.array(outs_size, float32)
-        m = cuda.local.array(stats_size, float32)
-        l = cuda.local.array(stats_size, float32)
+        maxima = cuda.local.array(stats_size, float32)
+        row_sums = cuda.local.array(stats_size, float32)
         a_offsets = cuda.local.array(4, uint32)
         b_offsets = cuda.local.array(4, uint32)
         if dependent:
@@ -107,40 +130,39 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
         for i in range(outs_size):
             o[i] = _ZERO
         for i in range(stats_size):
-            m[i], l[i] = MASKED, _ZERO
+            maxima[i], row_sums[i] = MASKED, _ZERO
 
         length = position + count
         block = (min(position + first + query_tile, length) - 1) // key_block
         kv_start = head // gqa_ratio * head_dim
-        copy_q(shared, q_at, io.q, head * head_dim, int64(q_pitch), first, count, thread)
-        copy_kv(shared, k_at, io.keys, kv_start, int64(kv_pitch), block * key_block, length, thread)
+        copy_q(shared, q_at, io.q, head * head_dim, first, count, thread)
+        copy_kv(shared, k_at, io.keys, kv_start, block * key_block, length, thread)
         ptx.commit_copies()
         row = warp * 16 * row_blocks
         while block >= 0:
             wait_copies()
             cuda.syncthreads()  # K is there, and V has been read
-            copy_kv(shared, v_at, io.values, kv_start, int64(kv_pitch), block * key_block, length, thread)
+            copy_kv(shared, v_at, io.values, kv_start, block * key_block, length, thread)
             ptx.commit_copies()
             multiply_keys(shared, u32(q_at + row * 128), k_at, a_offsets, b_offsets, s)
             wait_copies()
             cuda.syncthreads()  # V is there, and K has been read
             if block > 0:
-                copy_kv(shared, k_at, io.keys, kv_start, int64(kv_pitch), (block - 1) * key_block, length, thread)
+                copy_kv(shared, k_at, io.keys, kv_start, (block - 1) * key_block, length, thread)
                 ptx.commit_copies()
             if (block + 1) * key_block > position + first + 1:
-                for i in range(row_blocks):
-                    last = position + first + row + 16 * i + g - block * key_block
-                    mask(s, i * score_registers, i32(last), i32(t))
-            for i in range(row_blocks):
-                rescale_0, rescale_1 = softmax(s, i * score_registers, m, l, 2 * i)
-                for j in range(out_registers // 4):
-                    at = i * out_registers + 4 * j
-                    o[at], o[at + 1] = o[at] * rescale_0, o[at + 1] * rescale_0
-                    o[at + 2], o[at + 3] = o[at + 2] * rescale_1, o[at + 3] * rescale_1
+                last = i32(position + first + row + g - block * key_block)
+                mask(s, 0, last, i32(t))
+                if row_blocks > 1:
+                    mask(s, score_registers, i32(last + 16), i32(t))
+            rescale_outs(s, o, maxima, row_sums, 0)
+            if row_blocks > 1:
+                rescale_outs(s, o, maxima, row_sums, 1)
             add_values(shared, v_at, a_offsets, s, o)
             block -= 1
-        for i in range(row_blocks):
-            token = first + row + 16 * i + g
-            store_rows(io.out, o, i * out_registers, l, 2 * i, token, count, head, t)
+        token = first + row + g
+        store_rows(io.out, o, 0, row_sums, 0, token, count, head, t)
+        if row_blocks > 1:
+            store_rows(io.out, o, out_registers, row_sums, 2, token + 16, count, head, t)
 
     return prefill_attention

@@ -100,10 +100,9 @@ def choose_prefill_attention_plan(
 ) -> PrefillAttentionPlan:
     """The plan for a chip.
 
-    wgmma: 128 queries, 128 keys, two stages. mma: 4 warps and 64 keys; 128 queries where shared memory has room for two
-    such CTAs per SM, else 64.
+    4 warps and 64 keys; 128 queries where shared memory has room for two
+    such CTAs per SM, else 64. 32 keys for 128 queries and heads of 128: the outputs take 128 registers of a thread.
     """
-    if chip.capability[0] == 9:
-        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=2)
     query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES else 64
-    return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, 64)
+    key_block = 32 if query_tile == 128 and head_dim == 128 else 64
+    return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, key_block)

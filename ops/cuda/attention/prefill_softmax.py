@@ -53,45 +53,45 @@ def make_mask(keys: int) -> Any:
 
 
 def make_softmax(keys: int, head_dim: int) -> Any:
-    """Device function (s, start, m, l, row) -> (rescale_0, rescale_1): one step of online softmax.
+    """Device function (s, start, maxima, row_sums, row) -> (rescale_0, rescale_1): one step of online softmax.
 
-    Scores s[start ...] of `keys` keys become weights; m[row] and l[row] of row g, m[row + 1] and l[row + 1] of row
-    g + 8 are updated. The outputs so far are to be multiplied by rescale_0 and rescale_1.
+    Scores s[start ...] of `keys` keys become weights; maxima and row_sums are updated, at [row] of row g and at
+    [row + 1] of row g + 8. The outputs so far are to be multiplied by rescale_0 and rescale_1.
     """
     tiles = keys // 8
     scale = f32(math.log2(math.e) / math.sqrt(head_dim))
 
     @ptx.device_function
-    def softmax_of_row(s, first, m, l, row):
-        new_max = m[row]
+    def softmax_of_row(s, first, maxima, row_sums, row):
+        new_max = maxima[row]
         for j in range(tiles):
             new_max = ptx.max_f32(new_max, ptx.max_f32(s[first + 4 * j], s[first + 4 * j + 1]))
         new_max = _quad_max(new_max)
         offset = f32(-scale) * new_max if new_max > MASKED else _ZERO
-        rescale = ptx.exp2(ptx.fma(m[row], scale, offset))
-        sum_0, sum_1 = l[row] * rescale, _ZERO
+        rescale = ptx.exp2(ptx.fma(maxima[row], scale, offset))
+        sum_0, sum_1 = row_sums[row] * rescale, _ZERO
         for j in range(tiles):
             p_0 = ptx.exp2(ptx.fma(s[first + 4 * j], scale, offset))
             p_1 = ptx.exp2(ptx.fma(s[first + 4 * j + 1], scale, offset))
             sum_0 += p_0
             sum_1 += p_1
             s[first + 4 * j], s[first + 4 * j + 1] = p_0, p_1
-        m[row], l[row] = new_max, sum_0 + sum_1
+        maxima[row], row_sums[row] = new_max, sum_0 + sum_1
         return rescale
 
     @ptx.device_function
-    def softmax(s, start, m, l, row):
-        rescale_0 = softmax_of_row(s, start, m, l, row)
-        rescale_1 = softmax_of_row(s, start + 2, m, l, row + 1)
+    def softmax(s, start, maxima, row_sums, row):
+        rescale_0 = softmax_of_row(s, start, maxima, row_sums, row)
+        rescale_1 = softmax_of_row(s, start + 2, maxima, row_sums, row + 1)
         return rescale_0, rescale_1
 
     return softmax
 
 
 def make_store_rows(plan: PrefillAttentionPlan) -> Any:
-    """Device function (out, o, start, l, row, token, count, head, t): divides the outputs o[start ...] of rows g and
-    g + 8 by their row sums l[row] and l[row + 1], and writes them as tokens `token` and `token + 8` of the tiled
-    activations, unless they are beyond `count`. head, token: int64.
+    """Device function (out, o, start, row_sums, row, token, count, head, t): divides the outputs o[start ...] of rows g
+    and g + 8 by their row sums, row_sums[row] and row_sums[row + 1], and writes them as tokens `token` and `token + 8`
+    of the tiled activations, unless they are beyond `count`. head, token: int64.
 
     A lane's words of 64 elements are two whole 16-byte chunks of the tiles, if a head begins at a block's start.
     """
@@ -102,7 +102,9 @@ def make_store_rows(plan: PrefillAttentionPlan) -> Any:
     @ptx.device_function
     def store_row(out, o, start, inverse, token, head, t):
         if whole_chunks:
-            for chunk in range(tiles // 4):  # words t, t + 8, t + 16 and t + 24 of a block are a chunk; so are t + 4, ...
+            for chunk in range(
+                tiles // 4
+            ):  # words t, t + 8, t + 16 and t + 24 of a block are a chunk; so are t + 4, ...
                 i = start + chunk // 2 * 32 + chunk % 2 * 4
                 ptx.store_16(
                     out,
@@ -119,8 +121,8 @@ def make_store_rows(plan: PrefillAttentionPlan) -> Any:
                 out[word_index(token, head * head_words + 4 * j + t)] = word
 
     @ptx.device_function
-    def store_rows(out, o, start, l, row, token, count, head, t):
-        sum_0, sum_1 = _quad_sum(l[row]), _quad_sum(l[row + 1])
+    def store_rows(out, o, start, row_sums, row, token, count, head, t):
+        sum_0, sum_1 = _quad_sum(row_sums[row]), _quad_sum(row_sums[row + 1])
         if token < count:
             store_row(out, o, start, ptx.reciprocal(sum_0), token, head, t)
         if token + 8 < count:

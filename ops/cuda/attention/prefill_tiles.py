@@ -9,35 +9,41 @@ writes zeros in place of rows that do not exist, swizzles on the way, and serves
 from typing import Any
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.scalars import u32
+from numba_atomflow.ops.cuda.scalars import i32, u32
 
 
-def make_copy_rows(head_dim: int, tile_rows: int, threads: int) -> Any:
-    """Device function (shared, tile, source, start, pitch, first, rows, thread): starts the copies of one head's
-    `tile_rows` rows of a row-major array of float16 into a tile. Neither waits nor commits.
+def make_copy_rows(head_dim: int, pitch: int, tile_rows: int, threads: int) -> Any:
+    """Device function (shared, tile, source, start, first, rows, thread): starts the copies of one head's `tile_rows`
+    rows of a row-major array of float16 into a tile. Neither waits nor commits.
 
     Arguments: tile, the tile's address in shared memory; source, bits of float16; start, element of the head in row 0;
-    pitch, elements of a row; first, the first row to copy; rows, how many rows the array has: zeros take the place of
-    others; thread, of `threads`. All are int64 except `tile`.
+    first, the first row to copy; rows, how many rows the array has: zeros take the place of others; thread, of
+    `threads`. `start`, `first` and `rows` are int64.
+
+    Args:
+        pitch: elements of a row.
     """
     chunks = head_dim // 8
-    row_lanes = 8 if chunks <= 8 else 16  # threads per row: 16 bytes each
+    row_shift = 3 if chunks <= 8 else 4  # 8 or 16 threads per row, of 16 bytes each
+    row_lanes = 1 << row_shift
     pass_rows = threads // row_lanes
     passes = -(-tile_rows // pass_rows)
     idle_lanes, idle_rows = chunks < row_lanes, tile_rows % pass_rows != 0
     block_bytes = tile_rows * 128
 
     @ptx.device_function
-    def copy_rows(shared, tile, source, start, pitch, first, rows, thread):
-        chunk, row_of_pass = thread % row_lanes, thread // row_lanes
-        column = tile + chunk // 8 * block_bytes
+    def copy_rows(shared, tile, source, start, first, rows, thread):
+        chunk, row_of_pass = thread & (row_lanes - 1), thread >> row_shift
+        column = u32(tile + (chunk >> 3) * block_bytes + row_of_pass * 128)
+        index = start + (first + row_of_pass) * pitch + chunk * 8
+        existing = i32(rows - first - row_of_pass)  # rows, from this thread's first one on
         if not idle_lanes or chunk < chunks:
             for i in range(passes):
-                row = i * pass_rows + row_of_pass
-                if not idle_rows or row < tile_rows:
-                    place = u32(column + row * 128 + (chunk % 8 ^ row % 8) * 16)
-                    exists = first + row < rows
-                    index = start + (first + row) * pitch + chunk * 8 if exists else start
-                    ptx.copy_async_16(shared, place, source, index, u32(16 if exists else 0))
+                if not idle_rows or i32(i * pass_rows + row_of_pass) < tile_rows:
+                    swizzled = ((chunk & 7) ^ ((row_of_pass + i * pass_rows) & 7)) * 16
+                    exists = i32(i * pass_rows) < existing
+                    source_index = index + i * pass_rows * pitch if exists else start
+                    place = u32(column + i * pass_rows * 128 + swizzled)
+                    ptx.copy_async_16(shared, place, source, source_index, u32(16 if exists else 0))
 
     return copy_rows

@@ -1,0 +1,47 @@
+"""The tiling of prefill attention: it fits every chip, and what cannot be tiled is refused."""
+
+import pytest
+
+from numba_atomflow.geometry import HEAD_DIMS
+from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+
+# Shared memory of a CTA, and of an SM with what the driver takes of each CTA.
+CHIPS = {(8, 0): (166912, 167936), (8, 9): (101376, 102400), (9, 0): (232448, 233472), (12, 0): (101376, 102400)}
+OUT = ActivationTiles(6 * 64, 64)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", CHIPS, ids=str)
+def test_a_chosen_plan_fits_the_chip(capability: tuple[int, int], head_dim: int) -> None:
+    per_cta, per_sm = CHIPS[capability]
+    chip = Chip(132, per_cta, capability)
+    plan = choose_prefill_attention_plan(8, 2, head_dim, ActivationTiles(8 * head_dim, 2048), chip)
+    assert plan.shared_bytes <= per_cta
+    assert 2 * (plan.shared_bytes + 1024) <= per_sm, "two CTAs per SM hide each other's latency"
+    assert plan.threads == 128
+
+
+def test_the_grid_covers_the_tokens_of_every_head() -> None:
+    plan = PrefillAttentionPlan(6, 2, 64, OUT, "mma", query_tile=16, key_block=32)
+    assert [plan.ctas(tokens) for tokens in (1, 16, 17, 40)] == [6, 6, 12, 18]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"query_tile": 24},
+        {"key_block": 8},
+        {"heads": 7, "out": ActivationTiles(7 * 64, 64)},
+        {"instructions": "wgmma", "query_tile": 96},
+        {"out": ActivationTiles(6 * 64, 64, bits=8)},
+        {"out": ActivationTiles(640, 64)},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_tiled_is_refused(changes: dict[str, object]) -> None:
+    sizes: dict[str, object] = {"heads": 6, "kv_heads": 2, "head_dim": 64, "out": OUT, "instructions": "mma"}
+    sizes |= {"query_tile": 16, "key_block": 32}
+    with pytest.raises(ValueError, match="prefill attention"):
+        PrefillAttentionPlan(**(sizes | changes))  # type: ignore[arg-type]

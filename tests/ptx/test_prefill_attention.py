@@ -1,0 +1,48 @@
+"""Prefill attention compiled to machine code: scores and outputs stay in registers."""
+
+import re
+
+import pytest
+from machine_code import float64_arithmetic, number, skip_without_compiler
+
+skip_without_compiler()
+
+from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel  # noqa: E402
+from numba_atomflow.ops.cuda.attention.prefill_plan import choose_prefill_attention_plan  # noqa: E402
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
+
+A100 = Chip(108, 166912, (8, 0))
+RTX_4090 = Chip(128, 101376, (8, 9))
+RTX_5090 = Chip(170, 101376, (12, 0))
+
+
+@pytest.mark.parametrize(
+    ("chip", "head_dim"),
+    [
+        (A100, 128),
+        pytest.param(A100, 96, marks=pytest.mark.slow),
+        pytest.param(RTX_4090, 128, marks=pytest.mark.slow),
+        (RTX_5090, 80),
+        pytest.param(RTX_5090, 64, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_mma(chip: Chip, head_dim: int) -> None:
+    plan = choose_prefill_attention_plan(24, 8, head_dim, ActivationTiles(24 * head_dim, 2048), chip)
+    spec = prefill_attention_kernel("prefill_attention", plan, dependent=chip.dependent_launch).spec
+    ptx = make_ptx(spec.make(), spec, chip.capability)
+    _, log = assemble(ptx, chip.capability)
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes stack frame", log) == 0
+    assert not re.search(r"\.local\b", ptx)
+    assert not float64_arithmetic(ptx)
+    assert number(r"Used (\d+) registers", log) * plan.threads * 2 <= 65536, "two CTAs do not fit on an SM"
+    row_blocks = plan.query_tile // 64
+    products = 2 * plan.key_block // 8 * head_dim // 16 * row_blocks
+    assert ptx.count("mma.sync.aligned.m16n8k16") == products
+    # Both products' B, and Q of every warp's rows once for each 16 keys at most.
+    assert (
+        ptx.count("ldmatrix.sync") <= products // row_blocks // 2 + head_dim // 16 * row_blocks * plan.key_block // 16
+    )

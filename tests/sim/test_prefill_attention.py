@@ -1,0 +1,18 @@
+"""Prefill attention in numba's CUDA simulator (checks: tests/support/prefill_attention_cases.py)."""
+
+import pytest
+from prefill_attention_cases import PrefillAttentionCase, check_prefill_attention
+
+MMA = (
+    PrefillAttentionCase(64, 1, 1, position=0, count=1, query_tile=16, key_block=16),  # a token alone
+    PrefillAttentionCase(64, 2, 1, position=0, count=21, query_tile=16, key_block=16),  # two tiles, one with 5 rows
+    PrefillAttentionCase(80, 1, 1, position=9, count=14, query_tile=16, key_block=16),  # starts in a block's middle
+    PrefillAttentionCase(96, 2, 2, position=3, count=10, query_tile=16, key_block=32),  # blocks masked for early rows
+    PrefillAttentionCase(128, 4, 2, position=30, count=3, query_tile=16, key_block=16),
+    PrefillAttentionCase(64, 1, 1, position=5, count=71, query_tile=128, key_block=32),  # two row blocks of a warp
+)
+
+
+@pytest.mark.parametrize("case", MMA, ids=str)
+def test_mma(case: PrefillAttentionCase) -> None:
+    check_prefill_attention(case)

@@ -1,0 +1,75 @@
+"""Prefill attention against the float64 reference: in the simulator at tiny shapes, on a GPU at real ones."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from kernel_cases import generator, launch, poisoned, relative_error, within
+
+from numba_atomflow.ops.attention import attend_reference
+from numba_atomflow.ops.cuda.attention.prefill import PrefillAttentionArguments, prefill_attention_kernel
+from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+
+
+@dataclass(frozen=True)
+class PrefillAttentionCase:
+    """A chunk of `count` tokens that begins at `position`."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    position: int
+    count: int
+    query_tile: int
+    key_block: int
+    instructions: Literal["wgmma", "mma"] = "mma"
+    stages: int = 1
+
+    @property
+    def plan(self) -> PrefillAttentionPlan:
+        tiles = ActivationTiles(self.heads * self.head_dim, (self.count + 7) // 8 * 8 + 8)
+        return PrefillAttentionPlan(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            out=tiles,
+            instructions=self.instructions,
+            query_tile=self.query_tile,
+            key_block=self.key_block,
+            stages=self.stages,
+        )
+
+
+@lru_cache(maxsize=2)
+def _kernel(plan: PrefillAttentionPlan) -> Any:
+    return prefill_attention_kernel("prefill_attention", plan, dependent=False).spec.make()
+
+
+def check_prefill_attention(case: PrefillAttentionCase) -> None:
+    """Relative L2 error 1e-3 against float64, and of every row 2e-3; NaN and loud noise behind the last token of q and
+    of the cache change no bit; nothing is written beyond the chunk's tokens.
+    """
+    rng = generator(case.head_dim, case.heads, case.position, case.count)
+    plan, length = case.plan, case.position + case.count
+    q = poisoned(case.count + 3, case.heads * case.head_dim, dtype=np.float16)
+    q[: case.count] = rng.standard_normal((case.count, case.heads * case.head_dim)) * 2
+    cache = rng.standard_normal((2, length + 5, case.kv_heads * case.head_dim)).astype(np.float16)
+    scalars = np.array([case.position], np.int64), np.array([case.count], np.int64)
+    results = []
+    for noise in (np.nan, 60000.0):
+        q[case.count :], cache[:, length:] = noise, noise
+        out = poisoned(plan.out.words, dtype=np.uint32)
+        bits = (array.reshape(-1).view(np.uint16) for array in (q, cache[0], cache[1]))
+        arguments = PrefillAttentionArguments(*bits, *scalars, out)
+        launch(_kernel(plan), plan.ctas(case.count), plan.threads, plan.shared_bytes, arguments)
+        rows = plan.out.unpack(out)
+        assert np.isnan(rows[case.count :]).all(), "wrote beyond the chunk's tokens"
+        results.append(rows[: case.count])
+    np.testing.assert_array_equal(results[0], results[1])
+    exact = (array.astype(np.float64) for array in (q[: case.count], cache[0], cache[1]))
+    expected = attend_reference(*exact, case.position, case.head_dim)
+    within("prefill attention", relative_error(results[0], expected), 1e-3)
+    for got, wanted in zip(results[0], expected, strict=True):
+        within("a row of prefill attention", relative_error(got, wanted), 2e-3)
