@@ -1,0 +1,71 @@
+"""Our engine with random weights: time to first token, whole requests, decode. All host work is included."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from prefill_bench.cases import MAX_SEQ_LEN, REPLY, Case, Measured
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.model.presets import find_preset
+from numba_atomflow.perf.bench import decode_turn
+
+_SECONDS = 3.0  # of the turns of a case, about
+_TURNS = 3, 9  # least and most
+
+
+class EngineLab:
+    """Keeps the engine of the last case while model and path stay the same."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._loaded: tuple[str, str] | None = None
+
+    def measure(self, case: Case) -> Measured:
+        """Measure a case of the parts ttft, requests and decode."""
+        engine = self._load(case)
+        prompt = np.random.default_rng(case.tokens).integers(0, engine.geometry.vocabulary, case.tokens).tolist()
+        notes = {"load": f"loaded in {engine.load_seconds:.1f} s"}
+        match case.part:
+            case "ttft":
+                return Measured({"ttft": [turn[0] for turn in self._turns(engine, prompt, 1)]}, notes=notes)
+            case "requests":
+                turns = self._turns(engine, prompt, REPLY + 1)
+                seconds = {name: [turn[i] for turn in turns] for i, name in enumerate(("ttft", "tpot", "total"))}
+                return Measured(seconds, notes=notes)
+            case "decode":
+                engine.reset()
+                decode_turn(engine, prompt, REPLY)
+                engine.rewind(len(prompt) - 1)
+                path = getattr(engine.backend.decode_path, "name", "")
+                return Measured({"tpot": decode_turn(engine, prompt, REPLY)}, notes={"path": path})
+        raise ValueError(f"an engine has no part {case.part}")
+
+    def _turns(self, engine: Engine, prompt: Sequence[int], tokens: int) -> list[tuple[float, float, float]]:
+        """Seconds to the first token, per token after it, and of everything; a first turn is discarded."""
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        turns: list[tuple[float, float, float]] = []
+        repeats = 0
+        while len(turns) <= repeats:
+            engine.reset()
+            stats = engine.generate_tokens(prompt, params).finish().stats
+            total = stats.ttft + (tokens - 1) * stats.tpot
+            turns.append((stats.ttft, stats.tpot, total))
+            repeats = min(_TURNS[1], max(_TURNS[0], int(_SECONDS / total)))
+        return turns[1:]
+
+    def _load(self, case: Case) -> Engine:
+        wanted = case.model, case.subject
+        if self._engine is None or self._loaded != wanted:
+            self.close()
+            path: Any = case.subject
+            geometry = find_preset(case.model)
+            self._engine = Engine.random(geometry, "cuda", MAX_SEQ_LEN, prefill=path, name=case.model)
+            self._loaded = wanted
+        return self._engine
+
+    def close(self) -> None:
+        """Release the engine."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
