@@ -155,7 +155,7 @@ class Laboratory:
 
     def measure(self, case: Case) -> Measured:
         """Measure a case."""
-        kind = _module_of(case)
+        kind = lab_of(case)
         if type(self._kept) is not kind:
             self.close()
             self._kept = kind()
@@ -169,7 +169,7 @@ class Laboratory:
             kept.close()
 
 
-def _module_of(case: Case) -> Any:
+def lab_of(case: Case) -> Any:
     """The class that measures a case; torch, or our engine, is imported only where it is used."""
     if case.subject == PEER:
         from prefill_bench.peer import PeerLab
