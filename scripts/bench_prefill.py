@@ -23,38 +23,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefill_bench.cases import MODELS, PARTS, PATHS, Case, select
+from prefill_bench.predictions import prediction_tables
 from prefill_bench.report import tables
 from prefill_bench.run import FORMAT, Budget, Record, run_cases
 from prefill_bench.worker import Worker
 
-from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.errors import AtomFlowError, OptionError
 from numba_atomflow.files.untrusted import load_json
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.utils.json_text import json_text
 
 _CASE_SECONDS = 90.0
 _BUDGET = 540.0
-_H200 = {"sms": 132, "shared_bytes": 232448}  # of --compile
 
 
 def parse_parts(texts: Sequence[str]) -> tuple[list[str], dict[str, float]]:
     """Parts, and the seconds of those that are given with some.
 
     Raises:
-        ValueError: there is no such part, or a limit is no positive number.
+        OptionError: there is no such part, or a limit is no positive number.
     """
     names, seconds = [], {}
     for text in texts or PARTS:
         name, colon, limit = text.partition(":")
         if name not in PARTS:
-            raise ValueError(f"There is no part {name}; choose of {', '.join(PARTS)}.")
+            raise OptionError(f"There is no part {name}; choose of {', '.join(PARTS)}.")
         if colon:
             try:
                 seconds[name] = float(limit)
             except ValueError:
                 seconds[name] = 0.0
             if not 0 < seconds[name] < float("inf"):
-                raise ValueError(f"{text} is no part with a number of seconds; write {name}:120.")
+                raise OptionError(f"{text} is no part with a number of seconds; write {name}:120.")
         names.append(name)
     return names, seconds
 
@@ -84,22 +84,24 @@ def cases_of(options: argparse.Namespace) -> tuple[list[Case], dict[str, float]]
     """The selected cases, and the seconds of parts.
 
     Raises:
-        ValueError: an option is wrong.
+        OptionError: an option is wrong.
     """
     parts, seconds = parse_parts(options.parts)
     models, paths = options.models.split(","), options.paths.split(",")
     for given, known in ((models, MODELS), (paths, PATHS)):
         unknown = set(given) - set(known)
         if unknown:
-            raise ValueError(f"There is no {min(unknown)}; choose of {', '.join(known)}.")
+            raise OptionError(f"There is no {min(unknown)}; choose of {', '.join(known)}.")
     try:
         tokens = [int(text) for text in options.tokens.split(",") if text]
     except ValueError:
-        raise ValueError(f"--tokens {options.tokens} is no list of numbers; write 512,2048.") from None
+        raise OptionError(f"--tokens {options.tokens} is no list of numbers; write 512,2048.") from None
     subjects = [text for text in options.only.split(",") if text]
+    if min(options.budget, options.case_seconds) <= 0:
+        raise OptionError("--budget and --case-seconds must be positive.")
     cases = select(parts, models, paths, subjects, tokens, variants=options.variants)
     if not cases:
-        raise ValueError("No case is left; choose other parts, --only or --tokens.")
+        raise OptionError("No case is left; choose other parts, --only or --tokens.")
     return cases, seconds
 
 
@@ -108,21 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, options = options_of(arguments)
     try:
         cases, seconds = cases_of(options)
-        if min(options.budget, options.case_seconds) <= 0:
-            raise ValueError("--budget and --case-seconds must be positive.")
-    except ValueError as error:
+        if options.read:
+            return _show(_read(options.read), options.format)
+        if options.predictions:
+            print(prediction_tables("md" if options.format == "md" else "table"), end="")
+            return 0
+        if options.compile:
+            return _compile(options.compile, cases)
+        if options.compiled:
+            _adopt(options.compiled, cases)
+    except AtomFlowError as error:
         parser.error(str(error))
-    if options.read:
-        return _show(_read(parser, options.read), options.format)
-    if options.predictions:
-        from prefill_bench.predictions import prediction_tables
-
-        print(prediction_tables("md" if options.format == "md" else "table"), end="")
-        return 0
-    if options.compile:
-        return _compile(parser, options, cases)
-    if options.compiled:
-        _adopt(parser, options, cases)
     head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv[1:]}
     record = Record(options.out, head | {"machine": machine_record()})
     log = (options.out or Path("bench_prefill")).with_suffix(".log")
@@ -130,16 +128,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _show(record.data, options.format)
 
 
-def _read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
-    """A record of an earlier run."""
+def _read(path: Path) -> dict[str, Any]:
+    """A record of an earlier run.
+
+    Raises:
+        OptionError: there is none.
+    """
     try:
         record: dict[str, Any] = load_json(path.read_bytes())
-        if record["format"] != FORMAT:
-            raise ValueError
     except OSError as error:
-        parser.error(f"{path} cannot be read ({error.strerror}).")
-    except (AtomFlowError, ValueError, KeyError, TypeError):
-        parser.error(f"{path} is no record of bench_prefill.py.")
+        raise OptionError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise OptionError(f"{path} is no record of bench_prefill.py.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise OptionError(f"{path} is no record of bench_prefill.py.")
     return record
 
 
@@ -147,6 +149,33 @@ def _show(record: dict[str, Any], style: Literal["table", "md", "json"]) -> int:
     """Print a record; 1 if a case failed."""
     print(json_text(record, indent=1) if style == "json" else tables(record, style), end="")
     return 1 if any(row["failure"] for row in record["rows"]) else 0
+
+
+def _compile(capability: str, cases: Sequence[Case]) -> int:
+    """Compile the kernels of these cases into the compile cache."""
+    from prefill_bench.compiled import chip_with, specs_of
+
+    from numba_atomflow.ops import jit
+    from numba_atomflow.ops.cuda.runtime.build import build
+
+    chip = chip_with(capability)
+    specs = specs_of(cases, chip)
+    build(specs, chip.capability, lambda what, done, total: _tell(f"[{done}/{total}] {what}"))
+    print(f"{len(specs)} kernels in {jit.cache_folder('cuda')}")
+    return 0
+
+
+def _adopt(folder: Path, cases: Sequence[Case]) -> None:
+    """Take machine code of these cases' kernels from another machine's compile cache."""
+    from prefill_bench.compiled import adopt, specs_of
+
+    from numba_atomflow.device.resources import DeviceResources
+    from numba_atomflow.ops.cuda.runtime.chip import chip_of
+
+    with DeviceResources() as owner:
+        chip = chip_of(owner.open())
+    specs = specs_of(cases, chip)
+    _tell(f"{adopt(folder, specs, chip.capability)} of {len(specs)} kernels are compiled")
 
 
 def _tell(text: str) -> None:

@@ -117,31 +117,19 @@ def select(
 
 
 def _cases_of(part: str, models: Sequence[str], paths: Collection[str]) -> Iterator[Case]:
-    chosen = [path for path in PATHS if path in paths]
-    match part:
-        case "ceilings":
-            yield Case(part)
-        case "projections":
-            for model in models:
-                for kind in PROJECTIONS:
-                    yield from (Case(part, model, kind, tokens) for tokens in PROJECTION_TOKENS)
-        case "attention":
-            for model in models:
-                yield from (Case(part, model, "causal", tokens) for tokens in ATTENTION_TOKENS)
-        case "ttft":
-            for model in models:
-                for path in chosen:
-                    for tokens in PROMPTS:
-                        if path != "gemv" or tokens <= LONGEST_GEMV_PROMPT:
-                            yield Case(part, model, path, tokens)
-        case "requests":
-            for model in models:
-                for subject in (*chosen, PEER):
-                    for tokens in REQUESTS:
-                        if subject != "gemv" or tokens <= LONGEST_GEMV_PROMPT:
-                            yield Case(part, model, subject, tokens)
-        case "decode":
-            for model in models:
-                yield from (Case(part, model, path, depth) for path in chosen for depth in DEPTHS)
-        case _:
-            raise ValueError(f"there is no part {part}")
+    if part == "ceilings":
+        yield Case(part)
+        return
+    chosen = tuple(path for path in PATHS if path in paths)
+    subjects, counts = {
+        "projections": (PROJECTIONS, PROJECTION_TOKENS),
+        "attention": (("causal",), ATTENTION_TOKENS),
+        "ttft": (chosen, PROMPTS),
+        "requests": ((*chosen, PEER), REQUESTS),
+        "decode": (chosen, DEPTHS),
+    }[part]
+    for model in models:
+        for subject in subjects:
+            for tokens in counts:
+                if subject != "gemv" or tokens <= LONGEST_GEMV_PROMPT:
+                    yield Case(part, model, subject, tokens)

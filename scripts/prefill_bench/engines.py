@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from prefill_bench.cases import MAX_SEQ_LEN, REPLY, Case, Measured
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.model.presets import find_preset
 from numba_atomflow.perf.bench import decode_turn
+from prefill_bench.cases import MAX_SEQ_LEN, REPLY, Case, Measured
 
 _SECONDS = 3.0  # of the turns of a case, about
 _TURNS = 3, 9  # least and most

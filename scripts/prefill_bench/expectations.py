@@ -7,10 +7,9 @@ the constants, which come from experiments with single kernels, and has the tabl
 
 from dataclasses import dataclass
 
-from prefill_bench.cases import PROJECTIONS, Case
-
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.presets import PRESETS
+from prefill_bench.cases import PROJECTIONS, Case
 
 SMS = 132
 GEMM_GROUP = {16: 0.40e-6, 32: 0.43e-6, 64: 0.50e-6, 128: 0.70e-6, 256: 1.40e-6}  # 128 rows x tokens x 128 of K
@@ -75,7 +74,7 @@ def attention_seconds(geometry: ModelGeometry, tokens: int, position: int = 0) -
     block = ATTENTION_BLOCK * geometry.head_dim / 128
     keys = [-(-(position + last) // 128) for last in (min(i + 128, tokens) for i in range(0, tokens, 128))]
     blocks = geometry.heads * sum(keys)
-    return ATTENTION_START + block * max(blocks / SMS, max(keys))
+    return ATTENTION_START + block * max(blocks / SMS, *keys)
 
 
 def layer_seconds(geometry: ModelGeometry, tokens: int, position: int = 0, *, fp8: bool = False) -> float:

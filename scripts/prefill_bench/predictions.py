@@ -1,5 +1,7 @@
 """Tables of what the cost model predicts (expectations.py): those of docs/prompts.md."""
 
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.utils.tables import Style, render
 from prefill_bench.cases import MODELS, PROJECTIONS, Case
 from prefill_bench.expectations import (
     GEMM_GROUP,
@@ -9,9 +11,6 @@ from prefill_bench.expectations import (
     target_seconds,
     ttft_seconds,
 )
-
-from numba_atomflow.model.presets import PRESETS
-from numba_atomflow.utils.tables import Style, render
 
 _STEPS = (16, 32, 64, 128, 512, 2048)
 _PROMPTS = (16, 64, 128, 512, 2048, 4096, 8192, 32768)

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from prefill_bench.cases import PEER, REPLY, Case, Measured
-from prefill_bench.expectations import predicted_seconds, target_ratio, target_seconds
-
 from numba_atomflow.utils.stats import Spread
 from numba_atomflow.utils.tables import Style, render
+from prefill_bench.cases import PEER, REPLY, Case, Measured
+from prefill_bench.expectations import predicted_seconds, target_ratio, target_seconds
 
 OURS = "ours"
 RIVALS = {"projections": "cuBLAS", "attention": "flash"}

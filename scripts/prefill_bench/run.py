@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefill_bench.cases import Case
-from prefill_bench.worker import Measurer
-
 from numba_atomflow.files.atomic import write_whole
 from numba_atomflow.utils.json_text import json_text
+from prefill_bench.cases import Case
+from prefill_bench.worker import Measurer
 
 FORMAT = "numba-atomflow prefill 1"
 _FEWEST_SECONDS = 5.0  # left, below which no case is started

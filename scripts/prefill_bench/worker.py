@@ -59,6 +59,7 @@ class Worker:
         self._log, self._command = log, command
         self._process: subprocess.Popen[str] | None = None
         self._lines: SimpleQueue[str] = SimpleQueue()
+        self._reader: threading.Thread | None = None
 
     def measure(self, case: Case, limit: float) -> Answer:
         """Measure a case; after `limit` seconds the process is killed."""
@@ -93,6 +94,12 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if self._reader:
+            self._reader.join()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # what was not sent to a process that has ended
+                if pipe:
+                    pipe.close()
 
     def _start(self) -> "subprocess.Popen[str]":
         paths = [str(SCRIPTS), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -114,7 +121,8 @@ class Worker:
                 lines.put(line)
             lines.put("")  # it has ended
 
-        threading.Thread(target=read, daemon=True).start()
+        self._reader = threading.Thread(target=read, daemon=True)
+        self._reader.start()
         self._process = process
         return process
 

@@ -1,0 +1,106 @@
+"""Attention of a prompt in chunks, as the engine computes it, against one call of torch's flash attention."""
+
+from typing import Any
+
+import torch
+
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.presets import find_preset
+from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel
+from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import Planned
+from prefill_bench.cases import Case, Measured
+from prefill_bench.expectations import CHUNK
+from prefill_bench.torch_gpu import relative_error, unpack_tiles
+
+OURS, FLASH, CUDNN = "ours", "flash", "cuDNN"
+_CHECKED_TOKENS = 32
+
+
+def attention_plan(geometry: ModelGeometry, chip: Chip, capacity: int) -> PrefillAttentionPlan:
+    """The plan for chunks of at most `capacity` tokens."""
+    g = geometry
+    return choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, ActivationTiles(g.q_dim, capacity), chip)
+
+
+def attention_kernel(plan: PrefillAttentionPlan, chip: Chip) -> Planned:
+    """The kernel of a plan."""
+    return prefill_attention_kernel("prefill_attention", plan, chip.dependent_launch)
+
+
+class AttentionLab:
+    """Measures attention."""
+
+    def __init__(self, gpu: Any) -> None:
+        self._gpu = gpu
+
+    def measure(self, case: Case) -> Measured:
+        """Seconds of a whole prompt, and the error of some tokens of each chunk."""
+        gpu, g, tokens = self._gpu, find_preset(case.model), case.tokens
+        chunk = min(CHUNK, tokens)
+        plan = attention_plan(g, gpu.chip, chunk)
+        kernel = attention_kernel(plan, gpu.chip)
+        gpu.load(kernel)
+        q, keys, values = (
+            torch.randn(tokens, width, device=gpu.device).half() for width in (g.q_dim, g.kv_dim, g.kv_dim)
+        )
+        starts = range(0, tokens, chunk)
+        outs = [torch.full((plan.out.words,), -1, dtype=torch.int32, device=gpu.device) for _ in starts]
+        count = torch.tensor([chunk], dtype=torch.int64, device=gpu.device)
+        launches = []
+        for start, out in zip(starts, outs, strict=True):
+            position = torch.tensor([start], dtype=torch.int64, device=gpu.device)
+            shared = {"keys": keys, "values": values, "position": position, "count": count, "out": out}
+            launches.append(gpu.launch(kernel, shared | {"q": q[start : start + chunk]}, plan.ctas(chunk)))
+        errors = []
+        for start, out, launch in zip(starts, outs, launches, strict=True):
+            gpu.run(launch)
+            picked = sorted({0, chunk - 1, *torch.randperm(chunk)[:_CHECKED_TOKENS].tolist()})
+            expected = attend(q, keys, values, g.head_dim, [start + token for token in picked])
+            errors.append(relative_error(unpack_tiles(plan.out, out, picked), expected))
+
+        def ours(_: int) -> None:
+            for launch in launches:
+                launch.run()
+
+        sides: dict[str, Any] = {OURS: (ours, 1)}
+        for name, run in rivals(q, keys, values, g.head_dim).items():
+            sides[name] = run, 1
+        flop = 4.0 * g.heads * g.head_dim * tokens * (tokens + 1) / 2
+        notes = {"plan": f"{plan.instructions}, {plan.query_tile} queries, {plan.key_block} keys, {len(starts)} chunks"}
+        return Measured(gpu.alternate(sides), flop, {OURS: max(errors)}, notes=notes)
+
+
+def rivals(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, head_dim: int) -> dict[str, Any]:
+    """torch's causal attention, by backend; only those that can run here."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    heads = [x.view(1, x.shape[0], -1, head_dim).transpose(1, 2) for x in (q, keys, values)]
+    found = {}
+    for name, backend in ((FLASH, SDPBackend.FLASH_ATTENTION), (CUDNN, SDPBackend.CUDNN_ATTENTION)):
+
+        def run(_: int, backend: Any = backend) -> None:
+            with sdpa_kernel(backend):
+                torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+
+        try:
+            run(0)
+        except RuntimeError as error:
+            if name == FLASH or "CUDA error" in str(error):
+                raise
+            continue
+        found[name] = run
+    return found
+
+
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, head_dim: int, tokens: list[int]) -> torch.Tensor:
+    """Causal attention of some tokens in float64: [len(tokens), heads * head_dim]."""
+    visible = max(tokens) + 1
+    k, v = (x[:visible].double().view(visible, -1, head_dim) for x in (keys, values))
+    rows = q[tokens].double().view(len(tokens), k.shape[1], -1, head_dim)  # heads that share a KV head are neighbours
+    scores = torch.einsum("tkgd,skd->tkgs", rows, k) / head_dim**0.5
+    ahead = torch.arange(visible, device=q.device)[None, :] > torch.tensor(tokens, device=q.device)[:, None]
+    weights = scores.masked_fill(ahead[:, None, None, :], -torch.inf).softmax(-1)
+    return torch.einsum("tkgs,skd->tkgd", weights, v).reshape(len(tokens), -1)

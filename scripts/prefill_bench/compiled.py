@@ -1,0 +1,75 @@
+"""The kernels of cases, compiled before there is a GPU, and machine code from a compile cache of another machine.
+
+A file of the cache is named by kernel, architecture, factory arguments and the versions of the compilers; the folder by
+a hash of the sources. Machine code that other versions of the compilers have made of the same sources runs as well, as
+long as the driver is not older than they are: `adopt` puts it under the names that this machine looks for.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from numba_atomflow.errors import OptionError
+from numba_atomflow.ops import jit
+from numba_atomflow.ops.cuda.runtime import bandwidth
+from numba_atomflow.ops.cuda.runtime.build import cache_path
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
+from prefill_bench.cases import PEER, Case
+
+H200 = Chip(132, 232448, (9, 0))
+_SHARED_BYTES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}
+
+
+def chip_with(capability: str) -> Chip:
+    """A chip of this compute capability with as many SMs as an H200.
+
+    Raises:
+        OptionError: there are no kernels for it.
+    """
+    known = {".".join(map(str, version)): version for version in _SHARED_BYTES}
+    if capability not in known:
+        raise OptionError(f"--compile {capability} is no compute capability here; choose of {', '.join(known)}.")
+    version = known[capability]
+    return Chip(H200.sms, _SHARED_BYTES[version], version)
+
+
+def specs_of(cases: Iterable[Case], chip: Chip) -> list[KernelSpec]:
+    """Every kernel of these cases, each once."""
+    return list(dict.fromkeys(spec for case in cases for spec in _specs_of(case, chip)))
+
+
+def _specs_of(case: Case, chip: Chip) -> Iterator[KernelSpec]:
+    if case.subject == PEER:
+        return
+    match case.part:
+        case "ceilings":
+            yield bandwidth.read_kernel(chip.sms).spec
+            if chip.capability >= (9, 0):
+                yield bandwidth.bulk_read_kernel(chip.sms).spec
+
+
+def adopt(folder: Path, specs: Sequence[KernelSpec], capability: tuple[int, int]) -> int:
+    """Copy the machine code of these kernels into this machine's compile cache; how many were found.
+
+    Args:
+        folder: a cache folder for the same sources, or one that holds it.
+
+    Raises:
+        OptionError: it holds no code for these sources.
+    """
+    own = jit.cache_folder("cuda")
+    if own is None:
+        raise OptionError("The compile cache cannot be written; set NUMBA_ATOMFLOW_HOME to a folder that can be.")
+    sources = [path for path in (folder, *folder.rglob("*")) if path.is_dir() and path.name == own.name]
+    if not sources:
+        raise OptionError(f"{folder} has no folder {own.name}: it was made from other sources; compile again.")
+    found = 0
+    for spec in specs:
+        target = cache_path(spec, capability)
+        assert target is not None
+        made = [path for source in sources for path in source.glob(f"{target.name.rpartition('-')[0]}-*.cubin")]
+        if made and not target.exists():
+            shutil.copyfile(made[0], target)
+        found += bool(made)
+    return found

@@ -1,0 +1,96 @@
+"""What the workers of bench_prefill.py measure: engines, and kernels beside PyTorch's."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from prefill_bench import engines
+from prefill_bench.cases import REPLY, Case
+from tiny_models import tiny_geometry
+
+from numba_atomflow import Engine
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.ops.attention import attend_reference
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.fp8 import dequantize_groups
+
+TINY = "llama-3.2-3b"  # the name that the tiny geometry takes here
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, TINY, replace(tiny_geometry(), max_positions=1024))
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lab(tiny: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[engines.EngineLab, list[Any]]]:
+    """Engines on the CPU, and the options that they were loaded with."""
+    loads: list[Any] = []
+    original = Engine.random
+
+    def on_the_cpu(geometry: Any, backend: str, max_seq_len: int, *, prefill: str, name: str) -> Engine:
+        loads.append((backend, prefill))
+        return original(geometry, "cpu", 512, threads=1, name=name)
+
+    monkeypatch.setattr(engines.Engine, "random", on_the_cpu)
+    monkeypatch.setattr(engines, "_SECONDS", 0.0)
+    made = engines.EngineLab()
+    yield made, loads
+    made.close()
+
+
+def test_an_engine_is_measured_and_kept_for_the_next_case(lab: tuple[engines.EngineLab, list[Any]]) -> None:
+    made, loads = lab
+    ttft = made.measure(Case("ttft", TINY, "gemm", 16))
+    assert len(ttft.seconds["ttft"]) == 3
+    request = made.measure(Case("requests", TINY, "gemm", 64))
+    assert set(request.seconds) == {"ttft", "tpot", "total"}
+    for first, each, total in zip(*(request.seconds[name] for name in ("ttft", "tpot", "total")), strict=True):
+        assert total == pytest.approx(first + REPLY * each)
+        assert first > each > 0
+    decode = made.measure(Case("decode", TINY, "gemm", 16))
+    assert len(decode.seconds["tpot"]) == REPLY
+    assert loads == [("cuda", "gemm")]
+    made.measure(Case("ttft", TINY, "fp8", 16))
+    assert loads[1:] == [("cuda", "fp8")]
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiles", [ActivationTiles(192, 16), ActivationTiles(256, 24, weight_bits=16)], ids=str)
+def test_tiles_on_the_gpu_are_those_of_the_reference(tiles: ActivationTiles) -> None:
+    torch = pytest.importorskip("torch")
+    from prefill_bench.torch_gpu import pack_tiles, unpack_tiles
+
+    x = np.random.default_rng(0).standard_normal((tiles.tokens - 3, tiles.in_features)).astype(np.float16)
+    words = pack_tiles(tiles, torch.from_numpy(x))
+    np.testing.assert_array_equal(words.numpy().view(np.uint32), tiles.pack(x))
+    np.testing.assert_array_equal(unpack_tiles(tiles, words, [5, 0]).numpy(), x[[5, 0]])
+
+
+def test_weights_are_quantized_as_in_the_checkpoint() -> None:
+    torch = pytest.importorskip("torch")
+    from prefill_bench.torch_gpu import dequantize, quantize, relative_error
+
+    weights = torch.randn(8, 256)
+    codes, scales = quantize(weights)
+    back = dequantize_groups(codes.numpy(), scales.numpy())
+    np.testing.assert_array_equal(dequantize(codes, scales, torch.float32).numpy(), back)
+    assert relative_error(torch.from_numpy(back), weights.double()) < 0.04
+
+
+def test_the_reference_of_attention() -> None:
+    torch = pytest.importorskip("torch")
+    from prefill_bench.attention import attend
+
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((20, width)).astype(np.float16) for width in (128, 32, 32))
+    got = attend(*map(torch.from_numpy, (q, k, v)), 16, [0, 7, 19])
+    expected = attend_reference(*(x.astype(np.float64) for x in (q, k, v)), 0, 16)
+    np.testing.assert_allclose(got.numpy(), expected[[0, 7, 19]], rtol=1e-12, atol=1e-12)
