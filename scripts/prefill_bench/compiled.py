@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from numba_atomflow.errors import OptionError
+from numba_atomflow.model.presets import find_preset
 from numba_atomflow.ops import jit
 from numba_atomflow.ops.cuda.runtime import bandwidth
 from numba_atomflow.ops.cuda.runtime.build import cache_path
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
 from prefill_bench.cases import PEER, Case
+from prefill_bench.expectations import CHUNK
 
 H200 = Chip(132, 232448, (9, 0))
 _SHARED_BYTES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}
@@ -47,6 +49,11 @@ def _specs_of(case: Case, chip: Chip) -> Iterator[KernelSpec]:
             yield bandwidth.read_kernel(chip.sms).spec
             if chip.capability >= (9, 0):
                 yield bandwidth.bulk_read_kernel(chip.sms).spec
+        case "attention":
+            from prefill_bench.attention import attention_kernel, attention_plan  # PyTorch is loaded only here
+
+            plan = attention_plan(find_preset(case.model), chip, min(CHUNK, case.tokens))
+            yield attention_kernel(plan, chip).spec
 
 
 def adopt(folder: Path, specs: Sequence[KernelSpec], capability: tuple[int, int]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ from prefill_bench.cases import REPLY, Case
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
+from numba_atomflow.errors import OptionError
 from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.ops import jit
 from numba_atomflow.ops.attention import attend_reference
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.runtime import build
 from numba_atomflow.ops.fp8 import dequantize_groups
 
 TINY = "llama-3.2-3b"  # the name that the tiny geometry takes here
@@ -94,3 +98,35 @@ def test_the_reference_of_attention() -> None:
     got = attend(*map(torch.from_numpy, (q, k, v)), 16, [0, 7, 19])
     expected = attend_reference(*(x.astype(np.float64) for x in (q, k, v)), 0, 16)
     np.testing.assert_allclose(got.numpy(), expected[[0, 7, 19]], rtol=1e-12, atol=1e-12)
+
+
+# --- compiled beforehand ---------------------------------------------------------------------------------------------
+
+
+def test_machine_code_of_another_machine_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefill_bench import compiled
+
+    here, carried = tmp_path / "here" / "cuda-0123", tmp_path / "carried" / "compiled" / "cuda-0123"
+    here.mkdir(parents=True)
+    carried.mkdir(parents=True)
+    monkeypatch.setattr(jit, "cache_folder", lambda _target: here)
+    capability = compiled.H200.capability
+    first, second = compiled.specs_of([Case("ceilings"), Case("ceilings")], compiled.H200)
+    with monkeypatch.context() as other:
+        other.setattr(jit, "cache_folder", lambda _target: carried)
+        other.setattr(build, "compilers", lambda: "other versions")
+        made = build.cache_path(first, capability)
+        build.write_cached(made, b"machine code")
+    assert compiled.adopt(tmp_path / "carried", [first, second], capability) == 1
+    assert build.read_cached(build.cache_path(first, capability)) == b"machine code"
+    assert build.read_cached(build.cache_path(second, capability)) is None
+    with pytest.raises(OptionError, match="other sources"):
+        compiled.adopt(here.parent / "nothing", [first], capability)
+
+
+def test_a_capability_without_kernels_is_refused() -> None:
+    from prefill_bench.compiled import chip_with
+
+    assert chip_with("8.9").capability == (8, 9)
+    with pytest.raises(OptionError, match=r"--compile 7\.5"):
+        chip_with("7.5")
