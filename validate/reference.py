@@ -77,7 +77,7 @@ def record(
         prober.begin(position)
         backend.observe(tokens[-1:], SAMPLE, prober)
     return Reference(
-        label=f"{backend.name} backend",
+        label=f"{backend.name} backend" + (", token by token" if block == 1 else ""),
         geometry=geometry,
         tokens=tuple(tokens),
         prompt_tokens=len(prompt),

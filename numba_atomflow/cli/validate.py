@@ -23,6 +23,7 @@ Examples:
   numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --isolate --layers 10:20
   numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --plot errors.png
   numba-atomflow validate my-model.safetensors --diff-backends --prompt "The capital of France is"
+  numba-atomflow validate my-model.safetensors --diff-chunks --prefill gemm --prompt "The capital of France is"
 
 \b
 Exit code: 0 all probes pass, 1 some fail, 2 the validation could not run.
@@ -41,14 +42,16 @@ def validate(
     diff_backends: Annotated[
         bool, typer.Option("--diff-backends", help="Compare the backend with the CPU backend; needs no ground truth.")
     ] = False,
+    diff_chunks: Annotated[
+        bool,
+        typer.Option("--diff-chunks", help="Compare a prompt in chunks with the same prompt token by token."),
+    ] = False,
     prompt: Annotated[
         str | None,
-        typer.Option(
-            "--prompt", "-p", metavar="TEXT", help="For --diff-backends: the text to run; - reads standard input."
-        ),
+        typer.Option("--prompt", "-p", metavar="TEXT", help="For --diff-...: the text to run; - reads standard input."),
     ] = None,
     decode_steps: Annotated[
-        int, typer.Option("--decode-steps", metavar="N", help="For --diff-backends: tokens after the prompt.")
+        int, typer.Option("--decode-steps", metavar="N", help="For --diff-...: tokens after the prompt.")
     ] = 32,
     isolate: Annotated[
         bool, typer.Option("--isolate", help="Feed each layer the reference's input, so that errors do not add up.")
@@ -68,11 +71,11 @@ def validate(
 ) -> None:
     """Compare every layer with a reference.
 
-    The reference is a run of transformers (a ground truth), or the CPU backend. The last line names the first probe
-    that fails; with --isolate, also the op at fault.
+    The reference is a run of transformers (a ground truth), the CPU backend, or the same backend token by token. The
+    last line names the first probe that fails; with --isolate, also the op at fault.
     """
-    if (ground_truth is None) != diff_backends:
-        raise OptionError("A validation needs one reference; give --ground-truth FILE or --diff-backends.")
+    if (ground_truth is not None) + diff_backends + diff_chunks != 1:
+        raise OptionError("A validation needs one reference; give --ground-truth, --diff-backends or --diff-chunks.")
     layer_range = _parse_layers(layers)
 
     from numba_atomflow import validate as validator
@@ -86,7 +89,8 @@ def validate(
     if ground_truth is not None:
         reference = _open(ground_truth, model, text)
     else:
-        reference = _record(model, text, decode_steps, engine_options)
+        record = _by_token if diff_chunks else _on_cpu
+        reference = record(model, text, decode_steps, engine_options)
     with engine_options.load(model, len(reference.tokens)) as engine, output.steps_bar() as progress:
         device = engine.backend
         observers = [validator.inject(inject, device.step(1, SAMPLE))] if inject is not None else []
@@ -127,22 +131,42 @@ def _open(path: Path, model: str, text: str | None) -> "Reference":
     return truth
 
 
-def _record(model: str, text: str | None, steps: int, engine_options: options.EngineOptions) -> "Reference":
+def _on_cpu(model: str, text: str | None, steps: int, engine_options: options.EngineOptions) -> "Reference":
     """The CPU backend's results for a prompt, if the backend to be compared is another one."""
     from numba_atomflow.validate import record
 
-    if not text:
-        raise OptionError("--diff-backends needs a text to run; give --prompt TEXT.")
-    if steps < 0:
-        raise OptionError(f"--decode-steps is {steps}; it must be 0 or more.")
+    prompt = _encode(model, text, steps, "--diff-backends")
     with engine_options.load(model, 1) as engine:
-        name, prompt = engine.backend.name, engine.text.encode(text)
+        name = engine.backend.name
     if name == "cpu":
         raise BackendError(
             "--diff-backends compares another backend with the CPU backend, and only that one runs here."
         )
     with engine_options.on_cpu().load(model, len(prompt) + steps) as engine, output.steps_bar() as progress:
         return record(engine.backend, engine.geometry, prompt, steps, progress=progress)
+
+
+def _by_token(model: str, text: str | None, steps: int, engine_options: options.EngineOptions) -> "Reference":
+    """The backend's own results for a prompt, which it runs as decode steps."""
+    from numba_atomflow.validate import record
+
+    prompt = _encode(model, text, steps, "--diff-chunks")
+    with engine_options.load(model, len(prompt) + steps) as engine, output.steps_bar() as progress:
+        return record(engine.backend, engine.geometry, prompt, steps, block=1, progress=progress)
+
+
+def _encode(model: str, text: str | None, steps: int, option: str) -> list[int]:
+    """The prompt's tokens."""
+    from numba_atomflow.checkpoint.find import find_checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
+    from numba_atomflow.text.codec import TextCodec
+
+    if not text:
+        raise OptionError(f"{option} needs a text to run; give --prompt TEXT.")
+    if steps < 0:
+        raise OptionError(f"--decode-steps is {steps}; it must be 0 or more.")
+    with Checkpoint.open(find_checkpoint(model)) as checkpoint:
+        return TextCodec(checkpoint.text).encode(text)
 
 
 # --- output ----------------------------------------------------------------------------------------------------------

@@ -267,24 +267,46 @@ def test_another_backend_is_compared_with_the_cpu(
 ) -> None:
     """The other backend is the CPU backend under another name, with or without an injected fault."""
     load = Engine.load
-    paths: list[tuple[str, str]] = []
+    paths: list[tuple[str, str, str]] = []
 
-    def pretend(model: str, backend: Any, *rest: Any, decode: str = "auto", private_copy: bool = False) -> Engine:
-        paths.append((backend, decode))
+    def pretend(model: str, backend: Any, *rest: Any, decode: str, prefill: str, **_others: Any) -> Engine:
+        paths.append((backend, decode, prefill))
         engine = load(model, backend, *rest)
         engine.backend.name = "other" if backend == "auto" else engine.backend.name
         return engine
 
     monkeypatch.setattr(Engine, "load", pretend)
     given = ("validate", tiny_checkpoint, "--diff-backends", "-p", TEXT, "--decode-steps", "2")
-    outcome = cli(*given, "--decode", "graph")
+    outcome = cli(*given, "--decode", "graph", "--prefill", "gemm")
     assert outcome.code == 0, outcome
-    assert paths == [("auto", "graph"), ("cpu", "auto"), ("auto", "graph")]
+    assert paths == [("auto", "graph", "gemm"), ("cpu", "auto", "auto"), ("auto", "graph", "gemm")]
     assert "other (" in outcome.out
     assert "against cpu backend" in outcome.out
     spoilt = cli(*given, "--inject", "layer.0.gate_up", "--isolate")
     assert spoilt.code == 1
     assert "op at fault: layer.0.gate_up" in spoilt.out.splitlines()[-1]
+
+
+def test_a_prompt_in_chunks_is_compared_with_the_same_token_by_token(
+    cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("validate", tiny_checkpoint, "--diff-chunks", "-p", TEXT, "--decode-steps", "2", "--backend", "cpu")
+    outcome = cli(*given)
+    assert outcome.code == 0, outcome
+    assert "against cpu backend, token by token" in outcome.out
+    assert_refused(cli(*given[:3]), "--diff-chunks", "--prompt")
+    assert_refused(cli(*given, "--diff-backends"), "one reference")
+    blocks: list[int | None] = []
+    from numba_atomflow.validate import compare, reference, walk
+
+    def recorded(*arguments: Any, **options: Any) -> None:
+        blocks.append(arguments[4])
+        walk.walk(*arguments, **options)
+
+    for module in (reference, compare):
+        monkeypatch.setattr(module, "walk", recorded)
+    assert cli(*given).code == 0
+    assert blocks == [1, None]
 
 
 def test_without_matplotlib(
