@@ -2,4 +2,4 @@
 
 import numpy as np
 
-u16, u32, i32, f32 = np.uint16, np.uint32, np.int32, np.float32
+u16, u32, u64, i32, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.float32

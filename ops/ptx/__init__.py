@@ -4,7 +4,7 @@ Kernels use it as one namespace: ``from numba_atomflow.ops import ptx`` and then
 `simd.py` is to the CPU: nothing else uses the compiler's extension API.
 """
 
-from numba_atomflow.ops.ptx.arithmetic import exp2, fma, max_f32, random_53_bits, reciprocal, rsqrt
+from numba_atomflow.ops.ptx.arithmetic import divide, exp2, fma, max_f32, random_53_bits, reciprocal, rsqrt
 from numba_atomflow.ops.ptx.async_copy import (
     barrier_arrive_on_copies,
     commit_copies,
@@ -67,6 +67,7 @@ from numba_atomflow.ops.ptx.memory import (
     load_stream_16,
     prefetch_l2,
     store_16,
+    store_f32x4,
     store_pair,
     store_shared_8,
     store_shared_16,
@@ -129,6 +130,7 @@ __all__ = [
     "cycles",
     "cycles_32",
     "device_function",
+    "divide",
     "exp2",
     "f16_bits",
     "f32_bits",
@@ -176,6 +178,7 @@ __all__ = [
     "shuffle_xor_f32",
     "shuffle_xor_u32",
     "store_16",
+    "store_f32x4",
     "store_pair",
     "store_shared_8",
     "store_shared_16",

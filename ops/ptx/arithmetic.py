@@ -31,6 +31,12 @@ def fma(x, y, z):
     return np.float32(np.float64(x) * np.float64(y) + np.float64(z))
 
 
+@instruction("div.full.f32 $0, $1, $2;", (f32,), (f32, f32))
+def divide(x, y):
+    """x / y; relative error at most 2 units in the last place, for |y| up to 2^126."""
+    return np.float32(np.float64(x) / np.float64(y))
+
+
 @instruction("ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,))
 def exp2(x):
     """2^x; relative error about 2^-22, results below 2^-126 become 0."""

@@ -65,6 +65,13 @@ def store_shared_16(array, index, a, b, c, d):
         array[index + i] = word
 
 
+@instruction(VECTOR_STORE, (), (ADDRESS,) + (f32,) * 4)
+def store_f32x4(array, index, a, b, c, d):
+    """Four float32."""
+    for i, value in enumerate((a, b, c, d)):
+        array[index + i] = value
+
+
 @instruction(VECTOR_STORE, (), (ADDRESS, u32, u32))
 def store_shared_8(array, index, a, b):
     """8 bytes into shared memory."""

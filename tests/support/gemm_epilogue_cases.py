@@ -42,7 +42,7 @@ class EpilogueCase:
     def plan(self) -> GemmPlan:
         half = {"swiglu": self.out_features // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
         layout = PrepackedLayout(self.out_features, 128, half)
-        return GemmPlan(layout, ActivationTiles(128, self.tokens), self.tokens, self.tile_tokens, 2, 1)
+        return GemmPlan(layout, ActivationTiles(128, self.tokens), self.tile_tokens, 2, 1)
 
 
 def qkv_case(tokens: int, tile_tokens: int, head_dim: int, heads: int, kv_heads: int, count: int) -> EpilogueCase:
@@ -64,7 +64,7 @@ EPILOGUES = (
 
 def fragments_kernel(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
     """Kernel (arguments of the epilogue): a GEMM whose accumulators are read from `io.partials` [rows, tokens]."""
-    tokens, tile_tokens, row_tiles = plan.tokens, plan.tile_tokens, plan.row_tiles
+    tokens, tile_tokens, row_tiles = plan.x.tokens, plan.tile_tokens, plan.row_tiles
     store, flush, staged = epilogue.store, epilogue.flush, epilogue.stage_words > 0
 
     @ptx.kernel(CONSUMERS, 1)
@@ -105,7 +105,7 @@ def check_epilogue(case: EpilogueCase) -> None:
         "x": poisoned(1, dtype=np.uint32),
         "partials": rows.reshape(-1),
         "counters": np.zeros(1, np.uint32),
-        "token_tiles": plan.token_tiles,
+        "token_tiles": case.tokens // case.tile_tokens,
     }
     if case.kind == "store":
         y = poisoned(case.tokens * case.out_features)

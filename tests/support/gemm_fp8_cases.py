@@ -60,7 +60,7 @@ def check_multiply_group(layout: PrepackedLayout, passes: Passes) -> None:
     """The main loop's arithmetic: fragments, order of K, both scales, promotion."""
     rng = generator(layout.out_features, layout.in_features, passes.tokens)
     tokens = passes.tokens * passes.count
-    plan = GemmPlan(layout, ActivationTiles(layout.in_features, tokens, 8), tokens, tokens, 1, 1)
+    plan = GemmPlan(layout, ActivationTiles(layout.in_features, tokens, 8), tokens, 1, 1)
     codes, scales = weights(layout, rng)
     x = rng.standard_normal((tokens, layout.in_features)) * np.exp2(rng.integers(-6, 6, (tokens, 1)))
     x_words, y = plan.x.pack(x.astype(np.float32)), poisoned(tokens * 128)

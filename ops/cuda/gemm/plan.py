@@ -1,32 +1,41 @@
-"""How a GEMM is tiled: rows and tokens of a CTA's tile, pipeline stages, and the schedule of tiles over SMs."""
+"""How a GEMM is tiled: rows and tokens of a CTA's tile, pipeline stages, and what CTAs that share a tile need."""
 
 from dataclasses import dataclass
 
-from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.layout.activations import BLOCK_BYTES, BLOCK_WORDS, ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 TILE_ROWS = 128  # weight rows of a CTA's tile: 8 tiles of 16 of the prepacked layout, one for each consumer warp
+UNIT = 128  # of K: what the schedule counts in: a group of FP8 weights; two K blocks of float16 activations
+SM_90 = (9, 0)
+MOST_STAGES = 12
+_MISCELLANEOUS_BYTES = 2048  # of shared memory: alignment, barriers, a flag
+_FIXUP_US = 3.0  # that a tile takes longer if several CTAs share it: partial sums to and from L2
+_EPILOGUE_US = 3.0
 
 
 @dataclass(frozen=True)
 class GemmPlan:
-    """The tiling of a projection Y = X W^T of many tokens.
+    """The tiling of a projection Y = X W^T of many tokens. How many is an argument of the launch.
 
     Attributes:
         layout: of the prepacked weights W [out_features, in_features].
         x: of the tiled activations X [tokens, in_features].
-        tokens: that are computed: a multiple of `tile_tokens`, at most the capacity of `x`.
         tile_tokens: of a CTA's tile: N of the tensor core instruction on sm_90 (16, 32, 64, 128 or 256).
-        stages: of the pipeline of X tiles in shared memory.
+        stages: of the pipeline of X in shared memory; a stage is a K block of `tile_tokens`.
         ctas: grid size; CTAs are persistent.
+        fixup_units: a tile is shared by CTAs only if that saves the time of so many units.
+        min_units: that a CTA takes at least of a shared tile.
     """
 
     layout: PrepackedLayout
     x: ActivationTiles
-    tokens: int
     tile_tokens: int
     stages: int
     ctas: int
+    fixup_units: int = 0
+    min_units: int = 1
 
     @property
     def row_tiles(self) -> int:
@@ -34,9 +43,66 @@ class GemmPlan:
         return -(-self.layout.tiles * 16 // TILE_ROWS)
 
     @property
-    def token_tiles(self) -> int:
-        return self.tokens // self.tile_tokens
+    def units(self) -> int:
+        """Units along K of a tile."""
+        return self.layout.padded_in_features // UNIT
 
     @property
-    def tiles(self) -> int:
-        return self.row_tiles * self.token_tiles
+    def unit_blocks(self) -> int:
+        """K blocks of X in a unit."""
+        return UNIT // self.x.block_elements
+
+    @property
+    def stage_words(self) -> int:
+        """32-bit words of a pipeline stage."""
+        return self.tile_tokens * BLOCK_WORDS
+
+    @property
+    def tile_elements(self) -> int:
+        """Sums of a CTA's tile."""
+        return TILE_ROWS * self.tile_tokens
+
+    @property
+    def partials(self) -> int:
+        """Float32 of scratch: every CTA's part of up to two shared tiles."""
+        return 2 * self.ctas * self.tile_elements
+
+    @property
+    def counters(self) -> int:
+        """Uint32 of scratch: one for each tile that may be shared."""
+        return self.ctas
+
+
+def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, chip: Chip) -> GemmPlan:
+    """The plan that a model of the time takes for fastest at `tokens`, a multiple of 8 (a bucket).
+
+    Its `tile_tokens` divides `tokens`: plans of different buckets are equal if they have the same tiles.
+    """
+    sizes = (256, 128, 64, 32, 16, 8) if chip.capability == SM_90 else (128, 64, 32, 16, 8)
+    plans = [_plan(layout, x, size, chip) for size in sizes if tokens % size == 0]
+    if not plans:
+        raise ValueError(f"{tokens} tokens; their number must be a multiple of 8")
+    return min(plans, key=lambda plan: modelled_us(plan, tokens))
+
+
+def _plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip: Chip) -> GemmPlan:
+    stage_bytes = tile_tokens * BLOCK_BYTES
+    available = chip.shared_bytes - _MISCELLANEOUS_BYTES - stage_bytes  # one more for the epilogue
+    fixup_units = round(_FIXUP_US / unit_us(tile_tokens))
+    stages = min(MOST_STAGES, available // stage_bytes)
+    return GemmPlan(layout, x, tile_tokens, stages, chip.sms, fixup_units, min_units=2)
+
+
+def unit_us(tile_tokens: int) -> float:
+    """Measured on an H200: a unit of a tile takes as long as its products, but not less than loading its weights."""
+    return max(0.45, 1.3 * tile_tokens / 256)
+
+
+def modelled_us(plan: GemmPlan, tokens: int) -> float:
+    """Time of the projection: waves of whole tiles, and what is left over by whole or by shared tiles."""
+    waves, rest = divmod(plan.row_tiles * (tokens // plan.tile_tokens), plan.ctas)
+    unit = unit_us(plan.tile_tokens)
+    us = waves * (plan.units * unit + _EPILOGUE_US)
+    if rest:
+        us += _EPILOGUE_US + min(plan.units * unit, plan.units * rest / plan.ctas * unit + _FIXUP_US)
+    return us

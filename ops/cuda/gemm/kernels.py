@@ -1,0 +1,82 @@
+"""The GEMM kernels of a step: a main loop for the GPU's tensor cores, and an epilogue.
+
+Every factory makes a kernel for `plan.ctas` CTAs. The instructions of the main loop follow from the GPU: `capability`
+(9, 0) has `wgmma`, the others `mma.sync`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from numba_atomflow.ops.cuda.gemm.arguments import (
+    GemmAddArguments,
+    GemmQkvArguments,
+    GemmStoreArguments,
+    GemmSwigluArguments,
+)
+from numba_atomflow.ops.cuda.gemm.epilogue import (
+    GemmEpilogue,
+    make_add_epilogue,
+    make_qkv_epilogue,
+    make_store_epilogue,
+    make_swiglu_epilogue,
+)
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, wgmma_shared_bytes
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.runtime.spec import Planned, kernel_spec
+
+
+def make_gemm_store(plan: GemmPlan, *, dependent: bool = False) -> Any:
+    """Kernel (`GemmStoreArguments`)."""
+    return _main_loop(plan)(plan, make_store_epilogue(plan), dependent=dependent)
+
+
+def make_gemm_add(plan: GemmPlan, *, dependent: bool = False) -> Any:
+    """Kernel (`GemmAddArguments`)."""
+    return _main_loop(plan)(plan, make_add_epilogue(plan), dependent=dependent)
+
+
+def make_gemm_swiglu(plan: GemmPlan, intermediate: ActivationTiles, *, dependent: bool = False) -> Any:
+    """Kernel (`GemmSwigluArguments`). `intermediate`: x of the down projection."""
+    return _main_loop(plan)(plan, make_swiglu_epilogue(plan, intermediate), dependent=dependent)
+
+
+def make_gemm_qkv(plan: GemmPlan, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
+    """Kernel (`GemmQkvArguments`)."""
+    return _main_loop(plan)(plan, make_qkv_epilogue(plan, heads, kv_heads), dependent=dependent)
+
+
+def gemm_kernel(name: str, factory: Callable[..., Any], plan: GemmPlan, dependent: bool, **options: Any) -> Planned:
+    """A kernel of this module and its grid.
+
+    Args:
+        factory: one of this module; `options` are its arguments beside the plan.
+        dependent: launched with programmatic dependent launch.
+    """
+    signature, make_epilogue = _KINDS[factory]
+    epilogue = make_epilogue(plan, **options)
+    spec = kernel_spec(
+        name,
+        factory,
+        signature,
+        THREADS,
+        wgmma_shared_bytes(plan, epilogue),
+        plan=plan,
+        dependent=dependent,
+        **options,
+    )
+    return Planned(replace(spec, arch_specific=True), plan.ctas)
+
+
+def _main_loop(plan: GemmPlan) -> Callable[..., Any]:
+    """(plan, epilogue, dependent) -> kernel."""
+    return make_gemm_wgmma
+
+
+_KINDS: dict[Callable[..., Any], tuple[Any, Callable[..., GemmEpilogue]]] = {
+    make_gemm_store: (GemmStoreArguments, make_store_epilogue),
+    make_gemm_add: (GemmAddArguments, make_add_epilogue),
+    make_gemm_swiglu: (GemmSwigluArguments, make_swiglu_epilogue),
+    make_gemm_qkv: (GemmQkvArguments, make_qkv_epilogue),
+}

@@ -1,0 +1,110 @@
+"""How a consumer warp of a GEMM gets A: prepacked weights from device memory to registers, converted to float16.
+
+The warp reads the order that the GEMV kernels read (`layout/weights.py`): a lane's 16 bytes are its own part of the
+fragments, so that weights go straight from global memory to registers. A unit is 128 along K, two K blocks of 64, each
+of which is 4 k-steps of 16: 16 registers of A, [k-step, (row g low, row g + 8 low, row g high, row g + 8 high)].
+"""
+
+from typing import Any, NamedTuple
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, PrepackedLayout, make_offsets
+from numba_atomflow.ops.cuda.scalars import f32, u32
+
+A_REGISTERS = 16  # of a K block
+_ZERO, _ONE = f32(0.0), f32(1.0)
+
+
+class WeightLoads(NamedTuple):
+    """Device functions of a warp's weights. `start`: of its prepacked tile, in words; `unit`: along K.
+
+    Attributes:
+        load: (weights, start, unit, block, lane, codes): issue the loads of K block `block` (0 or 1) of a unit to its
+            half of `codes`.
+        load_scales: (weights, start, unit, lane, scales): of rows g and g + 8.
+        convert: (codes, block, a, live_0, live_1): A of a K block. live: whether the scale of row g, g + 8 is not 0;
+            a row whose scale is 0 becomes 0.
+        prefetch: (weights, start, unit): a unit of the tile into L2, by one lane.
+        code_registers: uint32 of a unit.
+    """
+
+    load: Any
+    load_scales: Any
+    convert: Any
+    prefetch: Any
+    code_registers: int
+
+
+def make_weight_loads(layout: PrepackedLayout) -> WeightLoads:
+    """For FP8 or float16 weights in any order of k-tiles."""
+    return _make_fp16(layout) if layout.format.bits == 16 else _make_fp8(layout)
+
+
+def _make_fp8(layout: PrepackedLayout) -> WeightLoads:
+    codes_at, scale_at = make_offsets(layout)
+    split_rows, to_halves = layout.split_rows, layout.convert
+
+    @ptx.device_function
+    def load(weights, start, unit, block, lane, codes):
+        for half in range(2):
+            w0, w1, w2, w3 = ptx.load_stream_16(weights, start + codes_at(unit, block, half) + lane * 4)
+            base = 8 * block + 4 * half
+            codes[base], codes[base + 1], codes[base + 2], codes[base + 3] = w0, w1, w2, w3
+
+    @ptx.device_function
+    def load_scales(weights, start, unit, lane, scales):
+        row = lane >> 2
+        if split_rows:
+            scales[0] = ptx.load_constant_f32(weights, start + scale_at(unit, row))
+            scales[1] = ptx.load_constant_f32(weights, start + scale_at(unit, row + 8))
+        else:  # the scales of rows g and g + 8 are neighbours
+            scales[0], scales[1] = ptx.load_constant_f32x2(weights, start + scale_at(unit, row))
+
+    @ptx.device_function
+    def convert(codes, block, a, live_0, live_1):
+        for step in range(4):
+            low = codes[8 * block + step] if live_0 else u32(0)
+            high = codes[8 * block + 4 + step] if live_1 else u32(0)
+            a[4 * step], a[4 * step + 2] = to_halves(low)
+            a[4 * step + 1], a[4 * step + 3] = to_halves(high)
+
+    @ptx.device_function
+    def prefetch(weights, start, unit):
+        if split_rows:
+            ptx.bulk_prefetch_l2(weights, start + codes_at(unit, 0, 0), u32(2 * GROUP_WORDS))
+            ptx.bulk_prefetch_l2(weights, start + codes_at(unit, 0, 1), u32(2 * GROUP_WORDS))
+            ptx.prefetch_l2(weights, start + scale_at(unit, 8))
+        else:
+            ptx.bulk_prefetch_l2(weights, start + codes_at(unit, 0, 0), u32(4 * GROUP_WORDS))
+        ptx.prefetch_l2(weights, start + scale_at(unit, 0))
+
+    return WeightLoads(load, load_scales, convert, prefetch, 16)
+
+
+def _make_fp16(layout: PrepackedLayout) -> WeightLoads:
+    codes_at, _ = make_offsets(layout)
+
+    @ptx.device_function
+    def load(weights, start, unit, block, lane, codes):
+        for i in range(4):
+            at = start + codes_at(2 * unit + block, i // 2, i % 2) + lane * 4
+            w0, w1, w2, w3 = ptx.load_stream_16(weights, at)
+            base = 16 * block + 4 * i
+            codes[base], codes[base + 1], codes[base + 2], codes[base + 3] = w0, w1, w2, w3
+
+    @ptx.device_function
+    def load_scales(weights, start, unit, lane, scales):
+        scales[0], scales[1] = _ONE, _ONE
+
+    @ptx.device_function
+    def convert(codes, block, a, live_0, live_1):
+        for step in range(4):
+            base = 16 * block + step // 2 * 8 + step % 2 * 2
+            a[4 * step], a[4 * step + 2] = codes[base], codes[base + 1]
+            a[4 * step + 1], a[4 * step + 3] = codes[base + 4], codes[base + 5]
+
+    @ptx.device_function
+    def prefetch(weights, start, unit):
+        ptx.bulk_prefetch_l2(weights, start + codes_at(2 * unit, 0, 0), u32(8 * GROUP_WORDS))
+
+    return WeightLoads(load, load_scales, convert, prefetch, 32)
