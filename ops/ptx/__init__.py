@@ -83,6 +83,7 @@ from numba_atomflow.ops.ptx.timing import (
 )
 from numba_atomflow.ops.ptx.warp import (
     count_lanes,
+    named_barrier_arrive,
     named_barrier_sync,
     shuffle_xor_f32,
     shuffle_xor_u32,
@@ -164,6 +165,7 @@ __all__ = [
     "make_wgmma_wait",
     "max_f32",
     "mma",
+    "named_barrier_arrive",
     "named_barrier_sync",
     "nanoseconds",
     "nanosleep",

@@ -68,9 +68,10 @@ def copy_async_16(target, destination, source, start, nbytes):
     """Start a copy of 16 bytes from element `start` of global memory to address `destination` of shared memory.
 
     Only the first `nbytes` (0 to 16) are read; zeros take the place of the others. Both addresses: multiples of 16.
+    `start` may be anywhere if no bytes are read.
     """
     place, count = _bytes(target, destination, COPY_BYTES), int(nbytes) // source.itemsize
-    if int(start) * source.itemsize % COPY_BYTES or not 0 <= int(start) <= source.size - count:
+    if int(start) * source.itemsize % COPY_BYTES or (count and not 0 <= int(start) <= source.size - count):
         raise IndexError(f"{count} elements from {start} of {source.size} cannot be copied")
     place[:] = _NAN_BYTE
     _copies().open.append(_Copy(place, np.asarray(source[int(start) : int(start) + count])))

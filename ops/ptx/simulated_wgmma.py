@@ -150,7 +150,7 @@ def _multiply_all(threads: list[list[_Issued]]) -> list[NDArray[np.float64]]:
         if any(other.form != first.form or other.b != first.b for other in instructions):
             raise RuntimeError("wgmma: the threads of a warpgroup issued different instructions")
         shared = _read_shared(first.form, first.a, first.words, first.b)
-        if any((now != then).any() for now, then in zip(shared, first.shared, strict=True)):
+        if any(now.tobytes() != then.tobytes() for now, then in zip(shared, first.shared, strict=True)):
             raise RuntimeError("wgmma: shared memory was written before the wait")
         if first.form.a_first is None:
             if any(other.a != first.a for other in instructions):

@@ -57,6 +57,35 @@ class Lanes:
                 gate.release()
 
 
+class NamedBarrier:
+    """A barrier of a CTA at which some threads wait and others only arrive."""
+
+    def __init__(self) -> None:
+        self.arrived = self.generation = 0
+        self.changed = threading.Condition()
+
+    def arrive(self, threads: int, *, wait: bool) -> None:
+        """The last of `threads` arrivals ends the generation."""
+        with self.changed:
+            generation = self.generation
+            self.arrived += 1
+            if self.arrived == threads:
+                self.arrived = 0
+                self.generation += 1
+                self.changed.notify_all()
+            elif wait and not self.changed.wait_for(lambda: self.generation != generation, timeout=120):
+                raise threading.BrokenBarrierError
+
+
+def named_barrier(number: int) -> NamedBarrier:
+    """That of the running thread's CTA."""
+    thread: Any = threading.current_thread()
+    with LOCK:
+        barriers = vars(thread._manager).setdefault("atomflow_barriers", {})  # noqa: SLF001  as in `exchange`
+        barrier: NamedBarrier = barriers.setdefault(int(number), NamedBarrier())
+    return barrier
+
+
 def lane_index() -> int:
     """Index of the running thread in its warp."""
     return int(threading.current_thread().thread_id % 32)  # type: ignore[attr-defined]

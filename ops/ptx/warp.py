@@ -1,8 +1,5 @@
 """Synchronisation and data exchange within warps, and named barriers of several warps. Source: PTX ISA 9.0, 9.7.13."""
 
-import threading
-from typing import Any
-
 import numpy as np
 
 from numba_atomflow.ops.ptx import simulator
@@ -18,12 +15,13 @@ def sync_warp():
 @instruction("bar.sync $0, $1;", (), (u32, u32), memory=True)
 def named_barrier_sync(number, threads):
     """`syncthreads` for `threads` threads (whole warps) of the CTA, at the named barrier `number` (1 to 15)."""
-    thread: Any = threading.current_thread()
-    with simulator.LOCK:
-        barriers = vars(thread._manager).setdefault("atomflow_barriers", {})  # noqa: SLF001  as in `simulator.exchange`
-        if number not in barriers:
-            barriers[number] = threading.Barrier(int(threads), timeout=120)
-    barriers[number].wait()
+    simulator.named_barrier(number).arrive(int(threads), wait=True)
+
+
+@instruction("bar.arrive $0, $1;", (), (u32, u32), memory=True)
+def named_barrier_arrive(number, threads):
+    """Be one of the `threads` threads that `named_barrier_sync` waits for, without waiting."""
+    simulator.named_barrier(number).arrive(int(threads), wait=False)
 
 
 @instruction(

@@ -10,11 +10,12 @@ skip_without_compiler()
 from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel  # noqa: E402
 from numba_atomflow.ops.cuda.attention.prefill_plan import choose_prefill_attention_plan  # noqa: E402
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles  # noqa: E402
-from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.build import assemble, assemble_arch_specific, make_ptx  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
 
 A100 = Chip(108, 166912, (8, 0))
 RTX_4090 = Chip(128, 101376, (8, 9))
+H200 = Chip(132, 232448, (9, 0))
 RTX_5090 = Chip(170, 101376, (12, 0))
 
 
@@ -46,3 +47,17 @@ def test_mma(chip: Chip, head_dim: int) -> None:
     assert (
         ptx.count("ldmatrix.sync") <= products // row_blocks // 2 + head_dim // 16 * row_blocks * plan.key_block // 16
     )
+
+
+@pytest.mark.parametrize(
+    "head_dim", [128, pytest.param(64, marks=pytest.mark.slow), pytest.param(80, marks=pytest.mark.slow)]
+)
+def test_wgmma(head_dim: int) -> None:
+    plan = choose_prefill_attention_plan(24, 8, head_dim, ActivationTiles(24 * head_dim, 2048), H200)
+    spec = prefill_attention_kernel("prefill_attention", plan, dependent=True).spec
+    assert spec.arch_specific
+    _, log = assemble_arch_specific(spec.make(), spec, H200.capability)
+    assert "C75" not in log, "wgmmas are serialised, or setmaxnreg is ignored"
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes stack frame", log) == 0
+    assert number(r"Used (\d+) registers", log) * plan.threads <= 65536

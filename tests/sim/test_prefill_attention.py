@@ -16,3 +16,21 @@ MMA = (
 @pytest.mark.parametrize("case", MMA, ids=str)
 def test_mma(case: PrefillAttentionCase) -> None:
     check_prefill_attention(case)
+
+
+WGMMA = tuple(
+    PrefillAttentionCase(*sizes, instructions="wgmma")
+    for sizes in (
+        # head_dim, heads, kv_heads, position, count, query_tile, key_block, stages
+        (64, 1, 1, 0, 1, 64, 16, 2),  # a token alone
+        (64, 1, 1, 11, 66, 64, 32, 2),  # stages are used again; a tile of 2 rows
+        (80, 1, 1, 3, 20, 64, 32, 2),
+        (96, 2, 1, 20, 3, 64, 16, 2),
+        (128, 1, 1, 0, 70, 128, 32, 3),  # two warpgroups that take turns; blocks that the first does not see
+    )
+)
+
+
+@pytest.mark.parametrize("case", WGMMA, ids=str)
+def test_wgmma(case: PrefillAttentionCase) -> None:
+    check_prefill_attention(case)

@@ -24,8 +24,8 @@ class PrefillAttentionCase:
     count: int
     query_tile: int
     key_block: int
-    instructions: Literal["wgmma", "mma"] = "mma"
     stages: int = 1
+    instructions: Literal["wgmma", "mma"] = "mma"
 
     @property
     def plan(self) -> PrefillAttentionPlan:

@@ -1,9 +1,11 @@
 """Causal grouped-query attention of a prefill chunk over a contiguous float16 KV cache (prefill_plan.py)."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from numba_atomflow.ops.cuda.attention.prefill_mma import make_prefill_attention_mma
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
+from numba_atomflow.ops.cuda.attention.prefill_wgmma import make_prefill_attention_wgmma
 from numba_atomflow.ops.cuda.runtime.spec import I64, U16, U32, Planned, kernel_spec
 
 
@@ -29,8 +31,8 @@ class PrefillAttentionArguments(NamedTuple):
 
 def prefill_attention_kernel(name: str, plan: PrefillAttentionPlan, dependent: bool) -> Planned:
     """The kernel of a plan. Each launch has its own grid: `plan.ctas(tokens)`."""
+    wgmma = plan.instructions == "wgmma"
+    factory = make_prefill_attention_wgmma if wgmma else make_prefill_attention_mma
     options = {"plan": plan, "dependent": dependent}
-    spec = kernel_spec(
-        name, make_prefill_attention_mma, PrefillAttentionArguments, plan.threads, plan.shared_bytes, **options
-    )
-    return Planned(spec, 0)
+    spec = kernel_spec(name, factory, PrefillAttentionArguments, plan.threads, plan.shared_bytes, **options)
+    return Planned(replace(spec, arch_specific=wgmma), 0)

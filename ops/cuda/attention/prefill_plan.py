@@ -31,7 +31,7 @@ class PrefillAttentionPlan:
         instructions: "wgmma" (sm_90 only) or "mma" (`mma.m16n8k16`).
         query_tile: tokens of a CTA: a multiple of 64 with wgmma, of 16 with mma.
         key_block: keys between two updates of the softmax state: a multiple of 16.
-        stages: of the pipeline of K and V in shared memory; 1 with mma.
+        stages: of the pipeline of K and V in shared memory: 2 or more with wgmma, 1 with mma.
     """
 
     heads: int
@@ -47,6 +47,8 @@ class PrefillAttentionPlan:
         rows = WARPGROUP_ROWS if self.instructions == "wgmma" else 16
         if self.query_tile % rows or self.key_block % 16 or self.head_dim % 16 or self.heads % self.kv_heads:
             raise ValueError(f"prefill attention cannot be tiled like this: {self}")
+        if (self.stages > 1) != (self.instructions == "wgmma"):
+            raise ValueError(f"prefill attention with {self.instructions} cannot have {self.stages} stages")
         if self.out.in_features != self.heads * self.head_dim or self.out.bits != 16:
             raise ValueError(f"the output of prefill attention is float16 [tokens, heads * head_dim], not {self.out}")
 
@@ -100,9 +102,12 @@ def choose_prefill_attention_plan(
 ) -> PrefillAttentionPlan:
     """The plan for a chip.
 
-    4 warps and 64 keys; 128 queries where shared memory has room for two
-    such CTAs per SM, else 64. 32 keys for 128 queries and heads of 128: the outputs take 128 registers of a thread.
+    wgmma on sm_90: 128 queries, 128 keys, two stages (three take 225 KB with heads of 128). mma: 4 warps and 64 keys;
+    128 queries where shared memory has room for two such CTAs per SM, else 64. 32 keys for 128 queries and heads of
+    128, whose outputs take 128 registers of a thread.
     """
+    if chip.capability[0] == 9:
+        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=2)
     query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES else 64
     key_block = 32 if query_tile == 128 and head_dim == 128 else 64
     return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, key_block)

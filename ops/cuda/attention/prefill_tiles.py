@@ -12,7 +12,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.scalars import i32, u32
 
 
-def make_copy_rows(head_dim: int, pitch: int, tile_rows: int, threads: int) -> Any:
+def make_copy_rows(head_dim: int, pitch: int, tile_rows: int, threads: int, *, all_exist: bool = False) -> Any:
     """Device function (shared, tile, source, start, first, rows, thread): starts the copies of one head's `tile_rows`
     rows of a row-major array of float16 into a tile. Neither waits nor commits.
 
@@ -22,6 +22,7 @@ def make_copy_rows(head_dim: int, pitch: int, tile_rows: int, threads: int) -> A
 
     Args:
         pitch: elements of a row.
+        all_exist: all rows of the tile exist, so that `rows` is not read: a copy takes one instruction.
     """
     chunks = head_dim // 8
     row_shift = 3 if chunks <= 8 else 4  # 8 or 16 threads per row, of 16 bytes each
@@ -41,9 +42,8 @@ def make_copy_rows(head_dim: int, pitch: int, tile_rows: int, threads: int) -> A
             for i in range(passes):
                 if not idle_rows or i32(i * pass_rows + row_of_pass) < tile_rows:
                     swizzled = ((chunk & 7) ^ ((row_of_pass + i * pass_rows) & 7)) * 16
-                    exists = i32(i * pass_rows) < existing
-                    source_index = index + i * pass_rows * pitch if exists else start
                     place = u32(column + i * pass_rows * 128 + swizzled)
-                    ptx.copy_async_16(shared, place, source, source_index, u32(16 if exists else 0))
+                    nbytes = u32(16 if all_exist or i32(i * pass_rows) < existing else 0)
+                    ptx.copy_async_16(shared, place, source, index + i * pass_rows * pitch, nbytes)
 
     return copy_rows
