@@ -130,3 +130,29 @@ def test_a_capability_without_kernels_is_refused() -> None:
     assert chip_with("8.9").capability == (8, 9)
     with pytest.raises(OptionError, match=r"--compile 7\.5"):
         chip_with("7.5")
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(tiny: None) -> Any:
+    """PyTorch on the CPU, and kernels as formulas."""
+    pytest.importorskip("torch", reason="the side that kernels are compared with: pip install torch")
+    from modelled_gpu import ModelledGpu
+    from prefill_bench.compiled import H200
+
+    return ModelledGpu(H200)
+
+
+def test_attention_runs_in_chunks(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefill_bench import attention
+
+    monkeypatch.setattr(attention, "CHUNK", 16)
+    monkeypatch.setattr(attention, "rivals", lambda *_: {"flash": lambda _i: None})
+    measured = attention.AttentionLab(gpu).measure(Case("attention", TINY, "causal", 48))
+    assert gpu.launched[:3] == ["prefill_attention"] * 3
+    assert measured.errors["ours"] < 1e-3
+    assert "3 chunks" in measured.notes["plan"]
+    g = PRESETS[TINY]
+    assert measured.flop == 4 * g.q_dim * 48 * 49 / 2

@@ -79,13 +79,14 @@ def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, c
     Its `tile_tokens` divides `tokens`: plans of different buckets are equal if they have the same tiles.
     """
     sizes = (256, 128, 64, 32, 16, 8) if chip.capability == SM_90 else (128, 64, 32, 16, 8)
-    plans = [_plan(layout, x, size, chip) for size in sizes if tokens % size == 0]
+    plans = [gemm_plan(layout, x, size, chip) for size in sizes if tokens % size == 0]
     if not plans:
         raise ValueError(f"{tokens} tokens; their number must be a multiple of 8")
     return min(plans, key=lambda plan: modelled_us(plan, tokens))
 
 
-def _plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip: Chip) -> GemmPlan:
+def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip: Chip) -> GemmPlan:
+    """The plan with tiles of so many tokens."""
     stage_bytes = tile_tokens * BLOCK_BYTES
     available = chip.shared_bytes - _MISCELLANEOUS_BYTES - stage_bytes  # one more for the epilogue
     fixup_units = round(_FIXUP_US / unit_us(tile_tokens))

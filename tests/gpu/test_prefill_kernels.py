@@ -1,0 +1,51 @@
+"""The kernels of prefill steps, at every number of tokens that may be special, against float64."""
+
+import pytest
+from device_launch import chip
+from prefill_sweeps import (
+    ATTENTIONS,
+    CHUNKS,
+    GEMMS,
+    LONG,
+    LONG_ATTENTIONS,
+    LONG_CHUNKS,
+    LONG_GEMMS,
+    NORMS,
+    QKVS,
+    AttentionSweep,
+    GemmSweep,
+    NormSweep,
+    check_attention_chunk,
+    check_gemm,
+    check_norm,
+)
+
+
+@pytest.mark.parametrize("sweep", GEMMS + QKVS, ids=str)
+def test_gemm_of_few_tokens(sweep: GemmSweep) -> None:
+    for tokens in sweep.tokens:
+        check_gemm(sweep, tokens, chip())
+
+
+@pytest.mark.parametrize("tokens", LONG)
+@pytest.mark.parametrize("sweep", LONG_GEMMS, ids=str)
+def test_gemm_of_many_tokens(sweep: GemmSweep, tokens: int) -> None:
+    check_gemm(sweep, tokens, chip())
+
+
+@pytest.mark.parametrize("sweep", ATTENTIONS, ids=str)
+def test_attention_of_chunks(sweep: AttentionSweep) -> None:
+    for tokens, position in CHUNKS:
+        check_attention_chunk(sweep, tokens, position, chip())
+
+
+@pytest.mark.parametrize(("tokens", "position"), LONG_CHUNKS)
+@pytest.mark.parametrize("sweep", LONG_ATTENTIONS, ids=str)
+def test_attention_of_long_chunks(sweep: AttentionSweep, tokens: int, position: int) -> None:
+    check_attention_chunk(sweep, tokens, position, chip())
+
+
+@pytest.mark.parametrize("sweep", NORMS, ids=str)
+def test_norm_of_chunks(sweep: NormSweep) -> None:
+    for tokens in sweep.tokens:
+        check_norm(sweep, tokens, chip())

@@ -1,0 +1,399 @@
+"""The kernels of prefill steps on a GPU, against float64, over many numbers of tokens.
+
+A kernel serves every number of tokens, so each is compiled once. Inputs are fresh, outputs are poisoned with NaN, and
+so are the rows of x behind the last token: they must not reach any other row.
+
+`python tests/support/prefill_sweeps.py 9.0` compiles all of them into the compile cache, without a GPU.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from kernel_cases import EPS, generator, normed_as_float16, poisoned, relative_error, weights, within
+from numpy.typing import NDArray
+
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.ops.activation import silu_reference
+from numba_atomflow.ops.cuda.attention.prefill import PrefillAttentionArguments, prefill_attention_kernel
+from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.gemm import arguments as gemm
+from numba_atomflow.ops.cuda.gemm.kernels import (
+    gemm_kernel,
+    make_gemm_add,
+    make_gemm_qkv,
+    make_gemm_store,
+    make_gemm_swiglu,
+)
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, choose_gemm_plan, gemm_plan
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_reference
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import Planned
+from numba_atomflow.ops.cuda.token.rms_norm import RmsNormTilesArguments, rms_norm_tiles_kernel
+from numba_atomflow.ops.formats import FP8_E4M3
+from numba_atomflow.ops.fp8 import dequantize_groups
+from numba_atomflow.ops.rope import rope_reference, rope_table
+
+SHORT = (*range(1, 71), 127, 128, 129, 511)
+LONG = (511, 2048, 4097)
+SHORT_CAPACITY, LONG_CAPACITY = 768, 4352
+TILES = (16, 32, 64, 128, 256)
+HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
+STARTS = (0, 1, 63, 64, 129, 1000)
+_CHECKED_ROWS = 128  # of a long step
+
+
+def whole(tiles: ActivationTiles) -> ActivationTiles:
+    """The same memory, with the padding of K as elements."""
+    return replace(tiles, in_features=tiles.blocks * tiles.block_elements)
+
+
+# --- GEMM ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GemmSweep:
+    """A projection, over many numbers of tokens.
+
+    Attributes:
+        kind: "store", "add", "swiglu" or "qkv".
+        tile_tokens: of a CTA's tile; 0: the plan's choice for the largest number of tokens.
+        k_tile: groups of a k-tile of the weights; 4 is the layout of the persistent kernel.
+    """
+
+    kind: str
+    out_features: int
+    in_features: int
+    tile_tokens: int
+    tokens: tuple[int, ...] = SHORT
+    capacity: int = SHORT_CAPACITY
+    k_tile: int = 4
+    head_dim: int = 64
+    heads: int = 1
+    kv_heads: int = 1
+
+    def __str__(self) -> str:
+        shape = f"{self.kind}-{self.out_features}x{self.in_features}-tile{self.tile_tokens}-k_tile{self.k_tile}"
+        return f"{shape}-{self.heads}of{self.kv_heads}x{self.head_dim}" if self.kind == "qkv" else shape
+
+    def layout(self, chip: Chip) -> PrepackedLayout:
+        half = {"swiglu": self.out_features // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
+        return PrepackedLayout(self.out_features, self.in_features, half, chip.native(FP8_E4M3), self.k_tile)
+
+    def plan(self, chip: Chip) -> GemmPlan:
+        layout, x = self.layout(chip), ActivationTiles(self.in_features, self.capacity)
+        if self.tile_tokens:
+            return gemm_plan(layout, x, self.tile_tokens, chip)
+        return choose_gemm_plan(layout, x, self.capacity, chip)
+
+    @property
+    def intermediate(self) -> ActivationTiles:
+        """The output of SwiGLU."""
+        return ActivationTiles(self.out_features // 2, self.capacity)
+
+    @cache  # noqa: B019  a constant of the module
+    def planned(self, chip: Chip) -> Planned:
+        """The kernel, with its grid."""
+        factory, options = {
+            "store": (make_gemm_store, {}),
+            "add": (make_gemm_add, {}),
+            "swiglu": (make_gemm_swiglu, {"intermediate": self.intermediate}),
+            "qkv": (make_gemm_qkv, {"heads": self.heads, "kv_heads": self.kv_heads}),
+        }[self.kind]
+        return gemm_kernel(f"gemm_{self.kind}", factory, self.plan(chip), chip.dependent_launch, **options)
+
+
+def _qkv(head_dim: int, ratio: int, tile_tokens: int, in_features: int = 576) -> GemmSweep:
+    heads, kv_heads = 2 * ratio, 2
+    rows = (heads + 2 * kv_heads) * head_dim
+    return GemmSweep(
+        "qkv", rows, in_features, tile_tokens, head_dim=head_dim, heads=heads, kv_heads=kv_heads, tokens=SHORT
+    )
+
+
+GEMMS = (
+    *(GemmSweep("store", 200, 576, tile) for tile in TILES),  # neither rows nor K fill a tile
+    *(GemmSweep("add", 576, 1536, tile) for tile in TILES),
+    *(GemmSweep("swiglu", 400, 330, tile) for tile in TILES),
+    *(GemmSweep("store", 3072, 3072, tile, k_tile=0) for tile in (16, 128, 256)),  # whole-K tiles of weights
+    *(GemmSweep("add", 3072, 8192, tile) for tile in (16, 64, 128)),  # tiles that CTAs share
+)
+QKVS = tuple(_qkv(head_dim, ratio, 64) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS)
+
+
+def _of_model(geometry: ModelGeometry) -> Iterator[GemmSweep]:
+    """The projections of a model at long steps, with the tiles that are chosen for them."""
+    g = geometry
+    more: dict[str, Any] = {"tile_tokens": 0, "tokens": LONG, "capacity": LONG_CAPACITY}
+    sizes = {"head_dim": g.head_dim, "heads": g.heads, "kv_heads": g.kv_heads}
+    yield GemmSweep("qkv", g.q_dim + 2 * g.kv_dim, g.hidden, **more, **sizes)
+    yield GemmSweep("swiglu", 2 * g.ffn, g.hidden, **more)
+    yield GemmSweep("add", g.hidden, g.ffn, **more)
+
+
+LONG_GEMMS = tuple(_of_model(PRESETS["llama-3.2-3b"]))
+
+
+@cache
+def _gemm_weights(layout: PrepackedLayout) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
+    """Prepacked words, and what they stand for; some groups have the scale zero."""
+    rng = generator(layout.out_features, layout.in_features)
+    codes, scales = weights(layout, rng)
+    zero = rng.random(scales.shape) < 0.02
+    scales[zero] = 0.0
+    return prepack_reference(codes, scales, layout), dequantize_groups(codes, scales).astype(np.float64)
+
+
+def check_gemm(sweep: GemmSweep, tokens: int, chip: Chip) -> None:
+    """Relative L2 1e-5 for float32 outputs, 5e-4 for float16; nothing behind the tokens' tiles is written; a second
+    run has the same bits.
+    """
+    rng = generator(sweep.out_features, tokens)
+    plan, planned = sweep.plan(chip), sweep.planned(chip)
+    words, matrix = _gemm_weights(plan.layout)
+    x = np.full((sweep.capacity, sweep.in_features), np.nan, np.float16)
+    x[:tokens] = rng.standard_normal((tokens, sweep.in_features))
+    padded = -(-tokens // plan.tile_tokens) * plan.tile_tokens
+    rows = np.arange(tokens) if tokens <= _CHECKED_ROWS else np.sort(rng.choice(tokens, _CHECKED_ROWS, replace=False))
+    product = x[rows].astype(np.float64) @ matrix.T
+    scratch = {"partials": poisoned(plan.partials), "counters": np.zeros(plan.counters, np.uint32)}
+    common = {"weights": words, "x": plan.x.pack(x), "token_tiles": padded // plan.tile_tokens, **scratch}
+    runs = []
+    for _ in range(2):
+        runs.append(_run_gemm(sweep, planned, common, rows, product, tokens, padded))
+        assert not scratch["counters"].any(), "a counter does not stand at zero for the next launch"
+    for first, second in zip(*runs, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def _run_gemm(
+    sweep: GemmSweep,
+    planned: Planned,
+    common: dict[str, Any],
+    rows: NDArray[np.int64],
+    product: NDArray[np.float64],
+    tokens: int,
+    padded: int,
+) -> list[NDArray[Any]]:
+    """Run and check it; what it has written."""
+    from device_launch import launch_planned
+
+    match sweep.kind:
+        case "store":
+            y = poisoned(sweep.capacity, sweep.out_features)
+            launch_planned(planned, gemm.GemmStoreArguments(**common, y=y))
+            within("GEMM, float32", relative_error(y[rows], product), 1e-5)
+            assert np.isnan(y[padded:]).all(), "wrote behind the last tile"
+            return [y[:tokens]]
+        case "add":
+            residual = np.ones((sweep.capacity, sweep.out_features), np.float32)
+            launch_planned(planned, gemm.GemmAddArguments(**common, residual=residual))
+            within("GEMM, float32", relative_error(residual[rows], product + 1.0), 1e-5)
+            assert (residual[padded:] == 1.0).all(), "wrote behind the last tile"
+            return [residual[:tokens]]
+        case "swiglu":
+            tiles, units = sweep.intermediate, sweep.out_features // 2
+            words = poisoned(tiles.words, dtype=np.uint32)
+            launch_planned(planned, gemm.GemmSwigluArguments(**common, intermediate=words))
+            got = whole(tiles).unpack(words)
+            expected = silu_reference(product[:, :units]) * product[:, units:]
+            within("GEMM, SwiGLU to float16", relative_error(got[rows, :units], expected), 5e-4)
+            assert np.isnan(got[padded:]).all(), "wrote behind the last tile"
+            return [got[:tokens]]
+    return _run_qkv(sweep, planned, common, rows, product, tokens)
+
+
+def _run_qkv(
+    sweep: GemmSweep,
+    planned: Planned,
+    common: dict[str, Any],
+    rows: NDArray[np.int64],
+    product: NDArray[np.float64],
+    tokens: int,
+) -> list[NDArray[Any]]:
+    from device_launch import launch_planned
+
+    dim, first, behind = sweep.head_dim, 5, 3  # positions before and after those of the step
+    q_width, kv_width = sweep.heads * dim, sweep.kv_heads * dim
+    cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), first + tokens)
+    q = poisoned(sweep.capacity, q_width, dtype=np.uint16)
+    cache_ = [poisoned(first + tokens + behind, kv_width, dtype=np.uint16) for _ in range(2)]
+    arguments = gemm.GemmQkvArguments(
+        **common,
+        count=np.array([tokens], np.int64),
+        position=np.array([first], np.int64),
+        cosines=cosines,
+        sines=sines,
+        q=q,
+        keys=cache_[0],
+        values=cache_[1],
+    )
+    launch_planned(planned, arguments)
+    angles = cosines[first + rows].astype(np.float64), sines[first + rows].astype(np.float64)
+    parts = np.split(product, [q_width, q_width + kv_width], axis=1)
+    rotated = [rope_reference(part.reshape(len(rows), -1, dim), *angles).reshape(part.shape) for part in parts[:2]]
+    written = [q[:tokens], *(each[first : first + tokens] for each in cache_)]
+    for got, expected in zip(written, [*rotated, parts[2]], strict=True):
+        within("GEMM, q, k, v to float16", relative_error(got.view(np.float16)[rows], expected), 5e-4)
+    for each in cache_:
+        assert (each[:first] == 0xFFFF).all(), "wrote into the past"
+        assert (each[first + tokens :] == 0xFFFF).all(), "wrote keys or values of padding"
+    return written
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionSweep:
+    """Attention of a geometry, over many numbers of tokens and starts."""
+
+    head_dim: int
+    ratio: int
+    kv_heads: int = 2
+    capacity: int = SHORT_CAPACITY
+
+    def __str__(self) -> str:
+        return f"{self.heads}of{self.kv_heads}x{self.head_dim}"
+
+    @property
+    def heads(self) -> int:
+        return self.ratio * self.kv_heads
+
+    def plan(self, chip: Chip) -> PrefillAttentionPlan:
+        tiles = ActivationTiles(self.heads * self.head_dim, self.capacity)
+        return choose_prefill_attention_plan(self.heads, self.kv_heads, self.head_dim, tiles, chip)
+
+    def planned(self, chip: Chip) -> Planned:
+        return prefill_attention_kernel("attention_chunk", self.plan(chip), chip.dependent_launch)
+
+
+ATTENTIONS = tuple(AttentionSweep(head_dim, ratio) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS)
+CHUNKS = (*((tokens, 0) for tokens in SHORT), *((tokens, start) for tokens in (1, 16, 70, 129) for start in STARTS))
+LONG_ATTENTIONS = tuple(AttentionSweep(head_dim, 3, capacity=LONG_CAPACITY) for head_dim in (64, 128))
+LONG_CHUNKS = ((2048, 0), (2048, 2048), (4097, 0), (511, 7000))
+
+
+def check_attention_chunk(sweep: AttentionSweep, tokens: int, position: int, chip: Chip) -> None:
+    """Relative L2 1e-3 of all, 2e-3 of a row; NaN and loud noise behind the last token change no bit."""
+    from device_launch import launch_planned
+
+    rng = generator(sweep.head_dim, sweep.ratio, tokens, position)
+    plan, planned, length = sweep.plan(chip), sweep.planned(chip), position + tokens
+    q = np.full((-(-tokens // 128) * 128, sweep.heads * sweep.head_dim), np.nan, np.float16)
+    q[:tokens] = rng.standard_normal((tokens, q.shape[1])) * 2
+    stored = rng.standard_normal((2, length + 130, sweep.kv_heads * sweep.head_dim)).astype(np.float16)
+    rows = np.unique([0, tokens - 1, *rng.choice(tokens, min(tokens, 64), replace=False)])
+    results = []
+    for noise in (np.nan, 60000.0):
+        stored[:, length:] = noise
+        out = poisoned(plan.out.words, dtype=np.uint32)
+        bits = [np.ascontiguousarray(array).view(np.uint16) for array in (q, stored[0], stored[1])]
+        scalars = np.array([position], np.int64), np.array([tokens], np.int64)
+        launch_planned(planned, PrefillAttentionArguments(*bits, *scalars, out), plan.ctas(tokens))
+        width = plan.out.in_features
+        unpacked = whole(plan.out).unpack(out)
+        assert np.isnan(unpacked[tokens:]).all(), "wrote beyond the chunk's tokens"
+        assert np.isnan(unpacked[:, width:]).all(), "wrote the padding of K"
+        results.append(unpacked[:, :width])
+    np.testing.assert_array_equal(*results)
+    got = results[0][rows]
+    expected = attend_rows(q, stored[0], stored[1], position + rows, rows, sweep.head_dim)
+    within("prefill attention", relative_error(got, expected), 1e-3)
+    worst = max(relative_error(mine, wanted) for mine, wanted in zip(got, expected, strict=True))
+    within("a row of prefill attention", worst, 2e-3)
+
+
+def attend_rows(
+    q: NDArray[np.float16],
+    keys: NDArray[np.float16],
+    values: NDArray[np.float16],
+    positions: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    head_dim: int,
+) -> NDArray[np.float64]:
+    """Causal attention in float64 of some rows of q, which have these positions: [rows, heads * head_dim]."""
+    visible = int(positions.max()) + 1
+    k, v = (array[:visible].astype(np.float64).reshape(visible, -1, head_dim) for array in (keys, values))
+    queries = q[rows].astype(np.float64).reshape(len(rows), k.shape[1], -1, head_dim)
+    scores = np.einsum("tkgd,skd->tkgs", queries, k, optimize=True) / np.sqrt(head_dim)
+    ahead = np.arange(visible)[None, :] > positions[:, None]
+    scores = np.where(ahead[:, None, None, :], -np.inf, scores)
+    weight = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    mixed = np.einsum("tkgs,skd->tkgd", weight, v, optimize=True) / weight.sum(axis=-1)[..., None]
+    return np.asarray(mixed.reshape(len(rows), -1))
+
+
+# --- RMSNorm ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormSweep:
+    """RMSNorm to tiles, over many numbers of tokens."""
+
+    in_features: int
+    tokens: tuple[int, ...]
+    capacity: int
+
+    @property
+    def tiles(self) -> ActivationTiles:
+        return ActivationTiles(self.in_features, self.capacity)
+
+    def planned(self, chip: Chip) -> Planned:
+        return rms_norm_tiles_kernel("norm_tiles", self.tiles, EPS, chip.dependent_launch)
+
+
+NORMS = (
+    *(NormSweep(size, SHORT, SHORT_CAPACITY) for size in (330, 576, 2048, 4096)),
+    NormSweep(3072, LONG, LONG_CAPACITY),
+)
+
+
+def check_norm(sweep: NormSweep, tokens: int, chip: Chip) -> None:
+    """Relative L2 2e-6 beside float16's rounding; nothing behind the tokens is written."""
+    from device_launch import launch_planned
+
+    width = sweep.in_features
+    rng = generator(width, tokens)
+    residual = rng.standard_normal((tokens, width)).astype(np.float32)
+    weight = rng.uniform(0.5, 1.5, width).astype(np.float32)
+    words = poisoned(sweep.tiles.words, dtype=np.uint32)
+    launch_planned(sweep.planned(chip), RmsNormTilesArguments(residual, weight, words), tokens)
+    got = whole(sweep.tiles).unpack(words)
+    expected, doubt = normed_as_float16(residual, weight)
+    slack = float(np.linalg.norm(doubt) / np.linalg.norm(expected))
+    within("RMSNorm to tiles", relative_error(got[:tokens, :width], expected), 2e-6 + slack)
+    assert not got[:tokens, width:].any(), "the padding of K is not zero"
+    assert np.isnan(got[tokens:]).all(), "wrote tokens that have no CTA"
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def all_kernels(chip: Chip) -> list[Planned]:
+    """Every kernel of these checks."""
+    sweeps: Sequence[GemmSweep | AttentionSweep | NormSweep]
+    sweeps = (*GEMMS, *QKVS, *LONG_GEMMS, *ATTENTIONS, *LONG_ATTENTIONS, *NORMS)
+    return [sweep.planned(chip) for sweep in sweeps]
+
+
+def main() -> int:
+    """Compile them for an architecture."""
+    import sys
+
+    from prefill_bench.compiled import chip_with
+
+    from numba_atomflow.ops.cuda.runtime.build import build
+
+    chip = chip_with(sys.argv[1])
+    specs = list(dict.fromkeys(kernel.spec for kernel in all_kernels(chip)))
+    build(specs, chip.capability, lambda what, done, total: print(f"[{done}/{total}] {what}", flush=True))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
