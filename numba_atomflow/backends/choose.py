@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numba_atomflow.device.resources import DeviceResources
 
 BackendName = Literal["auto", "cpu", "cuda"]
+LARGEST_CHUNK = 1 << 14  # tokens of a prefill step
 NAMES = ("auto", "cpu", "cuda")
 
 
@@ -72,8 +73,8 @@ class BackendChoice:
             raise OptionError(
                 f"--prefill-chunk {chunk} is for --prefill gemm or fp8; give one of them, or leave it out."
             )
-        if chunk < 1:
-            raise OptionError(f"--prefill-chunk is {chunk}; it must be at least 1.")
+        if not 1 <= chunk <= LARGEST_CHUNK:
+            raise OptionError(f"--prefill-chunk is {chunk}; it must be from 1 to {LARGEST_CHUNK}.")
 
     @property
     def needs_gpu(self) -> bool:

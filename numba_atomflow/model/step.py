@@ -274,6 +274,7 @@ class StepSizes:
         activation: dtype of the inputs of projections and attention.
         cache: format of the KV cache.
         pad_multiple: the inputs of projections are zero-padded to a multiple of this along K.
+        input_tokens: most tokens of a step whose projections read their inputs in row order; None: `step_tokens`.
         spare_positions: KV cache positions after the last, which padding tokens write and nothing reads.
         keep_qkv: whether q, k and v are written to memory before RoPE.
     """
@@ -284,6 +285,7 @@ class StepSizes:
     activation: str = "float32"
     cache: KvFormat = KV_FLOAT32
     pad_multiple: int = 1
+    input_tokens: int | None = None
     spare_positions: int = 0
     keep_qkv: bool = True
 
@@ -291,6 +293,7 @@ class StepSizes:
 def step_buffers(geometry: ModelGeometry, sizes: StepSizes) -> list[Buffer]:
     """Every buffer of a step except weights and a backend's own scratch."""
     g, tokens = geometry, sizes.step_tokens
+    inputs = tokens if sizes.input_tokens is None else sizes.input_tokens
     positions = sizes.max_seq_len + sizes.spare_positions
 
     def padded(width: int) -> int:
@@ -304,10 +307,10 @@ def step_buffers(geometry: ModelGeometry, sizes: StepSizes) -> list[Buffer]:
         activation("tokens", tokens, dtype="int32"),
         activation("position", 1, dtype="int64"),
         activation("residual", tokens, g.hidden),
-        activation("x_norm", tokens, padded(g.hidden), dtype=sizes.activation),
+        activation("x_norm", inputs, padded(g.hidden), dtype=sizes.activation),
         activation("q", tokens, g.q_dim, dtype=sizes.activation),
-        activation("attn_out", tokens, padded(g.q_dim), dtype=sizes.activation),
-        activation("intermediate", tokens, padded(g.ffn), dtype=sizes.activation),
+        activation("attn_out", inputs, padded(g.q_dim), dtype=sizes.activation),
+        activation("intermediate", inputs, padded(g.ffn), dtype=sizes.activation),
         activation("final_x_norm", sizes.head_rows, padded(g.hidden), dtype=sizes.activation),
         activation("logits", sizes.head_rows, g.vocabulary),
         Buffer("workspace", "rope.cosines", (positions, g.head_dim // 2), "float32"),

@@ -346,3 +346,4 @@ def pretend_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     for user in ("backends.cuda.loaded", "sandbox.gpu_runner", "backends.cuda.measure"):
         monkeypatch.setattr(f"numba_atomflow.{user}.build", build)
     monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.build.missing_compiler", lambda: None)
+    monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.launch.entry_name", lambda _code: "kernel")

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Decode, Observer, Prefill
+from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
@@ -75,8 +76,9 @@ class CudaBackend:
             self._gpu = self._owner.open(device_ordinal)
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             chip = chip_of(self._gpu)
-            self.prefill_path = choose_prefill_path(prefill)
-            self.kernels, self.decode_path = kernels_for(geometry, chip, head, decode, dependent=dependent)
+            self.prefill_path = choose_prefill_path(prefill, chip)
+            chunk = 0 if self.prefill_path.name == "gemv" else min(prefill_chunk or DEFAULT_CHUNK, max_seq_len)
+            self.kernels, self.decode_path = kernels_for(geometry, chip, head, decode, dependent=dependent, chunk=chunk)
             self.prefill_chunk = min(self.kernels.prefill_chunk, max_seq_len)
             self.plan = cuda_plan(self.kernels, max_seq_len)
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
@@ -114,9 +116,11 @@ class CudaBackend:
         self._arrays = None
 
     def _kernels_at_start(self) -> list[KernelSpec]:
-        """What is compiled, and loaded, before the first prompt."""
-        width = self.kernels.width_for(self.prefill_chunk)
-        return [kernel.spec for kernel in self.kernels.start + self.kernels.layer_kernels(width)]
+        """What is compiled, and loaded, before the first prompt: on the GEMM path, nothing that its length decides."""
+        kernels = self.kernels.start
+        if self.kernels.prefill is None:
+            kernels = kernels + self.kernels.layer_kernels(self.kernels.width_for(self.prefill_chunk))
+        return [kernel.spec for kernel in kernels]
 
     def close(self) -> None:
         """Free all memory on the GPU. Closing twice is fine; every later use raises `ClosedError`."""
@@ -182,15 +186,15 @@ class CudaBackend:
         """
         check_range("positions", self._queue.position, len(tokens), self._max_seq_len)
         check_indices("tokens", np.asarray(tokens), self.geometry.vocabulary)
-        self._prompts.send(tokens, self._model.buffers["tokens"])
+        self._prompts.send(tokens, self._model.buffers["tokens"], self._model.buffers.get("count"))
 
     def _head_rows(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows of logits, cut into what one pass over the LM head computes.
 
-        A pass over several rows reads a whole GEMV width of them, which fits into the buffer from a multiple of that
-        width on; from elsewhere, each row takes a pass.
+        A pass over several rows reads the padding as well. From the first row on, the buffer has room for it, whatever
+        the number of rows; from elsewhere, each row takes a pass.
         """
-        width = self.kernels.gemv_width if start == 0 else 1
+        width = self.kernels.head_rows if start == 0 else 1
         return [(first, min(first + width, stop)) for first in range(start, stop, width)]
 
     def _run_observed(self, op: Op, launches: Sequence[Launch], observer: Observer | None) -> None:

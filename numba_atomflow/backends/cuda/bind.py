@@ -1,13 +1,13 @@
 """The list of ops as launches."""
 
-from collections.abc import Mapping
-
+from numba_atomflow.backends.cuda.bind_prefill import PrefillBinder
+from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Advance, Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv, Sample
 from numba_atomflow.ops.cuda.attention.decode import AttentionArguments
 from numba_atomflow.ops.cuda.gemv.kernels import AddArguments, QkvArguments, StoreArguments, SwigluArguments
-from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.embedding import EmbedArguments
@@ -22,8 +22,11 @@ class Binder:
         loaded: kernels by name. ring: the host ring that sampled tokens are posted to.
     """
 
-    def __init__(self, model: DeviceModel, loaded: Mapping[str, Kernel], ring: View) -> None:
+    def __init__(self, model: DeviceModel, loaded: LoadedKernels, ring: View) -> None:
         self._model, self._kernels, self._loaded, self._ring = model, model.kernels, loaded, ring
+        self._prefill: PrefillBinder | None = None
+        if model.kernels.prefill is not None:
+            self._prefill = PrefillBinder(model, model.kernels.prefill, loaded)
 
     def bind(self, op: Op, *, sampled: bool = False, argmax_done: bool = False) -> list[Launch]:
         """The launches of an op.
@@ -35,6 +38,8 @@ class Binder:
         Raises:
             NotImplementedError: there is no kernel for the op.
         """
+        if self._prefill is not None and self._kernels.on_gemm_path(_tokens(op)):
+            return self._prefill.bind(op)
         match op:
             case Embed():
                 arguments = EmbedArguments(weights=op.embedding.codes, tokens=op.tokens, residual=op.residual)
@@ -115,6 +120,16 @@ class Binder:
 
     def _launch(self, name: str, arguments: tuple[DeviceArray | int, ...]) -> Launch:
         return Launch(self._loaded[name], self._kernels.planned[name].ctas, arguments, self._model.stream)
+
+
+def _tokens(op: Op) -> int:
+    """Tokens of an op of the embedding, the layers or the LM head; 1 for those that come after."""
+    match op:
+        case Attention():
+            return op.q.shape[0]
+        case Embed() | Qkv() | ProjectAdd() | GateUp() | LmHead():
+            return op.residual.shape[0]
+    return 1
 
 
 def _norm_inputs(op: Qkv | GateUp | LmHead) -> dict[str, View]:

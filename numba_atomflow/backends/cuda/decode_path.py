@@ -11,18 +11,25 @@ _MIN_CAPABILITY = (9, 0)  # TMA bulk copies, and mbarriers that count their byte
 
 
 def kernels_for(
-    geometry: ModelGeometry, chip: Chip, head: HeadFormat, requested: Decode, *, dependent: bool | None = None
+    geometry: ModelGeometry,
+    chip: Chip,
+    head: HeadFormat,
+    requested: Decode,
+    *,
+    dependent: bool | None = None,
+    chunk: int = 0,
 ) -> tuple[ModelKernels, DecodePath]:
     """A model's kernels, and how decode steps run.
+
+    Args:
+        chunk: most tokens of a prefill step on the GEMM path; 0: prompts run on the GEMV kernels.
 
     Raises:
         BackendError: as `ModelKernels` and `choose_decode_path`.
     """
-    kernels = ModelKernels(geometry, chip, head, dependent=dependent)
-    path = choose_decode_path(kernels, requested)
-    if path.name == "persistent":
-        kernels = ModelKernels(geometry, chip, head, dependent=dependent, persistent=True)
-    return kernels, path
+    path = choose_decode_path(ModelKernels(geometry, chip, head, dependent=dependent), requested)
+    persistent = path.name == "persistent"
+    return ModelKernels(geometry, chip, head, dependent=dependent, persistent=persistent, chunk=chunk), path
 
 
 def choose_decode_path(kernels: ModelKernels, requested: Decode) -> DecodePath:

@@ -64,10 +64,12 @@ class StepGraphs:
         self._graphs: dict[_Step, Graph] = {}
 
     def prepare(self, prefill_chunk: int) -> None:
-        """Bind, and capture, the steps that every generation runs; others follow on first use."""
+        """Bind, and capture, the steps that every generation runs; others, and all of the GEMM path, on first use."""
         self._ready(_Step(1, SAMPLE))
         if self.persistent is not None:
             self._ready(_Step(1, SAMPLE, fused_sampling=True))
+        if self._kernels.prefill is not None:
+            return
         self._ready(self._key(prefill_chunk, NO_LOGITS))
         if prefill_chunk > 1:
             self._ready(_Step(self._kernels.width_for(prefill_chunk), None))

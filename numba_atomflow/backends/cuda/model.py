@@ -8,10 +8,12 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.plan import AttentionScratch, SamplingState
+from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Head, LmHead, Op, Weight, Weights, build_head, build_step
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.runtime.launch import Kernel
@@ -46,6 +48,10 @@ class DeviceModel:
         self.weights = self._weights()
         self.sampling = SamplingState.of(self.buffers)
         self.attention = AttentionScratch.of(self.buffers)
+        self._tiled_inputs, self._tiled_head = dict[str, View](), dict[str, View]()
+        if kernels.prefill is not None:
+            self._tiled_inputs = self._tiled(kernels.prefill)
+            self._tiled_head = {"final_x_norm": self._tiled_inputs.pop("final_x_norm")}
 
     def _weights(self) -> Weights:
         projections, vectors = {}, {}
@@ -58,15 +64,25 @@ class DeviceModel:
         norms = {name: view for name, view in vectors.items() if name.endswith("_norm")}
         return Weights(projections, norms, {name: view for name, view in vectors.items() if name not in norms})
 
+    def _tiled(self, prefill: PrefillKernels) -> dict[str, View]:
+        """The inputs of projections on the GEMM path, by the names of those in row order."""
+        views = {}
+        for name, tiles in prefill.tiles.items():
+            buffer, shape = self.buffers[f"tiles.{name}"], (tiles.tokens, tiles.in_features)
+            views[name] = View(buffer.name, buffer.address, shape, tiles.dtype, tiling=tiles)
+        return views
+
     # --- ops ---------------------------------------------------------------------------------------------------------
 
     def step(self, tokens: int, head: Head) -> list[Op]:
         """The ops of a step over `tokens` tokens."""
-        return build_step(self.geometry, self.weights, self.buffers, tokens, head)
+        buffers = self.buffers | self._tiled_inputs if self.kernels.on_gemm_path(tokens) else self.buffers
+        return build_step(self.geometry, self.weights, buffers, tokens, head)
 
     def head(self, start: int, stop: int) -> LmHead:
         """The LM head of rows start .. stop - 1 of the last step."""
-        return build_head(self.geometry, self.weights, self.buffers, start, stop)
+        buffers = self.buffers | self._tiled_head if self.kernels.on_gemm_path(stop - start) else self.buffers
+        return build_head(self.geometry, self.weights, buffers, start, stop)
 
     # --- contents ----------------------------------------------------------------------------------------------------
 

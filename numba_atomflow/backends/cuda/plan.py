@@ -80,18 +80,44 @@ class AttentionScratch(NamedTuple):
         return cls(*(buffers[f"attention.{name}"] for name in cls._fields))
 
 
+class GemmScratch(NamedTuple):
+    """What the CTAs of a GEMM exchange where several compute one tile.
+
+    Attributes:
+        partials: float32 sums. counters: uint32, CTAs that are done, for each tile.
+    """
+
+    partials: View
+    counters: View
+
+    @staticmethod
+    def plan(partials: int, counters: int) -> list[Buffer]:
+        """The buffers of these views."""
+        return [
+            Buffer("workspace", "gemm.partials", (max(partials, 1),), "float32"),
+            Buffer("workspace", "gemm.counters", (max(counters, 1),), "uint32"),
+        ]
+
+    @classmethod
+    def of(cls, buffers: Mapping[str, View]) -> Self:
+        """The views of an arena."""
+        return cls(*(buffers[f"gemm.{name}"] for name in cls._fields))
+
+
 def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
     """Prepacked weights, float16 KV cache and activations, and what sampling keeps between tokens."""
     g = kernels.geometry
-    step_tokens = max(kernels.prefill_chunk, kernels.gemv_width)
+    width, prefill = kernels.gemv_width, kernels.prefill
     sizes = StepSizes(
         max_seq_len=max_seq_len,
-        step_tokens=step_tokens,
-        head_rows=kernels.gemv_width,
+        # The LM head reads a whole GEMV width of rows, wherever it begins.
+        step_tokens=width if prefill is None else prefill.capacity + width,
+        input_tokens=width,
+        head_rows=kernels.head_rows,
         activation="float16",
         cache=GPU_KV,
         pad_multiple=GROUP,
-        spare_positions=step_tokens - 1,  # of the padding tokens
+        spare_positions=width - 1,  # of the padding tokens of GEMV kernels
         keep_qkv=kernels.separate_rope_kernel,
     )
     buffers = [
@@ -100,6 +126,10 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         *AttentionScratch.plan([kernels.attention_shape(width) for width in kernels.gemv_widths]),
         *SamplingState.plan(g.vocabulary),
     ]
+    if prefill is not None:
+        buffers.append(Buffer("activations", "count", (1,), "int64"))
+        buffers += [Buffer("activations", f"tiles.{name}", (x.words,), "uint32") for name, x in prefill.tiles.items()]
+        buffers += GemmScratch.plan(*prefill.scratch)
     if kernels.persistent:
         buffers += persistent_buffers(kernels.persistent_shape)
     staging_bytes = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
@@ -116,9 +146,10 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
     """
     with DeviceResources() as owner:
         device = owner.open()
-        kernels, path = kernels_for(geometry, chip_of(device), head, "auto")
+        chip = chip_of(device)
+        kernels, path = kernels_for(geometry, chip, head, "auto")
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
-        record |= {"decode": asdict(path), "prefill": asdict(choose_prefill_path("auto"))}
+        record |= {"decode": asdict(path), "prefill": asdict(choose_prefill_path("auto", chip))}
         return cuda_plan(kernels, max_seq_len), record
 
 

@@ -2,18 +2,30 @@
 
 from numba_atomflow.backends.base import Prefill, PrefillPath
 from numba_atomflow.errors import BackendError
+from numba_atomflow.ops.cuda.runtime.chip import Chip
 
-_NOT_MEASURED = "the GEMM kernels have not been measured yet"
+_MIN_CAPABILITY = (8, 0)  # cp.async
 
 
-def choose_prefill_path(requested: Prefill) -> PrefillPath:
+def choose_prefill_path(requested: Prefill, chip: Chip) -> PrefillPath:
     """The requested prefill path; "auto" is "gemv" until the GEMM kernels have been measured.
 
     Raises:
         BackendError: the requested path cannot run.
     """
     if requested == "auto":
-        return PrefillPath("gemv", _NOT_MEASURED)
-    if requested == "gemv":
-        return PrefillPath("gemv")
-    raise BackendError(f"--prefill {requested} is not possible because {_NOT_MEASURED}; use --prefill gemv.")
+        return PrefillPath("gemv", "the GEMM kernels have not been measured yet")
+    obstacle = None if requested == "gemv" else _obstacle(requested, chip)
+    if obstacle is not None:
+        raise BackendError(f"--prefill {requested} is not possible because {obstacle}; use --prefill gemv.")
+    return PrefillPath(requested)
+
+
+def _obstacle(requested: Prefill, chip: Chip) -> str | None:
+    """Why the path cannot run, as a clause; None if it can."""
+    if chip.capability < _MIN_CAPABILITY:
+        has, needed = (".".join(map(str, version)) for version in (chip.capability, _MIN_CAPABILITY))
+        return f"this GPU's compute capability is {has}, and its kernels need {needed}"
+    if requested == "fp8":
+        return "the kernels for FP8 activations are not complete"
+    return None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from numba_atomflow.backends.choose import LARGEST_CHUNK
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.kernels import TOKEN_RING
 from numba_atomflow.backends.cuda.model import DeviceModel
@@ -23,7 +24,8 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import SAMPLE, Head
 
 RUN_AHEAD = 3  # decode steps that are queued before they are requested; at a generation's end they are discarded
-_STAGED_TOKENS = 1 << 14  # of prompts, that may wait for their copy to the device
+_STAGED_TOKENS = LARGEST_CHUNK  # of prompts, that may wait for their copy to the device
+_STAGED_CHUNKS = 256
 _POLLS = 2000  # of the ring (some 100 us) between checks of the stream
 _ID_BITS = 31
 
@@ -34,17 +36,23 @@ class PromptStaging:
     def __init__(self, stream: Any, resources: Resources) -> None:
         self._stream = stream
         self._pinned = PinnedArray((_STAGED_TOKENS,), "int32", resources)
-        self._used = 0
+        self._counts = PinnedArray((_STAGED_CHUNKS,), "int64", resources)
+        self._used = self._chunks = 0
 
-    def send(self, tokens: Sequence[int], target: View) -> None:
-        """Copy a chunk's tokens to `target`, in stream order."""
-        if self._used + len(tokens) > _STAGED_TOKENS:
+    def send(self, tokens: Sequence[int], target: View, count: View | None = None) -> None:
+        """Copy a chunk's tokens to `target`, and their number to `count`, in stream order."""
+        if self._used + len(tokens) > _STAGED_TOKENS or self._chunks == _STAGED_CHUNKS:
             call("cuStreamSynchronize", self._stream)  # every copy is done then
-            self._used = 0
+            self._used = self._chunks = 0
         staged = self._pinned.array[self._used : self._used + len(tokens)]
         staged[:] = tokens
         self._used += len(tokens)
         copy_to_device(target.address, staged, self._stream)
+        if count is not None:
+            number = self._counts.array[self._chunks : self._chunks + 1]
+            number[:] = len(tokens)
+            self._chunks += 1
+            copy_to_device(count.address, number, self._stream)
 
 
 class TokenRing:

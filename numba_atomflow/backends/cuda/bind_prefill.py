@@ -1,0 +1,107 @@
+"""The ops of a prefill step on the GEMM path as launches."""
+
+from typing import Any
+
+from numba_atomflow.backends.cuda.loaded import LoadedKernels
+from numba_atomflow.backends.cuda.model import DeviceModel
+from numba_atomflow.backends.cuda.plan import GemmScratch
+from numba_atomflow.backends.cuda.prefill import PrefillKernels
+from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv
+from numba_atomflow.ops.cuda.attention.prefill import PrefillAttentionArguments
+from numba_atomflow.ops.cuda.gemm.arguments import (
+    GemmAddArguments,
+    GemmQkvArguments,
+    GemmStoreArguments,
+    GemmSwigluArguments,
+)
+from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
+from numba_atomflow.ops.cuda.token.embedding import EmbedChunkArguments
+from numba_atomflow.ops.cuda.token.rms_norm import RmsNormTilesArguments
+from numba_atomflow.ops.cuda.token.rope import RopeChunkArguments
+
+
+class PrefillBinder:
+    """Turns ops over many tokens into launches of a model's GEMM kernels. The tokens are padded to a bucket: kernels
+    read and write rows of padding, too, which buffers have room for.
+    """
+
+    def __init__(self, model: DeviceModel, kernels: PrefillKernels, loaded: LoadedKernels) -> None:
+        self._model, self._kernels, self._loaded = model, kernels, loaded
+        self._count = model.buffers["count"]
+        self._scratch = GemmScratch.of(model.buffers)
+
+    def bind(self, op: Op) -> list[Launch]:
+        """The launches of an op of the embedding or the layers, or of the LM head.
+
+        Raises:
+            NotImplementedError: there is no kernel for the op.
+        """
+        match op:
+            case Embed():
+                arguments = EmbedChunkArguments(
+                    weights=op.embedding.codes, tokens=op.tokens, count=self._count, residual=op.residual
+                )
+                return [self._launch("embed", op.residual, arguments)]
+            case Qkv():
+                return [self._norm("norm", op), *self._bind_qkv(op)]
+            case Attention():
+                attention = PrefillAttentionArguments(
+                    q=op.q,
+                    keys=op.keys,
+                    values=op.values,
+                    position=op.position,
+                    count=self._count,
+                    out=op.attn_out,
+                )
+                return [self._launch("attention", op.q, attention)]
+            case ProjectAdd():
+                added = GemmAddArguments(**self._gemm(op, op.x), residual=op.residual)
+                return [self._launch(op.kind, op.residual, added)]
+            case GateUp():
+                gated = GemmSwigluArguments(**self._gemm(op, op.x_norm), intermediate=op.y)
+                return [self._norm("norm", op), self._launch("gate_up", op.residual, gated)]
+            case LmHead():
+                stored = GemmStoreArguments(**self._gemm(op, op.x_norm), y=op.logits)
+                return [self._norm("final_norm", op), self._launch("lm_head", op.residual, stored)]
+        raise NotImplementedError(f"the GEMM path has no kernel for {op.name}")
+
+    def _bind_qkv(self, op: Qkv) -> list[Launch]:
+        rotation = {
+            "count": self._count,
+            "position": op.position,
+            "cosines": op.cosines,
+            "sines": op.sines,
+            "q": op.q,
+            "keys": op.keys,
+            "values": op.values,
+        }
+        inputs = self._gemm(op, op.x_norm)
+        if op.qkv is None:
+            return [self._launch("qkv", op.residual, GemmQkvArguments(**inputs, **rotation))]
+        vectors = {"bias": op.bias, "q_norm": op.q_norm, "k_norm": op.k_norm}
+        present = {name: vector or op.norm_weight for name, vector in vectors.items()}  # absent ones are not read
+        return [
+            self._launch("qkv", op.residual, GemmStoreArguments(**inputs, y=op.qkv)),
+            self._launch("rope", op.residual, RopeChunkArguments(qkv=op.qkv, **present, **rotation)),
+        ]
+
+    def _norm(self, kind: str, op: Qkv | GateUp | LmHead) -> Launch:
+        arguments = RmsNormTilesArguments(residual=op.residual, norm_weight=op.norm_weight, x=op.x_norm)
+        return self._launch(kind, op.residual, arguments)
+
+    def _gemm(self, op: Qkv | ProjectAdd | GateUp | LmHead, x: View) -> dict[str, Any]:
+        """The arguments that all projections share."""
+        partials, counters = self._scratch
+        return {
+            "weights": op.weight.codes,
+            "x": x,
+            "partials": partials,
+            "counters": counters,
+            "token_tiles": self._kernels.token_tiles(op.kind, op.residual.shape[0]),
+        }
+
+    def _launch(self, kind: str, rows: View, arguments: tuple[DeviceArray | int, ...]) -> Launch:
+        planned = self._kernels.kernel(kind, rows.shape[0])
+        self._loaded.require([planned.spec])
+        return Launch(self._loaded[planned.spec.name], planned.ctas, arguments, self._model.stream)

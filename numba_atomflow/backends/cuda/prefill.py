@@ -1,0 +1,154 @@
+"""The kernels of prefill steps on the GEMM path: a chunk of many tokens, padded to a bucket.
+
+A layer is: RMSNorm to tiles, QKV with RoPE and KV cache (or stored, with RoPE as a kernel of its own), attention to
+tiles, O, RMSNorm to tiles, gate and up with SwiGLU to tiles, down. Most kernels serve every bucket, and a projection's
+serves all for which its tiling is the same; a launch has its own grid.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from numba_atomflow.backends.cuda.buckets import bucket_for, buckets_up_to
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel
+from numba_atomflow.ops.cuda.attention.prefill_plan import choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.gemm.kernels import (
+    gemm_kernel,
+    make_gemm_add,
+    make_gemm_qkv,
+    make_gemm_store,
+    make_gemm_swiglu,
+)
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, choose_gemm_plan
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import Planned
+from numba_atomflow.ops.cuda.token.embedding import embed_chunk_kernel, embed_ctas
+from numba_atomflow.ops.cuda.token.rms_norm import rms_norm_tiles_kernel
+from numba_atomflow.ops.cuda.token.rope import rope_chunk_kernel, rope_ctas
+
+HEAD_ROWS = 128  # most rows whose logits are computed at once: each takes 4 bytes per token of the vocabulary
+INPUTS = {"qkv": "x_norm", "o": "attn_out", "gate_up": "x_norm", "down": "intermediate", "lm_head": "final_x_norm"}
+
+
+class PrefillKernels:
+    """The kernels of the GEMM path of one geometry on one chip.
+
+    Args:
+        layouts: of the weights, by kind of projection.
+        chunk: most tokens of a step.
+        dependent: programmatic dependent launch.
+        separate_rope: RoPE is a kernel of its own.
+
+    Attributes:
+        capacity: tokens that activations have room for, padding included.
+        tiles: of the tiled activations, by the name of their buffer.
+    """
+
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        chip: Chip,
+        layouts: Mapping[str, PrepackedLayout],
+        *,
+        chunk: int,
+        dependent: bool,
+        separate_rope: bool,
+    ) -> None:
+        self._geometry, self._chip, self._layouts, self._dependent = geometry, chip, layouts, dependent
+        self._separate_rope = separate_rope
+        self.buckets = buckets_up_to(chunk)
+        self.capacity = self.buckets[-1]
+        g, head_bits = geometry, layouts["lm_head"].format.bits
+        self.tiles = {
+            "x_norm": ActivationTiles(g.hidden, self.capacity),
+            "attn_out": ActivationTiles(g.q_dim, self.capacity),
+            "intermediate": ActivationTiles(g.ffn, self.capacity),
+            "final_x_norm": ActivationTiles(g.hidden, self.head_rows, weight_bits=head_bits),
+        }
+        self._kernels: dict[tuple[str, int], Planned] = {}
+
+    @property
+    def head_rows(self) -> int:
+        """Most rows whose logits are computed at once, padding included."""
+        return min(HEAD_ROWS, self.capacity)
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """The kinds of the kernels that a step's embedding and layers take."""
+        rope = ["rope"] if self._separate_rope else []
+        return ["embed", "norm", "qkv", *rope, "attention", "o", "gate_up", "down"]
+
+    @property
+    def head_kinds(self) -> list[str]:
+        """The kinds of the kernels that logits of many rows take."""
+        return ["final_norm", "lm_head"]
+
+    def kernel(self, kind: str, tokens: int) -> Planned:
+        """The kernel of a kind, with its grid for a step of `tokens` tokens, which are padded to a bucket."""
+        key = kind, bucket_for(tokens)
+        if key not in self._kernels:
+            self._kernels[key] = self._plan(*key)
+        return self._kernels[key]
+
+    def gemm_plan(self, kind: str, tokens: int) -> GemmPlan:
+        """The tiling of a projection for a step of `tokens` tokens, which are padded to a bucket."""
+        return choose_gemm_plan(self._layouts[kind], self.tiles[INPUTS[kind]], bucket_for(tokens), self._chip)
+
+    def token_tiles(self, kind: str, tokens: int) -> int:
+        """Tiles along the tokens that a launch of a projection computes: those of the bucket."""
+        return bucket_for(tokens) // self.gemm_plan(kind, tokens).tile_tokens
+
+    @cached_property
+    def scratch(self) -> tuple[int, int]:
+        """Float32 partial sums, and counters, that the projections of every bucket have room in."""
+        heads = [bucket for bucket in self.buckets if bucket <= self.head_rows]
+        plans = [self.gemm_plan(kind, bucket) for kind in INPUTS if kind != "lm_head" for bucket in self.buckets]
+        plans += [self.gemm_plan("lm_head", bucket) for bucket in heads]
+        return max(plan.partials for plan in plans), max(plan.counters for plan in plans)
+
+    def _plan(self, kind: str, bucket: int) -> Planned:
+        g, dependent = self._geometry, self._dependent
+        match kind:
+            case "embed":
+                layout = self._layouts["embedding"]
+                return replace(embed_chunk_kernel(layout), ctas=embed_ctas(layout, bucket))
+            case "norm" | "final_norm":
+                tiles = self.tiles["x_norm" if kind == "norm" else "final_x_norm"]
+                return replace(rms_norm_tiles_kernel(f"{kind}_tiles", tiles, g.norm_eps, dependent), ctas=bucket)
+            case "rope":
+                return replace(self._rope(), ctas=rope_ctas(g.heads, g.kv_heads, bucket))
+            case "attention":
+                tiles = self.tiles["attn_out"]
+                plan = choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, tiles, self._chip)
+                return replace(prefill_attention_kernel("attention_chunk", plan, dependent), ctas=plan.ctas(bucket))
+        return self._projection(kind, self.gemm_plan(kind, bucket))
+
+    def _projection(self, kind: str, plan: GemmPlan) -> Planned:
+        g, options = self._geometry, dict[str, Any]()
+        factory: Callable[..., Any]
+        match kind:
+            case "qkv" if not self._separate_rope:
+                factory, options = make_gemm_qkv, {"heads": g.heads, "kv_heads": g.kv_heads}
+            case "gate_up":
+                factory, options = make_gemm_swiglu, {"intermediate": self.tiles["intermediate"]}
+            case "o" | "down":
+                factory = make_gemm_add
+            case _:
+                factory = make_gemm_store
+        return gemm_kernel(f"{kind}_n{plan.tile_tokens}", factory, plan, self._dependent, **options)
+
+    def _rope(self) -> Planned:
+        g = self._geometry
+        return rope_chunk_kernel(
+            g.heads,
+            g.kv_heads,
+            g.head_dim,
+            g.norm_eps,
+            bias=g.qkv_bias,
+            norm=g.qk_norm,
+            dependent=self._dependent,
+        )
