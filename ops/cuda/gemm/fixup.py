@@ -1,8 +1,8 @@
 """The sums of a tile that several CTAs share (stream-K): each writes its own, the last to finish adds them all.
 
 Partial sums lie in `io.partials` in the order of the registers: [slot][4 accumulators' index][consumer thread][4], so
-that all accesses are 16 bytes a thread, side by side. They are added in order of K, whoever comes last: the same result
-in every run.
+that all accesses are 16 bytes a thread, side by side. They are added in order of K, whichever CTA comes last: the same
+result in every run.
 """
 
 from typing import Any
