@@ -1,7 +1,7 @@
 """The FP8 GEMM in numba's CUDA simulator (checks: tests/support/gemm_fp8_cases.py)."""
 
 import pytest
-from gemm_fp8_cases import check_multiply_group
+from gemm_fp8_cases import GEMMS, Fp8GemmCase, check_gemm_fp8, check_multiply_group
 
 from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import Passes
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
@@ -16,7 +16,13 @@ from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
         (PrepackedLayout(128, 128), Passes(8, 4, 1)),
         (PrepackedLayout(128, 128), Passes(8, 4, 2)),
     ],
-    ids=str,
+    ids=["one pass", "padded", "two sets", "four passes", "four passes, two sets"],
 )
 def test_group_by_group(layout: PrepackedLayout, passes: Passes) -> None:
     check_multiply_group(layout, passes)
+
+
+@pytest.mark.usefixtures("all_blocks_at_once")
+@pytest.mark.parametrize("case", GEMMS, ids=str)
+def test_gemm(case: Fp8GemmCase) -> None:
+    check_gemm_fp8(case)

@@ -58,6 +58,11 @@ class GemmPlan:
         return self.tile_tokens * BLOCK_WORDS
 
     @property
+    def stage_scales(self) -> int:
+        """Float32 scales of a pipeline stage: of FP8 activations."""
+        return self.tile_tokens if self.x.bits == 8 else 0
+
+    @property
     def tile_elements(self) -> int:
         """Sums of a CTA's tile."""
         return TILE_ROWS * self.tile_tokens

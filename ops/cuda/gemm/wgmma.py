@@ -28,6 +28,7 @@ from numba_atomflow.ops.cuda.gemm.fixup import CONSUMER_BARRIER, make_fixup
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads, make_weight_loads
+from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import make_fp8_consumer
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
 
 THREADS = CONSUMERS + 128
@@ -39,12 +40,13 @@ _ZERO, _ONE = f32(0.0), f32(1.0)
 
 
 class Shared:
-    """Layout of shared memory, in words from the first multiple of `ALIGNMENT`: stages of X, the epilogue's stage,
-    `full` and `empty` barriers, a flag.
+    """Layout of shared memory, in words from the first multiple of `ALIGNMENT`: stages of X, their scales (FP8), the
+    epilogue's stage, `full` and `empty` barriers, a flag.
     """
 
     def __init__(self, plan: GemmPlan, epilogue_words: int) -> None:
-        self.epilogue = plan.stages * plan.stage_words
+        self.scales = plan.stages * plan.stage_words
+        self.epilogue = self.scales + plan.stages * plan.stage_scales
         self.full = self.epilogue + epilogue_words
         self.empty = self.full + 2 * plan.stages
         self.flag = self.empty + 2 * plan.stages
@@ -61,8 +63,9 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
     `token_tiles` and what the epilogue reads and writes.
     """
     schedule, loads, shared = make_schedule(plan), make_weight_loads(plan.layout), Shared(plan, epilogue.stage_words)
-    produce = _make_producer(plan, schedule, loads, dependent)
-    consume = _make_consumer(plan, schedule, loads, epilogue, shared, dependent)
+    produce = _make_producer(plan, schedule, loads, shared, dependent)
+    make_consumer = make_fp8_consumer if plan.x.bits == 8 else _make_consumer
+    consume = make_consumer(plan, schedule, loads, epilogue, shared, dependent)
     stages, full_at, empty_at, unaligned = plan.stages, shared.full // 2, shared.empty // 2, ALIGNMENT - 1
     fewer_registers = ptx.make_set_registers("dec", _PRODUCER_REGISTERS)
     more_registers = ptx.make_set_registers("inc", _CONSUMER_REGISTERS)
@@ -93,7 +96,7 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
     return gemm
 
 
-def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, dependent: bool) -> Any:
+def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, shared: Shared, dependent: bool) -> Any:
     """Device function (io, words, barriers, stages_start, full, empty, lane): what the producer warp does.
 
     `stages_start`, `full`, `empty`: addresses of shared memory.
@@ -101,7 +104,13 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, depen
     work, prefetch_unit = schedule.work, loads.prefetch
     tiles, tile_words, stages = plan.layout.tiles, plan.layout.tile_words, plan.stages
     stage_words, unit_blocks, block_words = plan.stage_words, plan.unit_blocks, plan.x.block_words
-    stage_bytes = 4 * stage_words
+    stage_bytes, scale_bytes = 4 * stage_words, 4 * plan.stage_scales
+    scales_at, scales_start, x_tokens, tile_tokens = (
+        4 * shared.scales,
+        plan.x.scales_start,
+        plan.x.tokens,
+        plan.tile_tokens,
+    )
 
     @ptx.device_function
     def prefetch(io, lane, tile, unit, last):
@@ -125,6 +134,7 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, depen
             next_tile, next_first, next_last = work(number, io.token_tiles)
             token_tile = i32(u32(tile) % u32(io.token_tiles))
             source = first * unit_blocks * block_words + token_tile * stage_words
+            scales = scales_start + first * x_tokens + token_tile * tile_tokens  # a K block of FP8 is a unit
             for unit in range(first, last):
                 ahead = unit + _L2_DISTANCE
                 prefetch(io, lane, tile, ahead, last)
@@ -135,9 +145,13 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, depen
                         barrier = u32(full + u32(8) * u32(stage))
                         target = u32(stages_start + u32(stage) * u32(stage_bytes))
                         ptx.barrier_wait(barriers, u32(empty + u32(8) * u32(stage)), u32(phase ^ u32(1)))
-                        ptx.barrier_arrive_expect(barriers, barrier, u32(stage_bytes))
+                        ptx.barrier_arrive_expect(barriers, barrier, u32(stage_bytes + scale_bytes))
                         ptx.bulk_copy(words, target, io.x, source, u32(stage_bytes), barriers, barrier)
+                        if scale_bytes:
+                            target = u32(stages_start + u32(scales_at) + u32(stage) * u32(scale_bytes))
+                            ptx.bulk_copy(words, target, io.x, scales, u32(scale_bytes), barriers, barrier)
                     source += block_words
+                    scales += x_tokens
                     stage = i32(stage + 1)
                     if stage == stages:
                         stage, phase = i32(0), u32(phase ^ u32(1))

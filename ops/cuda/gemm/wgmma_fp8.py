@@ -17,14 +17,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.gemm.consumer import make_weights_start, make_write_tile
+from numba_atomflow.ops.cuda.gemm.epilogue import GemmEpilogue
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.schedule import Schedule
+from numba_atomflow.ops.cuda.gemm.weights import WeightLoads
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_BYTES
-from numba_atomflow.ops.cuda.layout.weights import make_offsets
+from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 K_STEPS = 4  # instructions of a group
 A_WORDS = 16  # of a group, in a thread
+_ZERO = f32(0.0)
 
 
 @dataclass(frozen=True)
@@ -49,34 +55,13 @@ def choose_passes(tile_tokens: int) -> Passes:
     return Passes(64, tile_tokens // 64, 1)
 
 
-def make_load_weights(plan: GemmPlan) -> tuple[Any, Any]:
-    """Device functions of a lane's part of a prepacked tile that begins at word `start`.
-
-    Returns:
-        load_codes (weights, start, group, lane, a): the A fragments of a group's k-steps, four words each.
-        load_scales (weights, start, group, lane) -> the scales of rows g and g + 8.
-    """
-    codes_at, scale_at = make_offsets(plan.layout)
-    scale_pairs = not plan.layout.split_rows  # rows g and g + 8 are neighbours
-
-    @ptx.device_function
-    def load_codes(weights, start, group, lane, a):
-        for part in range(2):
-            for half in range(2):
-                words = ptx.load_stream_16(weights, start + codes_at(group, part, half) + lane * 4)
-                for i in range(4):
-                    a[8 * part + 4 * (i // 2) + 2 * (i % 2) + half] = words[i]
-
-    @ptx.device_function
-    def load_scales(weights, start, group, lane):
-        at = start + scale_at(group, lane >> 2)
-        if scale_pairs:
-            return ptx.load_constant_f32x2(weights, at)
-        return ptx.load_constant_f32(weights, at), ptx.load_constant_f32(
-            weights, start + scale_at(group, 8 + (lane >> 2))
-        )
-
-    return load_codes, load_scales
+@ptx.device_function
+def arrange(codes, a):
+    """A of the k-steps of a unit, four words each, from its codes as `WeightLoads.load` has them."""
+    for step in range(K_STEPS):
+        for half in range(2):
+            for i in range(2):
+                a[4 * step + 2 * i + half] = codes[8 * (step // 2) + 4 * half + 2 * (step % 2) + i]
 
 
 def make_promote(first: int, tokens: int) -> Any:
@@ -170,3 +155,80 @@ def make_multiply_group(passes: Passes) -> Any:
     if count not in {1, 2, 4} or sets > min(2, count):
         raise ValueError(f"{passes}: 1, 2 or 4 passes, and as many sets at most")
     return one_pass if count == 1 else one_set if sets == 1 else two_sets
+
+
+def make_fp8_consumer(
+    plan: GemmPlan,
+    schedule: Schedule,
+    loads: WeightLoads,
+    epilogue: GemmEpilogue,
+    shared: Any,
+    dependent: bool,
+    passes: Passes | None = None,
+) -> Any:
+    """Device function (io, words, barriers, skipped, full, empty, thread): what a consumer thread does.
+
+    `skipped`: words of shared memory before the first stage; `full`, `empty`: addresses of shared memory.
+
+    Args:
+        shared: `wgmma.Shared`.
+    """
+    passes = passes or choose_passes(plan.tile_tokens)
+    work, load, load_scales = schedule.work, loads.load, loads.load_scales
+    weights_start = make_weights_start(plan)
+    write_tile = make_write_tile(plan, schedule, epilogue, shared.epilogue, shared.flag)
+    multiply_group = make_multiply_group(passes)
+    tile_tokens, stages, stage_bytes = plan.tile_tokens, plan.stages, 4 * plan.stage_words
+    sums_count, accumulators, scales_at = tile_tokens // 2, passes.tokens // 2, shared.scales
+
+    @ptx.device_function
+    def load_unit(io, start, unit, lane, codes, scales):
+        load(io.weights, start, unit, 0, lane, codes)
+        load(io.weights, start, unit, 1, lane, codes)
+        load_scales(io.weights, start, unit, lane, scales)
+
+    @ptx.device_function
+    def consume(io, words, barriers, skipped, full, empty, thread):
+        sums = cuda.local.array(sums_count, float32)
+        products, more = cuda.local.array(accumulators, float32), cuda.local.array(accumulators, float32)
+        a, codes = cuda.local.array(A_WORDS, uint32), cuda.local.array(A_WORDS, uint32)
+        scales = cuda.local.array(2, float32)
+        lane, warp = i32(thread & 31), i32(thread >> 5)
+        stages_start = u32(ptx.shared_address(words, skipped))
+        stage, phase, number = i32(0), u32(0), i32(0)
+        tile, first, last = work(number, io.token_tiles)
+        start = weights_start(tile if tile > 0 else i32(0), warp, io.token_tiles)
+        if tile >= 0:
+            load_unit(io, start, first, lane, codes, scales)
+        if dependent:
+            ptx.let_next_kernel_start()
+            ptx.wait_for_previous_kernel()
+        while tile >= 0:
+            number = i32(number + 1)
+            next_tile, next_first, next_last = work(number, io.token_tiles)
+            next_start = weights_start(next_tile if next_tile > 0 else i32(0), warp, io.token_tiles)
+            for i in range(sums_count):
+                sums[i] = _ZERO
+            for i in range(accumulators):  # so that they need no registers between tiles
+                products[i], more[i] = _ZERO, _ZERO
+            unit = first
+            while unit < last:
+                arrange(codes, a)
+                w0, w1 = scales[0], scales[1]
+                unit = i32(unit + 1)  # that is loaded; the one before is multiplied
+                ahead_start, ahead = start if unit < last else next_start, unit if unit < last else next_first
+                load_unit(io, ahead_start, ahead, lane, codes, scales)
+                ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
+                x = ptx.wgmma_descriptor(u32(stages_start + u32(stage) * u32(stage_bytes)), 16, ptx.SWIZZLE_ATOM_BYTES)
+                x_scales = i32(skipped + i32(scales_at) + stage * i32(tile_tokens))
+                multiply_group(sums, products, more, a, words, x, x_scales, lane & 3, w0, w1)
+                ptx.sync_warp()  # all lanes have read the scales
+                if lane == 0:
+                    ptx.barrier_arrive(barriers, u32(empty + u32(8) * u32(stage)))
+                stage = i32(stage + 1)
+                if stage == stages:
+                    stage, phase = i32(0), u32(phase ^ u32(1))
+            write_tile(io, words, skipped, tile, first, last, sums, thread)
+            tile, first, last, start = next_tile, next_first, next_last, next_start
+
+    return consume
