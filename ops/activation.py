@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops.jit import cpu_kernel
 
-_LOG2_E = np.float32(math.log2(math.e))
-_LN_2_HIGH = np.float32(0.693359375)  # 9 bits: n * high is exact for |n| < 2^15
-_LN_2_LOW = np.float32(math.log(2.0) - 0.693359375)
-_C2, _C3, _C4, _C5, _C6 = (np.float32(1.0 / math.factorial(n)) for n in range(2, 7))
+LOG2_E = math.log2(math.e)
+LN_2_HIGH = 0.693359375  # 9 bits: n * high is exact for |n| < 2^15
+LN_2_LOW = math.log(2.0) - LN_2_HIGH
+SERIES = tuple(1.0 / math.factorial(n) for n in range(2, 7))  # coefficients of e^r from r^2 on
+
+_LOG2_E, _LN_2_HIGH, _LN_2_LOW = np.float32(LOG2_E), np.float32(LN_2_HIGH), np.float32(LN_2_LOW)
+_C2, _C3, _C4, _C5, _C6 = (np.float32(coefficient) for coefficient in SERIES)
 
 
 def silu_reference(x: NDArray[np.float64]) -> NDArray[np.float64]:

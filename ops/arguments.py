@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.attention import chunk_scratch
+from numba_atomflow.ops import attention, projection
 from numba_atomflow.ops.fp8 import group_count
-from numba_atomflow.ops.projection import LARGEST_TILE
 
 Array = NDArray[Any]
 Scales = NDArray[Any] | None
@@ -61,9 +60,18 @@ def _project_token_swiglu(codes: Array, scales: Array, x: Array, y: Array) -> Co
 
 def _project_chunk(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool, scratch: Array) -> Conditions:
     del accumulate
-    rows, in_features = codes.shape
-    enough_scratch = scratch.shape[1] >= LARGEST_TILE * (in_features + len(x))
-    return _is_weight(codes, scales), x.shape == (len(x), in_features), y.shape == (len(x), rows), enough_scratch
+    rows = len(codes)
+    return *_chunk(codes, scales, x, scratch), y.shape == (len(x), rows)
+
+
+def _project_chunk_swiglu(codes: Array, scales: Array, x: Array, y: Array, scratch: Array) -> Conditions:
+    return *_chunk(codes, scales, x, scratch), (len(x), len(codes)) == (len(y), 2 * y.shape[1])
+
+
+def _chunk(codes: Array, scales: Scales, x: Array, scratch: Array) -> Conditions:
+    in_features = codes.shape[1]
+    is_input = x.shape == (len(x), in_features) and bool(x.flags.c_contiguous)
+    return _is_weight(codes, scales), is_input, scratch.shape[1] >= projection.chunk_scratch()
 
 
 def _swiglu(gate_up: Array, y: Array) -> Conditions:
@@ -121,8 +129,9 @@ def _attend_token(
 def _attend_chunk(
     q: Array, keys: Array, values: Array, position: Array, head_dim: int, scratch: Array, out: Array
 ) -> Conditions:
-    enough = len(q) <= len(keys) and scratch.shape[1] >= chunk_scratch(head_dim)
-    return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), enough
+    enough = len(q) <= len(keys) and scratch.shape[1] >= attention.chunk_scratch(head_dim)
+    contiguous = bool(keys.flags.c_contiguous and values.flags.c_contiguous)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), enough, contiguous
 
 
 def _attend_paged(
@@ -149,6 +158,7 @@ _CONDITIONS: dict[str, Callable[..., Conditions]] = {
         _project_token,
         _project_token_swiglu,
         _project_chunk,
+        _project_chunk_swiglu,
         _swiglu,
         _rms_norm,
         _rms_norm_heads,

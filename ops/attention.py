@@ -4,7 +4,8 @@ One layer's cache is two arrays [positions, kv_heads * head_dim]: the row of a k
 KV head h // ratio. Softmax is computed in float32 with the maximum subtracted.
 
 Cost model, one token at length S: 8 * S * kv_dim bytes (float32 cache). A prefill chunk of T tokens: 4 * T * S * q_dim
-operations, done by BLAS on tiles, with the running max and row sum of online softmax (Milakov and Gimelshein, 2018).
+operations in the loops of ops/simd_gemm.py, with the running max and row sum of online softmax (Milakov and Gimelshein,
+2018).
 """
 
 import math
@@ -15,15 +16,18 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops.activation import exp
 from numba_atomflow.ops.jit import cpu_kernel
+from numba_atomflow.ops.simd_gemm import COLUMNS, multiply_columns, multiply_rows
+from numba_atomflow.ops.simd_softmax import LOWEST, softmax_tile
 
-QUERY_TILE = 128  # queries of one head that share a pass over the keys
-KEY_TILE = 256  # keys copied together into contiguous scratch
-_LOWEST = np.float32(-3.0e38)
+KEY_TILE = 96  # keys of a step of online softmax; a multiple of ROWS
+_LOWEST = np.float32(LOWEST)
 
 
 def chunk_scratch(head_dim: int) -> int:
     """Floats of scratch per thread that `attend_chunk` needs."""
-    return (2 * QUERY_TILE + KEY_TILE) * head_dim + QUERY_TILE * (KEY_TILE + head_dim + 2)
+    padded = -(-head_dim // COLUMNS) * COLUMNS
+    tile = 0 if head_dim == padded else KEY_TILE * padded
+    return (head_dim + KEY_TILE + 2 * padded + 3) * COLUMNS + tile
 
 
 def attend_reference(
@@ -106,74 +110,70 @@ def attend_token(q, keys, values, position, head_dim, scores, out):
 def attend_chunk(q, keys, values, position, head_dim, scratch, out):
     """Causal attention of a prefill chunk: T tokens at positions position[0] .. position[0] + T - 1.
 
+    An item is COLUMNS queries of one head. Their scores are keys (rows) times queries (a panel), their results weights
+    (transposed) times values (panels where they lie in the cache). Tiles of keys begin at multiples of KEY_TILE: a
+    token's result has the same bits whatever other tokens are in its chunk.
+
     Args:
         q, out: float32 [T, heads * head_dim].
-        keys, values: float32 [positions, kv_heads * head_dim].
+        keys, values: float32 [positions, kv_heads * head_dim], contiguous.
         scratch: float32 [threads, at least chunk_scratch(head_dim)].
     """
     tokens = q.shape[0]
-    heads = q.shape[1] // head_dim
-    ratio = heads // (keys.shape[1] // head_dim)
-    query_tiles = (tokens + QUERY_TILE - 1) // QUERY_TILE
+    heads, kv_dim = q.shape[1] // head_dim, keys.shape[1]
+    ratio = heads // (kv_dim // head_dim)
+    tiles = (tokens + COLUMNS - 1) // COLUMNS
+    padded = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
     scale = np.float32(1.0 / math.sqrt(head_dim))
-    for item in prange(heads * query_tiles):  # head-major: every thread gets short and long tiles
-        h, first = item // query_tiles, item % query_tiles * QUERY_TILE
-        count = min(QUERY_TILE, tokens - first)
+    for item in prange(heads * tiles):
+        h, turn = item // tiles, item % tiles
+        first = (turn // 2 if turn % 2 == 0 else tiles - 1 - turn // 2) * COLUMNS  # short and long ones in turn
+        count = min(COLUMNS, tokens - first)
         start = h // ratio * head_dim
-        thread_scratch = scratch[get_thread_id()]
-        query = thread_scratch[: count * head_dim].reshape((count, head_dim))
-        used = QUERY_TILE * head_dim
-        sums = thread_scratch[used : used + count * head_dim].reshape((count, head_dim))
-        used += QUERY_TILE * head_dim
-        kv_tile = thread_scratch[used : used + KEY_TILE * head_dim]
-        used += KEY_TILE * head_dim
-        weights_tile = thread_scratch[used : used + QUERY_TILE * KEY_TILE]
-        used += QUERY_TILE * KEY_TILE
-        product = thread_scratch[used : used + count * head_dim].reshape((count, head_dim))
-        used += QUERY_TILE * head_dim
-        running_max = thread_scratch[used : used + count]
-        row_sums = thread_scratch[used + QUERY_TILE : used + QUERY_TILE + count]
+        used = head_dim * COLUMNS
+        query = scratch[get_thread_id(), :used]
+        weights = scratch[get_thread_id(), used : used + KEY_TILE * COLUMNS]
+        used += KEY_TILE * COLUMNS
+        sums = scratch[get_thread_id(), used : used + COLUMNS * padded]
+        used += COLUMNS * padded
+        product = scratch[get_thread_id(), used : used + COLUMNS * padded]
+        used += COLUMNS * padded
+        state = scratch[get_thread_id(), used : used + 3 * COLUMNS]
+        tile = scratch[get_thread_id(), used + 3 * COLUMNS :]
+
+        for i in range(COLUMNS):
+            token = min(first + i, tokens - 1)  # what is behind the last is computed and not stored
+            row, column = q[token, h * head_dim : (h + 1) * head_dim], query[i::COLUMNS]
+            for d in range(head_dim):
+                column[d] = row[d] * scale
+        for i in range(COLUMNS * padded):
+            sums[i] = np.float32(0.0)
+        for i in range(COLUMNS):
+            state[i], state[COLUMNS + i] = _LOWEST, np.float32(0.0)
+        last = position[0] + first + count
+        for key in range(0, last, KEY_TILE):
+            width = min(KEY_TILE, last - key)
+            place = key * kv_dim + start
+            multiply_rows(keys, place, kv_dim, width, query, 0, COLUMNS, head_dim, weights, 0, COLUMNS, False)
+            softmax_tile(weights, width, key, position[0] + first, state)
+            if head_dim == padded:
+                for d in range(0, head_dim, COLUMNS):
+                    multiply_columns(
+                        weights, 0, COLUMNS, COLUMNS, values, place + d, kv_dim, width, product, d, padded, False
+                    )
+            else:
+                for s in range(width):
+                    for d in range(padded):
+                        tile[s * padded + d] = values[key + s, start + d] if d < head_dim else np.float32(0.0)
+                for d in range(0, padded, COLUMNS):
+                    multiply_columns(weights, 0, COLUMNS, COLUMNS, tile, d, padded, width, product, d, padded, False)
+            for i in range(COLUMNS):
+                factor = state[2 * COLUMNS + i]
+                total, part = sums[i * padded : (i + 1) * padded], product[i * padded : (i + 1) * padded]
+                for d in range(padded):
+                    total[d] = total[d] * factor + part[d]
 
         for i in range(count):
+            total, result = sums[i * padded :], out[first + i, h * head_dim : (h + 1) * head_dim]
             for d in range(head_dim):
-                query[i, d] = q[first + i, h * head_dim + d] * scale
-                sums[i, d] = np.float32(0.0)
-            running_max[i] = _LOWEST
-            row_sums[i] = np.float32(0.0)
-
-        length = position[0] + first + count  # keys visible to the last query of the tile
-        for key_start in range(0, length, KEY_TILE):
-            width = min(KEY_TILE, length - key_start)
-            tile = kv_tile[: width * head_dim].reshape((width, head_dim))
-            weights = weights_tile[: count * width].reshape((count, width))
-            for s in range(width):
-                for d in range(head_dim):
-                    tile[s, d] = keys[key_start + s, start + d]
-            np.dot(query, tile.T, weights)
-            for i in range(count):
-                visible = min(width, position[0] + first + i + 1 - key_start)  # at most 0: none of this tile
-                new_max = running_max[i]
-                for s in range(visible):
-                    new_max = max(new_max, weights[i, s])
-                rescale = exp(running_max[i] - new_max)
-                tile_sum = np.float32(0.0)
-                for s in range(visible):
-                    weights[i, s] = exp(weights[i, s] - new_max)
-                    tile_sum += weights[i, s]
-                for s in range(max(visible, 0), width):
-                    weights[i, s] = np.float32(0.0)
-                row_sums[i] = row_sums[i] * rescale + tile_sum
-                running_max[i] = new_max
-                for d in range(head_dim):
-                    sums[i, d] *= rescale
-            for s in range(width):
-                for d in range(head_dim):
-                    tile[s, d] = values[key_start + s, start + d]
-            np.dot(weights, tile, product)
-            for i in range(count):
-                for d in range(head_dim):
-                    sums[i, d] += product[i, d]
-
-        for i in range(count):
-            for d in range(head_dim):
-                out[first + i, h * head_dim + d] = sums[i, d] / row_sums[i]
+                result[d] = total[d] / state[COLUMNS + i]

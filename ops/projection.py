@@ -5,10 +5,11 @@ the branch for the other.
 
 Two regimes. One token (decode, a GEMV) is bound by reading the weights once: N * K bytes of codes and N * K / 32 of
 scales, so each weight is converted in registers just before its multiply-add. Many tokens (a prefill chunk, a GEMM) are
-bound by arithmetic: 2 * N * K * T operations; there a tile of weights is dequantized once into a scratch that stays in
-L2, and BLAS multiplies it by all tokens. Inside the parallel loop BLAS must be single-threaded: the caller limits it.
+bound by arithmetic: 2 * N * K * T operations; there panels of weights are dequantized once and multiplied by all tokens
+(ops/simd_gemm.py). A token's result has the same bits whatever other tokens are in its chunk.
 
-Accumulation is float32: within a group of 128, then over groups.
+Accumulation is float32: for one token within a group of 128, then over groups; for many within _K_AT_ONCE, then over
+those.
 """
 
 import numpy as np
@@ -16,11 +17,20 @@ from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
 from numba_atomflow.ops.activation import silu
-from numba_atomflow.ops.fp8 import GROUP, UNBIAS, convert_biased, dequantize_groups
+from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.ops.jit import cpu_kernel
 from numba_atomflow.ops.simd import fp8_row_dot, half_to_float
+from numba_atomflow.ops.simd_gemm import COLUMNS, LANES, multiply_rows
+from numba_atomflow.ops.simd_panel import float16_columns, quantized_columns
 
-LARGEST_TILE = 320  # weight rows dequantized at a time; with fewer, BLAS spends its time on packing x again and again
+# A thread multiplies at a time: these tokens, by this part of K, which stays in L2, and one panel after the other.
+_TOKENS_AT_ONCE = 516  # a multiple of ROWS
+_K_AT_ONCE = 384
+_PANELS_AT_ONCE = 8
+_PANEL, _PRODUCTS = _K_AT_ONCE * COLUMNS, _TOKENS_AT_ONCE * COLUMNS
+_UNITS_PER_THREAD = 4  # panels, at least
+_FEWEST_TOKENS = 128  # of a piece; making a panel takes as long as 8 tokens
+
 
 # Codes convert to their values times 2^-120. x is multiplied by 2^64 first, so that products stay far from float32's
 # subnormal range, where arithmetic is slow and inexact.
@@ -79,20 +89,53 @@ def project_token_swiglu(codes, scales, x, y):
 # --- many tokens -------------------------------------------------------------------------------------------------
 
 
+def chunk_scratch() -> int:
+    """Floats of scratch per thread that a projection of a chunk needs: part of a panel, and products."""
+    return _PANEL + _PANELS_AT_ONCE * _PRODUCTS
+
+
 @cpu_kernel(inline=True)
-def _dequantize_rows(codes, scales, first, rows, tile):
-    """Weights of rows first .. first + rows - 1 as float32 into tile [rows, K]."""
-    in_features = codes.shape[1]
-    for r in range(rows):
-        n = first + r
-        if scales is None:
-            for k in range(in_features):
-                tile[r, k] = half_to_float(codes[n, k])
-            continue
-        for g in range(scales.shape[1]):
-            scale = scales[n, g] * UNBIAS
-            for k in range(g * GROUP, min(in_features, (g + 1) * GROUP)):
-                tile[r, k] = convert_biased(codes[n, k]) * scale
+def _make_panel(codes, scales, first, second, k, depth, panel):
+    """Columns k .. k + depth - 1 of rows first .. and second .. of a weight, LANES each: a panel [depth, COLUMNS]."""
+    if scales is None:
+        float16_columns(codes, first, k, depth, panel, 0)
+        float16_columns(codes, second, k, depth, panel, LANES)
+    else:
+        quantized_columns(codes, scales, first, k, depth, panel, 0)
+        quantized_columns(codes, scales, second, k, depth, panel, LANES)
+
+
+@cpu_kernel(inline=True)
+def _multiply_panels(codes, scales, second, rows, group, first, x, token, count, panel, products):
+    """products[p] = x[token : token + count] times panel p of a weight, one part of K after the other.
+
+    Args:
+        second: a panel has LANES rows of the weight, and as many from this number of rows behind them.
+        rows: from one panel to the next. group: panels. first: row of the first of them.
+        panel: float32 [_PANEL], scratch. products: float32 [at least group * _PRODUCTS], rows of COLUMNS.
+    """
+    in_features = x.shape[1]
+    for k in range(0, in_features, _K_AT_ONCE):
+        depth = min(_K_AT_ONCE, in_features - k)
+        x_part = token * in_features + k
+        for p in range(group):
+            row, part = first + p * rows, p * _PRODUCTS
+            _make_panel(codes, scales, row, row + second, k, depth, panel)
+            multiply_rows(x, x_part, in_features, count, panel, 0, COLUMNS, depth, products, part, COLUMNS, k > 0)
+
+
+@cpu_kernel(inline=True)
+def _token_pieces(tokens, panels, threads):
+    """Into how many pieces to cut a chunk for the threads' sake, and the tokens of a piece.
+
+    One, unless there are too few panels. Each piece makes the panels anew, so it has tokens enough to be worth it.
+    """
+    wanted = (_UNITS_PER_THREAD * threads + panels - 1) // panels
+    per_piece = min(tokens, max((tokens + wanted - 1) // wanted, _FEWEST_TOKENS))
+    return (tokens + per_piece - 1) // per_piece, per_piece
+
+
+# A thread has a range of units: a panel times a piece of the chunk.
 
 
 @cpu_kernel()
@@ -102,28 +145,69 @@ def project_chunk(codes, scales, x, y, accumulate, scratch):
     Args:
         codes: int8 [N, K]. scales: float32 [N, groups]. For a float16 weight: int16 [N, K], and None.
         x: float32 [T, K], contiguous. y: float32 [T, N].
-        scratch: float32 [threads, at least LARGEST_TILE * (K + T)].
+        scratch: float32 [threads, at least chunk_scratch()].
     """
-    rows, in_features = codes.shape
-    tokens = x.shape[0]
-    threads = scratch.shape[0]
-    rounds = (rows + threads * LARGEST_TILE - 1) // (threads * LARGEST_TILE)
-    tile_rows = (rows + threads * rounds - 1) // (threads * rounds)  # the same number of tiles for every thread
-    for tile_index in prange((rows + tile_rows - 1) // tile_rows):
-        first = tile_index * tile_rows
-        count = min(tile_rows, rows - first)
-        thread_scratch = scratch[get_thread_id()]
-        tile = thread_scratch[: count * in_features].reshape((count, in_features))
-        _dequantize_rows(codes, scales, first, count, tile)
-        product = thread_scratch[count * in_features : count * (in_features + tokens)].reshape((tokens, count))
-        np.dot(x, tile.T, product)
-        for t in range(tokens):
-            if accumulate:
-                for r in range(count):
-                    y[t, first + r] += product[t, r]
-            else:
-                for r in range(count):
-                    y[t, first + r] = product[t, r]
+    tokens, rows = y.shape
+    panels = (rows + COLUMNS - 1) // COLUMNS
+    pieces, per_piece = _token_pieces(tokens, panels, scratch.shape[0])
+    workers = min(scratch.shape[0], panels * pieces)
+    for worker in prange(workers):
+        panel, products = scratch[get_thread_id(), :_PANEL], scratch[get_thread_id(), _PANEL:]
+        unit, end = panels * pieces * worker // workers, panels * pieces * (worker + 1) // workers
+        while unit < end:
+            first, start = unit % panels * COLUMNS, unit // panels * per_piece
+            group = min(_PANELS_AT_ONCE, end - unit, panels - unit % panels)
+            unit += group
+            stop = min(tokens, start + per_piece)
+            for token in range(start, stop, _TOKENS_AT_ONCE):
+                count = min(_TOKENS_AT_ONCE, stop - token)
+                _multiply_panels(codes, scales, LANES, COLUMNS, group, first, x, token, count, panel, products)
+                for p in range(group):
+                    row = first + p * COLUMNS
+                    width = min(COLUMNS, rows - row)
+                    for t in range(count):
+                        product = products[p * _PRODUCTS + t * COLUMNS :]
+                        out = y[token + t, row : row + width]
+                        if accumulate:
+                            for i in range(width):
+                                out[i] += product[i]
+                        else:
+                            for i in range(width):
+                                out[i] = product[i]
+
+
+@cpu_kernel()
+def project_chunk_swiglu(codes, scales, x, y, scratch):
+    """y = silu(x W_gate^T) * (x W_up^T) for the tokens of a prefill chunk: a panel has LANES rows of gate and of up.
+
+    Args:
+        codes: int8 [2F, K]: F gate rows, then F up rows. scales: float32 [2F, groups].
+        x: float32 [T, K], contiguous. y: float32 [T, F].
+        scratch: float32 [threads, at least chunk_scratch()].
+    """
+    tokens, rows = y.shape
+    panels = (rows + LANES - 1) // LANES
+    pieces, per_piece = _token_pieces(tokens, panels, scratch.shape[0])
+    workers = min(scratch.shape[0], panels * pieces)
+    for worker in prange(workers):
+        panel, products = scratch[get_thread_id(), :_PANEL], scratch[get_thread_id(), _PANEL:]
+        unit, end = panels * pieces * worker // workers, panels * pieces * (worker + 1) // workers
+        while unit < end:
+            first, start = unit % panels * LANES, unit // panels * per_piece
+            group = min(_PANELS_AT_ONCE, end - unit, panels - unit % panels)
+            unit += group
+            stop = min(tokens, start + per_piece)
+            for token in range(start, stop, _TOKENS_AT_ONCE):
+                count = min(_TOKENS_AT_ONCE, stop - token)
+                _multiply_panels(codes, scales, rows, LANES, group, first, x, token, count, panel, products)
+                for p in range(group):
+                    row = first + p * LANES
+                    width = min(LANES, rows - row)
+                    for t in range(count):
+                        gate = products[p * _PRODUCTS + t * COLUMNS :]
+                        out, up = y[token + t, row : row + width], gate[LANES:]
+                        for i in range(width):
+                            out[i] = silu(gate[i]) * up[i]
 
 
 @cpu_kernel()

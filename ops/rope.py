@@ -31,24 +31,28 @@ def rope_reference(
 
 
 @cpu_kernel(inline=True)
-def _rotate(source, start, cosines, sines, out, out_start, half):
-    """One head: source[start : start + 2 * half] rotated into out[out_start : ...]."""
+def _rotate(source, cosines, sines, out):
+    """One head: source [2 * half] rotated into out."""
+    half = cosines.shape[0]
+    low, high, out_low, out_high = source[:half], source[half:], out[:half], out[half:]
     for i in range(half):
-        low, high = source[start + i], source[start + half + i]
-        out[out_start + i] = low * cosines[i] - high * sines[i]
-        out[out_start + half + i] = high * cosines[i] + low * sines[i]
+        out_low[i] = low[i] * cosines[i] - high[i] * sines[i]
+        out_high[i] = high[i] * cosines[i] + low[i] * sines[i]
 
 
 @cpu_kernel(inline=True)
 def _store_token(qkv, position, slot, cosines, sines, q, keys, values):
     """One token: q rotated into q [q_dim]; k rotated and v into row `slot` of the cache."""
-    q_dim, kv_dim, half = q.shape[0], keys.shape[1], cosines.shape[1]
-    for start in range(0, q_dim, 2 * half):
-        _rotate(qkv, start, cosines[position], sines[position], q, start, half)
-    for start in range(0, kv_dim, 2 * half):
-        _rotate(qkv, q_dim + start, cosines[position], sines[position], keys[slot], start, half)
-    for k in range(kv_dim):
-        values[slot, k] = qkv[q_dim + kv_dim + k]
+    q_dim, kv_dim, head_dim = q.shape[0], keys.shape[1], 2 * cosines.shape[1]
+    k, v = qkv[q_dim : q_dim + kv_dim], qkv[q_dim + kv_dim :]
+    for start in range(0, q_dim, head_dim):
+        stop = start + head_dim
+        _rotate(qkv[start:stop], cosines[position], sines[position], q[start:stop])
+    for start in range(0, kv_dim, head_dim):
+        stop = start + head_dim
+        _rotate(k[start:stop], cosines[position], sines[position], keys[slot, start:stop])
+    for i in range(kv_dim):
+        values[slot, i] = v[i]
 
 
 @cpu_kernel(parallel=False)

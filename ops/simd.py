@@ -5,8 +5,8 @@ loop becomes one chain of dependent multiply-adds (a latency of four cycles each
 this one reaches 13. Here four independent accumulators of eight lanes share a group, and the group's scale is applied
 to lanes, so that lanes are summed once per row, not once per group.
 
-This module is to the CPU what `ops.ptx` is to the GPU: no other CPU module uses the compiler's extension API. The
-vector operations are LLVM's portable ones: they become AVX2, AVX-512, NEON, or scalar code.
+The modules simd*.py are to the CPU what `ops.ptx` is to the GPU: no other CPU module uses the compiler's extension API.
+The vector operations are LLVM's portable ones: they become AVX2, AVX-512, NEON, or scalar code.
 """
 
 from typing import Any
@@ -33,14 +33,14 @@ def half_to_float(typing_context, bits):
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         del signature
-        if _has_half_conversion(context.codegen()):
+        if has_half_conversion(context.codegen()):
             return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _F32)
-        return _widened(builder, args[0])
+        return widened(builder, args[0])
 
     return types.float32(types.int16), codegen
 
 
-def _has_half_conversion(codegen: Any) -> bool:
+def has_half_conversion(codegen: Any) -> bool:
     """Whether the processor that numba compiles for has an instruction for it; else LLVM would call a library."""
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(_F32, [_I16]), "widen")
@@ -52,7 +52,7 @@ def _has_half_conversion(codegen: Any) -> bool:
     return not any(name in assembly for name in _HALF_FUNCTIONS)
 
 
-def _widened(b: ir.IRBuilder, half: ir.Value) -> ir.Value:
+def widened(b: ir.IRBuilder, half: ir.Value) -> ir.Value:
     """A float16 to float32 by its bits: exact, a NaN made quiet, without float32 subnormals as intermediate values."""
     bits = b.zext(half, _I32)
     magnitude = b.shl(b.and_(bits, _I32(0x7FFF)), _I32(13))

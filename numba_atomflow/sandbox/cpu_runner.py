@@ -1,14 +1,12 @@
 """The sandbox's model on the CPU: the engine's kernels over a paged KV cache. Everything but weights is float32."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from numba_atomflow.errors import CheckpointError, non_finite_logits
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
@@ -28,7 +26,7 @@ from numba_atomflow.sandbox.scheduler import Batch, Chunk
 from numba_atomflow.utils.progress import Progress
 
 MAX_BATCHED_TOKENS = 64
-MAX_GEMV_TOKENS = 16  # up to here, a GEMV per token takes less time than converting weights to float32 for BLAS
+MAX_GEMV_TOKENS = 1  # from two tokens on, dequantizing the weights into panels takes less time than a GEMV per token
 
 
 Weight = tuple[NDArray[Any], NDArray[np.float32] | None]  # codes and scales, as kernels take them
@@ -64,14 +62,13 @@ class CpuRunner:
         self.geometry, self.sizes, self._weights = geometry, sizes, weights
         self.block_size = sizes.block_sizes[0]
         g = geometry
-        scratch = projection.LARGEST_TILE * (max(g.hidden, g.q_dim, g.ffn) + MAX_BATCHED_TOKENS)
+        scratch = projection.chunk_scratch()
         widths = {
             "residual": g.hidden,
             "x_norm": g.hidden,
             "qkv": g.q_dim + 2 * g.kv_dim,
             "q": g.q_dim,
             "attn_out": g.q_dim,
-            "gate_up": 2 * g.ffn,
             "intermediate": g.ffn,
             "logits": g.vocabulary,
         }
@@ -93,7 +90,6 @@ class CpuRunner:
         self.block_table[:] = 0
         self._tables = self._array("cosines"), self._array("sines")
         self._tables[0][:], self._tables[1][:] = rope.rope_table(rope_inverse_frequencies(g), sizes.longest)
-        self._blas: ThreadpoolController | None = None
         self._call: Callable[..., None] = _call_checked
 
     def _array(self, name: str) -> NDArray[Any]:
@@ -147,7 +143,8 @@ class CpuRunner:
         call = self._call
         self._check(batch)
         self._copy(batch.copies)
-        with self._kernel_threads(count):
+        numba.set_num_threads(self.threads)
+        with kernel_turn():
             call(embedding.embed, batch.tokens, *self._weight("embedding"), residual)
             for i in range(g.layers):
                 call(rms_norm.rms_norm, residual, weights[f"layer.{i}.attention_norm"], g.norm_eps, x_norm)
@@ -164,7 +161,7 @@ class CpuRunner:
     def _choose(self, residual: NDArray[np.float32]) -> list[int]:
         rows = len(residual)
         x_norm, logits = self._array("x_norm")[:rows], self._array("logits")[:rows]
-        with self._kernel_threads(rows):
+        with kernel_turn():
             self._call(rms_norm.rms_norm, residual, self._weights["final_norm"], self.geometry.norm_eps, x_norm)
             self._project("embedding" if self.geometry.tied_embeddings else "vocabulary", x_norm, logits)
         if not np.isfinite(logits.max()):
@@ -215,23 +212,7 @@ class CpuRunner:
             for t in range(len(x)):
                 self._call(projection.project_token_swiglu, codes, scales, x[t], y[t])
         else:
-            gate_up = self._array("gate_up")[: len(x)]
-            self._call(projection.project_chunk, codes, scales, x, gate_up, False, self._array("scratch"))
-            self._call(projection.swiglu, gate_up, y)
-
-    @contextmanager
-    def _kernel_threads(self, tokens: int) -> Iterator[None]:
-        """Limits BLAS to one thread: kernels call it inside their parallel loops."""
-        numba.set_num_threads(self.threads)
-        if tokens > MAX_GEMV_TOKENS and self._blas is None:
-            import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls; slow to import
-
-            self._blas = ThreadpoolController()
-        with (
-            kernel_turn(),
-            self._blas.limit(limits=1, user_api="blas") if tokens > MAX_GEMV_TOKENS and self._blas else nullcontext(),
-        ):
-            yield
+            self._call(projection.project_chunk_swiglu, codes, scales, x, y, self._array("scratch"))
 
     # --- times -------------------------------------------------------------------------------------------------------
 

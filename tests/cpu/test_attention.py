@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops import attention
 
-pytestmark = pytest.mark.usefixtures("single_threaded_blas")
-
 HEADS = [(64, 9, 3), (64, 4, 1), (80, 3, 3), (80, 8, 1), (96, 8, 2), (96, 6, 2), (128, 4, 4), (128, 16, 2)]
 TOKENS = [1, 2, 4, 5, 7, 65, 200, 513]
 
@@ -139,6 +137,14 @@ def test_what_lies_beyond_the_last_position_changes_nothing(rng: np.random.Gener
     beside_nan = run()
     c.keys[c.length :], c.values[c.length :] = 1.0, -1e6
     np.testing.assert_array_equal(run(), beside_nan)
+
+
+def test_bits_do_not_depend_on_the_chunk(rng: np.random.Generator) -> None:
+    c = case(rng, (80, 4, 2), 230, 70)
+    whole = c.chunk()
+    for first, stop in ((0, 1), (0, 31), (31, 230), (100, 163), (229, 230)):
+        part = Case(c.q[first:stop], c.keys, c.values, c.position + first, c.head_dim)
+        np.testing.assert_array_equal(part.chunk(), whole[first:stop])
 
 
 def test_a_chunk_is_causal(rng: np.random.Generator) -> None:

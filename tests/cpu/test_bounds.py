@@ -186,13 +186,17 @@ CACHE = empty(LENGTH, KV), empty(LENGTH, KV)
 TABLES = empty(LENGTH, DIM // 2), empty(LENGTH, DIM // 2)
 POSITION, PLACES = empty(1, dtype="int64"), empty(T, dtype="int64")
 CHUNK_SCRATCH = empty(1, attention.chunk_scratch(DIM))
-PROJECT_SCRATCH = empty(1, projection.LARGEST_TILE * (K + T))
+PROJECT_SCRATCH = empty(1, projection.chunk_scratch())
 
 SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "embed": (embedding.embed, (empty(T, dtype="int32"), *WEIGHT, empty(T, K))),
     "project_token": (projection.project_token, (*WEIGHT, empty(K), empty(N), False)),
     "project_token_swiglu": (projection.project_token_swiglu, (*WEIGHT, empty(K), empty(N // 2))),
     "project_chunk": (projection.project_chunk, (*WEIGHT, empty(T, K), empty(T, N), False, PROJECT_SCRATCH)),
+    "project_chunk_swiglu": (
+        projection.project_chunk_swiglu,
+        (*WEIGHT, empty(T, K), empty(T, N // 2), PROJECT_SCRATCH),
+    ),
     "swiglu": (projection.swiglu, (empty(T, 2 * N), empty(T, N))),
     "rms_norm": (rms_norm.rms_norm, (empty(T, K), empty(K), 1e-5, empty(T, K))),
     "rms_norm_heads": (rms_norm.rms_norm_heads, (empty(T, Q + 2 * KV), empty(DIM), empty(DIM), Q, KV, 1e-5)),
@@ -212,6 +216,7 @@ SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
 FREE = {
     "rms_norm_heads": {(0, 0)},
     "project_chunk": {(5, 0)},  # threads
+    "project_chunk_swiglu": {(4, 0)},
     "attend_chunk": {(5, 0)},
     "attend_paged": {(3, 0), (3, 1), (8, 0), (8, 1)},
 }
@@ -243,6 +248,8 @@ def test_every_kernel_with_views_checks_its_arguments() -> None:
         "_rotate",
         "_store_token",
         "_fp16_row_dot",
-        "_dequantize_rows",
+        "_make_panel",
+        "_multiply_panels",
+        "_token_pieces",
     }
     assert kernels - inlined == set(SOUND)

@@ -267,6 +267,17 @@ def test_all_logits_over_several_blocks_equal_token_by_token(engine: Engine) -> 
     np.testing.assert_array_equal(chunked.argmax(axis=1), single.argmax(axis=1))
 
 
+@pytest.mark.parametrize("chunk", [7, 100])
+def test_logits_have_the_same_bits_for_every_chunk_length(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    tokens = some_tokens(600)
+    whole = engine.feed(tokens, all_logits=True)
+    engine.reset()
+    monkeypatch.setattr(engine.backend, "prefill_chunk", chunk)
+    np.testing.assert_array_equal(engine.feed(tokens, all_logits=True), whole)
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 17, 512, 513, 600])
 def test_the_last_logits_are_the_last_of_all(engine: Engine, count: int) -> None:
     tokens = some_tokens(count)

@@ -65,8 +65,8 @@ def roundings(in_features: int) -> float:
     return 3.0 * in_features
 
 
-def scratch(in_features: int, tokens: int) -> NDArray[np.float32]:
-    return poisoned(numba.config.NUMBA_NUM_THREADS, projection.LARGEST_TILE * (in_features + tokens))
+def scratch() -> NDArray[np.float32]:
+    return poisoned(numba.config.NUMBA_NUM_THREADS, projection.chunk_scratch())
 
 
 def test_the_reference_is_a_plain_matrix_product(rng: np.random.Generator) -> None:
@@ -120,12 +120,11 @@ def test_one_token_through_float16(rng: np.random.Generator, in_features: int, a
     check_close(y, expected, tolerance(roundings(in_features)), size)
 
 
-@pytest.mark.usefixtures("single_threaded_blas")
 @pytest.mark.parametrize("tokens", [1, 5, 65])
 @pytest.mark.parametrize("in_features", [1, 129, 576])
 def test_a_chunk_through_float16(rng: np.random.Generator, in_features: int, tokens: int) -> None:
     weight, x, y = random_fp16(rng, 700, in_features), random_x(rng, tokens, in_features), poisoned(tokens, 700)
-    projection.project_chunk(weight.codes, None, x, y, False, scratch(in_features, tokens))
+    projection.project_chunk(weight.codes, None, x, y, False, scratch())
     check_close(y, x.astype(np.float64) @ weight.values.T, tolerance(roundings(in_features)), magnitude(x, weight))
 
 
@@ -167,7 +166,6 @@ def test_one_token_through_swiglu(rng: np.random.Generator, in_features: int, ro
 # --- many tokens -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("single_threaded_blas")
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("rows", "in_features"), [(1, 1), (3, 129), (320, 200), (321, 128), (641, 9), (645, 576)])
@@ -176,17 +174,45 @@ def test_a_chunk(rng: np.random.Generator, rows: int, in_features: int, tokens: 
     y = rng.standard_normal((tokens, rows)).astype(np.float32) if accumulate else poisoned(tokens, rows)
     expected = x.astype(np.float64) @ weight.values.T + (y if accumulate else 0)
     size = magnitude(x, weight) + (np.abs(y) if accumulate else 0)
-    projection.project_chunk(weight.codes, weight.scales, x, y, accumulate, scratch(in_features, tokens))
+    projection.project_chunk(weight.codes, weight.scales, x, y, accumulate, scratch())
     check_close(y, expected, tolerance(roundings(in_features)), size)
 
 
-@pytest.mark.usefixtures("single_threaded_blas")
 def test_a_chunk_keeps_nan_in_its_own_row(rng: np.random.Generator) -> None:
     weight, x, y = random_weight(rng, 200, 136), random_x(rng, 9, 136), poisoned(9, 200)
     x[4, 135] = np.nan
-    projection.project_chunk(weight.codes, weight.scales, x, y, False, scratch(136, 9))
+    projection.project_chunk(weight.codes, weight.scales, x, y, False, scratch())
     assert np.isnan(y[4]).all()
     assert np.isfinite(np.delete(y, 4, axis=0)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 65, 530])
+@pytest.mark.parametrize(("rows", "in_features"), [(1, 9), (33, 200), (150, 576), (40, 900)])
+def test_a_chunk_through_swiglu(rng: np.random.Generator, rows: int, in_features: int, tokens: int) -> None:
+    weight, x = random_weight(rng, 2 * rows, in_features), random_x(rng, tokens, in_features)
+    y = poisoned(tokens, rows)
+    x /= np.float32(np.sqrt(in_features))  # gate and up of about 1, as in a model
+    both, size = x.astype(np.float64) @ weight.values.T, magnitude(x, weight)
+    gate, up = both[:, :rows], both[:, rows:]
+    projection.project_chunk_swiglu(weight.codes, weight.scales, x, y, scratch())
+    spread = 1.1 * size[:, :rows] * np.abs(up) + np.abs(gate) * size[:, rows:] + size[:, :rows] * size[:, rows:]
+    check_close(y, silu_reference(gate) * up, tolerance(roundings(in_features) + 25), spread)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_bits_do_not_depend_on_the_chunk_or_on_the_threads(rng: np.random.Generator, threads: int) -> None:
+    """Also not on how many pieces a chunk is cut into for many threads, of which only as many as there are run."""
+    weight, x = random_weight(rng, 130, 900), random_x(rng, 560, 900)
+    whole, fused = poisoned(560, 130), poisoned(560, 65)
+    projection.project_chunk(weight.codes, weight.scales, x, whole, False, scratch())
+    projection.project_chunk_swiglu(weight.codes, weight.scales, x, fused, scratch())
+    memory = poisoned(max(threads, numba.config.NUMBA_NUM_THREADS), projection.chunk_scratch())
+    for first, stop in ((0, 1), (0, 200), (200, 560), (3, 20), (555, 560)):
+        y, z = poisoned(stop - first, 130), poisoned(stop - first, 65)
+        projection.project_chunk(weight.codes, weight.scales, x[first:stop], y, False, memory)
+        projection.project_chunk_swiglu(weight.codes, weight.scales, x[first:stop], z, memory)
+        np.testing.assert_array_equal(y, whole[first:stop])
+        np.testing.assert_array_equal(z, fused[first:stop])
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 129), (65, 320)])
@@ -202,7 +228,6 @@ def test_swiglu_of_a_chunk(rng: np.random.Generator, tokens: int, width: int) ->
 # --- sensitivity of the tests ------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("single_threaded_blas")
 @pytest.mark.parametrize(
     "mistake", ["scales of the next group", "last column dropped", "sign of a column", "bfloat16 inputs"]
 )
@@ -221,7 +246,7 @@ def test_a_mistake_is_far_outside_the_tolerance(rng: np.random.Generator, mistak
     else:
         given = (x.view(np.uint32) & 0xFFFF0000).astype(np.uint32).view(np.float32)
     y, one = poisoned(5, 67), poisoned(67)
-    projection.project_chunk(codes, scales, given, y, False, scratch(300, 5))
+    projection.project_chunk(codes, scales, given, y, False, scratch())
     projection.project_token(codes, scales, given[0], one, False)
     assert relative_l2(y, expected, size) > 20 * tolerance(roundings(300))
     assert relative_l2(one, expected[0], size[0]) > 20 * tolerance(roundings(300))

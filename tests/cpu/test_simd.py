@@ -16,9 +16,9 @@ X86 = platform.machine() in {"x86_64", "AMD64"}
 
 @pytest.mark.parametrize("instruction", [True, False])
 def test_every_float16(monkeypatch: pytest.MonkeyPatch, instruction: bool) -> None:
-    if instruction and not simd._has_half_conversion(numba.core.registry.cpu_target.target_context.codegen()):
+    if instruction and not simd.has_half_conversion(numba.core.registry.cpu_target.target_context.codegen()):
         pytest.skip("this processor has no instruction for it")
-    monkeypatch.setattr(simd, "_has_half_conversion", lambda _: instruction)
+    monkeypatch.setattr(simd, "has_half_conversion", lambda _: instruction)
 
     @numba.njit
     def widen(bits: Any, out: Any) -> None:
@@ -52,4 +52,4 @@ def test_whether_a_processor_has_the_instruction(name: str, features: str, has: 
     target = binding.Target.from_default_triple()
     machine = target.create_target_machine(cpu=name, features=features)
     codegen = SimpleNamespace(_tm=machine, magic_tuple=lambda: (target.triple, name, features))
-    assert simd._has_half_conversion(codegen) is has
+    assert simd.has_half_conversion(codegen) is has

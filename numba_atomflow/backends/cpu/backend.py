@@ -6,14 +6,12 @@ CUDA backend: everything but the weights is float32, the KV cache included.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from numba_atomflow.backends.base import Observer
 from numba_atomflow.backends.cpu.bind import GEMV_TOKENS, Action, CpuBinder, in_order
@@ -50,13 +48,11 @@ BOUND_STEPS = 8  # prompt lengths whose steps stay bound
 def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryPlan:
     """What the CPU backend allocates; the weights stay in the mapped file."""
     chunk = min(PREFILL_CHUNK, max_seq_len)
-    widest = max(geometry.hidden, geometry.q_dim, geometry.ffn)
-    scratch = max(projection.LARGEST_TILE * (widest + chunk), attention.chunk_scratch(geometry.head_dim))
+    scratch = max(projection.chunk_scratch(), attention.chunk_scratch(geometry.head_dim))
     return plan_memory(
         [
             *step_buffers(geometry, StepSizes(max_seq_len, chunk, HEAD_ROWS, cache=CPU_KV)),
             Buffer("workspace", "prefill_scratch", (threads, scratch), "float32"),
-            Buffer("workspace", "gate_up", (chunk, 2 * geometry.ffn), "float32"),
             Buffer("workspace", "scores", (geometry.heads, max_seq_len), "float32"),
         ]
     )
@@ -106,7 +102,6 @@ class CpuBackend:
         self._position = self._array("position")
         self._tokens = self._array("tokens")
         self._logits = self._array("logits")
-        self._blas: ThreadpoolController | None = None
         cosines, sines = rope.rope_table(rope_inverse_frequencies(geometry), max_seq_len)
         self._array("rope.cosines")[:] = cosines
         self._array("rope.sines")[:] = sines
@@ -151,7 +146,7 @@ class CpuBackend:
         for done, ((kind, _), op) in enumerate(kinds.items()):
             if progress:
                 progress(f"compiling {kind.__name__}", done, len(kinds))
-            with kernel_turn(), self._single_threaded_blas():
+            with kernel_turn():
                 self._binder.bind(op)()
         if progress:
             progress("compiled", len(kinds), len(kinds))
@@ -179,13 +174,13 @@ class CpuBackend:
         self._tokens[: len(tokens)] = tokens
         actions = self.bound_step(len(tokens), head)
         self._check_step(len(tokens))
-        self._run(actions, len(tokens))
+        self._run(actions)
 
     def decode(self) -> None:
         """Run the token that was sampled last, sample the next one, and advance."""
         actions = self.bound_step(1, SAMPLE)
         self._check_step(1)
-        self._run(actions, 1)
+        self._run(actions)
 
     def sampled_tokens(self) -> tuple[int, ...]:
         """The token that the last step has sampled."""
@@ -199,7 +194,7 @@ class CpuBackend:
             last = min(first + HEAD_ROWS, stop)
             head = [build_head(self.geometry, self._weights, self._buffers, first, last)]
             actions = [self._binder.bind(op) for op in head]
-            self._run(self._observed(head, actions, observer) if observer else actions, last - first)
+            self._run(self._observed(head, actions, observer) if observer else actions)
             out[first - start : last - start] = self._logits[: last - first]
         return out
 
@@ -208,15 +203,15 @@ class CpuBackend:
         self._tokens[: len(tokens)] = tokens
         actions = self.bound_step(len(tokens), head)
         check = partial(self._check_step, len(tokens))
-        self._run(self._observed(self.step(len(tokens), head), actions, observer, check), len(tokens))
+        self._run(self._observed(self.step(len(tokens), head), actions, observer, check))
 
     # --- running -----------------------------------------------------------------------------------------------------
 
-    def _run(self, actions: Sequence[Action], tokens: int) -> None:
+    def _run(self, actions: Sequence[Action]) -> None:
         self._require_open()
         numba.set_num_threads(self.threads)  # of the whole process: another engine may use another number
         try:
-            with kernel_turn(), nullcontext() if tokens <= GEMV_TOKENS else self._single_threaded_blas():
+            with kernel_turn():
                 for action in actions:
                     action()
         except CheckpointError:  # weights that have changed look like damaged ones
@@ -228,7 +223,7 @@ class CpuBackend:
         """A decode step that leaves the position where it was."""
         position = int(self._position[0])
         self._check_step(1)
-        self._run(actions, 1)
+        self._run(actions)
         self.seek(position)
 
     def _check_step(self, tokens: int) -> None:
@@ -250,14 +245,6 @@ class CpuBackend:
             in_order(partial(observer.before, op, memory), *checks, action, partial(observer.after, op, memory))
             for op, action in zip(ops, actions, strict=True)
         ]
-
-    def _single_threaded_blas(self) -> Any:
-        """Kernels call BLAS inside their parallel loops, where BLAS's own threads would oversubscribe the cores."""
-        if self._blas is None:
-            import scipy.linalg.cython_blas  # noqa: F401  the BLAS that compiled code calls; slow to import
-
-            self._blas = ThreadpoolController()
-        return self._blas.limit(limits=1, user_api="blas")
 
     def bound_step(self, tokens: int, head: Head) -> list[Action]:
         """The actions of a step, from a cache of those used last."""

@@ -25,7 +25,7 @@ from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.sampling import Sampler
 
-GEMV_TOKENS = 4  # up to here, one GEMV per token is faster than converting the weights to scratch for BLAS
+GEMV_TOKENS = 1  # up to here, one GEMV per token is faster than dequantizing the weights into panels
 
 Action = Callable[[], None]
 
@@ -104,9 +104,8 @@ class CpuBinder:
         if len(y) <= GEMV_TOKENS:
             rows = [bind(projection.project_token_swiglu, codes, scales, x_norm[t], y[t]) for t in range(len(y))]
             return in_order(norm, *rows)
-        gate_up = self._buffers["gate_up"].rows(0, len(y))
-        project = self._project(op.weight, op.x_norm, gate_up, accumulate=False)
-        return in_order(norm, project, bind(projection.swiglu, gate_up.host_array(), y))
+        scratch = self._array("prefill_scratch")
+        return in_order(norm, bind(projection.project_chunk_swiglu, codes, scales, x_norm, y, scratch))
 
     def _project(self, weight: Weight, x: View, y: View, *, accumulate: bool) -> Action:
         inputs, outputs = x.host_array(), y.host_array()
