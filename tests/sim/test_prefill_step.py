@@ -31,7 +31,7 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec, Planned
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 
-CHIP = Chip(sms=2, shared_bytes=232448, capability=(8, 0))
+CHIP = Chip(sms=2, shared_bytes=232448, capability=(9, 0))
 POSITIONS = 64
 LIMIT = 3e-3  # relative L2, as on a GPU
 
@@ -126,8 +126,10 @@ def plain(kind: str, value: View | int) -> Any:
 class SimulatedBackend:
     """The steps of the CUDA backend's GEMM path, launch by launch."""
 
-    def __init__(self, geometry: ModelGeometry, weights: Mapping[str, NDArray[Any]], chunk: int) -> None:
-        kernels = ModelKernels(geometry, CHIP, dependent=False, chunk=chunk)
+    def __init__(
+        self, geometry: ModelGeometry, weights: Mapping[str, NDArray[Any]], chunk: int, *, persistent: bool
+    ) -> None:
+        kernels = ModelKernels(geometry, CHIP, dependent=False, persistent=persistent, chunk=chunk)
         plan = cuda_plan(kernels, POSITIONS)
         self.kernels = kernels
         self.model = DeviceModel(kernels, plan, None, None)  # type: ignore[arg-type]
@@ -174,17 +176,41 @@ def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)
 
 
-@pytest.mark.parametrize("family", [{}, {"qk_norm": True, "qkv_bias": True}], ids=["llama", "qwen"])
-def test_chunks_equal_those_of_the_cpu(family: dict[str, Any]) -> None:
-    """19 tokens, padded to 32, and 12 after them, padded to 16; keys and values behind the last stay as they are."""
-    geometry = tiny_geometry(layers=1, hidden=128, heads=2, kv_heads=1, ffn=192, vocabulary=48, **family)
+@dataclass(frozen=True)
+class StepCase:
+    """Chunks of one prompt.
+
+    Attributes:
+        family: of the model.
+        ends: of the chunks.
+        persistent: weights are in k-tiles, as the persistent decode kernel has them.
+    """
+
+    family: dict[str, Any]
+    ends: tuple[int, ...]
+    persistent: bool = False
+
+
+CASES = {
+    "llama": StepCase({}, (10, 21)),
+    "llama, k-tiles": StepCase({}, (9,), persistent=True),
+    "qwen": StepCase({"qk_norm": True, "qkv_bias": True}, (19, 29)),
+}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_chunks_equal_those_of_the_cpu(case: StepCase) -> None:
+    """Chunks are padded to 16 or 32; keys and values behind the last stay as they are."""
+    geometry = tiny_geometry(layers=1, hidden=128, heads=2, kv_heads=1, ffn=192, vocabulary=48, **case.family)
     weights = dict(WeightArrays(RandomModel(geometry)))
-    gpu, cpu = SimulatedBackend(geometry, weights, chunk=32), CpuBackend(geometry, weights, POSITIONS, 1)
+    gpu = SimulatedBackend(geometry, weights, 32, persistent=case.persistent)
+    cpu = CpuBackend(geometry, weights, POSITIONS, 1)
     cpu.prepare(None)
-    tokens = generator().integers(0, geometry.vocabulary, 31).astype(np.int32)
+    tokens = generator().integers(0, geometry.vocabulary, case.ends[-1]).astype(np.int32)
     cache = gpu.array(gpu.model.buffers["kv_cache"])
     first = 0
-    for last in (19, 31):
+    for last in case.ends:
         piece = tokens[first:last]
         gpu.prefill(piece, last_logits=True)
         cpu.prefill(piece.tolist(), LAST_LOGITS)
