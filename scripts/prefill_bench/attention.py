@@ -19,15 +19,15 @@ OURS, FLASH, CUDNN = "ours", "flash", "cuDNN"
 _CHECKED_TOKENS = 32
 
 
-def attention_plan(geometry: ModelGeometry, chip: Chip, capacity: int) -> PrefillAttentionPlan:
-    """The plan for chunks of at most `capacity` tokens."""
+def attention_plan(geometry: ModelGeometry, chip: Chip) -> PrefillAttentionPlan:
+    """The engine's plan for its chunks."""
     g = geometry
-    return choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, ActivationTiles(g.q_dim, capacity), chip)
+    return choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, ActivationTiles(g.q_dim, CHUNK), chip)
 
 
 def attention_kernel(plan: PrefillAttentionPlan, chip: Chip) -> Planned:
-    """The kernel of a plan."""
-    return prefill_attention_kernel("prefill_attention", plan, chip.dependent_launch)
+    """The engine's kernel, which is in the compile cache under this name."""
+    return prefill_attention_kernel("attention_chunk", plan, chip.dependent_launch)
 
 
 class AttentionLab:
@@ -40,7 +40,7 @@ class AttentionLab:
         """Seconds of a whole prompt, and the error of some tokens of each chunk."""
         gpu, g, tokens = self._gpu, find_preset(case.model), case.tokens
         chunk = min(CHUNK, tokens)
-        plan = attention_plan(g, gpu.chip, chunk)
+        plan = attention_plan(g, gpu.chip)
         kernel = attention_kernel(plan, gpu.chip)
         gpu.load(kernel)
         q, keys, values = (

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.errors import OptionError
 from numba_atomflow.model.presets import find_preset
 from numba_atomflow.ops import jit
@@ -49,11 +50,27 @@ def _specs_of(case: Case, chip: Chip) -> Iterator[KernelSpec]:
             yield bandwidth.read_kernel(chip.sms).spec
             if chip.capability >= (9, 0):
                 yield bandwidth.bulk_read_kernel(chip.sms).spec
+        case "projections":
+            from prefill_bench.gemm_kernels import gemm_variants
+
+            variants = gemm_variants(find_preset(case.model), case.subject, case.tokens, chip)
+            yield from (variant.planned.spec for variant in variants if variant.chosen or case.variants)
         case "attention":
             from prefill_bench.attention import attention_kernel, attention_plan  # PyTorch is loaded only here
 
-            plan = attention_plan(find_preset(case.model), chip, min(CHUNK, case.tokens))
-            yield attention_kernel(plan, chip).spec
+            yield attention_kernel(attention_plan(find_preset(case.model), chip), chip).spec
+        case _:
+            yield from _engine_specs(case, chip)
+
+
+def _engine_specs(case: Case, chip: Chip) -> Iterator[KernelSpec]:
+    """What loading an engine, a prompt and decode steps need."""
+    kernels, _ = kernels_for(find_preset(case.model), chip, "fp8", "auto", chunk=0 if case.subject == "gemv" else CHUNK)
+    planned = list(kernels.start)
+    for start in range(0, case.tokens, kernels.prefill_chunk):
+        tokens = min(case.tokens - start, kernels.prefill_chunk)
+        planned += kernels.layer_kernels(kernels.width_for(tokens))
+    yield from dict.fromkeys(kernel.spec for kernel in planned)
 
 
 def adopt(folder: Path, specs: Sequence[KernelSpec], capability: tuple[int, int]) -> int:

@@ -7,6 +7,7 @@ import torch
 from numba_atomflow.ops.cuda.runtime import bandwidth
 from prefill_bench.attention import AttentionLab
 from prefill_bench.cases import Case, Measured
+from prefill_bench.projections import ProjectionLab
 from prefill_bench.torch_gpu import Run, TorchGpu
 
 _READ_BYTES = 1 << 30
@@ -18,14 +19,17 @@ class KernelLab:
 
     def __init__(self) -> None:
         self._gpu = TorchGpu()
-        self._attention = AttentionLab(self._gpu)
+        self._projections, self._attention = ProjectionLab(self._gpu), AttentionLab(self._gpu)
 
     def measure(self, case: Case) -> Measured:
-        """Measure a case of the parts ceilings and attention."""
+        """Measure a case of the parts ceilings, projections and attention."""
         match case.part:
             case "ceilings":
                 return self._ceilings()
+            case "projections":
+                return self._projections.measure(case)
             case "attention":
+                self._projections.close()  # frees the weights
                 return self._attention.measure(case)
         raise ValueError(f"kernels have no part {case.part}")
 
@@ -53,4 +57,5 @@ class KernelLab:
 
     def close(self) -> None:
         """Free everything."""
+        self._projections.close()
         self._gpu.close()

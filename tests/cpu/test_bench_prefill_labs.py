@@ -1,7 +1,6 @@
 """What the workers of bench_prefill.py measure: engines, and kernels beside PyTorch's."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ TINY = "llama-3.2-3b"  # the name that the tiny geometry takes here
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, TINY, replace(tiny_geometry(), max_positions=1024))
+    sizes = {"hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 384, "max_positions": 1024}
+    monkeypatch.setitem(PRESETS, TINY, tiny_geometry(**sizes))
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
@@ -136,13 +136,43 @@ def test_a_capability_without_kernels_is_refused() -> None:
 
 
 @pytest.fixture
-def gpu(tiny: None) -> Any:
+def gpu(tiny: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """PyTorch on the CPU, and kernels as formulas."""
     pytest.importorskip("torch", reason="the side that kernels are compared with: pip install torch")
+    from prefill_bench import projections
+
+    monkeypatch.setattr(projections, "ROTATED_BYTES", 3e5)
     from modelled_gpu import ModelledGpu
     from prefill_bench.compiled import H200
 
     return ModelledGpu(H200)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "o", "gate_up", "down"])
+def test_projections_are_checked_and_measured_beside_cublas(gpu: Any, kind: str) -> None:
+    from prefill_bench.projections import ProjectionLab
+
+    lab = ProjectionLab(gpu)
+    measured = lab.measure(Case("projections", TINY, kind, 32, variants=True))
+    assert set(measured.seconds) >= {"ours", "cuBLAS"}
+    assert set(measured.seconds) == {"cuBLAS", *measured.errors}
+    assert len(measured.seconds) == 3  # tiles of 16 and of 32 tokens
+    assert max(measured.errors.values()) < 5e-4
+    assert measured.notes["plan"].startswith("tile ")
+    assert measured.flop == 2 * 32 * lab._weights(Case("projections", TINY, kind)).exact.numel()
+    assert set(lab.measure(Case("projections", TINY, kind, 16)).seconds) == {"ours", "cuBLAS"}
+
+
+def test_a_wrong_projection_or_one_with_other_bits_is_reported(gpu: Any) -> None:
+    from prefill_bench.projections import ProjectionLab
+
+    def damage(io: Any) -> None:
+        io.residual.add_(len(gpu.launched))
+
+    gpu.after_launch = damage
+    measured = ProjectionLab(gpu).measure(Case("projections", TINY, "o", 16))
+    assert measured.errors["ours"] > 0.1
+    assert "other bits" in measured.notes["ours, bits"]
 
 
 def test_attention_runs_in_chunks(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +181,32 @@ def test_attention_runs_in_chunks(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(attention, "CHUNK", 16)
     monkeypatch.setattr(attention, "rivals", lambda *_: {"flash": lambda _i: None})
     measured = attention.AttentionLab(gpu).measure(Case("attention", TINY, "causal", 48))
-    assert gpu.launched[:3] == ["prefill_attention"] * 3
+    assert gpu.launched[:3] == ["attention_chunk"] * 3
     assert measured.errors["ours"] < 1e-3
     assert "3 chunks" in measured.notes["plan"]
     g = PRESETS[TINY]
     assert measured.flop == 4 * g.q_dim * 48 * 49 / 2
+
+
+def test_the_kernels_of_cases_can_be_compiled_beforehand(gpu: Any) -> None:
+    from prefill_bench.compiled import specs_of
+    from prefill_bench.projections import ProjectionLab
+
+    case = Case("projections", TINY, "down", 32, variants=True)
+    ProjectionLab(gpu).measure(case)
+    assert {planned.spec for planned in gpu.loaded} == set(specs_of([case], gpu.chip))
+
+
+def test_the_kernels_of_an_engine_can_be_compiled_beforehand() -> None:
+    from prefill_bench.compiled import H200, specs_of
+
+    def names(path: str, tokens: int) -> set[str]:
+        return {spec.name for spec in specs_of([Case("ttft", "llama-3.2-3b", path, tokens)], H200)}
+
+    (attention,) = specs_of([Case("attention", "llama-3.2-3b", "causal", 512)], H200)
+    assert attention in specs_of([Case("ttft", "llama-3.2-3b", "gemm", 512)], H200)
+    assert {"prepack", "argmax", "attention_chunk", "lm_head_x1"} <= names("gemm", 512)
+    assert not any(name.startswith("qkv_x") for name in names("gemm", 2048 + 512))
+    assert "qkv_x8" in names("gemm", 2048 + 3)  # a short rest runs in the GEMV kernels
+    assert "qkv_x8" in names("gemv", 512)
+    assert "attention_chunk" not in names("gemv", 512)

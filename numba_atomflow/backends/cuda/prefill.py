@@ -125,9 +125,10 @@ class PrefillKernels:
                 tiles = self.tiles["attn_out"]
                 plan = choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, tiles, self._chip)
                 return replace(prefill_attention_kernel("attention_chunk", plan, dependent), ctas=plan.ctas(bucket))
-        return self._projection(kind, self.gemm_plan(kind, bucket))
+        return self.projection(kind, self.gemm_plan(kind, bucket))
 
-    def _projection(self, kind: str, plan: GemmPlan) -> Planned:
+    def projection(self, kind: str, plan: GemmPlan) -> Planned:
+        """The kernel of a projection with this tiling, of its weights and its x."""
         g, options = self._geometry, dict[str, Any]()
         factory: Callable[..., Any]
         match kind:
