@@ -81,8 +81,11 @@ class GemmPlan:
 def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, chip: Chip) -> GemmPlan:
     """The plan that a model of the time takes for fastest at `tokens`, a multiple of 8 (a bucket).
 
-    Its `tile_tokens` divides `tokens`: plans of different buckets are equal if they have the same tiles.
+    Its `tile_tokens` divides `tokens`: plans of different buckets are equal if they have the same tiles. FP8
+    activations need `wgmma` and FP8 weights.
     """
+    if x.bits == 8 and (chip.capability != SM_90 or layout.format.bits != 8):
+        raise ValueError(f"no GEMM of {layout.format.name} weights and FP8 activations on sm_{chip.capability}")
     sizes = (256, 128, 64, 32, 16, 8) if chip.capability == SM_90 else (128, 64, 32, 16, 8)
     plans = [gemm_plan(layout, x, size, chip) for size in sizes if tokens % size == 0]
     if not plans:
@@ -94,20 +97,26 @@ def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chi
     """The plan with tiles of so many tokens."""
     stage_bytes = tile_tokens * BLOCK_BYTES
     available = chip.shared_bytes - _MISCELLANEOUS_BYTES - stage_bytes  # one more for the epilogue
-    fixup_units = round(_FIXUP_US / unit_us(tile_tokens))
+    if x.bits == 8:
+        stage_bytes += 4 * tile_tokens  # scales
+    fixup_units = round(_FIXUP_US / unit_us(tile_tokens, x.bits))
     stages = min(MOST_STAGES, available // stage_bytes)
     return GemmPlan(layout, x, tile_tokens, stages, chip.sms, fixup_units, min_units=2)
 
 
-def unit_us(tile_tokens: int) -> float:
-    """Measured on an H200: a unit of a tile takes as long as its products, but not less than loading its weights."""
-    return max(0.45, 1.3 * tile_tokens / 256)
+def unit_us(tile_tokens: int, bits: int = 16) -> float:
+    """Measured on an H200: a unit of a tile takes as long as its products, but not less than loading its weights.
+
+    FP8 activations (`bits` 8) have not been measured: as long as W and X take from L2 at 8 TB/s, which exceeds the
+    time of the products.
+    """
+    return max(0.45, 0.54 * (TILE_ROWS + tile_tokens) / 256 if bits == 8 else 1.3 * tile_tokens / 256)
 
 
 def modelled_us(plan: GemmPlan, tokens: int) -> float:
     """Time of the projection: waves of whole tiles, and what is left over by whole or by shared tiles."""
     waves, rest = divmod(plan.row_tiles * (tokens // plan.tile_tokens), plan.ctas)
-    unit = unit_us(plan.tile_tokens)
+    unit = unit_us(plan.tile_tokens, plan.x.bits)
     us = waves * (plan.units * unit + _EPILOGUE_US)
     if rest:
         us += _EPILOGUE_US + min(plan.units * unit, plan.units * rest / plan.ctas * unit + _FIXUP_US)

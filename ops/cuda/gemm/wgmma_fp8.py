@@ -173,6 +173,8 @@ def make_fp8_consumer(
     Args:
         shared: `wgmma.Shared`.
     """
+    if plan.layout.format.bits != 8 or plan.layout.format.converter != "cvt":
+        raise ValueError(f"{plan.layout.format} has no E4M3 codes in their order along K")
     passes = passes or choose_passes(plan.tile_tokens)
     work, load, load_scales = schedule.work, loads.load, loads.load_scales
     weights_start = make_weights_start(plan)

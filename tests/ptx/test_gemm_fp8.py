@@ -1,0 +1,50 @@
+"""FP8 GEMM kernels compiled down to machine code for sm_90a: no GPU, driver or toolkit is needed."""
+
+import pytest
+from machine_code import number, skip_without_compiler
+
+skip_without_compiler()
+
+from numba_atomflow.ops.cuda.gemm.kernels import (  # noqa: E402
+    gemm_kernel,
+    make_gemm_add,
+    make_gemm_qkv,
+    make_gemm_swiglu,
+)
+from numba_atomflow.ops.cuda.gemm.plan import choose_gemm_plan  # noqa: E402
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles  # noqa: E402
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.build import assemble_arch_specific  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec  # noqa: E402
+
+H200 = Chip(132, 232448, (9, 0))
+
+
+def llama_3b(kind: str, tokens: int) -> KernelSpec:
+    """A projection of Llama 3.2 3B in its bucket's tiling."""
+    rows, in_features, half, factory, options = {
+        "qkv": (5120, 3072, 64, make_gemm_qkv, {"heads": 24, "kv_heads": 8}),
+        "gate_up": (16384, 3072, 8192, make_gemm_swiglu, {"intermediate": ActivationTiles(8192, 2048)}),
+        "down": (3072, 8192, 0, make_gemm_add, {}),
+    }[kind]
+    layout = PrepackedLayout(rows, in_features, half, k_tile=4)
+    plan = choose_gemm_plan(layout, ActivationTiles(in_features, 2048, 8), tokens, H200)
+    assert plan.tile_tokens == min(tokens, 256)
+    return gemm_kernel(kind, factory, plan, dependent=True, **options).spec
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [
+        ("down", 128),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("gate_up", 2048), ("qkv", 2048), ("qkv", 16)]),
+    ],
+)
+def test_machine_code(kind: str, tokens: int) -> None:
+    spec = llama_3b(kind, tokens)
+    assert spec.shared_bytes <= H200.shared_bytes
+    _, log = assemble_arch_specific(spec.make(), spec, H200.capability)
+    assert "C75" not in log, log  # setmaxnreg ignored, wgmma serialised
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes stack frame", log) == 0
