@@ -19,7 +19,6 @@ from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
 from numba_atomflow.errors import BackendError
-from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, GateUp, LmHead, Qkv
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
@@ -33,11 +32,12 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_compiler(monkeypatch)
 
 
-@pytest.fixture(params=[LLAMA, QWEN], ids=["llama", "qwen"])
+@pytest.fixture(params=[(LLAMA, "gemm"), (QWEN, "gemm"), (LLAMA, "fp8")], ids=["llama", "qwen", "fp8"])
 def engine(pretended: PretendedDriver, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    geometry: ModelGeometry = request.param
+    geometry, path = request.param
     assert pretended.gpus == 1
-    with Engine.random(geometry, "cuda", MAX_SEQ_LEN, prefill="gemm", prefill_chunk=CHUNK) as engine:
+    with Engine.random(geometry, "cuda", MAX_SEQ_LEN, prefill=path, prefill_chunk=CHUNK) as engine:
+        assert engine.backend.prefill_path == PrefillPath(path)
         yield engine
 
 
@@ -68,6 +68,8 @@ def test_what_cannot_run_is_refused_with_the_reason() -> None:
     reason = "this GPU's compute capability is 7.5, and its kernels need 8.0"
     with pytest.raises(BackendError, match=f"^--prefill gemm is not possible because {reason}; use --prefill gemv"):
         choose_prefill_path("gemm", TURING)
+    with pytest.raises(BackendError, match=r"^--prefill fp8 is not possible because FP8 activations have kernels for"):
+        choose_prefill_path("fp8", AMPERE)
 
 
 def test_buckets_are_few_and_waste_little() -> None:
@@ -165,7 +167,7 @@ def test_inputs_of_projections_are_tiled_and_seen_as_rows(backend: CudaBackend) 
             case LmHead():
                 assert op.x_norm.tiling is None  # one row, by the GEMV kernel
                 assert op.x_norm.shape == (1, LLAMA.hidden)
-    values = np.arange(70 * LLAMA.hidden, dtype=np.float16).reshape(70, -1) % 61
+    values = (np.arange(70 * LLAMA.hidden) % 8).reshape(70, -1).astype(np.float16)  # exact in FP8, too, scaled by 64
     view = next(op.x_norm for op in ops if isinstance(op, Qkv))
     with backend._owner.current():
         backend._model.memory.write(view, values)

@@ -21,7 +21,7 @@ from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.view import View, view_of
 from numba_atomflow.model.step import LAST_LOGITS, NO_LOGITS
@@ -34,6 +34,7 @@ from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 CHIP = Chip(sms=2, shared_bytes=232448, capability=(9, 0))
 POSITIONS = 64
 LIMIT = 3e-3  # relative L2, as on a GPU
+FP8_LIMIT = 0.1  # E4M3 rounds to 2^-4
 
 
 class HostMemory:
@@ -126,10 +127,8 @@ def plain(kind: str, value: View | int) -> Any:
 class SimulatedBackend:
     """The steps of the CUDA backend's GEMM path, launch by launch."""
 
-    def __init__(
-        self, geometry: ModelGeometry, weights: Mapping[str, NDArray[Any]], chunk: int, *, persistent: bool
-    ) -> None:
-        kernels = ModelKernels(geometry, CHIP, dependent=False, persistent=persistent, chunk=chunk)
+    def __init__(self, kernels: ModelKernels, weights: Mapping[str, NDArray[Any]]) -> None:
+        geometry = kernels.geometry
         plan = cuda_plan(kernels, POSITIONS)
         self.kernels = kernels
         self.model = DeviceModel(kernels, plan, None, None)  # type: ignore[arg-type]
@@ -184,17 +183,20 @@ class StepCase:
         family: of the model.
         ends: of the chunks.
         persistent: weights are in k-tiles, as the persistent decode kernel has them.
+        fp8: activations are rounded to FP8.
     """
 
     family: dict[str, Any]
     ends: tuple[int, ...]
     persistent: bool = False
+    fp8: bool = False
 
 
 CASES = {
     "llama": StepCase({}, (10, 21)),
+    "qwen": StepCase({"qk_norm": True, "qkv_bias": True}, (17,)),
+    "FP8 activations": StepCase({}, (9,), fp8=True),
     "llama, k-tiles": StepCase({}, (9,), persistent=True),
-    "qwen": StepCase({"qk_norm": True, "qkv_bias": True}, (19, 29)),
 }
 
 
@@ -204,7 +206,11 @@ def test_chunks_equal_those_of_the_cpu(case: StepCase) -> None:
     """Chunks are padded to 16 or 32; keys and values behind the last stay as they are."""
     geometry = tiny_geometry(layers=1, hidden=128, heads=2, kv_heads=1, ffn=192, vocabulary=48, **case.family)
     weights = dict(WeightArrays(RandomModel(geometry)))
-    gpu = SimulatedBackend(geometry, weights, 32, persistent=case.persistent)
+    kernels = ModelKernels(
+        geometry, CHIP, dependent=False, persistent=case.persistent, chunk=32, fp8_activations=case.fp8
+    )
+    limit = FP8_LIMIT if case.fp8 else LIMIT
+    gpu = SimulatedBackend(kernels, weights)
     cpu = CpuBackend(geometry, weights, POSITIONS, 1)
     cpu.prepare(None)
     tokens = generator().integers(0, geometry.vocabulary, case.ends[-1]).astype(np.int32)
@@ -216,11 +222,11 @@ def test_chunks_equal_those_of_the_cpu(case: StepCase) -> None:
         cpu.prefill(piece.tolist(), LAST_LOGITS)
         expected = cpu.logits(0, len(piece)).astype(np.float64)
         last_row = gpu.array(gpu.model.buffers["logits"])[:1]
-        assert relative_error(last_row, expected[-1:]) <= LIMIT
-        assert relative_error(gpu.logits(0, len(piece)), expected) <= LIMIT
+        assert relative_error(last_row, expected[-1:]) <= limit
+        assert relative_error(gpu.logits(0, len(piece)), expected) <= limit
         assert int(gpu.array(gpu.model.buffers["position"])[0]) == last
         keys = cpu._buffers["kv_cache"].host_array()[:, :, :last].astype(np.float64)
-        assert relative_error(cache[:, :, :last].astype(np.float64), keys) <= LIMIT
+        assert relative_error(cache[:, :, :last].astype(np.float64), keys) <= limit
         assert np.isnan(cache[:, :, last:]).all()
         first = last
     cpu.close()

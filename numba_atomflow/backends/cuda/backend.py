@@ -78,7 +78,15 @@ class CudaBackend:
             chip = chip_of(self._gpu)
             self.prefill_path = choose_prefill_path(prefill, chip)
             chunk = 0 if self.prefill_path.name == "gemv" else min(prefill_chunk or DEFAULT_CHUNK, max_seq_len)
-            self.kernels, self.decode_path = kernels_for(geometry, chip, head, decode, dependent=dependent, chunk=chunk)
+            self.kernels, self.decode_path = kernels_for(
+                geometry,
+                chip,
+                head,
+                decode,
+                dependent=dependent,
+                chunk=chunk,
+                fp8_activations=self.prefill_path.name == "fp8",
+            )
             self.prefill_chunk = min(self.kernels.prefill_chunk, max_seq_len)
             self.plan = cuda_plan(self.kernels, max_seq_len)
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from numba_atomflow.backends.cuda.buckets import bucket_for
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import GemmScratch
@@ -17,6 +18,7 @@ from numba_atomflow.ops.cuda.gemm.arguments import (
 )
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
 from numba_atomflow.ops.cuda.token.embedding import EmbedChunkArguments
+from numba_atomflow.ops.cuda.token.quantize_tiles import QuantizeTilesArguments
 from numba_atomflow.ops.cuda.token.rms_norm import RmsNormTilesArguments
 from numba_atomflow.ops.cuda.token.rope import RopeChunkArguments
 
@@ -56,8 +58,7 @@ class PrefillBinder:
                 )
                 return [self._launch("attention", op.q, attention)]
             case ProjectAdd():
-                added = GemmAddArguments(**self._gemm(op, op.x), residual=op.residual)
-                return [self._launch(op.kind, op.residual, added)]
+                return self._bind_add(op)
             case GateUp():
                 gated = GemmSwigluArguments(**self._gemm(op, op.x_norm), intermediate=op.y)
                 return [self._norm("norm", op), self._launch("gate_up", op.residual, gated)]
@@ -65,6 +66,16 @@ class PrefillBinder:
                 stored = GemmStoreArguments(**self._gemm(op, op.x_norm), y=op.logits)
                 return [self._norm("final_norm", op), self._launch("lm_head", op.residual, stored)]
         raise NotImplementedError(f"the GEMM path has no kernel for {op.name}")
+
+    def _bind_add(self, op: ProjectAdd) -> list[Launch]:
+        if not self._kernels.fp8:
+            added = GemmAddArguments(**self._gemm(op, op.x), residual=op.residual)
+            return [self._launch(op.kind, op.residual, added)]
+        codes = self._model.buffers[f"tiles.{self._kernels.input_of(op.kind)}"]
+        quantized = QuantizeTilesArguments(x=op.x, y=codes, tokens=bucket_for(op.x.shape[0]))
+        added = GemmAddArguments(**self._gemm(op, codes), residual=op.residual)
+        quantize = self._launch(f"quantize_{op.kind}", op.residual, quantized)
+        return [quantize, self._launch(op.kind, op.residual, added)]
 
     def _bind_qkv(self, op: Qkv) -> list[Launch]:
         rotation = {

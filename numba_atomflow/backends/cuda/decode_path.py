@@ -18,18 +18,29 @@ def kernels_for(
     *,
     dependent: bool | None = None,
     chunk: int = 0,
+    fp8_activations: bool = False,
 ) -> tuple[ModelKernels, DecodePath]:
     """A model's kernels, and how decode steps run.
 
     Args:
         chunk: most tokens of a prefill step on the GEMM path; 0: prompts run on the GEMV kernels.
+        fp8_activations: of the GEMM path.
 
     Raises:
         BackendError: as `ModelKernels` and `choose_decode_path`.
     """
     path = choose_decode_path(ModelKernels(geometry, chip, head, dependent=dependent), requested)
     persistent = path.name == "persistent"
-    return ModelKernels(geometry, chip, head, dependent=dependent, persistent=persistent, chunk=chunk), path
+    kernels = ModelKernels(
+        geometry,
+        chip,
+        head,
+        dependent=dependent,
+        persistent=persistent,
+        chunk=chunk,
+        fp8_activations=fp8_activations,
+    )
+    return kernels, path
 
 
 def choose_decode_path(kernels: ModelKernels, requested: Decode) -> DecodePath:

@@ -46,6 +46,7 @@ class ModelKernels:
         dependent: programmatic dependent launch; where the chip has it, if None.
         persistent: decode steps run in the persistent kernel, for which weights are prepacked in small k-tiles.
         chunk: most tokens of a prefill step on the GEMM path; 0: prompts run on the GEMV kernels.
+        fp8_activations: of the GEMM path.
 
     Attributes:
         gemv_width: the greatest number of tokens that a GEMV kernel takes.
@@ -65,6 +66,7 @@ class ModelKernels:
         dependent: bool | None = None,
         persistent: bool = False,
         chunk: int = 0,
+        fp8_activations: bool = False,
     ) -> None:
         self.geometry, self.chip, self.head = geometry, chip, head
         self.dependent = chip.dependent_launch if dependent is None else dependent
@@ -72,7 +74,7 @@ class ModelKernels:
         self.layouts = self._layouts(K_TILE_GROUPS if persistent else 0)
         self.projections = Projections(geometry, chip, self.layouts, self.dependent)
         self.gemv_width = fitting_widths(range(1, MAX_GEMV_WIDTH + 1), self._shared_bytes, geometry, chip)[-1]
-        self.prefill = self._prefill(chunk) if chunk else None
+        self.prefill = self._prefill(chunk, fp8=fp8_activations) if chunk else None
         self.prefill_chunk = chunk or self.gemv_width
 
     # --- shapes ------------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class ModelKernels:
             k_tile=k_tile,
         )
 
-    def _prefill(self, chunk: int) -> PrefillKernels:
+    def _prefill(self, chunk: int, *, fp8: bool) -> PrefillKernels:
         return PrefillKernels(
             self.geometry,
             self.chip,
@@ -151,6 +153,7 @@ class ModelKernels:
             chunk=chunk,
             dependent=self.dependent,
             separate_rope=self.separate_rope_kernel,
+            fp8=fp8,
         )
 
     def _shared_bytes(self, tokens: int) -> int:

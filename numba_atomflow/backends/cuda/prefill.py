@@ -3,6 +3,9 @@
 A layer is: RMSNorm to tiles, QKV with RoPE and KV cache (or stored, with RoPE as a kernel of its own), attention to
 tiles, O, RMSNorm to tiles, gate and up with SwiGLU to tiles, down. Most kernels serve every bucket, and a projection's
 serves all for which its tiling is the same; a launch has its own grid.
+
+With FP8 activations RMSNorm writes FP8 tiles, and the inputs of O and down are quantized by a kernel of their own. The
+LM head always takes float16.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,11 +30,12 @@ from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.embedding import embed_chunk_kernel, embed_ctas
+from numba_atomflow.ops.cuda.token.quantize_tiles import quantize_tiles_ctas, quantize_tiles_kernel
 from numba_atomflow.ops.cuda.token.rms_norm import rms_norm_tiles_kernel
 from numba_atomflow.ops.cuda.token.rope import rope_chunk_kernel, rope_ctas
 
 HEAD_ROWS = 128  # most rows whose logits are computed at once: each takes 4 bytes per token of the vocabulary
-INPUTS = {"qkv": "x_norm", "o": "attn_out", "gate_up": "x_norm", "down": "intermediate", "lm_head": "final_x_norm"}
+QUANTIZED = {"o": ("attn_out", "attn_out_fp8"), "down": ("intermediate", "intermediate_fp8")}  # float16 and FP8 tiles
 
 
 class PrefillKernels:
@@ -42,6 +46,7 @@ class PrefillKernels:
         chunk: most tokens of a step.
         dependent: programmatic dependent launch.
         separate_rope: RoPE is a kernel of its own.
+        fp8: the layers' projections take FP8 activations.
 
     Attributes:
         capacity: tokens that activations have room for, padding included.
@@ -57,18 +62,22 @@ class PrefillKernels:
         chunk: int,
         dependent: bool,
         separate_rope: bool,
+        fp8: bool = False,
     ) -> None:
         self._geometry, self._chip, self._layouts, self._dependent = geometry, chip, layouts, dependent
-        self._separate_rope = separate_rope
+        self._separate_rope, self.fp8 = separate_rope, fp8
         self.buckets = buckets_up_to(chunk)
         self.capacity = self.buckets[-1]
         g, head_bits = geometry, layouts["lm_head"].format.bits
         self.tiles = {
-            "x_norm": ActivationTiles(g.hidden, self.capacity),
+            "x_norm": ActivationTiles(g.hidden, self.capacity, bits=8 if fp8 else 16),
             "attn_out": ActivationTiles(g.q_dim, self.capacity),
             "intermediate": ActivationTiles(g.ffn, self.capacity),
             "final_x_norm": ActivationTiles(g.hidden, self.head_rows, weight_bits=head_bits),
         }
+        if fp8:
+            self.tiles["attn_out_fp8"] = ActivationTiles(g.q_dim, self.capacity, bits=8)
+            self.tiles["intermediate_fp8"] = ActivationTiles(g.ffn, self.capacity, bits=8)
         self._kernels: dict[tuple[str, int], Planned] = {}
 
     @property
@@ -80,7 +89,8 @@ class PrefillKernels:
     def layer_kinds(self) -> list[str]:
         """The kinds of the kernels that a step's embedding and layers take."""
         rope = ["rope"] if self._separate_rope else []
-        return ["embed", "norm", "qkv", *rope, "attention", "o", "gate_up", "down"]
+        quantize = ["quantize_o", "quantize_down"] if self.fp8 else []
+        return ["embed", "norm", "qkv", *rope, "attention", "o", "gate_up", "down", *quantize]
 
     @property
     def head_kinds(self) -> list[str]:
@@ -96,7 +106,13 @@ class PrefillKernels:
 
     def gemm_plan(self, kind: str, tokens: int) -> GemmPlan:
         """The tiling of a projection for a step of `tokens` tokens, which are padded to a bucket."""
-        return choose_gemm_plan(self._layouts[kind], self.tiles[INPUTS[kind]], bucket_for(tokens), self._chip)
+        return choose_gemm_plan(self._layouts[kind], self.tiles[self.input_of(kind)], bucket_for(tokens), self._chip)
+
+    def input_of(self, kind: str) -> str:
+        """The name of the tiles that a projection reads."""
+        if kind in QUANTIZED:
+            return QUANTIZED[kind][self.fp8]
+        return "final_x_norm" if kind == "lm_head" else "x_norm"
 
     def token_tiles(self, kind: str, tokens: int) -> int:
         """Tiles along the tokens that a launch of a projection computes: those of the bucket."""
@@ -106,7 +122,8 @@ class PrefillKernels:
     def scratch(self) -> tuple[int, int]:
         """Float32 partial sums, and counters, that the projections of every bucket have room in."""
         heads = [bucket for bucket in self.buckets if bucket <= self.head_rows]
-        plans = [self.gemm_plan(kind, bucket) for kind in INPUTS if kind != "lm_head" for bucket in self.buckets]
+        layers = ("qkv", "o", "gate_up", "down")
+        plans = [self.gemm_plan(kind, bucket) for kind in layers for bucket in self.buckets]
         plans += [self.gemm_plan("lm_head", bucket) for bucket in heads]
         return max(plan.partials for plan in plans), max(plan.counters for plan in plans)
 
@@ -119,6 +136,10 @@ class PrefillKernels:
             case "norm" | "final_norm":
                 tiles = self.tiles["x_norm" if kind == "norm" else "final_x_norm"]
                 return replace(rms_norm_tiles_kernel(f"{kind}_tiles", tiles, g.norm_eps, dependent), ctas=bucket)
+            case "quantize_o" | "quantize_down":
+                x, y = (self.tiles[name] for name in QUANTIZED[kind.removeprefix("quantize_")])
+                planned = quantize_tiles_kernel(f"{kind}_tiles", x, y, dependent=dependent)
+                return replace(planned, ctas=quantize_tiles_ctas(y, bucket))
             case "rope":
                 return replace(self._rope(), ctas=rope_ctas(g.heads, g.kv_heads, bucket))
             case "attention":

@@ -5,6 +5,7 @@ from numba_atomflow.errors import BackendError
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 _MIN_CAPABILITY = (8, 0)  # cp.async
+_FP8_CAPABILITY = (9, 0)  # wgmma
 
 
 def choose_prefill_path(requested: Prefill, chip: Chip) -> PrefillPath:
@@ -26,6 +27,6 @@ def _obstacle(requested: Prefill, chip: Chip) -> str | None:
     if chip.capability < _MIN_CAPABILITY:
         has, needed = (".".join(map(str, version)) for version in (chip.capability, _MIN_CAPABILITY))
         return f"this GPU's compute capability is {has}, and its kernels need {needed}"
-    if requested == "fp8":
-        return "the kernels for FP8 activations are not complete"
+    if requested == "fp8" and chip.capability != _FP8_CAPABILITY:
+        return "FP8 activations have kernels for compute capability 9.0 only"
     return None
