@@ -52,6 +52,7 @@ from numba_atomflow.ops.ptx.core import (
     large_device_function,
 )
 from numba_atomflow.ops.ptx.memory import (
+    fence_gpu,
     ll_load,
     ll_store,
     load_8,
@@ -137,6 +138,7 @@ __all__ = [
     "f32_bits",
     "fence_async_shared",
     "fence_barriers",
+    "fence_gpu",
     "fma",
     "high_halves",
     "kernel",

@@ -99,6 +99,13 @@ def load_constant_i64(array, index):
     return int(array[index])
 
 
+@instruction("fence.acq_rel.gpu;", (), (), memory=True)
+def fence_gpu():
+    """Order this thread's accesses, and with a barrier those of its CTA, as other CTAs see them; cheaper than
+    `cuda.threadfence`, which is sequentially consistent.
+    """
+
+
 @instruction("ld.relaxed.gpu.global.f32 $0, [$1];", (f32,), (ADDRESS,), memory=True)
 def load_relaxed_f32(array, index):
     """A float32 that another CTA of this launch wrote, read from L2."""

@@ -50,7 +50,9 @@ class WgmmaCase:
 
 WGMMAS = (
     WgmmaCase("store", 130, 300, 8),  # 9 prepacked tiles: the second tile of rows has one; 3 units
-    WgmmaCase("add", 37, 640, 8, token_tiles=3, ctas=2, stages=2, k_tile=4),  # k-tiles of 4 groups and of 1; shared
+    WgmmaCase(
+        "add", 37, 640, 8, token_tiles=2, ctas=3, stages=2, k_tile=4
+    ),  # 10 units for 3 CTAs; k-tiles of 4 and of 1
     WgmmaCase("swiglu", 140, 200, 24, ctas=2, stages=5),  # one tile, whose two units are two CTAs'
     WgmmaCase("store", 40, 500, 8, ctas=3, format=FP16),  # 4 units for 3 CTAs
 )

@@ -61,7 +61,7 @@ def make_schedule(plan: GemmPlan) -> Schedule:
         """Which CTA's share a unit is in: shares begin at cta * shared_units // sharing."""
         return i32((u32(unit + 1) * u32(sharing) - u32(1)) // u32(shared_units))
 
-    @ptx.device_function
+    @ptx.large_device_function
     def work(number, token_tiles):
         waves, rest, sharing = split(token_tiles)
         cta = i32(cuda.blockIdx.x)
@@ -80,7 +80,7 @@ def make_schedule(plan: GemmPlan) -> Schedule:
             tile = i32(-1)
         return tile, first, last
 
-    @ptx.device_function
+    @ptx.large_device_function
     def sharers(tile, token_tiles):
         waves, rest, sharing = split(token_tiles)
         counter = i32(tile - waves * ctas)
@@ -88,7 +88,7 @@ def make_schedule(plan: GemmPlan) -> Schedule:
         last = share_of(counter * units + units - 1, rest * units, sharing)
         return counter, i32(first + counter), i32(last - first + 1)
 
-    @ptx.device_function
+    @ptx.large_device_function
     def slot(tile, token_tiles):
         waves, _, _ = split(token_tiles)
         return i32(i32(cuda.blockIdx.x) + tile - waves * ctas)

@@ -8,35 +8,37 @@ It has a warpgroup of its own, because registers can only be given away by whole
 Each stage has two mbarriers: `full` completes a phase when the bytes have arrived, `empty` when all consumer warps have
 multiplied them. Stage n % stages waits for phase n // stages.
 
-Scales. A is the bare codes. Between units (of one scale each) the accumulators are multiplied by s[u - 1] / s[u], after
-the last one by its s: the sum over units of s times the unit's products, without a second set of accumulators. A unit
-whose scale is 0 has no codes but 0, and takes the scale of the one before.
-
-Order of a unit, per warpgroup: while the second block of the last unit is multiplied, convert the first block (its
-registers of A are free), wait for X; wait for the products; rescale; start the first block; convert the second, whose
-registers of A that wait freed; start it; wait until only it is under way. Loads of the next unit are issued as soon as
-codes are converted. The order of additions of an element does not depend on `tile_tokens`.
+What a warpgroup does with the weights and X: `multiply.py`.
 """
 
 from typing import Any
 
-from numba import cuda, float32, uint32, uint64
+from numba import cuda, float32, int32, uint32, uint64
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.gemm.consumer import CONSUMER_WARPS, make_weights_start, make_write_tile
 from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue
-from numba_atomflow.ops.cuda.gemm.fixup import CONSUMER_BARRIER, make_fixup
+from numba_atomflow.ops.cuda.gemm.multiply import (
+    BEFORE,
+    PHASE,
+    STAGE,
+    Pipeline,
+    Registers,
+    Units,
+    Weights,
+    make_multiply,
+    register_sets,
+)
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads, make_weight_loads
 from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import make_fp8_consumer
-from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
+from numba_atomflow.ops.cuda.scalars import i32, u32
 
 THREADS = CONSUMERS + 128
 ALIGNMENT = ptx.SWIZZLE_ATOM_BYTES
-CONSUMER_WARPS = CONSUMERS // 32
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40
 _L2_DISTANCE = 3  # units from the one whose X is copied to the one that is prefetched
-_ZERO, _ONE = f32(0.0), f32(1.0)
 
 
 class Shared:
@@ -112,14 +114,14 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, share
         plan.tile_tokens,
     )
 
-    @ptx.device_function
+    @ptx.large_device_function
     def prefetch(io, lane, tile, unit, last):
         """A unit of the prepacked tiles of the 8 consumer warps, by 8 lanes."""
         if tile >= 0 and unit < last and lane < CONSUMER_WARPS:
             prepacked = min(i32(u32(tile) // u32(io.token_tiles)) * CONSUMER_WARPS + lane, tiles - 1)
             prefetch_unit(io.weights, prepacked * tile_words, unit)
 
-    @ptx.device_function
+    @ptx.large_device_function
     def produce(io, words, barriers, stages_start, full, empty, lane):
         stage, phase = i32(0), u32(0)
         number = i32(0)
@@ -168,227 +170,62 @@ def _make_consumer(
 
     `skipped`: words of shared memory before the first stage; `full`, `empty`: addresses of shared memory.
     """
-    work, units, fixup = schedule.work, plan.units, make_fixup(plan, schedule, CONSUMERS)
-    load, load_scales, code_registers = loads.load, loads.load_scales, loads.code_registers
-    tiles, tile_words, tile_tokens = plan.layout.tiles, plan.layout.tile_words, plan.tile_tokens
-    sums_count, fragments = tile_tokens // 2, tile_tokens // 8
-    store, flush, staged = epilogue.store, epilogue.flush, epilogue.stage_words > 0
-    epilogue_at, flag_at = shared.epilogue, shared.flag
-    begin, multiply_unit, finish = _make_multiply(plan, loads)
-
-    @ptx.device_function
-    def weights_start(tile, warp, token_tiles):
-        """Word at which the prepacked tile of a warp begins; rows beyond the last tile repeat it, to be discarded."""
-        return min(i32(u32(tile) // u32(token_tiles)) * CONSUMER_WARPS + warp, tiles - 1) * tile_words
+    work, weights_start = schedule.work, make_weights_start(plan)
+    write_tile = make_write_tile(plan, schedule, epilogue, shared.epilogue, shared.flag)
+    sums_count, code_registers, sets = plan.tile_tokens // 2, loads.code_registers, register_sets(plan)
+    load_unit = _make_load_unit(loads)
+    begin, multiply_tile, finish = make_multiply(plan, loads)
 
     @ptx.device_function
     def consume(io, words, barriers, skipped, full, empty, thread):
         sums = cuda.local.array(sums_count, float32)
         a, b = cuda.local.array(A_REGISTERS, uint32), cuda.local.array(A_REGISTERS, uint32)
-        codes = cuda.local.array(code_registers, uint32)
-        scales = cuda.local.array(2, float32)
-        lane, warp = thread & 31, thread >> 5
-        stages_start = u32(ptx.shared_address(words, skipped))
-        stage, phase, before = i32(0), u32(0), i32(-1)
+        codes_0, codes_1 = cuda.local.array(code_registers, uint32), cuda.local.array(code_registers, uint32)
+        scales_0, scales_1 = cuda.local.array(2, float32), cuda.local.array(2, float32)
+        factors, state = cuda.local.array(2, float32), cuda.local.array(3, int32)
+        lane, warp = i32(thread & 31), i32(thread >> 5)
+        pipeline = Pipeline(words, barriers, u32(ptx.shared_address(words, skipped)), full, empty)
+        registers = Registers(sums, a, b, factors, state)
+        held = Weights(codes_0, scales_0, codes_1, scales_1)
+        state[STAGE], state[PHASE], state[BEFORE] = i32(0), i32(0), i32(-1)
         number = i32(0)
         tile, first, last = work(number, io.token_tiles)
-        start = weights_start(max(tile, 0), warp, io.token_tiles)
-        if tile >= 0:
-            load(io.weights, start, first, 0, lane, codes)
-            load_scales(io.weights, start, first, lane, scales)
-            load(io.weights, start, first, 1, lane, codes)
+        start = weights_start(tile if tile > 0 else i32(0), warp, io.token_tiles)
+        loaded = i32(0)  # whether the first units of the tile are loaded, or on their way
         if dependent:
             ptx.let_next_kernel_start()
-            ptx.wait_for_previous_kernel()
+        waited = False
         while tile >= 0:
             number = i32(number + 1)
             next_tile, next_first, next_last = work(number, io.token_tiles)
-            next_start = weights_start(max(next_tile, 0), warp, io.token_tiles)
-            begin(sums)
-            scale_0, scale_1 = _ZERO, _ZERO
-            for unit in range(first, last):
-                more = unit + 1 < last
-                ahead_start, ahead = start if more else next_start, unit + 1 if more else next_first
-                stage, phase, before, scale_0, scale_1 = multiply_unit(
-                    io,
-                    words,
-                    barriers,
-                    stages_start,
-                    full,
-                    empty,
-                    stage,
-                    phase,
-                    before,
-                    sums,
-                    a,
-                    b,
-                    codes,
-                    scales,
-                    scale_0,
-                    scale_1,
-                    ahead_start,
-                    ahead,
-                    lane,
-                )
-            before = finish(barriers, empty, before, sums, codes, scale_0, scale_1, lane)
-            whole = True
-            if last - first < units:
-                whole = fixup(io, words, skipped + flag_at, tile, sums, thread)
-            if whole:
-                row_tile, token_tile = i32(u32(tile) // u32(io.token_tiles)), i32(u32(tile) % u32(io.token_tiles))
-                token, prepacked = token_tile * tile_tokens, row_tile * CONSUMER_WARPS + warp
-                stage_of_epilogue = words[skipped + epilogue_at :]
-                if staged:
-                    ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(CONSUMERS))
-                for j in range(fragments):
-                    i = 4 * j
-                    store(
-                        io,
-                        stage_of_epilogue,
-                        prepacked,
-                        lane,
-                        token + 8 * j,
-                        8 * j,
-                        sums[i],
-                        sums[i + 1],
-                        sums[i + 2],
-                        sums[i + 3],
-                    )
-                if staged:
-                    ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(CONSUMERS))
-                    flush(io, stage_of_epilogue, row_tile, token, thread)
+            next_start = weights_start(next_tile if next_tile > 0 else i32(0), warp, io.token_tiles)
+            if loaded == 0:
+                load_unit(io.weights, start, first, lane, codes_0, scales_0)
+                if sets == 2:
+                    load_unit(io.weights, start, first + 1 if first + 1 < last else first, lane, codes_1, scales_1)
+            if dependent and not waited:
+                ptx.wait_for_previous_kernel()
+                waited = True
+            begin(registers)
+            multiply_tile(
+                io, pipeline, registers, held, Units(start, first, last), Units(next_start, next_first, next_last), lane
+            )
+            finish(pipeline, registers, held, lane)
+            write_tile(io, words, skipped, tile, first, last, sums, thread)
+            loaded = i32(last - first >= sets)
             tile, first, last, start = next_tile, next_first, next_last, next_start
 
     return consume
 
 
-def _make_multiply(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, Any]:
-    """Device functions of a warpgroup.
+def _make_load_unit(loads: WeightLoads) -> Any:
+    """Device function (weights, start, unit, lane, codes, scales): load a whole unit."""
+    load, load_scales = loads.load, loads.load_scales
 
-    begin: (sums): a tile's sums are 0.
+    @ptx.large_device_function
+    def load_unit(weights, start, unit, lane, codes, scales):
+        load_scales(weights, start, unit, lane, scales)
+        load(weights, start, unit, 0, lane, codes)
+        load(weights, start, unit, 1, lane, codes)
 
-    multiply_unit: (io, words, barriers, stages_start, full, empty, stage, phase, before, sums, a, b, codes, scales,
-    scale_0, scale_1, ahead_start, ahead, lane) -> (stage, phase, before, scale_0, scale_1): start the products of the
-    unit in `codes` and of X in the next two stages; load unit `ahead` of the tile that begins at `ahead_start`.
-    `before`: the stage that a batch which may be under way reads, or -1. scale_0, scale_1: that the sums are yet to be
-    multiplied by; 0: there are none.
-
-    finish: (barriers, empty, before, sums, codes, scale_0, scale_1, lane) -> -1: wait for all products; scale them.
-    """
-    sums_count, stages, stage_bytes = plan.tile_tokens // 2, plan.stages, 4 * plan.stage_words
-    load, load_scales, convert, half = loads.load, loads.load_scales, loads.convert, loads.code_registers // 2
-    scaled = plan.layout.format.scaled
-    step_0, step_1, step_2, step_3 = (ptx.make_wgmma(plan.tile_tokens, a_first=4 * step) for step in range(4))
-    all_sums, all_a = ptx.Registers(sums_count), ptx.Registers(A_REGISTERS)
-    fence_sums, fence_a = ptx.make_wgmma_fence(all_sums), ptx.make_wgmma_fence(all_a)
-    fence_both = ptx.make_wgmma_fence(all_sums, all_a)
-    # What is converted next goes into registers that a batch was reading: codes are tied to the wait for it.
-    wait_all = ptx.make_wgmma_wait(0, all_sums, ptx.Registers(half, half))
-    wait_before_second = ptx.make_wgmma_wait(1, ptx.Registers(half, half))
-    wait_before_first = ptx.make_wgmma_wait(1, ptx.Registers(half))
-
-    @ptx.device_function
-    def release(barriers, empty, stage, lane):
-        """The stage has been multiplied by this warp."""
-        if stage >= 0 and lane == 0:
-            ptx.barrier_arrive(barriers, u32(empty + u32(8) * u32(stage)))
-
-    @ptx.device_function
-    def start_products(words, sums, a, stages_start, stage):
-        """A K block: a batch of four k-steps."""
-        x = ptx.wgmma_descriptor(u32(stages_start + u32(stage) * u32(stage_bytes)), 16, ptx.SWIZZLE_ATOM_BYTES)
-        step_0(sums, a, words, x)
-        step_1(sums, a, words, u64(x + u64(ptx.K_STEP_WORDS)))
-        step_2(sums, a, words, u64(x + u64(2 * ptx.K_STEP_WORDS)))
-        step_3(sums, a, words, u64(x + u64(3 * ptx.K_STEP_WORDS)))
-        ptx.wgmma_commit()
-
-    @ptx.device_function
-    def next_stage(stage, phase):
-        stage = i32(stage + 1)
-        if stage == stages:
-            stage, phase = i32(0), u32(phase ^ u32(1))
-        return stage, phase
-
-    @ptx.device_function
-    def rescale(sums, factor_0, factor_1):
-        for j in range(sums_count // 4):
-            sums[4 * j] *= factor_0
-            sums[4 * j + 1] *= factor_0
-            sums[4 * j + 2] *= factor_1
-            sums[4 * j + 3] *= factor_1
-
-    @ptx.device_function
-    def begin(sums):
-        for i in range(sums_count):
-            sums[i] = _ZERO
-        if not scaled:
-            fence_sums(sums)
-
-    @ptx.device_function
-    def multiply_unit(
-        io,
-        words,
-        barriers,
-        stages_start,
-        full,
-        empty,
-        stage,
-        phase,
-        before,
-        sums,
-        a,
-        b,
-        codes,
-        scales,
-        scale_0,
-        scale_1,
-        ahead_start,
-        ahead,
-        lane,
-    ):
-        new_0, new_1 = scales[0], scales[1]
-        live_0, live_1 = new_0 != _ZERO, new_1 != _ZERO
-        if scale_0 == _ZERO:
-            scale_0 = new_0 if live_0 else _ONE
-        if scale_1 == _ZERO:
-            scale_1 = new_1 if live_1 else _ONE
-        new_0, new_1 = new_0 if live_0 else scale_0, new_1 if live_1 else scale_1
-        convert(codes, 0, a, live_0, live_1)
-        load(io.weights, ahead_start, ahead, 0, lane, codes)
-        load_scales(io.weights, ahead_start, ahead, lane, scales)
-        ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
-        if scaled:
-            wait_all(sums, codes)
-            release(barriers, empty, before, lane)
-            rescale(sums, ptx.divide(scale_0, new_0), ptx.divide(scale_1, new_1))
-            fence_both(sums, a)
-        else:
-            fence_a(a)
-        start_products(words, sums, a, stages_start, stage)
-        if not scaled:
-            wait_before_second(codes)
-            release(barriers, empty, before, lane)
-        before = stage
-        stage, phase = next_stage(stage, phase)
-
-        convert(codes, 1, b, live_0, live_1)
-        load(io.weights, ahead_start, ahead, 1, lane, codes)
-        ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
-        fence_a(b)
-        start_products(words, sums, b, stages_start, stage)
-        wait_before_first(codes)
-        release(barriers, empty, before, lane)
-        before = stage
-        stage, phase = next_stage(stage, phase)
-        return stage, phase, before, new_0, new_1
-
-    @ptx.device_function
-    def finish(barriers, empty, before, sums, codes, scale_0, scale_1, lane):
-        wait_all(sums, codes)
-        release(barriers, empty, before, lane)
-        if scaled:
-            rescale(sums, scale_0, scale_1)
-        return i32(-1)
-
-    return begin, multiply_unit, finish
+    return load_unit
