@@ -22,7 +22,7 @@ from numba_atomflow.errors import BackendError
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, GateUp, LmHead, Qkv
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
-LAYERS, MAX_SEQ_LEN, CHUNK = 2, 300, 192
+LAYERS, MAX_SEQ_LEN, CHUNK = 2, 300, 250
 LLAMA, QWEN = tiny_geometry(layers=LAYERS), tiny_geometry(layers=LAYERS, qk_norm=True)
 HOPPER, AMPERE, TURING = (Chip(132, 232448, capability) for capability in ((9, 0), (8, 0), (7, 5)))
 
@@ -74,7 +74,7 @@ def test_what_cannot_run_is_refused_with_the_reason() -> None:
 
 def test_buckets_are_few_and_waste_little() -> None:
     buckets = buckets_up_to(DEFAULT_CHUNK)
-    assert len(buckets) == 18
+    assert len(buckets) == 15
     assert (buckets[0], buckets[-1]) == (16, DEFAULT_CHUNK)
     for tokens in range(1, DEFAULT_CHUNK + 1):
         bucket = bucket_for(tokens)
@@ -176,7 +176,13 @@ def test_inputs_of_projections_are_tiled_and_seen_as_rows(backend: CudaBackend) 
 
 @pytest.mark.parametrize(
     ("start", "stop", "pieces"),
-    [(0, 192, [(0, 128), (128, 192)]), (0, 130, [(0, 128), (128, 130)]), (0, 5, [(0, 5)]), (69, 70, [(69, 70)])],
+    [
+        (0, 192, [(0, 128), (128, 192)]),
+        (0, 250, [(0, 128), (128, 250)]),
+        (0, 130, [(0, 128), (128, 130)]),
+        (0, 5, [(0, 5)]),
+        (69, 70, [(69, 70)]),
+    ],
 )
 def test_logits_of_many_rows_are_computed_in_pieces(
     backend: CudaBackend, start: int, stop: int, pieces: list[tuple[int, int]]
