@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--reply", type=int, default=400, help="tokens of a reply")
     parser.add_argument("--backend", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--decode", default="auto", choices=["auto", "graph", "persistent"])
+    parser.add_argument("--prefill", default="auto", choices=["auto", "gemv", "gemm", "fp8"])
     parser.add_argument("--json", action="store_true", help="print a record")
     options = parser.parse_args()
     if options.steps < 1 or options.reply < 2:
@@ -62,7 +63,7 @@ def main() -> int:
     geometry = PRESETS[options.geometry] if options.geometry else TINY
     length = len(PROMPT) + options.reply
     try:
-        with Engine.random(geometry, options.backend, length, decode=options.decode) as engine:
+        with Engine.random(geometry, options.backend, length, decode=options.decode, prefill=options.prefill) as engine:
             record = soak(engine, options.steps, options.reply)
             path = engine.backend.decode_path
             record |= {"device": engine.backend.device, "decode": None if path is None else path.name}

@@ -76,6 +76,10 @@ def validate(
     """
     if (ground_truth is not None) + diff_backends + diff_chunks != 1:
         raise OptionError("A validation needs one reference; give --ground-truth, --diff-backends or --diff-chunks.")
+    if engine_options.prefill is options.PrefillChoice.FP8:
+        raise OptionError(
+            "validate allows for no rounding of activations to FP8; use --prefill gemm, and perplexity to measure fp8."
+        )
     layer_range = _parse_layers(layers)
 
     from numba_atomflow import validate as validator

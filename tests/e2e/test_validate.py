@@ -246,6 +246,7 @@ def test_options_out_of_range(cli: InProcess, tiny_checkpoint: Path, truth_file:
     assert_refused(cli(*given, "--layers", "3"), "--layers 3")
     assert_refused(cli(*given, "--layers", "1:5"), "--layers 1:5")
     assert_refused(cli(*given, "--block", "0"), "--block")
+    assert_refused(cli(*given, "--prefill", "fp8"), "use --prefill gemm")
     assert_refused(cli(*given, "--inject", "layer.9.qkv"), "layer.9.qkv")
     assert_refused(cli("ground-truth", tiny_checkpoint, "-p", "", "-o", out), "prompt is empty")
     assert_refused(
