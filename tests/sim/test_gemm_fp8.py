@@ -1,25 +1,27 @@
 """The FP8 GEMM in numba's CUDA simulator (checks: tests/support/gemm_fp8_cases.py)."""
 
+import gemm_fp8_cases
 import pytest
-from gemm_fp8_cases import GEMMS, Fp8GemmCase, check_gemm_fp8, check_multiply_group
+from gemm_fp8_cases import GEMMS, Fp8GemmCase, check_gemm_fp8
 
-from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import Passes
+from numba_atomflow.ops.cuda.gemm import wgmma_fp8
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 
 
 @pytest.mark.parametrize(
-    ("layout", "passes"),
+    ("layout", "tokens", "most"),
     [
-        (PrepackedLayout(128, 256), Passes(16, 1, 1)),
-        (PrepackedLayout(100, 200), Passes(8, 2, 1)),  # neither rows nor K fill a tile
-        (PrepackedLayout(20, 640, k_tile=4), Passes(8, 2, 2)),  # rows split, k-tiles of 4 groups and of 1
-        (PrepackedLayout(128, 128), Passes(8, 4, 1)),
-        (PrepackedLayout(128, 128), Passes(8, 4, 2)),
+        (PrepackedLayout(128, 256), 16, 128),
+        (PrepackedLayout(20, 640, k_tile=4), 16, 8),  # two passes; rows split, k-tiles of 4 groups and of 1
+        (PrepackedLayout(100, 200), 32, 8),  # four passes; neither rows nor K fill a tile
     ],
-    ids=["one pass", "padded", "two sets", "four passes", "four passes, two sets"],
+    ids=["1", "2", "4"],
 )
-def test_group_by_group(layout: PrepackedLayout, passes: Passes) -> None:
-    check_multiply_group(layout, passes)
+def test_group_by_group(layout: PrepackedLayout, tokens: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In so many passes, which in a kernel have 64 or 128 tokens."""
+    for module in (gemm_fp8_cases, wgmma_fp8):
+        monkeypatch.setattr(module, "pass_tokens", lambda tokens: min(tokens, most))
+    gemm_fp8_cases.check_group_products(layout, tokens)
 
 
 @pytest.mark.usefixtures("all_blocks_at_once")

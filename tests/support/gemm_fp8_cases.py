@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 from kernel_cases import generator, launch, poisoned, relative_error, weights, within
 from numba import cuda, float32, uint32
-from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.cuda.gemm import arguments as gemm
-from numba_atomflow.ops.cuda.gemm.kernels import gemm_kernel, make_gemm_store
+from numba_atomflow.ops.cuda.gemm.kernels import gemm_kernel, make_gemm_add, make_gemm_store, make_gemm_swiglu
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.weights import make_weight_loads
-from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import A_WORDS, Passes, arrange, make_multiply_group
+from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import A_WORDS, arrange, make_group_products, pass_tokens
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_reference
 from numba_atomflow.ops.fp8 import dequantize_groups
@@ -22,20 +22,20 @@ from numba_atomflow.ops.fp8 import dequantize_groups
 LIMIT = 1e-5 if ptx.SIMULATED else 1e-3
 
 
-def group_by_group_kernel(plan: GemmPlan, passes: Passes) -> Any:
+def group_by_group_kernel(plan: GemmPlan) -> Any:
     """Kernel (weights, x, y): a CTA of two warpgroups has the only tile; y [tokens, 128]. No pipeline."""
     groups, tokens, tile_words = plan.layout.groups, plan.tile_tokens, plan.layout.tile_words
     x_words, scales_start, last_tile = tokens * BLOCK_WORDS, plan.x.scales_start, plan.layout.tiles - 1
     loads = make_weight_loads(plan.layout)
     load, load_scales = loads.load, loads.load_scales
-    multiply = make_multiply_group(passes)
-    accumulators, sums_count = passes.tokens // 2, tokens // 2
+    begin, finish = make_group_products(tokens)
+    accumulators, scale_count, sums_count = pass_tokens(tokens) // 2, pass_tokens(tokens) // 4, tokens // 2
 
     @ptx.kernel(256, 1)
     def group_by_group(weights, x, y):
         words = cuda.shared.array(0, uint32)
         sums = cuda.local.array(sums_count, float32)
-        products, more = cuda.local.array(accumulators, float32), cuda.local.array(accumulators, float32)
+        products, x_scales = cuda.local.array(accumulators, float32), cuda.local.array(scale_count, float32)
         a, codes = cuda.local.array(A_WORDS, uint32), cuda.local.array(A_WORDS, uint32)
         w = cuda.local.array(2, float32)
         thread = cuda.threadIdx.x
@@ -56,7 +56,8 @@ def group_by_group_kernel(plan: GemmPlan, passes: Passes) -> Any:
             load(weights, start, group, 1, lane, codes)
             load_scales(weights, start, group, lane, w)
             arrange(codes, a)
-            multiply(sums, products, more, a, words, descriptor, x_words, lane & 3, w[0], w[1])
+            begin(products, a, words, descriptor)
+            finish(sums, products, a, words, descriptor, x_words, x_scales, lane, w[0], w[1])
         row, token = warp * 16 + (lane >> 2), (lane & 3) * 2
         for j in range(tokens // 8):
             for i in range(4):
@@ -65,16 +66,15 @@ def group_by_group_kernel(plan: GemmPlan, passes: Passes) -> Any:
     return group_by_group
 
 
-def check_multiply_group(layout: PrepackedLayout, passes: Passes) -> None:
+def check_group_products(layout: PrepackedLayout, tokens: int) -> None:
     """The main loop's arithmetic: fragments, order of K, both scales, promotion."""
-    rng = generator(layout.out_features, layout.in_features, passes.tokens)
-    tokens = passes.tokens * passes.count
+    rng = generator(layout.out_features, layout.in_features, tokens)
     plan = GemmPlan(layout, ActivationTiles(layout.in_features, tokens, 8), tokens, 1, 1)
     codes, scales = weights(layout, rng)
     x = rng.standard_normal((tokens, layout.in_features)) * np.exp2(rng.integers(-6, 6, (tokens, 1)))
     x_words, y = plan.x.pack(x.astype(np.float32)), poisoned(tokens * 128)
     shared = 4 * tokens * (BLOCK_WORDS + 1)
-    launch(group_by_group_kernel(plan, passes), 1, 256, shared, prepack_reference(codes, scales, layout), x_words, y)
+    launch(group_by_group_kernel(plan), 1, 256, shared, prepack_reference(codes, scales, layout), x_words, y)
     expected = plan.x.unpack(x_words).astype(np.float64) @ dequantize_groups(codes, scales).astype(np.float64).T
     within(
         "FP8 GEMM, group by group", relative_error(y.reshape(tokens, 128)[:, : layout.out_features], expected), LIMIT
@@ -86,9 +86,10 @@ class Fp8GemmCase:
     """A projection whose CTAs walk over tiles, and share some of them along K.
 
     Attributes:
-        capacity: tokens of the buffer of X; token_tiles: that are computed.
+        token_tiles: that are computed, of `capacity` tokens that the arrays have.
     """
 
+    kind: str
     out_features: int
     in_features: int
     tile_tokens: int
@@ -96,52 +97,63 @@ class Fp8GemmCase:
     capacity: int
     ctas: int
     stages: int = 2
-    fixup_units: int = 0
     k_tile: int = 0
-    half: int = 0
 
     @property
     def plan(self) -> GemmPlan:
-        layout = PrepackedLayout(self.out_features, self.in_features, self.half, k_tile=self.k_tile)
-        x = ActivationTiles(self.in_features, self.capacity, 8)
-        return GemmPlan(layout, x, self.tile_tokens, self.stages, self.ctas, self.fixup_units)
-
-    @property
-    def tokens(self) -> int:
-        return self.tile_tokens * self.token_tiles
+        half = self.out_features // 2 if self.kind == "swiglu" else 0
+        layout = PrepackedLayout(self.out_features, self.in_features, half, k_tile=self.k_tile)
+        return GemmPlan(
+            layout, ActivationTiles(self.in_features, self.capacity, 8), self.tile_tokens, self.stages, self.ctas
+        )
 
 
 GEMMS = (
-    Fp8GemmCase(130, 384, 16, 1, 24, ctas=1),  # two tiles of rows one after the other: stages and phases go on
-    Fp8GemmCase(128, 520, 8, 3, 24, ctas=2, k_tile=4),  # 3 tiles of 5 groups for 2 CTAs: the third is shared
-    Fp8GemmCase(100, 300, 16, 1, 16, ctas=3, stages=3),  # a tile for three CTAs
+    Fp8GemmCase("store", 130, 384, 16, 1, 24, ctas=1),  # two tiles of rows: stages and phases go on
+    Fp8GemmCase("add", 128, 520, 8, 3, 24, ctas=2, k_tile=4),  # 3 tiles of 5 groups for 2 CTAs: the third is shared
+    Fp8GemmCase("swiglu", 140, 300, 16, 1, 16, ctas=3, stages=3),  # two tiles for three CTAs
 )
 
 
-def operands(case: Fp8GemmCase) -> tuple[dict[str, Any], NDArray[np.float64]]:
-    """The arguments that all epilogues have, and X W^T of the tokens that are computed; the others are NaN."""
+def check_gemm_fp8(case: Fp8GemmCase) -> None:
+    """Every element of the tokens that are computed and no other; a padding token of NaN stays alone."""
     rng, plan = generator(case.out_features, case.in_features, case.tile_tokens), case.plan
     codes, scales = weights(plan.layout, rng)
-    x = rng.standard_normal((case.capacity, case.in_features)) * np.exp2(rng.integers(-6, 6, (case.capacity, 1)))
-    words = plan.x.pack(x.astype(np.float32))
+    scales[1, 0] = 0.0
+    x = rng.standard_normal((case.capacity, case.in_features)) * np.exp2(rng.integers(-3, 3, (case.capacity, 1)))
+    words, done = plan.x.pack(x.astype(np.float32)), case.tile_tokens * case.token_tiles
     product = plan.x.unpack(words).astype(np.float64) @ dequantize_groups(codes, scales).astype(np.float64).T
-    common = {
+    words[plan.x.scales_start + done - 1 :: case.capacity] = (
+        0xFFFFFFFF  # NaN: scales of the last token that is computed
+    )
+    common: dict[str, Any] = {
         "weights": prepack_reference(codes, scales, plan.layout),
         "x": words,
         "partials": poisoned(plan.partials),
         "counters": np.zeros(plan.counters, np.uint32),
         "token_tiles": case.token_tiles,
     }
-    return common, product[: case.tokens]
+    before = rng.standard_normal(product.shape).astype(np.float32)
+    after, limit = before.copy(), LIMIT
+    if case.kind == "store":
+        run(case, make_gemm_store, gemm.GemmStoreArguments(**common, y=after.reshape(-1)))
+    elif case.kind == "add":
+        run(case, make_gemm_add, gemm.GemmAddArguments(**common, residual=after.reshape(-1)))
+        product += before
+    else:
+        units = case.out_features // 2
+        tiles = ActivationTiles(units, case.capacity)
+        half = poisoned(tiles.words, dtype=np.uint32)
+        run(case, make_gemm_swiglu, gemm.GemmSwigluArguments(**common, intermediate=half), intermediate=tiles)
+        product = silu_reference(product[:, :units]) * product[:, units:]
+        before, after, limit = before[:, :units], tiles.unpack(half), LIMIT + 5e-4
+    assert np.isnan(after[done - 1]).all()
+    within(f"FP8 GEMM, {case.kind}", relative_error(after[: done - 1], product[: done - 1]), limit)
+    if case.kind != "swiglu":
+        np.testing.assert_array_equal(after[done:], before[done:], "wrote tokens beyond the last")
+    assert not common["counters"].any(), "a counter does not stand at zero for the next launch"
 
 
-def check_gemm_fp8(case: Fp8GemmCase) -> None:
-    """Store: every element of the tokens that are computed and no other; counters are 0 again."""
-    common, product = operands(case)
-    y = poisoned(case.capacity * case.out_features)
-    spec = gemm_kernel("store", make_gemm_store, case.plan, dependent=False).spec
-    launch(spec.make(), case.ctas, spec.threads, spec.shared_bytes, gemm.GemmStoreArguments(**common, y=y))
-    got = y.reshape(case.capacity, -1)
-    within("FP8 GEMM", relative_error(got[: case.tokens], product), LIMIT)
-    assert np.isnan(got[case.tokens :]).all(), "wrote tokens beyond the last"
-    assert not common["counters"].any()
+def run(case: Fp8GemmCase, factory: Any, arguments: Any, **options: Any) -> None:
+    spec = gemm_kernel("gemm", factory, case.plan, dependent=False, **options).spec
+    launch(spec.make(), case.ctas, spec.threads, spec.shared_bytes, arguments)

@@ -9,14 +9,16 @@ relative 1.3e-4 over 128 products and 2e-3 over 8,192 (`scripts/fp8_activations.
 The weights' words are the A fragments as they are: lane 4 g + t loads K 16 t to 16 t + 15 of 64, four words, and k-step
 s of 32 takes words 2 (s % 2) and 2 (s % 2) + 1 of half s // 2, for rows g and g + 8. X is tiled in that order.
 
-Cost model: 256 threads take 128 float32 operations each to promote a group of 128 x 128 x 128, some 330 cycles with
-loads, which overlap with the other warpgroup's 256 cycles of tensor cores.
+Cost model, per group and SM. Tensor cores: 512 cycles for 128 x 128 x 128 at 4,096 products a cycle. Issue slots: a
+consumer thread has some 110 instructions, and 16 for each 8 tokens to promote: 370 cycles for 128 tokens of both
+warpgroups (of 512), 630 for 256 (of 1,024); one warpgroup promotes while the other multiplies. L2: 128 (128 +
+tile_tokens) bytes: 32 KB for 128 tokens, 48 KB for 256. At 132 SMs and 8 TB/s that is 0.53 and 0.80 us, longer than the
+products take (0.29 and 0.58 us at 1.75 GHz): hence tiles of 256 tokens, whose sums leave registers for 32 accumulators,
+so that they are multiplied in four passes.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
@@ -26,33 +28,19 @@ from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
 from numba_atomflow.ops.cuda.gemm.weights import WeightLoads
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_BYTES
-from numba_atomflow.ops.cuda.scalars import f32, i32, u32
+from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
 
 K_STEPS = 4  # instructions of a group
 A_WORDS = 16  # of a group, in a thread
 _ZERO = f32(0.0)
 
 
-@dataclass(frozen=True)
-class Passes:
-    """How a tile's tokens are split over the accumulators: a pass multiplies `tokens` of them by the group's weights.
+def pass_tokens(tile_tokens: int) -> int:
+    """Tokens of a tile that are multiplied at a time: N of the instruction.
 
-    Attributes:
-        tokens: of a pass: N of the instruction.
-        count: passes of a tile.
-        sets: of accumulators: with two, a pass is promoted while the next is multiplied.
+    A thread has tile_tokens / 2 sums and half as many accumulators as a pass has tokens: 160 registers at most.
     """
-
-    tokens: int
-    count: int
-    sets: int
-
-
-def choose_passes(tile_tokens: int) -> Passes:
-    """Registers of a thread: tile_tokens / 2 sums and sets * tokens / 2 accumulators, 160 at most."""
-    if tile_tokens <= 128:
-        return Passes(tile_tokens, 1, 1)
-    return Passes(64, tile_tokens // 64, 1)
+    return min(tile_tokens, 64 if tile_tokens > 128 else 128)
 
 
 @ptx.device_function
@@ -64,97 +52,77 @@ def arrange(codes, a):
                 a[4 * step + 2 * i + half] = codes[8 * (step // 2) + 4 * half + 2 * (step % 2) + i]
 
 
-def make_promote(first: int, tokens: int) -> Any:
-    """Device function (sums, products, words, scales, t, w0, w1): sums += products * scales, for tokens `first` to
-    `first` + `tokens` - 1 of the tile.
+class GroupProducts(NamedTuple):
+    """Device functions of a warpgroup that multiply a group of a tile; between the two the first pass is under way.
 
-    Arguments: words, view of shared memory; scales: word where the tile's activation scales begin; t: lane in its quad;
-    w0, w1: weight scales of rows g and g + 8.
+    Attributes:
+        begin: (products, a, words, x): issue the first pass. `products`: its accumulators; `a`: fragments; `words`: any
+            view of shared memory; `x`: descriptor of the group's X tile.
+        finish: (sums, products, a, words, x, scales, x_scales, lane, w0, w1): promote it, and multiply and promote the
+            others. `scales`: word where the scales of the tile's tokens begin; `x_scales`: float32 registers, two for
+            each 8 tokens of a pass; w0, w1: weight scales of rows g and g + 8.
     """
 
-    @ptx.device_function
-    def promote(sums, products, words, scales, t, w0, w1):
-        for j in range(tokens // 8):
-            low, high = ptx.load_8(words, scales + first + 8 * j + 2 * t)
-            x0, x1 = ptx.bits_f32(low), ptx.bits_f32(high)
-            at = first // 2 + 4 * j
-            sums[at] += products[4 * j] * (x0 * w0)
-            sums[at + 1] += products[4 * j + 1] * (x1 * w0)
-            sums[at + 2] += products[4 * j + 2] * (x0 * w1)
-            sums[at + 3] += products[4 * j + 3] * (x1 * w1)
-
-    return promote
+    begin: Any
+    finish: Any
 
 
-def make_multiply_group(passes: Passes) -> Any:
-    """Device function (sums, products, more, a, words, descriptor, scales, t, w0, w1): one group of a tile.
-
-    Arguments: products, more: arrays of the accumulators of a pass (`more` is used with two sets); a: fragments;
-    descriptor: of the group's X tile; others as in `make_promote`. Every thread of a warpgroup calls it.
-    """
-    n, count, sets = passes.tokens, passes.count, passes.sets
+def make_group_products(tile_tokens: int) -> GroupProducts:
+    """For tiles of so many tokens, in 1, 2 or 4 passes."""
+    n = pass_tokens(tile_tokens)
+    passes, pass_sums = tile_tokens // n, n // 2
+    if passes not in {1, 2, 4}:
+        raise ValueError(f"{tile_tokens} tokens are {passes} passes")
     accumulators = ptx.Registers(n // 2)
     first, second, third, fourth = (
         ptx.make_wgmma(n, a_first=4 * step, element="e4m3", accumulate=step > 0) for step in range(K_STEPS)
     )
     fence = ptx.make_wgmma_fence(accumulators, ptx.Registers(A_WORDS))
-    wait_all, wait_one = ptx.make_wgmma_wait(0, accumulators), ptx.make_wgmma_wait(1, accumulators)
-    pass_step = np.uint64(n * BLOCK_BYTES >> 4)  # from a pass to the next, in a descriptor
-    promotes = [make_promote(p * n, n) for p in range(4)]
-    promote_0, promote_1, promote_2, promote_3 = promotes
-    step_1, step_2, step_3 = (np.uint64(ptx.K_STEP_WORDS * step) for step in range(1, K_STEPS))
+    wait = ptx.make_wgmma_wait(0, accumulators)
+    pass_step = n * BLOCK_BYTES >> 4  # from a pass to the next, in a descriptor
 
     @ptx.device_function
-    def issue(products, a, words, descriptor):
+    def issue(products, a, words, x, number):
+        """Pass `number`."""
+        x = u64(x + u64(number * pass_step))
         fence(products, a)
-        first(products, a, words, descriptor)
-        second(products, a, words, np.uint64(descriptor + step_1))
-        third(products, a, words, np.uint64(descriptor + step_2))
-        fourth(products, a, words, np.uint64(descriptor + step_3))
+        first(products, a, words, x)
+        second(products, a, words, u64(x + u64(ptx.K_STEP_WORDS)))
+        third(products, a, words, u64(x + u64(2 * ptx.K_STEP_WORDS)))
+        fourth(products, a, words, u64(x + u64(3 * ptx.K_STEP_WORDS)))
         ptx.wgmma_commit()
 
     @ptx.device_function
-    def one_pass(sums, products, more, a, words, descriptor, scales, t, w0, w1):
-        issue(products, a, words, descriptor)
-        wait_all(products)
-        promote_0(sums, products, words, scales, t, w0, w1)
+    def promote(sums, products, words, scales, x_scales, lane, w0, w1, number):
+        """Wait for pass `number`, and add it to its sums."""
+        for j in range(n // 8):
+            low, high = ptx.load_8(words, scales + number * n + 8 * j + (lane & 3) * 2)
+            x_scales[2 * j], x_scales[2 * j + 1] = ptx.bits_f32(low), ptx.bits_f32(high)
+        wait(products)
+        for j in range(n // 8):
+            i, at, x0, x1 = 4 * j, number * pass_sums + 4 * j, x_scales[2 * j], x_scales[2 * j + 1]
+            sums[at] += products[i] * (x0 * w0)
+            sums[at + 1] += products[i + 1] * (x1 * w0)
+            sums[at + 2] += products[i + 2] * (x0 * w1)
+            sums[at + 3] += products[i + 3] * (x1 * w1)
 
     @ptx.device_function
-    def one_set(sums, products, more, a, words, descriptor, scales, t, w0, w1):
-        one_pass(sums, products, more, a, words, descriptor, scales, t, w0, w1)
-        issue(products, a, words, np.uint64(descriptor + pass_step))
-        wait_all(products)
-        promote_1(sums, products, words, scales, t, w0, w1)
-        if count == 4:
-            issue(products, a, words, np.uint64(descriptor + np.uint64(2) * pass_step))
-            wait_all(products)
-            promote_2(sums, products, words, scales, t, w0, w1)
-            issue(products, a, words, np.uint64(descriptor + np.uint64(3) * pass_step))
-            wait_all(products)
-            promote_3(sums, products, words, scales, t, w0, w1)
+    def begin(products, a, words, x):
+        issue(products, a, words, x, 0)
 
     @ptx.device_function
-    def two_sets(sums, products, more, a, words, descriptor, scales, t, w0, w1):
-        issue(products, a, words, descriptor)
-        issue(more, a, words, np.uint64(descriptor + pass_step))
-        wait_one(products)
-        promote_0(sums, products, words, scales, t, w0, w1)
-        if count == 4:
-            issue(products, a, words, np.uint64(descriptor + np.uint64(2) * pass_step))
-            wait_one(more)
-            promote_1(sums, more, words, scales, t, w0, w1)
-            issue(more, a, words, np.uint64(descriptor + np.uint64(3) * pass_step))
-            wait_one(products)
-            promote_2(sums, products, words, scales, t, w0, w1)
-            wait_all(more)
-            promote_3(sums, more, words, scales, t, w0, w1)
-        else:
-            wait_all(more)
-            promote_1(sums, more, words, scales, t, w0, w1)
+    def finish(sums, products, a, words, x, scales, x_scales, lane, w0, w1):
+        promote(sums, products, words, scales, x_scales, lane, w0, w1, 0)
+        if passes > 1:
+            issue(products, a, words, x, 1)
+            promote(sums, products, words, scales, x_scales, lane, w0, w1, 1)
+        if passes > 2:
+            issue(products, a, words, x, 2)
+            promote(sums, products, words, scales, x_scales, lane, w0, w1, 2)
+            issue(products, a, words, x, 3)
+            promote(sums, products, words, scales, x_scales, lane, w0, w1, 3)
 
-    if count not in {1, 2, 4} or sets > min(2, count):
-        raise ValueError(f"{passes}: 1, 2 or 4 passes, and as many sets at most")
-    return one_pass if count == 1 else one_set if sets == 1 else two_sets
+    return GroupProducts(begin, finish)
 
 
 def make_fp8_consumer(
@@ -164,7 +132,6 @@ def make_fp8_consumer(
     epilogue: GemmEpilogue,
     shared: Any,
     dependent: bool,
-    passes: Passes | None = None,
 ) -> Any:
     """Device function (io, words, barriers, skipped, full, empty, thread): what a consumer thread does.
 
@@ -175,13 +142,13 @@ def make_fp8_consumer(
     """
     if plan.layout.format.bits != 8 or plan.layout.format.converter != "cvt":
         raise ValueError(f"{plan.layout.format} has no E4M3 codes in their order along K")
-    passes = passes or choose_passes(plan.tile_tokens)
     work, load, load_scales = schedule.work, loads.load, loads.load_scales
     weights_start = make_weights_start(plan)
     write_tile = make_write_tile(plan, schedule, epilogue, shared.epilogue, shared.flag)
-    multiply_group = make_multiply_group(passes)
+    begin, finish = make_group_products(plan.tile_tokens)
     tile_tokens, stages, stage_bytes = plan.tile_tokens, plan.stages, 4 * plan.stage_words
-    sums_count, accumulators, scales_at = tile_tokens // 2, passes.tokens // 2, shared.scales
+    sums_count, accumulators, scales_at = tile_tokens // 2, pass_tokens(tile_tokens) // 2, shared.scales
+    scale_count = accumulators // 2
 
     @ptx.device_function
     def load_unit(io, start, unit, lane, codes, scales):
@@ -192,7 +159,8 @@ def make_fp8_consumer(
     @ptx.device_function
     def consume(io, words, barriers, skipped, full, empty, thread):
         sums = cuda.local.array(sums_count, float32)
-        products, more = cuda.local.array(accumulators, float32), cuda.local.array(accumulators, float32)
+        products = cuda.local.array(accumulators, float32)
+        x_scales = cuda.local.array(scale_count, float32)
         a, codes = cuda.local.array(A_WORDS, uint32), cuda.local.array(A_WORDS, uint32)
         scales = cuda.local.array(2, float32)
         lane, warp = i32(thread & 31), i32(thread >> 5)
@@ -212,18 +180,20 @@ def make_fp8_consumer(
             for i in range(sums_count):
                 sums[i] = _ZERO
             for i in range(accumulators):  # so that they need no registers between tiles
-                products[i], more[i] = _ZERO, _ZERO
+                products[i] = _ZERO
             unit = first
             while unit < last:
                 arrange(codes, a)
                 w0, w1 = scales[0], scales[1]
-                unit = i32(unit + 1)  # that is loaded; the one before is multiplied
-                ahead_start, ahead = start if unit < last else next_start, unit if unit < last else next_first
-                load_unit(io, ahead_start, ahead, lane, codes, scales)
                 ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
                 x = ptx.wgmma_descriptor(u32(stages_start + u32(stage) * u32(stage_bytes)), 16, ptx.SWIZZLE_ATOM_BYTES)
-                x_scales = i32(skipped + i32(scales_at) + stage * i32(tile_tokens))
-                multiply_group(sums, products, more, a, words, x, x_scales, lane & 3, w0, w1)
+                unit = i32(unit + 1)  # that is loaded; the one before is multiplied
+                ahead_start, ahead = start if unit < last else next_start, unit if unit < last else next_first
+                # Before `begin`: what is loaded while wgmma is under way must not become a register of A (ptxas C7513).
+                load_unit(io, ahead_start, ahead, lane, codes, scales)
+                begin(products, a, words, x)
+                x_scales_at = i32(skipped + i32(scales_at) + stage * i32(tile_tokens))
+                finish(sums, products, a, words, x, x_scales_at, x_scales, lane, w0, w1)
                 ptx.sync_warp()  # all lanes have read the scales
                 if lane == 0:
                     ptx.barrier_arrive(barriers, u32(empty + u32(8) * u32(stage)))
