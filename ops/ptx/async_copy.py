@@ -9,8 +9,9 @@ Source: PTX ISA 9.0, sections 9.7.9.25 and 9.7.14.
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,13 @@ COPY_BYTES = 16
 _NAN_BYTE = 0xFF  # of which NaN of every float type consists
 
 
-class _Copy(NamedTuple):
+@dataclass
+class _Copy:
     """A copy that has been started."""
 
     target: NDArray[np.uint8]
     source: NDArray[Any]
+    arrived: bool = False
 
 
 class _Copies:
@@ -45,6 +48,9 @@ class _Copies:
 
 def _arrive(copies: list[_Copy]) -> None:
     for copy in copies:
+        if copy.arrived:
+            continue
+        copy.arrived = True
         data = np.ascontiguousarray(copy.source).view(np.uint8)
         copy.target[: data.size], copy.target[data.size :] = data, 0
 
@@ -104,13 +110,18 @@ def make_wait_copies(pending: int) -> Callable[[], None]:
 def barrier_arrive_on_copies(barriers, address):
     """Let this thread arrive at an mbarrier as soon as all its copies up to now have, without waiting for them.
 
-    It is one of the arrivals that the mbarrier was initialised for. In groups or not, the copies are the same ones.
+    It is one of the arrivals that the mbarrier was initialised for. In groups or not, the copies are the same ones. In
+    the simulator they arrive when a thread polls this barrier.
     """
     copies = _copies()
-    copies.finish(0)
-    _arrive(copies.open)
-    copies.open = []
-    simulator.advance_barrier(barriers, address, 1, 0)
+    copies.open = [copy for copy in copies.open if not copy.arrived]
+    started = [copy for group in (*copies.groups, copies.open) for copy in group]
+
+    def arrive():
+        _arrive(started)
+        simulator.advance_barrier(barriers, address, 1, 0)
+
+    simulator.arrive_when_polled(address, arrive)
 
 
 # --- ldmatrix --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 LOCK = threading.Lock()  # of mbarriers, and of the warps and barriers of a CTA
+FAILED = "atomflow_failed"  # attribute of a CTA of which a thread has failed
 
 
 class Lanes:
@@ -61,7 +62,7 @@ class NamedBarrier:
     """A barrier of a CTA at which some threads wait and others only arrive."""
 
     def __init__(self) -> None:
-        self.arrived = self.generation = 0
+        self.arrived, self.generation, self.broken = 0, 0, False
         self.changed = threading.Condition()
 
     def arrive(self, threads: int, *, wait: bool) -> None:
@@ -75,6 +76,23 @@ class NamedBarrier:
                 self.changed.notify_all()
             elif wait and not self.changed.wait_for(lambda: self.generation != generation, timeout=120):
                 raise threading.BrokenBarrierError
+            if self.broken:
+                raise threading.BrokenBarrierError
+
+    def abort(self) -> None:
+        """Release all threads: one failed."""
+        with self.changed:
+            self.broken = True
+            self.generation += 1
+            self.changed.notify_all()
+
+
+def abort_cta(manager: Any) -> None:
+    """Let all threads of a CTA fail, wherever they wait: one of them did."""
+    setattr(manager, FAILED, True)
+    for name in ("atomflow_warps", "atomflow_barriers"):
+        for waiting in list(vars(manager).get(name, {}).values()):
+            waiting.abort()
 
 
 def named_barrier(number: int) -> NamedBarrier:
@@ -118,8 +136,27 @@ def back_off(index: int, words: tuple[int, int]) -> None:
     polls[index] = words, nap
 
 
+def _late_arrivals() -> dict[int, list[Callable[[], None]]]:
+    """Arrivals at mbarriers of the running thread's CTA that wait until the barrier is polled, by its index."""
+    thread: Any = threading.current_thread()
+    found: dict[int, list[Callable[[], None]]] = vars(thread._manager).setdefault("atomflow_late_arrivals", {})  # noqa: SLF001
+    return found
+
+
+def arrive_when_polled(address: Any, arrive: Callable[[], None]) -> None:
+    """Let `arrive` run as late as it may: a kernel that does not wait for this mbarrier does not see its effects."""
+    with LOCK:
+        _late_arrivals().setdefault(int(address) // 8, []).append(arrive)
+
+
 def phase_complete(barriers: Any, address: Any, parity: Any) -> bool:
     """Whether the phase of this parity is complete."""
+    with LOCK:
+        arrivals = _late_arrivals().pop(int(address) // 8, [])
+    for arrive in arrivals:
+        arrive()
+    if FAILED in vars(threading.current_thread()._manager):  # type: ignore[attr-defined]  # noqa: SLF001
+        raise threading.BrokenBarrierError
     with LOCK:
         return int(barriers[int(address) // 8]) & 1 != int(parity) & 1
 

@@ -24,6 +24,8 @@ def _start_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> list[
     """
     from numba.cuda.simulator.kernel import BlockThread
 
+    from numba_atomflow.ops.ptx.simulator import abort_cta
+
     points = list(np.ndindex(*manager._block_dim))
     barrier = threading.Barrier(len(points), timeout=600)  # a deadlock, not a busy machine
 
@@ -32,8 +34,7 @@ def _start_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> list[
             manager._f(*args)
         except BaseException:
             barrier.abort()
-            for warp in manager.__dict__.get("atomflow_warps", {}).values():
-                warp.abort()
+            abort_cta(manager)
             raise
 
     threads = [BlockThread(run, manager, grid_point, point, manager._debug) for point in points]

@@ -55,6 +55,7 @@ def check_prefill_attention(case: PrefillAttentionCase) -> None:
     plan, length = case.plan, case.position + case.count
     q = poisoned(case.count + 3, case.heads * case.head_dim, dtype=np.float16)
     q[: case.count] = rng.standard_normal((case.count, case.heads * case.head_dim)) * 2
+    q[: case.count : 3] *= 10  # one key decides such rows: their running max rises by hundreds
     cache = rng.standard_normal((2, length + 5, case.kv_heads * case.head_dim)).astype(np.float16)
     scalars = np.array([case.position], np.int64), np.array([case.count], np.int64)
     results = []
