@@ -70,10 +70,10 @@ class View:
     @property
     def extent(self) -> int:
         """Bytes from the first element to the end of the last."""
-        if not self.nbytes:
-            return 0
         if self.tiling is not None:
             return self.tiling.words * 4
+        if not self.pitch or not self.nbytes:
+            return self.nbytes
         spans = (stride * (n - 1) for stride, n in zip(self.strides, self.shape, strict=True))
         return sum(spans) + np.dtype(self.dtype).itemsize
 

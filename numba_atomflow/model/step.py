@@ -376,13 +376,21 @@ def build_step(
             ),
             ProjectAdd(f"{layer}.down", intermediate, weights.projections[f"{layer}.down"], residual),
         ]
+    return ops + build_tail(geometry, weights, buffers, tokens, head)
+
+
+def build_tail(
+    geometry: ModelGeometry, weights: Weights, buffers: Mapping[str, View], tokens: int, head: Head
+) -> list[Op]:
+    """The ops of a step that come after its layers; arguments are those of `build_step`."""
+    ops: list[Op] = []
     head_rows = head.rows(tokens)
     if head_rows:
         ops.append(build_head(geometry, weights, buffers, head_rows.start, head_rows.stop))
     if head.sample:
         sampled = len(head_rows)
         ops.append(Sample("sample", buffers["logits"].rows(0, sampled), buffers["tokens"].rows(0, sampled)))
-    ops.append(Advance("advance", tokens, position))
+    ops.append(Advance("advance", tokens, buffers["position"]))
     return ops
 
 

@@ -152,8 +152,7 @@ class StepGraphs:
     def _tail(self, tokens: int, head: Head) -> list[Launch]:
         """The launches after the layers: LM head, sampling, and the advance of the position."""
         if (tokens, head) not in self._tails:
-            _, tail = split_tail(self._model.step(tokens, head))
-            self._tails[tokens, head] = self._bind_ops(tail, sampled=head.sample)
+            self._tails[tokens, head] = self._bind_ops(self._model.tail(tokens, head), sampled=head.sample)
         return self._tails[tokens, head]
 
 

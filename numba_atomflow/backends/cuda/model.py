@@ -14,7 +14,7 @@ from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
-from numba_atomflow.model.step import Head, LmHead, Op, Weight, Weights, build_head, build_step
+from numba_atomflow.model.step import Head, LmHead, Op, Weight, Weights, build_head, build_step, build_tail
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.runtime.launch import Kernel
 from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
@@ -78,6 +78,10 @@ class DeviceModel:
         """The ops of a step over `tokens` tokens."""
         buffers = self.buffers | self._tiled_inputs if self.kernels.on_gemm_path(tokens) else self.buffers
         return build_step(self.geometry, self.weights, buffers, tokens, head)
+
+    def tail(self, tokens: int, head: Head) -> list[Op]:
+        """The ops of a step that come after its layers."""
+        return build_tail(self.geometry, self.weights, self.buffers, tokens, head)
 
     def head(self, start: int, stop: int) -> LmHead:
         """The LM head of rows start .. stop - 1 of the last step."""

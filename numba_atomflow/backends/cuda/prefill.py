@@ -79,6 +79,7 @@ class PrefillKernels:
             self.tiles["attn_out_fp8"] = ActivationTiles(g.q_dim, self.capacity, bits=8)
             self.tiles["intermediate_fp8"] = ActivationTiles(g.ffn, self.capacity, bits=8)
         self._kernels: dict[tuple[str, int], Planned] = {}
+        self._plans: dict[tuple[str, int], GemmPlan] = {}
 
     @property
     def head_rows(self) -> int:
@@ -106,7 +107,11 @@ class PrefillKernels:
 
     def gemm_plan(self, kind: str, tokens: int) -> GemmPlan:
         """The tiling of a projection for a step of `tokens` tokens, which are padded to a bucket."""
-        return choose_gemm_plan(self._layouts[kind], self.tiles[self.input_of(kind)], bucket_for(tokens), self._chip)
+        key = kind, bucket_for(tokens)
+        if key not in self._plans:
+            x = self.tiles[self.input_of(kind)]
+            self._plans[key] = choose_gemm_plan(self._layouts[kind], x, key[1], self._chip)
+        return self._plans[key]
 
     def input_of(self, kind: str) -> str:
         """The name of the tiles that a projection reads."""
