@@ -1,12 +1,12 @@
 """The GEMM kernel of each projection of a model, and those with every other tile."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, gemm_plan
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, choose_gemm_plan, gemm_plan
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
@@ -22,7 +22,8 @@ class GemmVariant:
     """A kernel that computes a projection.
 
     Attributes:
-        name: its tile. chosen: it is the one that a model takes for this number of tokens.
+        name: its tile, and "fp8" for FP8 activations.
+        chosen: it is the one that `--prefill gemm` (or fp8) takes for this number of tokens.
     """
 
     name: str
@@ -45,21 +46,24 @@ def gemm_layout(geometry: ModelGeometry, kind: str, chip: Chip) -> PrepackedLayo
 
 
 def gemm_variants(geometry: ModelGeometry, kind: str, tokens: int, chip: Chip) -> list[GemmVariant]:
-    """The chosen kernel first, then those with every other tile that divides `tokens`."""
+    """The chosen kernel first, then the one for FP8 activations where there is one, then those with every other tile
+    that divides `tokens`.
+    """
     kernels = _kernels(geometry, chip, tokens)
-    chosen = kernels.gemm_plan(kind, tokens)
-    variants = [GemmVariant(tile_name(chosen), chosen, kernels.projection(kind, chosen), chosen=True)]
-    for tile in _TILES:
-        fits = tokens % tile == 0 and (chip.capability[0] == 9 or tile <= _LARGEST_MMA_TILE)
-        if fits and tile != chosen.tile_tokens:
-            plan = gemm_plan(chosen.layout, chosen.x, tile, chip)
-            variants.append(GemmVariant(tile_name(plan), plan, kernels.projection(kind, plan), chosen=False))
-    return variants
+    plans = [kernels.gemm_plan(kind, tokens)]
+    has_wgmma = chip.capability[0] == 9
+    if has_wgmma:
+        plans.append(choose_gemm_plan(plans[0].layout, replace(plans[0].x, bits=8), tokens, chip))
+    chosen = tuple(plans)
+    for first in chosen:
+        tiles = [tile for tile in _TILES if tokens % tile == 0 and (has_wgmma or tile <= _LARGEST_MMA_TILE)]
+        plans += [gemm_plan(first.layout, first.x, tile, chip) for tile in tiles if tile != first.tile_tokens]
+    return [GemmVariant(_name(plan), plan, kernels.projection(kind, plan), plan in chosen) for plan in plans]
 
 
-def tile_name(plan: GemmPlan) -> str:
-    """The tile of a plan, for tables."""
-    return f"tile {plan.tile_tokens}"
+def _name(plan: GemmPlan) -> str:
+    """For tables."""
+    return f"{'fp8 ' if plan.x.bits == 8 else ''}tile {plan.tile_tokens}"
 
 
 def output_tiles(geometry: ModelGeometry, plan: GemmPlan) -> ActivationTiles:

@@ -12,19 +12,21 @@ import torch
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.model.presets import find_preset
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.rope import rope_table
 from prefill_bench.cases import Case, Measured
 from prefill_bench.gemm_kernels import GemmVariant, gemm_layout, gemm_variants, output_tiles
 from prefill_bench.torch_gpu import (
     ROTATED_BYTES,
     dequantize,
+    pack_fp8_tiles,
     pack_tiles,
     quantize,
     relative_error,
     unpack_tiles,
 )
 
-OURS, CUBLAS = "ours", "cuBLAS"
+OURS, FP8, CUBLAS = "ours", "fp8", "cuBLAS"
 _CHECKED_TOKENS = 256
 _NAN_WORD = -1  # bits of NaN, in every type
 
@@ -67,16 +69,17 @@ class ProjectionLab:
         sides[CUBLAS] = cublas, len(halves)
         errors, notes = {}, {}
         for variant in chosen:
-            name = OURS if variant.chosen else variant.name
+            fp8 = variant.plan.x.bits == 8
+            name = variant.name if not variant.chosen else FP8 if fp8 else OURS
             buffers = _Buffers(geometry, case, variant, gpu.device)
-            buffers.values["x"] = pack_tiles(variant.plan.x, x)
+            buffers.values["x"], multiplied = _activations(variant.plan.x, x)
             launches = [gpu.launch(variant.planned, buffers.values | {"weights": words}) for words in weights.prepacked]
-            errors[name], same = _check(gpu, launches[0], buffers, x, weights.exact)
+            errors[name], same = _check(gpu, launches[0], buffers, multiplied, weights.exact)
             if not same:
                 notes[f"{name}, bits"] = f"{name}: other bits in a second run"
             sides[name] = (lambda i, launches=launches: launches[i % len(launches)].run()), len(launches)
             if variant.chosen:
-                notes["plan"] = variant.name
+                notes[f"plan of {name}"] = variant.name
         flop = 2.0 * case.tokens * weights.exact.numel()
         return Measured(gpu.alternate(sides), flop, errors, notes=notes)
 
@@ -175,6 +178,14 @@ class _Buffers:
                 cosines, sines = (table[tokens].double() for table in tables if isinstance(table, torch.Tensor))
                 return torch.cat([_rotate(q, cosines, sines), _rotate(k, cosines, sines), v], 1)
         return product + 1.0
+
+
+def _activations(tiles: ActivationTiles, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words of x, float16 [tokens, K], and what they stand for."""
+    if tiles.bits == 16:
+        return pack_tiles(tiles, x), x
+    codes, scales = quantize(x.float())
+    return pack_fp8_tiles(tiles, codes, scales), dequantize(codes, scales, torch.float32)
 
 
 def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

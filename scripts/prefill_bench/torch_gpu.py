@@ -169,6 +169,15 @@ def pack_tiles(tiles: ActivationTiles, x: torch.Tensor) -> torch.Tensor:
     return words
 
 
+def pack_fp8_tiles(tiles: ActivationTiles, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Words of FP8 activations with codes uint8 [tokens, K] and scales float32 [tokens, K / 128]."""
+    words = torch.zeros(tiles.words, dtype=torch.int32, device=codes.device)
+    tokens = list(range(codes.shape[0]))
+    words[tile_index(tiles, str(codes.device), tokens).reshape(-1)] = codes.view(torch.int32).reshape(-1)
+    words[tiles.scales_start :].view(torch.float32).view(tiles.blocks, -1)[:, : codes.shape[0]] = scales.T
+    return words
+
+
 def unpack_tiles(tiles: ActivationTiles, words: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     """x, float16 [len(tokens), K], of some tokens."""
     found = words[tile_index(tiles, str(words.device), tokens).reshape(-1)]

@@ -25,6 +25,7 @@ SWEEPS = (
     GemmSweep("store", 200, 330, 16, capacity=48),
     GemmSweep("add", 64, 256, 32, capacity=64, k_tile=0),
     GemmSweep("swiglu", 84, 130, 16, capacity=48),
+    GemmSweep("store", 72, 384, 16, capacity=48, bits=8),
     GemmSweep("qkv", 320, 128, 16, capacity=48, head_dim=64, heads=3, kv_heads=1),
 )
 
@@ -81,7 +82,7 @@ def test_a_write_beside_the_positions_of_a_step_fails(where: slice, message: str
 
     damage(spoil)
     with pytest.raises(AssertionError, match=message):
-        check_gemm(SWEEPS[3], 17, H200)
+        check_gemm(SWEEPS[-1], 17, H200)
 
 
 def test_a_counter_that_is_not_reset_and_other_bits_fail(damage: Any) -> None:

@@ -5,6 +5,7 @@ from device_launch import chip
 from prefill_sweeps import (
     ATTENTIONS,
     CHUNKS,
+    FP8_GEMMS,
     GEMMS,
     LONG,
     LONG_ATTENTIONS,
@@ -23,6 +24,14 @@ from prefill_sweeps import (
 
 @pytest.mark.parametrize("sweep", GEMMS + QKVS, ids=str)
 def test_gemm_of_few_tokens(sweep: GemmSweep) -> None:
+    for tokens in sweep.tokens:
+        check_gemm(sweep, tokens, chip())
+
+
+@pytest.mark.parametrize("sweep", FP8_GEMMS, ids=str)
+def test_gemm_of_fp8_activations(sweep: GemmSweep) -> None:
+    if chip().capability != (9, 0):
+        pytest.skip("FP8 activations need wgmma (sm_90)")
     for tokens in sweep.tokens:
         check_gemm(sweep, tokens, chip())
 

@@ -98,7 +98,7 @@ def modelled_launch(planned: Planned, arguments: Any, ctas: int = 0) -> None:
 
 
 def _product(options: dict[str, Any], io: Any) -> NDArray[np.float64]:
-    """X W^T of the tokens that the launch computes."""
+    """X W^T of the tokens that the launch computes; FP8 activations with their scales."""
     plan = options["plan"]
     codes, scales = unpack_reference(io.weights.numpy().view(np.uint32), plan.layout)
     x = plan.x.unpack(io.x.numpy().view(np.uint32))[: io.token_tiles * plan.tile_tokens]

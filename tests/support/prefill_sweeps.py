@@ -63,6 +63,7 @@ class GemmSweep:
         kind: "store", "add", "swiglu" or "qkv".
         tile_tokens: of a CTA's tile; 0: the plan's choice for the largest number of tokens.
         k_tile: groups of a k-tile of the weights; 4 is the layout of the persistent kernel.
+        bits: of activations: 16, or 8 for FP8.
     """
 
     kind: str
@@ -72,12 +73,14 @@ class GemmSweep:
     tokens: tuple[int, ...] = SHORT
     capacity: int = SHORT_CAPACITY
     k_tile: int = 4
+    bits: int = 16
     head_dim: int = 64
     heads: int = 1
     kv_heads: int = 1
 
     def __str__(self) -> str:
-        shape = f"{self.kind}-{self.out_features}x{self.in_features}-tile{self.tile_tokens}-k_tile{self.k_tile}"
+        shape = f"{self.kind}{self.bits}-{self.out_features}x{self.in_features}"
+        shape += f"-tile{self.tile_tokens}-k_tile{self.k_tile}"
         return f"{shape}-{self.heads}of{self.kv_heads}x{self.head_dim}" if self.kind == "qkv" else shape
 
     def layout(self, chip: Chip) -> PrepackedLayout:
@@ -85,7 +88,7 @@ class GemmSweep:
         return PrepackedLayout(self.out_features, self.in_features, half, chip.native(FP8_E4M3), self.k_tile)
 
     def plan(self, chip: Chip) -> GemmPlan:
-        layout, x = self.layout(chip), ActivationTiles(self.in_features, self.capacity)
+        layout, x = self.layout(chip), ActivationTiles(self.in_features, self.capacity, self.bits)
         if self.tile_tokens:
             return gemm_plan(layout, x, self.tile_tokens, chip)
         return choose_gemm_plan(layout, x, self.capacity, chip)
@@ -122,6 +125,13 @@ GEMMS = (
     *(GemmSweep("store", 3072, 3072, tile, k_tile=0) for tile in (16, 128, 256)),  # whole-K tiles of weights
     *(GemmSweep("add", 3072, 8192, tile) for tile in (16, 64, 128)),  # tiles that CTAs share
 )
+FP8_GEMMS = (
+    *(GemmSweep("store", 200, 576, tile, bits=8) for tile in TILES),
+    GemmSweep("add", 576, 1536, 64, bits=8),
+    GemmSweep("swiglu", 400, 330, 128, bits=8),
+    GemmSweep("add", 3072, 8192, 128, bits=8),
+    GemmSweep("add", 3072, 3072, 0, tokens=LONG, capacity=LONG_CAPACITY, bits=8),
+)
 QKVS = tuple(_qkv(head_dim, ratio, 64) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS)
 
 
@@ -148,20 +158,30 @@ def _gemm_weights(layout: PrepackedLayout) -> tuple[NDArray[np.uint32], NDArray[
     return prepack_reference(codes, scales, layout), dequantize_groups(codes, scales).astype(np.float64)
 
 
+def _activations(tiles: ActivationTiles, x: NDArray[np.float64]) -> tuple[NDArray[np.uint32], NDArray[Any]]:
+    """Words of x, and what they stand for; the tokens behind those of x are NaN."""
+    tokens = len(x)
+    words = tiles.pack(x.astype(tiles.dtype))
+    known = tiles.unpack(words)[:tokens]
+    words[tiles._index()[tokens:]] = 0x7F7F7F7F if tiles.bits == 8 else 0x7FFF7FFF
+    if tiles.bits == 8:
+        words[tiles.scales_start :].reshape(tiles.blocks, -1)[:, tokens:] = 0x7FC00000
+    return words, known
+
+
 def check_gemm(sweep: GemmSweep, tokens: int, chip: Chip) -> None:
-    """Relative L2 1e-5 for float32 outputs, 5e-4 for float16; nothing behind the tokens' tiles is written; a second
-    run has the same bits.
+    """Relative L2 1e-5 for float32 outputs, 5e-4 for float16, 1e-3 for FP8 activations, whose sums have some 14 bits in
+    the tensor cores; nothing behind the tokens' tiles is written; a second run has the same bits.
     """
     rng = generator(sweep.out_features, tokens)
     plan, planned = sweep.plan(chip), sweep.planned(chip)
     words, matrix = _gemm_weights(plan.layout)
-    x = np.full((sweep.capacity, sweep.in_features), np.nan, np.float16)
-    x[:tokens] = rng.standard_normal((tokens, sweep.in_features))
+    x_words, x = _activations(plan.x, rng.standard_normal((tokens, sweep.in_features)))
     padded = -(-tokens // plan.tile_tokens) * plan.tile_tokens
     rows = np.arange(tokens) if tokens <= _CHECKED_ROWS else np.sort(rng.choice(tokens, _CHECKED_ROWS, replace=False))
     product = x[rows].astype(np.float64) @ matrix.T
     scratch = {"partials": poisoned(plan.partials), "counters": np.zeros(plan.counters, np.uint32)}
-    common = {"weights": words, "x": plan.x.pack(x), "token_tiles": padded // plan.tile_tokens, **scratch}
+    common = {"weights": words, "x": x_words, "token_tiles": padded // plan.tile_tokens, **scratch}
     runs = []
     for _ in range(2):
         runs.append(_run_gemm(sweep, planned, common, rows, product, tokens, padded))
@@ -182,17 +202,19 @@ def _run_gemm(
     """Run and check it; what it has written."""
     from device_launch import launch_planned
 
+    name, limit = ("GEMM", 1e-5) if sweep.bits == 16 else ("GEMM of FP8 activations", 1e-3)
+
     match sweep.kind:
         case "store":
             y = poisoned(sweep.capacity, sweep.out_features)
             launch_planned(planned, gemm.GemmStoreArguments(**common, y=y))
-            within("GEMM, float32", relative_error(y[rows], product), 1e-5)
+            within(f"{name}, float32", relative_error(y[rows], product), limit)
             assert np.isnan(y[padded:]).all(), "wrote behind the last tile"
             return [y[:tokens]]
         case "add":
             residual = np.ones((sweep.capacity, sweep.out_features), np.float32)
             launch_planned(planned, gemm.GemmAddArguments(**common, residual=residual))
-            within("GEMM, float32", relative_error(residual[rows], product + 1.0), 1e-5)
+            within(f"{name}, float32", relative_error(residual[rows], product + 1.0), limit)
             assert (residual[padded:] == 1.0).all(), "wrote behind the last tile"
             return [residual[:tokens]]
         case "swiglu":
@@ -201,7 +223,7 @@ def _run_gemm(
             launch_planned(planned, gemm.GemmSwigluArguments(**common, intermediate=words))
             got = whole(tiles).unpack(words)
             expected = silu_reference(product[:, :units]) * product[:, units:]
-            within("GEMM, SwiGLU to float16", relative_error(got[rows, :units], expected), 5e-4)
+            within(f"{name}, SwiGLU to float16", relative_error(got[rows, :units], expected), max(limit, 5e-4))
             assert np.isnan(got[padded:]).all(), "wrote behind the last tile"
             return [got[:tokens]]
     return _run_qkv(sweep, planned, common, rows, product, tokens)
@@ -377,7 +399,15 @@ def check_norm(sweep: NormSweep, tokens: int, chip: Chip) -> None:
 def all_kernels(chip: Chip) -> list[Planned]:
     """Every kernel of these checks."""
     sweeps: Sequence[GemmSweep | AttentionSweep | NormSweep]
-    sweeps = (*GEMMS, *QKVS, *LONG_GEMMS, *ATTENTIONS, *LONG_ATTENTIONS, *NORMS)
+    sweeps = (
+        *GEMMS,
+        *QKVS,
+        *(FP8_GEMMS if chip.capability == (9, 0) else ()),
+        *LONG_GEMMS,
+        *ATTENTIONS,
+        *LONG_ATTENTIONS,
+        *NORMS,
+    )
     return [sweep.planned(chip) for sweep in sweeps]
 
 
