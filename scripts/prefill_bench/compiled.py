@@ -65,7 +65,8 @@ def _specs_of(case: Case, chip: Chip) -> Iterator[KernelSpec]:
 
 def _engine_specs(case: Case, chip: Chip) -> Iterator[KernelSpec]:
     """What loading an engine, a prompt and decode steps need."""
-    kernels, _ = kernels_for(find_preset(case.model), chip, "fp8", "auto", chunk=0 if case.subject == "gemv" else CHUNK)
+    chunk, fp8 = 0 if case.subject == "gemv" else CHUNK, case.subject == "fp8"
+    kernels, _ = kernels_for(find_preset(case.model), chip, "fp8", "auto", chunk=chunk, fp8_activations=fp8)
     planned = list(kernels.start)
     for start in range(0, case.tokens, kernels.prefill_chunk):
         tokens = min(case.tokens - start, kernels.prefill_chunk)

@@ -1,12 +1,12 @@
 """The GEMM kernel of each projection of a model, and those with every other tile."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, choose_gemm_plan, gemm_plan
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, gemm_plan
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
@@ -33,9 +33,10 @@ class GemmVariant:
 
 
 @cache
-def _kernels(geometry: ModelGeometry, chip: Chip, tokens: int) -> PrefillKernels:
+def _kernels(geometry: ModelGeometry, chip: Chip, tokens: int, *, fp8: bool) -> PrefillKernels:
     """Those of steps of up to `tokens` tokens: up to a chunk, the engine's own."""
-    prefill = kernels_for(geometry, chip, "fp8", "auto", chunk=max(CHUNK, tokens))[0].prefill
+    chunk = max(CHUNK, tokens)
+    prefill = kernels_for(geometry, chip, "fp8", "auto", chunk=chunk, fp8_activations=fp8)[0].prefill
     assert prefill is not None
     return prefill
 
@@ -49,16 +50,18 @@ def gemm_variants(geometry: ModelGeometry, kind: str, tokens: int, chip: Chip) -
     """The chosen kernel first, then the one for FP8 activations where there is one, then those with every other tile
     that divides `tokens`.
     """
-    kernels = _kernels(geometry, chip, tokens)
-    plans = [kernels.gemm_plan(kind, tokens)]
     has_wgmma = chip.capability[0] == 9
-    if has_wgmma:
-        plans.append(choose_gemm_plan(plans[0].layout, replace(plans[0].x, bits=8), tokens, chip))
-    chosen = tuple(plans)
-    for first in chosen:
-        tiles = [tile for tile in _TILES if tokens % tile == 0 and (has_wgmma or tile <= _LARGEST_MMA_TILE)]
-        plans += [gemm_plan(first.layout, first.x, tile, chip) for tile in tiles if tile != first.tile_tokens]
-    return [GemmVariant(_name(plan), plan, kernels.projection(kind, plan), plan in chosen) for plan in plans]
+    tiles = [tile for tile in _TILES if tokens % tile == 0 and (has_wgmma or tile <= _LARGEST_MMA_TILE)]
+    chosen, others = [], []
+    for fp8 in (False, True) if has_wgmma else (False,):
+        kernels = _kernels(geometry, chip, tokens, fp8=fp8)
+        first = kernels.gemm_plan(kind, tokens)
+        chosen.append(GemmVariant(_name(first), first, kernels.projection(kind, first), chosen=True))
+        for tile in tiles:
+            if tile != first.tile_tokens:
+                plan = gemm_plan(first.layout, first.x, tile, chip)
+                others.append(GemmVariant(_name(plan), plan, kernels.projection(kind, plan), chosen=False))
+    return chosen + others
 
 
 def _name(plan: GemmPlan) -> str:

@@ -221,3 +221,4 @@ def test_the_kernels_of_an_engine_can_be_compiled_beforehand() -> None:
     assert "qkv_x8" in names("gemm", 2048 + 3)  # a short rest runs in the GEMV kernels
     assert "qkv_x8" in names("gemv", 512)
     assert "attention_chunk" not in names("gemv", 512)
+    assert "quantize_down_tiles" in names("fp8", 512) - names("gemm", 512)

@@ -13,14 +13,25 @@ from numba_atomflow.checkpoint.arrays import WeightArrays  # noqa: E402
 from numba_atomflow.checkpoint.random_weights import RandomModel  # noqa: E402
 
 SAMPLINGS = (SamplingParams(max_tokens=6), SamplingParams(max_tokens=6, temperature=1.0, top_p=0.9, seed=1))
-FAMILIES = (({}, "graph"), ({}, "auto"), ({"qk_norm": True, "qkv_bias": True}, "graph"))  # auto: persistent, if it can
+QWEN = {"qk_norm": True, "qkv_bias": True}
+# Geometry, --decode (auto: persistent, if it can), --prefill.
+FAMILIES = (
+    ({}, "graph", "gemv"),
+    ({}, "auto", "gemv"),
+    (QWEN, "graph", "gemv"),
+    ({}, "auto", "gemm"),
+    (QWEN, "graph", "gemm"),
+)
+CHUNK = 256  # of the GEMM path: a prompt is a chunk and a short one
 
 
 def main() -> None:
-    for family, decode in FAMILIES:
+    for family, decode, prefill in FAMILIES:
         for graphs in (True, False):
             model = RandomModel(tiny_geometry(**family))
-            backend = CudaBackend(model.geometry, WeightArrays(model), 300, graphs=graphs, decode=decode)
+            options = {"graphs": graphs, "decode": decode, "prefill": prefill}
+            options |= {"prefill_chunk": CHUNK} if prefill == "gemm" else {}
+            backend = CudaBackend(model.geometry, WeightArrays(model), 300, **options)
             backend.prepare(None)
             prompt = [7 * i % model.geometry.vocabulary for i in range(270)]
             with Engine(model, backend, 300) as engine:
