@@ -75,6 +75,7 @@ def options_of(arguments: Sequence[str] | None = None) -> tuple[argparse.Argumen
     parser.add_argument("--format", choices=["table", "md", "json"], default="table", help="how to print the result")
     parser.add_argument("--json", dest="format", action="store_const", const="json", help="short for --format json")
     parser.add_argument("--compile", metavar="CAPABILITY", help="measure nothing: compile for 9.0, say")
+    parser.add_argument("--tests", action="store_true", help="with --compile: the kernels of tests/gpu as well")
     parser.add_argument("--compiled", type=Path, metavar="FOLDER", help="a compile cache of another machine")
     parser.add_argument("--predictions", action="store_true", help="measure nothing: what the cost model predicts")
     return parser, parser.parse_args(arguments)
@@ -116,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(prediction_tables("md" if options.format == "md" else "table"), end="")
             return 0
         if options.compile:
-            return _compile(options.compile, cases)
+            return _compile(options.compile, cases, tests=options.tests)
         if options.compiled:
-            _adopt(options.compiled, cases)
+            _adopt(options.compiled)
     except AtomFlowError as error:
         parser.error(str(error))
     head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv[1:]}
@@ -151,7 +152,7 @@ def _show(record: dict[str, Any], style: Literal["table", "md", "json"]) -> int:
     return 1 if any(row["failure"] for row in record["rows"]) else 0
 
 
-def _compile(capability: str, cases: Sequence[Case]) -> int:
+def _compile(capability: str, cases: Sequence[Case], *, tests: bool) -> int:
     """Compile the kernels of these cases into the compile cache."""
     from prefill_bench.compiled import chip_with, specs_of
 
@@ -160,22 +161,21 @@ def _compile(capability: str, cases: Sequence[Case]) -> int:
 
     chip = chip_with(capability)
     specs = specs_of(cases, chip)
+    if tests:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+        from prefill_sweeps import all_kernels
+
+        specs = list(dict.fromkeys([*specs, *(kernel.spec for kernel in all_kernels(chip))]))
     build(specs, chip.capability, lambda what, done, total: _tell(f"[{done}/{total}] {what}"))
     print(f"{len(specs)} kernels in {jit.cache_folder('cuda')}")
     return 0
 
 
-def _adopt(folder: Path, cases: Sequence[Case]) -> None:
-    """Take machine code of these cases' kernels from another machine's compile cache."""
-    from prefill_bench.compiled import adopt, specs_of
+def _adopt(folder: Path) -> None:
+    """Take machine code from another machine's compile cache."""
+    from prefill_bench.compiled import adopt
 
-    from numba_atomflow.device.resources import DeviceResources
-    from numba_atomflow.ops.cuda.runtime.chip import chip_of
-
-    with DeviceResources() as owner:
-        chip = chip_of(owner.open())
-    specs = specs_of(cases, chip)
-    _tell(f"{adopt(folder, specs, chip.capability)} of {len(specs)} kernels are compiled")
+    _tell(f"{adopt(folder)} kernels are compiled")
 
 
 def _tell(text: str) -> None:

@@ -6,7 +6,7 @@ long as the driver is not older than they are: `adopt` puts it under the names t
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
@@ -74,8 +74,8 @@ def _engine_specs(case: Case, chip: Chip) -> Iterator[KernelSpec]:
     yield from dict.fromkeys(kernel.spec for kernel in planned)
 
 
-def adopt(folder: Path, specs: Sequence[KernelSpec], capability: tuple[int, int]) -> int:
-    """Copy the machine code of these kernels into this machine's compile cache; how many were found.
+def adopt(folder: Path) -> int:
+    """Copy machine code into this machine's compile cache, under the names that it looks for; how many kernels.
 
     Args:
         folder: a cache folder for the same sources, or one that holds it.
@@ -89,12 +89,12 @@ def adopt(folder: Path, specs: Sequence[KernelSpec], capability: tuple[int, int]
     sources = [path for path in (folder, *folder.rglob("*")) if path.is_dir() and path.name == own.name]
     if not sources:
         raise OptionError(f"{folder} has no folder {own.name}: it was made from other sources; compile again.")
-    found = 0
-    for spec in specs:
-        target = cache_path(spec, capability)
-        assert target is not None
-        made = [path for source in sources for path in source.glob(f"{target.name.rpartition('-')[0]}-*.cubin")]
-        if made and not target.exists():
-            shutil.copyfile(made[0], target)
-        found += bool(made)
-    return found
+    name = cache_path(bandwidth.read_kernel(H200.sms).spec, H200.capability)
+    assert name is not None
+    suffix = name.name.rpartition("-")[2]  # of this machine's compilers
+    found = [path for source in sources for path in source.glob("*.cubin")]
+    for path in found:
+        target = own / f"{path.name.rpartition('-')[0]}-{suffix}"
+        if not target.exists():
+            shutil.copyfile(path, target)
+    return len(found)

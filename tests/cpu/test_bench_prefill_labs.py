@@ -128,11 +128,11 @@ def test_machine_code_of_another_machine_is_taken_over(tmp_path: Path, monkeypat
         other.setattr(build, "compilers", lambda: "other versions")
         made = build.cache_path(first, capability)
         build.write_cached(made, b"machine code")
-    assert compiled.adopt(tmp_path / "carried", [first, second], capability) == 1
+    assert compiled.adopt(tmp_path / "carried") == 1
     assert build.read_cached(build.cache_path(first, capability)) == b"machine code"
     assert build.read_cached(build.cache_path(second, capability)) is None
     with pytest.raises(OptionError, match="other sources"):
-        compiled.adopt(here.parent / "nothing", [first], capability)
+        compiled.adopt(here.parent / "nothing")
 
 
 def test_a_capability_without_kernels_is_refused() -> None:

@@ -3,7 +3,7 @@
 A kernel serves every number of tokens, so each is compiled once. Inputs are fresh, outputs are poisoned with NaN, and
 so are the rows of x behind the last token: they must not reach any other row.
 
-`python tests/support/prefill_sweeps.py 9.0` compiles all of them into the compile cache, without a GPU.
+`python scripts/bench_prefill.py --compile 9.0 --tests` compiles all of them into the compile cache, without a GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -409,21 +409,3 @@ def all_kernels(chip: Chip) -> list[Planned]:
         *NORMS,
     )
     return [sweep.planned(chip) for sweep in sweeps]
-
-
-def main() -> int:
-    """Compile them for an architecture."""
-    import sys
-
-    from prefill_bench.compiled import chip_with
-
-    from numba_atomflow.ops.cuda.runtime.build import build
-
-    chip = chip_with(sys.argv[1])
-    specs = list(dict.fromkeys(kernel.spec for kernel in all_kernels(chip)))
-    build(specs, chip.capability, lambda what, done, total: print(f"[{done}/{total}] {what}", flush=True))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
