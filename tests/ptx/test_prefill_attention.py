@@ -4,6 +4,7 @@ import re
 
 import pytest
 from machine_code import float64_arithmetic, number, skip_without_compiler
+from sass import between, operations
 
 skip_without_compiler()
 
@@ -56,8 +57,13 @@ def test_wgmma(head_dim: int) -> None:
     plan = choose_prefill_attention_plan(24, 8, head_dim, ActivationTiles(24 * head_dim, 2048), H200)
     spec = prefill_attention_kernel("prefill_attention", plan, dependent=True).spec
     assert spec.arch_specific
-    _, log = assemble_arch_specific(spec.make(), spec, H200.capability)
+    code, log = assemble_arch_specific(spec.make(), spec, H200.capability)
     assert "C75" not in log, "wgmmas are serialised, or setmaxnreg is ignored"
     assert number(r"(\d+) bytes spill stores", log) == 0
     assert number(r"(\d+) bytes stack frame", log) == 0
     assert number(r"Used (\d+) registers", log) * plan.threads <= 65536
+    found = operations(code)
+    assert found.count("HGMMA") == 2 * (head_dim // 16 + plan.key_block // 16)
+    assert max(len(part) for part in between(found, "HGMMA", "HGMMA")) < 32, "something is done between wgmmas"
+    beside_outputs = max(part.count("MUFU") for part in between(found, "DEPBAR", "DEPBAR"))
+    assert beside_outputs >= plan.key_block // 2, "softmax does not run beside O += P V"
