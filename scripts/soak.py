@@ -3,6 +3,7 @@
     python scripts/soak.py --steps 1000000                          # a tiny model, some minutes
     python scripts/soak.py --geometry llama-3.2-3b --steps 100000
     python scripts/soak.py --steps 200 --backend cpu --json
+    python scripts/soak.py --steps 100000 --prefill gemm --prompt 700 --reply 20
 
 A model with random weights answers the same prompt greedily, many times. Every pass must generate the tokens of the
 first, and the same last logits, bit for bit: these depend on all that was computed before. Exit code 1 if not.
@@ -26,7 +27,7 @@ TINY = ModelGeometry(
 PROMPT = [1, 7, 3, 11, 5, 2, 13, 9]
 
 
-def soak(engine: Engine, steps: int, reply_tokens: int) -> dict[str, object]:
+def soak(engine: Engine, steps: int, prompt: list[int], reply_tokens: int) -> dict[str, object]:
     """Replies of `reply_tokens` until `steps` decode steps are done.
 
     Returns:
@@ -37,7 +38,7 @@ def soak(engine: Engine, steps: int, reply_tokens: int) -> dict[str, object]:
     started = time.perf_counter()
     while done < steps and differed is None:
         engine.reset()  # no prefix caching: a step of another width rounds differently
-        reply = engine.generate_tokens(PROMPT, params).finish()
+        reply = engine.generate_tokens(prompt, params).finish()
         logits = engine.backend.logits(0, 1)
         found = reply.token_ids, hashlib.sha256(logits.tobytes()).hexdigest()
         expected = expected or found
@@ -52,19 +53,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=list(PRESETS), metavar="NAME", help="instead of a tiny model")
     parser.add_argument("--steps", type=int, default=100_000, help="decode steps in all")
+    parser.add_argument("--prompt", type=int, default=len(PROMPT), metavar="N", help="tokens of the prompt")
     parser.add_argument("--reply", type=int, default=400, help="tokens of a reply")
     parser.add_argument("--backend", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--decode", default="auto", choices=["auto", "graph", "persistent"])
     parser.add_argument("--prefill", default="auto", choices=["auto", "gemv", "gemm", "fp8"])
     parser.add_argument("--json", action="store_true", help="print a record")
     options = parser.parse_args()
-    if options.steps < 1 or options.reply < 2:
-        parser.error("--steps must be 1 or more, and --reply 2 or more")
+    if options.steps < 1 or options.prompt < 1 or options.reply < 2:
+        parser.error("--steps and --prompt must be 1 or more, and --reply 2 or more")
     geometry = PRESETS[options.geometry] if options.geometry else TINY
-    length = len(PROMPT) + options.reply
+    prompt = [PROMPT[i % len(PROMPT)] for i in range(options.prompt)]
+    length = len(prompt) + options.reply
     try:
         with Engine.random(geometry, options.backend, length, decode=options.decode, prefill=options.prefill) as engine:
-            record = soak(engine, options.steps, options.reply)
+            record = soak(engine, options.steps, prompt, options.reply)
             path = engine.backend.decode_path
             record |= {"device": engine.backend.device, "decode": None if path is None else path.name}
     except AtomFlowError as error:

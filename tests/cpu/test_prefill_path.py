@@ -215,3 +215,23 @@ def test_launches_are_those_of_the_bucket(backend: CudaBackend) -> None:
         for kind in prefill.layer_kinds + prefill.head_kinds:
             spec = prefill.kernel(kind, bucket).spec
             assert specs.setdefault(spec.name, spec) == spec, "two kernels of one name"
+
+
+def test_the_kernels_of_a_chunk_are_timed_and_nothing_is_left_of_it(
+    pretended: PretendedDriver, backend: CudaBackend
+) -> None:
+    backend.prefill([1] * 20, SAMPLE)
+    before = pretended.counts()
+    times, whole = backend.measure.time_chunk(70, repeats=2)
+    assert whole == pytest.approx(1e-3)  # of every graph, says the driver
+    prefill = backend.kernels.prefill
+    assert prefill is not None
+    names = {prefill.kernel(kind, 70).spec.name for kind in prefill.layer_kinds}
+    assert {time.name for time in times} == names
+    launches = {time.name: time.launches for time in times}
+    assert (launches["embed_chunk"], launches["norm_tiles"], launches["attention_chunk"]) == (1, 2 * LAYERS, LAYERS)
+    after = pretended.counts()
+    assert after["executable graph"] == before["executable graph"]
+    assert backend._queue.position == 20
+    with pytest.raises(IndexError):
+        backend.measure.time_chunk(MAX_SEQ_LEN - 19, repeats=1)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from soak import TINY, soak  # noqa: E402
+from soak import PROMPT, TINY, soak  # noqa: E402
 
 from numba_atomflow import Engine  # noqa: E402
 
@@ -34,7 +34,7 @@ def test_a_different_pass_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
             return np.nextafter(found, np.float32(np.inf)) if len(calls) == 3 else found
 
         monkeypatch.setattr(engine.backend, "logits", disturbed)
-        record = soak(engine, 100, 5)
+        record = soak(engine, 100, PROMPT, 5)
     assert (record["passes"], record["first_difference"]) == (3, 2)
 
 

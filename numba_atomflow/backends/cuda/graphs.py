@@ -95,6 +95,10 @@ class StepGraphs:
         """The launches of a whole step."""
         return self._bound(self._key(tokens, head))
 
+    def chunk_launches(self, tokens: int) -> Sequence[Launch]:
+        """The launches of a padded chunk's embedding and layers."""
+        return self._bound(_Step(self._kernels.width_for(tokens), None))
+
     def op_launches(self, op: Op, index: int, tokens: int, head: Head) -> list[Launch]:
         """Op number `index` of a step by itself, reading what the views hold."""
         if self.persistent is not None and is_decode(tokens, head) and index < self.persistent.shape.ops:

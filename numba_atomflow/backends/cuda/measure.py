@@ -1,6 +1,7 @@
 """What is measured on a GPU: ops, steps, traces, and how fast its memory can be read."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ from numba_atomflow.utils.progress import Progress
 _CEILING_BYTES = 2 << 30  # read per pass: far more than any L2 holds
 _MIN_L2S = 4  # the source is at least so many times as large as L2
 _CEILING_PASSES = 12
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """A kernel of a prefill chunk: its name, launches per chunk, and typical seconds of one."""
+
+    name: str
+    launches: int
+    seconds: float
 
 
 class CudaMeasurements:
@@ -81,6 +91,32 @@ class CudaMeasurements:
             times = time_graph(self._graphs.decode_graph(), repeats, self._position_keeper())
             self._queue.check_watchdog()
         return float(np.median(times))
+
+    def time_chunk(self, tokens: int, repeats: int) -> tuple[list[KernelTime], float]:
+        """The kernels of a prefill chunk after the current position, and the median seconds of its graph.
+
+        Of each kernel all launches of the chunk run one after the other, each with its own weights, in a graph of their
+        own: the chunk itself may be faster, where kernels overlap. Its last part, the LM head and what follows, is not
+        among them.
+
+        Raises:
+            IndexError: they do not fit behind the position.
+        """
+        stream, resources, count = self._model.stream, self._owner.resources, self._model.buffers.get("count")
+        with self._queue.measuring(tokens):
+            launches = self._graphs.chunk_launches(tokens)
+            by_name: dict[str, list[Launch]] = {}
+            for launch in launches:
+                by_name.setdefault(launch.kernel.spec.name, []).append(launch)
+            if count is not None:
+                self._model.memory.write(count, np.array([tokens]))
+            times = [
+                KernelTime(name, len(group), time_launches(group, stream, repeats, resources))
+                for name, group in by_name.items()
+            ]
+            with resources.scope(stream) as timing:
+                whole = float(np.median(time_graph(Graph(launches, stream, timing), repeats)))
+        return times, whole
 
     def trace_step(self, repeats: int, progress: Progress | None = None) -> StepTrace | None:
         """When each CTA of the persistent kernel did what, in that of `repeats` runs which is the median by length;

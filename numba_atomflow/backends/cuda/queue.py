@@ -179,10 +179,10 @@ class StepQueue:
             self._settle(position)
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """The body may run decode steps at the current position; afterwards the position is what it was."""
+    def measuring(self, tokens: int = 1) -> Iterator[None]:
+        """The body may run steps of so many tokens at the current position; afterwards the position is what it was."""
         position = self.position
-        check_range("positions", position, 1, self._max_seq_len)
+        check_range("positions", position, tokens, self._max_seq_len)
         self._exact = False
         with self._owner.current():
             yield
