@@ -43,7 +43,7 @@ def pass_tokens(tile_tokens: int) -> int:
     return min(tile_tokens, 64 if tile_tokens > 128 else 128)
 
 
-@ptx.device_function
+@ptx.large_device_function
 def arrange(codes, a):
     """A of the k-steps of a unit, four words each, from its codes as `WeightLoads.load` has them."""
     for step in range(K_STEPS):
@@ -81,7 +81,7 @@ def make_group_products(tile_tokens: int) -> GroupProducts:
     wait = ptx.make_wgmma_wait(0, accumulators)
     pass_step = n * BLOCK_BYTES >> 4  # from a pass to the next, in a descriptor
 
-    @ptx.device_function
+    @ptx.large_device_function
     def issue(products, a, words, x, number):
         """Pass `number`."""
         x = u64(x + u64(number * pass_step))
@@ -92,7 +92,7 @@ def make_group_products(tile_tokens: int) -> GroupProducts:
         fourth(products, a, words, u64(x + u64(3 * ptx.K_STEP_WORDS)))
         ptx.wgmma_commit()
 
-    @ptx.device_function
+    @ptx.large_device_function
     def promote(sums, products, words, scales, x_scales, lane, w0, w1, number):
         """Wait for pass `number`, and add it to its sums."""
         for j in range(n // 8):
@@ -150,7 +150,7 @@ def make_fp8_consumer(
     sums_count, accumulators, scales_at = tile_tokens // 2, pass_tokens(tile_tokens) // 2, shared.scales
     scale_count = accumulators // 2
 
-    @ptx.device_function
+    @ptx.large_device_function
     def load_unit(io, start, unit, lane, codes, scales):
         load(io.weights, start, unit, 0, lane, codes)
         load(io.weights, start, unit, 1, lane, codes)
