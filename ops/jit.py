@@ -24,6 +24,7 @@ from numba.core import config
 from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.runtime import rtsys
 from numba.np.ufunc import parallel as pool
 
 from numba_atomflow import home
@@ -82,12 +83,15 @@ def _prune(current: Path, target: str) -> None:
 
 
 class _KernelCache(FunctionCache):  # type: ignore[misc]
-    """numba's cache, except that a damaged or full one costs a compilation instead of an exception."""
+    """numba's cache, except that a damaged or full one costs a compilation instead of an exception, and that loading
+    from it is fast: numba's own prepares the compiler first, which imports a hundred modules, some of them scipy's.
+    """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled code of a signature, or None: compile it."""
         try:
-            return super().load_overload(sig, target_context)
+            rtsys.initialize(target_context)  # what kernels that allocate memory call
+            return self._load_overload(sig, target_context)
         except Exception:  # unpickling damaged bytes can raise anything
             with suppress(OSError):
                 self.flush()

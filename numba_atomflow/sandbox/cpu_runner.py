@@ -26,7 +26,7 @@ from numba_atomflow.sandbox.scheduler import Batch, Chunk
 from numba_atomflow.utils.progress import Progress
 
 MAX_BATCHED_TOKENS = 64
-MAX_GEMV_TOKENS = 1  # from two tokens on, dequantizing the weights into panels takes less time than a GEMV per token
+MAX_GEMV_TOKENS = 2  # up to here, a GEMV per token takes less time than dequantizing the weights into panels
 
 
 Weight = tuple[NDArray[Any], NDArray[np.float32] | None]  # codes and scales, as kernels take them

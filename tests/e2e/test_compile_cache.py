@@ -65,6 +65,30 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, tiny_checkpoint: Path) 
     assert same_tokens == tokens
 
 
+def test_loading_a_kernel_does_not_prepare_the_compiler(tmp_path: Path) -> None:
+    lines = ONE_KERNEL + "result = ['scipy.linalg' in sys.modules, 'numba.np.arraymath' in sys.modules]\n"
+    assert record(tmp_path, lines)[1] == [True, True]
+    assert record(tmp_path, lines) == ([], [False, False])
+
+
+BLAS_KERNEL = """
+import numpy as np
+import scipy.linalg.cython_blas
+from numba_atomflow.ops.scale_search import search_scales
+rng = np.random.default_rng(1)
+weights, inputs = rng.standard_normal((2, 9, 128), np.float32)
+result = search_scales(weights, inputs.T @ inputs).tolist()
+"""
+
+
+def test_a_loaded_kernel_calls_blas_and_another_is_compiled_beside_it(tmp_path: Path) -> None:
+    first, result = record(tmp_path, BLAS_KERNEL)
+    assert "numba_atomflow.ops.scale_search._search_group" in first
+    second, same = record(tmp_path, BLAS_KERNEL + ONE_KERNEL.replace("result", "another"))
+    assert second[0] == "numba_atomflow.ops.projection.swiglu"
+    assert same == result
+
+
 def copy_of_the_package(target: Path) -> Path:
     """The package in the layout of an installation."""
     shutil.copytree(ROOT / "numba_atomflow", target / "numba_atomflow", ignore=shutil.ignore_patterns("__pycache__"))

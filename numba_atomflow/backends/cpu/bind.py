@@ -25,7 +25,7 @@ from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.sampling import Sampler
 
-GEMV_TOKENS = 1  # up to here, one GEMV per token is faster than dequantizing the weights into panels
+GEMV_TOKENS = 2  # up to here, one GEMV per token is faster than dequantizing the weights into panels
 
 Action = Callable[[], None]
 
