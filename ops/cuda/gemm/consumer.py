@@ -10,6 +10,7 @@ from numba_atomflow.ops.cuda.gemm.schedule import Schedule
 from numba_atomflow.ops.cuda.scalars import i32, u32
 
 CONSUMER_WARPS = CONSUMERS // 32
+_UNROLLED = 8  # fragments that are stored in a loop
 
 
 def make_weights_start(plan: GemmPlan) -> Any:
@@ -27,14 +28,51 @@ def make_weights_start(plan: GemmPlan) -> Any:
     return weights_start
 
 
+def _make_store_all(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
+    """Device function (io, stage, prepacked, lane, token, sums): `epilogue.store` for all fragments of a warp.
+
+    In several loops: LLVM does not unroll one of too many instructions, and an array that is indexed in a loop does not
+    stay in registers.
+    """
+    fragments, store = plan.tile_tokens // 8, epilogue.store
+
+    @ptx.large_device_function
+    def store_fragment(io, stage, prepacked, lane, token, in_tile, c0, c1, c2, c3):
+        store(io, stage, prepacked, lane, token, in_tile, c0, c1, c2, c3)
+
+    def make_loop(first: int) -> Any:
+        count = min(_UNROLLED, fragments - first)
+
+        @ptx.device_function
+        def store_some(io, stage, prepacked, lane, token, sums):
+            for j in range(count):
+                i = 4 * (first + j)
+                c0, c1, c2, c3 = sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
+                store_fragment(io, stage, prepacked, lane, token + 2 * i, 2 * i, c0, c1, c2, c3)
+
+        return store_some
+
+    first, second, third, fourth = (make_loop(start * _UNROLLED) for start in range(4))
+
+    @ptx.device_function
+    def store_all(io, stage, prepacked, lane, token, sums):
+        first(io, stage, prepacked, lane, token, sums)
+        if fragments > _UNROLLED:
+            second(io, stage, prepacked, lane, token, sums)
+        if fragments > 2 * _UNROLLED:
+            third(io, stage, prepacked, lane, token, sums)
+            fourth(io, stage, prepacked, lane, token, sums)
+
+    return store_all
+
+
 def make_write_tile(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, epilogue_at: int, flag_at: int) -> Any:
     """Device function (io, words, skipped, tile, first, last, sums, thread): the fix-up of a tile that is shared, and
     the epilogue. By all consumer threads. `skipped`: words of shared memory before the first stage; the epilogue's
     stage and the fix-up's flag are `epilogue_at` and `flag_at` words behind.
     """
-    units, tile_tokens, fragments = plan.units, plan.tile_tokens, plan.tile_tokens // 8
-    fixup = make_fixup(plan, schedule, CONSUMERS)
-    store, flush, staged = epilogue.store, epilogue.flush, epilogue.stage_words > 0
+    units, tile_tokens, fixup = plan.units, plan.tile_tokens, make_fixup(plan, schedule, CONSUMERS)
+    store_all, flush, staged = _make_store_all(plan, epilogue), epilogue.flush, epilogue.stage_words > 0
 
     @ptx.device_function
     def write_tile(io, words, skipped, tile, first, last, sums, thread):
@@ -47,9 +85,7 @@ def make_write_tile(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, 
             stage = words[skipped + epilogue_at :]
             if staged:
                 ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(CONSUMERS))
-            for j in range(fragments):
-                c0, c1, c2, c3 = sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]
-                store(io, stage, prepacked, thread & 31, token + 8 * j, 8 * j, c0, c1, c2, c3)
+            store_all(io, stage, prepacked, thread & 31, token, sums)
             if staged:
                 ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(CONSUMERS))
                 flush(io, stage, row_tile, token, thread)

@@ -34,15 +34,16 @@ def make_fixup(plan: GemmPlan, schedule: Schedule, threads: int) -> Any:
         for j in range(vectors):
             i = 4 * j
             ptx.store_f32x4(io.partials, own + j * threads * 4, sums[i], sums[i + 1], sums[i + 2], sums[i + 3])
-        # Each thread wrote, fenced, passed the barrier and then was counted; who counts last fences before it reads.
-        ptx.fence_gpu()
+        # All threads wrote, then passed the barrier; one fences for them (fences are cumulative) and counts the CTA.
+        # Who counts last fences again before all read.
         ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(threads))
         if thread == 0:
+            ptx.fence_gpu()
             words[flag] = cuda.atomic.inc(io.counters, counter, u32(count - 1))
+            ptx.fence_gpu()
         ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(threads))
         is_last = words[flag] == u32(count - 1)
         if is_last:
-            ptx.fence_gpu()
             for i in range(4 * vectors):
                 sums[i] = _ZERO
             part = i32(0)

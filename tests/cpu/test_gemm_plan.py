@@ -1,0 +1,52 @@
+"""Plans of GEMM kernels: what fits on an SM, few kernels for many numbers of tokens, tiles for the number of tokens."""
+
+import pytest
+
+from numba_atomflow.ops.cuda.gemm.plan import choose_gemm_plan, gemm_plan, modelled_us
+from numba_atomflow.ops.cuda.gemm.wgmma import Shared
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+
+H200 = Chip(132, 232448, (9, 0))
+QKV, OUT, GATE_UP, DOWN = (  # Llama 3.2 3B
+    PrepackedLayout(5120, 3072, 64),
+    PrepackedLayout(3072, 3072),
+    PrepackedLayout(16384, 3072, 8192),
+    PrepackedLayout(3072, 8192),
+)
+BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+
+
+def x_of(layout: PrepackedLayout) -> ActivationTiles:
+    return ActivationTiles(layout.in_features, 2048)
+
+
+@pytest.mark.parametrize("layout", [QKV, OUT, GATE_UP, DOWN], ids=["qkv", "o", "gate_up", "down"])
+def test_buckets_share_a_few_plans(layout: PrepackedLayout) -> None:
+    plans = {choose_gemm_plan(layout, x_of(layout), tokens, H200) for tokens in BUCKETS}
+    assert len(plans) <= 5
+    for plan in plans:
+        shared = Shared(plan, plan.stage_words)  # the most that an epilogue stages
+        assert shared.bytes <= H200.shared_bytes
+        assert plan.stages >= 4
+    for tokens in BUCKETS:
+        assert tokens % choose_gemm_plan(layout, x_of(layout), tokens, H200).tile_tokens == 0
+
+
+def test_long_chunks_have_the_largest_tiles_and_short_ones_a_single_tile() -> None:
+    assert choose_gemm_plan(GATE_UP, x_of(GATE_UP), 2048, H200).tile_tokens == 256
+    assert choose_gemm_plan(DOWN, x_of(DOWN), 64, H200).tile_tokens == 64
+    assert choose_gemm_plan(OUT, x_of(OUT), 16, H200).tile_tokens == 16
+
+
+def test_sharing_tiles_makes_a_projection_with_few_of_them_faster() -> None:
+    plan = gemm_plan(OUT, x_of(OUT), 256, H200)
+    assert plan.row_tiles == 24
+    alone = plan.units * 1.3
+    assert modelled_us(plan, 256) < 0.5 * alone
+
+
+def test_a_number_of_tokens_that_no_tile_divides() -> None:
+    with pytest.raises(ValueError, match="a multiple of 8"):
+        choose_gemm_plan(OUT, x_of(OUT), 20, H200)

@@ -1,0 +1,58 @@
+"""The GEMM kernels of sm_90 compiled to machine code: wgmma is asynchronous, and nothing leaves the registers."""
+
+from typing import Any
+
+import pytest
+from machine_code import number, skip_without_compiler
+
+skip_without_compiler()
+
+from numba_atomflow.ops.cuda.gemm import kernels  # noqa: E402
+from numba_atomflow.ops.cuda.gemm.plan import gemm_plan  # noqa: E402
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles  # noqa: E402
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.build import assemble_arch_specific  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
+from numba_atomflow.ops.formats import FP8_E4M3, FP16, WeightFormat  # noqa: E402
+
+H200 = Chip(132, 232448, (9, 0))
+HIDDEN, UNITS, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 3072, 8192, 24, 8, 128, 2048  # Llama 3.2 3B
+FACTORIES: dict[str, tuple[Any, int, int, dict[str, Any]]] = {  # factory, rows, half, options
+    "store": (kernels.make_gemm_store, HIDDEN, 0, {}),
+    "add": (kernels.make_gemm_add, HIDDEN, 0, {}),
+    "swiglu": (kernels.make_gemm_swiglu, 2 * UNITS, UNITS, {"intermediate": ActivationTiles(UNITS, TOKENS)}),
+    "qkv": (
+        kernels.make_gemm_qkv,
+        (HEADS + 2 * KV_HEADS) * HEAD_DIM,
+        HEAD_DIM // 2,
+        {"heads": HEADS, "kv_heads": KV_HEADS},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tile_tokens", "k_tile", "weights"),
+    [
+        ("swiglu", 256, 4, FP8_E4M3),  # the most registers
+        ("qkv", 64, 0, FP8_E4M3),  # two units of weights in registers
+        pytest.param("qkv", 256, 4, FP8_E4M3, marks=pytest.mark.slow),
+        pytest.param("add", 256, 4, FP8_E4M3, marks=pytest.mark.slow),
+        pytest.param("add", 128, 4, FP8_E4M3, marks=pytest.mark.slow),
+        pytest.param("swiglu", 128, 0, FP8_E4M3, marks=pytest.mark.slow),
+        pytest.param("add", 16, 0, FP8_E4M3, marks=pytest.mark.slow),
+        pytest.param("store", 256, 0, FP16, marks=pytest.mark.slow),
+        pytest.param("store", 128, 0, FP16, marks=pytest.mark.slow),
+    ],
+)
+def test_machine_code(kind: str, tile_tokens: int, k_tile: int, weights: WeightFormat) -> None:
+    factory, rows, half, options = FACTORIES[kind]
+    layout = PrepackedLayout(rows, HIDDEN, half, weights, k_tile)
+    plan = gemm_plan(layout, ActivationTiles(HIDDEN, TOKENS, weight_bits=weights.bits), tile_tokens, H200)
+    spec = kernels.gemm_kernel("gemm", factory, plan, dependent=True, **options).spec
+    assert spec.arch_specific
+    assert spec.shared_bytes <= H200.shared_bytes
+    _, log = assemble_arch_specific(spec.make(), spec, H200.capability)
+    assert "C75" not in log, log  # setmaxnreg ignored, wgmma serialised, or waited for where the kernel does not
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes stack frame", log) == 0
+    assert number(r"Used (\d+) registers", log) * spec.threads <= 65536
