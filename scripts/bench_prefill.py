@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from prefill_bench.cases import MODELS, PARTS, PATHS, Case, select
+from prefill_bench.cases import MODELS, PARTS, PATHS, Case, Measured, select
 from prefill_bench.predictions import prediction_tables
 from prefill_bench.report import tables
 from prefill_bench.run import FORMAT, Budget, Record, run_cases
@@ -33,7 +33,7 @@ from numba_atomflow.files.untrusted import load_json
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.utils.json_text import json_text
 
-_CASE_SECONDS = 90.0
+_CASE_SECONDS = {"kernels": 45.0, "engine": 120.0, "peer": 180.0}  # the first case of each also starts it
 _BUDGET = 540.0
 
 
@@ -69,7 +69,7 @@ def options_of(arguments: Sequence[str] | None = None) -> tuple[argparse.Argumen
     parser.add_argument("--tokens", default="", metavar="N,M,...", help="only these numbers of tokens")
     parser.add_argument("--variants", action="store_true", help="also every other tile of a projection that exists")
     parser.add_argument("--budget", type=float, default=_BUDGET, metavar="SECONDS", help="for everything")
-    parser.add_argument("--case-seconds", type=float, default=_CASE_SECONDS, metavar="SECONDS", help="for one case")
+    parser.add_argument("--case-seconds", type=float, metavar="SECONDS", help="for one case (by default 45 to 180)")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="the record, written after every case")
     parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: the tables of a record")
     parser.add_argument("--format", choices=["table", "md", "json"], default="table", help="how to print the result")
@@ -98,7 +98,7 @@ def cases_of(options: argparse.Namespace) -> tuple[list[Case], dict[str, float]]
     except ValueError:
         raise OptionError(f"--tokens {options.tokens} is no list of numbers; write 512,2048.") from None
     subjects = [text for text in options.only.split(",") if text]
-    if min(options.budget, options.case_seconds) <= 0:
+    if options.budget <= 0 or (options.case_seconds is not None and options.case_seconds <= 0):
         raise OptionError("--budget and --case-seconds must be positive.")
     cases = select(parts, models, paths, subjects, tokens, variants=options.variants)
     if not cases:
@@ -125,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv[1:]}
     record = Record(options.out, head | {"machine": machine_record()})
     log = (options.out or Path("bench_prefill")).with_suffix(".log")
-    run_cases(cases, Worker(log), Budget(options.budget, seconds), record, options.case_seconds, _tell)
+    limits = dict.fromkeys(_CASE_SECONDS, options.case_seconds) if options.case_seconds else _CASE_SECONDS
+    run_cases(cases, Worker(log), Budget(options.budget, seconds), record, limits, _tell)
     return _show(record.data, options.format)
 
 
@@ -147,9 +148,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _show(record: dict[str, Any], style: Literal["table", "md", "json"]) -> int:
-    """Print a record; 1 if a case failed."""
+    """Print a record; 1 if a case failed or a result is wrong."""
     print(json_text(record, indent=1) if style == "json" else tables(record, style), end="")
-    return 1 if any(row["failure"] for row in record["rows"]) else 0
+    measured = [Measured.from_dict(row["measured"]) for row in record["rows"] if row["measured"]]
+    failed = any(row["failure"] for row in record["rows"]) or any(each.wrong for each in measured)
+    return 1 if failed else 0
 
 
 def _compile(capability: str, cases: Sequence[Case], *, tests: bool) -> int:

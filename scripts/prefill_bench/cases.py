@@ -1,5 +1,6 @@
 """What is measured: the cases of each part, most wanted first."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
@@ -19,6 +20,7 @@ LONGEST_GEMV_PROMPT = 4096  # eight tokens at a time, more would take seconds
 REQUESTS = (512, 2048, 8192)
 REPLY = 128  # tokens
 DEPTHS = (16,)  # of decode steps
+LARGEST_ERROR = 2e-3  # relative L2; rounding to float16 is 3e-4, FP8 sums in the tensor cores are 1e-3
 MAX_SEQ_LEN = max(PROMPTS) + 2 * REPLY
 
 
@@ -39,6 +41,13 @@ class Case:
     subject: str = ""
     tokens: int = 0
     variants: bool = False
+
+    @property
+    def lab(self) -> str:
+        """What measures it: "kernels", "engine" or "peer", each in a process of its own."""
+        if self.subject == PEER:
+            return "peer"
+        return "kernels" if self.part in ("ceilings", "projections", "attention") else "engine"
 
     @property
     def text(self) -> str:
@@ -71,8 +80,14 @@ class Measured:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Self:
-        """The inverse of `asdict`."""
-        return cls(**record)
+        """The inverse of `asdict`; NaN is null in JSON."""
+        errors = {side: math.nan if error is None else error for side, error in record.get("errors", {}).items()}
+        return cls(**record | {"errors": errors})
+
+    @property
+    def wrong(self) -> list[str]:
+        """Sides whose results are not those of float64."""
+        return [side for side, error in self.errors.items() if not error <= LARGEST_ERROR]
 
     def spread(self, side: str) -> Spread | None:
         """Seconds of a side."""
@@ -110,10 +125,9 @@ def select(
         if (not subjects or not case.subject or case.subject in subjects)
         and (not tokens or not case.tokens or case.tokens in tokens)
     ]
-    engines = [case for case in cases if case.part in ("ttft", "requests", "decode") and case.subject != PEER]
+    kernels, engines, peers = ([case for case in cases if case.lab == lab] for lab in ("kernels", "engine", "peer"))
     engines.sort(key=lambda case: (PATHS.index(case.subject), MODELS.index(case.model)))
-    kernels = [case for case in cases if case.part in ("ceilings", "projections", "attention")]
-    return kernels + engines + [case for case in cases if case.subject == PEER]
+    return kernels + engines + peers
 
 
 def _cases_of(part: str, models: Sequence[str], paths: Collection[str]) -> Iterator[Case]:

@@ -88,11 +88,9 @@ def _rate(flop: float, spread: Spread | None) -> str:
 
 
 def _errors(measured: Measured) -> str:
-    """Our error, and the worst of the variants where it is another."""
-    ours = measured.errors.get(OURS)
-    text = _ABSENT if ours is None else f"{ours:.1e}"
-    others = [error for side, error in measured.errors.items() if side != OURS]
-    return f"{text}, others up to {max(others):.1e}" if others else text
+    """Our error, and that of every other side; what is wrong is said."""
+    texts = [f"{error:.1e}" if side == OURS else f"{side} {error:.1e}" for side, error in measured.errors.items()]
+    return ", ".join(texts + [f"WRONG: {side}" for side in measured.wrong]) or _ABSENT
 
 
 def _others(measured: Measured, rival: str) -> str:

@@ -71,14 +71,14 @@ def run_cases(
     measurer: Measurer,
     budget: Budget,
     record: Record,
-    limit: float,
+    limits: Mapping[str, float],
     tell: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Measure every case that the budget has time for.
 
     Args:
-        limit: seconds for a case.
+        limits: seconds for a case, by lab.
         tell: called with a line per case.
         clock: in seconds.
     """
@@ -94,7 +94,7 @@ def run_cases(
                 record.leave_out(case, f"the {_FAILURES_IN_A_ROW} cases before it failed: {before[-1]}")
                 continue
             started = clock()
-            answer = measurer.measure(case, min(limit, left))
+            answer = measurer.measure(case, min(limits[case.lab], left))
             seconds = clock() - started
             budget.spend(case.part, seconds)
             before[:] = [*before, answer.failure] if answer.failure else []

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from prefill_bench.cases import PEER, Case, Measured
+from prefill_bench.cases import Case, Measured
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 ROOT = SCRIPTS.parent
@@ -48,7 +49,7 @@ class Measurer(Protocol):
 
 
 class Worker:
-    """The process, as its parent sees it. It is started for the first case, and again after it was lost.
+    """The process, as its parent sees it. It is started for the first case, after it was lost, and for another lab.
 
     Args:
         log: file that its messages are appended to.
@@ -60,9 +61,13 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._lines: SimpleQueue[str] = SimpleQueue()
         self._reader: threading.Thread | None = None
+        self._lab = ""
 
     def measure(self, case: Case, limit: float) -> Answer:
         """Measure a case; after `limit` seconds the process is killed."""
+        if case.lab != self._lab:
+            self.close()
+        self._lab = case.lab
         process = self._process or self._start()
         assert process.stdin is not None
         try:
@@ -155,49 +160,29 @@ def is_device_error(error: BaseException) -> bool:
     return type(error).__name__ in ("DriverError", "AcceleratorError", "CUDAError") or "CUDA error" in str(error)
 
 
-class Laboratory:
-    """Runs each case with the module that can, and keeps what the next case needs: weights, or a loaded engine."""
-
-    def __init__(self) -> None:
-        self._kept: Any = None
-
-    def measure(self, case: Case) -> Measured:
-        """Measure a case."""
-        kind = lab_of(case)
-        if type(self._kept) is not kind:
-            self.close()
-            self._kept = kind()
-        measured: Measured = self._kept.measure(case)
-        return measured
-
-    def close(self) -> None:
-        """Release it."""
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.close()
-
-
-def lab_of(case: Case) -> Any:
-    """The class that measures a case; torch, or our engine, is imported only where it is used."""
-    if case.subject == PEER:
-        from prefill_bench.peer import PeerLab
-
-        return PeerLab
-    match case.part:
-        case "ceilings" | "projections" | "attention":
+def open_lab(name: str) -> Any:
+    """What measures the cases of a lab; torch, or our engine, is imported only where it is used."""
+    match name:
+        case "kernels":
             from prefill_bench.kernels import KernelLab
 
-            return KernelLab
-        case _:
+            return KernelLab()
+        case "engine":
             from prefill_bench.engines import EngineLab
 
-            return EngineLab
+            return EngineLab()
+        case "peer":
+            from prefill_bench.peer import PeerLab
+
+            return PeerLab()
+    raise ValueError(f"there is no lab {name}")
 
 
 def main() -> int:
     """Serve until standard input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with answers
-    serve(Laboratory().measure, sys.stdin, answers)
+    lab = cache(open_lab)
+    serve(lambda case: lab(case.lab).measure(case), sys.stdin, answers)
     return 0
 
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -72,6 +73,7 @@ class Script:
         return self.seconds
 
 
+LIMITS = {"kernels": 60.0, "engine": 100.0, "peer": 200.0}
 GOOD = Answer(Measured({"ours": [1e-5]}, flop=1e9))
 
 
@@ -80,7 +82,7 @@ def run_script(
 ) -> dict[str, list[dict[str, object]]]:
     record = Record(None, {})
     budget = Budget(seconds, parts, script.clock)
-    run_cases(cases, script, budget, record, 60.0, lambda _: None, script.clock)
+    run_cases(cases, script, budget, record, LIMITS, lambda _: None, script.clock)
     assert script.closed
     return record.data
 
@@ -118,7 +120,7 @@ def test_the_record_is_complete_after_every_case(tmp_path: Path) -> None:
 
     script = Stops(GOOD)
     with pytest.raises(KeyboardInterrupt):
-        run_cases([QKV, QKV], script, Budget(100, clock=script.clock), Record(path, {}), 60, print, script.clock)
+        run_cases([QKV, QKV], script, Budget(100, clock=script.clock), Record(path, {}), LIMITS, print, script.clock)
     assert script.closed
     assert len(json.loads(path.read_text())["rows"]) == 1
 
@@ -154,6 +156,19 @@ def test_a_worker_that_ends_hangs_or_loses_the_gpu_is_started_again(tmp_path: Pa
     assert log.read_text().count("not for the answers") == 4
 
 
+def test_every_lab_has_a_process_of_its_own(tmp_path: Path) -> None:
+    program = "import os, json\nfor line in iter(input, None): print(json.dumps(ANSWER), flush=True)"
+    program = program.replace("ANSWER", '{"measured": {"flop": os.getpid()}, "failure": "", "lost": False}')
+    process = Worker(tmp_path / "worker.log", (sys.executable, "-c", program))
+    try:
+        cases = [QKV, Case("attention"), Case("ttft", subject="gemm"), Case("decode"), Case("requests", subject=PEER)]
+        answers = [process.measure(case, 60).measured for case in cases]
+    finally:
+        process.close()
+    first, second, third, fourth, fifth = (answer.flop for answer in answers if answer)
+    assert first == second != third == fourth != fifth
+
+
 class DriverError(Exception):
     """Has the name of the error that the driver's calls raise."""
 
@@ -177,9 +192,10 @@ def test_errors_are_answers_and_an_error_of_the_gpu_ends_the_process(capsys: pyt
 
 
 def test_every_case_has_a_module() -> None:
-    pytest.importorskip("torch", reason="the side that kernels are compared with: pip install torch")
-    for case in select(PARTS):
-        assert hasattr(worker.lab_of(case), "measure")
+    labs = {case.lab for case in select(PARTS)}
+    assert labs == {"kernels", "engine", "peer"}
+    for name in labs - {"kernels"}:  # which opens the GPU
+        assert hasattr(worker.open_lab(name), "measure")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -202,7 +218,17 @@ def test_a_projection_is_compared_round_by_round() -> None:
     row = next(line for line in text.splitlines() if "qkv" in line)
     assert "| 50 | 50 | 40.0 (16.0-48.0) | 1.20 (1.04-1.84) | 0.95 met |" in row
     assert "tile 256; tile 128 20.0; tile 64 30.0 |" in row
-    assert "2.0e-07, others up to 3.0e-07" in row
+    assert "2.0e-07, tile 64 3.0e-07" in row
+    assert "WRONG" not in text
+
+
+def test_a_wrong_result_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    record = Record(path, {"machine": MACHINE, "date": "today"})
+    measured = Measured({"ours": [1e-5], "tile 64": [1e-5]}, 1e9, {"ours": math.nan, "tile 64": 0.5})
+    record.add({"case": QKV.to_dict(), "measured": asdict(measured), "failure": "", "took": 1})
+    assert "WRONG: ours, WRONG: tile 64" in report.tables(json.loads(path.read_text()), "md")
+    assert bench_prefill.main(["--read", str(path)]) == 1
 
 
 def test_a_missed_target_is_said() -> None:
