@@ -18,6 +18,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.validate import check, record
 
 LIMIT = 3e-3  # relative L2 of logits: activations are float16 (2^-11 per rounding, a few dozen of them)
+FP8_LIMIT = 0.1  # estimated: four roundings of some 2^-5 per layer
 MAX_SEQ_LEN, CHUNK = 640, 512
 EDGES = sorted({length for bucket in buckets_up_to(CHUNK) for length in (bucket - 1, bucket, bucket + 1)} | {9, 600})
 
@@ -89,6 +90,20 @@ def test_other_geometries(family: dict[str, Any]) -> None:
     with load(geometry_of(**family)) as one, load(geometry_of(**family), "cpu") as other:
         for piece in (tokens[:50], tokens[50:]):
             assert relative_l2(one.feed(piece, all_logits=True), other.feed(piece, all_logits=True)) <= LIMIT
+
+
+@pytest.mark.parametrize("count", [9, 16, 77, 129, 512])
+def test_fp8_activations_are_close(engine: Engine, count: int) -> None:
+    """E4M3 rounds to 2^-4 at most: logits differ by some per cent, and not by more."""
+    if capability() != (9, 0):
+        pytest.skip("FP8 activations have kernels for sm_90 only")
+    tokens = tokens_of(count)
+    engine.reset()
+    expected = engine.feed(tokens, all_logits=True)
+    with load(geometry_of(), prefill="fp8") as fp8:
+        got = fp8.feed(tokens, all_logits=True)
+        assert 1e-3 < relative_l2(got, expected) <= FP8_LIMIT
+        assert relative_l2(fp8.feed([5]), engine.feed([5])) <= FP8_LIMIT
 
 
 def test_every_probe_of_a_chunk_agrees_with_token_by_token(engine: Engine) -> None:
