@@ -102,12 +102,13 @@ def choose_prefill_attention_plan(
 ) -> PrefillAttentionPlan:
     """The plan for a chip.
 
-    wgmma on sm_90: 128 queries, 128 keys, two stages (three take 225 KB with heads of 128). mma: 4 warps and 64 keys;
-    128 queries where shared memory has room for two such CTAs per SM, else 64. 32 keys for 128 queries and heads of
-    128, whose outputs take 128 registers of a thread.
+    wgmma on sm_90: 128 queries, 128 keys, three stages (225 KB with heads of 128). With two, V would be needed some
+    2,000 cycles after its stage is free, which is about what loading it takes.
+    mma: 4 warps and 64 keys; 128 queries where shared memory has room for two such CTAs per SM, else 64. 32 keys for
+    128 queries and heads of 128, whose outputs take 128 registers of a thread.
     """
     if chip.capability[0] == 9:
-        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=2)
+        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=3)
     query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES else 64
     key_block = 32 if query_tile == 128 and head_dim == 128 else 64
     return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, key_block)
