@@ -67,7 +67,9 @@ def options_of(arguments: Sequence[str] | None = None) -> tuple[argparse.Argumen
     parser.add_argument("--paths", default=",".join(PATHS), metavar="A,B,...", help="values of --prefill to measure")
     parser.add_argument("--only", default="", metavar="A,B,...", help="only these projections, paths or peers")
     parser.add_argument("--tokens", default="", metavar="N,M,...", help="only these numbers of tokens")
-    parser.add_argument("--variants", action="store_true", help="also every other tile of a projection that exists")
+    parser.add_argument(
+        "--variants", action="store_true", help="also every other tile of a projection, every other plan of attention"
+    )
     parser.add_argument("--budget", type=float, default=_BUDGET, metavar="SECONDS", help="for everything")
     parser.add_argument("--case-seconds", type=float, metavar="SECONDS", help="for one case (by default 45 to 180)")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="the record, written after every case")

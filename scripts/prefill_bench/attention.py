@@ -1,5 +1,6 @@
 """Attention of a prompt in chunks, as the engine computes it, against one call of torch's flash attention."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ def attention_plan(geometry: ModelGeometry, chip: Chip) -> PrefillAttentionPlan:
     return choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, ActivationTiles(g.q_dim, CHUNK), chip)
 
 
+def other_plans(plan: PrefillAttentionPlan) -> dict[str, PrefillAttentionPlan]:
+    """By name, plans with wgmma that the engine's could be replaced by, and the one with mma.sync."""
+    if plan.instructions != "wgmma":
+        return {}
+    found = {"without turns": replace(plan, turns=False)}
+    for key_block, stages in ((128, 2), (144, 2), (160, 2), (176, 2)):
+        found[f"{key_block} keys, {stages} stages"] = replace(plan, key_block=key_block, stages=stages)
+    found["mma.sync"] = replace(plan, instructions="mma", query_tile=64, key_block=64, stages=1)
+    return found
+
+
 def attention_kernel(plan: PrefillAttentionPlan, chip: Chip) -> Planned:
     """The engine's kernel, which is in the compile cache under this name."""
     return prefill_attention_kernel("attention_chunk", plan, chip.dependent_launch)
@@ -41,36 +53,40 @@ class AttentionLab:
         gpu, g, tokens = self._gpu, find_preset(case.model), case.tokens
         chunk = min(CHUNK, tokens)
         plan = attention_plan(g, gpu.chip)
-        kernel = attention_kernel(plan, gpu.chip)
-        gpu.load(kernel)
+        plans = {OURS: plan} | (other_plans(plan) if case.variants else {})
+        kernels = {name: attention_kernel(each, gpu.chip) for name, each in plans.items()}
+        gpu.load(*kernels.values())
         q, keys, values = (
             torch.randn(tokens, width, device=gpu.device).half() for width in (g.q_dim, g.kv_dim, g.kv_dim)
         )
         starts = range(0, tokens, chunk)
         outs = [torch.full((plan.out.words,), -1, dtype=torch.int32, device=gpu.device) for _ in starts]
         count = torch.tensor([chunk], dtype=torch.int64, device=gpu.device)
-        launches = []
-        for start, out in zip(starts, outs, strict=True):
-            position = torch.tensor([start], dtype=torch.int64, device=gpu.device)
-            shared = {"keys": keys, "values": values, "position": position, "count": count, "out": out}
-            launches.append(gpu.launch(kernel, shared | {"q": q[start : start + chunk]}, plan.ctas(chunk)))
-        errors = []
-        for start, out, launch in zip(starts, outs, launches, strict=True):
-            gpu.run(launch)
-            picked = sorted({0, chunk - 1, *torch.randperm(chunk)[:_CHECKED_TOKENS].tolist()})
-            expected = attend(q, keys, values, g.head_dim, [start + token for token in picked])
-            errors.append(relative_error(unpack_tiles(plan.out, out, picked), expected))
+        sides: dict[str, Any] = {}
+        errors = {}
+        for name, each in plans.items():
+            launches, errors[name] = [], 0.0
+            for start, out in zip(starts, outs, strict=True):
+                position = torch.tensor([start], dtype=torch.int64, device=gpu.device)
+                shared = {"keys": keys, "values": values, "position": position, "count": count, "out": out}
+                shared["q"] = q[start : start + chunk]
+                launches.append(gpu.launch(kernels[name], shared, each.ctas(chunk)))
+                out.fill_(-1)
+                gpu.run(launches[-1])
+                picked = sorted({0, chunk - 1, *torch.randperm(chunk)[:_CHECKED_TOKENS].tolist()})
+                expected = attend(q, keys, values, g.head_dim, [start + token for token in picked])
+                errors[name] = max(errors[name], relative_error(unpack_tiles(plan.out, out, picked), expected))
 
-        def ours(_: int) -> None:
-            for launch in launches:
-                launch.run()
+            def run_all(_: int, launches: list[Any] = launches) -> None:
+                for launch in launches:
+                    launch.run()
 
-        sides: dict[str, Any] = {OURS: (ours, 1)}
+            sides[name] = run_all, 1
         for name, run in rivals(q, keys, values, g.head_dim).items():
             sides[name] = run, 1
         flop = 4.0 * g.heads * g.head_dim * tokens * (tokens + 1) / 2
         notes = {"plan": f"{plan.instructions}, {plan.query_tile} queries, {plan.key_block} keys, {len(starts)} chunks"}
-        return Measured(gpu.alternate(sides), flop, {OURS: max(errors)}, notes=notes)
+        return Measured(gpu.alternate(sides), flop, errors, notes=notes)
 
 
 def rivals(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, head_dim: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Case:
         model: name of a geometry; empty for ceilings.
         subject: a projection, a value of --prefill, or a peer.
         tokens: of a step, or of a prompt; depth of the KV cache for decode.
-        variants: measure every tile of a projection, not only the plan's.
+        variants: measure every tile of a projection, or every plan of attention, not only the chosen one.
     """
 
     part: str
@@ -116,11 +116,11 @@ def select(
 
     Args:
         subjects: only these projections, paths or peers. tokens: only these numbers of tokens.
-        variants: of projections.
+        variants: of projections and attention.
     """
     cases = [case for part in parts for case in _cases_of(part, [m for m in MODELS if m in models], paths)]
     cases = [
-        replace(case, variants=variants and case.part == "projections")
+        replace(case, variants=variants and case.part in ("projections", "attention"))
         for case in cases
         if (not subjects or not case.subject or case.subject in subjects)
         and (not tokens or not case.tokens or case.tokens in tokens)

@@ -56,9 +56,11 @@ def _specs_of(case: Case, chip: Chip) -> Iterator[KernelSpec]:
             variants = gemm_variants(find_preset(case.model), case.subject, case.tokens, chip)
             yield from (variant.planned.spec for variant in variants if variant.chosen or case.variants)
         case "attention":
-            from prefill_bench.attention import attention_kernel, attention_plan  # PyTorch is loaded only here
+            from prefill_bench.attention import attention_kernel, attention_plan, other_plans  # PyTorch only here
 
-            yield attention_kernel(attention_plan(find_preset(case.model), chip), chip).spec
+            plan = attention_plan(find_preset(case.model), chip)
+            plans = [plan, *(other_plans(plan).values() if case.variants else ())]
+            yield from (attention_kernel(each, chip).spec for each in plans)
         case _:
             yield from _engine_specs(case, chip)
 

@@ -32,6 +32,8 @@ class PrefillAttentionPlan:
         query_tile: tokens of a CTA: a multiple of 64 with wgmma, of 16 with mma.
         key_block: keys between two updates of the softmax state: a multiple of 16.
         stages: of the pipeline of K and V in shared memory: 2 or more with wgmma, 1 with mma.
+        turns: two consumer warpgroups issue their wgmmas by turns, so that one computes its softmax while the tensor
+            cores work for the other. Without, they do as they happen to.
     """
 
     heads: int
@@ -42,6 +44,7 @@ class PrefillAttentionPlan:
     query_tile: int
     key_block: int
     stages: int = 1
+    turns: bool = True
 
     def __post_init__(self) -> None:
         rows = WARPGROUP_ROWS if self.instructions == "wgmma" else 16

@@ -98,7 +98,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
     full_start = plan.barriers_start
     empty_start = full_start + 16 * stages
     scores_size, outs_size, weights_size = key_block // 2, plan.column_blocks * 32, key_block // 4
-    takes_turns = consumers == 2 * _WARPGROUP
+    takes_turns = plan.turns and consumers == 2 * _WARPGROUP
     stage_words = np.uint64(kv_bytes >> 4)
     first_q_words = np.uint64(WARPGROUP_ROWS * 128 >> 4)
 
