@@ -3,6 +3,7 @@
 import numpy as np
 
 from numba_atomflow.ops.ptx import simulator
+from numba_atomflow.ops.ptx.arithmetic import max_f32
 from numba_atomflow.ops.ptx.core import device_function, f32, instruction, u32
 
 
@@ -51,7 +52,7 @@ def shuffle_xor_u32(value, lanes):
 def warp_max(value):
     """Maximum of a float32 over the warp, in every lane: a butterfly of five shuffles."""
     for step in range(5):
-        value = max(value, shuffle_xor_f32(value, 16 >> step))
+        value = max_f32(value, shuffle_xor_f32(value, 16 >> step))
     return value
 
 

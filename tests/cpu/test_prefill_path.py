@@ -83,6 +83,20 @@ def test_buckets_are_few_and_waste_little() -> None:
         assert bucket_for(bucket) == bucket
 
 
+def test_inputs_that_no_kernel_writes_in_fp8_are_quantized_by_one_of_their_own() -> None:
+    def quantizing(head_dim: int, *, fp8: bool) -> list[str]:
+        geometry = tiny_geometry(head_dim=head_dim)
+        prefill = ModelKernels(geometry, HOPPER, chunk=64, fp8_activations=fp8).prefill
+        assert prefill is not None
+        assert prefill.tiles[prefill.input_of("o")].bits == prefill.tiles[prefill.input_of("down")].bits
+        assert prefill.tiles["intermediate"].bits == prefill.tiles["final_x_norm"].bits == 16
+        return [kind for kind in prefill.layer_kinds if "quantize" in kind]
+
+    assert quantizing(64, fp8=True) == ["quantize_o", "quantize_down"]
+    assert quantizing(128, fp8=True) == ["quantize_down"]
+    assert quantizing(128, fp8=False) == []
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -51,10 +51,11 @@ def test_mma(chip: Chip, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "head_dim", [128, pytest.param(64, marks=pytest.mark.slow), pytest.param(80, marks=pytest.mark.slow)]
+    ("head_dim", "bits"),
+    [(128, 16), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(64, 16), (80, 16), (128, 8)])],
 )
-def test_wgmma(head_dim: int) -> None:
-    plan = choose_prefill_attention_plan(24, 8, head_dim, ActivationTiles(24 * head_dim, 2048), H200)
+def test_wgmma(head_dim: int, bits: int) -> None:
+    plan = choose_prefill_attention_plan(24, 8, head_dim, ActivationTiles(24 * head_dim, 2048, bits), H200)
     spec = prefill_attention_kernel("prefill_attention", plan, dependent=True).spec
     assert spec.arch_specific
     code, log = assemble_arch_specific(spec.make(), spec, H200.capability)

@@ -34,3 +34,7 @@ WGMMA = tuple(
 @pytest.mark.parametrize("case", WGMMA, ids=str)
 def test_wgmma(case: PrefillAttentionCase) -> None:
     check_prefill_attention(case)
+
+
+def test_fp8_output() -> None:
+    check_prefill_attention(PrefillAttentionCase(128, 2, 1, 5, 21, 64, 32, 2, instructions="wgmma", bits=8))

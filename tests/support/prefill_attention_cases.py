@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from kernel_cases import generator, launch, poisoned, relative_error, within
+from numpy.typing import NDArray
 
 from numba_atomflow.ops.attention import attend_reference
 from numba_atomflow.ops.cuda.attention.prefill import PrefillAttentionArguments, prefill_attention_kernel
@@ -26,10 +27,11 @@ class PrefillAttentionCase:
     key_block: int
     stages: int = 1
     instructions: Literal["wgmma", "mma"] = "mma"
+    bits: int = 16  # of the output
 
     @property
     def plan(self) -> PrefillAttentionPlan:
-        tiles = ActivationTiles(self.heads * self.head_dim, (self.count + 7) // 8 * 8 + 8)
+        tiles = ActivationTiles(self.heads * self.head_dim, (self.count + 7) // 8 * 8 + 8, self.bits)
         return PrefillAttentionPlan(
             heads=self.heads,
             kv_heads=self.kv_heads,
@@ -71,6 +73,20 @@ def check_prefill_attention(case: PrefillAttentionCase) -> None:
     np.testing.assert_array_equal(results[0], results[1])
     exact = (array.astype(np.float64) for array in (q[: case.count], cache[0], cache[1]))
     expected = attend_reference(*exact, case.position, case.head_dim)
+    if case.bits == 8:
+        check_rounded(plan, out, expected)
+        return
     within("prefill attention", relative_error(results[0], expected), 1e-3)
     for got, wanted in zip(results[0], expected, strict=True):
         within("a row of prefill attention", relative_error(got, wanted), 2e-3)
+
+
+def check_rounded(plan: PrefillAttentionPlan, words: NDArray[np.uint32], expected: NDArray[np.float64]) -> None:
+    """FP8 tiles: every head's scale to 2e-3, and every value off by half a step at most, beside what float16 may be."""
+    tokens = len(expected)
+    scales = words[plan.out.scales_start :].view(np.float32).reshape(plan.heads, -1).T[:tokens]
+    largest = np.abs(expected).reshape(tokens, plan.heads, -1).max(axis=2)
+    np.testing.assert_allclose(scales, largest / 448, rtol=2e-3)
+    largest = np.repeat(largest, plan.head_dim, axis=1)
+    half_step = np.maximum(np.abs(expected) / 16, largest / 448 * 2.0**-10)
+    assert (np.abs(plan.out.unpack(words)[:tokens] - expected) <= half_step * 1.01 + 2e-3 * largest).all()

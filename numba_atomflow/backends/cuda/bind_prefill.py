@@ -68,7 +68,7 @@ class PrefillBinder:
         raise NotImplementedError(f"the GEMM path has no kernel for {op.name}")
 
     def _bind_add(self, op: ProjectAdd) -> list[Launch]:
-        if not self._kernels.fp8:
+        if op.kind not in self._kernels.quantized:
             added = GemmAddArguments(**self._gemm(op, op.x), residual=op.residual)
             return [self._launch(op.kind, op.residual, added)]
         codes = self._model.buffers[f"tiles.{self._kernels.input_of(op.kind)}"]

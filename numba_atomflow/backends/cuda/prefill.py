@@ -4,8 +4,8 @@ A layer is: RMSNorm to tiles, QKV with RoPE and KV cache (or stored, with RoPE a
 tiles, O, RMSNorm to tiles, gate and up with SwiGLU to tiles, down. Most kernels serve every bucket, and a projection's
 serves all for which its tiling is the same; a launch has its own grid.
 
-With FP8 activations RMSNorm writes FP8 tiles, and the inputs of O and down are quantized by a kernel of their own. The
-LM head always takes float16.
+With FP8 activations RMSNorm writes FP8 tiles, and so does attention where a head is a group of 128. The other inputs,
+that of down always, are written in float16 and quantized by a kernel of their own. The LM head always takes float16.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ from typing import Any
 from numba_atomflow.backends.cuda.buckets import bucket_for, buckets_up_to
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel
+from numba_atomflow.ops.cuda.attention.prefill_fp8 import HEAD_DIM as FP8_HEAD_DIM
 from numba_atomflow.ops.cuda.attention.prefill_plan import choose_prefill_attention_plan
 from numba_atomflow.ops.cuda.gemm.kernels import (
     gemm_kernel,
@@ -51,6 +52,7 @@ class PrefillKernels:
     Attributes:
         capacity: tokens that activations have room for, padding included.
         tiles: of the tiled activations, by the name of their buffer.
+        quantized: the kinds of projections whose inputs are quantized by a kernel of their own.
     """
 
     def __init__(
@@ -65,19 +67,22 @@ class PrefillKernels:
         fp8: bool = False,
     ) -> None:
         self._geometry, self._chip, self._layouts, self._dependent = geometry, chip, layouts, dependent
-        self._separate_rope, self.fp8 = separate_rope, fp8
+        self._separate_rope = separate_rope
         self.buckets = buckets_up_to(chunk)
         self.capacity = self.buckets[-1]
         g, head_bits = geometry, layouts["lm_head"].format.bits
+        bits = 8 if fp8 else 16
+        attention_bits = bits if g.head_dim == FP8_HEAD_DIM else 16
+        self.quantized = [kind for kind in QUANTIZED if fp8 and (kind != "o" or attention_bits == 16)]
         self.tiles = {
-            "x_norm": ActivationTiles(g.hidden, self.capacity, bits=8 if fp8 else 16),
-            "attn_out": ActivationTiles(g.q_dim, self.capacity),
+            "x_norm": ActivationTiles(g.hidden, self.capacity, bits),
+            "attn_out": ActivationTiles(g.q_dim, self.capacity, attention_bits),
             "intermediate": ActivationTiles(g.ffn, self.capacity),
             "final_x_norm": ActivationTiles(g.hidden, self.head_rows, weight_bits=head_bits),
         }
-        if fp8:
-            self.tiles["attn_out_fp8"] = ActivationTiles(g.q_dim, self.capacity, bits=8)
-            self.tiles["intermediate_fp8"] = ActivationTiles(g.ffn, self.capacity, bits=8)
+        for kind in self.quantized:
+            source, target = QUANTIZED[kind]
+            self.tiles[target] = ActivationTiles(self.tiles[source].in_features, self.capacity, bits=8)
         self._kernels: dict[tuple[str, int], Planned] = {}
         self._plans: dict[tuple[str, int], GemmPlan] = {}
 
@@ -90,7 +95,7 @@ class PrefillKernels:
     def layer_kinds(self) -> list[str]:
         """The kinds of the kernels that a step's embedding and layers take."""
         rope = ["rope"] if self._separate_rope else []
-        quantize = ["quantize_o", "quantize_down"] if self.fp8 else []
+        quantize = [f"quantize_{kind}" for kind in self.quantized]
         return ["embed", "norm", "qkv", *rope, "attention", "o", "gate_up", "down", *quantize]
 
     @property
@@ -116,7 +121,7 @@ class PrefillKernels:
     def input_of(self, kind: str) -> str:
         """The name of the tiles that a projection reads."""
         if kind in QUANTIZED:
-            return QUANTIZED[kind][self.fp8]
+            return QUANTIZED[kind][kind in self.quantized]
         return "final_x_norm" if kind == "lm_head" else "x_norm"
 
     def token_tiles(self, kind: str, tokens: int) -> int:

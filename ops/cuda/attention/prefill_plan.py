@@ -27,7 +27,7 @@ class PrefillAttentionPlan:
     """The tiling of prefill attention: a CTA computes `query_tile` tokens of one query head.
 
     Attributes:
-        out: tiled activations, x of the o projection; K is heads * head_dim.
+        out: tiled activations, x of the o projection; K is heads * head_dim. FP8 with wgmma and heads of 128.
         instructions: "wgmma" (sm_90 only) or "mma" (`mma.m16n8k16`).
         query_tile: tokens of a CTA: a multiple of 64 with wgmma, of 16 with mma.
         key_block: keys between two updates of the softmax state: a multiple of 16.
@@ -52,8 +52,10 @@ class PrefillAttentionPlan:
             raise ValueError(f"prefill attention cannot be tiled like this: {self}")
         if (self.stages > 1) != (self.instructions == "wgmma"):
             raise ValueError(f"prefill attention with {self.instructions} cannot have {self.stages} stages")
-        if self.out.in_features != self.heads * self.head_dim or self.out.bits != 16:
-            raise ValueError(f"the output of prefill attention is float16 [tokens, heads * head_dim], not {self.out}")
+        if self.out.in_features != self.heads * self.head_dim:
+            raise ValueError(f"the output of prefill attention is [tokens, heads * head_dim], not {self.out}")
+        if self.out.bits == 8 and (self.instructions != "wgmma" or self.head_dim != self.out.block_elements):
+            raise ValueError("prefill attention writes FP8 only with wgmma, and heads that are a group of 128")
 
     @property
     def row_blocks(self) -> int:

@@ -21,13 +21,15 @@ _ZERO = f32(0.0)
 
 
 @ptx.device_function
-def _quad_max(x):
+def quad_max(x):
+    """Maximum over the four lanes of a quad, which share rows of a fragment."""
     x = ptx.max_f32(x, ptx.shuffle_xor_f32(x, 1))
     return ptx.max_f32(x, ptx.shuffle_xor_f32(x, 2))
 
 
 @ptx.device_function
-def _quad_sum(x):
+def quad_sum(x):
+    """Sum over the four lanes of a quad."""
     x += ptx.shuffle_xor_f32(x, 1)
     return x + ptx.shuffle_xor_f32(x, 2)
 
@@ -66,7 +68,7 @@ def make_softmax(keys: int, head_dim: int) -> Any:
         new_max = maxima[row]
         for j in range(tiles):
             new_max = ptx.max_f32(new_max, ptx.max_f32(s[first + 4 * j], s[first + 4 * j + 1]))
-        new_max = _quad_max(new_max)
+        new_max = quad_max(new_max)
         offset = f32(-scale) * new_max if new_max > MASKED else _ZERO
         rescale = ptx.exp2(ptx.fma(maxima[row], scale, offset))
         sum_0, sum_1 = row_sums[row] * rescale, _ZERO
@@ -122,7 +124,7 @@ def make_store_rows(plan: PrefillAttentionPlan) -> Any:
 
     @ptx.device_function
     def store_rows(out, o, start, row_sums, row, token, count, head, t):
-        sum_0, sum_1 = _quad_sum(row_sums[row]), _quad_sum(row_sums[row + 1])
+        sum_0, sum_1 = quad_sum(row_sums[row]), quad_sum(row_sums[row + 1])
         if token < count:
             store_row(out, o, start, ptx.reciprocal(sum_0), token, head, t)
         if token + 8 < count:

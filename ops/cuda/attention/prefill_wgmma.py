@@ -27,6 +27,7 @@ import numpy as np
 from numba import cuda, float32, uint32, uint64
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.attention.prefill_fp8 import make_store_rows_fp8
 from numba_atomflow.ops.cuda.attention.prefill_plan import WARPGROUP_ROWS, PrefillAttentionPlan
 from numba_atomflow.ops.cuda.attention.prefill_softmax import MASKED, make_mask, make_softmax, make_store_rows
 from numba_atomflow.ops.cuda.attention.prefill_tiles import make_copy_rows
@@ -119,7 +120,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
     copy_whole = make_copy_rows(head_dim, plan.kv_heads * head_dim, key_block, _WARPGROUP, all_exist=True)
     mask = make_mask(key_block)
     softmax = make_softmax(key_block, head_dim)
-    store_rows = make_store_rows(plan)
+    store_rows = make_store_rows_fp8(plan) if plan.out.bits == 8 else make_store_rows(plan)
 
     @ptx.device_function
     def produce(io, words, barriers, base, head, first, count, length, block, thread):

@@ -39,5 +39,5 @@ def quantize_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDA
 @ptx.device_function
 def group_scale(largest):
     """A group's scale, and the factor from its values to those of its codes."""
-    bounded = max(largest, f32(SMALLEST))
+    bounded = ptx.max_f32(largest, f32(SMALLEST))
     return bounded * _INVERSE, f32(LARGEST) / bounded

@@ -62,9 +62,9 @@ def make_quantize_tiles(x: ActivationTiles, y: ActivationTiles, *, dependent: bo
                 values[4 * t + 2 * c], values[4 * t + 2 * c + 1] = ptx.unpack_f16x2(words[t])
         largest = f32(0.0)
         for i in range(16):
-            largest = max(largest, abs(values[i]))
+            largest = ptx.max_f32(largest, abs(values[i]))
         for distance in (1, 2, 4):
-            largest = max(largest, ptx.shuffle_xor_f32(largest, distance))
+            largest = ptx.max_f32(largest, ptx.shuffle_xor_f32(largest, distance))
         scale, factor = group_scale(largest)
         if inside:
             if chunk == 0:

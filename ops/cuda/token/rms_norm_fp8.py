@@ -74,7 +74,7 @@ def make_rms_norm_fp8(x: ActivationTiles, eps: float, *, dependent: bool = False
             largest = _ZERO
             for j in range(4):
                 values[4 * i + j] *= norm * weights[4 * i + j]
-                largest = max(largest, abs(values[4 * i + j]))
+                largest = ptx.max_f32(largest, abs(values[4 * i + j]))
             scale, factor = group_scale(ptx.warp_max(largest))
             if block < blocks:
                 if lane == 0:
