@@ -3,7 +3,7 @@
 The plan, the binding of ops to launches, buckets, padding and `count` are those of the CUDA backend.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.view import View, view_of
-from numba_atomflow.model.step import LAST_LOGITS, NO_LOGITS
+from numba_atomflow.model.step import LAST_LOGITS, NO_LOGITS, Attention, GateUp, Op
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.layout.weights import prepack_reference
 from numba_atomflow.ops.cuda.runtime.chip import Chip
@@ -175,6 +175,18 @@ def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)
 
 
+def inputs(ops: Sequence[Op]) -> list[View]:
+    """The inputs of the projections of a step, in order."""
+    views: list[View] = []
+    for op in ops:
+        match op:
+            case GateUp():  # the norm before it has replaced the one before QKV
+                views += [op.x_norm, op.y]
+            case Attention():
+                views.append(op.attn_out)
+    return views
+
+
 @dataclass(frozen=True)
 class StepCase:
     """Chunks of one prompt.
@@ -225,6 +237,10 @@ def test_chunks_equal_those_of_the_cpu(case: StepCase) -> None:
         last_row = gpu.array(gpu.model.buffers["logits"])[:1]
         assert relative_error(last_row, expected[-1:]) <= limit
         assert relative_error(gpu.logits(0, len(piece)), expected) <= limit
+        steps = (backend.step(len(piece), LAST_LOGITS) for backend in (gpu.model, cpu))
+        for actual, probed in zip(*map(inputs, steps), strict=True):
+            rows = gpu.model.memory.read(actual)  # tiled on the GPU; an observer sees rows
+            assert relative_error(rows, probed.host_array().astype(np.float64)) <= limit, actual.name
         assert int(gpu.array(gpu.model.buffers["position"])[0]) == last
         keys = cpu._buffers["kv_cache"].host_array()[:, :, :last].astype(np.float64)
         assert relative_error(cache[:, :, :last].astype(np.float64), keys) <= limit
