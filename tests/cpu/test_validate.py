@@ -115,7 +115,8 @@ def test_two_backends_are_compared_without_a_ground_truth(subject: Subject) -> N
     report = check(subject.backend(), seen)
     assert report.passed
     assert report.reference == "cpu backend"
-    assert max(probe.relative_l2 for probe in report.probes) == 0
+    assert {probe.name for probe in report.probes if probe.relative_l2 > 0} <= {"logits"}
+    assert max(probe.relative_l2 for probe in report.probes) < 1e-6  # the last row's, alone and among others
     weights = subject.weights
     weights["layer.2.o.scale"] = weights["layer.2.o.scale"] * np.float32(1.001)
     perturbed = check(subject.backend(weights), seen)
