@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from pretended_gpu import PretendedDriver, pretend_compiler
+from pretended_gpu import PretendedDriver, Status, pretend_compiler
 from tiny_models import tiny_geometry
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
@@ -155,6 +156,30 @@ def test_a_chunk_is_one_graph_and_its_end_and_a_graph_serves_its_bucket(
         assert since(pretended, first) == Counter(cuGraphLaunch=1, cuLaunchKernelEx=tail)
         with backend._owner.current():
             assert backend._model.memory.read(backend._model.buffers["count"]) == tokens
+
+
+def test_a_failure_at_any_call_of_a_first_chunk_leaves_nothing_behind(pretended: PretendedDriver) -> None:
+    """Compiling, loading and capturing happen in the middle of a prompt; the first call of every name fails once."""
+
+    def load() -> Engine:
+        return Engine.random(tiny_geometry(layers=1), "cuda", 64, prefill="gemm")
+
+    with load() as engine:
+        first = len(pretended.calls)
+        engine.backend.prefill([1] * 20, SAMPLE)
+        names = dict.fromkeys(pretended.calls[first:])
+    assert {"cuModuleLoadData", "cuGraphInstantiate", "cuGraphLaunch", "cuMemcpyHtoDAsync"} <= set(names)
+    for name in names:
+        with load() as engine:
+            pretended.failing = {name: Status.CUDA_ERROR_OUT_OF_MEMORY}
+            with suppress(BackendError):
+                engine.backend.prefill([1] * 20, SAMPLE)
+            pretended.behave()
+            if name == "cuCtxPopCurrent":
+                pretended.stack().clear()
+        left = 1 if name == "cuGraphDestroy" else 0  # which was not destroyed
+        assert pretended.counts().total() <= left, name
+        pretended.live.clear()
 
 
 def test_few_tokens_take_the_gemv_kernels(pretended: PretendedDriver, backend: CudaBackend) -> None:
