@@ -82,9 +82,7 @@ def make_multiply(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, Any]:
     finish: (pipeline, registers, weights, lane): wait for all products, and scale them.
     """
     sums_count, sets, code_registers = plan.tile_tokens // 2, register_sets(plan), loads.code_registers
-    scaled, all_sums = plan.layout.format.scaled, ptx.Registers(sums_count)
-    fence_sums = ptx.make_wgmma_fence(all_sums)
-    wait_all = ptx.make_wgmma_wait(0, all_sums)
+    scaled, wait_all = plan.layout.format.scaled, ptx.make_wgmma_wait(0, ptx.Registers(sums_count))
     release, rescale, multiply_unit = _make_multiply_unit(plan, loads)
 
     @ptx.device_function
@@ -92,8 +90,6 @@ def make_multiply(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, Any]:
         for i in range(sums_count):
             registers.sums[i] = _ZERO
         registers.factors[0], registers.factors[1] = _ZERO, _ZERO
-        if not scaled:
-            fence_sums(registers.sums)
 
     @ptx.device_function
     def finish(pipeline, registers, weights, lane):
@@ -163,7 +159,7 @@ def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, A
     # A is named so that it is converted before the wait; codes, because what is converted next goes into registers that
     # the batch was reading.
     wait_all = ptx.make_wgmma_wait(0, all_sums, all_a, second_codes)
-    wait_before_second, wait_before_next = ptx.make_wgmma_wait(1, second_codes), ptx.make_wgmma_wait(1, first_codes)
+    wait_before_next = ptx.make_wgmma_wait(1, first_codes)
 
     @ptx.device_function
     def release(pipeline, stage, lane):
@@ -213,17 +209,12 @@ def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, A
         load(io.weights, start, ahead, 0, lane, codes)
         load_scales(io.weights, start, ahead, lane, scales)
         await_stage(pipeline, state)
+        wait_all(sums, a, codes)
+        release(pipeline, state[BEFORE], lane)
         if scaled:
-            wait_all(sums, a, codes)
-            release(pipeline, state[BEFORE], lane)
             rescale(sums, ratio_0, ratio_1)
-            fence_both(sums, a)
-        else:
-            fence_a(a)
+        fence_both(sums, a)
         start_products(pipeline, sums, a, state)
-        if not scaled:
-            wait_before_second(codes)
-            release(pipeline, state[BEFORE], lane)
         next_stage(state)
 
         convert(codes, 1, b, live_0, live_1)

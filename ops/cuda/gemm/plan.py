@@ -86,7 +86,9 @@ def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, c
     """
     if x.bits == 8 and (chip.capability != SM_90 or layout.format.bits != 8):
         raise ValueError(f"no GEMM of {layout.format.name} weights and FP8 activations on sm_{chip.capability}")
-    sizes = (256, 128, 64, 32, 16, 8) if chip.capability == SM_90 else (128, 64, 32, 16, 8)
+    # Registers: a tile of 256 needs wgmma, whose consumers have 232, and FP8 weights, which take half as many.
+    widest = chip.capability == SM_90 and layout.format.bits == 8
+    sizes = (256, 128, 64, 32, 16, 8) if widest else (128, 64, 32, 16, 8)
     plans = [gemm_plan(layout, x, size, chip) for size in sizes if tokens % size == 0]
     if not plans:
         raise ValueError(f"{tokens} tokens; their number must be a multiple of 8")

@@ -94,14 +94,19 @@ def _make_fp16(layout: PrepackedLayout) -> WeightLoads:
 
     @ptx.device_function
     def load_scales(weights, start, unit, lane, scales):
-        scales[0], scales[1] = _ONE, _ONE
+        # Always 1, but not for the compiler: it would load into the registers of A while `wgmma` is under way, and wait
+        # for each before the next (C7513). A selection is an instruction between the two.
+        scales[0] = _ONE if len(weights) > 0 else _ZERO
+        scales[1] = scales[0]
 
     @ptx.device_function
     def convert(codes, block, a, live_0, live_1):
         for step in range(4):
             base = 16 * block + step // 2 * 8 + step % 2 * 2
-            a[4 * step], a[4 * step + 2] = codes[base], codes[base + 1]
-            a[4 * step + 1], a[4 * step + 3] = codes[base + 4], codes[base + 5]
+            a[4 * step] = codes[base] if live_0 else u32(0)
+            a[4 * step + 2] = codes[base + 1] if live_0 else u32(0)
+            a[4 * step + 1] = codes[base + 4] if live_1 else u32(0)
+            a[4 * step + 3] = codes[base + 5] if live_1 else u32(0)
 
     @ptx.device_function
     def prefetch(weights, start, unit):
