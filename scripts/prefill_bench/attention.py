@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from numba_atomflow.geometry import ModelGeometry
@@ -14,7 +15,7 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from prefill_bench.cases import Case, Measured
 from prefill_bench.expectations import CHUNK
-from prefill_bench.torch_gpu import relative_error, unpack_tiles
+from prefill_bench.torch_gpu import Run, relative_error, unpack_tiles
 
 OURS, FLASH, CUDNN = "ours", "flash", "cuDNN"
 _CHECKED_TOKENS = 32
@@ -62,10 +63,10 @@ class AttentionLab:
         starts = range(0, tokens, chunk)
         outs = [torch.full((plan.out.words,), -1, dtype=torch.int32, device=gpu.device) for _ in starts]
         count = torch.tensor([chunk], dtype=torch.int64, device=gpu.device)
-        sides: dict[str, Any] = {}
-        errors = {}
+        sides: dict[str, tuple[Run, int]] = {}
+        errors: dict[str, float] = {}
         for name, each in plans.items():
-            launches, errors[name] = [], 0.0
+            launches, found = [], []
             for start, out in zip(starts, outs, strict=True):
                 position = torch.tensor([start], dtype=torch.int64, device=gpu.device)
                 shared = {"keys": keys, "values": values, "position": position, "count": count, "out": out}
@@ -75,7 +76,8 @@ class AttentionLab:
                 gpu.run(launches[-1])
                 picked = sorted({0, chunk - 1, *torch.randperm(chunk)[:_CHECKED_TOKENS].tolist()})
                 expected = attend(q, keys, values, g.head_dim, [start + token for token in picked])
-                errors[name] = max(errors[name], relative_error(unpack_tiles(plan.out, out, picked), expected))
+                found.append(relative_error(unpack_tiles(plan.out, out, picked), expected))
+            errors[name] = float(np.max(found))  # NaN if one is
 
             def run_all(_: int, launches: list[Any] = launches) -> None:
                 for launch in launches:
@@ -90,25 +92,37 @@ class AttentionLab:
 
 
 def rivals(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, head_dim: int) -> dict[str, Any]:
-    """torch's causal attention, by backend; only those that can run here."""
+    """torch's causal attention, by backend; only those that can run here.
+
+    A backend that cannot share KV heads (GQA) gets keys and values that are copied for every head beforehand.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     heads = [x.view(1, x.shape[0], -1, head_dim).transpose(1, 2) for x in (q, keys, values)]
-    found = {}
+    ratio = heads[0].shape[1] // heads[1].shape[1]
+    copied = [heads[0], *(x.repeat_interleave(ratio, dim=1) for x in heads[1:])]
+    found: dict[str, Any] = {}
     for name, backend in ((FLASH, SDPBackend.FLASH_ATTENTION), (CUDNN, SDPBackend.CUDNN_ATTENTION)):
+        for operands, gqa in ((heads, True), (copied, False)):
 
-        def run(_: int, backend: Any = backend) -> None:
-            with sdpa_kernel(backend):
-                torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            def run(_: int, backend: Any = backend, operands: Any = operands, gqa: bool = gqa) -> None:
+                with sdpa_kernel(backend):
+                    torch.nn.functional.scaled_dot_product_attention(*operands, is_causal=True, enable_gqa=gqa)
 
-        try:
-            run(0)
-        except RuntimeError as error:
-            if name == FLASH or "CUDA error" in str(error):
-                raise
-            continue
-        found[name] = run
+            if name not in found and _runs(run):
+                found[name] = run
     return found
+
+
+def _runs(run: Any) -> bool:
+    """Whether this backend takes these operands. An error of the GPU itself is raised."""
+    try:
+        run(0)
+    except RuntimeError as error:
+        if "CUDA error" in str(error):
+            raise
+        return False
+    return True
 
 
 def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, head_dim: int, tokens: list[int]) -> torch.Tensor:

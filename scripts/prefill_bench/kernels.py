@@ -53,7 +53,8 @@ class KernelLab:
         seconds = gpu.alternate(sides)
         medians = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
         work = {name: 2 * math.pow(_SIDE, 3) / 1e12 if name == rate else _READ_BYTES / 1e9 for name in medians}
-        return Measured(seconds, values={name: work[name] / medians[name] for name in medians})
+        rates = {name: work[name] / medians[name] for name in medians}
+        return Measured(seconds, values=rates, notes={"GPU": torch.cuda.get_device_name()})
 
     def close(self) -> None:
         """Free everything."""

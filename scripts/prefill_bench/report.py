@@ -53,8 +53,9 @@ def _of(rows: Sequence[Row], part: str) -> Iterator[Row]:
     return (row for row in rows if row[0].part == part)
 
 
-def _ceilings(rows: Sequence[Row]) -> Iterator[list[str]]:
+def _ceilings(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
     for _, measured in _of(rows, "ceilings"):
+        yield from measured.notes.items()
         for name, value in measured.values.items():
             yield [name, f"{value:.0f}"]
 
@@ -156,7 +157,7 @@ def _verdict(value: float | None, target: float | None, *, at_least: bool, facto
 
 
 _KERNEL_HEADERS = ["us (ours)", "ratio", "target", "predicted us", "error", "plan; variants us"]
-_TABLES: tuple[tuple[str, list[str], Callable[[Sequence[Row]], Iterator[list[str]]], tuple[int, ...]], ...] = (
+_TABLES: tuple[tuple[str, list[str], Callable[[Sequence[Row]], Iterator[Sequence[str]]], tuple[int, ...]], ...] = (
     ("Ceilings, measured in this run", ["what", ""], _ceilings, (0,)),
     (
         "Projections against cuBLAS fp16; ratio: our speed over cuBLAS's, round by round",

@@ -136,9 +136,13 @@ class TorchGpu:
             run(0)  # a library may allocate or choose an algorithm in its first call
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            for i in range(runs):
-                run(i)
+        with torch.cuda.stream(self.stream):  # `torch.cuda.graph` would also collect garbage, which takes longer
+            graph.capture_begin()
+            try:
+                for i in range(runs):
+                    run(i)
+            finally:
+                graph.capture_end()
         return graph
 
     def close(self) -> None:

@@ -231,6 +231,16 @@ def test_a_wrong_result_is_said(tmp_path: Path) -> None:
     assert bench_prefill.main(["--read", str(path)]) == 1
 
 
+def test_ceilings_and_decode_speed() -> None:
+    ceilings = Measured(values={"TMA, GB/s": 4500.4}, notes={"GPU": "NVIDIA H200"})
+    decode = Measured({"tpot": [0.001, 0.002, 0.002]}, notes={"path": "persistent"})
+    case = Case("decode", "llama-3.2-3b", "gemm", 16)
+    text = report.tables(record_of((Case("ceilings"), ceilings), (case, decode)), "md")
+    assert "| GPU | NVIDIA H200 |" in text
+    assert "| TMA, GB/s | 4500 |" in text
+    assert "| 500.0 (500.0-833.3) | 2.000 (1.200-2.000) | persistent |" in text
+
+
 def test_a_missed_target_is_said() -> None:
     case = Case("ttft", "llama-3.2-3b", "gemm", 512)
     text = report.tables(record_of((case, Measured({"ttft": [8e-3]}))), "table")

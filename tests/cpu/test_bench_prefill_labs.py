@@ -222,3 +222,27 @@ def test_the_kernels_of_an_engine_can_be_compiled_beforehand() -> None:
     assert "qkv_x8" in names("gemv", 512)
     assert "attention_chunk" not in names("gemv", 512)
     assert "quantize_down_tiles" in names("fp8", 512) - names("gemm", 512)
+
+
+def test_a_backend_without_gqa_gets_copied_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from prefill_bench import attention
+
+    asked = []
+
+    def attend(q: Any, k: Any, v: Any, *, is_causal: bool, enable_gqa: bool) -> None:
+        asked.append((q.shape[1], k.shape[1], v.shape[1], is_causal, enable_gqa))
+        if enable_gqa:
+            raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    operands = [torch.zeros(5, width) for width in (64, 32, 32)]
+    assert set(attention.rivals(*operands, 16)) == {"flash", "cuDNN"}
+    assert asked == [(4, 2, 2, True, True), (4, 4, 4, True, False)] * 2
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        attention.rivals(*operands, 16)
