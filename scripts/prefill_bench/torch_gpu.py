@@ -42,6 +42,18 @@ def span(tensor: torch.Tensor) -> Span:
     return Span(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
+@dataclass(frozen=True)
+class TensorLaunch:
+    """A launch, and the tensors whose memory it uses: PyTorch would give it to others if no one referred to them."""
+
+    launch: Launch
+    tensors: tuple[torch.Tensor, ...]
+
+    def run(self) -> None:
+        """Launch it in its stream."""
+        self.launch.run()
+
+
 class TorchGpu:
     """GPU 0 in PyTorch's context.
 
@@ -65,7 +77,7 @@ class TorchGpu:
         for spec, code in build(specs, self.chip.capability).items():
             self._kernels[spec] = Kernel(spec, code, self._resources)
 
-    def launch(self, planned: Planned, arguments: Mapping[str, torch.Tensor | int], ctas: int = 0) -> Launch:
+    def launch(self, planned: Planned, arguments: Mapping[str, torch.Tensor | int], ctas: int = 0) -> TensorLaunch:
         """A launch in `stream`.
 
         Args:
@@ -78,9 +90,10 @@ class TorchGpu:
         values = {name: arguments[name] for name in signature._fields}
         packed = {name: span(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         stream = driver.CUstream(self.stream.cuda_stream)
-        return Launch(self._kernels[planned.spec], ctas or planned.ctas, signature(**packed), stream)
+        launch = Launch(self._kernels[planned.spec], ctas or planned.ctas, signature(**packed), stream)
+        return TensorLaunch(launch, tuple(value for value in values.values() if isinstance(value, torch.Tensor)))
 
-    def run(self, launch: Launch) -> None:
+    def run(self, launch: TensorLaunch) -> None:
         """Launch once, and wait."""
         self.stream.wait_stream(torch.cuda.current_stream())
         launch.run()
@@ -100,6 +113,7 @@ class TorchGpu:
         Args:
             sides: by name: what to run, and the number of copies that its runs rotate over.
         """
+        torch.cuda.synchronize()  # what runs read was made in PyTorch's own stream
         graphs = {name: self._captured(run, copies) for name, (run, copies) in sides.items()}
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         seconds: dict[str, list[float]] = {name: [] for name in sides}

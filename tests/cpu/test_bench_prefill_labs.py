@@ -1,22 +1,26 @@
 """What the workers of bench_prefill.py measure: engines, and kernels beside PyTorch's."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from prefill_bench import engines
 from prefill_bench.cases import REPLY, Case
+from pretended_gpu import PretendedDriver
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
+from numba_atomflow.device.resources import DeviceResources, Resources
 from numba_atomflow.errors import OptionError
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.ops import jit
 from numba_atomflow.ops.attention import attend_reference
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
-from numba_atomflow.ops.cuda.runtime import build
+from numba_atomflow.ops.cuda.runtime import bandwidth, build
 from numba_atomflow.ops.fp8 import dequantize_groups
 
 TINY = "llama-3.2-3b"  # the name that the tiny geometry takes here
@@ -109,6 +113,30 @@ def test_the_reference_of_attention() -> None:
     got = attend(*map(torch.from_numpy, (q, k, v)), 16, [0, 7, 19])
     expected = attend_reference(*(x.astype(np.float64) for x in (q, k, v)), 0, 16)
     np.testing.assert_allclose(got.numpy(), expected[[0, 7, 19]], rtol=1e-12, atol=1e-12)
+
+
+def test_a_launch_keeps_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from prefill_bench import torch_gpu
+    from prefill_bench.compiled import H200
+
+    PretendedDriver().install(monkeypatch)
+    monkeypatch.setattr(torch_gpu, "build", lambda specs, _capability: dict.fromkeys(specs, b"code"))
+    gpu = torch_gpu.TorchGpu.__new__(torch_gpu.TorchGpu)
+    gpu.chip, gpu.stream, gpu._kernels, gpu._resources = H200, SimpleNamespace(cuda_stream=7), {}, Resources()
+    source, total = torch.zeros(64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with DeviceResources() as owner:
+        owner.open()
+        with owner.current():  # as PyTorch's context is
+            launch = gpu.launch(bandwidth.read_kernel(H200.sms), {"source": source, "total": total, "unused": source})
+            gpu._resources.close()
+    kept = weakref.ref(source)
+    address = source.data_ptr()
+    del source
+    assert kept() is not None
+    assert address in list(launch.launch._words)
+    with pytest.raises(ValueError, match="contiguous"):
+        torch_gpu.span(torch.zeros(4, 4).T)
 
 
 # --- compiled beforehand ---------------------------------------------------------------------------------------------
