@@ -1,5 +1,6 @@
-"""FP8 activations: the reference of the kernels against the definition of the format."""
+"""FP8 activations: the reference of the kernels against the format's definition, and what the quality script does."""
 
+import fp8_activations as script
 import numpy as np
 
 from numba_atomflow.ops.cuda.layout.fp8_activations import SMALLEST, quantize_activations
@@ -31,3 +32,29 @@ def test_zeros_and_the_smallest_numbers_have_finite_scales() -> None:
     assert (scales[:2] == np.float32(SMALLEST) * np.float32(1 / 448)).all()
     assert not codes[:2].any()
     assert codes[2, 7] == 0x7E
+
+
+# --- scripts/fp8_activations.py --------------------------------------------------------------------------------------
+
+
+def test_variants_round_as_they_say(rng: np.random.Generator) -> None:
+    x = (rng.standard_normal((5, 300)) * np.exp2(rng.integers(-9, 9, (5, 1)))).astype(np.float32)
+    codes, scales = quantize_groups(x)
+    np.testing.assert_array_equal(script.round_per_group(x), dequantize_groups(codes, scales))
+    for name, coarser in (("power of two", script.round_with_powers_of_two), ("token", script.round_per_token)):
+        rounded = coarser(x)
+        step = np.maximum(np.abs(x) / 8, 2 * np.abs(x).max(axis=1, keepdims=True) / 448 * 2.0**-9)
+        assert (np.abs(rounded - x) <= step / 2 * (1 + 1e-6)).all(), name
+
+
+def test_sums_of_tensor_cores_are_exact_until_they_need_more_bits_than_there_are(rng: np.random.Generator) -> None:
+    few = rng.integers(-3, 4, (2, 8, 256)).astype(np.float64)
+    np.testing.assert_array_equal(script.accumulate(few[0], few[1], 128), few[1] @ few[0].T)
+    large, small = np.full((1, 64), 16.0), np.full((1, 64), 16.0)
+    small[0, 1:] = 2.0**-4  # products of 1 beside one of 256, and then beside their sum
+    assert script.accumulate(large, small, 64)[0, 0] == 256 + 63
+    small[0, 1:] = 2.0**-12  # products of 2^-8: below 256 * 2^-13
+    assert script.accumulate(large, small, 64)[0, 0] == 256
+    errors = [record["error"] for record in script.compare_sums(4, 4) if record["in_features"] == 2048]
+    assert errors == sorted(errors)
+    assert errors[0] < 3e-4
