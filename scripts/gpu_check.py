@@ -2,12 +2,12 @@
 
     python scripts/gpu_check.py                          # all of it, some ten minutes
     python scripts/gpu_check.py kernels speed --json out.json
-    python scripts/gpu_check.py model --model smollm2-135m-instruct
+    python scripts/gpu_check.py model prompts --model smollm2-135m-instruct
 
-Sections: kernels (tests/gpu against float64), model (a real model against the CPU backend), sanitizer
-(compute-sanitizer on a tiny model), speed (Llama geometries with random weights, against the achievable bandwidth that
-the same run measures), start (cold and warm start to the first token). A section that cannot run here says so. Exit
-code 1 if a target is missed.
+Sections: kernels (tests/gpu against float64), model (a real model against the CPU backend), prompts (the same on the
+GEMM path, with long prompts), sanitizer (compute-sanitizer on a tiny model), speed (Llama geometries with random
+weights, against the achievable bandwidth that the same run measures), start (cold and warm start to the first token). A
+section that cannot run here says so. Exit code 1 if a target is missed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,7 @@ from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
+from numba_atomflow.validate import check, record
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -46,6 +47,7 @@ PROMPTS = (
     "Water boils at a temperature that depends on",
 )
 GREEDY_TOKENS = 256
+PROMPT_REPLY, PROBED_TOKENS = 64, 300
 LOGITS_LIMIT = 2e-3  # relative L2 against the CPU backend
 SHARE_TARGETS = {"llama-3.2-3b": 0.50, "llama-3.1-8b": 0.60}  # of what TMA bulk copies reach
 CONTEXTS = (16, 4096)
@@ -112,36 +114,60 @@ def check_model(report: Report, options: argparse.Namespace) -> None:
     except AtomFlowError as error:
         report.add("model", options.model, f"not run: {error}")
         return
-    greedy = SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True)
     with Engine.load(path, "cuda", 512) as gpu, Engine.load(path, "cpu", 512) as cpu:
-        same, errors, splits = [], [], []
-        for prompt in PROMPTS:
-            tokens = gpu.text.encode(prompt)
-            replies = [engine.generate(tokens, greedy).finish().token_ids for engine in (gpu, cpu)]
-            first = next((i for i, (a, b) in enumerate(zip(*replies, strict=True)) if a != b), GREEDY_TOKENS)
-            same.append(first)
-            logits = []
-            for engine in (gpu, cpu):
-                engine.reset()
-                logits.append(engine.feed(tokens + replies[1], all_logits=True).astype(np.float64))
-            errors.append(float(np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[1])))
-            if first < GREEDY_TOKENS:
-                row = len(tokens) - 1 + first
-                best = np.argsort(logits[1][row])[-2:]
-                margin = float(np.diff(logits[1][row][best])[0])
-                moved = abs(float(np.diff((logits[0] - logits[1])[row][best])[0]))
-                splits.append(
-                    f"token {first}: the CPU's two best are {margin:.4f} apart, the GPU moves them {moved:.4f}"
-                )
-        target = f"{GREEDY_TOKENS} each"
-        report.add("model", "greedy tokens as on the CPU", str(same), target, min(same) == GREEDY_TOKENS)
-        for split in splits:
-            report.add("model", "where they part", split)
-        figure = f"relative L2 {max(errors):.2e}"
-        report.add("model", "logits against the CPU", figure, f"{LOGITS_LIMIT}", max(errors) <= LOGITS_LIMIT)
+        _compare(report, "model", gpu, cpu, [gpu.text.encode(prompt) for prompt in PROMPTS], GREEDY_TOKENS)
         reply = gpu.generate(PROMPTS[0], SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True)).finish()
         report.add("model", "speed", f"{reply.stats.tokens_per_second:.0f} tok/s, TTFT {reply.stats.ttft * 1e3:.1f} ms")
         print(f"     text: {reply.text[:100]!r}", flush=True)
+
+
+def _compare(
+    report: Report, section: str, gpu: Engine, cpu: Engine, prompts: Sequence[Sequence[int]], count: int
+) -> None:
+    """Greedy replies of `count` tokens, and logits of every position of prompt and reply."""
+    greedy = SamplingParams(max_tokens=count, ignore_eos=True)
+    same, errors, splits = [], [], []
+    for tokens in prompts:
+        replies = [engine.generate_tokens(tokens, greedy).finish().token_ids for engine in (gpu, cpu)]
+        first = next((i for i, (a, b) in enumerate(zip(*replies, strict=True)) if a != b), count)
+        same.append(first)
+        logits = []
+        for engine in (gpu, cpu):
+            engine.reset()
+            logits.append(engine.feed([*tokens, *replies[1]], all_logits=True).astype(np.float64))
+        errors.append(float(np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[1])))
+        if first < count:
+            row = len(tokens) - 1 + first
+            best = np.argsort(logits[1][row])[-2:]
+            margin = float(np.diff(logits[1][row][best])[0])
+            moved = abs(float(np.diff((logits[0] - logits[1])[row][best])[0]))
+            splits.append(f"token {first}: the CPU's two best are {margin:.4f} apart, the GPU moves them {moved:.4f}")
+    report.add(section, "greedy tokens as on the CPU", str(same), f"{count} each", min(same) == count)
+    for split in splits:
+        report.add(section, "where they part", split)
+    figure = f"relative L2 {max(errors):.2e}"
+    report.add(section, "logits against the CPU", figure, f"{LOGITS_LIMIT}", max(errors) <= LOGITS_LIMIT)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def check_prompts(report: Report, options: argparse.Namespace) -> None:
+    """A real model on the GEMM path: long prompts against the CPU, and every probe of chunks."""
+    try:
+        path = find_checkpoint(options.model)
+    except AtomFlowError as error:
+        report.add("prompts", options.model, f"not run: {error}")
+        return
+    text = (ROOT / "docs" / "cuda-backend.md").read_text()
+    with Engine.load(path, "cpu", 1024) as cpu, Engine.load(path, "cuda", 1024, prefill="gemm") as gpu:
+        tokens = gpu.text.encode(text)
+        _compare(report, "prompts", gpu, cpu, [tokens[start : start + 700] for start in (0, 700)], PROMPT_REPLY)
+        _compare(report, "prompts", gpu, cpu, [tokens[:length] for length in (9, 17, 65, 129)], PROMPT_REPLY)
+        reference = record(cpu.backend, cpu.geometry, tokens[:PROBED_TOKENS], 4)
+        for what, isolate, block in (("one chunk", False, None), ("isolated", True, None), ("chunks of 50", False, 50)):
+            outcome = check(gpu.backend, reference, isolate=isolate, block=block)
+            report.add("prompts", f"probes against the CPU, {what}", outcome.verdict(), "PASS", outcome.passed)
 
 
 # --- sanitizer -------------------------------------------------------------------------------------------------------
@@ -271,6 +297,7 @@ def check_start(report: Report, options: argparse.Namespace) -> None:
 SECTIONS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
     "kernels": check_kernels,
     "model": check_model,
+    "prompts": check_prompts,
     "sanitizer": check_sanitizer,
     "speed": check_speed,
     "start": check_start,
@@ -280,7 +307,9 @@ SECTIONS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"what to run, of {', '.join(SECTIONS)}; everything by default")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="a checkpoint, for the sections model and start")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a checkpoint, for the sections model, prompts and start"
+    )
     parser.add_argument("--geometries", nargs="+", default=list(SHARE_TARGETS), choices=list(PRESETS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     logs = Path(tempfile.gettempdir())
