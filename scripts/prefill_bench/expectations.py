@@ -13,7 +13,7 @@ from prefill_bench.cases import PROJECTIONS, Case
 
 SMS = 132
 GEMM_GROUP = {16: 0.40e-6, 32: 0.43e-6, 64: 0.50e-6, 128: 0.70e-6, 256: 1.40e-6}  # 128 rows x tokens x 128 of K
-FP8_GROUP = {16: 0.35e-6, 32: 0.36e-6, 64: 0.38e-6, 128: 0.45e-6}  # the same with FP8 activations
+FP8_GROUP = {16: 0.35e-6, 32: 0.36e-6, 64: 0.38e-6, 128: 0.54e-6, 256: 0.81e-6}  # with FP8 activations: from L2
 GEMM_START = 3.2e-6  # of a kernel alone: launch, pipeline fill, epilogue
 SHARED_TILES = 2.3e-6  # partial sums of tiles that CTAs share, and their fix-up
 WEIGHT_BANDWIDTH = 4.0e12  # bytes per second of weights through a GEMM kernel
@@ -83,7 +83,8 @@ def layer_seconds(geometry: ModelGeometry, tokens: int, position: int = 0, *, fp
     gemms = sum(projection(geometry, kind).seconds(tokens, groups) for kind in PROJECTIONS)
     norms = 2 * (NORM_START + tokens * geometry.hidden * (4 + 2) / STREAM_BANDWIDTH)
     attention = attention_seconds(geometry, tokens, position)
-    return gemms + norms + attention - KERNELS_PER_LAYER * OVERLAP
+    quantizing = NORM_START - OVERLAP + tokens * geometry.ffn * (2 + 1) / STREAM_BANDWIDTH if fp8 else 0.0
+    return gemms + norms + quantizing + attention - KERNELS_PER_LAYER * OVERLAP
 
 
 def ttft_seconds(geometry: ModelGeometry, tokens: int, *, fp8: bool = False) -> float:
