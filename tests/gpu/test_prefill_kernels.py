@@ -6,6 +6,7 @@ from prefill_sweeps import (
     ATTENTIONS,
     CHUNKS,
     FP8_GEMMS,
+    FP16_GEMMS,
     GEMMS,
     LONG,
     LONG_ATTENTIONS,
@@ -22,7 +23,7 @@ from prefill_sweeps import (
 )
 
 
-@pytest.mark.parametrize("sweep", GEMMS + QKVS, ids=str)
+@pytest.mark.parametrize("sweep", GEMMS + FP16_GEMMS + QKVS, ids=str)
 def test_gemm_of_few_tokens(sweep: GemmSweep) -> None:
     for tokens in sweep.tokens:
         check_gemm(sweep, tokens, chip())
