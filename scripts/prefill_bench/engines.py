@@ -25,14 +25,15 @@ class EngineLab:
         """Measure a case of the parts ttft, requests and decode."""
         engine = self._load(case)
         prompt = np.random.default_rng(case.tokens).integers(0, engine.geometry.vocabulary, case.tokens).tolist()
-        notes = {"load": f"loaded in {engine.load_seconds:.1f} s"}
         match case.part:
             case "ttft":
-                return Measured({"ttft": [turn[0] for turn in self._turns(engine, prompt, 1)]}, notes=notes)
+                first, *turns = self._turns(engine, prompt, 1)
+                notes = {"first": f"first turn {first[0] * 1e3:.0f} ms", "load": f"load {engine.load_seconds:.1f} s"}
+                return Measured({"ttft": [turn[0] for turn in turns]}, notes=notes)
             case "requests":
-                turns = self._turns(engine, prompt, REPLY + 1)
+                turns = self._turns(engine, prompt, REPLY + 1)[1:]
                 seconds = {name: [turn[i] for turn in turns] for i, name in enumerate(("ttft", "tpot", "total"))}
-                return Measured(seconds, notes=notes)
+                return Measured(seconds)
             case "decode":
                 engine.reset()
                 decode_turn(engine, prompt, REPLY)
@@ -42,7 +43,7 @@ class EngineLab:
         raise ValueError(f"an engine has no part {case.part}")
 
     def _turns(self, engine: Engine, prompt: Sequence[int], tokens: int) -> list[tuple[float, float, float]]:
-        """Seconds to the first token, per token after it, and of everything; a first turn is discarded."""
+        """Seconds to the first token, per token after it, and of everything. The first turn may compile and capture."""
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
         turns: list[tuple[float, float, float]] = []
         repeats = 0
@@ -52,7 +53,7 @@ class EngineLab:
             total = stats.ttft + (tokens - 1) * stats.tpot
             turns.append((stats.ttft, stats.tpot, total))
             repeats = min(_TURNS[1], max(_TURNS[0], int(_SECONDS / total)))
-        return turns[1:]
+        return turns
 
     def _load(self, case: Case) -> Engine:
         wanted = case.model, case.subject

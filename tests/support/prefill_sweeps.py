@@ -187,9 +187,9 @@ def _activations(tiles: ActivationTiles, x: NDArray[np.float64]) -> tuple[NDArra
 
 
 def check_gemm(sweep: GemmSweep, tokens: int, chip: Chip) -> None:
-    """Relative L2 3e-5 for float32 outputs (tensor cores cut sums off where float32 would round), 5e-4 for float16, 1e-3
-    for FP8 activations (of whose sums they keep some 14 bits); nothing behind the tokens' tiles is written; a second
-    run has the same bits.
+    """Relative L2 3e-5 for float32 outputs (tensor cores cut sums off where float32 would round), 5e-4 for float16,
+    1e-3 for FP8 activations (of whose sums they keep some 14 bits); nothing behind the tokens' tiles is written; a
+    second run has the same bits.
     """
     rng = generator(sweep.out_features, tokens)
     plan, planned = sweep.plan(chip), sweep.planned(chip)
