@@ -5,7 +5,7 @@ from typing import Any
 from numba_atomflow.backends.cuda.buckets import bucket_for
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
-from numba_atomflow.backends.cuda.plan import GemmScratch
+from numba_atomflow.backends.cuda.plan import PrefillScratch
 from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv
@@ -31,7 +31,7 @@ class PrefillBinder:
     def __init__(self, model: DeviceModel, kernels: PrefillKernels, loaded: LoadedKernels) -> None:
         self._model, self._kernels, self._loaded = model, kernels, loaded
         self._count = model.buffers["count"]
-        self._scratch = GemmScratch.of(model.buffers)
+        self._scratch = PrefillScratch.of(model.buffers)
 
     def bind(self, op: Op) -> list[Launch]:
         """The launches of an op of the embedding or the layers, or of the LM head.

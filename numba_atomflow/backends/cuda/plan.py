@@ -80,11 +80,11 @@ class AttentionScratch(NamedTuple):
         return cls(*(buffers[f"attention.{name}"] for name in cls._fields))
 
 
-class GemmScratch(NamedTuple):
-    """What the CTAs of a GEMM exchange where several compute one tile.
+class PrefillScratch(NamedTuple):
+    """What the CTAs of a kernel of the GEMM path exchange where several compute one tile. All kernels take the same.
 
     Attributes:
-        partials: float32 sums. counters: uint32, CTAs that are done, for each tile.
+        partials: float32 results. counters: uint32, CTAs that are done, for each tile; 0 before and after every kernel.
     """
 
     partials: View
@@ -94,14 +94,14 @@ class GemmScratch(NamedTuple):
     def plan(partials: int, counters: int) -> list[Buffer]:
         """The buffers of these views."""
         return [
-            Buffer("workspace", "gemm.partials", (max(partials, 1),), "float32"),
-            Buffer("workspace", "gemm.counters", (max(counters, 1),), "uint32"),
+            Buffer("workspace", "prefill.partials", (partials,), "float32"),
+            Buffer("workspace", "prefill.counters", (counters,), "uint32"),
         ]
 
     @classmethod
     def of(cls, buffers: Mapping[str, View]) -> Self:
         """The views of an arena."""
-        return cls(*(buffers[f"gemm.{name}"] for name in cls._fields))
+        return cls(*(buffers[f"prefill.{name}"] for name in cls._fields))
 
 
 def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
@@ -129,7 +129,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
     if prefill is not None:
         buffers.append(Buffer("activations", "count", (1,), "int64"))
         buffers += [Buffer("activations", f"tiles.{name}", (x.words,), "uint32") for name, x in prefill.tiles.items()]
-        buffers += GemmScratch.plan(*prefill.scratch)
+        buffers += PrefillScratch.plan(*prefill.scratch)
     if kernels.persistent:
         buffers += persistent_buffers(kernels.persistent_shape)
     staging_bytes = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")

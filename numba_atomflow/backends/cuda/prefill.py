@@ -17,7 +17,7 @@ from numba_atomflow.backends.cuda.buckets import bucket_for, buckets_up_to
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel
 from numba_atomflow.ops.cuda.attention.prefill_fp8 import HEAD_DIM as FP8_HEAD_DIM
-from numba_atomflow.ops.cuda.attention.prefill_plan import choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
 from numba_atomflow.ops.cuda.gemm.kernels import (
     gemm_kernel,
     make_gemm_add,
@@ -130,12 +130,17 @@ class PrefillKernels:
 
     @cached_property
     def scratch(self) -> tuple[int, int]:
-        """Float32 partial sums, and counters, that the projections of every bucket have room in."""
+        """Float32 partial results, and counters, for the kernels of every bucket."""
         heads = [bucket for bucket in self.buckets if bucket <= self.head_rows]
         layers = ("qkv", "o", "gate_up", "down")
         plans = [self.gemm_plan(kind, bucket) for kind in layers for bucket in self.buckets]
         plans += [self.gemm_plan("lm_head", bucket) for bucket in heads]
         return max(plan.partials for plan in plans), max(plan.counters for plan in plans)
+
+    @cached_property
+    def _attention_plan(self) -> PrefillAttentionPlan:
+        g = self._geometry
+        return choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, self.tiles["attn_out"], self._chip)
 
     def _plan(self, kind: str, bucket: int) -> Planned:
         g, dependent = self._geometry, self._dependent
@@ -153,8 +158,7 @@ class PrefillKernels:
             case "rope":
                 return replace(self._rope(), ctas=rope_ctas(g.heads, g.kv_heads, bucket))
             case "attention":
-                tiles = self.tiles["attn_out"]
-                plan = choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, tiles, self._chip)
+                plan = self._attention_plan
                 return replace(prefill_attention_kernel("attention_chunk", plan, dependent), ctas=plan.ctas(bucket))
         return self.projection(kind, self.gemm_plan(kind, bucket))
 
