@@ -6,17 +6,19 @@ transformers, in one run.
     python scripts/bench_prefill.py projections:120 ttft:200 --budget 400 --out prefill.json
     python scripts/bench_prefill.py projections --only gate_up,down --tokens 512,2048 --variants
     python scripts/bench_prefill.py --read prefill.json --format md          # the tables of an earlier run
-    python scripts/bench_prefill.py --compile 9.0                            # on a machine without a GPU
+    python scripts/bench_prefill.py --compile 9.0 --tests                    # on a machine without a GPU
 
 Parts: ceilings, projections, attention, ttft, requests, decode; NAME:SECONDS limits a part. Each case runs in a worker
-process, which is started again after a case that hangs or loses the GPU's context. The record is complete after every
-case. --compile compiles the kernels of all selected cases into the compile cache; --compiled FOLDER takes machine code
-from a cache folder that was made on another machine with the same sources. Kernels need PyTorch with CUDA; requests
-also transformers.
+process, which is started again after a case that hangs or loses the GPU's context; its messages are in a .log file
+beside the record. The record is complete after every case. Kernels need PyTorch with CUDA; requests also transformers.
+
+--compile compiles the kernels of all selected cases into the compile cache (--tests: those of tests/gpu too).
+--compiled FOLDER takes machine code from a compile cache of another machine with the same sources.
 """
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv[1:]}
     record = Record(options.out, head | {"machine": machine_record()})
-    log = (options.out or Path("bench_prefill")).with_suffix(".log")
+    log = (options.out or Path(tempfile.gettempdir()) / "bench_prefill").with_suffix(".log")
     limits = dict.fromkeys(_CASE_SECONDS, options.case_seconds) if options.case_seconds else _CASE_SECONDS
     run_cases(cases, Worker(log), Budget(options.budget, seconds), record, limits, _tell)
     return _show(record.data, options.format)
