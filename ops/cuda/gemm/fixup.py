@@ -5,9 +5,10 @@ that all accesses are 16 bytes a thread, side by side. They are added in order o
 result in every run.
 """
 
+import math
 from typing import Any
 
-from numba import cuda
+from numba import cuda, float32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
@@ -15,6 +16,8 @@ from numba_atomflow.ops.cuda.gemm.schedule import Schedule
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 CONSUMER_BARRIER = 1  # number of the named barrier of the consumer warps; 0 is `syncthreads`
+_VECTORS_IN_FLIGHT = 16  # 16-byte loads of a thread, if there are registers: with so many sums
+_FEW_SUMS = 96
 _ZERO = f32(0.0)
 
 
@@ -25,13 +28,19 @@ def make_fixup(plan: GemmPlan, schedule: Schedule, threads: int) -> Any:
     `threads`: consumers; `flag`: a word of shared memory `words`; sums: float32 [tile_elements / threads].
     """
     sharers, slot_of, tile_elements = schedule.sharers, schedule.slot, plan.tile_elements
-    vectors = tile_elements // threads // 4
+    sums_count = tile_elements // threads
+    # A thread loads `vectors` of each of `parts` parts before it adds the first; `batches` times, to have all.
+    in_flight = _VECTORS_IN_FLIGHT if sums_count <= _FEW_SUMS else _VECTORS_IN_FLIGHT // 2
+    vectors = math.gcd(sums_count // 4, in_flight)
+    parts, batches = in_flight // vectors, sums_count // 4 // vectors
+    registers = parts * vectors * 4
 
     @ptx.large_device_function
     def fixup(io, words, flag, tile, sums, thread):
+        loaded = cuda.local.array(registers, float32)
         counter, first_slot, count = sharers(tile, io.token_tiles)
         own = slot_of(tile, io.token_tiles) * tile_elements + thread * 4
-        for j in range(vectors):
+        for j in range(sums_count // 4):
             i = 4 * j
             ptx.store_f32x4(io.partials, own + j * threads * 4, sums[i], sums[i + 1], sums[i + 2], sums[i + 3])
         # All threads wrote, then passed the barrier; one fences for them (fences are cumulative) and counts the CTA.
@@ -44,19 +53,23 @@ def make_fixup(plan: GemmPlan, schedule: Schedule, threads: int) -> Any:
         ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(threads))
         is_last = words[flag] == u32(count - 1)
         if is_last:
-            for i in range(4 * vectors):
+            for i in range(sums_count):
                 sums[i] = _ZERO
             part = i32(0)
             while part < count:
-                start = (first_slot + part) * tile_elements + thread * 4
-                for j in range(vectors):
-                    i = 4 * j
-                    s0, s1, s2, s3 = ptx.load_relaxed_f32x4(io.partials, start + j * threads * 4)
-                    sums[i] += s0
-                    sums[i + 1] += s1
-                    sums[i + 2] += s2
-                    sums[i + 3] += s3
-                part = i32(part + 1)
+                for batch in range(batches):
+                    for p in range(parts):  # beyond the last part, the last one once more
+                        slot = first_slot + (part + p if part + p < count else count - 1)
+                        start = slot * tile_elements + thread * 4 + batch * vectors * threads * 4
+                        for j in range(vectors):
+                            i = (p * vectors + j) * 4
+                            s0, s1, s2, s3 = ptx.load_relaxed_f32x4(io.partials, start + j * threads * 4)
+                            loaded[i], loaded[i + 1], loaded[i + 2], loaded[i + 3] = s0, s1, s2, s3
+                    for p in range(parts):
+                        if part + p < count:
+                            for i in range(4 * vectors):
+                                sums[batch * vectors * 4 + i] += loaded[p * vectors * 4 + i]
+                part = i32(part + parts)
         return is_last
 
     return fixup
