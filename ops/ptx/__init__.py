@@ -6,6 +6,7 @@ Kernels use it as one namespace: ``from numba_atomflow.ops import ptx`` and then
 
 from numba_atomflow.ops.ptx.arithmetic import divide, exp2, fma, max_f32, random_53_bits, reciprocal, rsqrt
 from numba_atomflow.ops.ptx.async_copy import (
+    COPY_BYTES,
     barrier_arrive_on_copies,
     commit_copies,
     copy_async_16,
@@ -60,6 +61,7 @@ from numba_atomflow.ops.ptx.memory import (
     load_constant_f32,
     load_constant_f32x2,
     load_constant_i64,
+    load_f32,
     load_f32x2,
     load_f32x4,
     load_relaxed_f32,
@@ -68,8 +70,9 @@ from numba_atomflow.ops.ptx.memory import (
     load_stream_16,
     prefetch_l2,
     store_16,
+    store_f32,
     store_f32x4,
-    store_pair,
+    store_pair_if,
     store_shared_8,
     store_shared_16,
 )
@@ -105,6 +108,7 @@ from numba_atomflow.ops.ptx.wgmma import (
 )
 
 __all__ = [
+    "COPY_BYTES",
     "K_STEP_WORDS",
     "SIMULATED",
     "SWIZZLE_ATOM_BYTES",
@@ -151,6 +155,7 @@ __all__ = [
     "load_constant_f32",
     "load_constant_f32x2",
     "load_constant_i64",
+    "load_f32",
     "load_f32x2",
     "load_f32x4",
     "load_matrix",
@@ -182,8 +187,9 @@ __all__ = [
     "shuffle_xor_f32",
     "shuffle_xor_u32",
     "store_16",
+    "store_f32",
     "store_f32x4",
-    "store_pair",
+    "store_pair_if",
     "store_shared_8",
     "store_shared_16",
     "sync_warp",

@@ -156,6 +156,8 @@ class _Emitter:
             vector = ir.VectorType(context.get_value_type(self.results[0]), len(self.results))
             loaded = builder.load(builder.bitcast(values[0], vector.as_pointer()), align=4 * len(self.results))
             parts = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(len(self.results))]
+            if len(parts) == 1:
+                return parts[0]
             return context.make_tuple(builder, signature.return_type, parts)
         if self.assembly == VECTOR_STORE:
             address, *elements = values

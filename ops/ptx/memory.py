@@ -1,6 +1,7 @@
 """Loads, stores and L2 prefetches.
 
-An ``array, index`` pair becomes an address; index counts elements. 16-byte accesses need 16-byte aligned addresses.
+An ``array, index`` pair becomes an address; index counts elements, and is not negative: indexing an array with a signed
+number would take two more instructions, for Python's negative indices. 16-byte accesses need 16-byte aligned addresses.
 Source: PTX ISA 9.0, section 9.7.9.
 """
 
@@ -18,8 +19,8 @@ def load_stream_16(array, index):
 
 @instruction("ld.global.nc.f32 $0, [$1];", (f32,), (ADDRESS,), effect=True)
 def load_constant_f32(array, index):
-    """A float32 from a uint32 array that no kernel writes."""
-    return np.uint32(array[index]).view(np.float32)
+    """A float32 that no kernel writes, from a float32 array or a uint32 array of its bits."""
+    return np.asarray(array[index]).view(np.float32)[()]
 
 
 @instruction("ld.global.nc.v2.f32 {$0, $1}, [$2];", (f32, f32), (ADDRESS,), effect=True)
@@ -85,15 +86,31 @@ def store_16(array, index, a, b, c, d):
         array[index + i] = word
 
 
-@instruction(VECTOR_STORE, (), (ADDRESS, u32))
-def store_pair(array, index, word):
-    """Two float16 of one word into an array of their bits (uint16); index: even."""
-    if index % 2:
-        raise IndexError(f"a pair of float16 at odd element {index}")
-    array[index], array[index + 1] = int(word) & 0xFFFF, int(word) >> 16
+@instruction(VECTOR_LOAD, (f32,), (ADDRESS,))
+def load_f32(array, index):
+    """A float32."""
+    return np.float32(array[index])
 
 
-@instruction("ld.global.nc.b64 $0, [$1];", (i64,), (ADDRESS,))
+@instruction(VECTOR_STORE, (), (ADDRESS, f32))
+def store_f32(array, index, value):
+    """A float32."""
+    array[index] = value
+
+
+@instruction("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", (), (ADDRESS, u32, u32), effect=True)
+def store_pair_if(array, index, word, condition):
+    """Two float16 of one word into an array of their bits (uint16), unless the condition is 0; index: even.
+
+    No branch: behind one, an instruction of the whole warp would first check that all lanes are there.
+    """
+    if condition:
+        if index % 2:
+            raise IndexError(f"a pair of float16 at odd element {index}")
+        array[index], array[index + 1] = int(word) & 0xFFFF, int(word) >> 16
+
+
+@instruction("ld.global.nc.b64 $0, [$1];", (i64,), (ADDRESS,), effect=True)
 def load_constant_i64(array, index):
     """An int64 that no kernel writes while this one runs."""
     return int(array[index])

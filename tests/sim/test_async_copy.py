@@ -91,7 +91,8 @@ def test_load_matrix(transposed: bool) -> None:
 def test_small_instructions() -> None:
     @ptx.kernel(1, 1)
     def run(pairs, numbers, words, out, floats):
-        ptx.store_pair(pairs, 2, u32(0xABCD1234))
+        ptx.store_pair_if(pairs, 2, u32(0xABCD1234), u32(1))
+        ptx.store_pair_if(pairs, 0, u32(0xABCD1234), u32(0))
         ptx.store_16(words, 4, u32(1), u32(2), u32(3), u32(4))
         out[0] = ptx.permute_bytes(u32(0x33221100), u32(0x77665544), u32(0x3276))
         out[1] = ptx.load_constant_i64(numbers, 1)

@@ -1,5 +1,6 @@
 """The GEMM of sm_90 against float64, at small shapes: in the simulator, or on a GPU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,15 @@ def gemm_weights(layout: PrepackedLayout, rng: np.random.Generator) -> tuple[NDA
 
 
 def check_wgmma(case: WgmmaCase) -> None:
-    """Relative L2 error against float64: 1e-5 for float32 outputs, 5e-4 for those rounded to float16."""
+    """`check_gemm` of a kernel with `wgmma`."""
+    check_gemm(case, run)
+
+
+def check_gemm(case: WgmmaCase, run: Callable[..., None]) -> None:
+    """Relative L2 error against float64: 1e-5 for float32 outputs, 5e-4 for those rounded to float16.
+
+    run: (case, epilogue, arguments) launches the kernel.
+    """
     rng, plan = generator(case.out_features, case.in_features, case.tile_tokens), case.plan
     words, matrix = gemm_weights(plan.layout, rng)
     x = rng.standard_normal((case.capacity, case.in_features)).astype(np.float16)

@@ -13,12 +13,13 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemm.plan import TILE_ROWS, GemmPlan
 from numba_atomflow.ops.cuda.gemv.epilogue import rope_pair
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
-from numba_atomflow.ops.cuda.scalars import f32, u32
+from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 CONSUMERS = 256  # threads: 8 warps, each with one prepacked tile of a CTA's tile
 _UNITS = TILE_ROWS // 2  # of SwiGLU in a CTA's tile
 _LOG2_E = f32(math.log2(math.e))
-_ONE = f32(1.0)
+_ZERO, _ONE = f32(0.0), f32(1.0)
+_ANGLES_AT_ONCE = 32  # tokens whose cosines and sines may be loaded before the first of them is used
 _EVEN_LANE, _ODD_LANE = u32(0x5410), u32(0x3276)  # selectors: the low halves of (own, other); the high of (other, own)
 
 
@@ -70,11 +71,21 @@ def make_store_epilogue(plan: GemmPlan) -> GemmEpilogue:
         row = tile * 16 + (lane >> 2)
         index = (token + (lane & 3) * 2) * rows + row
         if row < rows:
-            io.y[index], io.y[index + rows] = c0, c1
+            ptx.store_f32(io.y, index, c0)
+            ptx.store_f32(io.y, index + rows, c1)
         if row + 8 < rows:
-            io.y[index + 8], io.y[index + rows + 8] = c2, c3
+            ptx.store_f32(io.y, index + 8, c2)
+            ptx.store_f32(io.y, index + rows + 8, c3)
 
     return GemmEpilogue(store, _no_flush)
+
+
+@ptx.device_function
+def add_pair(residual, index, low, high):
+    """Add to elements index and index + 8; both loads are issued before the first store."""
+    old_low, old_high = ptx.load_f32(residual, index), ptx.load_f32(residual, index + 8)
+    ptx.store_f32(residual, index, old_low + low)
+    ptx.store_f32(residual, index + 8, old_high + high)
 
 
 def make_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
@@ -87,18 +98,11 @@ def make_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
         row = tile * 16 + (lane >> 2)
         index = (token + (lane & 3) * 2) * rows + row
         if tile < tiles if all_full else row + 8 < rows:
-            # All loads are issued before the first store.
-            r0, r1, r2, r3 = (
-                io.residual[index],
-                io.residual[index + rows],
-                io.residual[index + 8],
-                io.residual[index + rows + 8],
-            )
-            io.residual[index], io.residual[index + rows] = r0 + c0, r1 + c1
-            io.residual[index + 8], io.residual[index + rows + 8] = r2 + c2, r3 + c3
+            add_pair(io.residual, index, c0, c2)
+            add_pair(io.residual, index + rows, c1, c3)
         elif not all_full and row < rows:
-            io.residual[index] += c0
-            io.residual[index + rows] += c1
+            ptx.store_f32(io.residual, index, ptx.load_f32(io.residual, index) + c0)
+            ptx.store_f32(io.residual, index + rows, ptx.load_f32(io.residual, index + rows) + c1)
 
     return GemmEpilogue(add, _no_flush)
 
@@ -119,7 +123,7 @@ def make_swiglu_epilogue(plan: GemmPlan, intermediate: ActivationTiles) -> GemmE
     def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
         word = pair_rows(lane, swiglu_approx(c0, c2), swiglu_approx(c1, c3))
         row = in_tile + (lane & 3) * 2 + (lane >> 2 & 1)
-        stage[in_block(row, tile % 8 * 4 + (lane >> 3))] = word if tile < tiles else u32(0)
+        stage[u32(in_block(row, tile % 8 * 4 + (lane >> 3)))] = word if tile < tiles else u32(0)
 
     @ptx.device_function
     def flush(io, stage, row_tile, token, thread):
@@ -144,29 +148,29 @@ def make_qkv_epilogue(plan: GemmPlan, heads: int, kv_heads: int) -> GemmEpilogue
         raise ValueError(f"heads of {2 * half}: their size must be a multiple of 16")
 
     @ptx.device_function
-    def put(target, start, low, high):
-        ptx.store_pair(target, start, low)
-        ptx.store_pair(target, start + half, high)
+    def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+        head = i32(u32(tile) // u32(section_tiles))
+        i = i32(u32(tile) % u32(section_tiles) * 8 + (lane >> 2 & 7))
+        position = i32(ptx.load_constant_i64(io.position, 0))
+        last, first = i32(ptx.load_constant_i64(io.count, 0) - 1), i32(token + (lane & 3) * 2)
+        # Selected without branches: see `store_pair_if`.
+        is_query, is_value = head < heads, head >= heads + kv_heads
+        c0, c2 = rotate(io, position + min(first, last), i, is_value, c0, c2)
+        c1, c3 = rotate(io, position + min(i32(first + 1), last), i, is_value, c1, c3)
+        low, high = pair_rows(lane, c0, c1), pair_rows(lane, c2, c3)
+        row = i32(first + (lane >> 2 & 1))
+        target = io.q if is_query else io.values if is_value else io.keys
+        slot = row * q_width if is_query else (position + row) * kv_width
+        head = head if is_query else head - heads - kv_heads if is_value else head - heads
+        start = u32(slot + head * (2 * half) + (i & -2))
+        condition = u32(is_query | ((tile < tiles) & (row <= last)))
+        ptx.store_pair_if(target, start, low, condition)
+        ptx.store_pair_if(target, start + half, high, condition)
 
     @ptx.device_function
-    def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
-        head, i = tile // section_tiles, tile % section_tiles * 8 + (lane >> 2)
-        position, last = ptx.load_constant_i64(io.position, 0), ptx.load_constant_i64(io.count, 0) - 1
-        if head < heads + kv_heads:
-            first = token + (lane & 3) * 2
-            angle = (position + min(first, last)) * half + i
-            c0, c2 = rope_pair(c0, c2, io.cosines[angle], io.sines[angle])
-            angle = (position + min(first + 1, last)) * half + i
-            c1, c3 = rope_pair(c1, c3, io.cosines[angle], io.sines[angle])
-        low, high = pair_rows(lane, c0, c1), pair_rows(lane, c2, c3)
-        row, element = token + (lane & 3) * 2 + (lane >> 2 & 1), i // 2 * 2
-        if head < heads:
-            put(io.q, row * q_width + head * 2 * half + element, low, high)
-        elif tile < tiles and row <= last:
-            slot = (position + row) * kv_width + element
-            if head < heads + kv_heads:
-                put(io.keys, slot + (head - heads) * 2 * half, low, high)
-            else:
-                put(io.values, slot + (head - heads - kv_heads) * 2 * half, low, high)
+    def rotate(io, position, i, is_value, low, high):
+        angle = u32(position * half + i)
+        cosine, sine = ptx.load_constant_f32(io.cosines, angle), ptx.load_constant_f32(io.sines, angle)
+        return rope_pair(low, high, _ONE if is_value else cosine, _ZERO if is_value else sine)
 
     return GemmEpilogue(store, _no_flush)

@@ -1,7 +1,6 @@
 """The GEMM kernels of a step: a main loop for the GPU's tensor cores, and an epilogue.
 
-Every factory makes a kernel for `plan.ctas` CTAs. The instructions of the main loop follow from the GPU: `capability`
-(9, 0) has `wgmma`, the others `mma.sync`.
+Every factory makes a kernel for `plan.ctas` CTAs, with the main loop of `plan.instructions`.
 """
 
 from collections.abc import Callable
@@ -15,12 +14,14 @@ from numba_atomflow.ops.cuda.gemm.arguments import (
     GemmSwigluArguments,
 )
 from numba_atomflow.ops.cuda.gemm.epilogue import (
+    CONSUMERS,
     GemmEpilogue,
     make_add_epilogue,
     make_qkv_epilogue,
     make_store_epilogue,
     make_swiglu_epilogue,
 )
+from numba_atomflow.ops.cuda.gemm.mma import make_gemm_mma, mma_shared_bytes
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, wgmma_shared_bytes
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
@@ -55,23 +56,23 @@ def gemm_kernel(name: str, factory: Callable[..., Any], plan: GemmPlan, dependen
         dependent: launched with programmatic dependent launch.
     """
     signature, make_epilogue = _KINDS[factory]
-    epilogue = make_epilogue(plan, **options)
+    epilogue, wgmma = make_epilogue(plan, **options), plan.instructions == "wgmma"
     spec = kernel_spec(
         name,
         factory,
         signature,
-        THREADS,
-        wgmma_shared_bytes(plan, epilogue),
+        THREADS if wgmma else CONSUMERS,
+        wgmma_shared_bytes(plan, epilogue) if wgmma else mma_shared_bytes(plan, epilogue),
         plan=plan,
         dependent=dependent,
         **options,
     )
-    return Planned(replace(spec, arch_specific=True), plan.ctas)
+    return Planned(replace(spec, arch_specific=wgmma), plan.ctas)
 
 
 def _main_loop(plan: GemmPlan) -> Callable[..., Any]:
     """(plan, epilogue, dependent) -> kernel."""
-    return make_gemm_wgmma
+    return make_gemm_wgmma if plan.instructions == "wgmma" else make_gemm_mma
 
 
 _KINDS: dict[Callable[..., Any], tuple[Any, Callable[..., GemmEpilogue]]] = {

@@ -1,6 +1,7 @@
 """How a GEMM is tiled: rows and tokens of a CTA's tile, pipeline stages, and what CTAs that share a tile need."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_BYTES, BLOCK_WORDS, ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
@@ -10,6 +11,7 @@ TILE_ROWS = 128  # weight rows of a CTA's tile: 8 tiles of 16 of the prepacked l
 UNIT = 128  # of K: what the schedule counts in: a group of FP8 weights; two K blocks of float16 activations
 SM_90 = (9, 0)
 MOST_STAGES = 12
+_MMA_STAGES = 8  # of the pipeline with `mma.sync`: four units
 _MISCELLANEOUS_BYTES = 2048  # of shared memory: alignment, barriers, a flag
 _FIXUP_US = 3.0  # that a tile takes longer if several CTAs share it: partial sums to and from L2
 _EPILOGUE_US = 3.0
@@ -27,6 +29,7 @@ class GemmPlan:
         ctas: grid size; CTAs are persistent.
         fixup_units: a tile is shared by CTAs only if that saves the time of so many units.
         min_units: that a CTA takes at least of a shared tile.
+        instructions: of the tensor cores: `wgmma`, or `mma.sync`.
     """
 
     layout: PrepackedLayout
@@ -36,6 +39,7 @@ class GemmPlan:
     ctas: int
     fixup_units: int = 0
     min_units: int = 1
+    instructions: Literal["wgmma", "mma"] = "wgmma"
 
     @property
     def row_tiles(self) -> int:
@@ -88,15 +92,18 @@ def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, c
         raise ValueError(f"no GEMM of {layout.format.name} weights and FP8 activations on sm_{chip.capability}")
     # Registers: a tile of 256 needs wgmma, whose consumers have 232, and FP8 weights, which take half as many.
     widest = chip.capability == SM_90 and layout.format.bits == 8
-    sizes = (256, 128, 64, 32, 16, 8) if widest else (128, 64, 32, 16, 8)
+    # `mma.sync` reads 16 tokens by one `ldmatrix`.
+    sizes = (256,) * widest + (128, 64, 32, 16) + (8,) * (chip.capability == SM_90)
     plans = [gemm_plan(layout, x, size, chip) for size in sizes if tokens % size == 0]
     if not plans:
-        raise ValueError(f"{tokens} tokens; their number must be a multiple of 8")
+        raise ValueError(f"{tokens} tokens; their number must be a multiple of {sizes[-1]}")
     return min(plans, key=lambda plan: modelled_us(plan, tokens))
 
 
 def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip: Chip) -> GemmPlan:
     """The plan with tiles of so many tokens."""
+    if chip.capability != SM_90:
+        return mma_plan(layout, x, tile_tokens, chip)
     stage_bytes = tile_tokens * BLOCK_BYTES
     available = chip.shared_bytes - _MISCELLANEOUS_BYTES - stage_bytes  # one more for the epilogue
     if x.bits == 8:
@@ -104,6 +111,20 @@ def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chi
     fixup_units = round(_FIXUP_US / unit_us(tile_tokens, x.bits))
     stages = min(MOST_STAGES, available // stage_bytes)
     return GemmPlan(layout, x, tile_tokens, stages, chip.sms, fixup_units, min_units=2)
+
+
+def mma_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip: Chip) -> GemmPlan:
+    """The plan with tiles of so many tokens, 16 to 128, for `mma.sync`, which every GPU has."""
+    unit_bytes, ctas_per_sm = 2 * tile_tokens * BLOCK_BYTES, mma_ctas_per_sm(layout, tile_tokens)
+    available = chip.shared_bytes // ctas_per_sm - _MISCELLANEOUS_BYTES - unit_bytes // 2  # for the epilogue
+    stages = min(_MMA_STAGES, 2 * (available // unit_bytes))
+    fixup_units = round(_FIXUP_US / unit_us(tile_tokens, x.bits))
+    return GemmPlan(layout, x, tile_tokens, stages, chip.sms * ctas_per_sm, fixup_units, 2, "mma")
+
+
+def mma_ctas_per_sm(layout: PrepackedLayout, tile_tokens: int) -> int:
+    """CTAs with `mma.sync` for which an SM has registers."""
+    return 2 if tile_tokens * layout.format.bits // 8 <= 32 else 1
 
 
 def unit_us(tile_tokens: int, bits: int = 16) -> float:

@@ -59,7 +59,7 @@ def make_schedule(plan: GemmPlan) -> Schedule:
     @ptx.device_function
     def share_of(unit, shared_units, sharing):
         """Which CTA's share a unit is in: shares begin at cta * shared_units // sharing."""
-        return i32((u32(unit + 1) * u32(sharing) - u32(1)) // u32(shared_units))
+        return i32(u32(u32(unit + 1) * u32(sharing) - u32(1)) // u32(shared_units))  # all of 32 bits: no call
 
     @ptx.large_device_function
     def work(number, token_tiles):
