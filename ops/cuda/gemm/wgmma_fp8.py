@@ -10,11 +10,11 @@ The weights' words are the A fragments as they are: lane 4 g + t loads K 16 t to
 s of 32 takes words 2 (s % 2) and 2 (s % 2) + 1 of half s // 2, for rows g and g + 8. X is tiled in that order.
 
 Cost model, per group and SM. Tensor cores: 512 cycles for 128 x 128 x 128 at 4,096 products a cycle. Issue slots: a
-consumer thread has some 110 instructions, and 16 for each 8 tokens to promote: 370 cycles for 128 tokens of both
-warpgroups (of 512), 630 for 256 (of 1,024); one warpgroup promotes while the other multiplies. L2: 128 (128 +
-tile_tokens) bytes: 32 KB for 128 tokens, 48 KB for 256. At 132 SMs and 8 TB/s that is 0.53 and 0.80 us, longer than the
-products take (0.29 and 0.58 us at 1.75 GHz): hence tiles of 256 tokens, whose sums leave registers for 32 accumulators,
-so that they are multiplied in four passes.
+consumer warp has 241 instructions for 128 tokens and 416 for 256, nine of them for each 8 tokens to promote, and a
+scheduler has two such warps: 482 of 512 cycles, 832 of 1,024. One warpgroup promotes while the other multiplies. L2:
+128 (128 + tile_tokens) bytes: 32 KB for 128 tokens, 48 KB for 256. At 132 SMs and 8 TB/s that is 0.53 and 0.80 us,
+longer than the products take (0.29 and 0.58 us at 1.75 GHz): hence tiles of 256 tokens, whose sums leave registers for
+32 accumulators, so that they are multiplied in four passes.
 """
 
 from typing import Any, NamedTuple
