@@ -6,7 +6,7 @@ from functools import cache
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, gemm_plan
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, gemm_plan, mma_plan
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
@@ -22,7 +22,7 @@ class GemmVariant:
     """A kernel that computes a projection.
 
     Attributes:
-        name: its tile, and "fp8" for FP8 activations.
+        name: its tile, with "fp8" for FP8 activations and "mma" for `mma.sync`.
         chosen: it is the one that `--prefill gemm` (or fp8) takes for this number of tokens.
     """
 
@@ -61,12 +61,16 @@ def gemm_variants(geometry: ModelGeometry, kind: str, tokens: int, chip: Chip) -
             if tile != first.tile_tokens:
                 plan = gemm_plan(first.layout, first.x, tile, chip)
                 others.append(GemmVariant(_name(plan), plan, kernels.projection(kind, plan), chosen=False))
+        if has_wgmma and not fp8:  # what GPUs without wgmma have
+            plans = [mma_plan(first.layout, first.x, tile, chip) for tile in tiles if tile <= _LARGEST_MMA_TILE]
+            others += [GemmVariant(_name(plan), plan, kernels.projection(kind, plan), chosen=False) for plan in plans]
     return chosen + others
 
 
 def _name(plan: GemmPlan) -> str:
     """For tables."""
-    return f"{'fp8 ' if plan.x.bits == 8 else ''}tile {plan.tile_tokens}"
+    what = "fp8 " if plan.x.bits == 8 else "mma " if plan.instructions == "mma" else ""
+    return f"{what}tile {plan.tile_tokens}"
 
 
 def output_tiles(geometry: ModelGeometry, plan: GemmPlan) -> ActivationTiles:

@@ -196,6 +196,7 @@ def test_projections_are_checked_and_measured_beside_cublas(gpu: Any, kind: str)
     assert set(measured.seconds) == {"cuBLAS", *measured.errors}
     tiles = {"tile 16", "tile 32"} - {measured.notes["plan of ours"]}
     tiles |= {"fp8 tile 16", "fp8 tile 32"} - {measured.notes["plan of fp8"]}
+    tiles |= {"mma tile 16", "mma tile 32"}
     assert set(measured.errors) == {"ours", "fp8"} | tiles
     assert max(measured.errors.values()) < 5e-4
     assert measured.flop == 2 * 32 * lab._weights(Case("projections", TINY, kind)).exact.numel()

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="models the kernels: pip install torch")
 
 from modelled_gpu import modelled_launch
-from prefill_bench.compiled import H200
+from prefill_bench.compiled import H200, chip_with
 from prefill_sweeps import (
     AttentionSweep,
     GemmSweep,
@@ -128,8 +128,10 @@ def test_wrong_attention_fails(damage: Any) -> None:
         check_attention_chunk(SWEEP, 17, 5, H200)
 
 
-def test_every_kernel_of_the_checks_can_be_planned() -> None:
-    kernels = all_kernels(H200)
-    assert len({kernel.spec for kernel in kernels}) == len(kernels)
-    assert all(kernel.spec.shared_bytes <= H200.shared_bytes for kernel in kernels)
-    assert np.all([kernel.spec.dependent for kernel in kernels])
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "9.0", "12.0"])
+def test_every_kernel_of_the_checks_can_be_planned(capability: str) -> None:
+    chip = chip_with(capability)
+    kernels = all_kernels(chip)
+    assert len({kernel.spec for kernel in kernels}) == len(kernels) >= 60
+    assert all(kernel.spec.shared_bytes <= chip.shared_bytes for kernel in kernels)
+    assert {kernel.spec.dependent for kernel in kernels} == {chip.dependent_launch}

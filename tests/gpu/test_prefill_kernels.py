@@ -12,6 +12,7 @@ from prefill_sweeps import (
     LONG_ATTENTIONS,
     LONG_CHUNKS,
     LONG_GEMMS,
+    MMA_GEMMS,
     NORMS,
     QKVS,
     AttentionSweep,
@@ -23,16 +24,10 @@ from prefill_sweeps import (
 )
 
 
-@pytest.mark.parametrize("sweep", GEMMS + FP16_GEMMS + QKVS, ids=str)
-def test_gemm_of_few_tokens(sweep: GemmSweep) -> None:
-    for tokens in sweep.tokens:
-        check_gemm(sweep, tokens, chip())
-
-
-@pytest.mark.parametrize("sweep", FP8_GEMMS, ids=str)
-def test_gemm_of_fp8_activations(sweep: GemmSweep) -> None:
-    if chip().capability != (9, 0):
-        pytest.skip("FP8 activations need wgmma (sm_90)")
+@pytest.mark.parametrize("sweep", GEMMS + QKVS + FP8_GEMMS + FP16_GEMMS + MMA_GEMMS, ids=str)
+def test_gemm(sweep: GemmSweep) -> None:
+    if not sweep.runs_on(chip()):
+        pytest.skip("FP8 activations and tiles of 256 tokens need wgmma (sm_90)")
     for tokens in sweep.tokens:
         check_gemm(sweep, tokens, chip())
 

@@ -37,7 +37,7 @@ from numba_atomflow.ops.cuda.gemm.kernels import (
     make_gemm_store,
     make_gemm_swiglu,
 )
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, choose_gemm_plan, gemm_plan
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, choose_gemm_plan, gemm_plan, mma_plan
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_fp16_reference, prepack_reference
 from numba_atomflow.ops.cuda.runtime.chip import Chip
@@ -74,6 +74,7 @@ class GemmSweep:
         k_tile: groups of a k-tile of the weights; 4 is the layout of the persistent kernel.
         bits: of activations: 16, or 8 for FP8.
         weight_bits: 16 for float16 weights, which an LM head may have.
+        mma: with `mma.sync` also where the GPU has `wgmma`.
     """
 
     kind: str
@@ -85,14 +86,19 @@ class GemmSweep:
     k_tile: int = 4
     bits: int = 16
     weight_bits: int = 8
+    mma: bool = False
     head_dim: int = 64
     heads: int = 1
     kv_heads: int = 1
 
     def __str__(self) -> str:
         shape = f"{self.kind}-w{self.weight_bits}a{self.bits}-{self.out_features}x{self.in_features}"
-        shape += f"-tile{self.tile_tokens}-k_tile{self.k_tile}"
+        shape += f"-tile{self.tile_tokens}-k_tile{self.k_tile}{'-mma' * self.mma}"
         return f"{shape}-{self.heads}of{self.kv_heads}x{self.head_dim}" if self.kind == "qkv" else shape
+
+    def runs_on(self, chip: Chip) -> bool:
+        """Whether the GPU has what it takes: FP8 activations and tiles of 256 tokens need wgmma."""
+        return chip.capability == (9, 0) or (self.bits == 16 and self.tile_tokens <= 128)
 
     def layout(self, chip: Chip) -> PrepackedLayout:
         half = {"swiglu": self.out_features // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
@@ -102,6 +108,8 @@ class GemmSweep:
     def plan(self, chip: Chip) -> GemmPlan:
         layout = self.layout(chip)
         x = ActivationTiles(self.in_features, self.capacity, self.bits, self.weight_bits)
+        if self.mma:
+            return mma_plan(layout, x, self.tile_tokens, chip)
         if self.tile_tokens:
             return gemm_plan(layout, x, self.tile_tokens, chip)
         return choose_gemm_plan(layout, x, self.capacity, chip)
@@ -146,6 +154,13 @@ FP8_GEMMS = (
     GemmSweep("add", 3072, 3072, 0, tokens=LONG, capacity=LONG_CAPACITY, bits=8),
 )
 FP16_GEMMS = tuple(GemmSweep("store", 200, 328, tile, k_tile=0, weight_bits=16) for tile in (16, 64, 128))
+MMA_GEMMS = (
+    *(GemmSweep("store", 200, 576, tile, mma=True) for tile in (16, 32, 64, 128)),
+    GemmSweep("add", 576, 1536, 32, k_tile=0, mma=True),
+    GemmSweep("swiglu", 400, 330, 64, mma=True),
+    GemmSweep("store", 200, 328, 64, k_tile=0, weight_bits=16, mma=True),
+    *(GemmSweep("add", 3072, 8192, tile, mma=True) for tile in (16, 128)),  # tiles that CTAs share
+)
 QKVS = tuple(_qkv(head_dim, ratio, 64) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS)
 
 
@@ -416,14 +431,7 @@ def check_norm(sweep: NormSweep, tokens: int, chip: Chip) -> None:
 
 def all_kernels(chip: Chip) -> list[Planned]:
     """Every kernel of these checks."""
+    gemms = (*GEMMS, *FP8_GEMMS, *FP16_GEMMS, *MMA_GEMMS, *QKVS, *LONG_GEMMS)
     sweeps: Sequence[GemmSweep | AttentionSweep | NormSweep]
-    sweeps = (
-        *GEMMS,
-        *QKVS,
-        *(FP8_GEMMS if chip.capability == (9, 0) else ()),
-        *LONG_GEMMS,
-        *ATTENTIONS,
-        *LONG_ATTENTIONS,
-        *NORMS,
-    )
-    return [sweep.planned(chip) for sweep in sweeps]
+    sweeps = (*(sweep for sweep in gemms if sweep.runs_on(chip)), *ATTENTIONS, *LONG_ATTENTIONS, *NORMS)
+    return list({planned.spec: planned for planned in (sweep.planned(chip) for sweep in sweeps)}.values())
