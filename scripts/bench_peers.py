@@ -1,6 +1,7 @@
 """Our engine and others, one after another, on the same geometry, prompt and number of tokens.
 
     python scripts/bench_peers.py --geometry llama-3.2-3b
+    python scripts/bench_peers.py --geometry llama-3.2-3b -p 2048 --prefill gemm
     python scripts/bench_peers.py --geometry llama-3.1-8b --llama-bench ~/llama.cpp/build/bin/llama-bench --format md
     python scripts/bench_peers.py --geometry smollm2-135m --device cpu --peers transformers
 
@@ -18,12 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).with_name("peers")))
 from protocol import Answer, Task
 
 from numba_atomflow import AtomFlowError
+from numba_atomflow.backends.base import Prefill
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.presets import PRESETS, find_preset
 from numba_atomflow.utils.json_text import json_text
@@ -72,11 +74,11 @@ class LlamaCpp(Peer):
         return super().missing()
 
 
-def all_peers(llama_bench: str | None) -> list[Peer]:
-    """Our engine first."""
+def all_peers(llama_bench: str | None, prefill: Prefill = "auto") -> list[Peer]:
+    """Our engine first. `prefill`: how it takes prompts."""
     vllm = ("vllm_engine.py", ("vllm",), "pip install vllm")
     return [
-        Peer(OURS, "this_engine.py"),
+        Peer(OURS, "this_engine.py", options={"prefill": prefill}),
         Peer("transformers", "hf_transformers.py", ("torch", "transformers"), "pip install torch transformers"),
         Peer("vllm-bf16", *vllm),
         Peer("vllm-fp8", *vllm, options={"quantization": "fp8"}),
@@ -173,13 +175,14 @@ def main() -> int:
     parser.add_argument("-p", "--prompt-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("-n", "--decode-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("-r", "--repeats", type=int, default=5, metavar="N", help="turns to take the median of")
+    parser.add_argument("--prefill", choices=get_args(Prefill), default="auto", help="how this engine takes prompts")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--peers", metavar="A,B,...", help="only these, and this engine")
     parser.add_argument("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench")
     parser.add_argument("--format", choices=["table", "md", "json"], default="table", help="how to print the result")
     parser.add_argument("--json", dest="format", action="store_const", const="json", help="short for --format json")
     options = parser.parse_args()
-    peers = all_peers(options.llama_bench)
+    peers = all_peers(options.llama_bench, options.prefill)
     try:
         geometry = find_preset(options.geometry)
     except AtomFlowError as error:

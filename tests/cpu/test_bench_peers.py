@@ -185,6 +185,13 @@ def test_what_is_missing_or_fails_is_said() -> None:
     assert "give --llama-bench PATH" in text
 
 
+def test_our_engine_takes_prompts_as_it_is_told() -> None:
+    ours, *others = bench_peers.all_peers(None, "gemm")
+    assert all("prefill" not in peer.options for peer in others)
+    outcome = bench_peers.run_peer(ours, TASK)  # on the CPU, which has one way
+    assert "--prefill gemm is for the CUDA backend" in outcome.problem
+
+
 def test_our_own_ratio_needs_our_own_run() -> None:
     outcome = bench_peers.Outcome("llama.cpp", Answer("x", [1.0], [0.5]))
     (row,) = bench_peers.record_of([outcome], TASK, "tiny")["peers"]
