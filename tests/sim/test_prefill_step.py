@@ -31,7 +31,7 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec, Planned
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 
-CHIP = Chip(sms=2, shared_bytes=232448, capability=(9, 0))
+HOPPER, AMPERE = (Chip(sms=2, shared_bytes=size, capability=cc) for size, cc in ((232448, (9, 0)), (166912, (8, 0))))
 POSITIONS = 64
 LIMIT = 3e-3  # relative L2, as on a GPU
 FP8_LIMIT = 0.25  # E4M3 rounds to 2^-4: some 0.06 over all rows, up to 0.1 in one
@@ -202,6 +202,7 @@ class StepCase:
     ends: tuple[int, ...]
     persistent: bool = False
     fp8: bool = False
+    chip: Chip = HOPPER  # with wgmma; others have mma.sync
 
 
 CASES = {
@@ -209,6 +210,7 @@ CASES = {
     "qwen": StepCase({"qk_norm": True, "qkv_bias": True}, (17,)),
     "FP8 activations": StepCase({"heads": 1, "head_dim": 128}, (9,), fp8=True),  # attention writes FP8 itself
     "llama, k-tiles": StepCase({}, (9,), persistent=True),
+    "mma.sync": StepCase({}, (10,), chip=AMPERE),
 }
 
 
@@ -220,7 +222,7 @@ def test_chunks_equal_those_of_the_cpu(case: StepCase) -> None:
     geometry = tiny_geometry(**(sizes | case.family))
     weights = dict(WeightArrays(RandomModel(geometry)))
     kernels = ModelKernels(
-        geometry, CHIP, dependent=False, persistent=case.persistent, chunk=32, fp8_activations=case.fp8
+        geometry, case.chip, dependent=False, persistent=case.persistent, chunk=32, fp8_activations=case.fp8
     )
     limit = FP8_LIMIT if case.fp8 else LIMIT
     gpu = SimulatedBackend(kernels, weights)
