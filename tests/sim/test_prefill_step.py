@@ -13,6 +13,7 @@ from kernel_cases import generator, relative_error
 from numpy.typing import NDArray
 from tiny_models import tiny_geometry
 
+from numba_atomflow.backends.base import Observer
 from numba_atomflow.backends.cpu import CpuBackend
 from numba_atomflow.backends.cuda import bind, bind_prefill, model
 from numba_atomflow.backends.cuda.graphs import StepGraphs
@@ -24,12 +25,13 @@ from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.view import View, view_of
-from numba_atomflow.model.step import LAST_LOGITS, NO_LOGITS, Attention, GateUp, Op
+from numba_atomflow.model.step import LAST_LOGITS, NO_LOGITS, Attention, GateUp, Head, Op, Sample
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.layout.weights import prepack_reference
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec, Planned
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
+from numba_atomflow.validate import check, record
 
 HOPPER, AMPERE = (Chip(sms=2, shared_bytes=size, capability=cc) for size, cc in ((232448, (9, 0)), (166912, (8, 0))))
 POSITIONS = 64
@@ -49,6 +51,7 @@ class HostMemory:
         return view.tiling.unpack(words_of(view))[: view.shape[0], : view.shape[1]]
 
     def write(self, view: View, values: NDArray[Any]) -> None:
+        assert view.tiling is None
         view.host_array()[...] = values
 
 
@@ -160,11 +163,40 @@ class SimulatedBackend:
         self.array(buffers["count"])[:] = len(tokens)
         self.graphs.run(len(tokens), LAST_LOGITS if last_logits else NO_LOGITS)
 
-    def logits(self, start: int, stop: int) -> NDArray[np.float32]:
+    def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         op = self.model.head(start, stop)
-        for launch in self.graphs.bind(op):
-            launch.run()
+        self._run(op, self.graphs.bind(op), observer)
         return self.array(op.logits).copy()
+
+    # --- what a validation needs beside that ---
+
+    name, device = "simulated", "the simulator"
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.kernels.prefill_chunk
+
+    def step(self, tokens: int, head: Head) -> list[Op]:
+        return self.model.step(tokens, head)
+
+    def seek(self, position: int) -> None:
+        self.array(self.model.buffers["position"])[:] = position
+
+    def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
+        buffers = self.model.buffers
+        self.array(buffers["tokens"])[: len(tokens)] = tokens
+        self.array(buffers["count"])[:] = len(tokens)
+        for index, op in enumerate(self.step(len(tokens), head)):
+            if not isinstance(op, Sample):
+                self._run(op, self.graphs.op_launches(op, index, len(tokens), LAST_LOGITS), observer)
+
+    def _run(self, op: Op, launches: Sequence[Any], observer: Observer | None) -> None:
+        if observer:
+            observer.before(op, self.model.memory)
+        for launch in launches:
+            launch.run()
+        if observer:
+            observer.after(op, self.model.memory)
 
 
 @pytest.fixture(autouse=True)
@@ -248,4 +280,19 @@ def test_chunks_equal_those_of_the_cpu(case: StepCase) -> None:
         assert relative_error(cache[:, :, :last].astype(np.float64), keys) <= limit
         assert np.isnan(cache[:, :, last:]).all()
         first = last
+    cpu.close()
+
+
+@pytest.mark.slow
+def test_every_probe_of_chunks_agrees_with_the_cpu() -> None:
+    """Two chunks through the validator, each layer on the CPU's input: observers read and write what kernels do."""
+    geometry = tiny_geometry(layers=2, hidden=128, heads=2, kv_heads=1, ffn=128, vocabulary=48)
+    weights = dict(WeightArrays(RandomModel(geometry)))
+    cpu = CpuBackend(geometry, weights, POSITIONS, 1)
+    cpu.prepare(None)
+    prompt = generator().integers(0, geometry.vocabulary, 19).tolist()
+    reference = record(cpu, geometry, prompt, 0)
+    gpu: Any = SimulatedBackend(ModelKernels(geometry, HOPPER, dependent=False, chunk=32), weights)
+    report = check(gpu, reference, isolate=True, block=10)
+    assert report.passed, report.verdict()
     cpu.close()
