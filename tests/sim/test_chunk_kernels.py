@@ -5,7 +5,6 @@ from chunk_kernel_cases import (
     CHUNK_ROPES,
     NORMS,
     check_embed_chunk,
-    check_last_row,
     check_rms_norm_tiles,
     check_rope_chunk,
 )
@@ -27,7 +26,3 @@ def test_rope_chunk(case: RopeCase, count: int) -> None:
 
 def test_embed_chunk() -> None:
     check_embed_chunk(PrepackedLayout(40, 130), padded=4, count=3)
-
-
-def test_last_row() -> None:
-    check_last_row(hidden=300, tokens=5, count=3)

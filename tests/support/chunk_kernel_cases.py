@@ -17,7 +17,7 @@ from kernel_cases import (
 
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_reference
-from numba_atomflow.ops.cuda.token import embedding, last_row, rms_norm, rope
+from numba_atomflow.ops.cuda.token import embedding, rms_norm, rope
 from numba_atomflow.ops.embedding import embed_reference
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 from numba_atomflow.ops.rope import rope_reference, rope_table
@@ -110,11 +110,3 @@ def check_embed_chunk(layout: PrepackedLayout, padded: int, count: int) -> None:
     rows = residual.reshape(padded, -1)
     np.testing.assert_array_equal(rows[:count], table[tokens[:count]].astype(np.float32))
     assert np.isnan(rows[count:]).all(), "wrote for padding"
-
-
-def check_last_row(hidden: int, tokens: int, count: int) -> None:
-    residual = generator(hidden).standard_normal((tokens, hidden)).astype(np.float32)
-    row = poisoned(hidden)
-    arguments = last_row.LastRowArguments(residual.reshape(-1), np.array([count], np.int64), row)
-    launch(last_row.make_last_row(hidden), last_row.last_row_ctas(hidden), last_row.THREADS, 0, arguments)
-    np.testing.assert_array_equal(row, residual[count - 1])
