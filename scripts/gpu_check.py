@@ -52,6 +52,7 @@ LOGITS_LIMIT = 2e-3  # relative L2 against the CPU backend
 SHARE_TARGETS = {"llama-3.2-3b": 0.50, "llama-3.1-8b": 0.60}  # of what TMA bulk copies reach
 CONTEXTS = (16, 4096)
 OVERHEAD_TARGET = 64 << 20  # bytes of device memory beyond weights and KV cache
+HANGING = 400  # seconds of a test, after which its process ends: a kernel that hangs cannot be stopped
 COLD_TARGET, WARM_TARGET = 60.0, 3.0  # seconds to the first token
 
 
@@ -86,6 +87,7 @@ def check_kernels(report: Report, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.jsonl"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+        command += ["-o", f"faulthandler_timeout={HANGING}", "-o", "faulthandler_exit_on_timeout=true"]
         if find_spec("xdist"):  # most of the time goes into compiling, which other cores can share
             command += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal", "-p", "no:benchmark"]
         environment = os.environ | {"ATOMFLOW_FIGURES": str(figures)}

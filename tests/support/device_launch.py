@@ -1,5 +1,7 @@
 """Launches test kernels on a GPU, with the launch code of the backend."""
 
+import os
+import time
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,6 +15,8 @@ from numba_atomflow.ops.cuda.runtime.build import assemble, assemble_arch_specif
 from numba_atomflow.ops.cuda.runtime.chip import Chip, chip_of
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec, Planned, element_types
+
+LONGEST_LAUNCH = 20.0  # seconds
 
 _loaded: dict[tuple[Any, ...], tuple[Any, Kernel]] = {}  # with numba's kernel, whose identity is part of the key
 _planned: dict[KernelSpec, Kernel] = {}
@@ -87,6 +91,17 @@ def _run(kernel: Kernel, ctas: int, arguments: tuple[Any, ...]) -> None:
         rest = iter(addresses)
         values = [View("x", next(rest), a.shape, a.dtype.name) if isinstance(a, np.ndarray) else a for a in arguments]
         Launch(kernel, ctas, signature(*values), stream).run()
-        call("cuStreamSynchronize", stream)
+        _wait(stream)
         for address, array in zip(addresses, arrays, strict=True):
             call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)
+
+
+def _wait(stream: Any) -> None:
+    """Wait for a launch. One that hangs cannot be ended: then the process is, and pytest shows where it was."""
+    from cuda.bindings import driver
+
+    deadline = time.monotonic() + LONGEST_LAUNCH
+    while driver.cuStreamQuery(stream)[0] == driver.CUresult.CUDA_ERROR_NOT_READY:
+        if time.monotonic() > deadline:
+            os.abort()
+    call("cuStreamSynchronize", stream)  # an error is raised here
