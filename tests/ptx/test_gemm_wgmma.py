@@ -39,7 +39,8 @@ FACTORIES: dict[str, tuple[Any, int, int, dict[str, Any]]] = {  # factory, rows,
         pytest.param("add", 256, 4, FP8_E4M3, marks=pytest.mark.slow),
         pytest.param("add", 128, 4, FP8_E4M3, marks=pytest.mark.slow),
         pytest.param("swiglu", 128, 0, FP8_E4M3, marks=pytest.mark.slow),
-        pytest.param("add", 16, 0, FP8_E4M3, marks=pytest.mark.slow),
+        pytest.param("add", 16, 0, FP8_E4M3, marks=pytest.mark.slow),  # an SM has room for two CTAs
+        pytest.param("qkv", 16, 4, FP8_E4M3, marks=pytest.mark.slow),
         pytest.param("store", 128, 0, FP16, marks=pytest.mark.slow),
     ],
 )

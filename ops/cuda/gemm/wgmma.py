@@ -37,7 +37,8 @@ from numba_atomflow.ops.cuda.scalars import i32, u32
 
 THREADS = CONSUMERS + 128
 ALIGNMENT = ptx.SWIZZLE_ATOM_BYTES
-_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40
+_REGISTERS = {1: (232, 40), 2: (104, 24)}  # of a consumer and a producer thread, by CTAs for which an SM has room
+_SHARED_SM = 16  # tokens of a tile, up to which an SM has room for two CTAs
 _L2_DISTANCE = 3  # units from the one whose X is copied to the one that is prefetched
 
 
@@ -55,6 +56,13 @@ class Shared:
         self.bytes = 4 * (self.flag + 2) + ALIGNMENT
 
 
+def resident_ctas(plan: GemmPlan) -> int:
+    """CTAs for which an SM has room. The grid has one per SM; room for two lets those of the next kernel start, and
+    prefetch their weights, while those of this one still run (programmatic dependent launch).
+    """
+    return 2 if plan.tile_tokens <= _SHARED_SM and plan.x.bits == 16 and plan.layout.format.bits == 8 else 1
+
+
 def wgmma_shared_bytes(plan: GemmPlan, epilogue: GemmEpilogue) -> int:
     """Dynamic shared memory of a CTA."""
     return Shared(plan, epilogue.stage_words).bytes
@@ -69,10 +77,12 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
     make_consumer = make_fp8_consumer if plan.x.bits == 8 else _make_consumer
     consume = make_consumer(plan, schedule, loads, epilogue, shared, dependent)
     stages, full_at, empty_at, unaligned = plan.stages, shared.full // 2, shared.empty // 2, ALIGNMENT - 1
-    fewer_registers = ptx.make_set_registers("dec", _PRODUCER_REGISTERS)
-    more_registers = ptx.make_set_registers("inc", _CONSUMER_REGISTERS)
+    resident = resident_ctas(plan)
+    consumer_registers, producer_registers = _REGISTERS[resident]
+    fewer_registers = ptx.make_set_registers("dec", producer_registers)
+    more_registers = ptx.make_set_registers("inc", consumer_registers)
 
-    @ptx.kernel(THREADS, 1)
+    @ptx.kernel(THREADS, resident)
     def gemm(io):
         words = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(0, uint64)
