@@ -5,9 +5,10 @@
     python scripts/gpu_check.py model prompts --model smollm2-135m-instruct
 
 Sections: kernels (tests/gpu against float64), model (a real model against the CPU backend), prompts (the same on the
-GEMM path, with long prompts), sanitizer (compute-sanitizer on a tiny model), speed (Llama geometries with random
-weights, against the achievable bandwidth that the same run measures), start (cold and warm start to the first token). A
-section that cannot run here says so. Exit code 1 if a target is missed.
+GEMM path, with long prompts), fp8 (FP8 activations against float16 ones, a real model's next-token distributions),
+sanitizer (compute-sanitizer on a tiny model), speed (Llama geometries with random weights, against the achievable
+bandwidth that the same run measures), start (cold and warm start to the first token). A section that cannot run here
+says so. Exit code 1 if a target is missed.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from quality import read_texts
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
@@ -34,6 +37,7 @@ from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.model.step import SAMPLE
+from numba_atomflow.perf.perplexity import measure
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
 from numba_atomflow.validate import check, record
@@ -49,6 +53,7 @@ PROMPTS = (
 GREEDY_TOKENS = 256
 PROMPT_REPLY, PROBED_TOKENS = 64, 300
 LOGITS_LIMIT = 2e-3  # relative L2 against the CPU backend
+KL_LIMITS = 0.005, 0.03  # of FP8 activations against float16 ones; emulated on the CPU: 0.019 (docs/quality.md)
 SHARE_TARGETS = {"llama-3.2-3b": 0.50, "llama-3.1-8b": 0.60}  # of what TMA bulk copies reach
 CONTEXTS = (16, 4096)
 OVERHEAD_TARGET = 64 << 20  # bytes of device memory beyond weights and KV cache
@@ -170,6 +175,32 @@ def check_prompts(report: Report, options: argparse.Namespace) -> None:
         for what, isolate, block in (("one chunk", False, None), ("isolated", True, None), ("chunks of 50", False, 50)):
             outcome = check(gpu.backend, reference, isolate=isolate, block=block)
             report.add("prompts", f"probes against the CPU, {what}", outcome.verdict(), "PASS", outcome.passed)
+
+
+# --- FP8 activations -------------------------------------------------------------------------------------------------
+
+
+def check_fp8(report: Report, options: argparse.Namespace) -> None:
+    """Next-token distributions with FP8 activations against those of the GEMM path, on Python's license."""
+    window = 512
+    try:
+        path = find_checkpoint(options.model)
+        fp8 = Engine.load(path, "cuda", window, prefill="fp8")
+    except AtomFlowError as error:
+        report.add("fp8", options.model, f"not run: {error}")
+        return
+    with fp8, Engine.load(path, "cuda", window, prefill="gemm") as exact:
+
+        def logits(tokens: Sequence[int]) -> NDArray[np.float32]:
+            exact.reset()
+            return exact.feed(tokens, all_logits=True)
+
+        result = measure(fp8, read_texts()["license"], window, window * 3 // 4, logits)
+    other, (least, most) = result.divergence, KL_LIMITS
+    assert other is not None
+    figure = f"{other.mean_kl:.4f}, top-1 {other.top1:.1%}"
+    report.add("fp8", "mean KL, float16 activations", figure, f"{least} to {most}", least <= other.mean_kl <= most)
+    report.add("fp8", "perplexity, float16 activations", f"{result.perplexity / other.reference_perplexity - 1:+.2%}")
 
 
 # --- sanitizer -------------------------------------------------------------------------------------------------------
@@ -300,6 +331,7 @@ SECTIONS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
     "kernels": check_kernels,
     "model": check_model,
     "prompts": check_prompts,
+    "fp8": check_fp8,
     "sanitizer": check_sanitizer,
     "speed": check_speed,
     "start": check_start,
@@ -310,7 +342,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"what to run, of {', '.join(SECTIONS)}; everything by default")
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="a checkpoint, for the sections model, prompts and start"
+        "--model", default=DEFAULT_MODEL, help="a checkpoint, for the sections model, prompts, fp8 and start"
     )
     parser.add_argument("--geometries", nargs="+", default=list(SHARE_TARGETS), choices=list(PRESETS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
