@@ -125,6 +125,7 @@ def attend_chunk(q, keys, values, position, head_dim, scratch, out):
     tiles = (tokens + COLUMNS - 1) // COLUMNS
     padded = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
     scale = np.float32(1.0 / math.sqrt(head_dim))
+    flat_values = values.reshape(-1)
     for item in prange(heads * tiles):
         h, turn = item // tiles, item % tiles
         first = (turn // 2 if turn % 2 == 0 else tiles - 1 - turn // 2) * COLUMNS  # short and long ones in turn
@@ -156,17 +157,14 @@ def attend_chunk(q, keys, values, position, head_dim, scratch, out):
             place = key * kv_dim + start
             multiply_rows(keys, place, kv_dim, width, query, 0, COLUMNS, head_dim, weights, 0, COLUMNS, False)
             softmax_tile(weights, width, key, position[0] + first, state)
-            if head_dim == padded:
-                for d in range(0, head_dim, COLUMNS):
-                    multiply_columns(
-                        weights, 0, COLUMNS, COLUMNS, values, place + d, kv_dim, width, product, d, padded, False
-                    )
-            else:
+            source, at, stride = flat_values, place, kv_dim
+            if head_dim < padded:
                 for s in range(width):
                     for d in range(padded):
                         tile[s * padded + d] = values[key + s, start + d] if d < head_dim else np.float32(0.0)
-                for d in range(0, padded, COLUMNS):
-                    multiply_columns(weights, 0, COLUMNS, COLUMNS, tile, d, padded, width, product, d, padded, False)
+                source, at, stride = tile, 0, padded
+            for d in range(0, padded, COLUMNS):
+                multiply_columns(weights, 0, COLUMNS, COLUMNS, source, at + d, stride, width, product, d, padded, False)
             for i in range(COLUMNS):
                 factor = state[2 * COLUMNS + i]
                 total, part = sums[i * padded : (i + 1) * padded], product[i * padded : (i + 1) * padded]

@@ -26,8 +26,7 @@ GENERATE = """
 import contextlib, io
 from numba_atomflow.cli import run
 with contextlib.redirect_stdout(io.StringIO()) as out:
-    # A prompt of more tokens than are taken one by one: both forms of every kernel run.
-    assert run(["generate", "A prompt of some length", "--model", {model!r}, "-n", "5", "--ignore-eos", "--json"]) == 0
+    assert run(["generate", {prompt!r}, "--model", {model!r}, "-n", "5", "--ignore-eos", "--json"]) == 0
 result = json.loads(out.getvalue())["token_ids"]
 """
 
@@ -56,10 +55,13 @@ def record(home: Path, lines: str, tree: Path = ROOT) -> tuple[list[str], Any]:
 
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    lines = GENERATE.format(model=str(tiny_checkpoint))
+    short, lines = (GENERATE.format(model=str(tiny_checkpoint), prompt=text) for text in ("A", "A longer prompt"))
+    decode, _ = record(tmp_path, short)
+    assert "numba_atomflow.ops.projection.project_token" in decode
+    assert "numba_atomflow.ops.attention.attend_chunk" not in decode  # a prompt of one token does not need it
     first, tokens = record(tmp_path, lines)
-    assert "numba_atomflow.ops.projection.project_token" in first
     assert "numba_atomflow.ops.attention.attend_chunk" in first
+    assert "numba_atomflow.ops.projection.project_token" not in first
     second, same_tokens = record(tmp_path, lines)
     assert second == []
     assert same_tokens == tokens

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer
-from numba_atomflow.backends.cpu.bind import GEMV_TOKENS, Action, CpuBinder, in_order
+from numba_atomflow.backends.cpu.bind import Action, CpuBinder, in_order
 from numba_atomflow.backends.cpu.measure import CpuMeasurements
 from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
@@ -134,16 +134,18 @@ class CpuBackend:
             raise ClosedError("The backend was closed; load the model again.")
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Run one op of every kind, for one token and for a chunk: all that numba must compile."""
+        """Run one op of every kind for one token: all that numba must compile for a reply.
+
+        The kernels for chunks are compiled, or loaded, when a prompt is the first to need them.
+        """
         started = time.perf_counter()
         self.seek(0)
         self._tokens[:] = 0
         numba.set_num_threads(self.threads)
-        kinds: dict[tuple[type[Op], int], Op] = {}
-        for tokens in (1, min(GEMV_TOKENS + 1, self.prefill_chunk)):
-            for op in self.step(tokens, LAST_LOGITS)[:-1]:  # `Advance` compiles nothing, and moves the position
-                kinds.setdefault((type(op), op.writes[0].shape[0]), op)
-        for done, ((kind, _), op) in enumerate(kinds.items()):
+        kinds: dict[type[Op], Op] = {}
+        for op in self.step(1, LAST_LOGITS)[:-1]:  # `Advance` compiles nothing, and moves the position
+            kinds.setdefault(type(op), op)
+        for done, (kind, op) in enumerate(kinds.items()):
             if progress:
                 progress(f"compiling {kind.__name__}", done, len(kinds))
             with kernel_turn():
