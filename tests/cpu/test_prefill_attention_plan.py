@@ -39,6 +39,7 @@ def test_the_grid_covers_the_tokens_of_every_head() -> None:
         {"instructions": "wgmma", "query_tile": 96, "stages": 2},
         {"instructions": "wgmma", "query_tile": 64},
         {"stages": 2},
+        {"query_tile": 128, "sms": 4},
         {"out": ActivationTiles(6 * 64, 64, bits=8)},
         {"out": ActivationTiles(640, 64)},
     ],
@@ -49,3 +50,9 @@ def test_what_cannot_be_tiled_is_refused(changes: dict[str, object]) -> None:
     sizes |= {"query_tile": 16, "key_block": 32}
     with pytest.raises(ValueError, match="prefill attention"):
         PrefillAttentionPlan(**(sizes | changes))  # type: ignore[arg-type]
+
+
+def test_a_grid_of_few_tiles_is_multiplied() -> None:
+    plan = PrefillAttentionPlan(6, 2, 64, OUT, "mma", query_tile=16, key_block=32, sms=20)
+    assert [plan.ctas(tokens) for tokens in (1, 17, 40, 100)] == [18, 12, 18, 42]
+    assert max(plan.ctas(tokens) for tokens in (1, 17, 40)) * plan.cta_partials <= plan.partials

@@ -9,6 +9,7 @@ MMA = (
     PrefillAttentionCase(80, 1, 1, position=9, count=14, query_tile=16, key_block=16),  # starts in a block's middle
     PrefillAttentionCase(96, 2, 2, position=3, count=10, query_tile=16, key_block=32),  # blocks masked for early rows
     PrefillAttentionCase(128, 4, 2, position=30, count=3, query_tile=16, key_block=16),
+    PrefillAttentionCase(64, 2, 1, position=120, count=9, query_tile=16, key_block=16, sms=5),  # 129 keys, two splits
     PrefillAttentionCase(64, 1, 1, position=5, count=71, query_tile=128, key_block=32),  # two row blocks of a warp
 )
 
@@ -19,13 +20,14 @@ def test_mma(case: PrefillAttentionCase) -> None:
 
 
 WGMMA = tuple(
-    PrefillAttentionCase(*sizes, instructions="wgmma")
+    PrefillAttentionCase(*sizes[:8], "wgmma", *sizes[8:])
     for sizes in (
-        # head_dim, heads, kv_heads, position, count, query_tile, key_block, stages
+        # head_dim, heads, kv_heads, position, count, query_tile, key_block, stages, sms
         (64, 1, 1, 0, 1, 64, 16, 2),  # a token alone
         (64, 1, 1, 11, 66, 64, 32, 2),  # stages are used again; a tile of 2 rows
         (80, 1, 1, 3, 20, 64, 32, 2),
         (96, 2, 1, 20, 3, 64, 16, 2),
+        (64, 1, 1, 140, 4, 64, 16, 2, 3),  # 9 blocks for three splits
         (128, 1, 1, 0, 70, 128, 32, 3),  # two warpgroups that take turns; blocks that the first does not see
     )
 )

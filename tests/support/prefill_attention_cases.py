@@ -27,6 +27,7 @@ class PrefillAttentionCase:
     key_block: int
     stages: int = 1
     instructions: Literal["wgmma", "mma"] = "mma"
+    sms: int = 1
     bits: int = 16  # of the output
 
     @property
@@ -41,6 +42,7 @@ class PrefillAttentionCase:
             query_tile=self.query_tile,
             key_block=self.key_block,
             stages=self.stages,
+            sms=self.sms,
         )
 
 
@@ -60,13 +62,15 @@ def check_prefill_attention(case: PrefillAttentionCase) -> None:
     q[: case.count : 3] *= 10  # one key decides such rows: their running max rises by hundreds
     cache = rng.standard_normal((2, length + 5, case.kv_heads * case.head_dim)).astype(np.float16)
     scalars = np.array([case.position], np.int64), np.array([case.count], np.int64)
-    results = []
+    counters, results = np.zeros(plan.counters, np.uint32), []
     for noise in (np.nan, 60000.0):
         q[case.count :], cache[:, length:] = noise, noise
         out = poisoned(plan.out.words, dtype=np.uint32)
         bits = (array.reshape(-1).view(np.uint16) for array in (q, cache[0], cache[1]))
-        arguments = PrefillAttentionArguments(*bits, *scalars, out)
+        partials = poisoned(plan.partials)
+        arguments = PrefillAttentionArguments(*bits, *scalars, partials, counters, out)
         launch(_kernel(plan), plan.ctas(case.count), plan.threads, plan.shared_bytes, arguments)
+        assert not counters.any(), "a counter does not stand at zero for the next launch"
         rows = plan.out.unpack(out)
         assert np.isnan(rows[case.count :]).all(), "wrote beyond the chunk's tokens"
         results.append(rows[: case.count])

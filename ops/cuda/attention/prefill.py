@@ -6,7 +6,7 @@ from typing import NamedTuple
 from numba_atomflow.ops.cuda.attention.prefill_mma import make_prefill_attention_mma
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
 from numba_atomflow.ops.cuda.attention.prefill_wgmma import make_prefill_attention_wgmma
-from numba_atomflow.ops.cuda.runtime.spec import I64, U16, U32, Planned, kernel_spec
+from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U16, U32, Planned, kernel_spec
 
 
 class PrefillAttentionArguments(NamedTuple):
@@ -18,6 +18,8 @@ class PrefillAttentionArguments(NamedTuple):
             What lies behind the last token is not read.
         position: [1], of the first token; the others follow.
         count: [1], tokens of the chunk.
+        partials: [plan.partials], scratch.
+        counters: [plan.counters], zero before the first launch; every launch leaves them zero.
         out: tiled activations, x of the o projection. Rows beyond `count` and the padding of K are not written.
     """
 
@@ -26,6 +28,8 @@ class PrefillAttentionArguments(NamedTuple):
     values: U16
     position: I64
     count: I64
+    partials: F32
+    counters: U32
     out: U32
 
 

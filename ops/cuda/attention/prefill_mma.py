@@ -16,6 +16,7 @@ from numba import cuda, float32, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
 from numba_atomflow.ops.cuda.attention.prefill_softmax import MASKED, make_mask, make_softmax, make_store_rows
+from numba_atomflow.ops.cuda.attention.prefill_split import make_combine_splits, make_find_work
 from numba_atomflow.ops.cuda.attention.prefill_tiles import make_copy_rows
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
@@ -39,6 +40,8 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
     mask = make_mask(key_block)
     softmax = make_softmax(key_block, head_dim)
     store_rows = make_store_rows(plan)
+    shared_keys = plan.sms > 1
+    find_work, combine_splits = make_find_work(plan), make_combine_splits(plan)
 
     @ptx.device_function
     def multiply_keys(shared, q_at, k_at, a_offsets, b_offsets, s):
@@ -115,11 +118,10 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
         count, position = io.count[0], io.position[0]
-        tile = (cuda.gridDim.x - 1 - cuda.blockIdx.x) // heads  # the longest rows first
-        head = cuda.blockIdx.x % heads
-        first = tile * query_tile
-        if first >= count:
+        tile, head, _, _, _, block, end = find_work(cuda.blockIdx.x, cuda.gridDim.x, position, count)
+        if tile < 0:
             return
+        first = tile * query_tile
         q_at = u32((ptx.shared_address(shared, 0) + u32(1023)) & u32(0xFFFFFC00))
         k_at, v_at = u32(q_at + u32(q_bytes)), u32(q_at + u32(q_bytes + kv_bytes))
         # Of the four matrices of ldmatrix, lane 8 i + r has row r of matrix i: A and V go down the rows first, K last.
@@ -133,13 +135,12 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
             maxima[i], row_sums[i] = MASKED, _ZERO
 
         length = position + count
-        block = (min(position + first + query_tile, length) - 1) // key_block
         kv_start = head // gqa_ratio * head_dim
         copy_q(shared, q_at, io.q, head * head_dim, first, count, thread)
         copy_kv(shared, k_at, io.keys, kv_start, block * key_block, length, thread)
         ptx.commit_copies()
         row = warp * 16 * row_blocks
-        while block >= 0:
+        while block >= end:
             wait_copies()
             cuda.syncthreads()  # K is there, and V has been read
             copy_kv(shared, v_at, io.values, kv_start, block * key_block, length, thread)
@@ -147,7 +148,7 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
             multiply_keys(shared, u32(q_at + row * 128), k_at, a_offsets, b_offsets, s)
             wait_copies()
             cuda.syncthreads()  # V is there, and K has been read
-            if block > 0:
+            if block > end:
                 copy_kv(shared, k_at, io.keys, kv_start, (block - 1) * key_block, length, thread)
                 ptx.commit_copies()
             if (block + 1) * key_block > position + first + 1:
@@ -160,6 +161,14 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
                 rescale_outs(s, o, maxima, row_sums, 1)
             add_values(shared, v_at, a_offsets, s, o)
             block -= 1
+        if shared_keys:
+            # Found again: kept, they would take registers in the loop.
+            cta = cuda.blockIdx.x
+            _, _, split, splits, active, _, _ = find_work(cta, cuda.gridDim.x, io.position[0], io.count[0])
+            if active > 1:
+                counter = cta // splits
+                if not combine_splits(io, shared, o, maxima, row_sums, cta - split, split, active, counter, thread):
+                    return
         token = first + row + g
         store_rows(io.out, o, 0, row_sums, 0, token, count, head, t)
         if row_blocks > 1:

@@ -45,6 +45,7 @@ class PrefillAttentionPlan:
     key_block: int
     stages: int = 1
     turns: bool = True
+    sms: int = 1
 
     def __post_init__(self) -> None:
         rows = WARPGROUP_ROWS if self.instructions == "wgmma" else 16
@@ -52,6 +53,8 @@ class PrefillAttentionPlan:
             raise ValueError(f"prefill attention cannot be tiled like this: {self}")
         if (self.stages > 1) != (self.instructions == "wgmma"):
             raise ValueError(f"prefill attention with {self.instructions} cannot have {self.stages} stages")
+        if self.sms > 1 and self.row_blocks > 1:
+            raise ValueError("CTAs of prefill attention cannot share keys if a warp has two blocks of rows")
         if self.out.in_features != self.heads * self.head_dim:
             raise ValueError(f"the output of prefill attention is [tokens, heads * head_dim], not {self.out}")
         if self.out.bits == 8 and (self.instructions != "wgmma" or self.head_dim != self.out.block_elements):
@@ -93,13 +96,37 @@ class PrefillAttentionPlan:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: tiles, four mbarriers per stage with wgmma, and what aligning the start may take."""
+        """Dynamic shared memory: tiles, four mbarriers per stage with wgmma, what aligning the start may take; and, at
+        the end, 16 bytes for a flag.
+        """
         barriers = 4 * 8 * self.stages if self.instructions == "wgmma" else 0
-        return self.barriers_start + barriers + _ALIGNMENT
+        return self.barriers_start + barriers + _ALIGNMENT + 16
+
+    @property
+    def out_registers(self) -> int:
+        """Float32 outputs of a thread. wgmma multiplies whole column blocks."""
+        columns = self.column_blocks * COLUMN_BLOCK if self.instructions == "wgmma" else self.head_dim
+        return self.row_blocks * columns // 2
+
+    @property
+    def cta_partials(self) -> int:
+        """Float32 elements that a CTA writes if others share its keys: per thread outputs, two maxima, two row sums."""
+        return self.consumer_warps * 32 * (self.out_registers + 4)
+
+    @property
+    def partials(self) -> int:
+        """Float32 elements of scratch, for every number of tokens."""
+        return self.sms * self.cta_partials if self.sms > 1 else 1
+
+    @property
+    def counters(self) -> int:
+        """Elements of the arrival counters, for every number of tokens."""
+        return self.sms
 
     def ctas(self, tokens: int) -> int:
-        """Grid of a chunk padded to `tokens` tokens. One kernel serves all: CTAs without tokens exit at once."""
-        return self.heads * -(-tokens // self.query_tile)
+        """Grid of a chunk padded to `tokens` tokens. One kernel serves all: CTAs without work exit at once."""
+        tiles = self.heads * -(-tokens // self.query_tile)
+        return tiles * max(1, self.sms // tiles)
 
 
 def choose_prefill_attention_plan(
@@ -113,7 +140,8 @@ def choose_prefill_attention_plan(
     128 queries and heads of 128, whose outputs take 128 registers of a thread.
     """
     if chip.capability[0] == 9:
-        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=3)
+        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=3, sms=chip.sms)
     query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES else 64
+    sms = chip.sms if query_tile == 64 else 1
     key_block = 32 if query_tile == 128 and head_dim == 128 else 64
-    return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, key_block)
+    return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, key_block, sms=sms)

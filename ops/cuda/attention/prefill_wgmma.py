@@ -30,6 +30,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.prefill_fp8 import make_store_rows_fp8
 from numba_atomflow.ops.cuda.attention.prefill_plan import WARPGROUP_ROWS, PrefillAttentionPlan
 from numba_atomflow.ops.cuda.attention.prefill_softmax import MASKED, make_mask, make_softmax, make_store_rows
+from numba_atomflow.ops.cuda.attention.prefill_split import make_combine_splits, make_find_work
 from numba_atomflow.ops.cuda.attention.prefill_tiles import make_copy_rows
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
@@ -121,9 +122,11 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
     mask = make_mask(key_block)
     softmax = make_softmax(key_block, head_dim)
     store_rows = make_store_rows_fp8(plan) if plan.out.bits == 8 else make_store_rows(plan)
+    shared_keys = plan.sms > 1
+    find_work, combine_splits = make_find_work(plan), make_combine_splits(plan)
 
     @ptx.device_function
-    def produce(io, words, barriers, base, head, first, count, length, block, thread):
+    def produce(io, words, barriers, base, head, first, count, length, block, end, thread):
         """Copy Q, then K and V of every block."""
         kv_first = head // gqa_ratio * head_dim
         copy_q(words, base, io.q, head * head_dim, first, count, thread)
@@ -132,7 +135,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
         copy_last(words, u32(base + v_start), io.values, kv_first, block * key_block, length, thread)
         ptx.barrier_arrive_on_copies(barriers, u32(base + full_start + 8))
         stage, phase = u32(1), u32(0)
-        while block > 0:
+        while block > end:
             block -= 1
             full, empty = u32(base + full_start + 16 * stage), u32(base + empty_start + 16 * stage)
             ptx.barrier_wait(barriers, empty, u32(phase ^ u32(1)))
@@ -191,7 +194,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
             o[4 * i + 2], o[4 * i + 3] = o[4 * i + 2] * rescale_1, o[4 * i + 3] * rescale_1
 
     @ptx.device_function
-    def consume(io, words, barriers, base, head, first, count, position, block, thread):
+    def consume(io, words, barriers, base, head, first, count, position, block, end, tile_cta, splits, active, thread):
         """The outputs of 64 queries."""
         s, o = cuda.local.array(scores_size, float32), cuda.local.array(outs_size, float32)
         p = cuda.local.array(weights_size, uint32)
@@ -215,7 +218,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
         fence_scores(s)
         start_scores(s, words, q, k_first)
         ptx.wgmma_commit()
-        pass_turn(warpgroup, block == 0)
+        pass_turn(warpgroup, block == end)
         wait_scores(s)
         release(barriers, empty, lane)
         mask_block(s, last, block, lane)
@@ -225,9 +228,9 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
         # `stage` is that of the block whose outputs come next, `next_stage` that of the next scores. Waiting for K
         # before `wait_outputs` keeps softmax before it: ptxas moves the wait for wgmmas up to the last branch.
         stage, phase, next_stage, next_phase = u32(0), u32(0), u32(1), u32(0)
-        if block > 0:
+        if block > end:
             wait_full(barriers, u32(full + 16 * next_stage), next_phase)
-        while block > 0:
+        while block > end:
             block -= 1
             wait_for_turn(warpgroup)
             fence_scores(s)
@@ -237,7 +240,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
             fence_outputs(o, p)  # a fence before the wait would not count: ptxas (C7519) then runs wgmmas one by one
             start_outputs(o, p, words, v_first + np.uint64(stage) * stage_words)
             ptx.wgmma_commit()
-            pass_turn(warpgroup, block == 0)
+            pass_turn(warpgroup, block == end)
             wait_scores_only(s)
             release(barriers, u32(empty + 16 * next_stage), lane)
             mask_block(s, last, block, lane)
@@ -246,7 +249,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
             next_stage = u32(next_stage + u32(1))
             if next_stage == stages:
                 next_stage, next_phase = u32(0), u32(next_phase ^ u32(1))
-            if block > 0:
+            if block > end:
                 wait_full(barriers, u32(full + 16 * next_stage), next_phase)
             wait_outputs(o, p, s)
             release(barriers, used, lane)
@@ -258,6 +261,11 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
         start_outputs(o, p, words, v_first + np.uint64(stage) * stage_words)
         ptx.wgmma_commit()
         wait_outputs(o, p, s)
+        if shared_keys and active > 1:
+            split = cuda.blockIdx.x - tile_cta
+            counter = tile_cta // splits
+            if not combine_splits(io, words, o, maxima, row_sums, tile_cta, split, active, counter, thread):
+                return
         store_rows(io.out, o, 0, row_sums, 0, first + row, count, head, lane & 3)
 
     @ptx.kernel(plan.threads, 1)
@@ -275,18 +283,19 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
         count, position = io.count[0], io.position[0]
-        tile = (cuda.gridDim.x - 1 - cuda.blockIdx.x) // heads  # the longest rows first
-        head = cuda.blockIdx.x % heads
-        first = tile * query_tile
-        if first >= count:
+        cta = cuda.blockIdx.x
+        tile, head, split, splits, active, block, end = find_work(cta, cuda.gridDim.x, position, count)
+        if tile < 0:
             return
-        length = position + count
-        block = (min(position + first + query_tile, length) - 1) // key_block
+        first = tile * query_tile
         if thread >= consumers:
             give_registers()
-            produce(io, words, barriers, base, head, first, count, length, block, thread - consumers)
+            produce(io, words, barriers, base, head, first, count, position + count, block, end, thread - consumers)
         else:
             take_registers()
-            consume(io, words, barriers, base, head, first, count, position, block, thread)
+            tile_cta = cta - split
+            consume(
+                io, words, barriers, base, head, first, count, position, block, end, tile_cta, splits, active, thread
+            )
 
     return prefill_attention
