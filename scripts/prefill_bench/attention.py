@@ -67,10 +67,12 @@ class AttentionLab:
         errors: dict[str, float] = {}
         for name, each in plans.items():
             launches, found = [], []
+            partials = torch.empty(each.partials, device=gpu.device)
+            counters = torch.zeros(each.counters, dtype=torch.int32, device=gpu.device)
             for start, out in zip(starts, outs, strict=True):
                 position = torch.tensor([start], dtype=torch.int64, device=gpu.device)
                 shared = {"keys": keys, "values": values, "position": position, "count": count, "out": out}
-                shared["q"] = q[start : start + chunk]
+                shared |= {"q": q[start : start + chunk], "partials": partials, "counters": counters}
                 launches.append(gpu.launch(kernels[name], shared, each.ctas(chunk)))
                 out.fill_(-1)
                 gpu.run(launches[-1])

@@ -349,7 +349,10 @@ def check_attention_chunk(sweep: AttentionSweep, tokens: int, position: int, chi
         out = poisoned(plan.out.words, dtype=np.uint32)
         bits = [np.ascontiguousarray(array).view(np.uint16) for array in (q, stored[0], stored[1])]
         scalars = np.array([position], np.int64), np.array([tokens], np.int64)
-        launch_planned(planned, PrefillAttentionArguments(*bits, *scalars, out), plan.ctas(tokens))
+        counters = np.zeros(plan.counters, np.uint32)
+        arguments = PrefillAttentionArguments(*bits, *scalars, poisoned(plan.partials), counters, out)
+        launch_planned(planned, arguments, plan.ctas(tokens))
+        assert not counters.any(), "a counter does not stand at zero for the next launch"
         width = plan.out.in_features
         unpacked = whole(plan.out).unpack(out)
         assert np.isnan(unpacked[tokens:]).all(), "wrote beyond the chunk's tokens"

@@ -48,12 +48,15 @@ class PrefillBinder:
             case Qkv():
                 return [self._norm("norm", op), *self._bind_qkv(op)]
             case Attention():
+                partials, counters = self._scratch
                 attention = PrefillAttentionArguments(
                     q=op.q,
                     keys=op.keys,
                     values=op.values,
                     position=op.position,
                     count=self._count,
+                    partials=partials,
+                    counters=counters,
                     out=op.attn_out,
                 )
                 return [self._launch("attention", op.q, attention)]

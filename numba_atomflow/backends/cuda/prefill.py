@@ -135,7 +135,9 @@ class PrefillKernels:
         layers = ("qkv", "o", "gate_up", "down")
         plans = [self.gemm_plan(kind, bucket) for kind in layers for bucket in self.buckets]
         plans += [self.gemm_plan("lm_head", bucket) for bucket in heads]
-        return max(plan.partials for plan in plans), max(plan.counters for plan in plans)
+        attention = self._attention_plan
+        partials = max(attention.partials, *(plan.partials for plan in plans))
+        return partials, max(attention.counters, *(plan.counters for plan in plans))
 
     @cached_property
     def _attention_plan(self) -> PrefillAttentionPlan:

@@ -122,7 +122,7 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
         if tile < 0:
             return
         first = tile * query_tile
-        q_at = u32((ptx.shared_address(shared, 0) + u32(1023)) & u32(0xFFFFFC00))
+        q_at = u32((ptx.shared_address(shared, 0) + u32(127)) & u32(0xFFFFFF80))
         k_at, v_at = u32(q_at + u32(q_bytes)), u32(q_at + u32(q_bytes + kv_bytes))
         # Of the four matrices of ldmatrix, lane 8 i + r has row r of matrix i: A and V go down the rows first, K last.
         matrix, r = lane >> 3, lane & 7

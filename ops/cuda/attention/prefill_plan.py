@@ -18,7 +18,7 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 WARPGROUP_ROWS = 64  # queries of a warpgroup: M of wgmma
 COLUMN_BLOCK = 64  # elements of a head in a row of a tile: 128 bytes
-_ALIGNMENT = 1024  # of a tile with the 128-byte swizzle
+_ALIGNMENT = {"wgmma": 1024, "mma": 128}  # of tiles in shared memory
 _TWO_CTAS_BYTES = 80 * 1024  # shared memory per CTA with which two fit on an SM of sm_80
 
 
@@ -100,7 +100,7 @@ class PrefillAttentionPlan:
         the end, 16 bytes for a flag.
         """
         barriers = 4 * 8 * self.stages if self.instructions == "wgmma" else 0
-        return self.barriers_start + barriers + _ALIGNMENT + 16
+        return self.barriers_start + barriers + _ALIGNMENT[self.instructions] + 16
 
     @property
     def out_registers(self) -> int:
