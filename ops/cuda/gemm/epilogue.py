@@ -122,8 +122,9 @@ def make_swiglu_epilogue(plan: GemmPlan, intermediate: ActivationTiles) -> GemmE
     @ptx.device_function
     def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
         word = pair_rows(lane, swiglu_approx(c0, c2), swiglu_approx(c1, c3))
-        row = in_tile + (lane & 3) * 2 + (lane >> 2 & 1)
-        stage[u32(in_block(row, tile % 8 * 4 + (lane >> 3)))] = word if tile < tiles else u32(0)
+        # The same for every multiple of 8 tokens, but for the tokens before.
+        place = in_block((lane & 3) * 2 + (lane >> 2 & 1), (tile & 7) * 4 + (lane >> 3))
+        stage[u32(place + in_tile * BLOCK_WORDS)] = word if tile < tiles else u32(0)
 
     @ptx.device_function
     def flush(io, stage, row_tile, token, thread):

@@ -90,14 +90,20 @@ def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, c
     """
     if x.bits == 8 and (chip.capability != SM_90 or layout.format.bits != 8):
         raise ValueError(f"no GEMM of {layout.format.name} weights and FP8 activations on sm_{chip.capability}")
-    # Registers: a tile of 256 needs wgmma, whose consumers have 232, and FP8 weights, which take half as many.
-    widest = chip.capability == SM_90 and layout.format.bits == 8
-    # `mma.sync` reads 16 tokens by one `ldmatrix`.
-    sizes = (256,) * widest + (128, 64, 32, 16) + (8,) * (chip.capability == SM_90)
+    sizes = _tile_sizes(layout, chip)
     plans = [gemm_plan(layout, x, size, chip) for size in sizes if tokens % size == 0]
     if not plans:
         raise ValueError(f"{tokens} tokens; their number must be a multiple of {sizes[-1]}")
     return min(plans, key=lambda plan: modelled_us(plan, tokens))
+
+
+def _tile_sizes(layout: PrepackedLayout, chip: Chip) -> tuple[int, ...]:
+    """Tokens of a tile, from which a plan is chosen."""
+    if chip.capability == SM_90:
+        # Registers: a tile of 256 needs FP8 weights, which take half as many.
+        return (256, 128, 64, 32, 16, 8) if layout.format.bits == 8 else (128, 64, 32, 16, 8)
+    # `ldmatrix` reads 16 tokens. For sm_100 and later the compiler leaves sums of 128 tokens in local memory.
+    return (128, 64, 32, 16) if chip.capability < (10, 0) else (64, 32, 16)
 
 
 def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip: Chip) -> GemmPlan:
