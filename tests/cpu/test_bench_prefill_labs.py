@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +138,56 @@ def test_a_launch_keeps_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert address in list(launch.launch._words)
     with pytest.raises(ValueError, match="contiguous"):
         torch_gpu.span(torch.zeros(4, 4).T)
+
+
+def test_sides_take_turns_and_seconds_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from prefill_bench import torch_gpu
+
+    now, capturing, replayed = [0.0], [], []
+
+    class Graph:
+        def capture_begin(self) -> None:
+            self.ran: list[float] = []
+            capturing.append(self)
+
+        def capture_end(self) -> None:
+            capturing.remove(self)
+
+        def replay(self) -> None:
+            now[0] += sum(self.ran)
+            replayed.append(len(self.ran))
+
+    class Event:
+        def __init__(self, **_: Any) -> None:
+            self.at = 0.0
+
+        def record(self, _stream: Any) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.at - self.at) * 1e3
+
+    def side(seconds: float) -> Any:
+        return lambda _i: capturing and capturing[-1].ran.append(seconds)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+    gpu = torch_gpu.TorchGpu.__new__(torch_gpu.TorchGpu)
+    gpu.stream = SimpleNamespace(synchronize=lambda: None)
+    seconds = gpu.alternate({"short": (side(1e-5), 4), "long": (side(1e-2), 3), "medium": (side(1e-4), 1)})
+    assert {name: len(each) for name, each in seconds.items()} == dict.fromkeys(seconds, torch_gpu.ROUNDS)
+    for name, expected in (("short", 1e-5), ("long", 1e-2), ("medium", 1e-4)):
+        assert seconds[name] == pytest.approx([expected] * torch_gpu.ROUNDS)
+    turns = replayed[6:]  # two of each side find out how long a replay takes
+    short, long, medium = turns[:3]
+    assert (short % 4, long, medium) == (0, 3, 15)
+    assert short * 1e-5 == pytest.approx(torch_gpu.GRAPH_SECONDS, rel=0.1)
+    assert turns[3:9] == [long, medium, short, medium, short, long]
 
 
 # --- compiled beforehand ---------------------------------------------------------------------------------------------
