@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 from machine_code import number, skip_without_compiler
+from sass import operations
 
 skip_without_compiler()
 
 from numba_atomflow.ops.cuda.gemm import kernels  # noqa: E402
+from numba_atomflow.ops.cuda.gemm.multiply import register_sets  # noqa: E402
 from numba_atomflow.ops.cuda.gemm.plan import gemm_plan  # noqa: E402
+from numba_atomflow.ops.cuda.gemm.wgmma import resident_ctas  # noqa: E402
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles  # noqa: E402
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.build import assemble_arch_specific  # noqa: E402
@@ -51,8 +54,13 @@ def test_machine_code(kind: str, tile_tokens: int, k_tile: int, weights: WeightF
     spec = kernels.gemm_kernel("gemm", factory, plan, dependent=True, **options).spec
     assert spec.arch_specific
     assert spec.shared_bytes <= H200.shared_bytes
-    _, log = assemble_arch_specific(spec.make(), spec, H200.capability)
+    code, log = assemble_arch_specific(spec.make(), spec, H200.capability)
     assert "C75" not in log, log  # setmaxnreg ignored, wgmma serialised, or waited for where the kernel does not
     assert number(r"(\d+) bytes spill stores", log) == 0
     assert number(r"(\d+) bytes stack frame", log) == 0
-    assert number(r"Used (\d+) registers", log) * spec.threads <= 65536
+    assert number(r"Used (\d+) registers", log) * spec.threads * resident_ctas(plan) <= 65536
+
+    found, held = operations(code), register_sets(plan)
+    assert found.count("HGMMA") == 2 * 4 * held  # two K blocks of four k-steps
+    assert found.count("DEPBAR") == 2 * held + 1  # before either block of a unit, and at the end of a tile
+    assert not {"STL", "LDL"} & set(found)
