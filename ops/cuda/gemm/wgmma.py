@@ -60,7 +60,7 @@ def resident_ctas(plan: GemmPlan) -> int:
     """CTAs for which an SM has room. The grid has one per SM; room for two lets those of the next kernel start, and
     prefetch their weights, while those of this one still run (programmatic dependent launch).
     """
-    return 2 if plan.tile_tokens <= _SHARED_SM and plan.x.bits == 16 and plan.layout.format.bits == 8 else 1
+    return 2 if plan.tile_tokens <= _SHARED_SM and plan.layout.format.bits == 8 else 1
 
 
 def wgmma_shared_bytes(plan: GemmPlan, epilogue: GemmEpilogue) -> int:
