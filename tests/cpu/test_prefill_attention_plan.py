@@ -4,6 +4,7 @@ import pytest
 
 from numba_atomflow.geometry import HEAD_DIMS
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.attention.prefill_split import make_find_work
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
@@ -56,3 +57,24 @@ def test_a_grid_of_few_tiles_is_multiplied() -> None:
     plan = PrefillAttentionPlan(6, 2, 64, OUT, "mma", query_tile=16, key_block=32, sms=20)
     assert [plan.ctas(tokens) for tokens in (1, 17, 40, 100)] == [18, 12, 18, 42]
     assert max(plan.ctas(tokens) for tokens in (1, 17, 40)) * plan.cta_partials <= plan.partials
+
+
+CHUNKS = [(0, 1), (0, 40), (150, 16), (300, 1), (17, 0), (90, 100)]  # position, count
+PADDED = [(*chunk, padded) for chunk in CHUNKS for padded in (16, 48, 112) if chunk[1] <= padded]
+
+
+@pytest.mark.parametrize(("position", "count", "padded"), PADDED)
+def test_every_key_block_of_every_tile_has_one_cta(position: int, count: int, padded: int) -> None:
+    """Whatever the grid was made for: a chunk of up to `padded` tokens."""
+    plan = PrefillAttentionPlan(6, 2, 64, OUT, "mma", query_tile=16, key_block=32, sms=40)
+    find_work = make_find_work(plan).py_func
+    found = []
+    for cta in range(plan.ctas(padded)):
+        tile, head, split, splits, active, block, end = find_work(cta, plan.ctas(padded), position, count)
+        if tile >= 0:
+            found += [(tile, head, b) for b in range(end, block + 1)]
+            assert split < active <= splits
+            assert active == 1 or cta < plan.sms
+    seen = [min(position + (tile + 1) * 16, position + count) for tile in range(-(-count // 16))]
+    wanted = [(t, h, b) for t, keys in enumerate(seen) for h in range(6) for b in range(-(-keys // 32))]
+    assert sorted(found) == wanted

@@ -34,7 +34,7 @@ def make_find_work(plan: PrefillAttentionPlan) -> Any:
     @ptx.device_function
     def find_work(cta, ctas, position, count):
         tiles = (count + query_tile - 1) // query_tile
-        splits = max(1, min(ctas, sms) // (heads * tiles))
+        splits = max(1, min(ctas, sms) // max(1, heads * tiles))
         split, rest = cta % splits, cta // splits
         head, tile = rest % heads, tiles - 1 - rest // heads
         blocks = (min(position + (tile + 1) * query_tile, position + count) + key_block - 1) // key_block
@@ -42,7 +42,7 @@ def make_find_work(plan: PrefillAttentionPlan) -> Any:
         active = (blocks + share - 1) // share
         block = blocks - 1 - split * share
         end = max(0, block - share + 1)
-        if split >= active:
+        if split >= active or count < 1:
             tile = -1
         return tile, head, split, splits, active, block, end
 
