@@ -1,5 +1,7 @@
 """Prompts on the GEMM path: what is chosen, planned, loaded, captured and launched; over a pretended driver."""
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -274,3 +276,11 @@ def test_the_kernels_of_a_chunk_are_timed_and_nothing_is_left_of_it(
     assert backend._queue.position == 20
     with pytest.raises(IndexError):
         backend.measure.time_chunk(MAX_SEQ_LEN - 19, repeats=1)
+
+
+def test_a_start_without_the_gemm_path_does_not_import_it() -> None:
+    program = "import sys; import numba_atomflow.backends.cuda.backend; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    imported = done.stdout.split()
+    assert "numba_atomflow.backends.cuda.kernels" in imported
+    assert not [name for name in imported if name.startswith("numba_atomflow.ops.cuda.gemm.")]

@@ -1,6 +1,7 @@
 """The list of ops as launches."""
 
-from numba_atomflow.backends.cuda.bind_prefill import PrefillBinder
+from typing import TYPE_CHECKING
+
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.memory.view import View
@@ -14,6 +15,9 @@ from numba_atomflow.ops.cuda.token.embedding import EmbedArguments
 from numba_atomflow.ops.cuda.token.rope import RopeArguments
 from numba_atomflow.ops.cuda.token.sample import SampleArguments
 
+if TYPE_CHECKING:
+    from numba_atomflow.backends.cuda.bind_prefill import PrefillBinder
+
 
 class Binder:
     """Turns ops into launches of a model's kernels.
@@ -24,9 +28,7 @@ class Binder:
 
     def __init__(self, model: DeviceModel, loaded: LoadedKernels, ring: View) -> None:
         self._model, self._kernels, self._loaded, self._ring = model, model.kernels, loaded, ring
-        self._prefill: PrefillBinder | None = None
-        if model.kernels.prefill is not None:
-            self._prefill = PrefillBinder(model, model.kernels.prefill, loaded)
+        self._prefill = _prefill_binder(model, loaded)
 
     def bind(self, op: Op, *, sampled: bool = False, argmax_done: bool = False) -> list[Launch]:
         """The launches of an op.
@@ -120,6 +122,15 @@ class Binder:
 
     def _launch(self, name: str, arguments: tuple[DeviceArray | int, ...]) -> Launch:
         return Launch(self._loaded[name], self._kernels.planned[name].ctas, arguments, self._model.stream)
+
+
+def _prefill_binder(model: DeviceModel, loaded: LoadedKernels) -> "PrefillBinder | None":
+    """What binds ops over many tokens; None without the GEMM path."""
+    if model.kernels.prefill is None:
+        return None
+    from numba_atomflow.backends.cuda.bind_prefill import PrefillBinder
+
+    return PrefillBinder(model, model.kernels.prefill, loaded)
 
 
 def _tokens(op: Op) -> int:

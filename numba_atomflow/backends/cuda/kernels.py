@@ -6,9 +6,9 @@ padding tokens are discarded: weights are read once, however many tokens there a
 
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from numba_atomflow.backends.cuda.buckets import bucket_for
-from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HEAD_FORMATS, HeadFormat
 from numba_atomflow.ops.cuda.attention.decode import attention_kernel
@@ -34,6 +34,9 @@ from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
 from numba_atomflow.ops.cuda.token.embedding import embed_kernel
 from numba_atomflow.ops.cuda.token.rope import rope_kernel
 from numba_atomflow.ops.cuda.token.sample import sample_kernel
+
+if TYPE_CHECKING:
+    from numba_atomflow.backends.cuda.prefill import PrefillKernels
 
 TOKEN_RING = 1024  # entries of the host ring; more than tokens that the host has not read yet
 
@@ -145,7 +148,9 @@ class ModelKernels:
             k_tile=k_tile,
         )
 
-    def _prefill(self, chunk: int, *, fp8: bool) -> PrefillKernels:
+    def _prefill(self, chunk: int, *, fp8: bool) -> "PrefillKernels":
+        from numba_atomflow.backends.cuda.prefill import PrefillKernels  # a start without the GEMM path does without
+
         return PrefillKernels(
             self.geometry,
             self.chip,

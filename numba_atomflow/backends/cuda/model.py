@@ -1,14 +1,13 @@
 """A model's tensors on the GPU: one arena with weights, KV cache and activations."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.plan import AttentionScratch, SamplingState
-from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
@@ -21,6 +20,9 @@ from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler
 from numba_atomflow.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from numba_atomflow.backends.cuda.prefill import PrefillKernels
 
 
 class DeviceModel:
@@ -64,7 +66,7 @@ class DeviceModel:
         norms = {name: view for name, view in vectors.items() if name.endswith("_norm")}
         return Weights(projections, norms, {name: view for name, view in vectors.items() if name not in norms})
 
-    def _tiled(self, prefill: PrefillKernels) -> dict[str, View]:
+    def _tiled(self, prefill: "PrefillKernels") -> dict[str, View]:
         """The inputs of projections on the GEMM path, by the names of those in row order."""
         views = {}
         for name, tiles in prefill.tiles.items():
