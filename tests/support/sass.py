@@ -8,15 +8,15 @@ from itertools import pairwise
 
 import numpy as np
 
-# HGMMA with A from shared memory and from registers.
-_OPERATIONS = {0x9F0: "HGMMA", 0xDF0: "HGMMA", 0x308: "MUFU", 0x387: "STL", 0x983: "LDL"}
+# HGMMA with A from shared memory and from registers, QGMMA (FP8) with A from registers.
+_OPERATIONS = {0x9F0: "HGMMA", 0xDF0: "HGMMA", 0xDF3: "QGMMA", 0x308: "MUFU", 0x387: "STL", 0x983: "LDL"}
 _WARPGROUP = 0x9C5  # one operation
 _DEPBAR = 1 << 47  # of it: wait for wgmmas; without this bit: fence (ARRIVE)
 
 
 def operations(code: bytes) -> list[str]:
-    """Of the only kernel of a cubin, those that are looked for: HGMMA, MUFU, ARRIVE (fence of wgmmas), DEPBAR (wait for
-    them), LDL and STL (local memory); "" for every other.
+    """Of the only kernel of a cubin, those that are looked for: HGMMA, QGMMA, MUFU, ARRIVE (fence of wgmmas), DEPBAR
+    (wait for them), LDL and STL (local memory); "" for every other.
     """
     (table,), (size, count, names) = struct.unpack_from("<Q", code, 40), struct.unpack_from("<HHH", code, 58)
     headers = [struct.unpack_from("<IIQQQQ", code, table + size * i) for i in range(count)]
@@ -36,6 +36,6 @@ def operations(code: bytes) -> list[str]:
 
 
 def between(operations: list[str], first: str, second: str) -> list[list[str]]:
-    """What lies between each `first` and the next of HGMMA, ARRIVE and DEPBAR, where that is a `second`."""
-    bounds = [i for i, name in enumerate(operations) if name in {"HGMMA", "ARRIVE", "DEPBAR"}]
+    """What lies between each `first` and the next of HGMMA, QGMMA, ARRIVE and DEPBAR, where that is a `second`."""
+    bounds = [i for i, name in enumerate(operations) if name in {"HGMMA", "QGMMA", "ARRIVE", "DEPBAR"}]
     return [operations[i + 1 : j] for i, j in pairwise(bounds) if (operations[i], operations[j]) == (first, second)]

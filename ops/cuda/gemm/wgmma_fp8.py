@@ -91,6 +91,7 @@ def make_group_products(tile_tokens: int) -> GroupProducts:
         third(products, a, words, u64(x + u64(2 * ptx.K_STEP_WORDS)))
         fourth(products, a, words, u64(x + u64(3 * ptx.K_STEP_WORDS)))
         ptx.wgmma_commit()
+        ptx.sync_warp()  # no load is moved over it: ptxas would put those of `promote` between the instructions
 
     @ptx.large_device_function
     def promote(sums, products, words, scales, x_scales, lane, w0, w1, number):
