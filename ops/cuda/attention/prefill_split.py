@@ -69,20 +69,21 @@ def make_combine_splits(plan: PrefillAttentionPlan) -> Any:
     @ptx.device_function
     def combine_splits(io, words, o, maxima, row_sums, first_cta, split, active, counter, thread):
         start = (first_cta + split) * cta_floats + thread * 4
-        for i in range(vectors):
-            for j in range(4):
-                io.partials[start + i * 4 * consumers + j] = o[4 * i + j]
+        for j in range(vectors):
+            i = 4 * j
+            ptx.store_f32x4(io.partials, start + j * 4 * consumers, o[i], o[i + 1], o[i + 2], o[i + 3])
         stats = start + vectors * 4 * consumers
-        for j in range(2):
-            io.partials[stats + j], io.partials[stats + 2 + j] = maxima[j], row_sums[j]
-        cuda.threadfence()
+        ptx.store_f32x4(io.partials, stats, maxima[0], maxima[1], row_sums[0], row_sums[1])
+        # All threads wrote, then passed the barrier; one fences for them (fences are cumulative) and counts the CTA.
+        # Who counts last fences again before all read.
         ptx.named_barrier_sync(u32(_BARRIER), u32(consumers))
         if thread == 0:
+            ptx.fence_gpu()
             words[flag] = cuda.atomic.inc(io.counters, counter, u32(active - 1))
+            ptx.fence_gpu()
         ptx.named_barrier_sync(u32(_BARRIER), u32(consumers))
         if words[flag] != active - 1:
             return False
-        cuda.threadfence()
         start = first_cta * cta_floats + thread * 4
         stats = start + vectors * 4 * consumers
         max_0, max_1, sum_0, sum_1 = MASKED, MASKED, _ZERO, _ZERO
