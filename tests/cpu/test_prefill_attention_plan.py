@@ -3,6 +3,7 @@
 import pytest
 
 from numba_atomflow.geometry import HEAD_DIMS
+from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
 from numba_atomflow.ops.cuda.attention.prefill_split import make_find_work
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
@@ -64,17 +65,25 @@ PADDED = [(*chunk, padded) for chunk in CHUNKS for padded in (16, 48, 112) if ch
 
 
 @pytest.mark.parametrize(("position", "count", "padded"), PADDED)
-def test_every_key_block_of_every_tile_has_one_cta(position: int, count: int, padded: int) -> None:
+def test_every_key_block_of_every_tile_has_one_cta(
+    position: int, count: int, padded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the grid was made for: a chunk of up to `padded` tokens."""
     plan = PrefillAttentionPlan(6, 2, 64, OUT, "mma", query_tile=16, key_block=32, sms=40)
-    find_work = make_find_work(plan).py_func
-    found = []
+    monkeypatch.setattr(ptx, "device_function", lambda function: function)  # as Python functions
+    find_work = make_find_work(plan)
+    found, shared = [], set()
     for cta in range(plan.ctas(padded)):
-        tile, head, split, splits, active, block, end = find_work(cta, plan.ctas(padded), position, count)
+        tile, head, split, counter, active, block, end = find_work(cta, plan.ctas(padded), position, count)
         if tile >= 0:
             found += [(tile, head, b) for b in range(end, block + 1)]
-            assert split < active <= splits
-            assert active == 1 or cta < plan.sms
+            assert split < active
+            if active > 1:
+                assert cta < plan.sms
+                assert counter < plan.counters
+                shared.add((tile, head, cta - split, counter))
     seen = [min(position + (tile + 1) * 16, position + count) for tile in range(-(-count // 16))]
     wanted = [(t, h, b) for t, keys in enumerate(seen) for h in range(6) for b in range(-(-keys // 32))]
     assert sorted(found) == wanted
+    for part in range(2, 4):  # the first CTA of a tile, and its counter, are its own
+        assert len({each[part] for each in shared}) == len({each[:2] for each in shared}) == len(shared)

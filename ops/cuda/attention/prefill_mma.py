@@ -164,11 +164,12 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
         if shared_keys:
             # Found again: kept, they would take registers in the loop.
             cta = cuda.blockIdx.x
-            _, _, split, splits, active, _, _ = find_work(cta, cuda.gridDim.x, io.position[0], io.count[0])
-            if active > 1:
-                counter = cta // splits
-                if not combine_splits(io, shared, o, maxima, row_sums, cta - split, split, active, counter, thread):
-                    return
+            _, _, split, counter, active, _, _ = find_work(cta, cuda.gridDim.x, io.position[0], io.count[0])
+            first_cta = cta - split
+            if active > 1 and not combine_splits(
+                io, shared, o, maxima, row_sums, first_cta, split, active, counter, thread
+            ):
+                return
         token = first + row + g
         store_rows(io.out, o, 0, row_sums, 0, token, count, head, t)
         if row_blocks > 1:

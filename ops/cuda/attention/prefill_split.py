@@ -16,7 +16,7 @@ from numba import cuda
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
 from numba_atomflow.ops.cuda.attention.prefill_softmax import MASKED
-from numba_atomflow.ops.cuda.scalars import f32, u32
+from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 _LEAST_BLOCKS = 4  # of a split: with fewer, combining would take longer than it saves
 _BARRIER = 3  # the named barrier of the threads that compute
@@ -24,33 +24,41 @@ _ZERO = f32(0.0)
 
 
 def make_find_work(plan: PrefillAttentionPlan) -> Any:
-    """Device function (cta, ctas, position, count) -> (tile, head, split, splits, active, block, end).
+    """Device function (cta, ctas, position, count) -> (tile, head, split, counter, active, block, end).
 
-    The CTA computes query tile `tile`, tiles of late tokens first, over key blocks `block` down to `end`. `splits`:
-    that the grid has room for; `active`: those that have work. tile is -1 if the CTA has none.
+    The CTA computes query tile `tile`, tiles of late tokens first, over key blocks `block` down to `end`. It is split
+    `split` of `active` that have work; `counter`: index of the arrival counter they share. tile is negative if the CTA
+    has no work.
     """
     heads, query_tile, key_block, sms = plan.heads, plan.query_tile, plan.key_block, plan.sms
 
     @ptx.device_function
+    def divide(a, b):
+        """a // b of numbers that are not negative, in 32 bits: in 64 bits it would be a call."""
+        return i32(u32(a) // u32(b))
+
+    @ptx.device_function
     def find_work(cta, ctas, position, count):
-        tiles = (count + query_tile - 1) // query_tile
-        splits = max(1, min(ctas, sms) // max(1, heads * tiles))
-        split, rest = cta % splits, cta // splits
-        head, tile = rest % heads, tiles - 1 - rest // heads
-        blocks = (min(position + (tile + 1) * query_tile, position + count) + key_block - 1) // key_block
-        share = max(_LEAST_BLOCKS, (blocks + splits - 1) // splits)
-        active = (blocks + share - 1) // share
+        tiles = divide(count + query_tile - 1, query_tile)
+        splits = max(1, divide(min(ctas, sms), max(1, heads * tiles)))
+        counter = divide(cta, splits)
+        split, late_tiles = cta - counter * splits, divide(counter, heads)
+        head, tile = counter - late_tiles * heads, tiles - 1 - late_tiles
+        keys = max(0, min(position + (tile + 1) * query_tile, position + count))
+        blocks = divide(keys + key_block - 1, key_block)
+        share = max(_LEAST_BLOCKS, divide(blocks + splits - 1, splits))
+        active = divide(blocks + share - 1, share)
         block = blocks - 1 - split * share
         end = max(0, block - share + 1)
         if split >= active or count < 1:
             tile = -1
-        return tile, head, split, splits, active, block, end
+        return tile, head, split, counter, active, block, end
 
     @ptx.device_function
     def find_whole(cta, ctas, position, count):
         head, tile = cta % heads, (count + query_tile - 1) // query_tile - 1 - cta // heads
         block = (min(position + (tile + 1) * query_tile, position + count) - 1) // key_block
-        return tile, head, 0, 1, 1, block, 0
+        return tile, head, 0, 0, 1, block, 0
 
     return find_work if sms > 1 else find_whole
 

@@ -194,7 +194,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
             o[4 * i + 2], o[4 * i + 3] = o[4 * i + 2] * rescale_1, o[4 * i + 3] * rescale_1
 
     @ptx.device_function
-    def consume(io, words, barriers, base, head, first, count, position, block, end, tile_cta, splits, active, thread):
+    def consume(io, words, barriers, base, head, first, count, position, block, end, split, counter, active, thread):
         """The outputs of 64 queries."""
         s, o = cuda.local.array(scores_size, float32), cuda.local.array(outs_size, float32)
         p = cuda.local.array(weights_size, uint32)
@@ -262,8 +262,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
         ptx.wgmma_commit()
         wait_outputs(o, p, s)
         if shared_keys and active > 1:
-            split = cuda.blockIdx.x - tile_cta
-            counter = tile_cta // splits
+            tile_cta = cuda.blockIdx.x - split
             if not combine_splits(io, words, o, maxima, row_sums, tile_cta, split, active, counter, thread):
                 return
         store_rows(io.out, o, 0, row_sums, 0, first + row, count, head, lane & 3)
@@ -284,7 +283,7 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
             ptx.wait_for_previous_kernel()
         count, position = io.count[0], io.position[0]
         cta = cuda.blockIdx.x
-        tile, head, split, splits, active, block, end = find_work(cta, cuda.gridDim.x, position, count)
+        tile, head, split, counter, active, block, end = find_work(cta, cuda.gridDim.x, position, count)
         if tile < 0:
             return
         first = tile * query_tile
@@ -293,9 +292,6 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
             produce(io, words, barriers, base, head, first, count, position + count, block, end, thread - consumers)
         else:
             take_registers()
-            tile_cta = cta - split
-            consume(
-                io, words, barriers, base, head, first, count, position, block, end, tile_cta, splits, active, thread
-            )
+            consume(io, words, barriers, base, head, first, count, position, block, end, split, counter, active, thread)
 
     return prefill_attention
