@@ -19,7 +19,6 @@ CONSUMERS = 256  # threads: 8 warps, each with one prepacked tile of a CTA's til
 _UNITS = TILE_ROWS // 2  # of SwiGLU in a CTA's tile
 _LOG2_E = f32(math.log2(math.e))
 _ZERO, _ONE = f32(0.0), f32(1.0)
-_ANGLES_AT_ONCE = 32  # tokens whose cosines and sines may be loaded before the first of them is used
 _EVEN_LANE, _ODD_LANE = u32(0x5410), u32(0x3276)  # selectors: the low halves of (own, other); the high of (other, own)
 
 

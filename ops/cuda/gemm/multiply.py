@@ -4,11 +4,13 @@ Scales. A is the bare codes. Between units (of one scale each) the accumulators 
 the last one by its s: the sum over units of s times the unit's products, without a second set of accumulators. A unit
 whose scale is 0 has no codes but 0, and takes the scale of the one before.
 
-Order of a unit, per warpgroup: while the second block of the last unit is multiplied, convert the first block (its
-registers of A are free) and wait for X; wait for the products; rescale; start the first block; convert the second,
-whose registers of A that wait freed; start it; wait until only it is under way. Loads of a later unit are issued as
-soon as the codes are converted: the next unit's, or with two sets of registers (small tiles, whose units take less
-time than a load) those of the one after. The order of additions of an element does not depend on `tile_tokens`.
+Order of a unit, per warpgroup, as it is written: while the second block of the last unit is multiplied, convert the
+first block (its registers of A are free) and wait for X; wait for the products; rescale; start the first block; convert
+the second, whose registers of A that wait freed; start it; wait until only it is under way. ptxas moves the wait for
+the products up to the one for X, and the first block's conversion behind it: only the other warpgroup's products run
+beside that conversion. Loads of a later unit are issued as soon as the codes are converted: the next unit's, or with
+two sets of registers (small tiles, whose units take less time than a load) those of the one after. The order of
+additions of an element does not depend on `tile_tokens`.
 """
 
 from typing import Any, NamedTuple
@@ -156,8 +158,8 @@ def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, A
     all_sums, all_a = ptx.Registers(sums_count), ptx.Registers(A_REGISTERS)
     first_codes, second_codes = ptx.Registers(half), ptx.Registers(half, half)
     fence_a, fence_both = ptx.make_wgmma_fence(all_a), ptx.make_wgmma_fence(all_sums, all_a)
-    # A is named so that it is converted before the wait; codes, because what is converted next goes into registers that
-    # the batch was reading.
+    # A is named so that it is converted before the wait, in PTX at least; codes, because what is converted next goes
+    # into registers that the batch was reading.
     wait_all = ptx.make_wgmma_wait(0, all_sums, all_a, second_codes)
     wait_before_next = ptx.make_wgmma_wait(1, first_codes)
 
