@@ -31,7 +31,7 @@ def other_plans(plan: PrefillAttentionPlan) -> dict[str, PrefillAttentionPlan]:
     """By name, plans with wgmma that the engine's could be replaced by, and the one with mma.sync."""
     if plan.instructions != "wgmma":
         return {}
-    found = {"without turns": replace(plan, turns=False)}
+    found = {"without turns": replace(plan, turns=False), "64 queries": replace(plan, query_tile=64)}
     for key_block, stages in ((128, 2), (144, 2), (160, 2), (176, 2)):
         found[f"{key_block} keys, {stages} stages"] = replace(plan, key_block=key_block, stages=stages)
     found["mma.sync"] = replace(plan, instructions="mma", query_tile=64, key_block=64, stages=1)
