@@ -6,7 +6,8 @@ the branch for the other.
 Two regimes. One token (decode, a GEMV) is bound by reading the weights once: N * K bytes of codes and N * K / 32 of
 scales, so each weight is converted in registers just before its multiply-add. Many tokens (a prefill chunk, a GEMM) are
 bound by arithmetic: 2 * N * K * T operations; there panels of weights are dequantized once and multiplied by all tokens
-(ops/simd_gemm.py). A token's result has the same bits whatever other tokens are in its chunk.
+(ops/simd_gemm.py). A token's result has the same bits whatever other tokens are in its chunk, if that has
+more than GEMV_TOKENS; the tokens of a shorter one are computed one by one, and may differ from that in the last bits.
 
 Accumulation is float32: for one token within a group of 128, then over groups; for many within _K_AT_ONCE, then over
 those.
@@ -22,6 +23,8 @@ from numba_atomflow.ops.jit import cpu_kernel
 from numba_atomflow.ops.simd import fp8_row_dot, half_to_float
 from numba_atomflow.ops.simd_gemm import COLUMNS, LANES, multiply_rows
 from numba_atomflow.ops.simd_panel import float16_columns, quantized_columns
+
+GEMV_TOKENS = 2  # up to here, a GEMV per token takes less time than dequantizing the weights into panels
 
 # A thread multiplies at a time: these tokens, by this part of K, which stays in L2, and one panel after the other.
 _TOKENS_AT_ONCE = 516  # a multiple of ROWS

@@ -26,8 +26,6 @@ from numba_atomflow.sandbox.scheduler import Batch, Chunk
 from numba_atomflow.utils.progress import Progress
 
 MAX_BATCHED_TOKENS = 64
-MAX_GEMV_TOKENS = 2  # up to here, a GEMV per token takes less time than dequantizing the weights into panels
-
 
 Weight = tuple[NDArray[Any], NDArray[np.float32] | None]  # codes and scales, as kernels take them
 
@@ -99,7 +97,7 @@ class CpuRunner:
         """Run a small step of each kind, so that numba compiles all kernels. Only here the shapes of all arguments are
         checked: later steps differ in the number of tokens alone.
         """
-        for done, tokens in enumerate((1, MAX_GEMV_TOKENS + 1)):
+        for done, tokens in enumerate((1, projection.GEMV_TOKENS + 1)):
             if progress:
                 progress("compiling kernels", done, 2)
             self.run(_dry_step(tokens))
@@ -200,7 +198,7 @@ class CpuRunner:
 
     def _project(self, part: str, x: NDArray[Any], y: NDArray[Any], *, accumulate: bool = False) -> None:
         codes, scales = self._weight(part)
-        if len(x) <= MAX_GEMV_TOKENS:
+        if len(x) <= projection.GEMV_TOKENS:
             for t in range(len(x)):
                 self._call(projection.project_token, codes, scales, x[t], y[t], accumulate)
         else:
@@ -208,7 +206,7 @@ class CpuRunner:
 
     def _gate_up(self, part: str, x: NDArray[Any], y: NDArray[Any]) -> None:
         codes, scales = self._weight(part)
-        if len(x) <= MAX_GEMV_TOKENS:
+        if len(x) <= projection.GEMV_TOKENS:
             for t in range(len(x)):
                 self._call(projection.project_token_swiglu, codes, scales, x[t], y[t])
         else:

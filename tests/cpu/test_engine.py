@@ -17,6 +17,7 @@ from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.context import choose_max_seq_len
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError, SourceWarning, TextError
+from numba_atomflow.ops.projection import GEMV_TOKENS
 
 BOS, EOS, PAD = 0, 1, 2
 SCRIPT = "abcdefgé д😀XYZ"  # no byte twice; the last one is followed by the end of the sequence
@@ -267,11 +268,13 @@ def test_all_logits_over_several_blocks_equal_token_by_token(engine: Engine) -> 
     np.testing.assert_array_equal(chunked.argmax(axis=1), single.argmax(axis=1))
 
 
-@pytest.mark.parametrize("chunk", [7, 100])
+@pytest.mark.parametrize("chunk", [7, 17, 18, 100])
 def test_logits_have_the_same_bits_for_every_chunk_length(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
+    """17 and 18 leave one row and two behind the 16 whose logits are computed at once."""
     tokens = some_tokens(600)
+    assert 600 % chunk not in range(1, GEMV_TOKENS + 1)
     whole = engine.feed(tokens, all_logits=True)
     engine.reset()
     monkeypatch.setattr(engine.backend, "prefill_chunk", chunk)

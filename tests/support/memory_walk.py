@@ -15,13 +15,13 @@ from tiny_models import tiny_geometry
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Memory
 from numba_atomflow.backends.cpu import backend as cpu_backend
-from numba_atomflow.backends.cpu.bind import GEMV_TOKENS
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.format import tensor_layout
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.errors import ContextError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Op
+from numba_atomflow.ops.projection import GEMV_TOKENS
 from numba_atomflow.quantize import forward
 from numba_atomflow.quantize.inputs import Inputs
 from numba_atomflow.quantize.threads import cores_for_blas

@@ -190,10 +190,13 @@ class CpuBackend:
         return (int(self._tokens[0]),)
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
-        """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
+        """Logits [stop - start, V] of these rows of the last prefill (a copy).
+
+        A row's logits have the same bits whatever other rows are requested, if they are more than GEMV_TOKENS.
+        Fewer are computed one by one, as in a decode step, and may differ from that in the last bits.
+        """
         out = np.empty((stop - start, self.geometry.vocabulary), np.float32)
-        for first in range(start, stop, HEAD_ROWS):
-            last = min(first + HEAD_ROWS, stop)
+        for first, last in _head_blocks(start, stop):
             head = [build_head(self.geometry, self._weights, self._buffers, first, last)]
             actions = [self._binder.bind(op) for op in head]
             self._run(self._observed(head, actions, observer) if observer else actions)
@@ -257,6 +260,18 @@ class CpuBackend:
                 del self._bound[next(iter(self._bound))]  # the one not used for longest
         self._bound[tokens, head] = actions
         return actions
+
+
+def _head_blocks(start: int, stop: int) -> list[tuple[int, int]]:
+    """Rows start .. stop - 1 in blocks of at most HEAD_ROWS, none of them so short that only it would take GEMVs."""
+    blocks = []
+    while start < stop:
+        rows = min(HEAD_ROWS, stop - start)
+        if 0 < stop - start - rows <= projection.GEMV_TOKENS:
+            rows -= projection.GEMV_TOKENS
+        blocks.append((start, start + rows))
+        start += rows
+    return blocks
 
 
 class HostMemory:

@@ -25,8 +25,6 @@ from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.sampling import Sampler
 
-GEMV_TOKENS = 2  # up to here, one GEMV per token is faster than dequantizing the weights into panels
-
 Action = Callable[[], None]
 
 
@@ -101,7 +99,7 @@ class CpuBinder:
         x_norm, y = op.x_norm.host_array(), op.y.host_array()
         codes, scales = _stored(op.weight)
         norm = self._norm(op.residual, op.norm_weight, op.x_norm)
-        if len(y) <= GEMV_TOKENS:
+        if len(y) <= projection.GEMV_TOKENS:
             rows = [bind(projection.project_token_swiglu, codes, scales, x_norm[t], y[t]) for t in range(len(y))]
             return in_order(norm, *rows)
         scratch = self._array("prefill_scratch")
@@ -110,7 +108,7 @@ class CpuBinder:
     def _project(self, weight: Weight, x: View, y: View, *, accumulate: bool) -> Action:
         inputs, outputs = x.host_array(), y.host_array()
         codes, scales = _stored(weight)
-        if len(inputs) <= GEMV_TOKENS:
+        if len(inputs) <= projection.GEMV_TOKENS:
             return in_order(
                 *(
                     bind(projection.project_token, codes, scales, inputs[t], outputs[t], accumulate)
