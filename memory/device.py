@@ -30,7 +30,9 @@ class DeviceArena:
         free, total = (int(count) for count in call("cuMemGetInfo"))
         pools = plan.pool_bytes()
         needed = ", ".join(f"{pool} {size / 1e9:.2f}" for pool, size in pools.items())
-        shorter = "use a smaller --max-seq-len, or " if pools["weights"] + _HEADROOM < free else "use "
+        shorter = (
+            "use a smaller --max-seq-len or --prefill-chunk, or " if pools["weights"] + _HEADROOM < free else "use "
+        )
         refusal = (
             f"The model needs {plan.total / 1e9:.2f} GB on the GPU ({needed}), but only {free / 1e9:.2f} of its "
             f"{total / 1e9:.2f} GB are free; {shorter}--backend cpu."

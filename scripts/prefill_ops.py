@@ -13,7 +13,7 @@ from typing import Any
 
 from numba_atomflow import Engine
 from numba_atomflow.backends.cuda.backend import CudaBackend
-from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.errors import AtomFlowError, OptionError
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.utils.json_text import json_text
@@ -57,7 +57,10 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9, metavar="N")
     parser.add_argument("--json", action="store_true", help="print a record")
     options = parser.parse_args()
-    counts = [int(count) for count in options.tokens.split(",")]
+    try:
+        counts = [int(count) for count in options.tokens.split(",")]
+    except ValueError:
+        parser.error(f"--tokens {options.tokens} is not of the form N,N; give for example 16,512")
     if min(counts) < 1 or options.depth < 0 or options.repeats < 1:
         parser.error("--tokens and --repeats must be 1 or more, and --depth 0 or more")
     geometry, positions = PRESETS[options.geometry], options.depth + max(counts)
@@ -68,7 +71,12 @@ def main() -> int:
             if options.depth:
                 engine.feed([i % geometry.vocabulary for i in range(options.depth)])
             for count in counts:
-                records.append(measure(engine, min(count, engine.backend.prefill_chunk), options.repeats))
+                if count > engine.backend.prefill_chunk:
+                    raise OptionError(
+                        f"--tokens {count} is more than a chunk of --prefill {options.prefill}, which has at most "
+                        f"{engine.backend.prefill_chunk} tokens; give fewer."
+                    )
+                records.append(measure(engine, count, options.repeats))
                 if not options.json:
                     print(table(records[-1]))
     except AtomFlowError as error:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numba_atomflow.device.resources import DeviceResources
 
 BackendName = Literal["auto", "cpu", "cuda"]
-LARGEST_CHUNK = 1 << 14  # tokens of a prefill step
+SMALLEST_CHUNK, LARGEST_CHUNK = 16, 1 << 14  # tokens of a prefill step on the GEMM path
 NAMES = ("auto", "cpu", "cuda")
 
 
@@ -73,8 +73,8 @@ class BackendChoice:
             raise OptionError(
                 f"--prefill-chunk {chunk} is for --prefill gemm or fp8; give one of them, or leave it out."
             )
-        if not 1 <= chunk <= LARGEST_CHUNK:
-            raise OptionError(f"--prefill-chunk is {chunk}; it must be from 1 to {LARGEST_CHUNK}.")
+        if not SMALLEST_CHUNK <= chunk <= LARGEST_CHUNK:
+            raise OptionError(f"--prefill-chunk is {chunk}; it must be from {SMALLEST_CHUNK} to {LARGEST_CHUNK}.")
 
     @property
     def needs_gpu(self) -> bool:

@@ -83,7 +83,7 @@ Prefill = Annotated[
     typer.Option(
         "--prefill",
         help="Prompts on a GPU: up to 8 tokens at a time in the kernels of decode steps (gemv), or in chunks of many "
-        "tokens (gemm), or those with activations in FP8 (fp8); auto: gemv.",
+        "tokens (gemm), or those with activations in FP8 (fp8); gemm and fp8 have not run on a GPU yet; auto: gemv.",
     ),
 ]
 PrefillChunk = Annotated[

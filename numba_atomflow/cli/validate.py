@@ -13,6 +13,7 @@ from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.files.untrusted import escape_controls
 
 if TYPE_CHECKING:
+    from numba_atomflow.backends.base import Backend
     from numba_atomflow.engine import Engine
     from numba_atomflow.validate import Reference, Report
 
@@ -23,13 +24,14 @@ Examples:
   numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --isolate --layers 10:20
   numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --plot errors.png
   numba-atomflow validate my-model.safetensors --diff-backends --prompt "The capital of France is"
-  numba-atomflow validate my-model.safetensors --diff-chunks --prefill gemm --prompt "The capital of France is"
+  numba-atomflow validate my-model.safetensors --diff-chunks --prefill gemm --prompt - <README.md
 
 \b
 Exit code: 0 all probes pass, 1 some fail, 2 the validation could not run.
 """
 
 FAILED = 1
+MAX_GEMV_TOKENS = 8  # longer chunks take the GEMM kernels, with --prefill gemm
 
 
 def validate(
@@ -93,10 +95,12 @@ def validate(
     if ground_truth is not None:
         reference = _open(ground_truth, model, text)
     else:
-        record = _by_token if diff_chunks else _on_cpu
+        record = _token_reference if diff_chunks else _cpu_reference
         reference = record(model, text, decode_steps, engine_options)
     with engine_options.load(model, len(reference.tokens)) as engine, output.steps_bar() as progress:
         device = engine.backend
+        if diff_chunks:
+            _check_chunks(device, reference, block)
         observers = [validator.inject(inject, device.step(1, SAMPLE))] if inject is not None else []
         report = validator.check(
             device, reference, isolate=isolate, layers=layer_range, block=block, observers=observers, progress=progress
@@ -135,7 +139,7 @@ def _open(path: Path, model: str, text: str | None) -> "Reference":
     return truth
 
 
-def _on_cpu(model: str, text: str | None, steps: int, engine_options: options.EngineOptions) -> "Reference":
+def _cpu_reference(model: str, text: str | None, steps: int, engine_options: options.EngineOptions) -> "Reference":
     """The CPU backend's results for a prompt, if the backend to be compared is another one."""
     from numba_atomflow.validate import record
 
@@ -150,13 +154,25 @@ def _on_cpu(model: str, text: str | None, steps: int, engine_options: options.En
         return record(engine.backend, engine.geometry, prompt, steps, progress=progress)
 
 
-def _by_token(model: str, text: str | None, steps: int, engine_options: options.EngineOptions) -> "Reference":
+def _token_reference(model: str, text: str | None, steps: int, engine_options: options.EngineOptions) -> "Reference":
     """The backend's own results for a prompt, which it runs as decode steps."""
     from numba_atomflow.validate import record
 
     prompt = _encode(model, text, steps, "--diff-chunks")
     with engine_options.load(model, len(prompt) + steps) as engine, output.steps_bar() as progress:
         return record(engine.backend, engine.geometry, prompt, steps, block=1, progress=progress)
+
+
+def _check_chunks(backend: "Backend", reference: "Reference", block: int | None) -> None:
+    """Refuse a prompt that is not in chunks: then the backend would be compared with itself."""
+    path = backend.prefill_path
+    gemv_tokens = 1 if path is None or path.name == "gemv" else MAX_GEMV_TOKENS
+    longest = min(block or backend.prefill_chunk, reference.prompt_tokens)
+    if longest <= gemv_tokens:
+        raise OptionError(
+            f"--diff-chunks needs a chunk of more than {gemv_tokens} tokens, and the longest one here has {longest}; "
+            "give a longer --prompt, or a larger --block."
+        )
 
 
 def _encode(model: str, text: str | None, steps: int, option: str) -> list[int]:

@@ -17,6 +17,7 @@ from numba_atomflow.ops.cuda.runtime import bandwidth
 from numba_atomflow.ops.cuda.runtime.build import cache_path
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
+from prefill_bench.attention_plans import attention_kernel, attention_plan, other_plans
 from prefill_bench.cases import PEER, Case
 from prefill_bench.expectations import CHUNK
 
@@ -56,8 +57,6 @@ def _specs_of(case: Case, chip: Chip) -> Iterator[KernelSpec]:
             variants = gemm_variants(find_preset(case.model), case.subject, case.tokens, chip)
             yield from (variant.planned.spec for variant in variants if variant.chosen or case.variants)
         case "attention":
-            from prefill_bench.attention import attention_kernel, attention_plan, other_plans  # PyTorch only here
-
             plan = attention_plan(find_preset(case.model), chip)
             plans = [plan, *(other_plans(plan).values() if case.variants else ())]
             yield from (attention_kernel(each, chip).spec for each in plans)

@@ -61,7 +61,7 @@ def test_an_engine_is_measured_and_kept_for_the_next_case(lab: tuple[engines.Eng
     assert set(request.seconds) == {"ttft", "tpot", "total"}
     for first, each, total in zip(*(request.seconds[name] for name in ("ttft", "tpot", "total")), strict=True):
         assert total == pytest.approx(first + REPLY * each)
-        assert first > each > 0
+        assert min(first, each) > 0
     decode = made.measure(Case("decode", TINY, "gemm", 16))
     assert len(decode.seconds["tpot"]) == REPLY
     assert loads == [("cuda", "gemm")]

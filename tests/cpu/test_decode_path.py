@@ -119,7 +119,7 @@ def test_the_plan_for_a_gpu_comes_with_how_it_would_decode() -> None:
         ({"threads": 1, "prefill": "gemv"}, "--threads is for the CPU backend and --prefill gemv for the CUDA one"),
         ({"prefill": "quick"}, "--prefill quick does not exist; choose auto, gemv, gemm or fp8"),
         ({"prefill_chunk": 64}, "--prefill-chunk 64 is for --prefill gemm or fp8; give one"),
-        ({"prefill": "gemm", "prefill_chunk": 0}, "--prefill-chunk is 0; it must be from 1 to 16384"),
+        ({"prefill": "gemm", "prefill_chunk": 8}, "--prefill-chunk is 8; it must be from 16 to 16384"),
     ],
 )
 def test_contradictions_are_refused_before_a_model_is_looked_for(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from numba_atomflow.backends.cuda.buckets import buckets_up_to
 from numba_atomflow.ops.cuda.gemm.plan import choose_gemm_plan, gemm_plan, modelled_us
 from numba_atomflow.ops.cuda.gemm.wgmma import Shared
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
@@ -15,7 +16,7 @@ QKV, OUT, GATE_UP, DOWN = (  # Llama 3.2 3B
     PrepackedLayout(16384, 3072, 8192),
     PrepackedLayout(3072, 8192),
 )
-BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+BUCKETS = buckets_up_to(2048)
 
 
 def x_of(layout: PrepackedLayout) -> ActivationTiles:

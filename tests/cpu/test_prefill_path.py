@@ -61,18 +61,21 @@ def since(pretended: PretendedDriver, first: int) -> Counter[str]:
 
 
 def test_auto_is_gemv_until_the_other_is_measured() -> None:
-    path = choose_prefill_path("auto", HOPPER)
+    path = choose_prefill_path("auto", HOPPER, 4096)
     assert path == PrefillPath("gemv", "the GEMM kernels have not been measured yet")
-    assert choose_prefill_path("gemv", TURING) == PrefillPath("gemv")
-    assert choose_prefill_path("gemm", AMPERE) == PrefillPath("gemm")
+    assert choose_prefill_path("gemv", TURING, 4096) == PrefillPath("gemv")
+    assert choose_prefill_path("gemm", AMPERE, 4096) == PrefillPath("gemm")
+    assert (
+        str(choose_prefill_path("fp8", HOPPER, 8)) == "gemv, because a context of 8 tokens fits into one of its steps"
+    )
 
 
 def test_what_cannot_run_is_refused_with_the_reason() -> None:
     reason = "this GPU's compute capability is 7.5, and its kernels need 8.0"
     with pytest.raises(BackendError, match=f"^--prefill gemm is not possible because {reason}; use --prefill gemv"):
-        choose_prefill_path("gemm", TURING)
+        choose_prefill_path("gemm", TURING, 4096)
     with pytest.raises(BackendError, match=r"^--prefill fp8 is not possible because FP8 activations have kernels for"):
-        choose_prefill_path("fp8", AMPERE)
+        choose_prefill_path("fp8", AMPERE, 4096)
 
 
 def test_buckets_are_few_and_waste_little() -> None:

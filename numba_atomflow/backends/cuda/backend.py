@@ -76,7 +76,7 @@ class CudaBackend:
             self._gpu = self._owner.open(device_ordinal)
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             chip = chip_of(self._gpu)
-            self.prefill_path = choose_prefill_path(prefill, chip)
+            self.prefill_path = choose_prefill_path(prefill, chip, max_seq_len)
             chunk = 0 if self.prefill_path.name == "gemv" else min(prefill_chunk or DEFAULT_CHUNK, max_seq_len)
             self.kernels, self.decode_path = kernels_for(
                 geometry,

@@ -1,9 +1,9 @@
 """A model's steps as launches, and as CUDA graphs captured from them.
 
 A graph refers to the model's static buffers and is never patched: what changes from step to step is in device memory.
-Few graphs are needed, because a prefill chunk is padded to a GEMV width: the layers of all shorter chunks replay the
-graph of that width, and the step's tail, which depends on the number of tokens, is launched after it: the LM head of
-the chosen rows, sampling, and the advance of the position. These few launches are queued while the layers run.
+Few graphs are needed, because a prefill chunk is padded to a GEMV width or a bucket: the layers of all shorter chunks
+replay the graph of that size, and the step's tail, which depends on the number of tokens, is launched after it: the LM
+head of the chosen rows, sampling, and the advance of the position. These few launches are queued while the layers run.
 """
 
 from collections.abc import Sequence

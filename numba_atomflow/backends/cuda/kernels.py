@@ -91,8 +91,8 @@ class ModelKernels:
         """Whether so many tokens run on the GEMM kernels: all that do not fit into a GEMV kernel.
 
         This is the threshold until both have been measured for 1 to 64 tokens. It follows from figures of an H200 with
-        the 3B model: 8 tokens take the GEMV kernels 1.5 ms, 16 tokens twice that; the projections of 16 tokens took
-        GEMM kernels 1.15 ms.
+        the 3B model: 8 tokens take the GEMV kernels 1.5 ms, 16 tokens twice that; in an experiment before these kernels
+        the projections of 16 tokens took 1.15 ms.
         """
         return self.prefill is not None and tokens > self.gemv_width
 

@@ -32,8 +32,13 @@ class LoadedKernels(Mapping[str, Kernel]):
 
         Raises:
             BackendError: the compiler is not installed, or failed.
+            ValueError: another kernel of the same name is loaded.
         """
-        missing = [spec for spec in dict.fromkeys(specs) if spec.name not in self._loaded]
+        specs = list(dict.fromkeys(specs))
+        for spec in specs:
+            if spec.name in self._loaded and self._loaded[spec.name].spec != spec:
+                raise ValueError(f"two kernels are called {spec.name}")
+        missing = [spec for spec in specs if spec.name not in self._loaded]
         if not missing:
             return
         started = time.perf_counter()

@@ -37,7 +37,7 @@ class KernelTime:
 
 
 class CudaMeasurements:
-    """Times decode steps at the current position, which is the same afterwards."""
+    """Times decode steps and chunks at the current position, which is the same afterwards."""
 
     def __init__(
         self, model: DeviceModel, graphs: StepGraphs, queue: StepQueue, device: Device, owner: DeviceResources

@@ -149,7 +149,7 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
         chip = chip_of(device)
         kernels, path = kernels_for(geometry, chip, head, "auto")
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
-        record |= {"decode": asdict(path), "prefill": asdict(choose_prefill_path("auto", chip))}
+        record |= {"decode": asdict(path), "prefill": asdict(choose_prefill_path("auto", chip, max_seq_len))}
         return cuda_plan(kernels, max_seq_len), record
 
 

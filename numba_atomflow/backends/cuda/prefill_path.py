@@ -2,14 +2,16 @@
 
 from numba_atomflow.backends.base import Prefill, PrefillPath
 from numba_atomflow.errors import BackendError
+from numba_atomflow.ops.cuda.gemv.projections import MAX_GEMV_WIDTH
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 _MIN_CAPABILITY = (8, 0)  # cp.async
 _FP8_CAPABILITY = (9, 0)  # wgmma
 
 
-def choose_prefill_path(requested: Prefill, chip: Chip) -> PrefillPath:
-    """The requested prefill path; "auto" is "gemv" until the GEMM kernels have been measured.
+def choose_prefill_path(requested: Prefill, chip: Chip, max_seq_len: int) -> PrefillPath:
+    """The requested prefill path; "auto" is "gemv" until the GEMM kernels have been measured, and a KV cache of at most
+    `MAX_GEMV_WIDTH` positions never has a chunk for them.
 
     Raises:
         BackendError: the requested path cannot run.
@@ -19,6 +21,8 @@ def choose_prefill_path(requested: Prefill, chip: Chip) -> PrefillPath:
     obstacle = None if requested == "gemv" else _obstacle(requested, chip)
     if obstacle is not None:
         raise BackendError(f"--prefill {requested} is not possible because {obstacle}; use --prefill gemv.")
+    if requested != "gemv" and max_seq_len <= MAX_GEMV_WIDTH:
+        return PrefillPath("gemv", f"a context of {max_seq_len} tokens fits into one of its steps")
     return PrefillPath(requested)
 
 

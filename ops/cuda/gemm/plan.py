@@ -134,7 +134,8 @@ def mma_ctas_per_sm(layout: PrepackedLayout, tile_tokens: int) -> int:
 
 
 def unit_us(tile_tokens: int, bits: int = 16) -> float:
-    """Measured on an H200: a unit of a tile takes as long as its products, but not less than loading its weights.
+    """A unit of a tile takes as long as its products, but not less than loading its weights: from an experiment on an
+    H200, not from these kernels.
 
     FP8 activations (`bits` 8) have not been measured: as long as W and X take from L2 at 8 TB/s, which exceeds the
     time of the products.
