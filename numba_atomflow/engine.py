@@ -66,7 +66,7 @@ class Engine:
         self._context: Context | None = Context(backend, checkpoint.geometry, max_seq_len)
         self.max_seq_len = max_seq_len
         self.load_seconds = 0.0
-        self.compile_seconds = 0.0  # of them, spent on compiling kernels or loading them from the cache
+        self.compile_seconds = 0.0  # of them, for compiling or loading kernels; first prompts may need more
         self._calls = ExclusiveCalls(survives_fork=backend.name == "cpu")
         # In progress, continuing what the KV cache holds. One that the caller has dropped cannot go on.
         self._generation: weakref.ref[BaseGeneration[Any]] | None = None

@@ -100,7 +100,7 @@ class Backend(Protocol):
 
     Attributes:
         prefill_chunk: most tokens of one prefill step.
-        compile_seconds: that `prepare` spent on compiling kernels or loading them from the cache.
+        compile_seconds: that `prepare` spent on compiling kernels or loading them from the cache; prompts may add some.
     """
 
     name: str
@@ -122,7 +122,10 @@ class Backend(Protocol):
         """What times this backend, once it is prepared."""
 
     def prepare(self, progress: Progress | None) -> None:
-        """Compile every kernel, or load it from the cache, and make everything ready to run."""
+        """Make everything ready to run, and compile what every reply needs, or load it from the cache.
+
+        Kernels that only some prompts need follow with the first of them.
+        """
 
     def close(self) -> None:
         """Release the memory at once, not when the garbage collector runs."""

@@ -107,7 +107,10 @@ class CudaBackend:
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Compile the kernels of every prompt or load them from the cache, upload the weights, and capture graphs."""
+        """Compile what every reply needs or load it from the cache, upload the weights, and capture graphs.
+
+        Other kernels and graphs, on the GEMM path all those of prompts, follow on first use.
+        """
         if self._arrays is None:
             raise RuntimeError("prepare was called before")
         owner, model = self._owner, self._model
