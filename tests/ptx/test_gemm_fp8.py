@@ -37,10 +37,7 @@ def llama_3b(kind: str, tokens: int) -> KernelSpec:
 
 @pytest.mark.parametrize(
     ("kind", "tokens"),
-    [
-        ("gate_up", 2048),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("down", 128), ("qkv", 2048), ("qkv", 16)]),
-    ],
+    [pytest.param("gate_up", 2048, marks=pytest.mark.slow)],
 )
 def test_machine_code(kind: str, tokens: int) -> None:
     spec = llama_3b(kind, tokens)
