@@ -10,13 +10,12 @@ import pytest
 pytest.importorskip("torch", reason="models the kernels: pip install torch")
 
 from modelled_gpu import modelled_launch
+from prefill_attention_sweeps import AttentionSweep, check_attention_chunk
 from prefill_bench.compiled import H200, chip_with
 from prefill_sweeps import (
-    AttentionSweep,
     GemmSweep,
     NormSweep,
     all_kernels,
-    check_attention_chunk,
     check_gemm,
     check_norm,
 )

@@ -10,6 +10,7 @@ from numba_atomflow.checkpoint.format import tensor_layout
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.plan import plan_memory
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.buffers import StepSizes, step_buffers
 from numba_atomflow.model.step import (
     LAST_LOGITS,
     NO_LOGITS,
@@ -24,12 +25,10 @@ from numba_atomflow.model.step import (
     ProjectAdd,
     Qkv,
     Sample,
-    StepSizes,
     Weight,
     Weights,
     build_head,
     build_step,
-    step_buffers,
 )
 from numba_atomflow.ops.formats import KV_FLOAT16
 

@@ -2,23 +2,25 @@
 
 import pytest
 from device_launch import chip
-from prefill_sweeps import (
+from prefill_attention_sweeps import (
     ATTENTIONS,
     CHUNKS,
+    LONG_ATTENTIONS,
+    LONG_CHUNKS,
+    AttentionSweep,
+    check_attention_chunk,
+)
+from prefill_sweep_sizes import LONG
+from prefill_sweeps import (
     FP8_GEMMS,
     FP16_GEMMS,
     GEMMS,
-    LONG,
-    LONG_ATTENTIONS,
-    LONG_CHUNKS,
     LONG_GEMMS,
     MMA_GEMMS,
     NORMS,
     QKVS,
-    AttentionSweep,
     GemmSweep,
     NormSweep,
-    check_attention_chunk,
     check_gemm,
     check_norm,
 )

@@ -24,17 +24,16 @@ from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View, view_of
+from numba_atomflow.model.buffers import StepSizes, step_buffers
 from numba_atomflow.model.formats import CPU_KV
 from numba_atomflow.model.step import (
     LAST_LOGITS,
     SAMPLE,
     Head,
     Op,
-    StepSizes,
     Weights,
     build_head,
     build_step,
-    step_buffers,
 )
 from numba_atomflow.ops import attention, projection, rope
 from numba_atomflow.sampling import Sampler, SamplingParams

@@ -13,8 +13,8 @@ from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.buffers import StepSizes, step_buffers
 from numba_atomflow.model.formats import GPU_KV, HeadFormat
-from numba_atomflow.model.step import StepSizes, step_buffers
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 
