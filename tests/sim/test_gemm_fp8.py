@@ -25,6 +25,7 @@ def test_group_by_group(layout: PrepackedLayout, tokens: int, most: int, monkeyp
 
 
 @pytest.mark.usefixtures("all_blocks_at_once")
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", GEMMS, ids=str)
 def test_gemm(case: Fp8GemmCase) -> None:
     check_gemm_fp8(case)

@@ -50,12 +50,12 @@ class WgmmaCase:
 
 
 WGMMAS = (
-    WgmmaCase("store", 130, 300, 8),  # 9 prepacked tiles: the second tile of rows has one; 3 units
-    WgmmaCase(
-        "add", 37, 640, 8, token_tiles=2, ctas=3, stages=2, k_tile=4
-    ),  # 10 units for 3 CTAs; k-tiles of 4 and of 1
+    WgmmaCase("store", 130, 200, 8),  # 9 prepacked tiles: the second tile of rows has one; 2 units
     WgmmaCase("swiglu", 140, 200, 24, ctas=2, stages=5),  # one tile, whose two units are two CTAs'
     WgmmaCase("store", 40, 500, 8, ctas=3, format=FP16),  # 4 units for 3 CTAs
+    WgmmaCase(
+        "add", 37, 384, 8, token_tiles=2, ctas=3, stages=2, k_tile=2
+    ),  # 6 units for 3 CTAs, of which one has the end of a tile and the start of the next; k-tiles of 2 and of 1
 )
 
 
