@@ -8,8 +8,6 @@ skip_without_compiler()
 
 from numba_atomflow.ops.cuda.gemm.kernels import (  # noqa: E402
     gemm_kernel,
-    make_gemm_add,
-    make_gemm_qkv,
     make_gemm_swiglu,
 )
 from numba_atomflow.ops.cuda.gemm.plan import choose_gemm_plan  # noqa: E402
@@ -25,9 +23,7 @@ H200 = Chip(132, 232448, (9, 0))
 def llama_3b(kind: str, tokens: int) -> KernelSpec:
     """A projection of Llama 3.2 3B in its bucket's tiling."""
     rows, in_features, half, factory, options = {
-        "qkv": (5120, 3072, 64, make_gemm_qkv, {"heads": 24, "kv_heads": 8}),
         "gate_up": (16384, 3072, 8192, make_gemm_swiglu, {"intermediate": ActivationTiles(8192, 2048)}),
-        "down": (3072, 8192, 0, make_gemm_add, {}),
     }[kind]
     layout = PrepackedLayout(rows, in_features, half, k_tile=4)
     plan = choose_gemm_plan(layout, ActivationTiles(in_features, 2048, 8), tokens, H200)

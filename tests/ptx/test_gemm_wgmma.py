@@ -21,8 +21,6 @@ from numba_atomflow.ops.formats import FP8_E4M3, WeightFormat  # noqa: E402
 H200 = Chip(132, 232448, (9, 0))
 HIDDEN, UNITS, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 3072, 8192, 24, 8, 128, 2048  # Llama 3.2 3B
 FACTORIES: dict[str, tuple[Any, int, int, dict[str, Any]]] = {  # factory, rows, half, options
-    "store": (kernels.make_gemm_store, HIDDEN, 0, {}),
-    "add": (kernels.make_gemm_add, HIDDEN, 0, {}),
     "swiglu": (kernels.make_gemm_swiglu, 2 * UNITS, UNITS, {"intermediate": ActivationTiles(UNITS, TOKENS)}),
     "qkv": (
         kernels.make_gemm_qkv,
