@@ -38,9 +38,9 @@ def test_peak_memory_is_the_checkpoint_and_350_mb(smollm2_checkpoint: Path) -> N
 
 @pytest.mark.slow
 def test_decoding_is_faster_than_numpy(smollm2_checkpoint: Path) -> None:
-    command = [sys.executable, "scripts/bench_numpy.py", str(smollm2_checkpoint), "-n", "16", "-p", "128", "-r", "4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "scripts/bench_numpy.py", str(smollm2_checkpoint), "-n", "16", "-p", "128", "-r", "2"]
+    # One thread on both sides: how fast threads wake up depends on the machine, and on what else runs on it.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     run = subprocess.run([*command, "--json"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     result = json.loads(run.stdout)
-    # The best turns of both sides: other programs on the machine slow the parallel side down more.
     assert result["numpy_ms"]["min"] >= 1.5 * result["ours_ms"]["min"], result
