@@ -31,7 +31,6 @@ Exit code: 0 all probes pass, 1 some fail, 2 the validation could not run.
 """
 
 FAILED = 1
-MAX_GEMV_TOKENS = 8  # longer chunks take the GEMM kernels, with --prefill gemm
 
 
 def validate(
@@ -165,8 +164,10 @@ def _token_reference(model: str, text: str | None, steps: int, engine_options: o
 
 def _check_chunks(backend: "Backend", reference: "Reference", block: int | None) -> None:
     """Refuse a prompt that is not in chunks: then the backend would be compared with itself."""
+    from numba_atomflow.ops.cuda.gemv.projections import MAX_GEMV_WIDTH
+
     path = backend.prefill_path
-    gemv_tokens = 1 if path is None or path.name == "gemv" else MAX_GEMV_TOKENS
+    gemv_tokens = 1 if path is None or path.name == "gemv" else MAX_GEMV_WIDTH
     longest = min(block or backend.prefill_chunk, reference.prompt_tokens)
     if longest <= gemv_tokens:
         raise OptionError(

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
+from numba_atomflow.backends.cuda.qkv_views import rotation_views, vector_views
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Advance, Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv, Sample
 from numba_atomflow.ops.cuda.attention.decode import AttentionArguments
@@ -77,22 +78,13 @@ class Binder:
         raise NotImplementedError(f"the CUDA backend has no kernel for {op.name}")
 
     def _bind_qkv(self, op: Qkv) -> list[Launch]:
-        rotation = {
-            "position": op.position,
-            "cosines": op.cosines,
-            "sines": op.sines,
-            "q": op.q,
-            "keys": op.keys,
-            "values": op.values,
-        }
+        rotation = rotation_views(op)
         name = self._name("qkv", op.q)
         if op.qkv is None:
             return [self._launch(name, QkvArguments(**_norm_inputs(op), **rotation))]
-        vectors = {"bias": op.bias, "q_norm": op.q_norm, "k_norm": op.k_norm}
-        present = {name: vector or op.norm_weight for name, vector in vectors.items()}  # absent ones are not read
         return [
             self._launch(name, StoreArguments(**_norm_inputs(op), y=op.qkv)),
-            self._launch(self._name("rope", op.q), RopeArguments(qkv=op.qkv, **present, **rotation)),
+            self._launch(self._name("rope", op.q), RopeArguments(qkv=op.qkv, **vector_views(op), **rotation)),
         ]
 
     def _bind_sample(self, op: Sample, *, argmax_done: bool) -> list[Launch]:

@@ -7,6 +7,7 @@ from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import PrefillScratch
 from numba_atomflow.backends.cuda.prefill import PrefillKernels
+from numba_atomflow.backends.cuda.qkv_views import rotation_views, vector_views
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv
 from numba_atomflow.ops.cuda.attention.prefill import PrefillAttentionArguments
@@ -81,23 +82,13 @@ class PrefillBinder:
         return [quantize, self._launch(op.kind, op.residual, added)]
 
     def _bind_qkv(self, op: Qkv) -> list[Launch]:
-        rotation = {
-            "count": self._count,
-            "position": op.position,
-            "cosines": op.cosines,
-            "sines": op.sines,
-            "q": op.q,
-            "keys": op.keys,
-            "values": op.values,
-        }
+        rotation = rotation_views(op) | {"count": self._count}
         inputs = self._gemm(op, op.x_norm)
         if op.qkv is None:
             return [self._launch("qkv", op.residual, GemmQkvArguments(**inputs, **rotation))]
-        vectors = {"bias": op.bias, "q_norm": op.q_norm, "k_norm": op.k_norm}
-        present = {name: vector or op.norm_weight for name, vector in vectors.items()}  # absent ones are not read
         return [
             self._launch("qkv", op.residual, GemmStoreArguments(**inputs, y=op.qkv)),
-            self._launch("rope", op.residual, RopeChunkArguments(qkv=op.qkv, **present, **rotation)),
+            self._launch("rope", op.residual, RopeChunkArguments(qkv=op.qkv, **vector_views(op), **rotation)),
         ]
 
     def _norm(self, kind: str, op: Qkv | GateUp | LmHead) -> Launch:

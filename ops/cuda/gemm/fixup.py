@@ -11,13 +11,13 @@ from typing import Any
 from numba import cuda, float32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.plan import SHARED_SM_TOKENS, GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 CONSUMER_BARRIER = 1  # number of the named barrier of the consumer warps; 0 is `syncthreads`
 _VECTORS_IN_FLIGHT = 16  # 16-byte loads of a thread, where there are registers: half as many
-_SHARED_SM, _MEDIUM = 16, 192  # up to and beyond so many tokens of a tile
+_MEDIUM = 192  # tokens of a tile, beyond which there are fewer
 _ZERO = f32(0.0)
 
 
@@ -30,7 +30,7 @@ def make_fixup(plan: GemmPlan, schedule: Schedule, threads: int) -> Any:
     sharers, slot_of, tile_elements = schedule.sharers, schedule.slot, plan.tile_elements
     sums_count = tile_elements // threads
     # A thread loads `vectors` of each of `parts` parts before it adds the first; `batches` times, to have all.
-    in_flight = _VECTORS_IN_FLIGHT if _SHARED_SM < plan.tile_tokens <= _MEDIUM else _VECTORS_IN_FLIGHT // 2
+    in_flight = _VECTORS_IN_FLIGHT if SHARED_SM_TOKENS < plan.tile_tokens <= _MEDIUM else _VECTORS_IN_FLIGHT // 2
     vectors = math.gcd(sums_count // 4, in_flight)
     parts, batches = in_flight // vectors, sums_count // 4 // vectors
     registers = parts * vectors * 4

@@ -11,6 +11,7 @@ TILE_ROWS = 128  # weight rows of a CTA's tile: 8 tiles of 16 of the prepacked l
 UNIT = 128  # of K: what the schedule counts in: a group of FP8 weights; two K blocks of float16 activations
 SM_90 = (9, 0)
 MOST_STAGES = 12
+SHARED_SM_TOKENS = 16  # of a tile, up to which an SM has room for two CTAs
 _MMA_STAGES = 8  # of the pipeline with `mma.sync`: four units
 _MISCELLANEOUS_BYTES = 2048  # of shared memory: alignment, barriers, a flag
 _FIXUP_US = 3.0  # that a tile takes longer if several CTAs share it: partial sums to and from L2

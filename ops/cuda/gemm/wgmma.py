@@ -29,7 +29,7 @@ from numba_atomflow.ops.cuda.gemm.multiply import (
     make_multiply,
     register_sets,
 )
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.plan import SHARED_SM_TOKENS, GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads, make_weight_loads
 from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import make_fp8_consumer
@@ -38,7 +38,6 @@ from numba_atomflow.ops.cuda.scalars import i32, u32
 THREADS = CONSUMERS + 128
 ALIGNMENT = ptx.SWIZZLE_ATOM_BYTES
 _REGISTERS = {1: (232, 40), 2: (104, 24)}  # of a consumer and a producer thread, by CTAs for which an SM has room
-_SHARED_SM = 16  # tokens of a tile, up to which an SM has room for two CTAs
 _L2_DISTANCE = 3  # units from the one whose X is copied to the one that is prefetched
 
 
@@ -60,7 +59,7 @@ def resident_ctas(plan: GemmPlan) -> int:
     """CTAs for which an SM has room. The grid has one per SM; room for two lets those of the next kernel start, and
     prefetch their weights, while those of this one still run (programmatic dependent launch).
     """
-    return 2 if plan.tile_tokens <= _SHARED_SM and plan.layout.format.bits == 8 else 1
+    return 2 if plan.tile_tokens <= SHARED_SM_TOKENS and plan.layout.format.bits == 8 else 1
 
 
 def wgmma_shared_bytes(plan: GemmPlan, epilogue: GemmEpilogue) -> int:
