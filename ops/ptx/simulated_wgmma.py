@@ -31,8 +31,8 @@ class Form(NamedTuple):
 class _Issued(NamedTuple):
     """An instruction of one thread that is not complete: `a` is an array of registers, or a descriptor.
 
-    seen: the registers of A at the issue, or nothing. shared: bytes of A (from shared memory) and B at the issue, in
-    the warpgroup's first thread.
+    seen: the registers of A at the issue, or nothing. shared: bytes of A (from shared memory) and B when the first
+    thread of the warpgroup issued it.
     """
 
     form: Form
@@ -44,10 +44,18 @@ class _Issued(NamedTuple):
     shared: tuple[Any, ...]
 
 
+class _Read:
+    """What an instruction read from shared memory at its first issue, and how many threads have issued it."""
+
+    def __init__(self, shared: tuple[Any, ...]) -> None:
+        self.shared, self.threads = shared, 0
+
+
 class _Thread:
     """What one thread has under way."""
 
     def __init__(self) -> None:
+        self.issued = 0
         self.open: list[_Issued] = []
         self.batches: deque[list[_Issued]] = deque()
         self.fenced: dict[int, NDArray[Any]] = {}  # by identity of an array: values at the last fence, NaN if not named
@@ -101,9 +109,23 @@ def issue(form: Form, sums: Any, a: Any, words: Any, b: int) -> None:
     if form.a_first is not None:
         _check_fenced(state, a, form.a_first, 4, "a register of A")
         seen = _bits(a[form.a_first : form.a_first + 4])
-    thread: Any = threading.current_thread()
-    shared = _read_shared(form, a, words, b) if thread.thread_id % _THREADS == 0 else ()
+    shared = _shared_at_first_issue(state, form, a, words, b)
     state.open.append(_Issued(form, sums, a if seen is not None else int(a), words, int(b), seen, shared))
+
+
+def _shared_at_first_issue(state: _Thread, form: Form, a: Any, words: Any, b: int) -> tuple[NDArray[Any], ...]:
+    """What the first thread of the warpgroup that issues this instruction reads: a later write may be another's."""
+    thread: Any = threading.current_thread()
+    key, state.issued = (thread.thread_id // _THREADS, state.issued), state.issued + 1
+    with simulator.LOCK:
+        reads = vars(thread._manager).setdefault("atomflow_wgmma_reads", {})  # noqa: SLF001  shared by the CTA
+        if key not in reads:
+            reads[key] = _Read(_read_shared(form, a, words, b))
+        read: _Read = reads[key]
+        read.threads += 1
+        if read.threads == _THREADS:
+            del reads[key]
+    return read.shared
 
 
 def commit() -> None:
