@@ -23,6 +23,7 @@ from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
+from numba_atomflow.constraints.base import ConstraintState
 from numba_atomflow.context import Context, choose_max_seq_len
 from numba_atomflow.errors import AtomFlowError, ClosedError, OptionError
 from numba_atomflow.files.untrusted import quote
@@ -42,6 +43,7 @@ from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.text.detokenizer import Detokenizer
+from numba_atomflow.text.token_table import TokenTable
 from numba_atomflow.utils.arguments import truth_value, whole_number
 from numba_atomflow.utils.exclusive_calls import ExclusiveCalls
 from numba_atomflow.utils.progress import Progress
@@ -220,6 +222,11 @@ class Engine:
         return TextCodec(self.checkpoint.text)
 
     @cached_property
+    def token_table(self) -> TokenTable:
+        """The model's tokens as bytes, for constraints."""
+        return TokenTable(self.checkpoint.text, self.geometry.vocabulary)
+
+    @cached_property
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that one decode step must read."""
         return sum(op.weight_bytes for op in self.backend.step(1, SAMPLE))
@@ -366,7 +373,16 @@ class Engine:
 
     def _request(self, prompt: list[int], params: SamplingParams, started: float) -> Request:
         eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
-        return Request(prompt, params, eos_ids, started)
+        return Request(prompt, params, eos_ids, started, self._constraint_state(params))
+
+    def _constraint_state(self, params: SamplingParams) -> ConstraintState | None:
+        if params.constraint is None:
+            return None
+        if self.backend.name != "cpu":
+            raise OptionError("A constraint needs logits on the host, which only the CPU backend has; use that one.")
+        if not self.checkpoint.text.eos_ids:
+            raise OptionError("The model has no EOS token to end a constrained reply with; leave the constraint out.")
+        return params.constraint.start(self.token_table)
 
     def _token_loop(self, state: GenerationState, request: Request, reused: int) -> Iterator[int]:
         """`token_loop`; refers to the engine, which therefore lives as long as its generation runs."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Self, TypeVar
 
+from numba_atomflow.constraints.base import ConstraintState
 from numba_atomflow.context import Context
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import Sampler, SamplingParams
@@ -26,6 +27,7 @@ class GenerationStats:
     tokens: int = 0  # generated, including EOS
     ttft: float = 0.0  # from the call to the first token
     decode_seconds: float = 0.0  # from the first token to the last, including host and caller
+    constraint_seconds: float = 0.0  # of all times, spent in the constraint
 
     @property
     def tokens_per_second(self) -> float:
@@ -157,12 +159,14 @@ class Request:
     Attributes:
         prompt: its tokens. eos_ids: tokens that end the generation.
         started: when the caller asked, by `time.perf_counter`.
+        constraint: the reply's, at its beginning.
     """
 
     prompt: list[int]
     params: SamplingParams
     eos_ids: Collection[int]
     started: float
+    constraint: ConstraintState | None = None
 
 
 def token_loop(state: GenerationState, context: Context, request: Request, reused: int) -> Iterator[int]:
@@ -173,11 +177,13 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
     """
     stats, backend, params = state.stats, context.backend, request.params
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
-    backend.start(Sampler(params, context.vocabulary, request.prompt))
+    sampler = Sampler(params, context.vocabulary, request.prompt, request.constraint)
+    backend.start(sampler)
     context.prefill(request.prompt[reused:], SAMPLE)
     tokens = backend.sampled_tokens()
     stats.ttft = time.perf_counter() - request.started
     while True:
+        stats.constraint_seconds = sampler.constraint_seconds
         for number, token in enumerate(tokens, 1):
             state.token_ids.append(token)
             stats.tokens += 1

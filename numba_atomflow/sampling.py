@@ -5,8 +5,10 @@ The random generator is counter-based: the same seed, prompt and options give th
 computed without the earlier ones.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,9 @@ from numpy.typing import NDArray
 from numba_atomflow.errors import OptionError, non_finite_logits
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.utils.arguments import real_number, truth_value, whole_number
+
+if TYPE_CHECKING:
+    from numba_atomflow.constraints.base import Constraint, ConstraintState
 
 _MASK = (1 << 64) - 1
 _LARGEST_TOP_K = (1 << 63) - 1
@@ -40,6 +45,9 @@ class SamplingParams:
         max_tokens: maximum number of generated tokens; None: to the end of the context.
         stop: stop strings, which are not part of the text.
         ignore_eos: do not stop at an EOS token (for benchmarks).
+        constraint: what the reply must satisfy, such as `constraints.JsonSchema`; tokens that it does not allow are
+            removed before the other filters, and EOS is allowed exactly where the reply is complete. A reply that ends
+            at `max_tokens`, at the end of the context or at a stop string may be incomplete.
 
     None means an option's default. Numbers may be Python's or NumPy's; they are converted to Python's, and `stop` to a
     tuple.
@@ -57,6 +65,7 @@ class SamplingParams:
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    constraint: "Constraint | None" = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -73,6 +82,8 @@ class SamplingParams:
         for valid, name, allowed in checks:
             if not valid:
                 raise OptionError(f"{name} is {quote(getattr(self, name))}; it must be {allowed}.")
+        if self.ignore_eos and self.constraint is not None:
+            raise OptionError("ignore_eos lets a reply go on after its end, which a constraint forbids; leave one out.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -91,7 +102,17 @@ def _converted(name: str, value: object, default: object) -> object:
         return whole_number(name, value)
     if name == "ignore_eos":
         return truth_value(name, value)
+    if name == "constraint":
+        return _constraint(value)
     return _stop_strings(value) if name == "stop" else real_number(name, value)
+
+
+def _constraint(value: object) -> object:
+    if isinstance(value, type) or not callable(getattr(value, "start", None)):
+        raise OptionError(
+            f"constraint is {quote(value)}; it must be an object with a method `start`, such as JsonSchema(...)."
+        )
+    return value
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:
@@ -186,10 +207,19 @@ class Sampler:
     Attributes:
         seed: of the draws.
         seen: bool [V], the tokens in the context.
+        constraint_seconds: spent in the constraint so far.
     """
 
-    def __init__(self, params: SamplingParams, vocabulary: int, context: Sequence[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocabulary: int,
+        context: Sequence[int],
+        constraint: "ConstraintState | None" = None,
+    ) -> None:
         self.params = params
+        self._constraint = constraint
+        self.constraint_seconds = 0.0
         self.seed = (
             int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if params.seed is None else params.seed
         )
@@ -207,13 +237,56 @@ class Sampler:
         best = int(np.argmax(logits))  # a NaN, if there is one
         if not np.isfinite(logits[best]):
             raise non_finite_logits()
+        allowed = self._allowed(len(logits))
+        if allowed is not None:
+            logits = logits[allowed]
+            best = int(np.argmax(logits))
         token = best if self.params.greedy else self._draw(logits)
+        if allowed is not None:
+            token = int(allowed[token])
         self.seen[token] = True
+        self._accept(token)
         return token
 
+    def _allowed(self, vocabulary: int) -> NDArray[np.int64] | None:
+        """The tokens that the constraint allows, in ascending order; None: all.
+
+        Raises:
+            OptionError: there are none.
+        """
+        if self._constraint is None:
+            return None
+        started = time.perf_counter()
+        mask = self._constraint.allowed()
+        tokens = None if mask is None else tokens_of(mask, vocabulary)
+        self.constraint_seconds += time.perf_counter() - started
+        if tokens is not None and not len(tokens):
+            raise OptionError("The constraint allows no token here; allow EOS where a reply may end.")
+        return tokens
+
+    def _accept(self, token: int) -> None:
+        if self._constraint is not None:
+            started = time.perf_counter()
+            self._constraint.accept(token)
+            self.constraint_seconds += time.perf_counter() - started
+
     def _draw(self, logits: NDArray[np.float32]) -> int:
+        """A draw from the distribution of `logits`, as an index into them."""
         tokens, probabilities = candidates(logits, self.params)
         draw = uniform(self.seed, self._draws)
         self._draws += 1
         index = int(np.searchsorted(np.cumsum(probabilities), draw, side="right"))
         return int(tokens[min(index, len(tokens) - 1)])
+
+
+def tokens_of(mask: NDArray[np.uint32], vocabulary: int) -> NDArray[np.int64]:
+    """The tokens below `vocabulary` whose bit is set in a mask, uint32 [ceil(vocabulary / 32)]: bit i % 32 of word
+    i // 32 for token i.
+    """
+    words = np.asarray(mask, "<u4")
+    if words.shape != (-(-vocabulary // 32),):
+        raise OptionError(
+            f"The constraint's mask has the shape {words.shape}; a vocabulary of {vocabulary} tokens needs "
+            f"({-(-vocabulary // 32)},)."
+        )
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), count=vocabulary, bitorder="little"))

@@ -106,6 +106,11 @@ class TextCodec:
         """Number of tokens, added ones included; the embedding may have more rows."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of each token."""
+        return self._token_bytes
+
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text. A special token that is spelled in the text becomes that token.
 

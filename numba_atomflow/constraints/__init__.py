@@ -1,0 +1,1 @@
+"""Constraints on replies: JSON schemas, regular expressions and grammars."""
