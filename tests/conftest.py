@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite, and the option `--fast`."""
+"""Fixtures of the whole suite, and the options that choose tests."""
 
 import importlib.util
 import signal
@@ -22,9 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fast", action="store_true", help="leave out tests marked `slow`, and some cases of those marked `sampled`"
     )
+    parser.addoption("--record-passed", type=Path, metavar="FILE", help="append the names of the tests that pass")
+    parser.addoption("--leave-out", type=Path, metavar="FILE", help="leave out the tests whose names FILE holds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if named := config.getoption("--leave-out"):
+        names = set(named.read_text().splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in names])
+        items[:] = [item for item in items if item.nodeid not in names]
     if not config.getoption("--fast"):
         return
     out = {item for item in items if item.get_closest_marker("slow")}
@@ -37,6 +43,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if item in out])
     config.stash[_LEFT_OUT] = Counter(item.nodeid.partition("::")[0] for item in items if item in out)
     items[:] = [item for item in items if item not in out]
+
+
+class PassedTests:
+    """Appends the names of the tests that passed to a file, all at once at the end of the run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.names = path, []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.names.append(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        with self.path.open("a") as file:
+            file.write("".join(f"{name}\n" for name in self.names))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--record-passed")
+    if path and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to the controller
+        config.pluginmanager.register(PassedTests(path))
 
 
 def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:

@@ -1,6 +1,7 @@
 """The benchmark on tiny models: measurements, derived figures, reports and their comparison."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.host.machine import commit, machine_record, nvidia_driver
 from numba_atomflow.model.step import Head
 from numba_atomflow.ops.bandwidth import read_bandwidth, total, total_reference
+from numba_atomflow.perf import compile_times
 from numba_atomflow.perf.bench import (
     BenchReport,
     Settings,
@@ -148,10 +150,27 @@ def test_the_cpu_backend_has_one_ceiling(monkeypatch: pytest.MonkeyPatch) -> Non
         assert engine.backend.measure.ceilings() == {"memory read": 12.5}
 
 
-@pytest.mark.slow
-def test_a_second_start_compiles_nothing() -> None:
-    times = measure_compile_times(tiny_geometry(), max_seq_len=16, threads=1)
-    assert times.warm * 2 < times.cold
+def test_two_starts_share_a_new_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a second start compiles nothing is shown in tests/e2e/test_compile_cache.py."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\n"
+        "import os, pathlib\n"
+        "compiled = pathlib.Path(os.environ['NUMBA_ATOMFLOW_HOME'], 'compiled')\n"
+        "print(0.25 if compiled.exists() else 2.0)\n"
+        "compiled.touch()\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    for _ in range(2):
+        assert measure_compile_times(tiny_geometry(), max_seq_len=16, threads=1) == CompileTimes(cold=2.0, warm=0.25)
+
+
+def test_a_start_prints_its_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"geometry": tiny_geometry().to_dict(), "max_seq_len": 16, "threads": 1}
+    monkeypatch.setattr("sys.argv", ["compile_times", json.dumps(options)])
+    assert compile_times.main() == 0
+    assert float(capsys.readouterr().out) > 0
 
 
 def test_an_error_of_a_start_is_reported_in_its_own_sentence() -> None:

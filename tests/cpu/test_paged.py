@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numba_atomflow.errors import OutOfBlocksError
 from numba_atomflow.memory.paged import BlockManager, BlockTable
 
-HISTORIES = int(os.environ.get("ATOMFLOW_HISTORIES", "6000"))
+HISTORIES = int(os.environ.get("ATOMFLOW_HISTORIES", "3000"))
 
 
 class Cache:

@@ -12,7 +12,7 @@ from numba_atomflow.memory.paged import BlockManager, BlockTable
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.scheduler import Batch, Scheduler
 
-HISTORIES = int(os.environ.get("ATOMFLOW_HISTORIES", "4000"))
+HISTORIES = int(os.environ.get("ATOMFLOW_HISTORIES", "2000"))
 VOCABULARY = 3  # common prefixes are frequent
 
 
