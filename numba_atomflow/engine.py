@@ -358,6 +358,19 @@ class Engine:
         prompt = self._open_context().checked(self.text.encode_chat(messages, template_variables), used=0)
         return self._generate(prompt, self.text.stream(), params, started)
 
+    def chat_tokens(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> Generation:
+        """`chat` with a conversation that `text.encode_chat` has made token ids.
+
+        Unlike after `generate`, the reply begins a text: tokenizers that mark a space before every word write none
+        before its first.
+
+        Raises:
+            ContextError: the conversation leaves no room for a token.
+            OptionError: it is empty, or holds an unknown token id.
+        """
+        started = time.perf_counter()
+        return self._generate(self._open_context().checked(token_ids, used=0), self.text.stream(), params, started)
+
     def _generate(
         self, prompt: list[int], detokenizer: Detokenizer, params: SamplingParams | None, started: float
     ) -> Generation:

@@ -146,9 +146,20 @@ class Generation(BaseGeneration[str]):
 
     text = ""
 
-    def __next__(self) -> str:
+    def step(self) -> str:
+        """Generate one token; the text that is complete with it, "" if there is none yet. Iterating skips the latter.
+
+        Raises:
+            StopIteration: the generation has ended.
+            EngineBusyError, CheckpointError: as when iterating.
+        """
         piece = super().__next__()
         self.text += piece
+        return piece
+
+    def __next__(self) -> str:
+        while not (piece := self.step()):
+            pass
         return piece
 
 
@@ -206,7 +217,7 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
 def text_pieces(
     state: GenerationState, tokens: Iterator[int], detokenizer: Detokenizer, params: SamplingParams
 ) -> Iterator[str]:
-    """Text as its tokens come; what may still become a stop string is held back."""
+    """Text as its tokens come, "" for a token that completes none; what may become a stop string is held back."""
     stops = StopStrings(params.stop)
     for token in tokens:
         piece = "" if state.finish_reason == "eos" else stops.push(detokenizer.push(token))
@@ -214,8 +225,7 @@ def text_pieces(
             piece += stops.push(hidden, shown=False)
         if stops.found:
             state.finish_reason = "stop"
-        if piece:
-            yield piece
+        yield piece
         if stops.found:
             return
     rest = stops.push(detokenizer.flush()) + stops.flush()

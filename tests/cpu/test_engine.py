@@ -160,6 +160,19 @@ def test_pieces_are_whole_characters(scripted: Engine) -> None:
     assert set(pieces) == set(SCRIPT[1:])  # tokens are bytes here: nothing is shown before a character is complete
 
 
+def test_a_step_is_one_token_also_where_it_completes_no_character(scripted: Engine) -> None:
+    reply = scripted.generate("a")
+    pieces = []
+    for count in range(1, len(SCRIPT.encode())):
+        pieces.append(reply.step())
+        assert len(reply.token_ids) == count
+    assert "" in pieces
+    assert "".join(pieces) == SCRIPT[1:] == reply.text
+    assert list(reply) == []
+    with pytest.raises(StopIteration):
+        reply.step()
+
+
 def test_half_a_character_at_the_end_is_marked(scripted: Engine) -> None:
     reply = scripted.generate("f", SamplingParams(max_tokens=2)).finish()
     assert (reply.text, reply.finish_reason) == ("g�", "max_tokens")
@@ -361,6 +374,13 @@ def test_a_chat_goes_on_where_it_was(engine: Engine) -> None:
     assert second.stats.reused_tokens >= first.stats.prompt_tokens
     engine.reset()
     assert engine.chat(messages, params).finish().token_ids == second.token_ids
+
+
+def test_a_conversation_may_be_given_as_token_ids(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    params = SamplingParams(max_tokens=5)
+    expected = engine.chat(messages, params).finish().text
+    assert engine.chat_tokens(engine.text.encode_chat(messages), params).finish().text == expected
 
 
 def test_a_seed_repeats_a_reply(engine: Engine) -> None:
