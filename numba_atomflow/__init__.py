@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numba_atomflow.errors import AtomFlowError
     from numba_atomflow.geometry import ModelGeometry
     from numba_atomflow.sampling import SamplingParams
+    from numba_atomflow.state.snapshot import KvSnapshot
 
 __version__ = "0.1.0"
 
@@ -19,11 +20,12 @@ _MODULES = {
     "Engine": "numba_atomflow.engine",
     "Generation": "numba_atomflow.engine",
     "AtomFlowError": "numba_atomflow.errors",
+    "KvSnapshot": "numba_atomflow.state.snapshot",
     "ModelGeometry": "numba_atomflow.geometry",
     "SamplingParams": "numba_atomflow.sampling",
 }
 
-__all__ = ["AtomFlowError", "Engine", "Generation", "ModelGeometry", "SamplingParams", "__version__"]
+__all__ = ["AtomFlowError", "Engine", "Generation", "KvSnapshot", "ModelGeometry", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

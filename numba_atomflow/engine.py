@@ -21,6 +21,7 @@ from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.backends.choose import BackendChoice, BackendName, make_backend
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
+from numba_atomflow.checkpoint.fingerprint import ModelIdentity, identify
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.constraints.base import ConstraintState
@@ -41,6 +42,7 @@ from numba_atomflow.generation import (
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import SamplingParams
+from numba_atomflow.state.snapshot import KvSnapshot, check_fits, put_snapshot, take_snapshot
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.text.detokenizer import Detokenizer
 from numba_atomflow.text.token_table import TokenTable
@@ -285,6 +287,42 @@ class Engine:
             return context.feed_all_logits(ids) if all_logits else context.feed(ids)
 
         return self._calls.run(feed)
+
+    # --- snapshots of the KV cache -------------------------------------------------------------------------------
+
+    @cached_property
+    def _identity(self) -> ModelIdentity:
+        return identify(self.checkpoint)
+
+    def snapshot(self) -> KvSnapshot:
+        """Copy what the KV cache holds to host memory. A generation in progress goes on afterwards.
+
+        Raises:
+            CheckpointError: the model's file was changed by another program.
+        """
+        return self._calls.run(lambda: take_snapshot(self._open_context(), self.geometry, self._identity))
+
+    def restore(self, snapshot: KvSnapshot) -> None:
+        """Replace what the KV cache holds by a snapshot of it, or of a prefix of it (`KvSnapshot.prefix`).
+
+        The snapshot is of this model, in the KV format of this backend: float32 on the CPU, float16 on a GPU. Then the
+        next tokens are those that followed when it was taken. A generation in progress ends here.
+
+        Raises:
+            StateError: the snapshot is of another model or KV format.
+            ContextError: it has more tokens than the KV cache has positions.
+            OptionError: it is no snapshot.
+        """
+        if not isinstance(snapshot, KvSnapshot):
+            raise OptionError(f"snapshot is {quote(snapshot)}; give what Engine.snapshot has returned.")
+
+        def restore() -> None:
+            context = self._open_context()
+            check_fits(snapshot, context, self.geometry, self._identity)
+            self._end_generation()
+            put_snapshot(snapshot, context)
+
+        self._calls.run(restore)
 
     def _end_generation(self) -> None:
         """Interrupt a generation before the KV cache changes under it.

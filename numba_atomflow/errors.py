@@ -60,6 +60,10 @@ class TextError(AtomFlowError):
     """A tokenizer, a chat template or a chat message is missing, damaged, or of a kind that is not supported."""
 
 
+class StateError(AtomFlowError):
+    """A saved KV cache is missing, damaged, of another format version, or of another model."""
+
+
 class GroundTruthError(AtomFlowError):
     """A ground truth is missing, damaged, of another format version, or of another model or prompt."""
 

@@ -1,6 +1,7 @@
 """What the engine expects of a backend: to run a model, and to be measured."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -156,6 +157,9 @@ class Backend(Protocol):
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
+
+    def memory(self) -> AbstractContextManager[Memory]:
+        """Access to the views of `step`'s ops while no step is called; a read waits for the steps before it."""
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` with an observer; for one token and `SAMPLE`, `decode` with an observer.

@@ -5,7 +5,8 @@ CUDA backend: everything but the weights is float32, the KV cache included.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -201,6 +202,12 @@ class CpuBackend:
             self._run(self._observed(head, actions, observer) if observer else actions)
             out[first - start : last - start] = self._logits[: last - first]
         return out
+
+    @contextmanager
+    def memory(self) -> Iterator["HostMemory"]:
+        """Access to views."""
+        self._require_open()
+        yield HostMemory()
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the same bound list, one op at a time."""

@@ -1,7 +1,7 @@
 """The CUDA backend: its lifecycle, and what the engine calls."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue, TokenRi
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.bounds import check_indices, check_range
+from numba_atomflow.memory.device import DeviceMemory
 from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.model.step import Head, Op
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
@@ -179,6 +180,12 @@ class CudaBackend:
                 self._run_observed(op, self._graphs.bind(op), observer)
                 logits.append(self._model.memory.read(op.logits))
         return np.concatenate(logits)
+
+    @contextmanager
+    def memory(self) -> Iterator[DeviceMemory]:
+        """Access to views, by synchronous copies in stream order: after the steps that are queued."""
+        with self._owner.current():
+            yield self._model.memory
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""

@@ -1,0 +1,1 @@
+"""Copies of the KV cache: in memory, and as files."""
