@@ -119,11 +119,11 @@ def _attention(q: Array, keys: Array, values: Array, head_dim: int, out: Array) 
     return whole_heads, heads % kv_heads == 0, keys.shape == values.shape, q.shape == out.shape
 
 
-def _attend_token(
+def _attend_tokens(
     q: Array, keys: Array, values: Array, position: Array, head_dim: int, scores: Array, out: Array
 ) -> Conditions:
-    enough_scratch = scores.shape[0] >= q.size // head_dim and scores.shape[1] >= len(keys)
-    return *_attention(q, keys, values, head_dim, out), q.ndim == 1, position.shape == (1,), enough_scratch
+    enough_scratch = scores.shape[1] >= len(q) and scores.shape[2] >= len(keys) >= len(q)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), enough_scratch
 
 
 def _attend_chunk(
@@ -164,7 +164,7 @@ _CONDITIONS: dict[str, Callable[..., Conditions]] = {
         _rms_norm_heads,
         _rope_and_store,
         _rope_and_store_paged,
-        _attend_token,
+        _attend_tokens,
         _attend_chunk,
         _attend_paged,
     )

@@ -88,22 +88,24 @@ def attend_head(query, keys, values, start, length, block_table, block_size, sco
 
 
 @cpu_kernel()
-def attend_token(q, keys, values, position, head_dim, scores, out):
-    """Attention of one token.
+def attend_tokens(q, keys, values, position, head_dim, scores, out):
+    """Causal attention of T tokens at positions position[0] .. position[0] + T - 1, each with the bits of T = 1.
 
     Args:
-        q: float32 [heads * head_dim]. out: the same shape.
-        keys, values: float32 [positions, kv_heads * head_dim]; rows 0 .. position[0] are read.
-        position: int64 [1], the token's own position.
-        scores: float32 [heads, positions], scratch.
+        q, out: float32 [T, heads * head_dim].
+        keys, values: float32 [positions, kv_heads * head_dim]; rows 0 .. position[0] + T - 1 are read.
+        position: int64 [1].
+        scores: float32 [threads, at least T, positions], scratch.
     """
-    heads = q.shape[0] // head_dim
+    tokens, heads = q.shape[0], q.shape[1] // head_dim
     ratio = heads // (keys.shape[1] // head_dim)
-    length = position[0] + 1
-    for h in prange(heads):
-        query = q[h * head_dim : (h + 1) * head_dim]
-        result = out[h * head_dim : (h + 1) * head_dim]
-        attend_head(query, keys, values, h // ratio * head_dim, length, None, length, scores[h], result)
+    for item in prange(heads * tokens):
+        h, t = item // tokens, item % tokens
+        length = position[0] + t + 1
+        query = q[t, h * head_dim : (h + 1) * head_dim]
+        result = out[t, h * head_dim : (h + 1) * head_dim]
+        start, weights = h // ratio * head_dim, scores[get_thread_id(), t]
+        attend_head(query, keys, values, start, length, None, length, weights, result)
 
 
 @cpu_kernel()

@@ -24,7 +24,7 @@ from numba_atomflow.ops.simd import fp8_row_dot, half_to_float
 from numba_atomflow.ops.simd_gemm import COLUMNS, LANES, multiply_rows
 from numba_atomflow.ops.simd_panel import float16_columns, quantized_columns
 
-GEMV_TOKENS = 2  # up to here, a GEMV per token takes less time than dequantizing the weights into panels
+GEMV_TOKENS = 8  # up to here, tokens are multiplied as in a decode step, and their results have the bits of one
 
 # A thread multiplies at a time: these tokens, by this part of K, which stays in L2, and one panel after the other.
 _TOKENS_AT_ONCE = 516  # a multiple of ROWS

@@ -52,6 +52,19 @@ class PrefillPath:
         return f"{self.name}, because {self.reason}" if self.reason else self.name
 
 
+@dataclass(frozen=True)
+class Verification:
+    """Whether a backend can check proposed tokens (speculative decoding) without changing a bit of any result.
+
+    Attributes:
+        width: most tokens of a step of `Backend.verify`; 1 where the backend cannot.
+        reason: why it cannot, as a clause; "" if it can.
+    """
+
+    width: int
+    reason: str = ""
+
+
 class Memory(Protocol):
     """A backend's memory, as an observer sees it: by copies, because it may be on a device."""
 
@@ -119,6 +132,10 @@ class Backend(Protocol):
         """How prompts run, where there is more than one way; None on the CPU."""
 
     @property
+    def verification(self) -> Verification:
+        """Whether `verify` can run, and how many tokens at once."""
+
+    @property
     def measure(self) -> Measurements:
         """What times this backend, once it is prepared."""
 
@@ -160,6 +177,16 @@ class Backend(Protocol):
 
     def memory(self) -> AbstractContextManager[Memory]:
         """Access to the views of `step`'s ops while no step is called; a read waits for the steps before it."""
+
+    def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [len(tokens), V] after each of 1 to `verification.width` tokens at the current position.
+
+        Row i, and what token i leaves in the KV cache, have the bits that single decode steps give. The position stays
+        as it is: the caller seeks to what it accepts. The array is valid until the next step.
+
+        Raises:
+            IndexError: there are more tokens, or they do not fit into the KV cache.
+        """
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` with an observer; for one token and `SAMPLE`, `decode` with an observer.

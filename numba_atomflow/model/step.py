@@ -33,6 +33,7 @@ class Head(NamedTuple):
         return range(tokens)[self.start : self.stop]
 
 
+ALL_LOGITS = Head(0, None)  # a step that verifies proposed tokens
 NO_LOGITS = Head(0, 0)  # a prefill chunk that is not a prompt's last
 LAST_LOGITS = Head(-1, None)
 SAMPLE = Head(-1, None, sample=True)  # a prompt's last chunk, and a decode step

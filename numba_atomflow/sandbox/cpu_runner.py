@@ -75,7 +75,7 @@ class CpuRunner:
                 [
                     paged_cache_buffer(g.layers, sizes.slots, g.kv_dim, KV_FLOAT32.dtype),
                     *(Buffer("activations", name, (MAX_BATCHED_TOKENS, n), "float32") for name, n in widths.items()),
-                    Buffer("workspace", "scores", (max(self.threads, g.heads), sizes.longest), "float32"),
+                    Buffer("workspace", "scores", (self.threads, sizes.longest), "float32"),
                     Buffer("workspace", "scratch", (self.threads, scratch), "float32"),
                     Buffer("workspace", "block_table", (sizes.sequences, sizes.table_width), "int32"),
                     Buffer("workspace", "cosines", (sizes.longest, g.head_dim // 2), "float32"),
@@ -176,13 +176,14 @@ class CpuRunner:
     def _attend_static(self, batch: Batch, layer: int) -> None:
         """The engine's attention of one token, for each token of the step."""
         check_indices("positions in a sequence's part of the cache", batch.positions, self.sizes.capacity)
-        q, attn_out, scores = self._array("q"), self._array("attn_out"), self._array("scores")
+        q, attn_out, scores = self._array("q"), self._array("attn_out"), self._array("scores")[:, None]
         for t, row in enumerate(batch.table_rows.tolist()):
             first = row * self.sizes.capacity
             keys, values = self._cache[layer, :, first : first + self.sizes.capacity]
             position = batch.positions[t : t + 1]
             head_dim = self.geometry.head_dim
-            self._call(attention.attend_token, q[t], keys, values, position, head_dim, scores, attn_out[t])
+            token = slice(t, t + 1)
+            self._call(attention.attend_tokens, q[token], keys, values, position, head_dim, scores, attn_out[token])
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         size = self.block_size

@@ -44,12 +44,16 @@ class Case:
         weights /= weights.sum(axis=2, keepdims=True)
         return np.einsum("hts,shd->thd", weights, values).reshape(len(q), -1)
 
-    def token(self, t: int) -> NDArray[np.float32]:
-        """What the kernel for one token makes of row t."""
-        out, heads = poisoned(self.q.shape[1]), self.q.shape[1] // self.head_dim
-        scores, position = poisoned(heads, len(self.keys)), np.array([self.position + t], np.int64)
-        attention.attend_token(self.q[t], self.keys, self.values, position, self.head_dim, scores, out)
+    def tokens(self, first: int, count: int) -> NDArray[np.float32]:
+        """What the kernel for a few tokens makes of rows first .. first + count - 1."""
+        q, position = self.q[first : first + count], np.array([self.position + first], np.int64)
+        out, scores = poisoned(*q.shape), poisoned(numba.config.NUMBA_NUM_THREADS, count, len(self.keys))
+        attention.attend_tokens(q, self.keys, self.values, position, self.head_dim, scores, out)
         return out
+
+    def token(self, t: int) -> NDArray[np.float32]:
+        """Row t, by itself."""
+        return self.tokens(t, 1)[0]
 
     def chunk(self) -> NDArray[np.float32]:
         """The result of the kernel for prefill chunks."""
@@ -145,6 +149,17 @@ def test_bits_do_not_depend_on_the_chunk(rng: np.random.Generator) -> None:
     for first, stop in ((0, 1), (0, 31), (31, 230), (100, 163), (229, 230)):
         part = Case(c.q[first:stop], c.keys, c.values, c.position + first, c.head_dim)
         np.testing.assert_array_equal(part.chunk(), whole[first:stop])
+
+
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("position", [0, 95, 700])
+def test_a_few_tokens_have_the_bits_of_one(
+    rng: np.random.Generator, shape: tuple[int, int, int], position: int
+) -> None:
+    c = case(rng, shape, 8, position)
+    single = np.stack([c.token(t) for t in range(8)])
+    for first, count in ((0, 8), (0, 2), (1, 3), (3, 5)):
+        np.testing.assert_array_equal(c.tokens(first, count), single[first : first + count])
 
 
 def test_a_chunk_is_causal(rng: np.random.Generator) -> None:

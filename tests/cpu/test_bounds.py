@@ -205,7 +205,7 @@ SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
         rope.rope_and_store_paged,
         (empty(T, Q + 2 * KV), PLACES, PLACES, *TABLES, empty(T, Q), *CACHE),
     ),
-    "attend_token": (attention.attend_token, (empty(Q), *CACHE, POSITION, DIM, empty(HEADS, LENGTH), empty(Q))),
+    "attend_tokens": (attention.attend_tokens, (empty(T, Q), *CACHE, POSITION, DIM, empty(1, T, LENGTH), empty(T, Q))),
     "attend_chunk": (attention.attend_chunk, (empty(T, Q), *CACHE, POSITION, DIM, CHUNK_SCRATCH, empty(T, Q))),
     "attend_paged": (
         paged_attention.attend_paged,
@@ -217,6 +217,7 @@ FREE = {
     "rms_norm_heads": {(0, 0)},
     "project_chunk": {(5, 0)},  # threads
     "project_chunk_swiglu": {(4, 0)},
+    "attend_tokens": {(5, 0)},
     "attend_chunk": {(5, 0)},
     "attend_paged": {(3, 0), (3, 1), (8, 0), (8, 1)},
 }

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.attention import attend_token
+from numba_atomflow.ops.attention import attend_tokens
 from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.ops.rms_norm import rms_norm
 
@@ -27,7 +27,8 @@ def normal(*shape: int) -> NDArray[np.float32]:
 
 def static(out: NDArray[np.float32]) -> None:
     q, keys, values = normal(HEADS * DIM), normal(LENGTH, KV_HEADS * DIM), normal(LENGTH, KV_HEADS * DIM)
-    attend_token(q, keys, values, np.array([LENGTH - 1]), DIM, np.empty((HEADS, LENGTH), np.float32), out)
+    scores = np.empty((numba.config.NUMBA_NUM_THREADS, 1, LENGTH), np.float32)
+    attend_tokens(q[None], keys, values, np.array([LENGTH - 1]), DIM, scores, out[None])
 
 
 def paged(out: NDArray[np.float32]) -> None:
@@ -46,7 +47,7 @@ def norm(out: NDArray[np.float32]) -> None:
 
 
 CASES: dict[str, tuple[Callable[[NDArray[np.float32]], None], Any, int]] = {
-    "static": (static, attend_token, HEADS * DIM),
+    "static": (static, attend_tokens, HEADS * DIM),
     "paged": (paged, attend_paged, HEADS * DIM),
     "norm": (norm, rms_norm, 201),
 }

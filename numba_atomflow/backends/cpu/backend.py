@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Observer
+from numba_atomflow.backends.base import Observer, Verification
 from numba_atomflow.backends.cpu.bind import Action, CpuBinder, in_order
 from numba_atomflow.backends.cpu.measure import CpuMeasurements
 from numba_atomflow.errors import CheckpointError, ClosedError
@@ -28,6 +28,7 @@ from numba_atomflow.memory.view import View, view_of
 from numba_atomflow.model.buffers import StepSizes, step_buffers
 from numba_atomflow.model.formats import CPU_KV
 from numba_atomflow.model.step import (
+    ALL_LOGITS,
     LAST_LOGITS,
     SAMPLE,
     Head,
@@ -41,7 +42,7 @@ from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.utils.progress import Progress
 
 PREFILL_CHUNK = 512  # tokens per prefill step: so many that converting the weights is a small part of it
-HEAD_ROWS = 16  # rows whose logits are computed at once where those of a whole chunk are requested
+HEAD_ROWS = 2 * projection.GEMV_TOKENS + 1  # rows whose logits are computed at once
 BOUND_STEPS = 8  # prompt lengths whose steps stay bound
 
 
@@ -53,7 +54,7 @@ def cpu_plan(geometry: ModelGeometry, max_seq_len: int, threads: int) -> MemoryP
         [
             *step_buffers(geometry, StepSizes(max_seq_len, chunk, HEAD_ROWS, cache=CPU_KV)),
             Buffer("workspace", "prefill_scratch", (threads, scratch), "float32"),
-            Buffer("workspace", "scores", (geometry.heads, max_seq_len), "float32"),
+            Buffer("workspace", "scores", (threads, projection.GEMV_TOKENS, max_seq_len), "float32"),
         ]
     )
 
@@ -74,6 +75,7 @@ class CpuBackend:
 
     name = "cpu"
     decode_path = prefill_path = None  # there is only one
+    verification = Verification(projection.GEMV_TOKENS)
 
     def __init__(
         self,
@@ -208,6 +210,18 @@ class CpuBackend:
         """Access to views."""
         self._require_open()
         yield HostMemory()
+
+    def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [len(tokens), V] after each of 1 to GEMV_TOKENS tokens, with the bits of single decode steps.
+
+        The position stays as it is. The array is valid until the next step.
+        """
+        count = len(tokens)
+        check_range("tokens of a step that verifies", 0, count, self.verification.width)
+        position = int(self._position[0])
+        self.prefill(tokens, ALL_LOGITS)
+        self.seek(position)
+        return self._logits[:count]
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the same bound list, one op at a time."""

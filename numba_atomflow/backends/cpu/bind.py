@@ -89,9 +89,8 @@ class CpuBinder:
         q, out = op.q.host_array(), op.attn_out.host_array()
         keys, values, position = op.keys.host_array(), op.values.host_array(), op.position.host_array()
         head_dim = self.geometry.head_dim
-        if len(q) == 1:
-            scores = self._array("scores")
-            return bind(attention.attend_token, q[0], keys, values, position, head_dim, scores, out[0])
+        if len(q) <= projection.GEMV_TOKENS:
+            return bind(attention.attend_tokens, q, keys, values, position, head_dim, self._array("scores"), out)
         scratch = self._array("prefill_scratch")
         return bind(attention.attend_chunk, q, keys, values, position, head_dim, scratch, out)
 

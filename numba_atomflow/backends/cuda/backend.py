@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Decode, Observer, Prefill
+from numba_atomflow.backends.base import Decode, Observer, Prefill, Verification
 from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.graphs import StepGraphs
@@ -22,7 +22,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.device import DeviceMemory
 from numba_atomflow.model.formats import HeadFormat, head_part
-from numba_atomflow.model.step import Head, Op
+from numba_atomflow.model.step import NO_LOGITS, Head, Op
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
@@ -52,6 +52,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    verification = Verification(1, "its kernels for several tokens do not round like those for one")
     measure: CudaMeasurements
 
     def __init__(
@@ -186,6 +187,15 @@ class CudaBackend:
         """Access to views, by synchronous copies in stream order: after the steps that are queued."""
         with self._owner.current():
             yield self._model.memory
+
+    def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [1, V] after one token at the current position, which stays as it is."""
+        check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
+        position = self._queue.position
+        self.prefill(tokens, NO_LOGITS)
+        logits = self.logits(0, 1)
+        self.seek(position)
+        return logits
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""
