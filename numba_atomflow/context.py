@@ -1,14 +1,17 @@
 """The tokens that the KV cache holds, and the steps that put them there."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend
+from numba_atomflow.backends.hooks import Edit, EditedBackend, Recorder
 from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.activations import Activation
 from numba_atomflow.model.step import NO_LOGITS, Head
 from numba_atomflow.utils.arguments import whole_number
 
@@ -27,6 +30,8 @@ class Context:
         self.backend, self._geometry, self.max_seq_len = backend, geometry, max_seq_len
         self.vocabulary = geometry.vocabulary
         self.token_ids: list[int] = []
+        self._unedited = backend
+        self._edits: list[ActiveEdits] = []  # outer ones first
 
     @property
     def is_full(self) -> bool:
@@ -69,19 +74,30 @@ class Context:
             )
         del self.token_ids[position:]
         self.backend.seek(position)
+        for edits in self._edits:
+            edits.start = min(edits.start, position)
 
     def rewind_to_common_prefix(self, token_ids: Sequence[int]) -> int:
         """Keep what the KV cache and a prompt share, and return its length: the hit of prefix caching.
 
-        At least one token of the prompt is left to be fed.
+        At least one token of the prompt is left to be fed. Under edits, nothing is kept that was computed without.
         """
         shared = 0
+        if self._edits and self._edits[-1].start > 0:
+            token_ids = ()
         for cached, requested in zip(self.token_ids, token_ids[:-1], strict=False):
             if cached != requested:
                 break
             shared += 1
         self.rewind(shared)
         return shared
+
+    def adopt(self, token_ids: Sequence[int]) -> None:
+        """Take note of tokens whose keys and values were put into the empty KV cache, not computed here."""
+        self.token_ids.extend(token_ids)
+        self.backend.seek(len(self.token_ids))
+        for edits in self._edits:
+            edits.start = len(self.token_ids)
 
     def prefill(self, token_ids: Sequence[int], head: Head) -> None:
         """Feed a prompt in chunks; only the last chunk computes a head."""
@@ -109,10 +125,55 @@ class Context:
             logits.append(self.backend.logits(0, len(tokens)))
         return np.concatenate(logits)
 
+    def capture(self, token_ids: Sequence[int], chosen: Sequence[Activation]) -> dict[str, NDArray[np.float32]]:
+        """Feed a prompt from position 0 on; its activations [len(token_ids), width] by name."""
+        backend, chunk = self.backend, self.backend.prefill_chunk
+        self.rewind(0)
+        recorder = Recorder(backend, chosen, len(token_ids))
+        for start in range(0, len(token_ids), chunk):
+            tokens = token_ids[start : start + chunk]
+            recorder.begin(start)
+            backend.observe(tokens, NO_LOGITS, recorder)
+            if any(activation.in_head for activation in chosen):
+                backend.logits(0, len(tokens), recorder)
+            self.token_ids.extend(tokens)
+        return recorder.arrays
+
+    def begin_edits(self, edits: Sequence[tuple[Activation, Edit]]) -> "ActiveEdits":
+        """Run steps under these edits too, until `end_edits`."""
+        active = ActiveEdits(edits, len(self.token_ids))
+        self._edits.append(active)
+        self._apply_edits()
+        return active
+
+    def end_edits(self, edits: "ActiveEdits") -> None:
+        """Drop what was computed under these edits, and run steps without them."""
+        self._edits.remove(edits)
+        self.rewind(edits.start)
+        self._apply_edits()
+
+    def _apply_edits(self) -> None:
+        self.backend = self._unedited
+        for active in self._edits:
+            self.backend = EditedBackend(self.backend, active.edits)
+        self.backend.seek(len(self.token_ids))
+
     def decode(self, token: int) -> None:
         """Request the decode step that takes the token sampled last into the KV cache."""
         self.backend.decode()
         self.token_ids.append(token)
+
+
+@dataclass(eq=False)
+class ActiveEdits:
+    """Edits that steps run under.
+
+    Attributes:
+        start: tokens in the KV cache before the first one that was computed under them.
+    """
+
+    edits: Sequence[tuple[Activation, Edit]]
+    start: int
 
 
 def choose_max_seq_len(geometry: ModelGeometry, requested: int | None) -> int:

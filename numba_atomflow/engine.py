@@ -7,8 +7,8 @@ returns logits, `position` is the number of tokens in the KV cache, and `rewind`
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.backends.choose import BackendChoice, BackendName, make_backend
+from numba_atomflow.backends.hooks import Edit, edits_of
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.checkpoint.fingerprint import ModelIdentity, identify
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.constraints.base import ConstraintState
-from numba_atomflow.context import Context, choose_max_seq_len
+from numba_atomflow.context import ActiveEdits, Context, choose_max_seq_len
 from numba_atomflow.errors import AtomFlowError, ClosedError, OptionError
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.generation import (
@@ -40,6 +41,7 @@ from numba_atomflow.generation import (
     token_loop,
 )
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.activations import select
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.state.snapshot import KvSnapshot, check_fits, put_snapshot, take_snapshot
@@ -183,13 +185,16 @@ class Engine:
         self._calls.wait_and_run(self._close)
 
     def _close(self) -> None:
-        generation = self._generation() if self._generation is not None else None
-        if generation is not None:
-            generation.close()
+        self._close_generation()
         context, self._context = self._context, None
         if context is not None:
             context.backend.close()
         self.checkpoint.close()
+
+    def _close_generation(self) -> None:
+        generation = self._generation() if self._generation is not None else None
+        if generation is not None:
+            generation.close()
 
     def __enter__(self) -> Self:
         return self
@@ -297,6 +302,8 @@ class Engine:
     def snapshot(self) -> KvSnapshot:
         """Copy what the KV cache holds to host memory. A generation in progress goes on afterwards.
 
+        Within `edit`, this is the way to keep what was computed under the edits.
+
         Raises:
             CheckpointError: the model's file was changed by another program.
         """
@@ -323,6 +330,71 @@ class Engine:
             put_snapshot(snapshot, context)
 
         self._calls.run(restore)
+
+    # --- hooks for research --------------------------------------------------------------------------------------
+
+    def capture(self, prompt: str | Sequence[int], activations: str | Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """Run a prompt and return activations of all its tokens. Afterwards the KV cache holds the prompt.
+
+        Args:
+            prompt: a text or token ids, of any length that fits the context.
+            activations: names such as "layer.3.attention", or globs such as "layer.*.output".
+
+        Returns:
+            float32 [tokens, width] by name; inside of `edit`, what the edits have made of them.
+
+        Raises:
+            OptionError: an unknown name or token, or an empty prompt.
+            ContextError: the prompt does not fit.
+        """
+
+        def capture() -> dict[str, NDArray[np.float32]]:
+            context = self._open_context()
+            chosen = select(activations, self.geometry)
+            ids = context.checked(self.text.encode(prompt) if isinstance(prompt, str) else prompt, used=0)
+            self._end_generation()
+            return context.capture(ids, chosen)
+
+        return self._calls.run(capture)
+
+    @contextmanager
+    def edit(self, edits: Mapping[str, Edit]) -> Iterator[None]:
+        """Within the block, change activations while prompts and generated tokens run: steering, ablation, patching.
+
+            with engine.edit({"layer.12.output": lambda rows, position: rows + direction}):
+                print(engine.generate("Once upon a time").finish().text)
+
+        `generate` and `chat` compute their prompt anew under the edits; `feed` continues what the KV cache holds. At
+        the end of the block, or on an exception, what was computed under the edits is dropped from the KV cache, and a
+        generation in progress ends. Blocks may be nested: outer edits come first.
+
+        Args:
+            edits: functions by name or glob. They get rows float32 [tokens, width], read-only, and
+                the position of the first, and return rows of the same shape, or None to change nothing. They must not
+                call the engine.
+
+        Raises:
+            OptionError: an unknown activation, or one that cannot be edited; a function returns anything else.
+        """
+
+        def begin() -> tuple[Context, ActiveEdits]:
+            context = self._open_context()
+            chosen = edits_of(edits, self.geometry)
+            self._end_generation()
+            return context, context.begin_edits(chosen)
+
+        context, active = self._calls.run(begin)
+
+        def end() -> None:
+            if self._context is not context:  # closed
+                return
+            self._close_generation()
+            context.end_edits(active)
+
+        try:
+            yield
+        finally:
+            self._calls.wait_and_run(end)
 
     def _end_generation(self) -> None:
         """Interrupt a generation before the KV cache changes under it.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.base import Memory, Observer
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.activations import activations
 from numba_atomflow.model.step import Advance, Embed, LmHead, Op, Qkv, Sample
 
 Rows = NDArray[np.float32]  # [positions, width]
@@ -42,32 +43,18 @@ class Probe:
     in_table: bool
 
 
+_IN_TABLE = {"embedding", "output", "final_norm", "logits"}
+_IN_TABLE_OF_LAYER_0 = {"input_norm", "q", "k", "v", "attention", "mlp"}
+
+
 def all_probes(geometry: ModelGeometry) -> list[Probe]:
     """Probes and stages, in execution order."""
-    g = geometry
-    probes = [Probe("embedding", "embed", "residual", g.hidden, None, True)]
-    for i in range(g.layers):
-        first = i == 0
-
-        def layer_probe(name: str, op: str, field: str, width: int, in_table: bool, i: int = i) -> Probe:
-            return Probe(f"layer.{i}.{name}", f"layer.{i}.{op}", field, width, i, in_table)
-
-        probes += [
-            layer_probe("input_norm", "qkv", "x_norm", g.hidden, first),
-            layer_probe("q", "qkv", "q", g.q_dim, first),
-            layer_probe("k", "qkv", "keys", g.kv_dim, first),
-            layer_probe("v", "qkv", "values", g.kv_dim, first),
-            layer_probe("attention", "attention", "attn_out", g.q_dim, first),
-            layer_probe("after_attention", "o", "residual", g.hidden, False),
-            layer_probe("ffn_norm", "gate_up", "x_norm", g.hidden, False),
-            layer_probe("ffn", "gate_up", "y", g.ffn, False),
-            *([layer_probe("mlp", "down", "residual", g.hidden, True)] if first else []),  # the term that `down` adds
-            layer_probe("output", "down", "residual", g.hidden, True),
-        ]
-    probes += [
-        Probe("final_norm", "lm_head", "x_norm", g.hidden, None, True),
-        Probe("logits", "lm_head", "logits", g.vocabulary, None, True),
-    ]
+    probes = []
+    for each in activations(geometry):
+        if each.kind == "mlp" and each.layer != 0:
+            continue
+        in_table = each.kind in _IN_TABLE or (each.layer == 0 and each.kind in _IN_TABLE_OF_LAYER_0)
+        probes.append(Probe(each.name, each.op, each.field, each.width, each.layer, in_table))
     return probes
 
 

@@ -121,8 +121,7 @@ def put_snapshot(snapshot: KvSnapshot, context: Context) -> None:
             for layer, (key_rows, value_rows) in enumerate(_layers(context.backend)):
                 memory.write(key_rows.rows(0, position), snapshot.keys[layer].reshape(position, -1))
                 memory.write(value_rows.rows(0, position), snapshot.values[layer].reshape(position, -1))
-    context.token_ids.extend(snapshot.token_ids)
-    context.backend.seek(position)
+    context.adopt(snapshot.token_ids)
 
 
 def _layers(backend: Backend) -> Iterator[tuple[View, View]]:
