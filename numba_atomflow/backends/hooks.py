@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Backend, DecodePath, Measurements, Memory, Observer, PrefillPath
+from numba_atomflow.backends.base import Backend, DecodePath, Measurements, Memory, Observer, PrefillPath, Verification
 from numba_atomflow.errors import OptionError
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.memory.bounds import check_range
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.activations import Activation, select
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Embed, Head, LmHead, Op
@@ -194,6 +195,20 @@ class EditedBackend:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
         observers = self._edits if observer is None else _InOrder(self._edits, observer)
         logits: NDArray[np.float32] = self._backend.logits(start, stop, observers)
+        return logits
+
+    @property
+    def verification(self) -> Verification:
+        """Not possible: proposed tokens that are not accepted would pass through the functions, too."""
+        return Verification(1, "activations are being edited")
+
+    def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [1, V] after one token at the current position, which stays."""
+        check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
+        position = self._position
+        self._observe(tokens, NO_LOGITS, self._edits)
+        logits = self.logits(0, 1)
+        self.seek(position)
         return logits
 
     def _observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:

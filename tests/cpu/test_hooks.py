@@ -269,6 +269,17 @@ def test_fed_tokens_go_on_from_a_plain_prefix_which_stays(engine: Engine) -> Non
     np.testing.assert_array_equal(engine.feed([9]), plain)
 
 
+def test_proposed_tokens_are_verified_one_by_one_under_edits(engine: Engine) -> None:
+    with engine.edit({"layer.0.output": zero}):
+        expected = engine.feed([*PROMPT, 9])
+        engine.rewind(len(PROMPT))
+        assert engine.backend.verification.width == 1
+        np.testing.assert_array_equal(engine.backend.verify([9])[0], expected)
+        np.testing.assert_array_equal(engine.feed([9]), expected)
+        with pytest.raises(IndexError):
+            engine.backend.verify([9, 9])
+
+
 def test_a_snapshot_keeps_what_was_computed_under_edits(engine: Engine) -> None:
     engine.feed(PROMPT)
     plain = engine.snapshot()
