@@ -45,10 +45,11 @@ from numba_atomflow.model.activations import select
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.state.snapshot import KvSnapshot, check_fits, put_snapshot, take_snapshot
+from numba_atomflow.state.state_file import StateFile, check_destination, write_state
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.text.detokenizer import Detokenizer
 from numba_atomflow.text.token_table import TokenTable
-from numba_atomflow.utils.arguments import truth_value, whole_number
+from numba_atomflow.utils.arguments import file_path, truth_value, whole_number
 from numba_atomflow.utils.exclusive_calls import ExclusiveCalls
 from numba_atomflow.utils.progress import Progress
 
@@ -330,6 +331,52 @@ class Engine:
             put_snapshot(snapshot, context)
 
         self._calls.run(restore)
+
+    def save_state(
+        self,
+        path: str | Path,
+        messages: Sequence[Message] = (),
+        *,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write what the KV cache holds to a file, which appears complete or not at all.
+
+        Args:
+            path: of the file, a safetensors file.
+            messages: the conversation that led to it, to be stored with it.
+            overwrite: replace a file that exists.
+            progress: called with bytes done and bytes in all.
+
+        Raises:
+            DestinationError: the file exists, or cannot be written.
+        """
+        file = file_path("path", path)
+        check_destination(file, overwrite)
+        write_state(file, self.snapshot(), messages, overwrite, progress)
+
+    def load_state(self, path: str | Path, progress: Progress | None = None) -> list[dict[str, Any]]:
+        """Replace what the KV cache holds by what `save_state` wrote; the conversation that was stored with it.
+
+        As `restore`, of the same model and backend; until the file has been checked, nothing changes.
+
+        Raises:
+            StateError: the file is missing, damaged, or of another model or KV format.
+            ContextError: it has more tokens than the KV cache has positions.
+        """
+        file = file_path("path", path)
+
+        def load() -> list[dict[str, Any]]:
+            context = self._open_context()
+            with StateFile(file) as state:
+                check_fits(state.snapshot, context, self.geometry, self._identity, str(file))
+                state.verify(progress)
+                messages = state.messages()
+                self._end_generation()
+                state.restore(context)
+            return messages
+
+        return self._calls.run(load)
 
     # --- hooks for research --------------------------------------------------------------------------------------
 

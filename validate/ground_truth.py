@@ -6,7 +6,6 @@ steps), prompt_tokens, geometry (JSON), versions (JSON), checkpoint_sha256, sour
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from numba_atomflow.checkpoint.format import Checkpoint
-from numba_atomflow.checkpoint.safetensors import METADATA, TensorFile, read_tensor_file
+from numba_atomflow.checkpoint.safetensors import TensorFile, file_head, read_tensor_file
 from numba_atomflow.errors import CheckpointError, DestinationError, GeometryError, GroundTruthError
 from numba_atomflow.files.atomic import write_pieces
 from numba_atomflow.files.untrusted import load_json, quote, short
@@ -56,14 +55,7 @@ def save_ground_truth(truth: Reference, path: Path | str) -> None:
         DestinationError: the file cannot be written.
     """
     path = file_path("path", path)
-    header: dict[str, Any] = {METADATA: dict(truth.metadata)}
-    end = 0
-    for name, rows in truth.tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(rows.shape), "data_offsets": [end, end + rows.nbytes]}
-        end += rows.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # float32 data must be aligned to 4 bytes
-    head = len(text).to_bytes(8, "little") + text
+    head = file_head({name: ("F32", rows.shape) for name, rows in truth.tensors.items()}, truth.metadata)
     contents = (np.ascontiguousarray(tensor, "<f4").data for tensor in truth.tensors.values())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

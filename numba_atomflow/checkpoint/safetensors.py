@@ -5,9 +5,11 @@ tensor name to dtype, shape and [begin, end) in the data section, then the data 
 untrusted: nothing is allocated or mapped before its sizes have been checked against the file size.
 """
 
+import json
 import math
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,23 @@ def read_tensor_file(path: Path, error: type[AtomFlowError]) -> TensorFile:
     if end != file_size:
         raise error(f"{path} has {file_size - end} bytes after its last tensor; the file is damaged, get it again.")
     return TensorFile(path, stamp, metadata, entries)
+
+
+def file_head(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What precedes the data of a safetensors file: its length and the header, padded to a multiple of 8 bytes.
+
+    Args:
+        tensors: dtype and shape by name, in the order of the data, which follow without gaps.
+        metadata: of the file.
+    """
+    header: dict[str, Any] = {METADATA: dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + ITEM_SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _read_header(path: Path, error: type[AtomFlowError]) -> tuple[dict[str, Any], int, FileStamp]:

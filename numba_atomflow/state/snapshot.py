@@ -77,8 +77,13 @@ def take_snapshot(context: Context, geometry: ModelGeometry, model: ModelIdentit
     return KvSnapshot(model, tuple(context.token_ids), keys, values)
 
 
-def check_fits(snapshot: KvSnapshot, context: Context, geometry: ModelGeometry, model: ModelIdentity) -> None:
+def check_fits(
+    snapshot: KvSnapshot, context: Context, geometry: ModelGeometry, model: ModelIdentity, name: str = "The snapshot"
+) -> None:
     """Check that a snapshot can be restored here.
+
+    Args:
+        name: of the snapshot, for messages.
 
     Raises:
         StateError: it is of another model or KV format, or its arrays do not fit its tokens.
@@ -86,28 +91,28 @@ def check_fits(snapshot: KvSnapshot, context: Context, geometry: ModelGeometry, 
     """
     if snapshot.model.fingerprint != model.fingerprint:
         raise StateError(
-            f"The KV cache was saved with another model ({short(snapshot.model.name)}) than {model.name}; "
-            "load that model, or compute the prompt again."
+            f"{name} is of another model ({short(snapshot.model.name)}) than {model.name}; load that model, or "
+            "compute the prompt again."
         )
     backend, dtype = context.backend, next(_layers(context.backend))[0].dtype
     if snapshot.keys.dtype != dtype:
         raise StateError(
-            f"The KV cache was saved in {snapshot.keys.dtype}, but the {backend.name} backend keeps {dtype}; "
-            "use the backend that saved it, or compute the prompt again."
+            f"{name} has a KV cache in {snapshot.keys.dtype}, but the {backend.name} backend keeps {dtype}; use the "
+            "backend that it comes from, or compute the prompt again."
         )
     shape = (geometry.layers, snapshot.position, geometry.kv_heads, geometry.head_dim)
-    for name, array in (("keys", snapshot.keys), ("values", snapshot.values)):
+    for part, array in (("keys", snapshot.keys), ("values", snapshot.values)):
         if (array.shape, array.dtype) != (shape, snapshot.keys.dtype):
             raise StateError(
-                f"The {name} of the saved KV cache are {array.dtype} {quote(list(array.shape))}, not {dtype} "
-                f"{list(shape)}; save it again."
+                f"{name} has {part} of {array.dtype} {quote(list(array.shape))}, not {dtype} {list(shape)}; "
+                "make it again."
             )
     unknown = [token for token in snapshot.token_ids if not 0 <= token < geometry.vocabulary]
     if unknown:
-        raise StateError(f"The saved KV cache has the token {quote(unknown[0])}, which is not in the vocabulary.")
+        raise StateError(f"{name} has the token {quote(unknown[0])}, which the vocabulary lacks; make it again.")
     if snapshot.position > context.max_seq_len:
         raise ContextError(
-            f"The saved KV cache has {snapshot.position} tokens, but the context holds {context.max_seq_len}; raise "
+            f"{name} has {snapshot.position} tokens, but the context holds {context.max_seq_len}; raise "
             f"--max-seq-len (the model allows {geometry.max_positions})."
         )
 

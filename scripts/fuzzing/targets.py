@@ -102,6 +102,7 @@ def make_bases(fixtures: Path, scratch: Path) -> dict[str, list[Files]]:
         "tokenizer": [{"tokenizer.json": make()[0].to_str().encode()} for make in (byte_level, sentencepiece)],
         "ground-truth": [{"truth.safetensors": _ground_truth(fixtures, scratch)}],
         "unfinished": [_unfinished(fixtures, scratch)],
+        "state": [{"state.safetensors": _state(fixtures, scratch)}],
         "trace": [{"trace.jsonl": TRACE.encode()}],
         "report": [{"report.json": (fixtures / REPORT).read_bytes()}],
     }
@@ -180,6 +181,14 @@ def _ground_truth(fixtures: Path, scratch: Path) -> bytes:
     return (scratch / "truth.safetensors").read_bytes()
 
 
+def _state(fixtures: Path, scratch: Path) -> bytes:
+    """A KV cache with the conversation that led to it."""
+    with Engine.load(fixtures / MODEL, "cpu", threads=1) as engine:
+        engine.chat(CHAT[1:], SamplingParams(max_tokens=3)).finish()
+        engine.save_state(scratch / "state.safetensors", CHAT)
+    return (scratch / "state.safetensors").read_bytes()
+
+
 def _unfinished(fixtures: Path, scratch: Path) -> Files:
     """What a quantization leaves that was stopped before its last layer."""
 
@@ -239,6 +248,12 @@ def _use_unfinished(folder: Path, fixtures: Path) -> None:
     assert out.read_bytes() == (fixtures / EXPECTED).read_bytes(), "another checkpoint, without a word"
 
 
+def _use_state(folder: Path, fixtures: Path) -> None:
+    with Engine.load(fixtures / MODEL, "cpu", threads=1) as engine:
+        messages = engine.load_state(folder / "state.safetensors")
+        engine.chat(messages, SamplingParams(max_tokens=3)).finish()
+
+
 def _use_trace(folder: Path, fixtures: Path) -> None:
     read_trace(folder / "trace.jsonl", lambda text: list(text.encode()), GEOMETRY.vocabulary)
 
@@ -262,6 +277,7 @@ USES: dict[str, Callable[[Path, Path], None]] = {
     "tokenizer": _use_tokenizer,
     "ground-truth": _use_ground_truth,
     "unfinished": _use_unfinished,
+    "state": _use_state,
     "trace": _use_trace,
     "report": _use_report,
 }
