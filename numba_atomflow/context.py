@@ -1,6 +1,6 @@
 """The tokens that the KV cache holds, and the steps that put them there."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,18 +112,25 @@ class Context:
     def feed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Feed tokens; the logits [V] of the last."""
         self.prefill(token_ids, NO_LOGITS)
-        last = (len(token_ids) - 1) % self.backend.prefill_chunk
-        logits: NDArray[np.float32] = self.backend.logits(last, last + 1)[0]
+        return self.last_logits(len(token_ids))
+
+    def last_logits(self, fed: int) -> NDArray[np.float32]:
+        """Logits [V] of the last of the `fed` tokens just fed, with the bits of a decode step's."""
+        row = (fed - 1) % self.backend.prefill_chunk
+        logits: NDArray[np.float32] = self.backend.logits(row, row + 1)[0]
         return logits
 
     def feed_all_logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Feed tokens; the logits [len(token_ids), V] of all of them."""
-        logits, chunk = [], self.backend.prefill_chunk
+        return np.concatenate(list(self.feed_by_chunks(token_ids)))
+
+    def feed_by_chunks(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Feed tokens; the logits [n, V] of one chunk of them after the other."""
+        chunk = self.backend.prefill_chunk
         for start in range(0, len(token_ids), chunk):
             tokens = token_ids[start : start + chunk]
             self.prefill(tokens, NO_LOGITS)
-            logits.append(self.backend.logits(0, len(tokens)))
-        return np.concatenate(logits)
+            yield self.backend.logits(0, len(tokens))
 
     def capture(self, token_ids: Sequence[int], chosen: Sequence[Activation]) -> dict[str, NDArray[np.float32]]:
         """Feed a prompt from position 0 on; its activations [len(token_ids), width] by name."""

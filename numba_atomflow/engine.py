@@ -37,6 +37,8 @@ from numba_atomflow.generation import (
     GenerationStats,
     Request,
     TokenGeneration,
+    host_sampled_loop,
+    needs_logits,
     text_pieces,
     token_loop,
 )
@@ -472,7 +474,7 @@ class Engine:
         def start(reused: int) -> TokenGeneration:
             return TokenGeneration(lambda state: self._token_loop(state, request, reused), self._calls)
 
-        return self._begin(request.prompt, start)
+        return self._begin(request, start)
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
         """Continue a text, or a list of token ids. What the KV cache already holds of it is not computed again.
@@ -539,7 +541,7 @@ class Engine:
 
             return Generation(pieces, self._calls)
 
-        return self._begin(prompt, start)
+        return self._begin(request, start)
 
     def _request(self, prompt: list[int], params: SamplingParams, started: float) -> Request:
         eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
@@ -555,16 +557,21 @@ class Engine:
         return params.constraint.start(self.token_table)
 
     def _token_loop(self, state: GenerationState, request: Request, reused: int) -> Iterator[int]:
-        """`token_loop`; refers to the engine, which therefore lives as long as its generation runs."""
-        yield from token_loop(state, self._open_context(), request, reused)
+        """The loop that generates; refers to the engine, which therefore lives as long as its generation runs."""
+        loop = host_sampled_loop if needs_logits(request.params) else token_loop
+        yield from loop(state, self._open_context(), request, reused)
 
-    def _begin(self, prompt: list[int], start: Callable[[int], NewGeneration]) -> NewGeneration:
+    def _begin(self, request: Request, start: Callable[[int], NewGeneration]) -> NewGeneration:
         """The generation that `start` returns, given how much of the prompt is in the KV cache already."""
 
         def begin() -> NewGeneration:
             context = self._open_context()
             self._end_generation()
-            generation = start(context.rewind_to_common_prefix(prompt))
+            if request.params.prompt_logprobs is None:
+                reused = context.rewind_to_common_prefix(request.prompt)
+            else:  # the KV cache has no logits
+                context.rewind(reused := 0)
+            generation = start(reused)
             self._generation = weakref.ref(generation)
             return generation
 

@@ -6,8 +6,12 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from numba_atomflow.constraints.base import ConstraintState
 from numba_atomflow.context import Context
+from numba_atomflow.logprobs import TokenLogprobs, token_logprobs
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.text.detokenizer import Detokenizer
@@ -49,6 +53,8 @@ class GenerationState:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
 
 class BaseGeneration(Generic[Item]):
@@ -79,6 +85,19 @@ class BaseGeneration(Generic[Item]):
     def stats(self) -> GenerationStats:
         """Counts and times so far."""
         return self._state.stats
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of each token in `token_ids`, if `SamplingParams.logprobs` requests it; otherwise empty."""
+        return self._state.logprobs
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None]:
+        """Of each token of the prompt, None for the first, if `SamplingParams.prompt_logprobs` requests it.
+
+        It is complete when the first item has been generated.
+        """
+        return self._state.prompt_logprobs
 
     def __iter__(self) -> Iterator[Item]:
         return self
@@ -129,7 +148,7 @@ class TokenGeneration(BaseGeneration[int]):
     """A generation in progress: an iterator over its token ids, including EOS.
 
     Attributes:
-        token_ids, finish_reason, stats: as those of `Generation`; there is no "stop".
+        token_ids, finish_reason, stats, logprobs, prompt_logprobs: as those of `Generation`; there is no "stop".
     """
 
 
@@ -142,6 +161,7 @@ class Generation(BaseGeneration[str]):
         finish_reason: None while in progress, then "eos", "stop" (a stop string), "max_tokens", "context" (full) or
             "interrupted" (closed early).
         stats: counts and times.
+        logprobs, prompt_logprobs: of tokens, where the `SamplingParams` request them.
     """
 
     text = ""
@@ -186,9 +206,9 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
     Args:
         context: holds the first `reused` tokens of the prompt, which are not computed again.
     """
-    stats, backend, params = state.stats, context.backend, request.params
+    stats, backend = state.stats, context.backend
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
-    sampler = Sampler(params, context.vocabulary, request.prompt, request.constraint)
+    sampler = Sampler(request.params, context.vocabulary, request.prompt, request.constraint)
     backend.start(sampler)
     context.prefill(request.prompt[reused:], SAMPLE)
     tokens = backend.sampled_tokens()
@@ -196,14 +216,7 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
     while True:
         stats.constraint_seconds = sampler.constraint_seconds
         for number, token in enumerate(tokens, 1):
-            state.token_ids.append(token)
-            stats.tokens += 1
-            if token in request.eos_ids:
-                state.finish_reason = "eos"
-            elif params.max_tokens is not None and stats.tokens >= params.max_tokens:
-                state.finish_reason = "max_tokens"
-            elif context.is_full:
-                state.finish_reason = "context"
+            _record(state, context, request, token)
             yield token
             if state.finish_reason:
                 return
@@ -212,6 +225,68 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
         context.decode(tokens[-1])
         tokens = backend.sampled_tokens()
         stats.decode_seconds = time.perf_counter() - request.started - stats.ttft
+
+
+def needs_logits(params: SamplingParams) -> bool:
+    """Whether the host has to see the logits of each token: then `host_sampled_loop` generates, not `token_loop`."""
+    return params.logprobs is not None or params.prompt_logprobs is not None
+
+
+def host_sampled_loop(state: GenerationState, context: Context, request: Request, reused: int) -> Iterator[int]:
+    """Generate token by token as `token_loop` does, but choose each on the host, from its logits.
+
+    It runs on every backend. On the CPU the tokens are those of `token_loop`, because the logits have the same bits; on
+    a GPU the logits of each token are copied to the host, and no step is launched ahead.
+
+    Args:
+        context: holds the first `reused` tokens of the prompt, which are not computed again.
+    """
+    stats, params = state.stats, request.params
+    stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
+    sampler = Sampler(params, context.vocabulary, request.prompt, request.constraint)
+    if params.prompt_logprobs is None:
+        logits = context.feed(request.prompt[reused:])
+    else:
+        logits = _feed_prompt_with_logprobs(state, context, request.prompt, params.prompt_logprobs)
+    while True:
+        token = sampler.choose(logits)
+        if params.logprobs is not None:
+            state.logprobs.append(token_logprobs(logits, token, params.logprobs))
+        elapsed = time.perf_counter() - request.started
+        if stats.tokens == 0:
+            stats.ttft = elapsed
+        stats.decode_seconds = elapsed - stats.ttft
+        stats.constraint_seconds = sampler.constraint_seconds
+        _record(state, context, request, token)
+        yield token
+        if state.finish_reason:
+            return
+        logits = context.feed([token])
+
+
+def _feed_prompt_with_logprobs(
+    state: GenerationState, context: Context, prompt: list[int], top: int
+) -> NDArray[np.float32]:
+    """Feed all of a prompt and record the log-probabilities of its tokens; the logits [V] of the last."""
+    state.prompt_logprobs.append(None)
+    for logits in context.feed_by_chunks(prompt):
+        for row in logits:
+            if len(state.prompt_logprobs) < len(prompt):  # the last row predicts the first token of the reply
+                token = prompt[len(state.prompt_logprobs)]
+                state.prompt_logprobs.append(token_logprobs(row, token, top))
+    return context.last_logits(len(prompt))
+
+
+def _record(state: GenerationState, context: Context, request: Request, token: int) -> None:
+    """Count a generated token, and say whether it is the last one, and why."""
+    state.token_ids.append(token)
+    state.stats.tokens += 1
+    if token in request.eos_ids:
+        state.finish_reason = "eos"
+    elif request.params.max_tokens is not None and state.stats.tokens >= request.params.max_tokens:
+        state.finish_reason = "max_tokens"
+    elif context.is_full:
+        state.finish_reason = "context"
 
 
 def text_pieces(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _MASK = (1 << 64) - 1
 _LARGEST_TOP_K = (1 << 63) - 1
+MOST_LOGPROBS = 20  # of a position, as in OpenAI's interface
 LEAST_TEMPERATURE = 1e-30  # lower bound: logits divided by it stay finite
 
 
@@ -48,6 +49,11 @@ class SamplingParams:
         constraint: what the reply must satisfy, such as `constraints.JsonSchema`; tokens that it does not allow are
             removed before the other filters, and EOS is allowed exactly where the reply is complete. A reply that ends
             at `max_tokens`, at the end of the context or at a stop string may be incomplete.
+        logprobs: for each generated token its log-probability and those of this many most likely ones, 0 to 20, by the
+            model's own distribution: before penalty, temperature and filters. None: none. Tokens are then chosen on the
+            host, on a GPU at the cost of a copy of the logits for each.
+        prompt_logprobs: the same for each token of the prompt but the first, which nothing predicts. All of the prompt
+            is computed then, whatever the KV cache holds of it.
 
     None means an option's default. Numbers may be Python's or NumPy's; they are converted to Python's, and `stop` to a
     tuple.
@@ -66,6 +72,8 @@ class SamplingParams:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     constraint: "Constraint | None" = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -78,6 +86,14 @@ class SamplingParams:
             (0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "between 0.01 and 100"),
             (self.seed is None or 0 <= self.seed <= _MASK, "seed", "between 0 and 2^64 - 1"),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
+            *(
+                (
+                    number is None or 0 <= number <= MOST_LOGPROBS,
+                    name,
+                    f"between 0 and {MOST_LOGPROBS}, or None for none",
+                )
+                for name, number in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs))
+            ),
         )
         for valid, name, allowed in checks:
             if not valid:
@@ -98,7 +114,7 @@ def _converted(name: str, value: object, default: object) -> object:
     """An option's value, converted to its type."""
     if value is None:
         return default
-    if name in ("top_k", "seed", "max_tokens"):
+    if name in ("top_k", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
         return whole_number(name, value)
     if name == "ignore_eos":
         return truth_value(name, value)
