@@ -550,8 +550,6 @@ class Engine:
     def _constraint_state(self, params: SamplingParams) -> ConstraintState | None:
         if params.constraint is None:
             return None
-        if self.backend.name != "cpu":
-            raise OptionError("A constraint needs logits on the host, which only the CPU backend has; use that one.")
         if not self.checkpoint.text.eos_ids:
             raise OptionError("The model has no EOS token to end a constrained reply with; leave the constraint out.")
         return params.constraint.start(self.token_table)

@@ -190,7 +190,7 @@ class Request:
     Attributes:
         prompt: its tokens. eos_ids: tokens that end the generation.
         started: when the caller asked, by `time.perf_counter`.
-        constraint: the reply's, at its beginning.
+        constraint: the reply's, at its beginning, if `params` has one.
     """
 
     prompt: list[int]
@@ -208,13 +208,11 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
     """
     stats, backend = state.stats, context.backend
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
-    sampler = Sampler(request.params, context.vocabulary, request.prompt, request.constraint)
-    backend.start(sampler)
+    backend.start(Sampler(request.params, context.vocabulary, request.prompt))
     context.prefill(request.prompt[reused:], SAMPLE)
     tokens = backend.sampled_tokens()
     stats.ttft = time.perf_counter() - request.started
     while True:
-        stats.constraint_seconds = sampler.constraint_seconds
         for number, token in enumerate(tokens, 1):
             _record(state, context, request, token)
             yield token
@@ -229,7 +227,7 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
 
 def needs_logits(params: SamplingParams) -> bool:
     """Whether the host has to see the logits of each token: then `host_sampled_loop` generates, not `token_loop`."""
-    return params.logprobs is not None or params.prompt_logprobs is not None
+    return any(option is not None for option in (params.logprobs, params.prompt_logprobs, params.constraint))
 
 
 def host_sampled_loop(state: GenerationState, context: Context, request: Request, reused: int) -> Iterator[int]:
