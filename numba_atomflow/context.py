@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend
-from numba_atomflow.backends.hooks import Edit, EditedBackend, Recorder
+from numba_atomflow.backends.hooks import Edit, EditedBackend, Recorder, unembed
 from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
@@ -145,6 +145,10 @@ class Context:
                 backend.logits(0, len(tokens), recorder)
             self.token_ids.extend(tokens)
         return recorder.arrays
+
+    def unembed(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [n, V] of rows [n, hidden] of a residual stream, without edits."""
+        return unembed(self._unedited, rows)
 
     def begin_edits(self, edits: Sequence[tuple[Activation, Edit]]) -> "ActiveEdits":
         """Run steps under these edits too, until `end_edits`."""

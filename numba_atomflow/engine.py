@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.backends.choose import BackendChoice, BackendName, make_backend
@@ -405,6 +405,27 @@ class Engine:
             return context.capture(ids, chosen)
 
         return self._calls.run(capture)
+
+    def unembed(self, rows: ArrayLike) -> NDArray[np.float32]:
+        """Final norm and LM head of any rows of a residual stream, such as the output of a layer in the middle.
+
+        Edits have no effect here. A generation in progress goes on afterwards.
+
+        Args:
+            rows: numbers [n, hidden], n at least 1.
+
+        Returns:
+            Logits, float32 [n, V].
+
+        Raises:
+            OptionError: `rows` has another shape, or no finite numbers.
+        """
+        hidden, array = self.geometry.hidden, np.asarray(rows)
+        if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != hidden or not len(array):
+            raise OptionError(f"rows is {array.dtype} {list(array.shape)}; it must be numbers of shape [n, {hidden}].")
+        if not np.isfinite(array).all():
+            raise OptionError("rows holds NaN or infinity; give finite numbers.")
+        return self._calls.run(lambda: self._open_context().unembed(array.astype(np.float32)))
 
     @contextmanager
     def edit(self, edits: Mapping[str, Edit]) -> Iterator[None]:

@@ -48,11 +48,14 @@ class _Step:
         assert isinstance(embed, Embed)  # noqa: S101  a step begins with it
         self._residual = embed.residual
 
+    def row(self, op: LmHead) -> int:
+        """The first of the step's rows that the head reads."""
+        return (op.residual.address - self._residual.address) // self._residual.strides[0]
+
     def place(self, activation: Activation, op: Op) -> _Place:
         view: View = getattr(op, activation.field)
         if isinstance(op, LmHead):  # of some of the step's rows
-            row = (op.residual.address - self._residual.address) // self._residual.strides[0]
-            return _Place(view, self.position + row)
+            return _Place(view, self.position + self.row(op))
         if activation.is_cached:
             tokens = op.writes[0].shape[0]
             return _Place(view.rows(self.position, self.position + tokens), self.position)
@@ -112,6 +115,28 @@ class _Edits:
             result = function(rows, place.position)
             if result is not None:
                 memory.write(place.view, _checked(result, activation, place.view))
+
+
+class _Stream:
+    """An observer that puts rows into the residual stream before the LM head reads it."""
+
+    def __init__(self, backend: Backend, rows: Rows) -> None:
+        self._rows, self._step = rows, _Step(backend)
+
+    def before(self, op: Op, memory: Memory) -> None:
+        if isinstance(op, LmHead):
+            first = self._step.row(op)
+            memory.write(op.residual, self._rows[first : first + op.residual.shape[0]])
+
+    def after(self, op: Op, memory: Memory) -> None:
+        """No effect."""
+
+
+def unembed(backend: Backend, rows: Rows) -> Rows:
+    """Logits [n, V] of any rows [n, hidden] of a residual stream: final norm and LM head."""
+    chunk = backend.prefill_chunk
+    parts = [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
+    return np.concatenate([backend.logits(0, len(part), _Stream(backend, part)) for part in parts])
 
 
 def _by_op(entries: Iterable[tuple[Activation, Any]]) -> dict[str, list[Any]]:
