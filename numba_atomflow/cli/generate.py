@@ -24,6 +24,8 @@ Examples:
   numba-atomflow generate --file story.txt --max-tokens 100 --stop "The end"
   git diff | numba-atomflow generate --chat - --quiet
   numba-atomflow generate --max-tokens 20 -- "- milk, - bread,"
+  numba-atomflow generate --file book.txt --max-tokens 1 --save-state book.kv
+  numba-atomflow generate --file book-and-question.txt --load-state book.kv
   numba-atomflow generate "1, 2, 3," --json | jq .stats.tokens_per_second
 """
 
@@ -51,6 +53,7 @@ def generate(
     ignore_eos: options.IgnoreEos = False,
     template_var: options.TemplateVar = None,
     max_seq_len: options.MaxSeqLen = None,
+    state: options.StateOptions,
     engine_options: options.EngineOptions,
     raw_output: options.RawOutput = False,
     as_json: options.Json = False,
@@ -65,12 +68,14 @@ def generate(
     variables = options.template_variables(template_var)
     if variables and not chat:
         raise OptionError("--template-var is for chat templates; give --chat as well.")
+    state.check()
 
     from numba_atomflow.text import template_process
 
     with template_process.prestarted() if chat else nullcontext():  # starts while numba is imported
         params = sampling.params(ignore_eos)
         with engine_options.load(model, max_seq_len) as engine:
+            state.load(engine)
             generation = (
                 engine.chat([{"role": "user", "content": text}], params, template_variables=variables)
                 if chat
@@ -81,6 +86,7 @@ def generate(
                 output.emit_json(_record(engine, generation, params))
             else:
                 _stream(generation, output.reply_writer(raw_output))
+            state.save(engine)
             if not quiet and not as_json:
                 output.say(_report(engine, generation))
 
@@ -119,9 +125,10 @@ def _report(engine: "Engine", generation: "Generation") -> str:
         read = engine.weight_bytes_per_token * stats.tokens_per_second / 1e9
         speed = f"{stats.tokens_per_second:.1f} tok/s, TPOT {stats.tpot * 1e3:.1f} ms, {read:.2f} GB/s of weights"
     backend = engine.backend
+    cached = f", {stats.reused_tokens} of them cached" if stats.reused_tokens else ""
     return (
         f"\nbackend  {backend.name} ({backend.device}), loaded in {engine.load_seconds:.2f} s\n"
-        f"prompt   {stats.prompt_tokens} tokens, TTFT {stats.ttft:.3f} s\n"
+        f"prompt   {stats.prompt_tokens} tokens{cached}, TTFT {stats.ttft:.3f} s\n"
         f"decode   {stats.tokens} tokens, {speed}\n"
         f"finish   {generation.finish_reason}"
     )

@@ -216,6 +216,58 @@ class SamplingOptions(OptionGroup):
         return SamplingParams(**vars(self) | {"stop": tuple(self.stop or ()), "ignore_eos": ignore_eos})
 
 
+# --- the KV cache as a file ------------------------------------------------------------------------------------------
+
+STATE_BAR_AFTER = 2.0  # seconds; most files of a KV cache take less
+
+LoadState = Annotated[
+    Path | None,
+    typer.Option(
+        "--load-state",
+        metavar="FILE",
+        help="A KV cache that was saved with this model: what the prompt has in common with it is not computed again.",
+    ),
+]
+SaveState = Annotated[
+    Path | None, typer.Option("--save-state", metavar="FILE", help="Write the KV cache to FILE when the reply ends.")
+]
+
+
+@dataclass(frozen=True)
+class StateOptions(OptionGroup):
+    """Where the KV cache comes from and goes to."""
+
+    load_state: LoadState = None
+    save_state: SaveState = None
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        """Refuse a file that cannot be written before a reply is generated.
+
+        Raises:
+            OptionError: --overwrite without --save-state.
+            DestinationError: the file exists, or its folder does not.
+        """
+        from numba_atomflow.state.state_file import check_destination
+
+        if self.save_state is not None:
+            check_destination(self.save_state, self.overwrite)
+        elif self.overwrite:
+            raise OptionError("--overwrite is for the file of --save-state; give that as well.")
+
+    def load(self, engine: "Engine") -> None:
+        """Put the saved KV cache into the engine."""
+        if self.load_state is not None:
+            with output.bytes_bar(after=STATE_BAR_AFTER) as progress:
+                engine.load_state(self.load_state, progress)
+
+    def save(self, engine: "Engine") -> None:
+        """Write the engine's KV cache."""
+        if self.save_state is not None:
+            with output.bytes_bar(after=STATE_BAR_AFTER) as progress:
+                engine.save_state(self.save_state, overwrite=self.overwrite, progress=progress)
+
+
 # --- output ----------------------------------------------------------------------------------------------------------
 
 RawOutput = Annotated[

@@ -6,6 +6,7 @@ no such text controls the user's terminal. Only a reply to a file or a pipe, or 
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -100,8 +101,12 @@ def loading_bar() -> AbstractContextManager[Progress | None]:
 
 
 @contextmanager
-def bytes_bar() -> Iterator[Progress | None]:
-    """A progress bar in bytes, over one or more phases; None if standard error is no terminal."""
+def bytes_bar(after: float = 0.0) -> Iterator[Progress | None]:
+    """A progress bar in bytes, over one or more phases; None if standard error is no terminal.
+
+    Args:
+        after: seconds until it is shown: for work that is short most of the time.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -110,18 +115,25 @@ def bytes_bar() -> Iterator[Progress | None]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        phase = 0
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("reading", total=None)
+    phase, shown_from = 0, time.monotonic() + after
 
-        def report(what: str, done: int, total: int) -> None:
-            nonlocal phase
-            if total != phase:  # reset speed and time left
-                bar.reset(task)
-                phase = total
-            bar.update(task, description=one_line(what), completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal phase
+        if not bar.live.is_started and time.monotonic() >= shown_from:
+            bar.start()
+        if total != phase:  # reset speed and time left
+            bar.reset(task)
+            phase = total
+        bar.update(task, description=one_line(what), completed=done, total=total)
 
+    try:
+        if not after:
+            bar.start()
         yield report
+    finally:
+        bar.stop()
 
 
 @contextmanager
