@@ -26,6 +26,7 @@ Examples:
   numba-atomflow generate --max-tokens 20 -- "- milk, - bread,"
   numba-atomflow generate --file book.txt --max-tokens 1 --save-state book.kv
   numba-atomflow generate --file book-and-question.txt --load-state book.kv
+  numba-atomflow generate --chat "Invent a person." --json-schema person.json
   numba-atomflow generate "1, 2, 3," --json | jq .stats.tokens_per_second
 """
 
@@ -50,6 +51,7 @@ def generate(
     ] = False,
     model: options.Model = DEFAULT_MODEL,
     sampling: options.SamplingOptions,
+    constraints: options.ConstraintOptions,
     ignore_eos: options.IgnoreEos = False,
     template_var: options.TemplateVar = None,
     max_seq_len: options.MaxSeqLen = None,
@@ -69,11 +71,12 @@ def generate(
     if variables and not chat:
         raise OptionError("--template-var is for chat templates; give --chat as well.")
     state.check()
+    constraint = constraints.constraint()
 
     from numba_atomflow.text import template_process
 
     with template_process.prestarted() if chat else nullcontext():  # starts while numba is imported
-        params = sampling.params(ignore_eos)
+        params = sampling.params(ignore_eos, constraint)
         with engine_options.load(model, max_seq_len) as engine:
             state.load(engine)
             generation = (
@@ -124,12 +127,15 @@ def _report(engine: "Engine", generation: "Generation") -> str:
     if stats.tokens > 1:
         read = engine.weight_bytes_per_token * stats.tokens_per_second / 1e9
         speed = f"{stats.tokens_per_second:.1f} tok/s, TPOT {stats.tpot * 1e3:.1f} ms, {read:.2f} GB/s of weights"
+    constraint = ""
+    if stats.constraint_seconds:
+        constraint = f"masks    {stats.constraint_seconds / stats.tokens * 1e3:.2f} ms per token\n"
     backend = engine.backend
     cached = f", {stats.reused_tokens} of them cached" if stats.reused_tokens else ""
     return (
         f"\nbackend  {backend.name} ({backend.device}), loaded in {engine.load_seconds:.2f} s\n"
         f"prompt   {stats.prompt_tokens} tokens{cached}, TTFT {stats.ttft:.3f} s\n"
-        f"decode   {stats.tokens} tokens, {speed}\n"
+        f"decode   {stats.tokens} tokens, {speed}\n{constraint}"
         f"finish   {generation.finish_reason}"
     )
 

@@ -15,8 +15,10 @@ import typer
 from numba_atomflow.cli import output
 from numba_atomflow.cli.option_groups import OptionGroup
 from numba_atomflow.errors import OptionError
+from numba_atomflow.files.text_input import read_text_file
 
 if TYPE_CHECKING:
+    from numba_atomflow.constraints import Constraint
     from numba_atomflow.engine import Engine
     from numba_atomflow.sampling import SamplingParams
 
@@ -205,7 +207,7 @@ class SamplingOptions(OptionGroup):
     seed: Seed = None
     stop: Stop = None
 
-    def params(self, ignore_eos: bool = False) -> "SamplingParams":
+    def params(self, ignore_eos: bool = False, constraint: "Constraint | None" = None) -> "SamplingParams":
         """The same for an engine.
 
         Raises:
@@ -213,7 +215,45 @@ class SamplingOptions(OptionGroup):
         """
         from numba_atomflow.sampling import SamplingParams
 
-        return SamplingParams(**vars(self) | {"stop": tuple(self.stop or ()), "ignore_eos": ignore_eos})
+        rest = {"stop": tuple(self.stop or ()), "ignore_eos": ignore_eos, "constraint": constraint}
+        return SamplingParams(**vars(self) | rest)
+
+
+JsonSchemaFile = Annotated[
+    Path | None,
+    typer.Option("--json-schema", metavar="FILE", help="A file with a JSON schema; the reply is JSON that it accepts."),
+]
+GrammarFile = Annotated[
+    Path | None,
+    typer.Option("--grammar", metavar="FILE", help="A file with a grammar, Lark or GBNF; the reply matches it."),
+]
+
+
+@dataclass(frozen=True)
+class ConstraintOptions(OptionGroup):
+    """What the reply must satisfy."""
+
+    json_schema: JsonSchemaFile = None
+    grammar: GrammarFile = None
+
+    def constraint(self) -> "Constraint | None":
+        """The same for an engine.
+
+        Raises:
+            OptionError: there are two, or one is malformed.
+            TextError: a file cannot be read.
+        """
+        if self.json_schema is not None and self.grammar is not None:
+            raise OptionError("A reply has one constraint; give --json-schema or --grammar.")
+        if self.json_schema is not None:
+            from numba_atomflow.constraints import JsonSchema
+
+            return JsonSchema(read_text_file(self.json_schema, "--json-schema"))
+        if self.grammar is not None:
+            from numba_atomflow.constraints import Grammar
+
+            return Grammar(read_text_file(self.grammar, "--grammar"))
+        return None
 
 
 # --- the KV cache as a file ------------------------------------------------------------------------------------------

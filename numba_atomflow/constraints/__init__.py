@@ -1,1 +1,9 @@
-"""Constraints on replies: JSON schemas, regular expressions and grammars."""
+"""Constraints on replies: `SamplingParams(constraint=JsonSchema(...))`.
+
+`Constraint` and `ConstraintState` are what a constraint of one's own implements.
+"""
+
+from numba_atomflow.constraints.base import Constraint, ConstraintState
+from numba_atomflow.constraints.kinds import Choice, Grammar, JsonObject, JsonSchema, Regex
+
+__all__ = ["Choice", "Constraint", "ConstraintState", "Grammar", "JsonObject", "JsonSchema", "Regex"]

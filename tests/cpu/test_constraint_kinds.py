@@ -1,0 +1,203 @@
+"""JSON schemas, regular expressions and grammars: random texts that satisfy them, for tokenizers of all kinds."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import EOS, tiny_tokenizer
+from toy_tokenizers import byte_level, sentencepiece
+
+from numba_atomflow.constraints import Choice, Constraint, Grammar, JsonObject, JsonSchema, Regex
+from numba_atomflow.errors import OptionError
+from numba_atomflow.sampling import Sampler, SamplingParams, tokens_of
+from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
+from numba_atomflow.text.codec import TextAssets
+from numba_atomflow.text.token_table import TokenTable
+
+pytest.importorskip("llguidance")
+jsonschema = pytest.importorskip("jsonschema")
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["a", 'quoted "b"', "ü€", None, 3]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+        "inner": {"$ref": "#/$defs/inner"},
+    },
+    "required": ["name", "age", "kind", "tags"],
+    "additionalProperties": False,
+    "$defs": {
+        "inner": {
+            "anyOf": [
+                {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False},
+                {"type": "string", "pattern": "^[a-z]{2}-[0-9]{2}$"},
+                {"type": "null"},
+            ]
+        }
+    },
+}
+
+ASSETS: dict[str, Callable[[], TextAssets]] = {
+    "bytes": lambda: TextAssets(tiny_tokenizer().to_str().encode(), eos_ids=(1,)),
+    "byte-level": lambda: TextAssets(byte_level()[0].to_str().encode(), eos_ids=(1, 2)),
+    "sentencepiece": lambda: TextAssets(sentencepiece()[0].to_str().encode(), eos_ids=(2,)),
+    "gguf byte-level": lambda: assets_from_gguf(byte_level("qwen2")[1]),
+    "gguf sentencepiece": lambda: assets_from_gguf(sentencepiece(["[INST]"])[1]),
+}
+
+
+@pytest.fixture(scope="module", params=ASSETS)
+def tokens(request: pytest.FixtureRequest) -> TokenTable:
+    table = TokenTable(ASSETS[request.param](), 0)
+    return TokenTable(ASSETS[request.param](), table.codec.vocabulary_size + 5)  # an embedding with padding rows
+
+
+@pytest.fixture(scope="module")
+def bytes_only() -> TokenTable:
+    return TokenTable(ASSETS["bytes"](), 264)
+
+
+def random_reply(constraint: Constraint, tokens: TokenTable, seed: int, most: int = 400) -> str:
+    """A text drawn from uniform logits, up to its EOS."""
+    state = constraint.start(tokens)
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), tokens.vocabulary, (), state)
+    stream, text = tokens.codec.stream(), ""
+    for _ in range(most):
+        allowed = tokens_of(state.allowed(), tokens.vocabulary)  # type: ignore[arg-type]
+        ends = [token for token in tokens.eos_ids if token in allowed]
+        assert bool(ends) == state.is_complete()
+        token = sampler.choose(np.zeros(tokens.vocabulary, np.float32))
+        if token in tokens.eos_ids:
+            return text + stream.flush()
+        assert token not in tokens.special_ids
+        text += stream.push(token)
+    raise AssertionError(f"no end after {text!r}")
+
+
+# --- texts -------------------------------------------------------------------------------------------------------
+
+
+def test_random_replies_satisfy_a_schema(tokens: TokenTable) -> None:
+    constraint = JsonSchema(PERSON)
+    replies = [random_reply(constraint, tokens, seed) for seed in range(12)]
+    for reply in replies:
+        jsonschema.validate(json.loads(reply), PERSON)
+        assert list(json.loads(reply))[:4] == ["name", "age", "kind", "tags"]
+    assert len(set(replies)) > 1
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        (Regex(r"[0-9]{3}-(ab|ü)+?"), r"[0-9]{3}-(ab|ü)+?"),
+        (Regex(r"[αβ€]{2}"), r"[αβ€]{2}"),
+        (Choice(["yes", "no", 'say "no"']), r'yes|no|say "no"'),
+        (Grammar('start: "x" (start "y" | "0")'), r"x+0y*"),
+        (Grammar('root ::= "a" [bc]{2} tail\ntail ::= "d" | "e"'), r"a[bc][bc][de]"),
+    ],
+)
+def test_random_replies_match(constraint: Constraint, pattern: str, tokens: TokenTable) -> None:
+    for seed in range(4):
+        assert re.fullmatch(pattern, random_reply(constraint, tokens, seed))
+
+
+def test_a_json_object_is_one(bytes_only: TokenTable) -> None:
+    state = JsonObject().start(bytes_only)
+    for text, complete in [("{", False), ('"a": [1, {"b": null}]', False), ("}", True)]:
+        for token in bytes_only.codec.encode(text):
+            state.accept(token)
+        assert state.is_complete() == complete
+
+
+def test_a_schema_may_be_a_text(bytes_only: TokenTable) -> None:
+    assert JsonSchema('{"const": 12}') == JsonSchema({"const": 12})
+    assert random_reply(JsonSchema('{"const": 12}'), bytes_only, 0) == "12"
+
+
+def test_white_space_between_values_is_bounded(bytes_only: TokenTable) -> None:
+    state = JsonObject().start(bytes_only)
+    space, brace = bytes_only.spellings.index(b" "), bytes_only.spellings.index(b"{")
+    state.accept(brace)
+    count = 0
+    while space in tokens_of(state.allowed(), bytes_only.vocabulary):
+        state.accept(space)
+        count += 1
+    assert count == 32
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+DEEP: Any = {}
+for _ in range(100_000):
+    DEEP = {"items": DEEP}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: JsonSchema(3), "JSON schema is 3; it must be a JSON object"),  # type: ignore[arg-type]
+        (lambda: JsonSchema("{,}"), "JSON schema cannot be used"),
+        (lambda: JsonSchema("false"), "JSON schema is False; it must be a JSON object"),
+        (lambda: JsonSchema({"const": float("nan")}), "no JSON"),
+        (lambda: JsonSchema({"const": {1, 2}}), "no JSON"),
+        (lambda: JsonSchema({"const": "\ud800"}), "surrogate"),
+        (lambda: JsonSchema(DEEP), "nested too deeply"),
+        (lambda: JsonSchema("[" * 60_000), "nested too deeply"),
+        (lambda: JsonSchema({"const": "x" * 70_000}), "characters; give at most 65536"),
+        (lambda: JsonSchema({"type": "objekt"}), "Invalid type: objekt"),
+        (lambda: JsonSchema({"not": {"type": "string"}}), "Unimplemented keys"),
+        (lambda: JsonSchema({"$ref": "http://127.0.0.1:1/x.json"}), "does not fetch resources"),
+        (lambda: JsonSchema({"$ref": "file:///etc/passwd"}), "does not fetch resources"),
+        (lambda: JsonSchema({"$ref": "#/$defs/missing"}), "does not exist"),
+        (lambda: JsonSchema({"$ref": "#"}), r"JSON schema cannot be (used|satisfied)"),
+        (lambda: JsonSchema({"type": "integer", "minimum": 5, "maximum": 4}), "Unsatisfiable"),
+        (lambda: JsonSchema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
+        (lambda: Regex("[0-9"), "regular expression cannot be used .*unclosed"),
+        (lambda: Regex(""), "regular expression is ''"),
+        (lambda: Regex("a" * 70_000), "characters; give at most 65536"),
+        (lambda: Grammar("start: missing"), "grammar cannot be used"),
+        (lambda: Grammar("start: start"), r"grammar cannot be (used|satisfied)"),
+        (lambda: Grammar("root ::= (" + "(" * 5000), "grammar cannot be used"),
+        (lambda: Grammar("root ::= missing"), "'missing' not found"),
+        (lambda: Grammar(" \n"), "grammar is"),
+        (lambda: Grammar(3), "grammar is 3"),  # type: ignore[arg-type]
+        (lambda: Choice([]), "list of texts"),
+        (lambda: Choice("yes"), "list of texts"),
+        (lambda: Choice(["yes", ""]), "list of texts"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_sentence(
+    make: Callable[[], Constraint], message: str, bytes_only: TokenTable
+) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        make().start(bytes_only)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 350
+
+
+def test_a_grammar_that_grows_too_complex_is_refused_while_it_is_matched(bytes_only: TokenTable) -> None:
+    """Ambiguous in the number of parts: the parser's limit ends it, not the memory."""
+    constraint = Grammar(
+        "start: " + " ".join(f"x{i}" for i in range(2500)) + "\n" + "".join(f'x{i}: "a" | \n' for i in range(2500))
+    )
+    state = constraint.start(bytes_only)
+    letter = bytes_only.spellings.index(b"a")
+
+    def match() -> None:
+        for _ in range(3000):
+            state.allowed()
+            state.accept(letter)
+
+    with pytest.raises(OptionError, match="grammar cannot be used"):
+        match()
+
+
+def test_eos_is_not_spelled(bytes_only: TokenTable) -> None:
+    """The name of a special token in a constant is text, not the token."""
+    reply = random_reply(JsonSchema({"const": EOS}), bytes_only, 0)
+    assert json.loads(reply) == EOS
