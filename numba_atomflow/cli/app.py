@@ -34,6 +34,8 @@ from numba_atomflow.cli.quantize import quantize
 from numba_atomflow.cli.sandbox import COMPARE_EXAMPLES, RUN_EXAMPLES
 from numba_atomflow.cli.sandbox import compare as sandbox_compare
 from numba_atomflow.cli.sandbox import run as sandbox_run
+from numba_atomflow.cli.serve import EXAMPLES as SERVE_EXAMPLES
+from numba_atomflow.cli.serve import serve
 from numba_atomflow.cli.validate import EXAMPLES as VALIDATE_EXAMPLES
 from numba_atomflow.cli.validate import validate
 from numba_atomflow.errors import OptionError
@@ -110,6 +112,7 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
 app = typer.Typer(cls=_Group, rich_markup_mode=None, add_completion=False, epilog=_EXAMPLES)
 app.command(cls=_Command, epilog=GENERATE_EXAMPLES)(_prepared(generate))
 app.command(cls=_Command, epilog=CHAT_EXAMPLES)(_prepared(chat))
+app.command(cls=_Command, epilog=SERVE_EXAMPLES)(_prepared(serve))
 app.command(cls=_Command, epilog=CONVERT_EXAMPLES)(_prepared(convert))
 app.command(cls=_Command, epilog=QUANTIZE_EXAMPLES)(_prepared(quantize))
 app.command(cls=_Command, epilog=PERPLEXITY_EXAMPLES)(_prepared(perplexity))

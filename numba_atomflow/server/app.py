@@ -1,0 +1,249 @@
+"""The routes."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from numba_atomflow.engine import Engine
+from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.server.errors import ApiError, of_engine, unsupported
+from numba_atomflow.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
+from numba_atomflow.server.limits import ApiKey, Limits, LoopbackHost, read_body
+from numba_atomflow.server.metrics import CONTENT_TYPE, Metrics
+from numba_atomflow.server.replies import ChatShape, CompletionShape, Shape
+from numba_atomflow.server.respond import CLIENT_CLOSED_REQUEST, StreamedReply, whole_reply
+from numba_atomflow.server.stream import Stream, Work
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server behaves; where it listens is the business of `run`.
+
+    Attributes:
+        model_name: by which clients know the model.
+        api_key: that they must send; None: none.
+        allow_special: a special token that is spelled in a message becomes that token, as in transformers; otherwise
+            it is text.
+        loopback_only: refuse requests that call the server by another name than localhost.
+        most_waiting: requests in the queue. seconds_per_request: from its arrival to its end.
+        limits: on what a client sends.
+    """
+
+    model_name: str
+    api_key: str | None = None
+    allow_special: bool = False
+    loopback_only: bool = True
+    most_waiting: int = 256
+    seconds_per_request: float = 600.0
+    limits: Limits = field(default_factory=Limits)
+
+
+class Server:
+    """The application for one engine.
+
+    Attributes:
+        app: to be run by an ASGI server.
+        stream: to be started before, and closed after.
+    """
+
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        self._engine, self.options = engine, options
+        self._text = engine.text
+        self.metrics = Metrics()
+        self.stream = Stream(engine, self.metrics, options.most_waiting, options.seconds_per_request)
+        self.metrics.gauge("waiting_requests", "Requests in the queue.", lambda: self.stream.waiting)
+        self.metrics.gauge("running_requests", "Requests being served, 0 or 1.", lambda: self.stream.is_busy)
+        routes = [
+            Route("/health", self._health, methods=["GET"]),
+            Route("/metrics", self._metrics, methods=["GET"]),
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self._model, methods=["GET"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
+        ]
+        paths = frozenset(route.path for route in routes)
+        middleware = [Middleware(_CountResponses, metrics=self.metrics, paths=paths)]
+        if options.loopback_only:
+            middleware.append(Middleware(LoopbackHost))
+        if options.api_key is not None:
+            middleware.append(Middleware(ApiKey, key=options.api_key))
+        self.app = Starlette(routes=routes, middleware=middleware, exception_handlers=_HANDLERS)
+
+    # --- what runs -----------------------------------------------------------------------------------------------
+
+    async def _health(self, _: Request) -> Response:
+        if self.stream.failure is not None:
+            return JSONResponse({"status": "failed", "reason": self.stream.failure}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_record()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model_record())
+
+    def _model_record(self) -> dict[str, Any]:
+        return {
+            "id": self.options.model_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "numba-atomflow",
+            "max_model_len": self._engine.max_seq_len,
+        }
+
+    def _check_model(self, name: str | None) -> None:
+        """A name in a request is compared, and never looked for."""
+        if name not in (None, self.options.model_name):
+            message = f"The model {name!r} does not exist here; this server has {self.options.model_name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    # --- generating ----------------------------------------------------------------------------------------------
+
+    async def _chat(self, request: Request) -> Response:
+        fields = ChatRequest.parse(await read_body(request, self.options.limits))
+        self._check_model(fields.model)
+        if fields.logprobs or fields.top_logprobs:
+            raise unsupported("logprobs", "is not supported by this server")
+
+        def prepare() -> tuple[list[Work], Shape]:
+            prompt = self._conversation(fields.messages, fields.chat_template_kwargs)
+            work = Work(self._fitting(prompt, "messages"), fields.params(fields.most_tokens), is_chat=True)
+            return [work], ChatShape(self.options.model_name, fields.include_usage)
+
+        return await self._reply(request, fields, prepare)
+
+    async def _completions(self, request: Request) -> Response:
+        fields = CompletionRequest.parse(await read_body(request, self.options.limits))
+        self._check_model(fields.model)
+        if fields.logprobs is not None:
+            raise unsupported("logprobs", "is not supported by this server")
+
+        def prepare() -> tuple[list[Work], Shape]:
+            params = fields.params(fields.most_tokens)
+            prompts = [
+                self._fitting(self._text.encode(prompt) if isinstance(prompt, str) else prompt, "prompt")
+                for prompt in fields.prompts
+            ]
+            echoed = [self._echoed(prompt) if fields.echo else "" for prompt in fields.prompts]
+            shape = CompletionShape(self.options.model_name, fields.include_usage, echoed=echoed)
+            return [Work(prompt, params, is_chat=False) for prompt in prompts], shape
+
+        return await self._reply(request, fields, prepare)
+
+    async def _reply(
+        self, request: Request, fields: Sampling, prepare: Callable[[], tuple[list[Work], Shape]]
+    ) -> Response:
+        """Queue up, tokenize while waiting, and answer."""
+        ticket = self.stream.take_ticket()
+        try:
+            work, shape = await run_in_threadpool(prepare)
+            self.stream.submit(ticket, work)
+        except BaseException:
+            self.stream.release(ticket)
+            raise
+        if fields.stream:
+            return StreamedReply(self.stream, ticket, shape, fields.include_usage)
+        return await whole_reply(request, self.stream, ticket, shape)
+
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> list[int]:
+        return self._text.encode_chat(messages, variables)
+
+    def _echoed(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._text.decode(prompt, skip_special=False)
+
+    def _fitting(self, prompt: list[int], param: str) -> list[int]:
+        """The prompt, if the engine can take it."""
+        most, vocabulary = self._engine.max_seq_len, self._engine.geometry.vocabulary
+        if not prompt:
+            raise ApiError(400, f"The {param} has no tokens; give some text.", param=param)
+        if len(prompt) > most:
+            message = f"The {param} has {len(prompt)} tokens, but the context of this server holds {most}; shorten it."
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ApiError(400, f"The {param} holds a token outside the vocabulary of {vocabulary}.", param=param)
+        return prompt
+
+    # --- tokens --------------------------------------------------------------------------------------------------
+
+    async def _tokenize(self, request: Request) -> Response:
+        fields = TokenizeRequest.parse(await read_body(request, self.options.limits))
+        self._check_model(fields.model)
+
+        def encode() -> list[int]:
+            if fields.messages is not None:
+                return self._conversation(fields.messages, fields.chat_template_kwargs)
+            return self._text.encode(fields.prompt or "", add_special=fields.add_special_tokens)
+
+        tokens = await run_in_threadpool(encode)
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._engine.max_seq_len})
+
+    async def _detokenize(self, request: Request) -> Response:
+        fields = DetokenizeRequest.parse(await read_body(request, self.options.limits))
+        self._check_model(fields.model)
+        return JSONResponse({"prompt": await run_in_threadpool(self._text.decode, fields.tokens, skip_special=False)})
+
+
+class _CountResponses:
+    """ASGI middleware: every response is counted, by one of the server's own paths."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self._paths else "other"
+                self._metrics.responded(path, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counting if scope["type"] == "http" else send)
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    if isinstance(error, AtomFlowError):
+        error = of_engine(error)
+    if not isinstance(error, ApiError):
+        raise error
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _refuse_path(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    what = "Unknown request URL" if status == 404 else "Not allowed"
+    refused = ApiError(status, f"{what}: {request.method} {request.url.path}.", code="unknown_url")
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return JSONResponse(refused.body(), status, headers)
+
+
+async def _apologize(_: Request, __: Exception) -> Response:
+    """A bug; its traceback goes to the log."""
+    return JSONResponse(ApiError(500, "The request failed by a bug of this server; see its log.").body(), 500)
+
+
+async def _forget(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+_Handler = Callable[[Request, Exception], Awaitable[Response]]
+_HANDLERS: Mapping[Any, _Handler] = {
+    ApiError: _refuse,
+    AtomFlowError: _refuse,
+    HTTPException: _refuse_path,
+    ClientDisconnect: _forget,
+    Exception: _apologize,
+}

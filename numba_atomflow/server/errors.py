@@ -1,0 +1,83 @@
+"""Errors that a client gets, in the shape of OpenAI's API: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from numba_atomflow.errors import AtomFlowError, ContextError, OptionError, TextError
+from numba_atomflow.files.untrusted import quote
+
+_LONGEST = 500  # characters of a message, parts of which come from the request
+
+
+class ApiError(Exception):
+    """A refused or failed request.
+
+    Attributes:
+        status: HTTP status. message: a sentence. param: the field at fault. code: for programs.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.message = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the response, or of an event in a stream."""
+        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+_BRANCHES = frozenset({"str", "int"})
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+def unsupported(param: str, what: str) -> ApiError:
+    """A field of OpenAI's API that this server does not have."""
+    return ApiError(400, f"{param} {what}.", param=param, code="unsupported_parameter")
+
+
+def of_engine(error: AtomFlowError) -> ApiError:
+    """What a client is told when the engine, the tokenizer or the template raises `error`."""
+    if isinstance(error, ContextError):
+        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, OptionError | TextError):
+        return ApiError(400, str(error))
+    return ApiError(500, str(error))  # the model's file was changed, for example
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """One sentence about the first thing that pydantic found."""
+    found = error.errors(include_url=False)
+    first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
+    # Of a union there is an error for each branch, which names the branch as well: ("stop", "list[str]", 0).
+    same = [item for item in found if item["loc"][:1] == first["loc"][:1]]
+    first = max(same, key=lambda item: len(item["loc"]))
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+    path = [part for part in path if part not in _BRANCHES]
+    param = ".".join(path) or None
+    match first["type"]:
+        case "json_invalid":
+            return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
+        case "extra_forbidden":
+            name = quote(str(first["loc"][-1]))
+            return ApiError(400, f"Unrecognized request argument supplied: {name}.", param=param, code="unknown_field")
+        case "missing":
+            return ApiError(400, f"The field {param} is missing.", param=param, code="missing_field")
+        case "value_error":
+            return ApiError(400, f"{first['ctx']['error']}", param=param)
+        case "model_type" | "model_attributes_type":
+            return ApiError(400, f"{param or 'The body'} must be a JSON object.", param=param)
+    message = first["msg"].removeprefix("Input should be ")
+    return ApiError(400, f"{param} is {quote(first['input'])}; it must be {message}.", param=param)
