@@ -38,11 +38,12 @@ class Context:
         """Whether no further token fits."""
         return len(self.token_ids) >= self.max_seq_len
 
-    def checked(self, token_ids: Sequence[int], used: int) -> list[int]:
+    def checked(self, token_ids: Sequence[int], used: int, what: str = "prompt") -> list[int]:
         """The tokens as a list.
 
         Args:
             used: positions before theirs.
+            what: they are, for messages.
 
         Raises:
             ContextError: they do not fit after `used` others.
@@ -50,14 +51,14 @@ class Context:
         """
         ids = _whole_numbers(token_ids)
         if not ids:
-            raise OptionError("The prompt is empty; give at least one token.")
+            raise OptionError(f"The {what} is empty; give at least one token.")
         for token in (min(ids), max(ids)):
             if not 0 <= token < self.vocabulary:
                 raise OptionError(f"Token {quote(token)} does not exist; the vocabulary has {self.vocabulary} tokens.")
         if len(ids) > self.max_seq_len - used:
             taken = f", of which {used} are taken" if used else ""
             raise ContextError(
-                f"The prompt has {len(ids)} tokens, but the context holds {self.max_seq_len}{taken}; "
+                f"The {what} has {len(ids)} tokens, but the context holds {self.max_seq_len}{taken}; "
                 f"shorten it or raise --max-seq-len (the model allows {self._geometry.max_positions})."
             )
         return ids
@@ -124,13 +125,15 @@ class Context:
         """Feed tokens; the logits [len(token_ids), V] of all of them."""
         return np.concatenate(list(self.feed_by_chunks(token_ids)))
 
-    def feed_by_chunks(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Feed tokens; the logits [n, V] of one chunk of them after the other."""
+    def feed_by_chunks(self, token_ids: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Feed tokens; the logits [n, V] of one chunk after the other, of all tokens from `first` on."""
         chunk = self.backend.prefill_chunk
         for start in range(0, len(token_ids), chunk):
             tokens = token_ids[start : start + chunk]
             self.prefill(tokens, NO_LOGITS)
-            yield self.backend.logits(0, len(tokens))
+            skipped = max(first - start, 0)
+            if skipped < len(tokens):
+                yield self.backend.logits(skipped, len(tokens))
 
     def capture(self, token_ids: Sequence[int], chosen: Sequence[Activation]) -> dict[str, NDArray[np.float32]]:
         """Feed a prompt from position 0 on; its activations [len(token_ids), width] by name."""

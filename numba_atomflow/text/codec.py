@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from numba_atomflow.errors import CheckpointError, TextError
+from numba_atomflow.errors import CheckpointError, OptionError, TextError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.text.detokenizer import Detokenizer, TokenBytes
 from numba_atomflow.text.tokenizers_library import check_growth, translate_errors
@@ -140,6 +140,24 @@ class TextCodec:
         if add_special and self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids.insert(0, self._bos_id)
         return ids
+
+    def encode_pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of what follows it, as lm-evaluation-harness has them (`TemplateLM._encode_pair`).
+
+        White space at the end of the prompt begins the continuation. The prompt is encoded by itself; the tokens of the
+        continuation are those of both texts together, from as many on as the prompt has.
+
+        Raises:
+            OptionError: there are no tokens of the prompt, or none of the continuation.
+            TextError: as `encode`.
+        """
+        ending = len(prompt.rstrip())
+        first, whole = self.encode(prompt[:ending]), self.encode(prompt + continuation)
+        if not first:
+            raise OptionError("The prompt is empty, and the model has no BOS to begin with; give some text.")
+        if len(whole) <= len(first):
+            raise OptionError(f"The continuation {quote(continuation)} has no tokens of its own after its prompt.")
+        return first, whole[len(first) :]
 
     def token_id(self, spelling: str) -> int | None:
         """The id of a vocabulary entry, or None."""
