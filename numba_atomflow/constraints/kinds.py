@@ -14,7 +14,7 @@ from numba_atomflow.files.untrusted import load_json, quote
 from numba_atomflow.text.token_table import TokenTable
 
 # Any indentation, but no endless white space, which small models fall into.
-_WHITE_SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+WHITE_SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class JsonSchema:
     schema: str | Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schema", _json_text(self.schema))
+        object.__setattr__(self, "schema", json_text(self.schema, "The JSON schema"))
 
     def start(self, tokens: TokenTable) -> Matcher:
         """The state at the beginning of a reply."""
         what, library = "The JSON schema", require_llguidance()
         try:
-            grammar = library.LLMatcher.grammar_from_json_schema(self.schema, overrides=_WHITE_SPACE)
+            grammar = library.LLMatcher.grammar_from_json_schema(self.schema, overrides=WHITE_SPACE)
         except ValueError as error:
             raise refused(what, str(error)) from error
         return Matcher(grammar, tokens, what)
@@ -134,13 +134,12 @@ def _require_text(value: object, what: str) -> None:
     check_length(value, what)
 
 
-def _json_text(schema: object) -> str:
-    """A schema as a JSON text.
+def json_text(schema: object, what: str) -> str:
+    """A schema as a JSON text; `what` is its name in a message.
 
     Raises:
         OptionError: it is no JSON object, or too long.
     """
-    what = "The JSON schema"
     try:
         if isinstance(schema, str):
             check_length(schema, what)

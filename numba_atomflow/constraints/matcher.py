@@ -96,7 +96,9 @@ def check_length(text: str, what: str) -> None:
         OptionError: it is longer.
     """
     if len(text) > MOST_CHARACTERS:
-        raise OptionError(f"{what} has {len(text)} characters; give at most {MOST_CHARACTERS}.")
+        raise OptionError(
+            f"{what} {'have' if what.endswith('s') else 'has'} {len(text)} characters; give at most {MOST_CHARACTERS}."
+        )
 
 
 def require_llguidance() -> Any:

@@ -10,12 +10,14 @@ import pytest
 from tiny_models import EOS, tiny_tokenizer
 from toy_tokenizers import byte_level, sentencepiece
 
-from numba_atomflow.constraints import Choice, Constraint, Grammar, JsonObject, JsonSchema, Regex
+from numba_atomflow.constraints import Choice, Constraint, Grammar, JsonObject, JsonSchema, Regex, ToolCalls
+from numba_atomflow.constraints.tools import MOST_CALLS
 from numba_atomflow.errors import OptionError
 from numba_atomflow.sampling import Sampler, SamplingParams, tokens_of
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.text.token_table import TokenTable
+from numba_atomflow.text.tool_calls import HERMES, LLAMA3, CallDelta, ToolCallParser, ToolNotation
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -128,6 +130,49 @@ def test_white_space_between_values_is_bounded(bytes_only: TokenTable) -> None:
         state.accept(space)
         count += 1
     assert count == 32
+
+
+# --- tools -------------------------------------------------------------------------------------------------------
+
+TOOLS: list[tuple[str, dict[str, Any] | None]] = [
+    (
+        'quoted "name"',
+        {
+            "properties": {"x": {"$ref": "#/$defs/digit"}},
+            "required": ["x"],
+            "additionalProperties": False,
+            "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}},
+        },
+    ),
+    ("no_arguments", {"type": "object", "properties": {}, "additionalProperties": False}),
+]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("notation", [HERMES, LLAMA3], ids=lambda notation: notation.name)
+def test_random_calls_are_calls_of_the_tools(notation: ToolNotation, several: bool, tokens: TokenTable) -> None:
+    schemas = dict(TOOLS)
+    constraint, counts = ToolCalls(notation, TOOLS, several), set[int]()
+    for seed in range(6):
+        parser = ToolCallParser(notation, schemas)
+        events = [*parser.push(random_reply(constraint, tokens, seed, most=2000)), *parser.flush()]
+        calls = [event for event in events if isinstance(event, CallDelta)]
+        assert calls == events
+        for begin, arguments in zip(calls[::2], calls[1::2], strict=True):
+            jsonschema.validate(json.loads(arguments.arguments), schemas[begin.name])
+        counts.add(len(calls) // 2)
+    assert 1 <= min(counts) <= max(counts) <= (MOST_CALLS if several else 1)
+
+
+def test_tools_that_cannot_be_called_are_refused(bytes_only: TokenTable) -> None:
+    with pytest.raises(OptionError, match="no tools"):
+        ToolCalls(HERMES, [])
+    with pytest.raises(OptionError, match="tool's schema cannot be used"):
+        ToolCalls(HERMES, [("x", {"const": {1, 2}})])
+    with pytest.raises(OptionError, match="tools' schemas have"):
+        ToolCalls(HERMES, [("x" * 70_000, None)])
+    with pytest.raises(OptionError, match=r"tools' schemas cannot be used .*Invalid type: objekt"):
+        ToolCalls(HERMES, [("x", {"type": "objekt"})]).start(bytes_only)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
