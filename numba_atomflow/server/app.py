@@ -15,11 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError
-from numba_atomflow.server.errors import ApiError, of_engine, unsupported
+from numba_atomflow.server.errors import ApiError, of_engine
 from numba_atomflow.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
 from numba_atomflow.server.limits import ApiKey, Limits, LoopbackHost, read_body
+from numba_atomflow.server.logprobs import CompletionLogprobs, TokenNames
 from numba_atomflow.server.metrics import CONTENT_TYPE, Metrics
-from numba_atomflow.server.replies import ChatShape, CompletionShape, Shape
+from numba_atomflow.server.replies import ChatShape, CompletionShape, Prompt, Shape
 from numba_atomflow.server.respond import CLIENT_CLOSED_REQUEST, StreamedReply, whole_reply
 from numba_atomflow.server.stream import Stream, Work
 
@@ -58,6 +59,7 @@ class Server:
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
         self._engine, self.options = engine, options
         self._text = engine.text
+        self._names = TokenNames(engine.text.token_bytes)
         self.metrics = Metrics()
         self.stream = Stream(engine, self.metrics, options.most_waiting, options.seconds_per_request)
         self.metrics.gauge("waiting_requests", "Requests in the queue.", lambda: self.stream.waiting)
@@ -117,31 +119,28 @@ class Server:
     async def _chat(self, request: Request) -> Response:
         fields = ChatRequest.parse(await read_body(request, self.options.limits))
         self._check_model(fields.model)
-        if fields.logprobs or fields.top_logprobs:
-            raise unsupported("logprobs", "is not supported by this server")
 
         def prepare() -> tuple[list[Work], Shape]:
             prompt = self._conversation(fields.messages, fields.chat_template_kwargs)
-            work = Work(self._fitting(prompt, "messages"), fields.params(fields.most_tokens), is_chat=True)
-            return [work], ChatShape(self.options.model_name, fields.include_usage)
+            params = fields.params(fields.most_tokens, logprobs=fields.top_logprobs or 0 if fields.logprobs else None)
+            names = self._names if fields.logprobs else None
+            shape = ChatShape(self.options.model_name, fields.include_usage, names=names)
+            return [Work(self._fitting(prompt, "messages"), params, is_chat=True)], shape
 
         return await self._reply(request, fields, prepare)
 
     async def _completions(self, request: Request) -> Response:
         fields = CompletionRequest.parse(await read_body(request, self.options.limits))
         self._check_model(fields.model)
-        if fields.logprobs is not None:
-            raise unsupported("logprobs", "is not supported by this server")
 
         def prepare() -> tuple[list[Work], Shape]:
-            params = fields.params(fields.most_tokens)
-            prompts = [
-                self._fitting(self._text.encode(prompt) if isinstance(prompt, str) else prompt, "prompt")
-                for prompt in fields.prompts
-            ]
-            echoed = [self._echoed(prompt) if fields.echo else "" for prompt in fields.prompts]
-            shape = CompletionShape(self.options.model_name, fields.include_usage, echoed=echoed)
-            return [Work(prompt, params, is_chat=False) for prompt in prompts], shape
+            prompts = [self._prompt(fields, prompt) for prompt in fields.prompts]
+            scored = fields.logprobs if fields.echo else None
+            only_prompt = bool(fields.echo) and fields.most_tokens == 0
+            most = 1 if only_prompt else fields.most_tokens
+            params = fields.params(most, logprobs=fields.logprobs, prompt_logprobs=scored)
+            work = [Work(prompt.token_ids, params, is_chat=False, only_prompt=only_prompt) for prompt in prompts]
+            return work, CompletionShape(self.options.model_name, fields.include_usage, prompts=prompts)
 
         return await self._reply(request, fields, prepare)
 
@@ -163,8 +162,12 @@ class Server:
     def _conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> list[int]:
         return self._text.encode_chat(messages, variables)
 
-    def _echoed(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._text.decode(prompt, skip_special=False)
+    def _prompt(self, fields: CompletionRequest, prompt: str | list[int]) -> Prompt:
+        is_text = isinstance(prompt, str)
+        token_ids = self._fitting(self._text.encode(prompt) if isinstance(prompt, str) else prompt, "prompt")
+        echoed = prompt if isinstance(prompt, str) else self._text.decode(prompt, skip_special=False)
+        logprobs = None if fields.logprobs is None else CompletionLogprobs(self._names, echoed_special=not is_text)
+        return Prompt(token_ids, echoed if fields.echo else "", logprobs)
 
     def _fitting(self, prompt: list[int], param: str) -> list[int]:
         """The prompt, if the engine can take it."""

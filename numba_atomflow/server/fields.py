@@ -8,11 +8,10 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from numba_atomflow.sampling import SamplingParams
+from numba_atomflow.sampling import MOST_LOGPROBS, SamplingParams
 from numba_atomflow.server.errors import of_validation, unsupported
 
 MOST_PROMPTS = 256  # of one request to /v1/completions
-MOST_LOGPROBS = 20
 
 # Values that change nothing, by the name of a field that is refused with any other value.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -149,6 +148,12 @@ class ChatRequest(Sampling):
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     verbosity: Any = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise unsupported("top_logprobs", "needs logprobs to be true")
+        return self
 
     @property
     def most_tokens(self) -> int | None:

@@ -3,11 +3,13 @@
 import json
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from numba_atomflow.server.stream import Ended, Piece
+from numba_atomflow.logprobs import TokenLogprobs
+from numba_atomflow.server.logprobs import CompletionLogprobs, TokenNames, chat_logprobs, joined
+from numba_atomflow.server.stream import Ended, Piece, Progress, PromptScored
 
 _REASONS = {"eos": "stop", "stop": "stop", "max_tokens": "length", "context": "length", "interrupted": "length"}
 
@@ -25,10 +27,10 @@ class Shape(Protocol):
     def opening(self) -> list[dict[str, Any]]:
         """Chunks that a stream begins with."""
 
-    def chunks(self, event: Piece | Ended) -> list[dict[str, Any]]:
+    def chunks(self, event: Progress) -> list[dict[str, Any]]:
         """Chunks of a stream."""
 
-    def add(self, event: Piece | Ended) -> None:
+    def add(self, event: Progress) -> None:
         """Take an event into the reply that `whole` returns."""
 
     def whole(self) -> dict[str, Any]:
@@ -82,32 +84,41 @@ class _Base:
 
 @dataclass
 class ChatShape(_Base):
-    """Of /v1/chat/completions."""
+    """Of /v1/chat/completions.
 
+    Args:
+        names: of tokens, where the log-probabilities of the reply are wanted.
+    """
+
+    names: TokenNames | None = None
     _prefix = "chatcmpl"
     _text: list[str] = field(default_factory=list)
+    _logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def opening(self) -> list[dict[str, Any]]:
         return [self._delta({"role": "assistant", "content": ""})]
 
-    def chunks(self, event: Piece | Ended) -> list[dict[str, Any]]:
-        if isinstance(event, Piece):
-            return [self._delta({"content": event.text})] if event.text else []
-        self._ended.append(event)
-        return [self._delta({}, _REASONS[event.finish_reason])]
-
-    def add(self, event: Piece | Ended) -> None:
-        if isinstance(event, Piece):
-            self._text.append(event.text)
-        else:
+    def chunks(self, event: Progress) -> list[dict[str, Any]]:
+        if isinstance(event, Ended):
             self._ended.append(event)
+            return [self._delta({}, reason=_REASONS[event.finish_reason])]
+        if isinstance(event, PromptScored):
+            return []
+        logprobs = _shown(event)
+        return [self._delta({"content": event.text}, logprobs)] if event.text or logprobs else []
+
+    def add(self, event: Progress) -> None:
+        if isinstance(event, Ended):
+            self._ended.append(event)
+        elif isinstance(event, Piece):
+            self._text.append(event.text)
+            self._logprobs += _shown(event)
 
     def whole(self) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(self._text), "refusal": None}
         choice = {
             "index": 0,
-            "message": message,
-            "logprobs": None,
+            "message": {"role": "assistant", "content": "".join(self._text), "refusal": None},
+            "logprobs": self._logprobs_record(self._logprobs),
             "finish_reason": _REASONS[self._ended[0].finish_reason],
         }
         return self._record("chat.completion", [choice]) | {"usage": self.usage()}
@@ -115,52 +126,93 @@ class ChatShape(_Base):
     def usage_chunk(self) -> dict[str, Any]:
         return self._record("chat.completion.chunk", []) | {"usage": self.usage()}
 
-    def _delta(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _delta(
+        self, delta: dict[str, Any], logprobs: Sequence[TokenLogprobs] = (), reason: str | None = None
+    ) -> dict[str, Any]:
+        record = self._logprobs_record(logprobs) if logprobs else None
+        choice = {"index": 0, "delta": delta, "logprobs": record, "finish_reason": reason}
         return self._chunk("chat.completion.chunk", [choice])
+
+    def _logprobs_record(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        return None if self.names is None else chat_logprobs(self.names, logprobs)
+
+
+def _shown(event: Piece) -> list[TokenLogprobs]:
+    """Log-probabilities of the tokens of a chat's text; EOS is not part of it."""
+    return event.logprobs[:-1] if event.is_eos else event.logprobs
+
+
+class Prompt(NamedTuple):
+    """A prompt of /v1/completions.
+
+    Attributes:
+        echoed: the text to put before the reply; "" without `echo`.
+        logprobs: those of the choice, where they are wanted.
+    """
+
+    token_ids: list[int]
+    echoed: str
+    logprobs: CompletionLogprobs | None
 
 
 @dataclass
 class CompletionShape(_Base):
-    """Of /v1/completions.
+    """Of /v1/completions."""
 
-    Args:
-        echoed: the text to put before each reply; "" without `echo`.
-    """
-
-    echoed: list[str] = field(default_factory=list)
+    prompts: Sequence[Prompt] = ()
     _prefix = "cmpl"
-    _texts: list[list[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._texts = [[prompt.echoed] for prompt in self.prompts]
+        self._logprobs: list[list[dict[str, Any]]] = [[] for _ in self.prompts]
 
     def opening(self) -> list[dict[str, Any]]:
-        return [self._part(index, text) for index, text in enumerate(self.echoed) if text]
+        return [self._part(number, prompt.echoed) for number, prompt in enumerate(self.prompts) if prompt.echoed]
 
-    def chunks(self, event: Piece | Ended) -> list[dict[str, Any]]:
-        if isinstance(event, Piece):
-            return [self._part(event.choice, event.text)] if event.text else []
-        self._ended.append(event)
-        return [self._part(event.choice, "", _REASONS[event.finish_reason])]
+    def chunks(self, event: Progress) -> list[dict[str, Any]]:
+        if isinstance(event, Ended):
+            self._ended.append(event)
+            return [self._part(event.choice, "", reason=_REASONS[event.finish_reason])]
+        logprobs, text = self._logprobs_record(event), event.text if isinstance(event, Piece) else ""
+        return [self._part(event.choice, text, logprobs)] if text or logprobs else []
 
-    def add(self, event: Piece | Ended) -> None:
+    def add(self, event: Progress) -> None:
         if isinstance(event, Ended):
             self._ended.append(event)
             return
-        while len(self._texts) <= event.choice:
-            self._texts.append([self.echoed[len(self._texts)]])
-        self._texts[event.choice].append(event.text)
+        if isinstance(event, Piece):
+            self._texts[event.choice].append(event.text)
+        if (logprobs := self._logprobs_record(event)) is not None:
+            self._logprobs[event.choice].append(logprobs)
 
     def whole(self) -> dict[str, Any]:
         choices = [
-            self._choice(ended.choice, "".join(text), _REASONS[ended.finish_reason])
-            for ended, text in zip(self._ended, self._texts, strict=True)
+            self._choice(
+                ended.choice,
+                "".join(text),
+                joined(logprobs) if logprobs else None,
+                _REASONS[ended.finish_reason],
+            )
+            for ended, text, logprobs in zip(self._ended, self._texts, self._logprobs, strict=True)
         ]
         return self._record("text_completion", choices) | {"usage": self.usage()}
 
     def usage_chunk(self) -> dict[str, Any]:
         return self._record("text_completion", []) | {"usage": self.usage()}
 
-    def _part(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
-        return self._chunk("text_completion", [self._choice(index, text, reason)])
+    def _part(
+        self, index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        return self._chunk("text_completion", [self._choice(index, text, logprobs, reason)])
 
-    def _choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs_record(self, event: PromptScored | Piece) -> dict[str, Any] | None:
+        prompt = self.prompts[event.choice]
+        if prompt.logprobs is None or not event.logprobs:
+            return None
+        if isinstance(event, PromptScored):
+            return prompt.logprobs.prompt(prompt.token_ids, event.logprobs)
+        return prompt.logprobs.reply(event.logprobs)

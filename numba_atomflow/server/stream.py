@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 from numba_atomflow.engine import Engine, FinishReason, Generation
 from numba_atomflow.errors import AtomFlowError, CheckpointError
+from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.server.errors import ApiError, of_engine
 
@@ -27,19 +28,33 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """One generation. With `is_chat` the reply begins a text; otherwise it continues the prompt."""
+    """One generation.
+
+    Attributes:
+        is_chat: the reply begins a text; otherwise it continues the prompt.
+        only_prompt: nothing but the prompt's log-probabilities is wanted.
+    """
 
     prompt: list[int]
     params: SamplingParams
     is_chat: bool
+    only_prompt: bool = False
 
 
 class Piece(NamedTuple):
-    """A part of a reply: the text that is complete with these tokens."""
+    """A token, and the text that is complete with it."""
 
     choice: int  # number of the generation among those of the request
     text: str
-    token_ids: list[int]
+    logprobs: list[TokenLogprobs]  # empty unless requested
+    is_eos: bool
+
+
+class PromptScored(NamedTuple):
+    """Log-probabilities of a prompt, before the first piece."""
+
+    choice: int
+    logprobs: list[TokenLogprobs | None]
 
 
 class Ended(NamedTuple):
@@ -58,7 +73,8 @@ class Failed(NamedTuple):
     error: ApiError
 
 
-Event = Piece | Ended | Failed
+Progress = PromptScored | Piece | Ended  # of a generation
+Event = Progress | Failed
 
 
 class Observer(Protocol):
@@ -268,25 +284,30 @@ class Stream:
         self._mean_seconds += 0.2 * (time.monotonic() - started - self._mean_seconds)
 
     def _generate(self, ticket: Ticket, choice: int, work: Work) -> None:
-        cached = self._prefill(ticket, work.prompt)
+        scored = work.params.prompt_logprobs is not None
+        cached = 0 if scored else self._prefill(ticket, work.prompt)
         start: Callable[..., Generation] = self.engine.chat_tokens if work.is_chat else self.engine.generate
         generation = start(work.prompt, work.params)
         begun = first = time.monotonic()
-        sent = 0
+        tokens = 0
         with suppress(StopIteration):
             while True:
                 text = generation.step()
-                token_ids = generation.token_ids[sent:]
-                if not sent:
+                if not tokens:
                     first = time.monotonic()
                     self.observer.first_token(first - (ticket.arrived if choice == 0 else begun))
-                sent += len(token_ids)
-                ticket.put(Piece(choice, text, token_ids))
+                    if scored:
+                        ticket.put(PromptScored(choice, generation.prompt_logprobs))
+                    if work.only_prompt:
+                        break
+                logprobs = generation.logprobs[tokens:]
+                tokens = len(generation.token_ids)
+                ticket.put(Piece(choice, text, logprobs, generation.finish_reason == "eos"))
                 if ticket.is_over() or self._closing:
                     generation.close()
-                    self._check(ticket, sent)
+                    self._check(ticket, tokens)
                     break
-        ended = Ended(choice, generation.finish_reason or "interrupted", len(work.prompt), cached, sent)
+        ended = Ended(choice, generation.finish_reason or "max_tokens", len(work.prompt), cached, tokens)
         self.observer.generated(ended, time.monotonic() - first)
         ticket.put(ended)
 

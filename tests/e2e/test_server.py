@@ -23,10 +23,12 @@ def engine(tiny_checkpoint: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def expected(engine: Engine) -> dict[str, str]:
+def expected(engine: Engine) -> dict[str, Any]:
     """Greedy replies of 12 tokens, before the server has the engine."""
     params = SamplingParams(max_tokens=12, ignore_eos=True)
+    scored = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2)
     return {
+        "logprobs": engine.chat(MESSAGES, scored).finish().logprobs,
         "chat": engine.chat(MESSAGES, params).finish().text,
         "text": engine.generate("Once", params).finish().text,
         "other": engine.generate("Twice", params).finish().text,
@@ -34,7 +36,7 @@ def expected(engine: Engine) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def live(engine: Engine, expected: dict[str, str]) -> Iterator[Live]:
+def live(engine: Engine, expected: dict[str, Any]) -> Iterator[Live]:
     with live_server(engine) as live:
         yield live
 
@@ -50,7 +52,7 @@ def completion(**fields: Any) -> dict[str, Any]:
 # --- replies ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_gets_the_engines_reply(live: Live, expected: dict[str, str]) -> None:
+def test_a_chat_gets_the_engines_reply(live: Live, expected: dict[str, Any]) -> None:
     answer = live.post("/v1/chat/completions", chat(model=NAME))
     assert answer.status == 200
     (choice,) = answer.body["choices"]
@@ -61,7 +63,7 @@ def test_a_chat_gets_the_engines_reply(live: Live, expected: dict[str, str]) -> 
     assert usage["total_tokens"] == usage["prompt_tokens"] + 12
 
 
-def test_a_stream_has_the_same_text_and_then_the_usage(live: Live, expected: dict[str, str]) -> None:
+def test_a_stream_has_the_same_text_and_then_the_usage(live: Live, expected: dict[str, Any]) -> None:
     body = chat(stream=True, stream_options={"include_usage": True})
     answer = live.post("/v1/chat/completions", body)
     assert answer.headers["Content-Type"].startswith("text/event-stream")
@@ -74,7 +76,7 @@ def test_a_stream_has_the_same_text_and_then_the_usage(live: Live, expected: dic
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
-def test_a_completion_continues_texts_and_token_ids(live: Live, expected: dict[str, str]) -> None:
+def test_a_completion_continues_texts_and_token_ids(live: Live, expected: dict[str, Any]) -> None:
     ids = live.post("/tokenize", {"prompt": "Once"}).body["tokens"]
     for prompt in ("Once", ids, [ids]):
         answer = live.post("/v1/completions", completion(prompt=prompt))
@@ -85,7 +87,7 @@ def test_a_completion_continues_texts_and_token_ids(live: Live, expected: dict[s
     assert answer.body["usage"]["completion_tokens"] == 24
 
 
-def test_a_streamed_completion_numbers_its_prompts(live: Live, expected: dict[str, str]) -> None:
+def test_a_streamed_completion_numbers_its_prompts(live: Live, expected: dict[str, Any]) -> None:
     answer = live.post("/v1/completions", completion(prompt=["Once", "Twice"], stream=True, echo=True))
     texts = {0: "", 1: ""}
     for chunk in events(answer.body)[:-1]:
@@ -93,7 +95,7 @@ def test_a_streamed_completion_numbers_its_prompts(live: Live, expected: dict[st
     assert texts == {0: "Once" + expected["text"], 1: "Twice" + expected["other"]}
 
 
-def test_a_stop_string_and_the_context_end_a_reply(live: Live, engine: Engine, expected: dict[str, str]) -> None:
+def test_a_stop_string_and_the_context_end_a_reply(live: Live, engine: Engine, expected: dict[str, Any]) -> None:
     stop = expected["text"][3:5]
     answer = live.post("/v1/completions", completion(stop=stop))
     assert answer.body["choices"][0]["text"] == expected["text"].partition(stop)[0]
@@ -136,6 +138,47 @@ def test_models_health_and_metrics(live: Live) -> None:
     assert live.metric("atomflow_waiting_requests") == 0
 
 
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def test_a_chats_logprobs_are_the_engines(live: Live, expected: dict[str, Any]) -> None:
+    body = chat(logprobs=True, top_logprobs=2)
+    content = live.post("/v1/chat/completions", body).body["choices"][0]["logprobs"]["content"]
+    assert [item["logprob"] for item in content] == [item.logprob for item in expected["logprobs"]]
+    assert [len(item["top_logprobs"]) for item in content] == [2] * 12
+    for item in content:  # greedy
+        assert item["top_logprobs"][0] == {key: item[key] for key in ("token", "logprob", "bytes")}
+    assert bytes(byte for item in content for byte in item["bytes"]).decode(errors="replace") == expected["chat"]
+    streamed = events(live.post("/v1/chat/completions", body | {"stream": True}).body)[:-1]
+    parts = [chunk["choices"][0]["logprobs"] for chunk in streamed]
+    again = [item for part in parts if part for item in part["content"]]
+    assert [item["token"] for item in again] == [item["token"] for item in content]
+    logprobs = [item["logprob"] for item in content]
+    assert [item["logprob"] for item in again] == pytest.approx(logprobs, abs=1e-4)  # a prefix hit: other last bits
+    assert live.post("/v1/chat/completions", chat(top_logprobs=2)).status == 400
+
+
+def test_an_echoed_prompt_is_scored(live: Live, engine: Engine) -> None:
+    ids = live.post("/tokenize", {"prompt": "Once upon"}).body["tokens"]
+    body = completion(prompt=[ids], echo=True, logprobs=1, max_tokens=1)
+    (choice,) = live.post("/v1/completions", body).body["choices"]
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(ids) + 1
+    assert "".join(logprobs["tokens"][:-1]) == "Once upon"
+    assert logprobs["text_offset"] == list(range(len(ids) + 1))
+    assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
+    columns = [logprobs[key][1:] for key in ("tokens", "token_logprobs", "top_logprobs")]
+    for token, logprob, top in zip(*columns, strict=True):
+        assert top[token] == logprob <= max(top.values())
+    only = live.post("/v1/completions", body | {"max_tokens": 0}).body
+    assert only["choices"][0]["text"] == "Once upon"
+    assert only["choices"][0]["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:-1]
+    assert only["usage"]["completion_tokens"] == 0
+    streamed = events(live.post("/v1/completions", body | {"stream": True}).body)[:-1]
+    parts = [chunk["choices"][0]["logprobs"] for chunk in streamed]
+    assert [value for part in parts if part for value in part["token_logprobs"]] == logprobs["token_logprobs"]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +213,7 @@ def test_what_is_wrong_is_said_in_openais_shape(live: Live, fields: dict[str, An
     assert error["message"].endswith(".")
 
 
-def test_neutral_values_and_hints_are_accepted(live: Live, expected: dict[str, str]) -> None:
+def test_neutral_values_and_hints_are_accepted(live: Live, expected: dict[str, Any]) -> None:
     body = chat(
         n=1, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, user="me", metadata={"a": "b"}, seed=None
     )
@@ -191,7 +234,7 @@ def test_messages_may_have_parts_and_a_developer(live: Live) -> None:
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-def test_openais_client(live: Live, expected: dict[str, str]) -> None:
+def test_openais_client(live: Live, expected: dict[str, Any]) -> None:
     openai = pytest.importorskip("openai", reason="pip install openai")
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == [NAME]
@@ -216,7 +259,7 @@ def test_openais_client(live: Live, expected: dict[str, str]) -> None:
             client.chat.completions.create(messages=MESSAGES, model=NAME, n=2)
 
 
-def test_langchains_client(live: Live, expected: dict[str, str]) -> None:
+def test_langchains_client(live: Live, expected: dict[str, Any]) -> None:
     langchain_openai = pytest.importorskip("langchain_openai", reason="pip install langchain-openai")
     model = langchain_openai.ChatOpenAI(
         model=NAME, base_url=f"{live.url}/v1", api_key="none", temperature=0, max_tokens=12, max_retries=0,
