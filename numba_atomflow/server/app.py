@@ -17,7 +17,7 @@ from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.server.errors import ApiError, of_engine
 from numba_atomflow.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
-from numba_atomflow.server.limits import ApiKey, Limits, LoopbackHost, read_body
+from numba_atomflow.server.limits import ApiKey, HeaderSize, Limits, LoopbackHost, read_body
 from numba_atomflow.server.logprobs import CompletionLogprobs, TokenNames
 from numba_atomflow.server.metrics import CONTENT_TYPE, Metrics
 from numba_atomflow.server.replies import ChatShape, CompletionShape, Prompt, Shape
@@ -76,6 +76,7 @@ class Server:
         ]
         paths = frozenset(route.path for route in routes)
         middleware = [Middleware(_CountResponses, metrics=self.metrics, paths=paths)]
+        middleware.append(Middleware(HeaderSize, limits=options.limits))
         if options.loopback_only:
             middleware.append(Middleware(LoopbackHost))
         if options.api_key is not None:
@@ -160,7 +161,7 @@ class Server:
         return await whole_reply(request, self.stream, ticket, shape)
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> list[int]:
-        return self._text.encode_chat(messages, variables)
+        return self._text.encode_chat(messages, variables, allow_special=self.options.allow_special)
 
     def _prompt(self, fields: CompletionRequest, prompt: str | list[int]) -> Prompt:
         is_text = isinstance(prompt, str)

@@ -74,6 +74,23 @@ def _refused(status: int, message: str) -> ApiError:
     return ApiError(status, message, headers={"Connection": "close"})
 
 
+class HeaderSize:
+    """ASGI middleware: headers are limited also where they came with one read, and h11 has not counted them."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app, self._most = app, limits.header_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            size = len(scope["raw_path"]) + len(scope["query_string"])
+            size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+            if size > self._most:
+                error = ApiError(431, f"The headers are larger than {self._most} bytes.")
+                await JSONResponse(error.body(), 431, {"Connection": "close"})(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class ApiKey:
     """ASGI middleware: requests need ``Authorization: Bearer KEY``, but those of `OPEN_PATHS`.
 

@@ -5,7 +5,7 @@ receives plain data copied from the messages. Jinja is imported only in that pro
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -53,6 +53,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         template_variables: Mapping[str, Any] | None = None,
+        replace: Callable[[Any], Any] | None = None,
     ) -> str:
         """Format a conversation as the model was trained on it.
 
@@ -63,6 +64,7 @@ class ChatTemplate:
             add_generation_prompt: end with the opening of the assistant's reply.
             template_variables: further template variables, such as ``{"enable_thinking": False}``, or the ``tools``
                 that the model may call.
+            replace: applied to the messages and the variables once they are plain data, as one value.
 
         Raises:
             TextError: a message is malformed, or the template raises an error or exceeds its limits of time, memory or
@@ -74,9 +76,12 @@ class ChatTemplate:
             raise TextError("The chat has no messages; give at least one with role 'user'.")
         if "developer" not in self._source:  # OpenAI's newer name of the system role, which few templates support
             plain = [message | {"role": "system"} if message["role"] == "developer" else message for message in plain]
+        variables = plain_variables({} if template_variables is None else template_variables)
+        if replace is not None:
+            plain, variables = replace([plain, variables])
         return self._request(
             {"tools": None, "documents": None}
-            | plain_variables({} if template_variables is None else template_variables)
+            | variables
             | self._special_tokens
             | {"messages": plain, "add_generation_prompt": bool(add_generation_prompt)}
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numba_atomflow.errors import CheckpointError, OptionError, TextError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.text.detokenizer import Detokenizer, TokenBytes
+from numba_atomflow.text.special_as_text import SpecialAsText
 from numba_atomflow.text.tokenizers_library import check_growth, translate_errors
 
 if TYPE_CHECKING:
@@ -197,14 +198,42 @@ class TextCodec:
         return self._chat_template.render(messages, add_generation_prompt, template_variables)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], template_variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_variables: Mapping[str, Any] | None = None,
+        *,
+        allow_special: bool = True,
     ) -> list[int]:
         """Token ids of a conversation, up to the assistant's reply. The template writes the BOS.
+
+        Args:
+            messages, template_variables: see `ChatTemplate.render`.
+            allow_special: a special token that is spelled in them becomes that token, as in transformers. Otherwise it
+                is encoded as text, for messages of people who are not trusted.
 
         Raises:
             TextError, OptionError: as `render_chat`, and as `encode`.
         """
-        return self.encode(self.render_chat(messages, template_variables=template_variables), add_special=False)
+        if allow_special:
+            return self.encode(self.render_chat(messages, template_variables=template_variables), add_special=False)
+        marks: list[str] = []
+
+        def escape(value: Any) -> Any:
+            escaped = self._special_as_text.escape(value)
+            if escaped.value != value:
+                marks.append(escaped.mark)
+            return escaped.value
+
+        rendered = self._chat_template.render(messages, True, template_variables, escape)
+        if not marks:  # the ordinary case
+            return self.encode(rendered, add_special=False)
+        with translate_errors("The model's tokenizer cannot encode the text", "fetch the model again"):
+            return self._special_as_text.encode(rendered, marks[0])
+
+    @cached_property
+    def _special_as_text(self) -> SpecialAsText:
+        with translate_errors("The model's tokenizer.json cannot be read", "fetch the model again"):
+            return SpecialAsText(self._tokenizer)
 
     @cached_property
     def _chat_template(self) -> "ChatTemplate":
