@@ -14,13 +14,16 @@ Examples:
   numba-atomflow chat
   numba-atomflow chat --model my-model.safetensors --system "Answer in one sentence."
   numba-atomflow chat --temperature 0.7 --top-p 0.9
+  numba-atomflow chat --template-var enable_thinking=false
   printf 'Name a river.\\nAnd another one.\\n' | numba-atomflow chat --quiet
   numba-atomflow chat --json < questions.txt | jq .text
 
 \b
-In the conversation, lines that begin with / are commands: /help, /reset, /save FILE, /quit. To say /TEXT, type //TEXT.
-In a pipe, a line that begins with / and is none of these commands is a message like any other.
-Ctrl-C stops a reply; at the prompt, it leaves.
+In the conversation, lines that begin with / are commands, such as /undo, /retry, /save FILE and /load FILE; /help has
+all of them, with examples. To say /TEXT, type //TEXT. In a pipe, a line that begins with / and is none of the commands
+is a message like any other.
+A line that ends in a backslash continues on the next one; lines between two lines of three quotes are one message.
+Ctrl-C stops a reply; twice, it leaves.
 """
 
 

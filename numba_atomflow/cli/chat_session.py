@@ -4,31 +4,46 @@ A terminal has a prompt, line editing and a history that is kept between session
 turn submits the whole conversation; prefix caching leaves only the new tokens to compute.
 """
 
-import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from numba_atomflow import home
 from numba_atomflow.cli import output
+from numba_atomflow.cli.chat_input import ChatInput, Entry, edit_text, line_editing
+from numba_atomflow.cli.chat_reply import ReplyWriter
+from numba_atomflow.cli.conversation import Conversation, LoadedMessages, Message, text_of
+from numba_atomflow.cli.options import STATE_BAR_AFTER
 from numba_atomflow.engine import Engine, Generation
-from numba_atomflow.errors import AtomFlowError, ContextError, DestinationError, TextError
-from numba_atomflow.files.atomic import write_whole
-from numba_atomflow.files.text_input import as_unicode, read_line
+from numba_atomflow.errors import AtomFlowError, ContextError, OptionError, TextError
 from numba_atomflow.sampling import SamplingParams
+from numba_atomflow.state.state_file import is_state_file
+from numba_atomflow.text.reasoning import prompt_opening
 from numba_atomflow.utils.arguments import file_path
 
-PROMPT = "> "
-HISTORY_LINES = 1000
+_HELP = '''/save chat.json     write the conversation to a file, in the shape of OpenAI's interface
+/save chat.kv --kv  the same with the KV cache, so that /load has nothing to compute
+/load chat.json     go on with a conversation of a file of either kind
+/undo               forget the last message and its reply
+/retry              another reply to the last message
+/edit               change the last message in $EDITOR, and send it again
+/think              show the reasoning of the last reply; /think on: of every reply, /think off: folded away
+/reset              start a new conversation
+/quit               leave; so do Ctrl-D, and Ctrl-C twice
+//TEXT              say /TEXT, for a message that begins with /
+Ctrl-C              stop a reply; what was generated stays in the conversation
 
-_HELP = """/reset      start a new conversation
-/save FILE  write the conversation to FILE as JSON
-/quit       leave; so does Ctrl-D, and Ctrl-C at the prompt
-//TEXT      say /TEXT, for a message that begins with /
-Ctrl-C      stop a reply; what was generated stays in the conversation"""
+A message of several lines: a backslash at the end of a line continues it, and three quotes surround a block:
+> """
+... def double(x):
+...     return 2 * x
+... """'''
+
+_LEAVING = "[Ctrl-C again leaves, and so does Ctrl-D]"
+_KV_OPTION = "--kv"
 
 
 class ChatSession:
@@ -62,18 +77,25 @@ class ChatSession:
         self.params = params
         self.quiet = quiet
         self.as_json = as_json
+        self.raw_output = raw_output
         self.template_variables = template_variables
-        self._write = output.reply_writer(raw_output)
         self.interactive = sys.stdin.isatty()
-        self._opening = [] if system is None else [{"role": "system", "content": system}]
-        self.messages = list(self._opening)
-        self._first_line = True
-        self._saved: set[Path] = set()  # files that this session wrote, and may replace
-        first = {"role": "user", "content": "Hello"}  # fails now, not at the first turn
-        engine.text.render_chat([*self._opening, first], template_variables=template_variables)
+        self.conversation = Conversation(system)
+        self._input = ChatInput(self.interactive)
+        self._show_reasoning = False
+        self._attempt = 0  # replies to the last message before this one
+        self._interrupted = False  # Ctrl-C was the last thing typed
+        self._own_files: set[Path] = set()  # that this session may replace
+        first = [*self.conversation.messages, {"role": "user", "content": "Hello"}]
+        self._reasoning_opening = prompt_opening(self._render(first))  # fails now, not at the first turn
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        return self.engine.text.render_chat(messages, template_variables=self.template_variables)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Read lines and answer them until the end of input, or /quit.
+        """Read entries and answer them until the end of input, or /quit.
 
         Raises:
             AtomFlowError: a turn of a piped conversation failed; at a terminal, the session goes on.
@@ -82,57 +104,74 @@ class ChatSession:
             model, backend = self.engine.checkpoint.path.stem, self.engine.backend
             output.say(f"{model} on {backend.name} ({backend.device}), context of {self.engine.max_seq_len} tokens")
             output.say("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
-        with _line_editing(self.interactive):
-            while (line := self._read_line()) is not None:
-                line = line.strip()
-                if line == "/quit":
-                    return
-                try:
-                    self._answer(line)
-                except AtomFlowError as error:
-                    if not self.interactive:
-                        raise
-                    output.say(f"error: {error}")
-                except KeyboardInterrupt:  # meant for a reply that has just ended
-                    if not self.interactive:
-                        raise
-                    output.say("")
+        with line_editing(self.interactive):
+            while self._turn():
+                pass
 
-    def _answer(self, line: str) -> None:
-        """Run a command, or reply to a message; an empty line is ignored.
+    def _turn(self) -> bool:
+        """Read and answer one entry; False if the session ends."""
+        try:
+            entry = self._input.read()
+            if entry is None or entry == Entry("/quit", is_literal=False):
+                return False
+            self._interrupted = False
+            self._answer(entry)
+        except AtomFlowError as error:
+            if not self.interactive:
+                raise
+            output.say(f"error: {error}")
+        except KeyboardInterrupt:  # at the prompt, or meant for a reply that has just ended
+            if not self.interactive:
+                raise
+            output.say("" if self._interrupted else f"\n{_LEAVING}")
+            if self._interrupted:
+                return False
+            self._interrupted = True
+        return True
+
+    def _answer(self, entry: Entry) -> None:
+        """Run a command, or reply to a message; an empty one is ignored.
 
         At a terminal an unknown command is an error; in a pipe it is a message, such as a path or a comment.
         """
-        if not line:
+        text = entry.text
+        if not text:
             return
-        if self.interactive and line.startswith("//"):
-            self.reply(line[1:])
-        elif not line.startswith("/"):
-            self.reply(line)
-        elif not self._command(line):
+        if entry.is_literal or not text.startswith("/"):
+            self._say(text)
+        elif self.interactive and text.startswith("//"):
+            self._say(text[1:])
+        elif not self._command(text):
             if self.interactive:
-                output.say(f"There is no command {line}; /help lists them, //TEXT says /TEXT.")
+                output.say(f"There is no command {text}; /help lists them, //TEXT says /TEXT.")
             else:
-                self.reply(line)
+                self._say(text)
 
-    def reply(self, text: str) -> None:
-        """Answer one message and write the reply to standard output; at a terminal, Ctrl-C ends it early.
+    def _say(self, text: str) -> None:
+        self._attempt = 0
+        self._reply([*self.conversation.messages, {"role": "user", "content": text}])
+
+    # --- replies -----------------------------------------------------------------------------------------------------
+
+    def _reply(self, messages: list[Message]) -> None:
+        """Answer a conversation, which then is this session's, and write the reply to standard output.
+
+        At a terminal, Ctrl-C ends the reply early. If there is none, the conversation stays as it was.
 
         Raises:
-            ContextError: the conversation has become too long. The message is discarded.
+            ContextError: the conversation has become too long.
         """
-        message = {"role": "user", "content": text}
         generation: Generation | None = None
+        writer = ReplyWriter(self.raw_output, bool(self._reasoning_opening), self._show_reasoning)
         try:
-            generation = self.engine.chat(
-                [*self.messages, message], self.params, template_variables=self.template_variables
-            )
+            generation = self.engine.chat(messages, self._params(), template_variables=self.template_variables)
             for piece in generation:
                 if not self.as_json:
-                    self._write(piece)
+                    writer.push(piece, generation.stats.tokens)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
+            self._interrupted = True
             if generation is not None:
                 generation.close()
         except ContextError as error:
@@ -142,18 +181,25 @@ class ChatSession:
             ) from error
         except AtomFlowError:
             if generation is not None and generation.text and not self.as_json:
-                output.emit("\n")  # so that the error begins a line
+                writer.end()  # so that the error begins a line
             raise
         if generation is None or (not generation.text and generation.finish_reason == "interrupted"):
             output.say("\n[stopped before the first token; the message is discarded]")
             return
-        self.messages += [message, {"role": "assistant", "content": generation.text}]
+        reply = {"role": "assistant", "content": self._reasoning_opening + generation.text}
+        self.conversation.messages = [*messages, reply]
         if self.as_json:
             output.emit_json(self._record(generation), indent=None)
             return
-        if not generation.text.endswith("\n"):
-            output.emit("\n")
+        writer.end()
         self._report(generation)
+
+    def _params(self) -> SamplingParams:
+        """Those of the session; another seed for another attempt."""
+        seed = self.params.seed
+        if seed is None or not self._attempt:
+            return self.params
+        return replace(self.params, seed=(seed + self._attempt) % (1 << 64))
 
     def _record(self, generation: Generation) -> dict[str, Any]:
         return {
@@ -178,92 +224,126 @@ class ChatSession:
                 f"reply {stats.tokens} tokens{speed}]"
             )
 
+    # --- commands ----------------------------------------------------------------------------------------------------
+
     def _command(self, line: str) -> bool:
         """Run a command; False if it is none."""
         name, _, rest = line.partition(" ")
-        match name, rest.strip():
-            case "/help", "":
-                output.say(_HELP)
-            case "/reset", "":
-                self.messages = list(self._opening)
-                self.engine.reset()
-                output.say("[new conversation]")
-            case "/save", file if file:
-                name = os.fsdecode(file.encode(errors="surrogateescape"))  # the bytes typed, in every locale
-                self._save(home.expand_user(file_path("FILE", name)))
+        rest = rest.strip()
+        actions = {
+            "/help": lambda: output.say(_HELP),
+            "/reset": self._reset,
+            "/undo": self._undo,
+            "/retry": self._retry,
+            "/edit": self._edit,
+            "/think": self._show_last_reasoning,
+        }
+        match name, rest:
+            case "/think", "on" | "off":
+                self._show_reasoning = rest == "on"
+                output.say(f"[reasoning is {'shown' if self._show_reasoning else 'folded away'}]")
             case "/save", _:
-                output.say("Name the file: /save FILE")
+                self._save(rest)
+            case "/load", _:
+                self._load(rest)
+            case _, "" if name in actions:
+                actions[name]()
             case _:
                 return False
         return True
 
-    def _save(self, path: Path) -> None:
-        """Write the conversation.
+    def _reset(self) -> None:
+        self.conversation.reset()
+        self.engine.reset()
+        output.say("[new conversation]")
+
+    def _undo(self) -> None:
+        before = self.conversation.before_last_user()
+        if before is None:
+            output.say("[there is no message to forget]")
+            return
+        self.conversation.messages = before
+        output.say(f"[forgotten; the conversation has {len(before)} messages now]")
+
+    def _retry(self) -> None:
+        before, last = self.conversation.before_last_user(), self.conversation.last_user()
+        if before is None or last is None:
+            output.say("[there is no message to reply to]")
+            return
+        if self.params.greedy:
+            output.say("[without --temperature, every reply to a message is the same]")
+        self._attempt += 1
+        self._reply([*before, last])
+
+    def _edit(self) -> None:
+        if not self.interactive:
+            raise OptionError("/edit opens an editor, which needs a terminal; use /undo and send another message.")
+        last = self.conversation.last_user()
+        before = self.conversation.before_last_user() if last is not None else self.conversation.messages
+        old = "" if last is None else text_of(last)
+        text = edit_text(old).strip()
+        if not text or text == old:
+            output.say("[nothing was changed, and nothing sent]")
+            return
+        self._attempt = 0
+        self._reply([*(before or ()), {"role": "user", "content": text}])
+
+    def _show_last_reasoning(self) -> None:
+        output.say(self.conversation.last_reasoning() or "[the last reply has no reasoning]")
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _save(self, argument: str) -> None:
+        """Write the conversation, with --kv and the KV cache.
 
         Raises:
             DestinationError: the file exists and is not one of this session, or cannot be written.
         """
-        record = {"model": str(self.engine.checkpoint.path), "messages": self.messages}
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        try:
-            target = path.resolve()
-            ours = target in self._saved
-            write_whole(target if ours else path, text.encode(errors="replace"), replace=ours)
-        except FileExistsError as error:
-            raise DestinationError(f"{path} exists; choose another name.") from error
-        except OSError as error:
-            raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another name.") from error
-        self._saved.add(path.resolve())
+        with_cache = f" {argument}".endswith(f" {_KV_OPTION}")
+        path = _path(argument.removesuffix(_KV_OPTION).rstrip() if with_cache else argument)
+        if path is None:
+            output.say(f"Name the file: /save FILE, or /save FILE {_KV_OPTION}")
+            return
+        own = path.resolve() in self._own_files
+        path = path.resolve() if own else path
+        if with_cache:
+            with output.bytes_bar(after=STATE_BAR_AFTER) as progress:
+                self.engine.save_state(path, self.conversation.messages, overwrite=own, progress=progress)
+        else:
+            self.conversation.write(path, self.engine.checkpoint.path, replace=own)
+        self._own_files.add(path.resolve())
         output.say(f"[saved to {path}]")
 
-    def _read_line(self) -> str | None:
-        """The next line, or None at the end of input."""
-        try:
-            if self.interactive and sys.stdout.isatty():
-                return _edited_line()
-            if self.interactive:
-                output.say(PROMPT, end="")  # standard output is redirected, and gets replies only
-            line = read_line(self._first_line)
-            self._first_line = False
-            return line or None
-        except EOFError:
-            line = None
-        except KeyboardInterrupt:
-            if not self.interactive:
-                raise
-            line = None
-        output.say("")  # so that the shell's prompt begins a line
-        return line
+    def _load(self, argument: str) -> None:
+        """Go on with the conversation of a file; on an error, with the one before.
+
+        Raises:
+            TextError: the file is missing, damaged, or no conversation, or the model's chat template refuses it.
+            StateError: it holds a KV cache of another model or format, or is damaged.
+        """
+        path = _path(argument)
+        if path is None:
+            output.say("Name the file: /load FILE")
+            return
+        if is_state_file(path):
+            with output.bytes_bar(after=STATE_BAR_AFTER) as progress:
+                messages = self.engine.load_state(path, progress)
+            if not messages:
+                raise TextError(f"{path} holds a KV cache without a conversation; make one with /save FILE --kv.")
+            is_own = True
+        else:
+            loaded = LoadedMessages(path)
+            messages, is_own = loaded.messages, not loaded.other_keys
+        self._render(messages)
+        self.conversation.messages = messages
+        if is_own:
+            self._own_files.add(path.resolve())
+        reply = "; the last has no reply, /retry asks for one" if messages[-1].get("role") == "user" else ""
+        output.say(f"[loaded {len(messages)} messages from {path}{reply}]")
 
 
-def _edited_line() -> str:
-    """A line typed at a terminal; an empty one if it is no text."""
-    try:
-        return as_unicode(input(PROMPT), "The line", sys.stdin.encoding)
-    except (UnicodeDecodeError, TextError):
-        output.say("error: The line is not UTF-8 text; set the terminal to UTF-8.")
-        return ""
-
-
-@contextmanager
-def _line_editing(interactive: bool) -> Iterator[None]:
-    """Line editing, and a history that is kept between sessions, if Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        interactive = False
-    if not interactive:
-        yield
-        return
-    file = home.home() / "chat_history"
-    with suppress(OSError):  # no history yet
-        readline.read_history_file(file)
-    try:
-        yield
-    finally:
-        readline.set_history_length(HISTORY_LINES)
-        with suppress(OSError):  # a read-only home: no history
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".chat_history.{os.getpid()}")
-            readline.write_history_file(partial)
-            partial.replace(file.resolve())
+def _path(text: str) -> Path | None:
+    """A file's path as it was typed, in every locale; None for nothing."""
+    if not text:
+        return None
+    return home.expand_user(file_path("FILE", os.fsdecode(text.encode(errors="surrogateescape"))))

@@ -6,11 +6,12 @@ receives plain data copied from the messages. Jinja is imported only in that pro
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
 from numba_atomflow.errors import OptionError, TextError
-from numba_atomflow.files.untrusted import escape_controls, quote
+from numba_atomflow.files.untrusted import escape_controls, load_json, quote
 from numba_atomflow.text import template_process
 
 Message = Mapping[str, Any]
@@ -159,6 +160,7 @@ def _plain_message(number: int, message: Message) -> dict[str, Any]:
             plain[str.__str__(key)] = _text(value) if key == "content" and value is not None else _plain(value)
         except _NotPlainError as error:
             raise TextError(f"The {quote(key)} of message {number} of the chat {error}.") from error
+    _parse_arguments(plain)
     role = plain["role"]
     if not isinstance(role, str):
         raise TextError(f"The 'role' of message {number} of the chat is {type(role).__name__}; it must be text.")
@@ -167,6 +169,20 @@ def _plain_message(number: int, message: Message) -> dict[str, Any]:
             f"Message {number} of the chat has the unknown role {quote(role)}; roles are {', '.join(ROLES)}."
         )
     return plain
+
+
+def _parse_arguments(message: dict[str, Any]) -> None:
+    """Replace the arguments of tool calls, which are JSON text in OpenAI's interface, by the object that templates
+    expect, as transformers does. Other text stays.
+    """
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with suppress(ValueError, _NotPlainError):
+                arguments = _plain(load_json(function["arguments"]))
+                if isinstance(arguments, dict):
+                    function["arguments"] = arguments
 
 
 class _NotPlainError(Exception):

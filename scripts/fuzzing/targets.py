@@ -19,6 +19,7 @@ from toy_tokenizers import byte_level, sentencepiece
 from numba_atomflow import Engine, SamplingParams, cli
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.cli.bench import show
+from numba_atomflow.cli.conversation import LoadedMessages
 from numba_atomflow.cli.report import Format
 from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry
@@ -41,6 +42,16 @@ MODEL_GGUF = "model.gguf"
 SETTINGS = bench.Settings(4, 3, (0, 8), 1)
 UNFINISHED = "out.safetensors"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|eos|> {{ 1 }}"}]
+CONVERSATION = [
+    {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"at": "Rome"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+]
 TEXTS = ("", "Hello, wörld! 🙂", "<|bos|>a<|eos|>b", "\0\x1b[2J")
 TEMPLATES = (
     CHAT_TEMPLATE,
@@ -103,6 +114,7 @@ def make_bases(fixtures: Path, scratch: Path) -> dict[str, list[Files]]:
         "ground-truth": [{"truth.safetensors": _ground_truth(fixtures, scratch)}],
         "unfinished": [_unfinished(fixtures, scratch)],
         "state": [{"state.safetensors": _state(fixtures, scratch)}],
+        "conversation": [{"chat.json": json.dumps(record).encode()} for record in (CONVERSATION, {"messages": CHAT})],
         "trace": [{"trace.jsonl": TRACE.encode()}],
         "report": [{"report.json": (fixtures / REPORT).read_bytes()}],
     }
@@ -254,6 +266,11 @@ def _use_state(folder: Path, fixtures: Path) -> None:
         engine.chat(messages, SamplingParams(max_tokens=3)).finish()
 
 
+def _use_conversation(folder: Path, fixtures: Path) -> None:
+    messages = LoadedMessages(folder / "chat.json").messages
+    assert isinstance(ChatTemplate(CHAT_TEMPLATE, {}).render(messages), str)
+
+
 def _use_trace(folder: Path, fixtures: Path) -> None:
     read_trace(folder / "trace.jsonl", lambda text: list(text.encode()), GEOMETRY.vocabulary)
 
@@ -278,6 +295,7 @@ USES: dict[str, Callable[[Path, Path], None]] = {
     "ground-truth": _use_ground_truth,
     "unfinished": _use_unfinished,
     "state": _use_state,
+    "conversation": _use_conversation,
     "trace": _use_trace,
     "report": _use_report,
 }

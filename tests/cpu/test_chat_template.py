@@ -258,6 +258,19 @@ def test_a_python_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyP
             "{{ messages[0].content is none }} {{ messages[0].tool_calls | tojson }}",
             'True [{"function": {"name": "f", "arguments": {"x": null}}}]',
         ),
+        (  # OpenAI's interface has JSON text there
+            {"tool_calls": [{"function": {"name": "f", "arguments": '{"x": null}'}}]},
+            "{{ messages[0].tool_calls[0].function.arguments | tojson }}",
+            '{"x": null}',
+        ),
+        *(  # no JSON object that a template could be given
+            ({"tool_calls": [{"function": {"arguments": text}}]}, "{{ messages[0].tool_calls[0] }}", shown)
+            for text, shown in (
+                ("{", "{'function': {'arguments': '{'}}"),
+                ("[1]", "{'function': {'arguments': '[1]'}}"),
+                ('{"x": NaN}', """{'function': {'arguments': '{"x": NaN}'}}"""),
+            )
+        ),
         ({"tool_calls": [{"id": "1"}]}, "{{ messages[0].content is defined }}", "False"),
     ],
 )

@@ -1,9 +1,12 @@
 """Fixtures of the command-line tests."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from cli_runner import InProcess
+from terminals import Terminal
 from tiny_models import write_hf_folder
 
 from numba_atomflow import home
@@ -45,3 +48,10 @@ def smollm2_home(cli_home: Path, smollm2_checkpoint: Path) -> Path:
     (cli_home / "models").mkdir()
     (cli_home / "models" / "smollm2-135m-instruct.safetensors").symlink_to(smollm2_checkpoint)
     return cli_home
+
+
+@pytest.fixture
+def at_terminal() -> Iterator[Callable[..., Terminal]]:
+    """Start commands at terminals; what is still running when the test ends is killed."""
+    with ExitStack() as open_terminals:
+        yield lambda *arguments: open_terminals.enter_context(closing(Terminal(*arguments)))

@@ -2,20 +2,17 @@
 
 import io
 import json
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from child_processes import Watchdog, finish, wait
+from child_processes import finish, wait
 from cli_runner import InProcess, assert_refused, command_line, environment, run_cli
+from terminals import Terminal
 
 CACHED = re.compile(r"prompt (\d+) tokens, (\d+) of them cached; reply (\d+) tokens")
 
@@ -75,7 +72,7 @@ def test_commands(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path, monkeyp
     assert len(turns) == 3  # nothing after /quit
     assert turns[1][1] > 0
     assert turns[2][1] == 0  # /reset empties the KV cache
-    for talk in ("/save FILE  write", "Name the file", f"saved to {second}"):
+    for talk in ("/save chat.json     write", "Name the file", f"saved to {second}"):
         assert talk in outcome.err
 
 
@@ -157,74 +154,6 @@ def test_input_that_is_not_utf8(cli_home: Path, tiny_checkpoint: Path) -> None:
 # --- at a terminal --------------------------------------------------------------------------------------------------
 
 
-# Makes standard input the controlling terminal, so that Ctrl-C becomes a signal.
-TAKE_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
-
-
-class Terminal:
-    """A command at a terminal of its own."""
-
-    def __init__(self, home: Path, *arguments: object) -> None:
-        master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command_line(*arguments, before=TAKE_TERMINAL),
-            env=environment(home, TERM="xterm"),
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-        )
-        os.close(slave)
-        self._master = master
-        self.shown = ""
-
-    def expect(self, pattern: str) -> str:
-        """Wait for a text; returns everything up to its end, and forgets it."""
-        watchdog = Watchdog(self.process, f"the text {pattern!r}")
-        while not (hit := re.search(pattern, self.shown)):
-            if not select.select([self._master], [], [], 1)[0]:
-                watchdog.check()
-            else:
-                try:
-                    self.shown += os.read(self._master, 4096).decode(errors="replace")
-                except OSError as error:  # on Linux: the other end is closed
-                    raise AssertionError(f"{pattern!r} never came: {self.shown!r}") from error
-        seen, self.shown = self.shown[: hit.end()], self.shown[hit.end() :]
-        return seen
-
-    def type(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
-
-    def leave(self, keys: str) -> int:
-        """Type keys after which the command should end; its exit code."""
-        self.type(keys)
-        return wait(self.process)
-
-    def press_ctrl_c_until_it_leaves(self) -> int:
-        """The exit code. Python's readline does not see a signal that comes when the prompt is shown but it does not
-        wait for input yet; a person presses the keys again.
-        """
-        watchdog = Watchdog(self.process, "the end after Ctrl-C")
-        while self.process.poll() is None:
-            with suppress(OSError, subprocess.TimeoutExpired):  # OSError: it has just left
-                self.type("\x03")
-                self.process.wait(5)
-            watchdog.check()
-        return self.process.returncode
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-
-@pytest.fixture
-def at_terminal() -> Iterator[Callable[..., Terminal]]:
-    """Start commands at terminals; what is still running when the test ends is killed."""
-    with ExitStack() as open_terminals:
-        yield lambda *arguments: open_terminals.enter_context(closing(Terminal(*arguments)))
-
-
 @pytest.fixture
 def history(smollm2_home: Path) -> Path:
     """Where a chat in the default model's home keeps its history: nowhere yet."""
@@ -267,11 +196,12 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_session(
     assert history.read_text().splitlines()[0].startswith("Write a very long story")
 
 
-def test_ctrl_c_at_the_prompt_leaves(
+def test_ctrl_c_twice_at_the_prompt_leaves(
     at_terminal: Callable[..., Terminal], cli_home: Path, tiny_checkpoint: Path
 ) -> None:
     terminal = at_terminal(cli_home, "chat", "--model", tiny_checkpoint)
     assert "/help lists the commands" in terminal.expect("> ")
+    terminal.press_ctrl_c_until("Ctrl-C again leaves, and so does Ctrl-D")
     assert terminal.press_ctrl_c_until_it_leaves() == 0
 
 
