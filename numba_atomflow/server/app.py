@@ -20,6 +20,7 @@ from numba_atomflow.server.fields import ChatRequest, CompletionRequest, Detoken
 from numba_atomflow.server.limits import ApiKey, HeaderSize, Limits, LoopbackHost, read_body
 from numba_atomflow.server.logprobs import CompletionLogprobs, TokenNames
 from numba_atomflow.server.metrics import CONTENT_TYPE, Metrics
+from numba_atomflow.server.page import page_routes
 from numba_atomflow.server.replies import ChatShape, CompletionShape, Prompt, Shape
 from numba_atomflow.server.respond import CLIENT_CLOSED_REQUEST, StreamedReply, whole_reply
 from numba_atomflow.server.stream import Stream, Work
@@ -73,6 +74,7 @@ class Server:
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
+            *page_routes(),
         ]
         paths = frozenset(route.path for route in routes)
         middleware = [Middleware(_CountResponses, metrics=self.metrics, paths=paths)]

@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from numba_atomflow.errors import OptionError
 from numba_atomflow.files.untrusted import quote
+from numba_atomflow.server import page
 from numba_atomflow.server.errors import ApiError
 
-OPEN_PATHS = frozenset({"/health"})  # need no key
+OPEN_PATHS = frozenset({"/health"}) | page.PATHS  # need no key
 
 
 @dataclass(frozen=True)
