@@ -65,16 +65,24 @@ class Live:
         """The value of a metric, with its labels in the name."""
         key = self.server.options.api_key
         page = self.get("/metrics", **({"Authorization": f"Bearer {key}"} if key else {})).body
-        return next(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(name + " "))
+        values = (float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(name + " "))
+        return next(values, 0.0)  # of labels there is nothing until they occur
 
 
 @contextmanager
-def live_server(engine: Engine, *, limits: Limits | None = None, **options: Any) -> Iterator[Live]:
-    """Serve this engine, which no other thread uses meanwhile."""
+def live_server(
+    engine: Engine, *, limits: Limits | None = None, send_buffer: int | None = None, **options: Any
+) -> Iterator[Live]:
+    """Serve this engine, which no other thread uses meanwhile.
+
+    With a small `send_buffer` (bytes) little of a reply is under way to a client that does not read.
+    """
     limits = limits or Limits()
     server = Server(engine, ServerOptions(NAME, limits=limits, **options))
     ready = threading.Event()
     with bind("127.0.0.1", 0) as bound:
+        if send_buffer is not None:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         http_server = HttpServer(server, bound, limits, access_log=False, ready=ready.set)
         thread = threading.Thread(target=http_server.listen)
         thread.start()
