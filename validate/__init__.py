@@ -17,6 +17,7 @@ from numba_atomflow.validate.inject import SignFlip, inject
 from numba_atomflow.validate.precision import Precision
 from numba_atomflow.validate.probes import Probe, all_probes
 from numba_atomflow.validate.reference import Reference, record
+from numba_atomflow.validate.replay import ReplayedPart, ReplayReport, replay
 from numba_atomflow.validate.report import Fault, LogitsResult, ProbeResult, Report
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "Probe",
     "ProbeResult",
     "Reference",
+    "ReplayReport",
+    "ReplayedPart",
     "Report",
     "SignFlip",
     "all_probes",
@@ -36,5 +39,6 @@ __all__ = [
     "open_ground_truth",
     "original_logits",
     "record",
+    "replay",
     "save_ground_truth",
 ]

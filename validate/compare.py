@@ -1,7 +1,8 @@
 """Compares a backend with a reference: every probe at every position."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numba_atomflow.backends.base import Backend, Observer
 from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention
 from numba_atomflow.utils.progress import Progress
+from numba_atomflow.validate.isolation import Isolation
 from numba_atomflow.validate.precision import Precision
 from numba_atomflow.validate.probes import Probe, Prober, Rows, all_probes
 from numba_atomflow.validate.reference import Reference
@@ -23,6 +25,7 @@ def check(
     reference: Reference,
     *,
     isolate: bool = False,
+    added: bool = False,
     layers: range | None = None,
     block: int | None = None,
     observers: Sequence[Observer] = (),
@@ -34,6 +37,7 @@ def check(
         backend: of the same model; its KV cache is overwritten.
         reference: a ground truth, or a recording of another backend.
         isolate: give each layer (and the final norm) the reference's input, so that errors do not propagate.
+        added: run the tokens once more, each op with the reference's inputs: what it adds to the error it inherits.
         layers: compare only these layers, without embedding, final norm and logits.
         block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
         observers: called for every op before its probes are read; they may change its outputs.
@@ -45,8 +49,53 @@ def check(
         GroundTruthError: another program has modified the reference's file since it was opened.
     """
     _check_options(backend, reference, layers, block)
+
+    def compared(isolation: Isolation) -> _Run:
+        return _compare(backend, reference, isolation, layers, block, observers, progress)
+
+    run = compared("layers" if isolate else "none")
+    results, fault = [probe.result() for probe in run.errors.values()], run.fault
+    if added:
+        own = compared("ops")
+        results = [_with_added(result, own.errors[result.name].result()) for result in results]
+        fault = own.fault or fault  # where nothing is inherited, the op is named with certainty
+    reference.check_unchanged()
+    return Report(
+        reference=reference.label,
+        backend=f"{backend.name} ({backend.device})",
+        prompt_tokens=reference.prompt_tokens,
+        decode_steps=len(reference.tokens) - reference.prompt_tokens,
+        isolated=isolate,
+        probes=results,
+        fault=fault,
+        logits=run.errors["logits"].logits_result() if "logits" in run.errors else None,
+        position_shares=run.position_shares(),
+    )
+
+
+class _Run(NamedTuple):
+    """One run of the tokens: errors by probe, and the first comparison that failed."""
+
+    errors: "dict[str, _ProbeErrors]"
+    fault: Fault | None
+
+    def position_shares(self) -> list[float]:
+        """The largest share of its tolerance that any probe has at each position."""
+        shares = np.max([probe.shares() for probe in self.errors.values()], axis=0)
+        return [float(share) for share in shares]
+
+
+def _compare(
+    backend: Backend,
+    reference: Reference,
+    isolation: Isolation,
+    layers: range | None,
+    block: int | None,
+    observers: Sequence[Observer],
+    progress: Progress | None,
+) -> _Run:
     probes = all_probes(reference.geometry)
-    allowed = tolerances(reference, Precision.of_ops(backend.step(1, SAMPLE)), isolate)
+    allowed = tolerances(reference, Precision.of_ops(backend.step(1, SAMPLE)), isolation)
     compared = [probe for probe in probes if layers is None or probe.layer in layers]
     errors = {probe.name: _ProbeErrors(probe, reference, allowed[probe.name]) for probe in compared}
     first_fault = _FirstFault()
@@ -55,19 +104,13 @@ def check(
         if probe.name in errors:
             first_fault.add(probe, errors[probe.name].add(start, rows))
 
-    prober = Prober(probes, compare, first_fault.check_position, reference.rows if isolate else None, observers)
+    prober = Prober(probes, compare, first_fault.check_position, reference.rows, observers, isolation)
     walk(backend, reference.tokens, reference.prompt_tokens, prober, block, progress)
-    reference.check_unchanged()
-    return Report(
-        reference=reference.label,
-        backend=f"{backend.name} ({backend.device})",
-        prompt_tokens=reference.prompt_tokens,
-        decode_steps=len(reference.tokens) - reference.prompt_tokens,
-        isolated=isolate,
-        probes=[probe.result() for probe in errors.values()],
-        fault=first_fault.fault,
-        logits=errors["logits"].logits_result() if "logits" in errors else None,
-    )
+    return _Run(errors, first_fault.fault)
+
+
+def _with_added(result: ProbeResult, own: ProbeResult) -> ProbeResult:
+    return replace(result, added=own.relative_l2, added_share=own.share)
 
 
 def _check_options(backend: Backend, reference: Reference, layers: range | None, block: int | None) -> None:
@@ -113,6 +156,7 @@ class _ProbeErrors:
     squared_size: float = 0.0
     worst: WorstElement | None = None
     agreed: int = 0  # positions with the same arg-max of logits
+    first_disagreement: int | None = None
     divergences: list[float] = field(default_factory=list)
     argmax_tokens: dict[int, int] = field(default_factory=dict)  # position to arg-max token
 
@@ -159,13 +203,21 @@ class _ProbeErrors:
             if start + i in self.argmax_tokens:
                 continue  # the last row of the prompt comes twice: with its step, and with the others
             self.argmax_tokens[start + i] = int(logits.argmax())
-            self.agreed += int(logits.argmax() == target.argmax())
+            agrees = logits.argmax() == target.argmax()
+            self.agreed += int(agrees)
+            if not agrees and (self.first_disagreement is None or start + i < self.first_disagreement):
+                self.first_disagreement = start + i  # the last row of the prompt comes before the others
             log_q, log_p = _log_softmax(logits), _log_softmax(target)
             self.divergences.append(float(np.sum(np.exp(log_p) * (log_p - log_q))))
 
+    def shares(self) -> NDArray[np.float64]:
+        """Share of tolerance at each position; infinite where nothing was compared."""
+        shares: NDArray[np.float64] = np.where(self.errors >= 0, self.errors / self.allowed, np.inf)
+        return shares
+
     def result(self) -> ProbeResult:
         """The probe's row of the report."""
-        shares = np.where(self.errors >= 0, self.errors / self.allowed, np.inf)
+        shares = self.shares()
         prompt = self.reference.prompt_tokens
         worst = int(shares.argmax())
         return ProbeResult(
@@ -190,6 +242,7 @@ class _ProbeErrors:
             agreed=self.agreed,
             mean_kl=float(np.mean(self.divergences)),
             max_kl=float(np.max(self.divergences)),
+            first_disagreement=self.first_disagreement,
             next_token=self.argmax_tokens[last],
             expected_token=int(self.reference.tensors["logits"][last].argmax()),
         )

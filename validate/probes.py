@@ -17,7 +17,8 @@ from numba_atomflow.backends.base import Memory, Observer
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.activations import activations
-from numba_atomflow.model.step import Advance, Embed, LmHead, Op, Qkv, Sample
+from numba_atomflow.model.step import Advance, Attention, Embed, LmHead, Op, Sample
+from numba_atomflow.validate.isolation import Isolation, fed_views
 
 Rows = NDArray[np.float32]  # [positions, width]
 
@@ -58,20 +59,15 @@ def all_probes(geometry: ModelGeometry) -> list[Probe]:
     return probes
 
 
-def layer_input(layer: int) -> str:
-    """The probe of a layer's input; of the final norm's if `layer` is the number of layers."""
-    return f"layer.{layer - 1}.output" if layer else "embedding"
-
-
 class Prober:
-    """An observer that passes every probe's rows to `sink`, and may replace the input of each layer.
+    """An observer that passes every probe's rows to `sink`, and may replace the inputs of layers or of ops.
 
     Args:
         probes: to read.
         sink: called with the probe, the position of its first row, and its rows [n, width] as float32.
         check_position: called after each step with the expected and the actual position.
-        feed: called with the name of a probe, a position and a number of rows; its result replaces the residual stream
-            at the input of a layer (or the final norm). None: no replacement.
+        feed: called with the name of a probe, a position and a number of rows; its result replaces an input.
+        isolation: whose inputs are replaced, if `feed` is given.
         others: observers that are called after `feed` and before the probes are read.
     """
 
@@ -82,11 +78,13 @@ class Prober:
         check_position: Callable[[int, int], None] | None = None,
         feed: Callable[[str, int, int], Rows] | None = None,
         others: Sequence[Observer] = (),
+        isolation: Isolation = "layers",
     ) -> None:
         self._probes_by_op: dict[str, list[Probe]] = {}
         for probe in probes:
             self._probes_by_op.setdefault(probe.op, []).append(probe)
         self._sink, self._check_position, self._feed, self._others = sink, check_position, feed, others
+        self._isolation = isolation
         self._layers = 1 + max((probe.layer for probe in probes if probe.layer is not None), default=-1)
         self._position = 0  # of the step's first token, counted on the host
         self._residual: View | None = None  # of the step
@@ -97,13 +95,13 @@ class Prober:
         self._position = position
 
     def before(self, op: Op, memory: Memory) -> None:
-        """Replace the input of a layer's first op; replace non-finite logits before sampling."""
+        """Replace inputs; replace non-finite logits before sampling."""
         if isinstance(op, Embed):
             self._residual = op.residual
-        if self._feed is not None and isinstance(op, Qkv | LmHead):
-            layer = int(op.name.split(".")[1]) if isinstance(op, Qkv) else self._layers
-            first, count = self._first_position(op.residual), op.residual.shape[0]
-            memory.write(op.residual, self._feed(layer_input(layer), first, count))
+        if self._feed is not None:
+            for view, name in fed_views(op, self._layers, self._isolation):
+                first, view = self._rows(op, view)
+                memory.write(view, self._feed(name, first, view.shape[0]))
         if isinstance(op, Sample) and not np.isfinite(memory.read(op.logits)).all():
             # They are already compared. A sampler would reject them, and its token is not used.
             memory.write(op.logits, np.zeros(op.logits.shape, np.float32))
@@ -129,6 +127,14 @@ class Prober:
             self._sink(probe, first, rows)
         if isinstance(op, Advance) and self._check_position is not None:
             self._check_position(self._position + op.tokens, int(memory.read(op.position)[0]))
+
+    def _rows(self, op: Op, view: View) -> tuple[int, View]:
+        """The position of the first of a step's rows of a view that an op reads, and the view of these rows."""
+        if isinstance(op, LmHead):
+            return self._first_position(op.residual), view
+        if isinstance(op, Attention) and view is not op.q:
+            return self._position, view.rows(self._position, self._position + op.q.shape[0])
+        return self._position, view
 
     def _first_position(self, rows: View) -> int:
         """The position of the first of these rows of the residual stream; the head may take only the last row."""

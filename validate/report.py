@@ -33,6 +33,9 @@ class ProbeResult:
         prefill_share, decode_share: the largest share of tolerance of the positions of the prompt, and of the decode
             steps; infinite for NaN, and for a position that was not compared.
         worst: the element with the largest difference.
+        added: relative L2 over all positions where each op was fed the reference's inputs: its own error; None if that
+            was not tried.
+        added_share: the largest share of its tolerance of a position.
     """
 
     name: str
@@ -46,6 +49,13 @@ class ProbeResult:
     prefill_share: float
     decode_share: float
     worst: WorstElement | None
+    added: float | None = None
+    added_share: float | None = None
+
+    @property
+    def inherited(self) -> float | None:
+        """The rest of `relative_l2`, which the op's inputs had: errors are independent, so that their squares add."""
+        return None if self.added is None else max(self.relative_l2**2 - self.added**2, 0.0) ** 0.5
 
     @property
     def share(self) -> float:
@@ -55,7 +65,7 @@ class ProbeResult:
     @property
     def passed(self) -> bool:
         """Every position is within its tolerance."""
-        return self.share <= 1.0
+        return self.share <= 1.0 and (self.added_share is None or self.added_share <= 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class LogitsResult:
     agreed: int
     mean_kl: float
     max_kl: float
+    first_disagreement: int | None  # the first position with another arg-max
     next_token: int  # after the prompt
     expected_token: int
 
@@ -94,6 +105,7 @@ class Report:
     probes: list[ProbeResult]  # in execution order, stages included
     fault: Fault | None
     logits: LogitsResult | None
+    position_shares: list[float]  # of tolerance: the largest of any probe, by position
 
     @property
     def table(self) -> list[ProbeResult]:
@@ -109,7 +121,7 @@ class Report:
         """A JSON-ready record; NaN and infinities become None."""
         record = asdict(self)
         for probe, entry in zip(self.probes, record["probes"], strict=True):
-            entry |= {"share": probe.share, "passed": probe.passed}
+            entry |= {"share": probe.share, "passed": probe.passed, "inherited": probe.inherited}
         cleaned: dict[str, Any] = finite(record | {"passed": self.passed, "verdict": self.verdict()})
         return cleaned
 
@@ -140,6 +152,10 @@ class Report:
         table.add_column("probe")
         for heading in ("relative L2", "cosine", "worst position", "tolerance", "prefill", "decode"):
             table.add_column(heading, justify="right")
+        has_added = any(probe.added is not None for probe in self.probes)
+        if has_added:
+            for heading in ("added", "of its tolerance", "inherited"):
+                table.add_column(heading, justify="right")
         table.add_column("worst element")
         table.add_column("")
         for probe in self.rows():
@@ -153,10 +169,17 @@ class Report:
                 f"{probe.tolerance:.2e}",
                 _percent(probe.prefill_share),
                 _percent(probe.decode_share) if self.decode_steps else "-",
+                *(_added_cells(probe) if has_added else ()),
                 element.replace("[", "\\["),
                 "[green]PASS[/]" if probe.passed else "[red]FAIL[/]",
             )
         return table
+
+
+def _added_cells(probe: ProbeResult) -> tuple[str, str, str]:
+    if probe.added is None or probe.added_share is None:
+        return "-", "-", "-"
+    return f"{probe.added:.2e}", _percent(probe.added_share), f"{probe.inherited:.2e}"
 
 
 def _percent(share: float) -> str:

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.geometry import GROUP, ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.validate.isolation import Isolation, layer_input
 from numba_atomflow.validate.precision import FLOAT32, Precision
-from numba_atomflow.validate.probes import Rows, layer_input
+from numba_atomflow.validate.probes import Rows
 from numba_atomflow.validate.reference import Reference
 
 LAMBDA = 4.0
@@ -37,29 +38,32 @@ _U2 = FLOAT32**2
 _TINY = np.finfo(np.float64).tiny  # lower bound of divisors
 
 
-def tolerances(reference: Reference, other: Precision, isolate: bool) -> dict[str, NDArray[np.float64]]:
+def tolerances(reference: Reference, other: Precision, isolation: Isolation) -> dict[str, NDArray[np.float64]]:
     """The tolerance of the relative L2 error at each position, by probe name.
 
     Args:
         reference: its precision and magnitudes.
         other: precision of the implementation under test.
-        isolate: every layer gets the reference's input, so that errors do not propagate between layers.
+        isolation: what gets the reference's inputs, so that errors do not propagate between layers, or between ops.
     """
     model = _ErrorModel(reference.geometry, (reference.precision, other), len(reference.tokens))
     tensors = reference.tensors
     variances: dict[str, Variance] = {"embedding": model.embedding()}
     stream = variances["embedding"]
     for i in range(reference.geometry.layers):
-        if isolate:
+        if isolation != "none":
             stream = np.zeros_like(stream)
         residual_in, residual_mid, residual_out = (tensors[name] for name in _stream_of(i))
         norms = (
             _norm_growth(residual_in, tensors[f"layer.{i}.input_norm"]),
             _norm_growth(residual_mid, tensors[f"layer.{i}.ffn_norm"]),
         )
-        layer, stream = model.layer(stream, _max_scores(reference, i), norms, residual_in, residual_mid, residual_out)
+        own = isolation == "ops"
+        layer, stream = model.layer(
+            stream, _max_scores(reference, i), norms, residual_in, residual_mid, residual_out, each_op=own
+        )
         variances |= {f"layer.{i}.{name}": variance for name, variance in layer.items()}
-    if isolate:
+    if isolation != "none":
         stream = np.zeros_like(stream)
     last = tensors[layer_input(reference.geometry.layers)]
     variances["final_norm"] = stream * _norm_growth(last, tensors["final_norm"]) + model.norm()
@@ -115,6 +119,8 @@ class _ErrorModel:
         residual_in: Rows,
         residual_mid: Rows,
         residual_out: Rows,
+        *,
+        each_op: bool,
     ) -> tuple[dict[str, Variance], Variance]:
         """Variances of all probes of a layer, and of the residual stream after it.
 
@@ -123,26 +129,28 @@ class _ErrorModel:
             max_score: max |score| of each position.
             norms: growth of a variance in each of the two norms.
             residual_in, residual_mid, residual_out: the stream before, between and after the two sublayers.
+            each_op: every op gets the reference's inputs, rounded to what it reads.
         """
         g = self.geometry
         norm, project = self.norm(), self.projection(g.hidden)
         head_norm = self.chain(g.head_dim + 4) if g.qk_norm else 0.0
         rotated = norm + project + head_norm + self.chain(3) + self.angles()
         q, k, v = rotated + self.stored("q"), rotated + self.stored("k"), norm + project + self.stored("v")
+        q_in, k_in, v_in = (self.stored("q"), self.stored("k"), self.stored("v")) if each_op else (q, k, v)
         attention = (
-            np.maximum(max_score, 1.0) ** 2 * (q + k + self.chain(g.head_dim))
-            + v
+            np.maximum(max_score, 1.0) ** 2 * (q_in + k_in + self.chain(g.head_dim))
+            + v_in
             + self.chain(1) * (2 * (self.positions + 1) + EXP_ROUNDINGS)
             + self.stored("probabilities", "attn_out")
         )
         input_error = stream * norms[0]
-        after_attention = self.add(
-            stream, residual_in, input_error + attention + self.projection(g.q_dim), residual_mid
-        )
+        attention_in = np.full_like(stream, self.stored("attn_out")) if each_op else input_error + attention
+        after_attention = self.add(stream, residual_in, attention_in + self.projection(g.q_dim), residual_mid)
+        mid = np.zeros_like(after_attention) if each_op else after_attention
         ffn = 2 * (norm + project) + self.chain(EXP_ROUNDINGS) + self.stored("intermediate")
-        mlp = ffn + self.projection(g.ffn)
-        mid_error = after_attention * norms[1]
-        output = self.add(after_attention, residual_mid, mid_error + mlp, residual_out)
+        mlp = (self.stored("intermediate") if each_op else ffn) + self.projection(g.ffn)
+        mid_error = mid * norms[1]
+        output = self.add(mid, residual_mid, mid_error + mlp, residual_out)
         # The MLP output is read as the difference of two float32 values of the stream.
         difference = _U2 * _squares(residual_out) / np.maximum(_squares(residual_out - residual_mid), _TINY)
         return {

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 from numba_atomflow.cli.ground_truth import read_prompt
+from numba_atomflow.cli.report_files import ReportFiles
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.files.untrusted import escape_controls
 
@@ -25,12 +26,15 @@ Examples:
   numba-atomflow validate my-model.safetensors --ground-truth truth.safetensors --plot errors.png
   numba-atomflow validate my-model.safetensors --diff-backends --prompt "The capital of France is"
   numba-atomflow validate my-model.safetensors --diff-chunks --prefill gemm --prompt - <README.md
+  numba-atomflow validate --ground-truth truth.safetensors --added --html report.html --junit report.xml
+  numba-atomflow validate --replay 3 --prompt "The capital of France is"
 
 \b
 Exit code: 0 all probes pass, 1 some fail, 2 the validation could not run.
 """
 
 FAILED = 1
+MIN_RUNS = 2  # of --replay
 
 
 def validate(
@@ -47,15 +51,27 @@ def validate(
         bool,
         typer.Option("--diff-chunks", help="Compare a prompt in chunks with the same prompt token by token."),
     ] = False,
+    replay: Annotated[
+        int | None,
+        typer.Option(
+            "--replay", metavar="N", help="Run the same prompt N times, and compare every bit of the results."
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="For --diff-...: the text to run; - reads standard input."),
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="For --diff-... and --replay: the text; - reads standard input."
+        ),
     ] = None,
     decode_steps: Annotated[
-        int, typer.Option("--decode-steps", metavar="N", help="For --diff-...: tokens after the prompt.")
+        int, typer.Option("--decode-steps", metavar="N", help="For --diff-... and --replay: tokens after the prompt.")
     ] = 32,
     isolate: Annotated[
         bool, typer.Option("--isolate", help="Feed each layer the reference's input, so that errors do not add up.")
+    ] = False,
+    added: Annotated[
+        bool,
+        typer.Option("--added", help="Feed each op the reference's inputs too: its own error beside what it inherits."),
     ] = False,
     layers: Annotated[
         str | None,
@@ -66,52 +82,134 @@ def validate(
         typer.Option("--block", metavar="N", help="Prompt tokens per step.  [default: the backend's prefill chunk]"),
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="IMAGE", help="Draw the errors into a file.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="Write the result as JUnit XML, for CI.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a report with pictures, as one HTML file.")
+    ] = None,
     inject: Annotated[str | None, typer.Option("--inject", metavar="OP", hidden=True)] = None,
     engine_options: options.EngineOptions,
     as_json: options.Json = False,
 ) -> None:
-    """Compare every layer with a reference.
+    """Compare every layer with a reference, or a backend with itself.
 
     The reference is a run of transformers (a ground truth), the CPU backend, or the same backend token by token. The
-    last line names the first probe that fails; with --isolate, also the op at fault.
+    last line names the first probe that fails, and the op at fault. --replay has no reference: it runs one prompt
+    several times.
     """
-    if (ground_truth is not None) + diff_backends + diff_chunks != 1:
-        raise OptionError("A validation needs one reference; give --ground-truth, --diff-backends or --diff-chunks.")
-    if engine_options.prefill is options.PrefillChoice.FP8:
+    _check_combination(ground_truth, diff_backends, diff_chunks, replay, engine_options)
+    layer_range = _parse_layers(layers)
+    files = ReportFiles(plot, junit, html)
+    files.check()
+    text = None if prompt is None else read_prompt(prompt)
+    if replay is not None:
+        if isolate or added or layers is not None or block is not None or inject or plot:
+            raise OptionError(
+                "--replay compares whole runs; leave --isolate, --added, --layers, --block and --plot out."
+            )
+        passed = _replay(model, text, decode_steps, replay, engine_options, files, as_json=as_json)
+    else:
+        if ground_truth is not None:
+            reference = _open(ground_truth, model, text)
+        else:
+            record = _token_reference if diff_chunks else _cpu_reference
+            reference = record(model, text, decode_steps, engine_options)
+        checks = Checks(isolate, added, layer_range, block, inject, diff_chunks)
+        passed = _compare(model, reference, checks, engine_options, files, as_json=as_json)
+    if not passed:
+        raise typer.Exit(FAILED)
+
+
+def _check_combination(
+    ground_truth: Path | None,
+    diff_backends: bool,
+    diff_chunks: bool,
+    replay: int | None,
+    engine_options: options.EngineOptions,
+) -> None:
+    if (ground_truth is not None) + diff_backends + diff_chunks + (replay is not None) != 1:
+        raise OptionError(
+            "A validation needs one reference; give --ground-truth, --diff-backends, --diff-chunks or --replay."
+        )
+    if engine_options.prefill is options.PrefillChoice.FP8 and replay is None:
         raise OptionError(
             "validate allows for no rounding of activations to FP8; use --prefill gemm, and perplexity to measure fp8."
         )
-    layer_range = _parse_layers(layers)
 
+
+class Checks(NamedTuple):
+    """How a backend is compared with a reference: options of that name."""
+
+    isolate: bool
+    added: bool
+    layers: range | None
+    block: int | None
+    inject: str | None
+    diff_chunks: bool
+
+
+def _compare(
+    model: str,
+    reference: "Reference",
+    checks: Checks,
+    engine_options: options.EngineOptions,
+    files: ReportFiles,
+    *,
+    as_json: bool,
+) -> bool:
+    """Compare a backend with a reference, show and write the result; returns whether it passed."""
     from numba_atomflow import validate as validator
     from numba_atomflow.model.step import SAMPLE
-    from numba_atomflow.utils.plot import check_plot
-    from numba_atomflow.validate.plot import plot as draw
 
-    if plot is not None:
-        check_plot(plot)
-    text = None if prompt is None else read_prompt(prompt)
-    if ground_truth is not None:
-        reference = _open(ground_truth, model, text)
-    else:
-        record = _token_reference if diff_chunks else _cpu_reference
-        reference = record(model, text, decode_steps, engine_options)
     with engine_options.load(model, len(reference.tokens)) as engine, output.steps_bar() as progress:
         device = engine.backend
-        if diff_chunks:
-            _check_chunks(device, reference, block)
-        observers = [validator.inject(inject, device.step(1, SAMPLE))] if inject is not None else []
+        if checks.diff_chunks:
+            _check_chunks(device, reference, checks.block)
+        observers = [validator.inject(checks.inject, device.step(1, SAMPLE))] if checks.inject is not None else []
         report = validator.check(
-            device, reference, isolate=isolate, layers=layer_range, block=block, observers=observers, progress=progress
+            device,
+            reference,
+            isolate=checks.isolate,
+            added=checks.added,
+            layers=checks.layers,
+            block=checks.block,
+            observers=observers,
+            progress=progress,
         )
         if as_json:
             output.emit_json(report.to_dict() | {"next_token": _next_token(engine, report)})
         else:
             _show(engine, report)
-    if plot is not None:
-        draw(report, plot)
-    if not report.passed:
-        raise typer.Exit(FAILED)
+    files.write(report, model)
+    return report.passed
+
+
+def _replay(
+    model: str,
+    text: str | None,
+    steps: int,
+    runs: int,
+    engine_options: options.EngineOptions,
+    files: ReportFiles,
+    *,
+    as_json: bool,
+) -> bool:
+    """Run a prompt several times, show and write the result; returns whether the bits were the same."""
+    from numba_atomflow.validate import replay
+
+    if runs < MIN_RUNS:
+        raise OptionError(f"--replay is {runs}; it takes at least {MIN_RUNS} runs to compare.")
+    prompt = _encode(model, text, steps, "--replay")
+    with engine_options.load(model, len(prompt) + steps) as engine, output.steps_bar() as progress:
+        report = replay(engine.backend, engine.geometry, prompt, steps, runs, progress)
+    if as_json:
+        output.emit_json(report.to_dict())
+    else:
+        output.emit(f"{report.backend}: {report.prompt_tokens} prompt tokens, {report.decode_steps} decode steps\n")
+        output.emit(f"{report.verdict()}\n")
+    files.write(report, model)
+    return report.passed
 
 
 def _parse_layers(text: str | None) -> range | None:
@@ -220,8 +318,9 @@ def _show(engine: "Engine", report: "Report") -> None:
     logits = report.logits
     if logits is not None:
         console.print(
-            f"logits: arg-max agrees at {logits.agreed} of {logits.positions} positions, "
-            f"KL mean {logits.mean_kl:.2e}, max {logits.max_kl:.2e} nats",
+            f"logits: arg-max agrees at {logits.agreed} of {logits.positions} positions"
+            + (f" (first other at {logits.first_disagreement})" if logits.first_disagreement is not None else "")
+            + f", KL mean {logits.mean_kl:.2e}, max {logits.max_kl:.2e} nats",
             markup=False,
         )
         next_token = _next_token(engine, report)

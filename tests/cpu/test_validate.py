@@ -44,6 +44,9 @@ def test_a_correct_model_passes_with_every_prefill_chunk(subject: Subject, block
     assert report.verdict() == "PASS: 12/12 probes, 19/19 inner stages."
     assert report.logits is not None
     assert report.logits.agreed == report.logits.positions == len(PROMPT) + DECODE_STEPS
+    assert report.logits.first_disagreement is None
+    assert len(report.position_shares) == len(PROMPT) + DECODE_STEPS
+    assert max(report.position_shares) == max(probe.share for probe in report.probes)
     assert 0 <= report.logits.mean_kl <= report.logits.max_kl < 1e-9
     assert report.logits.next_token == report.logits.expected_token == subject.truth.tokens[len(PROMPT)]
 
@@ -137,22 +140,24 @@ def test_chunks_are_compared_with_single_tokens(subject: Subject) -> None:
 def test_tolerances_grow_with_depth_and_not_with_isolation(subject: Subject) -> None:
     actual = Precision.of_ops(subject.backend().step(1, SAMPLE))
     assert actual == Precision()
-    open_end = tolerances(subject.truth, actual, isolate=False)
-    isolated = tolerances(subject.truth, actual, isolate=True)
+    open_end = tolerances(subject.truth, actual, "none")
+    isolated = tolerances(subject.truth, actual, "layers")
     outputs = [f"layer.{i}.output" for i in range(3)]
     assert np.all(np.diff([open_end[name].max() for name in outputs]) > 0)
     assert np.all(isolated["layer.2.output"] < open_end["layer.2.output"])
     assert all(np.all(isolated[probe.name] <= open_end[probe.name]) for probe in all_probes(subject.geometry))
+    own = tolerances(subject.truth, actual, "ops")
+    assert all(np.all(own[probe.name] <= isolated[probe.name]) for probe in all_probes(subject.geometry))
     assert max(values.max() for values in open_end.values()) < 1e-3
 
 
 def test_tolerances_include_narrow_storage_and_quantized_weights(subject: Subject) -> None:
-    wide = tolerances(subject.truth, Precision(), isolate=True)
-    half = tolerances(subject.truth, Precision(k=2.0**-11, v=2.0**-11), isolate=True)
+    wide = tolerances(subject.truth, Precision(), "layers")
+    half = tolerances(subject.truth, Precision(k=2.0**-11, v=2.0**-11), "layers")
     assert np.all(half["layer.1.q"] == wide["layer.1.q"])
     assert np.all(half["layer.1.v"] > 50 * wide["layer.1.v"])
     assert half["layer.1.v"][0] == pytest.approx(4 * 2.0**-11, rel=1e-2)
-    fp8 = tolerances(subject.truth, Precision(weights=2.0**-4), isolate=True)
+    fp8 = tolerances(subject.truth, Precision(weights=2.0**-4), "layers")
     assert fp8["embedding"][0] == pytest.approx(4 * 2.0**-4, rel=1e-6)
 
 
@@ -194,6 +199,50 @@ def test_a_fault_in_every_op_is_attributed_to_it(subject: Subject) -> None:
             report = check(subject.backend(), subject.truth, isolate=True, observers=[inject(op.name, ops)])
             assert report.fault is not None
             assert report.fault.op == op.name
+
+
+def test_each_op_s_own_error_is_told_from_what_it_inherits(subject: Subject) -> None:
+    ops: Sequence[Op] = subject.backend().step(1, SAMPLE)
+    report = check(subject.backend(), subject.truth, block=BLOCK, added=True)
+    assert report.passed, report.verdict()
+    by_name = {probe.name: probe for probe in report.probes}
+    assert by_name["layer.0.q"].added == by_name["layer.0.q"].relative_l2  # its input is the embedding, which is exact
+    assert all(probe.added is not None and probe.added < 1e-6 for probe in report.probes)
+    last = by_name["layer.2.q"]
+    assert last.added is not None
+    assert last.inherited == pytest.approx((last.relative_l2**2 - last.added**2) ** 0.5)
+    assert last.inherited > last.added
+    for op in ("layer.1.qkv", "layer.1.attention", "layer.1.o", "layer.1.gate_up", "layer.1.down"):
+        faulty = check(subject.backend(), subject.truth, added=True, observers=[inject(op, ops)])
+        own = {probe.op for probe in faulty.probes if probe.added_share is not None and probe.added_share > 1}
+        assert own == {op}
+        assert faulty.fault is not None
+        assert faulty.fault.op == op
+        inherited = next(probe for probe in faulty.probes if probe.name == "layer.2.output")
+        assert not inherited.passed
+        assert inherited.added is not None
+        assert inherited.added < 1e-6 < 0.01 < (inherited.inherited or 0)
+
+
+def test_a_small_fault_of_one_op_shows_where_inherited_errors_would_hide_it(subject: Subject) -> None:
+    class Noise:
+        """An error that is small beside what the tolerance of a whole layer allows."""
+
+        def before(self, op: Op, memory: Memory) -> None:
+            """No effect."""
+
+        def after(self, op: Op, memory: Memory) -> None:
+            if op.name == "layer.2.o":
+                view = op.writes[-1]
+                memory.write(view, memory.read(view) * (1 + 1.2e-5))
+
+    report = check(subject.backend(), subject.truth, added=True, observers=[Noise()])
+    probe = next(probe for probe in report.probes if probe.name == "layer.2.after_attention")
+    assert probe.share < 1 < (probe.added_share or 0)
+    assert not probe.passed
+    assert not report.passed
+    assert report.fault is not None
+    assert report.fault.op == "layer.2.o"
 
 
 def test_a_report_is_json_even_with_nan(subject: Subject) -> None:

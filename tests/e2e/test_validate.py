@@ -1,10 +1,12 @@
 """The commands ``ground-truth`` and ``validate``, with valid and invalid input."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -76,6 +78,44 @@ def test_json_is_one_object(cli: InProcess, tiny_checkpoint: Path, truth_file: P
     assert set(record["next_token"]) == {"model", "reference"}
 
 
+def test_an_op_s_own_error_is_shown_beside_what_it_inherits(
+    cli: InProcess, tiny_checkpoint: Path, truth_file: Path
+) -> None:
+    outcome = cli("validate", tiny_checkpoint, "-g", truth_file, "--added")
+    assert outcome.code == 0
+    assert re.search(r"decode +added +of its tolerance +inherited +worst element", outcome.out.splitlines()[0])
+    spoilt = cli("validate", tiny_checkpoint, "-g", truth_file, "--added", "--json", "--inject", "layer.0.o")
+    record = json.loads(spoilt.out)
+    assert spoilt.code == 1
+    assert record["fault"]["op"] == "layer.0.o"
+    entries = {entry["name"]: entry for entry in record["probes"]}
+    assert {name for name, entry in entries.items() if entry["added_share"] > 1} == {"layer.0.after_attention"}
+    assert entries["layer.1.output"]["inherited"] > 1000 * entries["layer.1.output"]["added"]
+
+
+def test_reports_are_written_beside_the_table(
+    cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path
+) -> None:
+    files = ("--junit", tmp_path / "report.xml", "--html", tmp_path / "report.html")
+    outcome = cli("validate", tiny_checkpoint, "-g", truth_file, *files, "--inject", "layer.1.down")
+    assert outcome.code == 1
+    assert names_in(tmp_path) == ["report.html", "report.xml"]
+    suites = ET.parse(tmp_path / "report.xml").getroot()
+    assert int(suites.get("failures", "")) > 0
+    assert outcome.out.splitlines()[-1] in (tmp_path / "report.html").read_text()
+
+
+def test_a_replay_compares_a_backend_with_itself(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    given = ("validate", tiny_checkpoint, "--replay", 3, "-p", TEXT, "--decode-steps", 2, "--backend", "cpu")
+    outcome = cli(*given, "--html", tmp_path / "report.html", "--junit", tmp_path / "report.xml")
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == "PASS: 3 runs gave the same bits."
+    assert names_in(tmp_path) == ["report.html", "report.xml"]
+    record = json.loads(cli(*given, "--json").out)
+    assert record["passed"] is True
+    assert [part["name"] for part in record["parts"]][-3:] == ["layer.1.v", "logits", "tokens"]
+
+
 def test_the_original_weights_as_reference(
     cli: InProcess, tiny_checkpoint: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -121,6 +161,23 @@ def changed(source: Path, path: Path, change: Callable[[dict[str, Any]], None]) 
 
 def metadata(**records: str) -> Callable[[dict[str, Any]], None]:
     return lambda header: header[METADATA].update(records)
+
+
+def test_a_replay_takes_no_options_of_a_comparison(cli: InProcess, tiny_checkpoint: Path, truth_file: Path) -> None:
+    given = ("validate", tiny_checkpoint, "--replay", 2, "-p", TEXT)
+    for more in (("--isolate",), ("--added",), ("--layers", "0:1"), ("--block", 4)):
+        assert_refused(cli(*given, *more), "--replay", "leave")
+    assert_refused(cli(*given[:4]), "--replay", "--prompt")
+    assert_refused(cli("validate", tiny_checkpoint, "--replay", 1, "-p", TEXT), "--replay is 1", "at least 2")
+    assert_refused(cli(*given, "-g", truth_file), "needs one reference")
+
+
+@pytest.mark.parametrize("option", ["--junit", "--html"])
+def test_reports_that_cannot_be_written_are_refused_first(
+    cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path, option: str
+) -> None:
+    for path in (tmp_path, tmp_path / "none" / "report"):
+        assert_refused(cli("validate", tiny_checkpoint, "-g", truth_file, option, path), option, path, "a file")
 
 
 def test_ground_truth_of_another_model(cli: InProcess, truth_file: Path, tmp_path: Path) -> None:
