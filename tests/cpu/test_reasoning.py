@@ -1,7 +1,7 @@
 """Reasoning in a reply: found at its beginning only, whatever the pieces in which it comes."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numba_atomflow.text.reasoning import ReasoningSplitter, SplitReply, prompt_opening, split_reasoning
@@ -36,6 +36,7 @@ def test_a_complete_reply(text: str, opened: bool, reasoning: str, answer: str) 
     opened=st.booleans(),
     cuts=st.lists(st.integers(0, 60)),
 )
+@settings(max_examples=50)
 def test_pieces_give_the_same_as_the_whole(text: str, opened: bool, cuts: list[int]) -> None:
     splitter = ReasoningSplitter(opened)
     ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})

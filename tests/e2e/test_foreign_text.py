@@ -113,6 +113,17 @@ def test_names_in_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert r"\x1b]0;pwn\x07 [bold] x" in shown.replace("\n", " ")
 
 
+def test_a_bar_that_is_shown_later(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Work that ends before leaves nothing on the screen."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for after, is_shown in ((1e9, False), (1e-9, True)):
+        with output.bytes_bar(after) as progress:
+            assert progress is not None
+            progress("saving", 1, 2)
+        assert ("saving" in capsys.readouterr().err) == is_shown
+
+
 # --- variables of templates ------------------------------------------------------------------------------------------
 
 
