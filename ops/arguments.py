@@ -50,12 +50,22 @@ def _embed(tokens: Array, codes: Array, scales: Scales, residual: Array) -> Cond
 
 
 def _project_token(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool) -> Conditions:
+    return *_project_tokens(codes, scales, x, y, accumulate), len(x) == 1
+
+
+def _project_tokens(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool) -> Conditions:
     del accumulate
-    return _is_weight(codes, scales), (*y.shape, *x.shape) == codes.shape
+    few = len(x) == len(y) <= projection.GEMV_TOKENS
+    return _is_weight(codes, scales), few, (y.shape[1], x.shape[1]) == codes.shape
 
 
 def _project_token_swiglu(codes: Array, scales: Array, x: Array, y: Array) -> Conditions:
-    return _is_weight(codes, scales), (2 * y.size, *x.shape) == codes.shape, y.ndim == 1
+    return *_project_tokens_swiglu(codes, scales, x, y), len(x) == 1
+
+
+def _project_tokens_swiglu(codes: Array, scales: Array, x: Array, y: Array) -> Conditions:
+    few = len(x) == len(y) <= projection.GEMV_TOKENS
+    return _is_weight(codes, scales), few, (2 * y.shape[1], x.shape[1]) == codes.shape
 
 
 def _project_chunk(codes: Array, scales: Scales, x: Array, y: Array, accumulate: bool, scratch: Array) -> Conditions:
@@ -156,7 +166,9 @@ _CONDITIONS: dict[str, Callable[..., Conditions]] = {
     for condition in (
         _embed,
         _project_token,
+        _project_tokens,
         _project_token_swiglu,
+        _project_tokens_swiglu,
         _project_chunk,
         _project_chunk_swiglu,
         _swiglu,

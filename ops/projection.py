@@ -3,13 +3,14 @@
 `scales` is None for float16 weights, whose bits come as int16. numba compiles a kernel once for each format, without
 the branch for the other.
 
-Two regimes. One token (decode, a GEMV) is bound by reading the weights once: N * K bytes of codes and N * K / 32 of
-scales, so each weight is converted in registers just before its multiply-add. Many tokens (a prefill chunk, a GEMM) are
-bound by arithmetic: 2 * N * K * T operations; there panels of weights are dequantized once and multiplied by all tokens
-(ops/simd_gemm.py). A token's result has the same bits whatever other tokens are in its chunk, if that has
-more than GEMV_TOKENS; the tokens of a shorter one are computed one by one, and may differ from that in the last bits.
+Two regimes. Up to GEMV_TOKENS tokens (a decode step, one that verifies proposed tokens, a short prompt) read the
+weights once: N * K bytes of codes and N * K / 32 of scales. Each weight is converted in registers just before its
+multiply-adds (ops/simd_columns.py), and a token has the same bits whatever their number. Many tokens (a prefill chunk,
+a GEMM) are bound by arithmetic: 2 * N * K * T operations; there panels of weights are dequantized once and multiplied
+by all tokens (ops/simd_gemm.py). A token's result has the same bits whatever other tokens are in its chunk, if that has
+more than GEMV_TOKENS; in a shorter one it may differ from that in the last bits.
 
-Accumulation is float32: for one token within a group of 128, then over groups; for many within _K_AT_ONCE, then over
+Accumulation is float32: for few tokens within a group of 128, then over groups; for many within _K_AT_ONCE, then over
 those.
 """
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from numba_atomflow.ops.activation import silu
 from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.ops.jit import cpu_kernel
-from numba_atomflow.ops.simd import fp8_row_dot, half_to_float
+from numba_atomflow.ops.simd_columns import multiply_gate_up, multiply_row
 from numba_atomflow.ops.simd_gemm import COLUMNS, LANES, multiply_rows
 from numba_atomflow.ops.simd_panel import float16_columns, quantized_columns
 
@@ -34,11 +35,7 @@ _PANEL, _PRODUCTS = _K_AT_ONCE * COLUMNS, _TOKENS_AT_ONCE * COLUMNS
 _UNITS_PER_THREAD = 4  # panels, at least
 _FEWEST_TOKENS = 128  # of a piece; making a panel takes as long as 8 tokens
 
-
-# Codes convert to their values times 2^-120. x is multiplied by 2^64 first, so that products stay far from float32's
-# subnormal range, where arithmetic is slow and inexact.
-_LIFT = np.float32(2.0**64)
-_UNLIFT = np.float32(2.0**56)
+_LIFT = np.float32(2.0**64)  # of x where weights are FP8 (simd_columns.multiply_row)
 
 
 def project_reference(
@@ -48,45 +45,68 @@ def project_reference(
     return x @ dequantize_groups(codes, scales).astype(np.float64).T
 
 
-# --- one token ---------------------------------------------------------------------------------------------------
+# --- a few tokens ------------------------------------------------------------------------------------------------
 
 
 @cpu_kernel(inline=True)
-def _fp16_row_dot(weights, n, x):
-    """Row n of float16 weights, int16 [N, K], times x float32 [K]."""
-    total = np.float32(0.0)
-    for k in range(weights.shape[1]):
-        total += half_to_float(weights[n, k]) * x[k]
-    return total
+def _columns(x, scales, width):
+    """x [T, K] as the columns of simd_columns: `width` rows, those after the last token 0."""
+    columns = np.zeros((width, x.shape[1]), np.float32)
+    for t in range(x.shape[0]):
+        for k in range(x.shape[1]):
+            columns[t, k] = x[t, k] if scales is None else x[t, k] * _LIFT
+    return columns
 
 
 @cpu_kernel()
 def project_token(codes, scales, x, y, accumulate):
-    """y = W x, or y += W x. codes int8 [N, K], scales float32 [N, groups], x float32 [K], y float32 [N].
+    """y = W x, or y += W x. codes int8 [N, K], scales float32 [N, groups], x float32 [1, K], y float32 [1, N].
 
     For a float16 weight: codes int16 [N, K], scales None.
     """
-    lifted = x * _LIFT
+    columns = _columns(x, scales, 1)
     for n in prange(codes.shape[0]):
-        if scales is None:
-            value = _fp16_row_dot(codes, n, x)
+        multiply_row(codes, scales, n, columns, y, 1, accumulate, 1)
+
+
+@cpu_kernel()
+def project_tokens(codes, scales, x, y, accumulate):
+    """The same for x [T, K] and y [T, N] of 2 to GEMV_TOKENS tokens, each with the bits of `project_token`."""
+    tokens = x.shape[0]
+    columns = _columns(x, scales, tokens + tokens % 2)
+    for n in prange(codes.shape[0]):
+        if tokens <= 2:
+            multiply_row(codes, scales, n, columns, y, tokens, accumulate, 2)
+        elif tokens <= 4:
+            multiply_row(codes, scales, n, columns, y, tokens, accumulate, 4)
+        elif tokens <= 6:
+            multiply_row(codes, scales, n, columns, y, tokens, accumulate, 6)
         else:
-            value = fp8_row_dot(codes, scales, n, lifted) * _UNLIFT
-        if accumulate:
-            y[n] += value
-        else:
-            y[n] = value
+            multiply_row(codes, scales, n, columns, y, tokens, accumulate, 8)
 
 
 @cpu_kernel()
 def project_token_swiglu(codes, scales, x, y):
-    """y = silu(W_gate x) * (W_up x). codes int8 [2F, K]: F gate rows, then F up rows. y float32 [F]."""
-    lifted = x * _LIFT
-    rows = y.shape[0]
-    for n in prange(rows):
-        gate = fp8_row_dot(codes, scales, n, lifted) * _UNLIFT
-        up = fp8_row_dot(codes, scales, rows + n, lifted) * _UNLIFT
-        y[n] = silu(gate) * up
+    """y = silu(W_gate x) * (W_up x). codes int8 [2F, K]: F gate rows, then F up rows. x [1, K], y [1, F], float32."""
+    columns = _columns(x, scales, 1)
+    for n in prange(y.shape[1]):
+        multiply_gate_up(codes, scales, n, columns, y, 1, 1)
+
+
+@cpu_kernel()
+def project_tokens_swiglu(codes, scales, x, y):
+    """The same for x [T, K] and y [T, F] of 2 to GEMV_TOKENS tokens, each with the bits of `project_token_swiglu`."""
+    tokens = x.shape[0]
+    columns = _columns(x, scales, tokens + tokens % 2)
+    for n in prange(y.shape[1]):
+        if tokens <= 2:
+            multiply_gate_up(codes, scales, n, columns, y, tokens, 2)
+        elif tokens <= 4:
+            multiply_gate_up(codes, scales, n, columns, y, tokens, 4)
+        elif tokens <= 6:
+            multiply_gate_up(codes, scales, n, columns, y, tokens, 6)
+        else:
+            multiply_gate_up(codes, scales, n, columns, y, tokens, 8)
 
 
 # --- many tokens -------------------------------------------------------------------------------------------------

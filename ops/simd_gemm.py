@@ -39,7 +39,7 @@ _UNROLL = 4  # steps along K
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS, WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-_FUSE = ("contract",)  # a multiply and an add may become one FMA
+FUSE = ("contract",)  # a multiply and an add may become one FMA
 _INDEX = types.int64
 
 
@@ -59,9 +59,9 @@ def splat(b: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
     return b.shuffle_vector(lane_0, ir.Constant(vector, ir.Undefined), words(0))
 
 
-def multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+def multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value, fuse: tuple[str, ...] = FUSE) -> ir.Value:
     """X * y + z."""
-    return b.fadd(z, b.fmul(x, y, flags=_FUSE), flags=_FUSE)
+    return b.fadd(z, b.fmul(x, y, flags=fuse), flags=fuse)
 
 
 def load(b: ir.IRBuilder, data: ir.Value, index: ir.Value) -> ir.Value:

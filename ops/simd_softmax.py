@@ -16,6 +16,7 @@ from numba_atomflow.ops.activation import LN_2_HIGH, LN_2_LOW, LOG2_E, SERIES
 from numba_atomflow.ops.simd_gemm import (
     COLUMNS,
     FLOATS,
+    FUSE,
     LANES,
     VECTORS,
     WORDS,
@@ -25,7 +26,6 @@ from numba_atomflow.ops.simd_gemm import (
     multiply_add,
     splat,
     store,
-    words,
 )
 
 LOWEST = -3.0e38  # below every score
@@ -74,12 +74,12 @@ def softmax_tile(typing_context, scores, keys, key, query, state):
         with cgutils.for_range(b, keys, intp=_I64) as loop:
             for v, (maximum, total) in enumerate(zip(maxima, totals, strict=True)):
                 place, seen = row(loop.index, v)
-                weight = _exp(b, b.fsub(load(b, scores, place), b.load(maximum), flags=_PLAIN))
+                weight = exp_vector(b, b.fsub(load(b, scores, place), b.load(maximum), flags=PLAIN))
                 weight = b.select(seen, weight, floats(0.0))
                 store(b, weight, scores, place)
-                b.store(b.fadd(b.load(total), weight, flags=_PLAIN), total)
+                b.store(b.fadd(b.load(total), weight, flags=PLAIN), total)
         for v, (value, maximum, total) in enumerate(zip(old, maxima, totals, strict=True)):
-            factor = _exp(b, b.fsub(value, b.load(maximum), flags=_PLAIN))
+            factor = exp_vector(b, b.fsub(value, b.load(maximum), flags=PLAIN))
             running_max, running_sum, factors = (_I64(part * COLUMNS + v * LANES) for part in range(3))
             store(b, b.load(maximum), state, running_max)
             store(b, multiply_add(b, load(b, state, running_sum), factor, b.load(total)), state, running_sum)
@@ -89,19 +89,29 @@ def softmax_tile(typing_context, scores, keys, key, query, state):
     return signature, codegen
 
 
-_PLAIN = ("nsz",)  # any flag of its own keeps numba from adding "reassoc", with which rounding by _ROUND would vanish
+PLAIN = ("nsz",)  # any flag of its own keeps numba from adding "reassoc", with which rounding by _ROUND would vanish
 
 
-def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """e^x in every lane; below -87 the value there, NaN for NaN."""
-    x = b.select(b.fcmp_ordered("<", x, floats(-87.0)), floats(-87.0), x)
-    shifted = b.fadd(b.fmul(x, floats(LOG2_E), flags=_PLAIN), floats(_ROUND), flags=_PLAIN)
-    n = b.fsub(shifted, floats(_ROUND), flags=_PLAIN)
-    r = multiply_add(b, n, floats(-LN_2_HIGH), x)
-    r = multiply_add(b, n, floats(-LN_2_LOW), r)
-    series = floats(SERIES[-1])
+def exp_vector(b: ir.IRBuilder, x: ir.Value, fuse: tuple[str, ...] = FUSE) -> ir.Value:
+    """e^x in every lane of a vector of any length, for x <= 88; below -87 the value there, NaN for NaN.
+
+    With `fuse` = PLAIN, no multiply and add become one FMA. LLVM may forget that they should where it sees that only
+    one lane is used, and then the bits of a lane would depend on the use of the others.
+    """
+    lanes, words_type = x.type.count, ir.VectorType(_I32, x.type.count)
+
+    def every(value: float) -> ir.Constant:
+        return ir.Constant(x.type, [value] * lanes)
+
+    x = b.select(b.fcmp_ordered("<", x, every(-87.0)), every(-87.0), x)
+    shifted = b.fadd(b.fmul(x, every(LOG2_E), flags=PLAIN), every(_ROUND), flags=PLAIN)
+    n = b.fsub(shifted, every(_ROUND), flags=PLAIN)
+    r = multiply_add(b, n, every(-LN_2_HIGH), x, fuse)
+    r = multiply_add(b, n, every(-LN_2_LOW), r, fuse)
+    series = every(SERIES[-1])
     for coefficient in reversed(SERIES[:-1]):
-        series = multiply_add(b, series, r, floats(coefficient))
-    series = multiply_add(b, b.fmul(r, r, flags=_PLAIN), series, r)
-    exponent = b.add(b.shl(b.bitcast(shifted, WORDS), words(23)), words(127 << 23))
-    return b.fmul(b.fadd(series, floats(1.0), flags=_PLAIN), b.bitcast(exponent, FLOATS), flags=_PLAIN)
+        series = multiply_add(b, series, r, every(coefficient), fuse)
+    series = multiply_add(b, b.fmul(r, r, flags=PLAIN), series, r, fuse)
+    shift, bias = (ir.Constant(words_type, [value] * lanes) for value in (23, 127 << 23))
+    exponent = b.add(b.shl(b.bitcast(shifted, words_type), shift), bias)
+    return b.fmul(b.fadd(series, every(1.0), flags=PLAIN), b.bitcast(exponent, x.type), flags=PLAIN)

@@ -97,12 +97,12 @@ class CpuRunner:
         """Run a small step of each kind, so that numba compiles all kernels. Only here the shapes of all arguments are
         checked: later steps differ in the number of tokens alone.
         """
-        for done, tokens in enumerate((1, projection.GEMV_TOKENS + 1)):
+        for done, tokens in enumerate((1, 2, projection.GEMV_TOKENS + 1)):
             if progress:
-                progress("compiling kernels", done, 2)
+                progress("compiling kernels", done, 3)
             self.run(_dry_step(tokens))
         if progress:
-            progress("compiling kernels", 2, 2)
+            progress("compiling kernels", 3, 3)
         self._call = _call
 
     def use_block_size(self, block_size: int) -> None:
@@ -200,16 +200,16 @@ class CpuRunner:
     def _project(self, part: str, x: NDArray[Any], y: NDArray[Any], *, accumulate: bool = False) -> None:
         codes, scales = self._weight(part)
         if len(x) <= projection.GEMV_TOKENS:
-            for t in range(len(x)):
-                self._call(projection.project_token, codes, scales, x[t], y[t], accumulate)
+            kernel = projection.project_token if len(x) == 1 else projection.project_tokens
+            self._call(kernel, codes, scales, x, y, accumulate)
         else:
             self._call(projection.project_chunk, codes, scales, x, y, accumulate, self._array("scratch"))
 
     def _gate_up(self, part: str, x: NDArray[Any], y: NDArray[Any]) -> None:
         codes, scales = self._weight(part)
         if len(x) <= projection.GEMV_TOKENS:
-            for t in range(len(x)):
-                self._call(projection.project_token_swiglu, codes, scales, x[t], y[t])
+            kernel = projection.project_token_swiglu if len(x) == 1 else projection.project_tokens_swiglu
+            self._call(kernel, codes, scales, x, y)
         else:
             self._call(projection.project_chunk_swiglu, codes, scales, x, y, self._array("scratch"))
 

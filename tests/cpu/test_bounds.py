@@ -190,8 +190,10 @@ PROJECT_SCRATCH = empty(1, projection.chunk_scratch())
 
 SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "embed": (embedding.embed, (empty(T, dtype="int32"), *WEIGHT, empty(T, K))),
-    "project_token": (projection.project_token, (*WEIGHT, empty(K), empty(N), False)),
-    "project_token_swiglu": (projection.project_token_swiglu, (*WEIGHT, empty(K), empty(N // 2))),
+    "project_token": (projection.project_token, (*WEIGHT, empty(1, K), empty(1, N), False)),
+    "project_tokens": (projection.project_tokens, (*WEIGHT, empty(T, K), empty(T, N), False)),
+    "project_token_swiglu": (projection.project_token_swiglu, (*WEIGHT, empty(1, K), empty(1, N // 2))),
+    "project_tokens_swiglu": (projection.project_tokens_swiglu, (*WEIGHT, empty(T, K), empty(T, N // 2))),
     "project_chunk": (projection.project_chunk, (*WEIGHT, empty(T, K), empty(T, N), False, PROJECT_SCRATCH)),
     "project_chunk_swiglu": (
         projection.project_chunk_swiglu,
@@ -248,7 +250,7 @@ def test_every_kernel_with_views_checks_its_arguments() -> None:
         "convert_biased",
         "_rotate",
         "_store_token",
-        "_fp16_row_dot",
+        "_columns",
         "_make_panel",
         "_multiply_panels",
         "_token_pieces",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops import projection
 from numba_atomflow.ops.activation import silu_reference
+from numba_atomflow.ops.fp8 import quantize_groups
 
 IN_FEATURES = [1, 7, 8, 9, 127, 128, 129, 136, 200, 576]
 TOKENS = [1, 2, 4, 5, 7, 65, 200, 513]
@@ -90,14 +91,14 @@ def test_one_token(rng: np.random.Generator, in_features: int, rows: int, accumu
     y = rng.standard_normal(rows).astype(np.float32) if accumulate else poisoned(rows)
     expected = weight.values @ x.astype(np.float64) + (y if accumulate else 0)
     size = magnitude(x, weight) + (np.abs(y) if accumulate else 0)
-    projection.project_token(weight.codes, weight.scales, x, y, accumulate)
+    projection.project_token(weight.codes, weight.scales, x[None], y[None], accumulate)
     check_close(y, expected, tolerance(roundings(in_features)), size)
 
 
 @pytest.mark.parametrize("in_features", [9, 136, 576])
 def test_one_token_with_subnormal_codes(rng: np.random.Generator, in_features: int) -> None:
     weight, x, y = random_weight(rng, 33, in_features, SUBNORMAL), random_x(rng, in_features), poisoned(33)
-    projection.project_token(weight.codes, weight.scales, x, y, False)
+    projection.project_token(weight.codes, weight.scales, x[None], y[None], False)
     check_close(y, weight.values @ x.astype(np.float64), tolerance(roundings(in_features)), magnitude(x, weight))
 
 
@@ -105,7 +106,7 @@ def test_one_token_with_subnormal_codes(rng: np.random.Generator, in_features: i
 def test_one_token_of_any_size(rng: np.random.Generator, size: float) -> None:
     weight, x, y = random_weight(rng, 33, 200), random_x(rng, 200), poisoned(33)
     x *= np.float32(size)
-    projection.project_token(weight.codes, weight.scales, x, y, False)
+    projection.project_token(weight.codes, weight.scales, x[None], y[None], False)
     check_close(y, weight.values @ x.astype(np.float64), tolerance(roundings(200)), magnitude(x, weight))
 
 
@@ -116,7 +117,7 @@ def test_one_token_through_float16(rng: np.random.Generator, in_features: int, a
     y = rng.standard_normal(67).astype(np.float32) if accumulate else poisoned(67)
     expected = weight.values @ x.astype(np.float64) + (y if accumulate else 0)
     size = magnitude(x, weight) + (np.abs(y) if accumulate else 0)
-    projection.project_token(weight.codes, None, x, y, accumulate)
+    projection.project_token(weight.codes, None, x[None], y[None], accumulate)
     check_close(y, expected, tolerance(roundings(in_features)), size)
 
 
@@ -134,7 +135,7 @@ def test_every_single_weight_is_seen(rng: np.random.Generator) -> None:
     for k in range(147):  # a whole group, two vectors, three single elements
         x = np.zeros(147, np.float32)
         x[k] = 1.0
-        projection.project_token(weight.codes, weight.scales, x, y, False)
+        projection.project_token(weight.codes, weight.scales, x[None], y[None], False)
         np.testing.assert_allclose(y, weight.values[:, k], rtol=4 * 2.0**-24, err_msg=f"column {k}")
 
 
@@ -145,7 +146,7 @@ def test_nan_and_infinity_in_x_show_in_every_row(rng: np.random.Generator, in_fe
     for k in {0, in_features // 2, in_features - 1}:
         x, y = random_x(rng, in_features), np.zeros(5, np.float32)
         x[k] = bad
-        projection.project_token(weight.codes, weight.scales, x, y, False)
+        projection.project_token(weight.codes, weight.scales, x[None], y[None], False)
         assert not np.isfinite(y).any(), f"column {k}: {y}"
 
 
@@ -157,10 +158,50 @@ def test_one_token_through_swiglu(rng: np.random.Generator, in_features: int, ro
     both = weight.values @ x.astype(np.float64)
     gate, up = both[:rows], both[rows:]
     size = magnitude(x, weight)
-    projection.project_token_swiglu(weight.codes, weight.scales, x, y)
+    projection.project_token_swiglu(weight.codes, weight.scales, x[None], y[None])
     # silu's slope is below 1.1, and its exponential is good to 5 roundings
     spread = 1.1 * size[:rows] * np.abs(up) + np.abs(gate) * size[rows:] + size[:rows] * size[rows:]
     check_close(y, silu_reference(gate) * up, tolerance(roundings(in_features) + 25), spread)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("kind", ["fp8", "float16"])
+@pytest.mark.parametrize(("rows", "in_features"), [(1, 1), (67, 147), (5, 1280), (130, 576)])
+def test_few_tokens_have_the_bits_of_one(
+    rng: np.random.Generator, rows: int, in_features: int, kind: str, accumulate: bool
+) -> None:
+    weight, x = random_weight(rng, rows, in_features), random_x(rng, 8, in_features)
+    codes, scales = (
+        (weight.codes, weight.scales) if kind == "fp8" else (random_fp16(rng, rows, in_features).codes, None)
+    )
+    start = rng.standard_normal((8, rows)).astype(np.float32) if accumulate else poisoned(8, rows)
+    single = start.copy()
+    for t in range(8):
+        projection.project_token(codes, scales, x[t : t + 1], single[t : t + 1], accumulate)
+    for tokens in range(2, 9):
+        y = start[:tokens].copy()
+        projection.project_tokens(codes, scales, x[:tokens], y, accumulate)
+        np.testing.assert_array_equal(y, single[:tokens])
+
+
+@pytest.mark.parametrize(("rows", "in_features"), [(1, 9), (67, 147), (33, 576)])
+def test_few_tokens_through_swiglu_have_the_bits_of_one(rng: np.random.Generator, rows: int, in_features: int) -> None:
+    weight, x, single = random_weight(rng, 2 * rows, in_features), random_x(rng, 8, in_features), poisoned(8, rows)
+    for t in range(8):
+        projection.project_token_swiglu(weight.codes, weight.scales, x[t : t + 1], single[t : t + 1])
+    for tokens in range(2, 9):
+        y = poisoned(tokens, rows)
+        projection.project_tokens_swiglu(weight.codes, weight.scales, x[:tokens], y)
+        np.testing.assert_array_equal(y, single[:tokens])
+
+
+def test_a_wide_gate_saturates(rng: np.random.Generator) -> None:
+    """silu of gates of -1000 is 0 and of 1000 the gate itself: the exponential is clamped at both ends."""
+    x, y = np.full((1, 16), 1.0, np.float32), poisoned(1, 2)
+    values = np.repeat(np.float32([[-448.0], [448.0], [1.0], [1.0]]), 16, axis=1)
+    codes, scales = quantize_groups(values)
+    projection.project_token_swiglu(codes.view(np.int8), scales, x, y)
+    np.testing.assert_allclose(y, [[0.0, 16 * 448.0 * 16]], atol=1e-30)
 
 
 # --- many tokens -------------------------------------------------------------------------------------------------
@@ -247,6 +288,6 @@ def test_a_mistake_is_far_outside_the_tolerance(rng: np.random.Generator, mistak
         given = (x.view(np.uint32) & 0xFFFF0000).astype(np.uint32).view(np.float32)
     y, one = poisoned(5, 67), poisoned(67)
     projection.project_chunk(codes, scales, given, y, False, scratch())
-    projection.project_token(codes, scales, given[0], one, False)
+    projection.project_token(codes, scales, given[0][None], one[None], False)
     assert relative_l2(y, expected, size) > 20 * tolerance(roundings(300))
     assert relative_l2(one, expected[0], size[0]) > 20 * tolerance(roundings(300))

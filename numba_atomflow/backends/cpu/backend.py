@@ -195,7 +195,7 @@ class CpuBackend:
         """Logits [stop - start, V] of these rows of the last prefill (a copy).
 
         A row's logits have the same bits whatever other rows are requested, if they are more than GEMV_TOKENS.
-        Fewer are computed one by one, as in a decode step, and may differ from that in the last bits.
+        Fewer have the bits of decode steps, and may differ from that in the last bits.
         """
         out = np.empty((stop - start, self.geometry.vocabulary), np.float32)
         for first, last in _head_blocks(start, stop):

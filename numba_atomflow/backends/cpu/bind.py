@@ -99,8 +99,8 @@ class CpuBinder:
         codes, scales = _stored(op.weight)
         norm = self._norm(op.residual, op.norm_weight, op.x_norm)
         if len(y) <= projection.GEMV_TOKENS:
-            rows = [bind(projection.project_token_swiglu, codes, scales, x_norm[t], y[t]) for t in range(len(y))]
-            return in_order(norm, *rows)
+            kernel = projection.project_token_swiglu if len(y) == 1 else projection.project_tokens_swiglu
+            return in_order(norm, bind(kernel, codes, scales, x_norm, y))
         scratch = self._array("prefill_scratch")
         return in_order(norm, bind(projection.project_chunk_swiglu, codes, scales, x_norm, y, scratch))
 
@@ -108,12 +108,8 @@ class CpuBinder:
         inputs, outputs = x.host_array(), y.host_array()
         codes, scales = _stored(weight)
         if len(inputs) <= projection.GEMV_TOKENS:
-            return in_order(
-                *(
-                    bind(projection.project_token, codes, scales, inputs[t], outputs[t], accumulate)
-                    for t in range(len(inputs))
-                )
-            )
+            kernel = projection.project_token if len(inputs) == 1 else projection.project_tokens
+            return bind(kernel, codes, scales, inputs, outputs, accumulate)
         scratch = self._array("prefill_scratch")
         return bind(projection.project_chunk, codes, scales, inputs, outputs, accumulate, scratch)
 
