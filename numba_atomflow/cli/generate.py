@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
+from numba_atomflow.cli.logprob_report import LogprobOptions, LogprobReport
 from numba_atomflow.errors import OptionError
 from numba_atomflow.files.text_input import read_standard_input, read_text_file
 from numba_atomflow.host.machine import versions
@@ -27,6 +29,7 @@ Examples:
   numba-atomflow generate --file book.txt --max-tokens 1 --save-state book.kv
   numba-atomflow generate --file book-and-question.txt --load-state book.kv
   numba-atomflow generate --chat "Invent a person." --json-schema person.json
+  numba-atomflow generate "The capital of France is" --max-tokens 3 --logprobs 5
   numba-atomflow generate "1, 2, 3," --json | jq .stats.tokens_per_second
 """
 
@@ -52,6 +55,7 @@ def generate(
     model: options.Model = DEFAULT_MODEL,
     sampling: options.SamplingOptions,
     constraints: options.ConstraintOptions,
+    logprobs: LogprobOptions,
     ignore_eos: options.IgnoreEos = False,
     template_var: options.TemplateVar = None,
     max_seq_len: options.MaxSeqLen = None,
@@ -76,7 +80,7 @@ def generate(
     from numba_atomflow.text import template_process
 
     with template_process.prestarted() if chat else nullcontext():  # starts while numba is imported
-        params = sampling.params(ignore_eos, constraint)
+        params = replace(sampling.params(ignore_eos, constraint), **vars(logprobs))
         with engine_options.load(model, max_seq_len) as engine:
             state.load(engine)
             generation = (
@@ -86,9 +90,12 @@ def generate(
             )
             if as_json:
                 generation.finish()
-                output.emit_json(_record(engine, generation, params))
+                record = _record(engine, generation, params)
+                output.emit_json(record | LogprobReport(engine, generation).record())
             else:
                 _stream(generation, output.reply_writer(raw_output))
+                if logprobs.requested():
+                    output.emit(LogprobReport(engine, generation).table())
             state.save(engine)
             if not quiet and not as_json:
                 output.say(_report(engine, generation))
@@ -141,8 +148,7 @@ def _report(engine: "Engine", generation: "Generation") -> str:
 
 
 def _record(engine: "Engine", generation: "Generation", params: "SamplingParams") -> dict[str, Any]:
-    from dataclasses import asdict
-
+    sampling = [field.name for field in fields(options.SamplingOptions)]
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
@@ -153,7 +159,7 @@ def _record(engine: "Engine", generation: "Generation", params: "SamplingParams"
             "parameters": engine.geometry.parameter_count(),
             "max_seq_len": engine.max_seq_len,
         },
-        "sampling": asdict(params),
+        "sampling": {name: getattr(params, name) for name in (*sampling, "ignore_eos")},
         "backend": {"name": engine.backend.name, "device": engine.backend.device},
         "versions": versions(),
     }

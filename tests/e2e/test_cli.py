@@ -150,6 +150,21 @@ def test_json_is_the_only_standard_output(cli: InProcess, tiny_checkpoint: Path)
         assert record["stats"]["weight_bytes_per_token"] == engine.weight_bytes_per_token
 
 
+def test_logprobs_are_shown_and_in_the_json(cli: InProcess, tiny_checkpoint: Path) -> None:
+    command = ["generate", "abc", "--model", tiny_checkpoint, "-n", 4, "--quiet", "--logprobs", 2]
+    record = json.loads(cli(*command, "--json", "--prompt-logprobs", 1).out)
+    assert [entry["token"] for entry in record["logprobs"]] == record["token_ids"]
+    first = record["logprobs"][0]
+    assert first["rank"] == 1
+    assert first["top"][0] == {name: first[name] for name in ("token", "text", "logprob")}
+    assert record["prompt_logprobs"][0] is None
+    assert [entry["text"] for entry in record["prompt_logprobs"][1:]] == ["b", "c"]
+    rows = cli(*command).out.splitlines()[-4:]
+    shown = [float(re.findall(r"-?\d+\.\d{4}", row)[0]) for row in rows]
+    assert shown == pytest.approx([entry["logprob"] for entry in record["logprobs"]], abs=1e-4)
+    assert cli(*command[:-1], 21).code == 2
+
+
 def test_every_sampling_option_is_passed_on(cli: InProcess, tiny_checkpoint: Path) -> None:
     given = {"temperature": 0.5, "top_k": 9, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 11}
     given["max_tokens"] = 2
