@@ -24,6 +24,8 @@ from numba_atomflow.server.page import page_routes
 from numba_atomflow.server.replies import ChatShape, CompletionShape, Prompt, Shape
 from numba_atomflow.server.respond import CLIENT_CLOSED_REQUEST, StreamedReply, whole_reply
 from numba_atomflow.server.stream import Stream, Work
+from numba_atomflow.server.structure import constraint_of, tool_use
+from numba_atomflow.text.tool_calls import ToolCallParser, tool_notation
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Server:
         self._engine, self.options = engine, options
         self._text = engine.text
         self._names = TokenNames(engine.text.token_bytes)
+        self._notation = tool_notation(engine.text.assets.chat_template)
         self.metrics = Metrics()
         self.stream = Stream(engine, self.metrics, options.most_waiting, options.seconds_per_request)
         self.metrics.gauge("waiting_requests", "Requests in the queue.", lambda: self.stream.waiting)
@@ -124,10 +127,16 @@ class Server:
         self._check_model(fields.model)
 
         def prepare() -> tuple[list[Work], Shape]:
-            prompt = self._conversation(fields.messages, fields.chat_template_kwargs)
-            params = fields.params(fields.most_tokens, logprobs=fields.top_logprobs or 0 if fields.logprobs else None)
+            several = fields.parallel_tool_calls is not False
+            tools = tool_use(fields.tools, fields.tool_choice, several, self._notation)
+            constraint = constraint_of(fields.response_format, fields.grammar, tools, self._engine.token_table)
+            variables = dict(fields.chat_template_kwargs or {}) | ({"tools": tools.for_template()} if tools else {})
+            prompt = self._conversation(fields.messages, variables)
+            logprobs = fields.top_logprobs or 0 if fields.logprobs else None
+            params = fields.params(fields.most_tokens, logprobs=logprobs, constraint=constraint)
             names = self._names if fields.logprobs else None
-            shape = ChatShape(self.options.model_name, fields.include_usage, names=names)
+            calls = ToolCallParser(tools.notation, tools.names) if tools else None
+            shape = ChatShape(self.options.model_name, fields.include_usage, names=names, calls=calls)
             return [Work(self._fitting(prompt, "messages"), params, is_chat=True)], shape
 
         return await self._reply(request, fields, prepare)
@@ -141,7 +150,8 @@ class Server:
             scored = fields.logprobs if fields.echo else None
             only_prompt = bool(fields.echo) and fields.most_tokens == 0
             most = 1 if only_prompt else fields.most_tokens
-            params = fields.params(most, logprobs=fields.logprobs, prompt_logprobs=scored)
+            constraint = constraint_of(None, fields.grammar, None, self._engine.token_table)
+            params = fields.params(most, logprobs=fields.logprobs, prompt_logprobs=scored, constraint=constraint)
             work = [Work(prompt.token_ids, params, is_chat=False, only_prompt=only_prompt) for prompt in prompts]
             return work, CompletionShape(self.options.model_name, fields.include_usage, prompts=prompts)
 

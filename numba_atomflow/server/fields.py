@@ -4,12 +4,14 @@ As on OpenAI's server an unknown field is refused, and null means a field's defa
 change the reply, and that this server lacks, are refused unless their value changes nothing; hints are accepted.
 """
 
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from numba_atomflow.sampling import MOST_LOGPROBS, SamplingParams
-from numba_atomflow.server.errors import of_validation, unsupported
+from numba_atomflow.server.body import Body
+from numba_atomflow.server.errors import unsupported
+from numba_atomflow.server.structure import NamedTool, ResponseFormat, Tool
 
 MOST_PROMPTS = 256  # of one request to /v1/completions
 
@@ -24,34 +26,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "audio": (),
     "prediction": (),
     "reasoning_effort": ("none",),
     "web_search_options": (),
 }
-
-Model = TypeVar("Model", bound="Body")
-
-
-class Body(BaseModel):
-    """A JSON object without unknown fields, whose values have their types exactly."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """The object that a request's body holds.
-
-        Raises:
-            ApiError: the body is not JSON, or a field is unknown, missing, not supported, or of a wrong value.
-        """
-        try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            raise of_validation(error) from None
 
 
 class StreamOptions(Body):
@@ -77,6 +56,7 @@ class Sampling(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
+    grammar: str | None = None
     # Refused unless neutral.
     n: Any = None
     presence_penalty: Any = None
@@ -130,9 +110,10 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    response_format: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     modalities: Any = None
     functions: Any = None
     function_call: Any = None
@@ -140,7 +121,6 @@ class ChatRequest(Sampling):
     prediction: Any = None
     reasoning_effort: Any = None
     web_search_options: Any = None
-    parallel_tool_calls: Any = None
     store: Any = None
     metadata: Any = None
     service_tier: Any = None

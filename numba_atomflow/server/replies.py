@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.server.logprobs import CompletionLogprobs, TokenNames, chat_logprobs, joined
 from numba_atomflow.server.stream import Ended, Piece, Progress, PromptScored
+from numba_atomflow.text.tool_calls import CallDelta, ToolCallParser
 
 _REASONS = {"eos": "stop", "stop": "stop", "max_tokens": "length", "context": "length", "interrupted": "length"}
 
@@ -88,38 +89,69 @@ class ChatShape(_Base):
 
     Args:
         names: of tokens, where the log-probabilities of the reply are wanted.
+        calls: separates tool calls from the text, where the reply may have some.
     """
 
     names: TokenNames | None = None
+    calls: ToolCallParser | None = None
     _prefix = "chatcmpl"
     _text: list[str] = field(default_factory=list)
+    _calls: list[dict[str, Any]] = field(default_factory=list)
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def opening(self) -> list[dict[str, Any]]:
         return [self._delta({"role": "assistant", "content": ""})]
 
     def chunks(self, event: Progress) -> list[dict[str, Any]]:
+        deltas = self._take(event)
         if isinstance(event, Ended):
-            self._ended.append(event)
-            return [self._delta({}, reason=_REASONS[event.finish_reason])]
-        if isinstance(event, PromptScored):
-            return []
-        logprobs = _shown(event)
-        return [self._delta({"content": event.text}, logprobs)] if event.text or logprobs else []
+            return [*map(self._delta, deltas), self._delta({}, reason=self._reason())]
+        logprobs = _shown(event) if isinstance(event, Piece) else []
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        return [self._delta(delta, () if index else logprobs) for index, delta in enumerate(deltas)]
 
     def add(self, event: Progress) -> None:
-        if isinstance(event, Ended):
-            self._ended.append(event)
-        elif isinstance(event, Piece):
-            self._text.append(event.text)
+        self._take(event)
+        if isinstance(event, Piece):
             self._logprobs += _shown(event)
 
+    def _take(self, event: Progress) -> list[dict[str, Any]]:
+        """Add an event's text and calls to the message; the same as deltas of a stream."""
+        parts: list[str | CallDelta] = []
+        if isinstance(event, Ended):
+            self._ended.append(event)
+            parts = self.calls.flush() if self.calls else []
+        elif isinstance(event, Piece) and event.text:
+            parts = self.calls.push(event.text) if self.calls else [event.text]
+        return [self._text_delta(part) if isinstance(part, str) else self._call_delta(part) for part in parts]
+
+    def _text_delta(self, text: str) -> dict[str, Any]:
+        self._text.append(text)
+        return {"content": text}
+
+    def _call_delta(self, part: CallDelta) -> dict[str, Any]:
+        if part.name is None:
+            self._calls[part.index]["function"]["arguments"] += part.arguments
+            return {"tool_calls": [{"index": part.index, "function": {"arguments": part.arguments}}]}
+        function = {"name": part.name, "arguments": ""}
+        self._calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
+        return {"tool_calls": [{"index": part.index, **self._calls[-1], "function": dict(function)}]}
+
+    def _reason(self) -> str:
+        reason = _REASONS[self._ended[0].finish_reason]
+        return "tool_calls" if self._calls and reason == "stop" else reason
+
     def whole(self) -> dict[str, Any]:
+        text = "".join(self._text)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._calls:
+            message |= {"content": text or None, "tool_calls": self._calls}
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": "".join(self._text), "refusal": None},
+            "message": message,
             "logprobs": self._logprobs_record(self._logprobs),
-            "finish_reason": _REASONS[self._ended[0].finish_reason],
+            "finish_reason": self._reason(),
         }
         return self._record("chat.completion", [choice]) | {"usage": self.usage()}
 

@@ -10,9 +10,9 @@ Two notations are known, by the chat template that teaches them to the model:
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from numba_atomflow.files.untrusted import load_json
 
@@ -41,30 +41,6 @@ def tool_notation(chat_template: str | None) -> ToolNotation | None:
     if HERMES.begin in template:
         return HERMES
     return LLAMA3 if '"parameters": ' in template and '"name": ' in template else None
-
-
-def with_parsed_arguments(messages: Sequence[Any]) -> list[Any]:
-    """Messages with the arguments of earlier tool calls as objects, which templates write as JSON; OpenAI's interface
-    has them as a JSON text. What is not of this form stays as it is.
-    """
-    return [_parsed(message) for message in messages]
-
-
-def _parsed(message: Any) -> Any:
-    if not isinstance(message, Mapping) or not isinstance(message.get("tool_calls"), list):
-        return message
-    return {**message, "tool_calls": [_parsed_call(call) for call in message["tool_calls"]]}
-
-
-def _parsed_call(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = load_json(function["arguments"])
-    except ValueError:
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 @dataclass(frozen=True)

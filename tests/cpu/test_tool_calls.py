@@ -1,6 +1,5 @@
 """Tool calls in generated text, in one piece and in pieces of any size."""
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,6 @@ from numba_atomflow.text.tool_calls import (
     ToolCallParser,
     ToolNotation,
     tool_notation,
-    with_parsed_arguments,
 )
 
 NAMES = ["weather", "say"]
@@ -123,17 +121,3 @@ def test_text_is_not_held_back_for_long() -> None:
 )
 def test_the_notation_is_the_templates(template: str | None, notation: ToolNotation | None) -> None:
     assert tool_notation(template) == notation
-
-
-def test_arguments_of_earlier_calls_become_objects() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "say", "arguments": '{"a": 1}'}}
-    broken = {"function": {"name": "say", "arguments": "{a"}}
-    messages = [
-        {"role": "user", "content": "x"},
-        {"role": "assistant", "content": None, "tool_calls": [call, broken, "odd"]},
-        "odd",
-    ]
-    expected = json.loads(json.dumps(messages))
-    expected[1]["tool_calls"][0]["function"]["arguments"] = {"a": 1}
-    assert with_parsed_arguments(messages) == expected
-    assert call["function"]["arguments"] == '{"a": 1}'  # type: ignore[index] # a copy
