@@ -62,6 +62,15 @@ def serve(
     max_body_mb: Annotated[
         float, typer.Option("--max-body-mb", metavar="MB", help="Largest body of a request.", min=0.001)
     ] = 4.0,
+    prefix_cache_mb: Annotated[
+        float,
+        typer.Option(
+            "--prefix-cache-mb",
+            metavar="MB",
+            help="Host memory for the KV caches of conversations other than the last; 0: none.",
+            min=0,
+        ),
+    ] = 512.0,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line on standard error per request.")] = False,
     max_seq_len: options.MaxSeqLen = None,
     engine_options: options.EngineOptions,
@@ -96,6 +105,7 @@ def serve(
                 loopback_only=loopback_only,
                 most_waiting=max_queue,
                 seconds_per_request=request_seconds,
+                prefix_cache_bytes=int(prefix_cache_mb * 1e6),
                 limits=limits,
             )
 

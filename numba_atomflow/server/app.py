@@ -21,6 +21,7 @@ from numba_atomflow.server.limits import ApiKey, HeaderSize, Limits, LoopbackHos
 from numba_atomflow.server.logprobs import CompletionLogprobs, TokenNames
 from numba_atomflow.server.metrics import CONTENT_TYPE, Metrics
 from numba_atomflow.server.page import page_routes
+from numba_atomflow.server.prefixes import Prefixes
 from numba_atomflow.server.replies import ChatShape, CompletionShape, Prompt, Shape
 from numba_atomflow.server.respond import CLIENT_CLOSED_REQUEST, StreamedReply, whole_reply
 from numba_atomflow.server.stream import Stream, Work
@@ -39,6 +40,7 @@ class ServerOptions:
             it is text.
         loopback_only: refuse requests that call the server by another name than localhost.
         most_waiting: requests in the queue. seconds_per_request: from its arrival to its end.
+        prefix_cache_bytes: of host memory for the KV caches of other conversations than the last.
         limits: on what a client sends.
     """
 
@@ -48,6 +50,7 @@ class ServerOptions:
     loopback_only: bool = True
     most_waiting: int = 256
     seconds_per_request: float = 600.0
+    prefix_cache_bytes: int = 512 << 20
     limits: Limits = field(default_factory=Limits)
 
 
@@ -65,9 +68,12 @@ class Server:
         self._names = TokenNames(engine.text.token_bytes)
         self._notation = tool_notation(engine.text.assets.chat_template)
         self.metrics = Metrics()
-        self.stream = Stream(engine, self.metrics, options.most_waiting, options.seconds_per_request)
+        prefixes = Prefixes(engine, options.prefix_cache_bytes)
+        self.stream = Stream(engine, prefixes, self.metrics, options.most_waiting, options.seconds_per_request)
         self.metrics.gauge("waiting_requests", "Requests in the queue.", lambda: self.stream.waiting)
         self.metrics.gauge("running_requests", "Requests being served, 0 or 1.", lambda: self.stream.is_busy)
+        self.metrics.gauge("prefix_cache_bytes", "KV caches of other conversations.", lambda: prefixes.nbytes)
+        self.metrics.gauge("prefix_cache_entries", "How many they are.", lambda: len(prefixes))
         routes = [
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),

@@ -20,6 +20,7 @@ from numba_atomflow.errors import AtomFlowError, CheckpointError
 from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.server.errors import ApiError, of_engine
+from numba_atomflow.server.prefixes import Prefixes
 
 PREFILL_TOKENS = 512  # of a long prompt at a time: between them the thread notices that a client has left
 
@@ -140,11 +141,13 @@ class Stream:
     """The queue and the thread.
 
     Args:
+        engine: that no other thread uses. prefixes: of its KV cache.
         most_waiting: tickets that may wait; the one that is served does not count.
         seconds_per_request: from its arrival to its end.
     """
 
     engine: Engine
+    prefixes: Prefixes
     observer: Observer
     most_waiting: int
     seconds_per_request: float
@@ -312,11 +315,8 @@ class Stream:
         ticket.put(ended)
 
     def _prefill(self, ticket: Ticket, prompt: list[int]) -> int:
-        """Put a long prompt into the KV cache, but its end; the number of tokens that were there already."""
-        held = self.engine.token_ids
-        cached = 0
-        while cached < min(len(held), len(prompt) - 1) and held[cached] == prompt[cached]:
-            cached += 1
+        """Put a long prompt into the KV cache, but its end; the number of tokens that were known already."""
+        cached = self.prefixes.prepare(prompt)
         position = cached
         while True:
             self._check(ticket, 0)

@@ -77,6 +77,11 @@ def take_snapshot(context: Context, geometry: ModelGeometry, model: ModelIdentit
     return KvSnapshot(model, tuple(context.token_ids), keys, values)
 
 
+def bytes_per_token(backend: Backend) -> int:
+    """Bytes of keys and values of one token in a snapshot."""
+    return sum(np.dtype(view.dtype).itemsize * view.shape[1] for layer in _layers(backend) for view in layer)
+
+
 def check_fits(
     snapshot: KvSnapshot, context: Context, geometry: ModelGeometry, model: ModelIdentity, name: str = "The snapshot"
 ) -> None:
