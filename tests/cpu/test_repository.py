@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from child_processes import run
 from packaging.requirements import Requirement
+from repository_files import tracked_files
 
 import numba_atomflow
 
@@ -26,6 +27,17 @@ def test_the_listed_packages_are_the_folders_that_hold_python() -> None:
         if any(name.endswith(".py") for name in files)
     }
     assert sorted(folders) == SETUPTOOLS["packages"]
+
+
+def test_files_beside_the_modules_are_installed_with_them() -> None:
+    wanted = [path for path in tracked_files() if path.parts[len(ROOT.parts)] in ("numba_atomflow", *AT_THE_TOP)]
+    data = {
+        ROOT.joinpath(*package.split("."), pattern)
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+    }
+    found = {path.resolve() for pattern in data for path in pattern.parent.glob(pattern.name)}
+    assert [path for path in wanted if path.suffix != ".py" and not path.is_symlink() and path not in found] == []
 
 
 @pytest.mark.parametrize("package", SETUPTOOLS["packages"])
