@@ -18,7 +18,7 @@ from numba_atomflow.cli.chat_reply import ReplyWriter
 from numba_atomflow.cli.conversation import Conversation, LoadedMessages, Message, text_of
 from numba_atomflow.cli.options import STATE_BAR_AFTER
 from numba_atomflow.engine import Engine, Generation
-from numba_atomflow.errors import AtomFlowError, ContextError, OptionError, TextError
+from numba_atomflow.errors import AtomFlowError, ContextError, DestinationError, OptionError, TextError
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.state.state_file import is_state_file
 from numba_atomflow.text.reasoning import prompt_opening
@@ -304,14 +304,17 @@ class ChatSession:
         if path is None:
             output.say(f"Name the file: /save FILE, or /save FILE {_KV_OPTION}")
             return
-        own = path.resolve() in self._own_files
-        path = path.resolve() if own else path
+        target = Path(os.path.realpath(path))  # `Path.resolve` refuses symlinks that form a loop
+        own = target in self._own_files
+        path = target if own else path
         if with_cache:
+            if not own and os.path.lexists(path):
+                raise DestinationError(f"{path} exists; choose another name.")
             with output.bytes_bar(after=STATE_BAR_AFTER) as progress:
                 self.engine.save_state(path, self.conversation.messages, overwrite=own, progress=progress)
         else:
             self.conversation.write(path, self.engine.checkpoint.path, replace=own)
-        self._own_files.add(path.resolve())
+        self._own_files.add(target)
         output.say(f"[saved to {path}]")
 
     def _load(self, argument: str) -> None:
@@ -337,7 +340,7 @@ class ChatSession:
         self._render(messages)
         self.conversation.messages = messages
         if is_own:
-            self._own_files.add(path.resolve())
+            self._own_files.add(Path(os.path.realpath(path)))
         reply = "; the last has no reply, /retry asks for one" if messages[-1].get("role") == "user" else ""
         output.say(f"[loaded {len(messages)} messages from {path}{reply}]")
 

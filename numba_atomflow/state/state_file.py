@@ -7,6 +7,7 @@ fingerprint) and sha256 (of these tensors' bytes, in this order).
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -53,14 +54,22 @@ def check_destination(path: Path, overwrite: bool) -> None:
     """Refuse a path before the work is done, not after.
 
     Raises:
-        DestinationError: a file of this name exists and `overwrite` is False, or there is no such folder.
+        DestinationError: a file of this name exists and `overwrite` is False, or there can be none.
     """
-    if path.is_dir():
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.parent.is_dir():
+            raise DestinationError(f"There is no folder {path.parent} for {path.name}; make it first.") from None
+        return
+    except OSError as error:
+        raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another name.") from error
+    if stat.S_ISDIR(kind):
         raise DestinationError(f"{path} is a folder; give the name of a file in it.")
-    if path.exists() and not overwrite:
+    if not stat.S_ISREG(kind):
+        raise DestinationError(f"{path} is a device or a pipe; give the name of a file.")
+    if not overwrite:
         raise destination_exists(path)
-    if not path.parent.is_dir():
-        raise DestinationError(f"There is no folder {path.parent} for {path.name}; make it first.")
 
 
 def write_state(

@@ -113,6 +113,14 @@ def test_a_destination_that_cannot_be_is_refused_with_a_sentence(engine: Engine,
         engine.save_state(tmp_path / "nowhere" / "state.safetensors")
     with pytest.raises(DestinationError, match="is a folder"):
         engine.save_state(tmp_path, overwrite=True)
+    with pytest.raises(DestinationError, match="File name too long"):
+        engine.save_state(tmp_path / ("a" * 300))
+    with pytest.raises(DestinationError, match="is a device or a pipe"):
+        engine.save_state("/dev/null", overwrite=True)
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(DestinationError, match="Too many levels"):
+        engine.save_state(tmp_path / "a")
     with pytest.raises(OptionError, match="path is 7"):
         engine.save_state(7)  # type: ignore[arg-type]
 

@@ -237,6 +237,13 @@ def test_load_without_a_file_or_of_none(talk: Talk, tmp_path: Path) -> None:
     assert_refused(talk(f"/load {tmp_path / 'missing'}"), "missing", "No such file")
 
 
+@pytest.mark.parametrize("option", ["", " --kv"])
+def test_save_to_what_exists(talk: Talk, tmp_path: Path, option: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert_refused(talk(f"/save {tmp_path / 'loop'}{option}"), f"{tmp_path / 'loop'} exists; choose another name.")
+    assert_refused(talk(f"/save {tmp_path}{option}"), f"{tmp_path} exists; choose another name.")
+
+
 def test_a_kv_cache_without_a_conversation(cli: InProcess, talk: Talk, tiny_checkpoint: Path, tmp_path: Path) -> None:
     cli("generate", "--model", tiny_checkpoint, "-n", 1, "abc", "--save-state", tmp_path / "state.kv")
     assert_refused(talk(f"/load {tmp_path / 'state.kv'}"), "state.kv", "/save FILE --kv")
