@@ -1,0 +1,1 @@
+"""Speculative decoding: tokens proposed by a drafter, checked several at a time in one step of the model."""
