@@ -172,6 +172,17 @@ class Context:
             self.backend = EditedBackend(self.backend, active.edits)
         self.backend.seek(len(self.token_ids))
 
+    def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [len(tokens), V] after the token sampled last, which then is in the context, and after proposed ones.
+
+        Of the latter, those that are accepted are to be appended to `token_ids`. The array is valid until the next
+        step.
+        """
+        self.backend.seek(len(self.token_ids))
+        logits = self.backend.verify(tokens)
+        self.token_ids.append(tokens[0])
+        return logits
+
     def decode(self, token: int) -> None:
         """Request the decode step that takes the token sampled last into the KV cache."""
         self.backend.decode()

@@ -47,6 +47,9 @@ from numba_atomflow.model.activations import select
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.scoring import Score, checked_pair, score_pairs
+from numba_atomflow.speculation.choose import choose_drafter
+from numba_atomflow.speculation.drafter import Drafter
+from numba_atomflow.speculation.step_cost import StepCost
 from numba_atomflow.state.snapshot import KvSnapshot, check_fits, put_snapshot, take_snapshot
 from numba_atomflow.state.state_file import StateFile, check_destination, write_state
 from numba_atomflow.text.codec import TextCodec
@@ -77,6 +80,7 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.load_seconds = 0.0
         self.compile_seconds = 0.0  # of them, for compiling or loading kernels; first prompts may need more
+        self._step_cost = StepCost()  # as far as generations have measured it
         self._calls = ExclusiveCalls(survives_fork=backend.name == "cpu")
         # In progress, continuing what the KV cache holds. One that the caller has dropped cannot go on.
         self._generation: weakref.ref[BaseGeneration[Any]] | None = None
@@ -531,39 +535,50 @@ class Engine:
 
     # --- generation ----------------------------------------------------------------------------------------------
 
-    def generate_tokens(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> TokenGeneration:
+    def generate_tokens(
+        self, token_ids: Sequence[int], params: SamplingParams | None = None, *, drafter: Drafter | None = None
+    ) -> TokenGeneration:
         """Continue a list of token ids by token ids: `generate` for models without a tokenizer, and for scripts.
 
         Raises:
             ContextError: the prompt leaves no room for a token.
-            OptionError: the prompt is empty, or holds an unknown token id; or there are stop strings.
+            OptionError: the prompt is empty, or holds an unknown token id; or there are stop strings; or a drafter
+                where the backend has no use for one.
         """
         started = time.perf_counter()
         checked_params = _checked(params)
         if checked_params.stop:
             raise OptionError("Stop strings need text; use generate, or leave them out of generate_tokens.")
-        request = self._request(self._open_context().checked(token_ids, used=0), checked_params, started)
+        request = self._request(self._open_context().checked(token_ids, used=0), checked_params, started, drafter)
 
         def start(reused: int) -> TokenGeneration:
             return TokenGeneration(lambda state: self._token_loop(state, request, reused), self._calls)
 
         return self._begin(request, start)
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, drafter: Drafter | None = None
+    ) -> Generation:
         """Continue a text, or a list of token ids. What the KV cache already holds of it is not computed again.
 
         There is one KV cache, so a new generation interrupts the one before.
 
+        Args:
+            prompt: the text, or its token ids.
+            params: how tokens are sampled, and when the reply ends.
+            drafter: what proposes tokens in place of prompt lookup (docs/speculation.md).
+
         Raises:
             ContextError: the prompt leaves no room for a token.
-            OptionError: the prompt is empty, or holds an unknown token id.
+            OptionError: the prompt is empty, or holds an unknown token id; or there is a drafter where the backend has
+                no use for one.
         """
         started = time.perf_counter()
         detokenizer = self.text.stream()
         prompt = self._open_context().checked(self.text.encode(prompt) if isinstance(prompt, str) else prompt, used=0)
         for token in prompt:
             detokenizer.push(token)  # some tokenizers write a space before every word but the prompt's first
-        return self._generate(prompt, detokenizer, params, started)
+        return self._generate(prompt, detokenizer, params, started, drafter)
 
     def chat(
         self,
@@ -571,6 +586,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         template_variables: Mapping[str, Any] | None = None,
+        drafter: Drafter | None = None,
     ) -> Generation:
         """Reply to a conversation.
 
@@ -580,15 +596,16 @@ class Engine:
             params: how tokens are sampled, and when the reply ends.
             template_variables: what the model's chat template may be told besides, such as
                 ``{"enable_thinking": False}`` or ``{"tools": [...]}``; plain data.
+            drafter: as of `generate`.
 
         Raises:
             TextError: the model has no chat template, or the template refuses the messages or fails on them.
-            OptionError: a template variable has a reserved name, or is no plain data.
+            OptionError: a template variable has a reserved name, or is no plain data; or as in `generate`.
             ContextError: the conversation leaves no room for a token.
         """
         started = time.perf_counter()
         prompt = self._open_context().checked(self.text.encode_chat(messages, template_variables), used=0)
-        return self._generate(prompt, self.text.stream(), params, started)
+        return self._generate(prompt, self.text.stream(), params, started, drafter)
 
     def chat_tokens(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> Generation:
         """`chat` with a conversation that `text.encode_chat` has made token ids.
@@ -604,9 +621,14 @@ class Engine:
         return self._generate(self._open_context().checked(token_ids, used=0), self.text.stream(), params, started)
 
     def _generate(
-        self, prompt: list[int], detokenizer: Detokenizer, params: SamplingParams | None, started: float
+        self,
+        prompt: list[int],
+        detokenizer: Detokenizer,
+        params: SamplingParams | None,
+        started: float,
+        drafter: Drafter | None = None,
     ) -> Generation:
-        request = self._request(prompt, _checked(params), started)
+        request = self._request(prompt, _checked(params), started, drafter)
 
         def start(reused: int) -> Generation:
             def pieces(state: GenerationState) -> Iterator[str]:
@@ -616,9 +638,11 @@ class Engine:
 
         return self._begin(request, start)
 
-    def _request(self, prompt: list[int], params: SamplingParams, started: float) -> Request:
+    def _request(self, prompt: list[int], params: SamplingParams, started: float, drafter: Drafter | None) -> Request:
         eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
-        return Request(prompt, params, eos_ids, started, self._constraint_state(params))
+        obstacle = self.backend.verification.reason
+        drafter = choose_drafter(params.speculate, drafter, obstacle, self._step_cost)
+        return Request(prompt, params, eos_ids, started, self._constraint_state(params), drafter)
 
     def _constraint_state(self, params: SamplingParams) -> ConstraintState | None:
         if params.constraint is None:
@@ -629,7 +653,7 @@ class Engine:
 
     def _token_loop(self, state: GenerationState, request: Request, reused: int) -> Iterator[int]:
         """The loop that generates; refers to the engine, which therefore lives as long as its generation runs."""
-        loop = host_sampled_loop if needs_logits(request.params) else token_loop
+        loop = host_sampled_loop if needs_logits(request) else token_loop
         yield from loop(state, self._open_context(), request, reused)
 
     def _begin(self, request: Request, start: Callable[[int], NewGeneration]) -> NewGeneration:

@@ -14,6 +14,8 @@ from numba_atomflow.context import Context
 from numba_atomflow.logprobs import TokenLogprobs, token_logprobs
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.speculation.drafter import Drafter
+from numba_atomflow.speculation.speculator import Speculator
 from numba_atomflow.text.detokenizer import Detokenizer
 from numba_atomflow.text.stop_strings import StopStrings
 from numba_atomflow.utils.exclusive_calls import ExclusiveCalls, busy_elsewhere, runs_elsewhere
@@ -32,6 +34,9 @@ class GenerationStats:
     ttft: float = 0.0  # from the call to the first token
     decode_seconds: float = 0.0  # from the first token to the last, including host and caller
     constraint_seconds: float = 0.0  # of all times, spent in the constraint
+    steps: int = 0  # decode steps, after that of the first token
+    proposed: int = 0  # tokens that the drafter proposed, and a step checked
+    accepted: int = 0  # of them, those that are part of the reply
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,6 +47,11 @@ class GenerationStats:
     def tpot(self) -> float:
         """Mean time per output token after the first, in seconds; 0 if there were none."""
         return self.decode_seconds / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Mean number of tokens that a decode step generated: 1 without speculation; 0 if there was no step."""
+        return (self.tokens - 1) / self.steps if self.steps else 0.0
 
 
 @dataclass
@@ -191,6 +201,7 @@ class Request:
         prompt: its tokens. eos_ids: tokens that end the generation.
         started: when the caller asked, by `time.perf_counter`.
         constraint: the reply's, at its beginning, if `params` has one.
+        drafter: what proposes tokens, if anything does.
     """
 
     prompt: list[int]
@@ -198,6 +209,7 @@ class Request:
     eos_ids: Collection[int]
     started: float
     constraint: ConstraintState | None = None
+    drafter: Drafter | None = None
 
 
 def token_loop(state: GenerationState, context: Context, request: Request, reused: int) -> Iterator[int]:
@@ -220,14 +232,17 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
                 return
             if number < len(tokens):  # the step that sampled it has also put it into the KV cache
                 context.token_ids.append(token)
+        stats.steps += 1
         context.decode(tokens[-1])
         tokens = backend.sampled_tokens()
         stats.decode_seconds = time.perf_counter() - request.started - stats.ttft
 
 
-def needs_logits(params: SamplingParams) -> bool:
+def needs_logits(request: Request) -> bool:
     """Whether the host has to see the logits of each token: then `host_sampled_loop` generates, not `token_loop`."""
-    return any(option is not None for option in (params.logprobs, params.prompt_logprobs, params.constraint))
+    params = request.params
+    options = params.logprobs, params.prompt_logprobs, params.constraint, request.drafter
+    return any(option is not None for option in options)
 
 
 def host_sampled_loop(state: GenerationState, context: Context, request: Request, reused: int) -> Iterator[int]:
@@ -236,30 +251,57 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
     It runs on every backend. On the CPU the tokens are those of `token_loop`, because the logits have the same bits; on
     a GPU the logits of each token are copied to the host, and no step is launched ahead.
 
+    With a drafter, a step also has the logits after each of the proposed tokens. As long as the token that is chosen is
+    the one that was proposed, the next one is chosen from the same step's logits: every token is chosen as without a
+    drafter, from logits of the same bits, with the same draw.
+
     Args:
         context: holds the first `reused` tokens of the prompt, which are not computed again.
     """
     stats, params = state.stats, request.params
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
     sampler = Sampler(params, context.vocabulary, request.prompt, request.constraint)
+    speculator = Speculator(request.drafter, context.backend.verification.width, context.vocabulary, request.eos_ids)
     if params.prompt_logprobs is None:
-        logits = context.feed(request.prompt[reused:])
+        rows = context.feed(request.prompt[reused:])[None]
     else:
-        logits = _feed_prompt_with_logprobs(state, context, request.prompt, params.prompt_logprobs)
+        rows = _feed_prompt_with_logprobs(state, context, request.prompt, params.prompt_logprobs)[None]
+    text, proposed, step_seconds = list(request.prompt), list[int](), 0.0
     while True:
-        token = sampler.choose(logits)
-        if params.logprobs is not None:
-            state.logprobs.append(token_logprobs(logits, token, params.logprobs))
-        elapsed = time.perf_counter() - request.started
-        if stats.tokens == 0:
-            stats.ttft = elapsed
-        stats.decode_seconds = elapsed - stats.ttft
-        stats.constraint_seconds = sampler.constraint_seconds
-        _record(state, context, request, token)
-        yield token
-        if state.finish_reason:
-            return
-        logits = context.feed([token])
+        accepted = 0
+        for row in rows:
+            token = sampler.choose(row)
+            if params.logprobs is not None:
+                state.logprobs.append(token_logprobs(row, token, params.logprobs))
+            elapsed = time.perf_counter() - request.started
+            if stats.tokens == 0:
+                stats.ttft = elapsed
+            stats.decode_seconds = elapsed - stats.ttft
+            stats.constraint_seconds = sampler.constraint_seconds
+            _record(state, context, request, token)
+            text.append(token)
+            yield token
+            if state.finish_reason:
+                return
+            if accepted == len(proposed) or token != proposed[accepted]:
+                break
+            context.token_ids.append(token)  # the step has put it into the KV cache
+            accepted += 1
+            stats.accepted += 1
+        if stats.steps:
+            speculator.observe(len(proposed), accepted, step_seconds)
+        started = time.perf_counter()
+        proposed = speculator.propose(text, _room(context, request, stats.tokens))
+        rows = context.verify([token, *proposed])
+        step_seconds = time.perf_counter() - started
+        stats.steps += 1
+        stats.proposed += len(proposed)
+
+
+def _room(context: Context, request: Request, generated: int) -> int:
+    """The most tokens that the next step may generate: positions of the KV cache, and what `max_tokens` leaves."""
+    room = context.max_seq_len - len(context.token_ids)
+    return room if request.params.max_tokens is None else min(room, request.params.max_tokens - generated)
 
 
 def _feed_prompt_with_logprobs(

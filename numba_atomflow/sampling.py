@@ -8,7 +8,7 @@ computed without the earlier ones.
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from numba_atomflow.utils.arguments import real_number, truth_value, whole_numbe
 
 if TYPE_CHECKING:
     from numba_atomflow.constraints.base import Constraint, ConstraintState
+
+Speculate = Literal["auto", "off", "lookup"]
 
 _MASK = (1 << 64) - 1
 _LARGEST_TOP_K = (1 << 63) - 1
@@ -54,6 +56,9 @@ class SamplingParams:
             host, on a GPU at the cost of a copy of the logits for each.
         prompt_logprobs: the same for each token of the prompt but the first, which nothing predicts. All of the prompt
             is computed then, whatever the KV cache holds of it.
+        speculate: speculative decoding, which changes the speed and nothing else (docs/speculation.md). "lookup": what
+            followed the last tokens earlier in prompt or reply is proposed, and several tokens are checked in one step;
+            "off": a step for each token; "auto": "lookup" on the CPU, "off" on a GPU.
 
     None means an option's default. Numbers may be Python's or NumPy's; they are converted to Python's, and `stop` to a
     tuple.
@@ -74,6 +79,7 @@ class SamplingParams:
     constraint: "Constraint | None" = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    speculate: Speculate = "auto"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -86,6 +92,7 @@ class SamplingParams:
             (0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "between 0.01 and 100"),
             (self.seed is None or 0 <= self.seed <= _MASK, "seed", "between 0 and 2^64 - 1"),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
+            (self.speculate in get_args(Speculate), "speculate", '"auto", "off" or "lookup"'),
             *(
                 (
                     number is None or 0 <= number <= MOST_LOGPROBS,
@@ -120,6 +127,8 @@ def _converted(name: str, value: object, default: object) -> object:
         return truth_value(name, value)
     if name == "constraint":
         return _constraint(value)
+    if name == "speculate":
+        return str(value) if isinstance(value, str) else value
     return _stop_strings(value) if name == "stop" else real_number(name, value)
 
 

@@ -1,0 +1,33 @@
+"""Which drafter a generation has."""
+
+from numba_atomflow.errors import OptionError
+from numba_atomflow.sampling import Speculate
+from numba_atomflow.speculation.drafter import Drafter
+from numba_atomflow.speculation.prompt_lookup import PromptLookup
+from numba_atomflow.speculation.step_cost import StepCost
+
+
+def choose_drafter(speculate: Speculate, drafter: Drafter | None, obstacle: str, cost: StepCost) -> Drafter | None:
+    """The caller's drafter, or prompt lookup where the backend can check several tokens; or None.
+
+    Args:
+        speculate: of the `SamplingParams`.
+        drafter: the caller's, if there is one.
+        obstacle: why the backend cannot check several tokens, as a clause; "" if it can.
+        cost: of the engine's steps.
+
+    Raises:
+        OptionError: speculation is required, and the backend cannot; or there is a drafter, and speculation is off.
+    """
+    if drafter is not None and speculate == "off":
+        raise OptionError('There is a drafter, but speculate is "off"; leave one of them out.')
+    required = drafter is not None or speculate == "lookup"
+    if required and obstacle:
+        what = 'speculate is "lookup"' if drafter is None else "There is a drafter"
+        raise OptionError(
+            f"{what}, but this backend cannot check several tokens in one step, because {obstacle}; "
+            "leave it out, or run on the CPU."
+        )
+    if drafter is not None:
+        return drafter
+    return None if speculate == "off" or obstacle else PromptLookup(cost)
