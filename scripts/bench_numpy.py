@@ -108,8 +108,9 @@ def blas_throughput() -> float:
 
 def decode_turn(engine: Engine, baseline: NumpyModel, prompt: list[int], tokens: int) -> tuple[float, float]:
     """One interleaved turn: seconds per token of ours and of NumPy's. Both must choose the same tokens."""
+    params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True, speculate="off")
     engine.reset()
-    generation = engine.generate(prompt, SamplingParams(max_tokens=tokens + 1, ignore_eos=True)).finish()
+    generation = engine.generate(prompt, params).finish()
     baseline.position = 0
     for token in prompt:
         logits = baseline.step(token)

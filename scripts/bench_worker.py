@@ -15,7 +15,8 @@ def main() -> int:
     task = json.loads(sys.argv[1])
     count = task["decode_tokens"]
     positions = task["prompt_tokens"] + count + 1
-    params = SamplingParams(max_tokens=count + 1, ignore_eos=True)
+    plain = {"speculate": "off"} if hasattr(SamplingParams, "speculate") else {}  # earlier versions have no choice
+    params = SamplingParams(max_tokens=count + 1, ignore_eos=True, **plain)
     where = (task["backend"], positions, task["threads"])
     decode = (
         {} if task.get("decode", "auto") == "auto" else {"decode": task["decode"]}

@@ -226,7 +226,7 @@ def prompt_turn(engine: Engine, tokens: Sequence[int]) -> float:
 
 def decode_turn(engine: Engine, prompt: Sequence[int], count: int) -> list[float]:
     """Seconds of each of `count` decode steps after a prompt."""
-    reply = engine.generate_tokens(prompt, SamplingParams(max_tokens=count + 1, ignore_eos=True))
+    reply = engine.generate_tokens(prompt, SamplingParams(max_tokens=count + 1, ignore_eos=True, speculate="off"))
     next(reply)
     seconds = []
     for _ in range(count):

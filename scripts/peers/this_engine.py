@@ -8,7 +8,7 @@ from numba_atomflow.host.machine import commit
 
 def measure(task: Task) -> Answer:
     """Time it."""
-    params = SamplingParams(max_tokens=task.decode_tokens + 1, ignore_eos=True)
+    params = SamplingParams(max_tokens=task.decode_tokens + 1, ignore_eos=True, speculate="off")
     backend, prefill = "cpu" if task.device == "cpu" else "auto", task.options.get("prefill", "auto")
     with Engine.random(task.geometry, backend, task.positions, prefill=prefill) as engine:
         stats = []

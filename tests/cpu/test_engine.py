@@ -18,6 +18,7 @@ from numba_atomflow.context import choose_max_seq_len
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError, SourceWarning, TextError
 from numba_atomflow.ops.projection import GEMV_TOKENS
+from numba_atomflow.sampling import Speculate
 
 BOS, EOS, PAD = 0, 1, 2
 SCRIPT = "abcdefgé д😀XYZ"  # no byte twice; the last one is followed by the end of the sequence
@@ -586,13 +587,16 @@ def test_token_ids_are_whole_numbers(scripted: Engine, tokens: list[int]) -> Non
         scripted.feed(tokens)
 
 
-def test_an_exception_in_the_middle_ends_the_reply(scripted: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt() -> None:
+@pytest.mark.parametrize(("speculate", "step"), [("off", "decode"), ("lookup", "verify")])
+def test_an_exception_in_the_middle_ends_the_reply(
+    scripted: Engine, monkeypatch: pytest.MonkeyPatch, speculate: Speculate, step: str
+) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    reply = scripted.generate("a")
+    reply = scripted.generate("a", SamplingParams(speculate=speculate))
     assert next(reply) == "b"
-    monkeypatch.setattr(scripted.backend, "decode", interrupt)
+    monkeypatch.setattr(scripted.backend, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(reply)
     assert reply.finish_reason == "interrupted"

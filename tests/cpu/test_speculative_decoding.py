@@ -1,0 +1,250 @@
+"""Generation with proposed tokens: the same tokens as without, whatever is proposed, and where they end."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.backends.base import Verification
+from numba_atomflow.convert import convert
+from numba_atomflow.errors import OptionError
+from numba_atomflow.speculation.drafter import StepResult
+
+PROMPT = [40, 50, 60, 70, 80, 40, 50, 60]
+SAMPLED = {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speculation")
+    write_hf_folder(folder / "hf", tiny_geometry(vocabulary=SMALLEST_VOCABULARY))
+    return convert(folder / "hf", folder / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Iterator[Engine]:
+    with Engine.load(checkpoint, "cpu", max_seq_len=128, threads=1) as engine:  # too small to be worth two
+        yield engine
+
+
+@pytest.fixture
+def engine(loaded: Engine) -> Engine:
+    loaded.reset()
+    return loaded
+
+
+class Script:
+    """Proposes the tokens of a known reply, with an error at each of these indices of the reply."""
+
+    def __init__(self, prompt: Sequence[int], reply: Sequence[int], wrong: Sequence[int] = (), count: int = 99) -> None:
+        self._prompt, self._reply, self._wrong, self._count = len(prompt), list(reply), set(wrong), count
+        self.results: list[StepResult] = []
+
+    def propose(self, token_ids: Sequence[int], limit: int) -> list[int]:
+        done = len(token_ids) - self._prompt
+        tokens = [token ^ (i in self._wrong) for i, token in enumerate(self._reply)]
+        return tokens[done : done + min(limit, self._count)]
+
+    def observe(self, result: StepResult) -> None:
+        self.results.append(result)
+
+
+def plain(engine: Engine, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
+    engine.reset()
+    tokens = engine.generate_tokens(prompt, SamplingParams(speculate="off", **options)).finish().token_ids
+    engine.reset()
+    return tokens
+
+
+# --- the same tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("wrong", [(), (5, 6, 17), range(0, 60, 2), range(60)], ids=["right", "few", "half", "wrong"])
+def test_a_drafter_changes_the_number_of_steps_only(engine: Engine, options: dict[str, Any], wrong: range) -> None:
+    options = options | {"max_tokens": 60, "ignore_eos": True}
+    expected = plain(engine, **options)
+    drafter = Script(PROMPT, expected, wrong)
+    reply = engine.generate_tokens(PROMPT, SamplingParams(**options), drafter=drafter).finish()
+    assert reply.token_ids == expected
+    assert reply.finish_reason == "max_tokens"
+    stats = reply.stats
+    assert stats.steps + stats.accepted == stats.tokens - 1
+    assert stats.accepted <= stats.proposed <= 7 * stats.steps
+    assert stats.mean_accepted_length == (stats.tokens - 1) / stats.steps
+    assert (stats.steps, stats.accepted == stats.proposed) == (-(-59 // 8), True) if not wrong else stats.steps > 8
+    assert engine.token_ids == [*PROMPT, *expected[:-1]]
+
+
+def test_the_kv_cache_after_rejections_is_that_of_single_steps(engine: Engine) -> None:
+    expected = plain(engine, max_tokens=40, ignore_eos=True)
+    engine.generate_tokens(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True, speculate="off")).finish()
+    logits = engine.feed([expected[-1]])
+    engine.reset()
+    drafter = Script(PROMPT, expected, wrong=(3, 11, 12, 30))
+    engine.generate_tokens(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True), drafter=drafter).finish()
+    np.testing.assert_array_equal(engine.feed([expected[-1]]), logits)
+
+
+def test_prompt_lookup_proposes_where_a_text_repeats(engine: Engine) -> None:
+    """A loop of a tiny random model: greedy decoding repeats itself."""
+    expected = plain(engine, max_tokens=100, ignore_eos=True)
+    reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=100, ignore_eos=True)).finish()
+    assert reply.token_ids == expected
+    assert reply.stats.accepted > 0
+    off = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=10, speculate="off")).finish()
+    assert (off.stats.proposed, off.stats.steps) == (0, off.stats.tokens - 1)
+    assert off.stats.mean_accepted_length == 1
+
+
+def test_log_probabilities_are_those_of_single_steps(engine: Engine) -> None:
+    options: dict[str, Any] = {**SAMPLED, "max_tokens": 30, "ignore_eos": True, "logprobs": 3}
+    expected = engine.generate_tokens(PROMPT, SamplingParams(**options, speculate="off")).finish()
+    engine.reset()
+    drafter = Script(PROMPT, expected.token_ids, wrong=(4, 9, 10))
+    reply = engine.generate_tokens(PROMPT, SamplingParams(**options), drafter=drafter).finish()
+    assert reply.logprobs == expected.logprobs
+    assert reply.stats.accepted > 15
+
+
+# --- where they end --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 15])
+def test_max_tokens_within_accepted_tokens(engine: Engine, count: int) -> None:
+    expected = plain(engine, max_tokens=20, ignore_eos=True)
+    params = SamplingParams(max_tokens=count, ignore_eos=True)
+    reply = engine.generate_tokens(PROMPT, params, drafter=Script(PROMPT, expected)).finish()
+    assert (reply.token_ids, reply.finish_reason) == (expected[:count], "max_tokens")
+    assert engine.position == len(PROMPT) + count - 1
+    assert reply.stats.accepted == reply.stats.proposed  # no token was checked that could not be generated
+
+
+def test_the_end_of_the_context_within_accepted_tokens(engine: Engine) -> None:
+    expected = plain(engine, ignore_eos=True)
+    assert len(expected) == 128 - len(PROMPT) + 1
+    for limit in (7, 3):
+        engine.reset()
+        drafter = Script(PROMPT, expected, count=limit)
+        reply = engine.generate_tokens(PROMPT, SamplingParams(ignore_eos=True), drafter=drafter).finish()
+        assert (reply.token_ids, reply.finish_reason) == (expected, "context")
+        assert engine.position == 128
+
+
+def with_eos(engine: Engine, monkeypatch: pytest.MonkeyPatch, token: int) -> None:
+    monkeypatch.setattr(engine.checkpoint, "text", _Text(engine.checkpoint.text, (token,)))
+
+
+class _Text:
+    """A checkpoint's text with other tokens that end a reply."""
+
+    def __init__(self, text: Any, eos_ids: tuple[int, ...]) -> None:
+        self._text, self.eos_ids = text, eos_ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._text, name)
+
+
+def test_eos_within_accepted_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = plain(engine, max_tokens=20, ignore_eos=True, **SAMPLED)
+    end = next(i for i in range(4, 20) if expected[i] not in expected[:i])
+    with_eos(engine, monkeypatch, expected[end])
+    drafter = Script(PROMPT, expected)
+    reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=20, **SAMPLED), drafter=drafter).finish()
+    assert (reply.token_ids, reply.finish_reason) == (expected[: end + 1], "eos")
+    assert reply.stats.proposed == reply.stats.accepted  # neither EOS nor what follows was checked
+
+
+def test_a_stop_string_within_accepted_tokens(engine: Engine) -> None:
+    options: dict[str, Any] = {**SAMPLED, "max_tokens": 40, "ignore_eos": True}
+    text = engine.generate(PROMPT, SamplingParams(speculate="off", **options)).finish()
+    stop = text.text[len(text.text) // 2 :][:2]
+    engine.reset()
+    expected = engine.generate(PROMPT, SamplingParams(speculate="off", stop=stop, **options)).finish()
+    position = engine.position
+    engine.reset()
+    drafter = Script(PROMPT, text.token_ids)
+    reply = engine.generate(PROMPT, SamplingParams(stop=stop, **options), drafter=drafter).finish()
+    assert (reply.text, reply.token_ids, reply.finish_reason) == (expected.text, expected.token_ids, "stop")
+    assert reply.stats.accepted > 0
+    assert engine.position == position
+
+
+def test_a_reply_that_is_closed_within_accepted_tokens_can_be_continued(engine: Engine) -> None:
+    expected = plain(engine, max_tokens=30, ignore_eos=True)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    reply = engine.generate_tokens(PROMPT, params, drafter=Script(PROMPT, expected))
+    first = [next(reply) for _ in range(5)]
+    reply.close()
+    assert first == expected[:5]
+    assert engine.token_ids == [*PROMPT, *expected[:4]]
+    rest = engine.generate_tokens([*PROMPT, *first], SamplingParams(max_tokens=25, ignore_eos=True)).finish()
+    assert rest.token_ids == expected[5:]
+    assert rest.stats.reused_tokens == len(PROMPT) + 4
+
+
+# --- what a drafter is told and may do -------------------------------------------------------------------------------
+
+
+def test_a_drafter_hears_of_every_step(engine: Engine) -> None:
+    expected = plain(engine, max_tokens=20, ignore_eos=True)
+    drafter = Script(PROMPT, expected, wrong=(2,), count=3)
+    engine.generate_tokens(PROMPT, SamplingParams(max_tokens=20, ignore_eos=True), drafter=drafter).finish()
+    assert [(result.proposed, result.accepted) for result in drafter.results] == [(3, 1), *[(3, 3)] * 4]
+    assert all(result.seconds > 0 for result in drafter.results)
+
+
+class Fixed:
+    """Proposes the same tokens each time."""
+
+    def __init__(self, *tokens: Any) -> None:
+        self._tokens = tokens
+
+    def propose(self, token_ids: Sequence[int], limit: int) -> Sequence[int]:
+        return self._tokens
+
+    def observe(self, result: StepResult) -> None:
+        pass
+
+
+def test_tokens_beyond_the_limit_are_dropped(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+    reply = engine.generate_tokens(PROMPT, params, drafter=Fixed(*range(3, 100))).finish()
+    assert reply.token_ids == plain(engine, max_tokens=10, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (SMALLEST_VOCABULARY, "The drafter proposed token 259; the vocabulary has 259 tokens."),
+        (-1, "The drafter proposed token -1"),
+        ("x", "a token of the drafter"),
+    ],
+)
+def test_a_proposed_token_that_does_not_exist_is_refused(engine: Engine, token: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        engine.generate_tokens(PROMPT, drafter=Fixed(token)).finish()
+    assert engine.generate_tokens(PROMPT, SamplingParams(max_tokens=2)).finish().stats.tokens == 2
+
+
+def test_contradictions_are_refused(engine: Engine) -> None:
+    with pytest.raises(OptionError, match='There is a drafter, but speculate is "off"'):
+        engine.generate_tokens(PROMPT, SamplingParams(speculate="off"), drafter=Fixed())
+    with pytest.raises(OptionError, match=r'speculate is .often.; it must be "auto", "off" or "lookup"'):
+        SamplingParams(speculate="often")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="speculate is 7"):
+        SamplingParams(speculate=7)  # type: ignore[arg-type]
+
+
+def test_a_backend_that_cannot_verify_says_why(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(engine.backend), "verification", Verification(1, "it is a test"))
+    automatic = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=20, ignore_eos=True)).finish()
+    assert automatic.stats.proposed == 0
+    with pytest.raises(OptionError, match=r'speculate is "lookup", but this backend cannot .*, because it is a test;'):
+        engine.generate_tokens(PROMPT, SamplingParams(speculate="lookup"))
+    with pytest.raises(OptionError, match="There is a drafter, but this backend cannot"):
+        engine.generate_tokens(PROMPT, drafter=Fixed(5))
