@@ -49,6 +49,11 @@ class GenerationStats:
         return self.decode_seconds / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     @property
+    def steps_per_second(self) -> float:
+        """Decode steps per second, each of which reads every weight once; 0 if there were none."""
+        return self.steps / self.decode_seconds if self.steps else 0.0
+
+    @property
     def mean_accepted_length(self) -> float:
         """Mean number of tokens that a decode step generated: 1 without speculation; 0 if there was no step."""
         return (self.tokens - 1) / self.steps if self.steps else 0.0

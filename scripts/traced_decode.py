@@ -60,7 +60,7 @@ def traced_decode(engine: Engine, depth: int, tokens: int, op_tokens: int) -> No
         backend.observe(prompt[-1:], SAMPLE, observer)
         backend.seek(engine.position)
 
-    reply = engine.generate_tokens(prompt, SamplingParams(ignore_eos=True))
+    reply = engine.generate_tokens(prompt, SamplingParams(ignore_eos=True, speculate="off"))
     for _ in range(WARM_UP):
         next(reply)
     run_ops(_NoObserver())

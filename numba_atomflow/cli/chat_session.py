@@ -219,6 +219,8 @@ class ChatSession:
                 output.say("[the context is full; /reset starts a new conversation]")
         if not self.quiet:
             speed = f", {stats.tokens_per_second:.1f} tok/s" if stats.tokens > 1 else ""
+            if stats.proposed:
+                speed += f", {stats.mean_accepted_length:.2f} tokens per step"
             output.say(
                 f"[prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} of them cached; "
                 f"reply {stats.tokens} tokens{speed}]"

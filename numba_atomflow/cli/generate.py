@@ -132,17 +132,23 @@ def _report(engine: "Engine", generation: "Generation") -> str:
     stats = generation.stats
     speed = "no decode speed of one token"
     if stats.tokens > 1:
-        read = engine.weight_bytes_per_token * stats.tokens_per_second / 1e9
+        read = engine.weight_bytes_per_token * stats.steps_per_second / 1e9
         speed = f"{stats.tokens_per_second:.1f} tok/s, TPOT {stats.tpot * 1e3:.1f} ms, {read:.2f} GB/s of weights"
     constraint = ""
     if stats.constraint_seconds:
         constraint = f"masks    {stats.constraint_seconds / stats.tokens * 1e3:.2f} ms per token\n"
+    accepted = ""
+    if stats.proposed:
+        accepted = (
+            f"accepted {stats.accepted} of {stats.proposed} proposed tokens, "
+            f"{stats.mean_accepted_length:.2f} tokens per step\n"
+        )
     backend = engine.backend
     cached = f", {stats.reused_tokens} of them cached" if stats.reused_tokens else ""
     return (
         f"\nbackend  {backend.name} ({backend.device}), loaded in {engine.load_seconds:.2f} s\n"
         f"prompt   {stats.prompt_tokens} tokens{cached}, TTFT {stats.ttft:.3f} s\n"
-        f"decode   {stats.tokens} tokens, {speed}\n{constraint}"
+        f"decode   {stats.tokens} tokens, {speed}\n{accepted}{constraint}"
         f"finish   {generation.finish_reason}"
     )
 

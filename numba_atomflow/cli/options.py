@@ -39,6 +39,14 @@ class DecodeChoice(StrEnum):
     PERSISTENT = "persistent"
 
 
+class SpeculateChoice(StrEnum):
+    """Values of --speculate."""
+
+    AUTO = "auto"
+    OFF = "off"
+    LOOKUP = "lookup"
+
+
 class PrefillChoice(StrEnum):
     """Values of --prefill."""
 
@@ -181,6 +189,14 @@ Seed = Annotated[
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the reply before this text; repeatable.")
 ]
+Speculate = Annotated[
+    SpeculateChoice,
+    typer.Option(
+        "--speculate",
+        help="Check several proposed tokens per step: what followed the last tokens earlier (lookup), or none (off). "
+        "The text is the same, sooner; auto: lookup on a CPU.",
+    ),
+]
 IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos", help="Continue after the end-of-sequence token (for benchmarks).")
 ]
@@ -206,6 +222,7 @@ class SamplingOptions(OptionGroup):
     repetition_penalty: RepetitionPenalty = 1.0
     seed: Seed = None
     stop: Stop = None
+    speculate: Speculate = SpeculateChoice.AUTO
 
     def params(self, ignore_eos: bool = False, constraint: "Constraint | None" = None) -> "SamplingParams":
         """The same for an engine.

@@ -59,9 +59,13 @@ def stats_record(engine: "Engine", stats: "GenerationStats") -> dict[str, float]
         "ttft_seconds": stats.ttft,
         "tpot_seconds": stats.tpot,
         "tokens_per_second": stats.tokens_per_second,
+        "steps": stats.steps,
+        "proposed_tokens": stats.proposed,
+        "accepted_tokens": stats.accepted,
+        "mean_accepted_length": stats.mean_accepted_length,
         "constraint_seconds": stats.constraint_seconds,
         "weight_bytes_per_token": engine.weight_bytes_per_token,
-        "weight_bytes_per_second": engine.weight_bytes_per_token * stats.tokens_per_second,
+        "weight_bytes_per_second": engine.weight_bytes_per_token * stats.steps_per_second,
     }
 
 

@@ -214,8 +214,8 @@ def test_closing_a_finished_reply_changes_nothing(scripted: Engine) -> None:
 
 @pytest.mark.parametrize("max_tokens", [8, 9, 10])
 def test_a_step_may_sample_several_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch, max_tokens: int) -> None:
-    """A backend whose decode step samples two tokens, as a speculative one would; the end may fall between them."""
-    prompt, params = some_tokens(12), SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    """A backend whose decode step samples two tokens; the end may fall between them."""
+    prompt, params = some_tokens(12), SamplingParams(max_tokens=max_tokens, ignore_eos=True, speculate="off")
     expected = engine.generate_tokens(prompt, params).finish().token_ids
     engine.reset()
     decode, sampled_tokens, pair = engine.backend.decode, engine.backend.sampled_tokens, list[int]()

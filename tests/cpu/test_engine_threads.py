@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,14 @@ def in_a_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     """Starts a generation in another thread, blocked during a decode step; yields a function that unblocks it,
     waits for the thread and returns the tokens."""
     entered, go_on = threading.Event(), threading.Event()
-    decode, found = engine.backend.decode, []
+    verify, found = engine.backend.verify, []
 
-    def slow() -> None:
+    def slow(tokens: Sequence[int]) -> object:
         entered.set()
         go_on.wait()
-        decode()
+        return verify(tokens)
 
-    monkeypatch.setattr(engine.backend, "decode", slow)
+    monkeypatch.setattr(engine.backend, "verify", slow)
     thread = threading.Thread(target=lambda: found.append(ids(engine, PROMPT)))
     thread.start()
     entered.wait()
@@ -156,8 +156,13 @@ def test_a_signal_handler_during_a_step_is_refused(engine: Engine, monkeypatch: 
                 seen.append(type(error))
 
     previous = signal.signal(signal.SIGUSR1, handler)
-    decode = engine.backend.decode
-    monkeypatch.setattr(engine.backend, "decode", lambda: (os.kill(os.getpid(), signal.SIGUSR1), decode()))
+    verify = engine.backend.verify
+
+    def interrupted(tokens: Sequence[int]) -> object:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return verify(tokens)
+
+    monkeypatch.setattr(engine.backend, "verify", interrupted)
     try:
         assert len(ids(engine, PROMPT, 2)) == 2
     finally:
@@ -168,11 +173,11 @@ def test_a_signal_handler_during_a_step_is_refused(engine: Engine, monkeypatch: 
 def test_the_engine_is_usable_after_ctrl_c_in_a_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = ids(engine, PROMPT)
 
-    def interrupt() -> None:
+    def interrupt(_: Sequence[int]) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.backend, "decode", interrupt)
+        patch.setattr(engine.backend, "verify", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ids(engine, PROMPT)
     assert in_thread(lambda: ids(engine, PROMPT)) == alone
