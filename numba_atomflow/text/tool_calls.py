@@ -3,7 +3,7 @@
 Two notations are known, by the chat template that teaches them to the model:
 
 - hermes: ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, any number of them after some text (Hermes,
-  Qwen2.5, Qwen3, SmolLM2, SmolLM3);
+  Qwen2.5, Qwen3);
 - llama3: the whole reply is ``{"name": ..., "parameters": {...}}``, several of them with ``;`` between (Llama 3.1 to
   3.3). A special token ``<|python_tag|>`` before it is not part of the text.
 """

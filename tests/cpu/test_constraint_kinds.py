@@ -1,6 +1,7 @@
 """JSON schemas, regular expressions and grammars: random texts that satisfy them, for tokenizers of all kinds."""
 
 import json
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -86,7 +87,7 @@ def random_reply(constraint: Constraint, tokens: TokenTable, seed: int, most: in
 
 def test_random_replies_satisfy_a_schema(tokens: TokenTable) -> None:
     constraint = JsonSchema(PERSON)
-    replies = [random_reply(constraint, tokens, seed) for seed in range(12)]
+    replies = [random_reply(constraint, tokens, seed) for seed in range(5)]
     for reply in replies:
         jsonschema.validate(json.loads(reply), PERSON)
         assert list(json.loads(reply))[:4] == ["name", "age", "kind", "tags"]
@@ -104,7 +105,7 @@ def test_random_replies_satisfy_a_schema(tokens: TokenTable) -> None:
     ],
 )
 def test_random_replies_match(constraint: Constraint, pattern: str, tokens: TokenTable) -> None:
-    for seed in range(4):
+    for seed in range(2):
         assert re.fullmatch(pattern, random_reply(constraint, tokens, seed))
 
 
@@ -132,6 +133,47 @@ def test_white_space_between_values_is_bounded(bytes_only: TokenTable) -> None:
     assert count == 32
 
 
+def random_schema(choose: random.Random, depth: int = 0) -> dict[str, Any]:
+    """A schema of the keywords that people use, whose values are small."""
+    deeper, number = (lambda: random_schema(choose, depth + 1)), choose.randint
+    flat: list[Callable[[], dict[str, Any]]] = [
+        lambda: {"type": "integer", "minimum": number(-50, 0), "exclusiveMaximum": number(1, 1000)},
+        lambda: {"type": "integer", "minimum": 0, "maximum": 100, "multipleOf": number(2, 7)},
+        lambda: {"type": "number", "minimum": number(-5, 0) + 0.5, "maximum": number(1, 100) + 0.25},
+        lambda: {"type": "string", "minLength": number(0, 2), "maxLength": number(2, 6)},
+        lambda: {"type": "string", "pattern": choose.choice(["^a[bc]{1,3}$", "^[0-9]{1,4}$", "^(foo|bar)?$"])},
+        lambda: {"type": "string", "format": choose.choice(["date", "date-time", "uuid", "ipv4", "email"])},
+        lambda: {"enum": choose.sample([1, "a", 'b"', None, True, [1], {"x": 2}, 1.5], number(1, 4))},
+        lambda: {"const": choose.choice([1, "é", None, {"a": [1]}])},
+        lambda: {"type": ["boolean", "null"]},
+        lambda: {"allOf": [{"type": "integer", "minimum": 0}, {"maximum": number(1, 99)}]},
+        lambda: {"oneOf": [{"type": "string", "maxLength": 4}, {"type": "integer", "minimum": 0, "maximum": 9}]},
+    ]
+    nested: list[Callable[[], dict[str, Any]]] = [
+        lambda: {"type": "array", "items": deeper(), "minItems": number(0, 2), "maxItems": number(2, 4)},
+        lambda: {"type": "array", "prefixItems": [deeper(), deeper()], "items": False, "minItems": number(0, 2)},
+        lambda: {"anyOf": [deeper() for _ in range(number(1, 3))]},
+        lambda: _random_object(choose, deeper),
+        lambda: _random_object(choose, deeper),
+    ]
+    return choose.choice(flat if depth == 3 else flat + 3 * nested)()
+
+
+def _random_object(choose: random.Random, deeper: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    properties = {name: deeper() for name in choose.sample(["a", "b", "c", "d e", "é", '"'], choose.randint(1, 4))}
+    required = choose.sample(list(properties), choose.randint(0, len(properties)))
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+@pytest.mark.parametrize("start", [0, *(pytest.param(start, marks=pytest.mark.slow) for start in (25, 50, 75, 100))])
+def test_random_replies_satisfy_random_schemas(start: int, tokens: TokenTable) -> None:
+    """Judged by another library."""
+    for seed in range(start, start + 25, 5):
+        schema = random_schema(random.Random(seed))
+        reply = random_reply(JsonSchema(schema), tokens, seed, most=3000)
+        jsonschema.validate(json.loads(reply), schema, format_checker=jsonschema.FormatChecker())
+
+
 # --- tools -------------------------------------------------------------------------------------------------------
 
 TOOLS: list[tuple[str, dict[str, Any] | None]] = [
@@ -153,7 +195,7 @@ TOOLS: list[tuple[str, dict[str, Any] | None]] = [
 def test_random_calls_are_calls_of_the_tools(notation: ToolNotation, several: bool, tokens: TokenTable) -> None:
     schemas = dict(TOOLS)
     constraint, counts = ToolCalls(notation, TOOLS, several), set[int]()
-    for seed in range(6):
+    for seed in range(3):
         parser = ToolCallParser(notation, schemas)
         events = [*parser.push(random_reply(constraint, tokens, seed, most=2000)), *parser.flush()]
         calls = [event for event in events if isinstance(event, CallDelta)]

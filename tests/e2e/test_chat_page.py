@@ -149,6 +149,7 @@ def test_a_reply_is_streamed_and_stopped(page: Any, live: Live, held: Callable[[
     live.until(lambda: live.metric(CANCELLED) == before + 1)
 
 
+@pytest.mark.slow
 def test_the_engines_reply_is_regenerated_with_the_same_seed(page: Any) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Maximum tokens").fill("2")
@@ -163,6 +164,7 @@ def test_the_engines_reply_is_regenerated_with_the_same_seed(page: Any) -> None:
     assert page.locator(".message").count() == 2
 
 
+@pytest.mark.slow
 def test_settings_and_the_conversation_are_sent(page: Any) -> None:
     requests = scripted(page, "One.", "Two.", "Three.")
     page.get_by_role("button", name="Settings").click()
@@ -230,6 +232,7 @@ def test_markdown_is_shown_and_html_is_text(page: Any) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == 'print("<i>")'
 
 
+@pytest.mark.slow
 def test_the_theme_follows_the_system_and_the_switch(page: Any) -> None:
     def brightness() -> int:
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -247,6 +250,7 @@ def test_the_theme_follows_the_system_and_the_switch(page: Any) -> None:
     assert brightness() < 150
 
 
+@pytest.mark.slow
 def test_a_refusal_is_shown_and_the_message_can_be_sent_again(page: Any) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Maximum tokens").fill("8")

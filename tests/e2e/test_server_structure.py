@@ -212,6 +212,7 @@ def test_openais_helpers_parse_replies_and_calls(live: Live) -> None:
         assert final.finish_reason == "tool_calls"
 
 
+@pytest.mark.slow
 def test_langchain_has_structured_output_and_tools(live: Live) -> None:
     langchain_openai = pytest.importorskip("langchain_openai", reason="pip install langchain-openai")
     from pydantic import BaseModel
