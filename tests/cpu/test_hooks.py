@@ -1,6 +1,7 @@
 """`Engine.capture` and `Engine.edit` on tiny models: names, values, and what the KV cache keeps."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,23 @@ def test_chat_runs_under_edits(engine: Engine) -> None:
     with engine.edit({"layer.0.output": zero}):
         assert engine.chat(messages, GREEDY).finish().token_ids != plain
     assert engine.chat(messages, GREEDY).finish().token_ids == plain
+
+
+def test_scores_and_replies_with_logprobs_run_under_edits(engine: Engine) -> None:
+    plain = engine.score(PROMPT, [5, 6, 7])
+    with_logprobs = replace(DRAWN, logprobs=2, prompt_logprobs=1)
+    with engine.edit({"layer.0.output": zero}):
+        edited = engine.score(PROMPT, [5, 6, 7])
+        assert edited != plain
+        logits = engine.capture([*PROMPT, 5, 6], ["logits"])["logits"][-3:].astype(np.float64)
+        expected = logits[range(3), [5, 6, 7]] - np.log(np.exp(logits).sum(axis=1))
+        np.testing.assert_allclose(edited.logprobs, expected, rtol=1e-4)
+        assert engine.score_many([(PROMPT, [5, 6, 7]), (PROMPT, [8])])[0].logprob == pytest.approx(edited.logprob)
+        tokens = tokens_of(engine, DRAWN)
+        reply = engine.generate_tokens(PROMPT, with_logprobs).finish()
+        assert reply.token_ids == tokens
+        assert len(reply.logprobs) == len(tokens)
+    assert engine.score(PROMPT, [5, 6, 7]) == plain
 
 
 def test_an_exception_of_a_function_ends_the_call_and_the_block(engine: Engine) -> None:
