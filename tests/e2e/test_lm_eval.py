@@ -12,7 +12,7 @@ import pytest
 from child_processes import run
 from reference import Reference
 from repository_files import ROOT
-from tiny_models import CHAT_TEMPLATE, tiny_geometry, write_hf_folder
+from tiny_models import CHAT_TEMPLATE, tiny_geometry, write_hf_folder, write_json
 
 from numba_atomflow import Engine
 from numba_atomflow.convert import convert
@@ -85,6 +85,10 @@ def loglikelihoods(results: dict[str, Any], task: str) -> list[float]:
     return [np.atleast_1d(response)[0] for sample in samples for response in sample["filtered_resps"]]
 
 
+def metrics(results: dict[str, Any], task: str) -> dict[str, float]:
+    return {name: value for name, value in results["results"][task].items() if isinstance(value, float)}
+
+
 def check_equal(models: Models, **options: Any) -> float:
     """Evaluate with both; the largest difference of a log-likelihood."""
     ours, theirs = (evaluate(model, **options) for model in models)
@@ -96,9 +100,7 @@ def check_equal(models: Models, **options: Any) -> float:
     replies = [[sample["resps"] for sample in results["samples"][TASKS[2]]] for results in (ours, theirs)]
     assert replies[0] == replies[1]
     for task in TASKS:
-        for metric, value in theirs["results"][task].items():
-            if metric.endswith(",none") and isinstance(value, float):
-                assert ours["results"][task][metric] == pytest.approx(value, rel=1e-4), metric
+        assert metrics(ours, task) == pytest.approx(metrics(theirs, task), rel=1e-4)
     print(f"largest difference of a log-likelihood: {worst:.2g} nats")
     assert worst <= LIMIT
     return worst
@@ -228,3 +230,45 @@ def test_the_command_line_says_what_is_wrong(
         main()
     assert ended.value.code == 2
     assert "none.safetensors" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- through the server ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"batch_size": 4}, {"num_concurrent": 4}])
+def test_the_harness_gets_the_same_from_the_server(tmp_path: Path, options: dict[str, int]) -> None:
+    """Its model `local-completions` sends token ids and reads the log-probabilities of an echoed prompt.
+
+    It drops those of one generated token. Here each token ends a reply, and must have them nevertheless. Of the
+    `max_length` of that model, a token is left for a reply, and one for what stands before a window.
+    """
+    pytest.importorskip("tenacity", reason="the harness's extra `api` is not installed: pip install 'lm-eval[api]'")
+    pytest.importorskip("starlette", reason="pip install 'numba-atomflow[serve]'")
+    from live_server import live_server
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from numba_atomflow.integrations.lm_eval import AtomFlowLM
+
+    geometry, source, length = tiny_geometry(), tmp_path / "hf", 98
+    write_hf_folder(source, geometry)
+    write_json(source / "generation_config.json", {"eos_token_id": list(range(geometry.vocabulary))})
+    checkpoint = convert(source, tmp_path / "model.safetensors")
+    with Engine.load(checkpoint, max_seq_len=length, threads=1) as engine, live_server(engine) as live:
+        remote = LocalCompletionsAPI(
+            base_url=f"{live.url}/v1/completions",
+            model="tiny",
+            tokenizer=str(source),
+            tokenizer_backend="huggingface",
+            max_length=length,
+            max_retries=1,
+            **options,
+        )
+        theirs = evaluate(remote)
+    with Engine.load(checkpoint, max_seq_len=length - 2, threads=1) as engine:
+        ours = evaluate(AtomFlowLM(engine))
+    for task in TASKS[:2]:
+        assert loglikelihoods(theirs, task) == pytest.approx(loglikelihoods(ours, task), abs=LIMIT / 10)
+        assert metrics(theirs, task) == pytest.approx(metrics(ours, task), rel=1e-6)
+    replies = [[sample["resps"] for sample in results["samples"][TASKS[2]]] for results in (ours, theirs)]
+    assert replies[0] == replies[1]
