@@ -408,6 +408,7 @@ class Engine:
 
         Raises:
             DestinationError: the file exists, or cannot be written.
+            OptionError: the messages are not plain data.
         """
         file = file_path("path", path)
         check_destination(file, overwrite)

@@ -64,7 +64,8 @@ class ChatInput:
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1].removesuffix("\\")
             lines.append(self._line(CONTINUATION) or "")
-        return Entry("\n".join(lines).strip(), is_literal=len(lines) > 1)
+        text = "\n".join(lines).strip()
+        return Entry(text, is_literal="\n" in text)  # a line has several where readline inserts a pasted text whole
 
     def _quoted(self, line: str | None) -> str:
         """The lines up to the closing quotes, or to the end of input."""

@@ -184,7 +184,7 @@ class ChatSession:
                 writer.end()  # so that the error begins a line
             raise
         if generation is None or (not generation.text and generation.finish_reason == "interrupted"):
-            output.say("\n[stopped before the first token; the message is discarded]")
+            output.say("\n[stopped before the first token; the conversation is as before]")
             return
         reply = {"role": "assistant", "content": self._reasoning_opening + generation.text}
         self.conversation.messages = [*messages, reply]

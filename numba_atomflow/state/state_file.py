@@ -20,7 +20,7 @@ from numba_atomflow.checkpoint.fingerprint import ModelIdentity
 from numba_atomflow.checkpoint.safetensors import TensorFile, file_head, read_tensor_file
 from numba_atomflow.checkpoint.writer import destination_exists, write_failure
 from numba_atomflow.context import Context
-from numba_atomflow.errors import DestinationError, StateError
+from numba_atomflow.errors import DestinationError, OptionError, StateError
 from numba_atomflow.files.atomic import write_pieces
 from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.memory.mapped_file import MappedFile
@@ -79,6 +79,7 @@ def write_state(
 
     Raises:
         DestinationError: the file exists and `overwrite` is False, or it cannot be written.
+        OptionError: the messages are not plain data.
     """
     tensors = {
         "keys": snapshot.keys,
@@ -86,9 +87,9 @@ def write_state(
         "token_ids": np.array(snapshot.token_ids, _DTYPES["I32"]),
     }
     if messages:
-        tensors["messages"] = np.frombuffer(json_text(list(messages)).encode(), np.uint8)
+        tensors["messages"] = np.frombuffer(_json(messages).encode(), np.uint8)
     digest = hashlib.sha256()
-    for piece in _reported("checking", tensors, progress):
+    for piece in _reported("hashing", tensors, progress):
         digest.update(piece)
     metadata = {
         "format": FORMAT,
@@ -109,6 +110,13 @@ def write_state(
         raise destination_exists(path) from error
     except OSError as error:
         raise DestinationError(write_failure(path, error)) from error
+
+
+def _json(messages: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return json_text(list(messages))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"messages cannot be stored ({short(str(error))}); give plain data.") from error
 
 
 def _reported(what: str, tensors: Mapping[str, NDArray[Any]], progress: Progress | None) -> Iterator[memoryview]:

@@ -88,7 +88,7 @@ def test_progress_reaches_the_end(engine: Engine, state: Path, tmp_path: Path) -
 
     engine.save_state(tmp_path / "other.safetensors", progress=progress)
     engine.load_state(state, progress)
-    assert sorted(seen) == ["checking", "writing"]
+    assert sorted(seen) == ["checking", "hashing", "writing"]
     total = engine.snapshot().nbytes + 4 * len(PROMPT)
     assert seen["writing"][0] == (0, total)
     assert seen["writing"][-1] == (total, total)
@@ -125,7 +125,7 @@ def test_a_destination_that_cannot_be_is_refused_with_a_sentence(engine: Engine,
         engine.save_state(7)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("phase", ["checking", "writing"])
+@pytest.mark.parametrize("phase", ["hashing", "writing"])
 def test_ctrl_c_leaves_no_file(engine: Engine, tmp_path: Path, phase: str) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if what == phase and done:
@@ -206,6 +206,9 @@ def test_a_conversation_that_is_none_is_refused(engine: Engine, tmp_path: Path) 
     engine.save_state(tmp_path / "state.safetensors", ["not a message"])  # type: ignore[list-item]
     with pytest.raises(StateError, match="is no list of messages"):
         engine.load_state(tmp_path / "state.safetensors")
+    with pytest.raises(OptionError, match="messages cannot be stored"):
+        engine.save_state(tmp_path / "other.safetensors", [{"content": object()}])
+    assert not (tmp_path / "other.safetensors").exists()
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
