@@ -3,7 +3,8 @@
 One layer's cache is two arrays [positions, kv_heads * head_dim]: the row of a key is its position. Query head h reads
 KV head h // ratio. Softmax is computed in float32 with the maximum subtracted.
 
-Cost model, one token at length S: 8 * S * kv_dim bytes (float32 cache). A prefill chunk of T tokens: 4 * T * S * q_dim
+Cost model, few tokens at length S: 8 * S * kv_dim bytes (float32 cache), and a few ns per key, head and token
+(ops/simd_attention.py). A prefill chunk of T tokens: 4 * T * S * q_dim
 operations in the loops of ops/simd_gemm.py, with the running max and row sum of online softmax (Milakov and Gimelshein,
 2018).
 """
@@ -14,12 +15,13 @@ import numpy as np
 from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.activation import exp
 from numba_atomflow.ops.jit import cpu_kernel
+from numba_atomflow.ops.simd_attention import add_values, score_keys, softmax_weights
 from numba_atomflow.ops.simd_gemm import COLUMNS, multiply_columns, multiply_rows
 from numba_atomflow.ops.simd_softmax import LOWEST, softmax_tile
 
 KEY_TILE = 96  # keys of a step of online softmax; a multiple of ROWS
+_TOKEN_TILE = 64  # keys of a step of few tokens: they stay in L1
 _LOWEST = np.float32(LOWEST)
 
 
@@ -47,49 +49,12 @@ def attend_reference(
     return out
 
 
-@cpu_kernel(inline=True)
-def attend_head(query, keys, values, start, length, block_table, block_size, scores, result):
-    """One query over `length` keys of one KV head.
-
-    Args:
-        query, result: float32 [head_dim].
-        keys, values: float32 [rows, kv_heads * head_dim]; the head's elements begin at `start`.
-        block_table: int32, the KV blocks of a sequence in a paged cache, each of `block_size` positions
-            (ops/paged_attention.py). None for a contiguous cache, which is one block of `block_size` = `length`.
-        scores: float32 [at least length], scratch.
-    """
-    head_dim = query.shape[0]
-    scale = np.float32(1.0 / math.sqrt(head_dim))
-    running_max = _LOWEST
-    for first in range(0, length, block_size):
-        row = 0 if block_table is None else block_table[first // block_size] * block_size
-        for s in range(first, min(first + block_size, length)):
-            key = keys[row + s - first, start : start + head_dim]
-            dot = np.float32(0.0)
-            for d in range(head_dim):
-                dot += query[d] * key[d]
-            scores[s] = dot * scale
-            running_max = max(running_max, dot * scale)
-    row_sum = np.float32(0.0)
-    for s in range(length):
-        weight = exp(scores[s] - running_max)
-        scores[s] = weight
-        row_sum += weight
-    result[:] = np.float32(0.0)
-    for first in range(0, length, block_size):
-        row = 0 if block_table is None else block_table[first // block_size] * block_size
-        for s in range(first, min(first + block_size, length)):
-            value = values[row + s - first, start : start + head_dim]
-            weight = scores[s]
-            for d in range(head_dim):
-                result[d] += weight * value[d]
-    for d in range(head_dim):
-        result[d] /= row_sum
-
-
 @cpu_kernel()
 def attend_tokens(q, keys, values, position, head_dim, scores, out):
-    """Causal attention of T tokens at positions position[0] .. position[0] + T - 1, each with the bits of T = 1.
+    """Causal attention of 1 to GEMV_TOKENS tokens at positions position[0] .. position[0] + T - 1.
+
+    A token has the same bits whatever tokens are beside it. Keys and values are read in tiles, by all tokens of an
+    item, one after the other.
 
     Args:
         q, out: float32 [T, heads * head_dim].
@@ -99,13 +64,28 @@ def attend_tokens(q, keys, values, position, head_dim, scores, out):
     """
     tokens, heads = q.shape[0], q.shape[1] // head_dim
     ratio = heads // (keys.shape[1] // head_dim)
-    for item in prange(heads * tokens):
-        h, t = item // tokens, item % tokens
-        length = position[0] + t + 1
-        query = q[t, h * head_dim : (h + 1) * head_dim]
-        result = out[t, h * head_dim : (h + 1) * head_dim]
-        start, weights = h // ratio * head_dim, scores[get_thread_id(), t]
-        attend_head(query, keys, values, start, length, None, length, weights, result)
+    scale = np.float32(1.0 / math.sqrt(head_dim))
+    pieces = min(tokens, max(2, (scores.shape[0] + heads - 1) // heads))  # of the tokens, for the threads' sake
+    inverses = np.empty((scores.shape[0], tokens), np.float32)
+    for item in prange(heads * pieces):
+        h, piece = item // pieces, item % pieces
+        begin, end = tokens * piece // pieces, tokens * (piece + 1) // pieces
+        head, start = slice(h * head_dim, (h + 1) * head_dim), h // ratio * head_dim
+        own, length = scores[get_thread_id()], position[0] + end
+        for first in range(0, length, _TOKEN_TILE):
+            for t in range(begin, end):
+                count = max(0, min(_TOKEN_TILE, position[0] + t + 1 - first))
+                score_keys(q[t, head], keys, first, start, count, scale, own[t], first)
+        for t in range(begin, end):
+            inverses[get_thread_id(), t] = np.float32(1.0) / softmax_weights(own[t], position[0] + t + 1)
+            out[t, head] = np.float32(0.0)
+        for first in range(0, length, _TOKEN_TILE):
+            for t in range(begin, end):
+                count = max(0, min(_TOKEN_TILE, position[0] + t + 1 - first))
+                add_values(own[t], first, values, first, start, count, out[t, head])
+        for t in range(begin, end):
+            for d in range(h * head_dim, (h + 1) * head_dim):
+                out[t, d] *= inverses[get_thread_id(), t]
 
 
 @cpu_kernel()

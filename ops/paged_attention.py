@@ -8,12 +8,15 @@ before any of them attends.
 Cost model: that of contiguous attention (8 * S * kv_dim bytes per token), and one look-up per KV block.
 """
 
+import math
+
 import numpy as np
 from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.attention import attend_head, attend_reference
+from numba_atomflow.ops.attention import attend_reference
 from numba_atomflow.ops.jit import cpu_kernel
+from numba_atomflow.ops.simd_attention import add_values, score_keys, softmax_weights
 
 
 def attend_paged_reference(
@@ -47,9 +50,20 @@ def attend_paged(q, keys, values, block_table, table_rows, positions, block_size
     """
     heads = q.shape[1] // head_dim
     ratio = heads // (keys.shape[1] // head_dim)
+    scale = np.float32(1.0 / math.sqrt(head_dim))
     for item in prange(q.shape[0] * heads):
         t, h = item // heads, item % heads
         query = q[t, h * head_dim : (h + 1) * head_dim]
         result = out[t, h * head_dim : (h + 1) * head_dim]
-        blocks, length, weights = block_table[table_rows[t]], positions[t] + 1, scores[get_thread_id()]
-        attend_head(query, keys, values, h // ratio * head_dim, length, blocks, block_size, weights, result)
+        blocks, length, start = block_table[table_rows[t]], positions[t] + 1, h // ratio * head_dim
+        weights = scores[get_thread_id()]
+        for first in range(0, length, block_size):
+            row, count = blocks[first // block_size] * block_size, min(block_size, length - first)
+            score_keys(query, keys, row, start, count, scale, weights, first)
+        inverse = np.float32(1.0) / softmax_weights(weights, length)
+        result[:] = np.float32(0.0)
+        for first in range(0, length, block_size):
+            row, count = blocks[first // block_size] * block_size, min(block_size, length - first)
+            add_values(weights, first, values, row, start, count, result)
+        for d in range(head_dim):
+            result[d] *= inverse

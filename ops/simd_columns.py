@@ -24,15 +24,10 @@ from numba_atomflow.ops.fp8 import GROUP, MAGNITUDE_AND_SIGN
 from numba_atomflow.ops.simd import has_half_conversion, widened
 from numba_atomflow.ops.simd_gemm import FUSE
 from numba_atomflow.ops.simd_softmax import PLAIN, exp_vector
-
-VECTOR = 16  # weights that are converted at once
-COLUMNS = 8  # most columns: the lanes of a vector of results
+from numba_atomflow.ops.simd_vectors import FLOATS, RESULTS, VECTOR, splat, splat_of, sums_of_lanes
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_CODES, _HALF_BITS, _HALVES, _WORDS, _FLOATS = (
-    ir.VectorType(kind, VECTOR) for kind in (_I8, _I16, ir.HalfType(), _I32, _F32)
-)
-_RESULTS = ir.VectorType(_F32, COLUMNS)
+_CODES, _HALF_BITS, _HALVES, _WORDS = (ir.VectorType(kind, VECTOR) for kind in (_I8, _I16, ir.HalfType(), _I32))
 # Multiplies and adds of whole vectors of weights become FMAs where the processor has them (FUSE); on results, of which
 # LLVM may compute the used lanes only, nothing is fused (PLAIN).
 _UNLIFT = 2.0**56
@@ -143,7 +138,7 @@ class _Weight:
         b = self.builder
         row = b.gep(self.codes, [b.mul(n, self.in_features)])
         scales = None if self.scales is None else b.gep(self.scales, [b.mul(n, self.groups)])
-        totals = [cgutils.alloca_once_value(b, _splat_of(0.0, _FLOATS)) for _ in self.columns]
+        totals = [cgutils.alloca_once_value(b, splat_of(0.0, FLOATS)) for _ in self.columns]
         whole_groups = b.sdiv(self.in_features, _I64(GROUP))
         with cgutils.for_range(b, whole_groups, intp=_I64) as loop:
             start = b.mul(loop.index, _I64(GROUP))
@@ -164,13 +159,13 @@ class _Weight:
 
         covered = b.add(covered, b.mul(vectors, _I64(VECTOR)))
         rest = self._single_elements(row, scales, covered, whole_groups)
-        results = b.fadd(_sums_of_lanes(b, [b.load(total) for total in totals]), rest, flags=PLAIN)
-        return results if scales is None else b.fmul(results, _splat_of(_UNLIFT, _RESULTS), flags=PLAIN)
+        results = b.fadd(sums_of_lanes(b, [b.load(total) for total in totals]), rest, flags=PLAIN)
+        return results if scales is None else b.fmul(results, splat_of(_UNLIFT, RESULTS), flags=PLAIN)
 
     def _product(self, weights: ir.Value, x: ir.Value, offset: ir.Value, added: ir.Value | None) -> ir.Value:
         """weights * x[offset : offset + 16] + added."""
         b = self.builder
-        vector = b.load(b.bitcast(b.gep(x, [offset]), _FLOATS.as_pointer()), align=4)
+        vector = b.load(b.bitcast(b.gep(x, [offset]), FLOATS.as_pointer()), align=4)
         if added is None:  # not to be fused: of two products that are added, either could be
             return b.fmul(weights, vector, flags=PLAIN)
         return b.fadd(added, b.fmul(weights, vector, flags=FUSE), flags=FUSE)
@@ -179,7 +174,7 @@ class _Weight:
         """totals += sums * scales[group]."""
         b = self.builder
         if scales is not None:
-            scale = _splat(b, b.load(b.gep(scales, [group])), _FLOATS)
+            scale = splat(b, b.load(b.gep(scales, [group])), FLOATS)
             sums = [b.fmul(s, scale, flags=FUSE) for s in sums]
         for s, total in zip(sums, totals, strict=True):
             b.store(b.fadd(b.load(total), s, flags=FUSE), total)
@@ -187,7 +182,7 @@ class _Weight:
     def _single_elements(self, row: ir.Value, scales: ir.Value | None, start: ir.Value, group: ir.Value) -> ir.Value:
         """The sum over what is left of K, a column in each lane."""
         b = self.builder
-        rest = cgutils.alloca_once_value(b, _splat_of(0.0, _RESULTS))
+        rest = cgutils.alloca_once_value(b, splat_of(0.0, RESULTS))
         with cgutils.for_range(b, b.sub(self.in_features, start), intp=_I64) as loop:
             k = b.add(start, loop.index)
             code = b.load(b.gep(row, [k]))
@@ -195,12 +190,12 @@ class _Weight:
                 weight = _fp8_to_float(b, code, _I32, _F32)
             else:
                 weight = b.fpext(b.bitcast(code, ir.HalfType()), _F32) if self.has_halves else widened(b, code)
-            x = _splat_of(0.0, _RESULTS)
+            x = splat_of(0.0, RESULTS)
             for c, column in enumerate(self.columns):
                 x = b.insert_element(x, b.load(b.gep(column, [k])), _I32(c))
-            product = b.fmul(_splat(b, weight, _RESULTS), x, flags=PLAIN)
+            product = b.fmul(splat(b, weight, RESULTS), x, flags=PLAIN)
             if scales is not None:
-                product = b.fmul(product, _splat(b, b.load(b.gep(scales, [group])), _RESULTS), flags=PLAIN)
+                product = b.fmul(product, splat(b, b.load(b.gep(scales, [group])), RESULTS), flags=PLAIN)
             b.store(b.fadd(b.load(rest), product, flags=PLAIN), rest)
         return b.load(rest)
 
@@ -209,11 +204,11 @@ class _Weight:
         b = self.builder
         place = b.gep(row, [offset])
         if self.scales is not None:
-            return _fp8_to_float(b, b.load(b.bitcast(place, _CODES.as_pointer()), align=1), _WORDS, _FLOATS)
+            return _fp8_to_float(b, b.load(b.bitcast(place, _CODES.as_pointer()), align=1), _WORDS, FLOATS)
         bits = b.load(b.bitcast(place, _HALF_BITS.as_pointer()), align=2)
         if self.has_halves:
-            return b.fpext(b.bitcast(bits, _HALVES), _FLOATS)
-        values = ir.Constant(_FLOATS, ir.Undefined)
+            return b.fpext(b.bitcast(bits, _HALVES), FLOATS)
+        values = ir.Constant(FLOATS, ir.Undefined)
         for i in range(VECTOR):
             values = b.insert_element(values, widened(b, b.extract_element(bits, _I32(i))), _I32(i))
         return values
@@ -221,44 +216,13 @@ class _Weight:
 
 def _silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x * sigmoid(x) in every lane."""
-    negated = b.fsub(_splat_of(-0.0, _RESULTS), x, flags=PLAIN)
-    negated = b.select(b.fcmp_ordered(">", negated, _splat_of(88.0, _RESULTS)), _splat_of(88.0, _RESULTS), negated)
-    divisor = b.fadd(_splat_of(1.0, _RESULTS), exp_vector(b, negated, fuse=PLAIN), flags=PLAIN)
+    negated = b.fsub(splat_of(-0.0, RESULTS), x, flags=PLAIN)
+    negated = b.select(b.fcmp_ordered(">", negated, splat_of(88.0, RESULTS)), splat_of(88.0, RESULTS), negated)
+    divisor = b.fadd(splat_of(1.0, RESULTS), exp_vector(b, negated, fuse=PLAIN), flags=PLAIN)
     return b.fdiv(x, divisor, flags=PLAIN)
 
 
 def _fp8_to_float(b: ir.IRBuilder, codes: ir.Value, words: ir.Type, floats: ir.Type) -> ir.Value:
     """Sign-extend, shift, mask: float32 of the value times 2^-120."""
-    shift, mask = (_splat_of(value, words) for value in (20, MAGNITUDE_AND_SIGN))
+    shift, mask = (splat_of(value, words) for value in (20, MAGNITUDE_AND_SIGN))
     return b.bitcast(b.and_(b.shl(b.sext(codes, words), shift), mask), floats)
-
-
-def _sums_of_lanes(b: ir.IRBuilder, vectors: Sequence[ir.Value]) -> ir.Value:
-    """The sum of the lanes of each of up to 8 vectors, as a tree over neighbours: one vector of the sums."""
-    halves = [
-        b.fadd(_shuffle(b, vector, vector, range(8)), _shuffle(b, vector, vector, range(8, 16)), flags=PLAIN)
-        for vector in vectors
-    ]
-    halves += [_splat_of(0.0, _RESULTS)] * (COLUMNS - len(vectors))
-    for even in ([0, 8, 2, 10, 4, 12, 6, 14], [0, 1, 8, 9, 4, 5, 12, 13], [0, 1, 2, 3, 8, 9, 10, 11]):
-        distance = 8 // len(halves)
-        odd = [i + distance for i in even]
-        halves = [
-            b.fadd(_shuffle(b, first, second, even), _shuffle(b, first, second, odd), flags=PLAIN)
-            for first, second in zip(halves[::2], halves[1::2], strict=True)
-        ]
-    return halves[0]
-
-
-def _shuffle(b: ir.IRBuilder, first: ir.Value, second: ir.Value, order: Sequence[int]) -> ir.Value:
-    return b.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(order)), list(order)))
-
-
-def _splat(b: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
-    """A scalar in every lane of a vector."""
-    lane_0 = b.insert_element(ir.Constant(vector, ir.Undefined), scalar, _I32(0))
-    return _shuffle(b, lane_0, lane_0, [0] * vector.count)
-
-
-def _splat_of(value: float, kind: ir.Type) -> ir.Constant:
-    return ir.Constant(kind, [value] * kind.count) if isinstance(kind, ir.VectorType) else ir.Constant(kind, value)

@@ -244,8 +244,6 @@ def test_every_kernel_with_views_checks_its_arguments() -> None:
     modules = (attention, embedding, paged_attention, projection, rms_norm, rope)
     kernels = {name for module in modules for name, value in vars(module).items() if hasattr(value, "_cache_hits")}
     inlined = {
-        "attend_head",
-        "exp",
         "silu",
         "convert_biased",
         "_rotate",
