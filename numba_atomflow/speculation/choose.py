@@ -25,8 +25,7 @@ def choose_drafter(speculate: Speculate, drafter: Drafter | None, obstacle: str,
     if required and obstacle:
         what = 'speculate is "lookup"' if drafter is None else "There is a drafter"
         raise OptionError(
-            f"{what}, but this backend cannot check several tokens in one step, because {obstacle}; "
-            "leave it out, or run on the CPU."
+            f"{what}, but this backend cannot check several tokens in one step, because {obstacle}; leave it out."
         )
     if drafter is not None:
         return drafter

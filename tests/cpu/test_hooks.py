@@ -281,6 +281,15 @@ def test_proposed_tokens_are_verified_one_by_one_under_edits(engine: Engine) -> 
             engine.backend.verify([9, 9])
 
 
+def test_speculation_is_off_under_edits(engine: Engine) -> None:
+    repeated = PROMPT[:6] * 5
+    with engine.edit({"layer.0.output": zero}):
+        reply = engine.generate_tokens(repeated, GREEDY).finish()
+        assert reply.stats.proposed == 0
+        with pytest.raises(OptionError, match="activations are being edited"):
+            engine.generate_tokens(repeated, replace(GREEDY, speculate="lookup"))
+
+
 def test_a_snapshot_keeps_what_was_computed_under_edits(engine: Engine) -> None:
     engine.feed(PROMPT)
     plain = engine.snapshot()

@@ -124,6 +124,14 @@ def test_custom_constraint(names: dict[str, Any]) -> None:
     assert "e" not in names["reply"].text.lower()
 
 
+def test_a_drafter_of_one_s_own(smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "speculation.md").read_text().partition("## A drafter of your own")[2]
+    assert "#a-drafter-of-your-own" in DOCUMENT
+    exec(CODE.findall(text)[0].replace('"smollm2-135m-instruct"', repr(str(smollm2_checkpoint))), {})
+    steps = re.findall(r"^(\d+) (\d+) [\d.e-]+$", capsys.readouterr().out, re.MULTILINE)
+    assert sum(int(accepted) for _, accepted in steps) > 0
+
+
 def test_time_per_layer(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     run(names, "Time per layer")
     assert len(re.findall(r"^\w+: \d+ us a layer, [\d.]+ ms a token$", capsys.readouterr().out, re.MULTILINE)) == 5
