@@ -64,6 +64,7 @@ class ReplyWriter:
         if not self._reasoning_tokens:
             return
         if self._show:
+            self._styles(_PLAIN)  # Ctrl-C may have come in the middle of a piece
             self._write_text("\n\n" if not self._ends_line else "\n")
         else:
             self._styles(f"{_LINE_START}{_DIM}")
