@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,6 +231,13 @@ def test_the_command_line_says_what_is_wrong(
         main()
     assert ended.value.code == 2
     assert "none.safetensors" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_missing_harness_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "numba_atomflow.integrations.lm_eval", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r"pip install 'numba-atomflow\[eval\]'"):
+        import_module("numba_atomflow.integrations.lm_eval")
 
 
 # --- through the server ------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Log-probabilities and scores on a GPU: tokens that the host chooses from copied logits, and the CPU's scores."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from tiny_models import tiny_geometry
+
+from numba_atomflow import Engine, SamplingParams
+
+MAX_SEQ_LEN = 96
+LIMIT = 0.03  # nats: activations are float16, and random logits are up to about 5
+
+pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.random(tiny_geometry(), "cuda", MAX_SEQ_LEN) as engine:
+        yield engine
+
+
+def some_tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, tiny_geometry().vocabulary, count).tolist()
+
+
+def test_a_generation_with_logprobs_and_then_one_without(engine: Engine) -> None:
+    prompt, plain = some_tokens(20), SamplingParams(max_tokens=12)
+    engine.reset()
+    before = engine.generate_tokens(prompt, plain).finish().token_ids
+    engine.reset()
+    params = SamplingParams(max_tokens=12, logprobs=2, prompt_logprobs=0)
+    reply = engine.generate_tokens(prompt, params).finish()
+    engine.reset()
+    logits = engine.feed(prompt + reply.token_ids[:-1], all_logits=True).astype(np.float64)
+    rows = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    entries = [*reply.prompt_logprobs[1:], *reply.logprobs]
+    for row, token, entry in zip(rows, [*prompt[1:], *reply.token_ids], entries, strict=True):
+        assert entry is not None
+        assert entry.logprob == pytest.approx(row[token], abs=LIMIT)
+    assert all(entry.rank == 1 for entry in reply.logprobs)
+    engine.reset()
+    assert engine.generate_tokens(prompt, plain).finish().token_ids == before
+
+
+def test_scores_are_those_of_the_cpu(engine: Engine) -> None:
+    prompt = some_tokens(30)
+    pairs = [(prompt, [5, 6, 7]), (prompt, [5, 8]), (prompt[:9], prompt[9:]), (prompt, [9])]
+    with Engine.random(tiny_geometry(), "cpu", MAX_SEQ_LEN, threads=1) as cpu:
+        expected = cpu.score_many(pairs)
+    for score, other in zip(engine.score_many(pairs), expected, strict=True):
+        assert score.logprobs == pytest.approx(other.logprobs, abs=LIMIT)
