@@ -5,6 +5,17 @@
 
 from numba_atomflow.constraints.base import Constraint, ConstraintState
 from numba_atomflow.constraints.kinds import Choice, Grammar, JsonObject, JsonSchema, Regex
+from numba_atomflow.constraints.reasoning import AfterReasoning
 from numba_atomflow.constraints.tools import ToolCalls
 
-__all__ = ["Choice", "Constraint", "ConstraintState", "Grammar", "JsonObject", "JsonSchema", "Regex", "ToolCalls"]
+__all__ = [
+    "AfterReasoning",
+    "Choice",
+    "Constraint",
+    "ConstraintState",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
+    "Regex",
+    "ToolCalls",
+]
