@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from numba_atomflow.constraints import AfterReasoning
 from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.server.errors import ApiError, of_engine
@@ -26,6 +27,7 @@ from numba_atomflow.server.replies import ChatShape, CompletionShape, Prompt, Sh
 from numba_atomflow.server.respond import CLIENT_CLOSED_REQUEST, StreamedReply, whole_reply
 from numba_atomflow.server.stream import Stream, Work
 from numba_atomflow.server.structure import constraint_of, tool_use
+from numba_atomflow.text.reasoning import OPENING, ReasoningSplitter, prompt_opening
 from numba_atomflow.text.tool_calls import ToolCallParser, tool_notation
 
 
@@ -66,7 +68,8 @@ class Server:
         self._engine, self.options = engine, options
         self._text = engine.text
         self._names = TokenNames(engine.text.token_bytes)
-        self._notation = tool_notation(engine.text.assets.chat_template)
+        template = engine.text.assets.chat_template or ""
+        self._notation, self._reasons = tool_notation(template), OPENING in template
         self.metrics = Metrics()
         prefixes = Prefixes(engine, options.prefix_cache_bytes)
         self.stream = Stream(engine, prefixes, self.metrics, options.most_waiting, options.seconds_per_request)
@@ -138,11 +141,17 @@ class Server:
             constraint = constraint_of(fields.response_format, fields.grammar, tools, self._engine.token_table)
             variables = dict(fields.chat_template_kwargs or {}) | ({"tools": tools.for_template()} if tools else {})
             prompt = self._conversation(fields.messages, variables)
+            opened = self._reasons and bool(prompt_opening(self._text.decode(prompt[-16:], skip_special=False)))
+            if self._reasons and constraint is not None:
+                constraint = AfterReasoning(constraint, opened)
             logprobs = fields.top_logprobs or 0 if fields.logprobs else None
             params = fields.params(fields.most_tokens, logprobs=logprobs, constraint=constraint)
             names = self._names if fields.logprobs else None
             calls = ToolCallParser(tools.notation, tools.names) if tools else None
-            shape = ChatShape(self.options.model_name, fields.include_usage, names=names, calls=calls)
+            reasoning = ReasoningSplitter(opened) if self._reasons else None
+            shape = ChatShape(
+                self.options.model_name, fields.include_usage, names=names, calls=calls, reasoning=reasoning
+            )
             return [Work(self._fitting(prompt, "messages"), params, is_chat=True)], shape
 
         return await self._reply(request, fields, prepare)

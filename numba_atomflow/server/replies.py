@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.server.logprobs import CompletionLogprobs, TokenNames, chat_logprobs, joined
 from numba_atomflow.server.stream import Ended, Piece, Progress, PromptScored
+from numba_atomflow.text.reasoning import Piece as ReplyPiece
+from numba_atomflow.text.reasoning import ReasoningSplitter
 from numba_atomflow.text.tool_calls import CallDelta, ToolCallParser
 
 _REASONS = {"eos": "stop", "stop": "stop", "max_tokens": "length", "context": "length", "interrupted": "length"}
@@ -90,12 +92,15 @@ class ChatShape(_Base):
     Args:
         names: of tokens, where the log-probabilities of the reply are wanted.
         calls: separates tool calls from the text, where the reply may have some.
+        reasoning: separates what the model writes before its answer, where it may.
     """
 
     names: TokenNames | None = None
     calls: ToolCallParser | None = None
+    reasoning: ReasoningSplitter | None = None
     _prefix = "chatcmpl"
     _text: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
     _calls: list[dict[str, Any]] = field(default_factory=list)
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -118,12 +123,25 @@ class ChatShape(_Base):
 
     def _take(self, event: Progress) -> list[dict[str, Any]]:
         """Add an event's text and calls to the message; the same as deltas of a stream."""
-        parts: list[str | CallDelta] = []
+        deltas: list[dict[str, Any]] = []
+        for piece in self._pieces(event):
+            if piece.is_reasoning:
+                self._reasoning.append(piece.text)
+                deltas.append({"reasoning_content": piece.text})
+            else:
+                deltas += self._answer_deltas(self.calls.push(piece.text) if self.calls else [piece.text])
         if isinstance(event, Ended):
             self._ended.append(event)
-            parts = self.calls.flush() if self.calls else []
-        elif isinstance(event, Piece) and event.text:
-            parts = self.calls.push(event.text) if self.calls else [event.text]
+            deltas += self._answer_deltas(self.calls.flush() if self.calls else [])
+        return deltas
+
+    def _pieces(self, event: Progress) -> Iterable[ReplyPiece]:
+        """An event's text, as far as it is certain whether it is reasoning."""
+        if isinstance(event, Piece) and event.text:
+            return self.reasoning.push(event.text) if self.reasoning else [ReplyPiece(event.text, is_reasoning=False)]
+        return self.reasoning.flush() if self.reasoning and isinstance(event, Ended) else ()
+
+    def _answer_deltas(self, parts: Iterable[str | CallDelta]) -> list[dict[str, Any]]:
         return [self._text_delta(part) if isinstance(part, str) else self._call_delta(part) for part in parts]
 
     def _text_delta(self, text: str) -> dict[str, Any]:
@@ -147,6 +165,8 @@ class ChatShape(_Base):
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self._calls:
             message |= {"content": text or None, "tool_calls": self._calls}
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
         choice = {
             "index": 0,
             "message": message,

@@ -102,7 +102,8 @@ def scripted(page: Any, *replies: str) -> list[dict[str, Any]]:
     def answer(route: Any) -> None:
         requests.append(route.request.post_data_json)
         text = replies[min(len(requests), len(replies)) - 1]
-        deltas = [{"delta": {"content": part}, "finish_reason": None} for part in re.findall(r"(?s).{1,7}", text)]
+        parts = [{"reasoning_content": "<i>Hm</i>"}, *({"content": part} for part in re.findall(r"(?s).{1,7}", text))]
+        deltas = [{"delta": part, "finish_reason": None} for part in parts]
         choices = [[choice] for choice in [*deltas, {"delta": {}, "finish_reason": "stop"}]]
         usage = {"prompt_tokens": 5, "completion_tokens": 9}
         records = [{"choices": choice} for choice in choices] + [{"choices": [], "usage": usage}]
@@ -227,6 +228,8 @@ def test_markdown_is_shown_and_html_is_text(page: Any) -> None:
     assert body.locator("pre code").inner_text() == 'print("<i>")'
     assert body.locator("img, script, a, b, i").count() == 0
     assert "<script>" in text
+    page.get_by_text("Reasoning").click()
+    assert page.locator("details div").inner_text() == "<i>Hm</i>"
     assert page.title() == "numba-atomflow"
     body.locator(".copy").click()
     assert page.evaluate("navigator.clipboard.readText()") == 'print("<i>")'

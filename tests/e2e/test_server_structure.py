@@ -21,6 +21,7 @@ from live_server import NAME, Live, events, live_server
 
 from numba_atomflow.server.replies import ChatShape
 from numba_atomflow.server.stream import Ended, Piece
+from numba_atomflow.text.reasoning import ReasoningSplitter
 from numba_atomflow.text.tool_calls import HERMES, ToolCallParser
 
 TOOL_TEMPLATE = (
@@ -40,15 +41,17 @@ TOOLS = [
 MESSAGES = [{"role": "user", "content": "Go"}]
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A random model whose template has tools in the notation of Hermes."""
-    folder = tmp_path_factory.mktemp("tools")
+def tools_engine(folder: Path, template: str) -> Engine:
+    """A random model with this chat template."""
     write_hf_folder(folder / "hf", tiny_geometry(max_positions=2048))
     config = json.loads((folder / "hf" / "tokenizer_config.json").read_text())
-    write_json(folder / "hf" / "tokenizer_config.json", config | {"chat_template": TOOL_TEMPLATE})
-    path = convert(folder / "hf", folder / "tools.safetensors")
-    with Engine.load(path, backend="cpu", threads=1) as engine, live_server(engine) as live:
+    write_json(folder / "hf" / "tokenizer_config.json", config | {"chat_template": template})
+    return Engine.load(convert(folder / "hf", folder / "tools.safetensors"), backend="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with tools_engine(tmp_path_factory.mktemp("tools"), TOOL_TEMPLATE) as engine, live_server(engine) as live:
         yield live
 
 
@@ -182,6 +185,41 @@ def test_text_and_calls_of_a_reply_are_told_apart() -> None:
     assert call["function"] == choice["message"]["tool_calls"][0]["function"]
     assert call["function"] == {"name": "move", "arguments": '{"x": 1}'}
     assert reason == choice["finish_reason"] == "tool_calls"
+
+
+# --- reasoning ---------------------------------------------------------------------------------------------------
+
+
+def test_reasoning_calls_and_text_are_told_apart() -> None:
+    reply = '<think>\nHm, <tool_call>?\n</think>\n\nWell. <tool_call>{"name": "move", "arguments": {}}</tool_call>'
+    pieces = [Piece(0, reply[i : i + 5], [], False) for i in range(0, len(reply), 5)]
+    stream, whole = (
+        ChatShape(NAME, False, calls=ToolCallParser(HERMES, ["move"]), reasoning=ReasoningSplitter()) for _ in range(2)
+    )
+    events = [*pieces, Ended(0, "eos", 3, 0, len(pieces))]
+    deltas = [chunk["choices"][0]["delta"] for event in events for chunk in stream.chunks(event)]
+    for event in events:
+        whole.add(event)
+    message = whole.whole()["choices"][0]["message"]
+    reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
+    assert reasoning == message["reasoning_content"] == "Hm, <tool_call>?"
+    assert message["content"] == "Well."
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["move"]
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_answer_after_the_reasoning_has_the_form(opened: bool, tmp_path: Path) -> None:
+    """A template that mentions the tags is one of a model that reasons; it may open the reasoning itself."""
+    end = "<think>\n" if opened else "{# <think> #}"
+    with tools_engine(tmp_path, TOOL_TEMPLATE + end) as engine, live_server(engine) as live:
+        (choice,) = chat(live, response_format=schema_format(POINT), temperature=0.0, max_tokens=60).body["choices"]
+        message = choice["message"]
+        if "reasoning_content" in message:
+            assert choice["finish_reason"] == "length"  # a random model does not close the tag
+            assert message["content"] == ""
+        else:
+            jsonschema.validate(json.loads(message["content"]), POINT)
+        assert ("reasoning_content" in message) == opened
 
 
 # --- clients -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ export async function modelName(apiKey) {
 }
 
 /**
- * The reply to a conversation: yields {text}, and at the end {usage} and {finishReason}.
+ * The reply to a conversation: yields {reasoning} and {text}, and at the end {usage} and {finishReason}.
  * @param {object} body of /v1/chat/completions
  * @param {AbortSignal} signal ends the reply; the server then stops generating
  */
@@ -30,6 +30,7 @@ export async function* streamReply(body, apiKey, signal) {
     const event = JSON.parse(data);
     if (event.error) throw new ApiError(event.error.message, 200);
     const choice = event.choices[0];
+    if (choice?.delta.reasoning_content) yield { reasoning: choice.delta.reasoning_content };
     if (choice?.delta.content) yield { text: choice.delta.content };
     if (choice?.finish_reason) yield { finishReason: choice.finish_reason };
     if (event.usage) yield { usage: event.usage };

@@ -8,7 +8,7 @@ const byId = (id) => document.getElementById(id);
 const input = byId("input");
 const list = byId("messages");
 
-/** Messages in order, {role, content, node}; the last one is the reply while `running`. */
+/** Messages in order, {role, content, reasoning, note, node}; the last one is the reply while `running`. */
 let messages = [];
 let running = null; // the AbortController of the reply in progress
 
@@ -18,7 +18,7 @@ function addMessage(role, content) {
   const node = element("article", `message ${role}`);
   node.setAttribute("aria-label", role === "user" ? "You" : "Reply");
   node.append(element("div", role === "user" ? "body" : "body markdown"), element("div", "actions"));
-  const message = { role, content, node, note: "" };
+  const message = { role, content, reasoning: "", node, note: "" };
   messages.push(message);
   list.append(node);
   show(message);
@@ -29,6 +29,17 @@ function show(message) {
   const body = message.node.querySelector(".body");
   if (message.role === "user") body.textContent = message.content;
   else showBlocks(body, parseBlocks(message.content));
+  if (message.reasoning) showReasoning(message);
+}
+
+function showReasoning(message) {
+  let details = message.node.querySelector("details");
+  if (!details) {
+    details = element("details");
+    details.append(element("summary", "", "Reasoning"), element("div"));
+    message.node.prepend(details);
+  }
+  details.lastChild.textContent = message.reasoning;
 }
 
 function truncate(length) {
@@ -107,7 +118,7 @@ async function reply() {
   }
   running = null;
   show(message);
-  if (!message.content && !message.note && messages.at(-1) === message) truncate(messages.length - 1);
+  if (!message.content && !message.reasoning && !message.note && messages.at(-1) === message) truncate(messages.length - 1);
   refresh();
   input.focus();
 }
@@ -117,9 +128,10 @@ async function receive(message, events) {
   let first = 0;
   let frame = 0;
   for await (const event of events) {
-    if (event.text) {
+    if (event.text || event.reasoning) {
       first ||= performance.now();
-      message.content += event.text;
+      message.content += event.text ?? "";
+      message.reasoning += event.reasoning ?? "";
       frame ||= requestAnimationFrame(() => {
         frame = 0;
         const follow = atEnd();
