@@ -58,7 +58,7 @@ def test_answers_that_need_no_model_import_nothing_heavy(cli_home: Path, argumen
 
 COMMANDS = (
     *("generate", "chat", "convert", "quantize", "perplexity", "info", "ground-truth", "validate", "bench", "profile"),
-    *("sandbox run", "sandbox compare"),
+    *("serve", "sandbox run", "sandbox compare"),
 )
 
 
@@ -96,7 +96,7 @@ def test_an_option_is_the_same_in_every_command() -> None:
             if parameter.name == "model" and name != "info":
                 shown = f"{parameter.default} {parameter.help}"
                 assert DEFAULT_MODEL in shown, name
-        assert any("--json" in parameter.opts for parameter in command.params), name
+        assert name == "serve" or any("--json" in parameter.opts for parameter in command.params), name
 
 
 def test_version(cli: InProcess) -> None:
@@ -171,7 +171,12 @@ def test_every_sampling_option_is_passed_on(cli: InProcess, tiny_checkpoint: Pat
     arguments = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
     more = ["--stop", "one", "--stop", "two", "--ignore-eos"]
     outcome = cli("generate", "abc", "--model", tiny_checkpoint, "--json", *arguments, *more)
-    assert json.loads(outcome.out)["sampling"] == {**given, "stop": ["one", "two"], "ignore_eos": True}
+    assert json.loads(outcome.out)["sampling"] == {
+        **given,
+        "stop": ["one", "two"],
+        "ignore_eos": True,
+        "speculate": "auto",
+    }
 
 
 def test_a_prompt_comes_from_an_argument_a_file_or_standard_input(
