@@ -118,12 +118,14 @@ def test_custom_sampler(names: dict[str, Any]) -> None:
     assert names["kept"].size < 1000
 
 
+@pytest.mark.slow
 def test_custom_constraint(names: dict[str, Any]) -> None:
     run(names, "Custom constraint")
     assert len(names["reply"].text) > 40
     assert "e" not in names["reply"].text.lower()
 
 
+@pytest.mark.slow
 def test_a_drafter_of_one_s_own(smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "speculation.md").read_text().partition("## A drafter of your own")[2]
     assert "#a-drafter-of-your-own" in DOCUMENT
