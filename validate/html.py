@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
-from numba_atomflow.files.untrusted import escape_controls
+from numba_atomflow.files.untrusted import characters_of_xml
 from numba_atomflow.validate.pictures import Cell, Series, heat_legend, heat_map, log_chart
 from numba_atomflow.validate.replay import ReplayReport
 from numba_atomflow.validate.report import ProbeResult, Report
@@ -19,7 +19,7 @@ def html_page(report: Report | ReplayReport, title: str) -> bytes:
         report: of a validation or a replay.
         title: such as the model's name.
     """
-    title = escape(escape_controls(title))
+    title = escape(characters_of_xml(title))
     sections = _replay_sections(report) if isinstance(report, ReplayReport) else _sections(report)
     state = "pass" if report.passed else "fail"
     style = files("numba_atomflow.validate").joinpath("report.css").read_text()
@@ -46,7 +46,7 @@ def html_page(report: Report | ReplayReport, title: str) -> bytes:
 
 
 def _text(value: str) -> str:
-    return escape(escape_controls(value))
+    return escape(characters_of_xml(value))
 
 
 def _facts(report: Report | ReplayReport) -> str:

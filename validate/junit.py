@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
-from numba_atomflow.files.untrusted import escape_controls
+from numba_atomflow.files.untrusted import characters_of_xml
 from numba_atomflow.validate.replay import ReplayReport
 from numba_atomflow.validate.report import ProbeResult, Report
 
@@ -32,15 +32,17 @@ def junit_xml(report: Report | ReplayReport, suite: str) -> bytes:
     failures = sum(case.failure is not None for case in cases)
     counts = {"tests": str(len(cases)), "failures": str(failures), "errors": "0", "skipped": "0"}
     root = ET.Element("testsuites", {"name": "numba-atomflow validate"} | counts)
-    element = ET.SubElement(root, "testsuite", {"name": escape_controls(suite)} | counts)
+    element = ET.SubElement(root, "testsuite", {"name": characters_of_xml(suite)} | counts)
     properties = ET.SubElement(element, "properties")
     for name, value in _facts(report):
-        ET.SubElement(properties, "property", name=name, value=escape_controls(value))
+        ET.SubElement(properties, "property", name=name, value=characters_of_xml(value))
     for case in cases:
         group, _, name = case.name.rpartition(".")
         entry = ET.SubElement(element, "testcase", classname=f"validate.{group or 'model'}", name=name)
         if case.failure is not None:
-            ET.SubElement(entry, "failure", message=escape_controls(case.failure)).text = escape_controls(case.failure)
+            ET.SubElement(entry, "failure", message=characters_of_xml(case.failure)).text = characters_of_xml(
+                case.failure
+            )
     ET.indent(root)
     text: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
     return text + b"\n"

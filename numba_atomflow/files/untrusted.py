@@ -16,6 +16,7 @@ _LONGEST = 80  # characters of a value in a message
 
 # Control characters (C0 but tab and newline, DEL, C1), line and paragraph separators, and bidirectional controls.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def load_json(text: str | bytes, *, unique: bool = False) -> Any:
@@ -57,6 +58,11 @@ def short(text: str) -> str:
 def escape_controls(text: str) -> str:
     r"""A text that is safe for a terminal: control characters are escaped, an escape character as \x1b."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def characters_of_xml(text: str) -> str:
+    r"""A text that XML and HTML may hold: other characters are escaped, a lone surrogate of a file name as \udc80."""
+    return _NOT_IN_XML.sub(lambda found: found[0].encode("unicode_escape").decode(), escape_controls(text))
 
 
 def _cut(text: str) -> str:

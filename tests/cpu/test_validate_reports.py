@@ -144,7 +144,7 @@ def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing(failed: Report) ->
     assert "@media (prefers-color-scheme: dark)" in content.text
 
 
-@pytest.mark.parametrize("hostile", [HOSTILE, "\x00", "é" * 300])
+@pytest.mark.parametrize("hostile", [HOSTILE, "\x00", "é" * 300, "\udcff \ufffe"])
 def test_hostile_names_stay_text(passed: Report, hostile: str) -> None:
     report = Report(**{name: getattr(passed, name) for name in passed.__dataclass_fields__} | {"reference": hostile})
     content = Page(html_page(report, hostile))
