@@ -19,6 +19,7 @@ from numba_atomflow.validate.probes import Probe, all_probes
 from numba_atomflow.validate.reference import Reference, record
 from numba_atomflow.validate.replay import ReplayedPart, ReplayReport, replay
 from numba_atomflow.validate.report import Fault, LogitsResult, ProbeResult, Report
+from numba_atomflow.validate.widths import WidthResult, WidthsReport, check_widths
 
 __all__ = [
     "Fault",
@@ -31,9 +32,12 @@ __all__ = [
     "ReplayedPart",
     "Report",
     "SignFlip",
+    "WidthResult",
+    "WidthsReport",
     "all_probes",
     "check",
     "check_fits",
+    "check_widths",
     "inject",
     "make_ground_truth",
     "open_ground_truth",

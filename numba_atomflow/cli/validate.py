@@ -10,6 +10,7 @@ from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
 from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.cli.report_files import ReportFiles
+from numba_atomflow.cli.widths import parse_widths, show_widths
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.files.untrusted import escape_controls
 
@@ -28,6 +29,7 @@ Examples:
   numba-atomflow validate my-model.safetensors --diff-chunks --prefill gemm --prompt - <README.md
   numba-atomflow validate --ground-truth truth.safetensors --added --html report.html --junit report.xml
   numba-atomflow validate --replay 3 --prompt "The capital of France is"
+  numba-atomflow validate --widths 1,2,4,8 --prompt "The capital of France is"
 
 \b
 Exit code: 0 all probes pass, 1 some fail, 2 the validation could not run.
@@ -57,10 +59,21 @@ def validate(
             "--replay", metavar="N", help="Run the same prompt N times, and compare every bit of the results."
         ),
     ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            "--widths",
+            metavar="N,...",
+            help="Run 64 tokens after a prompt in steps of N tokens, and compare every bit with decode steps.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
-            "--prompt", "-p", metavar="TEXT", help="For --diff-... and --replay: the text; - reads standard input."
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="For --diff-..., --replay and --widths: the text; - reads standard input.",
         ),
     ] = None,
     decode_steps: Annotated[
@@ -96,18 +109,25 @@ def validate(
 
     The reference is a run of transformers (a ground truth), the CPU backend, or the same backend token by token. The
     last line names the first probe that fails, and the op at fault. --replay has no reference: it runs one prompt
-    several times.
+    several times. Nor has --widths: it runs one text in steps of different numbers of tokens.
     """
-    _check_combination(ground_truth, diff_backends, diff_chunks, replay, engine_options)
+    _check_combination(ground_truth, diff_backends, diff_chunks, replay, widths, engine_options)
     layer_range = _parse_layers(layers)
     files = ReportFiles(plot, junit, html)
     files.check()
     text = None if prompt is None else read_prompt(prompt)
-    if replay is not None:
-        if isolate or added or layers is not None or block is not None or inject or plot:
-            raise OptionError(
-                "--replay compares whole runs; leave --isolate, --added, --layers, --block and --plot out."
-            )
+    if (replay is not None or widths is not None) and (
+        isolate or added or layers is not None or block is not None or inject or plot
+    ):
+        raise OptionError(
+            "--replay and --widths compare whole runs; leave --isolate, --added, --layers, --block and --plot out."
+        )
+    if widths is not None:
+        if junit or html:
+            raise OptionError("--widths writes no report files; leave --junit and --html out, and take --json.")
+        ids = _encode(model, text, 0, "--widths")
+        passed = show_widths(model, ids, parse_widths(widths), engine_options, as_json=as_json)
+    elif replay is not None:
         passed = _replay(model, text, decode_steps, replay, engine_options, files, as_json=as_json)
     else:
         if ground_truth is not None:
@@ -126,13 +146,16 @@ def _check_combination(
     diff_backends: bool,
     diff_chunks: bool,
     replay: int | None,
+    widths: str | None,
     engine_options: options.EngineOptions,
 ) -> None:
-    if (ground_truth is not None) + diff_backends + diff_chunks + (replay is not None) != 1:
+    whole_runs = (replay is not None) + (widths is not None)
+    if (ground_truth is not None) + diff_backends + diff_chunks + whole_runs != 1:
         raise OptionError(
-            "A validation needs one reference; give --ground-truth, --diff-backends, --diff-chunks or --replay."
+            "A validation needs one reference; give --ground-truth, --diff-backends, --diff-chunks, --replay or "
+            "--widths."
         )
-    if engine_options.prefill is options.PrefillChoice.FP8 and replay is None:
+    if engine_options.prefill is options.PrefillChoice.FP8 and not whole_runs:
         raise OptionError(
             "validate allows for no rounding of activations to FP8; use --prefill gemm, and perplexity to measure fp8."
         )
@@ -265,7 +288,7 @@ def _check_chunks(backend: "Backend", reference: "Reference", block: int | None)
     from numba_atomflow.ops.cuda.gemv.projections import MAX_GEMV_WIDTH
 
     path = backend.prefill_path
-    gemv_tokens = 1 if path is None or path.name == "gemv" else MAX_GEMV_WIDTH
+    gemv_tokens = backend.verification.width if path is None or path.name == "gemv" else MAX_GEMV_WIDTH
     longest = min(block or backend.prefill_chunk, reference.prompt_tokens)
     if longest <= gemv_tokens:
         raise OptionError(

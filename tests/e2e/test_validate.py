@@ -354,7 +354,7 @@ def test_a_prompt_in_chunks_is_compared_with_the_same_token_by_token(
     assert "against cpu backend, token by token" in outcome.out
     assert_refused(cli(*given[:3]), "--diff-chunks", "--prompt")
     assert_refused(cli(*given, "--diff-backends"), "one reference")
-    assert_refused(cli(*given, "--block", "1"), "more than 1 tokens", "has 1", "a larger --block")
+    assert_refused(cli(*given, "--block", "8"), "more than 8 tokens", "has 8", "a larger --block")
     blocks: list[int | None] = []
     from numba_atomflow.validate import compare, reference, walk
 
