@@ -238,12 +238,14 @@ def test_a_client_that_leaves_is_noticed_in_the_middle_of_a_long_prompt(
     assert fed == [16]
 
 
-def test_a_prompt_in_parts_gives_the_same_reply(live: Live, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_in_parts_gives_the_same_reply(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     body = completion(prompt="a prompt of several parts, more than three", max_tokens=8)
-    whole = live.post("/v1/completions", body).body["choices"]
-    monkeypatch.setattr(stream_module, "PREFILL_TOKENS", 16)
-    live.post("/v1/completions", completion(prompt="b"))
-    answer = live.post("/v1/completions", body).body
+    with live_server(engine, prefix_cache_bytes=0) as live:
+        live.post("/v1/completions", completion(prompt="b"))
+        whole = live.post("/v1/completions", body).body["choices"]
+        monkeypatch.setattr(stream_module, "PREFILL_TOKENS", 16)
+        live.post("/v1/completions", completion(prompt="b"))
+        answer = live.post("/v1/completions", body).body
     assert answer["choices"] == whole
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
@@ -325,7 +327,7 @@ def test_an_engine_that_cannot_go_on_is_told_by_health(live: Live, monkeypatch: 
     assert live.get("/health").body == {"status": "failed", "reason": "The file was changed."}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_the_streams_and_then_the_server(cli_home: Path, tiny_checkpoint: Path, number: int) -> None:
     command = command_line("serve", "--model", tiny_checkpoint, "--port", 0, "--backend", "cpu", "--threads", 1)
     slow = (  # so that the reply is not over before the signal
