@@ -6,14 +6,12 @@ Replies of the engine itself and of a server in the same process, streamed to a 
 """
 
 import argparse
-import http.client
 import json
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
@@ -32,6 +30,38 @@ for line in sys.stdin:
         pass
     connection.close()
     print("done", flush=True)
+"""
+CLIENTS = """
+import asyncio, json, sys
+port, count = map(int, sys.argv[1:])
+body = json.dumps({"prompt": "Once upon a time", "max_tokens": 32, "ignore_eos": True, "stream": True})
+head = "POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
+request = f"{head}Connection: close\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}".encode()
+
+async def ask():
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    assert b"[DONE]" in await reader.read()
+    writer.close()
+
+async def ask_all():
+    await asyncio.gather(*(ask() for _ in range(count)))
+
+asyncio.run(ask_all())
+"""
+PROBE = """
+import http.client, select, sys, time
+times = []
+while not select.select([sys.stdin], [], [], 0.01)[0]:  # until it is closed
+    begin = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    connection.close()
+    times.append(1e3 * (time.perf_counter() - begin))
+    if len(times) == 1:
+        print(flush=True)
+print(*times)
 """
 
 
@@ -58,7 +88,7 @@ def main() -> None:
         port = bound.getsockname()[1]
         try:
             measure_tokens(engine, server, port, options)
-            measure_health(port, options)
+            measure_health(port, options.clients)
         finally:
             http_server.stop()
             thread.join()
@@ -115,35 +145,18 @@ def quartiles(values: list[float]) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
-def measure_health(port: int, options: argparse.Namespace) -> None:
+def measure_health(port: int, clients: int) -> None:
     """Print how long /health takes while one reply is generated and the other clients wait."""
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 32, "ignore_eos": True, "stream": True}).encode()
-    left = options.clients
-
-    def ask() -> None:
-        nonlocal left
-        with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-            assert connection.getresponse().read().endswith(b"[DONE]\n\n")
-        left -= 1
-
-    clients = [threading.Thread(target=ask) for _ in range(options.clients)]
-    for client in clients:
-        client.start()
-    times = []
-    while left > 0:
-        begin = time.perf_counter()
-        with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-            connection.request("GET", "/health")
-            assert connection.getresponse().status == 200
-        times.append(1e3 * (time.perf_counter() - begin))
-        time.sleep(0.01)
-    for client in clients:
-        client.join()
-    times.sort()
+    asker = [sys.executable, "-c", CLIENTS, str(port), str(clients)]
+    prober = [sys.executable, "-c", PROBE, str(port)]
+    with subprocess.Popen(prober, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as probe:
+        assert probe.stdout is not None
+        probe.stdout.readline()
+        subprocess.run(asker, check=True)
+        times = sorted(map(float, probe.communicate()[0].split()))
     print(
-        f"/health  {statistics.median(times):8.1f} ms median, {times[int(0.99 * len(times))]:.1f} ms p99, "
-        f"{times[-1]:.1f} ms most, of {len(times)} with {options.clients} clients at once"
+        f"/health {statistics.median(times):.1f} ms median, {times[int(0.99 * len(times))]:.1f} ms p99, "
+        f"{times[-1]:.1f} ms most, of {len(times)} with {clients} clients at once"
     )
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
+import anyio.to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -29,6 +30,9 @@ from numba_atomflow.server.stream import Stream, Work
 from numba_atomflow.server.structure import constraint_of, tool_use
 from numba_atomflow.text.reasoning import OPENING, ReasoningSplitter, prompt_opening
 from numba_atomflow.text.tool_calls import ToolCallParser, tool_notation
+
+Result = TypeVar("Result")
+_MOST_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Server:
         self._names = TokenNames(engine.text.token_bytes)
         template = engine.text.assets.chat_template or ""
         self._notation, self._reasons = tool_notation(template), OPENING in template
+        self._threads: anyio.CapacityLimiter | None = None  # belongs to the event loop
         self.metrics = Metrics()
         prefixes = Prefixes(engine, options.prefix_cache_bytes)
         self.stream = Stream(engine, prefixes, self.metrics, options.most_waiting, options.seconds_per_request)
@@ -178,7 +183,7 @@ class Server:
         """Queue up, tokenize while waiting, and answer."""
         ticket = self.stream.take_ticket()
         try:
-            work, shape = await run_in_threadpool(prepare)
+            work, shape = await self._in_thread(prepare)
             self.stream.submit(ticket, work)
         except BaseException:
             self.stream.release(ticket)
@@ -220,13 +225,20 @@ class Server:
                 return self._conversation(fields.messages, fields.chat_template_kwargs)
             return self._text.encode(fields.prompt or "", add_special=fields.add_special_tokens)
 
-        tokens = await run_in_threadpool(encode)
+        tokens = await self._in_thread(encode)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._engine.max_seq_len})
 
     async def _detokenize(self, request: Request) -> Response:
         fields = DetokenizeRequest.parse(await read_body(request, self.options.limits))
         self._check_model(fields.model)
-        return JSONResponse({"prompt": await run_in_threadpool(self._text.decode, fields.tokens, skip_special=False)})
+        text = await self._in_thread(lambda: self._text.decode(fields.tokens, skip_special=False))
+        return JSONResponse({"prompt": text})
+
+    async def _in_thread(self, action: Callable[[], Result]) -> Result:
+        """Tokenize or render beside the event loop, in few threads: each of many would delay it by a GIL interval."""
+        if self._threads is None:
+            self._threads = anyio.CapacityLimiter(_MOST_THREADS)
+        return await anyio.to_thread.run_sync(action, limiter=self._threads)
 
 
 class _CountResponses:

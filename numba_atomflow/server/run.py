@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import anyio.to_thread
 import uvicorn
 
 from numba_atomflow.errors import OptionError
@@ -93,6 +94,7 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await anyio.to_thread.run_sync(int)  # loads anyio's backend now, not during the first request
         await super().startup(sockets)
         self._ready()
 
