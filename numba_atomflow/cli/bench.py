@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from numba_atomflow.cli import options, output
-from numba_atomflow.cli.model_choice import ModelChoice
+from numba_atomflow.cli.model_choice import ChosenModel, ModelChoice
 from numba_atomflow.cli.report import Format, ReportOptions, headline
 from numba_atomflow.errors import OptionError
 from numba_atomflow.utils.tables import render
@@ -23,6 +23,7 @@ Examples:
   numba-atomflow bench --format json > before.json
   numba-atomflow bench --compare before.json
   numba-atomflow bench --backend cuda --decode graph            a CUDA graph instead of the persistent kernel
+  numba-atomflow bench --workload prompts.jsonl                 real text, with and without speculation
 
 \b
 Every figure is a median, with the 10th and 90th percentile in brackets.
@@ -50,6 +51,15 @@ def bench(
     compare: Annotated[
         Path | None, typer.Option("--compare", metavar="FILE", help="Also show ratios to an earlier --json report.")
     ] = None,
+    workload: Annotated[
+        Path | None,
+        typer.Option(
+            "--workload",
+            metavar="FILE",
+            help='Instead: decode the prompts of FILE, with and without speculation in turns; a line {"prompt": "..."} '
+            'for each, with "chat": true for a message to answer.',
+        ),
+    ] = None,
     engine_options: options.EngineOptions,
     report_options: ReportOptions,
 ) -> None:
@@ -58,6 +68,13 @@ def bench(
     Also TTFT, TPOT and the share of achievable memory bandwidth, at several depths of context.
     """
     chosen_model = model.find()
+    if workload is not None:
+        if model.geometry is not None or compare is not None or depths != "0" or prompt_tokens != 512:
+            raise OptionError(
+                "--workload takes neither --geometry, --compare, --depths nor --prompt-tokens; leave them out."
+            )
+        _bench_workload(chosen_model, workload, decode_tokens, repeats, engine_options, report_options.format)
+        return
 
     from numba_atomflow.perf import bench as benchmark
 
@@ -84,6 +101,26 @@ def bench(
     with chosen_model.open(engine_options, positions) as engine, output.steps_bar() as progress:
         report = benchmark.bench(engine, settings, times, progress)
     show(report, earlier, report_options.format)
+
+
+def _bench_workload(
+    model: ChosenModel,
+    path: Path,
+    decode_tokens: int,
+    repeats: int,
+    engine_options: options.EngineOptions,
+    form: Format,
+) -> None:
+    """Measure and print the workload of a file."""
+    from numba_atomflow.cli import workload_report
+    from numba_atomflow.context import choose_max_seq_len
+    from numba_atomflow.perf.workload import measure_workload, read_workload
+
+    prompts = read_workload(path)
+    positions = choose_max_seq_len(model.geometry, None)
+    with model.open(engine_options, positions) as engine, output.steps_bar() as progress:
+        report = measure_workload(engine, path, prompts, decode_tokens, repeats, progress)
+    workload_report.show(report, form)
 
 
 def parse_depths(text: str) -> tuple[int, ...]:

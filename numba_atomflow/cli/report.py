@@ -11,6 +11,7 @@ from numba_atomflow.cli.option_groups import OptionGroup
 if TYPE_CHECKING:
     from numba_atomflow.perf.bench import BenchReport
     from numba_atomflow.perf.profile import ProfileReport
+    from numba_atomflow.perf.workload import WorkloadReport
 
 
 class Format(StrEnum):
@@ -37,6 +38,15 @@ class ReportOptions(OptionGroup):
 
 def headline(report: "BenchReport | ProfileReport") -> list[str]:
     """Model, device, machine, versions, commit and achievable bandwidth: a line each."""
+    return [
+        *origin(report),
+        "achievable bandwidth, measured in this run: "
+        + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
+    ]
+
+
+def origin(report: "BenchReport | ProfileReport | WorkloadReport") -> list[str]:
+    """Model, device, machine, versions and commit: a line each."""
     machine = report.machine
     driver = machine["nvidia_driver"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
@@ -48,6 +58,4 @@ def headline(report: "BenchReport | ProfileReport") -> list[str]:
         + (f", NVIDIA driver {driver} (CUDA {machine['cuda_driver']})" if driver else ""),
         f"versions: {versions}",
         f"commit: {machine['commit'] or 'installed package'}, {report.date}",
-        "achievable bandwidth, measured in this run: "
-        + ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in report.ceilings.items()),
     ]
