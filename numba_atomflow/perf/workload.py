@@ -92,7 +92,8 @@ class WorkloadReport:
                 )
                 for name in ("median", "low", "high")
             )
-            return Spread(*(decoded / seconds for seconds in sums), self.repeats)
+            middle, low, high = (decoded / seconds for seconds in sums)
+            return Spread(middle, low, high, self.repeats)
 
         decoded = sum(result.tokens - 1 for result in self.results)
         return PromptResult(
