@@ -153,6 +153,7 @@ class StateFile:
 
     Attributes:
         snapshot: the KV cache: read-only views of the file.
+        sha256: of the contents, when they were written.
 
     Raises:
         StateError: the file is missing, damaged, of another format version, or of another program.
@@ -161,7 +162,7 @@ class StateFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         header = read_tensor_file(path, StateError)
-        model, self._sha256 = _metadata(header)
+        model, self.sha256 = _metadata(header)
         _check_tensors(header)
         self._file = MappedFile(path, header.stamp, StateError)
         try:
@@ -183,15 +184,23 @@ class StateFile:
         Raises:
             StateError: the file is damaged, holds a NaN or an infinity, or was changed by another program.
         """
-        digest = hashlib.sha256()
-        for piece in _reported("checking", self._tensors, progress):
-            digest.update(piece)
-        self._file.check_unchanged()
-        if digest.hexdigest() != self._sha256:
+        if self.digest(progress) != self.sha256:
             raise StateError(f"{self.path} is damaged: its contents have another SHA-256 than its header; {_ADVICE}.")
         for name in ("keys", "values"):
             if not all(np.isfinite(layer).all() for layer in self._tensors[name]):
                 raise StateError(f"The {name} in {self.path} hold a NaN or an infinity; {_ADVICE}.")
+
+    def digest(self, progress: Progress | None = None) -> str:
+        """SHA-256 of the contents, in hexadecimal digits.
+
+        Raises:
+            StateError: another program has changed the file.
+        """
+        digest = hashlib.sha256()
+        for piece in _reported("checking", self._tensors, progress):
+            digest.update(piece)
+        self._file.check_unchanged()
+        return digest.hexdigest()
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation; empty if the file holds none.

@@ -25,6 +25,7 @@ from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.perf import bench
 from numba_atomflow.sandbox.arrivals import read_trace
+from numba_atomflow.state.state_file import StateFile
 from numba_atomflow.text.chat_template import ChatTemplate
 from numba_atomflow.text.codec import TextAssets, TextCodec
 from numba_atomflow.validate.ground_truth import check_fits, open_ground_truth, precision_of, save_ground_truth
@@ -261,8 +262,13 @@ def _use_unfinished(folder: Path, fixtures: Path) -> None:
 
 
 def _use_state(folder: Path, fixtures: Path) -> None:
+    path = folder / "state.safetensors"
+    with StateFile(path) as state:  # with another digest, so that the damage is not found by it
+        old, new = state.sha256.encode(), state.digest().encode()
+    if len(old) == len(new):
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
     with Engine.load(fixtures / MODEL, "cpu", threads=1) as engine:
-        messages = engine.load_state(folder / "state.safetensors")
+        messages = engine.load_state(path)
         engine.chat(messages, SamplingParams(max_tokens=3)).finish()
 
 
