@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer, Verification
-from numba_atomflow.backends.cpu.bind import Action, CpuBinder, in_order
+from numba_atomflow.backends.cpu.bind import Action, CpuBinder
 from numba_atomflow.backends.cpu.measure import CpuMeasurements
 from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
@@ -108,7 +108,7 @@ class CpuBackend:
         self._array("rope.cosines")[:] = cosines
         self._array("rope.sines")[:] = sines
         self._binder = CpuBinder(geometry, self._buffers, Sampler(SamplingParams(), geometry.vocabulary, ()))
-        self._bound: dict[tuple[int, Head], list[Action]] = {}
+        self._bound: dict[tuple[int, Head], _BoundStep] = {}
         self._closed = False
         self.compile_seconds = 0.0
 
@@ -199,9 +199,9 @@ class CpuBackend:
         """
         out = np.empty((stop - start, self.geometry.vocabulary), np.float32)
         for first, last in _head_blocks(start, stop):
-            head = [build_head(self.geometry, self._weights, self._buffers, first, last)]
-            actions = [self._binder.bind(op) for op in head]
-            self._run(self._observed(head, actions, observer) if observer else actions)
+            head = build_head(self.geometry, self._weights, self._buffers, first, last)
+            action = self._binder.bind(head)
+            self._run([partial(_run_observed, _BoundStep([head], [action]), observer) if observer else action])
             out[first - start : last - start] = self._logits[: last - first]
         return out
 
@@ -226,9 +226,9 @@ class CpuBackend:
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the same bound list, one op at a time."""
         self._tokens[: len(tokens)] = tokens
-        actions = self.bound_step(len(tokens), head)
+        bound = self._bound_step(len(tokens), head)
         check = partial(self._check_step, len(tokens))
-        self._run(self._observed(self.step(len(tokens), head), actions, observer, check))
+        self._run([partial(_run_observed, bound, observer, check)])
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -260,26 +260,36 @@ class CpuBackend:
         check_range("positions", int(self._position[0]), tokens, self.max_seq_len)
         check_indices("tokens", self._tokens[:tokens], self.geometry.vocabulary)
 
-    def _observed(
-        self, ops: Sequence[Op], actions: Sequence[Action], observer: Observer, check: Action | None = None
-    ) -> list[Action]:
-        """Every action between its op's two calls of the observer, which may change what `check` reads."""
-        memory = HostMemory()
-        checks = () if check is None else (check,)
-        return [
-            in_order(partial(observer.before, op, memory), *checks, action, partial(observer.after, op, memory))
-            for op, action in zip(ops, actions, strict=True)
-        ]
-
     def bound_step(self, tokens: int, head: Head) -> list[Action]:
         """The actions of a step, from a cache of those used last."""
-        actions = self._bound.pop((tokens, head), None)
-        if actions is None:
-            actions = [self._binder.bind(op) for op in self.step(tokens, head)]
+        return self._bound_step(tokens, head).actions
+
+    def _bound_step(self, tokens: int, head: Head) -> "_BoundStep":
+        bound = self._bound.pop((tokens, head), None)
+        if bound is None:
+            ops = self.step(tokens, head)
+            bound = _BoundStep(ops, [self._binder.bind(op) for op in ops])
             if len(self._bound) >= BOUND_STEPS:
                 del self._bound[next(iter(self._bound))]  # the one not used for longest
-        self._bound[tokens, head] = actions
-        return actions
+        self._bound[tokens, head] = bound
+        return bound
+
+
+class _BoundStep(NamedTuple):
+    """A step's ops, and the action of each."""
+
+    ops: list[Op]
+    actions: list[Action]
+
+
+def _run_observed(bound: _BoundStep, observer: Observer, check: Action = lambda: None) -> None:
+    """Run every action between its op's two calls of the observer, which may change what `check` reads."""
+    memory = HostMemory()
+    for op, action in zip(bound.ops, bound.actions, strict=True):
+        observer.before(op, memory)
+        check()
+        action()
+        observer.after(op, memory)
 
 
 def _head_blocks(start: int, stop: int) -> list[tuple[int, int]]:
