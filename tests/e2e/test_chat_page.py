@@ -266,3 +266,13 @@ def test_a_refusal_is_shown_and_the_message_can_be_sent_again(page: Any) -> None
     assert not page.get_by_role("alert").is_visible()
     page.get_by_role("button", name="New chat").click()
     assert page.locator(".message").count() == 0
+
+
+@pytest.mark.slow
+def test_an_error_in_the_middle_is_shown_beside_what_has_come(page: Any) -> None:
+    chunk = {"choices": [{"delta": {"content": "Half"}, "finish_reason": None}]}
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in (chunk, {"error": {"message": "It broke."}}))
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    ask(page, "Go")
+    page.get_by_role("alert").get_by_text("It broke.").wait_for()
+    assert wait_for_reply(page) == "Half"

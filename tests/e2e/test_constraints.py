@@ -50,6 +50,18 @@ def test_the_same_seed_gives_the_same_text(engine: Engine) -> None:
     assert len(replies[0]) == 40
 
 
+def test_speculation_changes_nothing(engine: Engine) -> None:
+    replies = {}
+    for speculate in ("off", "lookup"):
+        params = SamplingParams(
+            1.0, seed=2, max_tokens=120, constraint=Regex("(name: [ab]{3}; ){12}"), speculate=speculate
+        )
+        engine.reset()
+        replies[speculate] = engine.generate("name: aba; name: bab; ", params).finish()
+    assert replies["off"].token_ids == replies["lookup"].token_ids
+    assert replies["lookup"].stats.accepted > 0
+
+
 def test_a_reply_may_end_before_it_is_complete(engine: Engine) -> None:
     reply = engine.generate("x", SamplingParams(max_tokens=5, constraint=Regex("[a-z]{40}"))).finish()
     assert (reply.finish_reason, len(reply.text)) == ("max_tokens", 5)
