@@ -3,7 +3,7 @@
 from collections import deque
 from statistics import median
 
-_EXPECTED_SLOPE = 0.35  # before anything is measured
+_EXPECTED_SLOPE = 0.2  # before anything is measured; that of SmolLM2 on two cores
 _SLOPES = (0.05, 0.9)  # what a measurement may say; beyond that it was disturbed, or nothing is to be gained
 _RECENT = 15  # steps that count; enough for a median that other programs do not disturb
 _ENOUGH = 3  # steps, for a median that is better than the expectation

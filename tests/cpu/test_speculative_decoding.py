@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from step_costs import UnmeasuredCost
 from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine, SamplingParams
@@ -13,6 +14,7 @@ from numba_atomflow.backends.base import Verification
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import OptionError
 from numba_atomflow.speculation.drafter import StepResult
+from numba_atomflow.speculation.prompt_lookup import PromptLookup
 
 PROMPT = [40, 50, 60, 70, 80, 40, 50, 60]
 SAMPLED = {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 11}
@@ -93,9 +95,13 @@ def test_the_kv_cache_after_rejections_is_that_of_single_steps(engine: Engine) -
 def test_prompt_lookup_proposes_where_a_text_repeats(engine: Engine) -> None:
     """A loop of a tiny random model: greedy decoding repeats itself."""
     expected = plain(engine, max_tokens=100, ignore_eos=True)
-    reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=100, ignore_eos=True)).finish()
+    params = SamplingParams(max_tokens=100, ignore_eos=True, speculate="lookup")
+    drafter = PromptLookup(UnmeasuredCost())  # the engine's own measures time
+    reply = engine.generate_tokens(PROMPT, params, drafter=drafter).finish()
     assert reply.token_ids == expected
     assert reply.stats.accepted > 0
+    engine.reset()
+    assert engine.generate_tokens(PROMPT, params).finish().token_ids == expected
     off = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=10, speculate="off")).finish()
     assert (off.stats.proposed, off.stats.steps) == (0, off.stats.tokens - 1)
     assert off.stats.mean_accepted_length == 1
