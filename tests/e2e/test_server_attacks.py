@@ -270,10 +270,9 @@ def test_special_tokens_in_messages_are_text(live: Live, engine: Engine) -> None
         assert answer.body["usage"]["prompt_tokens"] == len(tokens)
 
 
-def test_they_may_be_allowed(engine: Engine, live: Live) -> None:
-    body = {"messages": [{"role": "user", "content": ATTACK}]}
-    expected = live.request("POST", "/tokenize", body, AUTHORIZED).body["tokens"]
-    messages = body["messages"]
-    assert engine.text.encode_chat(messages, allow_special=False) == expected
-    bos = engine.text.token_id(BOS)
-    assert engine.text.encode_chat(messages).count(bos) == 2
+def test_they_may_be_allowed(engine: Engine) -> None:
+    bos, messages = engine.text.token_id(BOS), [{"role": "user", "content": ATTACK}]
+    with live_server(engine, allow_special=True) as live:
+        tokens = live.post("/tokenize", {"messages": messages}).body["tokens"]
+    assert tokens == engine.text.encode_chat(messages)
+    assert tokens.count(bos) == 2
