@@ -12,8 +12,10 @@
 
 from numba_atomflow.validate.compare import check
 from numba_atomflow.validate.ground_truth import check_fits, open_ground_truth, save_ground_truth
+from numba_atomflow.validate.html import html_page
 from numba_atomflow.validate.hugging_face import make_ground_truth, original_logits
 from numba_atomflow.validate.inject import SignFlip, inject
+from numba_atomflow.validate.junit import junit_xml
 from numba_atomflow.validate.precision import Precision
 from numba_atomflow.validate.probes import Probe, all_probes
 from numba_atomflow.validate.reference import Reference, record
@@ -38,7 +40,9 @@ __all__ = [
     "check",
     "check_fits",
     "check_widths",
+    "html_page",
     "inject",
+    "junit_xml",
     "make_ground_truth",
     "open_ground_truth",
     "original_logits",

@@ -40,9 +40,7 @@ class ReportFiles(NamedTuple):
             DestinationError: a file cannot be written.
         """
         from numba_atomflow.files.atomic import write_whole
-        from numba_atomflow.validate import Report
-        from numba_atomflow.validate.html import html_page
-        from numba_atomflow.validate.junit import junit_xml
+        from numba_atomflow.validate import Report, html_page, junit_xml
         from numba_atomflow.validate.plot import plot
 
         if self.plot is not None and isinstance(report, Report):

@@ -12,9 +12,17 @@ from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine
 from numba_atomflow.convert import convert
-from numba_atomflow.validate import Reference, ReplayedPart, ReplayReport, Report, SignFlip, check, record
-from numba_atomflow.validate.html import html_page
-from numba_atomflow.validate.junit import junit_xml
+from numba_atomflow.validate import (
+    Reference,
+    ReplayedPart,
+    ReplayReport,
+    Report,
+    SignFlip,
+    check,
+    html_page,
+    junit_xml,
+    record,
+)
 from numba_atomflow.validate.pictures import Cell, Series, heat_map, log_chart
 
 GEOMETRY = tiny_geometry(layers=3, vocabulary=SMALLEST_VOCABULARY)
