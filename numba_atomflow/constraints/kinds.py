@@ -13,6 +13,8 @@ from numba_atomflow.errors import OptionError
 from numba_atomflow.files.untrusted import load_json, quote
 from numba_atomflow.text.token_table import TokenTable
 
+MOST_GBNF_CHARACTERS = 1 << 14  # its conversion takes time in the square of the number of rules: 0.3 s at worst
+
 # Any indentation, but no endless white space, which small models fall into.
 WHITE_SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 
@@ -114,13 +116,27 @@ class Grammar:
     def start(self, tokens: TokenTable) -> Matcher:
         """The state at the beginning of a reply."""
         what, library = "The grammar", require_llguidance()
-        from llguidance.gbnf_to_lark import any_to_lark
+        return Matcher(library.LLMatcher.grammar_from_lark(_lark(self.text, what)), tokens, what)
 
-        try:
-            lark = any_to_lark(self.text)
-        except Exception as error:  # the library raises plain ones
-            raise refused(what, str(error)) from error
-        return Matcher(library.LLMatcher.grammar_from_lark(lark), tokens, what)
+
+def _lark(text: str, what: str) -> str:
+    """A grammar in Lark's syntax.
+
+    Raises:
+        OptionError: it is malformed GBNF, or too long for GBNF.
+    """
+    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
+
+    if is_lark_syntax(text):
+        return text
+    check_length(text, f"{what} (GBNF)", MOST_GBNF_CHARACTERS)
+    try:
+        lark: str = gbnf_to_lark(text)
+    except GbnfToLarkError as error:
+        raise refused(what, f"neither Lark, which begins with `start:`, nor GBNF: {error}") from error
+    except Exception as error:  # RecursionError, and plain ones for a missing rule
+        raise refused(what, str(error)) from error
+    return lark
 
 
 def literal(text: str) -> str:

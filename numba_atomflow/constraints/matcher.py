@@ -89,16 +89,15 @@ def refused(what: str, reason: str) -> OptionError:
     return OptionError(f"{what} cannot be used ({text or 'it is too complex'}); change it.")
 
 
-def check_length(text: str, what: str) -> None:
-    """Refuse a schema or grammar of more than `MOST_CHARACTERS`.
+def check_length(text: str, what: str, most: int = MOST_CHARACTERS) -> None:
+    """Refuse a schema or grammar of more than `most` characters.
 
     Raises:
         OptionError: it is longer.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise OptionError(
-            f"{what} {'have' if what.endswith('s') else 'has'} {len(text)} characters; give at most {MOST_CHARACTERS}."
-        )
+    if len(text) > most:
+        has = "have" if what.endswith("s") else "has"
+        raise OptionError(f"{what} {has} {len(text)} characters; give at most {most}.")
 
 
 def require_llguidance() -> Any:

@@ -250,6 +250,8 @@ for _ in range(100_000):
         (lambda: Grammar("start: missing"), "grammar cannot be used"),
         (lambda: Grammar("start: start"), r"grammar cannot be (used|satisfied)"),
         (lambda: Grammar("root ::= (" + "(" * 5000), "grammar cannot be used"),
+        (lambda: Grammar("root ::= 'a'"), "neither Lark, which begins with `start:`, nor GBNF"),
+        (lambda: Grammar("root ::= a\n" * 2000), r"grammar \(GBNF\) has 22000 characters; give at most 16384"),
         (lambda: Grammar("root ::= missing"), "'missing' not found"),
         (lambda: Grammar(" \n"), "grammar is"),
         (lambda: Grammar(3), "grammar is 3"),  # type: ignore[arg-type]
