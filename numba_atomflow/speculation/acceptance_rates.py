@@ -3,7 +3,7 @@
 from numba_atomflow.speculation.ngram_index import LENGTHS, Match
 
 # Accepted tokens per token checked, before anything is known: longer n-grams occur by chance less often.
-_EXPECTED = {12: 0.9, 8: 0.8, 6: 0.7, 4: 0.55, 3: 0.4}
+_EXPECTED = {12: 0.9, 8: 0.8, 6: 0.7, 4: 0.55, 3: 0.4, 2: 0.2}
 _LENGTH_WEIGHT = 4.0  # tokens that the expectation counts as, in the rate of all n-grams of a length
 _KEY_WEIGHT = 2.0  # tokens that the rate of the length counts as, in the rate of one n-gram
 
