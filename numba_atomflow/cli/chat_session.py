@@ -5,6 +5,7 @@ turn submits the whole conversation; prefix caching leaves only the new tokens t
 """
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -105,8 +106,14 @@ class ChatSession:
             output.say(f"{model} on {backend.name} ({backend.device}), context of {self.engine.max_seq_len} tokens")
             output.say("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
         with line_editing(self.interactive):
-            while self._turn():
-                pass
+            try:
+                while self._turn():
+                    pass
+            except KeyboardInterrupt:  # the second one, perhaps while `_turn` deals with the first
+                if not self.interactive:
+                    raise
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would only disturb the end of the program
+                output.say("")
 
     def _turn(self) -> bool:
         """Read and answer one entry; False if the session ends."""
@@ -121,12 +128,10 @@ class ChatSession:
                 raise
             output.say(f"error: {error}")
         except KeyboardInterrupt:  # at the prompt, or meant for a reply that has just ended
-            if not self.interactive:
+            if self._interrupted or not self.interactive:
                 raise
-            output.say("" if self._interrupted else f"\n{_LEAVING}")
-            if self._interrupted:
-                return False
             self._interrupted = True
+            output.say(f"\n{_LEAVING}")
         return True
 
     def _answer(self, entry: Entry) -> None:

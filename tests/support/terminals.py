@@ -59,7 +59,7 @@ class Terminal:
         watchdog = Watchdog(self.process, f"the text {pattern!r} after Ctrl-C")
         while not re.search(pattern, self.shown):
             self.type("\x03")
-            if select.select([self._master], [], [], 1)[0]:
+            if select.select([self._master], [], [], 5)[0]:
                 self.shown += os.read(self._master, 4096).decode(errors="replace")
             watchdog.check()
         return self.expect(pattern)
@@ -72,7 +72,7 @@ class Terminal:
         while self.process.poll() is None:
             with suppress(OSError, subprocess.TimeoutExpired):  # OSError: it has just left
                 self.type("\x03")
-                self.process.wait(1)
+                self.process.wait(5)
             watchdog.check()
         return self.process.returncode
 
