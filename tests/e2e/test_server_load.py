@@ -53,7 +53,7 @@ def completion(**fields: Any) -> dict[str, Any]:
 class Gate:
     """Stops the generating thread before each token from `token` on (counted over all replies), until it is opened."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, token: int = 0) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, token: int) -> None:
         self.tokens = 0
         self.prompts: list[str] = []
         self.reached, self._opened = threading.Event(), threading.Event()
@@ -78,10 +78,22 @@ class Gate:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(monkeypatch)
-    yield gate
-    gate.open()
+def gate_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Gate]]:
+    """Makes gates; they are open at the end, also when a test fails."""
+    gates: list[Gate] = []
+
+    def make(token: int) -> Gate:
+        gates.append(Gate(monkeypatch, token))
+        return gates[-1]
+
+    yield make
+    for gate in gates:
+        gate.open()
+
+
+@pytest.fixture
+def gate(gate_at: Callable[[int], Gate]) -> Gate:
+    return gate_at(0)
 
 
 def in_thread(action: Callable[[], Any]) -> threading.Thread:
@@ -184,9 +196,9 @@ def test_health_and_metrics_are_answered_while_the_stream_is_busy(live: Live, ga
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_stream_within_two_tokens(
-    live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool
+    live: Live, gate_at: Callable[[int], Gate], stream: bool
 ) -> None:
-    gate = Gate(monkeypatch, token=3)
+    gate = gate_at(3)
     client = send(live, completion(max_tokens=MOST, stream=stream))
     gate.reached.wait()
     client.close()
@@ -294,8 +306,8 @@ def test_a_request_that_waits_too_long_is_refused(engine: Engine, gate: Gate) ->
         read_all(client)
 
 
-def test_a_reply_that_lasts_too_long_ends_with_what_there_is(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch, token=3)
+def test_a_reply_that_lasts_too_long_ends_with_what_there_is(live: Live, gate_at: Callable[[int], Gate]) -> None:
+    gate = gate_at(3)
     answers: list[Any] = []
     thread = in_thread(lambda: answers.append(live.post("/v1/completions", completion(max_tokens=MOST))))
     gate.reached.wait()
