@@ -1,14 +1,16 @@
 """A step that verifies proposed tokens: each column has the bits of the step of one token, logits and KV cache."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_models import tiny_geometry
+from tiny_models import tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine
+from numba_atomflow.convert import convert
 from numba_atomflow.model.step import NO_LOGITS, Attention
 from numba_atomflow.sampling import Sampler, SamplingParams
 
@@ -19,6 +21,8 @@ GEOMETRIES = {
     ),
     "bias": tiny_geometry(heads=2, kv_heads=2, qkv_bias=True, tied_embeddings=True, max_positions=720),
     "q and k norms": tiny_geometry(heads=6, kv_heads=3, head_dim=96, qk_norm=True, max_positions=720),
+    "float16 head": tiny_geometry(layers=1, max_positions=720),
+    "float16 embedding": tiny_geometry(layers=1, hidden=136, tied_embeddings=True, vocabulary=291, max_positions=720),
     "wide": tiny_geometry(layers=1, hidden=1280, heads=8, kv_heads=2, head_dim=128, ffn=2100, max_positions=720),
 }
 CONTEXTS = (1, 100, 700)
@@ -26,8 +30,15 @@ WIDTH = 8
 
 
 @pytest.fixture(params=GEOMETRIES)
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with Engine.random(GEOMETRIES[request.param], "cpu", max_seq_len=720) as opened:
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    geometry, path = GEOMETRIES[request.param], tmp_path / "model.safetensors"
+    if request.param.startswith("float16"):
+        write_hf_folder(tmp_path / "hf", geometry)
+        convert(tmp_path / "hf", path, head="fp16")
+        opened = Engine.load(path, "cpu", max_seq_len=720)
+    else:
+        opened = Engine.random(geometry, "cpu", max_seq_len=720)
+    with opened:
         yield opened
 
 
