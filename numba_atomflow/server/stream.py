@@ -308,10 +308,10 @@ class Stream:
                 ticket.put(Piece(choice, text, logprobs, generation.finish_reason == "eos"))
                 if ticket.is_over() or self._closing:
                     generation.close()
-                    self._check(ticket, tokens)
                     break
         ended = Ended(choice, generation.finish_reason or "max_tokens", len(work.prompt), cached, tokens)
         self.observer.generated(ended, time.monotonic() - first)
+        self._check(ticket, tokens)
         ticket.put(ended)
 
     def _prefill(self, ticket: Ticket, prompt: list[int]) -> int:

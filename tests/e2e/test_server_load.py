@@ -209,6 +209,7 @@ def test_a_client_that_leaves_frees_the_stream_within_two_tokens(
     assert live.post("/v1/completions", completion()).status == 200
     assert gate.tokens <= 3 + 2 + 5  # of the other reply four, and its end
     assert live.metric("atomflow_cancelled_total") == 1
+    assert live.metric('atomflow_generations_total{reason="interrupted"}') == 1
 
 
 def test_a_client_that_leaves_the_queue_gives_up_its_place(live: Live, gate: Gate) -> None:
