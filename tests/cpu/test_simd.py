@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from llvmlite import binding
 
-from numba_atomflow.ops import simd
+from numba_atomflow.ops import simd, simd_columns
+from numba_atomflow.ops.projection import project_tokens
 
 X86 = platform.machine() in {"x86_64", "AMD64"}
 
@@ -31,6 +32,23 @@ def test_every_float16(monkeypatch: pytest.MonkeyPatch, instruction: bool) -> No
     expected = bits.view(np.float16).astype(np.float32)
     expected.view(np.uint32)[np.isnan(expected)] |= 0x00400000  # the instruction makes a NaN quiet
     np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
+
+
+def test_float16_rows_without_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as with it, for whole vectors and for what is left of a row."""
+    monkeypatch.setattr(simd_columns, "has_half_conversion", lambda _: False)
+
+    @numba.njit
+    def multiply(weights: Any, x: Any, y: Any) -> None:
+        for n in range(weights.shape[0]):
+            simd_columns.multiply_row(weights, None, n, x, y, 2, False, 2)
+
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((3, 151)).astype(np.float16).view(np.int16)
+    x, y, expected = (rng.standard_normal((2, width)).astype(np.float32) for width in (151, 3, 3))
+    multiply(weights, x, y)
+    project_tokens(weights, None, x, expected, False)
+    np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.skipif(not X86, reason="names of x86 processors")
