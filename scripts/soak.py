@@ -33,7 +33,7 @@ def soak(engine: Engine, steps: int, prompt: list[int], reply_tokens: int) -> di
     Returns:
         A JSON-ready record: passes, steps, seconds, and the number of the first pass that differed, or None.
     """
-    params = SamplingParams(max_tokens=reply_tokens, ignore_eos=True)
+    params = SamplingParams(max_tokens=reply_tokens, ignore_eos=True, speculate="off")
     expected, passes, done, differed = None, 0, 0, None
     started = time.perf_counter()
     while done < steps and differed is None:

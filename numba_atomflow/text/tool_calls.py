@@ -72,6 +72,7 @@ class ToolCallParser:
     def __init__(self, notation: ToolNotation, names: Collection[str]) -> None:
         self._notation, self._names = notation, frozenset(names)
         self._pending = ""  # text that is not decided yet
+        self._space = ""  # white space before what may be a call
         self._calls = 0
         self._is_text = False  # llama3: the reply has begun as text, and has no calls
         self._value = JsonObjectEnd()  # of the arguments
@@ -106,7 +107,9 @@ class ToolCallParser:
             return self._text_or_object()
         start = text.find(begin)
         if start >= 0:
-            self._emit_text(text[:start].rstrip())
+            before = text[:start].rstrip()
+            self._emit_text(before)
+            self._space = text[len(before) : start]
             self._pending, self._state = text[start + len(begin) :], self._head
             return True
         certain = len(text) - _overlap(text, begin)
@@ -118,6 +121,7 @@ class ToolCallParser:
     def _text_or_object(self) -> bool:
         start = self._pending.lstrip()
         if not self._is_text and start.startswith("{"):
+            self._space = self._pending[: -len(start)]
             self._pending, self._state = start, self._head
             return True
         if start or self._is_text:
@@ -199,7 +203,7 @@ class ToolCallParser:
             self._calls += 1
         else:
             self._is_text = True
-            self._emit_text(whole)
+            self._emit_text(self._space + whole)
 
     def _emit_text(self, text: str) -> None:
         if text:

@@ -153,7 +153,7 @@ def test_the_wait_for_a_token_is_ttft_or_decode_time(monkeypatch: pytest.MonkeyP
             return sampled_tokens()
 
         monkeypatch.setattr(engine.backend, "sampled_tokens", slow)
-        reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=3)).finish()
+        reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=3, speculate="off")).finish()
         assert reply.stats.ttft > 0.05
         assert reply.stats.decode_seconds > 0.1
 

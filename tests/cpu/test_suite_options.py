@@ -26,4 +26,4 @@ def test_tests_that_passed_are_left_out_and_the_others_run(tmp_path: Path) -> No
     passed.write_text("".join(f"{name}\n" for name in names[1:]))  # as if the first had been skipped
     code, output = run_pytest("--leave-out", passed)
     assert code == 0, output
-    assert re.search(rf"\b1 passed, {len(names) - 1} deselected\b", output), output
+    assert re.search(rf"\b1 passed\b.*\b{len(names) - 1} deselected\b", output), output
