@@ -285,14 +285,15 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
             stats.constraint_seconds = sampler.constraint_seconds
             _record(state, context, request, token)
             text.append(token)
+            is_accepted = accepted < len(proposed) and token == proposed[accepted]
+            accepted += is_accepted
+            stats.accepted += is_accepted
             yield token
             if state.finish_reason:
                 return
-            if accepted == len(proposed) or token != proposed[accepted]:
+            if not is_accepted:
                 break
             context.token_ids.append(token)  # the step has put it into the KV cache
-            accepted += 1
-            stats.accepted += 1
         if stats.steps:
             speculator.observe(len(proposed), accepted, step_seconds)
         started = time.perf_counter()

@@ -14,9 +14,7 @@ from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.context import Context
 from numba_atomflow.errors import ClosedError
-from numba_atomflow.generation import (
-    BaseGeneration,
-)
+from numba_atomflow.generation import BaseGeneration
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.speculation.step_cost import StepCost

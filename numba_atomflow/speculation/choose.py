@@ -1,6 +1,7 @@
 """Which drafter a generation has."""
 
 from numba_atomflow.errors import OptionError
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.sampling import Speculate
 from numba_atomflow.speculation.drafter import Drafter
 from numba_atomflow.speculation.prompt_lookup import PromptLookup
@@ -17,8 +18,11 @@ def choose_drafter(speculate: Speculate, drafter: Drafter | None, obstacle: str,
         cost: of the engine's steps.
 
     Raises:
-        OptionError: speculation is required, and the backend cannot; or there is a drafter, and speculation is off.
+        OptionError: speculation is required, and the backend cannot; or there is a drafter, and speculation is off; or
+            the drafter has not the methods of one.
     """
+    if drafter is not None and not _is_drafter(drafter):
+        raise OptionError(f"drafter is {quote(drafter)}; it must be an object with methods `propose` and `observe`.")
     if drafter is not None and speculate == "off":
         raise OptionError('There is a drafter, but speculate is "off"; leave one of them out.')
     required = drafter is not None or speculate == "lookup"
@@ -30,3 +34,8 @@ def choose_drafter(speculate: Speculate, drafter: Drafter | None, obstacle: str,
     if drafter is not None:
         return drafter
     return None if speculate == "off" or obstacle else PromptLookup(cost)
+
+
+def _is_drafter(value: object) -> bool:
+    methods = (getattr(value, name, None) for name in ("propose", "observe"))
+    return not isinstance(value, type) and all(map(callable, methods))

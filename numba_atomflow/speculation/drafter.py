@@ -30,4 +30,4 @@ class Drafter(Protocol):
         """
 
     def observe(self, result: StepResult) -> None:
-        """Called after every step, also after one without proposed tokens."""
+        """Called after every step, also after one without proposed tokens, but not after the reply's last."""

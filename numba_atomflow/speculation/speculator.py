@@ -1,6 +1,7 @@
 """What stands between a drafter and the steps of a generation."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 
 from numba_atomflow.errors import OptionError
 from numba_atomflow.files.untrusted import quote
@@ -36,8 +37,11 @@ class Speculator:
         limit = min(self._width, room) - 1
         if self._drafter is None or limit < 1:
             return []
+        proposal = self._drafter.propose(token_ids, limit)
+        if not isinstance(proposal, Iterable):
+            raise OptionError(f"The drafter proposed {quote(proposal)}; it must return token ids, or [] for none.")
         tokens: list[int] = []
-        for token in self._drafter.propose(token_ids, limit)[:limit]:
+        for token in islice(proposal, limit):
             token = whole_number("a token of the drafter", token)
             if not 0 <= token < self._vocabulary:
                 raise OptionError(

@@ -117,6 +117,20 @@ def test_log_probabilities_are_those_of_single_steps(engine: Engine) -> None:
     assert reply.stats.accepted > 15
 
 
+def test_a_call_between_two_tokens_of_a_step_changes_nothing(engine: Engine) -> None:
+    """`unembed` computes logits where the step has put its own."""
+    expected = plain(engine, max_tokens=30, ignore_eos=True, **SAMPLED)
+    rows = np.random.default_rng(0).normal(size=(20, engine.geometry.hidden))
+    params = SamplingParams(max_tokens=30, ignore_eos=True, **SAMPLED)
+    reply = engine.generate_tokens(PROMPT, params, drafter=Script(PROMPT, expected, wrong=(9,)))
+    assert next(reply) == expected[0]
+    for token in expected[1:]:
+        engine.unembed(rows)
+        engine.snapshot()
+        assert next(reply) == token
+    assert reply.stats.accepted > 15
+
+
 # --- where they end --------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +249,20 @@ def test_a_proposed_token_that_does_not_exist_is_refused(engine: Engine, token: 
     with pytest.raises(OptionError, match=message):
         engine.generate_tokens(PROMPT, drafter=Fixed(token)).finish()
     assert engine.generate_tokens(PROMPT, SamplingParams(max_tokens=2)).finish().stats.tokens == 2
+
+
+@pytest.mark.parametrize("proposal", [None, 5])
+def test_a_proposal_that_is_no_list_is_refused(engine: Engine, proposal: Any) -> None:
+    drafter = Fixed()
+    drafter.propose = lambda *_: proposal  # type: ignore[method-assign]
+    with pytest.raises(OptionError, match=f"The drafter proposed {proposal}; it must return token ids"):
+        engine.generate_tokens(PROMPT, drafter=drafter).finish()
+
+
+@pytest.mark.parametrize("drafter", [3, "lookup", PromptLookup])
+def test_what_is_no_drafter_is_refused(engine: Engine, drafter: Any) -> None:
+    with pytest.raises(OptionError, match=r"drafter is .*; it must be an object with methods"):
+        engine.generate_tokens(PROMPT, drafter=drafter)
 
 
 def test_contradictions_are_refused(engine: Engine) -> None:
