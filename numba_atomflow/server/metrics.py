@@ -1,7 +1,6 @@
 """What /metrics shows, in Prometheus' text format."""
 
 from collections.abc import Callable
-from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -47,7 +46,7 @@ class Metrics:
 
     def responded(self, path: str, status: int) -> None:
         """Count a response; `path` is one of the server's own, or "other"."""
-        self._responses.labels(path, str(int(HTTPStatus(status)))).inc()
+        self._responses.labels(path, str(status)).inc()
 
     def started(self, waited: float) -> None:
         self._waited.observe(waited)
