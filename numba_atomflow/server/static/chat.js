@@ -56,7 +56,7 @@ function refresh() {
   messages.forEach((message, index) => {
     const isLast = index === messages.length - 1;
     message.node.classList.toggle("running", busy && isLast);
-    const actions = message.node.querySelector(".actions");
+    const actions = message.node.lastChild;
     actions.replaceChildren();
     if (busy && isLast) return;
     if (message.role === "user") actions.append(button("Edit", () => edit(index), busy));
@@ -140,6 +140,7 @@ async function receive(message, events) {
       });
     }
     if (event.finishReason === "length") message.note = "ended at the maximum of tokens";
+    else if (event.finishReason && !message.content) message.note = "no text";
     if (event.usage) showStats(event.usage, first || performance.now(), started);
   }
 }
@@ -196,12 +197,12 @@ function edit(index) {
     }
   });
   body.replaceWith(editor);
-  message.node.querySelector(".actions:last-child").hidden = true;
+  message.node.lastChild.hidden = true;
   field.focus();
 
   function close() {
     editor.replaceWith(body);
-    message.node.querySelector(".actions:last-child").hidden = false;
+    message.node.lastChild.hidden = false;
     refresh();
   }
 }
