@@ -268,7 +268,7 @@ async def _refuse(_: Request, error: Exception) -> Response:
 async def _refuse_path(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     what = "Unknown request URL" if status == 404 else "Not allowed"
-    refused = ApiError(status, f"{what}: {request.method} {request.url.path}.", code="unknown_url")
+    refused = ApiError(status, f"{what}: {request.method} {request.scope['path']}.", code="unknown_url")
     headers = error.headers if isinstance(error, HTTPException) else None
     return JSONResponse(refused.body(), status, headers)
 

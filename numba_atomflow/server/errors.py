@@ -75,6 +75,11 @@ def of_validation(error: ValidationError) -> ApiError:
             return ApiError(400, f"Unrecognized request argument supplied: {name}.", param=param, code="unknown_field")
         case "missing":
             return ApiError(400, f"The field {param} is missing.", param=param, code="missing_field")
+        case "union_tag_invalid":
+            known, given = first["ctx"]["expected_tags"], quote(first["ctx"]["tag"])
+            return ApiError(400, f"{param}.type is {given}; it must be one of {known}.", param=param)
+        case "union_tag_not_found":
+            return ApiError(400, f"The field {param}.type is missing.", param=param, code="missing_field")
         case "value_error":
             return ApiError(400, f"{first['ctx']['error']}", param=param)
         case "model_type" | "model_attributes_type":

@@ -14,6 +14,7 @@ from numba_atomflow.server.errors import unsupported
 from numba_atomflow.server.structure import NamedTool, ResponseFormat, Tool
 
 MOST_PROMPTS = 256  # of one request to /v1/completions
+MOST_STOPS = 64  # texts in `stop`: each is looked for after every token
 
 # Values that change nothing, by the name of a field that is refused with any other value.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -73,6 +74,8 @@ class Sampling(Body):
                 continue
             only = f"; leave it out or give {neutral[0]!r}" if neutral else "; leave it out"
             raise unsupported(name, f"is not supported by this server{only}")
+        if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
+            raise unsupported("stop", f"holds {len(self.stop)} texts; give at most {MOST_STOPS}")
         if self.stream_options is not None and not self.stream:
             raise unsupported("stream_options", "is for streams; set stream to true or leave it out")
         return self

@@ -33,7 +33,7 @@ def page_routes() -> list[Route]:
     contents = {name: (_FOLDER / name).read_bytes() for name in _TYPES}
 
     async def serve(request: Request) -> Response:
-        name = request.url.path.removeprefix("/page/").removeprefix("/") or "index.html"
+        name = request.scope["path"].removeprefix("/page/").removeprefix("/") or "index.html"
         return Response(contents[name], headers=_HEADERS, media_type=_TYPES[name])
 
     return [Route(path, serve, methods=["GET"]) for path in sorted(PATHS)]

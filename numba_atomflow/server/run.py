@@ -35,10 +35,14 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise OptionError(
-            f"--port {port} of {host} cannot be listened to ({_reason(error)}); give another port, or 0 for a free one."
-        ) from error
+        raise _port_taken(host, port, error) from error
     return bound
+
+
+def _port_taken(host: str, port: int, error: Exception) -> OptionError:
+    return OptionError(
+        f"--port {port} of {host} cannot be listened to ({_reason(error)}); give another port, or 0 for a free one."
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -81,7 +85,11 @@ class HttpServer(uvicorn.Server):
         self._stream, self._bound, self._ready = server.stream, bound, ready
 
     def listen(self) -> None:
-        """Serve until Ctrl-C, SIGTERM or `stop`."""
+        """Serve until Ctrl-C, SIGTERM or `stop`.
+
+        Raises:
+            OptionError: another program has begun to listen to the port since `bind`.
+        """
         self._stream.start()
         try:
             self.run(sockets=[self._bound])
@@ -95,7 +103,10 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await anyio.to_thread.run_sync(int)  # loads anyio's backend now, not during the first request
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            raise _port_taken(*self._bound.getsockname()[:2], error) from error
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
