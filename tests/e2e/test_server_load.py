@@ -21,7 +21,7 @@ from child_processes import wait
 from cli_runner import InProcess, assert_refused, command_line, environment
 
 from numba_atomflow import Engine, Generation, SamplingParams
-from numba_atomflow.errors import CheckpointError
+from numba_atomflow.errors import CheckpointError, OptionError
 
 pytest.importorskip("starlette", reason="pip install 'numba-atomflow[serve]'")
 pytest.importorskip("uvicorn", reason="pip install 'numba-atomflow[serve]'")
@@ -29,7 +29,9 @@ pytest.importorskip("uvicorn", reason="pip install 'numba-atomflow[serve]'")
 from live_server import Live, events, live_server
 
 from numba_atomflow.server import stream as stream_module
+from numba_atomflow.server.app import Server, ServerOptions
 from numba_atomflow.server.limits import Limits
+from numba_atomflow.server.run import HttpServer, bind
 
 MOST = 480  # tokens; the context has 512
 
@@ -123,6 +125,12 @@ def read_all(connection: socket.socket) -> bytes:
     return data
 
 
+def queued(live: Live, count: int) -> bool:
+    """Whether this many requests wait, with their prompts tokenized: only then their order is that of their replies."""
+    tickets = list(live.stream._tickets)
+    return len(tickets) == count and all(ticket.work is not None for ticket in tickets)
+
+
 # --- order and bounds ------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +139,7 @@ def test_requests_are_answered_in_the_order_of_their_arrival(live: Live, gate: G
     gate.reached.wait()
     for number in range(4):
         clients.append(send(live, completion(prompt=f"number {number}")))
-        live.until(lambda: live.stream.waiting == len(clients) - 1)
+        live.until(lambda: queued(live, len(clients) - 1))
     gate.open()
     assert all(b" 200 " in read_all(client) for client in clients)
     assert gate.prompts == ["first", *(f"number {number}" for number in range(4))]
@@ -210,6 +218,8 @@ def test_a_client_that_leaves_frees_the_stream_within_two_tokens(
     assert gate.tokens <= 3 + 2 + 5  # of the other reply four, and its end
     assert live.metric("atomflow_cancelled_total") == 1
     assert live.metric('atomflow_generations_total{reason="interrupted"}') == 1
+    if not stream:
+        live.until(lambda: live.metric('atomflow_http_responses_total{path="/v1/completions",status="499"}') == 1)
 
 
 def test_a_client_that_leaves_the_queue_gives_up_its_place(live: Live, gate: Gate) -> None:
@@ -265,7 +275,7 @@ def test_a_prompt_in_parts_gives_the_same_reply(engine: Engine, monkeypatch: pyt
 
 def test_a_slow_reader_stops_no_other_and_gets_everything(engine: Engine) -> None:
     body = completion(max_tokens=MOST, logprobs=20, stream=True)  # 400 kB of events
-    with live_server(engine, send_buffer=4096) as live:
+    with live_server(engine, send_buffer=4096, limits=Limits(stall_seconds=3600)) as live:
         slow = send(live, body, receive_buffer=4096)
         live.until(lambda: live.metric('atomflow_generations_total{reason="max_tokens"}') == 1)
         assert live.post("/v1/completions", completion()).status == 200
@@ -297,14 +307,14 @@ def _is_of(connection: Any, client: socket.socket) -> bool:
 # --- time, failures, the end -----------------------------------------------------------------------------------------
 
 
-def test_a_request_that_waits_too_long_is_refused(engine: Engine, gate: Gate) -> None:
-    with live_server(engine, seconds_per_request=0.2) as live:
-        client = send(live, completion())
-        gate.reached.wait()
-        answer = live.post("/v1/completions", completion())
-        assert (answer.status, answer.body["error"]["code"]) == (503, "request_timeout")
-        gate.open()
-        read_all(client)
+def test_a_request_that_waits_too_long_is_refused(live: Live, gate: Gate) -> None:
+    client = send(live, completion())
+    gate.reached.wait()
+    live.stream.seconds_per_request = 0.2
+    answer = live.post("/v1/completions", completion())
+    assert (answer.status, answer.body["error"]["code"]) == (503, "request_timeout")
+    gate.open()
+    assert b" 200 " in read_all(client)
 
 
 def test_a_reply_that_lasts_too_long_ends_with_what_there_is(live: Live, gate_at: Callable[[int], Gate]) -> None:
@@ -340,20 +350,33 @@ def test_an_engine_that_cannot_go_on_is_told_by_health(live: Live, monkeypatch: 
     assert live.get("/health").body == {"status": "failed", "reason": "The file was changed."}
 
 
+# In the server's process: the reply stops at its third token until the server is told to end.
+UNTIL_THE_END = """
+import threading
+from numba_atomflow import Generation
+from numba_atomflow.server.stream import Stream
+step, close, closed = Generation.step, Stream.close, threading.Event()
+def held_step(generation):
+    if len(generation.token_ids) == 3:
+        closed.wait()
+    return step(generation)
+def closing(stream):
+    close(stream)
+    closed.set()
+Generation.step, Stream.close = held_step, closing
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_the_streams_and_then_the_server(cli_home: Path, tiny_checkpoint: Path, number: int) -> None:
-    command = command_line("serve", "--model", tiny_checkpoint, "--port", 0, "--backend", "cpu", "--threads", 1)
-    slow = (  # so that the reply is not over before the signal
-        "from numba_atomflow import Generation\nimport time\nstep = Generation.step\n"
-        "def slow(generation):\n    time.sleep(0.02)\n    return step(generation)\nGeneration.step = slow"
-    )
-    command = [*command[:2], slow + "\n" + command[2], *command[3:]]
+    options = "--model", tiny_checkpoint, "--port", 0, "--backend", "cpu", "--threads", 1
+    command = command_line("serve", *options, before=UNTIL_THE_END)
     env = environment(cli_home) | {"NUMBA_ATOMFLOW_API_KEY": "secret"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=env, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
         port = int(line.partition("http://127.0.0.1:")[2].partition("/")[0])
-        body = json.dumps(completion(max_tokens=MOST, stream=True)).encode()
+        body = json.dumps(completion(max_tokens=MOST, stream=True, echo=True)).encode()
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             head += f"Authorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -380,6 +403,16 @@ def test_what_cannot_be_listened_to_is_refused(cli: InProcess, tiny_checkpoint: 
         assert_refused(cli("serve", "--model", tiny_checkpoint, "--port", port), "--port", port)
     assert_refused(cli("serve", "--model", tiny_checkpoint, "--host", "no.such.host.invalid"), "--host")
     assert_refused(cli("serve", "--model", tmp_path / "none.safetensors", "--port", 0), "none.safetensors")
+
+
+def test_a_port_that_was_taken_while_the_model_was_loaded_is_refused(engine: Engine) -> None:
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with bind("127.0.0.1", port) as second:  # which Linux allows while neither listens
+            first.listen()
+            server = HttpServer(Server(engine, ServerOptions("tiny")), second, Limits(), access_log=False, ready=list)
+            with pytest.raises(OptionError, match=f"--port {port} of 127.0.0.1 cannot be listened to"):
+                server.listen()
 
 
 def test_keys_that_cannot_be_are_refused(cli: InProcess, tmp_path: Path) -> None:
