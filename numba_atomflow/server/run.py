@@ -106,7 +106,8 @@ class HttpServer(uvicorn.Server):
         try:
             await super().startup(sockets)
         except OSError as error:
-            raise _port_taken(*self._bound.getsockname()[:2], error) from error
+            host, port = self._bound.getsockname()[:2]
+            raise _port_taken(host, port, error) from error
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
