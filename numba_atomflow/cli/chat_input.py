@@ -6,6 +6,7 @@ A line that ends in a backslash continues on the next one; lines between two ``\
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -140,12 +141,23 @@ def edit_text(text: str) -> str:
         file = Path(folder) / "message.md"
         file.write_text(text, encoding="utf-8", errors="replace")
         try:
-            code = subprocess.run([*command, str(file)], check=False).returncode  # noqa: S603 - the user's own choice
+            with _ctrl_c_ignored():  # it is the editor's
+                code = subprocess.run([*command, str(file)], check=False).returncode  # noqa: S603 - the user's own choice
         except OSError as error:
             raise OptionError(f"{command[0]} cannot be started ({error.strerror}); set EDITOR to an editor.") from error
         if code:
             raise OptionError(f"{command[0]} ended with code {code}; nothing was sent.")
         return read_text_file(file)
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C in this process; programs that it starts do not inherit that."""
+    before = signal.signal(signal.SIGINT, lambda _signal, _frame: None)  # SIG_IGN would be inherited
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _editor() -> list[str]:

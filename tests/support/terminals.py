@@ -55,12 +55,13 @@ class Terminal:
         return wait(self.process)
 
     def press_ctrl_c_until(self, pattern: str) -> str:
-        """As `expect`, pressing the keys again until the text comes."""
+        """As `expect`, pressing the keys again when nothing comes: a second time too early would leave the program."""
         watchdog = Watchdog(self.process, f"the text {pattern!r} after Ctrl-C")
         while not re.search(pattern, self.shown):
             self.type("\x03")
-            if select.select([self._master], [], [], 5)[0]:
+            while not re.search(pattern, self.shown) and select.select([self._master], [], [], 5)[0]:
                 self.shown += os.read(self._master, 4096).decode(errors="replace")
+                watchdog.check()
             watchdog.check()
         return self.expect(pattern)
 
