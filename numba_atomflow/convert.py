@@ -1,7 +1,6 @@
 """Conversion of a source model to an FP8 checkpoint: round-to-nearest in slabs of rows, or calibrated by layers."""
 
 import hashlib
-import stat
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,8 +11,9 @@ import numpy as np
 
 from numba_atomflow import home
 from numba_atomflow.checkpoint.format import fusion
-from numba_atomflow.checkpoint.writer import CheckpointWriter, destination_exists
+from numba_atomflow.checkpoint.writer import CheckpointWriter
 from numba_atomflow.errors import DestinationError, OptionError, SourceError, SourceWarning, TextError
+from numba_atomflow.files.destination import check_destination
 from numba_atomflow.files.stamp import stamps_of, unchanged
 from numba_atomflow.files.text_input import read_text_file
 from numba_atomflow.files.untrusted import quote
@@ -82,7 +82,7 @@ def convert(
         raise OptionError(
             "The method rtn uses no calibration text; choose another method, or leave the calibration out."
         )
-    _check_destination(destination, overwrite)
+    check_destination(destination, overwrite)
     if calibration is not None:
         read_text_file(calibration)  # before a download that would be in vain
     source = local_source(source, revision, progress)
@@ -186,23 +186,6 @@ def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, 
         codes, scales = weights.read_fp8(name, start, stop) or rtn.quantize(weights.read(name, start, stop))
         writer.write(part + ".weight", codes)
         writer.write(part + ".scale", scales)
-
-
-def _check_destination(destination: Path, overwrite: bool) -> None:
-    try:
-        mode = destination.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        if destination.is_symlink() and not overwrite:  # a dangling link
-            raise destination_exists(destination) from None
-        return
-    except OSError as error:
-        raise DestinationError(f"{destination} cannot be written ({error.strerror}); choose another name.") from error
-    if stat.S_ISDIR(mode):
-        raise DestinationError(f"{destination} is a folder; give the name of a file in it.")
-    if not stat.S_ISREG(mode):
-        raise DestinationError(f"{destination} is a device or a pipe; give the name of a file.")
-    if not overwrite:
-        raise destination_exists(destination)
 
 
 def _describe(weights: WeightSource, report: Progress) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from numba_atomflow.checkpoint.format import (
 from numba_atomflow.checkpoint.safetensors import ITEM_SIZES, METADATA, TensorEntry
 from numba_atomflow.errors import DestinationError
 from numba_atomflow.files.atomic import publish_new
+from numba_atomflow.files.destination import destination_exists
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HeadFormat
 from numba_atomflow.text.codec import TextAssets
@@ -244,11 +245,6 @@ def _open_locked(destination: Path) -> tuple[Path, BinaryIO]:
             file.close()
             raise
         file.close()
-
-
-def destination_exists(destination: Path) -> DestinationError:
-    """The error for an existing destination without `overwrite`."""
-    return DestinationError(f"{destination} exists; choose another name, or pass --overwrite.")
 
 
 def _remove_abandoned(destination: Path) -> None:

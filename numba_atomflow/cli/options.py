@@ -15,6 +15,7 @@ import typer
 from numba_atomflow.cli import output
 from numba_atomflow.cli.option_groups import OptionGroup
 from numba_atomflow.errors import OptionError
+from numba_atomflow.files.destination import check_destination_in_folder
 from numba_atomflow.files.text_input import read_text_file
 
 if TYPE_CHECKING:
@@ -305,10 +306,8 @@ class StateOptions(OptionGroup):
             OptionError: --overwrite without --save-state.
             DestinationError: the file exists, or its folder does not.
         """
-        from numba_atomflow.state.state_file import check_destination
-
         if self.save_state is not None:
-            check_destination(self.save_state, self.overwrite)
+            check_destination_in_folder(self.save_state, self.overwrite)
         elif self.overwrite:
             raise OptionError("--overwrite is for the file of --save-state; give that as well.")
 

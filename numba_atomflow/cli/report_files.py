@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from numba_atomflow.errors import DestinationError
+from numba_atomflow.errors import DestinationError, OptionError
+from numba_atomflow.files.destination import check_destination_in_folder
 
 if TYPE_CHECKING:
     from numba_atomflow.validate import ReplayReport, Report
@@ -20,18 +21,18 @@ class ReportFiles(NamedTuple):
         """Refuse a path before the work is done, not after.
 
         Raises:
-            DestinationError: a folder does not exist, or a path is one.
-            OptionError: no plot can be drawn.
+            DestinationError: a folder does not exist, or there can be no file of that name.
+            OptionError: no plot can be drawn, or two options name the same file.
         """
         from numba_atomflow.utils.plot import check_plot
 
         if self.plot is not None:
             check_plot(self.plot)
-        for option, path in (("--junit", self.junit), ("--html", self.html)):
-            if path is not None and (path.is_dir() or not path.parent.is_dir()):
-                raise DestinationError(
-                    f"{option} {path} cannot be written; give the name of a file in a folder that exists."
-                )
+        paths = [path for path in self if path is not None]
+        for path in paths:
+            check_destination_in_folder(path, overwrite=True)
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise OptionError("--plot, --junit and --html write a file each; give them different names.")
 
     def write(self, report: "Report | ReplayReport", title: str) -> None:
         """Write what was asked for; each file appears complete or not at all.

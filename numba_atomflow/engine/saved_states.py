@@ -8,9 +8,10 @@ from typing import Any
 from numba_atomflow.checkpoint.fingerprint import ModelIdentity, identify
 from numba_atomflow.engine.core import EngineCore, Message
 from numba_atomflow.errors import OptionError
+from numba_atomflow.files.destination import check_destination_in_folder
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.state.snapshot import KvSnapshot, check_fits, put_snapshot, take_snapshot
-from numba_atomflow.state.state_file import StateFile, check_destination, write_state
+from numba_atomflow.state.state_file import StateFile, write_state
 from numba_atomflow.utils.arguments import file_path
 from numba_atomflow.utils.progress import Progress
 
@@ -75,7 +76,7 @@ class SavedStates(EngineCore):
             OptionError: the messages are not plain data.
         """
         file = file_path("path", path)
-        check_destination(file, overwrite)
+        check_destination_in_folder(file, overwrite)
         write_state(file, self.snapshot(), messages, overwrite, progress)
 
     def load_state(self, path: str | Path, progress: Progress | None = None) -> list[dict[str, Any]]:

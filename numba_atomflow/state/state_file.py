@@ -7,7 +7,6 @@ fingerprint) and sha256 (of these tensors' bytes, in this order).
 
 import hashlib
 import json
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +17,11 @@ from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint.fingerprint import ModelIdentity
 from numba_atomflow.checkpoint.safetensors import TensorFile, file_head, read_tensor_file
-from numba_atomflow.checkpoint.writer import destination_exists, write_failure
+from numba_atomflow.checkpoint.writer import write_failure
 from numba_atomflow.context import Context
 from numba_atomflow.errors import DestinationError, OptionError, StateError
 from numba_atomflow.files.atomic import write_pieces
+from numba_atomflow.files.destination import destination_exists
 from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.memory.mapped_file import MappedFile
 from numba_atomflow.state.snapshot import KvSnapshot, put_snapshot
@@ -48,28 +48,6 @@ _PIECE_BYTES = 1 << 24  # that are written, or checked, at once
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
-
-
-def check_destination(path: Path, overwrite: bool) -> None:
-    """Refuse a path before the work is done, not after.
-
-    Raises:
-        DestinationError: a file of this name exists and `overwrite` is False, or there can be none.
-    """
-    try:
-        kind = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        if not path.parent.is_dir():
-            raise DestinationError(f"There is no folder {path.parent} for {path.name}; make it first.") from None
-        return
-    except OSError as error:
-        raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another name.") from error
-    if stat.S_ISDIR(kind):
-        raise DestinationError(f"{path} is a folder; give the name of a file in it.")
-    if not stat.S_ISREG(kind):
-        raise DestinationError(f"{path} is a device or a pipe; give the name of a file.")
-    if not overwrite:
-        raise destination_exists(path)
 
 
 def write_state(

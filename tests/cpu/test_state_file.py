@@ -121,6 +121,9 @@ def test_a_destination_that_cannot_be_is_refused_with_a_sentence(engine: Engine,
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(DestinationError, match="Too many levels"):
         engine.save_state(tmp_path / "a")
+    (tmp_path / "dangling").symlink_to(tmp_path / "missing")
+    with pytest.raises(DestinationError, match="exists"):
+        engine.save_state(tmp_path / "dangling")
     with pytest.raises(OptionError, match="path is 7"):
         engine.save_state(7)  # type: ignore[arg-type]
 

@@ -176,8 +176,21 @@ def test_a_replay_takes_no_options_of_a_comparison(cli: InProcess, tiny_checkpoi
 def test_reports_that_cannot_be_written_are_refused_first(
     cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path, option: str
 ) -> None:
-    for path in (tmp_path, tmp_path / "none" / "report"):
-        assert_refused(cli("validate", tiny_checkpoint, "-g", truth_file, option, path), option, path, "a file")
+    def refused(path: object, *words: object) -> None:
+        assert_refused(cli("validate", tiny_checkpoint, "-g", truth_file, option, path), *words)
+
+    refused(tmp_path, tmp_path, "is a folder")
+    refused(tmp_path / "none" / "report", "no folder", tmp_path / "none")
+    refused(tmp_path / ("a" * 300), "File name too long")
+    refused("/dev/null", "is a device")
+
+
+def test_two_reports_in_one_file_are_refused(
+    cli: InProcess, tiny_checkpoint: Path, truth_file: Path, tmp_path: Path
+) -> None:
+    files = ("--junit", tmp_path / "report", "--html", tmp_path / "." / "report")
+    assert_refused(cli("validate", tiny_checkpoint, "-g", truth_file, *files), "different names")
+    assert names_in(tmp_path) == []
 
 
 def test_ground_truth_of_another_model(cli: InProcess, truth_file: Path, tmp_path: Path) -> None:
