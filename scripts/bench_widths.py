@@ -29,9 +29,14 @@ from numba_atomflow.utils.tables import render
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print a table or JSON; the exit code."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if min(given.positions) < 0 or min(given.widths) < 1 or given.repeats < 1:
+        parser.error("--positions are 0 or more, --widths and --repeats 1 or more")
     try:
         with Engine.load(given.model, "cpu", max(given.positions) + max(given.widths), given.threads) as engine:
+            if max(given.widths) > engine.backend.verification.width:
+                parser.error(f"--widths are at most {engine.backend.verification.width}")
             tokens = np.random.default_rng(0).integers(0, engine.geometry.vocabulary, engine.max_seq_len).tolist()
             engine.feed(tokens)
             seconds = {at: _step_seconds(engine.backend, tokens, at, given) for at in given.positions}
@@ -73,12 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--positions", type=_numbers, default=[0, 500, 2000])
     parser.add_argument("--threads", type=int)
     parser.add_argument("-r", "--repeats", type=int, default=30)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print a record")
     return parser
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,4") from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Replies of the engine itself and of a server in the same process, streamed to a client in another, take turns.
 
-    python scripts/serve_overhead.py [MODEL] [--tokens 128] [--rounds 15] [--clients 200]
+    python scripts/serve_overhead.py                                          # the demo model
+    python scripts/serve_overhead.py my-model.safetensors --tokens 96 --rounds 8 --threads 1 --json
 """
 
 import argparse
@@ -12,12 +13,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
-from numba_atomflow import Engine, SamplingParams
+from numba_atomflow import AtomFlowError, Engine, SamplingParams
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
+from numba_atomflow.host.machine import machine_record
 from numba_atomflow.server.app import Server, ServerOptions
 from numba_atomflow.server.limits import Limits
 from numba_atomflow.server.run import HttpServer, bind
+from numba_atomflow.utils.json_text import json_text
 
 PROMPT = "Once upon a time"
 CLIENT = """
@@ -65,15 +70,39 @@ print(*times)
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print lines or JSON; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int)
-    options = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="print a record")
+    options = parser.parse_args(arguments)
+    if options.tokens < 2 or options.rounds < 2 or options.clients < 1:
+        parser.error("--tokens and --rounds are 2 or more, --clients 1 or more")
+    try:
+        record = measure(options)
+    except AtomFlowError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        print(json_text({"machine": machine_record()} | record))
+        return 0
+    report("time", record["seconds"]["engine"], record["seconds"]["server"])
+    report("CPU", record["cpu_seconds"]["engine"], record["cpu_seconds"]["server"])
+    times = record["health_ms"]
+    print(
+        f"/health {statistics.median(times):.1f} ms median, {times[int(0.99 * len(times))]:.1f} ms p99, "
+        f"{times[-1]:.1f} ms most, of {len(times)} with {options.clients} clients at once"
+    )
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per token of each round, and milliseconds of /health in ascending order."""
     ready = threading.Event()
     limits = Limits()
     with (
@@ -87,15 +116,15 @@ def main() -> None:
         ready.wait()
         port = bound.getsockname()[1]
         try:
-            measure_tokens(engine, server, port, options)
-            measure_health(port, options.clients)
+            tokens = measure_tokens(engine, server, port, options)
+            return tokens | {"health_ms": measure_health(port, options.clients)}
         finally:
             http_server.stop()
             thread.join()
 
 
-def measure_tokens(engine: Engine, server: Server, port: int, options: argparse.Namespace) -> None:
-    """Print the time per token of both and the ratio, and the same of CPU time: medians over the rounds.
+def measure_tokens(engine: Engine, server: Server, port: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The time per token of both in each round, and the same of CPU time, in seconds.
 
     CPU time is that of this process: of the engine, and of the server's event loop, which runs beside it. On a busy
     machine it is the better measure, with `--threads 1`, since several threads use some for waiting.
@@ -125,8 +154,10 @@ def measure_tokens(engine: Engine, server: Server, port: int, options: argparse.
             served_cpu.append((time.process_time() - begin) / options.tokens)
             engine.reset()
         client.stdin.close()
-    report("time", direct, served)
-    report("CPU", direct_cpu, served_cpu)
+    return {
+        "seconds": {"engine": direct, "server": list(served)},  # a copy: later replies are counted as well
+        "cpu_seconds": {"engine": direct_cpu, "server": served_cpu},
+    }
 
 
 def report(what: str, direct: list[float], served: list[float]) -> None:
@@ -145,20 +176,16 @@ def quartiles(values: list[float]) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
-def measure_health(port: int, clients: int) -> None:
-    """Print how long /health takes while one reply is generated and the other clients wait."""
+def measure_health(port: int, clients: int) -> list[float]:
+    """Milliseconds of /health, ascending, while one reply is generated and the other clients wait."""
     asker = [sys.executable, "-c", CLIENTS, str(port), str(clients)]
     prober = [sys.executable, "-c", PROBE, str(port)]
     with subprocess.Popen(prober, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as probe:
         assert probe.stdout is not None
         probe.stdout.readline()
         subprocess.run(asker, check=True)
-        times = sorted(map(float, probe.communicate()[0].split()))
-    print(
-        f"/health {statistics.median(times):.1f} ms median, {times[int(0.99 * len(times))]:.1f} ms p99, "
-        f"{times[-1]:.1f} ms most, of {len(times)} with {clients} clients at once"
-    )
+        return sorted(map(float, probe.communicate()[0].split()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

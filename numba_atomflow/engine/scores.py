@@ -1,9 +1,11 @@
 """Scores of given continuations."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from numba_atomflow.engine.core import EngineCore
 from numba_atomflow.errors import OptionError
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.scoring import Score, checked_pair, score_pairs
 from numba_atomflow.utils.progress import Progress
 
@@ -38,14 +40,12 @@ class Scores(EngineCore):
             progress: called with token sequences done, and in all.
 
         Raises:
-            ContextError, OptionError: as `score`.
+            ContextError, OptionError: as `score`; OptionError also for what is no list of pairs.
         """
 
         def score_many() -> list[Score]:
             context = self._open_context()
-            checked = [
-                checked_pair(context, *self._encoded_pair(prompt, continuation)) for prompt, continuation in pairs
-            ]
+            checked = [checked_pair(context, *self._encoded_pair(*pair)) for pair in _pairs(pairs)]
             self._end_generation()
             return score_pairs(context, checked, progress)
 
@@ -59,3 +59,14 @@ class Scores(EngineCore):
         if isinstance(prompt, str) or isinstance(continuation, str):
             raise OptionError("A prompt and its continuation must both be texts, or both be lists of token ids.")
         return prompt, continuation
+
+
+def _pairs(given: object) -> Iterator[tuple[Any, Any]]:
+    """The pairs of an argument that came from a caller."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise OptionError(f"score_many takes pairs of a prompt and a continuation, not {quote(given)}.")
+    for pair in given:
+        values = tuple(pair) if isinstance(pair, Iterable) and not isinstance(pair, str) else ()
+        if len(values) != 2:
+            raise OptionError(f"A pair to score is a prompt and a continuation, not {quote(pair)}.")
+        yield values

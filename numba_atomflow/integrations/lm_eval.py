@@ -170,7 +170,7 @@ class AtomFlowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                     f"A continuation has {len(continuation)} tokens, and the context of {self.max_length} leaves none "
                     "before it; give a larger max_length."
                 )
-            pairs.append((tokens[: -len(continuation)], continuation))
+            pairs.append((tokens[: len(tokens) - len(continuation)], continuation))
         with tqdm(disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
 
             def progress(_: str, done: int, total: int) -> None:
@@ -178,6 +178,7 @@ class AtomFlowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 bar.update(done - bar.n)
 
             scores = self.engine.score_many(pairs, progress)
+            bar.update((bar.total or 0) - bar.n)  # the last one
         answers = [(score.logprob, score.is_greedy) for score in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:  # None: a window of a longer text

@@ -200,3 +200,21 @@ def test_bad_pairs_are_refused(engine: Engine, prompt: object, continuation: obj
     with pytest.raises(OptionError, match=message):
         engine.score(prompt, continuation)
     assert engine.token_ids == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ("ab", "takes pairs"),
+        (None, "takes pairs"),
+        (["ab"], "A pair to score is"),
+        ([([5], [6]), ([5],)], "A pair to score is"),
+        ([([5], [6], [7])], "A pair to score is"),
+        ([5], "A pair to score is"),
+    ],
+)
+def test_what_is_no_list_of_pairs_is_refused(engine: Engine, pairs: Any, message: str) -> None:
+    engine.feed([5, 6])
+    with pytest.raises(OptionError, match=message):
+        engine.score_many(pairs)
+    assert engine.token_ids == [5, 6]
