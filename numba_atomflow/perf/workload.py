@@ -119,7 +119,7 @@ def read_workload(path: Path) -> list[Prompt]:
         OptionError: a line is no such object, or there is none.
     """
     prompts = []
-    for number, line in enumerate(read_text_file(path, "--workload").splitlines(), 1):
+    for number, line in enumerate(read_text_file(path, "--workload").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -155,15 +155,16 @@ def measure_workload(
         progress: called with prompts done and prompts in all.
 
     Raises:
-        OptionError: a number is out of range, or a reply has only one token.
+        OptionError: a number is out of range, a prompt does not fit, or a reply has only one token.
     """
     if decode_tokens < 2 or repeats < 1:
         raise OptionError("A workload needs --decode-tokens of at least 2 and --repeats of at least 1.")
+    encoded = [_encoded(engine, prompt) for prompt in prompts]
     results = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True)):
         if progress:
             progress(f"prompt {number + 1}", number, len(prompts))
-        result = _measure_prompt(engine, prompt, decode_tokens, repeats)
+        result = _measure_prompt(engine, prompt, tokens, decode_tokens, repeats)
         if result is None:
             raise OptionError(f"The reply to {quote(prompt.text)} is one token long; leave that prompt out.")
         results.append(result)
@@ -181,14 +182,30 @@ def measure_workload(
     )
 
 
-def _measure_prompt(engine: Engine, prompt: Prompt, decode_tokens: int, repeats: int) -> PromptResult | None:
+def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
+    """A prompt's tokens.
+
+    Raises:
+        OptionError: they leave no room for two tokens of a reply.
+    """
+    text = engine.text
+    tokens = text.encode_chat([{"role": "user", "content": prompt.text}]) if prompt.chat else text.encode(prompt.text)
+    if len(tokens) >= engine.max_seq_len:
+        raise OptionError(
+            f"The prompt {quote(prompt.text)} has {len(tokens)} tokens, but the context holds {engine.max_seq_len}; "
+            "shorten it."
+        )
+    return tokens
+
+
+def _measure_prompt(
+    engine: Engine, prompt: Prompt, tokens: Sequence[int], decode_tokens: int, repeats: int
+) -> PromptResult | None:
     """The result of one prompt; None if its reply has only one token.
 
     Raises:
         AtomFlowError: the tokens differ between turns.
     """
-    text = engine.text
-    tokens = text.encode_chat([{"role": "user", "content": prompt.text}]) if prompt.chat else text.encode(prompt.text)
     plain, speculative = (SamplingParams(max_tokens=decode_tokens, speculate=how) for how in ("off", "auto"))
     engine.reset()
     engine.generate_tokens(tokens, SamplingParams(max_tokens=1)).finish()  # later turns find the prompt in the cache

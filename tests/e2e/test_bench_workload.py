@@ -68,6 +68,21 @@ def test_a_file_that_is_no_workload_is_refused(
     assert_refused(cli("bench", tiny_checkpoint, "--workload", path), message)
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """JSON allows U+2028 and others within a text, and a file may come from Windows."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}\r\n', newline="")
+    assert [prompt.text for prompt in read_workload(path)] == ["a\u2028b\u0085c", "d"]
+
+
+def test_a_prompt_that_does_not_fit_is_refused(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "long " * 2000}))
+    outcome = cli("bench", tiny_checkpoint, "--workload", path, *FAST)
+    assert_refused(outcome, "shorten it")
+    assert "--max-seq-len" not in outcome.err  # which this command does not have
+
+
 def test_options_of_the_other_benchmark_are_refused(cli: InProcess, tiny_checkpoint: Path, workload: Path) -> None:
     for options in (("--depths", "8"), ("--prompt-tokens", "8"), ("--compare", workload)):
         assert_refused(cli("bench", tiny_checkpoint, "--workload", workload, *options), "--workload takes neither")

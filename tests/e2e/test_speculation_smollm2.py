@@ -41,22 +41,20 @@ def check(engine: Engine, prompt: Prompt, max_tokens: int, **sampling: float) ->
 
 @pytest.mark.parametrize("name", ["json", "chat"])
 def test_the_first_prompt_of_a_workload(engine: Engine, name: str) -> None:
-    prompt = read_workload(WORKLOADS / f"{name}.jsonl")[0]
-    length = check(engine, prompt, 48)
-    assert length > 1.5 if name == "json" else length >= 1
+    length = check(engine, read_workload(WORKLOADS / f"{name}.jsonl")[0], 32)
+    assert length > 1.5 or name == "chat"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_further_prompts_of_a_workload(engine: Engine, name: str) -> None:
+def test_the_second_prompt_of_a_workload(engine: Engine, name: str) -> None:
     """`bench --workload` compares the tokens of all of them."""
-    lengths = [check(engine, prompt, 64) for prompt in read_workload(WORKLOADS / f"{name}.jsonl")[1:2]]
-    assert min(lengths) >= 1
-    assert sum(lengths) / len(lengths) > (1 if name == "chat" else 1.5)
+    length = check(engine, read_workload(WORKLOADS / f"{name}.jsonl")[1], 40)
+    assert length > 1.5 or name == "chat"  # whose reply need not repeat anything
 
 
 @pytest.mark.slow
 def test_sampled_replies(engine: Engine) -> None:
     for name in ("edit", "chat"):
         prompt = read_workload(WORKLOADS / f"{name}.jsonl")[4]
-        check(engine, prompt, 32, temperature=0.8, top_p=0.95, repetition_penalty=1.1)
+        check(engine, prompt, 24, temperature=0.8, top_p=0.95, repetition_penalty=1.1)
