@@ -209,8 +209,10 @@ class Stream:
             ticket.timer.cancel()
         with self._changed:
             ticket.cancelled = True
-            with suppress(ValueError):
+            if ticket in self._tickets:
                 self._tickets.remove(ticket)
+                if ticket.work is not None:  # it was a request that could be served
+                    self.observer.cancelled()
             self._changed.notify_all()
 
     def _expire(self, ticket: Ticket) -> None:

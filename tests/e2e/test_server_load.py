@@ -226,7 +226,7 @@ def test_a_client_that_leaves_the_queue_gives_up_its_place(live: Live, gate: Gat
     clients = [send(live, completion(prompt=prompt)) for prompt in ("first",)]
     gate.reached.wait()
     leaving = send(live, completion(prompt="leaving"))
-    live.until(lambda: live.stream.waiting == 1)
+    live.until(lambda: queued(live, 1))
     clients.append(send(live, completion(prompt="staying", stream=True)))
     live.until(lambda: live.stream.waiting == 2)
     leaving.close()
@@ -234,6 +234,7 @@ def test_a_client_that_leaves_the_queue_gives_up_its_place(live: Live, gate: Gat
     gate.open()
     assert all(b" 200 " in read_all(client) for client in clients)
     assert gate.prompts == ["first", "staying"]
+    assert live.metric("atomflow_cancelled_total") == 1
 
 
 def test_a_client_that_leaves_is_noticed_in_the_middle_of_a_long_prompt(
