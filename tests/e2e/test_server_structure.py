@@ -181,7 +181,7 @@ def test_text_and_calls_of_a_reply_are_told_apart() -> None:
         whole.add(event)
     text, (call,), reason = joined(chunks)
     (choice,) = whole.whole()["choices"]
-    assert text == choice["message"]["content"] == 'Well.<tool_call>{"name": "fly"}'
+    assert text == choice["message"]["content"] == 'Well.\n<tool_call>{"name": "fly"}'
     assert call["function"] == choice["message"]["tool_calls"][0]["function"]
     assert call["function"] == {"name": "move", "arguments": '{"x": 1}'}
     assert reason == choice["finish_reason"] == "tool_calls"
