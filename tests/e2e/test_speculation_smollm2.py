@@ -42,15 +42,15 @@ def check(engine: Engine, prompt: Prompt, max_tokens: int, **sampling: float) ->
 @pytest.mark.parametrize("name", ["json", "chat"])
 def test_the_first_prompt_of_a_workload(engine: Engine, name: str) -> None:
     length = check(engine, read_workload(WORKLOADS / f"{name}.jsonl")[0], 32)
-    assert length > 1.5 or name == "chat"
+    assert length > 1.2 or name == "chat"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_second_prompt_of_a_workload(engine: Engine, name: str) -> None:
     """`bench --workload` compares the tokens of all of them."""
-    length = check(engine, read_workload(WORKLOADS / f"{name}.jsonl")[1], 40)
-    assert length > 1.5 or name == "chat"  # whose reply need not repeat anything
+    length = check(engine, read_workload(WORKLOADS / f"{name}.jsonl")[1], 64)
+    assert length > 1.2 or name == "chat"  # whose reply need not repeat anything
 
 
 @pytest.mark.slow
