@@ -103,7 +103,7 @@ def test_a_reply_has_the_form_of_a_schema_or_a_grammar(live: Live) -> None:
         ({"response_format": schema_format({"type": "objekt"})}, "response_format", "Invalid type: objekt"),
         ({"response_format": schema_format({"const": "x" * 70_000})}, "response_format", "give at most 65536"),
         ({"response_format": schema_format({"$ref": "file:///etc/passwd"})}, "response_format", "does not fetch"),
-        ({"response_format": {"type": "yaml"}}, "response_format", "response_format is"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "response_format.type is 'yaml'"),
         ({"grammar": "start: missing"}, "grammar", "The grammar cannot be used"),
         ({"grammar": 'start: "a"', "response_format": {"type": "json_object"}}, "response_format", "exclude each"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "exclude each other"),
