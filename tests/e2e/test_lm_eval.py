@@ -35,10 +35,14 @@ class Models(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The task files name data relative to the repository; what is derived from them goes to a folder of the test."""
+    """The task files name data relative to the repository; what is derived from them goes to a folder of the test.
+
+    Offline, because datasets otherwise reports each use of its readers to a server.
+    """
     from datasets import config
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
