@@ -22,6 +22,7 @@ from numba_atomflow.context import Context
 from numba_atomflow.errors import DestinationError, OptionError, StateError
 from numba_atomflow.files.atomic import write_pieces
 from numba_atomflow.files.destination import destination_exists
+from numba_atomflow.files.text_input import MOST_BYTES
 from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.memory.mapped_file import MappedFile
 from numba_atomflow.state.snapshot import KvSnapshot, put_snapshot
@@ -252,7 +253,7 @@ def _metadata(file: TensorFile) -> tuple[ModelIdentity, str]:
 
 
 def _check_tensors(file: TensorFile) -> None:
-    """Check names, dtypes, dimensions and alignment; `check_fits` compares the sizes with a model."""
+    """Check names, dtypes, dimensions, limits and alignment; `check_fits` compares the sizes with a model."""
     for name in file.entries:
         if name not in _TENSORS:
             raise StateError(f"{file.path} holds an unknown tensor {short(name)}; {_ADVICE}.")
@@ -267,5 +268,7 @@ def _check_tensors(file: TensorFile) -> None:
                 f"Tensor {name} of {file.path} is {entry.dtype} {quote(list(entry.shape))}, not "
                 f"{' or '.join(dtypes)} of {dimensions} dimensions; {_ADVICE}."
             )
+        if dimensions == 1 and entry.nbytes > MOST_BYTES:  # these become Python objects, much larger ones
+            raise StateError(f"Tensor {name} of {file.path} has {entry.nbytes} bytes, too many; {_ADVICE}.")
         if entry.offset % _DTYPES[entry.dtype].itemsize:
             raise StateError(f"Tensor {name} of {file.path} is misaligned; {_ADVICE}.")

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.checkpoint.safetensors import file_head
 from numba_atomflow.errors import ContextError, DestinationError, OptionError, StateError
 from numba_atomflow.state.state_file import is_state_file
 
@@ -182,6 +183,19 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], None], str]]
     ),
     "a token beyond the vocabulary": (lambda t, _: t["token_ids"].fill(10**6), "has the token 1000000"),
 }
+
+
+def test_more_tokens_than_any_model_takes_are_not_read(engine: Engine, state: Path) -> None:
+    with safe_open(state, "numpy") as file:
+        metadata = file.metadata()
+    tokens = 1 << 27
+    shape = (2, 0, 2, 64)
+    head = file_head({"keys": ("F32", shape), "values": ("F32", shape), "token_ids": ("I32", (tokens,))}, metadata)
+    with state.open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + 4 * tokens)  # a sparse file, which takes no space
+    with pytest.raises(StateError, match=r"token_ids .* has 536870912 bytes, too many"):
+        engine.load_state(state)
 
 
 @pytest.mark.parametrize("case", REFUSED)
