@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
+from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_checkpoint
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Memory
-from numba_atomflow.convert import convert
 from numba_atomflow.errors import ClosedError, ContextError, EngineBusyError, OptionError
 from numba_atomflow.model.activations import activations
 from numba_atomflow.model.step import LAST_LOGITS, Op
@@ -27,9 +26,7 @@ DRAWN = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=5, r
 
 @pytest.fixture(scope="session")
 def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hooks")
-    write_hf_folder(folder / "hf", GEOMETRY)
-    return convert(folder / "hf", folder / "three.safetensors")
+    return write_checkpoint(tmp_path_factory.mktemp("hooks"), GEOMETRY)
 
 
 @pytest.fixture

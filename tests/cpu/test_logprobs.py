@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
+from tiny_models import SMALLEST_VOCABULARY, some_tokens, tiny_geometry, write_checkpoint
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.convert import convert
 from numba_atomflow.errors import CheckpointError, OptionError
 from numba_atomflow.logprobs import TopLogprob, most_likely, rank_of, token_logprobs
 
@@ -23,19 +22,14 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("random")
-    write_hf_folder(folder / "hf", tiny_geometry(vocabulary=SMALLEST_VOCABULARY, max_positions=1024))
-    return convert(folder / "hf", folder / "random.safetensors")
+    geometry = tiny_geometry(vocabulary=SMALLEST_VOCABULARY, max_positions=1024)
+    return write_checkpoint(tmp_path_factory.mktemp("random"), geometry)
 
 
 @pytest.fixture
 def engine(checkpoint: Path) -> Iterator[Engine]:
     with Engine.load(checkpoint, threads=1) as engine:
         yield engine
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, SMALLEST_VOCABULARY, count).tolist()
 
 
 # --- of one row of logits ----------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
+from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_checkpoint
 
 from numba_atomflow import Engine, SamplingParams, research
-from numba_atomflow.convert import convert
 from numba_atomflow.errors import OptionError
 
 GEOMETRY = tiny_geometry(layers=3, heads=6, kv_heads=2, vocabulary=SMALLEST_VOCABULARY, max_positions=1024)
@@ -18,9 +17,7 @@ PROMPT = np.random.default_rng(0).integers(3, SMALLEST_VOCABULARY, 20).tolist()
 
 @pytest.fixture(scope="module")
 def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("research")
-    write_hf_folder(folder / "hf", GEOMETRY)
-    return convert(folder / "hf", folder / "three.safetensors")
+    return write_checkpoint(tmp_path_factory.mktemp("research"), GEOMETRY)
 
 
 @pytest.fixture

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, tiny_tokenizer, write_hf_folder
+from tiny_models import SMALLEST_VOCABULARY, some_tokens, tiny_geometry, tiny_tokenizer, write_checkpoint
 from tokenizers import Tokenizer
 from toy_tokenizers import byte_level, sentencepiece
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.convert import convert
 from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.scoring import Target, TokenPair, plan
 from numba_atomflow.text.codec import TextAssets, TextCodec
@@ -23,19 +22,14 @@ CLOSE = 2e-5  # sums of float32 in another order, for chunks of one or two token
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("random")
-    write_hf_folder(folder / "hf", tiny_geometry(vocabulary=SMALLEST_VOCABULARY, max_positions=1024))
-    return convert(folder / "hf", folder / "random.safetensors")
+    geometry = tiny_geometry(vocabulary=SMALLEST_VOCABULARY, max_positions=1024)
+    return write_checkpoint(tmp_path_factory.mktemp("random"), geometry)
 
 
 @pytest.fixture
 def engine(checkpoint: Path) -> Iterator[Engine]:
     with Engine.load(checkpoint, threads=1) as engine:
         yield engine
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, SMALLEST_VOCABULARY, count).tolist()
 
 
 def naive(engine: Engine, prompt: list[int], continuation: list[int]) -> tuple[list[float], bool]:

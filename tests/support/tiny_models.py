@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from numba_atomflow.convert import convert
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.model.config_json import config_json, model_type_of
 
@@ -125,6 +126,17 @@ def write_hf_folder(
         weight_map |= dict.fromkeys(part, name)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     return stored
+
+
+def write_checkpoint(folder: Path, geometry: ModelGeometry) -> Path:
+    """A checkpoint with random weights and `tiny_tokenizer`, converted from a Hugging Face folder beside it."""
+    write_hf_folder(folder / "hf", geometry)
+    return convert(folder / "hf", folder / "random.safetensors")
+
+
+def some_tokens(count: int, seed: int = 0) -> list[int]:
+    """Random tokens of the smallest vocabulary, none of them special."""
+    return np.random.default_rng(seed).integers(3, SMALLEST_VOCABULARY, count).tolist()
 
 
 def hf_config(geometry: ModelGeometry, model_type: str | None = None) -> dict[str, Any]:
