@@ -1,10 +1,14 @@
-"""uvicorn's HTTP/1.1 protocol with the time limits that it lacks.
+"""uvicorn's HTTP/1.1 protocol with the limits that it lacks.
 
 A connection is aborted when a request's headers take too long, or when a client reads nothing of what waits for it.
 The application then sees a client that has left.
+
+Of the requests that arrive at the same moment, one is begun in each iteration of the event loop, and what needs no
+generation (GET) in the first: otherwise /health waits until the last of them has been parsed.
 """
 
 import asyncio
+from collections import deque
 from typing import Any
 
 import h11
@@ -13,11 +17,38 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from numba_atomflow.server.limits import Limits
 
 
+class Turns:
+    """Data that connections have received: in the order of arrival, those of one connection per loop iteration."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[LimitedProtocol, bytes]] = deque()
+        self._is_taken = False  # in this iteration
+
+    def take(self, protocol: "LimitedProtocol", data: bytes) -> bool:
+        """Whether it is the connection's turn; otherwise its `process` is called with the data when it is."""
+        if self._is_taken:
+            self._waiting.append((protocol, data))
+            return False
+        self._is_taken = True
+        protocol.loop.call_soon(self._next, protocol.loop)
+        return True
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._waiting:
+            self._is_taken = False
+            return
+        loop.call_soon(self._next, loop)
+        protocol, data = self._waiting.popleft()
+        protocol.process(data)
+
+
 class LimitedProtocol(H11Protocol):
-    """A connection; the limits are those of its class, since uvicorn makes the objects."""
+    """A connection; limits and turns are those of its class, since uvicorn makes the objects."""
 
     limits = Limits()
+    turns = Turns()
 
+    _waiting = 0  # parts of its data
     _headers_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
 
@@ -26,6 +57,20 @@ class LimitedProtocol(H11Protocol):
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
+        if (data.startswith(b"GET ") and not self._waiting) or self.turns.take(self, data):
+            self._receive(data)
+        else:
+            self._waiting += 1
+            self.flow.pause_reading()
+
+    def process(self, data: bytes) -> None:
+        """Take what has waited for its turn."""
+        self._waiting -= 1
+        if not self.transport.is_closing():
+            self.flow.resume_reading()  # uvicorn may pause it again
+            self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
         super().data_received(data)
         self._watch_headers()
 
@@ -76,5 +121,5 @@ class LimitedProtocol(H11Protocol):
 
 
 def limited_protocol(limits: Limits) -> type[H11Protocol]:
-    """The class of connections with these limits."""
-    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
+    """The class of the connections of one server, with these limits."""
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "turns": Turns()})

@@ -3,6 +3,7 @@
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from numba_atomflow.server.limits import Limits
 from numba_atomflow.server.protocol import limited_protocol
 
 _SECONDS_TO_END = 10  # for clients to read the last events
+_SWITCH_INTERVAL = 0.0002  # s; after each read or write the event loop may wait so long for the generating thread
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -90,12 +92,15 @@ class HttpServer(uvicorn.Server):
         Raises:
             OptionError: another program has begun to listen to the port since `bind`.
         """
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL)
         self._stream.start()
         try:
             self.run(sockets=[self._bound])
         finally:
             self._stream.close()
             self._stream.join()
+            sys.setswitchinterval(interval)
 
     def stop(self) -> None:
         """End the server, from any thread."""

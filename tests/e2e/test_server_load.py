@@ -28,6 +28,7 @@ pytest.importorskip("uvicorn", reason="pip install 'numba-atomflow[serve]'")
 
 from live_server import Live, events, live_server
 
+from numba_atomflow.server import app as app_module
 from numba_atomflow.server import stream as stream_module
 from numba_atomflow.server.app import Server, ServerOptions
 from numba_atomflow.server.limits import Limits
@@ -197,6 +198,43 @@ def test_health_and_metrics_are_answered_while_the_stream_is_busy(live: Live, ga
     assert live.metric("atomflow_running_requests") == 1
     gate.open()
     assert b" 200 " in read_all(client)
+
+
+def test_health_does_not_wait_for_requests_that_arrive_with_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+    begun: list[str] = []
+    health, read_body = Server._health, app_module.read_body
+
+    async def recorded_health(server: Server, request: Any) -> Any:
+        loops.append(asyncio.get_running_loop())
+        begun.append("health")
+        return await health(server, request)
+
+    async def recorded_body(request: Any, limits: Limits) -> bytes:
+        begun.append("completion")
+        return await read_body(request, limits)
+
+    monkeypatch.setattr(Server, "_health", recorded_health)
+    monkeypatch.setattr(app_module, "read_body", recorded_body)
+    held, opened = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        opened.wait()
+
+    with live_server(engine, most_waiting=201) as live:
+        live.get("/health")
+        loops[0].call_soon_threadsafe(hold)
+        held.wait()
+        begun.clear()
+        clients = [send(live, completion(max_tokens=1)) for _ in range(100)]
+        with live.connect() as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            opened.set()
+            assert b" 200 " in connection.recv(4096)
+        assert all(b" 200 " in read_all(client) for client in clients)
+    assert begun.count("completion") == 100
+    assert begun.index("health") < 10
 
 
 # --- clients that leave or do not read -------------------------------------------------------------------------------
