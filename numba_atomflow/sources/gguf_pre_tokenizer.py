@@ -1,15 +1,25 @@
-"""Pre-tokenizers of GGUF files, by the name in the file or detected from the vocabulary.
-
-Regular expressions and normalizers are those in ``tokenizer.json`` of the models.
-"""
+"""Pre-tokenizers of GGUF files, by the name in the file or detected from the vocabulary."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from numba_atomflow.sources.pre_tokenizers import (
+    DEEPSEEK_CODER,
+    DEEPSEEK_LLM,
+    DEEPSEEK_V3,
+    GPT2,
+    GPT4,
+    GPT4O,
+    LLAMA3,
+    OLMO,
+    QWEN2,
+    SMOLLM,
+    SMOLLM3,
+    TEKKEN,
+    PreTokenizer,
+)
 from numba_atomflow.text.detokenizer import byte_alphabet
 
 # A smaller vocabulary is not sufficient for detection without a marker token: most pre-tokenizers fit it.
@@ -18,62 +28,27 @@ MAX_SAMPLE = 20000  # tokens that are tested; takes 0.1 s
 MAX_MISFITS = 0.0005  # share of the sample; vocabularies have a few tokens that text never produces
 
 
-@dataclass(frozen=True)
-class PreTokenizer:
-    """A pre-tokenizer, which splits text into pieces before BPE merges.
-
-    Attributes:
-        family: of models that use it, for messages.
-        split: regular expression of one piece; None: that of GPT-2, built into the tokenizers library.
-        digits_first: digits are split off individually before that.
-        whole_words: a piece that is in the vocabulary is one token, without merges.
-        adds_bos: default for a BOS at the start of a text, if the file does not specify it.
-        nfc: text is normalized to Unicode NFC first.
-    """
-
-    family: str
-    split: str | None = None
-    digits_first: bool = False
-    whole_words: bool = False
-    adds_bos: bool = False
-    nfc: bool = False
-
-    def steps(self) -> dict[str, Any]:
-        """The entry ``pre_tokenizer`` of a tokenizer.json."""
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        steps: list[dict[str, Any]] = []
-        if self.digits_first:
-            steps.append({"type": "Digits", "individual_digits": True})
-        if self.split is not None:
-            pattern = {"Regex": self.split}
-            steps.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
-        steps.append(byte_level | {"use_regex": self.split is None})
-        return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
-
-
-GPT2 = PreTokenizer("GPT-2")
-SMOLLM = PreTokenizer("SmolLM", digits_first=True)
-LLAMA3 = PreTokenizer(
-    "Llama 3",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    whole_words=True,
-    adds_bos=True,
-)
-QWEN2 = PreTokenizer(
-    "Qwen2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    nfc=True,
-)
-# Values of tokenizer.ggml.pre, without "default", which llama.cpp's converter writes for unknown pre-tokenizers.
+# Values of tokenizer.ggml.pre, without "default", which llama.cpp's converter writes for unknown pre-tokenizers. Names
+# are those of the first model that had one: "smaug-bpe" is Llama 3's without the BOS, that of SmolLM3 too.
 NAMED = {
     "gpt-2": GPT2,
+    "phi-2": GPT2,
+    "olmo": OLMO,
     "smollm": SMOLLM,
+    "starcoder": SMOLLM,
+    "refact": SMOLLM,
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
+    "smaug-bpe": SMOLLM3,
+    "dbrx": GPT4,
+    "gpt-4o": GPT4O,
+    "tekken": TEKKEN,
     "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "deepseek-llm": DEEPSEEK_LLM,
+    "deepseek-coder": DEEPSEEK_CODER,
+    "deepseek-v3": DEEPSEEK_V3,
 }
 _COARSER = {
     SMOLLM: GPT2,

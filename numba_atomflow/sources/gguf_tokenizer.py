@@ -17,7 +17,7 @@ from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.sources import gguf_pre_tokenizer
 from numba_atomflow.sources.gguf_fields import GgufFields
-from numba_atomflow.sources.gguf_pre_tokenizer import PreTokenizer
+from numba_atomflow.sources.pre_tokenizers import GPT2, PreTokenizer
 from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.text.tokenizers_library import translate_errors
 
@@ -277,11 +277,11 @@ def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
         "does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary does not determine it: text is "
         "split as in GPT-2, which may give other tokens than the model was trained with"
     )
-    return gguf_pre_tokenizer.GPT2
+    return GPT2
 
 
 def _byte_level(vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer) -> dict[str, Any]:
-    """tokenizer.json's entries for byte-level BPE (GPT-2, Llama 3, SmolLM, Qwen2)."""
+    """tokenizer.json's entries for byte-level BPE (GPT-2, Llama 3, Qwen2, ...)."""
     merges = [merge.split(" ") for merge in vocabulary.fields.required_items("tokenizer.ggml.merges", str)]
     ids = vocabulary.by_text
     for pair in merges:

@@ -3,6 +3,7 @@
 The folder's tokenizer.json has the parts that the family's own has, the file what llama.cpp's converter writes of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,21 @@ def qwen(added: list[str], **geometry: bool) -> Family:
     return Family(tokenizer, fields, CHATML, ["<|im_end|>", "<|endoftext|>"], named, geometry)
 
 
+def other_pre_tokenizer(pre: str, bos: str, **geometry: bool) -> Callable[[], Family]:
+    """A family that differs in its pre-tokenizer and in the name of its BOS, which a text begins with."""
+
+    def family() -> Family:
+        tokenizer, fields = byte_level(pre, [bos, "<|end_of_sentence|>", "<|im_end|>"], [])
+        fields |= {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.add_bos_token": True}
+        if pre == "tekken":
+            del fields["tokenizer.ggml.add_bos_token"]  # the name of the pre-tokenizer says it
+        named: dict[str, str | None] = {"bos_token": bos, "eos_token": "<|end_of_sentence|>"}
+        ends = ["<|end_of_sentence|>", "<|im_end|>"]
+        return Family(tokenizer, fields, INSTRUCTIONS, ends, named, geometry, begins_with=bos)
+
+    return family
+
+
 FAMILIES = {
     "llama 2, mistral 0.1": llama2,
     "mistral 0.3": mistral3,
@@ -101,6 +117,10 @@ FAMILIES = {
     "smollm2": smollm2,
     "qwen2": lambda: qwen(["<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"], qkv_bias=True),
     "qwen3": lambda: qwen(["<tool_call>", "<think>", "</think>"], qk_norm=True),
+    "mistral nemo": other_pre_tokenizer("tekken", "<s>"),
+    "deepseek r1 qwen": other_pre_tokenizer("deepseek-r1-qwen", "<｜begin▁of▁sentence｜>", qkv_bias=True),
+    "deepseek coder": other_pre_tokenizer("deepseek-coder", "<｜begin▁of▁sentence｜>"),
+    "gpt-4o": other_pre_tokenizer("gpt-4o", "<|startoftext|>"),
 }
 
 
