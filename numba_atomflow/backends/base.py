@@ -132,6 +132,10 @@ class Backend(Protocol):
         """How prompts run, where there is more than one way; None on the CPU."""
 
     @property
+    def prompt_lengths(self) -> Sequence[int]:
+        """Lengths of prompts, ascending, that between them run every kernel and graph that a prompt may need."""
+
+    @property
     def verification(self) -> Verification:
         """Whether `verify` can run, and how many tokens at once."""
 

@@ -244,6 +244,11 @@ class EditedBackend:
     # --- as without --------------------------------------------------------------------------------------------------
 
     @property
+    def prompt_lengths(self) -> Sequence[int]:
+        """Lengths of prompts that run every kernel that a prompt may need."""
+        return self._backend.prompt_lengths
+
+    @property
     def decode_path(self) -> DecodePath | None:
         """How decode steps run without edits."""
         return self._backend.decode_path

@@ -115,6 +115,8 @@ def serve(
                     where = f"{backend.name} ({backend.device}), context of {engine.max_seq_len} tokens"
                     output.say(f"{server_options.model_name} on {where}, at {address}/v1; Ctrl-C ends the server")
 
+            with output.loading_bar() as progress:
+                engine.warm_up(progress)
             set_up_logs(access_log)
             server = Server(engine, server_options)
             HttpServer(server, bound, limits, access_log=access_log, ready=announce).listen()

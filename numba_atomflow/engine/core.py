@@ -22,6 +22,7 @@ from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.text.token_table import TokenTable
 from numba_atomflow.utils.arguments import whole_number
 from numba_atomflow.utils.exclusive_calls import ExclusiveCalls
+from numba_atomflow.utils.progress import Progress
 
 Message = Mapping[str, Any]  # of a conversation, in the shape of OpenAI's interface
 
@@ -100,6 +101,24 @@ class EngineCore:
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that one decode step must read."""
         return sum(op.weight_bytes for op in self.backend.step(1, SAMPLE))
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compile what only some prompts need, or load it from the cache, so that none of them waits for it.
+
+        Empties the KV cache. For programs that must answer at once from their first request on, such as servers.
+
+        Args:
+            progress: called with what is done, the number of steps done and of all.
+        """
+        lengths = self.backend.prompt_lengths
+        for done, length in enumerate(lengths):
+            if progress:
+                progress("compiling for prompts", done, len(lengths))
+            self.reset()
+            self.feed([0] * length)
+        self.reset()
+        if progress:
+            progress("compiled", len(lengths), len(lengths))
 
     # --- tokens and logits ---------------------------------------------------------------------------------------
 

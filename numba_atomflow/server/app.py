@@ -2,10 +2,8 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import anyio
-import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -28,11 +26,9 @@ from numba_atomflow.server.replies import ChatShape, CompletionShape, Prompt, Sh
 from numba_atomflow.server.respond import CLIENT_CLOSED_REQUEST, StreamedReply, whole_reply
 from numba_atomflow.server.stream import Stream, Work
 from numba_atomflow.server.structure import constraint_of, tool_use
+from numba_atomflow.server.workers import Workers
 from numba_atomflow.text.reasoning import OPENING, ReasoningSplitter, prompt_opening
 from numba_atomflow.text.tool_calls import ToolCallParser, tool_notation
-
-Result = TypeVar("Result")
-_MOST_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -74,12 +70,14 @@ class Server:
         self._names = TokenNames(engine.text.token_bytes)
         template = engine.text.assets.chat_template or ""
         self._notation, self._reasons = tool_notation(template), OPENING in template
-        self._threads: anyio.CapacityLimiter | None = None  # belongs to the event loop
+        self._workers = Workers()
+        self._most_characters = engine.max_seq_len * engine.text.longest_token  # of a prompt that may fit
         self.metrics = Metrics()
         prefixes = Prefixes(engine, options.prefix_cache_bytes)
         self.stream = Stream(engine, prefixes, self.metrics, options.most_waiting, options.seconds_per_request)
         self.metrics.gauge("waiting_requests", "Requests in the queue.", lambda: self.stream.waiting)
         self.metrics.gauge("running_requests", "Requests being served, 0 or 1.", lambda: self.stream.is_busy)
+        self.metrics.gauge("waiting_to_tokenize", "Requests that wait for a thread.", lambda: self._workers.waiting)
         self.metrics.gauge("prefix_cache_bytes", "KV caches of other conversations.", lambda: prefixes.nbytes)
         self.metrics.gauge("prefix_cache_entries", "How many they are.", lambda: len(prefixes))
         routes = [
@@ -137,7 +135,8 @@ class Server:
     # --- generating ----------------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
-        fields = ChatRequest.parse(await read_body(request, self.options.limits))
+        body = await read_body(request, self.options.limits)
+        fields = ChatRequest.parse(body)
         self._check_model(fields.model)
 
         def prepare() -> tuple[list[Work], Shape]:
@@ -159,10 +158,11 @@ class Server:
             )
             return [Work(self._fitting(prompt, "messages"), params, is_chat=True)], shape
 
-        return await self._reply(request, fields, prepare)
+        return await self._reply(request, fields, prepare, len(body))
 
     async def _completions(self, request: Request) -> Response:
-        fields = CompletionRequest.parse(await read_body(request, self.options.limits))
+        body = await read_body(request, self.options.limits)
+        fields = CompletionRequest.parse(body)
         self._check_model(fields.model)
 
         def prepare() -> tuple[list[Work], Shape]:
@@ -175,15 +175,15 @@ class Server:
             work = [Work(prompt.token_ids, params, is_chat=False, only_prompt=only_prompt) for prompt in prompts]
             return work, CompletionShape(self.options.model_name, fields.include_usage, prompts=prompts)
 
-        return await self._reply(request, fields, prepare)
+        return await self._reply(request, fields, prepare, len(body))
 
     async def _reply(
-        self, request: Request, fields: Sampling, prepare: Callable[[], tuple[list[Work], Shape]]
+        self, request: Request, fields: Sampling, prepare: Callable[[], tuple[list[Work], Shape]], body_bytes: int
     ) -> Response:
         """Queue up, tokenize while waiting, and answer."""
         ticket = self.stream.take_ticket()
         try:
-            work, shape = await self._in_thread(prepare)
+            work, shape = await self._workers.run(prepare, body_bytes)
             self.stream.submit(ticket, work)
         except BaseException:
             self.stream.release(ticket)
@@ -193,11 +193,31 @@ class Server:
         return await whole_reply(request, self.stream, ticket, shape)
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> list[int]:
-        return self._text.encode_chat(messages, variables, allow_special=self.options.allow_special)
+        allow_special = self.options.allow_special
+        return self._text.encode_chat(messages, variables, allow_special=allow_special, check=self._check_messages)
+
+    def _check_messages(self, rendered: str) -> None:
+        self._check_length(rendered, "messages")
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse a text that cannot fit into the context, before it is tokenized: that may take seconds."""
+        if len(text) > self._most_characters:
+            raise ApiError(
+                400,
+                f"The {param} has {len(text)} characters, but the context of this server, {self._engine.max_seq_len} "
+                f"tokens, holds at most {self._most_characters}; shorten it.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of the prompt of a request."""
+        self._check_length(text, "prompt")
+        return self._text.encode(text, add_special)
 
     def _prompt(self, fields: CompletionRequest, prompt: str | list[int]) -> Prompt:
         is_text = isinstance(prompt, str)
-        token_ids = self._fitting(self._text.encode(prompt) if isinstance(prompt, str) else prompt, "prompt")
+        token_ids = self._fitting(self._encode(prompt) if isinstance(prompt, str) else prompt, "prompt")
         echoed = prompt if isinstance(prompt, str) else self._text.decode(prompt, skip_special=False)
         logprobs = None if fields.logprobs is None else CompletionLogprobs(self._names, echoed_special=not is_text)
         return Prompt(token_ids, echoed if fields.echo else "", logprobs)
@@ -217,28 +237,24 @@ class Server:
     # --- tokens --------------------------------------------------------------------------------------------------
 
     async def _tokenize(self, request: Request) -> Response:
-        fields = TokenizeRequest.parse(await read_body(request, self.options.limits))
+        body = await read_body(request, self.options.limits)
+        fields = TokenizeRequest.parse(body)
         self._check_model(fields.model)
 
         def encode() -> list[int]:
             if fields.messages is not None:
                 return self._conversation(fields.messages, fields.chat_template_kwargs)
-            return self._text.encode(fields.prompt or "", add_special=fields.add_special_tokens)
+            return self._encode(fields.prompt or "", fields.add_special_tokens)
 
-        tokens = await self._in_thread(encode)
+        tokens = await self._workers.run(encode, len(body))
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._engine.max_seq_len})
 
     async def _detokenize(self, request: Request) -> Response:
-        fields = DetokenizeRequest.parse(await read_body(request, self.options.limits))
+        body = await read_body(request, self.options.limits)
+        fields = DetokenizeRequest.parse(body)
         self._check_model(fields.model)
-        text = await self._in_thread(lambda: self._text.decode(fields.tokens, skip_special=False))
+        text = await self._workers.run(lambda: self._text.decode(fields.tokens, skip_special=False), len(body))
         return JSONResponse({"prompt": text})
-
-    async def _in_thread(self, action: Callable[[], Result]) -> Result:
-        """Tokenize or render beside the event loop, in few threads: each of many would delay it by a GIL interval."""
-        if self._threads is None:
-            self._threads = anyio.CapacityLimiter(_MOST_THREADS)
-        return await anyio.to_thread.run_sync(action, limiter=self._threads)
 
 
 class _CountResponses:

@@ -4,7 +4,7 @@
 The tokenizers library is imported with the first codec, Jinja with the first chat: importing this module is cheap.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,14 @@ class TextCodec:
         """Number of tokens, added ones included; the embedding may have more rows."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: n tokens stand for at most n times as many.
+
+        Not where a tokenizer makes one token of a text of any length, such as unknown words, or drops parts of it.
+        """
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
     @property
     def token_bytes(self) -> TokenBytes:
         """The bytes of each token."""
@@ -203,6 +211,7 @@ class TextCodec:
         template_variables: Mapping[str, Any] | None = None,
         *,
         allow_special: bool = True,
+        check: Callable[[str], None] = lambda text: None,
     ) -> list[int]:
         """Token ids of a conversation, up to the assistant's reply. The template writes the BOS.
 
@@ -210,12 +219,15 @@ class TextCodec:
             messages, template_variables: see `ChatTemplate.render`.
             allow_special: a special token that is spelled in them becomes that token, as in transformers. Otherwise it
                 is encoded as text, for messages of people who are not trusted.
+            check: called with the text that the template has made of them, before it is encoded; may raise.
 
         Raises:
             TextError, OptionError: as `render_chat`, and as `encode`.
         """
         if allow_special:
-            return self.encode(self.render_chat(messages, template_variables=template_variables), add_special=False)
+            rendered = self.render_chat(messages, template_variables=template_variables)
+            check(rendered)
+            return self.encode(rendered, add_special=False)
         marks: list[str] = []
 
         def escape(value: Any) -> Any:
@@ -225,6 +237,7 @@ class TextCodec:
             return escaped.value
 
         rendered = self._chat_template.render(messages, True, template_variables, escape)
+        check(rendered)
         if not marks:  # the ordinary case
             return self.encode(rendered, add_special=False)
         with translate_errors("The model's tokenizer cannot encode the text", "fetch the model again"):

@@ -2,9 +2,10 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.context import choose_max_seq_len
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import BackendError, CheckpointError, ContextError, OptionError, SourceWarning, TextError
+from numba_atomflow.ops.arguments import bind
 from numba_atomflow.ops.projection import GEMV_TOKENS
 from numba_atomflow.sampling import Speculate
 
@@ -235,6 +237,29 @@ def test_a_step_may_sample_several_tokens(engine: Engine, monkeypatch: pytest.Mo
     monkeypatch.undo()
     again = engine.generate_tokens(engine.token_ids, SamplingParams(max_tokens=1, ignore_eos=True)).finish()
     assert again.token_ids == expected[-1:]
+
+
+def test_after_a_warm_up_no_prompt_needs_another_kernel(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: list[Callable[..., object]] = []
+
+    def recorded(kernel: Callable[..., object], *arguments: Any) -> Any:
+        kernels.append(kernel)
+        return bind(kernel, *arguments)
+
+    monkeypatch.setattr("numba_atomflow.backends.cpu.bind.bind", recorded)
+    with Engine.load(random_checkpoint, backend="cpu", threads=1) as engine:
+        engine.warm_up()
+        assert engine.position == 0
+        warm = set(kernels)
+        for length in (1, 2, GEMV_TOKENS, GEMV_TOKENS + 1, 100):
+            engine.reset()
+            engine.feed(list(range(length)))
+        engine.reset()
+        engine.generate_tokens([0], SamplingParams(max_tokens=2)).finish()
+    assert set(kernels) == warm
+    assert len(warm) > 8
 
 
 def test_a_new_reply_ends_the_one_before(scripted: Engine) -> None:

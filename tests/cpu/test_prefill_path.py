@@ -57,6 +57,16 @@ def since(pretended: PretendedDriver, first: int) -> Counter[str]:
     return Counter({name: calls[name] for name in names if calls[name]})
 
 
+def test_after_a_warm_up_no_prompt_loads_or_captures_anything(pretended: PretendedDriver, engine: Engine) -> None:
+    engine.warm_up()
+    assert engine.position == 0
+    first = len(pretended.calls)
+    for length in (1, 2, 8, 9, 16, 17, 33, 65, 129, CHUNK, CHUNK + 1, MAX_SEQ_LEN):
+        engine.reset()
+        engine.feed([0] * length)
+    assert set(since(pretended, first)) == {"cuGraphLaunch", "cuLaunchKernelEx"}
+
+
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 

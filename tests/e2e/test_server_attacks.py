@@ -19,6 +19,7 @@ from live_server import NAME, Live, live_server
 
 from numba_atomflow.server import limits as limits_module
 from numba_atomflow.server.limits import Limits
+from numba_atomflow.text import TextCodec
 
 KEY = "correct-horse-battery-staple"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
@@ -145,6 +146,35 @@ def test_a_prompt_longer_than_the_context_or_of_foreign_tokens_is_refused(live: 
         assert answer.body["error"]["code"] == code or prompt == []
     answer = live.request("POST", "/detokenize", {"tokens": [10**12]}, AUTHORIZED)
     assert answer.status == 400
+
+
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, allow_special: bool
+) -> None:
+    characters = len(BOS) * engine.max_seq_len  # of the longest token, as often as the context has room
+    tokenized: list[int] = []
+
+    def recorded(codec: TextCodec, text: str, add_special: bool = True) -> list[int]:
+        tokenized.append(len(text))
+        return encode(codec, text, add_special)
+
+    encode = TextCodec.encode
+    with live_server(engine, allow_special=allow_special) as live:
+        monkeypatch.setattr(TextCodec, "encode", recorded)
+        for path, body, param in (
+            ("/v1/completions", {"prompt": "a" * (3 << 20)}, "prompt"),
+            ("/v1/completions", {"prompt": ["a", "a" * (characters + 1)]}, "prompt"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * characters}]}, "messages"),
+            ("/tokenize", {"prompt": "a" * (characters + 1)}, "prompt"),
+            ("/tokenize", {"messages": [{"role": "user", "content": "a" * characters}]}, "messages"),
+        ):
+            answer = live.post(path, body)
+            assert (answer.status, answer.body["error"]["code"]) == (400, "context_length_exceeded")
+            assert f"holds at most {characters}" in answer.body["error"]["message"]
+            assert answer.body["error"]["param"] == param
+        assert tokenized == [1]
+        assert live.post("/tokenize", {"prompt": BOS * engine.max_seq_len}).body["count"] == engine.max_seq_len
 
 
 # --- connections -----------------------------------------------------------------------------------------------------

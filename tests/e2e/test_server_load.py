@@ -33,6 +33,8 @@ from numba_atomflow.server import stream as stream_module
 from numba_atomflow.server.app import Server, ServerOptions
 from numba_atomflow.server.limits import Limits
 from numba_atomflow.server.run import HttpServer, bind
+from numba_atomflow.server.workers import LARGE_BYTES
+from numba_atomflow.text import TextCodec
 
 MOST = 480  # tokens; the context has 512
 
@@ -235,6 +237,32 @@ def test_health_does_not_wait_for_requests_that_arrive_with_it(engine: Engine, m
         assert all(b" 200 " in read_all(client) for client in clients)
     assert begun.count("completion") == 100
     assert begun.index("health") < 10
+
+
+def test_small_requests_are_tokenized_while_large_ones_are(
+    live: Live, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, opened = threading.Semaphore(0), threading.Event()
+    decode = TextCodec.decode
+
+    def slow_decode(codec: TextCodec, tokens: list[int], skip_special: bool = True) -> str:
+        if len(tokens) > 1:
+            begun.release()
+            opened.wait()
+        return decode(codec, tokens, skip_special)
+
+    monkeypatch.setattr(TextCodec, "decode", slow_decode)
+    large = {"tokens": [65] * LARGE_BYTES}
+    threads = [in_thread(lambda: live.post("/detokenize", large)) for _ in range(3)]
+    try:
+        begun.acquire()
+        live.until(lambda: live.server._workers.waiting == 2)
+        assert live.post("/detokenize", {"tokens": [65]}).status == 200
+        assert live.post("/v1/completions", completion()).status == 200
+    finally:
+        opened.set()
+    for thread in threads:
+        thread.join()
 
 
 # --- clients that leave or do not read -------------------------------------------------------------------------------

@@ -115,6 +115,12 @@ class CpuBackend:
     def _array(self, name: str) -> NDArray[Any]:
         return self._buffers[name].host_array()
 
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """There are kernels for one token, for few and for many."""
+        lengths = (1, 2, projection.GEMV_TOKENS + 1)
+        return [length for length in lengths if length <= self.max_seq_len]
+
     # --- what the engine calls ---------------------------------------------------------------------------------------
 
     @cached_property

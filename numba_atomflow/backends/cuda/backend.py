@@ -140,6 +140,11 @@ class CudaBackend:
         self._arrays = None
         self._owner.close()
 
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """One for each width of the GEMV kernels and each bucket of the GEMM path."""
+        return self.kernels.prompt_lengths(self.prefill_chunk)
+
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def step(self, tokens: int, head: Head) -> list[Op]:

@@ -102,6 +102,11 @@ class ModelKernels:
             return bucket_for(tokens)
         return next(width for width in self.gemv_widths if width >= tokens)
 
+    def prompt_lengths(self, chunk: int) -> list[int]:
+        """Lengths of prompts up to `chunk`, ascending: one for each number of tokens that prompts are padded to."""
+        widths = self.gemv_widths + (() if self.prefill is None else self.prefill.buckets)
+        return sorted({min(width, chunk) for width in widths})
+
     @property
     def separate_rope_kernel(self) -> bool:
         """Whether RoPE is a kernel of its own, because a bias or norms of whole heads come between QKV and RoPE."""
