@@ -12,6 +12,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from numba_atomflow import __version__, home
 from numba_atomflow.cli import output
+from numba_atomflow.cli.batch import PERPLEXITY_EXAMPLES as BATCH_PERPLEXITY_EXAMPLES
+from numba_atomflow.cli.batch import RUN_EXAMPLES as BATCH_RUN_EXAMPLES
+from numba_atomflow.cli.batch import VALIDATE_EXAMPLES as BATCH_VALIDATE_EXAMPLES
+from numba_atomflow.cli.batch import perplexity as batch_perplexity
+from numba_atomflow.cli.batch import run as batch_run
+from numba_atomflow.cli.batch import validate as batch_validate
 from numba_atomflow.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from numba_atomflow.cli.bench import bench
 from numba_atomflow.cli.chat import EXAMPLES as CHAT_EXAMPLES
@@ -121,6 +127,11 @@ app.command(cls=_Command, epilog=GROUND_TRUTH_EXAMPLES)(_prepared(ground_truth))
 app.command(cls=_Command, epilog=VALIDATE_EXAMPLES)(_prepared(validate))
 app.command(cls=_Command, epilog=BENCH_EXAMPLES)(_prepared(bench))
 app.command(cls=_Command, epilog=PROFILE_EXAMPLES)(_prepared(profile))
+batch = typer.Typer(cls=_Group, rich_markup_mode=None)
+batch.command("run", cls=_Command, epilog=BATCH_RUN_EXAMPLES)(_prepared(batch_run))
+batch.command("perplexity", cls=_Command, epilog=BATCH_PERPLEXITY_EXAMPLES)(_prepared(batch_perplexity))
+batch.command("validate", cls=_Command, epilog=BATCH_VALIDATE_EXAMPLES)(_prepared(batch_validate))
+app.add_typer(batch, name="batch")
 sandbox = typer.Typer(cls=_Group, rich_markup_mode=None)
 sandbox.command("run", cls=_Command, epilog=RUN_EXAMPLES)(_prepared(sandbox_run))
 sandbox.command("compare", cls=_Command, epilog=COMPARE_EXAMPLES)(_prepared(sandbox_compare))
@@ -173,6 +184,16 @@ def _main(
     ] = False,
 ) -> None:
     """Run a Llama-family language model with FP8 weights on this machine: low latency for one user."""
+    if context.invoked_subcommand is None:
+        output.emit(context.get_help() + "\n")
+
+
+@batch.callback(invoke_without_command=True)
+def _batch(context: typer.Context) -> None:
+    """Run many prompts or texts over CPU cores, GPUs or a Ray cluster.
+
+    The results are a folder; a batch that was interrupted continues where it stopped.
+    """
     if context.invoked_subcommand is None:
         output.emit(context.get_help() + "\n")
 
