@@ -1,24 +1,25 @@
 """Numba's CUDA simulator, made fast and strict. It is switched on for a whole process: scripts/test.sh does that."""
 
 import os
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
+import simulated_lanes
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
 def _run_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> None:
     """BlockManager.run without its polling, which takes most of the interpreter's time."""
-    _finish(_start_block(manager, grid_point, *args))
+    _run(_threads_of_block(manager, grid_point, *args))
 
 
-def _start_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> list[Any]:
-    """The running threads of a block.
+def _threads_of_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> list[Any]:
+    """The threads of a block, not yet running.
 
     It is stricter than numba's: a barrier that not every thread of the block comes to fails the test.
     """
@@ -27,7 +28,7 @@ def _start_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> list[
     from numba_atomflow.ops.ptx.simulator import abort_cta
 
     points = list(np.ndindex(*manager._block_dim))
-    barrier = threading.Barrier(len(points), timeout=600)  # a deadlock, not a busy machine
+    barrier = simulated_lanes.Barrier(len(points))
 
     def run() -> None:
         try:
@@ -40,13 +41,11 @@ def _start_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> list[
     threads = [BlockThread(run, manager, grid_point, point, manager._debug) for point in points]
     for thread in threads:
         thread.syncthreads = barrier.wait
-        thread.start()
     return threads
 
 
-def _finish(threads: list[Any]) -> None:
-    for thread in threads:
-        thread.join()
+def _run(threads: list[Any]) -> None:
+    simulated_lanes.run(threads)
     failures = [thread.exception for thread in threads if thread.exception]
     failures.sort(key=lambda failure: isinstance(failure[0], threading.BrokenBarrierError))  # consequences come last
     if failures:
@@ -57,14 +56,35 @@ def _shared_of_block(module: Any) -> Any:
     """The shared memory of the running thread's block, which is no other block's, and NaN to begin with."""
     from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
-    manager: Any = threading.current_thread()._manager  # type: ignore[attr-defined]
-    with _shared_lock:
-        if not hasattr(manager, "atomflow_shared"):
-            manager.atomflow_shared = FakeCUDAShared(module._shared._dynshared_size)
+    manager: Any = simulated_lanes.THREADING.current_thread()._manager
+    if not hasattr(manager, "atomflow_shared"):
+        manager.atomflow_shared = FakeCUDAShared(module._shared._dynshared_size)
     return manager.atomflow_shared
 
 
-_shared_lock = threading.Lock()
+def _calls_that_swap_once(call: Callable[..., Any]) -> Callable[..., Any]:
+    """FakeCUDAKernel.__call__, which puts the simulated `cuda` into a device function's module for the time of a call.
+
+    The module keeps it to the end of the launch: putting it there costs more than most of these functions.
+    """
+    from numba.cuda.simulator import kernel
+
+    swapped: set[int] = set()  # modules, by identity of their globals
+    launch = ExitStack()
+
+    def calls(function: Any, *args: Any) -> Any:
+        simulated = kernel._get_kernel_context()
+        if simulated is None:
+            with launch:
+                swapped.clear()
+                return call(function, *args)
+        namespace = function.fn.__globals__
+        if id(namespace) not in swapped:
+            launch.enter_context(kernel.swapped_cuda_module(function.fn, simulated))
+            swapped.add(id(namespace))
+        return function.fn(*args)
+
+    return calls
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,8 +93,15 @@ def _fast_and_strict_simulator() -> Iterator[None]:
         pytest.skip("the CUDA simulator is switched on for a whole process: NUMBA_ENABLE_CUDASIM=1 pytest tests/sim")
     from numba.cuda.simulator import kernel, kernelapi
 
+    from numba_atomflow.ops.ptx import async_copy, bulk, simulated_wgmma, simulator, timing
+
     patch = pytest.MonkeyPatch()
+    for module in (kernelapi, async_copy, simulated_wgmma, simulator):
+        patch.setattr(module, "threading", simulated_lanes.THREADING)
+    for module in (bulk, simulator, timing):
+        patch.setattr(module, "time", simulated_lanes.TIME)
     patch.setattr(kernel.BlockManager, "run", _run_block)
+    patch.setattr(kernel.FakeCUDAKernel, "__call__", _calls_that_swap_once(kernel.FakeCUDAKernel.__call__))
     make = kernelapi.FakeCUDAShared.__init__
 
     def poisoned(self: Any, size: int) -> None:
@@ -83,10 +110,7 @@ def _fast_and_strict_simulator() -> Iterator[None]:
 
     patch.setattr(kernelapi.FakeCUDAShared, "__init__", poisoned)
     patch.setattr(kernelapi.FakeCUDAModule, "shared", property(_shared_of_block))
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(0.05)  # lanes switch at barriers; other switches only cost time
     yield
-    sys.setswitchinterval(interval)
     patch.undo()
 
 
@@ -95,13 +119,13 @@ def all_blocks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a launch run side by side, as those that wait for each other must."""
     from numba.cuda.simulator import kernel
 
-    running: list[Any] = []
+    waiting: list[Any] = []
 
     def run(manager: Any, grid_point: tuple[int, ...], *args: Any) -> None:
-        running.extend(_start_block(manager, grid_point, *args))
-        if len(running) == np.prod(manager._grid_dim) * np.prod(manager._block_dim):
-            threads = running.copy()
-            running.clear()
-            _finish(threads)
+        waiting.extend(_threads_of_block(manager, grid_point, *args))
+        if len(waiting) == np.prod(manager._grid_dim) * np.prod(manager._block_dim):
+            threads = waiting.copy()
+            waiting.clear()
+            _run(threads)
 
     monkeypatch.setattr(kernel.BlockManager, "run", run)
