@@ -7,7 +7,8 @@ i, i + 16, ... in order; then over groups, times their scales; then over lanes, 
 
 Cost model: per 16 weights a load, a sign extension, a shift and a mask, and per column a multiply-add with one operand
 in memory. With AVX-512 that is a cycle and a half for the weights and half a cycle for a column. Left to LLVM, the loop
-becomes one chain of dependent multiply-adds; here those of the next group begin while one group's end.
+becomes one chain of dependent multiply-adds; here those of the next group begin while one group's end. Weights are
+prefetched 2 KB ahead: rows are short, and a processor's own prefetching begins anew with every page of 4 KB.
 
 The modules simd*.py are to the CPU what `ops.ptx` is to the GPU: no other CPU module uses the compiler's extension API.
 The vector operations are LLVM's portable ones: they become AVX2, AVX-512, NEON, or scalar code.
@@ -31,6 +32,7 @@ _CODES, _HALF_BITS, _HALVES, _WORDS = (ir.VectorType(kind, VECTOR) for kind in (
 # Multiplies and adds of whole vectors of weights become FMAs where the processor has them (FUSE); on results, of which
 # LLVM may compute the used lanes only, nothing is fused (PLAIN).
 _UNLIFT = 2.0**56
+_AHEAD, _LINE = 2048, 64  # bytes: how far ahead of their use weights are prefetched, and of a cache line
 
 
 @intrinsic
@@ -142,6 +144,7 @@ class _Weight:
         whole_groups = b.sdiv(self.in_features, _I64(GROUP))
         with cgutils.for_range(b, whole_groups, intp=_I64) as loop:
             start = b.mul(loop.index, _I64(GROUP))
+            self._prefetch(row, start)
             sums: list[ir.Value] = [None] * len(totals)
             for step in range(GROUP // VECTOR):
                 offset = b.add(start, _I64(step * VECTOR))
@@ -161,6 +164,17 @@ class _Weight:
         rest = self._single_elements(row, scales, covered, whole_groups)
         results = b.fadd(sums_of_lanes(b, [b.load(total) for total in totals]), rest, flags=PLAIN)
         return results if scales is None else b.fmul(results, splat_of(_UNLIFT, RESULTS), flags=PLAIN)
+
+    def _prefetch(self, row: ir.Value, start: ir.Value) -> None:
+        """Ask for what lies _AHEAD bytes behind the group that begins at `start`: rows follow one another in memory."""
+        b = self.builder
+        bytes_per_weight = row.type.pointee.width // 8
+        begin = b.bitcast(b.gep(row, [start]), _I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
+        for line in range(0, GROUP * bytes_per_weight, _LINE):
+            address = b.gep(begin, [_I64(_AHEAD + line)])
+            b.call(prefetch, [address, _I32(0), _I32(3), _I32(1)])  # to read, into all caches, data
 
     def _product(self, weights: ir.Value, x: ir.Value, offset: ir.Value, added: ir.Value | None) -> ir.Value:
         """weights * x[offset : offset + 16] + added."""
