@@ -22,6 +22,7 @@ from numba_atomflow.quantize import MethodName, rtn
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
 from numba_atomflow.sources.base import TEXT_RULES, slabs
+from numba_atomflow.sources.gguf_parts import part_names
 from numba_atomflow.text.chat_template import ChatTemplate
 from numba_atomflow.text.codec import TextAssets, TextCodec
 from numba_atomflow.utils.arguments import file_path
@@ -142,7 +143,9 @@ def _write(
 def _source_files(source: Path) -> list[Path]:
     """All files of a source."""
     with suppress(OSError):  # open_source reports it
-        return list(source.iterdir()) if source.is_dir() else [source]
+        if source.is_dir():
+            return list(source.iterdir())
+        return [source.parent / name for name in part_names(source.name)]
     return []
 
 

@@ -18,7 +18,8 @@ from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_fre
 from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
 from numba_atomflow.sources.gguf_computation import refuse_unsupported
 from numba_atomflow.sources.gguf_fields import GgufFields
-from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor, read_gguf_file
+from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor
+from numba_atomflow.sources.gguf_parts import read_gguf_model
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -54,9 +55,10 @@ class GgufSource:
     fp8_scheme: str | None = None
 
     def __init__(self, path: Path) -> None:
+        file = read_gguf_model(path)
+        path = file.path  # of the first part, if the file is split
         self.path = path
-        self.files: tuple[Path, ...] = (path,)
-        file = read_gguf_file(path)
+        self.files = file.paths
         fields = GgufFields(file.fields, path)
         with described_by(path):
             self.geometry = _geometry(file, fields)
@@ -81,8 +83,8 @@ class GgufSource:
         if self._interleaved_rope and name.endswith(("q_proj.weight", "k_proj.weight")):
             values = self._read_rotary(name, start, stop)
         else:
-            values = _read_rows(self.path, name, self._tensors[name], start, stop)
-        check_finite(self.path, name, values)
+            values = _read_rows(name, self._tensors[name], start, stop)
+        check_finite(self._tensors[name].path, name, values)
         return values
 
     def read_fp8(self, name: str, start: int = 0, stop: int | None = None) -> None:
@@ -92,7 +94,7 @@ class GgufSource:
         """Rows of q or k in Hugging Face order: reads whole heads and undoes the interleaving."""
         width = self.geometry.head_dim
         first, last = start // width, -(-stop // width)
-        stored = _read_rows(self.path, name, self._tensors[name], first * width, last * width)
+        stored = _read_rows(name, self._tensors[name], first * width, last * width)
         pairs = stored.reshape(last - first, width // 2, 2, -1)
         rows = pairs.swapaxes(1, 2).reshape(stored.shape)
         return rows[start - first * width : stop - first * width]
@@ -116,21 +118,21 @@ def _hugging_face_name(path: Path, name: str) -> str:
     )
 
 
-def _read_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
+def _read_rows(name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
     if len(tensor.shape) == 1:  # a vector is one row of blocks
-        return _read_block_rows(path, name, tensor, 0, 1)[0, start:stop]
-    return _read_block_rows(path, name, tensor, start, stop)
+        return _read_block_rows(name, tensor, 0, 1)[0, start:stop]
+    return _read_block_rows(name, tensor, start, stop)
 
 
-def _read_block_rows(path: Path, name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
-    raw = read_bytes(path, tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
+def _read_block_rows(name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
+    raw = read_bytes(tensor.path, tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
     try:
         # Damaged scales overflow to infinities; check_finite rejects them.
         with np.errstate(all="ignore"):
             values = dequantize(raw.reshape(stop - start, tensor.row_bytes), tensor.type)
     except NotImplementedError as error:
         raise SourceError(
-            f"Tensor {name} of {path} has type {tensor.type.name}, which the gguf package cannot dequantize; "
+            f"Tensor {name} of {tensor.path} has type {tensor.type.name}, which the gguf package cannot dequantize; "
             "take a file in another quantization."
         ) from error
     return np.asarray(values, np.float32)
@@ -173,15 +175,13 @@ def _architecture(fields: GgufFields) -> str:
     """The architecture, which is also the prefix of metadata keys.
 
     Raises:
-        SourceError: the architecture is not supported, or the file is one part of a split model.
+        SourceError: the architecture is not supported.
     """
     arch = fields.values.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise SourceError(
             f"{fields.label} is of the architecture {quote(arch)}; supported are {', '.join(map(repr, ARCHITECTURES))}."
         )
-    if fields.integer("split.count", 1) > 1:
-        raise SourceError(f"{fields.label} is one part of a split model; merge the parts with gguf-split first.")
     return str(arch)
 
 
@@ -190,7 +190,7 @@ def _with_llama3_scaling(file: GgufFile, fields: GgufFields, geometry: ModelGeom
     tensor = file.tensors[ROPE_FACTORS]
     if tensor.shape != (geometry.head_dim // 2,):
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} has shape {tensor.shape}, not one factor per pair.")
-    factors = _read_rows(file.path, ROPE_FACTORS, tensor, 0, geometry.head_dim // 2)
+    factors = _read_rows(ROPE_FACTORS, tensor, 0, geometry.head_dim // 2)
     check_finite(file.path, ROPE_FACTORS, factors)
     if factors.min() < 1:
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} holds a factor below 1, which Llama 3 does not have.")

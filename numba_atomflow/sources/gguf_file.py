@@ -52,8 +52,9 @@ _U32, _U64 = _SCALARS[GGUFValueType.UINT32], _SCALARS[GGUFValueType.UINT64]
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: element type, shape (slowest dimension first), and position in the file."""
+    """One tensor: element type, shape (slowest dimension first), and position in its file."""
 
+    path: Path
     type: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
@@ -68,11 +69,12 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The validated metadata (plain Python values) and tensors of a GGUF file."""
+    """The validated metadata (plain Python values) and tensors of a GGUF file, or of all parts of a split one."""
 
     path: Path
     fields: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    paths: tuple[Path, ...]
 
 
 def read_gguf_file(path: Path) -> GgufFile:
@@ -89,7 +91,7 @@ def read_gguf_file(path: Path) -> GgufFile:
             tensors = _tensors(cursor, tensor_count, fields)
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
-    return GgufFile(path, fields, tensors)
+    return GgufFile(path, fields, tensors, (path,))
 
 
 class _Cursor:
@@ -224,7 +226,7 @@ def _tensors(cursor: _Cursor, count: int, fields: dict[str, Any]) -> dict[str, G
         )
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {
-        name: GgufTensor(kind, shape, data_start + offset, _byte_count(cursor.path, name, kind, shape))
+        name: GgufTensor(cursor.path, kind, shape, data_start + offset, _byte_count(cursor.path, name, kind, shape))
         for name, (kind, shape, offset) in listed.items()
     }
     end = data_start

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from numba_atomflow import home
 from numba_atomflow.errors import HubError
 from numba_atomflow.files.untrusted import short
+from numba_atomflow.sources.gguf_parts import part_names
 from numba_atomflow.sources.huggingface import CONFIG, INDEX, SINGLE, shard_names
 from numba_atomflow.sources.huggingface_text import TEXT_FILES, other_tokenizer
 from numba_atomflow.sources.huggingface_tokens import TOKENIZER
@@ -40,7 +41,7 @@ class HubModel:
 
     Attributes:
         repo: ``organisation/name``.
-        file: a GGUF file of the repository; None: config.json and safetensors.
+        file: a GGUF file of the repository, or any part of a split one; None: config.json and safetensors.
         revision: a branch, a tag or a commit.
     """
 
@@ -91,7 +92,7 @@ def fetch(model: HubModel, progress: Progress | None = None, endpoint: str | Non
     download = _Download(model, commit, folder, endpoint, progress or (lambda *_: None))
     with _translate_errors(model), _locked(folder):
         if model.file is not None:
-            download.get([_remote_file(model, files, model.file)])
+            download.get([_remote_file(model, files, name) for name in part_names(model.file)])
             return folder / model.file
         download.get([file for name, file in files.items() if name in {CONFIG, INDEX, *TEXT_FILES}])
         if CONFIG not in files or not {SINGLE, INDEX} & set(files):

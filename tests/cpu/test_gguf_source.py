@@ -404,7 +404,7 @@ def test_nan_and_infinity_are_named_when_read(tmp_path: Path, poison: float, nam
         ({"llama.attention.head_count": 0}, "0 attention heads"),
         ({"llama.rope.dimension_count": 32}, "llama.rope.dimension_count 32"),
         ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"split.count": 2}, "one part of a split model"),
+        ({"split.count": 2}, "one of 2 parts of a model"),
         ({"general.alignment": 48}, "general.alignment 48"),
     ],
 )

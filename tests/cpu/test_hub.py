@@ -141,6 +141,18 @@ def test_only_the_gguf_file_is_downloaded(tmp_path: Path) -> None:
         refused(hub, f"holds GGUF files; name one of them: {REPO}/other.gguf")
 
 
+def test_all_parts_of_a_split_gguf_are_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    write_gguf(tmp_path / "parts" / "tiny.gguf", tensors_per_part=10)
+    names = names_in(tmp_path / "parts")
+    with serve(REPO, tmp_path / "parts") as hub:
+        got = fetch(HubModel(REPO, names[1]), endpoint=hub.endpoint)
+        assert sorted({name for name, _ in hub.requests}) == names
+        assert open_source(got).path.name == names[0]
+        del hub.files[names[2]]
+        refused(hub, f"has no file {names[2]}", model=HubModel(REPO, names[0], "other"))
+
+
 def test_convert_with_a_hub_name(hub: Hub, tmp_path: Path) -> None:
     arguments = ("convert", REPO, tmp_path / "out", "--revision", "main", "--json")
     done = run_cli(home.home(), *arguments, env={"HF_ENDPOINT": hub.endpoint})

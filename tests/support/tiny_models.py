@@ -192,6 +192,7 @@ def write_gguf(
     tokenizer: bool = False,
     fields: Mapping[str, Any] | None = None,
     architecture: str | None = None,
+    tensors_per_part: int = 0,
 ) -> Weights:
     """Write a GGUF file in the layout of llama.cpp's converter; returns its weights as float32, in Hugging Face order.
 
@@ -204,10 +205,12 @@ def write_gguf(
         tokenizer: store a byte-level tokenizer of 260 tokens.
         fields: metadata to add or replace; None removes a field.
         architecture: general.architecture; None: that of the geometry.
+        tensors_per_part: split the file into parts ``<stem>-00001-of-0000N.gguf`` of as many; 0: do not.
     """
     geometry = geometry or tiny_geometry()
     weights = random_weights(geometry, seed) if weights is None else weights
-    writer = gguf.GGUFWriter(path, architecture or model_type_of(geometry))
+    arch = architecture or model_type_of(geometry)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_part, small_first_shard=tensors_per_part > 0)
     for key, value in (_gguf_integers(geometry) | dict(fields or {})).items():
         if value is not None:
             add_gguf_field(writer, key, value)
