@@ -11,21 +11,15 @@ async-signal-safe functions.
 """
 
 import ctypes
-import hashlib
 import mmap
-import os
 import platform
 import signal
 import sys
 import threading
 import weakref
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
-from typing import Any
 
-from numba_atomflow import home
-from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.host.machine_code import load_code
 
 SLOTS = 1024  # watched mappings
 _SIGACTION_BYTES = 152  # of glibc and musl on 64-bit Linux: handler, mask of 128 bytes, flags, restorer
@@ -182,16 +176,7 @@ def _install() -> _Table | None:
     """Compile or load the handler, and install it for the lifetime of the process and its forks."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         return None  # other struct layouts: changes are detected only by check_unchanged
-    from llvmlite import binding
-
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    machine = binding.Target.from_default_triple().create_target_machine()
-    module = binding.parse_assembly("")
-    engine = binding.create_mcjit_compiler(module, machine)
-    engine.add_object_file(binding.ObjectFileRef.from_data(_object_code(machine)))
-    engine.finalize_object()
-    _engines.append(engine)  # owns the machine code
+    engine = load_code("fault-handler", _CODE)
     sigaction = ctypes.CDLL(None, use_errno=True).sigaction
     previous = engine.get_global_value_address("previous")
     sigaction(signal.SIGBUS, None, ctypes.c_void_p(previous))  # the handler needs it
@@ -201,28 +186,3 @@ def _install() -> _Table | None:
     if sigaction(signal.SIGBUS, action, None):
         return None
     return _Table(engine.get_global_value_address("slots"))
-
-
-_engines: list[object] = []
-
-
-def _object_code(machine: Any) -> bytes:
-    """The handler's object code, from the cache or compiled: 0.1 ms or 15 ms."""
-    from llvmlite import binding
-
-    about = f"{machine.triple} {binding.llvm_version_info} {_CODE}"
-    name = f"fault-handler-{hashlib.sha256(about.encode()).hexdigest()[:16]}.o"
-    path: Path | None = None
-    with suppress(AtomFlowError, OSError):
-        path = home.compiled() / name
-        digest, code = (data := path.read_bytes())[:32], data[32:]
-        if hashlib.sha256(code).digest() == digest:
-            return code
-    code = bytes(machine.emit_object(binding.parse_assembly(_CODE)))
-    if path is not None:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{name}.partial-{os.getpid()}")
-            partial.write_bytes(hashlib.sha256(code).digest() + code)
-            partial.replace(path)
-    return code

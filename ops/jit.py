@@ -4,7 +4,8 @@
 file of the compiled function: it would miss an edit in a function that the kernel *calls*. So the name of the cache
 folder has a hash of every file in ``ops/``: after any edit there, everything is compiled again into a new folder.
 
-In a process that was forked from one whose OpenMP pool runs, kernels raise BackendError.
+Parallel loops run on the pool of `host.pool` where there is one, else on one of numba's. In a process that was forked
+from one whose OpenMP pool runs, kernels raise BackendError.
 """
 
 import hashlib
@@ -30,14 +31,16 @@ from numba.np.ufunc import parallel as pool
 from numba_atomflow import home
 from numba_atomflow.errors import BackendError
 from numba_atomflow.host import numba_settings
+from numba_atomflow.host.pool import SYMBOLS, own_pool
 
 _KEPT_CACHES = 4  # folders; older ones, of earlier states of ops/, are deleted
 
-# numba's OpenMP layer keeps its threads spinning between parallel loops: starting a loop costs 2 us. The TBB and
-# workqueue layers put them to sleep, and waking one costs 20-130 us; a decode step has 150 parallel loops.
+# Where there is no pool of our own: numba's OpenMP layer keeps its threads spinning between parallel loops, so that
+# starting one costs 2 us. The TBB and workqueue layers put them to sleep, and waking one costs 20-130 us.
 if config.THREADING_LAYER_PRIORITY == ["tbb", "omp", "workqueue"]:  # numba's own default
     config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 numba_settings.check()
+own_pool()  # what compiled kernels call must be known before the first is loaded
 
 
 def source_hash(target: str = "cpu") -> str:
@@ -114,12 +117,17 @@ class _SelfContainedLibrary(JITCodeLibrary):  # type: ignore[misc]
     order. Of all copies in a process the dynamic linker takes the one that was loaded first. So a kernel would compute
     other bits after a compilation than after a load from the cache, and other ones again if another kernel that calls
     the same function was loaded before. With internal linkage every library uses its own copy.
+
+    What numba's thread pools would do is called by the names of our own, if it runs: the kernels of others in the same
+    process keep theirs.
     """
 
     def _optimize_final_module(self) -> None:
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage in _SHARED:
                 function.linkage = Linkage.internal
+            elif own_pool() and function.name in SYMBOLS:
+                function.name = SYMBOLS[function.name]
         super()._optimize_final_module()
 
 
@@ -188,8 +196,11 @@ def _guarded(kernel: Any) -> Any:
 
 
 def _after_fork() -> None:
-    """In the child: disable all kernels, if calling one would end the process."""
+    """In the child: start new threads, or disable all kernels, if calling one would end the process."""
     global _pool_lost  # noqa: PLW0603  a property of the process
+    if own := own_pool():
+        own.forget_threads()
+        return
     if not pool._is_initialized or pool._threading_layer != "omp":  # noqa: SLF001  `threading_layer()` raises
         return
     omppool = import_module("numba.np.ufunc.omppool")  # loaded already: a compiled module without annotations

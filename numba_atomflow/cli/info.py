@@ -195,6 +195,7 @@ def _machine() -> dict[str, Any]:
     from llvmlite import binding
 
     from numba_atomflow.host.cpu_quota import cpu_quota
+    from numba_atomflow.host.pool import is_available
     from numba_atomflow.host.threads import default_threads
 
     return {
@@ -202,6 +203,7 @@ def _machine() -> dict[str, Any]:
         "cpu": {"name": machine.cpu_name(), "llvm_name": binding.get_host_cpu_name(), "cores": os.cpu_count()},
         "threads": default_threads(),
         "cpu_quota": cpu_quota(),
+        "own_thread_pool": is_available(),
         "threading_layers": _threading_layers(),
         "memory_bytes": math.prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")),
         "cuda_driver": machine.cuda_driver(),
@@ -212,13 +214,14 @@ def _machine() -> dict[str, Any]:
 
 def _machine_table(record: dict[str, Any]) -> Table:
     cpu, layers = record["cpu"], record["threading_layers"]
-    advice = "" if "omp" in layers else " (omp is missing: install libgomp, decoding is slow without)"
+    own, is_slow = record["own_thread_pool"], "omp" not in layers
+    advice = " (omp is missing: install libgomp, decoding is slow without)" if is_slow and not own else ""
     return [
         *((name, version or "not installed") for name, version in record["versions"].items()),
         ("CPU", f"{cpu['name']} ({cpu['llvm_name']}), {cpu['cores']} cores"),
         ("memory", output.size(record["memory_bytes"])),
         ("threads", _threads(record["threads"], record["cpu_quota"])),
-        ("threading layers", ", ".join(layers) + advice),
+        ("thread pool", "own" if own else "numba's: " + ", ".join(layers) + advice),
         ("CUDA driver", record["cuda_driver"] or "none"),
         ("home", record["home"]),
         ("models", ", ".join(record["models"]) or "none yet"),

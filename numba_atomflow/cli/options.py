@@ -115,11 +115,7 @@ MaxSeqLen = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        "--threads",
-        metavar="N",
-        help="CPU threads; fewer are faster while other programs run.  [default: all cores, or the CPU quota]",
-    ),
+    typer.Option("--threads", metavar="N", help="CPU threads.  [default: one per core, or the CPU quota]"),
 ]
 PrivateCopy = Annotated[
     bool,

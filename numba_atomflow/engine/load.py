@@ -52,8 +52,7 @@ class Engine(Replies, Scores, SavedStates, Activations):
             path_or_name: a checkpoint file, or the name of one in the models folder.
             backend: "auto" takes the GPU where there is a usable one, if no number of threads is given.
             max_seq_len: positions of the KV cache; by default 4,096 or the model's limit, if that is less.
-            threads: cores that the CPU backend uses; all of them by default. Fewer are faster where other programs keep
-                some busy.
+            threads: that the CPU backend uses; by default one per core, or what a CPU quota allows.
             progress: called with what is being done, steps finished and steps in all.
             decode: how the GPU runs decode steps: "graph", kernel after kernel; "persistent", in one kernel; "auto",
                 the latter where GPU and model allow it. `engine.backend.decode_path` has the choice.

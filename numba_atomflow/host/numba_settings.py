@@ -31,6 +31,7 @@ _COMPILER_DEFAULTS = {
     "LLVM_REFPRUNE_PASS": 1,
     "LLVM_REFPRUNE_FLAGS": "all",
     "PARFOR_MAX_TUPLE_SIZE": 100,
+    "THREADING_LAYER": "default",
 }
 
 _LAYERS = {"tbb": "tbbpool", "omp": "omppool", "workqueue": "workqueue"}

@@ -1,13 +1,14 @@
 """The number of CPU threads for kernels.
 
-The maximum is the size of numba's pool: the cores that this process may use, or NUMBA_NUM_THREADS. The default is also
-at most a container's CPU quota, in whole cores: threads synchronise at the end of every parallel loop, 150 times per
-token, and with more threads than the quota all are throttled for a part of every 100 ms.
+The maximum is the CPUs that this process may use, or NUMBA_NUM_THREADS. The default is one thread per core (`cores`),
+and at most a container's CPU quota, in whole cores: threads synchronise at the end of every parallel loop, 150 times
+per token, and with more threads than the quota all are throttled for a part of every 100 ms.
 """
 
 import os
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from numba.np.ufunc import parallel as pool
 
 from numba_atomflow.errors import OptionError
 from numba_atomflow.files.untrusted import quote
+from numba_atomflow.host.cores import count_cores
 from numba_atomflow.host.cpu_quota import cpu_quota
+from numba_atomflow.host.pool import own_pool
 from numba_atomflow.utils.arguments import whole_number
 
 _SYSTEM = Path("/")
@@ -28,14 +31,36 @@ _lock = threading.RLock()
 def kernel_turn() -> AbstractContextManager[Any]:
     """A lock to hold while kernels run, once numba has started its threads.
 
-    numba's workqueue layer, the fallback without OpenMP, aborts the process if two threads start parallel loops at the
-    same time. Other layers need no lock.
+    numba's workqueue layer aborts the process if two threads start parallel loops at the same time. Other pools need no
+    lock.
     """
-    return _lock if pool._threading_layer == "workqueue" else _no_lock  # noqa: SLF001  the public function is slower
+    one_at_a_time = pool._threading_layer == "workqueue" and own_pool() is None  # noqa: SLF001  the public is slower
+    return _lock if one_at_a_time else _no_lock
+
+
+def use_threads(count: int) -> None:
+    """Run the loops that this thread starts from now on with so many threads."""
+    own = own_pool()
+    if own is None:
+        numba.set_num_threads(count)
+    else:
+        own.set_threads(count)
+
+
+@contextmanager
+def threads_in_use(count: int) -> Iterator[None]:
+    """Run the loops that this thread starts in the block with so many threads."""
+    own = own_pool()
+    previous = numba.get_num_threads() if own is None else own.threads()
+    use_threads(count)
+    try:
+        yield
+    finally:
+        use_threads(previous)
 
 
 def max_threads() -> int:
-    """Size of numba's pool; thread indices in kernels are below it."""
+    """The most threads of a loop; thread indices in kernels are below it."""
     return int(numba.config.NUMBA_NUM_THREADS)
 
 
@@ -45,9 +70,9 @@ def default_threads(root: Path = _SYSTEM) -> int:
     Args:
         root: folder that holds ``proc`` and ``sys``.
     """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(max_threads()))
     quota = cpu_quota(root)
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else max_threads()
-    return max(1, min(max_threads(), allowed, max_threads() if quota is None else int(quota)))
+    return max(1, min(max_threads(), count_cores(allowed, root), max_threads() if quota is None else int(quota)))
 
 
 def choose_threads(requested: int | None) -> int:

@@ -4,14 +4,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import CheckpointError, non_finite_logits
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.host.machine import cpu_name
-from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn
+from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn, use_threads
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices
 from numba_atomflow.memory.paged import BlockCopy, paged_cache_buffer
@@ -141,7 +140,7 @@ class CpuRunner:
         call = self._call
         self._check(batch)
         self._copy(batch.copies)
-        numba.set_num_threads(self.threads)
+        use_threads(self.threads)
         with kernel_turn():
             call(embedding.embed, batch.tokens, *self._weight("embedding"), residual)
             for i in range(g.layers):
@@ -218,7 +217,7 @@ class CpuRunner:
     def time_attention(self, batch: Batch, layout: Layout, repeats: int) -> float:
         """Median seconds of one layer's attention. Layers alternate, as in a step, so that their KV is not cached."""
         attend = self._attend_paged if layout == "paged" else self._attend_static
-        numba.set_num_threads(self.threads)
+        use_threads(self.threads)
         self._check(batch)
         layers = self.geometry.layers
         return _median_seconds(lambda i: attend(batch, i % layers), repeats, warm=layers)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from cli_runner import environment
 from numba_atomflow import home
 from numba_atomflow.errors import OptionError
 from numba_atomflow.host import threads
+from numba_atomflow.host.cores import count_cores
 from numba_atomflow.host.cpu_quota import cpu_quota
 
 V2_MOUNT = "30 23 0:28 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -101,6 +103,39 @@ def test_the_default_respects_an_affinity_set_after_the_import_of_numba(
     monkeypatch.setattr(threads, "max_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
     assert threads.default_threads(tmp_path) == 1
+
+
+CORES = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+CAPACITY = "sys/devices/system/cpu/cpu{}/cpu_capacity"
+PAIRS = {CORES.format(cpu): f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)}  # cpu 0 and 4 are hyper-threads of a core
+HYBRID = {CORES.format(cpu): f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}" for cpu in range(4)} | {
+    "sys/devices/cpu_core/cpus": "0-3",
+    "sys/devices/cpu_atom/cpus": "4-7",
+}
+BIG_LITTLE = {CAPACITY.format(cpu): "1024" if cpu > 5 else "430" for cpu in range(8)}
+TURBO = {CAPACITY.format(cpu): "1024" if cpu == 7 else "980" for cpu in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus", "count"),
+    [
+        ({}, range(8), 8),
+        (PAIRS, range(8), 4),
+        (PAIRS, {0, 4}, 1),
+        (PAIRS, {0, 4, 5}, 2),
+        (HYBRID, range(8), 2),
+        (HYBRID, range(4, 8), 4),  # the slow ones, where there are no others
+        (BIG_LITTLE, range(8), 2),
+        (BIG_LITTLE, range(3), 3),
+        (TURBO, range(8), 8),
+        ({CORES.format(0): "nonsense", CAPACITY.format(0): ""}, range(2), 2),
+        ({}, (), 1),
+    ],
+)
+def test_one_thread_per_core_and_only_fast_cores(
+    tmp_path: Path, files: dict[str, str], cpus: Iterable[int], count: int
+) -> None:
+    assert count_cores(set(cpus), write(tmp_path, files)) == count
 
 
 def test_more_threads_than_the_quota_may_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +19,7 @@ from numba_atomflow.backends.cpu.measure import CpuMeasurements
 from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.host.machine import cpu_name
-from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn
+from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn, use_threads
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
@@ -149,7 +148,7 @@ class CpuBackend:
         started = time.perf_counter()
         self.seek(0)
         self._tokens[:] = 0
-        numba.set_num_threads(self.threads)
+        use_threads(self.threads)
         kinds: dict[type[Op], Op] = {}
         for op in self.step(1, LAST_LOGITS)[:-1]:  # `Advance` compiles nothing, and moves the position
             kinds.setdefault(type(op), op)
@@ -240,7 +239,7 @@ class CpuBackend:
 
     def _run(self, actions: Sequence[Action]) -> None:
         self._require_open()
-        numba.set_num_threads(self.threads)  # of the whole process: another engine may use another number
+        use_threads(self.threads)  # another engine may use another number
         try:
             with kernel_turn():
                 for action in actions:

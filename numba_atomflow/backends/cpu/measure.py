@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
-import numba
 import numpy as np
 
 from numba_atomflow.backends.cpu.bind import Action
+from numba_atomflow.host.threads import use_threads
 from numba_atomflow.model.step import SAMPLE, Head, Op
 from numba_atomflow.ops import bandwidth
 from numba_atomflow.utils.progress import Progress
@@ -35,7 +35,7 @@ class CpuMeasurements:
 
     def ceilings(self) -> dict[str, float]:
         """GB/s of reading memory with this backend's threads."""
-        numba.set_num_threads(self._backend.threads)
+        use_threads(self._backend.threads)
         return {"memory read": bandwidth.read_bandwidth()}
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
