@@ -59,10 +59,12 @@ class Verification:
     Attributes:
         width: most tokens of a step of `Backend.verify`; 1 where the backend cannot.
         reason: why it cannot, as a clause; "" if it can.
+        automatic: it is used without being asked for (`SamplingParams(speculate="auto")`).
     """
 
     width: int
     reason: str = ""
+    automatic: bool = True
 
 
 class Memory(Protocol):

@@ -288,7 +288,10 @@ def _check_chunks(backend: "Backend", reference: "Reference", block: int | None)
     from numba_atomflow.ops.cuda.gemv.projections import MAX_GEMV_WIDTH
 
     path = backend.prefill_path
-    gemv_tokens = backend.verification.width if path is None or path.name == "gemv" else MAX_GEMV_WIDTH
+    if path is None:
+        gemv_tokens = backend.verification.width
+    else:
+        gemv_tokens = 1 if path.name == "gemv" else MAX_GEMV_WIDTH
     longest = min(block or backend.prefill_chunk, reference.prompt_tokens)
     if longest <= gemv_tokens:
         raise OptionError(

@@ -136,8 +136,10 @@ class Replies(EngineCore):
 
     def _request(self, prompt: list[int], params: SamplingParams, started: float, drafter: Drafter | None) -> Request:
         eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
-        obstacle = self.backend.verification.reason
-        drafter = choose_drafter(params.speculate, drafter, obstacle, self._step_cost)
+        verification, speculate = self.backend.verification, params.speculate
+        if speculate == "auto" and drafter is None and not verification.automatic:
+            speculate = "off"
+        drafter = choose_drafter(speculate, drafter, verification.reason, self._step_cost)
         return Request(prompt, params, eos_ids, started, self._constraint_state(params), drafter)
 
     def _constraint_state(self, params: SamplingParams) -> ConstraintState | None:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Decode, Observer, Prefill, Verification
+from numba_atomflow.backends.base import Decode, Observer, Prefill
 from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK
-from numba_atomflow.backends.cuda.decode_path import kernels_for
+from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.measure import CudaMeasurements
@@ -17,6 +17,7 @@ from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
 from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue, TokenRing
+from numba_atomflow.backends.cuda.verify import WideSteps
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.bounds import check_indices, check_range
@@ -52,7 +53,6 @@ class CudaBackend:
     """
 
     name = "cuda"
-    verification = Verification(1, "its kernels for several tokens do not round like those for one")
     measure: CudaMeasurements
 
     def __init__(
@@ -73,6 +73,7 @@ class CudaBackend:
         self._max_seq_len = max_seq_len
         self._capture = graphs
         self.compile_seconds = 0.0
+        self._wide_steps: WideSteps | None = None
         self._owner = DeviceResources()  # of everything on the GPU; it must not refer to the backend
         try:
             self._gpu = self._owner.open(device_ordinal)
@@ -90,6 +91,7 @@ class CudaBackend:
                 fp8_activations=self.prefill_path.name == "fp8",
             )
             self.prefill_chunk = min(self.kernels.prefill_chunk, max_seq_len)
+            self.verification = verification_of(self.kernels)
             self.plan = cuda_plan(self.kernels, max_seq_len)
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
             with self._owner.current():
@@ -124,6 +126,10 @@ class CudaBackend:
             self._graphs = StepGraphs(model, loaded, self._ring.view, owner.resources, capture=self._capture)
             self._graphs.prepare(self.prefill_chunk)
             self._queue = StepQueue(model, self._graphs, self._ring, owner, self._max_seq_len)
+            if self._graphs.persistent is not None:
+                self._wide_steps = WideSteps(
+                    model, self._graphs.persistent, loaded, self._prompts, self._queue, owner.resources
+                )
             self.measure = CudaMeasurements(model, self._graphs, self._queue, self._gpu, owner)
             self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
         self._arrays = None
@@ -194,8 +200,15 @@ class CudaBackend:
             yield self._model.memory
 
     def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [1, V] after one token at the current position, which stays as it is."""
+        """Logits [len(tokens), V] after each of the tokens at the current position, which stays as it is.
+
+        The array is valid until the next call.
+        """
         check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
+        if self._wide_steps is not None:
+            self._check(tokens)
+            with self._owner.current():
+                return self._wide_steps.run(tokens)
         position = self._queue.position
         self.prefill(tokens, NO_LOGITS)
         logits = self.logits(0, 1)
@@ -217,9 +230,12 @@ class CudaBackend:
         Raises:
             IndexError: they would not.
         """
+        self._check(tokens)
+        self._prompts.send(tokens, self._model.buffers["tokens"], self._model.buffers.get("count"))
+
+    def _check(self, tokens: Sequence[int]) -> None:
         check_range("positions", self._queue.position, len(tokens), self._max_seq_len)
         check_indices("tokens", np.asarray(tokens), self.geometry.vocabulary)
-        self._prompts.send(tokens, self._model.buffers["tokens"], self._model.buffers.get("count"))
 
     def _head_rows(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows of logits, cut into what one pass over the LM head computes.

@@ -1,6 +1,6 @@
 """How decode steps run: the captured graph of a step's kernels, or one persistent kernel where it can run."""
 
-from numba_atomflow.backends.base import Decode, DecodePath
+from numba_atomflow.backends.base import Decode, DecodePath, Verification
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
@@ -68,3 +68,12 @@ def _obstacle(kernels: ModelKernels) -> str | None:
     if kernels.separate_rope_kernel:
         return "the model's RoPE is a kernel of its own"
     return kernels.persistent_shape.refusal()
+
+
+def verification_of(kernels: ModelKernels) -> Verification:
+    """What a model's kernels can verify. It is not automatic: what it gains on a GPU has not been measured."""
+    if not kernels.persistent:
+        return Verification(1, "decode steps run as a graph, whose kernels for several tokens round otherwise")
+    if not kernels.wide_shapes:
+        return Verification(1, "shared memory has no room for the inputs of two tokens")
+    return Verification(max(kernels.wide_shapes), automatic=False)

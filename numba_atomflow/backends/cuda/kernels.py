@@ -27,6 +27,7 @@ from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
 from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
 from numba_atomflow.ops.cuda.persistent.schedule import K_TILE_GROUPS, PersistentShape
+from numba_atomflow.ops.cuda.persistent.wide_kernel import wide_kernel
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.advance import advance_kernel
@@ -38,6 +39,7 @@ from numba_atomflow.ops.cuda.token.sample import sample_kernel
 if TYPE_CHECKING:
     from numba_atomflow.backends.cuda.prefill import PrefillKernels
 
+WIDE_COLUMNS = (2, 4, 8)  # that the persistent kernel is compiled for, beside 1
 TOKEN_RING = 1024  # entries of the host ring; more than tokens that the host has not read yet
 
 
@@ -144,6 +146,14 @@ class ModelKernels:
             embedding=layouts["embedding"],
         )
 
+    @cached_property
+    def wide_shapes(self) -> dict[int, PersistentShape]:
+        """How the persistent kernel is cut for several tokens, by their number: as many as its shared memory has room
+        for. The cache has spare positions for padding tokens, `gemv_width` - 1 of them.
+        """
+        shapes = {columns: replace(self.persistent_shape, columns=columns) for columns in WIDE_COLUMNS}
+        return {n: shape for n, shape in shapes.items() if n <= self.gemv_width and shape.refusal() is None}
+
     def _layouts(self, k_tile: int) -> dict[str, PrepackedLayout]:
         return projection_layouts(
             self.geometry,
@@ -211,6 +221,7 @@ class ModelKernels:
             kernels.append(prepack_fp16_kernel())
         if self.persistent:
             kernels += [persistent_kernel(self.persistent_shape), publish_kernel(self.persistent_shape)]
+            kernels += [wide_kernel(shape) for shape in self.wide_shapes.values()]
         return {kernel.spec.name: kernel for kernel in kernels}
 
     def _step_kernels(self, width: int) -> list[Planned]:

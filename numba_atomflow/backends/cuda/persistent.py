@@ -27,6 +27,7 @@ from numba_atomflow.ops.cuda.persistent.trace import (
     WAITED,
     to_nanoseconds,
 )
+from numba_atomflow.ops.cuda.persistent.wide_kernel import WideArguments
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 
 _BYTES = 4 * TABLE_UNIT  # unit of the offsets in the table
@@ -42,6 +43,20 @@ def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
         Buffer("workspace", "persistent.fault", (1,), "int32"),
         Buffer("workspace", "persistent.timestamps", (events,), "int64"),
     ]
+
+
+def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
+    """Buffers of the steps that verify. Each width has a mailbox of its own, so that each step overwrites all of it."""
+    width = max(kernels.wide_shapes, default=1)
+    buffers = [
+        Buffer("workspace", "verify.tokens", (width,), "int32"),
+        Buffer("workspace", "verify.logits", (width, kernels.geometry.vocabulary), "float32"),
+        Buffer("workspace", "verify.best", (1,), "int64"),
+    ]
+    for columns, shape in kernels.wide_shapes.items():
+        buffers.append(Buffer("workspace", f"verify.mailbox_x{columns}", (shape.mailbox.end,), "uint64"))
+        buffers.append(Buffer("workspace", f"verify.steps_x{columns}", (2,), "int64"))
+    return buffers
 
 
 class PersistentStep:
@@ -88,16 +103,23 @@ class PersistentStep:
             raise RuntimeError(f"{name} does not begin at a multiple of {_BYTES} bytes")
         return offset
 
-    def launch(self, first_op: int, end_op: int, *, greedy: bool = False, traced: Kernel | None = None) -> Launch:
+    def launch(
+        self,
+        first_op: int,
+        end_op: int,
+        *,
+        greedy: bool = False,
+        traced: Kernel | None = None,
+        replaced: Mapping[str, View] | None = None,
+    ) -> Launch:
         """Ops first_op .. end_op - 1 of the step, numbered by `OpIndex`; by the kernel `traced`, if given.
-        greedy: the most likely token is the next one, and the step ends with this launch.
+        greedy: the most likely token is the next one, and the step ends with this launch. replaced: views in place of
+        those of a decode step, by the names of `PersistentArguments`.
         """
         b = self._buffers
-        end = max(view.address + view.nbytes for view in self._weights.values())
-        weights = View("weights", self._base, ((end - self._base) // 4,), "uint32")
         cache = b[KV_CACHE]
         arguments = PersistentArguments(
-            weights=weights,
+            weights=self._all_weights,
             table=b["persistent.table"],
             cache16=cache,
             cache=cache,
@@ -127,7 +149,31 @@ class PersistentStep:
             greedy=int(greedy),
         )
         kernel = traced or self._loaded["persistent"]
-        return Launch(kernel, self.shape.sms, arguments, self._stream)
+        return Launch(kernel, self.shape.sms, arguments._replace(**replaced or {}), self._stream)
+
+    def wide_launch(self, columns: int) -> Launch:
+        """A step of so many tokens, which chooses none and leaves the position as it is."""
+        b, planned = self._buffers, self._kernels.planned[f"persistent_x{columns}"]
+        cache = b[KV_CACHE]
+        arguments = WideArguments(
+            weights=self._all_weights,
+            table=b["persistent.table"],
+            cache16=cache,
+            cache=cache,
+            mailbox=b[f"verify.mailbox_x{columns}"],
+            tokens=b["verify.tokens"],
+            position=b["position"],
+            steps=b[f"verify.steps_x{columns}"],
+            cosines=b["rope.cosines"],
+            sines=b["rope.sines"],
+            logits=b["verify.logits"],
+            fault=b["persistent.fault"],
+            timestamps=b["persistent.timestamps"],
+            kv_stride=self._kv_stride,
+            first_op=0,
+            end_op=self.shape.ops,
+        )
+        return Launch(self._loaded[planned.spec.name], planned.ctas, arguments, self._stream)
 
     def publish(self, layer: int) -> Launch:
         """The mailbox words that let an op of this layer run by itself; the number of layers: the LM head."""
@@ -162,9 +208,15 @@ class PersistentStep:
 
     def reset(self, memory: DeviceMemory) -> None:
         """After a step that may be incomplete or have failed: the next one uses epochs of its own."""
-        steps = int(memory.read(self._buffers["persistent.steps"])[0])
-        memory.write(self._buffers["persistent.steps"], np.array([steps + 1, 0]))
+        for name in ("persistent.steps", *(f"verify.steps_x{columns}" for columns in self._kernels.wide_shapes)):
+            steps = int(memory.read(self._buffers[name])[0])
+            memory.write(self._buffers[name], np.array([steps + 1, 0]))
         memory.write(self._buffers["persistent.fault"], np.zeros(1, np.int32))
+
+    @property
+    def _all_weights(self) -> View:
+        end = max(view.address + view.nbytes for view in self._weights.values())
+        return View("weights", self._base, ((end - self._base) // 4,), "uint32")
 
     @property
     def _kv_stride(self) -> int:

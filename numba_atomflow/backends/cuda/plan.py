@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.kernels import ModelKernels
-from numba_atomflow.backends.cuda.persistent import persistent_buffers
+from numba_atomflow.backends.cuda.persistent import persistent_buffers, verification_buffers
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
 from numba_atomflow.checkpoint.format import fusion
 from numba_atomflow.device.resources import DeviceResources
@@ -132,6 +132,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         buffers += PrefillScratch.plan(*prefill.scratch)
     if kernels.persistent:
         buffers += persistent_buffers(kernels.persistent_shape)
+        buffers += verification_buffers(kernels)
     staging_bytes = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
     if staging_bytes < MIN_STAGING_BYTES:
         buffers.append(Buffer("workspace", "staging", (MIN_STAGING_BYTES - staging_bytes,), "uint8"))

@@ -172,11 +172,22 @@ class StepQueue:
 
     def seek(self, position: int) -> None:
         """Set the position at which the next token is written. Steps that were queued ahead are discarded."""
-        if self._exact and position == self.position and self._requested == self._queued:
+        nothing_ahead = self._exact and self._requested == self._queued
+        if nothing_ahead and position == self.position:
             return
         check_range("position", position, 0, self._max_seq_len)
         with self._owner.current():
-            self._settle(position)
+            if nothing_ahead:
+                self._exact = False
+                self._model.set_position(position)
+                self.position = position
+                self._exact = True
+            else:
+                self._settle(position)
+
+    def distrust(self) -> None:
+        """A step has failed: the next `seek` waits for all steps and counts what they have done."""
+        self._exact = False
 
     @contextmanager
     def measuring(self, tokens: int = 1) -> Iterator[None]:

@@ -112,7 +112,7 @@ def _make_add_newest(shape: PersistentShape, token_start: int, out_start: int, s
     return add_newest
 
 
-def _make_store_result(shape: PersistentShape, out_start: int, stats_start: int, store_out: Any) -> Any:
+def make_store_result(shape: PersistentShape, out_start: int, stats_start: int, store_out: Any) -> Any:
     """Device function (io, cta_split, floats, thread): combine the partial results of the CTA's warps, in shared
     memory, and store the result, or the partial result of the KV split, to the mailbox.
     """
@@ -149,7 +149,7 @@ def _make_store_result(shape: PersistentShape, out_start: int, stats_start: int,
     return store_result
 
 
-def _make_multiply_queries(shape: PersistentShape) -> Any:
+def make_multiply_queries(shape: PersistentShape) -> Any:
     """Device function (words, q_regs, k_regs, g, t) -> scores of row g, before scaling: keys 2 t, 2 t + 1, 2 t + 8 and
     2 t + 9 of the 16 in `k_regs`.
     """
@@ -205,8 +205,8 @@ def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
     (poll, poll_both), store_out = make_poll(), make_store_out(shape)
     receive_token = _make_receive_token(shape, token_start, poll)
     add_newest = _make_add_newest(shape, token_start, out_start, stats_start, scale)
-    multiply_queries = _make_multiply_queries(shape)
-    store_result = _make_store_result(shape, out_start, stats_start, store_out)
+    multiply_queries = make_multiply_queries(shape)
+    store_result = make_store_result(shape, out_start, stats_start, store_out)
     combine_splits = make_combine_splits(shape, poll_both, store_out)
 
     @ptx.device_function

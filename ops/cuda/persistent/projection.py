@@ -93,8 +93,8 @@ def make_multiply(shape: PersistentShape, *, fp16: bool) -> Any:
     for rows 8-15: one fragment of the vector serves four groups, all of which are multiplied by all columns, and each
     result is taken from its own column.
     """
-    load_codes, accumulate = _make_load_codes(shape, fp16=fp16), _make_accumulate(shape, fp16=fp16)
-    even, stage_words = _is_even(shape, fp16=fp16), shape.stage_words
+    load_codes, accumulate = make_load_codes(shape, fp16=fp16), _make_accumulate(shape, fp16=fp16)
+    even, stage_words = is_even(shape, fp16=fp16), shape.stage_words
     x_step = 32 if fp16 else 64  # words of x per group
     code_registers, sum_registers = 16 * K_TILE_GROUPS, 4 * K_TILE_GROUPS
 
@@ -130,15 +130,15 @@ def make_multiply(shape: PersistentShape, *, fp16: bool) -> Any:
     return multiply
 
 
-def _is_even(shape: PersistentShape, *, fp16: bool) -> bool:
+def is_even(shape: PersistentShape, *, fp16: bool) -> bool:
     """Whether every k-tile of the projections of this format has all groups."""
     layouts = [layout for layout in shape.layouts if (layout.format.bits == 16) == fp16]
     return all(layout.last_k_tile_groups == K_TILE_GROUPS for layout in layouts)
 
 
-def _make_load_codes(shape: PersistentShape, *, fp16: bool) -> Any:
+def make_load_codes(shape: PersistentShape, *, fp16: bool) -> Any:
     """Device function (words, start, second, groups, lane, codes): the lane's weights of a k-tile into registers."""
-    even = _is_even(shape, fp16=fp16)
+    even = is_even(shape, fp16=fp16)
 
     @ptx.device_function
     def load_codes(words, start, second, groups, lane, codes):
@@ -160,7 +160,7 @@ def _make_accumulate(shape: PersistentShape, *, fp16: bool) -> Any:
     """Device function (words, x, column, t, groups, codes, sums): multiply the groups of a k-tile by the vector's
     fragments, of which this lane loads the elements from word x + column on.
     """
-    even, fragments = _is_even(shape, fp16=fp16), 2 if fp16 else 4  # of 16 bytes, of x
+    even, fragments = is_even(shape, fp16=fp16), 2 if fp16 else 4  # of 16 bytes, of x
 
     @ptx.device_function
     def accumulate(words, x, column, t, groups, codes, sums):

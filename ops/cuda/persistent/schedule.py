@@ -32,6 +32,8 @@ CTA_KEYS = WARP_KEYS * CONSUMER_WARPS
 ONE_SPLIT_KEYS = 2 * CTA_KEYS  # up to so many keys, one CTA takes less time than several and their combining
 _ROTATIONS = 32  # candidates for the rotation of the schedule
 _PARTIAL_SUMS = 64  # k-tiles whose sums are kept until they are reduced
+_PARTIAL_SUMS_OF_COLUMNS = 128  # the same times columns, where there are several
+MAX_COLUMNS = 8  # of a step: columns of the mma's B operand
 _REDUCTION_WORDS = 64  # scratch for reductions over the CTA
 OPS_PER_LAYER = 5
 QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(6)  # kinds of ops after the embedding
@@ -88,11 +90,13 @@ class ProjectionPlan:
 
     Attributes:
         half_tiles: a work tile has 8 rows instead of 16, and a stage holds them of two k-tiles.
+        partial_sums: k-tiles whose sums are kept until they are reduced.
     """
 
     kind: int
     layout: PrepackedLayout
     half_tiles: bool
+    partial_sums: int = _PARTIAL_SUMS
 
     @property
     def work_tiles(self) -> int:
@@ -111,7 +115,7 @@ class ProjectionPlan:
     @property
     def round_work_tiles(self) -> int:
         """Work tiles whose partial sums a CTA keeps before it reduces them."""
-        return max(1, _PARTIAL_SUMS // self.work_tile_stages)
+        return max(1, self.partial_sums // self.work_tile_stages)
 
 
 class MailboxOffsets(NamedTuple):
@@ -153,6 +157,7 @@ class PersistentShape:
             k-tile per CTA in 725 cycles (366 ns); on an H200 no other values were better.
         poll_interval_ns: between two polls of the mailbox.
         trace: every CTA writes timestamps.
+        columns: tokens of a step, one after the other: 1, or 2, 4 or 8 for the kernel of `wide_kernel.py`.
     """
 
     layers: int
@@ -175,6 +180,7 @@ class PersistentShape:
     prefetch_interval_cycles: int = 680
     poll_interval_ns: int = 30
     trace: bool = False
+    columns: int = 1
 
     # --- ops and their work tiles ------------------------------------------------------------------------------------
 
@@ -196,9 +202,18 @@ class PersistentShape:
         """Of the projections, by kind."""
         layouts = zip((QKV, O_PROJ, GATE_UP, DOWN, LM_HEAD), self.layouts, strict=True)
         return {
-            kind: ProjectionPlan(kind, layout, kind in (O_PROJ, DOWN) and _has_half_tiles(layout))
+            kind: ProjectionPlan(kind, layout, self._takes_half_tiles(kind, layout), self._partial_sums)
             for kind, layout in layouts
         }
+
+    def _takes_half_tiles(self, kind: int, layout: PrepackedLayout) -> bool:
+        """8 columns leave none of the mma's B operand for the second k-tile of a stage of 8-row tiles."""
+        return kind in (O_PROJ, DOWN) and self.columns < MAX_COLUMNS and _has_half_tiles(layout)
+
+    @property
+    def _partial_sums(self) -> int:
+        """K-tiles whose sums are kept until they are reduced."""
+        return _PARTIAL_SUMS if self.columns == 1 else min(_PARTIAL_SUMS, _PARTIAL_SUMS_OF_COLUMNS // self.columns)
 
     def by_kind(self, size: Callable[[ProjectionPlan], int]) -> Any:
         """Device function (kind) -> a size of this kind's plan."""
@@ -263,7 +278,8 @@ class PersistentShape:
 
     @property
     def _rest_words(self) -> int:
-        return self.x_words + 2 * self.partial_words + _REDUCTION_WORDS + self.head_dim + self.table_words
+        rope_words = self.columns * self.head_dim
+        return self.x_words + 2 * self.partial_words + _REDUCTION_WORDS + rope_words + self.table_words
 
     @property
     def query_pitch(self) -> int:
@@ -276,8 +292,17 @@ class PersistentShape:
         """The input of a projection, float16; or the working set of attention: queries, newest key and value, sums."""
         widest = max(layout.padded_in_features for layout in self.layouts[:-1]) // 2
         result_words = self.partial_results * self.query_group * (self.head_dim + 2)
-        attention = MAX_QUERY_GROUP * self.query_pitch + self.head_dim + result_words
-        return -(-max(widest, attention) // 32) * 32
+        attention = MAX_QUERY_GROUP * self.query_pitch + self.columns * self.head_dim + result_words
+        inputs = widest if self.columns == 1 else self.columns * self.x_pitch
+        return -(-max(inputs, attention) // 32) * 32
+
+    @property
+    def x_pitch(self) -> int:
+        """Words from the input of one column to that of the next: an odd multiple of 64, so that `swizzled` moves every
+        other column to other banks.
+        """
+        widest = max(layout.padded_in_features for layout in self.layouts[:-1]) // 2
+        return (-(-widest // 64) | 1) * 64
 
     @property
     def partial_results(self) -> int:
@@ -286,8 +311,9 @@ class PersistentShape:
 
     @property
     def partial_words(self) -> int:
-        """Partial sums of a round's stages: 16 rows each."""
-        return max(_PARTIAL_SUMS, *(plan.work_tile_stages for plan in self.plans.values())) * 16
+        """Partial sums of a round's stages: 16 rows each, of each column."""
+        stages = max(self._partial_sums, *(plan.work_tile_stages for plan in self.plans.values()))
+        return stages * 16 * self.columns
 
     @property
     def table_words(self) -> int:
@@ -307,12 +333,12 @@ class PersistentShape:
 
     @property
     def rope_start(self) -> int:
-        """Cosines, then sines, of the token's position."""
+        """Cosines, then sines, of the token's position; those of one column after those of another."""
         return self.reduction_start + _REDUCTION_WORDS
 
     @property
     def table_start(self) -> int:
-        return self.rope_start + self.head_dim
+        return self.rope_start + self.columns * self.head_dim
 
     @property
     def full_start(self) -> int:
@@ -333,7 +359,7 @@ class PersistentShape:
 
     @property
     def mailbox(self) -> MailboxOffsets:
-        """Offsets of the mailbox; every part begins at a multiple of 128 bytes."""
+        """Offsets of the mailbox; every part begins at a multiple of 128 bytes, and has one column after the other."""
         sizes = {
             "residual_in": self.hidden // 2,
             "residual_in_exact": self.hidden,
@@ -350,7 +376,7 @@ class PersistentShape:
         starts, end = {}, 0
         for name, size in sizes.items():
             starts[name] = end
-            end += -(-size // 16) * 16
+            end += -(-size * self.columns // 16) * 16
         return MailboxOffsets(**starts, end=end)
 
     # --- what does not work ------------------------------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""Epilogues of the persistent kernel's projections for several columns (tokens): those of `epilogue.py`, each for one
+column of an entry.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import int64
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.comm.flagged import ll_store_pair, watchdog_trips
+from numba_atomflow.ops.cuda.gemv.epilogue import rope_pair, swiglu
+from numba_atomflow.ops.cuda.persistent.schedule import DOWN, GATE_UP, LM_HEAD, O_PROJ, QKV, PersistentShape
+from numba_atomflow.ops.cuda.persistent.wide_projection import make_row_sum
+from numba_atomflow.ops.cuda.scalars import u32
+
+
+def make_load_ahead(shape: PersistentShape) -> Any:
+    """Device function (kind, state, work_tile, entry, column, loaded). kind: that of `state`, as a constant where it is
+    one.
+    """
+    half_tiles_of, hidden = shape.by_kind(lambda plan: int(plan.half_tiles)), shape.hidden
+    residual_in, residual_mid = shape.mailbox.residual_in_exact, shape.mailbox.residual_mid_exact
+
+    @ptx.device_function
+    def load_ahead(kind, state, work_tile, entry, column, loaded):
+        if kind == O_PROJ or kind == DOWN:  # noqa: SIM109 (numba makes a loop of `in`)
+            row = (work_tile * 16 >> u32(half_tiles_of(kind))) + 2 * entry
+            start = residual_in if kind == O_PROJ else residual_mid
+            w0, w1, w2, w3 = ptx.ll_load(state.mailbox, start + column * hidden + row)
+            loaded[0], loaded[1], loaded[2], loaded[3] = w0, w1, w2, w3
+
+    return load_ahead
+
+
+def make_epilogue(shape: PersistentShape, load_ahead: Any) -> Any:
+    """Device function (state, work_tile, entry, column, loaded, floats, sums)."""
+    add_o, add_down = (_make_add(shape, kind, load_ahead) for kind in (O_PROJ, DOWN))
+    store_qkv, store_swiglu, store_logits = _make_store_qkv(shape), _make_store_swiglu(shape), _make_store_logits(shape)
+
+    @ptx.device_function
+    def epilogue(state, work_tile, entry, column, loaded, floats, sums):
+        if state.kind == QKV:
+            store_qkv(state, work_tile, entry, column, floats, sums)
+        elif state.kind == O_PROJ:
+            add_o(state, work_tile, entry, column, loaded, floats, sums)
+        elif state.kind == GATE_UP:
+            store_swiglu(state, work_tile, entry, column, floats, sums)
+        elif state.kind == DOWN:
+            add_down(state, work_tile, entry, column, loaded, floats, sums)
+        else:
+            store_logits(state, work_tile, entry, column, floats, sums)
+
+    return epilogue
+
+
+def _make_store_qkv(shape: PersistentShape) -> Any:
+    """q, k and v, rotated; k and v also to the cache."""
+    half, heads, kv_heads = shape.head_dim // 2, shape.heads, shape.kv_heads
+    head_tiles, kv_width = shape.qkv.section_tiles, kv_heads * shape.head_dim
+    q_pitch, kv_pitch = heads * half, kv_heads * half
+    q_start, k_start, v_start = shape.mailbox.q, shape.mailbox.k, shape.mailbox.v
+    row_sum, rope_start = make_row_sum(shape, QKV), shape.rope_start
+
+    @ptx.large_device_function
+    def store_qkv(state, tile, entry, column, floats, sums):
+        low, high = row_sum(floats, sums, entry, column), row_sum(floats, sums, entry + 8, column)
+        head, i = tile // head_tiles, tile % head_tiles * 8 + entry
+        if head < heads + kv_heads:
+            table = rope_start + column * 2 * half + i
+            low, high = rope_pair(low, high, floats[table], floats[table + half])
+        pair = ptx.pack_f16x2(low, high)
+        if head < heads:
+            ptx.ll_store(state.mailbox, q_start + column * q_pitch + head * half + i, pair, state.flag)
+        else:
+            is_key = head < heads + kv_heads
+            kv_head = head - heads if is_key else head - heads - kv_heads
+            word = (k_start if is_key else v_start) + column * kv_pitch + kv_head * half + i
+            ptx.ll_store(state.mailbox, word, pair, state.flag)
+            layer_start = state.keys_start if is_key else state.values_start
+            element = layer_start + (state.position + column) * kv_width + kv_head * 2 * half + i
+            state.cache16[element] = np.uint16(ptx.f16_bits(low))
+            state.cache16[element + half] = np.uint16(ptx.f16_bits(high))
+
+    return store_qkv
+
+
+def _make_add(shape: PersistentShape, kind: int, load_ahead: Any) -> Any:
+    """The residual stream plus the output of the o or down projection."""
+    rows, hidden = 16 >> int(shape.plans[kind].half_tiles), shape.hidden
+    is_o, mailbox = kind == O_PROJ, shape.mailbox
+    exact = mailbox.residual_mid_exact if is_o else mailbox.residual_in_exact
+    pairs = mailbox.residual_mid if is_o else mailbox.residual_in
+    row_sum = make_row_sum(shape, kind)
+
+    @ptx.large_device_function
+    def add(state, work_tile, entry, column, loaded, floats, sums):
+        row = work_tile * rows + 2 * entry
+        addend_flag = state.input_flag if is_o else state.flag
+        polls = u32(0)  # the words have nearly always arrived: the op's own input depends on all of them
+        while loaded[1] != addend_flag or loaded[3] != addend_flag:
+            load_ahead(kind, state, work_tile, entry, column, loaded)
+            polls = u32(polls + u32(1))
+            if watchdog_trips(state.watchdog, polls):
+                break
+        low = ptx.bits_f32(loaded[0]) + row_sum(floats, sums, 2 * entry, column)
+        high = ptx.bits_f32(loaded[2]) + row_sum(floats, sums, 2 * entry + 1, column)
+        ll_store_pair(state.mailbox, pairs + (column * hidden + row) // 2, low, high, state.flag)
+        word = exact + column * hidden + row
+        ptx.ll_store(state.mailbox, word, ptx.f32_bits(low), state.flag)
+        ptx.ll_store(state.mailbox, word + 1, ptx.f32_bits(high), state.flag)
+
+    return add
+
+
+def _make_store_swiglu(shape: PersistentShape) -> Any:
+    """silu(gate) * up, two elements per thread."""
+    start, pitch = shape.mailbox.intermediate, shape.intermediate // 2
+    row_sum = make_row_sum(shape, GATE_UP)
+
+    @ptx.device_function
+    def element(floats, sums, row, column):
+        return swiglu(row_sum(floats, sums, row, column), row_sum(floats, sums, row + 8, column))
+
+    @ptx.large_device_function
+    def store_swiglu(state, tile, entry, column, floats, sums):
+        low, high = element(floats, sums, 2 * entry, column), element(floats, sums, 2 * entry + 1, column)
+        word = start + column * pitch + tile * 4 + entry
+        ptx.ll_store(state.mailbox, word, ptx.pack_f16x2(low, high), state.flag)
+
+    return store_swiglu
+
+
+def _make_store_logits(shape: PersistentShape) -> Any:
+    """Logits, a row for each column."""
+    vocabulary = shape.lm_head.out_features
+    row_sum = make_row_sum(shape, LM_HEAD)
+
+    @ptx.large_device_function
+    def store_logits(state, tile, entry, column, floats, sums):
+        row = int64(tile * 16 + entry)
+        if row < vocabulary:
+            state.logits[column * vocabulary + row] = row_sum(floats, sums, entry, column)
+
+    return store_logits

@@ -1,0 +1,206 @@
+"""The persistent kernel for 2, 4 or 8 columns: a step of so many tokens at consecutive positions, from their embedding
+to their logits, in one launch; weights are read once.
+
+It is the kernel of `kernel.py` (producer, pipeline, schedule, flagged words) with a vector of everything per column.
+Column c has the bits that a step of one token at its position gives, logits, keys and values alike: every sum has the
+same order, every result is rounded at the same place. Each column is written to the mailbox beside the others, under
+the same flags. The kernel chooses no token, and leaves the position as it is.
+
+Launch: `shape.sms` CTAs of `CTA_THREADS` threads with `shape.dynamic_shared_bytes` of dynamic shared memory.
+Cost model: the bytes of weights and KV cache, once; the columns' words, which every CTA reads from L2.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from numba import cuda, float32, int64, uint16, uint32, uint64
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.comm.flagged import SPIN_LIMIT, Watchdog, ll_store_pair
+from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile, make_produce
+from numba_atomflow.ops.cuda.persistent.projection import BUFFER, CONSUMED
+from numba_atomflow.ops.cuda.persistent.schedule import (
+    ATTENTION,
+    CONSUMER_THREADS,
+    CTA_THREADS,
+    TABLE_UNIT,
+    PersistentShape,
+    layer_of,
+    make_kind_of,
+)
+from numba_atomflow.ops.cuda.persistent.staging import NormWeight, SharedMemory, sync_consumers
+from numba_atomflow.ops.cuda.persistent.wide_attention import LayerPast, make_attend_columns
+from numba_atomflow.ops.cuda.persistent.wide_epilogue import make_epilogue, make_load_ahead
+from numba_atomflow.ops.cuda.persistent.wide_projection import ColumnsState, make_project_columns
+from numba_atomflow.ops.cuda.persistent.wide_staging import make_stage_columns
+from numba_atomflow.ops.cuda.runtime.spec import F32, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
+from numba_atomflow.ops.cuda.scalars import i32, u32
+from numba_atomflow.ops.cuda.token.embedding import make_quad
+
+
+class WideArguments(NamedTuple):
+    """The kernel's parameter.
+
+    Attributes:
+        weights, table, cache16, cache, cosines, sines, fault, timestamps, kv_stride, first_op, end_op: as in
+            `PersistentArguments`.
+        mailbox: [shape.mailbox.end] words, of this kernel alone; zero before the first step.
+        steps: [2]; as in `PersistentArguments`, of this kernel alone.
+        tokens: [columns]. position: [1], of the first of them.
+        logits: [columns, V].
+    """
+
+    weights: U32
+    table: I64
+    cache16: U16
+    cache: U32
+    mailbox: U64
+    tokens: I32
+    position: I64
+    steps: I64
+    cosines: F32
+    sines: F32
+    logits: F32
+    fault: I32
+    timestamps: I64
+    kv_stride: NUMBER
+    first_op: NUMBER
+    end_op: NUMBER
+
+
+def make_wide(shape: PersistentShape) -> Any:
+    """Kernel (`WideArguments`)."""
+    ops, stages, table_start, full_start = shape.ops, shape.stages, shape.table_start, shape.full_start
+    produce, consume = make_produce(shape), _make_consume(shape)
+
+    @ptx.kernel(CTA_THREADS, 1)
+    def wide(io):
+        words = cuda.shared.array(0, uint32)
+        floats = cuda.shared.array(0, float32)
+        halves = cuda.shared.array(0, uint16)
+        keys = cuda.shared.array(0, int64)
+        barriers = cuda.shared.array(0, uint64)
+        thread = i32(cuda.threadIdx.x)
+        entry = thread
+        while entry < 2 * ops:
+            words[table_start + entry] = u32(io.table[entry])
+            entry += CTA_THREADS
+        if thread == 0:
+            for barrier in range(2 * stages):  # full and empty
+                ptx.barrier_init(barriers, ptx.shared_address(barriers, full_start + barrier), 1)
+            ptx.fence_barriers()
+        cuda.syncthreads()
+        shared = SharedMemory(words, halves, floats, keys, barriers)
+        if thread < CONSUMER_THREADS:
+            consume(io, shared, thread)
+        elif thread == CONSUMER_THREADS:
+            limit = cuda.local.array(1, uint32)
+            limit[0] = u32(SPIN_LIMIT)
+            produce(io, shared, Watchdog(limit, io.fault))
+
+    return wide
+
+
+def _make_consume(shape: PersistentShape) -> Any:
+    """Device function (io, shared, thread): a step of the consumer warps, op by op.
+
+    Arguments: io, `WideArguments`; shared, `SharedMemory`.
+    """
+    layers, ops, ctas, columns = shape.layers, shape.ops, shape.sms, shape.columns
+    table_start, rope_start, half = shape.table_start, shape.rope_start, shape.head_dim // 2
+    first_work_tile, kind_of = make_first_work_tile(ctas), make_kind_of(shape)
+    work_tiles_of, advance_of = shape.by_kind(lambda plan: plan.work_tiles), shape.by_kind(shape.schedule_advance)
+    load_ahead = make_load_ahead(shape)
+    project = make_project_columns(shape, load_ahead, make_epilogue(shape, load_ahead))
+    attend, stage, embed = make_attend_columns(shape), make_stage_columns(shape), _make_embed(shape)
+    end_step = _make_end_step(ctas)
+
+    @ptx.large_device_function
+    def consume(io, shared, thread):
+        words, floats, mailbox = shared.words, shared.floats, io.mailbox
+        progress = cuda.local.array(2, uint32)
+        limit = cuda.local.array(1, uint32)
+        progress[BUFFER], progress[CONSUMED] = u32(0), u32(0)
+        limit[0] = u32(SPIN_LIMIT)
+        watchdog = Watchdog(limit, io.fault)
+        epoch, position = u32(io.steps[0] * (layers + 1) + 1), io.position[0]
+        entry = thread
+        while entry < columns * half:
+            column, i = entry // half, entry % half
+            floats[rope_start + 2 * column * half + i] = io.cosines[position * half + entry]
+            floats[rope_start + (2 * column + 1) * half + i] = io.sines[position * half + entry]
+            entry += CONSUMER_THREADS
+        embed(io, words, epoch, thread)
+
+        offset = i32(0)
+        for op in range(1, ops):
+            kind, layer = kind_of(op), layer_of(op)
+            input_flag = u32(epoch + u32(layer))
+            flag = u32(input_flag + u32(1))
+            keys_start = 2 * layer * io.kv_stride
+            values_start = keys_start + io.kv_stride
+            if kind == ATTENTION:
+                past = LayerPast(io.cache, keys_start // 2, values_start // 2, i32(position))
+                attend(mailbox, flag, watchdog, past, thread, shared)
+                continue
+            work_tile = first_work_tile(offset)
+            offset = (offset + advance_of(kind)) % i32(ctas)
+            if work_tile < work_tiles_of(kind):
+                norm = NormWeight(io.weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT)
+                stage(kind, mailbox, input_flag, flag, norm, thread, shared, watchdog)
+                state = ColumnsState(
+                    *(mailbox, io.cache16, io.logits, kind, input_flag, flag, position),
+                    *(keys_start, values_start, watchdog),
+                )
+                project(state, work_tile, thread, shared, progress)
+        sync_consumers()
+        if thread == 0:
+            end_step(io.steps)
+
+    return consume
+
+
+def _make_embed(shape: PersistentShape) -> Any:
+    """Device function (io, words, epoch, thread): the tokens' rows of the embedding, to the mailbox."""
+    quads, columns, hidden, table_start = shape.hidden // 4, shape.columns, shape.hidden, shape.table_start
+    pairs, exact = shape.mailbox.residual_in, shape.mailbox.residual_in_exact
+    look_up = make_quad(shape.embedding)
+
+    @ptx.large_device_function
+    def embed(io, words, epoch, thread):
+        mailbox = io.mailbox
+        entry = i32(cuda.blockIdx.x) * CONSUMER_THREADS + thread
+        while entry < columns * quads:
+            column = entry // quads
+            quad = entry - column * quads
+            row_start = int64(words[table_start]) * TABLE_UNIT
+            x0, x1, x2, x3 = look_up(io.weights, row_start, int64(io.tokens[column]), int64(quad))
+            index = column * hidden + quad * 4
+            ll_store_pair(mailbox, pairs + index // 2, x0, x1, epoch)
+            ll_store_pair(mailbox, pairs + index // 2 + 1, x2, x3, epoch)
+            ptx.ll_store(mailbox, exact + index, ptx.f32_bits(x0), epoch)
+            ptx.ll_store(mailbox, exact + index + 1, ptx.f32_bits(x1), epoch)
+            ptx.ll_store(mailbox, exact + index + 2, ptx.f32_bits(x2), epoch)
+            ptx.ll_store(mailbox, exact + index + 3, ptx.f32_bits(x3), epoch)
+            entry += i32(cuda.gridDim.x) * CONSUMER_THREADS
+
+    return embed
+
+
+def _make_end_step(ctas: int) -> Any:
+    """Device function (steps): a CTA has completed its step; the last one to do so counts the step."""
+
+    @ptx.device_function
+    def end_step(steps):
+        if cuda.atomic.add(steps, 1, 1) == ctas - 1:
+            steps[0] += 1
+            steps[1] = 0
+
+    return end_step
+
+
+def wide_kernel(shape: PersistentShape) -> Planned:
+    """The kernel of `make_wide`."""
+    name, shared_bytes = f"persistent_x{shape.columns}", shape.dynamic_shared_bytes
+    spec = kernel_spec(name, make_wide, WideArguments, CTA_THREADS, shared_bytes, shape=shape)
+    return Planned(replace(spec, cooperative=True), shape.sms)

@@ -1,0 +1,219 @@
+"""The inputs of a projection for several columns (tokens), staged in shared memory as float16, `shape.x_pitch` words
+from one to the next.
+
+A column has the bits that `staging.py` gives to a step of one token: a thread has the same elements of it, and the sums
+of the norm have the same order. The words of several columns are loaded together, so that their latencies overlap.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32, uint32
+
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.comm.flagged import has_pair_flag, unpack_pair, watchdog_trips
+from numba_atomflow.ops.cuda.persistent.schedule import (
+    CONSUMER_THREADS,
+    CONSUMER_WARPS,
+    DOWN,
+    GATE_UP,
+    O_PROJ,
+    PersistentShape,
+)
+from numba_atomflow.ops.cuda.persistent.staging import swizzled, sync_consumers
+from numba_atomflow.ops.cuda.scalars import i32, u32
+
+_LOADS = 20  # of 16 bytes, that a thread has in flight
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+def _make_await_sample(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
+    """Device function (mailbox, start, flag, thread, watchdog): one warp polls a sample of 32 of `quads` quads (two
+    words each) until all have the flag, while the others wait: if every CTA polled all words, L2's queues would fill.
+    """
+    interval, stride = shape.poll_interval_ns, max(1, quads // 32)
+
+    @ptx.device_function
+    def await_sample(mailbox, start, flag, thread, watchdog):
+        polls = u32(0)
+        if thread < 32:
+            missing, waiting = u32(32), True
+            while missing > u32(0):
+                if waiting:
+                    _, high0, _, high1 = ptx.ll_load(mailbox, start + 2 * min(thread * stride, quads - 1))
+                    if pairs:
+                        waiting = not (has_pair_flag(high0, flag) and has_pair_flag(high1, flag))
+                    else:
+                        waiting = high0 != flag or high1 != flag
+                polls = u32(polls + u32(1))
+                if waiting and watchdog_trips(watchdog, polls):
+                    waiting = False
+                missing = u32(ptx.count_lanes(u32(waiting)))
+                if missing > u32(0):
+                    ptx.nanosleep(u32(interval))
+        sync_consumers()
+
+    return await_sample
+
+
+def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
+    """Device function (mailbox, start, flag, norm, thread, shared, watchdog): x is the RMSNorm of the residual stream,
+    for every column.
+
+    Arguments: start, word of the mailbox at which the residual stream begins, as pairs; norm, `NormWeight`.
+
+    Args:
+        padded: elements of x with padding.
+    """
+    width, x_start, x_pitch, reduction_start = shape.hidden, shape.x_start, shape.x_pitch, shape.reduction_start
+    columns, interval, words_per_column = shape.columns, shape.poll_interval_ns, shape.hidden // 2
+    quads, all_quads = width // 4, padded // 4
+    input_rounds, rounds = -(-quads // CONSUMER_THREADS), -(-all_quads // CONSUMER_THREADS)
+    batch = min(columns, max(1, 1 << (_LOADS // input_rounds).bit_length() - 1)) if input_rounds <= _LOADS else 1
+    gain_registers, registers = 4 * input_rounds, 4 * input_rounds * batch
+    await_sample = _make_await_sample(shape, columns * quads, pairs=True)
+    inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
+
+    @ptx.device_function
+    def receive(mailbox, start, flag, thread, received, watchdog):
+        """The words of `batch` columns."""
+        polls, waiting = u32(0), True
+        while waiting:
+            waiting = False
+            for column in range(batch):
+                for i in range(input_rounds):
+                    quad = min(i * CONSUMER_THREADS + thread, quads - 1)
+                    w0, w1, w2, w3 = ptx.ll_load(mailbox, start + column * words_per_column + 2 * quad)
+                    base = 4 * (column * input_rounds + i)
+                    received[base], received[base + 1], received[base + 2], received[base + 3] = w0, w1, w2, w3
+            for load in range(batch * input_rounds):
+                if not (has_pair_flag(received[4 * load + 1], flag) and has_pair_flag(received[4 * load + 3], flag)):
+                    waiting = True
+            polls = u32(polls + u32(1))
+            if waiting:
+                ptx.nanosleep(u32(interval))
+                if watchdog_trips(watchdog, polls):
+                    waiting = False
+
+    @ptx.large_device_function
+    def stage_norms(mailbox, start, flag, norm, thread, shared, watchdog):
+        words, floats = shared.words, shared.floats
+        gains = cuda.local.array(gain_registers, float32)
+        received = cuda.local.array(registers, uint32)
+        for i in range(input_rounds):
+            quad = i * CONSUMER_THREADS + thread
+            if quad < quads:
+                w0, w1, w2, w3 = ptx.load_16(norm.weights, norm.start + quad * 4)
+                gains[4 * i], gains[4 * i + 1] = ptx.bits_f32(w0), ptx.bits_f32(w1)
+                gains[4 * i + 2], gains[4 * i + 3] = ptx.bits_f32(w2), ptx.bits_f32(w3)
+        await_sample(mailbox, start, flag, thread, watchdog)
+        first = i32(0)
+        while first < columns:
+            receive(mailbox, start + first * words_per_column, flag, thread, received, watchdog)
+            for column in range(batch):
+                squares = _ZERO
+                for i in range(input_rounds):
+                    base = 4 * (column * input_rounds + i)
+                    a, b = unpack_pair(received[base], received[base + 1])
+                    c, d = unpack_pair(received[base + 2], received[base + 3])
+                    if i * CONSUMER_THREADS + thread < quads:
+                        squares += (a * a + b * b) + (c * c + d * d)
+                squares = ptx.warp_sum(squares)
+                if thread & 31 == 0:
+                    floats[reduction_start + (first + column) * CONSUMER_WARPS + (thread >> 5)] = squares
+            sync_consumers()
+            for column in range(batch):
+                squares = _ZERO
+                for warp in range(CONSUMER_WARPS):
+                    squares += floats[reduction_start + (first + column) * CONSUMER_WARPS + warp]
+                factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
+                for i in range(rounds):
+                    quad = i * CONSUMER_THREADS + thread
+                    index = x_start + swizzled((first + column) * x_pitch + 2 * quad)
+                    if i < input_rounds and quad < quads:
+                        base = 4 * (column * input_rounds + i)
+                        a, b = unpack_pair(received[base], received[base + 1])
+                        words[index] = ptx.pack_f16x2(a * factor * gains[4 * i], b * factor * gains[4 * i + 1])
+                        a, b = unpack_pair(received[base + 2], received[base + 3])
+                        words[index + 1] = ptx.pack_f16x2(a * factor * gains[4 * i + 2], b * factor * gains[4 * i + 3])
+                    elif quad < all_quads:
+                        words[index] = u32(0)
+                        words[index + 1] = u32(0)
+            first = i32(first + batch)
+        sync_consumers()
+
+    return stage_norms
+
+
+def make_stage_copies(shape: PersistentShape, width: int, padded: int) -> Any:
+    """Device function (mailbox, start, flag, thread, words, watchdog): x is, for every column, a vector of float16
+    pairs, as received.
+    """
+    x_start, x_pitch, columns, interval = shape.x_start, shape.x_pitch, shape.columns, shape.poll_interval_ns
+    quads, padding = width // 4, (padded - width) // 4
+    padding_or_one = max(padding, 1)  # a divisor, also where there is none
+    all_quads = columns * quads
+    loads = min(16, -(-all_quads // CONSUMER_THREADS))
+    registers, step = 4 * loads, loads * CONSUMER_THREADS
+    await_sample = _make_await_sample(shape, all_quads, pairs=False)
+
+    @ptx.large_device_function
+    def stage_copies(mailbox, start, flag, thread, words, watchdog):
+        received = cuda.local.array(registers, uint32)
+        await_sample(mailbox, start, flag, thread, watchdog)
+        first = i32(thread)
+        while first < all_quads:
+            polls, waiting = u32(0), True
+            while waiting:
+                waiting = False
+                for i in range(loads):
+                    quad = i32(min(first + i * CONSUMER_THREADS, all_quads - 1))
+                    w0, w1, w2, w3 = ptx.ll_load(mailbox, start + 2 * quad)
+                    received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
+                for i in range(loads):
+                    if received[4 * i + 1] != flag or received[4 * i + 3] != flag:
+                        waiting = True
+                polls = u32(polls + u32(1))
+                if waiting:
+                    ptx.nanosleep(u32(interval))
+                    if watchdog_trips(watchdog, polls):
+                        waiting = False
+            for i in range(loads):
+                quad = i32(first + i * CONSUMER_THREADS)
+                if quad < all_quads:
+                    column = i32(u32(quad) // u32(quads))
+                    index = x_start + swizzled(column * x_pitch + 2 * (quad - column * quads))
+                    words[index], words[index + 1] = received[4 * i], received[4 * i + 2]
+            first = i32(first + step)
+        entry = i32(thread)
+        while entry < columns * padding:
+            column = i32(entry // padding_or_one)
+            index = x_start + swizzled(column * x_pitch + 2 * (quads + entry - column * padding))
+            words[index], words[index + 1] = u32(0), u32(0)
+            entry = i32(entry + CONSUMER_THREADS)
+        sync_consumers()
+
+    return stage_copies
+
+
+def make_stage_columns(shape: PersistentShape) -> Any:
+    """Device function (kind, mailbox, input_flag, flag, norm, thread, shared, watchdog): stage the inputs of a
+    projection of this kind. The arguments are those of `staging.make_stage`.
+    """
+    offsets = shape.mailbox
+    stage_norms = make_stage_norms(shape, shape.qkv.padded_in_features)
+    stage_attn_out = make_stage_copies(shape, shape.heads * shape.head_dim, shape.o.padded_in_features)
+    stage_intermediate = make_stage_copies(shape, shape.intermediate, shape.down.padded_in_features)
+
+    @ptx.large_device_function
+    def stage(kind, mailbox, input_flag, flag, norm, thread, shared, watchdog):
+        if kind == O_PROJ:
+            stage_attn_out(mailbox, offsets.attn_out, flag, thread, shared.words, watchdog)
+        elif kind == DOWN:
+            stage_intermediate(mailbox, offsets.intermediate, flag, thread, shared.words, watchdog)
+        else:
+            start, norm_flag = (offsets.residual_mid, flag) if kind == GATE_UP else (offsets.residual_in, input_flag)
+            stage_norms(mailbox, start, norm_flag, norm, thread, shared, watchdog)
+
+    return stage

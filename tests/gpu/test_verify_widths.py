@@ -1,0 +1,155 @@
+"""Steps of several tokens on a GPU: each column has the bits of the decode step of one token, logits and KV cache."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from device_launch import capability
+from numpy.typing import NDArray
+from tiny_models import tiny_geometry
+from wide_cases import CASES, CASES_OF_MANY_CTAS, WideCase, check_bits
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead
+from numba_atomflow.sampling import Sampler
+
+CONTEXTS = (1, 100, 222, 1790, 4000)  # 222 and 1790: columns on both sides of a change of the KV splits
+COUNTS = (1, 2, 3, 4, 5, 8)
+GEOMETRIES = {
+    "SmolLM2": tiny_geometry(
+        layers=2, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152, max_positions=4096
+    ),
+    "3B": replace(PRESETS["llama-3.2-3b"], layers=2),
+    "8B": replace(PRESETS["llama-3.1-8b"], layers=1),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bulk_copies() -> None:
+    if capability() < (9, 0):
+        pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
+
+
+@pytest.fixture(params=GEOMETRIES)
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with Engine.random(GEOMETRIES[request.param], "cuda", max_seq_len=4096, decode="persistent") as opened:
+        yield opened
+
+
+def cache_rows(backend: CudaBackend, start: int, stop: int) -> NDArray[np.uint16]:
+    """Keys and values of all layers at positions start .. stop - 1."""
+    ops = [op for op in backend.step(1, NO_LOGITS) if isinstance(op, Attention)]
+    with backend.memory() as memory:
+        rows = [memory.read(view)[start:stop] for op in ops for view in (op.keys, op.values)]
+    return np.stack(rows).view(np.uint16)
+
+
+def decode_steps(engine: Engine, position: int, tokens: list[int]) -> NDArray[np.float32]:
+    """Logits of these tokens, taken one by one by the kernel of decode steps."""
+    backend = engine.backend
+    backend.start(Sampler(SamplingParams(), engine.geometry.vocabulary, ()))
+    backend.seek(position)
+    logits = []
+    for offset, token in enumerate(tokens):
+        backend.seek(position + offset)
+        logits.append(_decode_step(backend, token))
+    return np.stack(logits)
+
+
+def _decode_step(backend: CudaBackend, token: int) -> NDArray[np.float32]:
+    """One whole decode step, in the launch that generations use; its logits."""
+    graphs, queue = backend._graphs, backend._queue
+    with backend._owner.current():
+        backend._send([token])
+        queue.run(1, SAMPLE)
+    backend.sampled_tokens()
+    head = next(op for op in backend.step(1, SAMPLE) if isinstance(op, LmHead))
+    assert graphs.samples_in_kernel
+    with backend.memory() as memory:
+        return memory.read(head.logits)[0]
+
+
+@pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_CTAS], ids=str)
+def test_columns_have_the_bits_of_single_steps(case: WideCase) -> None:
+    check_bits(case)
+
+
+def test_steps_of_any_width_have_the_bits_of_decode_steps(engine: Engine) -> None:
+    backend = engine.backend
+    assert isinstance(backend, CudaBackend)
+    width, tokens = backend.verification.width, np.random.default_rng(1).integers(0, 4096, 4096).tolist()
+    assert width >= 4
+    engine.feed(tokens[:4090])
+    for context in CONTEXTS:
+        proposed = tokens[context : context + width]
+        expected = decode_steps(engine, context, proposed)
+        expected_cache = cache_rows(backend, context, context + width)
+        assert np.isfinite(expected).all()
+        for count in COUNTS:
+            if count > width:
+                continue
+            backend.seek(context)
+            got = backend.verify(proposed[:count]).copy()
+            differing = np.flatnonzero((got.view(np.uint32) != expected[:count].view(np.uint32)).any(axis=1))
+            assert differing.size == 0, f"context {context}, {count} tokens: logits of columns {differing}"
+            cache = cache_rows(backend, context, context + count)
+            assert np.array_equal(cache, expected_cache[:, :count]), f"context {context}, {count} tokens: KV cache"
+
+
+def test_a_step_at_the_end_of_the_context(engine: Engine) -> None:
+    backend = engine.backend
+    tokens = np.random.default_rng(2).integers(0, 4096, 4096).tolist()
+    engine.feed(tokens[:4090])
+    count = min(3, backend.verification.width)
+    position = engine.max_seq_len - count
+    expected = decode_steps(engine, position, tokens[:count])
+    backend.seek(position)
+    got = backend.verify(tokens[:count])
+    assert np.array_equal(got.view(np.uint32), expected.view(np.uint32))
+    with pytest.raises(IndexError):
+        backend.verify(tokens[: count + 1])
+
+
+class Continuation:
+    """Proposes the true continuation, with some tokens replaced."""
+
+    def __init__(self, tokens: list[int], start: int) -> None:
+        self.tokens, self.start = tokens, start
+
+    def propose(self, token_ids: list[int], limit: int) -> list[int]:
+        at = len(token_ids) - self.start
+        return [token ^ (place % 5 == 0) for place, token in enumerate(self.tokens[at : at + limit], at)]
+
+    def observe(self, result: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_reply_is_the_same_with_and_without_a_drafter(temperature: float) -> None:
+    geometry = replace(GEOMETRIES["SmolLM2"], vocabulary=4096)
+    params = SamplingParams(max_tokens=120, temperature=temperature, seed=3, logprobs=0)  # chosen on the host
+    prompt = list(range(5, 60))
+    with Engine.random(geometry, "cuda", max_seq_len=512, decode="persistent") as engine:
+        plain = engine.generate_tokens(prompt, params).finish().token_ids
+        drafter = Continuation(plain, len(prompt))
+        reply = engine.generate_tokens(prompt, params, drafter=drafter).finish()
+        assert reply.token_ids == plain
+        assert reply.stats.accepted > 60
+        if temperature == 0.0:
+            device = engine.generate_tokens(prompt, SamplingParams(max_tokens=120)).finish().token_ids
+            assert device == plain
+
+
+def test_prompt_lookup_only_where_it_is_asked_for() -> None:
+    geometry = GEOMETRIES["SmolLM2"]
+    with Engine.random(geometry, "cuda", max_seq_len=512, decode="persistent") as engine:
+        prompt = [7, 8, 9, 10] * 12
+        plain = engine.generate_tokens(prompt, SamplingParams(max_tokens=60)).finish()
+        assert plain.stats.proposed == 0
+        lookup = engine.generate_tokens(prompt, SamplingParams(max_tokens=60, speculate="lookup")).finish()
+        assert lookup.token_ids == plain.token_ids
