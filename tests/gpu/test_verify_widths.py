@@ -8,7 +8,7 @@ import pytest
 from device_launch import capability
 from numpy.typing import NDArray
 from tiny_models import tiny_geometry
-from wide_cases import CASES, CASES_OF_MANY_CTAS, WideCase, check_bits
+from wide_cases import CASES, CASES_OF_MANY_CTAS, LARGE_CASES, WideCase, check_bits
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
@@ -74,7 +74,7 @@ def _decode_step(backend: CudaBackend, token: int) -> NDArray[np.float32]:
         return memory.read(head.logits)[0]
 
 
-@pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_CTAS], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_CTAS, *LARGE_CASES], ids=str)
 def test_columns_have_the_bits_of_single_steps(case: WideCase) -> None:
     check_bits(case)
 

@@ -42,6 +42,9 @@ CASES = (
     WideCase(PersistentCase(80, 520, 1, 1, 80, position=13, stages=12, fp16_head=True), 4),  # k-tiles of 4 and 1 groups
 )
 CASES_OF_MANY_CTAS = (
+    WideCase(PersistentCase(64, 72, 2, 1, 32, position=223, sms=3), 2),  # a column at each side of a change of splits
+)
+LARGE_CASES = (  # minutes in the simulator, where they pass as well
     WideCase(PersistentCase(64, 72, 2, 1, 32, position=223, sms=3), 4),  # columns with one KV split, and with three
     WideCase(PersistentCase(64, 2048, 8, 1, 128, position=5, sms=3), 4),  # 8-row tiles
     WideCase(PersistentCase(64, 1024, 2, 1, 32, position=5, sms=3), 8),  # 8-row tiles for one column, 16 for eight

@@ -168,7 +168,7 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int) -> Any:
             while waiting:
                 waiting = False
                 for i in range(loads):
-                    quad = i32(min(first + i * CONSUMER_THREADS, all_quads - 1))
+                    quad = min(i32(first + i * CONSUMER_THREADS), i32(all_quads - 1))
                     w0, w1, w2, w3 = ptx.ll_load(mailbox, start + 2 * quad)
                     received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
                 for i in range(loads):
