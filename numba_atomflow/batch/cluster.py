@@ -5,10 +5,12 @@ Scheduling, retries and progress are Ray Data's. Ray's settings that differ from
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from numba_atomflow.batch.rows import Row
@@ -64,19 +66,16 @@ class ShardResults(NamedTuple):
 
 
 def check_ray() -> None:
-    """Import Ray.
+    """Check that Ray is installed, without importing it.
 
     Raises:
-        OptionError: it is not installed.
+        OptionError: it is not.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ code writes to standard error
-    try:
-        import ray.data  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise OptionError(
-            f"Batches need the Python package {error.name}; install it by pip install 'numba-atomflow[ray]'."
-        ) from error
+    for package in ("ray", "pyarrow"):
+        if find_spec(package) is None:
+            raise OptionError(
+                f"Batches need the Python package {package}; install it by pip install 'numba-atomflow[ray]'."
+            )
 
 
 @contextmanager
@@ -85,9 +84,9 @@ def connected(options: ActorOptions) -> Iterator[None]:
 
     Raises:
         BackendError: there is no Ray at the address.
-        OptionError: Ray is not installed, or this process uses Ray already.
+        OptionError: this process uses Ray already.
     """
-    check_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
     import ray
 
     if ray.is_initialized():
@@ -108,7 +107,8 @@ def connected(options: ActorOptions) -> Iterator[None]:
             f"address {LOCAL}."
         ) from error
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # Ray prints there that a process died
+            yield
     finally:
         ray.shutdown()
 

@@ -40,6 +40,8 @@ _OPTIONS = frozenset(
         "max_sequences",
         "block_size",
         "blocks",
+        "actors",
+        "rows_per_shard",
     }
 )
 

@@ -6,7 +6,7 @@ On a busy machine a child may take many times as long as on an idle one. A child
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -94,3 +94,13 @@ def run(
     if check and result.returncode:
         raise AssertionError(f"{command} ended with {result.returncode}: {err}")
     return result
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[Any]", what: str) -> None:
+    """Wait for what a running process does, `what` in words."""
+    watchdog = Watchdog(process, what)
+    while not condition():
+        assert process.poll() is None, f"the process ended before {what}: {process.communicate()}"
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.1)
+        watchdog.check()
