@@ -8,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3.11}" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --disable-pip-version-check --quiet --dry-run --report "$work/report.json" \
-    torch==2.13.0 '.[dev,validate,plot,formats,cu13,serve,serve-test,guided,eval]'
+    torch==2.13.0 '.[dev,validate,plot,formats,cu13,serve,serve-test,guided,eval,ray]'
 
 "$work/venv/bin/python" - "$work/report.json" >"$work/lock" <<'END'
 import json
@@ -22,7 +22,7 @@ packages = sorted(
     for item in report["install"]
 )
 print("# Made by scripts/lock.sh on Python", platform.python_version(), platform.system(), platform.machine())
-print("# Use: pip install --constraint requirements-dev.lock -e '.[dev,validate,plot,formats,cu13,serve,serve-test,guided,eval]'")
+print("# Use: pip install --constraint requirements-dev.lock -e '.[dev,validate,plot,formats,cu13,serve,serve-test,guided,eval,ray]'")
 for name, version in packages:
     if name != "numba-atomflow":
         print(f"{name}=={version}")

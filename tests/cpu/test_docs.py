@@ -129,7 +129,7 @@ def test_every_picture_of_the_documents_is_shown_somewhere() -> None:
     assert [name for name in pictures if name not in shown] == []
 
 
-COMMAND = re.compile(r"numba-atomflow (sandbox )?([a-z-]+)((?: [^`#|\n]*)?)")
+COMMAND = re.compile(r"numba-atomflow (sandbox |batch )?([a-z-]+)((?: [^`#|\n]*)?)")
 SCRIPT = re.compile(r"(?:python|bash) (scripts/\w+\.(?:py|sh))([^`#|\n]*)")
 OPTION = re.compile(r"(?<= )-{1,2}[a-z][a-z-]*")
 
@@ -138,7 +138,7 @@ def wrong_commands(text: str) -> Iterator[str]:
     """Commands and options in `text` that the command line does not have."""
     commands: Any = get_command(app)
     for match in COMMAND.finditer(text):
-        group = commands.commands["sandbox"] if match[1] else commands
+        group = commands.commands[match[1].strip()] if match[1] else commands
         if match[2] not in group.commands:
             yield f"{match[0]}: no such command"
             continue
