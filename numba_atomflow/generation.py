@@ -230,7 +230,9 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
     tokens = backend.sampled_tokens()
     stats.ttft = time.perf_counter() - request.started
     while True:
+        logprobs = () if request.params.logprobs is None else backend.sampled_logprobs()
         for number, token in enumerate(tokens, 1):
+            state.logprobs.extend(logprobs[number - 1 : number])
             _record(state, context, request, token)
             yield token
             if state.finish_reason:
@@ -246,7 +248,7 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
 def needs_logits(request: Request) -> bool:
     """Whether the host has to see the logits of each token: then `host_sampled_loop` generates, not `token_loop`."""
     params = request.params
-    options = params.logprobs, params.prompt_logprobs, params.constraint, request.drafter
+    options = params.prompt_logprobs, params.constraint, request.drafter
     return any(option is not None for option in options)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.trace import StepTrace
+from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Head, Op
@@ -177,6 +178,9 @@ class Backend(Protocol):
 
         All but the last of them are in the KV cache already; `decode` continues with the last.
         """
+
+    def sampled_logprobs(self) -> Sequence[TokenLogprobs]:
+        """How likely the tokens that `sampled_tokens` has returned were; only if the sampler requests `logprobs`."""
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""

@@ -15,6 +15,7 @@ from numba_atomflow.backends.base import Backend, DecodePath, Measurements, Memo
 from numba_atomflow.errors import OptionError
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.memory.bounds import check_range
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.activations import Activation, select
@@ -286,6 +287,10 @@ class EditedBackend:
     def sampled_tokens(self) -> Sequence[int]:
         """The tokens that the last step has sampled."""
         return self._backend.sampled_tokens()
+
+    def sampled_logprobs(self) -> Sequence[TokenLogprobs]:
+        """How likely they were."""
+        return self._backend.sampled_logprobs()
 
 
 def edits_of(functions: Mapping[str, Edit], geometry: ModelGeometry) -> list[tuple[Activation, Edit]]:

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens: against plain log-softmax, and in generations that choose on the host."""
+"""Log-probabilities of tokens: against plain log-softmax, and in generations"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +116,19 @@ def test_of_the_prompt(engine: Engine, length: int) -> None:
         assert got.token == token
         assert got.logprob == pytest.approx(row[token], abs=1e-9)
         assert [likely for likely, _ in got.top] == np.argsort(-row)[:2].tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.3}])
+def test_the_backend_computes_what_the_host_does(engine: Engine, options: dict[str, float]) -> None:
+    """Without speculation and constraints the backend chooses, otherwise the host."""
+    replies = []
+    for speculate in ("off", "lookup"):
+        engine.reset()
+        params = SamplingParams(max_tokens=8, logprobs=3, speculate=speculate, ignore_eos=True, **options)
+        replies.append(engine.generate_tokens(some_tokens(20), params).finish())
+    assert replies[0].token_ids == replies[1].token_ids
+    assert replies[0].logprobs == replies[1].logprobs
+    assert len(replies[0].logprobs) == 8
 
 
 def test_a_text_has_them_for_each_token(engine: Engine) -> None:

@@ -13,6 +13,8 @@ from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.backends.cuda.graphs import is_decode, split_tail
 from numba_atomflow.backends.cuda.queue import RUN_AHEAD
 from numba_atomflow.model.step import LAST_LOGITS, NO_LOGITS, SAMPLE, Advance, Head, LmHead, Sample
+from numba_atomflow.ops.cuda.token.logprobs import LOGPROB_RING
+from numba_atomflow.sampling import Sampler, SamplingParams
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
 pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is none for macOS")
@@ -125,3 +127,33 @@ def test_decode_steps_are_queued_ahead(pretended: PretendedDriver, backend: Cuda
         first = len(pretended.calls)
         backend.decode()
         assert since(pretended, first)["cuGraphLaunch"] == steps
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_are_part_of_the_steps_that_sample(
+    pretended: PretendedDriver, backend: CudaBackend, temperature: float
+) -> None:
+    def kernels(tokens: int) -> list[str]:
+        with backend._owner.current():
+            return [launch.kernel.spec.name for launch in backend._graphs.launches(tokens, SAMPLE)]
+
+    def sampler(logprobs: int | None) -> Sampler:
+        return Sampler(SamplingParams(temperature, logprobs=logprobs), tiny_geometry().vocabulary, ())
+
+    backend.start(sampler(None))
+    plain = {tokens: kernels(tokens) for tokens in (1, 3)}
+    backend.start(sampler(5))
+    for tokens in plain:
+        assert kernels(tokens)[-3:] == ["sample", "logprobs", "advance_sampled"]
+    for expected in (1, 0):  # captured once
+        first = len(pretended.calls)
+        backend.prefill([1], SAMPLE)
+        backend.decode()
+        assert since(pretended, first)["cuGraphInstantiate"] == expected
+        backend.seek(0)
+    backend.start(sampler(None))
+    assert {tokens: kernels(tokens) for tokens in plain} == plain
+
+
+def test_the_ring_of_logprobs_is_longer_than_the_host_is_behind() -> None:
+    assert LOGPROB_RING > RUN_AHEAD + 1

@@ -23,11 +23,13 @@ from sample_reference import DISTRIBUTIONS
 from token_kernel_cases import (
     ARGMAXES,
     EMBEDDINGS,
+    LOGPROBS,
     SAMPLES,
     TokenCase,
     check_advance,
     check_argmax,
     check_embedding,
+    check_logprobs,
     check_same_logits,
     check_sample,
 )
@@ -119,6 +121,12 @@ def test_from_the_same_logits_the_cpu_draws_the_same_tokens(kind: str, params: S
 @pytest.mark.parametrize(("threads", "bins", "capacity"), [(64, 64, 8), (1024, 2048, 512)])
 def test_sample(case: TokenCase, threads: int, bins: int, capacity: int) -> None:
     check_sample(case, threads, bins, capacity)
+
+
+@pytest.mark.parametrize("kind", LOGPROBS)
+@pytest.mark.parametrize(("threads", "vocabulary"), [(64, 300), (1024, 7), (1024, 128_256), (1024, 262_144)])
+def test_logprobs(kind: str, threads: int, vocabulary: int) -> None:
+    check_logprobs(kind, threads, vocabulary, tokens=5)
 
 
 def test_advance() -> None:

@@ -34,7 +34,14 @@ CASES = sorted(
 )
 # What --fast compiles: what is quick on every architecture, and one projection, attention and sampler of each kind.
 QUICK = {"advance", "advance_sampled", "argmax", "embed_x1", "read", "prepack"}
-FAST = {("attention_x1", (9, 0)), ("qkv_x1", (8, 0)), ("gate_up_x5", (8, 9)), ("down_x1", (12, 0)), ("sample", (9, 0))}
+FAST = {
+    ("attention_x1", (9, 0)),
+    ("qkv_x1", (8, 0)),
+    ("gate_up_x5", (8, 9)),
+    ("down_x1", (12, 0)),
+    ("sample", (9, 0)),
+    ("logprobs", (9, 0)),
+}
 
 
 @lru_cache(maxsize=2)

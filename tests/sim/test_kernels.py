@@ -20,11 +20,13 @@ from kernel_cases import (
 from token_kernel_cases import (
     ARGMAXES,
     EMBEDDINGS,
+    LOGPROBS,
     SAMPLES,
     TokenCase,
     check_advance,
     check_argmax,
     check_embedding,
+    check_logprobs,
     check_sample,
 )
 
@@ -68,6 +70,16 @@ def test_argmax(case: TokenCase) -> None:
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_sample(case: TokenCase) -> None:
     check_sample(case)
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("kind", LOGPROBS)
+def test_logprobs(kind: str) -> None:
+    check_logprobs(kind)
+
+
+def test_logprobs_of_few_tokens() -> None:
+    check_logprobs("normal", vocabulary=7)
 
 
 def test_advance() -> None:

@@ -30,6 +30,7 @@ from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.layout.weights import prepack_reference
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec, Planned
+from numba_atomflow.ops.cuda.token.logprobs import LOGPROB_RING, RECORD_WORDS
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.validate import check, record
 
@@ -152,7 +153,8 @@ class SimulatedBackend:
         self.array(buffers["sampling.best"])[:] = LOWEST_KEY
         self.ring = np.zeros(TOKEN_RING, np.uint64)
         loaded: Any = SimulatedKernels(kernels.planned)
-        self.graphs = StepGraphs(self.model, loaded, view_of("ring", self.ring), None, capture=False)  # type: ignore[arg-type]
+        rings = view_of("ring", self.ring), view_of("logprobs", np.zeros(LOGPROB_RING * RECORD_WORDS, np.int64))
+        self.graphs = StepGraphs(self.model, loaded, *rings, None, capture=False)  # type: ignore[arg-type]
 
     def array(self, view: View) -> NDArray[Any]:
         return view.host_array()

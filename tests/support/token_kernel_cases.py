@@ -5,12 +5,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 from kernel_cases import fp16_weights, generator, launch, poisoned, weights
 from numpy.typing import NDArray
 from sample_reference import device_token, logits_of
 
+from numba_atomflow.logprobs import log_sum_exp, token_logprobs
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_fp16_reference, prepack_reference
-from numba_atomflow.ops.cuda.token import advance, argmax, embedding, sample
+from numba_atomflow.ops.cuda.token import advance, argmax, embedding, logprobs, sample
 from numba_atomflow.ops.cuda.token.order import ID_BITS, ID_MASK, LOWEST_KEY
 from numba_atomflow.ops.embedding import embed_reference
 from numba_atomflow.ops.formats import FP8_E4M3_BITS, FP16
@@ -170,6 +172,33 @@ def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: i
         expected = expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
         assert token[0] == expected, f"draw {draw}"
         assert state.tolist() == [seed, draw + (not case.params.greedy)]
+
+
+LOGPROBS = ("normal", "negative", "ties", "equal", "wide", "signed zeros", "minus infinity", "few threads")
+
+
+def check_logprobs(kind: str, threads: int = 64, vocabulary: int = VOCABULARY, tokens: int = 1) -> None:
+    """The record of `logprobs.token_logprobs`; its tokens and rank exactly, sums to float32's rounding."""
+    rng = generator(6, LOGPROBS.index(kind))
+    ring, posted = 4, np.array([7], np.int64)
+    kernel = logprobs.make_logprobs(vocabulary, ring=ring, threads=threads)
+    shared_bytes = logprobs.logprobs_shared_bytes(vocabulary, threads)
+    logits = np.resize(make_logits(kind, rng), vocabulary)
+    if kind == "few threads":  # have the most likely tokens: the list is as long as it can be
+        logits[np.arange(vocabulary) % threads < logprobs.MOST] += 100
+    for chosen in rng.choice(np.flatnonzero(np.isfinite(logits)), tokens).tolist():
+        records = np.full(ring * logprobs.RECORD_WORDS, 77, np.int64)
+        token = np.array([chosen], np.int32)
+        arguments = logprobs.LogprobsArguments(logits=logits, token=token, tokens_posted=posted, records=records)
+        launch(kernel, 1, threads, shared_bytes, arguments)
+        written = records.reshape(ring, -1)
+        assert (written[:3] == 77).all(), "another record of the ring"
+        record = logprobs.read_record(written[3])
+        expected = token_logprobs(logits, chosen, logprobs.MOST)
+        assert record.log_sum_exp == pytest.approx(log_sum_exp(logits), abs=1e-6)
+        assert (record.token, record.logit, record.rank) == (chosen, logits[chosen], expected.rank)
+        assert [token for token, _ in record.top] == [entry.token for entry in expected.top]
+        assert [logit for _, logit in record.top] == [logits[token] for token, _ in record.top]
 
 
 _large_sample = cache(sample.make_sample)

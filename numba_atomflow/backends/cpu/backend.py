@@ -20,6 +20,7 @@ from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 from numba_atomflow.host.machine import cpu_name
 from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn, use_threads
+from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
@@ -195,6 +196,10 @@ class CpuBackend:
         """The token that the last step has sampled."""
         self._require_open()
         return (int(self._tokens[0]),)
+
+    def sampled_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """How likely it was."""
+        return self._binder.logprobs
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy).

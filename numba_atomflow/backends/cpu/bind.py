@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.logprobs import TokenLogprobs, token_logprobs
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import (
     Advance,
@@ -34,10 +35,14 @@ class CpuBinder:
     Args:
         buffers: every view but the weights, by name.
         sampler: of the first generation; assign another for the next.
+
+    Attributes:
+        logprobs: of the tokens that the last step has sampled, if the sampler's parameters request them.
     """
 
     def __init__(self, geometry: ModelGeometry, buffers: Mapping[str, View], sampler: Sampler) -> None:
         self.geometry, self._buffers, self.sampler = geometry, buffers, sampler
+        self.logprobs: tuple[TokenLogprobs, ...] = ()
 
     def _array(self, name: str) -> NDArray[Any]:
         return self._buffers[name].host_array()
@@ -129,6 +134,8 @@ class CpuBinder:
 
         def sample() -> None:
             token[0] = self.sampler.choose(logits)
+            top = self.sampler.params.logprobs
+            self.logprobs = () if top is None else (token_logprobs(logits, int(token[0]), top),)
 
         return sample
 

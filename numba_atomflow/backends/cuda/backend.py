@@ -12,6 +12,7 @@ from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK
 from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
+from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
 from numba_atomflow.backends.cuda.measure import CudaMeasurements
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
@@ -20,6 +21,7 @@ from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue, TokenRi
 from numba_atomflow.backends.cuda.verify import WideSteps
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.device import DeviceMemory
 from numba_atomflow.model.formats import HeadFormat, head_part
@@ -107,6 +109,7 @@ class CudaBackend:
         self._model = DeviceModel(self.kernels, self.plan, self.stream, resources)
         self._prompts = PromptStaging(self.stream, resources)
         self._ring = TokenRing(resources)
+        self._logprob_ring = LogprobRing(resources)
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -123,7 +126,8 @@ class CudaBackend:
             loaded.require(self._kernels_at_start(), progress)
             self.compile_seconds = loaded.seconds
             model.upload(loaded, self._arrays, progress)
-            self._graphs = StepGraphs(model, loaded, self._ring.view, owner.resources, capture=self._capture)
+            rings = self._ring.view, self._logprob_ring.view
+            self._graphs = StepGraphs(model, loaded, *rings, owner.resources, capture=self._capture)
             self._graphs.prepare(self.prefill_chunk)
             self._queue = StepQueue(model, self._graphs, self._ring, owner, self._max_seq_len)
             if self._graphs.persistent is not None:
@@ -166,6 +170,8 @@ class CudaBackend:
         with self._owner.current():
             self._model.set_sampler(sampler)
         self._graphs.greedy = sampler.params.greedy
+        self._graphs.logprobs = sampler.params.logprobs is not None
+        self._top_logprobs = sampler.params.logprobs or 0
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Run up to `prefill_chunk` tokens at the current position, and advance it. Does not wait."""
@@ -182,6 +188,10 @@ class CudaBackend:
     def sampled_tokens(self) -> tuple[int, ...]:
         """The tokens that the last step has sampled, in order; waits for them."""
         return self._queue.receive()
+
+    def sampled_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """How likely the tokens of `sampled_tokens` were, which must have returned them."""
+        return (self._logprob_ring.read(self._queue.requested, self._top_logprobs),)
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of these rows of the last prefill (a copy)."""

@@ -13,6 +13,7 @@ from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.embedding import EmbedArguments
+from numba_atomflow.ops.cuda.token.logprobs import LogprobsArguments
 from numba_atomflow.ops.cuda.token.rope import RopeArguments
 from numba_atomflow.ops.cuda.token.sample import SampleArguments
 
@@ -24,19 +25,22 @@ class Binder:
     """Turns ops into launches of a model's kernels.
 
     Args:
-        loaded: kernels by name. ring: the host ring that sampled tokens are posted to.
+        loaded: kernels by name.
+        ring, logprob_ring: the host's, to which sampled tokens and what is said of them are posted.
     """
 
-    def __init__(self, model: DeviceModel, loaded: LoadedKernels, ring: View) -> None:
-        self._model, self._kernels, self._loaded, self._ring = model, model.kernels, loaded, ring
+    def __init__(self, model: DeviceModel, loaded: LoadedKernels, ring: View, logprob_ring: View) -> None:
+        self._model, self._kernels, self._loaded = model, model.kernels, loaded
+        self._ring, self._logprob_ring = ring, logprob_ring
         self._prefill = _prefill_binder(model, loaded)
 
-    def bind(self, op: Op, *, sampled: bool = False, argmax_done: bool = False) -> list[Launch]:
+    def bind(self, op: Op, *, sampled: bool = False, argmax_done: bool = False, logprobs: bool = False) -> list[Launch]:
         """The launches of an op.
 
         Args:
             sampled: the step samples a token, which its last op posts to the host ring.
             argmax_done: the arg-max of the logits is there already.
+            logprobs: of the sampled token go to their ring.
 
         Raises:
             NotImplementedError: there is no kernel for the op.
@@ -72,7 +76,7 @@ class Binder:
                 stored = StoreArguments(**_norm_inputs(op), y=op.logits)
                 return [self._launch(self._name("lm_head", op.logits), stored)]
             case Sample():
-                return self._bind_sample(op, argmax_done=argmax_done)
+                return self._bind_sample(op, argmax_done=argmax_done, logprobs=logprobs)
             case Advance():
                 return [self._bind_advance(op, sampled=sampled)]
         raise NotImplementedError(f"the CUDA backend has no kernel for {op.name}")
@@ -87,13 +91,18 @@ class Binder:
             self._launch(self._name("rope", op.q), RopeArguments(qkv=op.qkv, **vector_views(op), **rotation)),
         ]
 
-    def _bind_sample(self, op: Sample, *, argmax_done: bool) -> list[Launch]:
+    def _bind_sample(self, op: Sample, *, argmax_done: bool, logprobs: bool) -> list[Launch]:
         if op.logits.shape[0] != 1:
             raise NotImplementedError("the CUDA backend samples from one row of logits per step")
         state = self._model.sampling
         common = {"logits": op.logits, "seen": state.seen, "options": state.options, "best": state.best}
-        sample = self._launch("sample", SampleArguments(**common, generator=state.generator, token=op.token))
-        return [sample] if argmax_done else [self._launch("argmax", ArgmaxArguments(**common)), sample]
+        launches = [] if argmax_done else [self._launch("argmax", ArgmaxArguments(**common))]
+        sample = SampleArguments(**common, generator=state.generator, token=op.token)
+        launches.append(self._launch("sample", sample))
+        if logprobs:
+            record = LogprobsArguments(op.logits, op.token, state.tokens_posted, self._logprob_ring)
+            launches.append(self._launch("logprobs", record))
+        return launches
 
     def _bind_advance(self, op: Advance, *, sampled: bool) -> Launch:
         state = self._model.sampling

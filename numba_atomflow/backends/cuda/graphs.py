@@ -25,11 +25,13 @@ class _Step(NamedTuple):
 
     Attributes:
         fused_sampling: the persistent kernel also samples, which makes the launch the whole step.
+        logprobs: those of the sampled token are computed, too.
     """
 
     tokens: int
     head: Head | None
     fused_sampling: bool = False
+    logprobs: bool = False
 
 
 class StepGraphs:
@@ -37,30 +39,38 @@ class StepGraphs:
 
     Args:
         loaded: kernels by name.
-        ring: the host ring that sampled tokens are posted to.
+        ring, logprob_ring: the host's, to which sampled tokens and what is said of them are posted.
         resources: owns the graphs.
         capture: replay graphs; otherwise every kernel is launched by itself (to measure what that costs).
 
     Attributes:
         persistent: the persistent decode kernel, if decode steps run in it.
         greedy: the most likely token is the next one; the persistent kernel then samples as well.
+        logprobs: steps that sample a token compute its log-probabilities, too; in kernels of their own.
     """
 
     def __init__(
-        self, model: DeviceModel, loaded: LoadedKernels, ring: View, resources: Resources, *, capture: bool
+        self,
+        model: DeviceModel,
+        loaded: LoadedKernels,
+        ring: View,
+        logprob_ring: View,
+        resources: Resources,
+        *,
+        capture: bool,
     ) -> None:
         self._model, self._kernels, self._resources = model, model.kernels, resources
         self._capture, self._loaded = capture, loaded
-        self._binder = Binder(model, loaded, ring)
+        self._binder = Binder(model, loaded, ring, logprob_ring)
         self.persistent: PersistentStep | None = None
         if self._kernels.persistent:
             self.persistent = PersistentStep(
                 self._kernels, loaded, model.buffers, model.weight_views, ring, model.stream
             )
             model.memory.write(model.buffers["persistent.table"], self.persistent.table())
-        self.greedy = True
+        self.greedy, self.logprobs = True, False
         self._launches: dict[_Step, list[Launch]] = {}
-        self._tails: dict[tuple[int, Head], list[Launch]] = {}
+        self._tails: dict[tuple[int, Head, bool], list[Launch]] = {}
         self._graphs: dict[_Step, Graph] = {}
 
     def prepare(self, prefill_chunk: int) -> None:
@@ -84,7 +94,7 @@ class StepGraphs:
             self._graph(key).replay()
         else:
             self._graph(_Step(self._kernels.width_for(tokens), None)).replay()
-            for launch in self._tail(tokens, head):
+            for launch in self._tail(key.tokens, head, logprobs=key.logprobs):
                 launch.run()
 
     def decode_graph(self) -> Graph:
@@ -105,21 +115,22 @@ class StepGraphs:
             return self.persistent.op_launches(index)
         if isinstance(op, Sample):
             self._model.reset_argmax()  # the persistent kernel computes the arg-max in the LM head
-        return self._binder.bind(op, sampled=head.sample)
+        return self._binder.bind(op, sampled=head.sample, logprobs=head.sample and self.logprobs)
 
-    def bind(self, op: Op, *, sampled: bool = False, argmax_done: bool = False) -> list[Launch]:
+    def bind(self, op: Op, *, sampled: bool = False, argmax_done: bool = False, logprobs: bool = False) -> list[Launch]:
         """The launches of an op, as those of `Binder.bind`."""
-        return self._binder.bind(op, sampled=sampled, argmax_done=argmax_done)
+        return self._binder.bind(op, sampled=sampled, argmax_done=argmax_done, logprobs=logprobs)
 
     @property
     def samples_in_kernel(self) -> bool:
         """Whether the persistent kernel makes the whole decode step, with the next token."""
-        return self.persistent is not None and self.greedy
+        return self.persistent is not None and self.greedy and not self.logprobs
 
     # --- launches and graphs -----------------------------------------------------------------------------------------
 
     def _key(self, tokens: int, head: Head) -> _Step:
-        return _Step(tokens, head, is_decode(tokens, head) and self.samples_in_kernel)
+        fused = is_decode(tokens, head) and self.samples_in_kernel
+        return _Step(tokens, head, fused, head.sample and self.logprobs)
 
     def _ready(self, key: _Step) -> None:
         if self._capture:
@@ -147,17 +158,20 @@ class StepGraphs:
             kernel_ops = self.persistent.shape.ops
             launches = [self.persistent.launch(0, kernel_ops, greedy=key.fused_sampling)]
             ops = [] if key.fused_sampling else self._model.step(tokens, head)[kernel_ops:]
-            return launches + self._bind_ops(ops, sampled=True, argmax_done=True)
-        return self._bound(_Step(self._kernels.width_for(tokens), None)) + self._tail(tokens, head)
+            return launches + self._bind_ops(ops, sampled=True, argmax_done=True, logprobs=key.logprobs)
+        padded = self._bound(_Step(self._kernels.width_for(tokens), None))
+        return padded + self._tail(tokens, head, logprobs=key.logprobs)
 
-    def _bind_ops(self, ops: Sequence[Op], *, sampled: bool = False, argmax_done: bool = False) -> list[Launch]:
-        return [launch for op in ops for launch in self.bind(op, sampled=sampled, argmax_done=argmax_done)]
+    def _bind_ops(self, ops: Sequence[Op], **how: bool) -> list[Launch]:
+        return [launch for op in ops for launch in self.bind(op, **how)]
 
-    def _tail(self, tokens: int, head: Head) -> list[Launch]:
+    def _tail(self, tokens: int, head: Head, *, logprobs: bool) -> list[Launch]:
         """The launches after the layers: LM head, sampling, and the advance of the position."""
-        if (tokens, head) not in self._tails:
-            self._tails[tokens, head] = self._bind_ops(self._model.tail(tokens, head), sampled=head.sample)
-        return self._tails[tokens, head]
+        key = tokens, head, logprobs
+        if key not in self._tails:
+            ops = self._model.tail(tokens, head)
+            self._tails[key] = self._bind_ops(ops, sampled=head.sample, logprobs=logprobs)
+        return self._tails[key]
 
 
 def is_decode(tokens: int, head: Head) -> bool:

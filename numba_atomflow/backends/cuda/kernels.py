@@ -33,6 +33,7 @@ from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.advance import advance_kernel
 from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
 from numba_atomflow.ops.cuda.token.embedding import embed_kernel
+from numba_atomflow.ops.cuda.token.logprobs import logprobs_kernel
 from numba_atomflow.ops.cuda.token.rope import rope_kernel
 from numba_atomflow.ops.cuda.token.sample import sample_kernel
 
@@ -212,6 +213,7 @@ class ModelKernels:
             prepack_kernel(self.chip.fp8_converter),
             argmax_kernel(vocabulary, self.chip.sms, dependent),
             sample_kernel(vocabulary, dependent),
+            logprobs_kernel(vocabulary, dependent),
             advance_kernel(TOKEN_RING, sampled=False, dependent=dependent),
             advance_kernel(TOKEN_RING, sampled=True, dependent=dependent),
         ]

@@ -139,6 +139,11 @@ class StepQueue:
             self._queued += 1
         self._exact = True
 
+    @property
+    def requested(self) -> int:
+        """Number, from 1 on, of the token that `receive` returns."""
+        return self._requested
+
     # --- the host's side ---------------------------------------------------------------------------------------------
 
     def decode(self) -> None:
