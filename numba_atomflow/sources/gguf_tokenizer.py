@@ -264,17 +264,16 @@ def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
     )
     if detected is not None:
         vocabulary.warn(
-            f"does not name its pre-tokenizer (tokenizer.ggml.pre); its vocabulary is that of {detected.family}, so "
-            "text is split as there"
+            f"does not name its pre-tokenizer; its vocabulary is that of {detected.family}, so text is split as there"
         )
         return detected
     if not fits_any:
         raise SourceError(
             f"{fields.label} does not name its pre-tokenizer, and its vocabulary fits none of those that are "
-            f"supported; take a newer file, which sets tokenizer.ggml.pre to one of {supported}."
+            f"supported ({supported}); take a newer GGUF file, or a folder with tokenizer.json."
         )
     vocabulary.warn(
-        "does not name its pre-tokenizer (tokenizer.ggml.pre), and its vocabulary does not determine it: text is "
+        "does not name its pre-tokenizer, and its vocabulary does not determine it: text is "
         "split as in GPT-2, which may give other tokens than the model was trained with"
     )
     return GPT2

@@ -25,8 +25,9 @@ from numba_atomflow.errors import HubError
 from numba_atomflow.files.untrusted import short
 from numba_atomflow.sources.gguf_parts import part_names
 from numba_atomflow.sources.huggingface import CONFIG, INDEX, SINGLE, shard_names
-from numba_atomflow.sources.huggingface_text import TEXT_FILES, other_tokenizer
+from numba_atomflow.sources.huggingface_text import TEXT_FILES
 from numba_atomflow.sources.huggingface_tokens import TOKENIZER
+from numba_atomflow.sources.huggingface_vocabulary import OTHER_TOKENIZERS, VOCABULARY_FILES
 from numba_atomflow.utils.progress import Progress
 
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
@@ -97,8 +98,10 @@ def fetch(model: HubModel, progress: Progress | None = None, endpoint: str | Non
         download.get([file for name, file in files.items() if name in {CONFIG, INDEX, *TEXT_FILES}])
         if CONFIG not in files or not {SINGLE, INDEX} & set(files):
             raise HubError(_no_weights(model, files))
-        other = other_tokenizer(files)
-        if TOKENIZER not in files and other is not None:  # not downloaded, so `folder_text` would not report it
+        if TOKENIZER not in files:
+            download.get([file for name, file in files.items() if name in VOCABULARY_FILES])
+        other = next((name for name in OTHER_TOKENIZERS if name in files), None)
+        if other is not None and not files.keys() & {TOKENIZER, *VOCABULARY_FILES}:  # would be found after the weights
             raise HubError(
                 f"{model.repo} on the hub holds its tokenizer as {other}, but no {TOKENIZER}; make one with "
                 "transformers, in a folder of your own, or choose another model."

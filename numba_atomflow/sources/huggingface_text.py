@@ -3,7 +3,7 @@
 Every file is optional: a model without a tokenizer takes token ids.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from numba_atomflow.sources.huggingface_tokens import (
     Records,
     folder_tokens,
 )
+from numba_atomflow.sources.huggingface_vocabulary import folder_vocabulary
 from numba_atomflow.sources.json_file import flag, parse_json, read_file, unusable
 from numba_atomflow.text.codec import TextAssets
 
@@ -34,9 +35,6 @@ TEXT_FILES = (
     CHAT_TEMPLATE,
     OLD_CHAT_TEMPLATE,
 )
-# Vocabularies in other formats, which transformers converts to tokenizer.json.
-OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt", "spiece.model")
-
 # Tokens with a field of their own in `TextAssets`, and other variables of a chat template.
 _RESERVED_NAMES = (
     *("bos_token", "eos_token", "unk_token", "pad_token"),
@@ -57,19 +55,22 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
     """
     contents = {name: read_file(folder / name) for name in TEXT_FILES if (folder / name).exists()}
     records = {name: parse_json(folder / name, data) for name, data in contents.items() if name != CHAT_TEMPLATE}
-    other = other_tokenizer(name for name in OTHER_TOKENIZERS if (folder / name).exists())
-    if TOKENIZER not in contents and other is not None:
-        raise SourceError(
-            f"{folder} holds its tokenizer as {other}, but no {TOKENIZER}; make one with transformers "
-            "(AutoTokenizer.from_pretrained and save_pretrained), or remove that file if token ids are enough."
-        )
+    tokenizer_config = records.get(TOKENIZER_CONFIG, {})
+    read = None
+    if TOKENIZER not in contents:
+        read = folder_vocabulary(folder, config, tokenizer_config, folder / TOKENIZER_CONFIG)
 
     tokens = folder_tokens(folder, records)
-    special = tokens.texts()
-    add_bos = flag(folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {}), "add_bos_token")
+    special = tokens.texts() if read is None else read.assets.special_tokens() | tokens.texts()
+    add_bos = flag(
+        folder / TOKENIZER_CONFIG, tokenizer_config, "add_bos_token", read is not None and read.assets.add_bos
+    )
     data, ids = None, dict[str, int]()
-    if TOKENIZER in contents:
-        tokenizer = CompleteTokenizer(folder / TOKENIZER, contents[TOKENIZER], records[TOKENIZER], tokens)
+    stored = contents.get(TOKENIZER) if read is None else read.assets.tokenizer_json
+    if stored is not None:
+        path = folder / TOKENIZER if read is None else read.path
+        record = records[TOKENIZER] if read is None else parse_json(path, stored)
+        tokenizer = CompleteTokenizer(path, stored, record, tokens)
         data, ids = tokenizer.data, tokenizer.ids
         if add_bos and special.get("bos_token") in tokenizer.unlisted:
             raise SourceError(
@@ -91,16 +92,12 @@ def folder_text(folder: Path, config: Mapping[str, Any], vocabulary: int) -> tup
         warnings=(
             *_eos_warnings(folder, listed, vocabulary),
             *_token_warnings(folder, ids, vocabulary),
-            *_text_warnings(folder, contents, records),
+            *_text_warnings(folder, records, has_tokenizer=data is not None),
+            *(() if read is None else read.assets.warnings),
             *_bos_warnings(folder, special, add_bos=add_bos),
         ),
     )
-    return assets, tuple(folder / name for name in contents)
-
-
-def other_tokenizer(names: Iterable[str]) -> str | None:
-    """The first file name that is a vocabulary in another format than tokenizer.json, or None."""
-    return next((name for name in names if name in OTHER_TOKENIZERS), None)
+    return assets, (*(folder / name for name in contents), *(() if read is None else read.files))
 
 
 # --- chat template -------------------------------------------------------------------------------------------------
@@ -165,8 +162,8 @@ def _eos_warnings(folder: Path, listed: list[int], vocabulary: int) -> Iterator[
             )
 
 
-def _text_warnings(folder: Path, contents: Mapping[str, bytes], records: Records) -> Iterator[str]:
-    if TOKENIZER not in contents:
+def _text_warnings(folder: Path, records: Records, *, has_tokenizer: bool) -> Iterator[str]:
+    if not has_tokenizer:
         yield f"{folder} holds no {TOKENIZER}: its checkpoint takes token ids, not `generate` or `chat`."
     if flag(folder / TOKENIZER_CONFIG, records.get(TOKENIZER_CONFIG, {}), "split_special_tokens"):
         yield (

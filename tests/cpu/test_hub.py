@@ -274,9 +274,18 @@ def test_a_missing_shard(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_in_another_format_is_refused_before_the_download_of_weights(hub: Hub) -> None:
-    hub.files["tokenizer.model"] = hub.files.pop("tokenizer.json")
-    refused(hub, "holds its tokenizer as tokenizer.model, but no tokenizer.json")
+    hub.files["tekken.json"] = hub.files.pop("tokenizer.json")
+    refused(hub, "holds its tokenizer as tekken.json, but no tokenizer.json")
     assert WEIGHTS not in [name for name, _ in hub.requests]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_files_before_tokenizer_json_are_downloaded_only_without_it(hub: Hub, beside: bool) -> None:
+    hub.files["vocab.json"] = hub.files["merges.txt"] = b"x"
+    if not beside:
+        del hub.files["tokenizer.json"]
+    fetch(MODEL, endpoint=hub.endpoint)
+    assert ({"vocab.json", "merges.txt"} <= {name for name, _ in hub.requests}) is not beside
 
 
 @pytest.mark.parametrize("files", [{"README.md": b"x"}, {"config.json": b"{}", "pytorch_model.bin": b"x"}])

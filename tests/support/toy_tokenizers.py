@@ -1,6 +1,7 @@
 """Small tokenizers, trained at test time, and their GGUF metadata; without downloads and transformers."""
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,3 +153,45 @@ def sentencepiece(further_control: Sequence[str] = ()) -> tuple[Tokenizer, dict[
         "tokenizer.ggml.unknown_token_id": 0,
     }
     return tokenizer, fields
+
+
+def sentencepiece_file(
+    fields: Mapping[str, Any], trainer: Mapping[int, int] | None = None, normalizer: Mapping[int, Any] | None = None
+) -> bytes:
+    """The tokenizer.model of GGUF fields.
+
+    Args:
+        fields: of `sentencepiece`.
+        trainer, normalizer: settings to add or replace, by number.
+    """
+    ids = {40: "unknown", 41: "bos", 42: "eos", 43: "padding"}
+    settings: dict[int, Any] = {3: 2, 35: 1}  # BPE, byte fallback
+    settings |= {number: fields.get(f"tokenizer.ggml.{name}_token_id", -1) for number, name in ids.items()}
+    pieces = zip(
+        *(fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")),
+        strict=True,
+    )
+    return (
+        b"".join(_message({1: _message(dict(zip((1, 2, 3), piece, strict=True)))}) for piece in pieces)
+        + _message({2: _message(settings | dict(trainer or {}))})
+        + _message({3: _message({1: "identity", 3: 1} | dict(normalizer or {}))})
+    )
+
+
+def _message(fields: Mapping[int, Any]) -> bytes:
+    """Fields in the wire format of Protocol Buffers."""
+    data = b""
+    for number, value in fields.items():
+        match value:
+            case int():
+                data += _varint(number << 3) + _varint(value % (1 << 64))
+            case float():
+                data += _varint(number << 3 | 5) + struct.pack("<f", value)
+            case _:
+                content = value.encode() if isinstance(value, str) else value
+                data += _varint(number << 3 | 2) + _varint(len(content)) + content
+    return data
+
+
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + _varint(value >> 7)
