@@ -21,7 +21,7 @@ from numba_atomflow.ops.simd_gemm import COLUMNS, multiply_columns, multiply_row
 from numba_atomflow.ops.simd_softmax import LOWEST, softmax_tile
 
 KEY_TILE = 96  # keys of a step of online softmax; a multiple of ROWS
-_TOKEN_TILE = 64  # keys of a step of few tokens: they stay in L1
+_TOKEN_TILE = 64  # keys of a step of few tokens: those of one head stay in L1
 _LOWEST = np.float32(LOWEST)
 
 
@@ -53,8 +53,8 @@ def attend_reference(
 def attend_tokens(q, keys, values, position, head_dim, scores, out):
     """Causal attention of 1 to GEMV_TOKENS tokens at positions position[0] .. position[0] + T - 1.
 
-    A token has the same bits whatever tokens are beside it. Keys and values are read in tiles, by all tokens of an
-    item, one after the other.
+    A token has the same bits whatever tokens are beside it. A thread has a range of items, a head and a piece of the
+    tokens each, and works on as many at once as `scores` has rows for.
 
     Args:
         q, out: float32 [T, heads * head_dim].
@@ -63,29 +63,55 @@ def attend_tokens(q, keys, values, position, head_dim, scores, out):
         scores: float32 [threads, at least T, positions], scratch.
     """
     tokens, heads = q.shape[0], q.shape[1] // head_dim
+    pieces = min(tokens, max(2, (scores.shape[0] + heads - 1) // heads))  # of the tokens, for the threads' sake
+    items = heads * pieces
+    workers = min(scores.shape[0], items)
+    at_once = scores.shape[1] // ((tokens + pieces - 1) // pieces)
+    for worker in prange(workers):
+        own = scores[get_thread_id()]
+        end = items * (worker + 1) // workers
+        for item in range(items * worker // workers, end, at_once):
+            _attend_items(q, keys, values, position[0], head_dim, item, min(item + at_once, end), pieces, own, out)
+
+
+@cpu_kernel(inline=True)
+def _attend_items(q, keys, values, position, head_dim, begin, end, pieces, scores, out):
+    """Items begin .. end - 1 of `attend_tokens`, each a head of q and a piece of the tokens.
+
+    All of them read a tile of keys, or of values, before the next one: heads that share a KV head find it in L1.
+    """
+    tokens, heads = q.shape[0], q.shape[1] // head_dim
     ratio = heads // (keys.shape[1] // head_dim)
     scale = np.float32(1.0 / math.sqrt(head_dim))
-    pieces = min(tokens, max(2, (scores.shape[0] + heads - 1) // heads))  # of the tokens, for the threads' sake
-    inverses = np.empty((scores.shape[0], tokens), np.float32)
-    for item in prange(heads * pieces):
+    row_token, row_head = np.empty(scores.shape[0], np.int64), np.empty(scores.shape[0], np.int64)
+    rows = 0  # of scores: one for each head and token of the items
+    for item in range(begin, end):
         h, piece = item // pieces, item % pieces
-        begin, end = tokens * piece // pieces, tokens * (piece + 1) // pieces
-        head, start = slice(h * head_dim, (h + 1) * head_dim), h // ratio * head_dim
-        own, length = scores[get_thread_id()], position[0] + end
-        for first in range(0, length, _TOKEN_TILE):
-            for t in range(begin, end):
-                count = max(0, min(_TOKEN_TILE, position[0] + t + 1 - first))
-                score_keys(q[t, head], keys, first, start, count, scale, own[t], first)
-        for t in range(begin, end):
-            inverses[get_thread_id(), t] = np.float32(1.0) / softmax_weights(own[t], position[0] + t + 1)
-            out[t, head] = np.float32(0.0)
-        for first in range(0, length, _TOKEN_TILE):
-            for t in range(begin, end):
-                count = max(0, min(_TOKEN_TILE, position[0] + t + 1 - first))
-                add_values(own[t], first, values, first, start, count, out[t, head])
-        for t in range(begin, end):
-            for d in range(h * head_dim, (h + 1) * head_dim):
-                out[t, d] *= inverses[get_thread_id(), t]
+        for t in range(tokens * piece // pieces, tokens * (piece + 1) // pieces):
+            row_token[rows], row_head[rows] = t, h
+            rows += 1
+
+    for first in range(0, position + tokens, _TOKEN_TILE):
+        for row in range(rows):
+            t, h = row_token[row], row_head[row]
+            count = max(0, min(_TOKEN_TILE, position + t + 1 - first))
+            query, start = q[t, h * head_dim : (h + 1) * head_dim], h // ratio * head_dim
+            score_keys(query, keys, first, start, count, scale, scores[row], first)
+    inverses = np.empty(scores.shape[0], np.float32)
+    for row in range(rows):
+        t, h = row_token[row], row_head[row]
+        inverses[row] = np.float32(1.0) / softmax_weights(scores[row], position + t + 1)
+        out[t, h * head_dim : (h + 1) * head_dim] = np.float32(0.0)
+    for first in range(0, position + tokens, _TOKEN_TILE):
+        for row in range(rows):
+            t, h = row_token[row], row_head[row]
+            count = max(0, min(_TOKEN_TILE, position + t + 1 - first))
+            result, start = out[t, h * head_dim : (h + 1) * head_dim], h // ratio * head_dim
+            add_values(scores[row], first, values, first, start, count, result)
+    for row in range(rows):
+        t, h = row_token[row], row_head[row]
+        for d in range(h * head_dim, (h + 1) * head_dim):
+            out[t, d] *= inverses[row]
 
 
 @cpu_kernel()
