@@ -4,10 +4,14 @@
     python scripts/bench_peers.py --geometry llama-3.2-3b -p 2048 --prefill gemm
     python scripts/bench_peers.py --geometry llama-3.1-8b --llama-bench ~/llama.cpp/build/bin/llama-bench --format md
     python scripts/bench_peers.py --geometry smollm2-135m --device cpu --peers transformers
+    python scripts/bench_peers.py --geometry smollm2-135m --device cpu --peers llama.cpp --llama-bench PATH \
+        --threads 2 --rounds 5 -r 2 -p 512 -n 64
 
 Every installed peer runs in a process of its own, with random weights; the table says which are missing. All figures
-are of this run. The ratio is this engine's decode speed over the peer's: above 1, this engine is faster. Each peer runs
-in its fastest usual setup and its own weight format: BF16, FP8, or Q8_0 for llama.cpp.
+are of this run. Ratios are this engine's speed over the peer's, of decoding and of the prompt: above 1, this engine is
+faster. With --rounds, peers take turns, so that other load on the machine affects all alike. Each peer runs in its
+fastest usual setup and its own weight format: BF16, FP8, or Q8_0 for llama.cpp. llama-bench is part of llama.cpp's
+releases (github.com/ggml-org/llama.cpp), of the package llama.cpp of conda-forge, and of Homebrew's.
 """
 
 import argparse
@@ -16,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -110,16 +114,28 @@ def run_peer(peer: Peer, task: Task) -> Outcome:
     return Outcome(peer.name, Answer(**json.loads(lines[-1])))
 
 
-def run_all(peers: Sequence[Peer], task: Task, tell: Callable[[str], None]) -> list[Outcome]:
-    """One after another."""
-    outcomes = []
-    for i, peer in enumerate(peers):
-        tell(f"[{i + 1}/{len(peers)}] {peer.name}")
-        outcomes.append(run_peer(peer, task))
-    return outcomes
+def run_all(peers: Sequence[Peer], task: Task, tell: Callable[[str], None], rounds: int = 1) -> list[Outcome]:
+    """One after another, `rounds` times; a peer that failed once is not run again."""
+    outcomes: list[Outcome | None] = [None] * len(peers)
+    for turn in range(rounds):
+        for i, (peer, before) in enumerate(zip(peers, outcomes, strict=True)):
+            if before is None or before.answer:
+                tell(f"[{turn * len(peers) + i + 1}/{rounds * len(peers)}] {peer.name}")
+                now = run_peer(peer, task)
+                outcomes[i] = joined(before, now) if before else now
+    return [outcome for outcome in outcomes if outcome is not None]
 
 
-def record_of(outcomes: Sequence[Outcome], task: Task, name: str) -> dict[str, Any]:
+def joined(before: Outcome, now: Outcome) -> Outcome:
+    """The turns of two rounds of a peer, or the second's problem."""
+    if before.answer is None or now.answer is None:
+        return now
+    first, second = before.answer, now.answer
+    memory = max((answer.memory for answer in (first, second) if answer.memory is not None), default=None)
+    return replace(now, answer=Answer(second.what, first.ttft + second.ttft, first.tpot + second.tpot, memory))
+
+
+def record_of(outcomes: Sequence[Outcome], task: Task, name: str, rounds: int = 1) -> dict[str, Any]:
     """A JSON-ready record."""
     ours = next((outcome.answer for outcome in outcomes if outcome.peer == OURS), None)
     rows = []
@@ -131,15 +147,19 @@ def record_of(outcomes: Sequence[Outcome], task: Task, name: str) -> dict[str, A
                 "what": outcome.answer.what,
                 "decode_tokens_per_second": speed.to_dict(),
                 "ttft_seconds": Spread.of(outcome.answer.ttft).to_dict(),
+                "peak_memory_bytes": outcome.answer.memory,
             }
             if ours:
                 row["ratio"] = Spread.of([1 / tpot for tpot in ours.tpot]).ratio_to(speed).to_dict()
+                row["prompt_ratio"] = Spread.of(outcome.answer.ttft).ratio_to(Spread.of(ours.ttft)).to_dict()
         rows.append(row)
     return {
         "geometry": name,
         "prompt_tokens": task.prompt_tokens,
         "decode_tokens": task.decode_tokens,
         "repeats": task.repeats,
+        "rounds": rounds,
+        "threads": task.threads,
         "device": task.device,
         "machine": machine_record(),
         "peers": rows,
@@ -151,20 +171,24 @@ def report(record: dict[str, Any], style: str) -> str:
 
     def cells(row: dict[str, Any]) -> list[str]:
         if row["problem"]:
-            return [row["peer"], "-", "-", "-", row["problem"]]
+            return [row["peer"], *"-----", row["problem"]]
         speed, ttft = (Spread.from_dict(row[name]) for name in ("decode_tokens_per_second", "ttft_seconds"))
-        ratio = Spread.from_dict(row["ratio"]).text(2) if "ratio" in row else "-"
-        return [row["peer"], speed.text(1), ttft.text(1, 1e3), ratio, row["what"]]
+        ratios = [Spread.from_dict(row[name]).text(2) if name in row else "-" for name in ("ratio", "prompt_ratio")]
+        memory = "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:.0f}"
+        return [row["peer"], speed.text(1), ttft.text(1, 1e3), *ratios, memory, row["what"]]
 
     machine = record["machine"]
     driver = f", NVIDIA driver {machine['nvidia_driver']}" if machine["nvidia_driver"] else ""
+    turns = f"{record['repeats'] * record['rounds']} turns"
+    if record["threads"]:
+        turns += f" on {record['threads']} threads"
     head = (
         f"{record['geometry']}, random weights: a prompt of {record['prompt_tokens']}, then {record['decode_tokens']} "
-        f"tokens, {record['repeats']} turns; {machine['cpu']}{driver}, commit {machine['commit'] or 'unknown'}\n\n"
+        f"tokens, {turns}; {machine['cpu']}{driver}, commit {machine['commit'] or 'unknown'}\n\n"
     )
-    headers = ["peer", "decode tok/s", "TTFT ms", "ours / theirs", "what"]
+    headers = ["peer", "decode tok/s", "TTFT ms", "decode, ours / theirs", "prompt, ours / theirs", "MB", "what"]
     return head + render(
-        "md" if style == "md" else "table", headers, [cells(row) for row in record["peers"]], text_columns=(0, 4)
+        "md" if style == "md" else "table", headers, [cells(row) for row in record["peers"]], text_columns=(0, 6)
     )
 
 
@@ -177,6 +201,8 @@ def main() -> int:
     parser.add_argument("-r", "--repeats", type=int, default=5, metavar="N", help="turns to take the median of")
     parser.add_argument("--prefill", choices=get_args(Prefill), default="auto", help="how this engine takes prompts")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: each engine's own choice)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="how often to run them all (default: 1)")
     parser.add_argument("--peers", metavar="A,B,...", help="only these, and this engine")
     parser.add_argument("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench")
     parser.add_argument("--format", choices=["table", "md", "json"], default="table", help="how to print the result")
@@ -187,17 +213,19 @@ def main() -> int:
         geometry = find_preset(options.geometry)
     except AtomFlowError as error:
         parser.error(str(error))
-    if min(options.prompt_tokens, options.decode_tokens, options.repeats) < 1:
-        parser.error("-p, -n and -r must be at least 1.")
+    counts = (options.prompt_tokens, options.decode_tokens, options.repeats, options.rounds, options.threads or 1)
+    if min(counts) < 1 or options.threads == 0:
+        parser.error("-p, -n, -r, --rounds and --threads must be at least 1.")
     if options.peers:
         requested = {OURS, *options.peers.split(",")}
         unknown = requested - {peer.name for peer in peers}
         if unknown:
             parser.error(f"There is no peer {min(unknown)}; choose of {', '.join(peer.name for peer in peers[1:])}.")
         peers = [peer for peer in peers if peer.name in requested]
-    task = Task(geometry, options.prompt_tokens, options.decode_tokens, options.repeats, options.device)
-    outcomes = run_all(peers, task, lambda text: print(text, file=sys.stderr))
-    record = record_of(outcomes, task, options.geometry)
+    sizes = (options.prompt_tokens, options.decode_tokens, options.repeats)
+    task = Task(geometry, *sizes, options.device, options.threads)
+    outcomes = run_all(peers, task, lambda text: print(text, file=sys.stderr), options.rounds)
+    record = record_of(outcomes, task, options.geometry, options.rounds)
     if options.format == "json":
         print(json_text(record, indent=2))
     else:

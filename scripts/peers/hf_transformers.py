@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import transformers
-from protocol import Answer, Task, answer
+from protocol import Answer, Task, answer, peak_memory
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from numba_atomflow.model.config_json import config_json
@@ -60,6 +60,8 @@ def measure(task: Task) -> Answer:
     compiled = task.options.get("compile", True)
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
+    if task.threads:
+        torch.set_num_threads(task.threads)
     decoder = StaticDecoder(task, device, torch.bfloat16)
     prompt = torch.tensor([task.prompt()], device=device)
     decode = torch.compile(decoder.step, mode="reduce-overhead", fullgraph=True) if compiled else decoder.step
@@ -82,7 +84,7 @@ def measure(task: Task) -> Answer:
         turns = [turn() for _ in range(task.repeats + 2)][2:]  # the first compiles, the second may capture graphs
     how = "static cache, torch.compile" if compiled else "static cache, eager"
     what = f"transformers {transformers.__version__}, torch {torch.__version__}, {device}, BF16, {how}"
-    return Answer(what, [ttft for ttft, _ in turns], [tpot for _, tpot in turns])
+    return Answer(what, [ttft for ttft, _ in turns], [tpot for _, tpot in turns], peak_memory())
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """llama.cpp: its own llama-bench on a Q8_0 GGUF of the same geometry, with random weights."""
 
 import json
+import resource
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from protocol import Answer, Task, answer
+from protocol import Answer, Task, answer, peak_memory
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 
@@ -108,6 +110,8 @@ def bench_command(binary: str, model: Path, task: Task) -> list[str]:
         "-ngl": layers,
         "-fa": 1,
     }
+    if task.threads:
+        numbers["-t"] = task.threads
     return [binary, "-m", str(model), "-o", "json", *(str(part) for pair in numbers.items() for part in pair)]
 
 
@@ -137,7 +141,7 @@ def measure(task: Task) -> Answer:
         write_gguf(model, task.geometry)
         command = bench_command(task.options["binary"], model, task)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return parse_bench(done.stdout, task)
+    return replace(parse_bench(done.stdout, task), memory=peak_memory(resource.RUSAGE_CHILDREN))
 
 
 if __name__ == "__main__":

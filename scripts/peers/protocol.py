@@ -6,6 +6,7 @@ tokens, then N decode steps, greedy; `repeats` turns, after a discarded warm-up.
 """
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ class Task:
 
     Attributes:
         device: "auto" (a GPU if there is one) or "cpu".
+        threads: on the CPU; None: each engine's own choice.
         options: of one peer alone.
     """
 
@@ -30,6 +32,7 @@ class Task:
     decode_tokens: int
     repeats: int
     device: str = "auto"
+    threads: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,11 +62,19 @@ class Answer:
         what: version, types, settings.
         ttft: seconds from the prompt to the first token, per turn.
         tpot: mean seconds per token after it, per turn.
+        memory: most bytes of main memory that the engine's process held, mapped files included; None: not known.
     """
 
     what: str
     ttft: list[float]
     tpot: list[float]
+    memory: int | None = None
+
+
+def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
+    """Most bytes of main memory that this process, or its largest child (RUSAGE_CHILDREN), has held."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(who).ru_maxrss * unit
 
 
 def answer(measure: Callable[[Task], Answer]) -> None:

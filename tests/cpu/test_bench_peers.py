@@ -121,7 +121,8 @@ LLAMA_BENCH = "loading backend\n" + json.dumps(
 
 
 def test_llama_bench_is_asked_for_a_reply_behind_the_prompt() -> None:
-    command = llama_bench.bench_command("/bin/llama-bench", Path("m.gguf"), replace(TASK, device="auto"))
+    task = replace(TASK, device="auto", threads=3)
+    command = llama_bench.bench_command("/bin/llama-bench", Path("m.gguf"), task)
     assert command[:3] == ["/bin/llama-bench", "-m", "m.gguf"]
     pairs = dict(zip(command[1::2], command[2::2], strict=True))
     assert pairs == {
@@ -133,6 +134,7 @@ def test_llama_bench_is_asked_for_a_reply_behind_the_prompt() -> None:
         "-r": "2",
         "-ngl": "999",
         "-fa": "1",
+        "-t": "3",
     }
 
 
@@ -168,8 +170,27 @@ def test_peers_run_one_after_another_and_ratios_are_of_this_run(fake_llama_bench
     assert theirs["decode_tokens_per_second"]["median"] == pytest.approx(112.5)
     assert theirs["ratio"]["median"] == pytest.approx(speed / 112.5)
     text = bench_peers.report(record, "md")
-    assert "| peer | decode tok/s | TTFT ms | ours / theirs | what |" in text
+    assert "| peer | decode tok/s | TTFT ms | decode, ours / theirs | prompt, ours / theirs | MB | what |" in text
+    assert ours["prompt_ratio"]["median"] == pytest.approx(1)
+    assert theirs["prompt_ratio"]["median"] == pytest.approx(0.015 / ours["ttft_seconds"]["median"])
+    assert ours["peak_memory_bytes"] > 1e6
     assert "112.5 (102.5-122.5)" in text
+
+
+def test_rounds_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers take turns, and one that fails is not run again."""
+    answers = iter([("a", Answer("x", [1.0], [2.0], 5)), ("b", None), ("a", Answer("x", [3.0], [4.0], 4))])
+
+    def run_peer(peer: bench_peers.Peer, _task: Task) -> bench_peers.Outcome:
+        name, answer = next(answers)
+        assert name == peer.name
+        return bench_peers.Outcome(name, answer, "" if answer else "failed: it is broken")
+
+    monkeypatch.setattr(bench_peers, "run_peer", run_peer)
+    peers = [bench_peers.Peer("a", "a.py"), bench_peers.Peer("b", "b.py")]
+    a, b = bench_peers.run_all(peers, TASK, lambda _text: None, 2)
+    assert a.answer == Answer("x", [1.0, 3.0], [2.0, 4.0], 5)
+    assert b.problem == "failed: it is broken"
 
 
 def test_what_is_missing_or_fails_is_said() -> None:
