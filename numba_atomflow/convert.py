@@ -89,12 +89,11 @@ def convert(
     source = local_source(source, revision, progress)
     initial = stamps_of(_source_files(source))
     weights = open_source(source)
-    for warning in weights.warnings:
+    for warning in (*weights.warnings, *_check_text(source, weights.text, weights.geometry.vocabulary)):
         if warn is None:
             warnings.warn(warning, SourceWarning, stacklevel=2)
         else:
             warn(warning)
-    _check_text(source, weights.text, weights.geometry.vocabulary)
     if destination.exists() and any(destination.samefile(file) for file in weights.files):
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     if method != "rtn" and weights.fp8_scheme:
@@ -155,8 +154,11 @@ def _is_fp8(weights: WeightSource, part: str) -> bool:
     return weights.read_fp8(name, 0, 1) is not None
 
 
-def _check_text(source: Path, text: TextAssets, vocabulary: int) -> None:
+def _check_text(source: Path, text: TextAssets, vocabulary: int) -> list[str]:
     """Check tokenizer and chat template now; otherwise they would fail at the first use of the checkpoint.
+
+    Returns:
+        Sentences for the user, about what may fail later.
 
     Raises:
         SourceError: the tokenizer cannot be loaded, fails, or is of another model; the chat template is not valid
@@ -171,9 +173,12 @@ def _check_text(source: Path, text: TextAssets, vocabulary: int) -> None:
                     f"model has {vocabulary}; get the tokenizer that belongs to the model."
                 )
         if text.chat_template is not None:
-            ChatTemplate(text.chat_template, text.special_tokens()).check_limits()
+            refusal = ChatTemplate(text.chat_template, text.special_tokens()).try_question()
+            if refusal is not None:
+                return [f"{source} has a chat template with which `chat` may fail, as one question does: {refusal}"]
     except TextError as error:
         raise SourceError(f"{source} cannot be converted: {error}") from error
+    return []
 
 
 def _convert_tensor(weights: WeightSource, name: str, writer: CheckpointWriter, part: str, *, fp16: bool) -> None:

@@ -5,10 +5,12 @@ respects: rows of q and k are permuted for interleaved RoPE (pairs 2i, 2i + 1 in
 scaling of Llama 3 is a tensor of divisors instead of four numbers.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
@@ -65,6 +67,7 @@ class GgufSource:
         self._interleaved_rope = file.fields["general.architecture"] == "llama"
         self._tensors = {_hugging_face_name(path, n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
+        _check_types(self._tensors)
         tokens = len(fields.items("tokenizer.ggml.tokens", str) or ())
         if tokens > self.geometry.vocabulary:
             raise SourceError(f"{path} has {tokens} tokens, but embeddings for {self.geometry.vocabulary} only.")
@@ -83,7 +86,7 @@ class GgufSource:
         if self._interleaved_rope and name.endswith(("q_proj.weight", "k_proj.weight")):
             values = self._read_rotary(name, start, stop)
         else:
-            values = _read_rows(name, self._tensors[name], start, stop)
+            values = _read_rows(self._tensors[name], start, stop)
         check_finite(self._tensors[name].path, name, values)
         return values
 
@@ -94,7 +97,7 @@ class GgufSource:
         """Rows of q or k in Hugging Face order: reads whole heads and undoes the interleaving."""
         width = self.geometry.head_dim
         first, last = start // width, -(-stop // width)
-        stored = _read_rows(name, self._tensors[name], first * width, last * width)
+        stored = _read_rows(self._tensors[name], first * width, last * width)
         pairs = stored.reshape(last - first, width // 2, 2, -1)
         rows = pairs.swapaxes(1, 2).reshape(stored.shape)
         return rows[start - first * width : stop - first * width]
@@ -118,23 +121,38 @@ def _hugging_face_name(path: Path, name: str) -> str:
     )
 
 
-def _read_rows(name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
+def _check_types(tensors: Mapping[str, GgufTensor]) -> None:
+    """Check that all tensors can be dequantized: later, other tensors would have been converted in vain.
+
+    Raises:
+        SourceError: names the first that cannot.
+    """
+    supported = dict[GGMLQuantizationType, bool]()
+    for name, tensor in tensors.items():
+        if tensor.type not in supported:
+            try:
+                dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor.type][1]), np.uint8), tensor.type)
+                supported[tensor.type] = True
+            except NotImplementedError:
+                supported[tensor.type] = False
+        if not supported[tensor.type]:
+            raise SourceError(
+                f"Tensor {name} of {tensor.path} has type {tensor.type.name}, which the gguf package cannot dequantize"
+                "; take a file in another quantization."
+            )
+
+
+def _read_rows(tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
     if len(tensor.shape) == 1:  # a vector is one row of blocks
-        return _read_block_rows(name, tensor, 0, 1)[0, start:stop]
-    return _read_block_rows(name, tensor, start, stop)
+        return _read_block_rows(tensor, 0, 1)[0, start:stop]
+    return _read_block_rows(tensor, start, stop)
 
 
-def _read_block_rows(name: str, tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
+def _read_block_rows(tensor: GgufTensor, start: int, stop: int) -> NDArray[np.float32]:
     raw = read_bytes(tensor.path, tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
-    try:
-        # Damaged scales overflow to infinities; check_finite rejects them.
-        with np.errstate(all="ignore"):
-            values = dequantize(raw.reshape(stop - start, tensor.row_bytes), tensor.type)
-    except NotImplementedError as error:
-        raise SourceError(
-            f"Tensor {name} of {tensor.path} has type {tensor.type.name}, which the gguf package cannot dequantize; "
-            "take a file in another quantization."
-        ) from error
+    # Damaged scales overflow to infinities; check_finite rejects them.
+    with np.errstate(all="ignore"):
+        values = dequantize(raw.reshape(stop - start, tensor.row_bytes), tensor.type)
     return np.asarray(values, np.float32)
 
 
@@ -190,7 +208,7 @@ def _with_llama3_scaling(file: GgufFile, fields: GgufFields, geometry: ModelGeom
     tensor = file.tensors[ROPE_FACTORS]
     if tensor.shape != (geometry.head_dim // 2,):
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} has shape {tensor.shape}, not one factor per pair.")
-    factors = _read_rows(ROPE_FACTORS, tensor, 0, geometry.head_dim // 2)
+    factors = _read_rows(tensor, 0, geometry.head_dim // 2)
     check_finite(file.path, ROPE_FACTORS, factors)
     if factors.min() < 1:
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} holds a factor below 1, which Llama 3 does not have.")

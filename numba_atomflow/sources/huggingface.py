@@ -7,6 +7,7 @@ Formats: https://huggingface.co/docs/transformers/model_doc/llama (config) and
 https://huggingface.co/docs/safetensors (weights; sharded ones have model.safetensors.index.json beside them).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CODES = "F8_E4M3"
+FLOATS = ("F32", "F16", "BF16")
 LARGEST_SCALE = MAX_WEIGHT / LARGEST  # see `check_finite`
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -78,6 +80,7 @@ class HuggingFaceSource:
                 "(LlamaForCausalLM), or set tie_word_embeddings if the embedding is the head."
             )
         check_parameters(path, self.geometry, shapes)
+        _check_dtypes({name: self._entries[name] for name in shapes if name not in self._scales})
         self._names = list(shapes)
         self.text, text_files = folder_text(path, config, self.geometry.vocabulary)
         self.warnings = self.text.warnings
@@ -200,6 +203,21 @@ def _is_fp8_matrix(entry: TensorEntry) -> bool:
     return entry.dtype == CODES and len(entry.shape) == 2
 
 
+def _check_dtypes(entries: Mapping[str, tuple[Path, TensorEntry]]) -> None:
+    """Check that all weights can be read: later, others would have been converted in vain.
+
+    Raises:
+        SourceError: names the first of another dtype.
+    """
+    for name, (path, entry) in entries.items():
+        if entry.dtype not in FLOATS:
+            raise _other_dtype(path, name, entry)
+
+
+def _other_dtype(path: Path, name: str, entry: TensorEntry) -> SourceError:
+    return SourceError(f"Tensor {name} of {path} has dtype {entry.dtype}; supported are F32, F16 and BF16.")
+
+
 def _to_float32(path: Path, name: str, entry: TensorEntry, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     match entry.dtype:
         case "F32":
@@ -208,7 +226,7 @@ def _to_float32(path: Path, name: str, entry: TensorEntry, raw: NDArray[np.uint8
             return raw.view("<f2").astype(np.float32)
         case "BF16":  # the upper half of a float32
             return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    raise SourceError(f"Tensor {name} of {path} has dtype {entry.dtype}; supported are F32, F16 and BF16.")
+    raise _other_dtype(path, name, entry)
 
 
 def _weight_files(folder: Path) -> tuple[tuple[Path, ...], list[TensorFile]]:

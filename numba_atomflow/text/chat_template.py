@@ -87,8 +87,11 @@ class ChatTemplate:
             | {"messages": plain, "add_generation_prompt": bool(add_generation_prompt)}
         )
 
-    def check_limits(self) -> None:
-        """Render a short conversation within the limits; other errors of the template are ignored.
+    def try_question(self) -> str | None:
+        """Render a conversation of one question.
+
+        Returns:
+            The template's error, or None; it may need another conversation, or a variable.
 
         Raises:
             TextError: the template exceeds its limits.
@@ -97,8 +100,9 @@ class ChatTemplate:
             self.render([{"role": "user", "content": "Hello"}])
         except template_process.TemplateExcessError:
             raise
-        except TextError:  # it may need another conversation, or a variable
-            return
+        except TextError as error:
+            return str(error)
+        return None
 
     def _request(self, variables: Mapping[str, Any] | None) -> str:
         match self._process.request(self._source, variables):

@@ -310,6 +310,18 @@ def test_unusable_text_is_refused_before_any_work(tmp_path: Path, name: str, con
     assert (steps, names_in(tmp_path)) == ([], ["hf"])
 
 
+def test_a_chat_template_that_refuses_a_question_is_reported(tmp_path: Path) -> None:
+    write_hf_folder(tmp_path / "hf", tiny_geometry(layers=1))
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
+    warnings: list[str] = []
+    convert(tmp_path / "hf", tmp_path / "out", warn=warnings.append)
+    (warning,) = warnings
+    assert warning == (
+        f"{tmp_path / 'hf'} has a chat template with which `chat` may fail, as one question does: The model's chat "
+        "template refuses this conversation: no system message."
+    )
+
+
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     write_hf_folder(tmp_path / "hf", tiny_geometry(vocabulary=64))
     with pytest.raises(SourceError, match=r"its tokenizer uses the token .* for plain text, but the model has 64"):

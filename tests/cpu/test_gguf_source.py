@@ -392,6 +392,17 @@ def test_nan_and_infinity_are_named_when_read(tmp_path: Path, poison: float, nam
         source.read(name)
 
 
+def test_a_type_that_cannot_be_dequantized_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    data = bytearray(path.read_bytes())
+    name = b"blk.1.ffn_down.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions, and two of them
+    data[at : at + 4] = struct.pack("<I", GGMLQuantizationType.I32)
+    path.write_bytes(data)
+    refused(path, "Tensor model.layers.1.mlp.down_proj.weight of", "has type I32, which the gguf package cannot")
+
+
 @pytest.mark.parametrize(
     ("fields", "fragment"),
     [
