@@ -175,13 +175,13 @@ class Context:
     def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(tokens), V] after the token sampled last, which then is in the context, and after proposed ones.
 
-        Of the latter, those that are accepted are to be appended to `token_ids`. Row 0 is valid until the next call
-        of the backend. The others are a copy: `Engine.unembed` may be called before they are used.
+        Of the latter, those that are accepted are to be appended to `token_ids`. The rows are valid as long as those of
+        `Backend.verify`.
         """
         self.backend.seek(len(self.token_ids))
         logits = self.backend.verify(tokens)
         self.token_ids.append(tokens[0])
-        return logits if len(tokens) == 1 else logits.copy()
+        return logits
 
     def decode(self, token: int) -> None:
         """Request the decode step that takes the token sampled last into the KV cache."""

@@ -269,8 +269,10 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
     sampler = Sampler(params, context.vocabulary, request.prompt, request.constraint)
     speculator = Speculator(request.drafter, context.backend.verification.width, context.vocabulary, request.eos_ids)
+    rest = request.prompt[reused:]
     if params.prompt_logprobs is None:
-        rows = context.feed(request.prompt[reused:])[None]
+        # A single token as `token_loop` feeds it, in a decode step, whose bits differ on a GPU from a prompt's.
+        rows = context.verify(rest) if len(rest) == 1 else context.feed(rest)[None]
     else:
         rows = _feed_prompt_with_logprobs(state, context, request.prompt, params.prompt_logprobs)[None]
     text, proposed, step_seconds = list(request.prompt), list[int](), 0.0

@@ -192,7 +192,8 @@ class Backend(Protocol):
         """Logits [len(tokens), V] after each of 1 to `verification.width` tokens at the current position.
 
         Row i, and what token i leaves in the KV cache, have the bits that single decode steps give. The position stays
-        as it is: the caller seeks to what it accepts. The array is valid until the next step.
+        as it is: the caller seeks to what it accepts. Row 0 is valid until the next call; further rows until the next
+        `verify`, because `Engine.unembed` may be called before they are used.
 
         Raises:
             IndexError: there are more tokens, or they do not fit into the KV cache.

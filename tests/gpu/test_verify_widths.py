@@ -137,10 +137,12 @@ def test_a_reply_is_the_same_with_and_without_a_drafter(temperature: float) -> N
     with Engine.random(geometry, "cuda", max_seq_len=512, decode="persistent") as engine:
         plain = engine.generate_tokens(prompt, params).finish().token_ids
         drafter = Continuation(plain, len(prompt))
+        engine.reset()
         reply = engine.generate_tokens(prompt, params, drafter=drafter).finish()
         assert reply.token_ids == plain
         assert reply.stats.accepted > 60
         if temperature == 0.0:
+            engine.reset()
             device = engine.generate_tokens(prompt, SamplingParams(max_tokens=120)).finish().token_ids
             assert device == plain
 
@@ -151,5 +153,6 @@ def test_prompt_lookup_only_where_it_is_asked_for() -> None:
         prompt = [7, 8, 9, 10] * 12
         plain = engine.generate_tokens(prompt, SamplingParams(max_tokens=60)).finish()
         assert plain.stats.proposed == 0
+        engine.reset()
         lookup = engine.generate_tokens(prompt, SamplingParams(max_tokens=60, speculate="lookup")).finish()
         assert lookup.token_ids == plain.token_ids

@@ -224,14 +224,14 @@ class CpuBackend:
     def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(tokens), V] after each of 1 to GEMV_TOKENS tokens, with the bits of single decode steps.
 
-        The position stays as it is. The array is valid until the next step.
+        The position stays as it is. The array is valid until the next step; with several rows it is a copy.
         """
         count = len(tokens)
         check_range("tokens of a step that verifies", 0, count, self.verification.width)
         position = int(self._position[0])
         self.prefill(tokens, ALL_LOGITS)
         self.seek(position)
-        return self._logits[:count]
+        return self._logits[:1] if count == 1 else self._logits[:count].copy()
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the same bound list, one op at a time."""

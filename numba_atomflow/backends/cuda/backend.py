@@ -212,7 +212,7 @@ class CudaBackend:
     def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(tokens), V] after each of the tokens at the current position, which stays as it is.
 
-        The array is valid until the next call.
+        The array is valid until the next `verify`.
         """
         check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
         if self._wide_steps is not None:
@@ -224,6 +224,13 @@ class CudaBackend:
         logits = self.logits(0, 1)
         self.seek(position)
         return logits
+
+    def time_widths(self, repeats: int) -> dict[int, float]:
+        """Median seconds of the kernel of a step that verifies, at the current position, by its number of tokens;
+        nothing where no step takes several.
+        """
+        with self._owner.current():
+            return {} if self._wide_steps is None else self._wide_steps.seconds(repeats)
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""

@@ -15,6 +15,7 @@ from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.memory.device import PinnedArray
 from numba_atomflow.memory.view import View
+from numba_atomflow.ops.cuda.runtime.graph import time_launches
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 
 
@@ -62,6 +63,21 @@ class WideSteps:
             self._queue.distrust()
             raise watchdog_error()
         return logits[:count]
+
+    def seconds(self, repeats: int) -> dict[int, float]:
+        """Median seconds of the kernel, by the number of tokens. The GPU's context is current.
+
+        Raises:
+            BackendError: the watchdog tripped.
+        """
+        if self._bound is None:
+            self._bound = self._bind()
+        stream, resources = self._model.stream, self._resources
+        seconds = {
+            width: time_launches([launch], stream, repeats, resources) for width, launch in self._bound.launches.items()
+        }
+        self._queue.check_watchdog()
+        return seconds
 
     def _bind(self) -> "_BoundSteps":
         planned, buffers = self._model.kernels.planned, self._model.buffers

@@ -1,0 +1,162 @@
+"""What speculation gains on a GPU: steps of several tokens against a step of one, and replies at scripted acceptance.
+
+    python scripts/bench_speculation.py --geometry llama-3.2-3b
+    python scripts/bench_speculation.py --geometry llama-3.1-8b --acceptance 0.8 --json
+
+The weights are random. Steps: median time of the kernel for each number of tokens, at several positions, and of a whole
+step with copies to and from the host. Replies: a drafter proposes the true continuation, each token right with a
+probability, as many as the step takes; the replies must have the same tokens with and without.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from numba_atomflow import AtomFlowError, Engine, SamplingParams
+from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.host.machine import commit, machine_record
+from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.speculation.drafter import StepResult
+from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.utils.tables import render
+
+PROMPT_TOKENS = 32
+
+
+class ScriptedDrafter:
+    """Proposes the known continuation of a prompt, each token right with a given probability.
+
+    Args:
+        tokens: of the continuation. length: most tokens to propose.
+    """
+
+    def __init__(self, tokens: list[int], length: int, acceptance: float, vocabulary: int) -> None:
+        self._tokens, self._length, self._acceptance, self._vocabulary = tokens, length, acceptance, vocabulary
+        self._random = np.random.default_rng(0)
+
+    def propose(self, token_ids: Sequence[int], limit: int) -> list[int]:
+        """The continuation, with some tokens replaced by others."""
+        start = len(token_ids) - PROMPT_TOKENS
+        true = self._tokens[start : start + min(limit, self._length)]
+        right = self._random.random(len(true)) < self._acceptance
+        return [token if ok else (token + 1) % self._vocabulary for token, ok in zip(true, right, strict=True)]
+
+    def observe(self, result: StepResult) -> None:
+        """No effect: the length is fixed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print tables or JSON; the exit code."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        with Engine.random(PRESETS[given.geometry], "cuda", max(given.positions) + given.tokens + 64) as engine:
+            backend = engine.backend
+            if not isinstance(backend, CudaBackend) or backend.verification.width == 1:
+                parser.error(f"no step takes several tokens here, because {backend.verification.reason}")
+            steps = {position: _steps(backend, position, given.repeats) for position in given.positions}
+            replies = _replies(engine, given)
+            device = backend.device
+    except AtomFlowError as error:
+        print(error, file=sys.stderr)
+        return 2
+    record: dict[str, Any] = {"geometry": given.geometry, "device": device, "steps": steps, "replies": replies}
+    if given.json:
+        print(json_text(record | {"machine": machine_record(), "commit": commit()}))
+        return 0
+    print(f"{given.geometry}, random weights, {device}, commit {commit()}\n")
+    widths = list(next(iter(steps.values()))["kernel"])
+    print("microseconds of the kernel (ratio to one token); of a whole step with its copies")
+    rows = [[str(position), *(_cell(times, width) for width in widths)] for position, times in steps.items()]
+    print(render("table", ["position", *(f"{width} tokens" for width in widths)], rows))
+    print("replies")
+    header = ["tokens per step", "acceptance", "tok/s", "ratio", "mean accepted length"]
+    print(render("table", header, [[str(reply[name]) for name in header] for reply in replies]), end="")
+    return 0
+
+
+def _steps(backend: CudaBackend, position: int, repeats: int) -> dict[str, dict[int, float]]:
+    """Seconds by the number of tokens: of the kernel, and of a whole step."""
+    backend.seek(position)
+    kernel, whole = backend.time_widths(repeats), {}
+    for width in kernel:
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            backend.seek(position)
+            backend.verify([1] * width)
+            backend.seek(position + 1)
+            times.append(time.perf_counter() - started)
+        whole[width] = median(times)
+    return {"kernel": kernel, "whole": whole}
+
+
+def _replies(engine: Engine, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The speed of replies: plain, and with each number of tokens per step and acceptance."""
+    vocabulary, params = engine.geometry.vocabulary, SamplingParams(max_tokens=given.tokens)
+    prompt = np.random.default_rng(1).integers(0, vocabulary, PROMPT_TOKENS).tolist()
+    engine.generate_tokens(prompt, params).finish()  # from here on, replies find the prompt in the cache
+    expected = engine.generate_tokens(prompt, params).finish().token_ids
+    plain = median(engine.generate_tokens(prompt, params).finish().stats.tokens_per_second for _ in range(3))
+    results = [_result(1, 0.0, plain, plain, 1.0)]
+    for width in (width for width in (4, 8) if width <= engine.backend.verification.width):
+        for acceptance in given.acceptance:
+            speeds, lengths = [], []
+            for _ in range(3):
+                drafter = ScriptedDrafter(expected, width - 1, acceptance, vocabulary)
+                reply = engine.generate_tokens(prompt, params, drafter=drafter).finish()
+                if reply.token_ids != expected:
+                    raise AtomFlowError(f"A reply with {width} tokens per step differs from the plain one.")
+                speeds.append(reply.stats.tokens_per_second)
+                lengths.append(reply.stats.mean_accepted_length)
+            results.append(_result(width, acceptance, median(speeds), plain, median(lengths)))
+    return results
+
+
+def _result(width: int, acceptance: float, speed: float, plain: float, length: float) -> dict[str, Any]:
+    return {
+        "tokens per step": width,
+        "acceptance": acceptance,
+        "tok/s": round(speed),
+        "ratio": round(speed / plain, 2),
+        "mean accepted length": round(length, 2),
+    }
+
+
+def _cell(times: dict[str, dict[int, float]], width: int) -> str:
+    kernel, whole = times["kernel"], times["whole"]
+    return f"{kernel[width] * 1e6:.0f} ({kernel[width] / kernel[1]:.2f}); {whole[width] * 1e6:.0f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=list(PRESETS), default="llama-3.2-3b")
+    parser.add_argument("--positions", type=_numbers, default=[0, 200, 1000, 4000])
+    parser.add_argument("--acceptance", type=_shares, default=[0.6, 0.8, 0.9])
+    parser.add_argument("--tokens", type=int, default=400, help="of a reply")
+    parser.add_argument("-r", "--repeats", type=int, default=20)
+    parser.add_argument("--json", action="store_true", help="print a record")
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 0,200,1000") from None
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.6,0.8") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
