@@ -70,6 +70,7 @@ class GenerationState:
     stats: GenerationStats = field(default_factory=GenerationStats)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    before_chunk: Callable[[], None] = lambda: None  # called before each chunk of a prompt that is scored
 
 
 class BaseGeneration(Generic[Item]):
@@ -113,6 +114,14 @@ class BaseGeneration(Generic[Item]):
         It is complete when the first item has been generated.
         """
         return self._state.prompt_logprobs
+
+    def before_each_chunk(self, check: Callable[[], None]) -> Self:
+        """Call `check` before each chunk of a prompt with `prompt_logprobs`, all of which comes before the first item.
+
+        What it raises ends the generation, so that a program can give up a long prompt.
+        """
+        self._state.before_chunk = check
+        return self
 
     def __iter__(self) -> Iterator[Item]:
         return self
@@ -319,11 +328,13 @@ def _feed_prompt_with_logprobs(
 ) -> NDArray[np.float32]:
     """Feed all of a prompt and record the log-probabilities of its tokens; the logits [V] of the last."""
     state.prompt_logprobs.append(None)
+    state.before_chunk()
     for logits in context.feed_by_chunks(prompt):
         for row in logits:
             if len(state.prompt_logprobs) < len(prompt):  # the last row predicts the first token of the reply
                 token = prompt[len(state.prompt_logprobs)]
                 state.prompt_logprobs.append(token_logprobs(row, token, top))
+        state.before_chunk()
     return context.last_logits(len(prompt))
 
 

@@ -27,6 +27,7 @@ def html_page(report: Report | ReplayReport, title: str) -> bytes:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="numba-atomflow validate">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="color-scheme" content="light dark">

@@ -304,7 +304,8 @@ class ChatSession:
         """Write the conversation, with --kv and the KV cache.
 
         Raises:
-            DestinationError: the file exists and is not one of this session, or cannot be written.
+            DestinationError: the file exists and is not one of this session, or has a KV cache and --kv is missing, or
+            cannot be written.
         """
         with_cache = f" {argument}".endswith(f" {_KV_OPTION}")
         path = _path(argument.removesuffix(_KV_OPTION).rstrip() if with_cache else argument)
@@ -319,6 +320,8 @@ class ChatSession:
                 raise DestinationError(f"{path} exists; choose another name.")
             with output.bytes_bar(after=STATE_BAR_AFTER) as progress:
                 self.engine.save_state(path, self.conversation.messages, overwrite=own, progress=progress)
+        elif own and is_state_file(path):
+            raise DestinationError(f"{path} holds a KV cache as well; add {_KV_OPTION}, or choose another name.")
         else:
             self.conversation.write(path, self.engine.checkpoint.path, replace=own)
         self._own_files.add(target)

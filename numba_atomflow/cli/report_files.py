@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from numba_atomflow.validate import ReplayReport, Report
 
 
+_MARK = b"numba-atomflow validate"  # at the beginning of both kinds of reports
+
+
 class ReportFiles(NamedTuple):
     """Where the result goes besides standard output; None: nowhere."""
 
@@ -21,7 +24,8 @@ class ReportFiles(NamedTuple):
         """Refuse a path before the work is done, not after.
 
         Raises:
-            DestinationError: a folder does not exist, or there can be no file of that name.
+            DestinationError: a folder does not exist, or there can be no file of that name, or a report would replace
+                something else than a report.
             OptionError: no plot can be drawn, or two options name the same file.
         """
         from numba_atomflow.utils.plot import check_plot
@@ -31,6 +35,9 @@ class ReportFiles(NamedTuple):
         paths = [path for path in self if path is not None]
         for path in paths:
             check_destination_in_folder(path, overwrite=True)
+        for report in (self.junit, self.html):
+            if report is not None and report.exists() and not _is_report(report):
+                raise DestinationError(f"{report} exists and is no report of `validate`; choose another name.")
         if len({path.resolve() for path in paths}) < len(paths):
             raise OptionError("--plot, --junit and --html write a file each; give them different names.")
 
@@ -53,3 +60,13 @@ class ReportFiles(NamedTuple):
                 write_whole(path, make(report, title), replace=True)
             except OSError as error:
                 raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another name.") from error
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file may be replaced by a report: it is one, or empty."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(1024)
+    except OSError as error:
+        raise DestinationError(f"{path} cannot be written ({error.strerror}); choose another name.") from error
+    return not beginning or _MARK in beginning

@@ -12,7 +12,7 @@ from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.cli.report_files import ReportFiles
 from numba_atomflow.cli.widths import parse_widths, show_widths
 from numba_atomflow.errors import BackendError, OptionError
-from numba_atomflow.files.untrusted import escape_controls
+from numba_atomflow.files.untrusted import escape_controls, quote
 
 if TYPE_CHECKING:
     from numba_atomflow.backends.base import Backend
@@ -240,7 +240,9 @@ def _parse_layers(text: str | None) -> range | None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if found is None:
-        raise OptionError(f"--layers {text} is not of the form A:B; give for example --layers 0:4.")
+        raise OptionError(f"--layers {quote(text)} is not of the form A:B; give for example --layers 0:4.")
+    if int(found[1]) >= int(found[2]):
+        raise OptionError(f"--layers {text} holds no layer: A:B stands for A to B - 1; give for example --layers 0:4.")
     return range(int(found[1]), int(found[2]))
 
 

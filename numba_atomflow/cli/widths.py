@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from numba_atomflow.cli import options, output
 from numba_atomflow.errors import OptionError
+from numba_atomflow.files.untrusted import quote
 
 
 def parse_widths(text: str) -> list[int]:
@@ -14,7 +15,7 @@ def parse_widths(text: str) -> list[int]:
         OptionError: the text has another form.
     """
     if re.fullmatch(r"\d{1,4}(,\d{1,4})*", text) is None:
-        raise OptionError(f"--widths {text} is no list of numbers; give for example --widths 1,2,4,8.")
+        raise OptionError(f"--widths {quote(text)} is no list of numbers; give for example --widths 1,2,4,8.")
     return [int(width) for width in text.split(",")]
 
 

@@ -292,7 +292,7 @@ class Stream:
         scored = work.params.prompt_logprobs is not None
         cached = 0 if scored else self._prefill(ticket, work.prompt)
         start: Callable[..., Generation] = self.engine.chat_tokens if work.is_chat else self.engine.generate
-        generation = start(work.prompt, work.params)
+        generation = start(work.prompt, work.params).before_each_chunk(lambda: self._check(ticket, 0))
         begun = first = time.monotonic()
         tokens = 0
         with suppress(StopIteration):

@@ -180,6 +180,10 @@ def test_a_kv_cache_is_saved_with_it(talk: Talk, tmp_path: Path) -> None:
     assert int(CACHED.findall(second.err)[0][1]) > 0
     without = talk("one", f"/save {file}", "/quit")
     assert_of_last_line(without, f"{file} exists")
+    contents = file.read_bytes()
+    assert_of_last_line(talk(f"/load {file}", f"/save {file}"), f"{file} holds a KV cache as well; add --kv")
+    assert file.read_bytes() == contents
+    assert talk(f"/load {file}", f"/save {file} --kv").code == 0
 
 
 def assert_of_last_line(outcome: Outcome, text: str) -> None:

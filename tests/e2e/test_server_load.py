@@ -21,7 +21,9 @@ from child_processes import wait
 from cli_runner import InProcess, assert_refused, command_line, environment
 
 from numba_atomflow import Engine, Generation, SamplingParams
+from numba_atomflow.context import Context
 from numba_atomflow.errors import CheckpointError, OptionError
+from numba_atomflow.model.step import Head
 
 pytest.importorskip("starlette", reason="pip install 'numba-atomflow[serve]'")
 pytest.importorskip("uvicorn", reason="pip install 'numba-atomflow[serve]'")
@@ -326,6 +328,33 @@ def test_a_client_that_leaves_is_noticed_in_the_middle_of_a_long_prompt(
     client.close()
     live.until(lambda: not live.stream.is_busy)
     assert fed == [16]
+
+
+def test_a_client_that_leaves_is_noticed_in_the_middle_of_a_scored_prompt(
+    live: Live, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed, fed, reached, opened = Context.prefill, [], threading.Event(), threading.Event()
+
+    def held_prefill(context: Context, tokens: list[int], head: Head) -> None:
+        fed.append(len(tokens))
+        reached.set()
+        opened.wait()
+        feed(context, tokens, head)
+
+    monkeypatch.setattr(engine.backend, "prefill_chunk", 16)
+    monkeypatch.setattr(Context, "prefill", held_prefill)
+    client = send(live, completion(prompt="x" * 300, echo=True, logprobs=1, max_tokens=0))
+    reached.wait()
+    serving = live.stream._serving
+    assert serving is not None
+    client.close()
+    try:
+        live.until(lambda: serving.cancelled)
+    finally:
+        opened.set()
+    live.until(lambda: not live.stream.is_busy)
+    assert fed == [16]
+    assert live.metric("atomflow_cancelled_total") == 1
 
 
 def test_a_prompt_in_parts_gives_the_same_reply(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="transformers makes the ground truth:
 
 from numba_atomflow import Engine
 from numba_atomflow.checkpoint.safetensors import METADATA
+from numba_atomflow.cli.report_files import ReportFiles
 from numba_atomflow.convert import convert
 from numba_atomflow.validate import check, make_ground_truth
 
@@ -102,6 +103,7 @@ def test_reports_are_written_beside_the_table(
     assert names_in(tmp_path) == ["report.html", "report.xml"]
     suites = ET.parse(tmp_path / "report.xml").getroot()
     assert int(suites.get("failures", "")) > 0
+    ReportFiles(None, tmp_path / "report.xml", tmp_path / "report.html").check()  # the next run may replace them
     assert outcome.out.splitlines()[-1] in (tmp_path / "report.html").read_text()
 
 
@@ -183,6 +185,10 @@ def test_reports_that_cannot_be_written_are_refused_first(
     refused(tmp_path / "none" / "report", "no folder", tmp_path / "none")
     refused(tmp_path / ("a" * 300), "File name too long")
     refused("/dev/null", "is a device")
+    for contents in ("<!doctype html><title>A page</title>", "<?xml version='1.0'?><svg/>"):
+        (tmp_path / "mine").write_text(contents)
+        refused(tmp_path / "mine", "mine exists and is no report")
+        assert (tmp_path / "mine").read_text() == contents
 
 
 def test_two_reports_in_one_file_are_refused(
@@ -313,7 +319,8 @@ def test_options_out_of_range(cli: InProcess, tiny_checkpoint: Path, truth_file:
     given = ("validate", tiny_checkpoint, "-g", truth_file)
     assert_refused(cli("validate", tiny_checkpoint), "--ground-truth")
     assert_refused(cli(*given, "--diff-backends"), "--diff-backends")
-    assert_refused(cli(*given, "--layers", "3"), "--layers 3")
+    assert_refused(cli(*given, "--layers", "3"), "--layers '3'")
+    assert_refused(cli(*given, "--layers", "3:3"), "--layers 3:3 holds no layer")
     assert_refused(cli(*given, "--layers", "1:5"), "--layers 1:5")
     assert_refused(cli(*given, "--block", "0"), "--block")
     assert_refused(cli(*given, "--prefill", "fp8"), "use --prefill gemm")

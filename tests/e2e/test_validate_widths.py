@@ -39,7 +39,8 @@ def test_a_failure_is_exit_code_1(cli: InProcess, tiny_checkpoint: Path, monkeyp
     ("given", "message"),
     [
         (["--widths", "2"], "needs a text"),
-        (["--widths", "2,x", "-p", TEXT], "--widths 2,x is no list of numbers"),
+        (["--widths", "2,x", "-p", TEXT], "--widths '2,x' is no list of numbers"),
+        (["--widths", "", "-p", TEXT], "--widths '' is no list of numbers"),
         (["--widths", "0", "-p", TEXT], "from 1 on"),
         (["--widths", "16", "-p", TEXT], "at most 8 tokens"),
         (["--widths", "2", "-p", TEXT, "--isolate"], "whole runs"),

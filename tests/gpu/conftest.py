@@ -1,11 +1,15 @@
 """Tests on a GPU: skipped, with the reason, where there is none."""
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+from device_launch import capability
+from tiny_models import tiny_geometry
 
+from numba_atomflow import Engine
+from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.choose import gpu_is_usable
 from numba_atomflow.device.driver import DriverError
 
@@ -19,6 +23,22 @@ _lost_by: list[str] = []  # the test after which this process cannot use the GPU
 def _gpu() -> None:
     if not gpu_is_usable():
         pytest.skip("no CUDA GPU (or its driver, or its libraries: extra cu13)")
+
+
+@pytest.fixture(scope="module", params=["graph", "persistent"])
+def decode(request: pytest.FixtureRequest) -> Decode:
+    """Each way of running decode steps."""
+    path: Decode = request.param
+    if path == "persistent" and capability() < (9, 0):
+        pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine_of_each_path(decode: Decode) -> Iterator[Engine]:
+    """A tiny random model on the GPU, with a context of 96 tokens."""
+    with Engine.random(tiny_geometry(), "cuda", 96, decode=decode) as engine:
+        yield engine
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 from closeness import relative_l2
-from device_launch import capability
 from numpy.typing import NDArray
 from tiny_models import tiny_geometry
 
@@ -19,12 +18,9 @@ SAMPLED = SamplingParams(max_tokens=12, temperature=1.0, seed=1, ignore_eos=True
 pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
 
 
-@pytest.fixture(scope="module", params=["graph", "persistent"])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    if request.param == "persistent" and capability() < (9, 0):
-        pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
-    with Engine.random(tiny_geometry(), "cuda", 96, decode=request.param) as engine:
-        yield engine
+@pytest.fixture
+def engine(engine_of_each_path: Engine) -> Engine:
+    return engine_of_each_path
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.backends.base import Decode
 from numba_atomflow.logprobs import token_logprobs
 
 MAX_SEQ_LEN = 96
@@ -46,7 +45,6 @@ def test_a_generation_with_logprobs_and_then_one_without(engine: Engine) -> None
     assert engine.generate_tokens(prompt, plain).finish().token_ids == before
 
 
-@pytest.mark.parametrize("decode", ["graph", "persistent"])
 @pytest.mark.parametrize(
     "params",
     [
@@ -56,17 +54,15 @@ def test_a_generation_with_logprobs_and_then_one_without(engine: Engine) -> None
     ],
     ids=["greedy", "filtered", "sampled"],
 )
-def test_the_device_computes_what_the_host_does(decode: Decode, params: SamplingParams) -> None:
-    """The host chooses where the prompt's log-probabilities are wanted, too."""
-    prompt = some_tokens(20)
-    with Engine.random(tiny_geometry(), "cuda", MAX_SEQ_LEN, decode=decode) as engine:
-        ours = engine.generate_tokens(prompt, params).finish()
-        engine.reset()
-        plain = engine.generate_tokens(prompt, replace(params, logprobs=None)).finish()
-        assert plain.token_ids == ours.token_ids
-        engine.reset()
-        text = prompt + ours.token_ids[:-1]
-        logits = engine.feed(text, all_logits=True)[len(prompt) - 1 :]
+def test_the_device_computes_what_the_host_does(engine_of_each_path: Engine, params: SamplingParams) -> None:
+    engine, prompt = engine_of_each_path, some_tokens(20)
+    engine.reset()
+    ours = engine.generate_tokens(prompt, params).finish()
+    engine.reset()
+    plain = engine.generate_tokens(prompt, replace(params, logprobs=None)).finish()
+    assert plain.token_ids == ours.token_ids
+    engine.reset()
+    logits = engine.feed(prompt + ours.token_ids[:-1], all_logits=True)[len(prompt) - 1 :]
     assert len(ours.logprobs) == len(ours.token_ids) == 24
     for row, token, entry in zip(logits, ours.token_ids, ours.logprobs, strict=True):
         expected = token_logprobs(row, token, params.logprobs or 0)  # of a chunk, which rounds in another way

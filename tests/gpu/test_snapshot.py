@@ -1,11 +1,8 @@
 """Snapshots of a GPU's KV cache: the next tokens are those that followed, on both ways of decoding."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from device_launch import capability
-from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
 
@@ -15,12 +12,9 @@ SAMPLED = SamplingParams(max_tokens=12, temperature=1.0, seed=1, ignore_eos=True
 pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
 
 
-@pytest.fixture(scope="module", params=["graph", "persistent"])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    if request.param == "persistent" and capability() < (9, 0):
-        pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
-    with Engine.random(tiny_geometry(), "cuda", 96, decode=request.param) as engine:
-        yield engine
+@pytest.fixture
+def engine(engine_of_each_path: Engine) -> Engine:
+    return engine_of_each_path
 
 
 def test_the_next_tokens_are_those_that_followed(engine: Engine, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ the order of threads.
 3. Each listed token counts those before it: its place.
 
 Cost model: one CTA makes 2 passes over the logits, predicted 5-8 us each for 128,256 tokens, and 20 maxima over the CTA
-of some 0.3 us: 16-22 us, against some 70 us for the copy of the logits, the host's choice, and the launch that waits
-for it.
+of some 0.3 us: 16-22 us, 1-2 % of a 3B model's step. Otherwise 4 * V bytes go to the host for each token, and no step
+is launched before the host has chosen.
 """
 
 import math
