@@ -26,8 +26,8 @@ from numba_atomflow.checkpoint.format import Checkpoint
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 pytestmark = pytest.mark.slow  # a start of Ray takes some ten seconds of CPU time
 
-ROWS, ROWS_PER_SHARD = 96, 4
-TASK = GenerateTask({"max_tokens": 300, "ignore_eos": True})
+ROWS, ROWS_PER_SHARD = 64, 4
+TASK = GenerateTask({"max_tokens": 200, "ignore_eos": True})
 
 # A driver whose task ends its process at one row, as a row does that needs too much memory.
 DRIVER = """
