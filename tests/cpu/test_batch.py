@@ -354,6 +354,16 @@ def test_perplexity_of_all_texts_together(tmp_path: Path, model: Path, monkeypat
     assert third["error"]
 
 
+@pytest.mark.slow
+def test_validation_of_a_row(model: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[validate]'")
+    worker = Worker(str(model), fingerprint(model), ValidateTask(decode_steps=2), ONE_THREAD)
+    good, long = run(worker, [row(1, prompt="a prompt"), row(2, prompt="x" * 9999)])
+    assert (good["passed"], good["prompt_tokens"], good["positions"]) == (True, 8, 10)
+    assert good["verdict"].startswith("PASS")
+    assert long["error"]
+
+
 # --- the command line --------------------------------------------------------------------------------------------
 
 
@@ -374,6 +384,25 @@ def test_bad_input_is_refused_before_ray_starts(
     )
     assert_refused(cli("batch", "run", rows, tmp_path / "out", "-m", model, "--top-p", "2"), "--top-p")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_commands_print(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli, rows = InProcess(capsys), tmp_path / "in.jsonl"
+    Cluster(Worker(str(model), fingerprint(model), TASK, ONE_THREAD), monkeypatch)
+    rows.write_text('{"prompt": "a text"}\n{"prompt": 5}\n')
+    outcome = cli("batch", "run", rows, tmp_path / "replies", "-m", model)
+    assert outcome.code == 0
+    assert "2, 1 of them with an error" in outcome.out
+    assert "6 tokens" in outcome.out
+    rows.write_text('{"text": "a text"}\n')
+    Cluster(Worker(str(model), fingerprint(model), PerplexityTask(), ONE_THREAD), monkeypatch)
+    outcome = cli("batch", "perplexity", rows, tmp_path / "perplexities", "-m", model)
+    assert outcome.code == 0
+    assert "\nperplexity  " in outcome.out
+    rows.write_text('{"prompt": 5}\n')
+    assert cli("batch", "validate", rows, tmp_path / "validations", "-m", model).code == 1  # a row has an error
 
 
 def test_a_batch_of_refused_rows_alone_starts_no_ray(
