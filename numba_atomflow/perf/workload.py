@@ -18,7 +18,7 @@ from numba_atomflow.errors import AtomFlowError, OptionError
 from numba_atomflow.files.text_input import read_text_file
 from numba_atomflow.files.untrusted import load_json, quote
 from numba_atomflow.host.machine import machine_record
-from numba_atomflow.sampling import SamplingParams
+from numba_atomflow.sampling import SamplingParams, Speculate
 from numba_atomflow.utils.progress import Progress
 from numba_atomflow.utils.stats import Spread
 
@@ -206,7 +206,8 @@ def _measure_prompt(
     Raises:
         AtomFlowError: the tokens differ between turns.
     """
-    plain, speculative = (SamplingParams(max_tokens=decode_tokens, speculate=how) for how in ("off", "auto"))
+    how: Speculate = "auto" if engine.backend.verification.reason else "lookup"
+    plain, speculative = (SamplingParams(max_tokens=decode_tokens, speculate=what) for what in ("off", how))
     engine.reset()
     engine.generate_tokens(tokens, SamplingParams(max_tokens=1)).finish()  # later turns find the prompt in the cache
     expected = engine.generate_tokens(tokens, plain).finish().token_ids

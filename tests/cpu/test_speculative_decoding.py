@@ -282,3 +282,16 @@ def test_a_backend_that_cannot_verify_says_why(engine: Engine, monkeypatch: pyte
         engine.generate_tokens(PROMPT, SamplingParams(speculate="lookup"))
     with pytest.raises(OptionError, match="There is a drafter, but this backend cannot"):
         engine.generate_tokens(PROMPT, drafter=Fixed(5))
+
+
+def test_speculation_that_is_not_automatic_needs_to_be_asked_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(engine.backend), "verification", Verification(8, automatic=False))
+    expected = plain(engine)
+    automatic = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=20, ignore_eos=True)).finish()
+    assert automatic.stats.proposed == 0
+    drafter = Fixed(*expected[1:9])
+    asked = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=20, ignore_eos=True), drafter=drafter).finish()
+    assert asked.stats.proposed > 0
+    assert asked.token_ids == automatic.token_ids
