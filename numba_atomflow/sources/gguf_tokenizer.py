@@ -48,6 +48,7 @@ _EOS_IF_CONTROL = frozenset({"</s>", "<eos>", "[EOT]", "[EOS]"})  # may also be 
 _NAMED_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _ID_SUFFIX = "_token_id"  # of keys that name a token
 _SENTENCEPIECE_IDS = {"unknown": (0, "<unk>"), "bos": (1, "<s>"), "eos": (2, "</s>")}  # if the file names none
+_UNDERSCORES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 # Every split of a token is tested as a merge; SentencePiece's own limit is 16 characters.
 _MAX_PIECE = 256
 
@@ -316,8 +317,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
     instruction = vocabulary.by_text.get("[INST]")
     first_only = instruction is not None and vocabulary.types[instruction] == _CONTROL
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    underscores = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    prepended = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, underscores]}
+    prepended = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _UNDERSCORES]}
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
@@ -326,7 +326,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
     if prefix_space:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
-        "normalizer": underscores if not prefix_space else None if first_only else prepended,
+        "normalizer": _UNDERSCORES if not prefix_space else None if first_only else prepended,
         "pre_tokenizer": metaspace if prefix_space and first_only else None,
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": _bpe(vocabulary, _merges_from_scores(vocabulary, scores))
@@ -379,9 +379,12 @@ def _tokenizer_json(body: dict[str, Any], vocabulary: _Vocabulary) -> bytes:
     Raises:
         SourceError: the tokenizers library rejects it.
     """
+    # Gemma's runs of spaces are tokens that are found before anything is merged, once spaces are ▁.
+    runs = body["normalizer"] == _UNDERSCORES
     added = [
         {"id": i, "content": token, "special": vocabulary.types[i] != _USER_DEFINED}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        | {"normalized": runs and vocabulary.types[i] == _USER_DEFINED and not token.strip(" ▁")}
         for token, i in vocabulary.by_text.items()
         if vocabulary.types[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]

@@ -167,6 +167,21 @@ def test_sentencepiece_without_prefix_space() -> None:
     assert codec.encode("word") != codec_of(fields).encode("word")
 
 
+@pytest.mark.parametrize("space", ["▁", " "])  # in a tokenizer.model, and as llama.cpp's converter writes them
+def test_runs_of_spaces_are_tokens_of_their_own(space: str) -> None:
+    """As in Gemma: the longest run is taken before words are merged."""
+    _, fields = sentencepiece()
+    count = len(fields["tokenizer.ggml.tokens"])
+    more = {"tokens": [space * 2, space * 3], "scores": [0.0, 0.0], "token_type": [USER_DEFINED] * 2}
+    extended = {f"tokenizer.ggml.{key}": fields[f"tokenizer.ggml.{key}"] + values for key, values in more.items()}
+    codec = codec_of(fields | extended | {"tokenizer.ggml.add_space_prefix": False})
+    for text, runs in (("a b", []), ("a  b", [count]), ("a   b", [count + 1]), ("     b", [count + 1, count])):
+        ids = codec.encode(text)
+        assert [i for i in ids if i >= count] == runs
+        assert codec.decode(ids) == text
+    assert codec.encode("a ▁▁b") == codec.encode("a   b")
+
+
 def test_every_token_that_ends_a_reply_is_found() -> None:
     _, fields = byte_level()
     assert assets_from_gguf(fields).eos_ids == (1, 2)  # <|endoftext|> as eos, <|im_end|> by name
