@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,27 +38,28 @@ class WideSteps:
         self._model, self._persistent, self._loaded = model, persistent, loaded
         self._staging, self._queue, self._resources = staging, queue, resources
         self._widths = (1, *model.kernels.wide_shapes)
-        self._bound: _BoundSteps | None = None
+        self._launches: dict[int, Launch] = {}
+        self._results: _Results | None = None
 
     def run(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(tokens), V] after each of the tokens at the current position; valid until the next call. The
         GPU's context is current.
 
-        The first call compiles the kernels for several tokens, or loads them from the cache.
+        The first call for several tokens compiles the kernels of all widths, or loads them from the cache.
 
         Raises:
             BackendError: the watchdog tripped, or the GPU failed.
         """
-        if self._bound is None:
-            self._bound = self._bind()
-        launches, logits, fault = self._bound
-        model, buffers, count = self._model, self._model.buffers, len(tokens)
+        if self._results is None:
+            self._results = _Results.allocate(self._model, self._resources)
+        logits, fault = self._results
+        buffers, stream, count = self._model.buffers, self._model.stream, len(tokens)
         width = next(width for width in self._widths if width >= count)
         self._staging.send([*tokens, *repeat(tokens[-1], width - count)], buffers["verify.tokens"])
-        launches[width].run()
-        _copy_to_host(logits[:count], buffers["verify.logits"], model.stream)
-        _copy_to_host(fault, buffers["persistent.fault"], model.stream)
-        call("cuStreamSynchronize", model.stream)
+        self._launch(width).run()
+        _copy_to_host(logits[:count], buffers["verify.logits"], stream)
+        _copy_to_host(fault, buffers["persistent.fault"], stream)
+        call("cuStreamSynchronize", stream)
         if fault[0]:
             self._queue.distrust()
             raise watchdog_error()
@@ -70,35 +71,38 @@ class WideSteps:
         Raises:
             BackendError: the watchdog tripped.
         """
-        if self._bound is None:
-            self._bound = self._bind()
         stream, resources = self._model.stream, self._resources
-        seconds = {
-            width: time_launches([launch], stream, repeats, resources) for width, launch in self._bound.launches.items()
-        }
+        seconds = {width: time_launches([self._launch(width)], stream, repeats, resources) for width in self._widths}
         self._queue.check_watchdog()
         return seconds
 
-    def _bind(self) -> "_BoundSteps":
-        planned, buffers = self._model.kernels.planned, self._model.buffers
-        self._loaded.require(planned[f"persistent_x{columns}"].spec for columns in self._widths[1:])
-        own = {name: buffers[f"verify.{name}"] for name in ("tokens", "logits", "best")}
-        launches = {1: self._persistent.launch(0, self._persistent.shape.ops, replaced=own)}
-        launches |= {columns: self._persistent.wide_launch(columns) for columns in self._widths[1:]}
-        logits = PinnedArray(buffers["verify.logits"].shape, "float32", self._resources)
-        return _BoundSteps(launches, logits.array, PinnedArray((1,), "int32", self._resources).array)
+    def _launch(self, width: int) -> Launch:
+        if width not in self._launches:
+            planned, buffers = self._model.kernels.planned, self._model.buffers
+            if width == 1:
+                own = {name: buffers[f"verify.{name}"] for name in ("tokens", "logits", "best")}
+                self._launches[1] = self._persistent.launch(0, self._persistent.shape.ops, replaced=own)
+            else:
+                self._loaded.require(planned[f"persistent_x{columns}"].spec for columns in self._widths[1:])
+                self._launches[width] = self._persistent.wide_launch(width)
+        return self._launches[width]
 
 
-class _BoundSteps(NamedTuple):
-    """The steps as launches, by their width, and pinned memory for what they return.
+class _Results(NamedTuple):
+    """Pinned memory for what a step returns.
 
     Attributes:
         logits: [width, V]. fault: [1], of the watchdog.
     """
 
-    launches: dict[int, Launch]
     logits: NDArray[np.float32]
     fault: NDArray[np.int32]
+
+    @classmethod
+    def allocate(cls, model: DeviceModel, resources: Resources) -> Self:
+        """Of the most tokens that a step takes; `resources` owns it."""
+        logits = PinnedArray(model.buffers["verify.logits"].shape, "float32", resources)
+        return cls(logits.array, PinnedArray((1,), "int32", resources).array)
 
 
 def _copy_to_host(target: NDArray[np.generic], source: View, stream: object) -> None:
