@@ -274,29 +274,16 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
     Args:
         context: holds the first `reused` tokens of the prompt, which are not computed again.
     """
-    stats, params = state.stats, request.params
+    stats = state.stats
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
-    sampler = Sampler(params, context.vocabulary, request.prompt, request.constraint)
+    sampler = Sampler(request.params, context.vocabulary, request.prompt, request.constraint)
     speculator = Speculator(request.drafter, context.backend.verification.width, context.vocabulary, request.eos_ids)
-    rest = request.prompt[reused:]
-    if params.prompt_logprobs is None:
-        # A single token as `token_loop` feeds it, in a decode step, whose bits differ on a GPU from a prompt's.
-        rows = context.verify(rest) if len(rest) == 1 else context.feed(rest)[None]
-    else:
-        rows = _feed_prompt_with_logprobs(state, context, request.prompt, params.prompt_logprobs)[None]
+    rows = _prompt_logits(state, context, request, reused)
     text, proposed, step_seconds = list(request.prompt), list[int](), 0.0
     while True:
         accepted = 0
         for row in rows:
-            token = sampler.choose(row)
-            if params.logprobs is not None:
-                state.logprobs.append(token_logprobs(row, token, params.logprobs))
-            elapsed = time.perf_counter() - request.started
-            if stats.tokens == 0:
-                stats.ttft = elapsed
-            stats.decode_seconds = elapsed - stats.ttft
-            stats.constraint_seconds = sampler.constraint_seconds
-            _record(state, context, request, token)
+            token = _choose(state, context, request, sampler, row)
             text.append(token)
             is_accepted = accepted < len(proposed) and token == proposed[accepted]
             accepted += is_accepted
@@ -315,6 +302,32 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
         step_seconds = time.perf_counter() - started
         stats.steps += 1
         stats.proposed += len(proposed)
+
+
+def _prompt_logits(state: GenerationState, context: Context, request: Request, reused: int) -> NDArray[np.float32]:
+    """Feed the prompt from token `reused` on; the logits [1, V] of its last token."""
+    top, rest = request.params.prompt_logprobs, request.prompt[reused:]
+    if top is not None:
+        return _feed_prompt_with_logprobs(state, context, request.prompt, top)[None]
+    # A single token as `token_loop` feeds it, in a decode step, whose bits differ on a GPU from a prompt's.
+    return context.verify(rest) if len(rest) == 1 else context.feed(rest)[None]
+
+
+def _choose(
+    state: GenerationState, context: Context, request: Request, sampler: Sampler, row: NDArray[np.float32]
+) -> int:
+    """The next token by logits [V], recorded with what is said of it and with the time."""
+    stats, top = state.stats, request.params.logprobs
+    token = sampler.choose(row)
+    if top is not None:
+        state.logprobs.append(token_logprobs(row, token, top))
+    elapsed = time.perf_counter() - request.started
+    if stats.tokens == 0:
+        stats.ttft = elapsed
+    stats.decode_seconds = elapsed - stats.ttft
+    stats.constraint_seconds = sampler.constraint_seconds
+    _record(state, context, request, token)
+    return token
 
 
 def _room(context: Context, request: Request, generated: int) -> int:

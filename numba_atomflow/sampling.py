@@ -52,8 +52,8 @@ class SamplingParams:
             removed before the other filters, and EOS is allowed exactly where the reply is complete. A reply that ends
             at `max_tokens`, at the end of the context or at a stop string may be incomplete.
         logprobs: for each generated token its log-probability and those of this many most likely ones, 0 to 20, by the
-            model's own distribution: before penalty, temperature and filters. None: none. A GPU computes them in the
-            step.
+            model's own distribution: before penalty, temperature and filters. None: none. Without speculation a GPU
+            computes them in the step, and copies no logits.
         prompt_logprobs: the same for each token of the prompt but the first, which nothing predicts. All of the prompt
             is computed then, whatever the KV cache holds of it.
         speculate: speculative decoding, which changes the speed and nothing else (docs/speculation.md). "lookup": what

@@ -71,7 +71,7 @@ class Choice:
         given: object = self.texts
         texts = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
         if not texts or not all(isinstance(text, str) and text for text in texts):
-            raise OptionError(f"Choice is of {quote(self.texts)}; it must be a list of texts that are not empty.")
+            raise OptionError(f"The choice of texts is {quote(self.texts)}; give a list of texts that are not empty.")
         check_length("".join(texts), "The choice of texts")
         object.__setattr__(self, "texts", texts)
 

@@ -5,7 +5,6 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
-from device_launch import capability
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine
@@ -28,6 +27,8 @@ def _gpu() -> None:
 @pytest.fixture(scope="module", params=["graph", "persistent"])
 def decode(request: pytest.FixtureRequest) -> Decode:
     """Each way of running decode steps."""
+    from device_launch import capability  # cannot be imported where numba-cuda is not installed
+
     path: Decode = request.param
     if path == "persistent" and capability() < (9, 0):
         pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")

@@ -55,7 +55,7 @@ def test_a_generation_with_logprobs_and_then_one_without(engine: Engine) -> None
     ids=["greedy", "filtered", "sampled"],
 )
 def test_the_device_computes_what_the_host_does(engine_of_each_path: Engine, params: SamplingParams) -> None:
-    engine, prompt = engine_of_each_path, some_tokens(20)
+    engine, prompt, params = engine_of_each_path, some_tokens(20), replace(params, speculate="off")
     engine.reset()
     ours = engine.generate_tokens(prompt, params).finish()
     engine.reset()
