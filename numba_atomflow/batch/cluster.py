@@ -137,6 +137,7 @@ def choose_pool(options: ActorOptions, engine: EngineOptions, shards: int) -> Po
     on_gpu = engine.backend == "cuda" or (engine.backend == "auto" and gpus > 0 and engine.threads is None)
     if on_gpu:
         available, what, per_actor = gpus, "GPUs", 1
+        engine = replace(engine, backend="cuda")  # "auto" would take the CPU where a GPU fails
     else:
         if options.address == LOCAL:
             choose_threads(engine.threads)
@@ -147,7 +148,9 @@ def choose_pool(options: ActorOptions, engine: EngineOptions, shards: int) -> Po
     if options.actors is not None and wanted < 1:
         raise OptionError(f"actors is {quote(wanted)}; it must be 1 or more.")
     if not 1 <= wanted <= available:
-        raise BackendError(f"The Ray at {options.address} has {available} {what}, too few for {max(wanted, 1)} actors.")
+        raise BackendError(
+            f"The Ray at {options.address} has {available} {what}, and the batch needs {max(wanted, 1)}."
+        )
     return Pool(min(wanted, max(shards, 1)), int(on_gpu), 1 if on_gpu else per_actor, engine)
 
 

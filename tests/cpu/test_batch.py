@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,6 +276,35 @@ def test_perplexity_of_a_row(model: Path) -> None:
         expected = measure(engine, "the text to be measured", context=16)
     assert (found["perplexity"], found["tokens"]) == (expected.perplexity, expected.tokens)
     assert short["error"]
+
+
+# --- the pool of actors ------------------------------------------------------------------------------------------
+
+
+def pool_of(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], actors: int | None = None, **engine: Any
+) -> cluster.Pool:
+    """The pool for 100 shards on a cluster with these resources."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(cluster_resources=lambda: resources))
+    return cluster.choose_pool(cluster.ActorOptions("auto", actors), EngineOptions(**engine), shards=100)
+
+
+def test_one_actor_for_each_gpu_or_for_each_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = {"CPU": 64.0, "GPU": 8.0}
+    assert pool_of(monkeypatch, gpus) == (8, 1, 1, EngineOptions("cuda"))
+    assert pool_of(monkeypatch, gpus, actors=2) == (2, 1, 1, EngineOptions("cuda"))
+    assert pool_of(monkeypatch, gpus, backend="cpu") == (64, 0, 1, EngineOptions("cpu", threads=1))
+    assert pool_of(monkeypatch, gpus, threads=6) == (10, 0, 6, EngineOptions("cpu", threads=6))
+    assert pool_of(monkeypatch, {"CPU": 500.0}).size == 100  # no more than shards
+
+
+def test_a_cluster_with_too_few_gpus_or_cores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="0 GPUs, and the batch needs 1"):
+        pool_of(monkeypatch, {"CPU": 4.0}, backend="cuda")
+    with pytest.raises(BackendError, match="4 shares of 1 CPU cores, and the batch needs 5"):
+        pool_of(monkeypatch, {"CPU": 4.0}, actors=5)
+    with pytest.raises(OptionError, match="actors is 0"):
+        pool_of(monkeypatch, {"CPU": 4.0}, actors=0)
 
 
 # --- a batch without Ray: shards run here, one after the other ----------------------------------------------------
