@@ -104,9 +104,9 @@ def test_steps_of_any_width_have_the_bits_of_decode_steps(engine: Engine) -> Non
 def test_a_step_at_the_end_of_the_context(engine: Engine) -> None:
     backend = engine.backend
     tokens = np.random.default_rng(2).integers(0, 4096, 4096).tolist()
-    engine.feed(tokens[:4090])
     count = min(3, backend.verification.width)
     position = engine.max_seq_len - count
+    engine.feed(tokens[:position])
     expected = decode_steps(engine, position, tokens[:count])
     backend.seek(position)
     got = backend.verify(tokens[:count])

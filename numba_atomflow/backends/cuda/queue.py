@@ -171,6 +171,7 @@ class StepQueue:
         try:
             return (self._ring.receive(self._requested, self._check),)
         except CheckpointError:
+            self.distrust()
             with self._owner.current():
                 self.check_watchdog()
             raise

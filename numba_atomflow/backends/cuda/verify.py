@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +38,9 @@ class WideSteps:
         self._staging, self._queue, self._resources = staging, queue, resources
         self._widths = (1, *model.kernels.wide_shapes)
         self._launches: dict[int, Launch] = {}
-        self._results: _Results | None = None
+        shape = model.buffers["verify.logits"].shape
+        self._logits = PinnedArray(shape, "float32", resources)
+        self._fault = PinnedArray((1,), "int32", resources)
 
     def run(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(tokens), V] after each of the tokens at the current position; valid until the next call. The
@@ -50,9 +51,7 @@ class WideSteps:
         Raises:
             BackendError: the watchdog tripped, or the GPU failed.
         """
-        if self._results is None:
-            self._results = _Results.allocate(self._model, self._resources)
-        logits, fault = self._results
+        logits, fault = self._logits.array, self._fault.array
         buffers, stream, count = self._model.buffers, self._model.stream, len(tokens)
         width = next(width for width in self._widths if width >= count)
         self._staging.send([*tokens, *repeat(tokens[-1], width - count)], buffers["verify.tokens"])
@@ -86,23 +85,6 @@ class WideSteps:
                 self._loaded.require(planned[f"persistent_x{columns}"].spec for columns in self._widths[1:])
                 self._launches[width] = self._persistent.wide_launch(width)
         return self._launches[width]
-
-
-class _Results(NamedTuple):
-    """Pinned memory for what a step returns.
-
-    Attributes:
-        logits: [width, V]. fault: [1], of the watchdog.
-    """
-
-    logits: NDArray[np.float32]
-    fault: NDArray[np.int32]
-
-    @classmethod
-    def allocate(cls, model: DeviceModel, resources: Resources) -> Self:
-        """Of the most tokens that a step takes; `resources` owns it."""
-        logits = PinnedArray(model.buffers["verify.logits"].shape, "float32", resources)
-        return cls(logits.array, PinnedArray((1,), "int32", resources).array)
 
 
 def _copy_to_host(target: NDArray[np.generic], source: View, stream: object) -> None:
