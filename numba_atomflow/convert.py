@@ -17,8 +17,10 @@ from numba_atomflow.files.destination import check_destination
 from numba_atomflow.files.stamp import stamps_of, unchanged
 from numba_atomflow.files.text_input import read_text_file
 from numba_atomflow.files.untrusted import quote
+from numba_atomflow.model.features import beyond_calibration
 from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.quantize import MethodName, rtn
+from numba_atomflow.quantize.calibration import SEQUENCE_TOKENS
 from numba_atomflow.quantize.checkpoint import convert_calibrated
 from numba_atomflow.sources import WeightSource, local_source, open_source
 from numba_atomflow.sources.base import TEXT_RULES, slabs
@@ -69,7 +71,7 @@ def convert(
         HubError: it cannot be downloaded.
         TextError: the calibration text cannot be read, or there is no tokenizer for it.
         OptionError: the calibration text is too short, or given with "rtn"; "awq" or "gptq" for weights that are FP8
-            in the source.
+            in the source, or for a family whose layers calibration cannot run.
         DestinationError: the destination exists, or cannot be written.
     """
     destination = home.expand_user(file_path("destination", destination))
@@ -98,6 +100,9 @@ def convert(
         raise DestinationError(f"{destination} is part of the source; choose another name.")
     if method != "rtn" and weights.fp8_scheme:
         raise OptionError(f"{source} is FP8 already; use the method rtn, which keeps its codes and scales.")
+    missing = beyond_calibration(weights.geometry, SEQUENCE_TOKENS) if method != "rtn" else []
+    if missing:
+        raise OptionError(f"Calibration cannot run {missing[0]}, which the model at {source} has; use the method rtn.")
     with unchanged({path: initial.get(path) for path in weights.files}, SourceError) as check:
 
         def report(what: str, done: int, total: int) -> None:

@@ -95,9 +95,20 @@ def _rms_norm(x: Array, weight: Array, eps: float, y: Array) -> Conditions:
 
 def _rms_norm_heads(qkv: Array, q_weight: Array, k_weight: Array, q_dim: int, kv_dim: int, eps: float) -> Conditions:
     del eps
-    head_dim = q_weight.size
-    whole_heads = q_dim % head_dim == 0 and kv_dim % head_dim == 0
-    return q_weight.shape == k_weight.shape == (head_dim,), whole_heads, qkv.shape[1:] == (q_dim + 2 * kv_dim,)
+    whole_heads = q_dim % q_weight.size == 0 and kv_dim % k_weight.size == 0
+    return q_weight.ndim == k_weight.ndim == 1, whole_heads, qkv.shape[1:] == (q_dim + 2 * kv_dim,)
+
+
+def _add_rms_norm(x: Array, weight: Array, eps: float, residual: Array) -> Conditions:
+    return _rms_norm(x, weight, eps, residual)
+
+
+def _geglu(gate_up: Array, y: Array) -> Conditions:
+    return _swiglu(gate_up, y)
+
+
+def _soft_cap(x: Array, cap: float) -> Conditions:
+    return x.ndim == 2, cap > 0
 
 
 def _rope(qkv: Array, cosines: Array, sines: Array, q: Array, keys: Array, values: Array) -> Conditions:
@@ -130,16 +141,35 @@ def _attention(q: Array, keys: Array, values: Array, head_dim: int, out: Array) 
 
 
 def _attend_tokens(
-    q: Array, keys: Array, values: Array, position: Array, head_dim: int, scores: Array, out: Array
+    q: Array,
+    keys: Array,
+    values: Array,
+    position: Array,
+    head_dim: int,
+    window: int,
+    soft_cap: float,
+    scores: Array,
+    out: Array,
 ) -> Conditions:
+    del soft_cap
     enough_scratch = scores.shape[1] >= len(q) and scores.shape[2] >= len(keys) >= len(q)
-    return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), enough_scratch
+    is_position = position.shape == (1,)
+    return *_attention(q, keys, values, head_dim, out), q.ndim == 2, is_position, window > 0, enough_scratch
 
 
 def _attend_chunk(
-    q: Array, keys: Array, values: Array, position: Array, head_dim: int, scratch: Array, out: Array
+    q: Array,
+    keys: Array,
+    values: Array,
+    position: Array,
+    head_dim: int,
+    window: int,
+    soft_cap: float,
+    scratch: Array,
+    out: Array,
 ) -> Conditions:
-    enough = len(q) <= len(keys) and scratch.shape[1] >= attention.chunk_scratch(head_dim)
+    del soft_cap
+    enough = window > 0 and len(q) <= len(keys) and scratch.shape[1] >= attention.chunk_scratch(head_dim)
     contiguous = bool(keys.flags.c_contiguous and values.flags.c_contiguous)
     return *_attention(q, keys, values, head_dim, out), q.ndim == 2, position.shape == (1,), enough, contiguous
 
@@ -174,6 +204,9 @@ _CONDITIONS: dict[str, Callable[..., Conditions]] = {
         _swiglu,
         _rms_norm,
         _rms_norm_heads,
+        _add_rms_norm,
+        _geglu,
+        _soft_cap,
         _rope_and_store,
         _rope_and_store_paged,
         _attend_tokens,

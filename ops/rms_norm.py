@@ -32,22 +32,36 @@ def rms_norm(x, weight, eps, y):
             y[t, k] = x[t, k] * factor * weight[k]
 
 
+@cpu_kernel(inline=True)
+def _norm_in_place(head, weight, eps):
+    """One vector; head and weight float32 [N]."""
+    squares = np.float32(0.0)
+    for k in range(head.shape[0]):
+        squares += head[k] * head[k]
+    factor = np.float32(1.0 / math.sqrt(squares / head.shape[0] + eps))
+    for k in range(head.shape[0]):
+        head[k] *= factor * weight[k]
+
+
 @cpu_kernel(parallel=False)
 def rms_norm_heads(qkv, q_weight, k_weight, q_dim, kv_dim, eps):
     """Norm every head of q and of k by itself, in place; v is not touched.
 
     Args:
         qkv: float32 [T, q_dim + 2 * kv_dim]: heads of q, of k, of v.
-        q_weight, k_weight: float32 [head_dim].
+        q_weight, k_weight: float32 [head_dim]; or [q_dim] and [kv_dim], and all heads are normed as one.
     """
-    head_dim = q_weight.shape[0]
     for t in range(qkv.shape[0]):
-        for start in range(0, q_dim + kv_dim, head_dim):
-            head = qkv[t, start : start + head_dim]
-            weight = q_weight if start < q_dim else k_weight
-            squares = np.float32(0.0)
-            for k in range(head_dim):
-                squares += head[k] * head[k]
-            factor = np.float32(1.0 / math.sqrt(squares / head_dim + eps))
-            for k in range(head_dim):
-                head[k] *= factor * weight[k]
+        for start in range(0, q_dim, q_weight.shape[0]):
+            _norm_in_place(qkv[t, start : start + q_weight.shape[0]], q_weight, eps)
+        for start in range(q_dim, q_dim + kv_dim, k_weight.shape[0]):
+            _norm_in_place(qkv[t, start : start + k_weight.shape[0]], k_weight, eps)
+
+
+@cpu_kernel(parallel=False)
+def add_rms_norm(x, weight, eps, residual):
+    """residual += the norm of x, which is x afterwards. x and residual float32 [T, H], weight float32 [H]."""
+    for t in range(x.shape[0]):
+        _norm_in_place(x[t], weight, eps)
+        for k in range(x.shape[1]):
+            residual[t, k] += x[t, k]

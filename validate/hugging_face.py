@@ -15,10 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from numba_atomflow import __version__
-from numba_atomflow.checkpoint.format import Checkpoint, fusion
+from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.errors import ContextError, GroundTruthError, OptionError, SourceError
 from numba_atomflow.files.stamp import stamps_of, unchanged
 from numba_atomflow.geometry import ModelGeometry
@@ -31,6 +29,7 @@ from numba_atomflow.validate.ground_truth import FORMAT, FORMAT_VERSION, REFEREN
 from numba_atomflow.validate.hooks import HookedModel
 from numba_atomflow.validate.probes import Rows
 from numba_atomflow.validate.reference import Reference
+from numba_atomflow.validate.state_dict import as_in_transformers, compute_constants, state_dict
 
 
 def make_ground_truth(
@@ -212,15 +211,16 @@ def _read_source_model(checkpoint: Checkpoint, source: WeightSource) -> Any:
         if record.get("sha256", {}).get(file.name) != sha256(file):
             raise GroundTruthError(f"{file} is not what {checkpoint.path} was made from; give the same source.")
     if source.fp8_scheme:
+        weights = as_in_transformers(checkpoint.geometry, {name: source.read(name) for name in source.names()})
         return _model_with_weights(
-            checkpoint.geometry, {name: torch.from_numpy(source.read(name)) for name in source.names()}
+            checkpoint.geometry, {name: torch.from_numpy(values) for name, values in weights.items()}
         )
     folder, more = (path, {}) if source.kind == "hf" else (path.parent, {"gguf_file": path.name})
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, **more
     )
-    for weights in model.parameters():  # float32 weights are still mapped from the file, which may change
-        weights.data = weights.data.clone()
+    for parameter in model.parameters():  # float32 weights are still mapped from the file, which may change
+        parameter.data = parameter.data.clone()
     return model.eval()
 
 
@@ -233,16 +233,7 @@ def dequantized_model(checkpoint: Checkpoint) -> Any:
     _check_installed("The model runs")
     import torch
 
-    state: dict[str, Any] = {}
-    shapes = checkpoint.geometry.parameters()
-    for part, names in fusion(checkpoint.geometry).items():
-        if len(shapes[names[0]]) == 1:
-            weights = checkpoint.array(part).copy()
-        else:
-            weights = checkpoint.matrix(part)
-        ends = np.cumsum([shapes[name][0] for name in names])
-        state |= {name: torch.from_numpy(rows) for name, rows in zip(names, np.split(weights, ends[:-1]), strict=True)}
-    checkpoint.check_unchanged()
+    state = {name: torch.from_numpy(values) for name, values in state_dict(checkpoint).items()}
     return _model_with_weights(checkpoint.geometry, state)
 
 
@@ -251,12 +242,10 @@ def _model_with_weights(geometry: ModelGeometry, state: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if geometry.tied_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
     config: Any = AutoConfig.for_model(**config_json(geometry))
     with torch.device("meta"):  # allocates and initializes nothing
         auto: Any = AutoModelForCausalLM
         model: Any = auto.from_config(config, attn_implementation="eager")
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are not in the state dict
+    compute_constants(model, config)
     return model.eval()

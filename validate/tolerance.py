@@ -54,10 +54,13 @@ def tolerances(reference: Reference, other: Precision, isolation: Isolation) -> 
         if isolation != "none":
             stream = np.zeros_like(stream)
         residual_in, residual_mid, residual_out = (tensors[name] for name in _stream_of(i))
-        norms = (
-            _norm_growth(residual_in, tensors[f"layer.{i}.input_norm"]),
-            _norm_growth(residual_mid, tensors[f"layer.{i}.ffn_norm"]),
-        )
+        without = np.ones_like(stream)
+        norms = (without, without)
+        if reference.geometry.pre_norm:
+            norms = (
+                _norm_growth(residual_in, tensors[f"layer.{i}.input_norm"]),
+                _norm_growth(residual_mid, tensors[f"layer.{i}.ffn_norm"]),
+            )
         own = isolation == "ops"
         layer, stream = model.layer(
             stream, _max_scores(reference, i), norms, residual_in, residual_mid, residual_out, each_op=own
@@ -108,7 +111,7 @@ class _ErrorModel:
         """Float32 RoPE angles: frequency f = base^-x has an error of 2 + x ln(base) units, times the position."""
         if not any(side.float32_angles for side in self.sides):
             return np.zeros_like(self.positions)
-        f = rope_inverse_frequencies(self.geometry)
+        f = np.maximum(rope_inverse_frequencies(self.geometry), _TINY)  # 0 where nothing is rotated
         return self.positions**2 * float(np.mean((f * (2 - np.log(np.minimum(f, 1.0)))) ** 2)) * _U2
 
     def layer(
@@ -133,7 +136,8 @@ class _ErrorModel:
         """
         g = self.geometry
         norm, project = self.norm(), self.projection(g.hidden)
-        head_norm = self.chain(g.head_dim + 4) if g.qk_norm else 0.0
+        head_norm = self.chain((g.q_dim if g.qk_norm_of_all_heads else g.head_dim) + 4) if g.qk_norm else 0.0
+        post_norm = self.chain(g.hidden + 4) if g.post_norm else 0.0
         rotated = norm + project + head_norm + self.chain(3) + self.angles()
         q, k, v = rotated + self.stored("q"), rotated + self.stored("k"), norm + project + self.stored("v")
         q_in, k_in, v_in = (self.stored("q"), self.stored("k"), self.stored("v")) if each_op else (q, k, v)
@@ -145,10 +149,11 @@ class _ErrorModel:
         )
         input_error = stream * norms[0]
         attention_in = np.full_like(stream, self.stored("attn_out")) if each_op else input_error + attention
-        after_attention = self.add(stream, residual_in, attention_in + self.projection(g.q_dim), residual_mid)
+        added = attention_in + self.projection(g.q_dim) + post_norm
+        after_attention = self.add(stream, residual_in, added, residual_mid)
         mid = np.zeros_like(after_attention) if each_op else after_attention
         ffn = 2 * (norm + project) + self.chain(EXP_ROUNDINGS) + self.stored("intermediate")
-        mlp = (self.stored("intermediate") if each_op else ffn) + self.projection(g.ffn)
+        mlp = (self.stored("intermediate") if each_op else ffn) + self.projection(g.ffn) + post_norm
         mid_error = mid * norms[1]
         output = self.add(mid, residual_mid, mid_error + mlp, residual_out)
         # The MLP output is read as the difference of two float32 values of the stream.

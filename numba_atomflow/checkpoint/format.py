@@ -3,12 +3,15 @@
 Tensors, with V vocabulary, H hidden and weights row-major [N, K] in codes F8_E4M3 and scales F32 [N, ceil(K / 128)]:
 
     embedding.weight, embedding.scale            [V, H]
-    layer.{i}.attention_norm                     F32 [H]
+    layer.{i}.attention_norm                     F32 [H], not in OLMo 2
     layer.{i}.qkv.weight, .scale                 [(heads + 2 kv_heads) * head_dim, H]: rows of q, of k, of v
     layer.{i}.qkv_bias                           F32 [(heads + 2 kv_heads) * head_dim], only with a bias (Qwen2)
-    layer.{i}.q_norm, layer.{i}.k_norm           F32 [head_dim], only with norms of q and k (Qwen3)
+    layer.{i}.q_norm, layer.{i}.k_norm           F32 [head_dim], only with norms of q and k (Qwen3); of all heads
+                                                 together, [heads * head_dim] and [kv_heads * head_dim] (OLMo 2)
     layer.{i}.o.weight, .scale                   [H, heads * head_dim]
-    layer.{i}.ffn_norm                           F32 [H]
+    layer.{i}.post_attention_norm                F32 [H], only with norms of what is added (Gemma 2 and 3, OLMo 2)
+    layer.{i}.ffn_norm                           F32 [H], not in OLMo 2
+    layer.{i}.post_ffn_norm                      F32 [H], as post_attention_norm
     layer.{i}.gate_up.weight, .scale             [2 * ffn, H]: rows of gate, of up
     layer.{i}.down.weight, .scale                [H, ffn]
     final_norm                                   F32 [H]
@@ -65,13 +68,12 @@ def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
     for i in range(geometry.layers):
         prefix = f"model.layers.{i}."
         parts |= {
-            f"layer.{i}.attention_norm": (prefix + "input_layernorm.weight",),
             f"layer.{i}.qkv": tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv"),
             f"layer.{i}.o": (prefix + "self_attn.o_proj.weight",),
-            f"layer.{i}.ffn_norm": (prefix + "post_attention_layernorm.weight",),
             f"layer.{i}.gate_up": (prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"),
             f"layer.{i}.down": (prefix + "mlp.down_proj.weight",),
         }
+        parts |= {f"layer.{i}.{name}": (f"{prefix}{norm}.weight",) for name, norm in geometry.norm_names().items()}
         if geometry.qkv_bias:
             parts[f"layer.{i}.qkv_bias"] = tuple(f"{prefix}self_attn.{name}_proj.bias" for name in "qkv")
         if geometry.qk_norm:

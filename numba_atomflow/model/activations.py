@@ -63,13 +63,13 @@ def activations(geometry: ModelGeometry) -> list[Activation]:
         layer = f"layer.{i}."
         stream = f"layer.{i - 1}.output" if i else "embedding"
         for name, op, field, width, instead in (
-            ("input_norm", "qkv", "x_norm", g.hidden, stream),
+            *((("input_norm", "qkv", "x_norm", g.hidden, stream),) if g.pre_norm else ()),
             ("q", "qkv", "q", g.q_dim, ""),
             ("k", "qkv", "keys", g.kv_dim, ""),
             ("v", "qkv", "values", g.kv_dim, ""),
             ("attention", "attention", "attn_out", g.q_dim, ""),
             ("after_attention", "o", "residual", g.hidden, ""),
-            ("ffn_norm", "gate_up", "x_norm", g.hidden, f"{layer}after_attention"),
+            *((("ffn_norm", "gate_up", "x_norm", g.hidden, f"{layer}after_attention"),) if g.pre_norm else ()),
             ("ffn", "gate_up", "y", g.ffn, ""),
             ("mlp", "down", "residual", g.hidden, f"{layer}ffn"),
             ("output", "down", "residual", g.hidden, ""),

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.kv_cache import kv_cache_buffer
 from numba_atomflow.memory.plan import Buffer
+from numba_atomflow.model.rope_tables import tables_of
 from numba_atomflow.ops.formats import KV_FLOAT32, KvFormat
+
+PROJECTED, GATE_UP = "projected", "gate_up"  # scratch of families that need it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +61,16 @@ def step_buffers(geometry: ModelGeometry, sizes: StepSizes) -> list[Buffer]:
         activation("intermediate", inputs, padded(g.ffn), dtype=sizes.activation),
         activation("final_x_norm", sizes.head_rows, padded(g.hidden), dtype=sizes.activation),
         activation("logits", sizes.head_rows, g.vocabulary),
-        Buffer("workspace", "rope.cosines", (positions, g.head_dim // 2), "float32"),
-        Buffer("workspace", "rope.sines", (positions, g.head_dim // 2), "float32"),
+        *(
+            Buffer("workspace", f"{table}.{part}", (positions, g.head_dim // 2), "float32")
+            for table in tables_of(g)
+            for part in ("cosines", "sines")
+        ),
     ]
+    if g.post_norm:
+        buffers.append(activation(PROJECTED, tokens, g.hidden))
+    if g.hidden_act != "silu":
+        buffers.append(activation(GATE_UP, tokens, 2 * g.ffn))
     if sizes.keep_qkv:
         buffers.append(activation("qkv", tokens, g.q_dim + 2 * g.kv_dim))
     return buffers

@@ -4,7 +4,8 @@ Sources: the ``config.json`` of meta-llama/Llama-3.2-1B, Llama-3.2-3B, Llama-3.1
 """
 
 from numba_atomflow.errors import OptionError
-from numba_atomflow.geometry import ModelGeometry, RopeScaling
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.rope_scaling import Llama3Scaling
 
 PRESETS = {
     "llama-3.2-1b": ModelGeometry(
@@ -17,7 +18,7 @@ PRESETS = {
         vocabulary=128256,
         max_positions=131072,
         rope_theta=500000.0,
-        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        rope_scaling=Llama3Scaling(32.0, 1.0, 4.0, 8192),
         tied_embeddings=True,
     ),
     "llama-3.2-3b": ModelGeometry(
@@ -30,7 +31,7 @@ PRESETS = {
         vocabulary=128256,
         max_positions=131072,
         rope_theta=500000.0,
-        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        rope_scaling=Llama3Scaling(32.0, 1.0, 4.0, 8192),
         tied_embeddings=True,
     ),
     "llama-3.1-8b": ModelGeometry(
@@ -43,7 +44,7 @@ PRESETS = {
         vocabulary=128256,
         max_positions=131072,
         rope_theta=500000.0,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
     ),
     "smollm2-135m": ModelGeometry(
         layers=30,

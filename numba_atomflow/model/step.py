@@ -13,6 +13,8 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.kv_cache import layer_cache
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.buffers import GATE_UP, PROJECTED
+from numba_atomflow.model.rope_tables import table_of_layer
 
 
 class Head(NamedTuple):
@@ -153,15 +155,16 @@ class Qkv(Op):
     """RMSNorm, projection to q, k and v, RoPE of q and k; appends k and v to the KV cache.
 
     Attributes:
+        norm_weight: None in a model without this norm, whose x_norm is the residual stream itself.
         qkv: the projection's result before RoPE; None if it stays in registers.
         bias: float32 [N], added to the projection; None in a model without.
         q_norm, k_norm: float32 [head_dim], weights of an RMSNorm over each head of q and of k, after the bias and
-            before the rotation; None in a model without.
+            before the rotation; or [q_dim] and [kv_dim], of one over all heads; None in a model without.
     """
 
     residual: View
     position: View
-    norm_weight: View
+    norm_weight: View | None
     weight: Weight
     cosines: View
     sines: View
@@ -181,44 +184,64 @@ class Qkv(Op):
 
 @dataclass(frozen=True, eq=False)
 class Attention(Op):
-    """Grouped-query attention of q over the layer's KV cache."""
+    """Grouped-query attention of q over the layer's KV cache.
+
+    Attributes:
+        window: positions that a token attends to, its own included; None: all.
+        soft_cap: c where a score s becomes c tanh(s / c); None where it does not.
+    """
 
     q: View
     position: View
     keys: View
     values: View
     attn_out: View
+    window: int | None = None
+    soft_cap: float | None = None
 
     READS = ("q", "position")
     WRITES = ("attn_out",)
 
     def cache_bytes(self, length: int) -> int:
-        """Keys and values of `length` positions."""
-        return 2 * length * self.keys.nbytes // self.keys.shape[0]
+        """Keys and values of `length` positions, or of the window."""
+        return 2 * min(length, self.window or length) * self.keys.nbytes // self.keys.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
 class ProjectAdd(Op):
-    """residual += weight * x: the output projection of attention, and the MLP's down projection."""
+    """residual += weight * x: the output projection of attention, and the MLP's down projection.
+
+    Attributes:
+        norm_weight: of an RMSNorm of what is added; None in a model without.
+        projected: float32 [tokens, hidden], scratch for what is normed; None in a model without.
+    """
 
     x: View
     weight: Weight
     residual: View
+    norm_weight: View | None = None
+    projected: View | None = None
 
     READS = ("x", "residual")
     WRITES = ("residual",)
-    WEIGHTS = ("weight",)
+    WEIGHTS = ("weight", "norm_weight")
 
 
 @dataclass(frozen=True, eq=False)
 class GateUp(Op):
-    """RMSNorm, projection to gate and up, y = silu(gate) * up."""
+    """RMSNorm, projection to gate and up, y = silu(gate) * up.
+
+    Attributes:
+        norm_weight: None in a model without this norm, whose x_norm is the residual stream itself.
+        gate_up: float32 [tokens, 2 * ffn], scratch for the projection of a model with y = gelu(gate) * up; else None.
+    """
 
     residual: View
-    norm_weight: View
+    norm_weight: View | None
     weight: Weight
     x_norm: View
     y: View
+    gate_up: View | None = None
 
     READS = ("residual",)
     WRITES = ("x_norm", "y")
@@ -227,13 +250,18 @@ class GateUp(Op):
 
 @dataclass(frozen=True, eq=False)
 class LmHead(Op):
-    """Final RMSNorm of the rows that `Head` selects, and logits = weight * x_norm."""
+    """Final RMSNorm of the rows that `Head` selects, and logits = weight * x_norm.
+
+    Attributes:
+        soft_cap: c where a logit x becomes c tanh(x / c); None where it does not.
+    """
 
     residual: View
     norm_weight: View
     weight: Weight
     x_norm: View
     logits: View
+    soft_cap: float | None = None
 
     READS = ("residual",)
     WRITES = ("x_norm", "logits")
@@ -280,42 +308,69 @@ def build_step(
     def rows(name: str, width: int) -> View:
         return buffers[name].rows(0, tokens).columns(0, width)
 
-    residual, x_norm = rows("residual", g.hidden), rows("x_norm", g.hidden)
+    residual = rows("residual", g.hidden)
+    x_norm = rows("x_norm", g.hidden) if g.pre_norm else residual
+    projected, gate_up = (buffers[name].rows(0, tokens) if name in buffers else None for name in (PROJECTED, GATE_UP))
     q, attn_out, intermediate = rows("q", g.q_dim), rows("attn_out", g.q_dim), rows("intermediate", g.ffn)
     inputs, position = buffers["tokens"].rows(0, tokens), buffers["position"]
     ops: list[Op] = [Embed("embed", inputs, weights.projections["embedding"], residual)]
     for i in range(g.layers):
         layer = f"layer.{i}"
         keys, values = layer_cache(buffers[KV_CACHE], i)
+        table, norms = table_of_layer(g, i), weights.norms
         ops += [
             Qkv(
                 name=f"{layer}.qkv",
                 residual=residual,
                 position=position,
-                norm_weight=weights.norms[f"{layer}.attention_norm"],
+                norm_weight=norms.get(f"{layer}.attention_norm"),
                 weight=weights.projections[f"{layer}.qkv"],
-                cosines=buffers["rope.cosines"],
-                sines=buffers["rope.sines"],
+                cosines=buffers[f"{table}.cosines"],
+                sines=buffers[f"{table}.sines"],
                 x_norm=x_norm,
                 qkv=buffers["qkv"].rows(0, tokens) if "qkv" in buffers else None,
                 q=q,
                 keys=keys,
                 values=values,
                 bias=weights.biases.get(f"{layer}.qkv_bias"),
-                q_norm=weights.norms.get(f"{layer}.q_norm"),
-                k_norm=weights.norms.get(f"{layer}.k_norm"),
+                q_norm=norms.get(f"{layer}.q_norm"),
+                k_norm=norms.get(f"{layer}.k_norm"),
             ),
-            Attention(f"{layer}.attention", q, position, keys, values, attn_out),
-            ProjectAdd(f"{layer}.o", attn_out, weights.projections[f"{layer}.o"], residual),
+            Attention(
+                f"{layer}.attention",
+                q,
+                position,
+                keys,
+                values,
+                attn_out,
+                window=g.sliding_window if i in g.sliding_layers else None,
+                soft_cap=g.attention_soft_cap,
+            ),
+            ProjectAdd(
+                f"{layer}.o",
+                attn_out,
+                weights.projections[f"{layer}.o"],
+                residual,
+                norms.get(f"{layer}.post_attention_norm"),
+                projected,
+            ),
             GateUp(
                 name=f"{layer}.gate_up",
                 residual=residual,
-                norm_weight=weights.norms[f"{layer}.ffn_norm"],
+                norm_weight=norms.get(f"{layer}.ffn_norm"),
                 weight=weights.projections[f"{layer}.gate_up"],
                 x_norm=x_norm,
                 y=intermediate,
+                gate_up=gate_up,
             ),
-            ProjectAdd(f"{layer}.down", intermediate, weights.projections[f"{layer}.down"], residual),
+            ProjectAdd(
+                f"{layer}.down",
+                intermediate,
+                weights.projections[f"{layer}.down"],
+                residual,
+                norms.get(f"{layer}.post_ffn_norm"),
+                projected,
+            ),
         ]
     return ops + build_tail(geometry, weights, buffers, tokens, head)
 
@@ -348,4 +403,5 @@ def build_head(geometry: ModelGeometry, weights: Weights, buffers: Mapping[str, 
         weight=weights.projections["embedding" if geometry.tied_embeddings else "vocabulary"],
         x_norm=buffers["final_x_norm"].rows(0, stop - start).columns(0, geometry.hidden),
         logits=buffers["logits"].rows(0, stop - start),
+        soft_cap=geometry.logit_soft_cap,
     )

@@ -24,10 +24,11 @@ from numba_atomflow.engine import Engine
 from numba_atomflow.errors import AtomFlowError, OptionError
 from numba_atomflow.files.text_input import MOST_BYTES
 from numba_atomflow.files.untrusted import load_json, quote, short
-from numba_atomflow.geometry import LARGEST_COUNT, ModelGeometry
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.perf.compile_times import CompileTimes
+from numba_atomflow.rope_scaling import LARGEST_COUNT
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.utils.arguments import whole_number
 from numba_atomflow.utils.progress import Progress

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.host.threads import max_threads
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.plan import Buffer, plan_memory
+from numba_atomflow.model.rope_tables import rope_tables
 from numba_atomflow.ops import attention, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.quantize.inputs import Inputs
@@ -43,7 +44,8 @@ class LayerForward:
         self._cache = self._array("keys"), self._array("values")
         self._ffn, self._scratch = self._array("ffn"), self._array("scratch")
         self._tables = self._array("cosines"), self._array("sines")
-        self._tables[0][:], self._tables[1][:] = rope.rope_table(rope_inverse_frequencies(g), tokens)
+        for name, table in rope_tables(g, tokens):
+            self._array(name.removeprefix("rope."))[:] = table
         self._position = np.zeros(1, np.int64)
 
     def _array(self, name: str) -> Array:
@@ -75,7 +77,8 @@ class LayerForward:
             eps = np.float32(g.norm_eps)
             bind(rms_norm.rms_norm_heads, qkv, layer["q_norm"], layer["k_norm"], g.q_dim, g.kv_dim, eps)()
         bind(rope.rope_and_store, qkv, self._position, *self._tables, self._q, *self._cache)()
-        rest = self._position, g.head_dim, self._scratch, self._attn_out
+        whole = attention.NO_WINDOW, attention.NO_CAP
+        rest = self._position, g.head_dim, *whole, self._scratch, self._attn_out
         bind(attention.attend_chunk, self._q, *self._cache, *rest)()
         inputs["o"].add(self._attn_out)
         stream += self._attn_out @ layer["o"].T

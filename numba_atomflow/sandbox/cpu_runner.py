@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.errors import CheckpointError, non_finite_logits
-from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.host.machine import cpu_name
 from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn, use_threads
 from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.bounds import check_indices
 from numba_atomflow.memory.paged import BlockCopy, paged_cache_buffer
 from numba_atomflow.memory.plan import Buffer, plan_memory
+from numba_atomflow.model.rope_tables import rope_tables
 from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.ops.formats import KV_FLOAT32
@@ -86,7 +87,8 @@ class CpuRunner:
         self.block_table = self._array("block_table")
         self.block_table[:] = 0
         self._tables = self._array("cosines"), self._array("sines")
-        self._tables[0][:], self._tables[1][:] = rope.rope_table(rope_inverse_frequencies(g), sizes.longest)
+        for name, table in rope_tables(g, sizes.longest):
+            self._array(name.removeprefix("rope."))[:] = table
         self._call: Callable[..., None] = _call_checked
 
     def _array(self, name: str) -> NDArray[Any]:
@@ -182,7 +184,8 @@ class CpuRunner:
             position = batch.positions[t : t + 1]
             head_dim = self.geometry.head_dim
             token = slice(t, t + 1)
-            self._call(attention.attend_tokens, q[token], keys, values, position, head_dim, scores, attn_out[token])
+            whole = head_dim, attention.NO_WINDOW, attention.NO_CAP
+            self._call(attention.attend_tokens, q[token], keys, values, position, *whole, scores, attn_out[token])
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         size = self.block_size

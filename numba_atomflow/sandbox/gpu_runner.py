@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.errors import non_finite_logits
-from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory, PinnedArray, copy_to_device
 from numba_atomflow.memory.paged import BlockCopy
 from numba_atomflow.memory.view import View
-from numba_atomflow.ops import rope
+from numba_atomflow.model.rope_tables import rope_tables
 from numba_atomflow.ops.cuda.attention.decode import AttentionArguments
 from numba_atomflow.ops.cuda.attention.paged import PagedAttentionArguments
 from numba_atomflow.ops.cuda.gemv.kernels import (
@@ -123,9 +123,8 @@ class GpuRunner:
         upload(Uploader(self._loaded, staging, self._stream), self._weights, targets, self.kernels.layout_of, progress)
         # Padding of activations must be zero, and counters start at zero.
         self._arena.clear(("activations", "workspace"), self._stream)
-        tables = rope.rope_table(rope_inverse_frequencies(self.geometry), self.sizes.longest)
-        for name, table in zip(("cosines", "sines"), tables, strict=True):
-            self._memory.write(self._arena[name], table)
+        for name, table in rope_tables(self.geometry, self.sizes.longest):
+            self._memory.write(self._arena[name.removeprefix("rope.")], table)
         self._memory.write(self._arena["options"], np.array(_GREEDY))
         self._fill_cache()
 

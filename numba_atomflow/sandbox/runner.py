@@ -11,6 +11,7 @@ from numba_atomflow.errors import OptionError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.memory.paged import BLOCK_SIZES
+from numba_atomflow.model.features import beyond_llama
 from numba_atomflow.sandbox.scheduler import Batch
 from numba_atomflow.utils.progress import Progress
 
@@ -64,10 +65,11 @@ def cache_sizes(
 
 def check_family(geometry: ModelGeometry) -> None:
     """Raises:
-    OptionError: the model has a bias or norms of q and k, which the sandbox's kernels lack.
+    OptionError: the model has what the sandbox's kernels lack.
     """
-    if geometry.qkv_bias or geometry.qk_norm:
-        raise OptionError("The sandbox runs models of the Llama and Mistral families; choose one of them.")
+    missing = beyond_llama(geometry)
+    if missing:
+        raise OptionError(f"The sandbox has no kernels for {missing[0]}, which this model has; choose a Llama.")
 
 
 def check_batch(

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import quote, short
-from numba_atomflow.geometry import GROUP, LARGEST_COUNT
+from numba_atomflow.geometry import GROUP
+from numba_atomflow.rope_scaling import LARGEST_COUNT
 from numba_atomflow.sources.json_file import unusable
 
 _BLOCK = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")  # "128x128"

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import quote, short
-from numba_atomflow.geometry import ModelGeometry, RopeScaling, rope_inverse_frequencies
+from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.rope_scaling import Llama3Scaling
 from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
 from numba_atomflow.sources.gguf_computation import refuse_unsupported
 from numba_atomflow.sources.gguf_fields import GgufFields
@@ -204,7 +205,7 @@ def _architecture(fields: GgufFields) -> str:
 
 
 def _with_llama3_scaling(file: GgufFile, fields: GgufFields, geometry: ModelGeometry) -> ModelGeometry:
-    """`geometry` with the RopeScaling that corresponds to the stored divisors [head_dim / 2]."""
+    """`geometry` with the Llama3Scaling that corresponds to the stored divisors [head_dim / 2]."""
     tensor = file.tensors[ROPE_FACTORS]
     if tensor.shape != (geometry.head_dim // 2,):
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} has shape {tensor.shape}, not one factor per pair.")
@@ -212,7 +213,7 @@ def _with_llama3_scaling(file: GgufFile, fields: GgufFields, geometry: ModelGeom
     check_finite(file.path, ROPE_FACTORS, factors)
     if factors.min() < 1:
         raise SourceError(f"Tensor {ROPE_FACTORS} of {file.path} holds a factor below 1, which Llama 3 does not have.")
-    scaling = RopeScaling(
+    scaling = Llama3Scaling(
         factor=float(str(factors.max())),
         low_freq_factor=LLAMA3_LOW_FREQ_FACTOR,
         high_freq_factor=LLAMA3_HIGH_FREQ_FACTOR,

@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from numba_atomflow.checkpoint.safetensors import TensorEntry, TensorFile, read_tensor_file
 from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import short
+from numba_atomflow.model.folding import factor_of, is_reordered, reordered_rows
 from numba_atomflow.ops.fp8 import LARGEST, dequantize_groups
 from numba_atomflow.sources.base import MAX_WEIGHT, check_finite, check_parameters, read_bytes, refuse_lfs_pointer
 from numba_atomflow.sources.fp8_schemes import UNUSED_SCALES, Block, Fp8Scheme, dequantize_e8m0, grid_of, group_scales
-from numba_atomflow.sources.huggingface_config import config_geometry, config_scheme
+from numba_atomflow.sources.huggingface_config import config_geometry, config_norm_offset, config_scheme
+from numba_atomflow.sources.huggingface_families import IMAGE_MODELS
+from numba_atomflow.sources.huggingface_names import language_model, split_fused
 from numba_atomflow.sources.huggingface_text import folder_text
 from numba_atomflow.sources.json_file import read_json
 
@@ -58,6 +61,8 @@ class HuggingFaceSource:
             for name, entry in shard.entries.items()
             if not name.endswith(IGNORED_SUFFIX)
         }
+        if str(config.get("model_type")) in IMAGE_MODELS:
+            self._entries = language_model(self._entries)
         base_model = BASE_EMBEDDING in self._entries and EMBEDDING not in self._entries
         if base_model:
             duplicates = [
@@ -67,6 +72,8 @@ class HuggingFaceSource:
                 raise SourceError(f"{path} holds the tensor {short(duplicates[0])} with and without the prefix model.")
             self._entries = {_full_name(name): location for name, location in self._entries.items()}
         self._scales = _extract_scales(self._entries, scheme) if scheme else {}
+        self._entries = split_fused(self.geometry, self._entries, self._scales)
+        self._norm_offset = config_norm_offset(config_path, config)
         used = tuple(dict.fromkeys(scales.block for scales in self._scales.values()))
         self.fp8_scheme = str(replace(scheme, blocks=used)) if scheme and used else None
         # Some tied models store the matrix under both names; `read` checks that the two are equal.
@@ -93,6 +100,18 @@ class HuggingFaceSource:
         return self._entries[name][1].shape
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        start, stop, _ = slice(start, stop).indices(self.shape(name)[0])
+        if is_reordered(self.geometry, name):
+            (values,) = reordered_rows(self.geometry, start, stop, lambda a, b: (self._checked(name, a, b),))
+        else:
+            values = self._checked(name, start, stop)
+        if name.endswith("norm.weight") and self._norm_offset:
+            values = values + np.float32(self._norm_offset)
+        factor = factor_of(self.geometry, name)
+        return values if factor == 1.0 else values * np.float32(factor)
+
+    def _checked(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows as the file has them; of an embedding that is stored twice, they must be equal."""
         values = self._read(name, start, stop)
         if name == EMBEDDING and self._stored_twice and not np.array_equal(values, self._read(HEAD, start, stop)):
             raise SourceError(
@@ -108,7 +127,13 @@ class HuggingFaceSource:
             return None
         if name == EMBEDDING and self._stored_twice:
             self.read(name, start, stop)  # checks that the two are equal
-        return self._codes_and_scales(name, start, stop)
+        start, stop, _ = slice(start, stop).indices(self.shape(name)[0])
+        factor = np.float32(factor_of(self.geometry, name))
+        if is_reordered(self.geometry, name):
+            codes, scales = reordered_rows(self.geometry, start, stop, lambda a, b: self._codes_and_scales(name, a, b))
+        else:
+            codes, scales = self._codes_and_scales(name, start, stop)
+        return codes, scales * factor
 
     def _codes_and_scales(
         self, name: str, start: int, stop: int | None

@@ -1,6 +1,6 @@
 """Attention against float64: one token and prefill chunks, every grouping, nothing read beyond the last position."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -23,6 +23,8 @@ class Case:
     values: NDArray[np.float32]
     position: int
     head_dim: int
+    window: int = attention.NO_WINDOW
+    soft_cap: np.float32 = attention.NO_CAP
 
     @property
     def length(self) -> int:
@@ -38,7 +40,10 @@ class Case:
             for cache in (self.keys, self.values)
         )
         scores = np.einsum("thd,shd->hts", q, keys) / np.sqrt(self.head_dim)
-        visible = np.arange(self.length) <= self.position + np.arange(len(q))[:, None]
+        if self.soft_cap:
+            scores = self.soft_cap * np.tanh(scores / self.soft_cap)
+        ages = self.position + np.arange(len(q))[:, None] - np.arange(self.length)
+        visible = (ages >= 0) & (ages < self.window)
         scores = np.where(visible, scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=2, keepdims=True))
         weights /= weights.sum(axis=2, keepdims=True)
@@ -48,7 +53,9 @@ class Case:
         """What the kernel for a few tokens makes of rows first .. first + count - 1."""
         q, position = self.q[first : first + count], np.array([self.position + first], np.int64)
         out, scores = poisoned(*q.shape), poisoned(numba.config.NUMBA_NUM_THREADS, count, len(self.keys))
-        attention.attend_tokens(q, self.keys, self.values, position, self.head_dim, scores, out)
+        attention.attend_tokens(
+            q, self.keys, self.values, position, self.head_dim, self.window, self.soft_cap, scores, out
+        )
         return out
 
     def token(self, t: int) -> NDArray[np.float32]:
@@ -59,7 +66,9 @@ class Case:
         """The result of the kernel for prefill chunks."""
         out, position = poisoned(*self.q.shape), np.array([self.position], np.int64)
         scratch = poisoned(numba.config.NUMBA_NUM_THREADS, attention.chunk_scratch(self.head_dim))
-        attention.attend_chunk(self.q, self.keys, self.values, position, self.head_dim, scratch, out)
+        attention.attend_chunk(
+            self.q, self.keys, self.values, position, self.head_dim, self.window, self.soft_cap, scratch, out
+        )
         return out
 
 
@@ -199,3 +208,29 @@ def test_a_mistake_is_far_outside_the_tolerance(rng: np.random.Generator, mistak
         c.q *= 8
     for got, wanted in ((c.chunk(), expected), (c.token(8), expected[8])):
         assert relative_l2(got, wanted) > 20 * allowed(c)
+
+
+WINDOWS = [1, 17, 96, 200, 4096]
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_sliding_window_and_a_soft_cap(rng: np.random.Generator, window: int, cap: float) -> None:
+    """Keys before the window are read by no token; a chunk and single tokens agree."""
+    c = replace(case(rng, (32, 4, 2), 150, 290, 3.0), window=window, soft_cap=np.float32(cap))
+    dropped = max(0, c.position + 1 - window)
+    c.values[:dropped] = 1e30
+    wide = (a.astype(np.float64) for a in (c.q, c.keys, c.values))
+    reference = attention.attend_reference(*wide, c.position, 32, window, cap)
+    np.testing.assert_allclose(reference, c.expected(), atol=1e-12)
+    check_close(c.chunk(), c.expected(), allowed(c, 3.0))
+    for t in (0, 70, 149):
+        check_close(c.token(t), c.expected()[t], allowed(c, 3.0))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windowed_tokens_have_the_same_bits_whatever_is_beside_them(rng: np.random.Generator, window: int) -> None:
+    c = replace(case(rng, (64, 4, 2), 100, 130), window=window)
+    np.testing.assert_array_equal(c.tokens(90, 6), np.stack([c.token(t) for t in range(90, 96)]))
+    later = replace(c, q=c.q[5:], position=c.position + 5)
+    np.testing.assert_array_equal(c.chunk()[5:], later.chunk())

@@ -15,12 +15,13 @@ from gguf.quants import dequantize
 from protocol import Answer, Task
 from tiny_models import tiny_geometry
 
-from numba_atomflow.geometry import RopeScaling, rope_inverse_frequencies
+from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.model.config_json import config_json
 from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.rope_scaling import Llama3Scaling
 from numba_atomflow.sources.huggingface_config import config_geometry
 
-TINY = tiny_geometry(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 256))
+TINY = tiny_geometry(rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 256))
 TASK = Task(TINY, prompt_tokens=6, decode_tokens=4, repeats=2, device="cpu")
 
 

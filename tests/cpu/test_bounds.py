@@ -22,7 +22,7 @@ from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.model.step import NO_LOGITS, Attention, Op
-from numba_atomflow.ops import attention, embedding, paged_attention, projection, rms_norm, rope
+from numba_atomflow.ops import attention, elementwise, embedding, paged_attention, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.quantize import forward
 from numba_atomflow.sandbox import cpu_runner
@@ -185,6 +185,7 @@ WEIGHT = empty(N, K, dtype="int8"), empty(N, 2)
 CACHE = empty(LENGTH, KV), empty(LENGTH, KV)
 TABLES = empty(LENGTH, DIM // 2), empty(LENGTH, DIM // 2)
 POSITION, PLACES = empty(1, dtype="int64"), empty(T, dtype="int64")
+WHOLE = attention.NO_WINDOW, attention.NO_CAP
 CHUNK_SCRATCH = empty(1, attention.chunk_scratch(DIM))
 PROJECT_SCRATCH = empty(1, projection.chunk_scratch())
 
@@ -199,16 +200,22 @@ SOUND: dict[str, tuple[Any, tuple[Any, ...]]] = {
         projection.project_chunk_swiglu,
         (*WEIGHT, empty(T, K), empty(T, N // 2), PROJECT_SCRATCH),
     ),
+    "geglu": (elementwise.geglu, (empty(T, 2 * N), empty(T, N))),
+    "soft_cap": (elementwise.soft_cap, (empty(T, N), 30.0)),
     "swiglu": (projection.swiglu, (empty(T, 2 * N), empty(T, N))),
     "rms_norm": (rms_norm.rms_norm, (empty(T, K), empty(K), 1e-5, empty(T, K))),
+    "add_rms_norm": (rms_norm.add_rms_norm, (empty(T, K), empty(K), 1e-5, empty(T, K))),
     "rms_norm_heads": (rms_norm.rms_norm_heads, (empty(T, Q + 2 * KV), empty(DIM), empty(DIM), Q, KV, 1e-5)),
     "rope_and_store": (rope.rope_and_store, (empty(T, Q + 2 * KV), POSITION, *TABLES, empty(T, Q), *CACHE)),
     "rope_and_store_paged": (
         rope.rope_and_store_paged,
         (empty(T, Q + 2 * KV), PLACES, PLACES, *TABLES, empty(T, Q), *CACHE),
     ),
-    "attend_tokens": (attention.attend_tokens, (empty(T, Q), *CACHE, POSITION, DIM, empty(1, T, LENGTH), empty(T, Q))),
-    "attend_chunk": (attention.attend_chunk, (empty(T, Q), *CACHE, POSITION, DIM, CHUNK_SCRATCH, empty(T, Q))),
+    "attend_tokens": (
+        attention.attend_tokens,
+        (empty(T, Q), *CACHE, POSITION, DIM, *WHOLE, empty(1, T, LENGTH), empty(T, Q)),
+    ),
+    "attend_chunk": (attention.attend_chunk, (empty(T, Q), *CACHE, POSITION, DIM, *WHOLE, CHUNK_SCRATCH, empty(T, Q))),
     "attend_paged": (
         paged_attention.attend_paged,
         (empty(T, Q), *CACHE, empty(2, 3, dtype="int32"), PLACES, PLACES, 8, DIM, empty(2, LENGTH), empty(T, Q)),
@@ -219,8 +226,9 @@ FREE = {
     "rms_norm_heads": {(0, 0)},
     "project_chunk": {(5, 0)},  # threads
     "project_chunk_swiglu": {(4, 0)},
-    "attend_tokens": {(5, 0)},
-    "attend_chunk": {(5, 0)},
+    "soft_cap": {(0, 0), (0, 1)},
+    "attend_tokens": {(7, 0)},
+    "attend_chunk": {(7, 0)},
     "attend_paged": {(3, 0), (3, 1), (8, 0), (8, 1)},
 }
 
@@ -241,10 +249,14 @@ def test_shapes_that_disagree(name: str) -> None:
 
 
 def test_every_kernel_with_views_checks_its_arguments() -> None:
-    modules = (attention, embedding, paged_attention, projection, rms_norm, rope)
+    modules = (attention, elementwise, embedding, paged_attention, projection, rms_norm, rope)
     kernels = {name for module in modules for name, value in vars(module).items() if hasattr(value, "_cache_hits")}
     inlined = {
         "silu",
+        "gelu",
+        "_cap",
+        "_fill_unseen",
+        "_norm_in_place",
         "convert_biased",
         "_rotate",
         "_store_token",

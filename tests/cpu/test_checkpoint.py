@@ -19,16 +19,16 @@ from tiny_models import names_in, safetensors_bytes, tiny_geometry, tiny_tokeniz
 from numba_atomflow.checkpoint.format import Checkpoint, tensor_layout
 from numba_atomflow.checkpoint.writer import CheckpointWriter
 from numba_atomflow.errors import CheckpointError, DestinationError
-from numba_atomflow.geometry import RopeScaling
 from numba_atomflow.model.formats import HeadFormat
 from numba_atomflow.ops.fp8 import dequantize_groups
+from numba_atomflow.rope_scaling import Llama3Scaling
 from numba_atomflow.text.codec import TextAssets
 
 TEXT = TextAssets(
     tiny_tokenizer().to_str().encode(), "{{ messages }}", "<|bos|>", "<|eos|>", eos_ids=(1, 2), add_bos=True
 )
 SOURCE = {"path": "model.gguf", "kind": "gguf", "sha256": {"model.gguf": "00" * 32}}
-SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
+SCALING = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 
 
 def writer_for(path: Path, text: TextAssets = TEXT, head: HeadFormat = "fp8", **changes: Any) -> CheckpointWriter:

@@ -9,9 +9,10 @@ import pytest
 from tiny_models import hf_config, tiny_geometry
 
 from numba_atomflow.errors import GeometryError
-from numba_atomflow.geometry import ModelGeometry, RopeScaling
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.rope_scaling import Llama3Scaling, RopeScaling
 
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
+LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType
 from tiny_models import random_weights, tiny_geometry, write_gguf, write_hf_folder
 
 from numba_atomflow.errors import AtomFlowError, GeometryError, SourceError
-from numba_atomflow.geometry import RopeScaling
+from numba_atomflow.rope_scaling import Llama3Scaling
 from numba_atomflow.sources import gguf_file, open_source
 from numba_atomflow.sources.gguf_file import read_gguf_file
 
@@ -64,20 +64,20 @@ def test_rows_can_be_read_in_slabs(tmp_path: Path, name: str, start: int, stop: 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_rope_factors_become_its_scaling(tmp_path: Path, factor: float) -> None:
-    geometry = tiny_geometry(rope_theta=500000.0, rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192))
+    geometry = tiny_geometry(rope_theta=500000.0, rope_scaling=Llama3Scaling(factor, 1.0, 4.0, 8192))
     write_gguf(tmp_path / "model.gguf", geometry)
     assert open_source(tmp_path / "model.gguf").geometry == geometry
 
 
 def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
-    geometry = tiny_geometry(rope_scaling=RopeScaling(8.0, 2.0, 3.0, 8192))
+    geometry = tiny_geometry(rope_scaling=Llama3Scaling(8.0, 2.0, 3.0, 8192))
     write_gguf(tmp_path / "model.gguf", geometry)
     with pytest.raises(SourceError, match=r"rope_freqs\.weight.*not those of Llama 3"):
         open_source(tmp_path / "model.gguf")
 
 
 def test_an_invalid_original_context_of_llama3(tmp_path: Path) -> None:
-    geometry = tiny_geometry(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+    geometry = tiny_geometry(rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
     write_gguf(tmp_path / "model.gguf", geometry, fields={"llama.rope.scaling.original_context_length": 0})
     refused(tmp_path / "model.gguf", "model.gguf", "original_max_positions is 0", error=GeometryError)
 

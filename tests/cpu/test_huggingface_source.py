@@ -22,7 +22,7 @@ from tiny_models import (
 
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, GeometryError, SourceError, SourceWarning
-from numba_atomflow.geometry import RopeScaling
+from numba_atomflow.rope_scaling import Llama3Scaling, RopeScaling
 from numba_atomflow.sources import open_source
 from numba_atomflow.sources.huggingface_config import config_geometry
 
@@ -140,7 +140,7 @@ LLAMA3 = {
 
 
 UNPLACED = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
-SCALED = RopeScaling(32.0, 1.0, 4.0, 8192)
+SCALED = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,12 @@ SCALED = RopeScaling(32.0, 1.0, 4.0, 8192)
         ({"rope_theta": 1e6}, 1e6, None),
         ({"rope_theta": None}, 1e4, None),
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
-        ({"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 5e5, RopeScaling(32.0, 1.0, 4.0, 8192)),
-        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, RopeScaling(32.0, 1.0, 4.0, 8192)),
+        (
+            {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+            5e5,
+            Llama3Scaling(32.0, 1.0, 4.0, 8192),
+        ),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, Llama3Scaling(32.0, 1.0, 4.0, 8192)),
         # In two places: rope_scaling goes before rope_parameters, the theta of the record before the one beside it.
         ({"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, 5e5, SCALED),
         ({"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_theta": 7.0}}, 7.0, SCALED),
@@ -223,6 +227,9 @@ def test_default_kv_heads(folder: Path) -> None:
         assert config_geometry(folder / "config.json", config).kv_heads == expected
 
 
+SLIDING = {"sliding_window": 300, "use_sliding_window": True}
+
+
 def test_optional_sizes(tmp_path: Path) -> None:
     geometry = tiny_geometry(hidden=256, kv_heads=4)
     write_hf_folder(tmp_path, geometry)
@@ -231,27 +238,27 @@ def test_optional_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "positions"),
+    ("family", "changes", "window", "layers"),
     [
-        ("mistral", {"sliding_window": 300}, 300),
-        ("mistral", {"sliding_window": None}, 8000),
-        ("mistral", {}, 4096),  # transformers' default
-        ("qwen2", {"sliding_window": 300}, 8000),  # switched off unless use_sliding_window is set
-        ("qwen2", {"sliding_window": 300, "use_sliding_window": True, "max_window_layers": 1}, 300),
-        ("qwen2", {"sliding_window": 300, "use_sliding_window": True, "max_window_layers": 2}, 8000),
-        ("qwen2", {"sliding_window": 300, "use_sliding_window": True}, 8000),  # from layer 28 on; there are two
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, 4096),
-        ("qwen3", {"sliding_window": 300, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, 8000),
-        ("qwen3", {"sliding_window": 300, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 300),
+        ("mistral", {"sliding_window": 300}, 300, (0, 1)),
+        ("mistral", {"sliding_window": None}, None, ()),
+        ("mistral", {"sliding_window": 8000}, None, ()),  # no position is outside of it
+        ("qwen2", {"sliding_window": 300}, None, ()),  # switched off unless use_sliding_window is set
+        ("qwen2", {"sliding_window": 300, "use_sliding_window": True, "max_window_layers": 1}, 300, (1,)),
+        ("qwen2", {"sliding_window": 300, "use_sliding_window": True, "max_window_layers": 2}, None, ()),
+        ("qwen2", {"sliding_window": 300, "use_sliding_window": True}, None, ()),  # from layer 28 on; there are two
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, 4096, (0, 1)),
+        ("qwen3", SLIDING | {"layer_types": ["full_attention"] * 2}, None, ()),
+        ("qwen3", SLIDING | {"layer_types": ["full_attention", "sliding_attention"]}, 300, (1,)),
     ],
 )
-def test_the_context_is_limited_to_a_sliding_window(
-    tmp_path: Path, family: str, changes: dict[str, Any], positions: int
+def test_sliding_windows(
+    tmp_path: Path, family: str, changes: dict[str, Any], window: int | None, layers: tuple[int, ...]
 ) -> None:
     geometry = tiny_geometry(max_positions=8000, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
     write_hf_folder(tmp_path, geometry, model_type=family)
     change_json(tmp_path / "config.json", **changes)
-    assert open_source(tmp_path).geometry == replace(geometry, max_positions=positions)
+    assert open_source(tmp_path).geometry == replace(geometry, sliding_window=window, sliding_layers=layers)
 
 
 def test_a_qwen3_that_does_not_name_its_head_dim_has_128(tmp_path: Path) -> None:
@@ -273,7 +280,18 @@ def test_a_model_that_lacks_what_its_family_has(tmp_path: Path, family: str, suf
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"model_type": "gemma3"}, "model_type 'gemma3'"),
+        ({"model_type": "gemma4"}, "model_type 'gemma4'"),
+        ({"model_type": "llama4"}, "Llama 4 is a mixture of experts"),
+        ({"model_type": "gemma3"}, "lacks hidden_size"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}}, "model_type 'ministral3'"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers: [1]"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval: 0"),
+        ({"model_type": "gemma2", "sliding_window_pattern": 0}, "sliding_window_pattern: 0"),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
+        ({"model_type": "granite", "residual_multiplier": -1}, "residual_multiplier: -1"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "lacks short_factor"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1], "long_factor": [1]}}, "1 values"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "type 'linear_attention'"),
         ({"layer_types": 5}, "type 5,"),
         ({"sliding_window": "wide"}, "sliding_window: 'wide'"),
@@ -287,7 +305,7 @@ def test_a_model_that_lacks_what_its_family_has(tmp_path: Path, family: str, suf
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "type ['llama3']"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "RoPE of its own for full_attention"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "'proportional'"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"factor": 4.0}}, "factor 4.0 without rope_type"),
         ({"rope_parameters": {"factor": 4, "rope_theta": 1e4}}, "factor 4 without rope_type"),
@@ -307,7 +325,8 @@ def test_a_model_that_lacks_what_its_family_has(tmp_path: Path, family: str, suf
         ({"mlp_bias": "yes"}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": -4.0}}, "factor: -4.0"),
+        ({"rope_scaling": {"type": "yarn", "truncate": 2}}, "truncate: 2"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -348,7 +367,7 @@ def test_config_and_weights_that_differ(folder: Path, changes: dict[str, Any], f
 
 
 def test_unsupported_sizes_name_the_config(folder: Path) -> None:
-    change_json(folder / "config.json", head_dim=48)
+    change_json(folder / "config.json", head_dim=40)
     refused(folder, "config.json", "head_dim 48", error=GeometryError)
 
 

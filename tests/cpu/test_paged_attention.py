@@ -6,7 +6,7 @@ import pytest
 from closeness import poisoned
 
 from numba_atomflow.memory.paged import BLOCK_SIZES
-from numba_atomflow.ops.attention import attend_tokens
+from numba_atomflow.ops.attention import NO_CAP, NO_WINDOW, attend_tokens
 from numba_atomflow.ops.paged_attention import attend_paged, attend_paged_reference
 from numba_atomflow.ops.rope import rope_and_store, rope_and_store_paged, rope_table
 
@@ -44,7 +44,9 @@ def test_paged_attention_is_contiguous_attention_bit_for_bit(
     for row, own in enumerate(slots):
         keys, values = np.ascontiguousarray(cache[0, own]), np.ascontiguousarray(cache[1, own])
         one, expected = poisoned(numba.config.NUMBA_NUM_THREADS, 1, len(own)), poisoned(1, q.shape[1])
-        attend_tokens(q[row : row + 1], keys, values, positions[row : row + 1], head_dim, one, expected)
+        attend_tokens(
+            q[row : row + 1], keys, values, positions[row : row + 1], head_dim, NO_WINDOW, NO_CAP, one, expected
+        )
         np.testing.assert_array_equal(out[row], expected[0])
     exact = (array.astype(np.float64) for array in (q, *cache))
     reference = attend_paged_reference(*exact, block_table, rows, positions, block_size, head_dim)

@@ -5,11 +5,12 @@ import pytest
 from closeness import check_close, poisoned, relative_l2, tolerance
 from tiny_models import tiny_geometry
 
-from numba_atomflow.geometry import RopeScaling, rope_inverse_frequencies
+from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.ops.rope import rope_and_store, rope_reference, rope_table
+from numba_atomflow.rope_scaling import Llama3Scaling, RopeScaling
 
 POSITIONS = 600
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
+LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
 
 
 def rotated(heads: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Validation of models with biases or norms of q and k: correct ones pass, faults are attributed to Qkv."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from family_geometries import FIELDS, family_geometry, family_weights
 from numpy.typing import NDArray
 from tiny_models import tiny_geometry, write_gguf
 from validator_models import BLOCK, PROMPT, Subject, make_subject, three_layers
@@ -120,3 +123,26 @@ class WithGeometry:
 
     def __init__(self, geometry: Any) -> None:
         self.geometry = geometry
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Subject]]:
+    """A model of each family, made on first use."""
+    with ExitStack() as made:
+
+        @cache
+        def of(family: str) -> Subject:
+            geometry = family_geometry(family)
+            subject = make_subject(tmp_path_factory.mktemp(family), geometry, family_weights(geometry))
+            made.callback(subject.checkpoint.close)
+            return subject
+
+        yield of
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("family", FIELDS)
+def test_families_with_other_layers(families: Callable[[str], Subject], family: str, isolate: bool) -> None:
+    subject = families(family)
+    report = check(subject.backend(), subject.truth, isolate=isolate, block=BLOCK)
+    assert report.verdict().startswith("PASS: "), report.verdict()

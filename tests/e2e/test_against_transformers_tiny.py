@@ -14,13 +14,14 @@ from tiny_models import random_weights, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine
 from numba_atomflow.convert import convert
-from numba_atomflow.geometry import ModelGeometry, RopeScaling
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HeadFormat
+from numba_atomflow.rope_scaling import Llama3Scaling
 
 HEAD_DIMS, GQA_RATIOS = (64, 80, 96, 128), (1, 3, 4, 8)
 
 # With 64 positions, rotary pairs of head_dim 64 to 128 lie on both sides of the scaled range and within it.
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
+LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
 GRID = list(itertools.product(HEAD_DIMS, GQA_RATIOS, (True, False), (None, LLAMA3)))
 
 

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.attention import attend_tokens
+from numba_atomflow.ops.attention import NO_CAP, NO_WINDOW, attend_tokens
 from numba_atomflow.ops.paged_attention import attend_paged
 from numba_atomflow.ops.rms_norm import rms_norm
 
@@ -28,7 +28,7 @@ def normal(*shape: int) -> NDArray[np.float32]:
 def static(out: NDArray[np.float32]) -> None:
     q, keys, values = normal(HEADS * DIM), normal(LENGTH, KV_HEADS * DIM), normal(LENGTH, KV_HEADS * DIM)
     scores = np.empty((numba.config.NUMBA_NUM_THREADS, 1, LENGTH), np.float32)
-    attend_tokens(q[None], keys, values, np.array([LENGTH - 1]), DIM, scores, out[None])
+    attend_tokens(q[None], keys, values, np.array([LENGTH - 1]), DIM, NO_WINDOW, NO_CAP, scores, out[None])
 
 
 def paged(out: NDArray[np.float32]) -> None:

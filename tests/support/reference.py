@@ -11,6 +11,7 @@ from closeness import relative_l2
 from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint.format import Checkpoint
+from numba_atomflow.validate.state_dict import compute_constants, state_dict
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install '.[validate]'")
 torch = pytest.importorskip("torch", reason="torch is the reference: pip install '.[validate]'")
@@ -27,37 +28,6 @@ def check_logits(got: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert errors[worst] <= LIMIT, f"{what}: {share}"
     different = np.flatnonzero(got.argmax(axis=1) != expected.argmax(axis=1))
     assert not different.size, f"{what}: another token is most likely at positions {different.tolist()} ({share})"
-
-
-def dequantized(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
-    """Every tensor of the checkpoint as float32, under its Hugging Face name."""
-    g = checkpoint.geometry
-
-    matrix = checkpoint.matrix
-    weights = {"model.embed_tokens.weight": matrix("embedding"), "model.norm.weight": checkpoint.array("final_norm")}
-    for i in range(g.layers):
-        part, hf = f"layer.{i}.", f"model.layers.{i}."
-        q, k, v = np.split(matrix(part + "qkv"), [g.q_dim, g.q_dim + g.kv_dim])
-        gate, up = np.split(matrix(part + "gate_up"), 2)
-        weights |= {
-            hf + "self_attn.q_proj.weight": q,
-            hf + "self_attn.k_proj.weight": k,
-            hf + "self_attn.v_proj.weight": v,
-            hf + "self_attn.o_proj.weight": matrix(part + "o"),
-            hf + "mlp.gate_proj.weight": gate,
-            hf + "mlp.up_proj.weight": up,
-            hf + "mlp.down_proj.weight": matrix(part + "down"),
-            hf + "input_layernorm.weight": checkpoint.array(part + "attention_norm"),
-            hf + "post_attention_layernorm.weight": checkpoint.array(part + "ffn_norm"),
-        }
-        if g.qkv_bias:
-            biases = np.split(checkpoint.array(part + "qkv_bias"), [g.q_dim, g.q_dim + g.kv_dim])
-            weights |= {f"{hf}self_attn.{x}_proj.bias": bias for x, bias in zip("qkv", biases, strict=True)}
-        if g.qk_norm:
-            weights |= {f"{hf}self_attn.{x}_norm.weight": checkpoint.array(f"{part}{x}_norm") for x in "qk"}
-    head = "model.embed_tokens.weight" if g.tied_embeddings else None
-    weights["lm_head.weight"] = weights[head] if head else matrix("vocabulary")
-    return weights
 
 
 class Reference:
@@ -78,9 +48,8 @@ class Reference:
                 self.model: Any = transformers.AutoModelForCausalLM.from_config(
                     self.config, dtype=torch.float32, attn_implementation="eager"
                 )
-            # RoPE frequencies are computed when the module is created, and are not in the state dict.
-            self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.config)
-            weights = {name: torch.from_numpy(np.array(array)) for name, array in dequantized(checkpoint).items()}
+            compute_constants(self.model, self.config)
+            weights = {name: torch.from_numpy(values) for name, values in state_dict(checkpoint).items()}
             self.model.load_state_dict(weights, strict=True, assign=True)
         self.model.eval()
 

@@ -12,7 +12,8 @@ from tiny_models import Weights, random_weights, tiny_geometry, write_hf_folder
 from numba_atomflow.backends.cpu import CpuBackend
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.convert import convert
-from numba_atomflow.geometry import ModelGeometry, RopeScaling
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.rope_scaling import Llama3Scaling
 from numba_atomflow.validate import Reference, make_ground_truth
 
 PROMPT = [17, 3, 250, 99, 42, 8, 8, 131, 77, 204, 5, 61, 280, 19, 150, 33, 90, 222, 7, 110]
@@ -75,7 +76,7 @@ def like_llama_3b(**changes: Any) -> ModelGeometry:
         "vocabulary": 320,
         "max_positions": 131072,
         "rope_theta": 500000.0,
-        "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+        "rope_scaling": Llama3Scaling(32.0, 1.0, 4.0, 8192),
         "tied_embeddings": True,
     }
     return ModelGeometry(**(fields | changes))

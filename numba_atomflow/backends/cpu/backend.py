@@ -17,7 +17,7 @@ from numba_atomflow.backends.base import Observer, Verification
 from numba_atomflow.backends.cpu.bind import Action, CpuBinder
 from numba_atomflow.backends.cpu.measure import CpuMeasurements
 from numba_atomflow.errors import CheckpointError, ClosedError
-from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.host.machine import cpu_name
 from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn, use_threads
 from numba_atomflow.logprobs import TokenLogprobs
@@ -27,6 +27,7 @@ from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.memory.view import View, view_of
 from numba_atomflow.model.buffers import StepSizes, step_buffers
 from numba_atomflow.model.formats import CPU_KV
+from numba_atomflow.model.rope_tables import rope_tables
 from numba_atomflow.model.step import (
     ALL_LOGITS,
     LAST_LOGITS,
@@ -37,7 +38,7 @@ from numba_atomflow.model.step import (
     build_head,
     build_step,
 )
-from numba_atomflow.ops import attention, projection, rope
+from numba_atomflow.ops import attention, projection
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.utils.progress import Progress
 
@@ -104,9 +105,8 @@ class CpuBackend:
         self._position = self._array("position")
         self._tokens = self._array("tokens")
         self._logits = self._array("logits")
-        cosines, sines = rope.rope_table(rope_inverse_frequencies(geometry), max_seq_len)
-        self._array("rope.cosines")[:] = cosines
-        self._array("rope.sines")[:] = sines
+        for name, table in rope_tables(geometry, max_seq_len):
+            self._array(name)[:] = table
         self._binder = CpuBinder(geometry, self._buffers, Sampler(SamplingParams(), geometry.vocabulary, ()))
         self._bound: dict[tuple[int, Head], _BoundStep] = {}
         self._closed = False

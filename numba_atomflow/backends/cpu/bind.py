@@ -22,7 +22,7 @@ from numba_atomflow.model.step import (
     Sample,
     Weight,
 )
-from numba_atomflow.ops import attention, embedding, projection, rms_norm, rope
+from numba_atomflow.ops import attention, elementwise, embedding, projection, rms_norm, rope
 from numba_atomflow.ops.arguments import bind
 from numba_atomflow.sampling import Sampler
 
@@ -58,12 +58,12 @@ class CpuBinder:
             case Attention():
                 return self._bind_attention(op)
             case ProjectAdd():
-                return self._project(op.weight, op.x, op.residual, accumulate=True)
+                return self._bind_project_add(op)
             case GateUp():
                 return self._bind_gate_up(op)
             case LmHead():
                 project = self._project(op.weight, op.x_norm, op.logits, accumulate=False)
-                return in_order(self._norm(op.residual, op.norm_weight, op.x_norm), project)
+                return in_order(*self._norm(op.residual, op.norm_weight, op.x_norm), project, *self._cap_logits(op))
             case Sample():
                 return self._bind_sample(op)
             case Advance():
@@ -82,7 +82,7 @@ class CpuBinder:
             op.keys.host_array(),
             op.values.host_array(),
         )
-        steps = [self._norm(op.residual, op.norm_weight, op.x_norm)]
+        steps = self._norm(op.residual, op.norm_weight, op.x_norm)
         if op.bias is not None:  # the projection is added to it
             steps.append(partial(np.copyto, op.qkv.host_array(), op.bias.host_array()))
         steps.append(self._project(op.weight, op.x_norm, op.qkv, accumulate=op.bias is not None))
@@ -93,21 +93,32 @@ class CpuBinder:
     def _bind_attention(self, op: Attention) -> Action:
         q, out = op.q.host_array(), op.attn_out.host_array()
         keys, values, position = op.keys.host_array(), op.values.host_array(), op.position.host_array()
-        head_dim = self.geometry.head_dim
+        soft_cap = attention.NO_CAP if op.soft_cap is None else np.float32(op.soft_cap)
+        common = q, keys, values, position, self.geometry.head_dim, op.window or attention.NO_WINDOW, soft_cap
         if len(q) <= projection.GEMV_TOKENS:
-            return bind(attention.attend_tokens, q, keys, values, position, head_dim, self._array("scores"), out)
-        scratch = self._array("prefill_scratch")
-        return bind(attention.attend_chunk, q, keys, values, position, head_dim, scratch, out)
+            return bind(attention.attend_tokens, *common, self._array("scores"), out)
+        return bind(attention.attend_chunk, *common, self._array("prefill_scratch"), out)
+
+    def _bind_project_add(self, op: ProjectAdd) -> Action:
+        if op.norm_weight is None or op.projected is None:
+            return self._project(op.weight, op.x, op.residual, accumulate=True)
+        eps = np.float32(self.geometry.norm_eps)
+        arrays = op.projected.host_array(), op.norm_weight.host_array(), eps, op.residual.host_array()
+        project = self._project(op.weight, op.x, op.projected, accumulate=False)
+        return in_order(project, bind(rms_norm.add_rms_norm, *arrays))
 
     def _bind_gate_up(self, op: GateUp) -> Action:
         x_norm, y = op.x_norm.host_array(), op.y.host_array()
         codes, scales = _stored(op.weight)
         norm = self._norm(op.residual, op.norm_weight, op.x_norm)
+        if op.gate_up is not None:
+            project = self._project(op.weight, op.x_norm, op.gate_up, accumulate=False)
+            return in_order(*norm, project, bind(elementwise.geglu, op.gate_up.host_array(), y))
         if len(y) <= projection.GEMV_TOKENS:
             kernel = projection.project_token_swiglu if len(y) == 1 else projection.project_tokens_swiglu
-            return in_order(norm, bind(kernel, codes, scales, x_norm, y))
+            return in_order(*norm, bind(kernel, codes, scales, x_norm, y))
         scratch = self._array("prefill_scratch")
-        return in_order(norm, bind(projection.project_chunk_swiglu, codes, scales, x_norm, y, scratch))
+        return in_order(*norm, bind(projection.project_chunk_swiglu, codes, scales, x_norm, y, scratch))
 
     def _project(self, weight: Weight, x: View, y: View, *, accumulate: bool) -> Action:
         inputs, outputs = x.host_array(), y.host_array()
@@ -118,9 +129,18 @@ class CpuBinder:
         scratch = self._array("prefill_scratch")
         return bind(projection.project_chunk, codes, scales, inputs, outputs, accumulate, scratch)
 
-    def _norm(self, x: View, weight: View, y: View) -> Action:
+    def _norm(self, x: View, weight: View | None, y: View) -> list[Action]:
+        """The norm before a projection; none in a model without."""
+        if weight is None:
+            return []
         eps = np.float32(self.geometry.norm_eps)
-        return bind(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())
+        return [bind(rms_norm.rms_norm, x.host_array(), weight.host_array(), eps, y.host_array())]
+
+    @staticmethod
+    def _cap_logits(op: LmHead) -> list[Action]:
+        if op.soft_cap is None:
+            return []
+        return [bind(elementwise.soft_cap, op.logits.host_array(), np.float32(op.soft_cap))]
 
     def _norm_heads(self, qkv: View, q_norm: View, k_norm: View) -> Action:
         g = self.geometry

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.base import Decode, Observer, Prefill
 from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK
 from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
+from numba_atomflow.backends.cuda.families import check_family
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
@@ -70,6 +71,7 @@ class CudaBackend:
         prefill: Prefill = "auto",
         prefill_chunk: int | None = None,
     ) -> None:
+        check_family(geometry, max_seq_len)
         self.geometry = geometry
         self._arrays: Mapping[str, NDArray[Any]] | None = weights
         self._max_seq_len = max_seq_len
@@ -125,7 +127,7 @@ class CudaBackend:
             loaded = LoadedKernels(self.kernels.planned, self._gpu.capability, owner.resources)
             loaded.require(self._kernels_at_start(), progress)
             self.compile_seconds = loaded.seconds
-            model.upload(loaded, self._arrays, progress)
+            model.upload(loaded, self._arrays, self._max_seq_len, progress)
             rings = self._ring.view, self._logprob_ring.view
             self._graphs = StepGraphs(model, loaded, *rings, owner.resources, capture=self._capture)
             self._graphs.prepare(self.prefill_chunk)

@@ -5,6 +5,7 @@ from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HeadFormat
+from numba_atomflow.model.rope_tables import tables_of
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 _MIN_CAPABILITY = (9, 0)  # TMA bulk copies, and mbarriers that count their bytes
@@ -67,6 +68,8 @@ def _obstacle(kernels: ModelKernels) -> str | None:
         return f"this GPU's compute capability is {has}, and bulk copies need {needed}"
     if kernels.separate_rope_kernel:
         return "the model's RoPE is a kernel of its own"
+    if len(tables_of(kernels.geometry)) > 1:
+        return "the model's layers have different RoPE"
     return kernels.persistent_shape.refusal()
 
 

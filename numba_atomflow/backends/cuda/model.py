@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.plan import AttentionScratch, SamplingState
 from numba_atomflow.device.resources import Resources
-from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.rope_tables import rope_tables
 from numba_atomflow.model.step import Head, LmHead, Op, Weight, Weights, build_head, build_step, build_tail
-from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.runtime.launch import Kernel
 from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
@@ -93,20 +92,24 @@ class DeviceModel:
     # --- contents ----------------------------------------------------------------------------------------------------
 
     def upload(
-        self, loaded: Mapping[str, Kernel], arrays: Mapping[str, NDArray[Any]], progress: Progress | None
+        self,
+        loaded: Mapping[str, Kernel],
+        arrays: Mapping[str, NDArray[Any]],
+        max_seq_len: int,
+        progress: Progress | None,
     ) -> None:
         """Upload and prepack the weights, and initialise everything else.
 
         Args:
             loaded: kernels by name. arrays: of the checkpoint, by name.
+            max_seq_len: positions of the KV cache, on which some kinds of RoPE depend.
         """
         uploader = Uploader(loaded, self._arena.space_after("weights"), self.stream)
         upload(uploader, arrays, self.weight_views, self.kernels.layout_of, progress)
         # Padding of activations must be zero, and counters start at zero; staging has overwritten both.
         self._arena.clear(("activations", "workspace"), self.stream)
         positions = self.buffers["rope.cosines"].shape[0]
-        tables = rope.rope_table(rope_inverse_frequencies(self.geometry), positions)
-        for name, table in zip(("rope.cosines", "rope.sines"), tables, strict=True):
+        for name, table in rope_tables(self.geometry, positions, max_seq_len):
             self.memory.write(self.buffers[name], table)
         self.reset_argmax()
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, Self
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
+from numba_atomflow.backends.cuda.families import check_family
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers, verification_buffers
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
@@ -143,8 +144,9 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
     """The plan that loading would execute, and the GPU: name, memory and free memory in bytes, its paths.
 
     Raises:
-        BackendError: there is no usable GPU.
+        BackendError: there is no usable GPU, or it has no kernels for the model.
     """
+    check_family(geometry, max_seq_len)
     with DeviceResources() as owner:
         device = owner.open()
         chip = chip_of(device)

@@ -19,4 +19,4 @@ def rotation_views(op: Qkv) -> dict[str, View]:
 def vector_views(op: Qkv) -> dict[str, View]:
     """Bias and norms of heads; what a model does not have is not read, and any other vector stands in for it."""
     vectors = {"bias": op.bias, "q_norm": op.q_norm, "k_norm": op.k_norm}
-    return {name: vector or op.norm_weight for name, vector in vectors.items()}
+    return {name: vector or op.norm_weight or op.residual for name, vector in vectors.items()}
