@@ -160,14 +160,14 @@ class ModelGeometry:
         return shapes
 
     def _parameters_of_layer(self, layer: str) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-            (f"{layer}{norm}.weight" for norm in self.norm_names().values()), (self.hidden,)
-        )
-        shapes |= {
+        norms = {name: f"{layer}{norm}.weight" for name, norm in self.norm_names().items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            **{norms[name]: (self.hidden,) for name in norms if name.endswith("attention_norm")},
             layer + "self_attn.q_proj.weight": (self.q_dim, self.hidden),
             layer + "self_attn.k_proj.weight": (self.kv_dim, self.hidden),
             layer + "self_attn.v_proj.weight": (self.kv_dim, self.hidden),
             layer + "self_attn.o_proj.weight": (self.hidden, self.q_dim),
+            **{norms[name]: (self.hidden,) for name in norms if name.endswith("ffn_norm")},
             layer + "mlp.gate_proj.weight": (self.ffn, self.hidden),
             layer + "mlp.up_proj.weight": (self.ffn, self.hidden),
             layer + "mlp.down_proj.weight": (self.hidden, self.ffn),

@@ -67,13 +67,15 @@ def fusion(geometry: ModelGeometry) -> dict[str, tuple[str, ...]]:
     parts: dict[str, tuple[str, ...]] = {"embedding": ("model.embed_tokens.weight",)}
     for i in range(geometry.layers):
         prefix = f"model.layers.{i}."
+        norms = {f"layer.{i}.{name}": (f"{prefix}{norm}.weight",) for name, norm in geometry.norm_names().items()}
+        parts |= {name: norms[name] for name in norms if name.endswith("attention_norm")}
         parts |= {
             f"layer.{i}.qkv": tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv"),
             f"layer.{i}.o": (prefix + "self_attn.o_proj.weight",),
+            **{name: norms[name] for name in norms if name.endswith("ffn_norm")},
             f"layer.{i}.gate_up": (prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"),
             f"layer.{i}.down": (prefix + "mlp.down_proj.weight",),
         }
-        parts |= {f"layer.{i}.{name}": (f"{prefix}{norm}.weight",) for name, norm in geometry.norm_names().items()}
         if geometry.qkv_bias:
             parts[f"layer.{i}.qkv_bias"] = tuple(f"{prefix}self_attn.{name}_proj.bias" for name in "qkv")
         if geometry.qk_norm:
