@@ -1,6 +1,6 @@
-"""The tokenizer of a folder without tokenizer.json: tokenizer.model, or vocab.json with merges.txt.
+"""The tokenizer of a folder without tokenizer.json: tokenizer.model, tekken.json, or vocab.json with merges.txt.
 
-Both are read as the metadata that a GGUF file has of them, so that folder and file of a model give the same tokens.
+All are read as the metadata that a GGUF file has of them, so that folder and file of a model give the same tokens.
 """
 
 import re
@@ -13,13 +13,15 @@ from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 from numba_atomflow.sources.json_file import flag, parse_json, read_file
 from numba_atomflow.sources.sentencepiece_model import sentencepiece_fields
+from numba_atomflow.sources.tekken import tekken_fields
 from numba_atomflow.text.codec import TextAssets
 
 SENTENCEPIECE = "tokenizer.model"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
-VOCABULARY_FILES = (SENTENCEPIECE, VOCABULARY, MERGES)
+TEKKEN_FILE = "tekken.json"
+VOCABULARY_FILES = (SENTENCEPIECE, TEKKEN_FILE, VOCABULARY, MERGES)
 # Vocabularies in other formats, which transformers converts to tokenizer.json.
-OTHER_TOKENIZERS = ("tekken.json", "tiktoken.model", "spiece.model")
+OTHER_TOKENIZERS = ("tiktoken.model", "spiece.model")
 
 _NORMAL, _CONTROL = 1, 3  # types of tokens in a GGUF file
 _MARKER = re.compile(r"<\|.+\|>", re.DOTALL)  # no vocabulary learns such tokens from text
@@ -63,9 +65,9 @@ def folder_vocabulary(
                 "(AutoTokenizer.from_pretrained and save_pretrained), or remove that file if token ids are enough."
             )
         return None
-    if SENTENCEPIECE in known and len(known) > 1:
+    if len(known) > 1 and known != [VOCABULARY, MERGES]:
         raise SourceError(
-            f"{folder} holds two tokenizers, {SENTENCEPIECE} and {known[1]}, and no tokenizer.json; remove the one "
+            f"{folder} holds two tokenizers, {known[0]} and {known[1]}, and no tokenizer.json; remove the one "
             "that is not the model's."
         )
     if known == [SENTENCEPIECE]:
@@ -74,6 +76,9 @@ def folder_vocabulary(
         prefix = flag(config_path, tokenizer_config, "add_prefix_space", fields["tokenizer.ggml.add_space_prefix"])
         fields["tokenizer.ggml.add_space_prefix"] = prefix
         return FolderVocabulary(path, (path,), assets_from_gguf(fields, path))
+    if known == [TEKKEN_FILE]:
+        path = folder / TEKKEN_FILE
+        return FolderVocabulary(path, (path,), assets_from_gguf(tekken_fields(path, read_file(path)), path))
     if len(known) == 1:
         missing = MERGES if known == [VOCABULARY] else VOCABULARY
         raise SourceError(f"{folder} holds {known[0]} without {missing}; get the complete tokenizer.")

@@ -274,8 +274,8 @@ def test_a_missing_shard(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_in_another_format_is_refused_before_the_download_of_weights(hub: Hub) -> None:
-    hub.files["tekken.json"] = hub.files.pop("tokenizer.json")
-    refused(hub, "holds its tokenizer as tekken.json, but no tokenizer.json")
+    hub.files["spiece.model"] = hub.files.pop("tokenizer.json")
+    refused(hub, "holds its tokenizer as spiece.model, but no tokenizer.json")
     assert WEIGHTS not in [name for name, _ in hub.requests]
 
 
