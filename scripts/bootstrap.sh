@@ -29,7 +29,6 @@ END
 
 stage() { printf '[%s/4] %s\n' "$1" "$2"; }
 note() { printf '      %s\n' "$*"; }
-warn() { printf '      warning: %s\n' "$*" >&2; }
 die() {
     printf 'bootstrap: %s\n' "$*" >&2
     exit 1
@@ -94,9 +93,6 @@ find_python() {
 check_python() {
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         die "$python has no venv module; install it (Debian and Ubuntu: apt install python3-venv)."
-    # numba's OpenMP layer needs libgomp; the fallback takes up to 100 times as long to wake threads.
-    "$python" -c 'import ctypes, sys; sys.platform != "linux" or ctypes.CDLL("libgomp.so.1")' 2>/dev/null ||
-        warn "libgomp is missing, decoding will be slow; install it (Debian and Ubuntu: apt install libgomp1)."
 }
 
 # --- 2. .venv -------------------------------------------------------------------------------------------------------

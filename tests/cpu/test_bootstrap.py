@@ -20,7 +20,6 @@ case $* in
     --version) echo Python 3.10.2 ;;
     *"version_info < (3, 11)"*) [ -z "${OLD_PYTHON:-}" ] ;;
     *"import venv, ensurepip"*) [ -z "${NO_VENV:-}" ] ;;
-    *libgomp*) [ -z "${NO_GOMP:-}" ] ;;
     *cuDriverGetVersion*) echo "${DRIVER:-}" ;;
     *"print(home.home())"*) echo "${NUMBA_ATOMFLOW_HOME:-$HOME}" ;;
     "-c import numba_atomflow") [ -e "$(dirname "$0")/numba-atomflow" ] ;;
@@ -211,12 +210,6 @@ def test_the_disk_of_the_home_folder_is_checked_too(clone: Clone) -> None:
     assert f"only 100 MB are free in {small}, 400 MB are needed" in result.stderr
     assert not (clone.folder / ".venv").exists()
     assert clone.bootstrap().returncode == 0
-
-
-def test_missing_libgomp_is_only_a_warning(clone: Clone) -> None:
-    result = clone.bootstrap(NO_GOMP="1")
-    assert result.returncode == 0
-    assert "warning: libgomp is missing" in result.stderr
 
 
 def test_a_checkout_without_symlinks_is_refused(clone: Clone) -> None:
