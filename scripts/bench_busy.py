@@ -89,10 +89,11 @@ def measure(sides: Sequence[Side], counts: Sequence[int], rounds: int, task: Tas
     speeds: dict[int, dict[str, list[float]]] = {count: {side.name: [] for side in sides} for count in counts}
     for number in range(rounds):
         for count in counts:
-            print(f"[{number + 1}/{rounds}] {count} competing", file=sys.stderr)
             with competitors(count):
                 for side in sides:
-                    speeds[count][side.name].append(tokens_per_second(side, task))
+                    speed = tokens_per_second(side, task)
+                    print(f"[{number + 1}/{rounds}] {count} competing, {side.name}: {speed:.1f} tok/s", file=sys.stderr)
+                    speeds[count][side.name].append(speed)
     return {count: {name: median(turns) for name, turns in by_side.items()} for count, by_side in speeds.items()}
 
 
