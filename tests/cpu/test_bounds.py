@@ -261,6 +261,7 @@ def test_every_kernel_with_views_checks_its_arguments() -> None:
         "_rotate",
         "_store_token",
         "_columns",
+        "_attend_items",
         "_make_panel",
         "_multiply_panels",
         "_token_pieces",
