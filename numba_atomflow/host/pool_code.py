@@ -2,11 +2,11 @@
 
 A loop is cut into pieces. The calling thread and the workers take pieces from one counter, large ones first, until
 none is left, and the call returns when all that were taken are done: a worker that does not run, because another
-program has its core, takes none and delays nobody. A thread that waits (a worker for a loop, the caller for the last
+program has its core, takes none and delays no loop. A thread that waits (a worker for a loop, the caller for the last
 piece) spins for `spin_ns` and then sleeps on a futex.
 
 `open` is the state of a loop in one word, so that it is read and changed at once: the number of threads in the upper
-half, the pieces that nobody has taken in the lower. A worker changes it only by taking pieces, and a loop with pieces
+half, the pieces not yet taken in the lower. A worker changes it only by taking pieces, and a loop with pieces
 that are taken and not done cannot end: so `job` belongs to the pieces that a worker has taken, and a worker whose
 number is not below the loop's threads takes none.
 

@@ -87,7 +87,7 @@ print(total(np.ones(1000, np.float32)))
 """
 
 
-def test_workers_that_do_not_run_delay_nobody(tmp_path: Path) -> None:
+def test_workers_that_do_not_run_delay_no_loop(tmp_path: Path) -> None:
     """As if other programs had their cores: the caller runs all pieces."""
     (tmp_path / "compiled").symlink_to(home.compiled().resolve())
     completed = run(
