@@ -83,7 +83,7 @@ def connected(options: ActorOptions) -> Iterator[None]:
     """A connection to Ray; a local Ray ends with the context, and the processes of a batch on a cluster do.
 
     Raises:
-        BackendError: there is no Ray at the address.
+        BackendError: there is no Ray at the address, or it does not start.
         OptionError: this process uses Ray already.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
@@ -100,8 +100,13 @@ def connected(options: ActorOptions) -> Iterator[None]:
             log_to_driver=False,  # what engines print is not the batch's output
             **(local if options.address == LOCAL else {}),
         )
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # Ray raises many kinds, `Exception` itself where a busy machine starts it too slowly
+        ray.shutdown()  # what has started of it
         reason = " ".join(str(error).split())
+        if options.address == LOCAL:
+            raise BackendError(
+                f"Ray does not start on this machine ({reason}); try again when fewer programs run."
+            ) from error
         raise BackendError(
             f"There is no Ray at {quote(options.address)} ({reason}); start one with `ray start --head`, or take the "
             f"address {LOCAL}."

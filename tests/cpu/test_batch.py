@@ -307,6 +307,28 @@ def test_a_cluster_with_too_few_gpus_or_cores_is_refused(monkeypatch: pytest.Mon
         pool_of(monkeypatch, {"CPU": 4.0}, actors=0)
 
 
+def test_a_ray_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*arguments: object, **options: object) -> None:
+        raise Exception("the node timed out\nduring startup")
+
+    stopped: list[bool] = []
+    data = SimpleNamespace(DataContext=SimpleNamespace(get_current=SimpleNamespace))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    monkeypatch.setitem(
+        sys.modules,
+        "ray",
+        SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: stopped.append(True), data=data),
+    )
+    for address, message in (("local", "does not start on this machine"), ("auto", "no Ray at 'auto'")):
+        with (
+            pytest.raises(BackendError, match=rf"{message} \(the node timed out during startup\)"),
+            cluster.connected(cluster.ActorOptions(address)),
+        ):
+            pass
+    assert stopped == [True, True]
+
+
 # --- a batch without Ray: shards run here, one after the other ----------------------------------------------------
 
 
