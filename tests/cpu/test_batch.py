@@ -309,7 +309,7 @@ def test_a_cluster_with_too_few_gpus_or_cores_is_refused(monkeypatch: pytest.Mon
 
 def test_a_ray_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(*arguments: object, **options: object) -> None:
-        raise Exception("the node timed out\nduring startup")
+        raise Exception("the node timed out\nduring startup")  # noqa: TRY002 - as Ray does
 
     stopped: list[bool] = []
     data = SimpleNamespace(DataContext=SimpleNamespace(get_current=SimpleNamespace))
