@@ -74,7 +74,7 @@ def attend_tokens(q, keys, values, position, head_dim, window, soft_cap, scores,
     """Causal attention of 1 to GEMV_TOKENS tokens at positions position[0] .. position[0] + T - 1.
 
     A token has the same bits whatever tokens are beside it. A thread has a range of items, a head and a piece of the
-    tokens each, and works on as many at once as `scores` has rows for.
+    tokens each: as many as `scores` has rows for, or fewer where there are more threads.
 
     Args:
         q, out: float32 [T, heads * head_dim].
@@ -86,8 +86,8 @@ def attend_tokens(q, keys, values, position, head_dim, window, soft_cap, scores,
     tokens, heads = q.shape[0], q.shape[1] // head_dim
     pieces = min(tokens, max(2, (scores.shape[0] + heads - 1) // heads))  # of the tokens, for the threads' sake
     items = heads * pieces
-    workers = min(scores.shape[0], items)
     at_once = scores.shape[1] // ((tokens + pieces - 1) // pieces)
+    workers = min(items, max(scores.shape[0], (items + at_once - 1) // at_once))
     for worker in prange(workers):
         own = scores[get_thread_id()]
         end = items * (worker + 1) // workers
