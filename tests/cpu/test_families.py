@@ -1,0 +1,75 @@
+"""Families that differ from Llama: what refuses them, and the language model of models that read images."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import hf_config, random_weights, tiny_geometry, write_hf_folder, write_json
+
+from numba_atomflow.backends.cuda.families import check_family
+from numba_atomflow.convert import convert
+from numba_atomflow.errors import BackendError, OptionError
+from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.folding import original_heads, reordered_heads
+from numba_atomflow.sandbox.runner import check_family as check_sandbox
+from numba_atomflow.sources import open_source
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"post_norm": True}, "norms after attention"),
+    ({"hidden_act": "gelu_tanh"}, "GELU"),
+    ({"attention_soft_cap": 50.0}, "a soft cap of attention scores"),
+    ({"logit_soft_cap": 30.0}, "a soft cap of logits"),
+    ({"qk_norm": True, "qk_norm_of_all_heads": True}, "a norm of all heads"),
+    ({"head_dim": 256}, "heads of 256"),
+    ({"sliding_window": 64, "sliding_layers": (1,)}, "--max-seq-len 64 or less"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), REFUSED)
+def test_the_cuda_backend_names_what_it_cannot_do(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(BackendError, match=f"{named}.*--backend cpu"):
+        check_family(tiny_geometry(**changes), 128)
+
+
+def test_the_cuda_backend_takes_a_window_as_long_as_its_context() -> None:
+    check_family(tiny_geometry(sliding_window=64, sliding_layers=(0,)), 64)
+    check_family(tiny_geometry(no_rope_layers=(1,), rotary_dim=32, residual_scale=0.2), 64)
+
+
+def test_the_sandbox_and_calibration_refuse_layers_without_rope(tmp_path: Path) -> None:
+    geometry = tiny_geometry(no_rope_layers=(1,), tied_embeddings=True)
+    with pytest.raises(OptionError, match="layers with different RoPE"):
+        check_sandbox(geometry)
+    write_hf_folder(tmp_path / "hf", geometry)
+    with pytest.raises(OptionError, match=r"layers with different RoPE.*use the method rtn"):
+        convert(tmp_path / "hf", tmp_path / "out.safetensors", method="gptq")
+
+
+def test_the_language_model_of_a_model_that_reads_images(tmp_path: Path) -> None:
+    geometry = tiny_geometry()
+    weights = random_weights(geometry)
+    stored = {f"language_model.{name}": values for name, values in weights.items()}
+    write_hf_folder(tmp_path, geometry, weights=stored | {"vision_tower.patch.weight": np.zeros((4, 4), np.float32)})
+    text = hf_config(geometry, "mistral") | {"sliding_window": None}
+    write_json(tmp_path / "config.json", {"model_type": "mistral3", "text_config": text, "vision_config": {}})
+    source = open_source(tmp_path)
+    assert source.geometry == geometry
+    assert set(source.names()) == set(weights)
+    np.testing.assert_array_equal(source.read("lm_head.weight"), weights["lm_head.weight"])
+
+
+def test_heads_in_another_order_and_back() -> None:
+    geometry = tiny_geometry(head_dim=64, rotary_dim=48)
+    values = np.arange(3 * 64)
+    reordered = reordered_heads(geometry, values)
+    assert reordered[[0, 23, 24, 31, 32, 55, 56, 63]].tolist() == [0, 23, 48, 55, 24, 47, 56, 63]
+    np.testing.assert_array_equal(original_heads(geometry, reordered), values)
+
+
+def test_a_geometry_with_every_field_reads_back_from_json() -> None:
+    geometry = tiny_geometry(
+        sliding_window=16, sliding_layers=(1, 0), no_rope_layers=(1,), post_norm=True, logit_soft_cap=3.0
+    )
+    record = geometry.to_dict() | {"sliding_layers": [0, 1], "no_rope_layers": [1]}  # as JSON has them
+    assert ModelGeometry.from_dict(record) == geometry
