@@ -368,7 +368,7 @@ def test_config_and_weights_that_differ(folder: Path, changes: dict[str, Any], f
 
 def test_unsupported_sizes_name_the_config(folder: Path) -> None:
     change_json(folder / "config.json", head_dim=40)
-    refused(folder, "config.json", "head_dim 48", error=GeometryError)
+    refused(folder, "config.json", "head_dim 40", error=GeometryError)
 
 
 @pytest.mark.parametrize(
