@@ -128,7 +128,7 @@ def _model_table(record: dict[str, Any]) -> Table:
     g, text, plan = record["geometry"], record["text"], record["memory_plan"]
     bits = record["file_bytes"] * 8 / record["parameters"]
     scaling = g["rope_scaling"]
-    rope = f"theta {g['rope_theta']:g}" + (f", llama3 scaling by {scaling['factor']:g}" if scaling else "")
+    rope = f"theta {g['rope_theta']:g}" + (f", {scaling['kind']} scaling by {scaling['factor']:g}" if scaling else "")
     source, quantiser = record["source"], record["quantiser"]
     return [
         ("checkpoint", record["path"]),
