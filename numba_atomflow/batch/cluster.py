@@ -111,11 +111,11 @@ def connected(options: ActorOptions) -> Iterator[None]:
             f"There is no Ray at {quote(options.address)} ({reason}); start one with `ray start --head`, or take the "
             f"address {LOCAL}."
         ) from error
-    try:
-        with redirect_stdout(sys.stderr):  # Ray prints there that a process died
+    with redirect_stdout(sys.stderr):  # Ray prints there that a process died, until it has ended
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _set_up_logs(quiet: bool) -> None:
