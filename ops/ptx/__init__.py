@@ -53,6 +53,7 @@ from numba_atomflow.ops.ptx.core import (
     large_device_function,
 )
 from numba_atomflow.ops.ptx.memory import (
+    add_f32,
     fence_gpu,
     ll_load,
     ll_store,
@@ -66,6 +67,7 @@ from numba_atomflow.ops.ptx.memory import (
     load_f32x4,
     load_relaxed_f32,
     load_relaxed_f32x4,
+    load_relaxed_u32,
     load_shared_16,
     load_stream_16,
     prefetch_l2,
@@ -108,6 +110,7 @@ from numba_atomflow.ops.ptx.wgmma import (
 )
 
 __all__ = [
+    "add_f32",
     "COPY_BYTES",
     "K_STEP_WORDS",
     "SIMULATED",
@@ -162,6 +165,7 @@ __all__ = [
     "load_matrix_transposed",
     "load_relaxed_f32",
     "load_relaxed_f32x4",
+    "load_relaxed_u32",
     "load_shared_16",
     "load_stream_16",
     "low_halves",

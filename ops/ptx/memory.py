@@ -98,6 +98,14 @@ def store_f32(array, index, value):
     array[index] = value
 
 
+@instruction("red.relaxed.gpu.global.add.f32 [$0], $1;", (), (ADDRESS, f32), effect=True)
+def add_f32(array, index, value):
+    """Add to a float32, without waiting for the old value. No other thread of the launch may access it, so that the
+    order of additions is fixed. Results below the normal range become 0.
+    """
+    array[index] += np.float32(value)
+
+
 @instruction("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", (), (ADDRESS, u32, u32), effect=True)
 def store_pair_if(array, index, word, condition):
     """Two float16 of one word into an array of their bits (uint16), unless the condition is 0; index: even.
@@ -127,6 +135,12 @@ def fence_gpu():
 def load_relaxed_f32(array, index):
     """A float32 that another CTA of this launch wrote, read from L2."""
     return np.float32(array[index])
+
+
+@instruction("ld.relaxed.gpu.global.u32 $0, [$1];", (u32,), (ADDRESS,), memory=True)
+def load_relaxed_u32(array, index):
+    """A word that other CTAs of this launch write, read from L2."""
+    return np.uint32(array[index])
 
 
 @instruction("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", (f32,) * 4, (ADDRESS,), memory=True)

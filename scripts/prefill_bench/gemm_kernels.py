@@ -6,14 +6,14 @@ from functools import cache
 from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, gemm_plan, mma_plan
+from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, GemmPlan, gemm_plan, mma_plan
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from prefill_bench.expectations import CHUNK
 
-_TILES = (16, 32, 64, 128, 256)
+_TILES = (16, 32, 64, 104, 128, 176, 192, 256)
 _LARGEST_MMA_TILE = 128  # of main loops with mma.sync
 
 
@@ -48,21 +48,26 @@ def gemm_layout(geometry: ModelGeometry, kind: str, chip: Chip) -> PrepackedLayo
 
 def gemm_variants(geometry: ModelGeometry, kind: str, tokens: int, chip: Chip) -> list[GemmVariant]:
     """The chosen kernel first, then the one for FP8 activations where there is one, then those with every other tile
-    that divides `tokens`.
+    that `tokens` fill but for `MOST_PADDING` of them.
     """
     has_wgmma = chip.capability[0] == 9
-    tiles = [tile for tile in _TILES if tokens % tile == 0 and (has_wgmma or tile <= _LARGEST_MMA_TILE)]
+    fitting = [tile for tile in _TILES if tile <= tokens and -tokens % tile <= MOST_PADDING]
+    tiles = [tile for tile in fitting if has_wgmma or tile <= _LARGEST_MMA_TILE]
     chosen, others = [], []
     for fp8 in (False, True) if has_wgmma else (False,):
         kernels = _kernels(geometry, chip, tokens, fp8=fp8)
         first = kernels.gemm_plan(kind, tokens)
         chosen.append(GemmVariant(_name(first), first, kernels.projection(kind, first), chosen=True))
         for tile in tiles:
-            if tile != first.tile_tokens:
+            if tile != first.tile_tokens and not (fp8 and tile & tile - 1):
                 plan = gemm_plan(first.layout, first.x, tile, chip)
                 others.append(GemmVariant(_name(plan), plan, kernels.projection(kind, plan), chosen=False))
         if has_wgmma and not fp8:  # what GPUs without wgmma have
-            plans = [mma_plan(first.layout, first.x, tile, chip) for tile in tiles if tile <= _LARGEST_MMA_TILE]
+            plans = [
+                mma_plan(first.layout, first.x, tile, chip)
+                for tile in tiles
+                if tile <= _LARGEST_MMA_TILE and tile % 16 == 0
+            ]
             others += [GemmVariant(_name(plan), plan, kernels.projection(kind, plan), chosen=False) for plan in plans]
     return chosen + others
 

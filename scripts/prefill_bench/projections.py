@@ -140,7 +140,7 @@ class _Buffers:
             "keys": empty(padded, g.kv_dim, dtype=torch.float16),
             "values": empty(padded, g.kv_dim, dtype=torch.float16),
             "intermediate": empty(output_tiles(g, plan).words, dtype=torch.int32),
-            "token_tiles": tokens // plan.tile_tokens,
+            "token_tiles": -(-tokens // plan.tile_tokens),
         }
 
     def outputs(self) -> list[torch.Tensor]:

@@ -84,7 +84,7 @@ def fragments_kernel(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
                 store(io, stage, tile, lane, token, 8 * j, c0, c1, c2, c3)
             if staged:
                 cuda.syncthreads()
-                flush(io, stage, row_tile, first, thread)
+                flush(io, stage, row_tile, first, 0, tile_tokens, thread)
 
     return fragments
 

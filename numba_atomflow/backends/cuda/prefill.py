@@ -25,7 +25,7 @@ from numba_atomflow.ops.cuda.gemm.kernels import (
     make_gemm_store,
     make_gemm_swiglu,
 )
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, choose_gemm_plan
+from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, GemmPlan, choose_gemm_plan
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
@@ -69,7 +69,7 @@ class PrefillKernels:
         self._geometry, self._chip, self._layouts, self._dependent = geometry, chip, layouts, dependent
         self._separate_rope = separate_rope
         self.buckets = buckets_up_to(chunk)
-        self.capacity = self.buckets[-1]
+        self.capacity = self.buckets[-1] + MOST_PADDING
         g, head_bits = geometry, layouts["lm_head"].format.bits
         bits = 8 if fp8 else 16
         attention_bits = bits if g.head_dim == FP8_HEAD_DIM else 16
@@ -89,7 +89,7 @@ class PrefillKernels:
     @property
     def head_rows(self) -> int:
         """Most rows whose logits are computed at once, padding included."""
-        return min(HEAD_ROWS, self.capacity)
+        return min(HEAD_ROWS, self.buckets[-1])
 
     @property
     def layer_kinds(self) -> list[str]:
@@ -125,8 +125,8 @@ class PrefillKernels:
         return "final_x_norm" if kind == "lm_head" else "x_norm"
 
     def token_tiles(self, kind: str, tokens: int) -> int:
-        """Tiles along the tokens that a launch of a projection computes: those of the bucket."""
-        return bucket_for(tokens) // self.gemm_plan(kind, tokens).tile_tokens
+        """Tiles along the tokens that a launch of a projection computes: the bucket's, the last one perhaps partly."""
+        return -(-bucket_for(tokens) // self.gemm_plan(kind, tokens).tile_tokens)
 
     @cached_property
     def scratch(self) -> tuple[int, int]:

@@ -10,20 +10,21 @@ _FP8_CAPABILITY = (9, 0)  # wgmma
 
 
 def choose_prefill_path(requested: Prefill, chip: Chip, max_seq_len: int) -> PrefillPath:
-    """The requested prefill path; "auto" is "gemv" until the GEMM kernels have been measured, and a KV cache of at most
-    `MAX_GEMV_WIDTH` positions never has a chunk for them.
+    """The requested prefill path; "auto" is "gemm" where it can run. A KV cache of at most `MAX_GEMV_WIDTH` positions never
+    has a chunk for its kernels.
 
     Raises:
         BackendError: the requested path cannot run.
     """
-    if requested == "auto":
-        return PrefillPath("gemv", "the GEMM kernels have not been measured yet")
-    obstacle = None if requested == "gemv" else _obstacle(requested, chip)
+    wanted: Prefill = "gemm" if requested == "auto" else requested
+    obstacle = None if wanted == "gemv" else _obstacle(wanted, chip)
+    if obstacle is not None and requested == "auto":
+        return PrefillPath("gemv", obstacle)
     if obstacle is not None:
         raise BackendError(f"--prefill {requested} is not possible because {obstacle}; use --prefill gemv.")
-    if requested != "gemv" and max_seq_len <= MAX_GEMV_WIDTH:
+    if wanted != "gemv" and max_seq_len <= MAX_GEMV_WIDTH:
         return PrefillPath("gemv", f"a context of {max_seq_len} tokens fits into one of its steps")
-    return PrefillPath(requested)
+    return PrefillPath(wanted)
 
 
 def _obstacle(requested: Prefill, chip: Chip) -> str | None:

@@ -1,6 +1,6 @@
 """What consumers of a `wgmma` main loop do outside of it: where their weights begin, and the end of a tile."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue
@@ -61,25 +61,40 @@ def _make_store_all(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
             second(io, stage, prepacked, lane, token, sums)
         if fragments > 2 * _UNROLLED:
             third(io, stage, prepacked, lane, token, sums)
+        if fragments > 3 * _UNROLLED:
             fourth(io, stage, prepacked, lane, token, sums)
 
     return store_all
 
 
-def make_write_tile(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, epilogue_at: int, flag_at: int) -> Any:
-    """Device function (io, words, skipped, tile, first, last, sums, thread): the fix-up of a tile that is shared, and
-    the epilogue. By all consumer threads. `skipped`: words of shared memory before the first stage; the epilogue's
-    stage and the fix-up's flag are `epilogue_at` and `flag_at` words behind.
+class TileWriter(NamedTuple):
+    """Device functions, called by all consumer threads. `skipped`: words of shared memory before the first stage.
+
+    Attributes:
+        write: (io, words, skipped, number, shared, tile, first, last, sums, thread) -> `shared`: the epilogue of work
+            number `number`, or the partial sums of a tile that is shared. `shared`: what the last call returned, -1 for
+            the first: the number of the first shared tile.
+        finish: (io, words, skipped, shared, thread): after the last tile.
     """
-    units, tile_tokens, fixup = plan.units, plan.tile_tokens, make_fixup(plan, schedule, CONSUMERS)
+
+    write: Any
+    finish: Any
+
+
+def make_tile_writer(
+    plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, epilogue_at: int, state_at: int
+) -> TileWriter:
+    """For an epilogue's stage and a fix-up's state so many words behind `skipped`."""
+    units, tile_tokens, fixup = plan.units, plan.tile_tokens, make_fixup(plan, schedule, epilogue, CONSUMERS)
+    put, settle = fixup.put, fixup.settle
     store_all, flush, staged = _make_store_all(plan, epilogue), epilogue.flush, epilogue.stage_words > 0
 
     @ptx.device_function
-    def write_tile(io, words, skipped, tile, first, last, sums, thread):
-        whole = True
+    def write(io, words, skipped, number, shared, tile, first, last, sums, thread):
         if last - first < units:
-            whole = fixup(io, words, skipped + flag_at, tile, sums, thread)
-        if whole:
+            shared = number if shared < 0 else shared
+            put(io, words, skipped + state_at, number - shared, tile, sums, thread)
+        else:
             row_tile, token_tile = i32(u32(tile) // u32(io.token_tiles)), i32(u32(tile) % u32(io.token_tiles))
             token, prepacked = token_tile * tile_tokens, row_tile * CONSUMER_WARPS + (thread >> 5)
             stage = words[skipped + epilogue_at :]
@@ -88,6 +103,12 @@ def make_write_tile(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, 
             store_all(io, stage, prepacked, thread & 31, token, sums)
             if staged:
                 ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(CONSUMERS))
-                flush(io, stage, row_tile, token, thread)
+                flush(io, stage, row_tile, token, 0, tile_tokens, thread)
+        return shared
 
-    return write_tile
+    @ptx.device_function
+    def finish(io, words, skipped, shared, thread):
+        if shared >= 0:
+            settle(io, words, skipped + state_at, words[skipped + epilogue_at :], shared, thread)
+
+    return TileWriter(write, finish)

@@ -17,6 +17,7 @@ from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 CONSUMERS = 256  # threads: 8 warps, each with one prepacked tile of a CTA's tile
 _UNITS = TILE_ROWS // 2  # of SwiGLU in a CTA's tile
+_TOKEN_VECTORS = BLOCK_WORDS // 4  # 16 bytes each, of a token in a K block
 _LOG2_E = f32(math.log2(math.e))
 _ZERO, _ONE = f32(0.0), f32(1.0)
 _EVEN_LANE, _ODD_LANE = u32(0x5410), u32(0x3276)  # selectors: the low halves of (own, other); the high of (other, own)
@@ -29,9 +30,10 @@ class GemmEpilogue(NamedTuple):
         store: (io, stage, tile, lane, token, in_tile, c0, c1, c2, c3), called by all lanes of a warp: the fragment of
             prepacked tile `tile` (it may be beyond the last) and tokens `token` to `token` + 7; `in_tile`: index of
             `token` in the CTA's tile. `token` and `in_tile` are multiples of 8.
-        flush: (io, stage, row_tile, token, thread), called by the consumer threads after a barrier that all calls of
-            `store` for a CTA's tile come before: what was staged to device memory. `row_tile`: of `TILE_ROWS` rows;
-            `token`: the tile's first. The next tile's `store` comes after one more barrier.
+        flush: (io, stage, row_tile, token, first, end, thread), called by the consumer threads after a barrier that the
+            calls of `store` come before: what was staged for tokens `first` to `end` - 1 of the tile, multiples of 8,
+            to device memory. `row_tile`: of `TILE_ROWS` rows; `token`: the tile's first. The next tile's `store` comes
+            after one more barrier.
         stage_words: uint32 of shared memory that `stage` needs, 16-byte aligned; 0: no `flush`, no barriers.
     """
 
@@ -41,7 +43,7 @@ class GemmEpilogue(NamedTuple):
 
 
 @ptx.device_function
-def _no_flush(io, stage, row_tile, token, thread):
+def _no_flush(io, stage, row_tile, token, first, end, thread):
     """Nothing was staged."""
 
 
@@ -79,16 +81,11 @@ def make_store_epilogue(plan: GemmPlan) -> GemmEpilogue:
     return GemmEpilogue(store, _no_flush)
 
 
-@ptx.device_function
-def add_pair(residual, index, low, high):
-    """Add to elements index and index + 8; both loads are issued before the first store."""
-    old_low, old_high = ptx.load_f32(residual, index), ptx.load_f32(residual, index + 8)
-    ptx.store_f32(residual, index, old_low + low)
-    ptx.store_f32(residual, index + 8, old_high + high)
-
-
 def make_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
-    """Add to `io.residual`, float32 [tokens, out_features]. Plain row order."""
+    """Add to `io.residual`, float32 [tokens, out_features]. Plain row order.
+
+    L2 adds, and no thread waits for the old value; a launch adds once to an element.
+    """
     rows, tiles = plan.layout.out_features, plan.layout.tiles
     all_full = rows % 16 == 0
 
@@ -97,11 +94,13 @@ def make_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
         row = tile * 16 + (lane >> 2)
         index = (token + (lane & 3) * 2) * rows + row
         if tile < tiles if all_full else row + 8 < rows:
-            add_pair(io.residual, index, c0, c2)
-            add_pair(io.residual, index + rows, c1, c3)
+            ptx.add_f32(io.residual, index, c0)
+            ptx.add_f32(io.residual, index + rows, c1)
+            ptx.add_f32(io.residual, index + 8, c2)
+            ptx.add_f32(io.residual, index + rows + 8, c3)
         elif not all_full and row < rows:
-            ptx.store_f32(io.residual, index, ptx.load_f32(io.residual, index) + c0)
-            ptx.store_f32(io.residual, index + rows, ptx.load_f32(io.residual, index + rows) + c1)
+            ptx.add_f32(io.residual, index, c0)
+            ptx.add_f32(io.residual, index + rows, c1)
 
     return GemmEpilogue(add, _no_flush)
 
@@ -116,7 +115,6 @@ def make_swiglu_epilogue(plan: GemmPlan, intermediate: ActivationTiles) -> GemmE
     tiles, blocks, block_words = plan.layout.tiles, intermediate.blocks, intermediate.block_words
     tile_words = plan.tile_tokens * BLOCK_WORDS
     in_block = ActivationTiles(_UNITS, plan.tile_tokens).make_word_index()  # a block by itself, padded to two
-    vectors = tile_words // 4
 
     @ptx.device_function
     def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
@@ -126,11 +124,10 @@ def make_swiglu_epilogue(plan: GemmPlan, intermediate: ActivationTiles) -> GemmE
         stage[u32(place + in_tile * BLOCK_WORDS)] = word if tile < tiles else u32(0)
 
     @ptx.device_function
-    def flush(io, stage, row_tile, token, thread):
+    def flush(io, stage, row_tile, token, first, end, thread):
         start = row_tile * block_words + token * BLOCK_WORDS
-        for i in range(-(-vectors // CONSUMERS)):
-            vector = i * CONSUMERS + thread
-            if (vectors % CONSUMERS == 0 or vector < vectors) and row_tile < blocks:
+        if row_tile < blocks:
+            for vector in range(first * _TOKEN_VECTORS + thread, end * _TOKEN_VECTORS, CONSUMERS):
                 a, b, c, d = ptx.load_shared_16(stage, vector * 4)
                 ptx.store_16(io.intermediate, start + vector * 4, a, b, c, d)
 

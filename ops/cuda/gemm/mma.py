@@ -22,8 +22,9 @@ from typing import Any
 from numba import cuda, float32, int32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.consumer import make_weights_start, make_write_tile
+from numba_atomflow.ops.cuda.gemm.consumer import make_tile_writer, make_weights_start
 from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue
+from numba_atomflow.ops.cuda.gemm.fixup import STATE_WORDS
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, mma_ctas_per_sm
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, make_weight_loads
@@ -36,8 +37,8 @@ _ZERO = f32(0.0)
 
 
 def mma_shared_bytes(plan: GemmPlan, epilogue: GemmEpilogue) -> int:
-    """Dynamic shared memory of a CTA: the slots of X, what the epilogue stages, the flag of the fix-up."""
-    return 4 * (_slots(plan) * _BLOCKS * plan.stage_words + epilogue.stage_words + 4)
+    """Dynamic shared memory of a CTA: the slots of X, what the epilogue stages, the fix-up's state."""
+    return 4 * (_slots(plan) * _BLOCKS * plan.stage_words + epilogue.stage_words + STATE_WORDS)
 
 
 def _slots(plan: GemmPlan) -> int:
@@ -58,7 +59,7 @@ def make_gemm_mma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool = F
     load, load_scales, convert, code_count = loads.load, loads.load_scales, loads.convert, loads.code_registers
     slot_bytes, stage_at = 4 * _BLOCKS * plan.stage_words, slots * _BLOCKS * plan.stage_words
     work, weights_start = schedule.work, make_weights_start(plan)
-    write_tile = make_write_tile(plan, schedule, epilogue, stage_at, stage_at + epilogue.stage_words)
+    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, stage_at, stage_at + epilogue.stage_words)
     (fetch, advance), set_rows, multiply = _make_fetch(plan, schedule), _make_rows(), _make_multiply(plan)
     wait_copies = ptx.make_wait_copies(slots - 2)
 
@@ -73,7 +74,7 @@ def make_gemm_mma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool = F
         copied = cuda.local.array(4, int32)
         thread = i32(cuda.threadIdx.x)
         lane, warp = i32(thread & 31), i32(thread >> 5)
-        number = i32(0)
+        number, shared_from = i32(0), i32(-1)
         tile, first, last = work(number, io.token_tiles)
         if tile < 0:
             return
@@ -116,9 +117,10 @@ def make_gemm_mma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool = F
                 advance(io, copied)
                 free = slot
                 slot = u32(slot + u32(slot_bytes)) if slot < (slots - 1) * slot_bytes else u32(0)
-            write_tile(io, words, 0, tile, first, last, sums, thread)
+            shared_from = write(io, words, 0, i32(number - 1), shared_from, tile, first, last, sums, thread)
             cuda.syncthreads()  # or the compiler checks before each shuffle of the epilogue that all lanes are there
             tile, first, last = work(number, io.token_tiles)  # again, and not kept in registers meanwhile
+        finish_tiles(io, words, 0, shared_from, thread)
 
     return gemm
 

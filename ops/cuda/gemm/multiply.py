@@ -23,16 +23,22 @@ from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
 STAGE, PHASE, BEFORE = range(3)  # of `Registers.state`
 _ZERO, _ONE = f32(0.0), f32(1.0)
 _TWO_SETS = 128  # tokens of a tile, up to which there are registers for two units of weights
+_TURNS_FROM = 64  # tokens of a tile, from which warpgroups take turns
+_TURN_BARRIERS = 2  # the first of the named barriers at which warpgroups wait for their turn
+_CONSUMERS = 256
 
 
 class Pipeline(NamedTuple):
-    """Shared memory: `words` and `barriers`, views of all of it; addresses of the stages of X and of their barriers."""
+    """Shared memory: `words` and `barriers`, views of all of it; addresses of the stages of X and of their barriers.
+    Number of the warpgroup: 0 or 1.
+    """
 
     words: Any
     barriers: Any
     stages: Any
     full: Any
     empty: Any
+    warpgroup: Any
 
 
 class Registers(NamedTuple):
@@ -73,6 +79,27 @@ class Units(NamedTuple):
 def register_sets(plan: GemmPlan) -> int:
     """How many units of weights a thread holds."""
     return 2 if plan.tile_tokens <= _TWO_SETS else 1
+
+
+def make_turns(plan: GemmPlan) -> tuple[Any, Any]:
+    """Device functions (warpgroup): wait for the turn of this warpgroup; pass it to the other one.
+
+    A warpgroup starts the products of a whole unit, then the other one does: each scales and converts while the tensor
+    cores work for the other. Left to themselves both would wait for products at the same time.
+    """
+    takes_turns = plan.tile_tokens >= _TURNS_FROM
+
+    @ptx.device_function
+    def wait_for_turn(warpgroup):
+        if takes_turns:
+            ptx.named_barrier_sync(u32(_TURN_BARRIERS + warpgroup), u32(_CONSUMERS))
+
+    @ptx.device_function
+    def pass_turn(warpgroup):
+        if takes_turns:
+            ptx.named_barrier_arrive(u32(_TURN_BARRIERS + 1 - warpgroup), u32(_CONSUMERS))
+
+    return wait_for_turn, pass_turn
 
 
 def make_multiply(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, Any]:
@@ -162,6 +189,7 @@ def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, A
     # into registers that the batch was reading.
     wait_all = ptx.make_wgmma_wait(0, all_sums, all_a, second_codes)
     wait_before_next = ptx.make_wgmma_wait(1, first_codes)
+    wait_for_turn, pass_turn = make_turns(plan)
 
     @ptx.device_function
     def release(pipeline, stage, lane):
@@ -215,6 +243,7 @@ def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, A
         release(pipeline, state[BEFORE], lane)
         if scaled:
             rescale(sums, ratio_0, ratio_1)
+        wait_for_turn(pipeline.warpgroup)
         fence_both(sums, a)
         start_products(pipeline, sums, a, state)
         next_stage(state)
@@ -224,6 +253,7 @@ def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, A
         await_stage(pipeline, state)
         fence_a(b)
         start_products(pipeline, sums, b, state)
+        pass_turn(pipeline.warpgroup)
         wait_before_next(next_codes)
         release(pipeline, state[BEFORE], lane)
         next_stage(state)

@@ -9,13 +9,14 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 TILE_ROWS = 128  # weight rows of a CTA's tile: 8 tiles of 16 of the prepacked layout, one for each consumer warp
 UNIT = 128  # of K: what the schedule counts in: a group of FP8 weights; two K blocks of float16 activations
+SHARED_COUNTERS = 2  # of a shared tile
 SM_90 = (9, 0)
 MOST_STAGES = 12
 SHARED_SM_TOKENS = 16  # of a tile, up to which an SM has room for two CTAs
 _MMA_STAGES = 8  # of the pipeline with `mma.sync`: four units
 _MISCELLANEOUS_BYTES = 2048  # of shared memory: alignment, barriers, a flag
-_FIXUP_US = 3.0  # that a tile takes longer if several CTAs share it: partial sums to and from L2
-_EPILOGUE_US = 3.0
+MOST_PADDING = 64  # tokens, by which a projection's tiles may exceed the number of tokens
+_EPILOGUE_US = 4.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class GemmPlan:
     Attributes:
         layout: of the prepacked weights W [out_features, in_features].
         x: of the tiled activations X [tokens, in_features].
-        tile_tokens: of a CTA's tile: N of the tensor core instruction on sm_90 (16, 32, 64, 128 or 256).
+        tile_tokens: of a CTA's tile: N of the tensor core instruction on sm_90, a multiple of 8 up to 256.
         stages: of the pipeline of X in shared memory; a stage is a K block of `tile_tokens`.
         ctas: grid size; CTAs are persistent.
         fixup_units: a tile is shared by CTAs only if that saves the time of so many units.
@@ -79,30 +80,33 @@ class GemmPlan:
 
     @property
     def counters(self) -> int:
-        """Uint32 of scratch: one for each tile that may be shared."""
-        return self.ctas
+        """Uint32 of scratch: those of each tile that may be shared."""
+        return SHARED_COUNTERS * self.ctas
 
 
 def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, chip: Chip) -> GemmPlan:
     """The plan that a model of the time takes for fastest at `tokens`, a multiple of 8 (a bucket).
 
-    Its `tile_tokens` divides `tokens`: plans of different buckets are equal if they have the same tiles. FP8
-    activations need `wgmma` and FP8 weights.
+    Its tiles have room for `MOST_PADDING` tokens more at most, and never for more than x. Plans of different buckets are
+    equal if they have the same tiles. FP8 activations need `wgmma` and FP8 weights.
     """
     if x.bits == 8 and (chip.capability != SM_90 or layout.format.bits != 8):
         raise ValueError(f"no GEMM of {layout.format.name} weights and FP8 activations on sm_{chip.capability}")
-    sizes = _tile_sizes(layout, chip)
-    plans = [gemm_plan(layout, x, size, chip) for size in sizes if tokens % size == 0]
-    if not plans:
-        raise ValueError(f"{tokens} tokens; their number must be a multiple of {sizes[-1]}")
+    most = min(tokens + MOST_PADDING, x.tokens)
+    sizes = [size for size in _tile_sizes(layout, x, chip) if -(-tokens // size) * size <= most]
+    if not sizes:
+        raise ValueError(f"{tokens} tokens do not fit into tiles for at most {most}")
+    plans = [gemm_plan(layout, x, size, chip) for size in sizes]
     return min(plans, key=lambda plan: modelled_us(plan, tokens))
 
 
-def _tile_sizes(layout: PrepackedLayout, chip: Chip) -> tuple[int, ...]:
-    """Tokens of a tile, from which a plan is chosen."""
+def _tile_sizes(layout: PrepackedLayout, x: ActivationTiles, chip: Chip) -> tuple[int, ...]:
+    """Tokens of a tile, from which a plan is chosen. Few, since each is a kernel to compile."""
     if chip.capability == SM_90:
-        # Registers: a tile of 256 needs FP8 weights, which take half as many.
-        return (256, 128, 64, 32, 16, 8) if layout.format.bits == 8 else (128, 64, 32, 16, 8)
+        if x.bits == 8:  # tiles that are multiplied in 1, 2 or 4 passes
+            return 256, 128, 64, 32, 16, 8
+        # Registers: more than 128 tokens need FP8 weights, which take half as many.
+        return (256, 192, 176, 128, 104, 64, 32, 16, 8) if layout.format.bits == 8 else (128, 104, 64, 32, 16, 8)
     # `ldmatrix` reads 16 tokens. For sm_100 and later the compiler leaves sums of 128 tokens in local memory.
     return (128, 64, 32, 16) if chip.capability < (10, 0) else (64, 32, 16)
 
@@ -115,7 +119,7 @@ def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chi
     available = chip.shared_bytes - _MISCELLANEOUS_BYTES - stage_bytes  # one more for the epilogue
     if x.bits == 8:
         stage_bytes += 4 * tile_tokens  # scales
-    fixup_units = round(_FIXUP_US / unit_us(tile_tokens, x.bits))
+    fixup_units = round(fixup_us(tile_tokens) / unit_us(tile_tokens, x.bits))
     stages = min(MOST_STAGES, available // stage_bytes)
     return GemmPlan(layout, x, tile_tokens, stages, chip.sms, fixup_units, min_units=2)
 
@@ -125,7 +129,7 @@ def mma_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip
     unit_bytes, ctas_per_sm = 2 * tile_tokens * BLOCK_BYTES, mma_ctas_per_sm(layout, tile_tokens)
     available = chip.shared_bytes // ctas_per_sm - _MISCELLANEOUS_BYTES - unit_bytes // 2  # for the epilogue
     stages = min(_MMA_STAGES, 2 * (available // unit_bytes))
-    fixup_units = round(_FIXUP_US / unit_us(tile_tokens, x.bits))
+    fixup_units = round(fixup_us(tile_tokens) / unit_us(tile_tokens, x.bits))
     return GemmPlan(layout, x, tile_tokens, stages, chip.sms * ctas_per_sm, fixup_units, 2, "mma")
 
 
@@ -135,20 +139,23 @@ def mma_ctas_per_sm(layout: PrepackedLayout, tile_tokens: int) -> int:
 
 
 def unit_us(tile_tokens: int, bits: int = 16) -> float:
-    """A unit of a tile takes as long as its products, but not less than loading its weights: from an experiment on an
-    H200, not from these kernels.
-
-    FP8 activations (`bits` 8) have not been measured: as long as W and X take from L2 at 8 TB/s, which exceeds the
-    time of the products.
+    """Time of a unit of a tile, measured on an H200 (docs/prompts.md): what a warpgroup does between its products, and the
+    products. With FP8 activations (`bits` 8) these take half the time.
     """
-    return max(0.45, 0.54 * (TILE_ROWS + tile_tokens) / 256 if bits == 8 else 1.3 * tile_tokens / 256)
+    return 0.6 + tile_tokens * (0.0022 if bits == 8 else 0.003)
+
+
+def fixup_us(tile_tokens: int) -> float:
+    """That a tile takes longer if several CTAs share it: barriers, and partial sums to and from L2. Measured likewise."""
+    return 3.0 + 0.05 * tile_tokens
 
 
 def modelled_us(plan: GemmPlan, tokens: int) -> float:
     """Time of the projection: waves of whole tiles, and what is left over by whole or by shared tiles."""
-    waves, rest = divmod(plan.row_tiles * (tokens // plan.tile_tokens), plan.ctas)
+    waves, rest = divmod(plan.row_tiles * -(-tokens // plan.tile_tokens), plan.ctas)
     unit = unit_us(plan.tile_tokens, plan.x.bits)
     us = waves * (plan.units * unit + _EPILOGUE_US)
     if rest:
-        us += _EPILOGUE_US + min(plan.units * unit, plan.units * rest / plan.ctas * unit + _FIXUP_US)
+        shared = plan.units * rest / plan.ctas * unit + fixup_us(plan.tile_tokens)
+        us += _EPILOGUE_US + min(plan.units * unit, shared)
     return us

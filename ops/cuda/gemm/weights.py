@@ -8,10 +8,12 @@ of which is 4 k-steps of 16: 16 registers of A, [k-step, (row g low, row g + 8 l
 from typing import Any, NamedTuple
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, PrepackedLayout, make_offsets
+from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, TILE_ROWS, PrepackedLayout, make_offsets
 from numba_atomflow.ops.cuda.scalars import f32, u32
 
 A_REGISTERS = 16  # of a K block
+_UNIT = 128  # of K
+_SPAN_UNITS = 4  # units that are prefetched together
 _ZERO, _ONE = f32(0.0), f32(1.0)
 
 
@@ -24,7 +26,9 @@ class WeightLoads(NamedTuple):
         load_scales: (weights, start, unit, lane, scales): of rows g and g + 8.
         convert: (codes, block, a, live_0, live_1): A of a K block. live: whether the scale of row g, g + 8 is not 0;
             a row whose scale is 0 becomes 0.
-        prefetch: (weights, start, unit): a unit of the tile into L2, by one lane.
+        prefetch: (weights, start, span): span number `span` of the tile into L2, by one lane.
+        span_units: units of a span, except that the tile's last may have fewer: some 8 KB. A bulk prefetch takes the
+            copy engine as long for 1 KB as for 8 KB, and X waits for it.
         code_registers: uint32 of a unit.
     """
 
@@ -32,6 +36,7 @@ class WeightLoads(NamedTuple):
     load_scales: Any
     convert: Any
     prefetch: Any
+    span_units: int
     code_registers: int
 
 
@@ -68,17 +73,8 @@ def _make_fp8(layout: PrepackedLayout) -> WeightLoads:
             a[4 * step], a[4 * step + 2] = to_halves(low)
             a[4 * step + 1], a[4 * step + 3] = to_halves(high)
 
-    @ptx.device_function
-    def prefetch(weights, start, unit):
-        if split_rows:
-            ptx.bulk_prefetch_l2(weights, start + codes_at(unit, 0, 0), u32(2 * GROUP_WORDS))
-            ptx.bulk_prefetch_l2(weights, start + codes_at(unit, 0, 1), u32(2 * GROUP_WORDS))
-            ptx.prefetch_l2(weights, start + scale_at(unit, 8))
-        else:
-            ptx.bulk_prefetch_l2(weights, start + codes_at(unit, 0, 0), u32(4 * GROUP_WORDS))
-        ptx.prefetch_l2(weights, start + scale_at(unit, 0))
-
-    return WeightLoads(load, load_scales, convert, prefetch, 16)
+    prefetch, span_units = _make_prefetch(layout)
+    return WeightLoads(load, load_scales, convert, prefetch, span_units, 16)
 
 
 def _make_fp16(layout: PrepackedLayout) -> WeightLoads:
@@ -108,8 +104,30 @@ def _make_fp16(layout: PrepackedLayout) -> WeightLoads:
             a[4 * step + 1] = codes[base + 4] if live_1 else u32(0)
             a[4 * step + 3] = codes[base + 5] if live_1 else u32(0)
 
-    @ptx.device_function
-    def prefetch(weights, start, unit):
-        ptx.bulk_prefetch_l2(weights, start + codes_at(2 * unit, 0, 0), u32(8 * GROUP_WORDS))
+    prefetch, span_units = _make_prefetch(layout)
+    return WeightLoads(load, load_scales, convert, prefetch, span_units, 32)
 
-    return WeightLoads(load, load_scales, convert, prefetch, 32)
+
+def _make_prefetch(layout: PrepackedLayout) -> tuple[Any, int]:
+    """`WeightLoads.prefetch` and `span_units`. A span is a k-tile with its scales where the layout has k-tiles."""
+    groups, unit_groups = layout.groups, _UNIT // layout.group_in_features
+    if layout.split_rows:
+        words, last_words, last = layout.k_tile_words, layout.last_k_tile_words, layout.k_tiles - 1
+
+        @ptx.device_function
+        def prefetch_k_tile(weights, start, span):
+            ptx.bulk_prefetch_l2(weights, start + span * words, u32(4 * (words if span < last else last_words)))
+
+        return prefetch_k_tile, layout.k_tile_groups
+    span_groups, scales_start, scaled = _SPAN_UNITS * unit_groups, groups * GROUP_WORDS, layout.format.scaled
+
+    @ptx.device_function
+    def prefetch_groups(weights, start, span):
+        first = span * span_groups
+        count = min(span_groups, groups - first)
+        ptx.bulk_prefetch_l2(weights, start + first * GROUP_WORDS, u32(count * (4 * GROUP_WORDS)))
+        if scaled:
+            at = start + scales_start + first * TILE_ROWS
+            ptx.bulk_prefetch_l2(weights, at, u32(count * (4 * TILE_ROWS)))
+
+    return prefetch_groups, _SPAN_UNITS

@@ -16,8 +16,9 @@ from typing import Any
 from numba import cuda, float32, int32, uint32, uint64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.consumer import CONSUMER_WARPS, make_weights_start, make_write_tile
+from numba_atomflow.ops.cuda.gemm.consumer import CONSUMER_WARPS, make_tile_writer, make_weights_start
 from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue
+from numba_atomflow.ops.cuda.gemm.fixup import STATE_WORDS
 from numba_atomflow.ops.cuda.gemm.multiply import (
     BEFORE,
     PHASE,
@@ -27,6 +28,7 @@ from numba_atomflow.ops.cuda.gemm.multiply import (
     Units,
     Weights,
     make_multiply,
+    make_turns,
     register_sets,
 )
 from numba_atomflow.ops.cuda.gemm.plan import SHARED_SM_TOKENS, GemmPlan
@@ -37,13 +39,13 @@ from numba_atomflow.ops.cuda.scalars import i32, u32
 
 THREADS = CONSUMERS + 128
 ALIGNMENT = ptx.SWIZZLE_ATOM_BYTES
-_REGISTERS = {1: (232, 40), 2: (104, 24)}  # of a consumer and a producer thread, by CTAs for which an SM has room
-_L2_DISTANCE = 3  # units from the one whose X is copied to the one that is prefetched
+_REGISTERS = {1: (232, 40), 2: (96, 40)}  # of a consumer and a producer thread, by CTAs for which an SM has room
+_SPANS_AHEAD = 2  # of weights that are prefetched into L2: from the one whose X is copied
 
 
 class Shared:
     """Layout of shared memory, in words from the first multiple of `ALIGNMENT`: stages of X, their scales (FP8), the
-    epilogue's stage, `full` and `empty` barriers, a flag.
+    epilogue's stage, `full` and `empty` barriers, the fix-up's state.
     """
 
     def __init__(self, plan: GemmPlan, epilogue_words: int) -> None:
@@ -51,8 +53,8 @@ class Shared:
         self.epilogue = self.scales + plan.stages * plan.stage_scales
         self.full = self.epilogue + epilogue_words
         self.empty = self.full + 2 * plan.stages
-        self.flag = self.empty + 2 * plan.stages
-        self.bytes = 4 * (self.flag + 2) + ALIGNMENT
+        self.state = self.empty + 2 * plan.stages
+        self.bytes = 4 * (self.state + STATE_WORDS) + ALIGNMENT
 
 
 def resident_ctas(plan: GemmPlan) -> int:
@@ -112,7 +114,7 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, share
 
     `stages_start`, `full`, `empty`: addresses of shared memory.
     """
-    work, prefetch_unit = schedule.work, loads.prefetch
+    work, prefetch_span, span_units = schedule.work, loads.prefetch, loads.span_units
     tiles, tile_words, stages = plan.layout.tiles, plan.layout.tile_words, plan.stages
     stage_words, unit_blocks, block_words = plan.stage_words, plan.unit_blocks, plan.x.block_words
     stage_bytes, scale_bytes = 4 * stage_words, 4 * plan.stage_scales
@@ -124,33 +126,38 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, share
     )
 
     @ptx.large_device_function
-    def prefetch(io, lane, tile, unit, last):
-        """A unit of the prepacked tiles of the 8 consumer warps, by 8 lanes."""
-        if tile >= 0 and unit < last and lane < CONSUMER_WARPS:
+    def prefetch(io, lane, units, following, span):
+        """Span number `span` of the prepacked tiles of the 8 consumer warps, by 8 lanes; counted on into `following`.
+
+        `units`, `following`: (tile, first unit, last unit + 1).
+        """
+        tile, _, last = units
+        beyond = span * span_units >= last
+        if beyond:
+            span = i32(span - i32(u32(last + span_units - 1) // u32(span_units)))
+            tile, first, last = following
+            span = i32(span + i32(u32(first) // u32(span_units)))
+        if tile >= 0 and span * span_units < last and lane < CONSUMER_WARPS:
             prepacked = min(i32(u32(tile) // u32(io.token_tiles)) * CONSUMER_WARPS + lane, tiles - 1)
-            prefetch_unit(io.weights, prepacked * tile_words, unit)
+            prefetch_span(io.weights, prepacked * tile_words, span)
 
     @ptx.large_device_function
     def produce(io, words, barriers, stages_start, full, empty, lane):
         stage, phase = i32(0), u32(0)
-        number = i32(0)
-        tile, first, last = work(number, io.token_tiles)
-        for ahead in range(_L2_DISTANCE):
-            prefetch(io, lane, tile, first + ahead, last)
+        number = i32(1)
+        tile, first, last = work(i32(0), io.token_tiles)
+        next_tile, next_first, next_last = work(number, io.token_tiles)
+        for ahead in range(_SPANS_AHEAD):
+            span = i32(i32(u32(first) // u32(span_units)) + ahead)
+            prefetch(io, lane, (tile, first, last), (next_tile, next_first, next_last), span)
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
         while tile >= 0:
-            number = i32(number + 1)
-            next_tile, next_first, next_last = work(number, io.token_tiles)
             token_tile = i32(u32(tile) % u32(io.token_tiles))
             source = first * unit_blocks * block_words + token_tile * stage_words
             scales = scales_start + first * x_tokens + token_tile * tile_tokens  # a K block of FP8 is a unit
             for unit in range(first, last):
-                ahead = unit + _L2_DISTANCE
-                prefetch(io, lane, tile, ahead, last)
-                if ahead >= last:
-                    prefetch(io, lane, next_tile, next_first + ahead - last, next_last)
                 for _ in range(unit_blocks):
                     if lane == 0:
                         barrier = u32(full + u32(8) * u32(stage))
@@ -167,7 +174,13 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, share
                     if stage == stages:
                         stage, phase = i32(0), u32(phase ^ u32(1))
                 ptx.sync_warp()
+                span = i32(u32(unit) // u32(span_units))
+                if unit == first or span * span_units == unit:
+                    ahead = i32(span + _SPANS_AHEAD)
+                    prefetch(io, lane, (tile, first, last), (next_tile, next_first, next_last), ahead)
+            number = i32(number + 1)
             tile, first, last = next_tile, next_first, next_last
+            next_tile, next_first, next_last = work(number, io.token_tiles)
 
     return produce
 
@@ -180,10 +193,11 @@ def _make_consumer(
     `skipped`: words of shared memory before the first stage; `full`, `empty`: addresses of shared memory.
     """
     work, weights_start = schedule.work, make_weights_start(plan)
-    write_tile = make_write_tile(plan, schedule, epilogue, shared.epilogue, shared.flag)
+    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue, shared.state)
     sums_count, code_registers, sets = plan.tile_tokens // 2, loads.code_registers, register_sets(plan)
     load_unit = _make_load_unit(loads)
     begin, multiply_tile, finish = make_multiply(plan, loads)
+    wait_for_turn, pass_turn = make_turns(plan)
 
     @ptx.device_function
     def consume(io, words, barriers, skipped, full, empty, thread):
@@ -193,17 +207,20 @@ def _make_consumer(
         scales_0, scales_1 = cuda.local.array(2, float32), cuda.local.array(2, float32)
         factors, state = cuda.local.array(2, float32), cuda.local.array(3, int32)
         lane, warp = i32(thread & 31), i32(thread >> 5)
-        pipeline = Pipeline(words, barriers, u32(ptx.shared_address(words, skipped)), full, empty)
+        warpgroup = i32(thread >> 7)
+        pipeline = Pipeline(words, barriers, u32(ptx.shared_address(words, skipped)), full, empty, warpgroup)
         registers = Registers(sums, a, b, factors, state)
         held = Weights(codes_0, scales_0, codes_1, scales_1)
         state[STAGE], state[PHASE], state[BEFORE] = i32(0), i32(0), i32(-1)
-        number = i32(0)
+        number, shared_from = i32(0), i32(-1)
         tile, first, last = work(number, io.token_tiles)
         start = weights_start(tile if tile > 0 else i32(0), warp, io.token_tiles)
         loaded = i32(0)  # whether the first units of the tile are loaded, or on their way
         if dependent:
             ptx.let_next_kernel_start()
         waited = False
+        if warpgroup == 1:
+            pass_turn(warpgroup)
         while tile >= 0:
             number = i32(number + 1)
             next_tile, next_first, next_last = work(number, io.token_tiles)
@@ -220,9 +237,12 @@ def _make_consumer(
                 io, pipeline, registers, held, Units(start, first, last), Units(next_start, next_first, next_last), lane
             )
             finish(pipeline, registers, held, lane)
-            write_tile(io, words, skipped, tile, first, last, sums, thread)
+            shared_from = write(io, words, skipped, i32(number - 1), shared_from, tile, first, last, sums, thread)
             loaded = i32(last - first >= sets)
             tile, first, last, start = next_tile, next_first, next_last, next_start
+        if warpgroup == 0:
+            wait_for_turn(warpgroup)  # that nobody takes
+        finish_tiles(io, words, skipped, shared_from, thread)
 
     return consume
 

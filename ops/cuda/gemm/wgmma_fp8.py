@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.consumer import make_weights_start, make_write_tile
+from numba_atomflow.ops.cuda.gemm.consumer import make_tile_writer, make_weights_start
 from numba_atomflow.ops.cuda.gemm.epilogue import GemmEpilogue
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
@@ -145,7 +145,7 @@ def make_fp8_consumer(
         raise ValueError(f"{plan.layout.format} has no E4M3 codes in their order along K")
     work, load, load_scales = schedule.work, loads.load, loads.load_scales
     weights_start = make_weights_start(plan)
-    write_tile = make_write_tile(plan, schedule, epilogue, shared.epilogue, shared.flag)
+    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue, shared.state)
     begin, finish = make_group_products(plan.tile_tokens)
     tile_tokens, stages, stage_bytes = plan.tile_tokens, plan.stages, 4 * plan.stage_words
     sums_count, accumulators, scales_at = tile_tokens // 2, pass_tokens(tile_tokens) // 2, shared.scales
@@ -166,7 +166,7 @@ def make_fp8_consumer(
         scales = cuda.local.array(2, float32)
         lane, warp = i32(thread & 31), i32(thread >> 5)
         stages_start = u32(ptx.shared_address(words, skipped))
-        stage, phase, number = i32(0), u32(0), i32(0)
+        stage, phase, number, shared_from = i32(0), u32(0), i32(0), i32(-1)
         tile, first, last = work(number, io.token_tiles)
         start = weights_start(tile if tile > 0 else i32(0), warp, io.token_tiles)
         if tile >= 0:
@@ -201,7 +201,8 @@ def make_fp8_consumer(
                 stage = i32(stage + 1)
                 if stage == stages:
                     stage, phase = i32(0), u32(phase ^ u32(1))
-            write_tile(io, words, skipped, tile, first, last, sums, thread)
+            shared_from = write(io, words, skipped, i32(number - 1), shared_from, tile, first, last, sums, thread)
             tile, first, last, start = next_tile, next_first, next_last, next_start
+        finish_tiles(io, words, skipped, shared_from, thread)
 
     return consume
