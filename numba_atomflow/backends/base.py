@@ -14,7 +14,7 @@ from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Head, Op
 from numba_atomflow.sampling import Sampler
-from numba_atomflow.utils.progress import Progress
+from numba_atomflow.utils.progress import OpenBar, Progress
 
 Decode = Literal["auto", "graph", "persistent"]  # the requested way of running decode steps on a GPU
 Prefill = Literal["auto", "gemv", "gemm", "fp8"]  # the requested way of running prompts on a GPU
@@ -137,6 +137,9 @@ class Backend(Protocol):
     @property
     def prompt_lengths(self) -> Sequence[int]:
         """Lengths of prompts, ascending, that between them run every kernel and graph that a prompt may need."""
+
+    def show_compiling(self, open_bar: OpenBar) -> None:
+        """Open a bar whenever kernels are compiled from now on: those of prompts are when a prompt first needs them."""
 
     @property
     def verification(self) -> Verification:

@@ -21,7 +21,7 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.model.activations import Activation, select
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Embed, Head, LmHead, Op
 from numba_atomflow.sampling import Sampler
-from numba_atomflow.utils.progress import Progress
+from numba_atomflow.utils.progress import OpenBar, Progress
 
 Rows = NDArray[np.float32]  # [tokens, width]
 Edit = Callable[[Rows, int], Rows | None]
@@ -248,6 +248,10 @@ class EditedBackend:
     def prompt_lengths(self) -> Sequence[int]:
         """Lengths of prompts that run every kernel that a prompt may need."""
         return self._backend.prompt_lengths
+
+    def show_compiling(self, open_bar: OpenBar) -> None:
+        """Open a bar whenever kernels are compiled."""
+        self._backend.show_compiling(open_bar)
 
     @property
     def decode_path(self) -> DecodePath | None:

@@ -141,7 +141,7 @@ class EngineOptions(OptionGroup):
         from numba_atomflow.engine import Engine
 
         with output.loading_bar() as progress:
-            return Engine.load(
+            engine = Engine.load(
                 model,
                 self.backend.value,
                 max_seq_len,
@@ -152,6 +152,8 @@ class EngineOptions(OptionGroup):
                 prefill=self.prefill.value,
                 prefill_chunk=self.prefill_chunk,
             )
+        engine.backend.show_compiling(output.steps_bar)
+        return engine
 
     def on_cpu(self) -> "EngineOptions":
         """The same for the CPU backend, without what only the CUDA backend has."""

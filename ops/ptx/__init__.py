@@ -110,12 +110,12 @@ from numba_atomflow.ops.ptx.wgmma import (
 )
 
 __all__ = [
-    "add_f32",
     "COPY_BYTES",
     "K_STEP_WORDS",
     "SIMULATED",
     "SWIZZLE_ATOM_BYTES",
     "Registers",
+    "add_f32",
     "barrier_arrive",
     "barrier_arrive_expect",
     "barrier_arrive_on_copies",

@@ -40,7 +40,7 @@ from numba_atomflow.model.step import (
 )
 from numba_atomflow.ops import attention, projection
 from numba_atomflow.sampling import Sampler, SamplingParams
-from numba_atomflow.utils.progress import Progress
+from numba_atomflow.utils.progress import OpenBar, Progress
 
 PREFILL_CHUNK = 512  # tokens per prefill step: so many that converting the weights is a small part of it
 HEAD_ROWS = 2 * projection.GEMV_TOKENS + 1  # rows whose logits are computed at once
@@ -120,6 +120,9 @@ class CpuBackend:
         """There are kernels for one token, for few and for many."""
         lengths = (1, 2, projection.GEMV_TOKENS + 1)
         return [length for length in lengths if length <= self.max_seq_len]
+
+    def show_compiling(self, open_bar: OpenBar) -> None:
+        """All kernels are compiled when the model is loaded."""
 
     # --- what the engine calls ---------------------------------------------------------------------------------------
 

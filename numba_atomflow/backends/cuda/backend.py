@@ -31,7 +31,7 @@ from numba_atomflow.ops.cuda.runtime.chip import chip_of
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
 from numba_atomflow.sampling import Sampler, SamplingParams
-from numba_atomflow.utils.progress import Progress
+from numba_atomflow.utils.progress import OpenBar, Progress
 
 
 class CudaBackend:
@@ -124,7 +124,7 @@ class CudaBackend:
             raise RuntimeError("prepare was called before")
         owner, model = self._owner, self._model
         with owner.current():
-            loaded = LoadedKernels(self.kernels.planned, self._gpu.capability, owner.resources)
+            self._loaded = loaded = LoadedKernels(self.kernels.planned, self._gpu.capability, owner.resources)
             loaded.require(self._kernels_at_start(), progress)
             self.compile_seconds = loaded.seconds
             model.upload(loaded, self._arrays, self._max_seq_len, progress)
@@ -156,6 +156,10 @@ class CudaBackend:
     def prompt_lengths(self) -> list[int]:
         """One for each width of the GEMV kernels and each bucket of the GEMM path."""
         return self.kernels.prompt_lengths(self.prefill_chunk)
+
+    def show_compiling(self, open_bar: OpenBar) -> None:
+        """Open a bar whenever kernels are compiled from now on."""
+        self._loaded.open_bar = open_bar
 
     # --- steps -------------------------------------------------------------------------------------------------------
 

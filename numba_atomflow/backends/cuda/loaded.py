@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 
 from numba_atomflow.device.resources import Resources
 from numba_atomflow.ops.cuda.runtime.build import build
 from numba_atomflow.ops.cuda.runtime.launch import Kernel
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec, Planned
-from numba_atomflow.utils.progress import Progress
+from numba_atomflow.utils.progress import OpenBar, Progress
 
 
 class LoadedKernels(Mapping[str, Kernel]):
@@ -20,12 +21,14 @@ class LoadedKernels(Mapping[str, Kernel]):
 
     Attributes:
         seconds: spent on compiling kernels and on reading them from the cache.
+        open_bar: opens a progress bar for kernels that are compiled without one of the caller's.
     """
 
     def __init__(self, planned: Mapping[str, Planned], capability: tuple[int, int], resources: Resources) -> None:
         self._planned, self._capability, self._resources = planned, capability, resources
         self._loaded: dict[str, Kernel] = {}
         self.seconds = 0.0
+        self.open_bar: OpenBar = nullcontext
 
     def require(self, specs: Iterable[KernelSpec], progress: Progress | None = None) -> None:
         """Load these kernels, unless they are loaded; those that must be compiled are compiled in parallel.
@@ -42,7 +45,8 @@ class LoadedKernels(Mapping[str, Kernel]):
         if not missing:
             return
         started = time.perf_counter()
-        codes = build(missing, self._capability, progress)
+        with nullcontext(progress) if progress else self.open_bar() as progress:
+            codes = build(missing, self._capability, progress)
         self.seconds += time.perf_counter() - started
         for spec in missing:
             self._loaded[spec.name] = Kernel(spec, codes[spec], self._resources)

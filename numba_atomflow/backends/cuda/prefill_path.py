@@ -1,5 +1,7 @@
 """How prompts run: up to 8 tokens a step on the GEMV kernels, or in chunks on the GEMM kernels."""
 
+from typing import Literal
+
 from numba_atomflow.backends.base import Prefill, PrefillPath
 from numba_atomflow.errors import BackendError
 from numba_atomflow.ops.cuda.gemv.projections import MAX_GEMV_WIDTH
@@ -10,13 +12,13 @@ _FP8_CAPABILITY = (9, 0)  # wgmma
 
 
 def choose_prefill_path(requested: Prefill, chip: Chip, max_seq_len: int) -> PrefillPath:
-    """The requested prefill path; "auto" is "gemm" where it can run. A KV cache of at most `MAX_GEMV_WIDTH` positions never
-    has a chunk for its kernels.
+    """The requested prefill path; "auto" is "gemm" where it can run. A KV cache of at most `MAX_GEMV_WIDTH` positions
+    never has a chunk for its kernels.
 
     Raises:
         BackendError: the requested path cannot run.
     """
-    wanted: Prefill = "gemm" if requested == "auto" else requested
+    wanted: Literal["gemv", "gemm", "fp8"] = "gemm" if requested == "auto" else requested
     obstacle = None if wanted == "gemv" else _obstacle(wanted, chip)
     if obstacle is not None and requested == "auto":
         return PrefillPath("gemv", obstacle)

@@ -87,8 +87,8 @@ class GemmPlan:
 def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, chip: Chip) -> GemmPlan:
     """The plan that a model of the time takes for fastest at `tokens`, a multiple of 8 (a bucket).
 
-    Its tiles have room for `MOST_PADDING` tokens more at most, and never for more than x. Plans of different buckets are
-    equal if they have the same tiles. FP8 activations need `wgmma` and FP8 weights.
+    Its tiles have room for `MOST_PADDING` tokens more at most, and never for more than x. Plans of different buckets
+    are equal if they have the same tiles. FP8 activations need `wgmma` and FP8 weights.
     """
     if x.bits == 8 and (chip.capability != SM_90 or layout.format.bits != 8):
         raise ValueError(f"no GEMM of {layout.format.name} weights and FP8 activations on sm_{chip.capability}")
@@ -139,14 +139,14 @@ def mma_ctas_per_sm(layout: PrepackedLayout, tile_tokens: int) -> int:
 
 
 def unit_us(tile_tokens: int, bits: int = 16) -> float:
-    """Time of a unit of a tile, measured on an H200 (docs/prompts.md): what a warpgroup does between its products, and the
-    products. With FP8 activations (`bits` 8) these take half the time.
+    """Time of a unit of a tile, measured on an H200 (docs/prompts.md): what a warpgroup does between its products, and
+    the products. With FP8 activations (`bits` 8) these take half the time.
     """
     return 0.6 + tile_tokens * (0.0022 if bits == 8 else 0.003)
 
 
 def fixup_us(tile_tokens: int) -> float:
-    """That a tile takes longer if several CTAs share it: barriers, and partial sums to and from L2. Measured likewise."""
+    """What a tile takes longer if several CTAs share it: barriers, partial sums to and from L2. Measured likewise."""
     return 3.0 + 0.05 * tile_tokens
 
 

@@ -176,8 +176,8 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, share
                 ptx.sync_warp()
                 span = i32(u32(unit) // u32(span_units))
                 if unit == first or span * span_units == unit:
-                    ahead = i32(span + _SPANS_AHEAD)
-                    prefetch(io, lane, (tile, first, last), (next_tile, next_first, next_last), ahead)
+                    span = i32(span + _SPANS_AHEAD)
+                    prefetch(io, lane, (tile, first, last), (next_tile, next_first, next_last), span)
             number = i32(number + 1)
             tile, first, last = next_tile, next_first, next_last
             next_tile, next_first, next_last = work(number, io.token_tiles)
