@@ -29,7 +29,8 @@ class BackendChoice:
         decode: of the CUDA backend; anything but "auto" requires that backend.
         device_ordinal: which GPU, from 0; anything but 0 requires the CUDA backend.
         prefill: of the CUDA backend; anything but "auto" requires that backend.
-        prefill_chunk: most tokens of a prefill step on the GEMM path; None: its default.
+        prefill_chunk: most tokens of a prefill step on the GEMM path; None: its default; otherwise that backend is
+            required.
 
     Raises:
         BackendError: there is no such backend.
@@ -63,16 +64,15 @@ class BackendChoice:
     def _gpu_options(self) -> list[str]:
         """The options for the CUDA backend that are not at their defaults."""
         options = {"--decode": self.decode, "--prefill": self.prefill}
-        return [f"{name} {value}" for name, value in options.items() if value != "auto"]
+        given = [f"{name} {value}" for name, value in options.items() if value != "auto"]
+        return given if self.prefill_chunk is None else [*given, f"--prefill-chunk {self.prefill_chunk}"]
 
     def _check_prefill_chunk(self) -> None:
         if self.prefill_chunk is None:
             return
         chunk = whole_number("prefill_chunk", self.prefill_chunk)
-        if self.prefill not in {"gemm", "fp8"}:
-            raise OptionError(
-                f"--prefill-chunk {chunk} is for --prefill gemm or fp8; give one of them, or leave it out."
-            )
+        if self.prefill == "gemv":
+            raise OptionError(f"--prefill-chunk {chunk} is not for --prefill gemv; leave one of them out.")
         if not SMALLEST_CHUNK <= chunk <= LARGEST_CHUNK:
             raise OptionError(f"--prefill-chunk is {chunk}; it must be from {SMALLEST_CHUNK} to {LARGEST_CHUNK}.")
 

@@ -94,7 +94,7 @@ Prefill = Annotated[
     typer.Option(
         "--prefill",
         help="Prompts on a GPU: up to 8 tokens at a time in the kernels of decode steps (gemv), or in chunks of many "
-        "tokens (gemm), or those with activations in FP8 (fp8); gemm and fp8 have not run on a GPU yet; auto: gemv.",
+        "tokens (gemm), or those with activations in FP8 (fp8); auto: gemm, from compute capability 8.0 on.",
     ),
 ]
 PrefillChunk = Annotated[
@@ -102,7 +102,7 @@ PrefillChunk = Annotated[
     typer.Option(
         "--prefill-chunk",
         metavar="N",
-        help="Tokens of a prompt at a time, with --prefill gemm or fp8.  [default: 2048, or less if the context is]",
+        help="Tokens of a prompt at a time, on a GPU with gemm or fp8.  [default: 2048, or less if the context is]",
     ),
 ]
 MaxSeqLen = Annotated[

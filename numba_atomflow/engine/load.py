@@ -61,7 +61,7 @@ class Engine(Replies, Scores, SavedStates, Activations):
                 otherwise reads weights in the file, and refuses to go on when it changes; the GPU's has a copy anyway.
             prefill: how the GPU runs prompts: "gemv", up to 8 tokens at a time in the kernels of decode steps; "gemm",
                 in chunks of many tokens; "fp8", the same with activations rounded to FP8, which changes results a
-                little; "auto", today "gemv". `engine.backend.prefill_path` has the choice.
+                little; "auto", "gemm" where it can run. `engine.backend.prefill_path` has the choice.
             prefill_chunk: most tokens of a chunk of "gemm" and "fp8"; by default 2,048, or `max_seq_len` if that is
                 less. Activations take memory in proportion to it.
 

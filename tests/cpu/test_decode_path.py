@@ -102,9 +102,12 @@ def test_what_the_gpu_cannot_do_is_refused_and_the_gpu_given_back(backend: Any) 
 
 @pytest.mark.usefixtures("ada")
 def test_the_plan_for_a_gpu_comes_with_how_it_would_decode() -> None:
-    _, device = plan_for_this_gpu(LLAMA, "fp8", 32)
+    plan, device = plan_for_this_gpu(LLAMA, "fp16", 32)
     assert device["decode"] == {"name": "graph", "reason": CAPABILITY}
-    assert device["prefill"]["name"] == "gemv"
+    assert device["prefill"]["name"] == "gemm"
+    backend = CudaBackend(LLAMA, {}, 32)
+    assert plan == backend.plan
+    backend.close()
 
 
 @pytest.mark.parametrize("load", [partial(Engine.load, "no-such-model"), partial(Engine.random, LLAMA)])
@@ -118,7 +121,9 @@ def test_the_plan_for_a_gpu_comes_with_how_it_would_decode() -> None:
         ({"backend": "cpu", "prefill": "gemm"}, "--prefill gemm is for the CUDA backend; leave it out"),
         ({"threads": 1, "prefill": "gemv"}, "--threads is for the CPU backend and --prefill gemv for the CUDA one"),
         ({"prefill": "quick"}, "--prefill quick does not exist; choose auto, gemv, gemm or fp8"),
-        ({"prefill_chunk": 64}, "--prefill-chunk 64 is for --prefill gemm or fp8; give one"),
+        ({"backend": "cpu", "prefill_chunk": 64}, "--prefill-chunk 64 is for the CUDA backend; leave it out"),
+        ({"prefill": "gemv", "prefill_chunk": 64}, "--prefill-chunk 64 is not for --prefill gemv; leave one"),
+        ({"prefill_chunk": 17000}, "--prefill-chunk is 17000; it must be from 16 to 16384"),
         ({"prefill": "gemm", "prefill_chunk": 8}, "--prefill-chunk is 8; it must be from 16 to 16384"),
     ],
 )

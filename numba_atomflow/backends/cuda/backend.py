@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Decode, Observer, Prefill
-from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK
 from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
 from numba_atomflow.backends.cuda.families import check_family
 from numba_atomflow.backends.cuda.graphs import StepGraphs
@@ -17,7 +16,7 @@ from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
 from numba_atomflow.backends.cuda.measure import CudaMeasurements
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
-from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
+from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path, most_chunk_tokens
 from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue, TokenRing
 from numba_atomflow.backends.cuda.verify import WideSteps
 from numba_atomflow.device.resources import DeviceResources
@@ -84,14 +83,13 @@ class CudaBackend:
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             chip = chip_of(self._gpu)
             self.prefill_path = choose_prefill_path(prefill, chip, max_seq_len)
-            chunk = 0 if self.prefill_path.name == "gemv" else min(prefill_chunk or DEFAULT_CHUNK, max_seq_len)
             self.kernels, self.decode_path = kernels_for(
                 geometry,
                 chip,
                 head,
                 decode,
                 dependent=dependent,
-                chunk=chunk,
+                chunk=most_chunk_tokens(self.prefill_path, prefill_chunk, max_seq_len),
                 fp8_activations=self.prefill_path.name == "fp8",
             )
             self.prefill_chunk = min(self.kernels.prefill_chunk, max_seq_len)

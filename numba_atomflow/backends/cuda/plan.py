@@ -8,7 +8,7 @@ from numba_atomflow.backends.cuda.decode_path import kernels_for
 from numba_atomflow.backends.cuda.families import check_family
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers, verification_buffers
-from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
+from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path, most_chunk_tokens
 from numba_atomflow.checkpoint.format import fusion
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
@@ -150,9 +150,11 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
     with DeviceResources() as owner:
         device = owner.open()
         chip = chip_of(device)
-        kernels, path = kernels_for(geometry, chip, head, "auto")
+        prefill = choose_prefill_path("auto", chip, max_seq_len)
+        chunk = most_chunk_tokens(prefill, None, max_seq_len)
+        kernels, decode = kernels_for(geometry, chip, head, "auto", chunk=chunk)
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
-        record |= {"decode": asdict(path), "prefill": asdict(choose_prefill_path("auto", chip, max_seq_len))}
+        record |= {"decode": asdict(decode), "prefill": asdict(prefill)}
         return cuda_plan(kernels, max_seq_len), record
 
 

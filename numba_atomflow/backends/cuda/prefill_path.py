@@ -3,6 +3,7 @@
 from typing import Literal
 
 from numba_atomflow.backends.base import Prefill, PrefillPath
+from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK
 from numba_atomflow.errors import BackendError
 from numba_atomflow.ops.cuda.gemv.projections import MAX_GEMV_WIDTH
 from numba_atomflow.ops.cuda.runtime.chip import Chip
@@ -27,6 +28,15 @@ def choose_prefill_path(requested: Prefill, chip: Chip, max_seq_len: int) -> Pre
     if wanted != "gemv" and max_seq_len <= MAX_GEMV_WIDTH:
         return PrefillPath("gemv", f"a context of {max_seq_len} tokens fits into one of its steps")
     return PrefillPath(wanted)
+
+
+def most_chunk_tokens(path: PrefillPath, requested: int | None, max_seq_len: int) -> int:
+    """Most tokens of a chunk on the GEMM path; 0 on the GEMV path.
+
+    Args:
+        requested: 2,048 if None; the KV cache bounds it.
+    """
+    return 0 if path.name == "gemv" else min(requested or DEFAULT_CHUNK, max_seq_len)
 
 
 def _obstacle(requested: Prefill, chip: Chip) -> str | None:
