@@ -91,7 +91,6 @@ def connected(options: ActorOptions) -> Iterator[None]:
 
     if ray.is_initialized():
         raise OptionError("This process is connected to Ray already; call ray.shutdown() before a batch.")
-    _set_up_logs(options.quiet)
     local = {"num_cpus": default_threads(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
         ray.init(
@@ -111,21 +110,42 @@ def connected(options: ActorOptions) -> Iterator[None]:
             f"There is no Ray at {quote(options.address)} ({reason}); start one with `ray start --head`, or take the "
             f"address {LOCAL}."
         ) from error
-    with redirect_stdout(sys.stderr):  # Ray prints there that a process died, until it has ended
+    # Ray prints on standard output that a process died, until it has ended.
+    with _ray_data_settings(options.quiet), redirect_stdout(sys.stderr):
         try:
             yield
         finally:
             ray.shutdown()
 
 
-def _set_up_logs(quiet: bool) -> None:
-    """Let Ray Data write its progress to standard error, and nothing else: errors are reported by the batch."""
+@contextmanager
+def _ray_data_settings(quiet: bool) -> Iterator[None]:
+    """Ray Data writes its progress to standard error, and nothing else: errors are reported by the batch.
+
+    Settings of the process, which may have pipelines of its own, are what they were when the context ends.
+    """
     from ray.data import DataContext
 
-    DataContext.get_current().enable_progress_bars = not quiet
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.addFilter(lambda record: record.name == _PROGRESS and not quiet)
+    def is_shown(record: logging.LogRecord) -> bool:
+        return record.name == _PROGRESS and not quiet
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = not quiet
+    context.max_errored_blocks = -1  # a shard whose process died too often does not end the others
+    context.execution_no_progress_timeout_s = -1  # a shard of long replies may take hours
+    handlers = [
+        handler
+        for handler in logging.getLogger("ray.data").handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]
+    for handler in handlers:
+        handler.addFilter(is_shown)
+    try:
+        with DataContext.current(context):
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_shown)
 
 
 def choose_pool(options: ActorOptions, engine: EngineOptions, shards: int) -> Pool:
@@ -171,9 +191,6 @@ def run_shards(
         return
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.max_errored_blocks = -1  # a shard whose process died too often does not end the others
-    context.execution_no_progress_timeout_s = -1  # a shard of long replies may take hours
     items = [batch_item(number, rows) for number, rows in shards]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))  # a block is what Ray runs again
     with warnings.catch_warnings(action="ignore", category=ray.util.annotations.RayDeprecationWarning):

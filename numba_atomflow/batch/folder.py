@@ -29,6 +29,7 @@ _NAMES = {
     "model": "the model differs",
     "task": "the task or its parameters differ",
     "rows_per_shard": "the rows per shard differ",
+    "max_seq_len": "the length of the context differs",
     "format_version": "another version of this program wrote it",
 }
 
@@ -46,9 +47,9 @@ class BatchFolder:
         self.results_path = path / "results.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / "batch.json").exists() and any(file.name != "lock" for file in path.iterdir()):
+            if not (path / "batch.json").exists() and _holds_files(path):
                 raise DestinationError(f"{path} is not empty, and holds no batch; give a new folder.")
-            self._lock = (path / "lock").open("w")
+            self._lock = (path / "lock").open("a")
             try:
                 self._prepare(identity)
             except BaseException:
@@ -82,9 +83,7 @@ class BatchFolder:
             raise DestinationError(f"{path} is damaged ({error}); give a new folder.") from None
         for key, value in identity.items():
             if not isinstance(found, dict) or found.get(key) != value:
-                raise DestinationError(
-                    f"{self.path} holds the results of another batch ({_NAMES[key]}); give a new folder."
-                )
+                raise DestinationError(f"{self.path} belongs to another batch ({_NAMES[key]}); give a new folder.")
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +131,11 @@ class BatchFolder:
             write_pieces(path, (f"{json_text(result)}\n".encode() for result in results), replace=True)
         except OSError as error:
             raise _cannot_be_written(path, error) from error
+
+
+def _holds_files(path: Path) -> bool:
+    """Whether a folder holds anything but what a program leaves there that ended before it had written batch.json."""
+    return any(file.name != "lock" and not file.name.startswith(".partial-") for file in path.iterdir())
 
 
 def read_results(path: Path) -> Iterator[Result]:

@@ -16,13 +16,13 @@ class Row:
 
     Attributes:
         line: its line in the file, or its number, from 1.
-        id: the row's `id`, or its line if it has none.
+        id: the row's `id`, or its line if it has none; None for a row that is malformed.
         fields: the others.
         error: what is wrong with it; such a row does not run.
     """
 
     line: int
-    id: str | int
+    id: str | int | None
     fields: Mapping[str, Any]
     error: str | None = None
 
@@ -38,12 +38,13 @@ def read_rows(source: object) -> list[Row]:
         OptionError: there are no rows, or `source` is neither.
     """
     rows: list[Row] = []
-    lines: dict[str | int, int] = {}  # of each id
+    lines: dict[str | int | None, int] = {}  # of each id
     for line, text in _texts(source):
         try:
             row = _row(line, text)
         except OptionError as error:
-            row = Row(line, line, {}, str(error))
+            rows.append(Row(line, None, {}, str(error)))
+            continue
         first = lines.setdefault(row.id, line)
         if first != line:
             row = Row(line, row.id, {}, f"The id {quote(row.id)} is also that of row {first}; give each its own.")

@@ -147,6 +147,7 @@ def run_batch(
 ) -> BatchReport:
     """Any task; arguments and errors are those of `generate_batch`."""
     started = time.monotonic()
+    engine = engine or EngineOptions()
     cluster.check_ray()
     rows_per_shard = whole_number("rows_per_shard", rows_per_shard)
     if rows_per_shard < 1:
@@ -162,13 +163,14 @@ def run_batch(
         "model": fingerprint,
         "task": task.to_dict(),
         "rows_per_shard": rows_per_shard,
+        "max_seq_len": engine.max_seq_len,
     }
     # A name is looked up on each machine; a path may be relative to this process's folder.
     name = str(model) if path.parent == home.models() else str(path.absolute())
     with BatchFolder(Path(out), identity) as folder:
         batch = _Batch(folder, plan, task, name, fingerprint)
         if not folder.finished:
-            batch.run(actors or ActorOptions(), engine or EngineOptions())
+            batch.run(actors or ActorOptions(), engine)
         folder.drop_shards()
         return batch.report(time.monotonic() - started)
 

@@ -79,6 +79,12 @@ def test_what_is_no_list_of_rows(source: Any) -> None:
         read_rows(source)
 
 
+def test_a_malformed_row_takes_no_id_from_another(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"id": 0, "prompt": "x"}\n{\n{"id": 2, "prompt": "y"}\n')  # numbered from 0: row 2 is line 3
+    assert [(found.id, found.error is None) for found in read_rows(path)] == [(0, True), (None, False), (2, True)]
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="cannot be read"):
         read_rows(tmp_path / "in.jsonl")
@@ -170,6 +176,13 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         BatchFolder(tmp_path / "out", IDENTITY)
     with BatchFolder(tmp_path / "out", IDENTITY):  # the lock ends with its program
         pass
+
+
+def test_what_a_program_leaves_that_is_killed_at_once_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("")
+    (tmp_path / ".partial-1-00").write_text("{")
+    with BatchFolder(tmp_path, IDENTITY):
+        assert names_in(tmp_path) == ["batch.json", "lock", "shards"]
 
 
 def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
@@ -312,13 +325,11 @@ def test_a_ray_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) 
         raise Exception("the node timed out\nduring startup")  # noqa: TRY002 - as Ray does
 
     stopped: list[bool] = []
-    data = SimpleNamespace(DataContext=SimpleNamespace(get_current=SimpleNamespace))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setitem(sys.modules, "ray.data", data)
     monkeypatch.setitem(
         sys.modules,
         "ray",
-        SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: stopped.append(True), data=data),
+        SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: stopped.append(True)),
     )
     for address, message in (("local", "does not start on this machine"), ("auto", "no Ray at 'auto'")):
         with (
@@ -385,6 +396,9 @@ def test_an_interrupted_batch_continues(tmp_path: Path, model: Path, fake: Clust
     assert (len(fake.ran), again.actors, again.resumed_shards) == (4, 0, 4)
     with pytest.raises(DestinationError, match="task or its parameters"):
         generate_batch(ROWS, tmp_path / "out", model, SamplingParams(max_tokens=5), rows_per_shard=2)
+    longer = EngineOptions(max_seq_len=32)  # a row that did not fit would, or the reverse
+    with pytest.raises(DestinationError, match="length of the context"):
+        generate_batch(ROWS, tmp_path / "out", model, PARAMS, engine=longer, rows_per_shard=2)
 
 
 def test_the_row_that_ends_its_process_is_found(tmp_path: Path, model: Path, fake: Cluster) -> None:
