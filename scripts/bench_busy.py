@@ -4,7 +4,7 @@
     python scripts/bench_busy.py --llama-bench ~/llama.cpp/build/bin/llama-bench --rounds 5 --format md
 
 The sides take turns, each in a process of its own with random weights: this engine; this engine on numba's OpenMP pool
-(with NUMBA_THREADING_LAYER=omp), on one thread; and llama.cpp. A competing process is an endless loop. The scheduler
+(with NUMBA_THREADING_LAYER=omp), on one thread; and llama.cpp. A competing process computes all the time. The scheduler
 shares cores between sessions before it does between processes (autogroups), so nothing else may run in this terminal.
 """
 
@@ -31,7 +31,7 @@ from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
 
 PEERS = Path(__file__).with_name("peers")
-BUSY = "while True: pass"
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(10_000))"
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def all_sides(threads: int, llama_bench: str | None) -> list[Side]:
 
 @contextmanager
 def competitors(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes that use a core each, until the block ends."""
-    processes = [subprocess.Popen([sys.executable, "-S", "-c", BUSY]) for _ in range(count)]
+    """Processes that use a core each, until the block, or this process, ends."""
+    processes = [subprocess.Popen([sys.executable, "-S", "-c", BUSY, str(os.getpid())]) for _ in range(count)]
     try:
         yield processes
     finally:

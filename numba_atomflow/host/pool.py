@@ -17,6 +17,7 @@ from typing import Any
 
 from numba.core import config
 
+from numba_atomflow.errors import BackendError
 from numba_atomflow.host.machine_code import load_code
 
 SPIN_NS = 20_000  # of a waiting thread, before it sleeps: longer than what lies between two loops of a step
@@ -40,12 +41,16 @@ class Pool:
         from numba_atomflow.host.pool_code import CODE
 
         self._engine = load_code("thread-pool", CODE)
-        self._function("make_keys")()
+        if self._function("make_keys")():
+            raise BackendError(
+                "This process has no thread-local key left for the CPU kernels' threads (pthread_key_create); "
+                "load fewer libraries into it, or set NUMBA_THREADING_LAYER=omp."
+            )
         for own in _FUNCTIONS.values():
             binding.add_symbol(_PREFIX + own, self._engine.get_function_address(own))
         self._set_threads = self._function("set_num_threads", ctypes.c_int64)
         self._get_threads = self._function("get_num_threads")
-        self._waited, self._spin = self._global("waited_ns"), self._global("spin_ns")
+        self._spin = self._global("spin_ns")
         self._global("default_threads").value = config.NUMBA_NUM_THREADS
         self.spin_ns = SPIN_NS
 
@@ -75,10 +80,6 @@ class Pool:
     @spin_ns.setter
     def spin_ns(self, duration: int) -> None:
         self._spin.value = duration
-
-    def waited_ns(self) -> int:
-        """How long callers have waited at the end of loops, in all."""
-        return self._waited.value
 
     def forget_threads(self) -> None:
         """In a forked process, which has none: the next loop starts them."""

@@ -38,7 +38,6 @@ CODE = f"""
 @workers = global i64 1, align 64 ; threads that exist, the caller included
 @spin_ns = global i64 0
 @default_threads = global i64 1
-@waited_ns = global i64 0 ; by callers, at the end of loops
 @keys = global [2 x i32] zeroinitializer ; thread-local: a worker's number, a caller's number of threads
 
 declare i64 @syscall(i64, ...)
@@ -77,12 +76,13 @@ define internal void @wake(ptr %flag) {{
 
 ; --- a thread's numbers -----------------------------------------------------------------------------------------
 
-define i32 @make_keys() {{
+define i64 @make_keys() {{ ; not 0: the process has no more
   %second = getelementptr [2 x i32], ptr @keys, i64 0, i64 1
   %failed = call i32 @pthread_key_create(ptr @keys, ptr null)
   %failed_too = call i32 @pthread_key_create(ptr %second, ptr null)
   %either = or i32 %failed, %failed_too
-  ret i32 %either
+  %error = zext i32 %either to i64
+  ret i64 %error
 }}
 
 define internal i64 @own(i64 %which) {{
@@ -409,7 +409,7 @@ spin:
   %spins = phi i64 [ 0, %wait ], [ 0, %clock ], [ %spins_more, %pause ]
   %done = load atomic i64, ptr @done seq_cst, align 8
   %is_done = icmp eq i64 %done, %pieces
-  br i1 %is_done, label %waited, label %pause
+  br i1 %is_done, label %out, label %pause
 
 pause:
   call void {_PAUSE}
@@ -436,14 +436,6 @@ asleep:
 
 rise:
   store atomic i32 0, ptr @caller_sleeps seq_cst, align 4
-  br label %waited
-
-waited:
-  %end = call i64 @now()
-  %duration = sub i64 %end, %since
-  %total = load i64, ptr @waited_ns
-  %new_total = add i64 %total, %duration
-  store i64 %new_total, ptr @waited_ns
   br label %out
 
 out:

@@ -92,4 +92,5 @@ def choose_threads(requested: int | None) -> int:
 def describe_threads(threads: int, requested: int | None) -> str:
     """The number of threads as text, with the reason if a quota limits it: "1 thread (CPU quota of 1.5)"."""
     quota = cpu_quota() if requested is None and threads < max_threads() else None
-    return f"{threads} thread{'s' if threads > 1 else ''}" + ("" if quota is None else f" (CPU quota of {quota:g})")
+    limits = quota is not None and max(1, int(quota)) == threads
+    return f"{threads} thread{'s' if threads > 1 else ''}" + (f" (CPU quota of {quota:g})" if limits else "")

@@ -35,7 +35,7 @@ class CpuRunner:
         geometry: of the model.
         weights: the checkpoint's arrays by name, which must stay mapped.
         sizes: of the cache.
-        threads: of the kernels; by default all cores, or what a CPU quota allows.
+        threads: of the kernels; by default one per core, or what a CPU quota allows.
         check_weights: called after every step; raises if the arrays have changed.
 
     Raises:

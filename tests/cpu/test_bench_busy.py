@@ -1,5 +1,6 @@
 """Decode speed on a busy machine: competitors run while a side is measured, and end afterwards."""
 
+import os
 import sys
 
 import bench_busy  # puts scripts/peers on the path
@@ -19,6 +20,13 @@ def test_competitors_end_with_the_block() -> None:
     with pytest.raises(KeyboardInterrupt), bench_busy.competitors(2) as processes:
         fail()
     assert [process.poll() is not None for process in processes] == [True, True]
+
+
+def test_competitors_end_with_a_process_that_is_killed() -> None:
+    """They hold its standard output, so `run` returns after the last of them."""
+    script = "import bench_busy, os\nwith bench_busy.competitors(2): os._exit(5)"
+    done = run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, text=True)
+    assert done.returncode == 5, done.stderr
 
 
 def test_a_side_is_measured_with_its_environment() -> None:

@@ -146,6 +146,7 @@ def test_more_threads_than_the_quota_may_be_requested(monkeypatch: pytest.Monkey
     with pytest.raises(OptionError, match=r"^threads is 9; this machine allows 1 to 8\.$"):
         threads.choose_threads(9)
     assert threads.describe_threads(1, None) == "1 thread (CPU quota of 1.5)"
+    assert threads.describe_threads(2, None) == "2 threads"  # of more than 2: not the quota, but hyper-threads
     assert threads.describe_threads(1, 1) == "1 thread"
 
 

@@ -67,7 +67,7 @@ class CpuBackend:
         geometry: of the model.
         weights: the checkpoint's arrays by name, kept mapped while the backend lives.
         max_seq_len: positions of the KV cache.
-        threads: that kernels run on; by default all cores, or what a CPU quota allows.
+        threads: that kernels run on; by default one per core, or what a CPU quota allows.
         check_weights: called after every step; raises if the arrays are not what they were.
 
     Raises:
