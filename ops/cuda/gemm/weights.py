@@ -27,8 +27,8 @@ class WeightLoads(NamedTuple):
         convert: (codes, block, a, live_0, live_1): A of a K block. live: whether the scale of row g, g + 8 is not 0;
             a row whose scale is 0 becomes 0.
         prefetch: (weights, start, span): span number `span` of the tile into L2, by one lane.
-        span_units: units of a span, except that the tile's last may have fewer: some 8 KB. A bulk prefetch takes the
-            copy engine as long for 1 KB as for 8 KB, and X waits for it.
+        span_units: units of a span, except that the tile's last may have fewer: some 8 KB. A bulk prefetch takes
+            TMA as long for 1 KB as for 8 KB, and X waits for it.
         code_registers: uint32 of a unit.
     """
 

@@ -241,7 +241,7 @@ def _make_consumer(
             loaded = i32(last - first >= sets)
             tile, first, last, start = next_tile, next_first, next_last, next_start
         if warpgroup == 0:
-            wait_for_turn(warpgroup)  # that nobody takes
+            wait_for_turn(warpgroup)  # the other's last pass
         finish_tiles(io, words, skipped, shared_from, thread)
 
     return consume
