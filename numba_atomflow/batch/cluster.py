@@ -91,15 +91,9 @@ def connected(options: ActorOptions) -> Iterator[None]:
 
     if ray.is_initialized():
         raise OptionError("This process is connected to Ray already; call ray.shutdown() before a batch.")
-    local = {"num_cpus": default_threads(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
-        ray.init(
-            options.address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,  # what engines print is not the batch's output
-            **(local if options.address == LOCAL else {}),
-        )
-    except Exception as error:  # Ray raises many kinds, `Exception` itself where a busy machine starts it too slowly
+        _start_or_connect(options.address)
+    except Exception as error:  # Ray raises many kinds
         ray.shutdown()  # what has started of it
         reason = " ".join(str(error).split())
         if options.address == LOCAL:
@@ -116,6 +110,28 @@ def connected(options: ActorOptions) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _start_or_connect(address: str) -> None:
+    """Connect to a Ray, or start one here: a second time if a busy machine started it too slowly."""
+    import ray
+
+    local = {"num_cpus": default_threads(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,  # what engines print is not the batch's output
+                **(local if address == LOCAL else {}),
+            )
+        except Exception as error:
+            # Ray gives a process of its own 30 s, and then raises `Exception` itself.
+            if address != LOCAL or type(error) is not Exception or attempt == 2:
+                raise
+            ray.shutdown()
+        else:
+            return
 
 
 @contextmanager

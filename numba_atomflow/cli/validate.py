@@ -238,7 +238,7 @@ def _replay(
 def _parse_layers(text: str | None) -> range | None:
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+):(\d+)", text)
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     if found is None:
         raise OptionError(f"--layers {quote(text)} is not of the form A:B; give for example --layers 0:4.")
     if int(found[1]) >= int(found[2]):

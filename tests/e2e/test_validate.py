@@ -320,6 +320,7 @@ def test_options_out_of_range(cli: InProcess, tiny_checkpoint: Path, truth_file:
     assert_refused(cli("validate", tiny_checkpoint), "--ground-truth")
     assert_refused(cli(*given, "--diff-backends"), "--diff-backends")
     assert_refused(cli(*given, "--layers", "3"), "--layers '3'")
+    assert_refused(cli(*given, "--layers", f"0:{'9' * 5000}"), "--layers '0:999")
     assert_refused(cli(*given, "--layers", "3:3"), "--layers 3:3 holds no layer")
     assert_refused(cli(*given, "--layers", "1:5"), "--layers 1:5")
     assert_refused(cli(*given, "--block", "0"), "--block")
