@@ -284,13 +284,13 @@ def _decode_speed(
 
 
 def _memory(report: Report, name: str) -> None:
-    """What 2,048 positions take on the device, by the driver's own count."""
+    """What 2,048 positions take on the device, by the driver's own count, without room for chunks of the GEMM path."""
     from numba_atomflow.device.resources import DeviceResources
 
     with DeviceResources() as owner:
         device = owner.open()
         free = device.free_bytes()
-        with Engine.random(PRESETS[name], "cuda", 2048, name=name) as engine:
+        with Engine.random(PRESETS[name], "cuda", 2048, prefill="gemv", name=name) as engine:
             used = free - device.free_bytes()
             pools = engine.backend.plan.pool_bytes()
             model_bytes = pools["weights"] + pools["kv cache"]

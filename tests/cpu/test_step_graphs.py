@@ -1,4 +1,6 @@
-"""Which graphs of a model's steps are captured, and what a step puts into the stream; over a pretended driver."""
+"""Which graphs of a model's steps are captured, and what a step puts into the stream; over a pretended driver. Those of
+the GEMM path: test_prefill_path.py.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +37,8 @@ def decode(request: pytest.FixtureRequest) -> Decode:
 
 @pytest.fixture
 def backend(pretended: PretendedDriver, decode: Decode) -> Iterator[CudaBackend]:
-    with Engine.random(tiny_geometry(layers=LAYERS), "cuda", MAX_SEQ_LEN, decode=decode) as engine:
+    geometry = tiny_geometry(layers=LAYERS)
+    with Engine.random(geometry, "cuda", MAX_SEQ_LEN, decode=decode, prefill="gemv") as engine:
         assert isinstance(engine.backend, CudaBackend)
         yield engine.backend
 

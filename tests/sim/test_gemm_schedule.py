@@ -9,6 +9,7 @@ from numba import cuda
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.gemm.fixup import STATE_WORDS
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import make_schedule
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
@@ -53,6 +54,10 @@ def works(plan: GemmPlan, token_tiles: int) -> NDArray[np.int32]:
     assert max(slots, default=0) < 2 * plan.ctas
     counters = [parts[0][3] for parts in shared.values()]
     assert len(set(counters)) == len(counters)
+    for cta in records:  # the fix-up has a word for each of its shared tiles, which come last
+        numbers = np.flatnonzero(cta[:, 3] >= 0)
+        assert len(numbers) <= STATE_WORDS
+        assert (cta[max(numbers, default=MOST) + 1 :, 0] == -1).all()
     return records
 
 
