@@ -99,12 +99,16 @@ def test_workers_that_do_not_run_delay_no_loop(tmp_path: Path) -> None:
 
 
 SIGNALS = """
-import os, signal, numpy as np
+import ctypes, os, signal, numpy as np
 from pathlib import Path
+from numba_atomflow.host.pool import own_pool
 from numba_atomflow.host.threads import use_threads
 from numba_atomflow.ops.bandwidth import total
 use_threads(3)
 total(np.ones(1000, np.float32))
+asleep = (ctypes.c_int32 * 3).from_address(own_pool()._engine.get_global_value_address("asleep"))
+while list(asleep) != [0, 1, 1]:  # a thread that has not run yet has every signal blocked
+    os.sched_yield()
 blocked = []
 for status in Path("/proc/self/task").glob("*/status"):
     mask = int(status.read_text().partition("SigBlk:")[2].split()[0], 16)
