@@ -1,6 +1,7 @@
 """The host arena: one allocation that holds all buffers of a memory plan."""
 
 import mmap
+import sys
 
 import numpy as np
 
@@ -13,6 +14,7 @@ class HostArena:
     """An anonymous mapping with every buffer of a plan.
 
     The operating system commits pages at first access, so a long KV cache takes only the memory of its used positions.
+    A forked process gets a copy, page by page as one of the two writes: each has its own KV cache.
 
     Raises:
         BackendError: the mapping fails.
@@ -21,7 +23,7 @@ class HostArena:
     def __init__(self, plan: MemoryPlan) -> None:
         self.plan = plan
         try:
-            self._block = mmap.mmap(-1, max(plan.total, 1))
+            self._block = _map(max(plan.total, 1))
         except (OSError, OverflowError, ValueError) as error:
             raise BackendError(
                 f"This machine refused {plan.total / 1e9:.1f} GB for KV cache and activations ({error}); "
@@ -35,3 +37,9 @@ class HostArena:
 
     def __getitem__(self, name: str) -> View:
         return self._views[name]
+
+
+def _map(size: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # Python's default is MAP_SHARED

@@ -14,6 +14,8 @@ from cli_runner import environment
 from numba_atomflow import home
 from numba_atomflow.errors import BackendError
 from numba_atomflow.host.pool import own_pool
+from numba_atomflow.memory.arena import HostArena
+from numba_atomflow.memory.plan import Buffer, plan_memory
 from numba_atomflow.ops.bandwidth import total
 from numba_atomflow.ops.fp8 import quantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm
@@ -62,6 +64,18 @@ def test_a_kernel_in_a_child_of_a_process_that_ran_kernels_works_or_raises(kerne
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (REFUSED if lost else WORKED)
     use_kernel(kernel)  # the parent's kernels are as they were
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_has_a_kv_cache_of_its_own() -> None:
+    arena = HostArena(plan_memory([Buffer("kv cache", "keys", (4,), "float32")]))
+    cache = arena["keys"].host_array()
+    cache[:] = 1
+    if (pid := os.fork()) == 0:
+        cache[:] += 1
+        os._exit(int(cache[0]))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    assert cache[0] == 1
 
 
 def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp_path: Path) -> None:

@@ -149,9 +149,9 @@ def test_the_arena_is_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     real = mmap.mmap
 
-    def recorded(handle: int, size: int) -> mmap.mmap:
+    def recorded(handle: int, size: int, *flags: int) -> mmap.mmap:
         sizes.append(size)
-        return real(handle, size)
+        return real(handle, size, *flags)
 
     monkeypatch.setattr(arena.mmap, "mmap", recorded)
     plan = plan_memory([Buffer("activations", name, (100,), "float32") for name in "abc"])
