@@ -50,6 +50,9 @@ def _object_code(machine: Any, name: str, code: str) -> bytes:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{file}.partial-{os.getpid()}")
-            partial.write_bytes(hashlib.sha256(compiled).digest() + compiled)
-            partial.replace(path)
+            try:
+                partial.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+                partial.replace(path)
+            finally:  # where the disk is full, say
+                partial.unlink(missing_ok=True)
     return compiled
