@@ -123,6 +123,20 @@ class ModelGeometry:
                 )
         if self.qk_norm_of_all_heads and not self.qk_norm:
             raise GeometryError("The model has qk_norm_of_all_heads, but no qk_norm.")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        """Check that tables of RoPE can be computed: extreme numbers, each valid by itself, may overflow together."""
+        magnitude = 1.0 if self.rope_scaling is None else self.rope_scaling.magnitude
+        found = [np.array([magnitude])]
+        try:
+            with np.errstate(all="ignore"):
+                found += [rope_inverse_frequencies(self, length) for length in (1, self.max_positions)]
+                found.append(rope_inverse_frequencies(self, local=True))
+        except (ArithmeticError, ValueError):
+            found.append(np.array([math.inf]))
+        if not all((values <= np.finfo(np.float32).max).all() for values in found):
+            raise GeometryError("The model's rope_theta or rope_scaling gives frequencies that are no numbers.")
 
     def _checked_layers(self, field: str) -> tuple[int, ...]:
         """A list of layers, ascending."""

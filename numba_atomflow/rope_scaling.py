@@ -63,7 +63,10 @@ class RopeScaling:
             elif isinstance(value, tuple):
                 for element in value:
                     check_number(f"rope_scaling.{name}", element)
-            elif not isinstance(value, bool):
+            elif name == "truncate":
+                if not isinstance(value, bool):
+                    raise GeometryError(f"The model's rope_scaling.{name} is {quote(value)}; it must be true or false.")
+            else:
                 check_number(f"rope_scaling.{name}", value)
 
     def frequencies(self, plain: Frequencies, theta: float, length: int) -> Frequencies:

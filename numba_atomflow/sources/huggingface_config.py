@@ -50,7 +50,7 @@ def config_scheme(path: Path, config: Mapping[str, Any]) -> Fp8Scheme | None:
 
 def _geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
     family = FAMILIES[config["model_type"]]
-    hidden, heads = integer(path, config, "hidden_size"), integer(path, config, "num_attention_heads")
+    hidden, heads = integer(path, config, "hidden_size"), integer(path, config, "num_attention_heads", family.heads)
     if (config.get("head_dim") or family.head_dim) is None and (heads < 1 or hidden % heads):
         raise SourceError(f"{path} has hidden_size {hidden} and {heads} attention heads, which do not fit.")
     head_dim = integer(path, config, "head_dim", family.head_dim or hidden // max(heads, 1))
@@ -64,7 +64,7 @@ def _geometry(path: Path, config: Mapping[str, Any]) -> ModelGeometry:
         ),
         head_dim=head_dim,
         ffn=integer(path, config, "intermediate_size"),
-        vocabulary=integer(path, config, "vocab_size"),
+        vocabulary=integer(path, config, "vocab_size", family.vocabulary),
         max_positions=rope.max_positions,
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,

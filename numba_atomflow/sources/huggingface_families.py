@@ -18,6 +18,8 @@ class Family:
 
     Attributes:
         max_positions: default of max_position_embeddings.
+        heads, vocabulary: defaults of num_attention_heads and vocab_size, which published configs of Gemma 3 omit;
+            None: the config must have them.
         kv_heads: default of num_key_value_heads; None, or null in the config: num_attention_heads.
         head_dim: default of head_dim; None: hidden_size / num_attention_heads.
         window: default of sliding_window; None: no window.
@@ -37,6 +39,8 @@ class Family:
     """
 
     max_positions: int
+    heads: int | None = None
+    vocabulary: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
     window: int | None = None
@@ -58,10 +62,17 @@ class Family:
 
 
 def _gemma(
-    max_positions: int, pattern: int, theta: float, caps: tuple[float | None, float | None], **fixed: bool
+    max_positions: int,
+    vocabulary: int,
+    pattern: int,
+    theta: float,
+    caps: tuple[float | None, float | None],
+    **fixed: bool,
 ) -> Family:
     return Family(
         max_positions,
+        heads=8,
+        vocabulary=vocabulary,
         kv_heads=4,
         head_dim=256,
         window=4096,
@@ -98,8 +109,8 @@ FAMILIES = {
         head_dim=128,
         fixed={"qk_norm": True},
     ),
-    "gemma2": _gemma(8192, 2, 1e4, (50.0, 30.0)),
-    "gemma3_text": _gemma(131072, 6, 1e6, (None, None), qk_norm=True),
+    "gemma2": _gemma(8192, 256000, 2, 1e4, (50.0, 30.0)),
+    "gemma3_text": _gemma(131072, 262208, 6, 1e6, (None, None), qk_norm=True),
     "phi3": Family(4096, norm_eps=1e-5, partial_rope=True, original_positions=4096),
     "smollm3": Family(32768, kv_heads=4, sliding="without RoPE", optional_window=True, theta=2e6, tied=True),
     "granite": Family(2048, multipliers=True),

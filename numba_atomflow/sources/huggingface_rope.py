@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.rope_scaling import (
+    LARGEST_COUNT,
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,
@@ -58,7 +59,7 @@ def config_rope(path: Path, config: Mapping[str, Any], head_dim: int) -> Rope:
     rotary_dim = _rotary_dim(path, config, record, head_dim)
     settings = _Settings(path, config, record, integer(path, config, "max_position_embeddings", family.max_positions))
     found = settings.scaling((rotary_dim or head_dim) // 2)
-    return Rope(theta, found, _positions(found, settings.max_positions), rotary_dim, local_theta)
+    return Rope(theta, found, _positions(path, found, settings.max_positions), rotary_dim, local_theta)
 
 
 def _split_by_layers(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
@@ -84,14 +85,20 @@ def _rotary_dim(path: Path, config: Mapping[str, Any], record: Mapping[str, Any]
         raise SourceError(f"{path} rotates only a part of each head (partial_rotary_factor), which is not supported.")
     if len(shares) > 1:
         raise SourceError(f"{path} has two values of partial_rotary_factor; keep one of the two.")
-    return int(head_dim * shares.pop())
+    share = shares.pop()
+    if share > 1:
+        raise unusable(path, "partial_rotary_factor", share)
+    return int(head_dim * share)
 
 
-def _positions(scaling: RopeScaling | None, max_positions: int) -> int:
+def _positions(path: Path, scaling: RopeScaling | None, max_positions: int) -> int:
     """The positions that a model allows: those types say how far they extend them."""
-    if isinstance(scaling, DynamicScaling | YarnScaling):
-        return max(max_positions, int(scaling.original_max_positions * scaling.factor))
-    return max_positions
+    if not isinstance(scaling, DynamicScaling | YarnScaling):
+        return max_positions
+    extended = scaling.original_max_positions * scaling.factor
+    if extended > LARGEST_COUNT:
+        raise unusable(path, "factor", scaling.factor)
+    return max(max_positions, int(extended))
 
 
 def _record(path: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -222,4 +229,7 @@ class _Settings(NamedTuple):
                 f"{self.path} has one {_ORIGINAL} in its RoPE scaling and another beside it; keep one of the two."
             )
         default = FAMILIES[self.config["model_type"]].original_positions or self.max_positions
-        return found.pop() if found else default
+        original = found.pop() if found else default
+        if original < 2:  # some formulas divide by its logarithm
+            raise unusable(self.path, _ORIGINAL, original)
+        return original

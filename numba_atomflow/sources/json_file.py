@@ -9,6 +9,8 @@ from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import load_json, quote, short
 from numba_atomflow.sources.base import refuse_lfs_pointer
 
+_LARGEST_INTEGER = 1 << 64  # JSON integers are unbounded; larger ones are no size, and no float holds the largest
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
@@ -48,10 +50,10 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def integer(path: Path, record: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """`record[key]`, which must be an integer; null and absent are `default`."""
+    """`record[key]`, which must be an integer of up to 64 bits; null and absent are `default`."""
     value = record.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST_INTEGER:
         raise unusable(path, key, value)
     return value
 

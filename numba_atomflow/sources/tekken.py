@@ -18,6 +18,7 @@ from numba_atomflow.text.detokenizer import byte_alphabet
 
 _NORMAL, _CONTROL = 1, 3  # types of tokens in a GGUF file
 _MAX_BYTES = 256  # of a token: every split of it is tested as a merge
+_MAX_SPECIAL = 1 << 20  # Mistral's have 1,000
 _NAMED = {"unknown": "<unk>", "bos": "<s>", "eos": "</s>", "padding": "<pad>"}
 
 
@@ -39,6 +40,8 @@ def tekken_fields(path: Path, data: bytes) -> dict[str, Any]:
             "make a tokenizer.json with transformers."
         )
     special_count = integer(path, config, "default_num_special_tokens")
+    if not 0 <= special_count <= _MAX_SPECIAL:  # a list of them is made
+        raise unusable(path, "default_num_special_tokens", special_count)
     ranks = _ranks(path, record, integer(path, config, "default_vocab_size") - special_count)
     special = _special_tokens(path, record, special_count)
     letters = {byte: letter for letter, byte in byte_alphabet().items()}

@@ -22,7 +22,7 @@ from tiny_models import (
 
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import AtomFlowError, GeometryError, SourceError, SourceWarning
-from numba_atomflow.rope_scaling import Llama3Scaling, RopeScaling
+from numba_atomflow.rope_scaling import LinearScaling, Llama3Scaling, RopeScaling
 from numba_atomflow.sources import open_source
 from numba_atomflow.sources.huggingface_config import config_geometry
 
@@ -227,6 +227,16 @@ def test_default_kv_heads(folder: Path) -> None:
         assert config_geometry(folder / "config.json", config).kv_heads == expected
 
 
+def test_sizes_that_configs_of_gemma_3_omit(folder: Path) -> None:
+    """Those of models that read images give few sizes, such as that with 4 billion weights."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    g = config_geometry(folder / "config.json", {"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    assert (g.heads, g.kv_heads, g.head_dim, g.vocabulary, g.max_positions) == (8, 4, 256, 262208, 131072)
+    assert (g.rope_scaling, g.local_rope_theta, g.tied_embeddings) == (LinearScaling(8.0), 1e4, True)
+    assert set(range(34)) - set(g.sliding_layers) == {5, 11, 17, 23, 29}
+
+
 SLIDING = {"sliding_window": 300, "use_sliding_window": True}
 
 
@@ -327,6 +337,13 @@ def test_a_model_that_lacks_what_its_family_has(tmp_path: Path, family: str, suf
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "yarn", "factor": -4.0}}, "factor: -4.0"),
         ({"rope_scaling": {"type": "yarn", "truncate": 2}}, "truncate: 2"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e300}}, "factor: 1e+300"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": -5}}, "original_max_position_embeddings: -5"),
+        ({"original_max_position_embeddings": 0, "rope_scaling": {"type": "yarn"}}, "_embeddings: 0"),
+        ({"original_max_position_embeddings": 1, "rope_scaling": {"type": "longrope"}}, "_embeddings: 1"),
+        ({"max_position_embeddings": 10**400, "rope_scaling": {"type": "yarn"}}, "_embeddings: 1000"),
+        ({"model_type": "phi3", "partial_rotary_factor": 1e308}, "partial_rotary_factor: 1e+308"),
+        ({"model_type": "gemma2", "hidden_size": 10**400}, "hidden_size: 1000"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -374,10 +391,13 @@ def test_unsupported_sizes_name_the_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"max_position_embeddings": 10**400}, "max_positions is 1000"),
+        ({"max_position_embeddings": 2**63}, "max_positions is 9223372036854775808"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor is 1.0; it must be above"),
-        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": -5}}, "original_max_positions is -5"),
-        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}}, "original_max_positions is 1000"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 2**63}}, "original_max_positions is 92233"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1e308}}, "frequencies that are no numbers"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1.0}, "frequencies that are no numbers"),
+        ({"rope_scaling": {"type": "yarn", "attention_factor": 1e300}}, "frequencies that are no numbers"),
+        ({"rope_theta": 5e-324}, "frequencies that are no numbers"),
     ],
 )
 def test_numbers_out_of_range_name_the_config(folder: Path, changes: dict[str, Any], fragment: str) -> None:

@@ -64,6 +64,10 @@ def test_tokens_are_those_of_the_original(tmp_path: Path) -> None:
             {"config": {"pattern": PATTERN, "default_vocab_size": 10**6, "default_num_special_tokens": 6}},
             "lists no 999994 tokens",
         ),
+        (
+            {"config": {"pattern": PATTERN, "default_vocab_size": 10**15 + 500, "default_num_special_tokens": 10**15}},
+            "default_num_special_tokens: 1000000000000000",
+        ),
         ({"vocab": None}, "tokens; get the file again"),
         ({"vocab": [{"rank": 0, "token_bytes": "!"}] * 900}, "unusable value for vocab"),
         ({"vocab": [{"rank": 0, "token_bytes": "AA=="}] * 900}, "unusable value for vocab"),
