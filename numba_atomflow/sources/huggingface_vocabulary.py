@@ -105,6 +105,8 @@ def _merged_fields(folder: Path) -> dict[str, Any]:
                 f"{path} gives {quote(tokens[token_id])} and {quote(token)} the same id {token_id}; get the file again."
             )
         tokens[token_id] = token
+    if not tokens:
+        raise SourceError(f"{path} lists no tokens; get the file again.")
     try:
         lines = read_file(folder / MERGES).decode().split("\n")
     except UnicodeDecodeError as error:

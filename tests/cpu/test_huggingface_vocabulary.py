@@ -180,6 +180,7 @@ def test_the_model_type_says_that_it_is_qwen(tmp_path: Path) -> None:
         ({"a": "0"}, "", "gives the token 'a' the id '0'"),
         ({"a": True}, "", "gives the token 'a' the id True"),
         (["a"], "", "holds a JSON list"),
+        ({}, "", "lists no tokens"),
         ({"a": 0}, None, "holds vocab.json without merges.txt"),
         (None, "a b\n", "holds merges.txt without vocab.json"),
         ({"a": 0}, b"\xff\xfe", "merges.txt is not UTF-8 (byte 0)"),
