@@ -31,6 +31,7 @@ Needs Ray: pip install 'numba-atomflow[ray]'
 PERPLEXITY_EXAMPLES = """\b
 Examples:
   numba-atomflow batch perplexity texts.jsonl results/ --context 2048
+  numba-atomflow batch perplexity texts.jsonl results/ -m my-model --json
 A line of texts.jsonl: {"id": "a1", "text": "..."}
 
 \b
@@ -40,6 +41,7 @@ Needs Ray: pip install 'numba-atomflow[ray]'
 VALIDATE_EXAMPLES = """\b
 Examples:
   numba-atomflow batch validate prompts.jsonl results/ --decode-steps 8
+  numba-atomflow batch validate prompts.jsonl results/ -m my-model --json
 A line of prompts.jsonl: {"id": "a1", "prompt": "..."}
 
 \b

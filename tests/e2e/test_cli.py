@@ -58,7 +58,7 @@ def test_answers_that_need_no_model_import_nothing_heavy(cli_home: Path, argumen
 
 COMMANDS = (
     *("generate", "chat", "convert", "quantize", "perplexity", "info", "ground-truth", "validate", "bench", "profile"),
-    *("serve", "sandbox run", "sandbox compare"),
+    *("serve", "batch run", "batch perplexity", "batch validate", "sandbox run", "sandbox compare"),
 )
 
 
@@ -70,7 +70,8 @@ def test_help_of_every_command_teaches_by_example(cli: InProcess, command: str) 
 
 
 SAME_EVERYWHERE = ("--backend", "--decode", "--threads", "--private-copy", "--max-seq-len", "--max-tokens", "--seed")
-SANDBOX_OWN = {"--max-tokens", "--seed"}  # of a whole workload
+# Options of a group that are something else there: of a whole workload; of each process.
+GROUPS = {"sandbox": {"--max-tokens", "--seed"}, "batch": {"--threads"}}
 
 
 def test_an_option_is_the_same_in_every_command() -> None:
@@ -80,15 +81,16 @@ def test_an_option_is_the_same_in_every_command() -> None:
     from numba_atomflow.cli.app import app
 
     group: Any = typer.main.get_command(app)
-    commands = {name: command for name, command in group.commands.items() if name != "sandbox"}
-    commands |= {f"sandbox {name}": command for name, command in group.commands["sandbox"].commands.items()}
+    commands = {name: command for name, command in group.commands.items() if name not in GROUPS}
+    for one in GROUPS:
+        commands |= {f"{one} {name}": command for name, command in group.commands[one].commands.items()}
     assert set(commands) == set(COMMANDS)
     for option in SAME_EVERYWHERE:
         found = {
             (parameter.metavar, parameter.default, parameter.help)
             for name, command in commands.items()
             for parameter in command.params
-            if option in parameter.opts and not (name.startswith("sandbox") and option in SANDBOX_OWN)
+            if option in parameter.opts and option not in GROUPS.get(name.split()[0], ())
         }
         assert len(found) == 1, (option, found)
     for name, command in commands.items():
