@@ -67,7 +67,7 @@ def gemm_kernel(name: str, factory: Callable[..., Any], plan: GemmPlan, dependen
         dependent=dependent,
         **options,
     )
-    return Planned(replace(spec, arch_specific=wgmma), plan.ctas)
+    return Planned(replace(spec, arch_specific=wgmma, whole_carveout=not wgmma), plan.ctas)
 
 
 def _main_loop(plan: GemmPlan) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ T tiles of `TILE_ROWS` weight rows and `tile_tokens` tokens, `units` long along 
 there are C tiles, each CTA takes one: floor(T / C) waves. The R tiles that are left over would keep R CTAs busy and the
 others idle. If that costs more than the fix-up, their R * units units are laid end to end and cut into equal shares,
 one for each CTA: it takes the end of a tile and the beginning of the next. A tile's parts are float32 partial sums in
-scratch memory; the CTA that finishes last adds them in order of K: the result does not depend on who was last.
+scratch memory, which they add in order of K when all have written (`fixup.py`).
 
 Tiles are numbered with tokens inside: the CTAs of a wave read the same rows of weights, each of which comes from device
 memory once. The number of tiles follows from `token_tiles`, an argument of the launch: one kernel serves chunks of any

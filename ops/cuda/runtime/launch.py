@@ -39,6 +39,11 @@ class Kernel:
 
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             call("cuFuncSetAttribute", self.function, attribute, spec.shared_bytes)
+        if spec.whole_carveout:
+            from cuda.bindings import driver
+
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            call("cuFuncSetAttribute", self.function, attribute, 100)  # per cent
 
 
 class Launch:

@@ -39,6 +39,8 @@ class KernelSpec:
             does not fit, which would deadlock.
         arch_specific: it has instructions that only this architecture has (wgmma and setmaxnreg on sm_90: compiled for
             sm_90a).
+        whole_carveout: its CTAs wait for each other, several to an SM, but are not launched cooperatively: SMs give all
+            memory that they can to shared memory, so that all CTAs are resident.
     """
 
     name: str
@@ -50,6 +52,7 @@ class KernelSpec:
     dependent: bool = False
     cooperative: bool = False
     arch_specific: bool = False
+    whole_carveout: bool = False
 
     def make(self) -> Any:
         """The kernel as numba has it."""
