@@ -5,6 +5,7 @@ from dataclasses import replace
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
@@ -13,8 +14,8 @@ from prefill_bench.expectations import CHUNK
 
 def attention_plan(geometry: ModelGeometry, chip: Chip) -> PrefillAttentionPlan:
     """The engine's plan for its chunks."""
-    g = geometry
-    return choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, ActivationTiles(g.q_dim, CHUNK), chip)
+    g, out = geometry, ActivationTiles(geometry.q_dim, CHUNK + MOST_PADDING)
+    return choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, out, chip)
 
 
 def other_plans(plan: PrefillAttentionPlan) -> dict[str, PrefillAttentionPlan]:

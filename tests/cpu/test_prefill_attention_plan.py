@@ -2,7 +2,7 @@
 
 import pytest
 
-from numba_atomflow.geometry import HEAD_DIMS
+from numba_atomflow.backends.cuda.families import HEAD_DIMS
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
 from numba_atomflow.ops.cuda.attention.prefill_split import make_find_work

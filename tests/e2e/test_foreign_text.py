@@ -13,6 +13,7 @@ from tiny_models import safetensors_bytes, write_json
 
 from numba_atomflow.cli import output
 from numba_atomflow.convert import convert
+from numba_atomflow.errors import SourceWarning
 from numba_atomflow.files.untrusted import escape_controls
 
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -62,7 +63,8 @@ def test_a_templates_refusal(cli: InProcess, tiny_folder: Path, tmp_path: Path) 
     write_json(
         folder / "tokenizer_config.json", config | {"chat_template": r"{{ raise_exception('\x1b]0;pwn\x07[red]') }}"}
     )
-    convert(folder, tmp_path / "m.safetensors")
+    with pytest.warns(SourceWarning, match=r"refuses this conversation: \\x1b\]0;pwn"):
+        convert(folder, tmp_path / "m.safetensors")
     outcome = cli("generate", "--chat", "hi", "--model", tmp_path / "m.safetensors")
     assert_refused_visibly(outcome.err, r"refuses this conversation: \x1b]0;pwn\x07[red]")
     assert outcome.code == 2
@@ -137,7 +139,8 @@ def talkative(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         folder / "tokenizer_config.json",
         config | {"chat_template": "{{ raise_exception([enable_thinking, tools] | tojson) }}"},
     )
-    return convert(folder, folder.parent / "m.safetensors")
+    with pytest.warns(SourceWarning, match="has a chat template with which `chat` may fail"):
+        return convert(folder, folder.parent / "m.safetensors")
 
 
 @pytest.mark.parametrize("command", [("generate", "--chat", "hi"), ("chat",)])
