@@ -20,7 +20,7 @@ from numba.core import config
 from numba_atomflow.errors import BackendError
 from numba_atomflow.host.machine_code import load_code
 
-SPIN_NS = 20_000  # of a waiting thread, before it sleeps: longer than what lies between two loops of a step
+SPIN_NS = 60_000  # of a waiting thread, before it sleeps: longer than what lies between two loops of a step
 _PREFIX = "atomflow_"
 # What kernels call: numba's names, and our functions with the same parameters.
 _FUNCTIONS = {
