@@ -16,6 +16,7 @@ additions of an element does not depend on `tile_tokens`.
 from typing import Any, NamedTuple
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
@@ -25,7 +26,6 @@ _ZERO, _ONE = f32(0.0), f32(1.0)
 _TWO_SETS = 128  # tokens of a tile, up to which there are registers for two units of weights
 _TURNS_FROM = 64  # tokens of a tile, from which warpgroups take turns
 _TURN_BARRIERS = 2  # the first of the named barriers at which warpgroups wait for their turn
-_CONSUMERS = 256
 
 
 class Pipeline(NamedTuple):
@@ -92,12 +92,12 @@ def make_turns(plan: GemmPlan) -> tuple[Any, Any]:
     @ptx.device_function
     def wait_for_turn(warpgroup):
         if takes_turns:
-            ptx.named_barrier_sync(u32(_TURN_BARRIERS + warpgroup), u32(_CONSUMERS))
+            ptx.named_barrier_sync(u32(_TURN_BARRIERS + warpgroup), u32(CONSUMERS))
 
     @ptx.device_function
     def pass_turn(warpgroup):
         if takes_turns:
-            ptx.named_barrier_arrive(u32(_TURN_BARRIERS + 1 - warpgroup), u32(_CONSUMERS))
+            ptx.named_barrier_arrive(u32(_TURN_BARRIERS + 1 - warpgroup), u32(CONSUMERS))
 
     return wait_for_turn, pass_turn
 

@@ -8,11 +8,11 @@ of which is 4 k-steps of 16: 16 registers of A, [k-step, (row g low, row g + 8 l
 from typing import Any, NamedTuple
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.gemm.plan import UNIT
 from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, TILE_ROWS, PrepackedLayout, make_offsets
 from numba_atomflow.ops.cuda.scalars import f32, u32
 
 A_REGISTERS = 16  # of a K block
-_UNIT = 128  # of K
 _SPAN_UNITS = 4  # units that are prefetched together
 _ZERO, _ONE = f32(0.0), f32(1.0)
 
@@ -110,7 +110,7 @@ def _make_fp16(layout: PrepackedLayout) -> WeightLoads:
 
 def _make_prefetch(layout: PrepackedLayout) -> tuple[Any, int]:
     """`WeightLoads.prefetch` and `span_units`. A span is a k-tile with its scales where the layout has k-tiles."""
-    groups, unit_groups = layout.groups, _UNIT // layout.group_in_features
+    groups, unit_groups = layout.groups, UNIT // layout.group_in_features
     if layout.split_rows:
         words, last_words, last = layout.k_tile_words, layout.last_k_tile_words, layout.k_tiles - 1
 

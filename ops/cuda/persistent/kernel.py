@@ -22,13 +22,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, float32, int64, uint16, uint32, uint64
+from numba import cuda, int64, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.comm.flagged import SPIN_LIMIT, Watchdog, ll_store_pair
 from numba_atomflow.ops.cuda.persistent.attention import LayerCache, make_attend
 from numba_atomflow.ops.cuda.persistent.epilogue import make_epilogue, make_load_ahead
-from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile, make_produce
+from numba_atomflow.ops.cuda.persistent.frame import make_frame
+from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile
 from numba_atomflow.ops.cuda.persistent.projection import BUFFER, CONSUMED, OpState, make_project
 from numba_atomflow.ops.cuda.persistent.schedule import (
     ATTENTION,
@@ -42,7 +43,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     make_kind_of,
 )
 from numba_atomflow.ops.cuda.persistent.split_kv import AttentionIo, make_kv_split
-from numba_atomflow.ops.cuda.persistent.staging import NormWeight, SharedMemory, make_stage, sync_consumers
+from numba_atomflow.ops.cuda.persistent.staging import NormWeight, make_stage, sync_consumers
 from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_record_clocks, make_timestamp
 from numba_atomflow.ops.cuda.runtime.spec import F32, F64, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 from numba_atomflow.ops.cuda.scalars import i32, u32
@@ -105,35 +106,7 @@ class PersistentArguments(NamedTuple):
 
 def make_persistent(shape: PersistentShape) -> Any:
     """Kernel (`PersistentArguments`)."""
-    ops, stages, table_start, full_start = shape.ops, shape.stages, shape.table_start, shape.full_start
-    produce, consume = make_produce(shape), _make_consume(shape)
-
-    @ptx.kernel(CTA_THREADS, 1)
-    def persistent(io):
-        words = cuda.shared.array(0, uint32)
-        floats = cuda.shared.array(0, float32)
-        halves = cuda.shared.array(0, uint16)
-        keys = cuda.shared.array(0, int64)
-        barriers = cuda.shared.array(0, uint64)
-        thread = i32(cuda.threadIdx.x)
-        entry = thread
-        while entry < 2 * ops:
-            words[table_start + entry] = u32(io.table[entry])
-            entry += CTA_THREADS
-        if thread == 0:
-            for barrier in range(2 * stages):  # full and empty
-                ptx.barrier_init(barriers, ptx.shared_address(barriers, full_start + barrier), 1)
-            ptx.fence_barriers()
-        cuda.syncthreads()
-        shared = SharedMemory(words, halves, floats, keys, barriers)
-        if thread < CONSUMER_THREADS:
-            consume(io, shared, thread)
-        elif thread == CONSUMER_THREADS:
-            limit = cuda.local.array(1, uint32)
-            limit[0] = u32(SPIN_LIMIT)
-            produce(io, shared, Watchdog(limit, io.fault))
-
-    return persistent
+    return make_frame(shape, _make_consume(shape))
 
 
 def _make_consume(shape: PersistentShape) -> Any:

@@ -13,11 +13,12 @@ Cost model: the bytes of weights and KV cache, once; the columns' words, which e
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from numba import cuda, float32, int64, uint16, uint32, uint64
+from numba import cuda, int64, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.comm.flagged import SPIN_LIMIT, Watchdog, ll_store_pair
-from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile, make_produce
+from numba_atomflow.ops.cuda.persistent.frame import make_frame
+from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile
 from numba_atomflow.ops.cuda.persistent.projection import BUFFER, CONSUMED
 from numba_atomflow.ops.cuda.persistent.schedule import (
     ATTENTION,
@@ -28,7 +29,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     layer_of,
     make_kind_of,
 )
-from numba_atomflow.ops.cuda.persistent.staging import NormWeight, SharedMemory, sync_consumers
+from numba_atomflow.ops.cuda.persistent.staging import NormWeight, sync_consumers
 from numba_atomflow.ops.cuda.persistent.wide_attention import LayerPast, make_attend_columns
 from numba_atomflow.ops.cuda.persistent.wide_epilogue import make_epilogue, make_load_ahead
 from numba_atomflow.ops.cuda.persistent.wide_projection import ColumnsState, make_project_columns
@@ -70,35 +71,7 @@ class WideArguments(NamedTuple):
 
 def make_wide(shape: PersistentShape) -> Any:
     """Kernel (`WideArguments`)."""
-    ops, stages, table_start, full_start = shape.ops, shape.stages, shape.table_start, shape.full_start
-    produce, consume = make_produce(shape), _make_consume(shape)
-
-    @ptx.kernel(CTA_THREADS, 1)
-    def wide(io):
-        words = cuda.shared.array(0, uint32)
-        floats = cuda.shared.array(0, float32)
-        halves = cuda.shared.array(0, uint16)
-        keys = cuda.shared.array(0, int64)
-        barriers = cuda.shared.array(0, uint64)
-        thread = i32(cuda.threadIdx.x)
-        entry = thread
-        while entry < 2 * ops:
-            words[table_start + entry] = u32(io.table[entry])
-            entry += CTA_THREADS
-        if thread == 0:
-            for barrier in range(2 * stages):  # full and empty
-                ptx.barrier_init(barriers, ptx.shared_address(barriers, full_start + barrier), 1)
-            ptx.fence_barriers()
-        cuda.syncthreads()
-        shared = SharedMemory(words, halves, floats, keys, barriers)
-        if thread < CONSUMER_THREADS:
-            consume(io, shared, thread)
-        elif thread == CONSUMER_THREADS:
-            limit = cuda.local.array(1, uint32)
-            limit[0] = u32(SPIN_LIMIT)
-            produce(io, shared, Watchdog(limit, io.fault))
-
-    return wide
+    return make_frame(shape, _make_consume(shape))
 
 
 def _make_consume(shape: PersistentShape) -> Any:
