@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from number_lists import list_of
 
 from numba_atomflow import AtomFlowError, Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
@@ -136,26 +137,12 @@ def _cell(times: dict[str, dict[int, float]], width: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=list(PRESETS), default="llama-3.2-3b")
-    parser.add_argument("--positions", type=_numbers, default=[0, 200, 1000, 4000])
-    parser.add_argument("--acceptance", type=_shares, default=[0.6, 0.8, 0.9])
+    parser.add_argument("--positions", type=list_of(int, "0,200,1000"), default=[0, 200, 1000, 4000])
+    parser.add_argument("--acceptance", type=list_of(float, "0.6,0.8"), default=[0.6, 0.8, 0.9])
     parser.add_argument("--tokens", type=int, default=400, help="of a reply")
     parser.add_argument("-r", "--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print a record")
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 0,200,1000") from None
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.6,0.8") from None
 
 
 if __name__ == "__main__":

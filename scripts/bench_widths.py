@@ -18,6 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before numba starts its threads
 
 import numpy as np
+from number_lists import list_of
 
 from numba_atomflow import AtomFlowError, Engine
 from numba_atomflow.backends.base import Backend
@@ -74,19 +75,12 @@ def _cell(times: dict[int, float], width: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    parser.add_argument("--widths", type=_numbers, default=[1, 2, 4, 8])
-    parser.add_argument("--positions", type=_numbers, default=[0, 500, 2000])
+    parser.add_argument("--widths", type=list_of(int, "1,2,4"), default=[1, 2, 4, 8])
+    parser.add_argument("--positions", type=list_of(int, "1,2,4"), default=[0, 500, 2000])
     parser.add_argument("--threads", type=int)
     parser.add_argument("-r", "--repeats", type=int, default=30)
     parser.add_argument("--json", action="store_true", help="print a record")
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,4") from None
 
 
 if __name__ == "__main__":

@@ -159,16 +159,8 @@ def perplexity(
     rows: Rows,
     out: Out,
     model: options.Model = DEFAULT_MODEL,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context", metavar="N", help="Tokens of a window.  [default: 1024, or less if the model has less]"
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option("--stride", metavar="M", help="New tokens of each window.  [default: half of the context]"),
-    ] = None,
+    context: options.Context = None,
+    stride: options.Stride = None,
     cluster: ClusterOptions,
     engine_options: ActorEngineOptions,
     as_json: options.Json = False,

@@ -105,6 +105,14 @@ PrefillChunk = Annotated[
         help="Tokens of a prompt at a time, on a GPU with gemm or fp8.  [default: 2048, or less if the context is]",
     ),
 ]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", help="Tokens of a window.  [default: 1024, or less if the model has less]"),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option("--stride", metavar="M", help="New tokens of each window.  [default: half of the context]"),
+]
 MaxSeqLen = Annotated[
     int | None,
     typer.Option(

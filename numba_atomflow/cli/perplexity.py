@@ -29,16 +29,8 @@ def perplexity(
     text: Annotated[
         Path, typer.Option("--text", metavar="FILE", help="The text to score, in UTF-8; - reads standard input.")
     ],
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context", metavar="N", help="Tokens of a window.  [default: 1024, or less if the model has less]"
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option("--stride", metavar="M", help="New tokens of each window.  [default: half of the context]"),
-    ] = None,
+    context: options.Context = None,
+    stride: options.Stride = None,
     reference: Annotated[
         str | None,
         typer.Option("--reference", metavar="SOURCE", help="Compare with the source that MODEL was converted from."),
