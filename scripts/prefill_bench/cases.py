@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from numba_atomflow.utils.stats import Spread
 
+BACK_TO_BACK = "back to back"  # of a part's sides: without a pause before a prompt
 PARTS = ("ceilings", "projections", "attention", "ttft", "requests", "decode")
 MODELS = ("llama-3.2-3b", "llama-3.1-8b", "llama-3.2-1b")
 PATHS = ("gemm", "gemv", "fp8")  # values of --prefill

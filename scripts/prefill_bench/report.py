@@ -5,7 +5,7 @@ from typing import Any
 
 from numba_atomflow.utils.stats import Spread
 from numba_atomflow.utils.tables import Style, render
-from prefill_bench.cases import PEER, REPLY, Case, Measured
+from prefill_bench.cases import BACK_TO_BACK, PEER, REPLY, Case, Measured
 from prefill_bench.expectations import predicted_seconds, target_ratio, target_seconds
 
 OURS = "ours"
@@ -105,6 +105,7 @@ def _others(measured: Measured, rival: str) -> str:
 def _ttft(rows: Sequence[Row]) -> Iterator[list[str]]:
     for case, measured in _of(rows, "ttft"):
         spread, target = measured.spread("ttft"), target_seconds(case)
+        back_to_back = measured.spread(BACK_TO_BACK)
         if spread is None:
             continue
         yield [
@@ -112,6 +113,7 @@ def _ttft(rows: Sequence[Row]) -> Iterator[list[str]]:
             case.subject,
             str(case.tokens),
             spread.text(2, 1e3),
+            _ABSENT if back_to_back is None else back_to_back.text(2, 1e3),
             f"{case.tokens / spread.median:.0f}",
             _seconds(predicted_seconds(case), 1e3, 2),
             _verdict(spread.median, target, at_least=False, factor=1e3),
@@ -172,10 +174,10 @@ _TABLES: tuple[tuple[str, list[str], Callable[[Sequence[Row]], Iterator[Sequence
         (0, 9),
     ),
     (
-        "Time to first token",
-        ["model", "prefill", "prompt", "TTFT ms", "tok/s", "predicted ms", "target ms", "notes"],
+        "Time to first token, after a pause",
+        ["model", "prefill", "prompt", "TTFT ms", "back to back", "tok/s", "predicted ms", "target ms", "notes"],
         _ttft,
-        (0, 1, 7),
+        (0, 1, 8),
     ),
     (
         f"Whole requests: prompt and a reply of {REPLY}; ratio: the peer's time over ours",

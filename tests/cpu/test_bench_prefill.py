@@ -243,8 +243,9 @@ def test_ceilings_and_decode_speed() -> None:
 
 def test_a_missed_target_is_said() -> None:
     case = Case("ttft", "llama-3.2-3b", "gemm", 512)
-    text = report.tables(record_of((case, Measured({"ttft": [8e-3]}))), "table")
+    text = report.tables(record_of((case, Measured({"ttft": [8e-3], "back to back": [9e-3]}))), "table")
     assert "7 MISSED" in text
+    assert "9.00 (9.00-9.00)" in text
     assert f"{1e3 * (predicted_seconds(case) or 0):.2f}" in text
 
 
