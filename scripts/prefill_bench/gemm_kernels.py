@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
-from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, GemmPlan, gemm_plan, mma_plan
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from prefill_bench.expectations import CHUNK

@@ -2,11 +2,11 @@
 
 import pytest
 
-from numba_atomflow.backends.cuda.buckets import buckets_up_to
 from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, choose_gemm_plan, gemm_plan, modelled_us
 from numba_atomflow.ops.cuda.gemm.wgmma import Shared
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.prefill.buckets import buckets_up_to
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 H200 = Chip(132, 232448, (9, 0))

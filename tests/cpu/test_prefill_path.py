@@ -17,13 +17,13 @@ pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is no
 from numba_atomflow import Engine
 from numba_atomflow.backends.base import PrefillPath
 from numba_atomflow.backends.cuda.backend import CudaBackend
-from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK, bucket_for, buckets_up_to
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
 from numba_atomflow.errors import BackendError
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, GateUp, LmHead, Qkv
 from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING
+from numba_atomflow.ops.cuda.prefill.buckets import DEFAULT_CHUNK, bucket_for, buckets_up_to
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 LAYERS, MAX_SEQ_LEN, CHUNK = 2, 300, 250

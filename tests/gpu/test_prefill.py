@@ -11,10 +11,10 @@ from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
-from numba_atomflow.backends.cuda.buckets import buckets_up_to
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.ops.cuda.prefill.buckets import buckets_up_to
 from numba_atomflow.validate import check, record
 
 LIMIT = 3e-3  # relative L2 of logits: activations are float16 (2^-11 per rounding, a few dozen of them)

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from numba_atomflow.backends.cuda.buckets import bucket_for
 from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import PrefillScratch
-from numba_atomflow.backends.cuda.prefill import PrefillKernels
 from numba_atomflow.backends.cuda.qkv_views import rotation_views, vector_views
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv
@@ -17,6 +15,8 @@ from numba_atomflow.ops.cuda.gemm.arguments import (
     GemmStoreArguments,
     GemmSwigluArguments,
 )
+from numba_atomflow.ops.cuda.prefill.buckets import bucket_for
+from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
 from numba_atomflow.ops.cuda.token.embedding import EmbedChunkArguments
 from numba_atomflow.ops.cuda.token.quantize_tiles import QuantizeTilesArguments

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from numba_atomflow.backends.cuda.buckets import bucket_for
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HEAD_FORMATS, HeadFormat
 from numba_atomflow.ops.cuda.attention.decode import attention_kernel
@@ -28,6 +27,7 @@ from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
 from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
 from numba_atomflow.ops.cuda.persistent.schedule import K_TILE_GROUPS, PersistentShape
 from numba_atomflow.ops.cuda.persistent.wide_kernel import wide_kernel
+from numba_atomflow.ops.cuda.prefill.buckets import bucket_for
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.advance import advance_kernel
@@ -38,7 +38,7 @@ from numba_atomflow.ops.cuda.token.rope import rope_kernel
 from numba_atomflow.ops.cuda.token.sample import sample_kernel
 
 if TYPE_CHECKING:
-    from numba_atomflow.backends.cuda.prefill import PrefillKernels
+    from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels
 
 WIDE_COLUMNS = (2, 4, 8)  # that the persistent kernel is compiled for, beside 1
 TOKEN_RING = 1024  # entries of the host ring; more than tokens that the host has not read yet
@@ -163,7 +163,7 @@ class ModelKernels:
         )
 
     def _prefill(self, chunk: int, *, fp8: bool) -> "PrefillKernels":
-        from numba_atomflow.backends.cuda.prefill import PrefillKernels  # a start without the GEMM path does without
+        from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels  # a start without the GEMM path does without
 
         return PrefillKernels(
             self.geometry,

@@ -21,7 +21,7 @@ from numba_atomflow.sampling import LEAST_TEMPERATURE, Sampler
 from numba_atomflow.utils.progress import Progress
 
 if TYPE_CHECKING:
-    from numba_atomflow.backends.cuda.prefill import PrefillKernels
+    from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels
 
 
 class DeviceModel:

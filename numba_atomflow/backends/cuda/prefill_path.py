@@ -3,9 +3,9 @@
 from typing import Literal
 
 from numba_atomflow.backends.base import Prefill, PrefillPath
-from numba_atomflow.backends.cuda.buckets import DEFAULT_CHUNK
 from numba_atomflow.errors import BackendError
 from numba_atomflow.ops.cuda.gemv.projections import MAX_GEMV_WIDTH
+from numba_atomflow.ops.cuda.prefill.buckets import DEFAULT_CHUNK
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 _MIN_CAPABILITY = (8, 0)  # cp.async

@@ -11,10 +11,8 @@ that of down always, are written in float16 and quantized by a kernel of their o
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
-from numba_atomflow.backends.cuda.buckets import bucket_for, buckets_up_to
-from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel
 from numba_atomflow.ops.cuda.attention.prefill_fp8 import HEAD_DIM as FP8_HEAD_DIM
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
@@ -26,8 +24,10 @@ from numba_atomflow.ops.cuda.gemm.kernels import (
     make_gemm_swiglu,
 )
 from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, GemmPlan, choose_gemm_plan
+from numba_atomflow.ops.cuda.gemv.projections import ModelSizes
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.prefill.buckets import bucket_for, buckets_up_to
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.embedding import embed_chunk_kernel, embed_ctas
@@ -37,6 +37,15 @@ from numba_atomflow.ops.cuda.token.rope import rope_chunk_kernel, rope_ctas
 
 HEAD_ROWS = 128  # most rows whose logits are computed at once: each takes 4 bytes per token of the vocabulary
 QUANTIZED = {"o": ("attn_out", "attn_out_fp8"), "down": ("intermediate", "intermediate_fp8")}  # float16 and FP8 tiles
+
+
+class DecoderSizes(ModelSizes, Protocol):
+    """What the kernels of its prompts depend on: of a `ModelGeometry`."""
+
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def qk_norm(self) -> bool: ...
 
 
 class PrefillKernels:
@@ -57,7 +66,7 @@ class PrefillKernels:
 
     def __init__(
         self,
-        geometry: ModelGeometry,
+        geometry: DecoderSizes,
         chip: Chip,
         layouts: Mapping[str, PrepackedLayout],
         *,
