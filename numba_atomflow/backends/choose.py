@@ -1,6 +1,6 @@
 """The backend that runs a model: a GPU where there is a usable one, else the CPU."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.errors import BackendError, OptionError
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.utils.arguments import whole_number
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 BackendName = Literal["auto", "cpu", "cuda"]
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 1 << 14  # tokens of a prefill step on the GEMM path
 NAMES = ("auto", "cpu", "cuda")
+Gpus = int | Literal["all"] | Sequence[int]  # how many GPUs share a model, or which ones
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class BackendChoice:
         prefill: of the CUDA backend; anything but "auto" requires that backend.
         prefill_chunk: most tokens of a prefill step on the GEMM path; None: its default; otherwise that backend is
             required.
+        gpus: how many GPUs share the model, counted from `device_ordinal` on, or "all", or the numbers of these GPUs;
+            anything but 1 requires the CUDA backend.
 
     Raises:
         BackendError: there is no such backend.
@@ -44,6 +48,7 @@ class BackendChoice:
     device_ordinal: int = 0
     prefill: Prefill = "auto"
     prefill_chunk: int | None = None
+    gpus: Gpus = 1
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -58,6 +63,7 @@ class BackendChoice:
             if self.threads is not None:
                 raise OptionError(f"--threads is for the CPU backend and {option} for the CUDA one; leave one out.")
         self._check_prefill_chunk()
+        self._check_gpus()
         if whole_number("device", self.device_ordinal) != 0 and (self.name == "cpu" or self.threads is not None):
             raise OptionError(f"device {self.device_ordinal} is a GPU; leave it out, or use the CUDA backend.")
 
@@ -65,6 +71,8 @@ class BackendChoice:
         """The options for the CUDA backend that are not at their defaults."""
         options = {"--decode": self.decode, "--prefill": self.prefill}
         given = [f"{name} {value}" for name, value in options.items() if value != "auto"]
+        if self.gpus != 1:
+            given.append(f"--gpus {self.gpus if isinstance(self.gpus, int | str) else len(self.gpus)}")
         return given if self.prefill_chunk is None else [*given, f"--prefill-chunk {self.prefill_chunk}"]
 
     def _check_prefill_chunk(self) -> None:
@@ -75,6 +83,45 @@ class BackendChoice:
             raise OptionError(f"--prefill-chunk {chunk} is not for --prefill gemv; leave one of them out.")
         if not SMALLEST_CHUNK <= chunk <= LARGEST_CHUNK:
             raise OptionError(f"--prefill-chunk is {chunk}; it must be from {SMALLEST_CHUNK} to {LARGEST_CHUNK}.")
+
+    def _check_gpus(self) -> None:
+        if isinstance(self.gpus, int) and self.gpus >= 1 and not isinstance(self.gpus, bool):
+            several = self.gpus > 1
+        elif isinstance(self.gpus, list | tuple) and self.gpus and self.device_ordinal == 0:
+            several = [whole_number("a GPU of gpus", number) for number in self.gpus] != [0]
+        elif self.gpus == "all":
+            several = True
+        else:
+            raise OptionError(
+                f"gpus is {quote(self.gpus)}; it must be a whole number from 1 on, 'all', or, without `device`, a list "
+                "of numbers of GPUs."
+            )
+        if not several:
+            return
+        for option, value in (("--decode", self.decode), ("--prefill", self.prefill)):
+            if value not in ("auto", "persistent"):
+                raise OptionError(f"{option} {value} is for one GPU; leave it out, or use --gpus 1.")
+        if self.prefill_chunk is not None:
+            raise OptionError("--prefill-chunk is for one GPU; leave it out, or use --gpus 1.")
+
+    @property
+    def gpu_ordinals(self) -> tuple[int, ...]:
+        """The numbers of the GPUs that share the model; asks the driver how many there are where that matters.
+
+        Raises:
+            BackendError: there is no driver.
+        """
+        first = self.device_ordinal
+        if self.gpus == "all":
+            from numba_atomflow.device.driver import gpu_count
+
+            return tuple(range(first, max(gpu_count(), first + 1)))
+        return tuple(range(first, first + self.gpus)) if isinstance(self.gpus, int) else tuple(map(int, self.gpus))
+
+    @property
+    def gpu_count(self) -> int:
+        """How many GPUs share the model, whether or not there are so many."""
+        return len(self.gpu_ordinals)
 
     @property
     def needs_gpu(self) -> bool:

@@ -22,6 +22,7 @@ Examples:
   numba-atomflow info smollm2-135m-instruct            geometry, sizes, memory plan
   numba-atomflow info my-model.safetensors --verify    read every weight
   numba-atomflow info my-model.safetensors --max-seq-len 2048 --backend cuda --json
+  numba-atomflow info my-model.safetensors --gpus 4    the memory plan of each of four GPUs
 """
 
 Table = list[tuple[str, str]]
@@ -35,6 +36,7 @@ def info(
     max_seq_len: options.MaxSeqLen = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read and check every weight.")] = False,
     backend: options.Backend = options.BackendChoice.AUTO,
+    gpus: options.Gpus = "1",
     as_json: options.Json = False,
 ) -> None:
     """Show a checkpoint, or this machine.
@@ -42,8 +44,13 @@ def info(
     Of a checkpoint: geometry, sizes and memory plan. Without MODEL: this machine and its versions.
     """
     if model is None:
-        if verify or max_seq_len is not None or backend != "auto":
-            option = "--verify" if verify else "--max-seq-len" if max_seq_len is not None else "--backend"
+        given = {
+            "--verify": verify,
+            "--max-seq-len": max_seq_len,
+            "--backend": backend != "auto",
+            "--gpus": gpus != "1",
+        }
+        for option in (name for name, value in given.items() if value):
             raise OptionError(f"{option} needs a model; name a checkpoint.")
         _show(_machine(), as_json, _machine_table)
         return
@@ -54,7 +61,7 @@ def info(
     with Checkpoint.open(find_checkpoint(model)) as checkpoint:
         if verify:
             checkpoint.verify()
-        _show(_model(checkpoint, max_seq_len, verify, backend), as_json, _model_table)
+        _show(_model(checkpoint, max_seq_len, verify, backend, gpus), as_json, _model_table)
 
 
 def _show(record: dict[str, Any], as_json: bool, table: Any) -> None:
@@ -72,7 +79,7 @@ def _show(record: dict[str, Any], as_json: bool, table: Any) -> None:
 
 
 def _model(
-    checkpoint: "Checkpoint", max_seq_len: int | None, verified: bool, backend: options.BackendChoice
+    checkpoint: "Checkpoint", max_seq_len: int | None, verified: bool, backend: options.BackendChoice, gpus: str
 ) -> dict[str, Any]:
     geometry = checkpoint.geometry
     return {
@@ -89,20 +96,31 @@ def _model(
             "eos_ids": list(checkpoint.text.eos_ids),
         },
         "verified": verified,
-        "memory_plan": _memory_plan(checkpoint, max_seq_len, backend),
+        "memory_plan": _memory_plan(checkpoint, max_seq_len, backend, gpus),
     }
 
 
-def _memory_plan(checkpoint: "Checkpoint", max_seq_len: int | None, backend: options.BackendChoice) -> dict[str, Any]:
-    """What loading would allocate: on the CPU the weights stay in the mapped file, on a GPU they are copied."""
-    from numba_atomflow.backends.choose import gpu_is_usable
+def _memory_plan(
+    checkpoint: "Checkpoint", max_seq_len: int | None, backend: options.BackendChoice, gpus: str
+) -> dict[str, Any]:
+    """What loading would allocate: on the CPU the weights stay in the mapped file, on a GPU they are copied; with
+    several GPUs, on each of them.
+    """
+    from numba_atomflow.backends.choose import BackendChoice, gpu_is_usable
     from numba_atomflow.context import choose_max_seq_len
 
     positions = choose_max_seq_len(checkpoint.geometry, max_seq_len)
-    if backend == "cuda" or (backend == "auto" and gpu_is_usable()):
+    mapped: dict[str, int] = {}
+    count = BackendChoice(backend.value, gpus=options.gpus_of(gpus)).gpu_count
+    if count > 1:
+        from numba_atomflow.backends.cuda.tensor_parallel.plan import plan_for_gpus
+
+        name = "cuda"
+        plan, device = plan_for_gpus(checkpoint.geometry, checkpoint.head, positions, count)
+    elif backend == "cuda" or (backend == "auto" and gpu_is_usable()):
         from numba_atomflow.backends.cuda.plan import plan_for_this_gpu
 
-        name, mapped = "cuda", {}
+        name = "cuda"
         plan, device = plan_for_this_gpu(checkpoint.geometry, checkpoint.head, positions)
     else:
         from numba_atomflow.backends.cpu import cpu_plan
@@ -117,6 +135,7 @@ def _memory_plan(checkpoint: "Checkpoint", max_seq_len: int | None, backend: opt
         "allocated_bytes": {pool: count for pool, count in plan.pool_bytes().items() if pool not in mapped},
         "allocated_total": plan.total,
         "device": device,
+        "gpus": count if name == "cuda" else 0,
         "buffers": [
             {"pool": b.pool, "name": b.name, "shape": list(b.shape), "dtype": b.dtype, "bytes": b.nbytes}
             for b in plan.buffers
@@ -171,7 +190,8 @@ def _of_device(plan: dict[str, Any]) -> str:
     if not device:
         return "without the weights"
     free, total = output.size(device["free_bytes"]), output.size(device["memory_bytes"])
-    return f"in one allocation; {device['name']} has {free} free of {total}"
+    each = f" on each of {plan['gpus']} GPUs" if plan["gpus"] > 1 else ""
+    return f"in one allocation{each}; {device['name']} has {free} free of {total}"
 
 
 def _paths(plan: dict[str, Any]) -> Table:

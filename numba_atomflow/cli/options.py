@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ from numba_atomflow.cli.option_groups import OptionGroup
 from numba_atomflow.errors import OptionError
 from numba_atomflow.files.destination import check_destination_in_folder
 from numba_atomflow.files.text_input import read_text_file
+from numba_atomflow.files.untrusted import quote
 
 if TYPE_CHECKING:
     from numba_atomflow.constraints import Constraint
@@ -97,6 +98,14 @@ Prefill = Annotated[
         "tokens (gemm), or those with activations in FP8 (fp8); auto: gemm, from compute capability 8.0 on.",
     ),
 ]
+Gpus = Annotated[
+    str,
+    typer.Option(
+        "--gpus",
+        metavar="N",
+        help="GPUs that share the model, each with its part of every matrix: a number, or all.",
+    ),
+]
 PrefillChunk = Annotated[
     int | None,
     typer.Option(
@@ -166,6 +175,19 @@ class EngineOptions(OptionGroup):
     def on_cpu(self) -> "EngineOptions":
         """The same for the CPU backend, without what only the CUDA backend has."""
         return EngineOptions(BackendChoice.CPU, threads=self.threads, private_copy=self.private_copy)
+
+
+def gpus_of(text: str) -> int | Literal["all"]:
+    """The value of --gpus.
+
+    Raises:
+        OptionError: it is neither a whole number from 1 on nor "all".
+    """
+    if text == "all":
+        return "all"
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text)):
+        raise OptionError(f"--gpus is {quote(text)}; it must be a whole number from 1 on, or all.")
+    return int(text)
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

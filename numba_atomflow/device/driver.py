@@ -231,6 +231,21 @@ def open_device(device_ordinal: int = 0) -> Device:
                 return device
 
 
+def gpu_count() -> int:
+    """GPUs that the driver sees (CUDA_VISIBLE_DEVICES).
+
+    Raises:
+        BackendError: there is no driver, or no bindings.
+    """
+    global _initialised_in  # noqa: PLW0603
+    if _initialised_in not in (None, os.getpid()):
+        raise _forked()
+    with deferred_interrupts(), _lock:
+        call("cuInit", 0)
+        _initialised_in = os.getpid()
+        return int(call("cuDeviceGetCount"))
+
+
 def _check_ordinal(device_ordinal: int) -> None:
     gpus = int(call("cuDeviceGetCount"))
     if gpus == 0:

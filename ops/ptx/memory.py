@@ -173,6 +173,27 @@ def ll_store(array, index, low, high):
     array[index] = int(low) | int(high) << 32
 
 
+@instruction(
+    "{ .reg .b64 a, b; ld.relaxed.sys.global.v2.b64 {a, b}, [$4]; mov.b64 {$0, $1}, a; mov.b64 {$2, $3}, b; }",
+    (u32,) * 4,
+    (ADDRESS,),
+    memory=True,
+)
+def ll_load_sys(array, index):
+    """`ll_load` of words that other GPUs may be writing."""
+    first, second = int(array[index]), int(array[index + 1])
+    back_off(int(index), (first, second))
+    return first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32
+
+
+@instruction(
+    "{ .reg .b64 a; mov.b64 a, {$1, $2}; st.relaxed.sys.global.b64 [$0], a; }", (), (ADDRESS, u32, u32), memory=True
+)
+def ll_store_sys(array, index, low, high):
+    """`ll_store` for readers on other GPUs, too; the array may be another GPU's."""
+    array[index] = int(low) | int(high) << 32
+
+
 @instruction("prefetch.global.L2 [$0];", (), (ADDRESS,), effect=True)
 def prefetch_l2(array, index):
     """Prefetch the cache line of an element into L2. A hint without a result."""

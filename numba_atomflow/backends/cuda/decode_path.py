@@ -1,7 +1,7 @@
 """How decode steps run: the captured graph of a step's kernels, or one persistent kernel where it can run."""
 
 from numba_atomflow.backends.base import Decode, DecodePath, Verification
-from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.backends.cuda.kernels import ModelKernels, has_separate_rope
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HeadFormat
@@ -52,7 +52,7 @@ def choose_decode_path(kernels: ModelKernels, requested: Decode) -> DecodePath:
     """
     if requested == "graph":
         return DecodePath("graph", "it was requested")
-    obstacle = _obstacle(kernels)
+    obstacle = model_obstacle(kernels.geometry, kernels.chip) or kernels.persistent_shape.refusal()
     if obstacle is None:
         return DecodePath("persistent")
     if requested == "persistent":
@@ -60,17 +60,17 @@ def choose_decode_path(kernels: ModelKernels, requested: Decode) -> DecodePath:
     return DecodePath("graph", obstacle)
 
 
-def _obstacle(kernels: ModelKernels) -> str | None:
-    """Why the persistent kernel cannot run, as a clause; None if it can."""
-    capability = kernels.chip.capability
+def model_obstacle(geometry: ModelGeometry, chip: Chip) -> str | None:
+    """Why the persistent kernel cannot run a model, however it is cut, as a clause; None if it can."""
+    capability = chip.capability
     if capability < _MIN_CAPABILITY:
         has, needed = (".".join(map(str, version)) for version in (capability, _MIN_CAPABILITY))
         return f"this GPU's compute capability is {has}, and bulk copies need {needed}"
-    if kernels.separate_rope_kernel:
+    if has_separate_rope(geometry):
         return "the model's RoPE is a kernel of its own"
-    if len(tables_of(kernels.geometry)) > 1:
+    if len(tables_of(geometry)) > 1:
         return "the model's layers have different RoPE"
-    return kernels.persistent_shape.refusal()
+    return None
 
 
 def verification_of(kernels: ModelKernels) -> Verification:

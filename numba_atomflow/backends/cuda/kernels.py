@@ -44,6 +44,11 @@ WIDE_COLUMNS = (2, 4, 8)  # that the persistent kernel is compiled for, beside 1
 TOKEN_RING = 1024  # entries of the host ring; more than tokens that the host has not read yet
 
 
+def has_separate_rope(geometry: ModelGeometry) -> bool:
+    """Whether RoPE is a kernel of its own, because a bias or norms of whole heads come between QKV and RoPE."""
+    return geometry.qkv_bias or geometry.qk_norm
+
+
 class ModelKernels:
     """The kernels of one geometry on one chip.
 
@@ -110,8 +115,8 @@ class ModelKernels:
 
     @property
     def separate_rope_kernel(self) -> bool:
-        """Whether RoPE is a kernel of its own, because a bias or norms of whole heads come between QKV and RoPE."""
-        return self.geometry.qkv_bias or self.geometry.qk_norm
+        """As `has_separate_rope`."""
+        return has_separate_rope(self.geometry)
 
     def layout_of(self, part: str) -> PrepackedLayout:
         """The prepacked layout of a part of the checkpoint, such as ``layer.3.qkv`` or ``embedding``."""

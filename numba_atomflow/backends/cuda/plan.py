@@ -1,6 +1,6 @@
 """What the CUDA backend keeps in its arena: its one allocation of device memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, Self
 
@@ -17,6 +17,7 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.model.buffers import StepSizes, step_buffers
 from numba_atomflow.model.formats import GPU_KV, HeadFormat
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 
 MIN_STAGING_BYTES = 4 << 20  # of memory after the weights, where loading stages what it prepacks
@@ -122,7 +123,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         keep_qkv=kernels.separate_rope_kernel,
     )
     buffers = [
-        *weight_buffers(kernels),
+        *weight_buffers(g, kernels.layout_of),
         *step_buffers(g, sizes),
         *AttentionScratch.plan([kernels.attention_shape(width) for width in kernels.gemv_widths]),
         *SamplingState.plan(g.vocabulary),
@@ -134,10 +135,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
     if kernels.persistent:
         buffers += persistent_buffers(kernels.persistent_shape)
         buffers += verification_buffers(kernels)
-    staging_bytes = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
-    if staging_bytes < MIN_STAGING_BYTES:
-        buffers.append(Buffer("workspace", "staging", (MIN_STAGING_BYTES - staging_bytes,), "uint8"))
-    return plan_memory(buffers)
+    return plan_memory(with_staging(buffers))
 
 
 def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: int) -> tuple[MemoryPlan, dict[str, Any]]:
@@ -158,14 +156,22 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
         return cuda_plan(kernels, max_seq_len), record
 
 
-def weight_buffers(kernels: ModelKernels) -> list[Buffer]:
+def weight_buffers(geometry: ModelGeometry, layout_of: Callable[[str], PrepackedLayout]) -> list[Buffer]:
     """One buffer for each projection, prepacked, and for each vector; named as parts of the checkpoint."""
-    shapes = kernels.geometry.parameters()
+    shapes = geometry.parameters()
     buffers = []
-    for part, tensors in fusion(kernels.geometry).items():
+    for part, tensors in fusion(geometry).items():
         if len(shapes[tensors[0]]) == 1:
             rows = sum(shapes[name][0] for name in tensors)
             buffers.append(Buffer("weights", part, (rows,), "float32"))
         else:
-            buffers.append(Buffer("weights", part, (kernels.layout_of(part).words,), "uint32"))
+            buffers.append(Buffer("weights", part, (layout_of(part).words,), "uint32"))
     return buffers
+
+
+def with_staging(buffers: list[Buffer]) -> list[Buffer]:
+    """The buffers, and as much more as loading needs beside the weights to stage what it prepacks."""
+    rest = sum(buffer.nbytes for buffer in buffers if buffer.pool != "weights")
+    if rest >= MIN_STAGING_BYTES:
+        return buffers
+    return [*buffers, Buffer("workspace", "staging", (MIN_STAGING_BYTES - rest,), "uint8")]

@@ -127,6 +127,7 @@ class MailboxOffsets(NamedTuple):
         q, k, v: of the token, rotated; pairs of float16 that RoPE rotates together.
         attn_out, intermediate: pairs of float16.
         partials, softmax_stats: of the KV splits: weighted sums of values, and (m, l) of each.
+        best_keys: of each rank, the sort key of its most likely token, in two words; none with one GPU.
         end: words in all.
     """
 
@@ -141,12 +142,31 @@ class MailboxOffsets(NamedTuple):
     intermediate: int
     partials: int
     softmax_stats: int
+    best_keys: int
     end: int
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """What a rank's kernel knows of the whole model, where several GPUs share it (tensor parallelism).
+
+    Attributes:
+        ranks: GPUs, from 2 on.
+        gpu_sms: SMs of a whole GPU: on them the number of KV splits depends, so that it is that of one GPU.
+        vocabulary: rows of the LM head of all ranks together.
+    """
+
+    ranks: int
+    gpu_sms: int
+    vocabulary: int
 
 
 @dataclass(frozen=True)
 class PersistentShape:
     """Everything that the kernel is compiled for.
+
+    With `rank`, heads, KV heads, `intermediate` and the rows of all projections are a rank's own; `hidden` and what
+    projections read are the model's.
 
     Attributes:
         sms: CTAs of the launch.
@@ -158,6 +178,7 @@ class PersistentShape:
         poll_interval_ns: between two polls of the mailbox.
         trace: every CTA writes timestamps.
         columns: tokens of a step, one after the other: 1, or 2, 4 or 8 for the kernel of `wide_kernel.py`.
+        rank: what there is beside this rank's part; None: one GPU has the whole model.
     """
 
     layers: int
@@ -181,6 +202,7 @@ class PersistentShape:
     poll_interval_ns: int = 30
     trace: bool = False
     columns: int = 1
+    rank: RankShape | None = None
 
     # --- ops and their work tiles ------------------------------------------------------------------------------------
 
@@ -255,7 +277,20 @@ class PersistentShape:
     @property
     def kv_splits(self) -> int:
         """CTAs per KV head at most (split-KV)."""
-        return max(1, min(MAX_KV_SPLITS, self.sms // self.kv_heads))
+        sms, kv_heads = self.sms, self.kv_heads
+        if self.rank is not None:
+            sms, kv_heads = self.rank.gpu_sms, self.kv_heads * self.rank.ranks
+        return max(1, min(MAX_KV_SPLITS, sms // kv_heads))
+
+    @property
+    def ranks(self) -> int:
+        """GPUs that share the model."""
+        return 1 if self.rank is None else self.rank.ranks
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token, of all ranks together."""
+        return self.lm_head.out_features if self.rank is None else self.rank.vocabulary
 
     # --- shared memory, in 32-bit words ------------------------------------------------------------------------------
 
@@ -368,10 +403,11 @@ class PersistentShape:
             "q": self.heads * self.head_dim // 2,
             "k": self.kv_heads * self.head_dim // 2,
             "v": self.kv_heads * self.head_dim // 2,
-            "attn_out": self.heads * self.head_dim // 2,
-            "intermediate": self.intermediate // 2,
+            "attn_out": self.o.in_features // 2,
+            "intermediate": self.down.in_features // 2,
             "partials": self.kv_splits * self.heads * self.head_dim,
             "softmax_stats": self.kv_splits * self.heads * 2,
+            "best_keys": 0 if self.rank is None else 2 * self.ranks,
         }
         starts, end = {}, 0
         for name, size in sizes.items():
@@ -389,7 +425,7 @@ class PersistentShape:
             return "its widths are not multiples of 16"
         if self.query_group > MAX_QUERY_GROUP:
             return f"{self.query_group} heads share a key/value head, and {MAX_QUERY_GROUP} is the most"
-        if self.kv_heads > self.sms:
+        if self.kv_heads * self.kv_splits > self.sms:
             return f"it has more key/value heads than this GPU has SMs ({self.sms})"
         if self.stages < max(CONSUMER_WARPS, self.copies_in_flight + 1):
             return f"{self.shared_bytes // 1024} KB of shared memory leave no room for a pipeline of weights"

@@ -1,0 +1,1 @@
+"""One model on several GPUs: each, a rank, has a part of every projection's rows, and of the heads."""

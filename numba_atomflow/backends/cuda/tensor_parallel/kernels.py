@@ -1,0 +1,102 @@
+"""The kernels of a rank: the persistent kernel for its share of a model, and those that choose a token after it."""
+
+from dataclasses import replace
+from functools import cached_property
+
+from numba_atomflow.backends.cuda.decode_path import model_obstacle
+from numba_atomflow.backends.cuda.kernels import TOKEN_RING
+from numba_atomflow.errors import BackendError
+from numba_atomflow.model.formats import HEAD_FORMATS, HeadFormat
+from numba_atomflow.model.sharding import Sharding
+from numba_atomflow.ops.cuda.gemv.projections import kind_of, projection_layouts
+from numba_atomflow.ops.cuda.layout.prepack import prepack_fp16_kernel, prepack_kernel
+from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
+from numba_atomflow.ops.cuda.persistent.schedule import K_TILE_GROUPS, PersistentShape, RankShape
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import Planned
+from numba_atomflow.ops.cuda.token.advance import advance_kernel
+from numba_atomflow.ops.cuda.token.logprobs import logprobs_kernel
+from numba_atomflow.ops.cuda.token.sample import sample_kernel
+
+
+class RankKernels:
+    """The kernels of any rank: all ranks run the same ones.
+
+    Args:
+        chip: of each of the GPUs. head: format of the LM head.
+        ranks_per_gpu: that share a GPU, each with its share of the SMs: more than one only to test without a second.
+
+    Raises:
+        BackendError: the persistent kernel cannot run the model on such a GPU.
+    """
+
+    def __init__(self, sharding: Sharding, chip: Chip, head: HeadFormat = "fp8", *, ranks_per_gpu: int = 1) -> None:
+        self.sharding, self.geometry, self.head = sharding, sharding.geometry, head
+        self.chip, self.ranks_per_gpu = chip, ranks_per_gpu
+        obstacle = model_obstacle(self.geometry, chip) or self.persistent_shape.refusal()
+        if obstacle:
+            raise BackendError(
+                f"Several GPUs share a model in the persistent kernel alone, and it cannot run because {obstacle}; "
+                "use --gpus 1."
+            )
+
+    @cached_property
+    def layouts(self) -> dict[str, PrepackedLayout]:
+        """The prepacked layout of a rank's rows of each kind of projection, and of the embedding."""
+        sharding, g = self.sharding, self.geometry
+        own = sharding.rank_geometry
+        rows = {
+            "embedding": sharding.vocabulary_rows,
+            "qkv": own.q_dim + 2 * own.kv_dim,
+            "o": sharding.hidden_rows,
+            "gate_up": 2 * own.ffn,
+            "down": sharding.hidden_rows,
+            "lm_head": sharding.vocabulary_rows,
+        }
+        whole = projection_layouts(g, self.chip, head=HEAD_FORMATS[self.head], k_tile=K_TILE_GROUPS)
+        layouts = {kind: replace(layout, out_features=rows[kind]) for kind, layout in whole.items()}
+        layouts["gate_up"] = replace(layouts["gate_up"], half=own.ffn)
+        return layouts
+
+    def layout_of(self, part: str) -> PrepackedLayout:
+        """The prepacked layout of a rank's rows of a part of the checkpoint."""
+        return self.layouts[kind_of(part)]
+
+    @cached_property
+    def persistent_shape(self) -> PersistentShape:
+        """How the persistent kernel is cut for a rank."""
+        own, layouts = self.sharding.rank_geometry, self.layouts
+        return PersistentShape(
+            layers=own.layers,
+            hidden=own.hidden,
+            intermediate=own.ffn,
+            heads=own.heads,
+            kv_heads=own.kv_heads,
+            head_dim=own.head_dim,
+            eps=own.norm_eps,
+            sms=self.chip.sms // self.ranks_per_gpu,
+            shared_bytes=self.chip.shared_bytes,
+            qkv=layouts["qkv"],
+            o=layouts["o"],
+            gate_up=layouts["gate_up"],
+            down=layouts["down"],
+            lm_head=layouts["lm_head"],
+            embedding=layouts["embedding"],
+            rank=RankShape(self.sharding.ranks, self.chip.sms, self.geometry.vocabulary),
+        )
+
+    @cached_property
+    def planned(self) -> dict[str, Planned]:
+        """All kernels by name."""
+        vocabulary, dependent = self.geometry.vocabulary, self.chip.dependent_launch
+        kernels = [
+            prepack_kernel(self.chip.fp8_converter),
+            persistent_kernel(self.persistent_shape),
+            sample_kernel(vocabulary, dependent),
+            logprobs_kernel(vocabulary, dependent),
+            advance_kernel(TOKEN_RING, sampled=True, dependent=dependent),
+        ]
+        if not HEAD_FORMATS[self.head].scaled:
+            kernels.append(prepack_fp16_kernel())
+        return {kernel.spec.name: kernel for kernel in kernels}

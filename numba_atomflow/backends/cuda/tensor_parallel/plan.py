@@ -1,0 +1,63 @@
+"""What each rank keeps in its arena."""
+
+from dataclasses import asdict
+from typing import Any
+
+from numba_atomflow.backends.base import DecodePath, PrefillPath
+from numba_atomflow.backends.cuda.families import check_family
+from numba_atomflow.backends.cuda.persistent import persistent_buffers
+from numba_atomflow.backends.cuda.plan import SamplingState, weight_buffers, with_staging
+from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
+from numba_atomflow.device.resources import DeviceResources
+from numba_atomflow.geometry import GROUP, ModelGeometry
+from numba_atomflow.memory.plan import MemoryPlan, plan_memory
+from numba_atomflow.model.buffers import StepSizes, step_buffers
+from numba_atomflow.model.formats import GPU_KV, HeadFormat
+from numba_atomflow.model.sharding import Sharding
+from numba_atomflow.ops.cuda.runtime.chip import chip_of
+
+DECODE = DecodePath("persistent")
+PREFILL = PrefillPath("gemv", "several GPUs run prompts in decode steps, one token at a time")
+
+
+def rank_plan(kernels: RankKernels, max_seq_len: int) -> MemoryPlan:
+    """A rank's rows of the weights, its heads' KV cache, and activations; the same sizes on every rank.
+
+    The residual stream and the logits are whole on every rank; of q, attn_out and intermediate each has its own part.
+    """
+    sizes = StepSizes(
+        max_seq_len=max_seq_len,
+        step_tokens=1,
+        head_rows=1,
+        activation="float16",
+        cache=GPU_KV,
+        pad_multiple=GROUP,
+        keep_qkv=False,
+    )
+    buffers = [
+        *weight_buffers(kernels.geometry, kernels.layout_of),
+        *step_buffers(kernels.sharding.rank_geometry, sizes),
+        *SamplingState.plan(kernels.geometry.vocabulary),
+        *persistent_buffers(kernels.persistent_shape),
+    ]
+    return plan_memory(with_staging(buffers))
+
+
+def plan_for_gpus(
+    geometry: ModelGeometry, head: HeadFormat, max_seq_len: int, gpus: int
+) -> tuple[MemoryPlan, dict[str, Any]]:
+    """The plan of each of so many GPUs like the first of this machine, and a record of that one: name, memory and free
+    memory in bytes, how it runs decode steps and prompts.
+
+    Raises:
+        OptionError: they cannot share the model.
+        BackendError: there is no usable GPU, or it has no kernels for the model.
+    """
+    check_family(geometry, max_seq_len)
+    sharding = Sharding(geometry, gpus)
+    with DeviceResources() as owner:
+        device = owner.open()
+        kernels = RankKernels(sharding, chip_of(device), head)
+        record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
+        record |= {"decode": asdict(DECODE), "prefill": asdict(PREFILL)}
+        return rank_plan(kernels, max_seq_len), record
