@@ -145,7 +145,9 @@ class CacheOptions(OptionGroup):
     token_budget: Annotated[
         int | None,
         typer.Option(
-            "--token-budget", metavar="N", help="Maximum number of tokens per step.  [default: what the device allows]"
+            "--token-budget",
+            metavar="N",
+            help="Maximum number of tokens per step, of prompts too.  [default: what the device allows]",
         ),
     ] = None
 

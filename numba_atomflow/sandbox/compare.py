@@ -223,7 +223,7 @@ class _SkipPrefill:
 
     def __init__(self, runner: Runner, max_batched_tokens: int) -> None:
         self._runner = runner
-        self.max_batched_tokens = max_batched_tokens
+        self.max_batched_tokens, self.prefill_chunk = max_batched_tokens, 0
         self.sizes, self.block_table, self.block_size = runner.sizes, runner.block_table, runner.block_size
 
     def block_table_changed(self, dirty: Mapping[int, tuple[int, int]]) -> None:

@@ -43,6 +43,7 @@ class CpuRunner:
     """
 
     max_batched_tokens = MAX_BATCHED_TOKENS
+    prefill_chunk = 0
 
     def __init__(
         self,

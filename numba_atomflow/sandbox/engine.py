@@ -61,7 +61,8 @@ class ServingEngine:
 
     Args:
         runner: prepared; the caller closes it.
-        token_budget: the most tokens of a step; `runner.max_batched_tokens` if None.
+        token_budget: the most tokens of a step. If None, `runner.max_batched_tokens`, and long prompts have steps of
+            their own with up to `runner.prefill_chunk`.
         max_sequences: the most running requests; if None, the rows of the block table, up to the token budget.
         block_order: in which KV blocks are first allocated.
 
@@ -89,7 +90,8 @@ class ServingEngine:
             raise OptionError(f"max_sequences is {sequences}; the block table has {rows} rows.")
         self.runner = runner
         self.manager = BlockManager(runner.sizes.slots // runner.block_size, runner.block_size, block_order)
-        self.scheduler = Scheduler(self.manager, BlockTable(runner.block_table), budget, sequences)
+        chunk = runner.prefill_chunk if token_budget is None else 0
+        self.scheduler = Scheduler(self.manager, BlockTable(runner.block_table), budget, sequences, chunk)
         self.now = 0.0
         self.steps: list[StepRecord] = []
         self.finished: list[Request] = []

@@ -2,6 +2,8 @@
 
 A step's batch (positions, slots, rows of the block table, tokens) is one copy from pinned memory, changed entries of
 the block table are another. The host waits for the step's tokens, as the next step is planned from them.
+
+A chunk of one prompt (`gpu_chunk.py`) has a graph for each bucket, captured when it is first needed.
 """
 
 from collections.abc import Mapping
@@ -28,17 +30,20 @@ from numba_atomflow.ops.cuda.gemv.kernels import (
     StoreArguments,
     SwigluArguments,
 )
-from numba_atomflow.ops.cuda.runtime.build import build
+from numba_atomflow.ops.cuda.prefill.buckets import bucket_for
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 from numba_atomflow.ops.cuda.runtime.graph import Graph, time_graph, time_launches
-from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
+from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
+from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
+from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.embedding import EmbedArguments
 from numba_atomflow.ops.cuda.token.order import token_of
 from numba_atomflow.ops.formats import FP8_E4M3, FP16
-from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
-from numba_atomflow.sandbox.runner import CacheSizes, Layout, check_batch, check_family
+from numba_atomflow.sandbox.gpu_chunk import ChunkLaunches
+from numba_atomflow.sandbox.gpu_kernels import CHUNK_INPUTS, STEP_INPUTS, SandboxKernels
+from numba_atomflow.sandbox.runner import CacheSizes, Layout, check_batch, check_chunk, check_family
 from numba_atomflow.sandbox.scheduler import Batch
 from numba_atomflow.utils.progress import Progress
 
@@ -78,7 +83,7 @@ class GpuRunner:
             head = FP8_E4M3 if f"{self._head}.scale" in weights else FP16
             chip = chip_of(self._gpu)
             self.kernels = SandboxKernels(geometry, chip, sizes, head=head, same_width=same_width)
-            self.max_batched_tokens = self.kernels.widths[-1]
+            self.max_batched_tokens, self.prefill_chunk = self.kernels.widths[-1], self.kernels.prefill_chunk
             self.device = f"{self._gpu.name}, CUDA {'.'.join(map(str, self._gpu.driver_version))}"
             self.plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, self._projections)
             with self._owner.current():
@@ -97,6 +102,8 @@ class GpuRunner:
         self._best = PinnedArray((self.max_batched_tokens,), "int64", resources)
         self._pinned_table = PinnedArray(self._arena["block_table"].shape, "int32", resources)
         self.block_table: NDArray[np.int32] = self._pinned_table.array[: self.sizes.sequences]
+        self._chunk_inputs = PinnedArray((len(CHUNK_INPUTS),), "int64", resources)
+        self._chunk_tokens = PinnedArray((max(self.prefill_chunk, 1),), "int32", resources)
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -105,11 +112,13 @@ class GpuRunner:
         self._owner.close()
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Compile the kernels or load them from the compile cache, upload the weights, capture the steps' graphs."""
+        """Compile the kernels or load them from the compile cache, upload the weights, capture the steps' graphs. All
+        but those of chunks, which follow on first use.
+        """
         planned = self.kernels.planned
-        codes = build([kernel.spec for kernel in planned.values()], self._gpu.capability, progress)
         with self._owner.current():
-            self._loaded = {spec.name: Kernel(spec, code, self._owner.resources) for spec, code in codes.items()}
+            self._loaded = LoadedKernels(planned, self._gpu.capability, self._owner.resources)
+            self._loaded.require((kernel.spec for kernel in planned.values()), progress)
             self._upload(progress)
             self.use_block_size(self.sizes.block_sizes[0])
             for width in self.kernels.widths:
@@ -158,13 +167,16 @@ class GpuRunner:
 
     def run(self, batch: Batch) -> list[int]:
         """Run a step; returns the most likely next token at each of `batch.logits_indices`."""
-        check_batch(
-            batch, self.sizes, self.block_size, self.block_table, self.geometry.vocabulary, self.max_batched_tokens
-        )
+        is_chunk = batch.token_count > self.max_batched_tokens
+        most = self.prefill_chunk if is_chunk else self.max_batched_tokens
+        check_batch(batch, self.sizes, self.block_size, self.block_table, self.geometry.vocabulary, most)
         with self._owner.current():
             self._copy(batch.copies)
-            width = self._upload_batch(batch, self.sizes.slots)
-            self._graph(width, "paged", bool(batch.logits_indices)).replay()
+            if is_chunk:
+                self._run_chunk(batch)
+            else:
+                width = self._upload_batch(batch, self.sizes.slots)
+                self._graph(width, "paged", bool(batch.logits_indices)).replay()
             best = self._best.view
             call(
                 "cuMemcpyDtoHAsync",
@@ -174,10 +186,30 @@ class GpuRunner:
                 self._stream,
             )
             call("cuStreamSynchronize", self._stream)
-        tokens = [token_of(int(self._best.array[i])) for i in batch.logits_indices]
+        rows = range(len(batch.logits_indices)) if is_chunk else batch.logits_indices
+        tokens = [token_of(int(self._best.array[i])) for i in rows]
         if None in tokens:
             raise non_finite_logits()
         return [token for token in tokens if token is not None]
+
+    def _run_chunk(self, batch: Batch) -> None:
+        """Start a step of many tokens of one sequence. Logits are the last token's, in row 0."""
+        check_chunk(batch)
+        count = batch.token_count
+        self._upload_chunk(batch)
+        self._chunk_graph(bucket_for(count)).replay()
+        if batch.logits_indices:
+            for launch in self._head_launches(1, count - 1):
+                launch.run()
+
+    def _upload_chunk(self, batch: Batch) -> None:
+        """Copy a chunk to the device."""
+        inputs, tokens = self._chunk_inputs.array, self._chunk_tokens.array[: batch.token_count]
+        inputs[:] = batch.positions[0], batch.token_count, batch.table_rows[0]
+        tokens[:] = batch.tokens
+        copy_to_device(self._arena["chunk.inputs"].address, inputs, self._stream)
+        copy_to_device(self._arena["chunk.tokens"].address, tokens, self._stream)
+        self._clear_best()
 
     def _upload_batch(self, batch: Batch, padding_slot: int) -> int:
         """Copy a batch to the device; returns the GEMV width. Padding tokens write to `padding_slot`."""
@@ -227,6 +259,17 @@ class GpuRunner:
             )
         return self._graphs[key]
 
+    def _chunk_graph(self, bucket: int) -> Graph:
+        """The embedding and the layers of a chunk."""
+        key = "chunk", self.block_size, bucket
+        if key not in self._graphs:
+            self._graphs[key] = Graph(self._chunk_launches(bucket), self._stream, self._owner.resources)
+        return self._graphs[key]
+
+    def _chunk_launches(self, bucket: int) -> list[Launch]:
+        chunk = ChunkLaunches(self.geometry, self.kernels, self._arena.__getitem__, self._launch_planned)
+        return chunk.step(bucket, self.block_size)
+
     def _step_launches(self, width: int, layout: Layout, with_logits: bool) -> list[Launch]:
         view = self._arena.__getitem__
         residual, intermediate = view("residual"), view("intermediate")
@@ -244,13 +287,18 @@ class GpuRunner:
                 self._launch(f"gate_up_x{width}", SwigluArguments(**gate_up, intermediate=intermediate)),
                 self._launch(f"down_x{width}", down),
             ]
-        if with_logits:
-            head = StoreArguments(**self._norm_arguments(self._head, "final_norm"), y=view("logits"))
-            launches.append(self._launch(f"lm_head_x{width}", head))
-            for i in range(width):
-                logits, best = view("logits").index(i), view("best").rows(i, i + 1)
-                arguments = ArgmaxArguments(logits=logits, seen=view("seen"), options=view("options"), best=best)
-                launches.append(self._launch("argmax", arguments))
+        return launches + (self._head_launches(width, 0) if with_logits else [])
+
+    def _head_launches(self, width: int, first: int) -> list[Launch]:
+        """LM head and arg-max of `width` tokens, from row `first` of the residual stream on."""
+        view = self._arena.__getitem__
+        inputs = self._norm_arguments(self._head, "final_norm")
+        inputs["residual"] = inputs["residual"].rows(first, first + width)
+        launches = [self._launch(f"lm_head_x{width}", StoreArguments(**inputs, y=view("logits")))]
+        for i in range(width):
+            logits, best = view("logits").index(i), view("best").rows(i, i + 1)
+            arguments = ArgmaxArguments(logits=logits, seen=view("seen"), options=view("options"), best=best)
+            launches.append(self._launch("argmax", arguments))
         return launches
 
     def _qkv(self, width: int, layout: Layout, layer: int) -> Launch:
@@ -304,7 +352,11 @@ class GpuRunner:
         return self._arena["step"].index(STEP_INPUTS.index(name))
 
     def _launch(self, name: str, arguments: tuple[DeviceArray | int, ...]) -> Launch:
-        return Launch(self._loaded[name], self.kernels.planned[name].ctas, arguments, self._stream)
+        return self._launch_planned(self.kernels.planned[name], arguments)
+
+    def _launch_planned(self, planned: Planned, arguments: tuple[DeviceArray | int, ...]) -> Launch:
+        self._loaded.require([planned.spec])
+        return Launch(self._loaded[planned.spec.name], planned.ctas, arguments, self._stream)
 
     # --- times -------------------------------------------------------------------------------------------------------
 

@@ -102,16 +102,28 @@ def check_batch(
         check_indices("blocks to copy", np.array([copy.source, copy.target]), blocks)
 
 
+def check_chunk(batch: Batch) -> None:
+    """Check that a step's tokens are neighbours in one sequence.
+
+    Raises:
+        IndexError: they are not.
+    """
+    if (np.diff(batch.positions) != 1).any() or (batch.table_rows != batch.table_rows[0]).any():
+        raise IndexError(f"{batch.token_count} tokens of a chunk are not neighbours in one sequence")
+
+
 class StepRunner(Protocol):
     """What `ServingEngine` needs.
 
     Attributes:
-        max_batched_tokens: the most tokens of a step.
+        max_batched_tokens: the most tokens of a step of any sequences.
+        prefill_chunk: the most tokens of a step that is a part of one prompt; 0: prompts are parts of other steps.
         block_table: int32 [sequences, table_width]; `block_table_changed` must follow every change.
         block_size: positions per KV block, one of `sizes.block_sizes`.
     """
 
     max_batched_tokens: int
+    prefill_chunk: int
     sizes: CacheSizes
     block_table: NDArray[np.int32]
     block_size: int

@@ -6,6 +6,9 @@ its tokens are free. When no block is free for a running request's next token, t
 its blocks are freed, and it waits at the front of the queue, to be recomputed (preemption by recompute) except for the
 prefix that is then still in the cache. The first running request is never preempted for another one, and the whole
 cache is enough for any single request: so every admitted request finishes.
+
+Where a device takes many tokens of one sequence faster (the GEMM path of a GPU), a prompt of which more is left than a
+step's budget has steps of its own, by turns with those of the requests that decode.
 """
 
 import time
@@ -71,6 +74,7 @@ class Scheduler:
         manager: of the KV blocks. table: with a row for each of `max_sequences`.
         token_budget: the most tokens of a step.
         max_sequences: the most running requests, at most `token_budget`.
+        prefill_chunk: the most tokens of a step that is a part of one prompt; 0: there are no such steps.
 
     Attributes:
         table_seconds: spent on block tables and slots so far, a part of what `plan` took.
@@ -79,13 +83,16 @@ class Scheduler:
         OptionError: a number is out of range.
     """
 
-    def __init__(self, manager: BlockManager, table: BlockTable, token_budget: int, max_sequences: int) -> None:
+    def __init__(
+        self, manager: BlockManager, table: BlockTable, token_budget: int, max_sequences: int, prefill_chunk: int = 0
+    ) -> None:
         if not 1 <= max_sequences <= token_budget:
             raise OptionError(
                 f"max_sequences is {max_sequences}; it must be 1 to {token_budget}, the tokens of a step."
             )
         self.manager, self.table = manager, table
-        self.token_budget, self.max_sequences = token_budget, max_sequences
+        self.token_budget, self.max_sequences, self.prefill_chunk = token_budget, max_sequences, prefill_chunk
+        self._decodes_next = False  # the last step was a prompt's: those that decode have their turn
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of admission
         self.table_seconds = 0.0
@@ -139,14 +146,37 @@ class Scheduler:
 
     def plan(self) -> Batch | None:
         """The next step; None if no request is running or waiting."""
+        chunks = self._plan_prompt() or self._plan_mixed()
+        return self._batch(list(chunks.values())) if chunks else None
+
+    def _plan_mixed(self) -> dict[int, Chunk]:
+        """A step of any sequences' tokens."""
         chunks: dict[int, Chunk] = {}
+        self._decodes_next = False
         for decoding in (True, False):
             for request in list(self.running):  # a request may be preempted during this loop
-                left = request.length - self.manager.length(request.id) if request in self.running else 0
+                left = self._left(request) if request in self.running else 0
                 if left and (left == 1) == decoding:
                     self._grow(request, min(left, self.token_budget - _token_count(chunks)), chunks)
         self._admit(chunks)
-        return self._batch(list(chunks.values())) if chunks else None
+        return chunks
+
+    def _plan_prompt(self) -> dict[int, Chunk]:
+        """A step of one prompt's tokens, more than the budget; empty where there is none, or others have their turn."""
+        chunks: dict[int, Chunk] = {}
+        if not self.prefill_chunk or (self._decodes_next and any(self._left(r) == 1 for r in self.running)):
+            return chunks
+        prompts = [request for request in self.running if self._left(request) > self.token_budget]
+        if not prompts and (admitted := self._admit_next()) and self._left(admitted) > self.token_budget:
+            prompts = [admitted]
+        if prompts:
+            self._grow(prompts[0], min(self._left(prompts[0]), self.prefill_chunk), chunks)
+            self._decodes_next = True
+        return chunks
+
+    def _left(self, request: Request) -> int:
+        """Tokens of a running request that are not in the cache."""
+        return request.length - self.manager.length(request.id)
 
     def _grow(self, request: Request, count: int, chunks: dict[int, Chunk]) -> None:
         """Add a request's next tokens to the step; requests admitted later are preempted if blocks are missing."""
@@ -170,17 +200,25 @@ class Scheduler:
         self.waiting.appendleft(victim)
 
     def _admit(self, chunks: dict[int, Chunk]) -> None:
-        """Admit waiting requests while there is token budget, and KV blocks for all tokens of the next one."""
-        while self.waiting and len(self.running) < self.max_sequences and _token_count(chunks) < self.token_budget:
-            request = self.waiting[0]
-            tokens = request.tokens(0, request.length)
-            if self.manager.missing_blocks(tokens) > self.manager.free_count:
+        """Admit waiting requests while there is token budget."""
+        while _token_count(chunks) < self.token_budget:
+            request = self._admit_next()
+            if request is None:
                 return
-            self.waiting.popleft()
-            request.shared_tokens += self.manager.open(request.id, tokens)
-            self.running.append(request)
-            left = request.length - self.manager.length(request.id)
-            self._grow(request, min(left, self.token_budget - _token_count(chunks)), chunks)
+            self._grow(request, min(self._left(request), self.token_budget - _token_count(chunks)), chunks)
+
+    def _admit_next(self) -> Request | None:
+        """Admit the next waiting request, if `max_sequences` and the KV blocks for all of its tokens allow."""
+        if not self.waiting or len(self.running) == self.max_sequences:
+            return None
+        request = self.waiting[0]
+        tokens = request.tokens(0, request.length)
+        if self.manager.missing_blocks(tokens) > self.manager.free_count:
+            return None
+        self.waiting.popleft()
+        request.shared_tokens += self.manager.open(request.id, tokens)
+        self.running.append(request)
+        return request
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
         started = time.perf_counter()

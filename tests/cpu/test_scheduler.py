@@ -27,10 +27,10 @@ def reply(tokens: tuple[int, ...], count: int, end: int | None) -> list[int]:
 class Model:
     """Reads all earlier tokens of a sequence through the block table, as attention does."""
 
-    def __init__(self, blocks: int, block_size: int, budget: int, sequences: int) -> None:
+    def __init__(self, blocks: int, block_size: int, budget: int, sequences: int, chunk: int = 0) -> None:
         self.manager = BlockManager(blocks, block_size)
         self.table = BlockTable(np.full((sequences, blocks), -1, np.int32))
-        self.scheduler = Scheduler(self.manager, self.table, budget, sequences)
+        self.scheduler = Scheduler(self.manager, self.table, budget, sequences, chunk)
         self.slots = np.full(blocks * block_size, -1)
         self.now = 0.0
 
@@ -56,7 +56,10 @@ class Model:
     def step(self) -> list[Request]:
         batch = self.scheduler.plan()
         assert batch is not None, "no batch although requests are waiting"
-        assert 1 <= batch.token_count <= self.scheduler.token_budget
+        if batch.token_count > self.scheduler.token_budget:
+            assert len(batch.chunks) == 1, "a step of more tokens than the budget is one prompt's"
+            assert batch.token_count <= self.scheduler.prefill_chunk
+        assert batch.token_count >= 1
         assert len(self.scheduler.running) <= self.scheduler.max_sequences
         self.now += 1
         ended = self.scheduler.finish_step(batch, self.run(batch), self.now)
@@ -70,11 +73,12 @@ class Model:
     block_size=st.integers(1, 4),
     budget=st.integers(1, 6),
     sequences=st.integers(1, 6),
+    chunk=st.sampled_from([0, 7, 16]),
     history=st.binary(min_size=1, max_size=30),
 )
-def test_any_history(blocks: int, block_size: int, budget: int, sequences: int, history: bytes) -> None:
+def test_any_history(blocks: int, block_size: int, budget: int, sequences: int, chunk: int, history: bytes) -> None:
     """Bytes are arrivals, forks and steps. Each request ends with the tokens that it generates alone."""
-    model = Model(blocks, block_size, budget, min(sequences, budget))
+    model = Model(blocks, block_size, budget, min(sequences, budget), chunk)
     capacity, requests = blocks * block_size, []
     for number, value in enumerate(history):
         end = 0 if value & 8 else None
@@ -117,6 +121,29 @@ def test_chunked_prefill_beside_decode() -> None:
         assert batch.logits_indices == [0]
         assert batch.cached.tolist() == [1, 0, 0, 0]
         assert batch.positions.tolist() == [1, 0, 1, 2]
+
+
+def test_a_long_prompt_has_steps_of_its_own_by_turns_with_decode() -> None:
+    model = Model(40, 4, budget=4, sequences=3, chunk=16)
+    model.scheduler.submit(Request(1, [0], 20))
+    model.step()
+    model.scheduler.submit(Request(2, [1] * 37, 2))
+    model.scheduler.submit(Request(3, [2] * 3, 1))
+    steps = []
+    for _ in range(6):
+        batch = model.scheduler.plan()
+        assert batch is not None
+        steps.append([(chunk.request.id, chunk.stop - chunk.start) for chunk in batch.chunks])
+        model.scheduler.finish_step(batch, model.run(batch), 0.0)
+    # What is left of the prompt after a turn of those that decode may take the rest of their steps' budget.
+    assert steps == [
+        [(2, 16)],
+        [(1, 1), (2, 3)],
+        [(2, 16)],
+        [(1, 1), (2, 2), (3, 1)],
+        [(1, 1), (2, 1), (3, 2)],
+        [(1, 1)],
+    ]
 
 
 def test_a_prefix_hit_and_a_fork_compute_only_new_tokens() -> None:

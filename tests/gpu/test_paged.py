@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kernel_cases import ProjectionCase, qkv_case
-from paged_kernel_cases import PAGED, PAGED_QKV, PagedCase, check_paged_attention, check_paged_qkv
+from paged_kernel_cases import (
+    COPIES,
+    PAGED,
+    PAGED_QKV,
+    CopyCase,
+    PagedCase,
+    check_copy_blocks,
+    check_paged_attention,
+    check_paged_qkv,
+)
 from text_samples import PROMPTS
 from tiny_models import tiny_geometry
 
@@ -47,6 +56,11 @@ def test_paged_qkv(case: ProjectionCase) -> None:
     check_paged_qkv(case)
 
 
+@pytest.mark.parametrize("case", [*COPIES, CopyCase(1024, 64, 2000, 2048, ctas=132)], ids=str)
+def test_a_sequences_keys_and_values_leave_and_enter_kv_blocks(case: CopyCase) -> None:
+    check_copy_blocks(case)
+
+
 # --- ServingEngine ---------------------------------------------------------------------------------------------------
 
 
@@ -74,6 +88,28 @@ def test_the_same_tokens_as_on_the_cpu(block_size: int, blocks: int) -> None:
         runner.close()
     different = sum(ours != theirs for ours, theirs in zip(*outputs, strict=True))
     assert different <= 2, outputs  # of nine: float16 activations break near-ties differently
+
+
+@pytest.mark.parametrize("block_size", [8, 64])
+def test_long_prompts_run_in_chunks_of_their_own(block_size: int) -> None:
+    """Tokens as without chunks, but for near-ties; a common prefix is computed once."""
+    model = RandomModel(tiny_geometry())
+    weights, vocabulary = dict(WeightArrays(model)), model.geometry.vocabulary
+    rng = np.random.default_rng(1)
+    long = rng.integers(0, vocabulary, 300).tolist()
+    prompts = [[3], long, [*long[:280], *rng.integers(0, vocabulary, 75).tolist()], long[:40]]
+    sizes = cache_sizes(model.geometry, 1024 // block_size, (block_size,), 4, 512)
+    outputs = []
+    for same_width in (False, True):
+        runner = GpuRunner(model.geometry, weights, sizes, same_width=same_width)
+        runner.prepare()
+        serving = ServingEngine(runner)
+        served = serving.serve([Request(i, prompt, 12) for i, prompt in enumerate(prompts)])
+        assert (max(step.batched_tokens for step in serving.steps) > 200) != same_width
+        assert served[2].shared_tokens >= 280 - block_size
+        outputs.append([request.output for request in served])
+        runner.close()
+    assert sum(ours != theirs for ours, theirs in zip(*outputs, strict=True)) <= 1, outputs
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,18 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("the simulator replaces the compiler in this process", allow_module_level=True)
 
 from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.sandbox.gpu_kernels import SandboxKernels
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
 from numba_atomflow.sandbox.runner import CacheSizes
 
 H100 = Chip(132, 232448, (9, 0))
 RTX_4090 = Chip(128, 101376, (8, 9))
+Launches = list[tuple[Planned, Any]]
 SIZES = CacheSizes(slots=4096, block_sizes=(16, 8), sequences=8, longest=1024)
 
 
-def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple[Any, ...]]]) -> GpuRunner:
+def runner(geometry: ModelGeometry, chip: Chip, seen: Launches) -> GpuRunner:
     """A runner without a GPU, whose launches are collected."""
     made = GpuRunner.__new__(GpuRunner)
     made.geometry, made.sizes, made.block_size = geometry, SIZES, 16
@@ -41,10 +43,10 @@ def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple
         for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
     }
 
-    def launch(name: str, arguments: tuple[Any, ...]) -> Any:
-        seen.append((name, made.kernels.planned[name].ctas, arguments))
+    def launch(planned: Planned, arguments: tuple[Any, ...]) -> Any:
+        seen.append((planned, arguments))
 
-    made._launch = launch  # type: ignore[method-assign]
+    made._launch_planned = launch  # type: ignore[method-assign]
     return made
 
 
@@ -53,28 +55,58 @@ def runner(geometry: ModelGeometry, chip: Chip, seen: list[tuple[str, int, tuple
 @pytest.mark.parametrize("chip", [H100, RTX_4090], ids=["H100", "RTX 4090"])
 @pytest.mark.parametrize("geometry", [tiny_geometry(), PRESETS["llama-3.2-3b"], PRESETS["llama-3.1-8b"]], ids=str)
 def test_every_launch_fits_its_kernel_and_stays_in_its_memory(geometry: ModelGeometry, chip: Chip, layout: Any) -> None:
-    seen: list[tuple[str, int, tuple[Any, ...]]] = []
+    seen: Launches = []
     made = runner(geometry, chip, seen)
     for width in made.kernels.widths:
         seen.clear()
         made._step_launches(width, layout, True)
         assert len(seen) == 1 + 5 * geometry.layers + 1 + width
-        for name, blocks, arguments in seen:
-            spec = made.kernels.planned[name].spec
-            assert len(arguments) == len(spec.element_types), name
-            assert blocks > 0
-            assert spec.shared_bytes <= chip.shared_bytes
-            for kind, view in zip(spec.element_types, arguments, strict=True):
-                size = np.dtype(kind.removesuffix("*")).itemsize
-                assert view.extent % size == 0, (name, view.name)
-                assert view.dtype == kind.removesuffix("*") or {view.dtype, kind} in SAME_BYTES, (name, view.name, kind)
-        q, keys, _, *_, partials, counters, attended = next(a for n, _, a in seen if n.startswith("attention"))
+        check_arguments(seen, chip)
+        q, keys, _, *_, partials, counters, attended = next(a for p, a in seen if p.spec.name.startswith("attention"))
         shape = made.kernels.attention_shape(width)
         assert prod(q.shape) >= width * geometry.q_dim
         assert keys.shape == (SIZES.slots + 16, geometry.kv_dim)
         assert partials.shape[0] >= width * shape.partials
         assert counters.shape[0] >= width * shape.work_tiles
         assert attended.shape[1] == shape.out_width
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("chip", [H100, RTX_4090], ids=["H100", "RTX 4090"])
+@pytest.mark.parametrize("geometry", [tiny_geometry(), PRESETS["llama-3.2-3b"]], ids=str)
+def test_the_launches_of_a_chunk_too(geometry: ModelGeometry, chip: Chip) -> None:
+    seen: Launches = []
+    made = runner(geometry, chip, seen)
+    assert made.kernels.prefill_chunk == SIZES.longest
+    for bucket in (16, 128, 1024):
+        seen.clear()
+        made._chunk_launches(bucket)
+        made._head_launches(1, bucket - 1)
+        assert len(seen) == 1 + 9 * geometry.layers + 2
+        check_arguments(seen, chip)
+        (residual,) = (arguments.residual for planned, arguments in seen[:1])
+        assert residual.shape[0] >= bucket
+
+
+def test_results_that_depend_on_no_other_request_have_no_chunks() -> None:
+    assert SandboxKernels(PRESETS["llama-3.2-3b"], H100, SIZES, same_width=True).prefill_chunk == 0
+
+
+def check_arguments(seen: Launches, chip: Chip) -> None:
+    """Of the kernels' types, whole elements; grids and shared memory that the chip has."""
+    for planned, arguments in seen:
+        spec = planned.spec
+        assert len(arguments) == len(spec.element_types), spec.name
+        assert planned.ctas > 0, spec.name
+        assert spec.shared_bytes <= chip.shared_bytes
+        for kind, view in zip(spec.element_types, arguments, strict=True):
+            if isinstance(view, int):
+                assert not kind.endswith("*"), spec.name
+                continue
+            size = np.dtype(kind.removesuffix("*")).itemsize
+            assert view.extent % size == 0, (spec.name, view.name)
+            same = view.dtype == kind.removesuffix("*") or {view.dtype, kind} in SAME_BYTES
+            assert same, (spec.name, view.name, kind)
 
 
 SAME_BYTES: tuple[set[str], ...] = (

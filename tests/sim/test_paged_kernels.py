@@ -2,7 +2,16 @@
 
 import pytest
 from kernel_cases import ProjectionCase, check_projection
-from paged_kernel_cases import PAGED, PAGED_QKV, PagedCase, check_paged_attention, check_paged_qkv
+from paged_kernel_cases import (
+    COPIES,
+    PAGED,
+    PAGED_QKV,
+    CopyCase,
+    PagedCase,
+    check_copy_blocks,
+    check_paged_attention,
+    check_paged_qkv,
+)
 
 
 @pytest.mark.parametrize("case", PAGED, ids=str)
@@ -13,6 +22,11 @@ def test_paged_attention(case: PagedCase) -> None:
 @pytest.mark.parametrize("case", PAGED_QKV, ids=str)
 def test_paged_qkv(case: ProjectionCase) -> None:
     check_paged_qkv(case)
+
+
+@pytest.mark.parametrize("case", COPIES, ids=str)
+def test_a_sequences_keys_and_values_leave_and_enter_kv_blocks(case: CopyCase) -> None:
+    check_copy_blocks(case)
 
 
 def test_a_cta_of_sixteen_warps() -> None:

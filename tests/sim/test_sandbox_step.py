@@ -17,11 +17,13 @@ from numba_atomflow.memory.arena import HostArena
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops import rope
 from numba_atomflow.ops.cuda.layout.weights import prepack_reference
+from numba_atomflow.ops.cuda.prefill.buckets import bucket_for
 from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.order import token_of
 from numba_atomflow.sandbox import gpu_runner
 from numba_atomflow.sandbox.cpu_runner import CpuRunner
-from numba_atomflow.sandbox.gpu_kernels import STEP_INPUTS, SandboxKernels
+from numba_atomflow.sandbox.gpu_kernels import CHUNK_INPUTS, STEP_INPUTS, SandboxKernels
 from numba_atomflow.sandbox.gpu_runner import GpuRunner
 from numba_atomflow.sandbox.requests import Request
 from numba_atomflow.sandbox.runner import CacheSizes
@@ -40,7 +42,10 @@ class SimulatedRunner(GpuRunner):
         self.geometry, self.sizes, self.block_size = GEOMETRY, SIZES, 8
         self.kernels = SandboxKernels(GEOMETRY, CHIP, SIZES)
         self.max_batched_tokens, self._head, self._stream = self.kernels.widths[-1], "vocabulary", None
+        self.prefill_chunk = self.kernels.prefill_chunk
         self._step: Any = SimpleNamespace(array=np.zeros((len(STEP_INPUTS), self.max_batched_tokens), np.int64))
+        self._chunk_inputs: Any = SimpleNamespace(array=np.zeros(len(CHUNK_INPUTS), np.int64))
+        self._chunk_tokens: Any = SimpleNamespace(array=np.zeros(self.prefill_chunk, np.int32))
         parts = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
         vectors = [name for name in weights if not name.endswith((".weight", ".scale"))]
         plan = self.kernels.plan({name: len(weights[name]) for name in vectors}, parts)
@@ -57,8 +62,7 @@ class SimulatedRunner(GpuRunner):
     def array(self, name: str) -> NDArray[Any]:
         return self._arena[name].host_array()  # type: ignore[no-any-return]
 
-    def _launch(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        planned = self.kernels.planned[name]
+    def _launch_planned(self, planned: Planned, arguments: tuple[Any, ...]) -> Any:
         spec = planned.spec
         arrays = [plain(view, kind) for kind, view in zip(spec.element_types, arguments, strict=True)]
         parameter = spec.signature(*arrays)
@@ -76,14 +80,23 @@ class SimulatedRunner(GpuRunner):
         for launch in self._step_launches(width, layout, True):
             launch()
 
+    def chunk(self, batch: Batch) -> None:
+        self._upload_chunk(batch)
+        for launch in self._chunk_launches(bucket_for(batch.token_count)) + self._head_launches(
+            1, batch.token_count - 1
+        ):
+            launch()
+
 
 def copy_in_memory(address: int, values: NDArray[Any], stream: Any) -> None:
     assert stream is None
     ctypes.memmove(address, values.ctypes.data, values.nbytes)
 
 
-def plain(view: View, kind: str) -> NDArray[Any]:
-    """A view as a kernel sees it: one dimension, of the kernel's own type."""
+def plain(view: View | int, kind: str) -> Any:
+    """A view as a kernel sees it: one dimension, of the kernel's own type; or a number."""
+    if isinstance(view, int):
+        return view
     return view.host_array().reshape(-1).view(kind.removesuffix("*"))
 
 
@@ -115,6 +128,35 @@ def test_a_step_equals_that_of_the_cpu(layout: Any, count: int, monkeypatch: pyt
     assert relative_error(gpu.array("logits")[:count], expected) <= LIMIT
     best = [token_of(int(key)) for key in gpu.array("best")[:count]]
     assert best == gpu.array("logits")[:count].argmax(axis=1).tolist()
+    written = gpu.array("paged_kv")[:, :, slots].astype(np.float64)
+    assert relative_error(written, cpu._cache[:, :, slots].astype(np.float64)) <= LIMIT
+    others = np.setdiff1d(np.arange(SIZES.slots), slots)
+    np.testing.assert_array_equal(gpu.array("paged_kv")[:, :, others], noise[:, :, others])
+
+
+@pytest.mark.parametrize("position", [0, 11])
+def test_a_chunk_of_a_prompt_equals_a_step_of_the_cpu(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirteen tokens of one sequence on the GEMM path, after those that its KV blocks hold."""
+    monkeypatch.setattr(gpu_runner, "copy_to_device", copy_in_memory)
+    rng, count, row = generator(position), 13, 1
+    weights = WeightArrays(RandomModel(GEOMETRY))
+    gpu, cpu = SimulatedRunner(weights), CpuRunner(GEOMETRY, dict(weights), SIZES, threads=1)
+    noise = rng.standard_normal(gpu.array("paged_kv").shape).astype(np.float16)
+    gpu.array("paged_kv")[:] = noise
+    cpu._cache[:] = noise[:, :, : SIZES.slots]
+    block_table = rng.permutation(12).reshape(3, 4).astype(np.int32)
+    gpu.array("block_table")[:3], cpu.block_table[:] = block_table, block_table
+    positions, rows = np.arange(position, position + count), np.full(count, row)
+    slots = block_table[row, positions // 8].astype(np.int64) * 8 + positions % 8
+    tokens = rng.integers(0, GEOMETRY.vocabulary, count).astype(np.int32)
+    chunks = [Chunk(Request(row, [1], 1), position, position + count, [])]
+    batch = Batch(chunks, tokens, positions, np.full(count, position), rows, slots, [count - 1], [])
+    gpu.chunk(batch)
+    (best,) = cpu.run(batch)
+    expected = cpu._array("logits")[0].astype(np.float64)
+    assert relative_error(gpu.array("logits")[0], expected) <= LIMIT
+    assert token_of(int(gpu.array("best")[0])) == gpu.array("logits")[0].argmax()
+    assert best == expected.argmax()
     written = gpu.array("paged_kv")[:, :, slots].astype(np.float64)
     assert relative_error(written, cpu._cache[:, :, slots].astype(np.float64)) <= LIMIT
     others = np.setdiff1d(np.arange(SIZES.slots), slots)

@@ -74,6 +74,7 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     sandbox = SandboxKernels(LLAMA, chip, CACHE)
     names = [name.format(sandbox.widths[-1]) for name in _OF_SANDBOX]
     entries += [Entry(f"{name} of the sandbox", sandbox.planned[name].spec) for name in names]
+    entries += [Entry(f"{kernel.spec.name} of the sandbox", kernel.spec) for kernel in sandbox.chunk_kernels(8)]
     sandbox = SandboxKernels(OTHER, chip, CACHE)
     entries.append(Entry("attention_paged8_x1, heads of 80", sandbox.planned["attention_paged8_x1"].spec))
     entries.append(Entry("read", bandwidth.read_kernel(SMS).spec))

@@ -19,6 +19,12 @@ from kernel_cases import (
 )
 from numpy.typing import NDArray
 
+from numba_atomflow.ops.cuda.attention.copy_blocks import (
+    THREADS,
+    CopyBlocksArguments,
+    make_gather_blocks,
+    make_scatter_blocks,
+)
 from numba_atomflow.ops.cuda.attention.decode import AttentionArguments, make_attention
 from numba_atomflow.ops.cuda.attention.paged import PagedAttentionArguments, Paging, make_paged_attention
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
@@ -185,3 +191,50 @@ def check_paged_qkv(case: ProjectionCase) -> None:
     for ours in (paged["keys"], paged["values"]):
         assert (ours.reshape(-1, kv_width)[untouched] == 0xFFFF).all(), "wrote into another slot"
         assert (ours.reshape(-1, kv_width)[slots] != 0xFFFF).all()
+
+
+@dataclass(frozen=True)
+class CopyCase:
+    """A chunk of `count` tokens from `position` on, of one of three sequences."""
+
+    kv_dim: int
+    block_size: int
+    position: int
+    count: int
+    ctas: int = 2
+
+
+COPIES = (CopyCase(64, 8, 0, 5), CopyCase(24, 16, 19, 14), CopyCase(128, 8, 23, 1, ctas=1))
+
+
+def check_copy_blocks(case: CopyCase) -> None:
+    """Exactly the positions before the chunk are gathered, and exactly those of the chunk are scattered."""
+    rng = generator(case.kv_dim, case.position, case.count)
+    longest, row = case.position + case.count + 9, 1
+    stride = -(-longest // case.block_size) + 1
+    table = rng.permutation(3 * stride + 2)[: 3 * stride].reshape(3, stride).astype(np.int32)
+    slots = (table[row, :, None] * case.block_size + np.arange(case.block_size)).reshape(-1)
+    cache = rng.standard_normal((2, (3 * stride + 2) * case.block_size, case.kv_dim)).astype(np.float16)
+    own = rng.standard_normal((2, longest, case.kv_dim)).astype(np.float16)
+    past, chunk = slice(case.position), slice(case.position, case.position + case.count)
+    gathered, scattered = own.copy(), cache.copy()
+    gathered[:, past] = cache[:, slots[past]]
+    scattered[:, slots[chunk]] = own[:, chunk]
+    for maker, expected_cache, expected_own in (
+        (make_gather_blocks, cache, gathered),
+        (make_scatter_blocks, scattered, own),
+    ):
+        words = [as_words(array).copy() for array in (*cache, *own)]
+        arguments = CopyBlocksArguments(
+            keys=words[0],
+            values=words[1],
+            table_row=np.array([row]),
+            block_table=table.reshape(-1),
+            position=np.array([case.position]),
+            count=np.array([case.count]),
+            own_keys=words[2],
+            own_values=words[3],
+        )
+        launch(maker(case.kv_dim, case.block_size, stride), case.ctas, THREADS, 0, arguments)
+        for got, expected in zip(words, (*expected_cache, *expected_own), strict=True):
+            np.testing.assert_array_equal(got, as_words(expected))

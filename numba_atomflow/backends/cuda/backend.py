@@ -11,7 +11,6 @@ from numba_atomflow.backends.base import Decode, Observer, Prefill
 from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
 from numba_atomflow.backends.cuda.families import check_family
 from numba_atomflow.backends.cuda.graphs import StepGraphs
-from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
 from numba_atomflow.backends.cuda.measure import CudaMeasurements
 from numba_atomflow.backends.cuda.model import DeviceModel
@@ -28,6 +27,7 @@ from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.model.step import NO_LOGITS, Head, Op
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.utils.progress import OpenBar, Progress

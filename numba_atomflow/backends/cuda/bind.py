@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.qkv_views import rotation_views, vector_views
 from numba_atomflow.memory.view import View
@@ -10,6 +9,7 @@ from numba_atomflow.model.step import Advance, Attention, Embed, GateUp, LmHead,
 from numba_atomflow.ops.cuda.attention.decode import AttentionArguments
 from numba_atomflow.ops.cuda.gemv.kernels import AddArguments, QkvArguments, StoreArguments, SwigluArguments
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
+from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.embedding import EmbedArguments

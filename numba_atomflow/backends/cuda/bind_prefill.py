@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import PrefillScratch
 from numba_atomflow.backends.cuda.qkv_views import rotation_views, vector_views
@@ -18,6 +17,7 @@ from numba_atomflow.ops.cuda.gemm.arguments import (
 from numba_atomflow.ops.cuda.prefill.buckets import bucket_for
 from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
+from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.token.embedding import EmbedChunkArguments
 from numba_atomflow.ops.cuda.token.quantize_tiles import QuantizeTilesArguments
 from numba_atomflow.ops.cuda.token.rms_norm import RmsNormTilesArguments

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from numba_atomflow.backends.cuda.bind import Binder
-from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.persistent import PersistentStep
 from numba_atomflow.device.resources import Resources
@@ -18,6 +17,7 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Advance, Head, LmHead, Op, Sample
 from numba_atomflow.ops.cuda.runtime.graph import Graph
 from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 
 
 class _Step(NamedTuple):

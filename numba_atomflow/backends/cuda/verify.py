@@ -6,7 +6,6 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.persistent import PersistentStep, watchdog_error
 from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue
@@ -16,6 +15,7 @@ from numba_atomflow.memory.device import PinnedArray
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.runtime.graph import time_launches
 from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 
 
 class WideSteps:
