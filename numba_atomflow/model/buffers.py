@@ -25,6 +25,7 @@ class StepSizes:
         input_tokens: most tokens of a step whose projections read their inputs in row order; None: `step_tokens`.
         spare_positions: KV cache positions after the last, which padding tokens write and nothing reads.
         keep_qkv: whether q, k and v are written to memory before RoPE.
+        keep_gate_up: whether gate and up are written to memory before GELU.
     """
 
     max_seq_len: int
@@ -36,6 +37,7 @@ class StepSizes:
     input_tokens: int | None = None
     spare_positions: int = 0
     keep_qkv: bool = True
+    keep_gate_up: bool = True
 
 
 def step_buffers(geometry: ModelGeometry, sizes: StepSizes) -> list[Buffer]:
@@ -69,7 +71,7 @@ def step_buffers(geometry: ModelGeometry, sizes: StepSizes) -> list[Buffer]:
     ]
     if g.post_norm:
         buffers.append(activation(PROJECTED, tokens, g.hidden))
-    if g.hidden_act != "silu":
+    if g.hidden_act != "silu" and sizes.keep_gate_up:
         buffers.append(activation(GATE_UP, tokens, 2 * g.ffn))
     if sizes.keep_qkv:
         buffers.append(activation("qkv", tokens, g.q_dim + 2 * g.kv_dim))

@@ -233,7 +233,8 @@ class GateUp(Op):
 
     Attributes:
         norm_weight: None in a model without this norm, whose x_norm is the residual stream itself.
-        gate_up: float32 [tokens, 2 * ffn], scratch for the projection of a model with y = gelu(gate) * up; else None.
+        gate_up: float32 [tokens, 2 * ffn], scratch of a backend for the projection of a model with
+            y = gelu(gate) * up; else None.
     """
 
     residual: View

@@ -7,34 +7,39 @@ import numpy as np
 import pytest
 from tiny_models import hf_config, random_weights, tiny_geometry, write_hf_folder, write_json
 
-from numba_atomflow.backends.cuda.families import check_family
+from numba_atomflow.backends.cuda.families import beyond_fast_paths, sliding_window
 from numba_atomflow.convert import convert
-from numba_atomflow.errors import BackendError, OptionError
+from numba_atomflow.errors import OptionError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.folding import original_heads, reordered_heads
 from numba_atomflow.sandbox.runner import check_family as check_sandbox
 from numba_atomflow.sources import open_source
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"post_norm": True}, "norms after attention"),
+    ({"pre_norm": False}, "no norm before attention"),
     ({"hidden_act": "gelu_tanh"}, "GELU"),
     ({"attention_soft_cap": 50.0}, "a soft cap of attention scores"),
     ({"logit_soft_cap": 30.0}, "a soft cap of logits"),
     ({"qk_norm": True, "qk_norm_of_all_heads": True}, "a norm of all heads"),
     ({"head_dim": 256}, "heads of 256"),
-    ({"sliding_window": 64, "sliding_layers": (1,)}, "--max-seq-len 64 or less"),
+    ({"sliding_window": 64, "sliding_layers": (1,)}, "a sliding window of 64 positions"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "named"), REFUSED)
-def test_the_cuda_backend_names_what_it_cannot_do(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(BackendError, match=f"{named}.*--backend cpu"):
-        check_family(tiny_geometry(**changes), 128)
+@pytest.mark.parametrize(("changes", "named"), BEYOND)
+def test_what_only_the_gemv_kernels_can_do_is_named(changes: dict[str, Any], named: str) -> None:
+    geometry = tiny_geometry(**changes)
+    beyond = beyond_fast_paths(geometry, sliding_window(geometry, 128))
+    assert beyond is not None
+    assert named in beyond
 
 
-def test_the_cuda_backend_takes_a_window_as_long_as_its_context() -> None:
-    check_family(tiny_geometry(sliding_window=64, sliding_layers=(0,)), 64)
-    check_family(tiny_geometry(no_rope_layers=(1,), rotary_dim=32, residual_scale=0.2), 64)
+def test_a_window_as_long_as_the_context_does_not_slide() -> None:
+    geometry = tiny_geometry(sliding_window=64, sliding_layers=(0,))
+    assert [sliding_window(geometry, length) for length in (63, 64, 65)] == [None, None, 64]
+    for plain in (geometry, tiny_geometry(no_rope_layers=(1,), rotary_dim=32, residual_scale=0.2)):
+        assert beyond_fast_paths(plain, sliding_window(plain, 64)) is None
 
 
 def test_the_sandbox_and_calibration_refuse_layers_without_rope(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The tiling of prefill attention: it fits every chip, and what cannot be tiled is refused."""
 
 import pytest
+from prefill_sweep_sizes import HEAD_DIMS
 
-from numba_atomflow.backends.cuda.families import HEAD_DIMS
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
 from numba_atomflow.ops.cuda.attention.prefill_split import make_find_work

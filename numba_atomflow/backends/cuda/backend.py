@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Decode, Observer, Prefill
 from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
-from numba_atomflow.backends.cuda.families import check_family
+from numba_atomflow.backends.cuda.families import beyond_fast_paths, sliding_window
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
 from numba_atomflow.backends.cuda.measure import CudaMeasurements
@@ -70,7 +70,6 @@ class CudaBackend:
         prefill: Prefill = "auto",
         prefill_chunk: int | None = None,
     ) -> None:
-        check_family(geometry, max_seq_len)
         self.geometry = geometry
         self._arrays: Mapping[str, NDArray[Any]] | None = weights
         self._max_seq_len = max_seq_len
@@ -82,7 +81,9 @@ class CudaBackend:
             self._gpu = self._owner.open(device_ordinal)
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             chip = chip_of(self._gpu)
-            self.prefill_path = choose_prefill_path(prefill, chip, max_seq_len)
+            window = sliding_window(geometry, max_seq_len)
+            beyond = beyond_fast_paths(geometry, window)
+            self.prefill_path = choose_prefill_path(prefill, chip, max_seq_len, beyond=beyond)
             self.kernels, self.decode_path = kernels_for(
                 geometry,
                 chip,
@@ -91,6 +92,7 @@ class CudaBackend:
                 dependent=dependent,
                 chunk=most_chunk_tokens(self.prefill_path, prefill_chunk, max_seq_len),
                 fp8_activations=self.prefill_path.name == "fp8",
+                window=window,
             )
             self.prefill_chunk = min(self.kernels.prefill_chunk, max_seq_len)
             self.verification = verification_of(self.kernels)

@@ -7,12 +7,19 @@ from numba_atomflow.backends.cuda.qkv_views import rotation_views, vector_views
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import Advance, Attention, Embed, GateUp, LmHead, Op, ProjectAdd, Qkv, Sample
 from numba_atomflow.ops.cuda.attention.decode import AttentionArguments
-from numba_atomflow.ops.cuda.gemv.kernels import AddArguments, QkvArguments, StoreArguments, SwigluArguments
+from numba_atomflow.ops.cuda.gemv.kernels import (
+    AddArguments,
+    ProjectArguments,
+    QkvArguments,
+    StoreArguments,
+    SwigluArguments,
+)
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.embedding import EmbedArguments
+from numba_atomflow.ops.cuda.token.family import AddNormArguments, CapLogitsArguments
 from numba_atomflow.ops.cuda.token.logprobs import LogprobsArguments
 from numba_atomflow.ops.cuda.token.rope import RopeArguments
 from numba_atomflow.ops.cuda.token.sample import SampleArguments
@@ -64,17 +71,17 @@ class Binder:
                     counters=counters,
                     out=op.attn_out,
                 )
-                return [self._launch(self._name("attention", op.q), attention)]
+                kind = "attention" if op.window is None or self._kernels.window is None else "window_attention"
+                return [self._launch(self._name(kind, op.q), attention)]
             case ProjectAdd():
-                added = AddArguments(weights=op.weight.codes, x=op.x, residual=op.residual)
-                return [self._launch(self._name(op.kind, op.x), added)]
+                return self._bind_add(op)
             case GateUp():
                 return [
                     self._launch(self._name("gate_up", op.y), SwigluArguments(**_norm_inputs(op), intermediate=op.y))
                 ]
             case LmHead():
                 stored = StoreArguments(**_norm_inputs(op), y=op.logits)
-                return [self._launch(self._name("lm_head", op.logits), stored)]
+                return [self._launch(self._name("lm_head", op.logits), stored), *self._cap_logits(op)]
             case Sample():
                 return self._bind_sample(op, argmax_done=argmax_done, logprobs=logprobs)
             case Advance():
@@ -90,6 +97,22 @@ class Binder:
             self._launch(name, StoreArguments(**_norm_inputs(op), y=op.qkv)),
             self._launch(self._name("rope", op.q), RopeArguments(qkv=op.qkv, **vector_views(op), **rotation)),
         ]
+
+    def _bind_add(self, op: ProjectAdd) -> list[Launch]:
+        name = self._name(op.kind, op.x)
+        if op.norm_weight is None or op.projected is None:
+            return [self._launch(name, AddArguments(weights=op.weight.codes, x=op.x, residual=op.residual))]
+        added = AddNormArguments(x=op.projected, norm_weight=op.norm_weight, residual=op.residual)
+        return [
+            self._launch(name, ProjectArguments(weights=op.weight.codes, x=op.x, y=op.projected)),
+            self._launch(self._name("add_norm", op.x), added),
+        ]
+
+    def _cap_logits(self, op: LmHead) -> list[Launch]:
+        if op.soft_cap is None:
+            return []
+        rows, width = op.logits.shape
+        return [self._launch("cap_logits", CapLogitsArguments(logits=op.logits, count=rows * width))]
 
     def _bind_sample(self, op: Sample, *, argmax_done: bool, logprobs: bool) -> list[Launch]:
         if op.logits.shape[0] != 1:
@@ -145,12 +168,12 @@ def _tokens(op: Op) -> int:
 
 
 def _norm_inputs(op: Qkv | GateUp | LmHead) -> dict[str, View]:
-    """The arguments that projections with an RMSNorm in front of them share."""
-    if op.norm_weight is None:
-        raise NotImplementedError(f"{op.name} has no norm, and the kernels have one")  # `check_family` refuses it
+    """The arguments that projections of the stream share. Kernels of a model without norms before projections do not
+    read `norm_weight`, and any other vector stands in for it.
+    """
     return {
         "weights": op.weight.codes,
         "residual": op.residual,
-        "norm_weight": op.norm_weight,
+        "norm_weight": op.norm_weight or op.residual,
         "x_norm": op.x_norm,
     }

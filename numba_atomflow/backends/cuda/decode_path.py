@@ -1,6 +1,7 @@
 """How decode steps run: the captured graph of a step's kernels, or one persistent kernel where it can run."""
 
 from numba_atomflow.backends.base import Decode, DecodePath, Verification
+from numba_atomflow.backends.cuda.families import beyond_fast_paths
 from numba_atomflow.backends.cuda.kernels import ModelKernels, has_separate_rope
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
@@ -20,17 +21,19 @@ def kernels_for(
     dependent: bool | None = None,
     chunk: int = 0,
     fp8_activations: bool = False,
+    window: int | None = None,
 ) -> tuple[ModelKernels, DecodePath]:
     """A model's kernels, and how decode steps run.
 
     Args:
         chunk: most tokens of a prefill step on the GEMM path; 0: prompts run on the GEMV kernels.
         fp8_activations: of the GEMM path.
+        window: positions of the sliding window; None if it is not shorter than the KV cache.
 
     Raises:
         BackendError: as `ModelKernels` and `choose_decode_path`.
     """
-    path = choose_decode_path(ModelKernels(geometry, chip, head, dependent=dependent), requested)
+    path = choose_decode_path(ModelKernels(geometry, chip, head, dependent=dependent, window=window), requested)
     persistent = path.name == "persistent"
     kernels = ModelKernels(
         geometry,
@@ -40,6 +43,7 @@ def kernels_for(
         persistent=persistent,
         chunk=chunk,
         fp8_activations=fp8_activations,
+        window=window,
     )
     return kernels, path
 
@@ -52,7 +56,7 @@ def choose_decode_path(kernels: ModelKernels, requested: Decode) -> DecodePath:
     """
     if requested == "graph":
         return DecodePath("graph", "it was requested")
-    obstacle = model_obstacle(kernels.geometry, kernels.chip) or kernels.persistent_shape.refusal()
+    obstacle = model_obstacle(kernels.geometry, kernels.chip, kernels.window) or kernels.persistent_shape.refusal()
     if obstacle is None:
         return DecodePath("persistent")
     if requested == "persistent":
@@ -60,12 +64,19 @@ def choose_decode_path(kernels: ModelKernels, requested: Decode) -> DecodePath:
     return DecodePath("graph", obstacle)
 
 
-def model_obstacle(geometry: ModelGeometry, chip: Chip) -> str | None:
-    """Why the persistent kernel cannot run a model, however it is cut, as a clause; None if it can."""
+def model_obstacle(geometry: ModelGeometry, chip: Chip, window: int | None) -> str | None:
+    """Why the persistent kernel cannot run a model, however it is cut, as a clause; None if it can.
+
+    Args:
+        window: of `families.sliding_window`.
+    """
     capability = chip.capability
     if capability < _MIN_CAPABILITY:
         has, needed = (".".join(map(str, version)) for version in (capability, _MIN_CAPABILITY))
         return f"this GPU's compute capability is {has}, and bulk copies need {needed}"
+    beyond = beyond_fast_paths(geometry, window)
+    if beyond is not None:
+        return beyond
     if has_separate_rope(geometry):
         return "the model's RoPE is a kernel of its own"
     if len(tables_of(geometry)) > 1:

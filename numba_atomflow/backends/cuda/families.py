@@ -1,29 +1,41 @@
-"""Which models the CUDA backend can run."""
+"""What a model has that not all kernels can do: the GEMV kernels can do everything, others less."""
 
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.features import beyond_qwen
 
-HEAD_DIMS = (64, 80, 96, 128)
+_HEAD_DIMS = (64, 80, 96, 128)  # of the persistent kernel, and of attention on the GEMM path
 
 
-def check_family(geometry: ModelGeometry, max_seq_len: int) -> None:
-    """Check that there are kernels for a model.
+def sliding_window(geometry: ModelGeometry, max_seq_len: int) -> int | None:
+    """Positions of the sliding window; None if no layer has one that is shorter than the KV cache."""
+    window = geometry.sliding_window
+    return window if geometry.sliding_layers and window is not None and window < max_seq_len else None
 
-    Within a sliding window, attention sees all positions, as the kernels do.
+
+def check_no_window(geometry: ModelGeometry, max_seq_len: int) -> None:
+    """Check that no sliding window is shorter than the KV cache that several GPUs share.
 
     Raises:
-        BackendError: the model has something that no kernel can do, or the KV cache is longer than a sliding window.
+        BackendError: one is.
+    """
+    window = sliding_window(geometry, max_seq_len)
+    if window is not None:
+        raise BackendError(
+            f"Several GPUs share a model in the persistent kernel alone, which cannot do a sliding window, and this "
+            f"model's has {window:,} positions; use --max-seq-len {window} or less, or --gpus 1."
+        )
+
+
+def beyond_fast_paths(geometry: ModelGeometry, window: int | None) -> str | None:
+    """What neither the persistent kernel nor the GEMM path can do, as a clause; None if it is nothing.
+
+    Args:
+        window: of `sliding_window`.
     """
     missing = beyond_qwen(geometry)
-    if geometry.head_dim not in HEAD_DIMS:
+    if geometry.head_dim not in _HEAD_DIMS:
         missing.append(f"heads of {geometry.head_dim}")
-    if missing:
-        raise BackendError(
-            f"The CUDA backend has no kernels for {missing[0]}, which this model has; use --backend cpu."
-        )
-    if geometry.sliding_layers and geometry.sliding_window is not None and max_seq_len > geometry.sliding_window:
-        raise BackendError(
-            f"The CUDA backend has no kernels for a sliding window, and this model's has {geometry.sliding_window:,} "
-            f"positions; use --max-seq-len {geometry.sliding_window} or less, or --backend cpu."
-        )
+    if window is not None:
+        missing.append(f"a sliding window of {window:,} positions, which is shorter than the context")
+    return f"the model has {missing[0]}" if missing else None

@@ -33,6 +33,7 @@ from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.advance import advance_kernel
 from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
 from numba_atomflow.ops.cuda.token.embedding import embed_kernel
+from numba_atomflow.ops.cuda.token.family import add_norm_kernel, cap_logits_kernel
 from numba_atomflow.ops.cuda.token.logprobs import logprobs_kernel
 from numba_atomflow.ops.cuda.token.rope import rope_kernel
 from numba_atomflow.ops.cuda.token.sample import sample_kernel
@@ -45,8 +46,10 @@ TOKEN_RING = 1024  # entries of the host ring; more than tokens that the host ha
 
 
 def has_separate_rope(geometry: ModelGeometry) -> bool:
-    """Whether RoPE is a kernel of its own, because a bias or norms of whole heads come between QKV and RoPE."""
-    return geometry.qkv_bias or geometry.qk_norm
+    """Whether RoPE is a kernel of its own, because a bias or norms of whole heads come between QKV and RoPE; or because
+    only the kernel without RoPE can do without a norm before the projection.
+    """
+    return geometry.qkv_bias or geometry.qk_norm or not geometry.pre_norm
 
 
 class ModelKernels:
@@ -58,6 +61,7 @@ class ModelKernels:
         persistent: decode steps run in the persistent kernel, for which weights are prepacked in small k-tiles.
         chunk: most tokens of a prefill step on the GEMM path; 0: prompts run on the GEMV kernels.
         fp8_activations: of the GEMM path.
+        window: positions of the sliding window; None if it is not shorter than the KV cache.
 
     Attributes:
         gemv_width: the greatest number of tokens that a GEMV kernel takes.
@@ -78,8 +82,9 @@ class ModelKernels:
         persistent: bool = False,
         chunk: int = 0,
         fp8_activations: bool = False,
+        window: int | None = None,
     ) -> None:
-        self.geometry, self.chip, self.head = geometry, chip, head
+        self.geometry, self.chip, self.head, self.window = geometry, chip, head, window
         self.dependent = chip.dependent_launch if dependent is None else dependent
         self.persistent = persistent
         self.layouts = self._layouts(K_TILE_GROUPS if persistent else 0)
@@ -126,7 +131,9 @@ class ModelKernels:
         """How attention of `tokens` tokens is cut."""
         g = self.geometry
         splits = choose_kv_splits(g.heads, g.kv_heads, tokens, self.chip.sms)
-        return AttentionShape(g.heads, g.kv_heads, g.head_dim, tokens, self.layouts["o"].padded_in_features, splits)
+        out_width = self.layouts["o"].padded_in_features
+        cap = g.attention_soft_cap or 0.0
+        return AttentionShape(g.heads, g.kv_heads, g.head_dim, tokens, out_width, splits, soft_cap=cap)
 
     @cached_property
     def persistent_shape(self) -> PersistentShape:
@@ -193,6 +200,7 @@ class ModelKernels:
         """
         names = ["argmax", "sample", "advance", "advance_sampled", "lm_head_x1"]
         names += [name for name in ("prepack", "prepack_fp16", "persistent") if name in self.planned]
+        names += ["cap_logits"] if self.geometry.logit_soft_cap else []
         kernels = [self.planned[name] for name in names]
         return kernels if self.persistent else kernels + self.layer_kernels(1)
 
@@ -206,6 +214,7 @@ class ModelKernels:
         if self.prefill is not None and self.on_gemm_path(width):
             return [self.prefill.kernel(kind, width) for kind in self.prefill.layer_kinds]
         kinds = ["embed", "qkv", "attention", "o", "gate_up", "down"] + ["rope"] * self.separate_rope_kernel
+        kinds += ["window_attention"] * (self.window is not None) + ["add_norm"] * self.geometry.post_norm
         return [self.planned[f"{kind}_x{width}"] for kind in kinds]
 
     @cached_property
@@ -224,19 +233,29 @@ class ModelKernels:
             kernels += self._step_kernels(width)
         if not HEAD_FORMATS[self.head].scaled:
             kernels.append(prepack_fp16_kernel())
+        if self.geometry.logit_soft_cap is not None:
+            kernels.append(cap_logits_kernel(self.geometry.logit_soft_cap, self.chip.sms, dependent=dependent))
         if self.persistent:
             kernels += [persistent_kernel(self.persistent_shape), publish_kernel(self.persistent_shape)]
             kernels += [wide_kernel(shape) for shape in self.wide_shapes.values()]
         return {kernel.spec.name: kernel for kernel in kernels}
 
     def _step_kernels(self, width: int) -> list[Planned]:
+        g, dependent, shape = self.geometry, self.dependent, self.attention_shape(width)
         qkv = make_store if self.separate_rope_kernel else make_qkv
         kernels = [
             embed_kernel(self.layouts["embedding"], width),
-            attention_kernel(f"attention_x{width}", self.attention_shape(width), dependent=self.dependent),
+            attention_kernel(f"attention_x{width}", shape, dependent=dependent),
             *(self.projections.kernel(kind, width, qkv) for kind in PROJECTIONS),
         ]
-        return [*kernels, self._rope(width)] if self.separate_rope_kernel else kernels
+        if self.separate_rope_kernel:
+            kernels.append(self._rope(width))
+        if self.window is not None:
+            in_window = replace(shape, window=self.window)
+            kernels.append(attention_kernel(f"window_attention_x{width}", in_window, dependent=dependent))
+        if g.post_norm:
+            kernels.append(add_norm_kernel(f"add_norm_x{width}", g.hidden, g.norm_eps, width, dependent=dependent))
+        return kernels
 
     def _rope(self, width: int) -> Planned:
         g = self.geometry
@@ -248,6 +267,7 @@ class ModelKernels:
             eps=g.norm_eps,
             bias=g.qkv_bias,
             norm=g.qk_norm,
+            norm_of_all_heads=g.qk_norm_of_all_heads,
             dependent=self.dependent,
         )
 

@@ -12,7 +12,7 @@ from numba_atomflow.device.resources import Resources
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
-from numba_atomflow.model.rope_tables import rope_tables
+from numba_atomflow.model.rope_tables import rope_tables, tables_of
 from numba_atomflow.model.step import Head, LmHead, Op, Weight, Weights, build_head, build_step, build_tail
 from numba_atomflow.ops.cuda.runtime.launch import Kernel
 from numba_atomflow.ops.cuda.runtime.upload import Uploader, upload
@@ -108,7 +108,7 @@ class DeviceModel:
         upload(uploader, arrays, self.weight_views, self.kernels.layout_of, progress)
         # Padding of activations must be zero, and counters start at zero; staging has overwritten both.
         self._arena.clear(("activations", "workspace"), self.stream)
-        positions = self.buffers["rope.cosines"].shape[0]
+        positions = self.buffers[f"{tables_of(self.geometry)[0]}.cosines"].shape[0]
         for name, table in rope_tables(self.geometry, positions, max_seq_len):
             self.memory.write(self.buffers[name], table)
         self.reset_argmax()

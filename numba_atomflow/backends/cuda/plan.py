@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, Self
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
-from numba_atomflow.backends.cuda.families import check_family
+from numba_atomflow.backends.cuda.families import beyond_fast_paths, sliding_window
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers, verification_buffers
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path, most_chunk_tokens
@@ -121,6 +121,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         pad_multiple=GROUP,
         spare_positions=width - 1,  # of the padding tokens of GEMV kernels
         keep_qkv=kernels.separate_rope_kernel,
+        keep_gate_up=False,
     )
     buffers = [
         *weight_buffers(g, kernels.layout_of),
@@ -144,13 +145,13 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
     Raises:
         BackendError: there is no usable GPU, or it has no kernels for the model.
     """
-    check_family(geometry, max_seq_len)
+    window = sliding_window(geometry, max_seq_len)
     with DeviceResources() as owner:
         device = owner.open()
         chip = chip_of(device)
-        prefill = choose_prefill_path("auto", chip, max_seq_len)
+        prefill = choose_prefill_path("auto", chip, max_seq_len, beyond=beyond_fast_paths(geometry, window))
         chunk = most_chunk_tokens(prefill, None, max_seq_len)
-        kernels, decode = kernels_for(geometry, chip, head, "auto", chunk=chunk)
+        kernels, decode = kernels_for(geometry, chip, head, "auto", chunk=chunk, window=window)
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
         record |= {"decode": asdict(decode), "prefill": asdict(prefill)}
         return cuda_plan(kernels, max_seq_len), record

@@ -12,15 +12,18 @@ _MIN_CAPABILITY = (8, 0)  # cp.async
 _FP8_CAPABILITY = (9, 0)  # wgmma
 
 
-def choose_prefill_path(requested: Prefill, chip: Chip, max_seq_len: int) -> PrefillPath:
+def choose_prefill_path(requested: Prefill, chip: Chip, max_seq_len: int, *, beyond: str | None = None) -> PrefillPath:
     """The requested prefill path; "auto" is "gemm" where it can run. A KV cache of at most `MAX_GEMV_WIDTH` positions
     never has a chunk for its kernels.
+
+    Args:
+        beyond: what the model has that the GEMM path cannot do, as a clause.
 
     Raises:
         BackendError: the requested path cannot run.
     """
     wanted: Literal["gemv", "gemm", "fp8"] = "gemm" if requested == "auto" else requested
-    obstacle = None if wanted == "gemv" else _obstacle(wanted, chip)
+    obstacle = None if wanted == "gemv" else _obstacle(wanted, chip) or beyond
     if obstacle is not None and requested == "auto":
         return PrefillPath("gemv", obstacle)
     if obstacle is not None:

@@ -12,6 +12,8 @@ class AttentionShape:
         out_width: elements from one token to the next in the output: heads * head_dim, padded for the projection.
         kv_splits: the most CTAs that share a sequence.
         warps: per CTA.
+        window: positions that a token attends to, its own included; 0: all.
+        soft_cap: c where a score s becomes c tanh(s / c); 0: scores stay as they are.
     """
 
     heads: int
@@ -21,6 +23,8 @@ class AttentionShape:
     out_width: int
     kv_splits: int
     warps: int = 8
+    window: int = 0
+    soft_cap: float = 0.0
 
     @property
     def threads(self) -> int:

@@ -9,6 +9,10 @@ last for its KV head and queries (an atomic counter that wraps to zero by itself
 kernel, and the same bits whichever CTA is last. The length of a KV split follows from the length of the sequence alone,
 which is read from device memory: the launch is the same at every length, and CTAs without keys exit at once.
 
+A sliding window of W positions moves the beginning: KV splits share the keys from the first one that the first token
+of the step sees, and of these each query's mask leaves its own W. A warp may so meet only masked keys: its weights are
+those of `LOWEST`, and combining gives them none.
+
 Keys beyond the last token are never loaded (the last valid key is loaded in their place, and masked): what the cache
 holds there changes no bit.
 
@@ -28,6 +32,7 @@ from numba_atomflow.ops.cuda.attention.combine import LOADS_IN_FLIGHT, make_comb
 from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
+from numba_atomflow.ops.cuda.elementwise import make_soft_cap
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 KEYS = 16  # per step of a warp
@@ -65,6 +70,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     """Device function (io): what one CTA computes. `io` has the fields of `AttentionArguments`, and those that the
     functions of `addressing` read.
     """
+    window, soft_cap = shape.window, shape.soft_cap
     head_dim, kv_heads, gqa_ratio = shape.head_dim, shape.kv_heads, shape.heads // shape.kv_heads
     tokens, queries, rows, kv_splits = shape.tokens, shape.queries, shape.rows, shape.kv_splits
     warps, threads, work_tiles = shape.warps, shape.threads, shape.work_tiles
@@ -88,6 +94,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     combine_warps = make_combine(head_dim, rows, out_start, stats_start)
     combine_splits = make_combine_splits(head_dim, rows, out_start)
     scale = f32(math.log2(math.e) / math.sqrt(head_dim))
+    capped = make_soft_cap(soft_cap or 1.0, 1.0 / math.sqrt(head_dim), math.log2(math.e))
 
     @ptx.device_function
     def load_step(io, sequence_start, base, length, kv, g, t, k_regs, v_regs):
@@ -125,6 +132,13 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
                 words[index + 2] = q_regs[h * row_registers + 2 * i + 1]
 
     @ptx.device_function
+    def score(product, key, last):
+        """A score in units of log2(e); masked beyond the last key that its row sees, and before the window."""
+        if key > last or (window > 0 and key <= last - window):
+            return LOWEST
+        return capped(product) if soft_cap > 0 else product * scale
+
+    @ptx.device_function
     def scores_of(words, k_regs, key, last_0, last_1, lane):
         """Scores of a step in units of log2(e), masked beyond the last key that each row sees."""
         s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
@@ -135,14 +149,14 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
             s0, s1, s2, s3 = ptx.mma(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
             b0, b1 = k_regs[row_registers + 2 * i], k_regs[row_registers + 2 * i + 1]
             s4, s5, s6, s7 = ptx.mma(a0, a1, a2, a3, b0, b1, s4, s5, s6, s7)
-        s0 = s0 * scale if i32(key) <= last_0 else LOWEST
-        s1 = s1 * scale if i32(key + 1) <= last_0 else LOWEST
-        s2 = s2 * scale if i32(key) <= last_1 else LOWEST
-        s3 = s3 * scale if i32(key + 1) <= last_1 else LOWEST
-        s4 = s4 * scale if i32(key + 8) <= last_0 else LOWEST
-        s5 = s5 * scale if i32(key + 9) <= last_0 else LOWEST
-        s6 = s6 * scale if i32(key + 8) <= last_1 else LOWEST
-        s7 = s7 * scale if i32(key + 9) <= last_1 else LOWEST
+        s0 = score(s0, i32(key), last_0)
+        s1 = score(s1, i32(key + 1), last_0)
+        s2 = score(s2, i32(key), last_1)
+        s3 = score(s3, i32(key + 1), last_1)
+        s4 = score(s4, i32(key + 8), last_0)
+        s5 = score(s5, i32(key + 9), last_0)
+        s6 = score(s6, i32(key + 8), last_1)
+        s7 = score(s7, i32(key + 9), last_1)
         return s0, s1, s2, s3, s4, s5, s6, s7
 
     @ptx.device_function
@@ -234,13 +248,14 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         sequence_start = sequence_start_of(io, sequence)
 
         length = position_of(io, sequence) + tokens
-        split_keys = ((length + kv_splits - 1) // kv_splits + step_keys - 1) // step_keys * step_keys
-        if length <= _UNSPLIT_STEPS * step_keys:
+        begin = max(position_of(io, sequence) + 1 - window, int64(0)) if window > 0 else int64(0)
+        split_keys = ((length - begin + kv_splits - 1) // kv_splits + step_keys - 1) // step_keys * step_keys
+        if length - begin <= _UNSPLIT_STEPS * step_keys:
             split_keys = int64(_UNSPLIT_STEPS * step_keys)
-        active_splits = (length + split_keys - 1) // split_keys
+        active_splits = (length - begin + split_keys - 1) // split_keys
         if split >= active_splits:
             return
-        start, end = split * split_keys, min(length, (split + 1) * split_keys)
+        start, end = begin + split * split_keys, min(length, begin + (split + 1) * split_keys)
         base = start + warp * KEYS
         # No launch of this step moves the position or writes to earlier keys: loading them needs no wait.
         preloaded = dependent and base < end and base + KEYS <= cached(io, sequence)

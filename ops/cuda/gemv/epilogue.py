@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.elementwise import geglu
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
 from numba_atomflow.ops.cuda.scalars import f32, u16
 
@@ -129,15 +130,18 @@ def make_add_epilogue(plan: GemvPlan) -> Epilogue:
     return Epilogue(add, _no_prefetch)
 
 
-def make_swiglu_epilogue(plan: GemvPlan, y_pitch: int) -> Epilogue:
-    """silu(gate) * up to `io.intermediate`, float16 bits [tokens, y_pitch]. Rows paired with half = number of units."""
+def make_swiglu_epilogue(plan: GemvPlan, y_pitch: int, *, gelu: bool = False) -> Epilogue:
+    """silu(gate) * up, or gelu(gate) * up, to `io.intermediate`, float16 bits [tokens, y_pitch]. Rows paired with
+    half = number of units.
+    """
     units = plan.layout.half
+    gated = geglu if gelu else swiglu
 
     @ptx.device_function
     def store(io, tile, r, token, gate, up):
         unit = tile * 8 + r
         if unit < units:
-            io.intermediate[token * y_pitch + unit] = u16(ptx.f16_bits(swiglu(gate, up)))
+            io.intermediate[token * y_pitch + unit] = u16(ptx.f16_bits(gated(gate, up)))
 
     return Epilogue(store, _no_prefetch)
 

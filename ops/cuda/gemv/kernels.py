@@ -29,7 +29,12 @@ from numba_atomflow.ops.cuda.gemv.epilogue import (
 )
 from numba_atomflow.ops.cuda.gemv.mainloop import make_load, make_multiply
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan
-from numba_atomflow.ops.cuda.gemv.prologue import Prologue, make_copy_prologue, make_norm_prologue
+from numba_atomflow.ops.cuda.gemv.prologue import (
+    Prologue,
+    make_copy_prologue,
+    make_norm_prologue,
+    make_round_prologue,
+)
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, U16, U32, Planned, kernel_spec
 from numba_atomflow.ops.cuda.scalars import f32
 
@@ -42,8 +47,9 @@ class StoreArguments(NamedTuple):
     Attributes:
         weights: prepacked.
         residual: float32 [tokens, K] as words.
-        norm_weight: [K].
-        x_norm: pairs of float16 [tokens, padded K]: what the kernel multiplied, written for validation.
+        norm_weight: [K]; not read by a kernel without a norm.
+        x_norm: pairs of float16 [tokens, padded K]: what the kernel multiplied, written for validation; not by a kernel
+            without a norm.
         y: [tokens, out_features].
     """
 
@@ -68,8 +74,23 @@ class AddArguments(NamedTuple):
     residual: F32
 
 
+class ProjectArguments(NamedTuple):
+    """y = W x, plain row order.
+
+    Attributes:
+        weights: prepacked.
+        x: pairs of float16 [tokens, padded K].
+        y: [tokens, out_features].
+    """
+
+    weights: U32
+    x: U32
+    y: F32
+
+
 class SwigluArguments(NamedTuple):
-    """intermediate = silu(gate) * up with (gate, up) = W norm(residual). Rows paired with half = number of units.
+    """intermediate = silu(gate) * up, or gelu(gate) * up, with (gate, up) = W norm(residual). Rows paired with half =
+    number of units.
 
     Attributes:
         weights, residual, norm_weight, x_norm: as in `StoreArguments`.
@@ -132,9 +153,13 @@ class PagedQkvArguments(NamedTuple):
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def make_store(plan: GemvPlan, eps: float, *, dependent: bool = False) -> Any:
-    """Kernel (`StoreArguments`)."""
-    return make_gemv(plan, make_norm_prologue(plan, eps), make_store_epilogue(plan), dependent)
+def make_store(plan: GemvPlan, eps: float, *, norm: bool = True, dependent: bool = False) -> Any:
+    """Kernel (`StoreArguments`). `norm`: whether there is one; without, it multiplies the residual itself."""
+    return make_gemv(plan, _prologue(plan, eps, norm=norm), make_store_epilogue(plan), dependent)
+
+
+def _prologue(plan: GemvPlan, eps: float, *, norm: bool) -> Prologue:
+    return make_norm_prologue(plan, eps) if norm else make_round_prologue(plan)
 
 
 def make_add(plan: GemvPlan, *, dependent: bool = False) -> Any:
@@ -142,9 +167,23 @@ def make_add(plan: GemvPlan, *, dependent: bool = False) -> Any:
     return make_gemv(plan, make_copy_prologue(plan), make_add_epilogue(plan), dependent)
 
 
-def make_swiglu(plan: GemvPlan, eps: float, y_pitch: int, *, dependent: bool = False) -> Any:
-    """Kernel (`SwigluArguments`). `y_pitch`: padded K of the down projection."""
-    return make_gemv(plan, make_norm_prologue(plan, eps), make_swiglu_epilogue(plan, y_pitch), dependent)
+def make_project(plan: GemvPlan, *, dependent: bool = False) -> Any:
+    """Kernel (`ProjectArguments`)."""
+    return make_gemv(plan, make_copy_prologue(plan), make_store_epilogue(plan), dependent)
+
+
+def make_swiglu(
+    plan: GemvPlan, eps: float, y_pitch: int, *, norm: bool = True, gelu: bool = False, dependent: bool = False
+) -> Any:
+    """Kernel (`SwigluArguments`).
+
+    Args:
+        y_pitch: padded K of the down projection.
+        norm: as in `make_store`.
+        gelu: GELU in place of SiLU.
+    """
+    epilogue = make_swiglu_epilogue(plan, y_pitch, gelu=gelu)
+    return make_gemv(plan, _prologue(plan, eps, norm=norm), epilogue, dependent)
 
 
 def make_qkv(plan: GemvPlan, eps: float, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
@@ -230,6 +269,7 @@ def make_gemv(plan: GemvPlan, prologue: Prologue, epilogue: Epilogue, dependent:
 _ARGUMENTS: dict[Callable[..., Any], type[tuple[Any, ...]]] = {
     make_store: StoreArguments,
     make_add: AddArguments,
+    make_project: ProjectArguments,
     make_swiglu: SwigluArguments,
     make_qkv: QkvArguments,
     make_paged_qkv: PagedQkvArguments,

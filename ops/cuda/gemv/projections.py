@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from numba_atomflow.errors import BackendError
-from numba_atomflow.ops.cuda.gemv.kernels import make_add, make_store, make_swiglu, projection_kernel
+from numba_atomflow.ops.cuda.gemv.kernels import make_add, make_project, make_store, make_swiglu, projection_kernel
 from numba_atomflow.ops.cuda.gemv.plan import GemvPlan, choose_plan
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
@@ -39,6 +39,12 @@ class ModelSizes(Protocol):
     def norm_eps(self) -> float: ...
     @property
     def tied_embeddings(self) -> bool: ...
+    @property
+    def pre_norm(self) -> bool: ...
+    @property
+    def post_norm(self) -> bool: ...
+    @property
+    def hidden_act(self) -> str: ...
 
 
 def projection_layouts(
@@ -98,7 +104,8 @@ class Projections:
         """The kernel of a projection, called ``<kind>_x<tokens>`` unless it has a `name`.
 
         Args:
-            make_qkv: the factory for the QKV projection: with RoPE and the KV cache, or `make_store`.
+            make_qkv: the factory for the QKV projection: with RoPE and the KV cache, or `make_store`, which a model
+                without norms before projections needs.
         """
         g = self.sizes
         factory: Callable[..., Any]
@@ -106,15 +113,18 @@ class Projections:
         match kind:
             case "qkv":
                 factory = make_qkv
-                if factory is not make_store:
+                if factory is make_store:
+                    options |= {"norm": g.pre_norm}
+                else:
                     options |= {"heads": g.heads, "kv_heads": g.kv_heads}
             case "gate_up":
                 factory = make_swiglu
                 options |= {"y_pitch": self.layouts["down"].padded_in_features}
+                options |= {"norm": g.pre_norm, "gelu": g.hidden_act != "silu"}
             case "lm_head":
                 factory = make_store
             case _:
-                factory, options = make_add, {}
+                factory, options = make_project if g.post_norm else make_add, {}
         name = name or f"{kind}_x{tokens}"
         return projection_kernel(name, factory, self.plan(kind, tokens), self.chip.sms, self.dependent, **options)
 

@@ -1,6 +1,7 @@
 """Prologues of a GEMV: x into shared memory, as float16 pairs with every token's row padded to whole groups.
 
-Copy: x is float16 in device memory. Norm: x is the RMSNorm of the float32 residual, computed by every CTA.
+Copy: x is float16 in device memory. Norm: x is the RMSNorm of the float32 residual, computed by every CTA. Round: x is
+the residual itself, of models without these norms.
 """
 
 import math
@@ -91,6 +92,29 @@ def make_copy_prologue(plan: GemvPlan) -> Prologue:
                     if all_full or word < x_words:
                         a, b, c, d = ptx.load_16(io.x, token * x_words + word)
                         ptx.store_shared_16(words, token * x_pitch + word, a, b, c, d)
+
+    return Prologue(_no_prefetch, stage, _no_report)
+
+
+# --- round -----------------------------------------------------------------------------------------------------------
+
+
+def make_round_prologue(plan: GemvPlan) -> Prologue:
+    """Round `io.residual`, float32 [tokens, K] as uint32 words with even K, to float16."""
+    tokens, threads, in_features = plan.tokens, plan.threads, plan.in_features
+    x_words, x_pitch = plan.x_words, plan.x_pitch
+    pairs_per_thread = -(-x_words // threads)
+
+    @ptx.device_function
+    def stage(io, thread, words, floats):
+        for token in range(tokens):
+            for i in range(pairs_per_thread):
+                pair = i * threads + thread
+                if 2 * pair < in_features:
+                    low, high = ptx.load_f32x2(io.residual, token * in_features + 2 * pair)
+                    words[token * x_pitch + pair] = ptx.pack_f16x2(low, high)
+                elif pair < x_words:
+                    words[token * x_pitch + pair] = u32(0)
 
     return Prologue(_no_prefetch, stage, _no_report)
 

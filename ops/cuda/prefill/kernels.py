@@ -46,6 +46,8 @@ class DecoderSizes(ModelSizes, Protocol):
     def qkv_bias(self) -> bool: ...
     @property
     def qk_norm(self) -> bool: ...
+    @property
+    def qk_norm_of_all_heads(self) -> bool: ...
 
 
 class PrefillKernels:
@@ -197,5 +199,6 @@ class PrefillKernels:
             g.norm_eps,
             bias=g.qkv_bias,
             norm=g.qk_norm,
+            norm_of_all_heads=g.qk_norm_of_all_heads,
             dependent=self._dependent,
         )

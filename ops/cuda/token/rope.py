@@ -2,7 +2,8 @@
 
 Without a norm of heads the two elements that RoPE rotates together end in one lane, and the epilogue of the QKV
 projection does this work. Qwen3 norms each head first, which takes all of its elements: here a warp has a head. Qwen2's
-bias is added here too. Cost model: a launch (2-3 us); 4 bytes read and 2 written per row of q, k and v.
+bias is added here too. OLMo 2 norms all heads of q, or of k, as one: every warp reads all of them, from L2.
+Cost model: a launch (2-3 us); 4 bytes read and 2 written per row of q, k and v.
 """
 
 import math
@@ -25,7 +26,7 @@ class RopeArguments(NamedTuple):
     Attributes:
         qkv: [tokens, (heads + 2 kv_heads) * head_dim].
         bias: [(heads + 2 kv_heads) * head_dim].
-        q_norm, k_norm: [head_dim].
+        q_norm, k_norm: [head_dim]; of a norm of all heads, [heads * head_dim] and [kv_heads * head_dim].
         position: [1], of the first token; the others follow.
         cosines, sines: [positions, head_dim / 2].
         q: bits of float16 [tokens, heads * head_dim].
@@ -79,23 +80,33 @@ def make_rope(
     bias: bool,
     norm: bool,
     *,
+    norm_of_all_heads: bool = False,
     dependent: bool = False,
 ) -> Any:
     """Kernel (`RopeArguments`). Launch: `rope_ctas` CTAs of `THREADS` threads, no shared memory.
 
     Args:
         bias, norm: whether the model has a bias, and a norm of each head of q and k.
+        norm_of_all_heads: that norm is one of all heads of q, and one of all heads of k.
     """
 
     @ptx.device_function
     def count_of(io):
         return tokens
 
-    return _make_rope(heads, kv_heads, head_dim, eps, bias, norm, count_of, dependent)
+    return _make_rope(heads, kv_heads, head_dim, eps, bias, norm, norm_of_all_heads, count_of, dependent)
 
 
 def make_rope_chunk(
-    heads: int, kv_heads: int, head_dim: int, eps: float, bias: bool, norm: bool, *, dependent: bool = False
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+    bias: bool,
+    norm: bool,
+    *,
+    norm_of_all_heads: bool = False,
+    dependent: bool = False,
 ) -> Any:
     """Kernel (`RopeChunkArguments`): the same for the first `count` tokens. Launch: as above, for all with padding."""
 
@@ -103,16 +114,42 @@ def make_rope_chunk(
     def count_of(io):
         return io.count[0]
 
-    return _make_rope(heads, kv_heads, head_dim, eps, bias, norm, count_of, dependent)
+    return _make_rope(heads, kv_heads, head_dim, eps, bias, norm, norm_of_all_heads, count_of, dependent)
 
 
 def _make_rope(
-    heads: int, kv_heads: int, head_dim: int, eps: float, bias: bool, norm: bool, count_of: Any, dependent: bool
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+    bias: bool,
+    norm: bool,
+    norm_of_all_heads: bool,
+    count_of: Any,
+    dependent: bool,
 ) -> Any:
     """`count_of`: device function (io) -> number of tokens."""
     half, all_heads = head_dim // 2, heads + 2 * kv_heads
     pairs = -(-half // 32)  # per lane
     inverse_width, epsilon = f32(1.0 / head_dim), f32(eps)
+    inverse_q, inverse_k = f32(1.0 / (heads * head_dim)), f32(1.0 / (kv_heads * head_dim))
+    all_norm = norm and norm_of_all_heads
+
+    @ptx.device_function
+    def sum_of_all_heads(io, first, head, lane):
+        """A lane's part of the sum of squares of all heads of q, or of k, of a token whose row begins at `first`."""
+        start = 0 if head < heads else heads * head_dim
+        end = heads * head_dim if head < heads else (heads + kv_heads) * head_dim
+        squares = _ZERO
+        element = start + lane * 4
+        while element < end:
+            a, b, c, d = ptx.load_f32x4(io.qkv, first + element)
+            if bias:
+                a, b = a + io.bias[element], b + io.bias[element + 1]
+                c, d = c + io.bias[element + 2], d + io.bias[element + 3]
+            squares += a * a + b * b + (c * c + d * d)
+            element += 128
+        return squares
 
     @ptx.kernel(THREADS, 1)
     def rope(io):
@@ -137,9 +174,14 @@ def _make_rope(
                     lows[p] += io.bias[head * head_dim + i]
                     highs[p] += io.bias[head * head_dim + half + i]
             squares += lows[p] * lows[p] + highs[p] * highs[p]
+        if all_norm and head < heads + kv_heads:
+            squares = sum_of_all_heads(io, token * all_heads * head_dim, head, lane)
         if norm:
             squares = ptx.warp_sum(squares)
-        factor = _ONE / f32(math.sqrt(squares * inverse_width + epsilon))
+        inverse = inverse_width
+        if all_norm:
+            inverse = inverse_q if head < heads else inverse_k
+        factor = _ONE / f32(math.sqrt(squares * inverse + epsilon))
         position = io.position[0] + token
         for p in range(pairs):
             i = lane + 32 * p
@@ -148,8 +190,9 @@ def _make_rope(
                 if head < heads + kv_heads:
                     if norm:
                         weight = io.q_norm if head < heads else io.k_norm
-                        low *= factor * weight[i]
-                        high *= factor * weight[half + i]
+                        of_head = (head if head < heads else head - heads) * head_dim if all_norm else 0
+                        low *= factor * weight[of_head + i]
+                        high *= factor * weight[of_head + half + i]
                     cosine, sine = io.cosines[position * half + i], io.sines[position * half + i]
                     low, high = rope_pair(low, high, cosine, sine)
                 low_bits, high_bits = u16(ptx.f16_bits(low)), u16(ptx.f16_bits(high))
@@ -167,7 +210,16 @@ def _make_rope(
 
 
 def rope_kernel(
-    heads: int, kv_heads: int, head_dim: int, tokens: int, eps: float, *, bias: bool, norm: bool, dependent: bool
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    tokens: int,
+    eps: float,
+    *,
+    bias: bool,
+    norm: bool,
+    norm_of_all_heads: bool,
+    dependent: bool,
 ) -> Planned:
     """The spec of the kernel of `make_rope`."""
     spec = kernel_spec(
@@ -182,13 +234,22 @@ def rope_kernel(
         eps=eps,
         bias=bias,
         norm=norm,
+        norm_of_all_heads=norm_of_all_heads,
         dependent=dependent,
     )
     return Planned(spec, rope_ctas(heads, kv_heads, tokens))
 
 
 def rope_chunk_kernel(
-    heads: int, kv_heads: int, head_dim: int, eps: float, *, bias: bool, norm: bool, dependent: bool
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+    *,
+    bias: bool,
+    norm: bool,
+    norm_of_all_heads: bool,
+    dependent: bool,
 ) -> Planned:
     """The spec of the kernel of `make_rope_chunk`; `rope_ctas` is the grid of a launch."""
     spec = kernel_spec(
@@ -202,6 +263,7 @@ def rope_chunk_kernel(
         eps=eps,
         bias=bias,
         norm=norm,
+        norm_of_all_heads=norm_of_all_heads,
         dependent=dependent,
     )
     return Planned(spec, 0)

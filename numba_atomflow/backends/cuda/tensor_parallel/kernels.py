@@ -34,7 +34,7 @@ class RankKernels:
     def __init__(self, sharding: Sharding, chip: Chip, head: HeadFormat = "fp8", *, ranks_per_gpu: int = 1) -> None:
         self.sharding, self.geometry, self.head = sharding, sharding.geometry, head
         self.chip, self.ranks_per_gpu = chip, ranks_per_gpu
-        obstacle = model_obstacle(self.geometry, chip) or self.persistent_shape.refusal()
+        obstacle = model_obstacle(self.geometry, chip, window=None) or self.persistent_shape.refusal()
         if obstacle:
             raise BackendError(
                 f"Several GPUs share a model in the persistent kernel alone, and it cannot run because {obstacle}; "

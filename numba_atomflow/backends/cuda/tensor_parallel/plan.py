@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from numba_atomflow.backends.base import DecodePath, PrefillPath
-from numba_atomflow.backends.cuda.families import check_family
+from numba_atomflow.backends.cuda.families import check_no_window
 from numba_atomflow.backends.cuda.persistent import persistent_buffers
 from numba_atomflow.backends.cuda.plan import SamplingState, weight_buffers, with_staging
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
@@ -53,7 +53,7 @@ def plan_for_gpus(
         OptionError: they cannot share the model.
         BackendError: there is no usable GPU, or it has no kernels for the model.
     """
-    check_family(geometry, max_seq_len)
+    check_no_window(geometry, max_seq_len)
     sharding = Sharding(geometry, gpus)
     with DeviceResources() as owner:
         device = owner.open()

@@ -1,0 +1,62 @@
+"""Steps of families beyond Llama on the GEMV kernels, in the simulator, beside the CPU backend."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from family_geometries import FIELDS
+from kernel_cases import generator, relative_error
+from simulated_backend import POSITIONS, SimulatedBackend, simulate_launches
+from tiny_models import tiny_geometry
+
+from numba_atomflow.backends.cpu import CpuBackend
+from numba_atomflow.backends.cuda.families import sliding_window
+from numba_atomflow.backends.cuda.kernels import ModelKernels
+from numba_atomflow.checkpoint.arrays import WeightArrays
+from numba_atomflow.checkpoint.random_weights import RandomModel
+from numba_atomflow.model.step import ALL_LOGITS
+from numba_atomflow.ops.cuda.runtime.chip import Chip
+
+CHIP = Chip(sms=1, shared_bytes=30 << 10, capability=(9, 0))
+LIMIT = 3e-3  # relative L2, as on a GPU
+SIZES: dict[str, Any] = {
+    "layers": 2,
+    "hidden": 48,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 32,
+    "ffn": 24,
+    "vocabulary": 16,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"layers": 1, "sliding_window": 2, "sliding_layers": (0,), "qk_norm": True, "qk_norm_of_all_heads": True},
+    "gemma3_text": {"sliding_window": 2, "sliding_layers": (1,), "head_dim": 48},
+    "olmo2": {"layers": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_launches(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "gemma2" else pytest.mark.slow) for name in FAMILIES]
+)
+def test_steps_equal_those_of_the_cpu(family: str) -> None:
+    """A step of two tokens, which is padded, then one of one token, for which windows have begun to slide."""
+    geometry = tiny_geometry(**(FIELDS[family] | SIZES | FAMILIES[family]))
+    weights = dict(WeightArrays(RandomModel(geometry)))
+    window = sliding_window(geometry, POSITIONS)
+    assert (window is None) == (geometry.sliding_window is None)
+    gpu = SimulatedBackend(ModelKernels(geometry, CHIP, dependent=False, window=window), weights)
+    cpu = CpuBackend(geometry, weights, POSITIONS, 1)
+    cpu.prepare(None)
+    tokens = generator().integers(0, geometry.vocabulary, 3).tolist()
+    for first, last in ((0, 2), (2, 3)):
+        piece = tokens[first:last]
+        gpu.prefill(piece, last_logits=False)
+        cpu.prefill(piece, ALL_LOGITS)
+        expected = cpu.logits(0, len(piece)).astype(np.float64)
+        assert relative_error(gpu.logits(0, len(piece)), expected) <= LIMIT, last
+    cpu.close()
