@@ -343,7 +343,7 @@ def pretend_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
             progress("compiling GPU kernels", 0, len(specs))
         return dict.fromkeys(specs, b"code")
 
-    for user in ("backends.cuda.loaded", "sandbox.gpu_runner", "backends.cuda.measure"):
+    for user in ("ops.cuda.runtime.loaded", "backends.cuda.measure"):
         monkeypatch.setattr(f"numba_atomflow.{user}.build", build)
     monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.build.missing_compiler", lambda: None)
     monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.launch.entry_name", lambda _code: "kernel")
