@@ -118,8 +118,8 @@ class DeviceModel:
         params = sampler.params
         temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature else 0.0
         options = [temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
-        seen = np.packbits(sampler.seen, bitorder="little")
-        bitmap = np.pad(seen, (0, -len(seen) % 4)).view(np.uint32)
+        seen, bitmap = np.packbits(sampler.seen, bitorder="little"), np.zeros(self.sampling.seen.shape, np.uint32)
+        bitmap.view(np.uint8)[: len(seen)] = seen
         self.memory.write(self.sampling.options, np.array(options, np.float64))
         self.memory.write(self.sampling.generator, np.array([sampler.seed, 0], np.uint64))
         self.memory.write(self.sampling.seen, bitmap)
