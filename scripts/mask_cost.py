@@ -1,22 +1,25 @@
 """What a constraint costs per token: CPU time of masks, of accepting tokens, and of listing the allowed ones.
 
     python scripts/mask_cost.py                                 # the demo model
+    python scripts/mask_cost.py --replies 500 --temperature 1.5 # whether the schema is ever violated, too
     python scripts/mask_cost.py my-model.safetensors --json
 
-Replies of the model under a JSON schema, one greedy and the others at temperature 1. What is measured is CPU time of
-one thread, so that other programs matter little.
+Replies of the model under a JSON schema, one greedy and the others sampled. What is measured is CPU time of one thread,
+so that other programs matter little. Every reply is checked with the package jsonschema.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow import AtomFlowError, Engine, SamplingParams
+from numba_atomflow import AtomFlowError, Engine, Generation, SamplingParams
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.constraints import ConstraintState, JsonSchema
 from numba_atomflow.host.machine import commit, machine_record
@@ -36,7 +39,42 @@ def strict(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 CITY = strict({"name": {"type": "string"}, "kind": {"enum": ["home", "work"]}})
+MOST_TOKENS = 150  # of a reply
 PERSON = strict({"name": {"type": "string"}, "age": {"type": "integer"}, "married": {"type": "boolean"}, "city": CITY})
+
+
+@dataclass
+class Replies:
+    """How many replies there were of each kind.
+
+    Attributes:
+        valid: complete, and the schema accepts them. violating: complete, and it does not.
+        cut: ended by the limit of tokens.
+    """
+
+    valid: int = 0
+    violating: int = 0
+    cut: int = 0
+
+    def count(self, reply: Generation) -> None:
+        """Judge a finished reply."""
+        if reply.finish_reason == "max_tokens":
+            self.cut += 1
+        elif satisfies(reply.text, PERSON):
+            self.valid += 1
+        else:
+            self.violating += 1
+
+
+def satisfies(text: str, schema: dict[str, Any]) -> bool:
+    """Whether a text is JSON that the schema accepts, by another implementation than the one that made the masks."""
+    import jsonschema
+
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
 
 
 class Timed:
@@ -74,37 +112,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         with Engine.load(given.model, backend="cpu", max_seq_len=512, threads=given.threads) as engine:
-            calls = _seconds_of_calls(engine, given.replies)
+            calls, replies = _measure(engine, given.replies, given.temperature)
             vocabulary = engine.geometry.vocabulary
     except AtomFlowError as error:
         print(error, file=sys.stderr)
         return 2
     if given.json:
-        print(json_text({"machine": machine_record(), "commit": commit(), "vocabulary": vocabulary, "seconds": calls}))
+        record = {"machine": machine_record(), "commit": commit(), "vocabulary": vocabulary, "replies": asdict(replies)}
+        print(json_text(record | {"seconds": calls}))
         return 0
     print(f"{len(calls['mask'])} tokens, vocabulary {vocabulary}")
     for what, seconds in calls.items():
         mean, median, worst = (1e6 * float(f(seconds)) for f in (np.mean, np.median, np.max))
         print(f"{what:8} mean {mean:6.0f} us, median {median:6.0f}, largest {worst:6.0f}")
+    print(
+        f"replies  {given.replies}: {replies.valid} satisfy the schema, {replies.violating} violate it, "
+        f"{replies.cut} were cut off at {MOST_TOKENS} tokens"
+    )
     return 0
 
 
-def _seconds_of_calls(engine: Engine, replies: int) -> dict[str, list[float]]:
-    """CPU seconds of every call, by what is called."""
+def _measure(engine: Engine, count: int, temperature: float) -> tuple[dict[str, list[float]], Replies]:
+    """CPU seconds of every call, by what is called; and what the replies were."""
     message = [{"role": "user", "content": "Describe a person as JSON."}]
     first = SamplingParams(max_tokens=1, constraint=JsonSchema(PERSON))  # makes the index of the vocabulary
     engine.chat(message, first).finish()
-    timed = Timed(PERSON)
-    for seed in range(1, replies + 1):
-        params = SamplingParams(float(seed > 1), seed=seed, max_tokens=150, constraint=timed)
-        engine.chat(message, params).finish()
-    return timed.seconds
+    timed, replies = Timed(PERSON), Replies()
+    for seed in range(1, count + 1):
+        params = SamplingParams(temperature * (seed > 1), seed=seed, max_tokens=MOST_TOKENS, constraint=timed)
+        replies.count(engine.chat(message, params).finish())
+    return timed.seconds, replies
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
     parser.add_argument("--replies", type=_count, default=10)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true", help="print a record")
     return parser

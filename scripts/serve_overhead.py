@@ -4,6 +4,7 @@ Replies of the engine itself and of a server in the same process, streamed to a 
 
     python scripts/serve_overhead.py                                          # the demo model
     python scripts/serve_overhead.py my-model.safetensors --tokens 96 --rounds 8 --threads 1 --json
+    python scripts/serve_overhead.py --geometry llama-3.2-1b --backend cuda   # random weights: no model is needed
 """
 
 import argparse
@@ -19,9 +20,11 @@ from typing import Any
 from numba_atomflow import AtomFlowError, Engine, SamplingParams
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.host.machine import machine_record
+from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.server.app import Server, ServerOptions
 from numba_atomflow.server.limits import Limits
 from numba_atomflow.server.run import HttpServer, bind
+from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.utils.json_text import json_text
 
 PROMPT = "Once upon a time"
@@ -74,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print lines or JSON; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
+    parser.add_argument("--geometry", choices=PRESETS, help="of a model with random weights, in place of MODEL")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--clients", type=int, default=200)
@@ -106,7 +110,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ready = threading.Event()
     limits = Limits()
     with (
-        Engine.load(options.model, backend=options.backend, threads=options.threads) as engine,
+        open_engine(options) as engine,
         bind("127.0.0.1", 0) as bound,
     ):
         server = Server(engine, ServerOptions("model", most_waiting=1000, limits=limits))
@@ -121,6 +125,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         finally:
             http_server.stop()
             thread.join()
+
+
+def open_engine(options: argparse.Namespace) -> Engine:
+    """The model, or one with random weights and a tokenizer whose tokens are bytes and made-up words."""
+    if options.geometry is None:
+        return Engine.load(options.model, backend=options.backend, threads=options.threads)
+    engine = Engine.random(PRESETS[options.geometry], options.backend, threads=options.threads)
+    engine.checkpoint.text = TextAssets(tokenizer_json=word_tokenizer(engine.geometry.vocabulary))
+    return engine
+
+
+def word_tokenizer(vocabulary: int) -> bytes:
+    """A tokenizer.json with so many tokens: the 256 bytes, and words that a reply may have but no prompt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    spellings = [*pre_tokenizers.ByteLevel.alphabet(), *(f"Ġword{number}" for number in range(vocabulary - 256))]
+    tokenizer = Tokenizer(models.BPE({spelling: number for number, spelling in enumerate(spellings)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return str(tokenizer.to_str()).encode()
 
 
 def measure_tokens(engine: Engine, server: Server, port: int, options: argparse.Namespace) -> dict[str, Any]:
