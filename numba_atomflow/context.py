@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend
-from numba_atomflow.backends.hooks import Edit, EditedBackend, Recorder, unembed
+from numba_atomflow.backends.hooks import Edit, EditedBackend, Recorder, RunningEdits, prepare_edits, unembed
 from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
@@ -155,9 +155,13 @@ class Context:
 
     def begin_edits(self, edits: Sequence[tuple[Activation, Edit]]) -> "ActiveEdits":
         """Run steps under these edits too, until `end_edits`."""
-        active = ActiveEdits(edits, len(self.token_ids))
+        active = ActiveEdits(prepare_edits(self._unedited, edits), len(self.token_ids))
         self._edits.append(active)
-        self._apply_edits()
+        try:
+            self._apply_edits()
+        except BaseException:
+            self.end_edits(active)
+            raise
         return active
 
     def end_edits(self, edits: "ActiveEdits") -> None:
@@ -165,11 +169,18 @@ class Context:
         self._edits.remove(edits)
         self.rewind(edits.start)
         self._apply_edits()
+        edits.running.close()
 
     def _apply_edits(self) -> None:
+        running = [active.running for active in self._edits]
+        captured = self._unedited.device_edits
+        if captured is not None:
+            in_steps = all(block.in_steps for block in running)
+            captured.capture([edit for block in running for edit in block.edits] if in_steps else [])
+            captured = captured if in_steps else None
         self.backend = self._unedited
-        for active in self._edits:
-            self.backend = EditedBackend(self.backend, active.edits)
+        for block in running:
+            self.backend = EditedBackend(self.backend, block.edits, captured)
         self.backend.seek(len(self.token_ids))
 
     def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -197,7 +208,7 @@ class ActiveEdits:
         start: tokens in the KV cache before the first one that was computed under them.
     """
 
-    edits: Sequence[tuple[Activation, Edit]]
+    running: RunningEdits
     start: int
 
 

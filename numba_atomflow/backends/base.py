@@ -12,6 +12,7 @@ from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.activations import Activation
 from numba_atomflow.model.step import Head, Op
 from numba_atomflow.sampling import Sampler
 from numba_atomflow.utils.progress import OpenBar, Progress
@@ -86,6 +87,41 @@ class Observer(Protocol):
     def after(self, op: Op, memory: Memory) -> None: ...
 
 
+class EditBlock(Protocol):
+    """Edits of one block by device functions, compiled.
+
+    Attributes:
+        edits: activations and edits, which can be called like functions of NumPy arrays.
+    """
+
+    @property
+    def edits(self) -> Sequence[tuple[Activation, Any]]: ...
+
+    def close(self) -> None:
+        """Give back what the functions have needed; no step runs under them any more."""
+
+
+class DeviceEdits(Protocol):
+    """Edits of activations by functions that run on the backend's device, in the order of their blocks."""
+
+    def compile(self, edits: Sequence[tuple[Activation, Any]]) -> EditBlock:
+        """The edits of a block, by functions of numba.cuda, ready to run.
+
+        Raises:
+            OptionError: one cannot be compiled.
+        """
+
+    def capture(self, edits: Sequence[tuple[Activation, Any]]) -> None:
+        """Make `Backend.decode` run under these compiled edits; without any, as it was."""
+
+    def check(self) -> None:
+        """Raise if a function has returned what no step can go on with.
+
+        Raises:
+            OptionError: it has.
+        """
+
+
 class Measurements(Protocol):
     """Times of a backend's decode step. Every run is at the current position, which is the same afterwards; the
     sampled token is another.
@@ -144,6 +180,10 @@ class Backend(Protocol):
     @property
     def verification(self) -> Verification:
         """Whether `verify` can run, and how many tokens at once."""
+
+    @property
+    def device_edits(self) -> DeviceEdits | None:
+        """Edits by device functions, once it is prepared; None where none can run."""
 
     @property
     def measure(self) -> Measurements:

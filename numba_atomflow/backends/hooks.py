@@ -1,9 +1,11 @@
 """Hooks for research: observers that record named activations or replace them, and a backend that runs under edits.
 
 A backend under edits makes every step with `Backend.observe`, one op at a time, where others replay a bound or captured
-list; results without a change have the same bits. Arrays are on the host.
+list; results without a change have the same bits. Arrays are on the host. Where all edits are functions of the device,
+decode steps are captured with them.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -11,8 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Backend, DecodePath, Measurements, Memory, Observer, PrefillPath, Verification
-from numba_atomflow.errors import OptionError
+from numba_atomflow.backends.base import (
+    Backend,
+    DecodePath,
+    DeviceEdits,
+    Measurements,
+    Memory,
+    Observer,
+    PrefillPath,
+    Verification,
+)
+from numba_atomflow.errors import CheckpointError, OptionError
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.logprobs import TokenLogprobs
@@ -26,7 +37,7 @@ from numba_atomflow.utils.progress import OpenBar, Progress
 Rows = NDArray[np.float32]  # [tokens, width]
 Edit = Callable[[Rows, int], Rows | None]
 
-_LEAST_LOGIT = np.float32(-1e30)  # written for -inf, which a GPU's sampler takes for a fault
+LEAST_LOGIT = np.float32(-1e30)  # written for -inf, which a GPU's sampler takes for a fault
 
 
 class _Place(NamedTuple):
@@ -162,7 +173,7 @@ def _checked(result: object, activation: Activation, view: View) -> NDArray[Any]
     with np.errstate(over="ignore"):
         values = array.astype(view.dtype)
     if activation.name == "logits":
-        values[np.isneginf(values)] = _LEAST_LOGIT
+        values[np.isneginf(values)] = LEAST_LOGIT
     if not np.isfinite(values).all():
         raise OptionError(f"{what} NaN, infinity, or a number too large for {view.dtype}; it must return finite ones.")
     return values
@@ -190,10 +201,13 @@ class EditedBackend:
         backend: that runs the steps; it may be such a one itself, and its edits then come first.
         edits: functions of the rows [tokens, width] of an activation and the position of the first; they return what is
             written in their place, or None.
+        captured: has these edits in the decode steps of `backend`; None: `decode` runs an op at a time, too.
     """
 
-    def __init__(self, backend: Backend, edits: Sequence[tuple[Activation, Edit]]) -> None:
-        self._backend, self._edits = backend, _Edits(backend, edits)
+    def __init__(
+        self, backend: Backend, edits: Sequence[tuple[Activation, Edit]], captured: DeviceEdits | None = None
+    ) -> None:
+        self._backend, self._edits, self._captured = backend, _Edits(backend, edits), captured
         self._position = 0  # at which the next token is written
         self.name, self.device, self.plan = backend.name, backend.device, backend.plan
         self.prefill_chunk, self.compile_seconds = backend.prefill_chunk, backend.compile_seconds
@@ -211,7 +225,11 @@ class EditedBackend:
 
     def decode(self) -> None:
         """Run the token that was sampled last, sample the next one, and advance."""
-        self._observe(self._backend.sampled_tokens()[-1:], SAMPLE, self._edits)
+        if self._captured is None:
+            self._observe(self._backend.sampled_tokens()[-1:], SAMPLE, self._edits)
+        else:
+            self._backend.decode()
+            self._position += 1
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer, which sees edited values."""
@@ -264,6 +282,11 @@ class EditedBackend:
         return self._backend.prefill_path
 
     @property
+    def device_edits(self) -> DeviceEdits | None:
+        """Edits by device functions."""
+        return self._backend.device_edits
+
+    @property
     def measure(self) -> Measurements:
         """What times the backend, without edits."""
         return self._backend.measure
@@ -290,11 +313,54 @@ class EditedBackend:
 
     def sampled_tokens(self) -> Sequence[int]:
         """The tokens that the last step has sampled."""
-        return self._backend.sampled_tokens()
+        try:
+            return self._backend.sampled_tokens()
+        except CheckpointError:  # NaN: of an edit, before it is of the model
+            if self._captured is not None:
+                self._captured.check()
+            raise
 
     def sampled_logprobs(self) -> Sequence[TokenLogprobs]:
         """How likely they were."""
         return self._backend.sampled_logprobs()
+
+
+class RunningEdits(NamedTuple):
+    """The edits of a block, ready to run.
+
+    Attributes:
+        in_steps: all are device functions, which captured decode steps may have.
+        close: gives back what they have needed.
+    """
+
+    edits: Sequence[tuple[Activation, Edit]]
+    in_steps: bool
+    close: Callable[[], None]
+
+
+def prepare_edits(backend: Backend, edits: Sequence[tuple[Activation, Any]]) -> RunningEdits:
+    """Compile those that are device functions (``@numba.cuda.jit(device=True)``).
+
+    Raises:
+        OptionError: the backend cannot run them, or one cannot be compiled.
+    """
+    on_device = [(activation, function) for activation, function in edits if _is_device_function(function)]
+    if not on_device:
+        return RunningEdits(edits, in_steps=False, close=lambda: None)
+    if backend.device_edits is None:
+        raise OptionError(
+            f"The edit of {on_device[0][0].name} is a device function of numba.cuda, but this engine's backend is "
+            f"{backend.name}; give a function of NumPy arrays, or load the model on a GPU."
+        )
+    block = backend.device_edits.compile(on_device)
+    compiled = iter(block.edits)
+    ready = [next(compiled) if _is_device_function(function) else (at, function) for at, function in edits]
+    return RunningEdits(ready, in_steps=len(on_device) == len(edits), close=block.close)
+
+
+def _is_device_function(function: object) -> bool:
+    dispatcher = sys.modules.get("numba.cuda.dispatcher")  # imported where one was made
+    return dispatcher is not None and isinstance(function, dispatcher.CUDADispatcher)
 
 
 def edits_of(functions: Mapping[str, Edit], geometry: ModelGeometry) -> list[tuple[Activation, Edit]]:

@@ -76,6 +76,7 @@ class CpuBackend:
 
     name = "cpu"
     decode_path = prefill_path = None  # there is only one
+    device_edits = None  # functions of numba.cuda cannot run here
     verification = Verification(projection.GEMV_TOKENS)
 
     def __init__(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Decode, Observer, Prefill
 from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
+from numba_atomflow.backends.cuda.edits import DeviceEdits
 from numba_atomflow.backends.cuda.families import beyond_fast_paths, sliding_window
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
@@ -48,7 +49,7 @@ class CudaBackend:
         prefill_chunk: most tokens of a prefill step on the GEMM path; 2,048 if None.
 
     Attributes:
-        measure: times ops and steps; there after `prepare`.
+        measure: times ops and steps. device_edits: edits by device functions. Both are there after `prepare`.
 
     Raises:
         BackendError: no usable GPU, too little memory on it, or `decode` or `prefill` is not possible.
@@ -56,6 +57,7 @@ class CudaBackend:
 
     name = "cuda"
     measure: CudaMeasurements
+    device_edits: DeviceEdits
 
     def __init__(
         self,
@@ -137,6 +139,9 @@ class CudaBackend:
                     model, self._graphs.persistent, loaded, self._prompts, self._queue, owner.resources
                 )
             self.measure = CudaMeasurements(model, self._graphs, self._queue, self._gpu, owner)
+            self.device_edits = DeviceEdits(
+                model, self._graphs, loaded, owner, self._gpu.capability, capture=self._capture
+            )
             self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
         self._arrays = None
 

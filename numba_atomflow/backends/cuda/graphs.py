@@ -6,7 +6,7 @@ replay the graph of that size, and the step's tail, which depends on the number 
 head of the chosen rows, sampling, and the advance of the position. These few launches are queued while the layers run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from numba_atomflow.backends.cuda.bind import Binder
@@ -47,6 +47,7 @@ class StepGraphs:
         persistent: the persistent decode kernel, if decode steps run in it.
         greedy: the most likely token is the next one; the persistent kernel then samples as well.
         logprobs: steps that sample a token compute its log-probabilities, too; in kernels of their own.
+        edited_decode: puts a decode step under edits into the stream (`edits.DeviceEdits`); None without edits.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class StepGraphs:
             )
             model.memory.write(model.buffers["persistent.table"], self.persistent.table())
         self.greedy, self.logprobs = True, False
+        self.edited_decode: Callable[[], None] | None = None
         self._launches: dict[_Step, list[Launch]] = {}
         self._tails: dict[tuple[int, Head, bool], list[Launch]] = {}
         self._graphs: dict[_Step, Graph] = {}
@@ -86,6 +88,9 @@ class StepGraphs:
 
     def run(self, tokens: int, head: Head) -> None:
         """Put a step into the stream."""
+        if self.edited_decode is not None and is_decode(tokens, head):
+            self.edited_decode()
+            return
         key = self._key(tokens, head)
         if not self._capture:
             for launch in self.launches(tokens, head):
