@@ -54,6 +54,7 @@ from numba_atomflow.ops.ptx.core import (
 )
 from numba_atomflow.ops.ptx.memory import (
     add_f32,
+    add_f32x4,
     fence_gpu,
     ll_load,
     ll_load_sys,
@@ -63,6 +64,7 @@ from numba_atomflow.ops.ptx.memory import (
     load_16,
     load_constant_f32,
     load_constant_f32x2,
+    load_constant_f32x4,
     load_constant_i64,
     load_f32,
     load_f32x2,
@@ -77,6 +79,7 @@ from numba_atomflow.ops.ptx.memory import (
     store_f32,
     store_f32x4,
     store_pair_if,
+    store_pairs_if,
     store_shared_8,
     store_shared_16,
 )
@@ -118,6 +121,7 @@ __all__ = [
     "SWIZZLE_ATOM_BYTES",
     "Registers",
     "add_f32",
+    "add_f32x4",
     "barrier_arrive",
     "barrier_arrive_expect",
     "barrier_arrive_on_copies",
@@ -161,6 +165,7 @@ __all__ = [
     "load_16",
     "load_constant_f32",
     "load_constant_f32x2",
+    "load_constant_f32x4",
     "load_constant_i64",
     "load_f32",
     "load_f32x2",
@@ -198,6 +203,7 @@ __all__ = [
     "store_f32",
     "store_f32x4",
     "store_pair_if",
+    "store_pairs_if",
     "store_shared_8",
     "store_shared_16",
     "sync_warp",

@@ -29,6 +29,12 @@ def load_constant_f32x2(array, index):
     return tuple(np.uint32(array[index + i]).view(np.float32) for i in range(2))
 
 
+@instruction("ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", (f32,) * 4, (ADDRESS,), effect=True)
+def load_constant_f32x4(array, index):
+    """Four float32 that no kernel writes."""
+    return tuple(np.float32(array[index + i]) for i in range(4))
+
+
 @instruction(VECTOR_LOAD, (u32,) * 4, (ADDRESS,))
 def load_16(array, index):
     """16 bytes that an earlier kernel wrote."""
@@ -106,6 +112,13 @@ def add_f32(array, index, value):
     array[index] += np.float32(value)
 
 
+@instruction("red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};", (), (ADDRESS,) + (f32,) * 4, effect=True)
+def add_f32x4(array, index, a, b, c, d):
+    """`add_f32` of four neighbours. Since sm_90."""
+    for i, value in enumerate((a, b, c, d)):
+        array[index + i] += np.float32(value)
+
+
 @instruction("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", (), (ADDRESS, u32, u32), effect=True)
 def store_pair_if(array, index, word, condition):
     """Two float16 of one word into an array of their bits (uint16), unless the condition is 0; index: even.
@@ -116,6 +129,21 @@ def store_pair_if(array, index, word, condition):
         if index % 2:
             raise IndexError(f"a pair of float16 at odd element {index}")
         array[index], array[index + 1] = int(word) & 0xFFFF, int(word) >> 16
+
+
+@instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.v2.b32 [$0], {$1, $2}; }",
+    (),
+    (ADDRESS, u32, u32, u32),
+    effect=True,
+)
+def store_pairs_if(array, index, first, second, condition):
+    """`store_pair_if` of two words; index: a multiple of 4."""
+    if condition:
+        if index % 4:
+            raise IndexError(f"two pairs of float16 at element {index}, which is no multiple of 4")
+        for i, word in enumerate((int(first), int(second))):
+            array[index + 2 * i], array[index + 2 * i + 1] = word & 0xFFFF, word >> 16
 
 
 @instruction("ld.global.nc.b64 $0, [$1];", (i64,), (ADDRESS,), effect=True)

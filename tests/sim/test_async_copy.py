@@ -90,18 +90,22 @@ def test_load_matrix(transposed: bool) -> None:
 
 def test_small_instructions() -> None:
     @ptx.kernel(1, 1)
-    def run(pairs, numbers, words, out, floats):
+    def run(pairs, numbers, words, out, floats, constants):
         ptx.store_pair_if(pairs, 2, u32(0xABCD1234), u32(1))
         ptx.store_pair_if(pairs, 0, u32(0xABCD1234), u32(0))
+        ptx.store_pairs_if(pairs, 4, u32(0x00020001), u32(0x00040003), u32(1))
+        ptx.store_pairs_if(pairs, 0, u32(0x00020001), u32(0x00040003), u32(0))
         ptx.store_16(words, 4, u32(1), u32(2), u32(3), u32(4))
         out[0] = ptx.permute_bytes(u32(0x33221100), u32(0x77665544), u32(0x3276))
         out[1] = ptx.load_constant_i64(numbers, 1)
         floats[0] = ptx.reciprocal(np.float32(8.0))
         floats[1] = ptx.reciprocal(np.float32(np.inf))
+        a, b, c, d = ptx.load_constant_f32x4(constants, 1)
+        ptx.add_f32x4(floats, 2, a, b, c, d)
 
-    pairs, words, out, floats = np.zeros(4, np.uint16), np.zeros(8, np.uint32), np.zeros(2, np.uint32), np.ones(2, "f4")
-    launch(run, 1, 1, 0, pairs, np.array([0, 41], np.int64), words, out, floats)
-    assert pairs.tolist() == [0, 0, 0x1234, 0xABCD]
+    pairs, words, out, floats = np.zeros(8, np.uint16), np.zeros(8, np.uint32), np.zeros(2, np.uint32), np.ones(6, "f4")
+    launch(run, 1, 1, 0, pairs, np.array([0, 41], np.int64), words, out, floats, np.arange(5, dtype=np.float32))
+    assert pairs.tolist() == [0, 0, 0x1234, 0xABCD, 1, 2, 3, 4]
     assert words.tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
     assert out.tolist() == [0x33227766, 41]
-    assert floats.tolist() == [0.125, 0.0]
+    assert floats.tolist() == [0.125, 0.0, 2.0, 3.0, 4.0, 5.0]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from kernel_cases import generator, launch, poisoned, relative_error, within
-from numba import cuda, uint32
+from numba import cuda, float32, uint32
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
@@ -16,10 +16,12 @@ from numba_atomflow.ops.cuda.gemm.epilogue import (
     GemmEpilogue,
     make_add_epilogue,
     make_qkv_epilogue,
+    make_stage_barrier,
     make_store_epilogue,
     make_swiglu_epilogue,
 )
 from numba_atomflow.ops.cuda.gemm.plan import TILE_ROWS, GemmPlan
+from numba_atomflow.ops.cuda.gemm.staged import make_staged_add_epilogue, make_staged_qkv_epilogue
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.rope import rope_reference, rope_table
@@ -37,6 +39,7 @@ class EpilogueCase:
     heads: int = 1
     kv_heads: int = 1
     count: int = 0
+    staged: bool = False  # by 4-byte words, as for wide tiles
 
     @property
     def plan(self) -> GemmPlan:
@@ -45,9 +48,11 @@ class EpilogueCase:
         return GemmPlan(layout, ActivationTiles(128, self.tokens), self.tile_tokens, 2, 1)
 
 
-def qkv_case(tokens: int, tile_tokens: int, head_dim: int, heads: int, kv_heads: int, count: int) -> EpilogueCase:
+def qkv_case(
+    tokens: int, tile_tokens: int, head_dim: int, heads: int, kv_heads: int, count: int, *, staged: bool = False
+) -> EpilogueCase:
     rows = (heads + 2 * kv_heads) * head_dim
-    return EpilogueCase("qkv", rows, tokens, tile_tokens, head_dim, heads, kv_heads, count)
+    return EpilogueCase("qkv", rows, tokens, tile_tokens, head_dim, heads, kv_heads, count, staged)
 
 
 EPILOGUES = (
@@ -59,32 +64,40 @@ EPILOGUES = (
     EpilogueCase("swiglu", 42, 24, 8),  # 21 units
     qkv_case(16, 16, 64, 2, 1, count=11),
     qkv_case(16, 8, 80, 1, 1, count=1),
+    EpilogueCase("add", 148, 48, 48, staged=True),  # 8 tokens at a time; of a second tile of rows there are 20
+    qkv_case(80, 80, 64, 2, 1, count=70, staged=True),  # 16 at a time
+    qkv_case(48, 48, 80, 1, 1, count=3, staged=True),  # 8 at a time; heads begin within a warpgroup's rows
 )
 
 
 def fragments_kernel(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
     """Kernel (arguments of the epilogue): a GEMM whose accumulators are read from `io.partials` [rows, tokens]."""
     tokens, tile_tokens, row_tiles = plan.x.tokens, plan.tile_tokens, plan.row_tiles
-    store, flush, staged = epilogue.store, epilogue.flush, epilogue.stage_words > 0
+    store, fetch, flush, stage_barrier = epilogue.store, epilogue.fetch, epilogue.flush, make_stage_barrier(epilogue)
+    staged, held_count = epilogue.stage_words > 0, max(1, epilogue.held)
+    together = epilogue.stage_tokens if staged else tile_tokens
 
     @ptx.kernel(CONSUMERS, 1)
     def fragments(io):
-        stage = cuda.shared.array(0, uint32)
+        stage, held = cuda.shared.array(0, uint32), cuda.local.array(held_count, float32)
         thread = cuda.threadIdx.x
         lane, warp = thread & 31, thread >> 5
         for number in range(cuda.blockIdx.x, row_tiles * io.token_tiles, cuda.gridDim.x):
             row_tile, first = number % row_tiles, number // row_tiles * tile_tokens
-            if staged:
-                cuda.syncthreads()
-            for j in range(tile_tokens // 8):
-                tile, token = row_tile * 8 + warp, first + 8 * j
-                at = (tile * 16 + (lane >> 2)) * tokens + token + (lane & 3) * 2
-                c0, c1 = io.partials[at], io.partials[at + 1]
-                c2, c3 = io.partials[at + 8 * tokens], io.partials[at + 8 * tokens + 1]
-                store(io, stage, tile, lane, token, 8 * j, c0, c1, c2, c3)
-            if staged:
-                cuda.syncthreads()
-                flush(io, stage, row_tile, first, 0, tile_tokens, thread)
+            for begin in range(0, tile_tokens, together):
+                end = min(begin + together, tile_tokens)
+                if staged:
+                    fetch(io, row_tile, first, begin, end, thread, held)
+                    stage_barrier(thread)
+                for in_tile in range(begin, end, 8):
+                    tile, token = row_tile * 8 + warp, first + in_tile
+                    at = (tile * 16 + (lane >> 2)) * tokens + token + (lane & 3) * 2
+                    c0, c1 = io.partials[at], io.partials[at + 1]
+                    c2, c3 = io.partials[at + 8 * tokens], io.partials[at + 8 * tokens + 1]
+                    store(io, stage, tile, lane, token, in_tile - begin, c0, c1, c2, c3)
+                if staged:
+                    stage_barrier(thread)
+                    flush(io, stage, row_tile, first, begin, end, thread, held)
 
     return fragments
 
@@ -114,7 +127,8 @@ def check_epilogue(case: EpilogueCase) -> None:
     elif case.kind == "add":
         before = rng.standard_normal(product.shape).astype(np.float32)
         residual = before.reshape(-1).copy()
-        _run(case, make_add_epilogue(plan), gemm.GemmAddArguments(**common, residual=residual))
+        make = make_staged_add_epilogue if case.staged else make_add_epilogue
+        _run(case, make(plan), gemm.GemmAddArguments(**common, residual=residual))
         np.testing.assert_array_equal(residual.reshape(product.shape), before + product)
     elif case.kind == "swiglu":
         check_swiglu(case, common, product.astype(np.float64))
@@ -137,7 +151,7 @@ def check_swiglu(case: EpilogueCase, common: dict[str, Any], product: NDArray[np
 
 
 def check_qkv(case: EpilogueCase, common: dict[str, Any], product: NDArray[np.float64]) -> None:
-    positions, dim, tokens = 20, case.head_dim, case.tokens
+    positions, dim, tokens = case.count + 9, case.head_dim, case.tokens
     first = positions - case.count  # the last token takes the last position of cache and table
     q_width, kv_width = case.heads * dim, case.kv_heads * dim
     cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions)
@@ -153,7 +167,8 @@ def check_qkv(case: EpilogueCase, common: dict[str, Any], product: NDArray[np.fl
         keys=keys,
         values=values,
     )
-    _run(case, make_qkv_epilogue(case.plan, case.heads, case.kv_heads), arguments)
+    make = make_staged_qkv_epilogue if case.staged else make_qkv_epilogue
+    _run(case, make(case.plan, case.heads, case.kv_heads), arguments)
     rows = slice(first, positions)
     angles = cosines[rows].astype(np.float64), sines[rows].astype(np.float64)
     parts = np.split(product[: case.count], [q_width, q_width + kv_width], axis=1)

@@ -12,6 +12,7 @@ from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.cuda.gemm import arguments as gemm
 from numba_atomflow.ops.cuda.gemm.epilogue import make_add_epilogue, make_store_epilogue, make_swiglu_epilogue
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.staged import make_staged_add_epilogue
 from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, wgmma_shared_bytes
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_fp16_reference, prepack_reference
@@ -56,6 +57,7 @@ WGMMAS = (
     WgmmaCase(
         "add", 37, 384, 8, token_tiles=2, ctas=3, stages=2, k_tile=2
     ),  # 6 units for 3 CTAs, of which one has the end of a tile and the start of the next; k-tiles of 2 and of 1
+    WgmmaCase("staged add", 36, 256, 32, token_tiles=3, ctas=2),  # a tile for each CTA, and one that they share
 )
 
 
@@ -100,10 +102,11 @@ def check_gemm(case: WgmmaCase, run: Callable[..., None]) -> None:
         run(case, make_store_epilogue(plan), gemm.GemmStoreArguments(**common, y=y.reshape(-1)))
         within("GEMM", relative_error(y[rows], product[rows]), 1e-5)
         assert np.isnan(y[done:]).all(), "wrote tokens that are not computed"
-    elif case.kind == "add":
+    elif case.kind.endswith("add"):
+        make = make_staged_add_epilogue if case.kind == "staged add" else make_add_epilogue
         before = rng.standard_normal(shape).astype(np.float32)
         residual = before.copy()
-        run(case, make_add_epilogue(plan), gemm.GemmAddArguments(**common, residual=residual.reshape(-1)))
+        run(case, make(plan), gemm.GemmAddArguments(**common, residual=residual.reshape(-1)))
         within("GEMM", relative_error(residual[rows], (before + product)[rows]), 1e-5)
         assert (residual[done:] == before[done:]).all(), "wrote tokens that are not computed"
     else:

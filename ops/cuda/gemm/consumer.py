@@ -1,10 +1,13 @@
 """What consumers of a `wgmma` main loop do outside of it: where their weights begin, and the end of a tile."""
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+from numba import cuda, float32
+
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue
-from numba_atomflow.ops.cuda.gemm.fixup import CONSUMER_BARRIER, make_fixup
+from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue, make_stage_barrier
+from numba_atomflow.ops.cuda.gemm.fixup import make_fixup
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
 from numba_atomflow.ops.cuda.scalars import i32, u32
@@ -29,42 +32,62 @@ def make_weights_start(plan: GemmPlan) -> Any:
 
 
 def _make_store_all(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
-    """Device function (io, stage, prepacked, lane, token, sums): `epilogue.store` for all fragments of a warp.
+    """Device function (io, stage, row_tile, token, sums, thread): the epilogue of a whole tile.
 
     In several loops: LLVM does not unroll one of too many instructions, and an array that is indexed in a loop does not
     stay in registers.
     """
-    fragments, store = plan.tile_tokens // 8, epilogue.store
+    store, fetch, flush, stage_barrier = epilogue.store, epilogue.fetch, epilogue.flush, make_stage_barrier(epilogue)
+    staged, held_count = epilogue.stage_words > 0, max(1, epilogue.held)
+    tile_tokens, stage_tokens = plan.tile_tokens, epilogue.stage_tokens if epilogue.stage_words else plan.tile_tokens
 
     @ptx.large_device_function
-    def store_fragment(io, stage, prepacked, lane, token, in_tile, c0, c1, c2, c3):
-        store(io, stage, prepacked, lane, token, in_tile, c0, c1, c2, c3)
+    def store_fragment(io, stage, prepacked, lane, token, in_stage, c0, c1, c2, c3):
+        store(io, stage, prepacked, lane, token, in_stage, c0, c1, c2, c3)
 
-    def make_loop(first: int) -> Any:
-        count = min(_UNROLLED, fragments - first)
+    def make_loop(first: int, end: int) -> Any:
+        """Of tokens `first` to `end` - 1, which are staged together with others if they are many."""
+        stage_first = first // stage_tokens * stage_tokens
+        stage_end = min(stage_first + stage_tokens, tile_tokens)
+        begins, ends = staged and first == stage_first, staged and end == stage_end
 
         @ptx.device_function
-        def store_some(io, stage, prepacked, lane, token, sums):
-            for j in range(count):
-                i = 4 * (first + j)
+        def store_some(io, stage, row_tile, token, sums, thread):
+            held = cuda.local.array(held_count, float32)
+            prepacked = row_tile * CONSUMER_WARPS + (thread >> 5)
+            if begins:
+                fetch(io, row_tile, token, stage_first, stage_end, thread, held)
+                stage_barrier(thread)
+            for j in range((end - first) // 8):
+                i, in_tile = first // 2 + 4 * j, first + 8 * j
                 c0, c1, c2, c3 = sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
-                store_fragment(io, stage, prepacked, lane, token + 2 * i, 2 * i, c0, c1, c2, c3)
+                store_fragment(
+                    io, stage, prepacked, thread & 31, token + in_tile, in_tile - stage_first, c0, c1, c2, c3
+                )
+            if ends:
+                stage_barrier(thread)
+                flush(io, stage, row_tile, token, stage_first, stage_end, thread, held)
 
         return store_some
 
-    first, second, third, fourth = (make_loop(start * _UNROLLED) for start in range(4))
+    stages = ((first, min(first + stage_tokens, tile_tokens)) for first in range(0, tile_tokens, stage_tokens))
+    starts = [first for stage in stages for first in range(*stage, 8 * _UNROLLED)]
+    return _in_order([make_loop(first, end) for first, end in pairwise([*starts, tile_tokens])])
+
+
+def _in_order(functions: list[Any]) -> Any:
+    """Device function that calls these of six arguments one after the other."""
+    first, *rest = functions
+    if not rest:
+        return first
+    others = _in_order(rest)
 
     @ptx.device_function
-    def store_all(io, stage, prepacked, lane, token, sums):
-        first(io, stage, prepacked, lane, token, sums)
-        if fragments > _UNROLLED:
-            second(io, stage, prepacked, lane, token, sums)
-        if fragments > 2 * _UNROLLED:
-            third(io, stage, prepacked, lane, token, sums)
-        if fragments > 3 * _UNROLLED:
-            fourth(io, stage, prepacked, lane, token, sums)
+    def both(io, stage, row_tile, token, sums, thread):
+        first(io, stage, row_tile, token, sums, thread)
+        others(io, stage, row_tile, token, sums, thread)
 
-    return store_all
+    return both
 
 
 class TileWriter(NamedTuple):
@@ -87,7 +110,7 @@ def make_tile_writer(
     """For an epilogue's stage and a fix-up's state so many words behind `skipped`."""
     units, tile_tokens, fixup = plan.units, plan.tile_tokens, make_fixup(plan, schedule, epilogue, CONSUMERS)
     put, settle = fixup.put, fixup.settle
-    store_all, flush, staged = _make_store_all(plan, epilogue), epilogue.flush, epilogue.stage_words > 0
+    store_all = _make_store_all(plan, epilogue)
 
     @ptx.device_function
     def write(io, words, skipped, number, shared, tile, first, last, sums, thread):
@@ -96,14 +119,7 @@ def make_tile_writer(
             put(io, words, skipped + state_at, number - shared, tile, sums, thread)
         else:
             row_tile, token_tile = i32(u32(tile) // u32(io.token_tiles)), i32(u32(tile) % u32(io.token_tiles))
-            token, prepacked = token_tile * tile_tokens, row_tile * CONSUMER_WARPS + (thread >> 5)
-            stage = words[skipped + epilogue_at :]
-            if staged:
-                ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(CONSUMERS))
-            store_all(io, stage, prepacked, thread & 31, token, sums)
-            if staged:
-                ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(CONSUMERS))
-                flush(io, stage, row_tile, token, 0, tile_tokens, thread)
+            store_all(io, words[skipped + epilogue_at :], row_tile, token_tile * tile_tokens, sums, thread)
         return shared
 
     @ptx.device_function

@@ -20,31 +20,58 @@ _UNITS = TILE_ROWS // 2  # of SwiGLU in a CTA's tile
 _TOKEN_VECTORS = BLOCK_WORDS // 4  # 16 bytes each, of a token in a K block
 _LOG2_E = f32(math.log2(math.e))
 _ZERO, _ONE = f32(0.0), f32(1.0)
+_STAGE_BARRIERS = 8  # the first of two named barriers
 _EVEN_LANE, _ODD_LANE = u32(0x5410), u32(0x3276)  # selectors: the low halves of (own, other); the high of (other, own)
 
 
-class GemmEpilogue(NamedTuple):
-    """Device functions that read and write the kernel's arguments `io`.
-
-    Attributes:
-        store: (io, stage, tile, lane, token, in_tile, c0, c1, c2, c3), called by all lanes of a warp: the fragment of
-            prepacked tile `tile` (it may be beyond the last) and tokens `token` to `token` + 7; `in_tile`: index of
-            `token` in the CTA's tile. `token` and `in_tile` are multiples of 8.
-        flush: (io, stage, row_tile, token, first, end, thread), called by the consumer threads after a barrier that the
-            calls of `store` come before: what was staged for tokens `first` to `end` - 1 of the tile, multiples of 8,
-            to device memory. `row_tile`: of `TILE_ROWS` rows; `token`: the tile's first. The next tile's `store` comes
-            after one more barrier.
-        stage_words: uint32 of shared memory that `stage` needs, 16-byte aligned; 0: no `flush`, no barriers.
-    """
-
-    store: Any
-    flush: Any
-    stage_words: int = 0
+@ptx.device_function
+def no_fetch(io, row_tile, token, first, end, thread, held):
+    """`flush` reads nothing."""
 
 
 @ptx.device_function
-def _no_flush(io, stage, row_tile, token, first, end, thread):
+def _no_flush(io, stage, row_tile, token, first, end, thread, held):
     """Nothing was staged."""
+
+
+class GemmEpilogue(NamedTuple):
+    """Device functions that read and write the kernel's arguments `io`. Without a stage there is only `store`.
+
+    With one, up to `stage_tokens` tokens of a tile at a time are fetched for, stored (staged) and flushed, with a
+    barrier before and after `store`. In the arguments, they are tokens `first` to `end` - 1 of the tile, multiples of
+    8; `row_tile`: of `TILE_ROWS` rows; `token`: the tile's first token; `thread`: of all consumers.
+
+    Attributes:
+        store: (io, stage, tile, lane, token, in_stage, c0, c1, c2, c3), called by all lanes of a warp: the fragment of
+            prepacked tile `tile` (it may be beyond the last) and tokens `token` to `token` + 7, which are staged as
+            number `in_stage` and the following. Both are multiples of 8.
+        flush: (io, stage, row_tile, token, first, end, thread, held): what was staged, to device memory.
+        stage_words: uint32 of shared memory that `stage` needs, 16-byte aligned; 0: none.
+        stage_tokens: tokens that are staged at a time, a multiple of 8.
+        threads: that share a stage and meet at its barriers: all consumers, or a warpgroup.
+        fetch: (io, row_tile, token, first, end, thread, held): load what `flush` reads.
+        held: float32 registers of `held`, by which `fetch` passes it on.
+    """
+
+    store: Any
+    flush: Any = _no_flush
+    stage_words: int = 0
+    stage_tokens: int = 0
+    threads: int = CONSUMERS
+    fetch: Any = no_fetch
+    held: int = 0
+
+
+def make_stage_barrier(epilogue: GemmEpilogue) -> Any:
+    """Device function (thread): the barrier of those that share a stage."""
+    shared_by_all, threads = epilogue.threads == CONSUMERS, epilogue.threads
+
+    @ptx.device_function
+    def stage_barrier(thread):
+        group = 0 if shared_by_all else thread >> 7
+        ptx.named_barrier_sync(u32(_STAGE_BARRIERS + group), u32(threads))
+
+    return stage_barrier
 
 
 @ptx.device_function
@@ -68,7 +95,7 @@ def make_store_epilogue(plan: GemmPlan) -> GemmEpilogue:
     rows = plan.layout.out_features
 
     @ptx.device_function
-    def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+    def store(io, stage, tile, lane, token, in_stage, c0, c1, c2, c3):
         row = tile * 16 + (lane >> 2)
         index = (token + (lane & 3) * 2) * rows + row
         if row < rows:
@@ -78,7 +105,7 @@ def make_store_epilogue(plan: GemmPlan) -> GemmEpilogue:
             ptx.store_f32(io.y, index + 8, c2)
             ptx.store_f32(io.y, index + rows + 8, c3)
 
-    return GemmEpilogue(store, _no_flush)
+    return GemmEpilogue(store)
 
 
 def make_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
@@ -90,7 +117,7 @@ def make_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
     all_full = rows % 16 == 0
 
     @ptx.device_function
-    def add(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+    def add(io, stage, tile, lane, token, in_stage, c0, c1, c2, c3):
         row = tile * 16 + (lane >> 2)
         index = (token + (lane & 3) * 2) * rows + row
         if tile < tiles if all_full else row + 8 < rows:
@@ -102,7 +129,7 @@ def make_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
             ptx.add_f32(io.residual, index, c0)
             ptx.add_f32(io.residual, index + rows, c1)
 
-    return GemmEpilogue(add, _no_flush)
+    return GemmEpilogue(add)
 
 
 def make_swiglu_epilogue(plan: GemmPlan, intermediate: ActivationTiles) -> GemmEpilogue:
@@ -117,21 +144,21 @@ def make_swiglu_epilogue(plan: GemmPlan, intermediate: ActivationTiles) -> GemmE
     in_block = ActivationTiles(_UNITS, plan.tile_tokens).make_word_index()  # a block by itself, padded to two
 
     @ptx.device_function
-    def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+    def store(io, stage, tile, lane, token, in_stage, c0, c1, c2, c3):
         word = pair_rows(lane, swiglu_approx(c0, c2), swiglu_approx(c1, c3))
         # The same for every multiple of 8 tokens, but for the tokens before.
         place = in_block((lane & 3) * 2 + (lane >> 2 & 1), (tile & 7) * 4 + (lane >> 3))
-        stage[u32(place + in_tile * BLOCK_WORDS)] = word if tile < tiles else u32(0)
+        stage[u32(place + in_stage * BLOCK_WORDS)] = word if tile < tiles else u32(0)
 
     @ptx.device_function
-    def flush(io, stage, row_tile, token, first, end, thread):
-        start = row_tile * block_words + token * BLOCK_WORDS
+    def flush(io, stage, row_tile, token, first, end, thread, held):
+        start = row_tile * block_words + (token + first) * BLOCK_WORDS
         if row_tile < blocks:
-            for vector in range(first * _TOKEN_VECTORS + thread, end * _TOKEN_VECTORS, CONSUMERS):
+            for vector in range(thread, (end - first) * _TOKEN_VECTORS, CONSUMERS):
                 a, b, c, d = ptx.load_shared_16(stage, vector * 4)
                 ptx.store_16(io.intermediate, start + vector * 4, a, b, c, d)
 
-    return GemmEpilogue(store, flush, tile_words)
+    return GemmEpilogue(store, flush, tile_words, plan.tile_tokens)
 
 
 def make_qkv_epilogue(plan: GemmPlan, heads: int, kv_heads: int) -> GemmEpilogue:
@@ -145,7 +172,7 @@ def make_qkv_epilogue(plan: GemmPlan, heads: int, kv_heads: int) -> GemmEpilogue
         raise ValueError(f"heads of {2 * half}: their size must be a multiple of 16")
 
     @ptx.device_function
-    def store(io, stage, tile, lane, token, in_tile, c0, c1, c2, c3):
+    def store(io, stage, tile, lane, token, in_stage, c0, c1, c2, c3):
         head = i32(u32(tile) // u32(section_tiles))
         i = i32(u32(tile) % u32(section_tiles) * 8 + (lane >> 2 & 7))
         position = i32(ptx.load_constant_i64(io.position, 0))
@@ -170,4 +197,4 @@ def make_qkv_epilogue(plan: GemmPlan, heads: int, kv_heads: int) -> GemmEpilogue
         cosine, sine = ptx.load_constant_f32(io.cosines, angle), ptx.load_constant_f32(io.sines, angle)
         return rope_pair(low, high, _ONE if is_value else cosine, _ZERO if is_value else sine)
 
-    return GemmEpilogue(store, _no_flush)
+    return GemmEpilogue(store)

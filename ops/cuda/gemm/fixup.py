@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from numba import cuda, float32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.epilogue import GemmEpilogue
+from numba_atomflow.ops.cuda.gemm.epilogue import GemmEpilogue, make_stage_barrier
 from numba_atomflow.ops.cuda.gemm.plan import SHARED_COUNTERS, GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
@@ -100,13 +100,14 @@ def _make_sum_slice(plan: GemmPlan, epilogue: GemmEpilogue, threads: int) -> Any
     `end` - 1 of a tile in `count` parts, and the epilogue. After a barrier.
     """
     tile_elements, tile_tokens = plan.tile_elements, plan.tile_tokens
-    store, flush, staged = epilogue.store, epilogue.flush, epilogue.stage_words > 0
-    batch = min(_FRAGMENTS, tile_tokens // 8)
+    store, fetch, flush, stage_barrier = epilogue.store, epilogue.fetch, epilogue.flush, make_stage_barrier(epilogue)
+    staged, held_count = epilogue.stage_words > 0, max(1, epilogue.held)
+    batch = min(_FRAGMENTS, (epilogue.stage_tokens if staged else tile_tokens) // 8)
     loaded_count, sums_count = 4 * _PARTS * batch, 4 * batch
 
     @ptx.large_device_function
-    def store_fragment(io, stage, prepacked, lane, token, in_tile, c0, c1, c2, c3):
-        store(io, stage, prepacked, lane, token, in_tile, c0, c1, c2, c3)
+    def store_fragment(io, stage, prepacked, lane, token, in_stage, c0, c1, c2, c3):
+        store(io, stage, prepacked, lane, token, in_stage, c0, c1, c2, c3)
 
     @ptx.large_device_function
     def sum_batch(io, first_slot, count, fragment, end, thread, sums):
@@ -132,20 +133,25 @@ def _make_sum_slice(plan: GemmPlan, epilogue: GemmEpilogue, threads: int) -> Any
 
     @ptx.large_device_function
     def sum_slice(io, stage, tile, first_slot, count, first, end, thread):
-        sums = cuda.local.array(sums_count, float32)
+        sums, held = cuda.local.array(sums_count, float32), cuda.local.array(held_count, float32)
         row_tile, token_tile = i32(u32(tile) // u32(io.token_tiles)), i32(u32(tile) % u32(io.token_tiles))
         token, prepacked = token_tile * tile_tokens, row_tile * (threads // 32) + (thread >> 5)
         fragment = first
         while fragment < end:
+            batch_end = min(i32(fragment + batch), end)
             sum_batch(io, first_slot, count, fragment, end, thread, sums)
+            if staged:
+                fetch(io, row_tile, token, fragment * 8, batch_end * 8, thread, held)
+                stage_barrier(thread)
             for j in range(batch):
                 if fragment + j < end:
-                    in_tile, i = (fragment + j) * 8, 4 * j
+                    in_stage, i = 8 * j, 4 * j
                     c0, c1, c2, c3 = sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
-                    store_fragment(io, stage, prepacked, thread & 31, token + in_tile, in_tile, c0, c1, c2, c3)
+                    at = token + fragment * 8 + in_stage
+                    store_fragment(io, stage, prepacked, thread & 31, at, in_stage, c0, c1, c2, c3)
+            if staged:
+                stage_barrier(thread)
+                flush(io, stage, row_tile, token, fragment * 8, batch_end * 8, thread, held)
             fragment = i32(fragment + batch)
-        if staged:
-            ptx.named_barrier_sync(u32(CONSUMER_BARRIER), u32(threads))
-            flush(io, stage, row_tile, token, first * 8, end * 8, thread)
 
     return sum_slice

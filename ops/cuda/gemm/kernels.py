@@ -16,13 +16,12 @@ from numba_atomflow.ops.cuda.gemm.arguments import (
 from numba_atomflow.ops.cuda.gemm.epilogue import (
     CONSUMERS,
     GemmEpilogue,
-    make_add_epilogue,
-    make_qkv_epilogue,
     make_store_epilogue,
     make_swiglu_epilogue,
 )
 from numba_atomflow.ops.cuda.gemm.mma import make_gemm_mma, mma_shared_bytes
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.staged import choose_add_epilogue, choose_qkv_epilogue
 from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, wgmma_shared_bytes
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.runtime.spec import Planned, kernel_spec
@@ -35,7 +34,7 @@ def make_gemm_store(plan: GemmPlan, *, dependent: bool = False) -> Any:
 
 def make_gemm_add(plan: GemmPlan, *, dependent: bool = False) -> Any:
     """Kernel (`GemmAddArguments`)."""
-    return _main_loop(plan)(plan, make_add_epilogue(plan), dependent=dependent)
+    return _main_loop(plan)(plan, choose_add_epilogue(plan), dependent=dependent)
 
 
 def make_gemm_swiglu(plan: GemmPlan, intermediate: ActivationTiles, *, dependent: bool = False) -> Any:
@@ -45,7 +44,7 @@ def make_gemm_swiglu(plan: GemmPlan, intermediate: ActivationTiles, *, dependent
 
 def make_gemm_qkv(plan: GemmPlan, heads: int, kv_heads: int, *, dependent: bool = False) -> Any:
     """Kernel (`GemmQkvArguments`)."""
-    return _main_loop(plan)(plan, make_qkv_epilogue(plan, heads, kv_heads), dependent=dependent)
+    return _main_loop(plan)(plan, choose_qkv_epilogue(plan, heads, kv_heads), dependent=dependent)
 
 
 def gemm_kernel(name: str, factory: Callable[..., Any], plan: GemmPlan, dependent: bool, **options: Any) -> Planned:
@@ -77,7 +76,7 @@ def _main_loop(plan: GemmPlan) -> Callable[..., Any]:
 
 _KINDS: dict[Callable[..., Any], tuple[Any, Callable[..., GemmEpilogue]]] = {
     make_gemm_store: (GemmStoreArguments, make_store_epilogue),
-    make_gemm_add: (GemmAddArguments, make_add_epilogue),
+    make_gemm_add: (GemmAddArguments, choose_add_epilogue),
     make_gemm_swiglu: (GemmSwigluArguments, make_swiglu_epilogue),
-    make_gemm_qkv: (GemmQkvArguments, make_qkv_epilogue),
+    make_gemm_qkv: (GemmQkvArguments, choose_qkv_epilogue),
 }

@@ -140,3 +140,21 @@ class ActivationTiles:
             return block * block_words + token * 32 + ((chunk ^ (token & 7)) * 4 + place)
 
         return word_index
+
+    @property
+    def chunk_step(self) -> int:
+        """32-bit words along K from one word of a 16-byte chunk to the next."""
+        return 4 if self.same_bits else 8
+
+    def make_chunk_index(self) -> Any:
+        """Device function (token, block, chunk) -> (where 16-byte chunk `chunk` of a token's K block is, in words; its
+        first word along K). Chunks 2 i and 2 i + 1 begin at neighbouring words.
+        """
+        block_words, same_bits = self.block_words, self.same_bits
+
+        @ptx.device_function
+        def chunk_index(token, block, chunk):
+            first = block * BLOCK_WORDS + ((chunk >> 2) * 16 + (chunk & 3) if same_bits else chunk)
+            return block * block_words + token * BLOCK_WORDS + (chunk ^ (token & 7)) * 4, first
+
+        return chunk_index
