@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numba
+from llvmlite import binding
 from llvmlite.binding import Linkage
 from numba.core import config
 from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
-from numba.core.runtime import rtsys
+from numba.core.runtime import _nrt_python
 from numba.np.ufunc import parallel as pool
 
 from numba_atomflow import home
@@ -93,12 +94,15 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled code of a signature, or None: compile it."""
         try:
-            rtsys.initialize(target_context)  # what kernels that allocate memory call
-            return self._load_overload(sig, target_context)
+            _register_allocator()
+            loaded = self._load_overload(sig, target_context)
         except Exception:  # unpickling damaged bytes can raise anything
             with suppress(OSError):
                 self.flush()
             return None
+        if loaded is not None:
+            loaded.library._shared_module = None  # noqa: SLF001  what numba would inline elsewhere: names alone
+        return loaded
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep compiled code, if that is possible."""
@@ -106,7 +110,18 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
             super().save_overload(sig, data)
 
 
+@cache
+def _register_allocator() -> None:
+    """Make known what kernels that allocate memory call: numba's functions in C.
+
+    numba's own way (`rtsys.initialize`) compiles some functions beside them, which every kernel has copies of.
+    """
+    for name, address in _nrt_python.c_helpers.items():
+        binding.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
+
+
 _SHARED = (Linkage.linkonce_odr, Linkage.weak_odr)  # how numba marks what may be defined several times
+_LOCAL = (Linkage.internal, Linkage.private)
 
 
 class _SelfContainedLibrary(JITCodeLibrary):  # type: ignore[misc]
@@ -129,6 +144,22 @@ class _SelfContainedLibrary(JITCodeLibrary):  # type: ignore[misc]
             elif own_pool() and function.name in SYMBOLS:
                 function.name = SYMBOLS[function.name]
         super()._optimize_final_module()
+
+    def serialize_using_object_code(self) -> Any:
+        """What the cache keeps: the object code, and of its bitcode, which numba keeps to inline kernels elsewhere,
+        only the names of what it defines. Nothing inlines a kernel, and parsing it would take 6 MB of memory.
+        """
+        name, kind, (code, _) = super().serialize_using_object_code()
+        return name, kind, (code, _names_alone(self._final_module))
+
+
+def _names_alone(module: Any) -> bytes:
+    """Bitcode that defines the names that a module makes known, without their contents."""
+    functions = [f for f in module.functions if not f.is_declaration and f.linkage not in _LOCAL]
+    variables = [v for v in module.global_variables if not v.is_declaration and v.linkage not in _LOCAL]
+    lines = [f'define void @"{function.name}"() {{ unreachable }}' for function in functions]
+    lines += [f'@"{variable.name}" = global i8 0' for variable in variables]
+    return bytes(binding.parse_assembly("\n".join(lines)).as_bitcode())
 
 
 class _KernelCompiler(Compiler):  # type: ignore[misc]

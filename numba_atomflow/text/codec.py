@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from numba_atomflow.errors import CheckpointError, OptionError, TextError
 from numba_atomflow.files.untrusted import quote, short
+from numba_atomflow.host.free_memory import return_free_memory
 from numba_atomflow.text.detokenizer import Detokenizer, TokenBytes
 from numba_atomflow.text.special_as_text import SpecialAsText
 from numba_atomflow.text.tokenizers_library import check_growth, translate_errors
@@ -100,6 +101,7 @@ class TextCodec:
             check_growth(self._tokenizer)
             self._post_processor_adds = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
             self._token_bytes = TokenBytes(self._tokenizer)
+        return_free_memory()  # half of what reading tokenizer.json took
         self._bos_id = self._find_bos()
 
     @property
