@@ -72,11 +72,11 @@ def test_the_kernel(case: EditCase) -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_functions_that_change_nothing_change_no_token(graph_engine: Engine, params: SamplingParams) -> None:
+    graph_engine.reset()  # a part of the prompt in the KV cache would leave less to compute, in other kernels
     plain = graph_engine.generate_tokens(PROMPT, params).finish()
     with graph_engine.edit({"layer.*.output": same, "layer.0.[qkv]": same, "layer.1.ffn": same, "logits": same}):
         edited = graph_engine.generate_tokens(PROMPT, params).finish()
     assert (edited.token_ids, edited.logprobs) == (plain.token_ids, plain.logprobs)
-    assert tokens_of(graph_engine) == tokens_of(graph_engine)
 
 
 @pytest.mark.parametrize("name", ["embedding", "layer.0.k", "layer.1.q", "layer.1.attention", "layer.0.ffn", "logits"])
@@ -101,6 +101,7 @@ def test_each_way_of_decoding_is_steered(engine: Engine) -> None:
         reply = engine.generate_tokens(PROMPT, SAMPLED).finish()
         assert tokens_of(engine) != plain
     with engine.edit({"layer.0.output": steered}):
+        engine.reset()
         logits = engine.feed(PROMPT + reply.token_ids[:-1], all_logits=True)[len(PROMPT) - 1 :]
     for row, token, entry in zip(logits, reply.token_ids, reply.logprobs, strict=True):
         assert entry.logprob == pytest.approx(token_logprobs(row, token, 0).logprob, abs=LIMIT)
@@ -141,6 +142,8 @@ def test_prompts_on_the_gemm_path(graph_engine: Engine) -> None:
     assert isinstance(graph_engine.backend, CudaBackend)
     for name in ("layer.0.output", "layer.0.ffn", "layer.1.v"):
         with graph_engine.edit({name: lambda rows, _position: rows * np.float32(2)}):
+            graph_engine.reset()
             expected = graph_engine.feed(prompt)
         with graph_engine.edit({name: double}):
+            graph_engine.reset()
             np.testing.assert_array_equal(graph_engine.feed(prompt), expected)
