@@ -1,6 +1,7 @@
 """Every GPU kernel in numba's CUDA simulator against its NumPy reference (checks: tests/support/kernel_cases.py)."""
 
 import pytest
+from family_kernel_cases import check_add_norm, check_cap_logits
 from kernel_cases import (
     ATTENTIONS,
     FP16_LAYOUTS,
@@ -84,3 +85,11 @@ def test_logprobs_of_few_tokens() -> None:
 
 def test_advance() -> None:
     check_advance()
+
+
+def test_add_norm() -> None:
+    check_add_norm(300, 2)
+
+
+def test_cap_logits() -> None:
+    check_cap_logits(300, 30.0)

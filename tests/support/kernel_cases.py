@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.activation import silu_reference
-from numba_atomflow.ops.attention import attend_reference
+from numba_atomflow.ops.activation import gelu_reference, silu_reference
+from numba_atomflow.ops.attention import NO_WINDOW, attend_reference
 from numba_atomflow.ops.cuda.attention.decode import AttentionArguments, make_attention
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.gemv import kernels
@@ -165,7 +165,8 @@ class ProjectionCase:
 
     @property
     def plan(self) -> GemvPlan:
-        half = {"swiglu": self.out_features // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
+        units = self.out_features // 2
+        half = {"swiglu": units, "geglu": units, "qkv": self.head_dim // 2}.get(self.kind, 0)
         layout = PrepackedLayout(self.out_features, self.in_features, half, self.format, self.k_tile)
         return GemvPlan(layout, self.tokens, self.warps, self.split_k, self.groups_in_flight)
 
@@ -186,6 +187,9 @@ PROJECTIONS = (
     ProjectionCase("add", 16, 300, 2, warps=4, split_k=2, groups_in_flight=1),  # a slot without a tile
     ProjectionCase("swiglu", 40, 256, 4, groups_in_flight=1, ctas=2),  # 20 units: the last tile is not full
     ProjectionCase("swiglu", 16, 576, 1, format=FP8_E4M3),
+    ProjectionCase("geglu", 40, 130, 2, groups_in_flight=1),
+    ProjectionCase("store without a norm", 20, 198, 3, warps=2, split_k=1),
+    ProjectionCase("project", 24, 200, 2, groups_in_flight=1),
     ProjectionCase("store", 37, 576, 1, k_tile=4),  # k-tiles of 4 groups and of 1
     ProjectionCase("store", 20, 576, 2, groups_in_flight=1, format=FP16, k_tile=4),
     ProjectionCase("add", 24, 1100, 3, groups_in_flight=3, format=FP8_E4M3, k_tile=3),  # three equal k-tiles
@@ -214,14 +218,18 @@ def check_projection(case: ProjectionCase) -> None:
     residual = rng.standard_normal((case.tokens, case.in_features)).astype(np.float32)
     norm_weight = rng.uniform(0.5, 1.5, case.in_features).astype(np.float32)
     x_norm, doubt = normed_as_float16(residual, norm_weight)
+    if case.kind == "store without a norm":
+        x_norm, doubt = residual.astype(np.float16).astype(np.float64), np.zeros_like(x_norm)
+        norm_weight = poisoned(case.in_features)
     product = x_norm @ matrix.T
     slack = float(np.linalg.norm(doubt @ matrix.T) / np.linalg.norm(product))
     grid = case.ctas, plan.threads, plan.shared_bytes
     seen = poisoned(case.tokens * layout.padded_in_features // 2, dtype=np.uint32)  # what the kernel says it multiplied
     normed = {"weights": words, "residual": as_words(residual), "norm_weight": norm_weight, "x_norm": seen}
-    if case.kind == "store":
+    if case.kind in ("store", "store without a norm"):
         y = poisoned(case.tokens * case.out_features)
-        launch(kernels.make_store(plan, EPS), *grid, kernels.StoreArguments(**normed, y=y))
+        kernel = kernels.make_store(plan, EPS, norm=case.kind == "store")
+        launch(kernel, *grid, kernels.StoreArguments(**normed, y=y))
         within("projection", relative_error(y.reshape(case.tokens, case.out_features), product), 1e-5 + slack)
     elif case.kind == "add":
         x = np.zeros((case.tokens, layout.padded_in_features), np.float16)
@@ -231,18 +239,26 @@ def check_projection(case: ProjectionCase) -> None:
         launch(kernels.make_add(plan), *grid, kernels.AddArguments(weights=words, x=as_words(x), residual=residual_out))
         expected = x[:, : case.in_features].astype(np.float64) @ matrix.T
         within("projection", relative_error(residual_out.reshape(initial.shape), initial + expected), 1e-5)
-    elif case.kind == "swiglu":
+    elif case.kind == "project":
+        x = np.zeros((case.tokens, layout.padded_in_features), np.float16)
+        x[:, : case.in_features] = residual
+        y = poisoned(case.tokens * case.out_features)
+        launch(kernels.make_project(plan), *grid, kernels.ProjectArguments(weights=words, x=as_words(x), y=y))
+        expected = x[:, : case.in_features].astype(np.float64) @ matrix.T
+        within("projection", relative_error(y.reshape(case.tokens, case.out_features), expected), 1e-5)
+    elif case.kind in ("swiglu", "geglu"):
         ffn = case.out_features // 2
         y = poisoned(case.tokens, ffn + 3, dtype=np.uint16)
-        kernel, flat = kernels.make_swiglu(plan, EPS, ffn + 3), y.reshape(-1)
+        kernel, flat = kernels.make_swiglu(plan, EPS, ffn + 3, gelu=case.kind == "geglu"), y.reshape(-1)
         launch(kernel, *grid, kernels.SwigluArguments(**normed, intermediate=flat))
         y = flat.reshape(y.shape)
-        expected = silu_reference(product[:, :ffn]) * product[:, ffn:]
+        activation = gelu_reference if case.kind == "geglu" else silu_reference
+        expected = activation(product[:, :ffn]) * product[:, ffn:]
         within("SwiGLU to float16", relative_error(y[:, :ffn].view(np.float16), expected), 5e-4)
         assert (y[:, ffn:] == 0xFFFF).all(), "wrote into the padding"
     else:
         check_qkv(case, grid, normed, product)
-    if case.kind != "add":
+    if case.kind in ("store", "swiglu", "geglu", "qkv"):
         reported = seen.view(np.float16).reshape(case.tokens, -1)
         assert relative_error(reported[:, : case.in_features], x_norm) <= 1e-5 + float(
             np.linalg.norm(doubt) / np.linalg.norm(x_norm)
@@ -303,6 +319,7 @@ class RopeCase:
     tokens: int
     bias: bool = False
     norm: bool = False
+    norm_of_all_heads: bool = False
 
 
 ROPES = (
@@ -310,6 +327,7 @@ ROPES = (
     RopeCase(80, 2, 2, 3, norm=True),  # 40 pairs for 32 lanes
     RopeCase(128, 4, 1, 2, bias=True, norm=True),
     RopeCase(96, 1, 1, 5),
+    RopeCase(48, 4, 2, 2, bias=True, norm=True, norm_of_all_heads=True),  # 192 and 96 elements in one norm
 )
 
 
@@ -321,11 +339,13 @@ def check_rope(case: RopeCase) -> None:
     rows = q_width + 2 * kv_width
     qkv = rng.standard_normal((case.tokens, rows)).astype(np.float32)
     bias = rng.standard_normal(rows).astype(np.float32) if case.bias else poisoned(rows)
-    norms = [rng.uniform(0.5, 1.5, dim).astype(np.float32) if case.norm else poisoned(dim) for _ in range(2)]
+    widths = (q_width, kv_width) if case.norm_of_all_heads else (dim, dim)
+    norms = [rng.uniform(0.5, 1.5, n).astype(np.float32) if case.norm else poisoned(n) for n in widths]
     cosines, sines = rope_table(10000.0 ** (-np.arange(0, dim, 2) / dim), positions)
     q = poisoned(case.tokens * q_width, dtype=np.uint16)
     keys, values = (poisoned(positions * kv_width, dtype=np.uint16) for _ in range(2))
-    kernel = rope.make_rope(case.heads, case.kv_heads, dim, case.tokens, EPS, bias=case.bias, norm=case.norm)
+    options = {"bias": case.bias, "norm": case.norm, "norm_of_all_heads": case.norm_of_all_heads}
+    kernel = rope.make_rope(case.heads, case.kv_heads, dim, case.tokens, EPS, **options)
     arguments = rope.RopeArguments(
         qkv=qkv.reshape(-1),
         bias=bias,
@@ -344,7 +364,8 @@ def check_rope(case: RopeCase) -> None:
     last_rows = slice(first, positions)
     for i, weight in enumerate(norms):
         if case.norm:
-            parts[i] = rms_norm_reference(parts[i], weight.astype(np.float64), EPS)
+            normed = parts[i].reshape(case.tokens, -1, len(weight))
+            parts[i] = rms_norm_reference(normed, weight.astype(np.float64), EPS).reshape(parts[i].shape)
         parts[i] = rope_reference(parts[i], cosines[last_rows].astype(np.float64), sines[last_rows].astype(np.float64))
     for got, want in zip((q, keys, values), parts, strict=True):
         new = got.reshape(-1, want.shape[1] * dim)
@@ -368,11 +389,14 @@ class AttentionCase:
     length: int
     splits: int = 1
     warps: int = 1
+    window: int = 0
+    soft_cap: float = 0.0
 
     @property
     def shape(self) -> AttentionShape:
         out_width = self.heads * self.head_dim + 16
-        return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.tokens, out_width, self.splits, self.warps)
+        sizes = self.heads, self.kv_heads, self.head_dim, self.tokens, out_width, self.splits, self.warps
+        return AttentionShape(*sizes, self.window, self.soft_cap)
 
 
 ATTENTIONS = (
@@ -383,6 +407,11 @@ ATTENTIONS = (
     AttentionCase(96, 4, 1, 2, 33, splits=2, warps=2),  # 96 = 64 + 32
     AttentionCase(128, 8, 1, 5, 40, splits=3, warps=1),
     AttentionCase(128, 4, 1, 1, 31, splits=2, warps=2),  # the second warp of a chunk has a step that is not full
+    AttentionCase(32, 2, 1, 3, 77, splits=2, warps=1, window=40),  # two splits of what the window leaves
+    AttentionCase(48, 3, 1, 2, 33, window=3, soft_cap=4.0),
+    AttentionCase(64, 1, 1, 1, 20, window=64),  # has not begun to slide
+    AttentionCase(256, 2, 2, 1, 37, splits=2, soft_cap=30.0),  # outputs in two parts
+    AttentionCase(192, 6, 1, 3, 19, window=18),  # 18 queries are two tiles, of two parts each
 )
 
 
@@ -413,6 +442,7 @@ def check_attention(case: AttentionCase) -> None:
     width = case.heads * case.head_dim
     np.testing.assert_array_equal(results[0][:, :width], results[1][:, :width])
     exact = (array.astype(np.float64) for array in (q, cache[0], cache[1]))
-    expected = attend_reference(*exact, case.length - case.tokens, case.head_dim)
+    window, first = case.window or NO_WINDOW, case.length - case.tokens
+    expected = attend_reference(*exact, first, case.head_dim, window, case.soft_cap)
     within("attention", relative_error(results[0][:, :width], expected), 1e-3)
     assert np.isnan(results[0][:, width:]).all(), "wrote into the padding"

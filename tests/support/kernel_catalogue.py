@@ -23,6 +23,25 @@ PERSISTENT_MODELS = {
     "SmolLM2": tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152),
     "Llama 1B": tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096),
 }
+# Gemma 2 2B: heads of 256, GELU, soft caps, a sliding window, norms of what is added.
+GEMMA = replace(
+    LLAMA,
+    hidden=2304,
+    heads=8,
+    kv_heads=4,
+    head_dim=256,
+    ffn=9216,
+    hidden_act="gelu_tanh",
+    post_norm=True,
+    attention_soft_cap=50.0,
+    logit_soft_cap=30.0,
+    sliding_window=4096,
+    sliding_layers=(0,),
+)
+# OLMo 2: no norms before projections, and one of all heads of q and of k.
+OLMO = replace(LLAMA, pre_norm=False, post_norm=True, qk_norm=True, qk_norm_of_all_heads=True)
+_OF_GEMMA = ("attention_x{}", "window_attention_x1", "gate_up_x1", "o_x1", "add_norm_x1", "cap_logits")
+_OF_OLMO = ("qkv_x{}", "rope_x1")
 _OF_OTHER = ("attention_x1", "rope_x{}", "embed_x1", "lm_head_x1", "lm_head_x{}", "prepack_fp16")
 CACHE = CacheSizes(slots=1 << 16, block_sizes=(8, 32), sequences=8, longest=8192)  # of the sandbox
 _OF_SANDBOX = (
@@ -71,6 +90,10 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     other = ModelKernels(OTHER, chip, "fp16").planned
     names = [name.format(wide) for name in _OF_OTHER]
     entries += [Entry(f"{name} with an fp16 head, heads of 80", other[name].spec) for name in names]
+    gemma, olmo = ModelKernels(GEMMA, chip, window=4096), ModelKernels(OLMO, chip)
+    for model, kernels, kinds in (("Gemma 2", gemma, _OF_GEMMA), ("OLMo 2", olmo, _OF_OLMO)):
+        names = [name.format(kernels.gemv_width) for name in kinds]
+        entries += [Entry(f"{name} of {model}", kernels.planned[name].spec) for name in names]
     sandbox = SandboxKernels(LLAMA, chip, CACHE)
     names = [name.format(sandbox.widths[-1]) for name in _OF_SANDBOX]
     entries += [Entry(f"{name} of the sandbox", sandbox.planned[name].spec) for name in names]

@@ -133,7 +133,8 @@ class ModelKernels:
         splits = choose_kv_splits(g.heads, g.kv_heads, tokens, self.chip.sms)
         out_width = self.layouts["o"].padded_in_features
         cap = g.attention_soft_cap or 0.0
-        return AttentionShape(g.heads, g.kv_heads, g.head_dim, tokens, out_width, splits, soft_cap=cap)
+        shape = AttentionShape(g.heads, g.kv_heads, g.head_dim, tokens, out_width, splits, soft_cap=cap)
+        return replace(shape, kv_splits=max(1, splits // shape.value_parts))
 
     @cached_property
     def persistent_shape(self) -> PersistentShape:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Tiling of attention: a CTA computes one KV head, up to 16 queries and one KV split.
+    """Tiling of attention: a CTA computes one KV head, up to 16 queries and one KV split. Of heads of 192 and more it
+    computes half of the outputs only, which another CTA does the other half of: a thread has no registers for all.
 
     Attributes:
         tokens: of the step, 1 to 8.
@@ -31,6 +32,16 @@ class AttentionShape:
         return self.warps * 32
 
     @property
+    def value_parts(self) -> int:
+        """CTAs among which the outputs of a head are divided. Each computes the scores."""
+        return 2 if self.head_dim >= 192 and self.head_dim % 32 == 0 else 1
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a head's output that a CTA computes."""
+        return self.head_dim // self.value_parts
+
+    @property
     def queries(self) -> int:
         """Queries that share a KV head: tokens times the query heads of a group."""
         return self.tokens * self.heads // self.kv_heads
@@ -46,8 +57,10 @@ class AttentionShape:
 
     @property
     def work_tiles(self) -> int:
-        """Pairs of a KV head and a query tile. Each has a counter of the CTAs that have finished it."""
-        return self.kv_heads * self.query_tiles
+        """Pairs of a KV head and a query tile, for each part of the outputs. Each has a counter of the CTAs that have
+        finished it.
+        """
+        return self.kv_heads * self.query_tiles * self.value_parts
 
     @property
     def ctas(self) -> int:
@@ -55,8 +68,8 @@ class AttentionShape:
 
     @property
     def partials(self) -> int:
-        """Float32 elements of scratch: per CTA, unnormalised outputs [rows, head_dim], then (m, l) [rows, 2]."""
-        return self.ctas * self.rows * (self.head_dim + 2)
+        """Float32 elements of scratch: per CTA, unnormalised outputs [rows, value_dim], then (m, l) [rows, 2]."""
+        return self.ctas * self.rows * (self.value_dim + 2)
 
     @property
     def q_words(self) -> int:
@@ -66,7 +79,7 @@ class AttentionShape:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: Q; partial outputs and (m, l) of the warps, later (m, l) of the KV splits; a flag."""
-        return 4 * (self.q_words + max(self.warps * (self.head_dim + 2), self.kv_splits * 2) * self.rows + 1)
+        return 4 * (self.q_words + max(self.warps * (self.value_dim + 2), self.kv_splits * 2) * self.rows + 1)
 
 
 def choose_kv_splits(heads: int, kv_heads: int, tokens: int, sms: int) -> int:

@@ -72,32 +72,38 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
     """
     window, soft_cap = shape.window, shape.soft_cap
     head_dim, kv_heads, gqa_ratio = shape.head_dim, shape.kv_heads, shape.heads // shape.kv_heads
+    value_parts, value_dim, query_tiles = shape.value_parts, shape.value_dim, shape.query_tiles
     tokens, queries, rows, kv_splits = shape.tokens, shape.queries, shape.rows, shape.kv_splits
     warps, threads, work_tiles = shape.warps, shape.threads, shape.work_tiles
     q_row, kv_row, out_row = shape.heads * head_dim // 2, kv_heads * head_dim // 2, shape.out_width // 2
-    head_words = head_dim // 2
-    fragments = make_head_fragments(head_dim)
-    row_registers, value_registers = fragments.row_registers, fragments.value_registers
-    load_row, load_value, element = fragments.load_row, fragments.load_value, fragments.element
-    k_registers, v_registers, out_registers = 2 * row_registers, 4 * value_registers, head_dim // 2
+    head_words, value_words = head_dim // 2, value_dim // 2
+    fragments, value_fragments = make_head_fragments(head_dim), make_head_fragments(value_dim)
+    row_registers, value_registers = fragments.row_registers, value_fragments.value_registers
+    load_row, load_value, element = fragments.load_row, value_fragments.load_value, value_fragments.element
+    k_registers, v_registers, out_registers = 2 * row_registers, 4 * value_registers, value_dim // 2
     load_registers = 4 * LOADS_IN_FLIGHT
     step_keys = KEYS * warps
-    vectors = rows * head_dim // 4  # of four elements
+    vectors = rows * value_dim // 4  # of four elements
     out_start = shape.q_words
-    stats_start = out_start + warps * rows * head_dim
+    stats_start = out_start + warps * rows * value_dim
     flag_index = shape.shared_bytes // 4 - 1
     batched, same_page = addressing.batch > 0, addressing.same_page
     position_of, cached = addressing.position, addressing.cached
     sequence_start_of, find_page, row_of = addressing.sequence_start, addressing.find_page, addressing.row_of
-    stats_global = max(addressing.batch, 1) * shape.ctas * rows * head_dim
+    stats_global = max(addressing.batch, 1) * shape.ctas * rows * value_dim
     softmax_step = make_softmax_step(value_registers, half_tile=False)
-    combine_warps = make_combine(head_dim, rows, out_start, stats_start)
-    combine_splits = make_combine_splits(head_dim, rows, out_start)
+    combine_warps = make_combine(value_dim, rows, out_start, stats_start)
+    combine_splits = make_combine_splits(value_dim, rows, out_start)
     scale = f32(math.log2(math.e) / math.sqrt(head_dim))
     capped = make_soft_cap(soft_cap or 1.0, 1.0 / math.sqrt(head_dim), math.log2(math.e))
 
     @ptx.device_function
-    def load_step(io, sequence_start, base, length, kv, g, t, k_regs, v_regs):
+    def part_start(work_tile):
+        """Word of a head at which the outputs of a work tile begin."""
+        return work_tile // (kv_heads * query_tiles) * value_words if value_parts > 1 else 0
+
+    @ptx.device_function
+    def load_step(io, sequence_start, base, length, kv, work_tile, g, t, k_regs, v_regs):
         """A lane's part of the keys and values of one step."""
         page_0 = find_page(io, sequence_start, base)
         # The last key is loaded for those beyond it: if the step's second half has no keys, it is in the first half.
@@ -109,12 +115,14 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         for i in range(4):
             key = min(base + 2 * t + i % 2 + i // 2 * 8, length - 1)
             row = row_of(page_0 if i // 2 == 0 else page_1, key)
-            load_value(io.values, row * kv_row + kv * head_words, g, v_regs, i * value_registers)
+            start = row * kv_row + kv * head_words + part_start(work_tile)
+            load_value(io.values, start, g, v_regs, i * value_registers)
 
     @ptx.device_function
-    def store_out(out, sequence, query, kv, d, o0, o1, o2, o3):
+    def store_out(out, sequence, query, kv, work_tile, d, o0, o1, o2, o3):
         """Four elements of a query's output."""
         start = (sequence + query // gqa_ratio) * out_row + (kv * gqa_ratio + query % gqa_ratio) * head_words + d // 2
+        start += part_start(work_tile)
         out[start] = u32(ptx.pack_f16x2(o0, o1))
         out[start + 1] = u32(ptx.pack_f16x2(o2, o3))
 
@@ -167,7 +175,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
             if row < rows:
                 for j in range(out_registers // 4):
                     for column in range(2):
-                        index = out_start + (warp * rows + row) * head_dim + element(t, column, j)
+                        index = out_start + (warp * rows + row) * value_dim + element(t, column, j)
                         floats[index] = out_regs[4 * j + 2 * h + column]
                 if t == 0:
                     index = stats_start + (warp * rows + row) * 2
@@ -175,19 +183,20 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
                     floats[index + 1] = l_0 if h == 0 else l_1
 
     @ptx.device_function
-    def store_cta(io, floats, sequence, counter, split, active_splits, first_query, kv, thread):
+    def store_cta(io, floats, sequence, counter, work_tile, split, active_splits, first_query, kv, thread):
         """Combine the warps: to `out` if the sequence is not split, else to `partials`."""
         cta = counter * kv_splits + split
         entry = thread
         while entry < vectors:
-            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
+            row, d = entry // (value_dim // 4), entry % (value_dim // 4) * 4
             m, row_sum, o0, o1, o2, o3 = combine_warps(floats, warps, row, d)
             if active_splits == 1:
                 if first_query + row < queries:
                     query = first_query + row
-                    store_out(io.out, sequence, query, kv, d, o0 / row_sum, o1 / row_sum, o2 / row_sum, o3 / row_sum)
+                    o0, o1, o2, o3 = o0 / row_sum, o1 / row_sum, o2 / row_sum, o3 / row_sum
+                    store_out(io.out, sequence, query, kv, work_tile, d, o0, o1, o2, o3)
             else:
-                index = (cta * rows + row) * head_dim + d
+                index = (cta * rows + row) * value_dim + d
                 io.partials[index], io.partials[index + 1] = o0, o1
                 io.partials[index + 2], io.partials[index + 3] = o2, o3
                 if d == 0:
@@ -208,7 +217,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         return words[flag_index] == active_splits - 1
 
     @ptx.device_function
-    def store_combined(io, floats, loaded, sequence, counter, active_splits, first_query, kv, thread):
+    def store_combined(io, floats, loaded, sequence, counter, work_tile, active_splits, first_query, kv, thread):
         """Combine the KV splits, to `out`."""
         cuda.threadfence()
         first_cta = counter * kv_splits
@@ -220,11 +229,12 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         cuda.syncthreads()
         entry = thread
         while entry < vectors:
-            row, d = entry // (head_dim // 4), entry % (head_dim // 4) * 4
+            row, d = entry // (value_dim // 4), entry % (value_dim // 4) * 4
             row_sum, o0, o1, o2, o3 = combine_splits(io.partials, floats, loaded, first_cta, active_splits, row, d)
             if first_query + row < queries:
                 query = first_query + row
-                store_out(io.out, sequence, query, kv, d, o0 / row_sum, o1 / row_sum, o2 / row_sum, o3 / row_sum)
+                o0, o1, o2, o3 = o0 / row_sum, o1 / row_sum, o2 / row_sum, o3 / row_sum
+                store_out(io.out, sequence, query, kv, work_tile, d, o0, o1, o2, o3)
             entry += threads
 
     @ptx.device_function
@@ -245,6 +255,8 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         sequence = counter // work_tiles if batched else int64(0)
         work_tile = counter % work_tiles if batched else counter
         kv, first_query = counter % kv_heads, work_tile // kv_heads * 16
+        if value_parts > 1:
+            first_query = work_tile // kv_heads % query_tiles * 16
         sequence_start = sequence_start_of(io, sequence)
 
         length = position_of(io, sequence) + tokens
@@ -260,7 +272,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         # No launch of this step moves the position or writes to earlier keys: loading them needs no wait.
         preloaded = dependent and base < end and base + KEYS <= cached(io, sequence)
         if preloaded:
-            load_step(io, sequence_start, base, length, kv, g, t, k_regs, v_regs)
+            load_step(io, sequence_start, base, length, kv, work_tile, g, t, k_regs, v_regs)
         if dependent:
             ptx.wait_for_previous_kernel()
 
@@ -277,7 +289,7 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
         m_0, m_1, l_0, l_1 = LOWEST, LOWEST, _ZERO, _ZERO  # running max and row sum of rows g and g + 8
         while base < end:
             if not preloaded:
-                load_step(io, sequence_start, base, length, kv, g, t, k_regs, v_regs)
+                load_step(io, sequence_start, base, length, kv, work_tile, g, t, k_regs, v_regs)
             preloaded = False
             scores = scores_of(words, k_regs, base + 2 * t, last_0, last_1, lane)
             m_0, m_1, l_0, l_1 = softmax_step(m_0, m_1, l_0, l_1, scores, v_regs, out_regs)
@@ -285,9 +297,9 @@ def make_attend(shape: AttentionShape, addressing: KvAddressing, dependent: bool
 
         store_warp(floats, out_regs, m_0, m_1, quad_sum(l_0), quad_sum(l_1), warp, g, t)
         cuda.syncthreads()
-        store_cta(io, floats, sequence, counter, split, active_splits, first_query, kv, thread)
+        store_cta(io, floats, sequence, counter, work_tile, split, active_splits, first_query, kv, thread)
         if active_splits == 1 or not is_last(io, words, counter, active_splits, thread):
             return
-        store_combined(io, floats, loaded, sequence, counter, active_splits, first_query, kv, thread)
+        store_combined(io, floats, loaded, sequence, counter, work_tile, active_splits, first_query, kv, thread)
 
     return attend

@@ -1,0 +1,62 @@
+"""Families beyond Llama on a GPU: their kernels against float64, and tiny models against the CPU backend."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from family_geometries import FIELDS
+from family_kernel_cases import check_add_norm, check_cap_logits
+from kernel_cases import AttentionCase, RopeCase, check_attention, check_rope
+from tiny_models import tiny_geometry
+
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.geometry import HEAD_DIMS
+
+LIMIT = 3e-3  # relative L2 of logits, as in test_backend.py
+WIDER: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 256, "heads": 4, "kv_heads": 2, "hidden": 512, "ffn": 1024},
+    "gemma3_text": {"head_dim": 256, "heads": 4, "kv_heads": 1, "hidden": 640, "ffn": 1000},
+    "olmo2": {"head_dim": 128, "heads": 8, "kv_heads": 8, "hidden": 1024, "ffn": 1100},
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
+
+
+@pytest.mark.parametrize("family", FIELDS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_logits_and_tokens_are_those_of_the_cpu(family: str, wide: bool) -> None:
+    """A prompt in steps of several tokens, then decode steps; windows of 16 begin to slide on the way."""
+    if wide and family not in WIDER:
+        pytest.skip("its sizes make no difference")
+    geometry = tiny_geometry(**(FIELDS[family] | (WIDER[family] if wide else {})))
+    tokens = np.random.default_rng(0).integers(0, geometry.vocabulary, 45).tolist()
+    with Engine.random(geometry, "cuda", 96) as gpu, Engine.random(geometry, "cpu", 96) as cpu:
+        got, expected = (engine.feed(tokens, all_logits=True).astype(np.float64) for engine in (gpu, cpu))
+        assert np.linalg.norm(got - expected) <= LIMIT * np.linalg.norm(expected)
+        reply = gpu.generate_tokens(tokens, SamplingParams(max_tokens=24)).finish().token_ids
+        cpu.reset()
+        logits = cpu.feed(tokens + reply, all_logits=True)[len(tokens) - 1 : -1]
+        best, chosen = logits.max(axis=1), logits[np.arange(len(reply)), reply]
+        assert (best - chosen <= 4 * LIMIT * np.linalg.norm(logits, axis=1) / np.sqrt(geometry.vocabulary)).all()
+
+
+@pytest.mark.parametrize("head_dim", [n for n in HEAD_DIMS if n not in (64, 80, 96, 128)])
+def test_attention_of_every_other_head_size(head_dim: int) -> None:
+    for tokens, length in ((1, 700), (4, 129)):
+        check_attention(AttentionCase(head_dim, 4, 2, tokens, length, splits=8, warps=8))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("window", [1, 100, 512, 4096])
+def test_attention_in_a_window(head_dim: int, window: int) -> None:
+    for tokens, length in ((1, 1), (1, 513), (5, 900), (1, 5000)):
+        if length >= tokens:
+            check_attention(AttentionCase(head_dim, 4, 2, tokens, length, splits=16, warps=8, window=window))
+    check_attention(AttentionCase(head_dim, 4, 2, 3, 700, splits=16, warps=8, window=window, soft_cap=5.0))
+
+
+def test_other_kernels() -> None:
+    check_add_norm(2304, 5)
+    check_add_norm(5376, 1)
+    check_cap_logits(50_000, 30.0)
+    check_rope(RopeCase(128, 40, 8, 3, norm=True, norm_of_all_heads=True))
