@@ -10,7 +10,6 @@ from kernel_cases import AttentionCase, RopeCase, check_attention, check_rope
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.geometry import HEAD_DIMS
 
 LIMIT = 3e-3  # relative L2 of logits, as in test_backend.py
 WIDER: dict[str, dict[str, Any]] = {
@@ -40,14 +39,14 @@ def test_logits_and_tokens_are_those_of_the_cpu(family: str, wide: bool) -> None
         assert (best - chosen <= 4 * LIMIT * np.linalg.norm(logits, axis=1) / np.sqrt(geometry.vocabulary)).all()
 
 
-@pytest.mark.parametrize("head_dim", [n for n in HEAD_DIMS if n not in (64, 80, 96, 128)])
-def test_attention_of_every_other_head_size(head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [32, 48, 112, 160, 192, 208, 256])
+def test_attention_of_other_head_sizes(head_dim: int) -> None:
     for tokens, length in ((1, 700), (4, 129)):
         check_attention(AttentionCase(head_dim, 4, 2, tokens, length, splits=8, warps=8))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("window", [1, 100, 512, 4096])
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("window", [1, 100, 4096])
 def test_attention_in_a_window(head_dim: int, window: int) -> None:
     for tokens, length in ((1, 1), (1, 513), (5, 900), (1, 5000)):
         if length >= tokens:
