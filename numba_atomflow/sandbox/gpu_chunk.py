@@ -35,6 +35,11 @@ class ChunkLaunches:
         self._prefill: PrefillKernels = kernels.prefill
         self._tiles = {name: view(f"tiles.{name}") for name in self._prefill.tiles}
 
+    def kernels(self, tokens: int, block_size: int) -> list[Planned]:
+        """The kernels of these launches."""
+        kinds = self._prefill.layer_kinds
+        return [self._prefill.kernel(kind, tokens) for kind in kinds] + self._kernels.chunk_kernels(block_size)
+
     def step(self, tokens: int, block_size: int) -> list[Any]:
         """The launches of a chunk of `tokens` tokens, padded to a bucket: embedding and layers."""
         view, bucket = self._view, bucket_for(tokens)

@@ -6,7 +6,7 @@ the block table are another. The host waits for the step's tokens, as the next s
 A chunk of one prompt (`gpu_chunk.py`) has a graph for each bucket, captured when it is first needed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -268,6 +268,7 @@ class GpuRunner:
 
     def _chunk_launches(self, bucket: int) -> list[Launch]:
         chunk = ChunkLaunches(self.geometry, self.kernels, self._arena.__getitem__, self._launch_planned)
+        self._require(chunk.kernels(bucket, self.block_size))
         return chunk.step(bucket, self.block_size)
 
     def _step_launches(self, width: int, layout: Layout, with_logits: bool) -> list[Launch]:
@@ -355,8 +356,12 @@ class GpuRunner:
         return self._launch_planned(self.kernels.planned[name], arguments)
 
     def _launch_planned(self, planned: Planned, arguments: tuple[DeviceArray | int, ...]) -> Launch:
-        self._loaded.require([planned.spec])
+        self._require([planned])
         return Launch(self._loaded[planned.spec.name], planned.ctas, arguments, self._stream)
+
+    def _require(self, planned: Iterable[Planned]) -> None:
+        """Load these kernels; those that must be compiled are compiled in parallel."""
+        self._loaded.require(kernel.spec for kernel in planned)
 
     # --- times -------------------------------------------------------------------------------------------------------
 

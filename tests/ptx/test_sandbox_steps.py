@@ -1,6 +1,7 @@
 """The launches of the sandbox's steps, without a GPU: arguments have the kernel's types, and lie in the memory plan."""
 
 import os
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -27,8 +28,8 @@ Launches = list[tuple[Planned, Any]]
 SIZES = CacheSizes(slots=4096, block_sizes=(16, 8), sequences=8, longest=1024)
 
 
-def runner(geometry: ModelGeometry, chip: Chip, seen: Launches) -> GpuRunner:
-    """A runner without a GPU, whose launches are collected."""
+def runner(geometry: ModelGeometry, chip: Chip, seen: Launches, required: list[str]) -> GpuRunner:
+    """A runner without a GPU, whose launches are collected, and the names of the kernels that it loads at once."""
     made = GpuRunner.__new__(GpuRunner)
     made.geometry, made.sizes, made.block_size = geometry, SIZES, 16
     made.kernels = SandboxKernels(geometry, chip, SIZES)
@@ -46,7 +47,11 @@ def runner(geometry: ModelGeometry, chip: Chip, seen: Launches) -> GpuRunner:
     def launch(planned: Planned, arguments: tuple[Any, ...]) -> Any:
         seen.append((planned, arguments))
 
+    def require(planned: Iterable[Planned]) -> None:
+        required.extend(kernel.spec.name for kernel in planned)
+
     made._launch_planned = launch  # type: ignore[method-assign]
+    made._require = require  # type: ignore[method-assign]
     return made
 
 
@@ -56,7 +61,7 @@ def runner(geometry: ModelGeometry, chip: Chip, seen: Launches) -> GpuRunner:
 @pytest.mark.parametrize("geometry", [tiny_geometry(), PRESETS["llama-3.2-3b"], PRESETS["llama-3.1-8b"]], ids=str)
 def test_every_launch_fits_its_kernel_and_stays_in_its_memory(geometry: ModelGeometry, chip: Chip, layout: Any) -> None:
     seen: Launches = []
-    made = runner(geometry, chip, seen)
+    made = runner(geometry, chip, seen, [])
     for width in made.kernels.widths:
         seen.clear()
         made._step_launches(width, layout, True)
@@ -76,11 +81,13 @@ def test_every_launch_fits_its_kernel_and_stays_in_its_memory(geometry: ModelGeo
 @pytest.mark.parametrize("geometry", [tiny_geometry(), PRESETS["llama-3.2-3b"]], ids=str)
 def test_the_launches_of_a_chunk_too(geometry: ModelGeometry, chip: Chip) -> None:
     seen: Launches = []
-    made = runner(geometry, chip, seen)
+    made = runner(geometry, chip, seen, required := [])
     assert made.kernels.prefill_chunk == SIZES.longest
     for bucket in (16, 128, 1024):
         seen.clear()
+        required.clear()
         made._chunk_launches(bucket)
+        assert {planned.spec.name for planned, _ in seen} == set(required)
         made._head_launches(1, bucket - 1)
         assert len(seen) == 1 + 9 * geometry.layers + 2
         check_arguments(seen, chip)

@@ -1,6 +1,7 @@
 """A whole step of the sandbox's GPU runner in the simulator, over host memory, beside the same step on the CPU."""
 
 import ctypes
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,9 @@ class SimulatedRunner(GpuRunner):
             spec.make()[planned.ctas, spec.threads, 0, spec.shared_bytes](parameter)
 
         return run
+
+    def _require(self, planned: Iterable[Planned]) -> None:
+        assert [kernel.spec.name for kernel in planned]
 
     def _clear_best(self) -> None:
         self.array("best")[:] = -1
