@@ -14,8 +14,8 @@ from numba_atomflow.ops.cuda.token.quantize_tiles import (
     make_quantize_tiles,
     quantize_tiles_ctas,
 )
-from numba_atomflow.ops.cuda.token.rms_norm import RmsNormTilesArguments
-from numba_atomflow.ops.cuda.token.rms_norm_fp8 import make_rms_norm_fp8, rms_norm_fp8_threads
+from numba_atomflow.ops.cuda.token.rms_norm import RmsNormTilesArguments, rms_norm_tiles_threads
+from numba_atomflow.ops.cuda.token.rms_norm_fp8 import make_rms_norm_fp8
 from numba_atomflow.ops.fp8 import dequantize_groups
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 
@@ -48,7 +48,7 @@ def check_rms_norm_fp8(in_features: int, capacity: int, tokens: int) -> None:
     tiles = ActivationTiles(in_features, capacity, 8)
     words = poisoned(tiles.words, dtype=np.uint32)
     arguments = RmsNormTilesArguments(residual.reshape(-1), weight, words)
-    launch(make_rms_norm_fp8(tiles, EPS), tokens, rms_norm_fp8_threads(tiles), 0, arguments)
+    launch(make_rms_norm_fp8(tiles, EPS), tokens, rms_norm_tiles_threads(tiles), 0, arguments)
     check_half_a_step(tiles, words, rms_norm_reference(residual.astype(np.float64), weight, EPS))
     padded = ActivationTiles(tiles.blocks * 128, capacity, 8).unpack(words)
     assert not padded[:tokens, in_features:].any(), "the padding of K is not zero"
