@@ -12,6 +12,7 @@ from reference import Reference
 from numba_atomflow import Engine, SamplingParams
 
 LIMIT = 1e-3
+NATS = 1e-3
 SAME = 1e-4  # two ways through the same kernels: 30 layers of float32 sums in another order
 
 PROMPTS = {
@@ -74,6 +75,26 @@ def test_the_prompts_are_short_and_long(prompts: dict[str, list[int]]) -> None:
     lengths = sorted(len(tokens) for tokens in prompts.values())
     assert 16 <= lengths[0] < 40
     assert 150 < lengths[-1] <= 200
+
+
+@pytest.mark.sampled(1)
+@each_prompt
+def test_log_probabilities_of_every_token_and_of_the_most_likely_ones(
+    name: str, engine: Engine, prompts: dict[str, list[int]], expected: dict[str, NDArray[np.float32]]
+) -> None:
+    engine.reset()
+    params = SamplingParams(max_tokens=1, logprobs=5, prompt_logprobs=5)
+    reply = engine.generate_tokens(prompts[name], params).finish()
+    logits = expected[name].astype(np.float64)
+    rows = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    entries = [entry for entry in (*reply.prompt_logprobs, *reply.logprobs) if entry is not None]
+    assert len(entries) == len(rows)
+    worst = 0.0
+    for row, token, entry in zip(rows, [*prompts[name][1:], *reply.token_ids], entries, strict=True):
+        ours = np.array([entry.logprob, *(likely.logprob for likely in entry.top)])
+        worst = max(worst, float(np.abs(ours - [row[token], *np.sort(row)[:-6:-1]]).max()))
+    print(f"{name}: {len(rows)} tokens, at most {worst:.2g} nats")
+    assert worst <= NATS
 
 
 @pytest.mark.sampled(1)
