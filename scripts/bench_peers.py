@@ -12,6 +12,9 @@ are of this run. Ratios are this engine's speed over the peer's, of decoding and
 faster. With --rounds, peers take turns, so that other load on the machine affects all alike. Each peer runs in its
 fastest usual setup and its own weight format: BF16, FP8, or Q8_0 for llama.cpp. llama-bench is part of llama.cpp's
 releases (github.com/ggml-org/llama.cpp), of the package llama.cpp of conda-forge, and of Homebrew's.
+
+Memory is the most that an engine's process holds, mapped files included, and in brackets what is not of mapped files.
+On a CPU both this engine and llama.cpp map their weights.
 """
 
 import argparse
@@ -131,8 +134,9 @@ def joined(before: Outcome, now: Outcome) -> Outcome:
     if before.answer is None or now.answer is None:
         return now
     first, second = before.answer, now.answer
-    memory = max((answer.memory for answer in (first, second) if answer.memory is not None), default=None)
-    return replace(now, answer=Answer(second.what, first.ttft + second.ttft, first.tpot + second.tpot, memory))
+    larger = max(first, second, key=lambda answer: answer.memory or 0)
+    turns = first.ttft + second.ttft, first.tpot + second.tpot
+    return replace(now, answer=Answer(second.what, *turns, larger.memory, larger.private))
 
 
 def record_of(outcomes: Sequence[Outcome], task: Task, name: str, rounds: int = 1) -> dict[str, Any]:
@@ -148,6 +152,7 @@ def record_of(outcomes: Sequence[Outcome], task: Task, name: str, rounds: int = 
                 "decode_tokens_per_second": speed.to_dict(),
                 "ttft_seconds": Spread.of(outcome.answer.ttft).to_dict(),
                 "peak_memory_bytes": outcome.answer.memory,
+                "private_memory_bytes": outcome.answer.private,
             }
             if ours:
                 row["ratio"] = Spread.of([1 / tpot for tpot in ours.tpot]).ratio_to(speed).to_dict()
@@ -175,6 +180,8 @@ def report(record: dict[str, Any], style: str) -> str:
         speed, ttft = (Spread.from_dict(row[name]) for name in ("decode_tokens_per_second", "ttft_seconds"))
         ratios = [Spread.from_dict(row[name]).text(2) if name in row else "-" for name in ("ratio", "prompt_ratio")]
         memory = "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:.0f}"
+        if row["private_memory_bytes"] is not None:
+            memory += f" ({row['private_memory_bytes'] / 1e6:.0f})"
         return [row["peer"], speed.text(1), ttft.text(1, 1e3), *ratios, memory, row["what"]]
 
     machine = record["machine"]
@@ -186,7 +193,15 @@ def report(record: dict[str, Any], style: str) -> str:
         f"{record['geometry']}, random weights: a prompt of {record['prompt_tokens']}, then {record['decode_tokens']} "
         f"tokens, {turns}; {machine['cpu']}{driver}, commit {machine['commit'] or 'unknown'}\n\n"
     )
-    headers = ["peer", "decode tok/s", "TTFT ms", "decode, ours / theirs", "prompt, ours / theirs", "MB", "what"]
+    headers = [
+        "peer",
+        "decode tok/s",
+        "TTFT ms",
+        "decode, ours / theirs",
+        "prompt, ours / theirs",
+        "MB (private)",
+        "what",
+    ]
     return head + render(
         "md" if style == "md" else "table", headers, [cells(row) for row in record["peers"]], text_columns=(0, 6)
     )

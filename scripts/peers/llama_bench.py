@@ -1,7 +1,6 @@
 """llama.cpp: its own llama-bench on a Q8_0 GGUF of the same geometry, with random weights."""
 
 import json
-import resource
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from protocol import Answer, Task, answer, peak_memory
+from protocol import Answer, PeakMemory, Task, answer
 
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
 
@@ -140,8 +139,11 @@ def measure(task: Task) -> Answer:
         model = Path(folder) / "random-q8_0.gguf"
         write_gguf(model, task.geometry)
         command = bench_command(task.options["binary"], model, task)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return replace(parse_bench(done.stdout, task), memory=peak_memory(resource.RUSAGE_CHILDREN))
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, PeakMemory(process.pid) as memory:
+            output, _ = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return replace(parse_bench(output, task), memory=memory.total, private=memory.private)
 
 
 if __name__ == "__main__":

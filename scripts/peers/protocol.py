@@ -6,11 +6,15 @@ tokens, then N decode steps, greedy; `repeats` turns, after a discarded warm-up.
 """
 
 import json
+import os
 import resource
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -63,18 +67,59 @@ class Answer:
         ttft: seconds from the prompt to the first token, per turn.
         tpot: mean seconds per token after it, per turn.
         memory: most bytes of main memory that the engine's process held, mapped files included; None: not known.
+        private: of them, those that are not of mapped files. Pages of files (weights, programs) are the system's to
+            take back, and all processes share them.
     """
 
     what: str
     ttft: list[float]
     tpot: list[float]
     memory: int | None = None
+    private: int | None = None
 
 
-def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
-    """Most bytes of main memory that this process, or its largest child (RUSAGE_CHILDREN), has held."""
+def peak_memory() -> int:
+    """Most bytes of main memory that this process has held."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(who).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class PeakMemory:
+    """The most main memory of a process while a block runs, by looking every 50 ms (Linux; elsewhere nothing is known).
+
+    Args:
+        process: its id; by default this process.
+
+    Attributes:
+        total, private: bytes, as in `Answer`; None: not known.
+    """
+
+    def __init__(self, process: int | None = None) -> None:
+        self._status = Path(f"/proc/{process or os.getpid()}/status")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.total: int | None = None
+        self.private: int | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.05):
+            self._look()
+
+    def _look(self) -> None:
+        with suppress(OSError, KeyError):  # another system, or the process has ended
+            lines = dict(line.split(":", 1) for line in self._status.read_text().splitlines() if ":" in line)
+            total, private = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "RssAnon"))
+            if total > (self.total or 0):
+                self.total, self.private = total, private
 
 
 def answer(measure: Callable[[Task], Answer]) -> None:

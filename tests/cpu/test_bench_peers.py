@@ -171,16 +171,19 @@ def test_peers_run_one_after_another_and_ratios_are_of_this_run(fake_llama_bench
     assert theirs["decode_tokens_per_second"]["median"] == pytest.approx(112.5)
     assert theirs["ratio"]["median"] == pytest.approx(speed / 112.5)
     text = bench_peers.report(record, "md")
-    assert "| peer | decode tok/s | TTFT ms | decode, ours / theirs | prompt, ours / theirs | MB | what |" in text
+    assert (
+        "| peer | decode tok/s | TTFT ms | decode, ours / theirs | prompt, ours / theirs | MB (private) | what |"
+        in text
+    )
     assert ours["prompt_ratio"]["median"] == pytest.approx(1)
     assert theirs["prompt_ratio"]["median"] == pytest.approx(0.015 / ours["ttft_seconds"]["median"])
-    assert ours["peak_memory_bytes"] > 1e6
+    assert ours["peak_memory_bytes"] > ours["private_memory_bytes"] > 1e6
     assert "112.5 (102.5-122.5)" in text
 
 
 def test_rounds_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers take turns, and one that fails is not run again."""
-    answers = iter([("a", Answer("x", [1.0], [2.0], 5)), ("b", None), ("a", Answer("x", [3.0], [4.0], 4))])
+    answers = iter([("a", Answer("x", [1.0], [2.0], 5, 2)), ("b", None), ("a", Answer("x", [3.0], [4.0], 4, 3))])
 
     def run_peer(peer: bench_peers.Peer, _task: Task) -> bench_peers.Outcome:
         name, answer = next(answers)
@@ -190,7 +193,7 @@ def test_rounds_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_peers, "run_peer", run_peer)
     peers = [bench_peers.Peer("a", "a.py"), bench_peers.Peer("b", "b.py")]
     a, b = bench_peers.run_all(peers, TASK, lambda _text: None, 2)
-    assert a.answer == Answer("x", [1.0, 3.0], [2.0, 4.0], 5)
+    assert a.answer == Answer("x", [1.0, 3.0], [2.0, 4.0], 5, 2)
     assert b.problem == "failed: it is broken"
 
 
