@@ -1,8 +1,9 @@
-"""Reads the weights of a Llama, Qwen2 or Qwen3 from a GGUF file; Mistral has the architecture Llama there.
+"""Reads the weights of a model from a GGUF file; Mistral has the architecture Llama there.
 
-Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A Llama differs from Hugging Face in two
-respects: rows of q and k are permuted for interleaved RoPE (pairs 2i, 2i + 1 instead of i, i + d/2), and the RoPE
-scaling of Llama 3 is a tensor of divisors instead of four numbers.
+Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and `gguf_families` for those of families
+beyond Llama. A Llama differs from Hugging Face in two respects: rows of q and k are permuted for interleaved RoPE
+(pairs 2i, 2i + 1 instead of i, i + d/2), and the RoPE scaling of Llama 3 is a tensor of divisors, not four numbers.
+Phi-3's projections of q, k and v, and of gate and up, are one tensor each.
 """
 
 from collections.abc import Mapping
@@ -17,31 +18,44 @@ from numpy.typing import NDArray
 from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.geometry import ModelGeometry, rope_inverse_frequencies
+from numba_atomflow.model.folding import factor_of, is_reordered, reordered_rows
 from numba_atomflow.rope_scaling import Llama3Scaling
 from numba_atomflow.sources.base import check_finite, check_parameters, described_by, read_bytes
 from numba_atomflow.sources.gguf_computation import refuse_unsupported
+from numba_atomflow.sources.gguf_families import (
+    FAMILIES,
+    LONG_FACTORS,
+    SHORT_FACTORS,
+    Sizes,
+    family_fields,
+    longrope_scaling,
+)
 from numba_atomflow.sources.gguf_fields import GgufFields
 from numba_atomflow.sources.gguf_file import GgufFile, GgufTensor
 from numba_atomflow.sources.gguf_parts import read_gguf_model
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_TENSORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 # The values of Llama 3.1, 3.2 and 3.3; a GGUF file does not store them.
 LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR, LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
 
 _LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+}
+_NORM_NAMES = {  # as the checkpoint has them
+    "attn_norm": "attention_norm",
+    "post_attention_norm": "post_attention_norm",
+    "ffn_norm": "ffn_norm",
+    "post_ffw_norm": "post_ffn_norm",
 }
 _BIASED = ("attn_q", "attn_k", "attn_v")
 _OUTER_NAMES = {
@@ -65,8 +79,12 @@ class GgufSource:
         fields = GgufFields(file.fields, path)
         with described_by(path):
             self.geometry = _geometry(file, fields)
-        self._interleaved_rope = file.fields["general.architecture"] == "llama"
-        self._tensors = {_hugging_face_name(path, n): t for n, t in file.tensors.items() if n != ROPE_FACTORS}
+        family = FAMILIES[file.fields["general.architecture"]]
+        self._interleaved_rope = family.interleaved_rope
+        tensors = {name: tensor for name, tensor in file.tensors.items() if name not in _ROPE_TENSORS}
+        if family.partial_rope:
+            tensors = _unfused(self.geometry, tensors)
+        self._tensors = {_hugging_face_name(path, name, self.geometry): tensor for name, tensor in tensors.items()}
         check_parameters(path, self.geometry, {name: tensor.shape for name, tensor in self._tensors.items()})
         _check_types(self._tensors)
         tokens = len(fields.items("tokenizer.ggml.tokens", str) or ())
@@ -86,10 +104,14 @@ class GgufSource:
         start, stop, _ = slice(start, stop).indices(rows)
         if self._interleaved_rope and name.endswith(("q_proj.weight", "k_proj.weight")):
             values = self._read_rotary(name, start, stop)
+        elif is_reordered(self.geometry, name):
+            tensor = self._tensors[name]
+            (values,) = reordered_rows(self.geometry, start, stop, lambda a, b: (_read_rows(tensor, a, b),))
         else:
             values = _read_rows(self._tensors[name], start, stop)
         check_finite(self._tensors[name].path, name, values)
-        return values
+        factor = factor_of(self.geometry, name)
+        return values if factor == 1.0 else values * np.float32(factor)
 
     def read_fp8(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """None: GGUF has no FP8."""
@@ -104,7 +126,29 @@ class GgufSource:
         return rows[start - first * width : stop - first * width]
 
 
-def _hugging_face_name(path: Path, name: str) -> str:
+def _unfused(geometry: ModelGeometry, tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
+    """Rows of Phi-3's fused projections as tensors of their own; what has other sizes stays whole, to be refused."""
+    g = geometry
+    parts = {
+        "attn_qkv": {"attn_q": g.q_dim, "attn_k": g.kv_dim, "attn_v": g.kv_dim},
+        "ffn_up": {"ffn_gate": g.ffn, "ffn_up": g.ffn},
+    }
+    found = dict[str, GgufTensor]()
+    for name, tensor in tensors.items():
+        layer, _, part = name.removesuffix(".weight").rpartition(".")
+        rows = parts.get(part, {})
+        if not name.endswith(".weight") or tensor.shape != (sum(rows.values()), g.hidden):
+            found[name] = tensor
+            continue
+        offset = tensor.offset
+        for own, count in rows.items():
+            nbytes = count * tensor.row_bytes
+            found[f"{layer}.{own}.weight"] = replace(tensor, shape=(count, g.hidden), offset=offset, nbytes=nbytes)
+            offset += nbytes
+    return found
+
+
+def _hugging_face_name(path: Path, name: str, geometry: ModelGeometry) -> str:
     """The Hugging Face name of a GGUF tensor; the mapping is one-to-one.
 
     Raises:
@@ -113,6 +157,8 @@ def _hugging_face_name(path: Path, name: str) -> str:
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
     match name.split("."):
+        case ["blk", layer, part, "weight"] if _NORM_NAMES.get(part) in geometry.norm_names():
+            return f"model.layers.{layer}.{geometry.norm_names()[_NORM_NAMES[part]]}.weight"
         case ["blk", layer, part, "weight"] if part in _LAYER_NAMES:
             return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
         case ["blk", layer, part, "bias"] if part in _BIASED:
@@ -164,11 +210,16 @@ def _geometry(file: GgufFile, fields: GgufFields) -> ModelGeometry:
     if heads < 1 or (hidden % heads and f"{arch}.attention.key_length" not in fields):
         raise SourceError(f"{file.path} has hidden size {hidden} and {heads} attention heads, which do not fit.")
     head_dim = fields.integer(f"{arch}.attention.key_length", hidden // heads)
+    rotated = fields.integer(f"{arch}.rope.dimension_count", head_dim)
     for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
-        if fields.integer(key, head_dim) != head_dim:
+        is_partial = key.endswith("dimension_count") and FAMILIES[arch].partial_rope and rotated < head_dim
+        if fields.integer(key, head_dim) != head_dim and not is_partial:
             raise SourceError(f"{file.path} has {key} {file.fields[key]}, but heads of {head_dim}; they must be equal.")
-    refuse_unsupported(fields, arch, head_dim)
+    refuse_unsupported(fields, arch, head_dim, FAMILIES[arch].keys)
     max_positions = fields.integer(f"{arch}.context_length")
+    family = family_fields(fields, arch, Sizes(layers, hidden, heads, head_dim, max_positions))
+    if FAMILIES[arch].window is None:  # the context is limited to a sliding window; 0: no window
+        max_positions = min(max_positions, fields.integer(f"{arch}.attention.sliding_window", 0) or max_positions)
     geometry = ModelGeometry(
         layers=layers,
         hidden=hidden,
@@ -177,14 +228,15 @@ def _geometry(file: GgufFile, fields: GgufFields) -> ModelGeometry:
         head_dim=head_dim,
         ffn=fields.integer_of_layers(f"{arch}.feed_forward_length", layers),
         vocabulary=fields.integer(f"{arch}.vocab_size", len(fields.items("tokenizer.ggml.tokens", str) or ()) or None),
-        # the context is limited to a sliding window; 0: no window
-        max_positions=min(max_positions, fields.integer(f"{arch}.attention.sliding_window", 0) or max_positions),
+        max_positions=max_positions,
         rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
         norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         tied_embeddings="output.weight" not in file.tensors,
-        qkv_bias=arch == "qwen2",
-        qk_norm=arch == "qwen3",
+        rotary_dim=rotated if rotated < head_dim else None,
+        **family,
     )
+    if SHORT_FACTORS in file.tensors or LONG_FACTORS in file.tensors:
+        return _with_longrope(file, fields, geometry)
     if ROPE_FACTORS not in file.tensors:
         return geometry
     return _with_llama3_scaling(file, fields, geometry)
@@ -197,11 +249,25 @@ def _architecture(fields: GgufFields) -> str:
         SourceError: the architecture is not supported.
     """
     arch = fields.values.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if arch not in FAMILIES:
         raise SourceError(
-            f"{fields.label} is of the architecture {quote(arch)}; supported are {', '.join(map(repr, ARCHITECTURES))}."
+            f"{fields.label} is of the architecture {quote(arch)}; supported are {', '.join(map(repr, FAMILIES))}."
         )
     return str(arch)
+
+
+def _with_longrope(file: GgufFile, fields: GgufFields, geometry: ModelGeometry) -> ModelGeometry:
+    """`geometry` with the LongRopeScaling whose divisors are two tensors [rotated / 2]."""
+    arch, pairs = _architecture(fields), (geometry.rotary_dim or geometry.head_dim) // 2
+    factors = []
+    for name in (SHORT_FACTORS, LONG_FACTORS):
+        tensor = file.tensors.get(name)
+        if not FAMILIES[arch].partial_rope or tensor is None or tensor.shape != (pairs,):
+            raise SourceError(f"{file.path} has no {name} with {pairs} factors of RoPE, as Phi-3 has; get it again.")
+        values = _read_rows(tensor, 0, pairs)
+        check_finite(file.path, name, values)
+        factors.append(tuple(map(float, values)))
+    return replace(geometry, rope_scaling=longrope_scaling(fields, arch, geometry.max_positions, *factors))
 
 
 def _with_llama3_scaling(file: GgufFile, fields: GgufFields, geometry: ModelGeometry) -> ModelGeometry:

@@ -3,7 +3,7 @@
 Ignoring them would silently give wrong text. Sources: `Keys` of the gguf package; llama.cpp for the defaults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from numba_atomflow.errors import SourceError
@@ -47,13 +47,14 @@ _ROPE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _ROPE_TYPES = ("none", "linear", "yarn")  # types without effect if the factor is 1
 
 
-def refuse_unsupported(fields: GgufFields, arch: str, head_dim: int) -> None:
+def refuse_unsupported(fields: GgufFields, arch: str, head_dim: int, read: Collection[str] = ()) -> None:
     """Reject metadata that specify another computation than `ModelGeometry`.
 
     Args:
         fields: all metadata.
         arch: general.architecture, the prefix of the keys.
         head_dim: width of a head.
+        read: keys without the architecture that another function reads.
 
     Raises:
         SourceError: names the key and its value.
@@ -61,21 +62,23 @@ def refuse_unsupported(fields: GgufFields, arch: str, head_dim: int) -> None:
     if fields.values.get(f"{arch}.expert_count"):
         raise SourceError(f"{fields.label} is a mixture of experts, which is not supported; take a dense model.")
     for key, neutral in _NEUTRAL.items():
-        _check_neutral(fields, f"{arch}.{key}", neutral)
+        if key not in read:
+            _check_neutral(fields, f"{arch}.{key}", neutral)
     scale = fields.value(f"{arch}.attention.scale", float, 0.0)
-    if scale and abs(scale * head_dim**0.5 - 1) > 1e-5:
+    if scale and "attention.scale" not in read and abs(scale * head_dim**0.5 - 1) > 1e-5:
         raise _not_supported(fields, f"{arch}.attention.scale")
-    _check_rope(fields, arch, head_dim)
+    _check_rope(fields, arch, head_dim, read)
 
 
-def _check_rope(fields: GgufFields, arch: str, head_dim: int) -> None:
+def _check_rope(fields: GgufFields, arch: str, head_dim: int, read: Collection[str]) -> None:
     prefix = f"{arch}.rope."
-    _check_scaling(fields, prefix)
+    if "rope.scaling.type" not in read:
+        _check_scaling(fields, prefix)
     for key in fields.values:
         name = key.removeprefix(prefix)
         if not key.startswith(f"{arch}.rope") or name in (*_ROPE_READ, *_ROPE_OF_THE_FACTOR):
             continue
-        if name in ("scale_linear", "scaling.factor", "scaling.type"):
+        if name in ("scale_linear", "scaling.factor", "scaling.type") or f"rope.{name}" in read:
             continue
         if name == "dimension_count_swa":
             _check_neutral(fields, key, (head_dim,))
