@@ -23,7 +23,7 @@ from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.server.app import Server, ServerOptions
 from numba_atomflow.server.limits import Limits
-from numba_atomflow.server.run import HttpServer, bind
+from numba_atomflow.server.run import HttpServer, bind, long_lived_objects
 from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.utils.json_text import json_text
 
@@ -112,6 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with (
         open_engine(options) as engine,
         bind("127.0.0.1", 0) as bound,
+        long_lived_objects(),
     ):
         server = Server(engine, ServerOptions("model", most_waiting=1000, limits=limits))
         http_server = HttpServer(server, bound, limits, access_log=False, ready=ready.set)

@@ -84,7 +84,7 @@ def serve(
     try:
         from numba_atomflow.server.app import Server, ServerOptions
         from numba_atomflow.server.limits import Limits, is_loopback
-        from numba_atomflow.server.run import HttpServer, bind, set_up_logs, url
+        from numba_atomflow.server.run import HttpServer, bind, long_lived_objects, set_up_logs, url
     except ModuleNotFoundError as error:
         raise OptionError(
             f"The server needs the Python package {error.name}; install it by pip install 'numba-atomflow[serve]'."
@@ -119,7 +119,8 @@ def serve(
                 engine.warm_up(progress)
             set_up_logs(access_log)
             server = Server(engine, server_options)
-            HttpServer(server, bound, limits, access_log=access_log, ready=announce).listen()
+            with long_lived_objects():
+                HttpServer(server, bound, limits, access_log=access_log, ready=announce).listen()
 
 
 def _api_key(given: str | None, file: Path | None) -> str | None:

@@ -4,6 +4,7 @@ Instead of the clock, the tests stop the generating thread at a token until some
 """
 
 import asyncio
+import gc
 import http.client
 import json
 import os
@@ -509,6 +510,17 @@ def test_a_port_that_was_taken_while_the_model_was_loaded_is_refused(engine: Eng
             server = HttpServer(Server(engine, ServerOptions("tiny")), second, Limits(), access_log=False, ready=list)
             with pytest.raises(OptionError, match=f"--port {port} of 127.0.0.1 cannot be listened to"):
                 server.listen()
+
+
+def test_garbage_collections_do_not_visit_what_the_server_began_with(
+    cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[int] = []
+    monkeypatch.setattr(HttpServer, "listen", lambda _server: frozen.append(gc.get_freeze_count()))
+    gc.unfreeze()  # what pytest has frozen
+    assert cli("serve", "--model", tiny_checkpoint, "--port", 0, "--backend", "cpu", "--threads", 1).code == 0
+    assert frozen[0] > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_keys_that_cannot_be_are_refused(cli: InProcess, tmp_path: Path) -> None:
