@@ -59,7 +59,7 @@ def gemm_variants(geometry: ModelGeometry, kind: str, tokens: int, chip: Chip) -
         first = kernels.gemm_plan(kind, tokens)
         chosen.append(GemmVariant(_name(first), first, kernels.projection(kind, first), chosen=True))
         for tile in tiles:
-            if tile != first.tile_tokens and not (fp8 and tile & tile - 1):
+            if tile != first.tile_tokens:
                 plan = gemm_plan(first.layout, first.x, tile, chip)
                 others.append(GemmVariant(_name(plan), plan, kernels.projection(kind, plan), chosen=False))
         if has_wgmma and not fp8:  # what GPUs without wgmma have

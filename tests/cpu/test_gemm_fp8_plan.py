@@ -2,8 +2,8 @@
 
 import pytest
 
-from numba_atomflow.ops.cuda.gemm.plan import choose_gemm_plan
-from numba_atomflow.ops.cuda.gemm.wgmma import Shared
+from numba_atomflow.ops.cuda.gemm.plan import FP8_SLOT_WORDS, choose_gemm_plan
+from numba_atomflow.ops.cuda.gemm.wgmma import Shared, resident_ctas
 from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import pass_tokens
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
@@ -18,16 +18,17 @@ LAYOUT, X = PrepackedLayout(3072, 8192, k_tile=4), ActivationTiles(8192, 2048, 8
 def test_stages_with_their_scales_and_the_epilogue_fit_in_shared_memory(tokens: int) -> None:
     plan = choose_gemm_plan(LAYOUT, X, tokens, H200)
     assert tokens % plan.tile_tokens == 0
-    assert plan.stages >= 4
+    assert plan.stages >= 3
     shared = Shared(plan, plan.tile_tokens * BLOCK_WORDS)  # SwiGLU's stage
-    assert shared.epilogue - shared.scales == plan.stages * plan.tile_tokens
-    assert shared.bytes <= H200.shared_bytes
+    assert shared.weights - shared.scales == plan.stages * plan.tile_tokens
+    assert shared.epilogue - shared.weights == plan.stages * FP8_SLOT_WORDS
+    assert resident_ctas(plan) * (shared.bytes + 1024) <= H200.shared_bytes + 1024
 
 
 @pytest.mark.parametrize("tile_tokens", [8, 16, 32, 64, 128, 256])
 def test_sums_and_accumulators_leave_registers_for_the_rest(tile_tokens: int) -> None:
     assert tile_tokens % pass_tokens(tile_tokens) == 0
-    assert tile_tokens // 2 + pass_tokens(tile_tokens) // 2 <= 160
+    assert tile_tokens // 2 + pass_tokens(tile_tokens) // 2 <= 192
 
 
 def test_only_what_multiplies_fp8_by_fp8_takes_fp8_activations() -> None:

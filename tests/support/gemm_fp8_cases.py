@@ -11,11 +11,10 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.cuda.gemm import arguments as gemm
 from numba_atomflow.ops.cuda.gemm.kernels import gemm_kernel, make_gemm_add, make_gemm_store, make_gemm_swiglu
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
-from numba_atomflow.ops.cuda.gemm.weights import make_weight_loads
-from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import A_WORDS, arrange, make_group_products, pass_tokens
+from numba_atomflow.ops.cuda.gemm.plan import FP8_SLOT_WORDS, GemmPlan
+from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import A_WORDS, make_group_products, make_read_weights, pass_tokens
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
-from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_reference
+from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, PrepackedLayout, make_offsets, prepack_reference
 from numba_atomflow.ops.fp8 import dequantize_groups
 
 # Relative L2 of float32 sums: the twin of wgmma is exact; Hopper's FP8 sums have some 14 bits (predicted: 1.3e-4).
@@ -26,18 +25,17 @@ def group_by_group_kernel(plan: GemmPlan) -> Any:
     """Kernel (weights, x, y): a CTA of two warpgroups has the only tile; y [tokens, 128]. No pipeline."""
     groups, tokens, tile_words = plan.layout.groups, plan.tile_tokens, plan.layout.tile_words
     x_words, scales_start, last_tile = tokens * BLOCK_WORDS, plan.x.scales_start, plan.layout.tiles - 1
-    loads = make_weight_loads(plan.layout)
-    load, load_scales = loads.load, loads.load_scales
-    begin, finish = make_group_products(tokens)
-    accumulators, scale_count, sums_count = pass_tokens(tokens) // 2, pass_tokens(tokens) // 4, tokens // 2
+    codes_at, scale_at = make_offsets(plan.layout)
+    read, read_scales = make_read_weights(plan.layout)
+    start_pass, wait, promote, passes = make_group_products(tokens)
+    accumulators, sums_count, slot = pass_tokens(tokens) // 2, tokens // 2, x_words + tokens
+    warp_words, chunk_rows = FP8_SLOT_WORDS // 8, 4 if plan.layout.split_rows else 2
 
     @ptx.kernel(256, 1)
     def group_by_group(weights, x, y):
         words = cuda.shared.array(0, uint32)
         sums = cuda.local.array(sums_count, float32)
-        products, x_scales = cuda.local.array(accumulators, float32), cuda.local.array(scale_count, float32)
-        a, codes = cuda.local.array(A_WORDS, uint32), cuda.local.array(A_WORDS, uint32)
-        w = cuda.local.array(2, float32)
+        products, a = cuda.local.array(accumulators, float32), cuda.local.array(A_WORDS, uint32)
         thread = cuda.threadIdx.x
         lane, warp = thread & 31, thread >> 5
         descriptor = ptx.wgmma_descriptor(ptx.shared_address(words, 0), 16, 1024)
@@ -50,14 +48,20 @@ def group_by_group_kernel(plan: GemmPlan) -> Any:
                 words[i] = x[group * x_words + i]
             if thread < tokens:
                 words[x_words + thread] = x[scales_start + group * tokens + thread]
+            at = slot + warp * warp_words
+            for i in range(lane, GROUP_WORDS, 32):
+                words[at + i] = weights[start + codes_at(group, i // 256, i // 128 % 2) + i % 128]
+            if lane < 16:
+                source = start + scale_at(group, lane // 4 * chunk_rows) + lane % 4
+                words[at + GROUP_WORDS + lane] = weights[source]
             ptx.fence_async_shared()
             cuda.syncthreads()
-            load(weights, start, group, 0, lane, codes)
-            load(weights, start, group, 1, lane, codes)
-            load_scales(weights, start, group, lane, w)
-            arrange(codes, a)
-            begin(products, a, words, descriptor)
-            finish(sums, products, a, words, descriptor, x_words, x_scales, lane, w[0], w[1])
+            read(words, at, lane, a)
+            w0, w1 = read_scales(words, at, lane)
+            for number in range(passes):
+                start_pass(products, a, words, descriptor, number)
+                wait(products)
+                promote(sums, products, words, x_words, lane, w0, w1, number)
         row, token = warp * 16 + (lane >> 2), (lane & 3) * 2
         for j in range(tokens // 8):
             for i in range(4):
@@ -73,7 +77,7 @@ def check_group_products(layout: PrepackedLayout, tokens: int) -> None:
     codes, scales = weights(layout, rng)
     x = rng.standard_normal((tokens, layout.in_features)) * np.exp2(rng.integers(-6, 6, (tokens, 1)))
     x_words, y = plan.x.pack(x.astype(np.float32)), poisoned(tokens * 128)
-    shared = 4 * tokens * (BLOCK_WORDS + 1)
+    shared = 4 * tokens * (BLOCK_WORDS + 1) + 4 * FP8_SLOT_WORDS
     launch(group_by_group_kernel(plan), 1, 256, shared, prepack_reference(codes, scales, layout), x_words, y)
     expected = plan.x.unpack(x_words).astype(np.float64) @ dequantize_groups(codes, scales).astype(np.float64).T
     within(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_BYTES, BLOCK_WORDS, ActivationTiles
-from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
+from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 TILE_ROWS = 128  # weight rows of a CTA's tile: 8 tiles of 16 of the prepacked layout, one for each consumer warp
@@ -17,6 +17,7 @@ _MMA_STAGES = 8  # of the pipeline with `mma.sync`: four units
 _MISCELLANEOUS_BYTES = 2048  # of shared memory: alignment, barriers, a flag
 MOST_PADDING = 64  # tokens, by which a projection's tiles may exceed the number of tokens
 _EPILOGUE_US = 4.0
+FP8_SLOT_WORDS = 8 * (GROUP_WORDS + 16)  # of weights that FP8 activations are multiplied by: codes and scales of a unit
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class GemmPlan:
         return self.tile_tokens if self.x.bits == 8 else 0
 
     @property
+    def stage_weights(self) -> int:
+        """32-bit words of weights of a pipeline stage: with FP8 activations."""
+        return FP8_SLOT_WORDS if self.x.bits == 8 else 0
+
+    @property
     def tile_elements(self) -> int:
         """Sums of a CTA's tile."""
         return TILE_ROWS * self.tile_tokens
@@ -103,8 +109,6 @@ def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, c
 def _tile_sizes(layout: PrepackedLayout, x: ActivationTiles, chip: Chip) -> tuple[int, ...]:
     """Tokens of a tile, from which a plan is chosen. Few, since each is a kernel to compile."""
     if chip.capability == SM_90:
-        if x.bits == 8:  # tiles that are multiplied in 1, 2 or 4 passes
-            return 256, 128, 64, 32, 16, 8
         # Registers: more than 128 tokens need FP8 weights, which take half as many.
         return (256, 192, 176, 128, 104, 64, 32, 16, 8) if layout.format.bits == 8 else (128, 104, 64, 32, 16, 8)
     # `ldmatrix` reads 16 tokens. For sm_100 and later the compiler leaves sums of 128 tokens in local memory.
@@ -118,7 +122,9 @@ def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chi
     stage_bytes = tile_tokens * BLOCK_BYTES
     available = chip.shared_bytes - _MISCELLANEOUS_BYTES - stage_bytes  # one more for the epilogue
     if x.bits == 8:
-        stage_bytes += 4 * tile_tokens  # scales
+        stage_bytes += 4 * tile_tokens + 4 * FP8_SLOT_WORDS  # scales of X, and weights with theirs
+        if tile_tokens <= SHARED_SM_TOKENS:
+            available -= chip.shared_bytes // 2
     fixup_units = round(fixup_us(tile_tokens) / unit_us(tile_tokens, x.bits))
     stages = min(MOST_STAGES, available // stage_bytes)
     return GemmPlan(layout, x, tile_tokens, stages, chip.sms, fixup_units, min_units=2)
@@ -140,9 +146,9 @@ def mma_ctas_per_sm(layout: PrepackedLayout, tile_tokens: int) -> int:
 
 def unit_us(tile_tokens: int, bits: int = 16) -> float:
     """Time of a unit of a tile, measured on an H200 (docs/prompts.md): what a warpgroup does between its products, and
-    the products. With FP8 activations (`bits` 8) these take half the time.
+    the products. With FP8 activations (`bits` 8): bytes from L2, or for few tokens those of the weights from memory.
     """
-    return 0.6 + tile_tokens * (0.0022 if bits == 8 else 0.003)
+    return max(0.5, 0.29 + tile_tokens * 0.003) if bits == 8 else 0.6 + tile_tokens * 0.003
 
 
 def fixup_us(tile_tokens: int) -> float:

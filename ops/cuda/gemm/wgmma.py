@@ -34,7 +34,7 @@ from numba_atomflow.ops.cuda.gemm.multiply import (
 from numba_atomflow.ops.cuda.gemm.plan import SHARED_SM_TOKENS, GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads, make_weight_loads
-from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import make_fp8_consumer
+from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import COPY_THREADS, make_copy_weights, make_fp8_consumer
 from numba_atomflow.ops.cuda.scalars import i32, u32
 
 THREADS = CONSUMERS + 128
@@ -44,13 +44,14 @@ _SPANS_AHEAD = 2  # of weights that are prefetched into L2: from the one whose X
 
 
 class Shared:
-    """Layout of shared memory, in words from the first multiple of `ALIGNMENT`: stages of X, their scales (FP8), the
-    epilogue's stage, `full` and `empty` barriers, the fix-up's state.
+    """Layout of shared memory, in words from the first multiple of `ALIGNMENT`: stages of X, their scales and weights
+    (FP8), the epilogue's stage, `full` and `empty` barriers, the fix-up's state.
     """
 
     def __init__(self, plan: GemmPlan, epilogue_words: int) -> None:
         self.scales = plan.stages * plan.stage_words
-        self.epilogue = self.scales + plan.stages * plan.stage_scales
+        self.weights = self.scales + plan.stages * plan.stage_scales
+        self.epilogue = self.weights + plan.stages * plan.stage_weights
         self.full = self.epilogue + epilogue_words
         self.empty = self.full + 2 * plan.stages
         self.state = self.empty + 2 * plan.stages
@@ -75,8 +76,12 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
     """
     schedule, loads, shared = make_schedule(plan), make_weight_loads(plan.layout), Shared(plan, epilogue.stage_words)
     produce = _make_producer(plan, schedule, loads, shared, dependent)
-    make_consumer = make_fp8_consumer if plan.x.bits == 8 else _make_consumer
-    consume = make_consumer(plan, schedule, loads, epilogue, shared, dependent)
+    fp8, arrivals = plan.x.bits == 8, 1
+    if fp8:
+        copy_weights, arrivals = make_copy_weights(plan, schedule, shared), 1 + COPY_THREADS
+        consume = make_fp8_consumer(plan, schedule, epilogue, shared, dependent)
+    else:
+        consume = _make_consumer(plan, schedule, loads, epilogue, shared, dependent)
     stages, full_at, empty_at, unaligned = plan.stages, shared.full // 2, shared.empty // 2, ALIGNMENT - 1
     resident = resident_ctas(plan)
     consumer_registers, producer_registers = _REGISTERS[resident]
@@ -94,7 +99,7 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
         empty = u32(address + u32(skipped) + u32(8 * empty_at))
         if thread == 0:
             for stage in range(stages):
-                ptx.barrier_init(barriers, u32(full + u32(8 * stage)), u32(1))
+                ptx.barrier_init(barriers, u32(full + u32(8 * stage)), u32(arrivals))
                 ptx.barrier_init(barriers, u32(empty + u32(8 * stage)), u32(CONSUMER_WARPS))
             ptx.fence_barriers()
         cuda.syncthreads()
@@ -102,6 +107,9 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
             fewer_registers()
             if thread < CONSUMERS + 32:
                 produce(io, words, barriers, u32(address + u32(skipped)), full, empty, i32(thread - CONSUMERS))
+            elif fp8:
+                at = u32(address + u32(skipped))
+                copy_weights(io, words, barriers, at, full, empty, i32(thread - CONSUMERS - 32))
         else:
             more_registers()
             consume(io, words, barriers, i32(skipped >> 2), full, empty, thread)

@@ -7,14 +7,19 @@ products to the largest of an instruction and keep some 14 bits (DeepSeek-V3 Tec
 relative 1.3e-4 over 128 products and 2e-3 over 8,192 (`scripts/fp8_activations.py --sums`).
 
 The weights' words are the A fragments as they are: lane 4 g + t loads K 16 t to 16 t + 15 of 64, four words, and k-step
-s of 32 takes words 2 (s % 2) and 2 (s % 2) + 1 of half s // 2, for rows g and g + 8. X is tiled in that order.
+s of 32 takes words 2 (s % 2) and 2 (s % 2) + 1 of half s // 2, for rows g and g + 8. X is tiled in that order. A stage
+of the pipeline holds the weights, too, as they are in memory, so that a group's are in registers only while it is
+multiplied. The three warps of the producer's warpgroup that do not copy X copy them, with `cp.async`: pieces of 512
+bytes, of which bulk copies would take 70 ns each.
 
-Cost model, per group and SM. Tensor cores: 512 cycles for 128 x 128 x 128 at 4,096 products a cycle. Issue slots: a
-consumer warp has 241 instructions for 128 tokens and 416 for 256, nine of them for each 8 tokens to promote, and a
-scheduler has two such warps: 482 of 512 cycles, 832 of 1,024. One warpgroup promotes while the other multiplies. L2:
-128 (128 + tile_tokens) bytes: 32 KB for 128 tokens, 48 KB for 256. At 132 SMs and 8 TB/s that is 0.53 and 0.80 us,
-longer than the products take (0.29 and 0.58 us at 1.75 GHz): hence tiles of 256 tokens, whose sums leave registers for
-32 accumulators, so that they are multiplied in four passes.
+Order of a group: tiles of more than 128 tokens are multiplied in two passes, for whose halves there are accumulators. A
+warpgroup waits for a pass, and adds it while the other warpgroup's is multiplied. With that of the last pass it reads
+the next group's weights.
+
+Cost model, per group and SM, for 256 tokens. Tensor cores: 1,024 cycles for 128 x 256 x 128 at 4,096 products a cycle.
+Issue slots: a consumer warp has some 400 instructions, 256 of which multiply and add; a scheduler has two such warps
+and one that copies: 880. L2: 128 (128 + 256) bytes and scales, 50 KB: at 132 SMs and 7 TB/s 0.93 us, longer than the
+products take (0.58 us at 1.75 GHz). Measured: 1.06 us; 0.86 with a quarter of the promotion.
 """
 
 from typing import Any, NamedTuple
@@ -22,56 +27,53 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.consumer import make_tile_writer, make_weights_start
+from numba_atomflow.ops.cuda.gemm.consumer import CONSUMER_WARPS, make_tile_writer
 from numba_atomflow.ops.cuda.gemm.epilogue import GemmEpilogue
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.plan import FP8_SLOT_WORDS, GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
-from numba_atomflow.ops.cuda.gemm.weights import WeightLoads
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_BYTES
+from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, PrepackedLayout, make_offsets
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
 
 K_STEPS = 4  # instructions of a group
 A_WORDS = 16  # of a group, in a thread
+COPY_THREADS = 96  # that copy weights: of the producer's warpgroup
+_WARP_WORDS = FP8_SLOT_WORDS // CONSUMER_WARPS
 _ZERO = f32(0.0)
 
 
 def pass_tokens(tile_tokens: int) -> int:
     """Tokens of a tile that are multiplied at a time: N of the instruction.
 
-    A thread has tile_tokens / 2 sums and half as many accumulators as a pass has tokens: 160 registers at most.
+    A thread has tile_tokens / 2 sums and half as many accumulators as a pass has tokens: 192 registers at most.
     """
-    return min(tile_tokens, 64 if tile_tokens > 128 else 128)
-
-
-@ptx.large_device_function
-def arrange(codes, a):
-    """A of the k-steps of a unit, four words each, from its codes as `WeightLoads.load` has them."""
-    for step in range(K_STEPS):
-        for half in range(2):
-            for i in range(2):
-                a[4 * step + 2 * i + half] = codes[8 * (step // 2) + 4 * half + 2 * (step % 2) + i]
+    return tile_tokens if tile_tokens <= 128 else tile_tokens // 2
 
 
 class GroupProducts(NamedTuple):
-    """Device functions of a warpgroup that multiply a group of a tile; between the two the first pass is under way.
+    """Device functions of a warpgroup that multiply a group of a tile, and add the products, times scales, to sums.
+
+    `products`: accumulators; `words`: any view of shared memory; `number`: of the pass.
 
     Attributes:
-        begin: (products, a, words, x): issue the first pass. `products`: its accumulators; `a`: fragments; `words`: any
-            view of shared memory; `x`: descriptor of the group's X tile.
-        finish: (sums, products, a, words, x, scales, x_scales, lane, w0, w1): promote it, and multiply and promote the
-            others. `scales`: word where the scales of the tile's tokens begin; `x_scales`: float32 registers, two for
-            each 8 tokens of a pass; w0, w1: weight scales of rows g and g + 8.
+        start: (products, a, words, x, number): issue a pass. `a`: fragments; `x`: descriptor of the group's X tile.
+        wait: (products): for it.
+        promote: (sums, products, words, scales, lane, w0, w1, number): add it to its sums. `scales`: word where the
+            scales of the tile's tokens begin; w0, w1: weight scales of rows g and g + 8.
+        passes: of a tile: 1 or 2.
     """
 
-    begin: Any
-    finish: Any
+    start: Any
+    wait: Any
+    promote: Any
+    passes: int
 
 
 def make_group_products(tile_tokens: int) -> GroupProducts:
-    """For tiles of so many tokens, in 1, 2 or 4 passes."""
+    """For tiles of so many tokens."""
     n = pass_tokens(tile_tokens)
     passes, pass_sums = tile_tokens // n, n // 2
-    if passes not in {1, 2, 4}:
+    if passes not in {1, 2}:
         raise ValueError(f"{tile_tokens} tokens are {passes} passes")
     accumulators = ptx.Registers(n // 2)
     first, second, third, fourth = (
@@ -82,8 +84,7 @@ def make_group_products(tile_tokens: int) -> GroupProducts:
     pass_step = n * BLOCK_BYTES >> 4  # from a pass to the next, in a descriptor
 
     @ptx.large_device_function
-    def issue(products, a, words, x, number):
-        """Pass `number`."""
+    def start(products, a, words, x, number):
         x = u64(x + u64(number * pass_step))
         fence(products, a)
         first(products, a, words, x)
@@ -94,46 +95,106 @@ def make_group_products(tile_tokens: int) -> GroupProducts:
         ptx.sync_warp()  # no load is moved over it: ptxas would put those of `promote` between the instructions
 
     @ptx.large_device_function
-    def promote(sums, products, words, scales, x_scales, lane, w0, w1, number):
-        """Wait for pass `number`, and add it to its sums."""
+    def promote(sums, products, words, scales, lane, w0, w1, number):
         for j in range(n // 8):
             low, high = ptx.load_8(words, scales + number * n + 8 * j + (lane & 3) * 2)
-            x_scales[2 * j], x_scales[2 * j + 1] = ptx.bits_f32(low), ptx.bits_f32(high)
-        wait(products)
-        for j in range(n // 8):
-            i, at, x0, x1 = 4 * j, number * pass_sums + 4 * j, x_scales[2 * j], x_scales[2 * j + 1]
+            i, at, x0, x1 = 4 * j, number * pass_sums + 4 * j, ptx.bits_f32(low), ptx.bits_f32(high)
             sums[at] += products[i] * (x0 * w0)
             sums[at + 1] += products[i + 1] * (x1 * w0)
             sums[at + 2] += products[i + 2] * (x0 * w1)
             sums[at + 3] += products[i + 3] * (x1 * w1)
 
-    @ptx.device_function
-    def begin(products, a, words, x):
-        issue(products, a, words, x, 0)
+    return GroupProducts(start, wait, promote, passes)
+
+
+def make_read_weights(layout: PrepackedLayout) -> tuple[Any, Any]:
+    """Device functions of a warp's weights of a unit; `at`: word of shared memory where they begin.
+
+    read: (words, at, lane, a): fragments. read_scales: (words, at, lane) -> w0, w1: scales of rows g and g + 8.
+    """
+    split = layout.split_rows
+
+    @ptx.large_device_function
+    def read(words, at, lane, a):
+        for block in range(2):
+            for half in range(2):
+                w0, w1, w2, w3 = ptx.load_shared_16(words, at + 128 * (2 * block + half) + lane * 4)
+                i = 8 * block + half
+                a[i], a[i + 2], a[i + 4], a[i + 6] = w0, w1, w2, w3
 
     @ptx.device_function
-    def finish(sums, products, a, words, x, scales, x_scales, lane, w0, w1):
-        promote(sums, products, words, scales, x_scales, lane, w0, w1, 0)
-        if passes > 1:
-            issue(products, a, words, x, 1)
-            promote(sums, products, words, scales, x_scales, lane, w0, w1, 1)
-        if passes > 2:
-            issue(products, a, words, x, 2)
-            promote(sums, products, words, scales, x_scales, lane, w0, w1, 2)
-            issue(products, a, words, x, 3)
-            promote(sums, products, words, scales, x_scales, lane, w0, w1, 3)
+    def read_scales(words, at, lane):
+        row = at + GROUP_WORDS + (lane >> 2)
+        if split:
+            return ptx.bits_f32(words[u32(row)]), ptx.bits_f32(words[u32(row + 8)])
+        low, high = ptx.load_8(words, row + (lane >> 2))  # the scales of rows g and g + 8 are neighbours
+        return ptx.bits_f32(low), ptx.bits_f32(high)
 
-    return GroupProducts(begin, finish)
+    return read, read_scales
 
 
-def make_fp8_consumer(
-    plan: GemmPlan,
-    schedule: Schedule,
-    loads: WeightLoads,
-    epilogue: GemmEpilogue,
-    shared: Any,
-    dependent: bool,
-) -> Any:
+def make_copy_weights(plan: GemmPlan, schedule: Schedule, shared: Any) -> Any:
+    """Device function (io, words, barriers, stages_start, full, empty, thread): what `COPY_THREADS` threads do.
+
+    They copy the weights of every unit: two warps the codes, four prepacked tiles each; one warp the scales of all.
+    `stages_start`, `full`, `empty`: addresses of shared memory.
+    """
+    work, layout = schedule.work, plan.layout
+    codes_at, scale_at = make_offsets(layout)
+    tiles, tile_words, stages = layout.tiles, layout.tile_words, plan.stages
+    weights_at, slot_bytes, warp_bytes = 4 * shared.weights, 4 * FP8_SLOT_WORDS, 4 * _WARP_WORDS
+    whole = tiles % CONSUMER_WARPS == 0
+    chunk_rows = 4 if layout.split_rows else 2  # from 16 bytes of scales to the next
+
+    @ptx.device_function
+    def nbytes(prepacked):
+        """Of a copy: none of a tile beyond the last, for which zeros are written."""
+        return u32(16) if whole or prepacked < tiles else u32(0)
+
+    @ptx.large_device_function
+    def copy_codes(io, words, target, first, unit, lane):
+        """Of four prepacked tiles from `first` on."""
+        place, start = u32(target + u32(lane * 16)), first * tile_words + lane * 4
+        for tile in range(4):
+            for part in range(4):
+                at = start + tile * tile_words + codes_at(unit, part // 2, part % 2)
+                copied = u32(place + u32(tile * warp_bytes + part * 512))
+                ptx.copy_async_16(words, copied, io.weights, at, nbytes(first + tile))
+
+    @ptx.large_device_function
+    def copy_scales(io, words, target, first, unit, lane):
+        """Of eight prepacked tiles."""
+        tile, chunk = lane >> 2, lane & 3
+        place = u32(target + u32(tile * warp_bytes) + u32(4 * GROUP_WORDS) + u32(chunk * 16))
+        at = (first + tile) * tile_words + scale_at(unit, chunk * chunk_rows)
+        ptx.copy_async_16(words, place, io.weights, at, nbytes(first + tile))
+
+    @ptx.device_function
+    def copy_weights(io, words, barriers, stages_start, full, empty, thread):
+        lane, warp = i32(thread & 31), i32(thread >> 5)
+        stage, phase, number = i32(0), u32(0), i32(0)
+        tile, first, last = work(number, io.token_tiles)
+        while tile >= 0:
+            prepacked = i32(i32(u32(tile) // u32(io.token_tiles)) * CONSUMER_WARPS)
+            for unit in range(first, last):
+                ptx.barrier_wait(barriers, u32(empty + u32(8) * u32(stage)), u32(phase ^ u32(1)))
+                target = u32(stages_start + u32(weights_at) + u32(stage) * u32(slot_bytes))
+                if warp < 2:
+                    target = u32(target + u32(warp * (4 * warp_bytes)))
+                    copy_codes(io, words, target, i32(prepacked + warp * 4), unit, lane)
+                else:
+                    copy_scales(io, words, target, prepacked, unit, lane)
+                ptx.barrier_arrive_on_copies(barriers, u32(full + u32(8) * u32(stage)))
+                stage = i32(stage + 1)
+                if stage == stages:
+                    stage, phase = i32(0), u32(phase ^ u32(1))
+            number = i32(number + 1)
+            tile, first, last = work(number, io.token_tiles)
+
+    return copy_weights
+
+
+def make_fp8_consumer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, shared: Any, dependent: bool) -> Any:
     """Device function (io, words, barriers, skipped, full, empty, thread): what a consumer thread does.
 
     `skipped`: words of shared memory before the first stage; `full`, `empty`: addresses of shared memory.
@@ -143,66 +204,66 @@ def make_fp8_consumer(
     """
     if plan.layout.format.bits != 8 or plan.layout.format.converter != "cvt":
         raise ValueError(f"{plan.layout.format} has no E4M3 codes in their order along K")
-    work, load, load_scales = schedule.work, loads.load, loads.load_scales
-    weights_start = make_weights_start(plan)
+    work, (read, read_scales) = schedule.work, make_read_weights(plan.layout)
     write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue, shared.state)
-    begin, finish = make_group_products(plan.tile_tokens)
+    start, wait, promote, passes = make_group_products(plan.tile_tokens)
     tile_tokens, stages, stage_bytes = plan.tile_tokens, plan.stages, 4 * plan.stage_words
     sums_count, accumulators, scales_at = tile_tokens // 2, pass_tokens(tile_tokens) // 2, shared.scales
-    scale_count = accumulators // 2
+    slot_words, weights_at = FP8_SLOT_WORDS, shared.weights
 
-    @ptx.large_device_function
-    def load_unit(io, start, unit, lane, codes, scales):
-        load(io.weights, start, unit, 0, lane, codes)
-        load(io.weights, start, unit, 1, lane, codes)
-        load_scales(io.weights, start, unit, lane, scales)
+    @ptx.device_function
+    def weights_of(skipped, stage, warp):
+        return i32(skipped + i32(weights_at) + stage * i32(slot_words) + warp * i32(_WARP_WORDS))
+
+    @ptx.device_function
+    def x_of(stages_start, stage):
+        return ptx.wgmma_descriptor(u32(stages_start + u32(stage) * u32(stage_bytes)), 16, ptx.SWIZZLE_ATOM_BYTES)
 
     @ptx.device_function
     def consume(io, words, barriers, skipped, full, empty, thread):
-        sums = cuda.local.array(sums_count, float32)
-        products = cuda.local.array(accumulators, float32)
-        x_scales = cuda.local.array(scale_count, float32)
-        a, codes = cuda.local.array(A_WORDS, uint32), cuda.local.array(A_WORDS, uint32)
-        scales = cuda.local.array(2, float32)
+        sums, products = cuda.local.array(sums_count, float32), cuda.local.array(accumulators, float32)
+        a = cuda.local.array(A_WORDS, uint32)
         lane, warp = i32(thread & 31), i32(thread >> 5)
         stages_start = u32(ptx.shared_address(words, skipped))
+        scales_start = i32(skipped + i32(scales_at))
         stage, phase, number, shared_from = i32(0), u32(0), i32(0), i32(-1)
-        tile, first, last = work(number, io.token_tiles)
-        start = weights_start(tile if tile > 0 else i32(0), warp, io.token_tiles)
-        if tile >= 0:
-            load_unit(io, start, first, lane, codes, scales)
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
+        tile, first, last = work(number, io.token_tiles)
         while tile >= 0:
-            number = i32(number + 1)
-            next_tile, next_first, next_last = work(number, io.token_tiles)
-            next_start = weights_start(next_tile if next_tile > 0 else i32(0), warp, io.token_tiles)
             for i in range(sums_count):
                 sums[i] = _ZERO
             for i in range(accumulators):  # so that they need no registers between tiles
                 products[i] = _ZERO
+            ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
+            read(words, weights_of(skipped, stage, warp), lane, a)
             unit = first
             while unit < last:
-                arrange(codes, a)
-                w0, w1 = scales[0], scales[1]
-                ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
-                x = ptx.wgmma_descriptor(u32(stages_start + u32(stage) * u32(stage_bytes)), 16, ptx.SWIZZLE_ATOM_BYTES)
-                unit = i32(unit + 1)  # that is loaded; the one before is multiplied
-                ahead_start, ahead = start if unit < last else next_start, unit if unit < last else next_first
-                # Before `begin`: what is loaded while wgmma is under way must not become a register of A (ptxas C7513).
-                load_unit(io, ahead_start, ahead, lane, codes, scales)
-                begin(products, a, words, x)
-                x_scales_at = i32(skipped + i32(scales_at) + stage * i32(tile_tokens))
-                finish(sums, products, a, words, x, x_scales_at, x_scales, lane, w0, w1)
-                ptx.sync_warp()  # all lanes have read the scales
-                if lane == 0:
-                    ptx.barrier_arrive(barriers, u32(empty + u32(8) * u32(stage)))
+                unit = i32(unit + 1)
+                now, x = stage, x_of(stages_start, stage)
+                w0, w1 = read_scales(words, weights_of(skipped, stage, warp), lane)
+                x_scales = i32(scales_start + stage * i32(tile_tokens))
+                start(products, a, words, x, 0)
+                if passes == 2:
+                    wait(products)
+                    promote(sums, products, words, x_scales, lane, w0, w1, 0)
+                    start(products, a, words, x, 1)
                 stage = i32(stage + 1)
                 if stage == stages:
                     stage, phase = i32(0), u32(phase ^ u32(1))
-            shared_from = write(io, words, skipped, i32(number - 1), shared_from, tile, first, last, sums, thread)
-            tile, first, last, start = next_tile, next_first, next_last, next_start
+                if unit < last:
+                    ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
+                wait(products)
+                following = stage if unit < last else now  # a branch would keep it from what follows
+                read(words, weights_of(skipped, following, warp), lane, a)
+                promote(sums, products, words, x_scales, lane, w0, w1, passes - 1)
+                ptx.sync_warp()  # all lanes have read the scales
+                if lane == 0:
+                    ptx.barrier_arrive(barriers, u32(empty + u32(8) * u32(now)))
+            shared_from = write(io, words, skipped, number, shared_from, tile, first, last, sums, thread)
+            number = i32(number + 1)
+            tile, first, last = work(number, io.token_tiles)
         finish_tiles(io, words, skipped, shared_from, thread)
 
     return consume
