@@ -91,6 +91,7 @@ class Fp8GemmCase:
 
     Attributes:
         token_tiles: that are computed, of `capacity` tokens that the arrays have.
+        passes: in which a tile is multiplied, in the simulator.
     """
 
     kind: str
@@ -102,6 +103,7 @@ class Fp8GemmCase:
     ctas: int
     stages: int = 2
     k_tile: int = 0
+    passes: int = 1
 
     @property
     def plan(self) -> GemmPlan:
@@ -113,7 +115,7 @@ class Fp8GemmCase:
 
 
 GEMMS = (
-    Fp8GemmCase("store", 130, 384, 16, 1, 24, ctas=1),  # two tiles of rows: stages and phases go on
+    Fp8GemmCase("store", 130, 384, 16, 1, 24, ctas=1, passes=2),  # two tiles of rows: stages and phases go on
     Fp8GemmCase("swiglu", 140, 300, 16, 1, 16, ctas=3, stages=3),  # two tiles for three CTAs
     Fp8GemmCase("add", 128, 300, 8, 3, 24, ctas=2, k_tile=2),  # 3 tiles of 3 groups for 2 CTAs: the third is shared
 )
