@@ -136,7 +136,7 @@ GEMMS = (
     *(GemmSweep("add", 3072, 8192, tile) for tile in (16, 64, 128)),  # tiles that CTAs share
 )
 FP8_GEMMS = (
-    *(GemmSweep("store", 200, 576, tile, bits=8) for tile in TILES),
+    *(GemmSweep("store", 200, 576, tile, bits=8) for tile in (*TILES, 104, 192)),
     GemmSweep("add", 576, 1536, 64, bits=8),
     GemmSweep("swiglu", 400, 330, 128, bits=8),
     GemmSweep("add", 3072, 8192, 128, bits=8),
