@@ -25,8 +25,13 @@ _EVEN_LANE, _ODD_LANE = u32(0x5410), u32(0x3276)  # selectors: the low halves of
 
 
 @ptx.device_function
-def no_fetch(io, row_tile, token, first, end, thread, held):
+def _no_fetch(io, row_tile, token, first, end, thread, held):
     """`flush` reads nothing."""
+
+
+@ptx.device_function
+def _no_prefetch(io, row_tile, token, unit, lane):
+    """The epilogue reads nothing that may be in device memory."""
 
 
 @ptx.device_function
@@ -51,6 +56,8 @@ class GemmEpilogue(NamedTuple):
         threads: that share a stage and meet at its barriers: all consumers, or a warpgroup.
         fetch: (io, row_tile, token, first, end, thread, held): load what `flush` reads.
         held: float32 registers of `held`, by which `fetch` passes it on.
+        prefetch: (io, row_tile, token, unit, lane), called by all lanes of the producer warp of a `wgmma` kernel for
+            each unit of a tile, before it is multiplied: bring into L2 what the epilogue reads; a part for each unit.
     """
 
     store: Any
@@ -58,8 +65,9 @@ class GemmEpilogue(NamedTuple):
     stage_words: int = 0
     stage_tokens: int = 0
     threads: int = CONSUMERS
-    fetch: Any = no_fetch
+    fetch: Any = _no_fetch
     held: int = 0
+    prefetch: Any = _no_prefetch
 
 
 def make_stage_barrier(epilogue: GemmEpilogue) -> Any:

@@ -24,6 +24,9 @@ _ADD_TOKENS = _GROUP // _CHUNKS  # that a warpgroup adds at a time
 _PAIR_CHUNKS = _CHUNKS // 2  # chunks of low rows; those of high rows follow
 _PAIR_TOKENS = _GROUP // _PAIR_CHUNKS  # that a warpgroup rotates at a time
 _STAGED_FROM = 96  # tokens of a tile
+_LINE = 32  # float32 of a cache line
+_PREFETCHED_FROM = 192  # tokens of a tile: units of fewer take less time than the producer needs for both
+_UNITS_WITHOUT_PREFETCH = 4  # of a tile
 _ZERO, _ONE = f32(0.0), f32(1.0)
 
 
@@ -90,8 +93,33 @@ def make_staged_add_epilogue(plan: GemmPlan) -> GemmEpilogue:
                 a, b, c, d = ptx.load_f32x4(stage, at + i * _ADD_TOKENS * _ROWS)
                 ptx.add_f32x4(io.residual, index + i * _ADD_TOKENS * rows, a, b, c, d)
 
-    words = 2 * stage_tokens * _ROWS
-    return GemmEpilogue(_make_store(stage_tokens, 16, 8), flush, words, stage_tokens, _GROUP)
+    epilogue = GemmEpilogue(_make_store(stage_tokens, 16, 8), flush, 2 * stage_tokens * _ROWS, stage_tokens, _GROUP)
+    if plan.tile_tokens < _PREFETCHED_FROM:
+        return epilogue
+    return epilogue._replace(prefetch=_make_prefetch_residual(plan))
+
+
+def _make_prefetch_residual(plan: GemmPlan) -> Any:
+    """`GemmEpilogue.prefetch` of the residual: an L2 add waits for device memory where the line is not in L2, and all
+    CTAs add at the same time. Not for the first units, whose x is copied meanwhile.
+    """
+    rows, lines = plan.layout.out_features, plan.tile_tokens * (TILE_ROWS // _LINE)
+    waiting = min(_UNITS_WITHOUT_PREFETCH, plan.units - 1)
+    units = plan.units - waiting
+
+    @ptx.large_device_function
+    def prefetch(io, row_tile, token, unit, lane):
+        unit = i32(unit - waiting)
+        if unit >= 0:
+            end = i32(u32((unit + 1) * lines) // u32(units))
+            line = i32(i32(u32(unit * lines) // u32(units)) + lane)
+            while line < end:
+                row = row_tile * TILE_ROWS + (line & 3) * _LINE
+                if row < rows:
+                    ptx.prefetch_l2(io.residual, (token + (line >> 2)) * rows + row)
+                line = i32(line + 32)
+
+    return prefetch
 
 
 def make_staged_qkv_epilogue(plan: GemmPlan, heads: int, kv_heads: int) -> GemmEpilogue:

@@ -75,7 +75,7 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
     `token_tiles` and what the epilogue reads and writes.
     """
     schedule, loads, shared = make_schedule(plan), make_weight_loads(plan.layout), Shared(plan, epilogue.stage_words)
-    produce = _make_producer(plan, schedule, loads, shared, dependent)
+    produce = _make_producer(plan, schedule, loads, epilogue, shared, dependent)
     fp8, arrivals = plan.x.bits == 8, 1
     if fp8:
         copy_weights, arrivals = make_copy_weights(plan, schedule, shared), 1 + COPY_THREADS
@@ -117,12 +117,15 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
     return gemm
 
 
-def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, shared: Shared, dependent: bool) -> Any:
+def _make_producer(
+    plan: GemmPlan, schedule: Schedule, loads: WeightLoads, epilogue: GemmEpilogue, shared: Shared, dependent: bool
+) -> Any:
     """Device function (io, words, barriers, stages_start, full, empty, lane): what the producer warp does.
 
     `stages_start`, `full`, `empty`: addresses of shared memory.
     """
     work, prefetch_span, span_units = schedule.work, loads.prefetch, loads.span_units
+    prefetch_for_epilogue = epilogue.prefetch
     tiles, tile_words, stages = plan.layout.tiles, plan.layout.tile_words, plan.stages
     stage_words, unit_blocks, block_words = plan.stage_words, plan.unit_blocks, plan.x.block_words
     stage_bytes, scale_bytes = 4 * stage_words, 4 * plan.stage_scales
@@ -162,7 +165,7 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, share
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
         while tile >= 0:
-            token_tile = i32(u32(tile) % u32(io.token_tiles))
+            row_tile, token_tile = i32(u32(tile) // u32(io.token_tiles)), i32(u32(tile) % u32(io.token_tiles))
             source = first * unit_blocks * block_words + token_tile * stage_words
             scales = scales_start + first * x_tokens + token_tile * tile_tokens  # a K block of FP8 is a unit
             for unit in range(first, last):
@@ -182,6 +185,7 @@ def _make_producer(plan: GemmPlan, schedule: Schedule, loads: WeightLoads, share
                     if stage == stages:
                         stage, phase = i32(0), u32(phase ^ u32(1))
                 ptx.sync_warp()
+                prefetch_for_epilogue(io, row_tile, token_tile * tile_tokens, unit, lane)
                 span = i32(u32(unit) // u32(span_units))
                 if unit == first or span * span_units == unit:
                     span = i32(span + _SPANS_AHEAD)
