@@ -12,6 +12,7 @@ from numba_atomflow import Engine
 from numba_atomflow.backends.base import Decode
 from numba_atomflow.backends.cuda import edits as edits_module
 from numba_atomflow.backends.cuda.backend import CudaBackend
+from numba_atomflow.backends.cuda.edits import DeviceEdit
 from numba_atomflow.errors import CheckpointError, OptionError, non_finite_logits
 from numba_atomflow.model.step import NO_LOGITS
 
@@ -50,6 +51,13 @@ def kernels_of(pretended: PretendedDriver, engine: Engine) -> int:
     backend.seek(0)
     backend.decode()
     return len(pretended.launched) - before
+
+
+def edit_of(engine: Engine) -> DeviceEdit:
+    """The one edit of the block."""
+    ((_, edit),) = engine._open_context()._edits[0].running.edits
+    assert isinstance(edit, DeviceEdit)
+    return edit
 
 
 def test_decode_steps_are_captured_with_the_kernels_of_edits(pretended: PretendedDriver, engine: Engine) -> None:
@@ -102,6 +110,14 @@ def test_beside_a_function_of_the_host_steps_run_op_by_op(pretended: PretendedDr
         assert kernels_of(pretended, engine) > 0
 
 
+def test_rows_of_a_prompt_are_edited_some_at_a_time(pretended: PretendedDriver, engine: Engine) -> None:
+    rows = np.random.default_rng(0).standard_normal((70, engine.geometry.hidden)).astype(np.float32)
+    with engine.edit({"layer.0.output": same}):
+        first = len(pretended.launched)
+        np.testing.assert_array_equal(edit_of(engine)(rows, 5), rows)  # pretended kernels do nothing
+        assert [config.gridDimX for config in pretended.launched[first:]] == [64, 6]
+
+
 def test_a_function_that_returns_nan_is_named_and_not_the_model(
     pretended: PretendedDriver, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +128,7 @@ def test_a_function_that_returns_nan_is_named_and_not_the_model(
     with engine.edit({"layer.0.output": same}):
         with pytest.raises(CheckpointError):
             engine.backend.sampled_tokens()
-        ((_, edit),) = engine._context._edits[0].running.edits  # type: ignore[union-attr]
+        edit = edit_of(engine)
         with engine.backend.memory() as memory:
             memory.write(edit.block.fault, np.ones(1, np.int32))
         with pytest.raises(OptionError, match=r"edit of layer\.0\.output returned NaN"):
