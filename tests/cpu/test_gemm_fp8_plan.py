@@ -11,7 +11,13 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.formats import FP16
 
 H200 = Chip(132, 232448, (9, 0))
+GATE_UP = PrepackedLayout(16384, 3072, 8192, k_tile=4)
 LAYOUT, X = PrepackedLayout(3072, 8192, k_tile=4), ActivationTiles(8192, 2048, 8)
+
+
+def test_few_tokens_have_small_tiles() -> None:
+    x = ActivationTiles(3072, 2048, 8)
+    assert [choose_gemm_plan(GATE_UP, x, tokens, H200).tile_tokens for tokens in (16, 32, 64)] == [16, 32, 64]
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128, 256, 2048])

@@ -148,7 +148,7 @@ def unit_us(tile_tokens: int, bits: int = 16) -> float:
     """Time of a unit of a tile, measured on an H200 (docs/prompts.md): what a warpgroup does between its products, and
     the products. With FP8 activations (`bits` 8): bytes from L2, or for few tokens those of the weights from memory.
     """
-    return max(0.5, 0.29 + tile_tokens * 0.003) if bits == 8 else 0.6 + tile_tokens * 0.003
+    return max(0.48 + tile_tokens * 0.0005, 0.29 + tile_tokens * 0.003) if bits == 8 else 0.6 + tile_tokens * 0.003
 
 
 def fixup_us(tile_tokens: int) -> float:
