@@ -7,6 +7,8 @@ LARGE_EPILOGUES = (
     EpilogueCase("add", 3072, 256, 128),
     EpilogueCase("swiglu", 16384, 256, 128),
     qkv_case(256, 128, 128, 24, 8, count=19),
+    EpilogueCase("add", 3072, 512, 256, staged=True),
+    qkv_case(512, 256, 128, 24, 8, count=300, staged=True),
 )
 
 

@@ -150,7 +150,10 @@ MMA_GEMMS = (
     GemmSweep("store", 200, 328, 64, k_tile=0, weight_bits=16, mma=True),
     *(GemmSweep("add", 3072, 8192, tile, mma=True) for tile in (16, 128)),  # tiles that CTAs share
 )
-QKVS = tuple(_qkv(head_dim, ratio, 64) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS)
+QKVS = (
+    *(_qkv(head_dim, ratio, 64) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS),
+    *(_qkv(head_dim, 3, tile) for head_dim, tile in zip(HEAD_DIMS, (128, 176, 192, 256), strict=True)),  # staged
+)
 
 
 def _of_model(geometry: ModelGeometry) -> Iterator[GemmSweep]:
