@@ -78,7 +78,7 @@ def test_kernels_around_it() -> None:
     x = ActivationTiles(LLAMA.hidden, TOKENS)
     for planned in (
         rms_norm_tiles_kernel("rms_norm_tiles", x, LLAMA.norm_eps, dependent=False),
-        rope_chunk_kernel(32, 32, 80, LLAMA.norm_eps, bias=True, norm=True, dependent=False),
+        rope_chunk_kernel(32, 32, 80, LLAMA.norm_eps, bias=True, norm=True, norm_of_all_heads=False, dependent=False),
         embed_chunk_kernel(projection_layouts(LLAMA, chip)["embedding"]),
     ):
         machine_code(planned.spec, capability, 65536 // (64 * planned.spec.threads))
