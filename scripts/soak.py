@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--backend", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--decode", default="auto", choices=["auto", "graph", "persistent"])
     parser.add_argument("--prefill", default="auto", choices=["auto", "gemv", "gemm", "fp8"])
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that share the model")
     parser.add_argument("--json", action="store_true", help="print a record")
     options = parser.parse_args()
     if options.steps < 1 or options.prompt < 1 or options.reply < 2:
@@ -66,7 +67,8 @@ def main() -> int:
     prompt = [PROMPT[i % len(PROMPT)] for i in range(options.prompt)]
     length = len(prompt) + options.reply
     try:
-        with Engine.random(geometry, options.backend, length, decode=options.decode, prefill=options.prefill) as engine:
+        how = {"decode": options.decode, "prefill": options.prefill, "gpus": options.gpus}
+        with Engine.random(geometry, options.backend, length, **how) as engine:
             record = soak(engine, options.steps, prompt, options.reply)
             path = engine.backend.decode_path
             record |= {"device": engine.backend.device, "decode": None if path is None else path.name}

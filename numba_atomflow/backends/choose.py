@@ -168,7 +168,7 @@ def make_backend(
 
     Raises:
         BackendError: the backend cannot run here.
-        OptionError: threads are given for the GPU, or there are not that many cores.
+        OptionError: threads are given for the GPU, there are not that many cores, or the GPUs cannot share the model.
     """
     if choice.needs_gpu and choice.threads is not None:
         raise OptionError("--threads is for the CPU backend; leave it out, or use --backend cpu.")
@@ -176,6 +176,10 @@ def make_backend(
         from numba_atomflow.device.resources import DeviceResources  # the CPU backend does without
 
         with DeviceResources() as probe:  # kept open meanwhile, so that the context is not created twice
+            if choice.needs_gpu and len(ordinals := choice.gpu_ordinals) > 1:
+                from numba_atomflow.backends.cuda.tensor_parallel.backend import TensorParallelBackend
+
+                return TensorParallelBackend(geometry, weights, max_seq_len, ordinals=ordinals)
             if choice.needs_gpu or _opened(probe):
                 from numba_atomflow.backends.cuda.backend import CudaBackend
 

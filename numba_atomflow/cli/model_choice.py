@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numba_atomflow.engine import Engine
     from numba_atomflow.geometry import ModelGeometry
 
-_PRESETS = "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, smollm2-135m"  # not imported: --help must not wait for NumPy
+_PRESETS = "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, llama-3.3-70b, smollm2-135m"  # not imported: NumPy is slow
 
 Model = Annotated[
     str | None,
@@ -100,4 +100,5 @@ class ChosenModel:
                 name=self._preset or "random",
                 prefill=engine_options.prefill.value,
                 prefill_chunk=engine_options.prefill_chunk,
+                gpus=options.gpus_of(engine_options.gpus),
             )

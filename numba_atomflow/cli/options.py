@@ -152,6 +152,7 @@ class EngineOptions(OptionGroup):
     prefill_chunk: PrefillChunk = None
     threads: Threads = None
     private_copy: PrivateCopy = False
+    gpus: Gpus = "1"
 
     def load(self, model: str | Path, max_seq_len: int | None) -> "Engine":
         """An engine that is ready to run, with a progress bar until then."""
@@ -168,6 +169,7 @@ class EngineOptions(OptionGroup):
                 private_copy=self.private_copy,
                 prefill=self.prefill.value,
                 prefill_chunk=self.prefill_chunk,
+                gpus=gpus_of(self.gpus),
             )
         engine.backend.show_compiling(output.steps_bar)
         return engine

@@ -183,6 +183,25 @@ class Device:
         with self.current():
             return int(call("cuMemGetInfo")[0])
 
+    def enable_peer(self, other: "Device") -> None:
+        """Let kernels of this GPU read and write the other one's memory, as long as both contexts exist.
+
+        Raises:
+            BackendError: they cannot.
+        """
+        devices = (call("cuDeviceGet", device.ordinal) for device in (self, other))
+        if not int(call("cuDeviceCanAccessPeer", *devices)):
+            raise BackendError(
+                f"GPU {self.ordinal} cannot access the memory of GPU {other.ordinal}; choose GPUs that NVLink connects "
+                "(CUDA_VISIBLE_DEVICES), or use --gpus 1."
+            )
+        with self.current():
+            try:
+                call("cuCtxEnablePeerAccess", other._context, 0)  # noqa: SLF001
+            except DriverError as error:
+                if error.code != "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED":  # by another engine of this process
+                    raise
+
     def close(self) -> None:
         """Drop one user; the last one destroys the context. Does nothing in a forked child."""
         if os.getpid() != self._process:

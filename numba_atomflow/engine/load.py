@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from numba_atomflow.backends.base import Decode, Prefill
-from numba_atomflow.backends.choose import BackendChoice, BackendName, make_backend
+from numba_atomflow.backends.choose import BackendChoice, BackendName, Gpus, make_backend
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
 from numba_atomflow.checkpoint.format import Checkpoint
@@ -45,6 +45,7 @@ class Engine(Replies, Scores, SavedStates, Activations):
         private_copy: bool = False,
         prefill: Prefill = "auto",
         prefill_chunk: int | None = None,
+        gpus: Gpus = 1,
     ) -> "Engine":
         """Open a checkpoint and make its backend ready to run.
 
@@ -64,14 +65,18 @@ class Engine(Replies, Scores, SavedStates, Activations):
                 little; "auto", "gemm" where it can run. `engine.backend.prefill_path` has the choice.
             prefill_chunk: most tokens of a chunk of "gemm" and "fp8"; by default 2,048, or `max_seq_len` if that is
                 less. Activations take memory in proportion to it.
+            gpus: how many GPUs of this machine share the model, each with its part of every matrix (docs/many-gpus.md):
+                a number, counted from `device` on; "all"; or the GPUs' numbers. They give the bits of one GPU, and run
+                prompts a token at a time.
 
         Raises:
             CheckpointError: no such checkpoint, or a damaged one, or one that changed while it was loaded.
-            OptionError: a number is out of range, or `decode` or `prefill` is set for the CPU.
+            OptionError: a number is out of range, or `decode` or `prefill` is set for the CPU, or so many GPUs cannot
+                share the model.
             BackendError: the backend cannot run here, or not in the way that `decode` or `prefill` requires.
         """
         started = time.perf_counter()
-        choice = BackendChoice(backend, threads, decode, device, prefill, prefill_chunk)
+        choice = BackendChoice(backend, threads, decode, device, prefill, prefill_chunk, gpus)
         private = truth_value("private_copy", private_copy)
         checkpoint = Checkpoint.open(find_checkpoint(path_or_name), private_copy=private)
         return cls._make_ready(checkpoint, choice, max_seq_len, progress, started)
@@ -91,13 +96,14 @@ class Engine(Replies, Scores, SavedStates, Activations):
         name: str = "random",
         prefill: Prefill = "auto",
         prefill_chunk: int | None = None,
+        gpus: Gpus = 1,
     ) -> "Engine":
         """A model of this geometry with random weights and no tokenizer (`generate_tokens`), to measure speed with.
 
         Args and errors are those of `load`, with the `seed` and the `name` of `RandomModel`.
         """
         started = time.perf_counter()
-        choice = BackendChoice(backend, threads, decode, device, prefill, prefill_chunk)
+        choice = BackendChoice(backend, threads, decode, device, prefill, prefill_chunk, gpus)
         if not isinstance(geometry, ModelGeometry):
             raise OptionError(f"geometry is {quote(geometry)}; it must be a ModelGeometry.")
         model = RandomModel(geometry, seed, name)

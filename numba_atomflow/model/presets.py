@@ -1,6 +1,7 @@
 """Geometries of well-known models, to measure their speed with random weights.
 
-Sources: the ``config.json`` of meta-llama/Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B and HuggingFaceTB/SmolLM2-135M.
+Sources: the ``config.json`` of meta-llama/Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B, Llama-3.3-70B-Instruct and
+HuggingFaceTB/SmolLM2-135M.
 """
 
 from numba_atomflow.errors import OptionError
@@ -41,6 +42,18 @@ PRESETS = {
         kv_heads=8,
         head_dim=128,
         ffn=14336,
+        vocabulary=128256,
+        max_positions=131072,
+        rope_theta=500000.0,
+        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
+    ),
+    "llama-3.3-70b": ModelGeometry(
+        layers=80,
+        hidden=8192,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        ffn=28672,
         vocabulary=128256,
         max_positions=131072,
         rope_theta=500000.0,

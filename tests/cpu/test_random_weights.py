@@ -93,7 +93,10 @@ def test_a_negative_seed_is_refused() -> None:
 
 def test_presets_have_the_sizes_in_their_names() -> None:
     billions = {name: round(geometry.parameter_count() / 1e9, 2) for name, geometry in PRESETS.items()}
-    assert billions == {"llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "smollm2-135m": 0.13}
+    assert billions == {"llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03} | {
+        "llama-3.3-70b": 70.55,
+        "smollm2-135m": 0.13,
+    }
     with pytest.raises(OptionError, match=r"no geometry 'gpt-2'; choose one of llama-3.2-1b, .*smollm2-135m\."):
         find_preset("gpt-2")
 

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -117,15 +117,65 @@ def _fast_and_strict_simulator() -> Iterator[None]:
 @pytest.fixture
 def all_blocks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a launch run side by side, as those that wait for each other must."""
+    _collect_blocks(monkeypatch, 1, 1)
+
+
+@pytest.fixture
+def side_by_side() -> Callable[..., AbstractContextManager[None]]:
+    """Within its context, the blocks of so many launches of one grid size run when all have been launched: each launch
+    in a stream of its own, or in one of so many streams, in turns.
+    """
+
+    @contextmanager
+    def collected(launches: int, streams: int = 0) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            _collect_blocks(patch, launches, streams or launches)
+            yield
+
+    return collected
+
+
+def _collect_blocks(patch: pytest.MonkeyPatch, launches: int, streams: int) -> None:
     from numba.cuda.simulator import kernel
 
-    waiting: list[Any] = []
+    waiting: list[list[Any]] = [[]]  # threads of each launch
 
     def run(manager: Any, grid_point: tuple[int, ...], *args: Any) -> None:
-        waiting.extend(_threads_of_block(manager, grid_point, *args))
-        if len(waiting) == np.prod(manager._grid_dim) * np.prod(manager._block_dim):
-            threads = waiting.copy()
-            waiting.clear()
-            _run(threads)
+        threads = int(np.prod(manager._grid_dim) * np.prod(manager._block_dim))
+        if len(waiting[-1]) == threads:
+            waiting.append([])
+        waiting[-1].extend(_threads_of_block(manager, grid_point, *args))
+        if len(waiting) == launches and len(waiting[-1]) == threads:
+            for before, after in zip(waiting, waiting[streams:], strict=False):
+                _in_order(before, after)
+            everything = [thread for launch in waiting for thread in launch]
+            waiting[:] = [[]]
+            _run(everything)
 
-    monkeypatch.setattr(kernel.BlockManager, "run", run)
+    patch.setattr(kernel.BlockManager, "run", run)
+
+
+def _in_order(before: list[Any], after: list[Any]) -> None:
+    """The threads of a launch begin when all of the one before in its stream have ended."""
+    running = len(before)
+
+    def counted(run: Callable[[], None]) -> Callable[[], None]:
+        def end() -> None:
+            nonlocal running
+            run()
+            running -= 1
+
+        return end
+
+    def delayed(run: Callable[[], None]) -> Callable[[], None]:
+        def begin() -> None:
+            while running:
+                simulated_lanes.TIME.sleep(0)
+            run()
+
+        return begin
+
+    for thread in before:
+        thread.run = counted(thread.run)
+    for thread in after:
+        thread.run = delayed(thread.run)

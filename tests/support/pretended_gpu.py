@@ -44,6 +44,8 @@ class PretendedDriver:
     """The bindings of a machine with one GPU, by default an H200's size of one.
 
     Attributes:
+        gpus: how many there are. peer_access: 1: kernels of each may access the others' memory.
+        other_names: of GPUs that are not like the others.
         calls: names of all calls so far.
         failing: the status that a function returns instead of doing anything.
         before, after: called with the number (from 0 on) and the name of a call; what they raise, the call raises. A
@@ -57,7 +59,7 @@ class PretendedDriver:
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         self.capability = capability
-        self.gpus = 1
+        self.gpus, self.peer_access, self.other_names = 1, 1, dict[int, bytes]()
         self.memory_bytes, self.free_bytes = 1 << 37, 1 << 36
         self.calls: list[str] = []
         self.failing: dict[str, Status]
@@ -180,8 +182,15 @@ class PretendedDriver:
         }
         return values[attribute.removeprefix("CU_DEVICE_ATTRIBUTE_")]
 
-    def _cuDeviceGetName(self, _length: int, _device: int) -> bytes:
-        return b"Pretended GPU\0"
+    def _cuDeviceGetName(self, _length: int, device: int) -> bytes:
+        return self.other_names.get(device, b"Pretended GPU\0")
+
+    def _cuDeviceCanAccessPeer(self, _device: int, _peer: int) -> int:
+        return self.peer_access
+
+    def _cuCtxEnablePeerAccess(self, peer: int, _flags: int) -> None:
+        if self._alive(peer, "context") == self._context():
+            self._misuse("a context is no peer of itself")
 
     def _cuDeviceTotalMem(self, _device: int) -> int:
         return self.memory_bytes

@@ -17,7 +17,7 @@ from numba_atomflow.backends.cuda.measure import CudaMeasurements
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path, most_chunk_tokens
-from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue, TokenRing
+from numba_atomflow.backends.cuda.queue import GraphSteps, PromptStaging, StepQueue, TokenRing
 from numba_atomflow.backends.cuda.verify import WideSteps
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import ModelGeometry
@@ -133,7 +133,7 @@ class CudaBackend:
             rings = self._ring.view, self._logprob_ring.view
             self._graphs = StepGraphs(model, loaded, *rings, owner.resources, capture=self._capture)
             self._graphs.prepare(self.prefill_chunk)
-            self._queue = StepQueue(model, self._graphs, self._ring, owner, self._max_seq_len)
+            self._queue = StepQueue(GraphSteps(model, self._graphs, owner), self._ring, self._max_seq_len)
             if self._graphs.persistent is not None:
                 self._wide_steps = WideSteps(
                     model, self._graphs.persistent, loaded, self._prompts, self._queue, owner.resources

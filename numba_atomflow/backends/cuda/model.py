@@ -115,14 +115,7 @@ class DeviceModel:
 
     def set_sampler(self, sampler: Sampler) -> None:
         """Options, seed and context of the tokens to sample from here on."""
-        params = sampler.params
-        temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature else 0.0
-        options = [temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
-        seen, bitmap = np.packbits(sampler.seen, bitorder="little"), np.zeros(self.sampling.seen.shape, np.uint32)
-        bitmap.view(np.uint8)[: len(seen)] = seen
-        self.memory.write(self.sampling.options, np.array(options, np.float64))
-        self.memory.write(self.sampling.generator, np.array([sampler.seed, 0], np.uint64))
-        self.memory.write(self.sampling.seen, bitmap)
+        write_sampler(self.memory, self.sampling, sampler)
 
     def set_position(self, position: int) -> None:
         """The position at which the next token is written."""
@@ -135,3 +128,15 @@ class DeviceModel:
     def posted_tokens(self) -> int:
         """How many tokens the device has sampled and posted to the host so far."""
         return int(self.memory.read(self.sampling.tokens_posted)[0])
+
+
+def write_sampler(memory: DeviceMemory, sampling: SamplingState, sampler: Sampler) -> None:
+    """Options, seed and context of the tokens to sample, as the kernels read them."""
+    params = sampler.params
+    temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature else 0.0
+    options = [temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
+    seen, bitmap = np.packbits(sampler.seen, bitorder="little"), np.zeros(sampling.seen.shape, np.uint32)
+    bitmap.view(np.uint8)[: len(seen)] = seen
+    memory.write(sampling.options, np.array(options, np.float64))
+    memory.write(sampling.generator, np.array([sampler.seed, 0], np.uint64))
+    memory.write(sampling.seen, bitmap)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.errors import BackendError
+from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.device import DeviceMemory
 from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import Buffer
@@ -79,29 +80,10 @@ class PersistentStep:
         self._kernels, self._loaded, self._stream = kernels, loaded, stream
         self._buffers, self._weights, self._token_ring = buffers, weights, token_ring
         self.shape = kernels.persistent_shape
-        self._base = min(view.address for view in weights.values())
 
     def table(self) -> NDArray[np.int64]:
-        """int64 [2 * ops]: for each op the offsets of its weights and of its norm weight, in units of 128 bytes."""
-        g, entries = self._kernels.geometry, []
-        entries.append(self._entry("embedding", None))
-        for i in range(g.layers):
-            entries.append(self._entry(f"layer.{i}.qkv", f"layer.{i}.attention_norm"))
-            entries.append((0, 0))
-            entries.append(self._entry(f"layer.{i}.o", None))
-            entries.append(self._entry(f"layer.{i}.gate_up", f"layer.{i}.ffn_norm"))
-            entries.append(self._entry(f"layer.{i}.down", None))
-        entries.append(self._entry("embedding" if g.tied_embeddings else "vocabulary", "final_norm"))
-        return np.array(entries, np.int64).reshape(-1)
-
-    def _entry(self, weight: str, norm: str | None) -> tuple[int, int]:
-        return self._offset(weight), 0 if norm is None else self._offset(norm)
-
-    def _offset(self, name: str) -> int:
-        offset, rest = divmod(self._weights[name].address - self._base, _BYTES)
-        if rest:
-            raise RuntimeError(f"{name} does not begin at a multiple of {_BYTES} bytes")
-        return offset
+        """As `weight_table`."""
+        return weight_table(self._kernels.geometry, self._weights)
 
     def launch(
         self,
@@ -119,7 +101,7 @@ class PersistentStep:
         b = self._buffers
         cache = b[KV_CACHE]
         arguments = PersistentArguments(
-            weights=self._all_weights,
+            weights=all_weights(self._weights),
             table=b["persistent.table"],
             cache16=cache,
             cache=cache,
@@ -156,7 +138,7 @@ class PersistentStep:
         b, planned = self._buffers, self._kernels.planned[f"persistent_x{columns}"]
         cache = b[KV_CACHE]
         arguments = WideArguments(
-            weights=self._all_weights,
+            weights=all_weights(self._weights),
             table=b["persistent.table"],
             cache16=cache,
             cache=cache,
@@ -214,15 +196,9 @@ class PersistentStep:
         memory.write(self._buffers["persistent.fault"], np.zeros(1, np.int32))
 
     @property
-    def _all_weights(self) -> View:
-        end = max(view.address + view.nbytes for view in self._weights.values())
-        return View("weights", self._base, ((end - self._base) // 4,), "uint32")
-
-    @property
     def _kv_stride(self) -> int:
         """As in `PersistentArguments`."""
-        cache = self._buffers[KV_CACHE]
-        return cache.nbytes // 2 // (2 * self._kernels.geometry.layers)
+        return kv_stride(self._buffers[KV_CACHE])
 
     def op_launches(self, index: int) -> list[Launch]:
         """One op by itself, which reads the buffers instead of results of the same launch."""
@@ -230,9 +206,46 @@ class PersistentStep:
         return [self.publish(layer), self.launch(index, index + 1)]
 
 
-def watchdog_error() -> BackendError:
-    """The error of a launch in which a watchdog tripped."""
+def weight_table(geometry: ModelGeometry, weights: Mapping[str, View]) -> NDArray[np.int64]:
+    """int64 [2 * ops]: for each op the offsets of its weights and of its norm weight, in units of 128 bytes."""
+    base = all_weights(weights).address
+
+    def offset(name: str) -> int:
+        units, rest = divmod(weights[name].address - base, _BYTES)
+        if rest:
+            raise RuntimeError(f"{name} does not begin at a multiple of {_BYTES} bytes")
+        return units
+
+    entries = [(offset("embedding"), 0)]
+    for i in range(geometry.layers):
+        entries.append((offset(f"layer.{i}.qkv"), offset(f"layer.{i}.attention_norm")))
+        entries.append((0, 0))
+        entries.append((offset(f"layer.{i}.o"), 0))
+        entries.append((offset(f"layer.{i}.gate_up"), offset(f"layer.{i}.ffn_norm")))
+        entries.append((offset(f"layer.{i}.down"), 0))
+    entries.append((offset("embedding" if geometry.tied_embeddings else "vocabulary"), offset("final_norm")))
+    return np.array(entries, np.int64).reshape(-1)
+
+
+def all_weights(weights: Mapping[str, View]) -> View:
+    """The memory of all weights, as one array."""
+    base = min(view.address for view in weights.values())
+    end = max(view.address + view.nbytes for view in weights.values())
+    return View("weights", base, ((end - base) // 4,), "uint32")
+
+
+def kv_stride(cache: View) -> int:
+    """Elements from a layer's keys to its values, and from these to the next layer's keys."""
+    return cache.shape[2] * cache.shape[3]
+
+
+def watchdog_error(instead: str = "--decode graph") -> BackendError:
+    """The error of a launch in which a watchdog tripped.
+
+    Args:
+        instead: what to use in place of it.
+    """
     return BackendError(
         "The watchdog of the persistent decode kernel tripped: a result did not arrive in time, "
-        "and its tokens are wrong. Use --decode graph, and please report it."
+        f"and its tokens are wrong. Use {instead}, and please report it."
     )

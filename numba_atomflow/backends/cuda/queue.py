@@ -7,8 +7,8 @@ Run-ahead counts sampling steps, not tokens; today a step samples one token, so 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 from numba_atomflow.backends.choose import LARGEST_CHUNK
 from numba_atomflow.backends.cuda.graphs import StepGraphs
@@ -95,18 +95,89 @@ class TokenRing:
         return entry & ((1 << _ID_BITS) - 1)
 
 
+class DeviceSteps(Protocol):
+    """What runs the steps of a queue: one GPU, or several that share a model. Its context is current, but for
+    `current`.
+    """
+
+    @property
+    def closed(self) -> bool:
+        """Whether its memory has been given back."""
+
+    def current(self) -> AbstractContextManager[None]:
+        """What makes its context current."""
+
+    def run(self, tokens: int, head: Head) -> None:
+        """Put a step into the stream."""
+
+    def set_position(self, position: int) -> None:
+        """Set the position at which the next token is written; nothing runs."""
+
+    def settle(self, position: int) -> None:
+        """Wait for all steps, of which the last may have failed, and set the position."""
+
+    def posted_tokens(self) -> int:
+        """Tokens posted to the host so far."""
+
+    def check_watchdog(self) -> None:
+        """Raise if the watchdog of the persistent kernel tripped. Its token then counts as one with NaN logits."""
+
+    def finished(self) -> bool:
+        """Whether all steps have ended; raises if the GPU failed."""
+
+
+class GraphSteps:
+    """The steps of one GPU."""
+
+    def __init__(self, model: DeviceModel, graphs: StepGraphs, owner: DeviceResources) -> None:
+        self._model, self._graphs, self._owner = model, graphs, owner
+        self.run, self.set_position, self.posted_tokens = graphs.run, model.set_position, model.posted_tokens
+        self.current = owner.current
+
+    @property
+    def closed(self) -> bool:
+        return self._owner.closed
+
+    def settle(self, position: int) -> None:
+        self._model.set_position(position)
+        self._model.reset_argmax()  # a step may have ended between its arg-max and its end
+        if self._graphs.persistent is not None:
+            self._graphs.persistent.reset(self._model.memory)
+
+    def check_watchdog(self) -> None:
+        if self._graphs.persistent is not None and self._model.memory.read(self._model.buffers["persistent.fault"])[0]:
+            raise watchdog_error()
+
+    def finished(self) -> bool:
+        return stream_finished(self._model.stream)
+
+
+def stream_finished(stream: Any) -> bool:
+    """Whether all work of a stream is done.
+
+    Raises:
+        DriverError: the GPU failed.
+    """
+    from cuda.bindings import driver
+
+    (status,) = driver.cuStreamQuery(stream)
+    if status == driver.CUresult.CUDA_ERROR_NOT_READY:
+        return False
+    call("cuStreamSynchronize", stream)  # an error is raised here
+    return True
+
+
 class StepQueue:
     """The steps that are queued on the device, and the host's position among them.
 
     Attributes:
         position: the device's position after all queued steps.
+        check_watchdog: `DeviceSteps.check_watchdog`.
     """
 
-    def __init__(
-        self, model: DeviceModel, graphs: StepGraphs, ring: TokenRing, owner: DeviceResources, max_seq_len: int
-    ) -> None:
-        self._model, self._graphs, self._ring, self._owner = model, graphs, ring, owner
-        self._max_seq_len = max_seq_len
+    def __init__(self, steps: DeviceSteps, ring: TokenRing, max_seq_len: int) -> None:
+        self._steps, self._ring, self._max_seq_len = steps, ring, max_seq_len
+        self.check_watchdog = steps.check_watchdog
         self.position = 0
         self._queued = 0  # number of the last sampling step that is queued, from 1 on
         self._requested = 0  # number of the last one whose tokens the host has requested
@@ -129,7 +200,7 @@ class StepQueue:
 
     def _launch(self, tokens: int, head: Head) -> None:
         self._exact = False
-        self._graphs.run(tokens, head)
+        self._steps.run(tokens, head)
         self.count(tokens, head)
 
     def count(self, tokens: int, head: Head) -> None:
@@ -153,7 +224,7 @@ class StepQueue:
             RuntimeError: there is no position left; the engine stops before.
         """
         self._requested += 1
-        with self._owner.current():
+        with self._steps.current():
             while self._queued < self._requested + RUN_AHEAD and self.position < self._max_seq_len:
                 self._launch(1, SAMPLE)
         if self._queued < self._requested:
@@ -166,13 +237,13 @@ class StepQueue:
             CheckpointError: their logits contain NaN or Inf.
             BackendError: the GPU failed, or the watchdog of the persistent kernel tripped.
         """
-        if self._owner.closed:  # the ring is gone
+        if self._steps.closed:  # the ring is gone
             raise closed_error()
         try:
             return (self._ring.receive(self._requested, self._check),)
         except CheckpointError:
             self.distrust()
-            with self._owner.current():
+            with self._steps.current():
                 self.check_watchdog()
             raise
 
@@ -182,10 +253,10 @@ class StepQueue:
         if nothing_ahead and position == self.position:
             return
         check_range("position", position, 0, self._max_seq_len)
-        with self._owner.current():
+        with self._steps.current():
             if nothing_ahead:
                 self._exact = False
-                self._model.set_position(position)
+                self._steps.set_position(position)
                 self.position = position
                 self._exact = True
             else:
@@ -201,34 +272,20 @@ class StepQueue:
         position = self.position
         check_range("positions", position, tokens, self._max_seq_len)
         self._exact = False
-        with self._owner.current():
+        with self._steps.current():
             yield
             self._settle(position)
-
-    def check_watchdog(self) -> None:
-        """Raise if the watchdog of the persistent kernel tripped. Its token then counts as one with NaN logits."""
-        if self._graphs.persistent is not None and self._model.memory.read(self._model.buffers["persistent.fault"])[0]:
-            raise watchdog_error()
 
     def _settle(self, position: int) -> None:
         """Wait for all queued steps, count their tokens as received, and set the position."""
         self._exact = False
-        self._model.set_position(position)
-        self._model.reset_argmax()  # a step may have ended between its arg-max and its end
-        if self._graphs.persistent is not None:
-            self._graphs.persistent.reset(self._model.memory)
-        self._queued = self._requested = self._model.posted_tokens()
+        self._steps.settle(position)
+        self._queued = self._requested = self._steps.posted_tokens()
         self.position = position
         self._exact = True
 
     def _check(self) -> None:
         """Raise if the GPU has failed, or has finished all queued steps without posting the requested token."""
-        from cuda.bindings import driver
-
-        with self._owner.current():
-            (status,) = driver.cuStreamQuery(self._model.stream)
-            if status == driver.CUresult.CUDA_ERROR_NOT_READY:
-                return
-            call("cuStreamSynchronize", self._model.stream)  # an error is raised here
-            if self._model.posted_tokens() < self._requested:
+        with self._steps.current():
+            if self._steps.finished() and self._steps.posted_tokens() < self._requested:
                 raise RuntimeError("the GPU has finished without the token that was requested")

@@ -67,11 +67,18 @@ def round_to_24_bits(value):
 
 
 @ptx.device_function
-def ll_store_pair(mailbox, index, low, high, flag):
-    """Two float32, rounded to 24 bits, with 16 bits of the flag."""
+def pack_pair(low, high, flag):
+    """Two float32, rounded to 24 bits, with 16 bits of the flag: both halves of a word."""
     a, b = round_to_24_bits(low), round_to_24_bits(high)
     first = u32(a | (b & u32(0xFF)) << u32(24))
     second = u32((b >> u32(8)) | (flag & u32(0xFFFF)) << u32(16))
+    return first, second
+
+
+@ptx.device_function
+def ll_store_pair(mailbox, index, low, high, flag):
+    """The word of `pack_pair`."""
+    first, second = pack_pair(low, high, flag)
     ptx.ll_store(mailbox, index, first, second)
 
 

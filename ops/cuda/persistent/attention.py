@@ -17,6 +17,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.combine import make_combine
 from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
 from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
+from numba_atomflow.ops.cuda.comm.exchange import make_exchange
 from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_THREADS,
     CONSUMER_WARPS,
@@ -119,6 +120,7 @@ def make_store_result(shape: PersistentShape, out_start: int, stats_start: int, 
     head_dim, query_group, kv_splits, parts = shape.head_dim, shape.query_group, shape.kv_splits, shape.partial_results
     mailbox_partials, mailbox_stats = shape.mailbox.partials, shape.mailbox.softmax_stats
     combine, quads = make_combine(head_dim, query_group, out_start, stats_start), query_group * head_dim // 4
+    publish = make_exchange(shape.ranks).store_own
 
     @ptx.device_function
     def store_result(io, cta_split, floats, thread):
@@ -137,13 +139,13 @@ def make_store_result(shape: PersistentShape, out_start: int, stats_start: int, 
             else:
                 unit = (kv_head * kv_splits + split) * query_group + row
                 index = mailbox_partials + unit * head_dim + d
-                ptx.ll_store(io.mailbox, index, ptx.f32_bits(o0), io.flag)
-                ptx.ll_store(io.mailbox, index + 1, ptx.f32_bits(o1), io.flag)
-                ptx.ll_store(io.mailbox, index + 2, ptx.f32_bits(o2), io.flag)
-                ptx.ll_store(io.mailbox, index + 3, ptx.f32_bits(o3), io.flag)
+                publish(io.mailbox, index, ptx.f32_bits(o0), io.flag)
+                publish(io.mailbox, index + 1, ptx.f32_bits(o1), io.flag)
+                publish(io.mailbox, index + 2, ptx.f32_bits(o2), io.flag)
+                publish(io.mailbox, index + 3, ptx.f32_bits(o3), io.flag)
                 if d == 0:
-                    ptx.ll_store(io.mailbox, mailbox_stats + unit * 2, ptx.f32_bits(m), io.flag)
-                    ptx.ll_store(io.mailbox, mailbox_stats + unit * 2 + 1, ptx.f32_bits(row_sum), io.flag)
+                    publish(io.mailbox, mailbox_stats + unit * 2, ptx.f32_bits(m), io.flag)
+                    publish(io.mailbox, mailbox_stats + unit * 2 + 1, ptx.f32_bits(row_sum), io.flag)
             entry += CONSUMER_THREADS
 
     return store_result
@@ -202,7 +204,7 @@ def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
     out_start = token_start + head_dim
     stats_start = out_start + shape.partial_results * query_group * head_dim
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
-    (poll, poll_both), store_out = make_poll(), make_store_out(shape)
+    (poll, poll_both), store_out = make_poll(make_exchange(shape.ranks).load_own), make_store_out(shape)
     receive_token = _make_receive_token(shape, token_start, poll)
     add_newest = _make_add_newest(shape, token_start, out_start, stats_start, scale)
     multiply_queries = make_multiply_queries(shape)

@@ -26,6 +26,7 @@ from numba import cuda, int64, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.comm.flagged import SPIN_LIMIT, Watchdog, ll_store_pair
+from numba_atomflow.ops.cuda.persistent import rank
 from numba_atomflow.ops.cuda.persistent.attention import LayerCache, make_attend
 from numba_atomflow.ops.cuda.persistent.epilogue import make_epilogue, make_load_ahead
 from numba_atomflow.ops.cuda.persistent.frame import make_frame
@@ -105,7 +106,7 @@ class PersistentArguments(NamedTuple):
 
 
 def make_persistent(shape: PersistentShape) -> Any:
-    """Kernel (`PersistentArguments`)."""
+    """Kernel (`PersistentArguments`, or with `shape.rank` `RankArguments`)."""
     return make_frame(shape, _make_consume(shape))
 
 
@@ -114,29 +115,37 @@ def _make_consume(shape: PersistentShape) -> Any:
 
     Arguments: io, `PersistentArguments`; shared, `SharedMemory`.
     """
-    layers, ops, ctas = shape.layers, shape.ops, shape.sms
+    ops, ctas = shape.ops, shape.sms
     table_start, rope_start, half = shape.table_start, shape.rope_start, shape.head_dim // 2
     first_work_tile, kind_of = make_first_work_tile(ctas), make_kind_of(shape)
     work_tiles_of, advance_of = shape.by_kind(lambda plan: plan.work_tiles), shape.by_kind(shape.schedule_advance)
     timestamp, record_clocks, kv_split = make_timestamp(shape), make_record_clocks(shape), make_kv_split(shape)
     load_ahead = make_load_ahead(shape)
     project, attend = make_project(shape, load_ahead, make_epilogue(shape, load_ahead)), make_attend(shape, timestamp)
-    embed, stage = _make_embed(shape), make_stage(shape)
-    reduce_best, end_step = _make_reduce_best(shape), _make_end_step(ctas)
+    stage, reduce_best = make_stage(shape), _make_reduce_best(shape)
+    parts = _one_gpu(shape, reduce_best) if shape.rank is None else rank.make_parts(shape, reduce_best)
+    mailbox_of, logits_of, epoch_of, embed, end = (
+        parts.mailbox_of,
+        parts.logits_of,
+        parts.epoch_of,
+        parts.embed,
+        parts.end,
+    )
+    embed, end, patience = parts.embed, parts.end, parts.patience
 
     @ptx.large_device_function
     def consume(io, shared, thread):
-        words, floats, mailbox, timestamps = shared.words, shared.floats, io.mailbox, io.timestamps
+        words, floats, mailbox, timestamps = shared.words, shared.floats, mailbox_of(io), io.timestamps
         progress = cuda.local.array(2, uint32)
         limit = cuda.local.array(1, uint32)
         best = cuda.local.array(1, int64)
         progress[BUFFER], progress[CONSUMED] = u32(0), u32(0)
-        limit[0], best[0] = u32(SPIN_LIMIT), int64(LOWEST_KEY)
+        limit[0], best[0] = u32(SPIN_LIMIT * patience), int64(LOWEST_KEY)
         watchdog = Watchdog(limit, io.fault)
         tracing = thread == 0
         if tracing:
             record_clocks(timestamps, 0)
-        epoch, position = u32(io.steps[0] * (layers + 1) + 1), io.position[0]
+        epoch, position = epoch_of(io), io.position[0]
         penalty = np.float32(io.options[PENALTY])  # loaded once: every op would wait for it
         entry = thread
         while entry < half:
@@ -175,7 +184,7 @@ def _make_consume(shape: PersistentShape) -> Any:
                     timestamp(timestamps, op, STAGED)
                 values_start = keys_start + io.kv_stride
                 state = OpState(
-                    *(mailbox, io.q, io.cache16, io.residual, io.intermediate, io.logits, io.seen, timestamps),
+                    *(mailbox, io.q, io.cache16, io.residual, io.intermediate, logits_of(io), io.seen, timestamps),
                     *(op, kind, input_flag, flag, position, penalty, keys_start, values_start, best, watchdog),
                 )
                 project(state, work_tile, thread, shared, progress)
@@ -183,14 +192,27 @@ def _make_consume(shape: PersistentShape) -> Any:
                     timestamp(timestamps, op, DONE)
         if tracing:
             record_clocks(timestamps, 1)
-        if io.end_op == ops:
-            if work_tile < work_tiles_of(LM_HEAD):
-                reduce_best(best[0], shared.keys, io, thread)
-            sync_consumers()
-            if thread == 0:
-                end_step(io)
+        end(io, epoch, work_tile, best, shared.keys, thread, watchdog)
 
     return consume
+
+
+def _one_gpu(shape: PersistentShape, reduce_best: Any) -> rank.Parts:
+    layers = shape.layers
+
+    @ptx.device_function
+    def mailbox_of(io):
+        return io.mailbox
+
+    @ptx.device_function
+    def logits_of(io):
+        return io.logits
+
+    @ptx.device_function
+    def epoch_of(io):
+        return u32(io.steps[0] * (layers + 1) + 1)
+
+    return rank.Parts(mailbox_of, logits_of, epoch_of, _make_embed(shape), _make_end(shape, reduce_best), 1)
 
 
 def _make_embed(shape: PersistentShape) -> Any:
@@ -239,6 +261,22 @@ def _make_reduce_best(shape: PersistentShape) -> Any:
     return reduce_best
 
 
+def _make_end(shape: PersistentShape, reduce_best: Any) -> Any:
+    """Device function (io, epoch, work_tile, best, keys, thread, watchdog): as in `rank.Parts`."""
+    ops, work_tiles, end_step = shape.ops, shape.plans[LM_HEAD].work_tiles, _make_end_step(shape.sms)
+
+    @ptx.device_function
+    def end(io, epoch, work_tile, best, keys, thread, watchdog):
+        if io.end_op == ops:
+            if work_tile < work_tiles:
+                reduce_best(best[0], keys, io, thread)
+            sync_consumers()
+            if thread == 0:
+                end_step(io)
+
+    return end
+
+
 def _make_end_step(ctas: int) -> Any:
     """Device function (io): a CTA has completed its step; the last one to do so writes what the others have read. (A
     producer without a work tile may read the next position: it only shortens its prefetch distance.)
@@ -264,7 +302,10 @@ def _make_end_step(ctas: int) -> Any:
 
 def persistent_kernel(shape: PersistentShape) -> Planned:
     """The kernel of `make_persistent`."""
-    name = "persistent_traced" if shape.trace else "persistent"
+    name = "persistent" if shape.rank is None else "persistent_rank"
+    signature = PersistentArguments if shape.rank is None else rank.RankArguments
+    if shape.trace:
+        name += "_traced"
     factory, shared_bytes = make_persistent, shape.dynamic_shared_bytes
-    spec = kernel_spec(name, factory, PersistentArguments, CTA_THREADS, shared_bytes, shape=shape)
+    spec = kernel_spec(name, factory, signature, CTA_THREADS, shared_bytes, shape=shape)
     return Planned(replace(spec, cooperative=True), shape.sms)

@@ -9,6 +9,7 @@ import numpy as np
 from numba import cuda, uint32
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.comm.exchange import make_exchange
 from numba_atomflow.ops.cuda.comm.flagged import watchdog_trips
 from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_THREADS,
@@ -86,9 +87,12 @@ def _make_team(lanes: int) -> tuple[Any, Any]:
     return team_max, team_sum
 
 
-def make_poll() -> tuple[Any, Any]:
+def make_poll(load: Any = ptx.ll_load) -> tuple[Any, Any]:
     """Device functions (io, index, out) and (io, index, other, out): poll two words of the mailbox from `index` on, or
     two each from two places, whose loads are issued together.
+
+    Args:
+        load: device function (mailbox, index) -> two words.
     """
 
     @ptx.large_device_function
@@ -96,7 +100,7 @@ def make_poll() -> tuple[Any, Any]:
         mailbox, flag, polls = io.mailbox, io.flag, u32(0)
         waiting = True
         while waiting:
-            w0, flag0, w1, flag1 = ptx.ll_load(mailbox, index)
+            w0, flag0, w1, flag1 = load(mailbox, index)
             out[0], out[1] = w0, w1
             polls = u32(polls + u32(1))
             waiting = flag0 != flag or flag1 != flag
@@ -108,8 +112,8 @@ def make_poll() -> tuple[Any, Any]:
         mailbox, flag, polls = io.mailbox, io.flag, u32(0)
         waiting = True
         while waiting:
-            w0, flag0, w1, flag1 = ptx.ll_load(mailbox, index)
-            w2, flag2, w3, flag3 = ptx.ll_load(mailbox, other)
+            w0, flag0, w1, flag1 = load(mailbox, index)
+            w2, flag2, w3, flag3 = load(mailbox, other)
             out[0], out[1], out[2], out[3] = w0, w1, w2, w3
             polls = u32(polls + u32(1))
             waiting = flag0 != flag or flag1 != flag or flag2 != flag or flag3 != flag
@@ -122,11 +126,13 @@ def make_poll() -> tuple[Any, Any]:
 def make_store_out(shape: PersistentShape) -> Any:
     """Device function (io, kv_head, pair, low, high): two elements of the result."""
     start, pairs = shape.mailbox.attn_out, shape.query_group * shape.head_dim // 2
+    own_words, exchange = shape.kv_heads * pairs, make_exchange(shape.ranks)
+    publish, of_model = exchange.store, exchange.of_model
 
     @ptx.device_function
     def store_out(io, kv_head, pair, low, high):
         word = ptx.pack_f16x2(low, high)
-        ptx.ll_store(io.mailbox, start + kv_head * pairs + pair, word, io.flag)
+        publish(io.mailbox, of_model(io.mailbox, start + kv_head * pairs + pair, own_words), word, io.flag)
         io.attn_out[kv_head * pairs + pair] = word
 
     return store_out

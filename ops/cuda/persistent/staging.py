@@ -10,6 +10,7 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.comm.exchange import make_exchange
 from numba_atomflow.ops.cuda.comm.flagged import has_pair_flag, unpack_pair, watchdog_trips
 from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_THREADS,
@@ -77,6 +78,7 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
     """
     rounds, interval, sample_stride = -(-quads // CONSUMER_THREADS), shape.poll_interval_ns, max(1, quads // 32)
     max_missing = _MAX_MISSING if quads <= _NARROW_QUADS else 0
+    load = make_exchange(shape.ranks).load
 
     @ptx.device_function
     def has_flag(high0, high1, flag):
@@ -89,7 +91,7 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
             missing, waiting = u32(32), True
             while missing > u32(max_missing):
                 if waiting:
-                    _, high0, _, high1 = ptx.ll_load(mailbox, start + 2 * min(thread * sample_stride, quads - 1))
+                    _, high0, _, high1 = load(mailbox, start + 2 * min(thread * sample_stride, quads - 1))
                     waiting = not has_flag(high0, high1, flag)
                 polls = u32(polls + u32(1))
                 if waiting and watchdog_trips(watchdog, polls):
@@ -102,7 +104,7 @@ def make_receive(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
         while waiting:
             for i in range(rounds):
                 quad = min(i * CONSUMER_THREADS + thread, quads - 1)
-                w0, w1, w2, w3 = ptx.ll_load(mailbox, start + 2 * quad)
+                w0, w1, w2, w3 = load(mailbox, start + 2 * quad)
                 received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
             waiting = False
             for i in range(rounds):
@@ -210,8 +212,8 @@ def make_stage(shape: PersistentShape) -> Any:
     """
     x_words, x_start, offsets = shape.hidden // 2, shape.x_start, shape.mailbox
     stage_norm = make_stage_norm(shape, shape.qkv.padded_in_features)
-    stage_attn_out = make_stage_copy(shape, shape.heads * shape.head_dim, shape.o.padded_in_features)
-    stage_intermediate = make_stage_copy(shape, shape.intermediate, shape.down.padded_in_features)
+    stage_attn_out = make_stage_copy(shape, shape.o.in_features, shape.o.padded_in_features)
+    stage_intermediate = make_stage_copy(shape, shape.down.in_features, shape.down.padded_in_features)
 
     @ptx.device_function
     def write(x_norm, thread, words):

@@ -5,7 +5,9 @@ from functools import cached_property
 
 from numba_atomflow.backends.cuda.decode_path import model_obstacle
 from numba_atomflow.backends.cuda.kernels import TOKEN_RING
+from numba_atomflow.backends.cuda.plan import weight_buffers
 from numba_atomflow.errors import BackendError
+from numba_atomflow.memory.plan import Buffer
 from numba_atomflow.model.formats import HEAD_FORMATS, HeadFormat
 from numba_atomflow.model.sharding import Sharding
 from numba_atomflow.ops.cuda.gemv.projections import kind_of, projection_layouts
@@ -59,9 +61,15 @@ class RankKernels:
         layouts["gate_up"] = replace(layouts["gate_up"], half=own.ffn)
         return layouts
 
-    def layout_of(self, part: str) -> PrepackedLayout:
-        """The prepacked layout of a rank's rows of a part of the checkpoint."""
-        return self.layouts[kind_of(part)]
+    def layout_of(self, part: str, rows: int | None = None) -> PrepackedLayout:
+        """The prepacked layout of a rank's rows of a part of the checkpoint; or of as many as the last rank has."""
+        layout = self.layouts[kind_of(part)]
+        return layout if rows is None else replace(layout, out_features=rows)
+
+    @cached_property
+    def weight_buffers(self) -> list[Buffer]:
+        """A rank's weights, as buffers of its plan."""
+        return weight_buffers(self.geometry, self.layout_of)
 
     @cached_property
     def persistent_shape(self) -> PersistentShape:
@@ -86,13 +94,19 @@ class RankKernels:
             rank=RankShape(self.sharding.ranks, self.chip.sms, self.geometry.vocabulary),
         )
 
+    @property
+    def _persistent(self) -> Planned:
+        """Launched cooperatively, but on a shared GPU, where the CTAs of all ranks together are as many as its SMs."""
+        planned = persistent_kernel(self.persistent_shape)
+        return Planned(replace(planned.spec, cooperative=self.ranks_per_gpu == 1), planned.ctas)
+
     @cached_property
     def planned(self) -> dict[str, Planned]:
         """All kernels by name."""
         vocabulary, dependent = self.geometry.vocabulary, self.chip.dependent_launch
         kernels = [
             prepack_kernel(self.chip.fp8_converter),
-            persistent_kernel(self.persistent_shape),
+            self._persistent,
             sample_kernel(vocabulary, dependent),
             logprobs_kernel(vocabulary, dependent),
             advance_kernel(TOKEN_RING, sampled=True, dependent=dependent),

@@ -6,7 +6,7 @@ from typing import Any
 from numba_atomflow.backends.base import DecodePath, PrefillPath
 from numba_atomflow.backends.cuda.families import check_no_window
 from numba_atomflow.backends.cuda.persistent import persistent_buffers
-from numba_atomflow.backends.cuda.plan import SamplingState, weight_buffers, with_staging
+from numba_atomflow.backends.cuda.plan import SamplingState, with_staging
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
@@ -20,12 +20,9 @@ DECODE = DecodePath("persistent")
 PREFILL = PrefillPath("gemv", "several GPUs run prompts in decode steps, one token at a time")
 
 
-def rank_plan(kernels: RankKernels, max_seq_len: int) -> MemoryPlan:
-    """A rank's rows of the weights, its heads' KV cache, and activations; the same sizes on every rank.
-
-    The residual stream and the logits are whole on every rank; of q, attn_out and intermediate each has its own part.
-    """
-    sizes = StepSizes(
+def step_sizes(max_seq_len: int) -> StepSizes:
+    """Of a step of one token."""
+    return StepSizes(
         max_seq_len=max_seq_len,
         step_tokens=1,
         head_rows=1,
@@ -34,9 +31,16 @@ def rank_plan(kernels: RankKernels, max_seq_len: int) -> MemoryPlan:
         pad_multiple=GROUP,
         keep_qkv=False,
     )
+
+
+def rank_plan(kernels: RankKernels, max_seq_len: int) -> MemoryPlan:
+    """A rank's rows of the weights, its heads' KV cache, and activations; the same sizes on every rank.
+
+    The residual stream and the logits are whole on every rank; of q, attn_out and intermediate each has its own part.
+    """
     buffers = [
-        *weight_buffers(kernels.geometry, kernels.layout_of),
-        *step_buffers(kernels.sharding.rank_geometry, sizes),
+        *kernels.weight_buffers,
+        *step_buffers(kernels.sharding.rank_geometry, step_sizes(max_seq_len)),
         *SamplingState.plan(kernels.geometry.vocabulary),
         *persistent_buffers(kernels.persistent_shape),
     ]

@@ -1,0 +1,266 @@
+"""One rank on its GPU: its memory, its kernels, and the launches of a step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.backends.cuda.loaded import LoadedKernels
+from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
+from numba_atomflow.backends.cuda.model import write_sampler
+from numba_atomflow.backends.cuda.persistent import all_weights, kv_stride, weight_table
+from numba_atomflow.backends.cuda.plan import SamplingState
+from numba_atomflow.backends.cuda.queue import PromptStaging, TokenRing
+from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
+from numba_atomflow.device.driver import Device, call
+from numba_atomflow.device.resources import DeviceResources
+from numba_atomflow.memory.device import DeviceArena, DeviceMemory
+from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
+from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.model.rope_tables import rope_tables
+from numba_atomflow.ops.cuda.persistent.rank import APART, GREEDY, PROMPT, SAMPLED, RankArguments, peers_of
+from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.runtime.upload import Uploader
+from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
+from numba_atomflow.ops.cuda.token.logprobs import LogprobsArguments
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
+from numba_atomflow.ops.cuda.token.sample import SampleArguments
+from numba_atomflow.sampling import Sampler
+from numba_atomflow.utils.progress import Progress
+
+
+class Rank:
+    """One GPU's part of a model. Everything but the constructor expects its context to be current.
+
+    Args:
+        owner: of everything on the GPU.
+
+    Attributes:
+        buffers: all views but the weights, by name. weight_views: those of the weights.
+        ring, logprob_ring: to which this rank posts tokens, and what is said of them; the host reads rank 0's.
+
+    Raises:
+        BackendError: the GPU has too little free memory.
+    """
+
+    def __init__(
+        self, number: int, kernels: RankKernels, plan: MemoryPlan, device: Device, owner: DeviceResources
+    ) -> None:
+        self.number, self.kernels, self.device, self.owner = number, kernels, device, owner
+        resources = owner.resources
+        with owner.current():
+            self.stream = resources.stream()
+            self._arena = DeviceArena(plan, resources)
+            self.memory = DeviceMemory(self.stream)
+            self.ring, self.logprob_ring = TokenRing(resources), LogprobRing(resources)
+            self._staging = PromptStaging(self.stream, resources)
+        self.buffers = {b.name: self._arena[b.name] for b in plan.buffers if b.pool != "weights"}
+        self.weight_views = {b.name: self._arena[b.name] for b in plan.buffers if b.pool == "weights"}
+        self._sampling = SamplingState.of(self.buffers)
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def load_kernels(self, progress: Progress | None) -> float:
+        """Compile all kernels, or read them from the cache; all, because a kernel that waits for another rank's may
+        keep the driver from loading one. Returns the seconds that this took.
+        """
+        self._loaded = LoadedKernels(self.kernels.planned, self.device.capability, self.owner.resources)
+        self._loaded.require([planned.spec for planned in self.kernels.planned.values()], progress)
+        self._uploader = Uploader(self._loaded, self._arena.space_after("weights"), self.stream)
+        return self._loaded.seconds
+
+    def upload_vector(self, part: str, values: NDArray[np.float32]) -> None:
+        """Copy a norm's weights."""
+        self._uploader.vector(values, self.weight_views[part])
+
+    def upload_projection(self, part: str, stored: Sequence[NDArray[Any]]) -> None:
+        """Copy and prepack this rank's rows of a projection: codes and scales, or float16 weights."""
+        self._uploader.projection(
+            self.kernels.layout_of(part, len(stored[0])), stored, self.weight_views[part], _ignore
+        )
+
+    def initialise(self, max_seq_len: int) -> None:
+        """Everything but the weights, which have been uploaded."""
+        self._arena.clear(("activations", "workspace"), self.stream)
+        positions = self.buffers["rope.cosines"].shape[0]
+        for name, table in rope_tables(self.kernels.geometry, positions, max_seq_len):
+            self.memory.write(self.buffers[name], table)
+        self.memory.write(self.buffers["persistent.table"], weight_table(self.kernels.geometry, self.weight_views))
+        self.reset_argmax()
+
+    def bind(self, others: Sequence["Rank"]) -> None:
+        """Make the launches, which need the addresses of all ranks."""
+        end = self.kernels.persistent_shape.ops
+        self._prompt = [self._step(others, 0, end - 1, PROMPT)]
+        self._head = [self._step(others, end - 1, end, APART)]
+        self._greedy = [self._step(others, 0, end, GREEDY)]
+        sample, logprobs, advance = self._sample_launches()
+        step = self._step(others, 0, end, SAMPLED)
+        self._sampled = [step, sample, advance]
+        self._with_logprobs = [step, sample, logprobs, advance]
+
+    def _step(self, others: Sequence["Rank"], first_op: int, end_op: int, ending: int) -> Launch:
+        b, shape, planned = self.buffers, self.kernels.persistent_shape, self.kernels.planned["persistent_rank"]
+        cache = b[KV_CACHE]
+        arguments = RankArguments(
+            weights=all_weights(self.weight_views),
+            table=b["persistent.table"],
+            cache16=cache,
+            cache=cache,
+            mailbox=b["persistent.mailbox"],
+            tokens=b["tokens"],
+            position=b["position"],
+            steps=b["persistent.steps"],
+            cosines=b["rope.cosines"],
+            sines=b["rope.sines"],
+            residual=b["residual"],
+            x_norm=b["x_norm"],
+            final_x_norm=b["final_x_norm"],
+            q=b["q"],
+            attn_out=b["attn_out"],
+            intermediate=b["intermediate"],
+            logits=b["logits"],
+            seen=b["sampling.seen"],
+            options=b["sampling.options"],
+            best=b["sampling.best"],
+            token_ring=self.ring.view,
+            tokens_posted=b["sampling.tokens_posted"],
+            fault=b["persistent.fault"],
+            timestamps=b["persistent.timestamps"],
+            **peers_of("mailbox", [other.buffers["persistent.mailbox"] for other in others], b["persistent.mailbox"]),
+            **peers_of("logits", [other.buffers["logits"] for other in others], b["logits"]),
+            kv_stride=kv_stride(cache),
+            first_op=first_op,
+            end_op=end_op,
+            rank=self.number,
+            steps_back=int(ending == APART),
+            ending=ending,
+        )
+        return Launch(self._loaded[planned.spec.name], shape.sms, arguments, self.stream)
+
+    def _sample_launches(self) -> list[Launch]:
+        """The kernels `sample`, `logprobs` and `advance_sampled`."""
+        b, state = self.buffers, self._sampling
+        arguments = {
+            "sample": SampleArguments(
+                logits=b["logits"],
+                seen=state.seen,
+                options=state.options,
+                generator=state.generator,
+                best=state.best,
+                token=b["tokens"],
+            ),
+            "logprobs": LogprobsArguments(b["logits"], b["tokens"], state.tokens_posted, self.logprob_ring.view),
+            "advance_sampled": AdvanceArguments(
+                token=b["tokens"],
+                best=state.best,
+                position=b["position"],
+                seen=state.seen,
+                token_ring=self.ring.view,
+                tokens_posted=state.tokens_posted,
+                tokens=1,
+            ),
+        }
+        planned = self.kernels.planned
+        return [Launch(self._loaded[name], planned[name].ctas, a, self.stream) for name, a in arguments.items()]
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def send(self, token: int) -> None:
+        """The token of the next step, which the host has chosen."""
+        self._staging.send([token], self.buffers["tokens"])
+
+    def run_prompt(self) -> None:
+        """A step without logits."""
+        _run(self._prompt)
+
+    def run_head(self) -> None:
+        """The logits of the last step."""
+        _run(self._head)
+
+    def run_decode(self, *, greedy: bool, logprobs: bool) -> None:
+        """A step with the next token."""
+        _run(self._with_logprobs if logprobs else self._greedy if greedy else self._sampled)
+
+    def set_sampler(self, sampler: Sampler) -> None:
+        """Options, seed and context of the tokens to sample from here on."""
+        write_sampler(self.memory, self._sampling, sampler)
+
+    def set_position(self, position: int) -> None:
+        """The position at which the next token is written."""
+        self.memory.write(self.buffers["position"], np.array([position]))
+
+    def reset_argmax(self) -> None:
+        """Clear the running arg-max of the logits."""
+        self.memory.write(self._sampling.best, np.array([LOWEST_KEY]))
+
+    def steps(self) -> int:
+        """Steps completed."""
+        return int(self.memory.read(self.buffers["persistent.steps"])[0])
+
+    def restart(self, steps: int, position: int) -> None:
+        """After a step that may have failed."""
+        self.set_position(position)
+        self.reset_argmax()
+        self.memory.write(self.buffers["persistent.steps"], np.array([steps, 0]))
+        self.memory.write(self.buffers["persistent.fault"], np.zeros(1, np.int32))
+
+    def faulty(self) -> bool:
+        """Whether a watchdog tripped."""
+        return bool(self.memory.read(self.buffers["persistent.fault"])[0])
+
+    def posted_tokens(self) -> int:
+        """Tokens posted so far."""
+        return int(self.memory.read(self._sampling.tokens_posted)[0])
+
+    def set_posted_tokens(self, count: int) -> None:
+        """After a step that only some ranks have completed."""
+        self.memory.write(self._sampling.tokens_posted, np.array([count]))
+
+    def wait(self) -> None:
+        """Wait for all steps.
+
+        Raises:
+            DriverError: one failed.
+        """
+        call("cuStreamSynchronize", self.stream)
+
+
+def upload(ranks: Sequence[Rank], arrays: Mapping[str, NDArray[Any]], progress: Progress | None) -> None:
+    """Copy each rank's rows of all weights to its GPU, and prepack them there: the checkpoint's parts one after the
+    other, each row once.
+
+    Args:
+        arrays: of the checkpoint, by name.
+        progress: called with a text, MB done and MB in total.
+    """
+    kernels = ranks[0].kernels
+    total, done = sum(view.nbytes for rank in ranks for view in rank.weight_views.values()), 0
+    for part in ranks[0].weight_views:
+        vector = arrays.get(part)
+        stored = [arrays[name] for name in (f"{part}.weight", f"{part}.scale") if name in arrays]
+        for rank in ranks:
+            with rank.owner.current():
+                if vector is not None:
+                    rank.upload_vector(part, vector)
+                else:
+                    rows = kernels.sharding.rows(part, rank.number)
+                    rank.upload_projection(part, [_rows_of(array, rows) for array in stored])
+                done += rank.weight_views[part].nbytes
+                if progress:
+                    progress("weights to the GPUs", done >> 20, total >> 20)
+
+
+def _rows_of(array: NDArray[Any], rows: Sequence[slice]) -> NDArray[Any]:
+    """A view where the rows are adjacent, else a copy."""
+    return array[rows[0]] if len(rows) == 1 else np.concatenate([array[span] for span in rows])
+
+
+def _run(launches: Sequence[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def _ignore(count: int) -> None:
+    """The bytes of a piece: progress is counted by parts."""

@@ -1,0 +1,119 @@
+"""The steps of all ranks together, as a queue of steps runs them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from numba_atomflow.backends.cuda.graphs import is_decode
+from numba_atomflow.backends.cuda.persistent import watchdog_error
+from numba_atomflow.backends.cuda.queue import stream_finished
+from numba_atomflow.backends.cuda.tensor_parallel.rank import Rank
+from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.model.step import Head
+from numba_atomflow.utils.interrupts import deferred_interrupts
+
+
+class RankSteps:
+    """Steps that all ranks run, each launched on all of them at once: a rank's kernel waits for the others'.
+
+    Attributes:
+        greedy: the most likely token is the next one. logprobs: steps that sample compute log-probabilities, too.
+    """
+
+    def __init__(self, ranks: Sequence[Rank]) -> None:
+        self.ranks = ranks
+        self.greedy, self.logprobs = True, False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the memory has been given back."""
+        return any(rank.owner.closed for rank in self.ranks)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Each rank has a context of its own, which is made current for it alone."""
+        yield
+
+    def run(self, tokens: int, head: Head) -> None:
+        """Launch a step of one token. Ctrl-C waits: a step that some ranks lack would end by the watchdog."""
+        decode = is_decode(tokens, head)
+        with deferred_interrupts():
+            for rank in self.ranks:
+                with rank.owner.current():
+                    if decode:
+                        rank.run_decode(greedy=self.greedy, logprobs=self.logprobs)
+                    else:
+                        rank.run_prompt()
+
+    def run_head(self) -> None:
+        """The logits of the last step, on every rank; waits for them.
+
+        Raises:
+            BackendError: a watchdog tripped, in that step or before.
+        """
+        with deferred_interrupts():
+            for rank in self.ranks:
+                with rank.owner.current():
+                    rank.run_head()
+        self.wait()
+        self.check_watchdog()
+
+    def send(self, token: int) -> None:
+        """The token of the next step."""
+        for rank in self.ranks:
+            with rank.owner.current():
+                rank.send(token)
+
+    def wait(self) -> None:
+        """Wait for all steps.
+
+        Raises:
+            DriverError: a GPU failed.
+        """
+        for rank in self.ranks:
+            with rank.owner.current():
+                rank.wait()
+
+    def set_position(self, position: int) -> None:
+        """The position at which the next token is written."""
+        for rank in self.ranks:
+            with rank.owner.current():
+                rank.set_position(position)
+
+    def settle(self, position: int) -> None:
+        """Wait for all steps, and give all ranks the same state: after a failure some may have completed more steps."""
+        self.wait()
+        steps, posted = 0, 0
+        for rank in self.ranks:
+            with rank.owner.current():
+                steps, posted = max(steps, rank.steps()), max(posted, rank.posted_tokens())
+        for rank in self.ranks:
+            with rank.owner.current():
+                rank.restart(steps + 1, position)
+                rank.set_posted_tokens(posted)
+
+    def posted_tokens(self) -> int:
+        """Tokens posted to the host so far, by rank 0."""
+        with self.ranks[0].owner.current():
+            return self.ranks[0].posted_tokens()
+
+    def check_watchdog(self) -> None:
+        """Raise if a watchdog tripped on any rank."""
+        for rank in self.ranks:
+            with rank.owner.current():
+                if rank.faulty():
+                    raise watchdog_error("--gpus 1")
+
+    def finished(self) -> bool:
+        """Whether all steps of all ranks have ended."""
+        done = True
+        for rank in self.ranks:
+            with rank.owner.current():
+                done = stream_finished(rank.stream) and done
+        return done
+
+    def close(self) -> None:
+        """Wait for all ranks before the memory of any is freed: peers write to it."""
+        with suppress(AtomFlowError):  # after a failure every call reports it
+            self.wait()
+        for rank in self.ranks:
+            rank.owner.close()

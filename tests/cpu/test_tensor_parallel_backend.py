@@ -1,0 +1,188 @@
+"""The backend of several GPUs over a driver that is only pretended: what it loads, launches, refuses and frees."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from pretended_gpu import PretendedDriver, Status, pretend_compiler
+from tiny_models import tiny_geometry
+
+pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
+pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is none for macOS")
+
+from numba_atomflow import Engine
+from numba_atomflow.backends.cuda.tensor_parallel import rank
+from numba_atomflow.backends.cuda.tensor_parallel.backend import TensorParallelBackend
+from numba_atomflow.checkpoint.random_weights import RandomModel
+from numba_atomflow.errors import AtomFlowError, BackendError, ClosedError
+from numba_atomflow.memory.kv_cache import layer_cache
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention
+from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.runtime.upload import Uploader
+
+SMALL = tiny_geometry(layers=1, hidden=256, heads=8, kv_heads=4, vocabulary=300)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
+    """A machine with four GPUs."""
+    pretend_compiler(monkeypatch)
+    machine = PretendedDriver().install(monkeypatch)
+    machine.gpus = 4
+    yield machine
+    machine.assert_used_well()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Kernels launched, each with its stream."""
+    launches: list[tuple[str, Any]] = []
+    run = Launch.run
+
+    def recorded(self: Launch) -> None:
+        launches.append((self.kernel.spec.name, int(self._config.hStream)))
+        run(self)
+
+    monkeypatch.setattr(Launch, "run", recorded)
+    return launches
+
+
+def load(gpus: Any, geometry: Any = SMALL) -> Engine:
+    return Engine.random(geometry, "cuda", 32, gpus=gpus)
+
+
+@pytest.mark.parametrize("gpus", [2, 4, "all", [3, 1], [0, 0]], ids=str)
+def test_an_engine_on_several_gpus(pretended: PretendedDriver, gpus: Any) -> None:
+    with load(gpus) as engine:
+        backend = engine.backend
+        assert isinstance(backend, TensorParallelBackend)
+        ranks = len(gpus) if isinstance(gpus, list) else 4 if gpus == "all" else gpus
+        assert backend.device == f"{ranks} x Pretended GPU, CUDA 13.0"
+        assert pretended.counts()["context"] == len(set(gpus) if isinstance(gpus, list) else range(ranks))
+        assert pretended.counts()["memory"] == ranks
+        assert engine.feed([1, 2, 3]).shape == (300,)
+        assert engine.feed([4, 5], all_logits=True).shape == (2, 300)
+        engine.rewind(1)
+        engine.reset()
+    assert not pretended.live
+    with pytest.raises(ClosedError):
+        backend.prefill([1], NO_LOGITS)
+
+
+def test_every_rank_launches_every_step(pretended: PretendedDriver, launched: list[tuple[str, Any]]) -> None:
+    with load(2) as engine:
+        backend = engine.backend
+        streams = [handle for handle, (kind, _) in pretended.live.items() if kind == "stream"]
+        launched.clear()
+        backend.prefill([7], NO_LOGITS)
+        assert launched == [("persistent_rank", stream) for stream in streams]
+        launched.clear()
+        backend.prefill([7], SAMPLE)
+        assert launched == [("persistent_rank", stream) for stream in streams], "the most likely token: one launch each"
+        assert not hasattr(pretended.launched[-1], "cooperative")
+        backend._steps.greedy = False
+        launched.clear()
+        backend.prefill([7], SAMPLE)
+        names = ("persistent_rank", "sample", "advance_sampled")
+        assert launched == [(name, stream) for stream in streams for name in names]
+
+
+def test_each_rank_has_its_rows(monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver) -> None:
+    seen: dict[str, list[np.ndarray]] = {}
+    place: dict[int, str] = {}
+    uploaded = rank.Rank.upload_projection
+
+    def recorded(self: rank.Rank, part: str, stored: Any) -> None:
+        place[self.weight_views[part].address] = part
+        uploaded(self, part, stored)
+
+    def projection(self: Uploader, layout: Any, stored: Any, words: Any, progress: Any) -> None:
+        del self, progress
+        assert [len(array) for array in stored] == [layout.out_features] * 2
+        seen.setdefault(place[words.address], []).append(stored[0])
+
+    monkeypatch.setattr(rank.Rank, "upload_projection", recorded)
+    monkeypatch.setattr(Uploader, "projection", projection)
+    model = RandomModel(SMALL)
+    with load(2):
+        for part in ("embedding", "layer.0.o", "layer.0.down", "vocabulary"):
+            np.testing.assert_array_equal(np.concatenate(seen[part]), model.array(f"{part}.weight"), err_msg=part)
+        gate_up = model.array("layer.0.gate_up.weight")
+        np.testing.assert_array_equal(seen["layer.0.gate_up"][1][:160], gate_up[160:320])
+        np.testing.assert_array_equal(seen["layer.0.gate_up"][1][160:], gate_up[480:])
+        qkv = model.array("layer.0.qkv.weight")
+        np.testing.assert_array_equal(seen["layer.0.qkv"][0], np.concatenate([qkv[:256], qkv[512:640], qkv[768:896]]))
+
+
+def test_the_kv_cache_is_one_to_the_engine(pretended: PretendedDriver) -> None:
+    with load(4) as engine, engine.backend.memory() as memory:
+        op = next(op for op in engine.backend.step(1, NO_LOGITS) if isinstance(op, Attention))
+        rows = np.arange(5 * 256, dtype=np.float16).reshape(5, 256)
+        memory.write(op.values.rows(3, 8), rows)
+        np.testing.assert_array_equal(memory.read(op.values.rows(4, 6)), rows[1:3])
+        own = engine.backend._ranks[2]
+        _, values = layer_cache(own.buffers["kv_cache"], 0)
+        with own.owner.current():
+            np.testing.assert_array_equal(own.memory.read(values.rows(3, 8)), rows[:, 128:192])
+        with pytest.raises(NotImplementedError, match="residual"):
+            memory.read(replace(op.q, name="residual"))
+
+
+def test_bytes_per_token_are_the_models(pretended: PretendedDriver) -> None:
+    with load(2) as several, Engine.random(SMALL, "cuda", 32) as one:
+        assert several.weight_bytes_per_token == pytest.approx(one.weight_bytes_per_token, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "reason"),
+    [
+        (8, "There is no GPU number 4 for --gpus: the NVIDIA driver sees 4 GPUs"),
+        ([0, 0, 1], "A GPU is named more often"),
+        (3, "3 GPUs cannot share this model evenly, because it has 4 key/value heads; use --gpus 1 or --gpus 2 or"),
+    ],
+)
+def test_gpus_that_are_not_there(pretended: PretendedDriver, gpus: Any, reason: str) -> None:
+    geometry = replace(SMALL, heads=8, kv_heads=8, hidden=256, ffn=512, vocabulary=1024) if gpus == 8 else SMALL
+    if gpus == [0, 0, 1]:
+        geometry = replace(SMALL, heads=6, kv_heads=3, hidden=48 * 6, ffn=24 * 12)
+    with pytest.raises(AtomFlowError) as error:
+        load(gpus, geometry)
+    assert reason in str(error.value)
+    assert not pretended.live
+
+
+def test_gpus_that_are_not_connected_or_not_alike(pretended: PretendedDriver) -> None:
+    pretended.peer_access = 0
+    with pytest.raises(BackendError, match="GPU 0 cannot access the memory of GPU 1; choose GPUs that NVLink connects"):
+        load(2)
+    pretended.peer_access = 1
+    pretended.other_names[1] = b"Older GPU\0"
+    with pytest.raises(BackendError, match="GPU 0 is a Pretended GPU and GPU 1 a Older GPU, or of another size"):
+        load(2)
+    assert not pretended.live
+
+
+@pytest.mark.parametrize("function", ["cuMemAlloc", "cuModuleLoadData", "cuCtxEnablePeerAccess", "cuStreamCreate"])
+def test_after_a_failure_all_gpus_are_given_back(pretended: PretendedDriver, function: str) -> None:
+    calls = 0
+
+    def third(_number: int, name: str) -> Status | None:
+        nonlocal calls
+        calls += name == function
+        return Status.CUDA_ERROR_UNKNOWN if name == function and calls == 2 else None
+
+    pretended.before = third
+    with pytest.raises(BackendError):
+        load(2)
+    pretended.behave()
+    assert not pretended.live
+
+
+def test_what_only_one_gpu_can_do_is_refused(pretended: PretendedDriver) -> None:
+    with load(2) as engine:
+        with pytest.raises(BackendError, match="Activations can be read and changed on one GPU only"):
+            engine.backend.observe([1], NO_LOGITS, None)  # type: ignore[arg-type]
+        with pytest.raises(BackendError, match="Single ops are timed on one GPU only"):
+            engine.backend.measure.time_ops(1)
