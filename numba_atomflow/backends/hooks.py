@@ -350,7 +350,7 @@ def prepare_edits(backend: Backend, edits: Sequence[tuple[Activation, Any]]) -> 
     if backend.device_edits is None:
         raise OptionError(
             f"The edit of {on_device[0][0].name} is a device function of numba.cuda, but this engine's backend is "
-            f"{backend.name}; give a function of NumPy arrays, or load the model on a GPU."
+            f"{backend.name}; give a function of NumPy arrays, or load the model on one GPU."
         )
     block = backend.device_edits.compile(on_device)
     compiled = iter(block.edits)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer, Verification
-from numba_atomflow.backends.cuda.families import check_family
+from numba_atomflow.backends.cuda.families import check_no_window
 from numba_atomflow.backends.cuda.queue import StepQueue
 from numba_atomflow.backends.cuda.tensor_parallel.gpus import connect, open_all, ranks_per_gpu
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
@@ -52,6 +52,7 @@ class TensorParallelBackend:
     decode_path, prefill_path = DECODE, PREFILL
     prefill_chunk = 1
     prompt_lengths = (1,)
+    device_edits = None  # steps are not cut where an activation could be edited
     verification = Verification(1, "several GPUs run steps of one token only")
 
     def __init__(
@@ -62,7 +63,7 @@ class TensorParallelBackend:
         *,
         ordinals: Sequence[int],
     ) -> None:
-        check_family(geometry, max_seq_len)
+        check_no_window(geometry, max_seq_len)
         sharding, shared = Sharding(geometry, len(ordinals)), ranks_per_gpu(ordinals)
         self.geometry, self._max_seq_len = geometry, max_seq_len
         self._arrays: Mapping[str, NDArray[Any]] | None = weights

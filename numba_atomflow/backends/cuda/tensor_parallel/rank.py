@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.cuda.loaded import LoadedKernels
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
 from numba_atomflow.backends.cuda.model import write_sampler
 from numba_atomflow.backends.cuda.persistent import all_weights, kv_stride, weight_table
@@ -21,6 +20,7 @@ from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.model.rope_tables import rope_tables
 from numba_atomflow.ops.cuda.persistent.rank import APART, GREEDY, PROMPT, SAMPLED, RankArguments, peers_of
 from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.runtime.upload import Uploader
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.logprobs import LogprobsArguments
