@@ -115,8 +115,7 @@ class ChunkLaunches:
         return {
             "weights": self._view(f"layer.{layer}.{kind}"),
             "x": self._tiles[x],
-            "partials": self._view("prefill.partials"),
-            "counters": self._view("prefill.counters"),
+            "partials": self._view("prefill.sums"),
             "token_tiles": self._prefill.token_tiles(kind, bucket),
         }
 

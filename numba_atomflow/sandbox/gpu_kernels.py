@@ -188,13 +188,14 @@ class SandboxKernels:
 
 def _chunk_buffers(prefill: PrefillKernels, longest: int, kv_dim: int) -> list[Buffer]:
     """What a chunk of one prompt needs beside the buffers of other steps. `longest`: positions of a sequence."""
-    partials, counters = prefill.scratch
+    sums, partials, counters = prefill.scratch
     own = [Buffer("activations", f"chunk.{name}", (longest, kv_dim), KV_FLOAT16.dtype) for name in ("keys", "values")]
     return [
         Buffer("activations", "chunk.inputs", (len(CHUNK_INPUTS), 1), "int64"),
         Buffer("activations", "chunk.tokens", (prefill.capacity,), "int32"),
         *(Buffer("activations", f"tiles.{name}", (x.words,), "uint32") for name, x in prefill.tiles.items()),
         *own,
+        Buffer("workspace", "prefill.sums", (sums,), "float32"),
         Buffer("workspace", "prefill.partials", (partials,), "float32"),
         Buffer("workspace", "prefill.counters", (counters,), "uint32"),
     ]

@@ -1,4 +1,4 @@
-"""Asynchronous copies of 16 bytes from global to shared memory (`cp.async`), and `ldmatrix`, which reads what they
+"""Asynchronous copies of 4 or 16 bytes from global to shared memory (`cp.async`), and `ldmatrix`, which reads what they
 brought as fragments of tensor core instructions. Since sm_80.
 
 Addresses in shared memory (`shared_address`) are in bytes; in the simulator they are offsets from its start. There, a
@@ -62,9 +62,9 @@ def _copies() -> _Copies:
 
 
 def _bytes(array: Any, address: Any, nbytes: int) -> NDArray[np.uint8]:
-    """Bytes of shared memory at an address, which must be a multiple of 16."""
+    """Bytes of shared memory at an address, which must be a multiple of their number: 4 or 16."""
     start = int(address)
-    if start % COPY_BYTES or not 0 <= start <= array.nbytes - nbytes:
+    if start % nbytes or not 0 <= start <= array.nbytes - nbytes:
         raise IndexError(f"{nbytes} bytes at {start} of {array.nbytes} bytes of shared memory")
     return np.asarray(array).view(np.uint8)[start : start + nbytes]
 
@@ -76,11 +76,21 @@ def copy_async_16(target, destination, source, start, nbytes):
     Only the first `nbytes` (0 to 16) are read; zeros take the place of the others. Both addresses: multiples of 16.
     `start` may be anywhere if no bytes are read.
     """
-    place, count = _bytes(target, destination, COPY_BYTES), int(nbytes) // source.itemsize
-    if int(start) * source.itemsize % COPY_BYTES or (count and not 0 <= int(start) <= source.size - count):
+    _start(_bytes(target, destination, COPY_BYTES), source, int(start), int(nbytes) // source.itemsize)
+
+
+@instruction("cp.async.ca.shared.global [$0], [$1], 4;", (), (ARRAY, u32, ADDRESS), memory=True)
+def copy_async_4(target, destination, source, start):
+    """Start a copy of 4 bytes from element `start` of global memory to address `destination` of shared memory."""
+    _start(_bytes(target, destination, 4), source, int(start), 4 // source.itemsize)
+
+
+def _start(place: NDArray[np.uint8], source: Any, start: int, count: int) -> None:
+    """Start a copy of so many elements to bytes of shared memory, of which zeros fill the rest."""
+    if start * source.itemsize % place.size or (count and not 0 <= start <= source.size - count):
         raise IndexError(f"{count} elements from {start} of {source.size} cannot be copied")
     place[:] = _NAN_BYTE
-    _copies().open.append(_Copy(place, np.asarray(source[int(start) : int(start) + count])))
+    _copies().open.append(_Copy(place, np.asarray(source[start : start + count])))
 
 
 @instruction("cp.async.commit_group;", (), (), memory=True)

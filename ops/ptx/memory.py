@@ -177,6 +177,13 @@ def load_relaxed_f32x4(array, index):
     return tuple(np.float32(array[index + i]) for i in range(4))
 
 
+@instruction("st.relaxed.gpu.global.v4.f32 [$0], {$1, $2, $3, $4};", (), (ADDRESS,) + (f32,) * 4, memory=True)
+def store_relaxed_f32x4(array, index, a, b, c, d):
+    """Four float32 for readers in other CTAs of this launch; each of the four is written by one access."""
+    for i, value in enumerate((a, b, c, d)):
+        array[index + i] = value
+
+
 @instruction(
     "{ .reg .b64 a, b; ld.relaxed.gpu.global.v2.b64 {a, b}, [$4]; mov.b64 {$0, $1}, a; mov.b64 {$2, $3}, b; }",
     (u32,) * 4,

@@ -128,8 +128,7 @@ class _Buffers:
             torch.as_tensor(table, device=device) for table in rope_table(rope_inverse_frequencies(g), padded)
         )
         self.values: dict[str, torch.Tensor | int] = {
-            "partials": empty(max(plan.partials, 1), dtype=torch.float32),
-            "counters": torch.zeros(max(plan.counters, 1), dtype=torch.int32, device=device),
+            "partials": torch.zeros(plan.partials, dtype=torch.float32, device=device),
             "y": empty(padded, plan.layout.out_features, dtype=torch.float32),
             "residual": empty(padded, g.hidden, dtype=torch.float32),
             "count": torch.tensor([tokens], dtype=torch.int64, device=device),

@@ -39,6 +39,24 @@ def test_copies_arrive_when_they_are_waited_for() -> None:
     assert out.tolist()[8:] == [104, 105, 106, 107, 112, 113, 0, 0]
 
 
+def test_copies_of_4_bytes() -> None:
+    wait_0 = ptx.make_wait_copies(0)
+
+    @ptx.kernel(1, 1)
+    def copy(source, out):
+        words = cuda.shared.array(0, uint32)
+        words[0], words[2] = 7, 7
+        ptx.copy_async_4(words, u32(4), source, 3)
+        ptx.commit_copies()
+        wait_0()
+        for i in range(3):
+            out[i] = words[i]
+
+    out = np.zeros(3, np.uint32)
+    launch(copy, 1, 1, 16, np.arange(100, 116, dtype=np.uint32), out)
+    assert out.tolist() == [7, 103, 7]
+
+
 def test_a_barrier_completes_when_the_copies_have_arrived() -> None:
     @ptx.kernel(64, 1)
     def copy(source, out):

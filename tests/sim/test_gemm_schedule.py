@@ -9,17 +9,16 @@ from numba import cuda
 from numpy.typing import NDArray
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.fixup import STATE_WORDS
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import make_schedule
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 
-FIELDS, MOST = 6, 8  # of a record; works of a CTA
+FIELDS, MOST = 5, 8  # of a record; works of a CTA
 
 
 def works(plan: GemmPlan, token_tiles: int) -> NDArray[np.int32]:
-    """[ctas, works, (tile, first, last, counter, slot, count)], -1 where there is none; `slot` of the CTA itself."""
+    """[ctas, works, (tile, first, last, slot, count)], -1 where there is none; `slot` of the CTA itself."""
     schedule = make_schedule(plan)
     work, sharers, slot = schedule
 
@@ -32,8 +31,8 @@ def works(plan: GemmPlan, token_tiles: int) -> NDArray[np.int32]:
                 out[at + i] = -1
             out[at], out[at + 1], out[at + 2] = tile, first, last
             if tile >= 0 and last - first < plan.units:
-                counter, first_slot, count = sharers(tile, token_tiles)
-                out[at + 3], out[at + 4], out[at + 5] = counter, slot(tile, token_tiles), count
+                first_slot, count = sharers(tile, token_tiles)
+                out[at + 3], out[at + 4] = slot(tile, token_tiles), count
                 first_slots[tile] = first_slot
 
     out = np.zeros(plan.ctas * MOST * FIELDS, np.int32)
@@ -46,17 +45,13 @@ def works(plan: GemmPlan, token_tiles: int) -> NDArray[np.int32]:
             shared[record[0]].append(record)
     for tile, parts in shared.items():
         parts.sort(key=lambda part: part[1])  # along K
-        assert [part[4] for part in parts] == [first_slots[tile] + i for i in range(len(parts))]
-        assert {part[5] for part in parts} == {len(parts)}
-        assert all(0 <= part[3] < plan.counters for part in parts)
-    slots = [part[4] for parts in shared.values() for part in parts]
+        assert [part[3] for part in parts] == [first_slots[tile] + i for i in range(len(parts))]
+        assert {part[4] for part in parts} == {len(parts)}
+    slots = [part[3] for parts in shared.values() for part in parts]
     assert len(set(slots)) == len(slots)
     assert max(slots, default=0) < 2 * plan.ctas
-    counters = [parts[0][3] for parts in shared.values()]
-    assert len(set(counters)) == len(counters)
-    for cta in records:  # the fix-up has a word for each of its shared tiles, which come last
+    for cta in records:  # shared tiles come last
         numbers = np.flatnonzero(cta[:, 3] >= 0)
-        assert len(numbers) <= STATE_WORDS
         assert (cta[max(numbers, default=MOST) + 1 :, 0] == -1).all()
     return records
 

@@ -117,7 +117,6 @@ def check_epilogue(case: EpilogueCase) -> None:
         "weights": poisoned(1, dtype=np.uint32),
         "x": poisoned(1, dtype=np.uint32),
         "partials": rows.reshape(-1),
-        "counters": np.zeros(1, np.uint32),
         "token_tiles": case.tokens // case.tile_tokens,
     }
     if case.kind == "store":

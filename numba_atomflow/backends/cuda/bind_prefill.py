@@ -49,15 +49,14 @@ class PrefillBinder:
             case Qkv():
                 return [self._norm("norm", op), *self._bind_qkv(op)]
             case Attention():
-                partials, counters = self._scratch
                 attention = PrefillAttentionArguments(
                     q=op.q,
                     keys=op.keys,
                     values=op.values,
                     position=op.position,
                     count=self._count,
-                    partials=partials,
-                    counters=counters,
+                    partials=self._scratch.partials,
+                    counters=self._scratch.counters,
                     out=op.attn_out,
                 )
                 return [self._launch("attention", op.q, attention)]
@@ -97,12 +96,10 @@ class PrefillBinder:
 
     def _gemm(self, op: Qkv | ProjectAdd | GateUp | LmHead, x: View) -> dict[str, Any]:
         """The arguments that all projections share."""
-        partials, counters = self._scratch
         return {
             "weights": op.weight.codes,
             "x": x,
-            "partials": partials,
-            "counters": counters,
+            "partials": self._scratch.sums,
             "token_tiles": self._kernels.token_tiles(op.kind, op.residual.shape[0]),
         }
 

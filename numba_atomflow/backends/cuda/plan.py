@@ -86,16 +86,20 @@ class PrefillScratch(NamedTuple):
     """What the CTAs of a kernel of the GEMM path exchange where several compute one tile. All kernels take the same.
 
     Attributes:
-        partials: float32 results. counters: uint32, CTAs that are done, for each tile; 0 before and after every kernel.
+        sums: float32 partial sums of projections; 0 before and after every kernel.
+        partials: float32 results of attention. counters: uint32, CTAs that are done, for each tile of it; 0 before and
+            after every kernel.
     """
 
+    sums: View
     partials: View
     counters: View
 
     @staticmethod
-    def plan(partials: int, counters: int) -> list[Buffer]:
+    def plan(sums: int, partials: int, counters: int) -> list[Buffer]:
         """The buffers of these views."""
         return [
+            Buffer("workspace", "prefill.sums", (sums,), "float32"),
             Buffer("workspace", "prefill.partials", (partials,), "float32"),
             Buffer("workspace", "prefill.counters", (counters,), "uint32"),
         ]

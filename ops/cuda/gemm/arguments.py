@@ -1,7 +1,7 @@
 """The parameters of the GEMM kernels: one class for each epilogue, whatever instructions the main loop uses.
 
-`weights`: prepacked. `x`: tiled activations (`layout/activations.py`). `partials` and `counters`: scratch of tiles that
-several CTAs share: float32 partial sums, and how many of the CTAs are done (0 before and after every launch).
+`weights`: prepacked. `x`: tiled activations (`layout/activations.py`). `partials`: scratch, float32 partial sums of
+tiles that several CTAs share: 0 before and after every launch.
 `token_tiles`: tiles of `plan.tile_tokens` tokens that are computed, so that one kernel serves chunks of any length.
 """
 
@@ -20,7 +20,6 @@ class GemmStoreArguments(NamedTuple):
     weights: U32
     x: U32
     partials: F32
-    counters: U32
     token_tiles: NUMBER
     y: F32
 
@@ -35,7 +34,6 @@ class GemmAddArguments(NamedTuple):
     weights: U32
     x: U32
     partials: F32
-    counters: U32
     token_tiles: NUMBER
     residual: F32
 
@@ -50,7 +48,6 @@ class GemmSwigluArguments(NamedTuple):
     weights: U32
     x: U32
     partials: F32
-    counters: U32
     token_tiles: NUMBER
     intermediate: U32
 
@@ -69,7 +66,6 @@ class GemmQkvArguments(NamedTuple):
     weights: U32
     x: U32
     partials: F32
-    counters: U32
     token_tiles: NUMBER
     count: I64
     position: I64

@@ -104,10 +104,8 @@ class TileWriter(NamedTuple):
     finish: Any
 
 
-def make_tile_writer(
-    plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, epilogue_at: int, state_at: int
-) -> TileWriter:
-    """For an epilogue's stage and a fix-up's state so many words behind `skipped`."""
+def make_tile_writer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, epilogue_at: int) -> TileWriter:
+    """For an epilogue's stage so many words behind `skipped`."""
     units, tile_tokens, fixup = plan.units, plan.tile_tokens, make_fixup(plan, schedule, epilogue, CONSUMERS)
     put, settle = fixup.put, fixup.settle
     store_all = _make_store_all(plan, epilogue)
@@ -116,7 +114,7 @@ def make_tile_writer(
     def write(io, words, skipped, number, shared, tile, first, last, sums, thread):
         if last - first < units:
             shared = number if shared < 0 else shared
-            put(io, words, skipped + state_at, number - shared, tile, sums, thread)
+            put(io, tile, sums, thread)
         else:
             row_tile, token_tile = i32(u32(tile) // u32(io.token_tiles)), i32(u32(tile) % u32(io.token_tiles))
             store_all(io, words[skipped + epilogue_at :], row_tile, token_tile * tile_tokens, sums, thread)
@@ -125,6 +123,6 @@ def make_tile_writer(
     @ptx.device_function
     def finish(io, words, skipped, shared, thread):
         if shared >= 0:
-            settle(io, words, skipped + state_at, words[skipped + epilogue_at :], shared, thread)
+            settle(io, words[skipped + epilogue_at :], shared, thread)
 
     return TileWriter(write, finish)

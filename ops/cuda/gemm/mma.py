@@ -24,7 +24,6 @@ from numba import cuda, float32, int32, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemm.consumer import make_tile_writer, make_weights_start
 from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue
-from numba_atomflow.ops.cuda.gemm.fixup import STATE_WORDS
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, mma_ctas_per_sm
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, make_weight_loads
@@ -37,8 +36,8 @@ _ZERO = f32(0.0)
 
 
 def mma_shared_bytes(plan: GemmPlan, epilogue: GemmEpilogue) -> int:
-    """Dynamic shared memory of a CTA: the slots of X, what the epilogue stages, the fix-up's state."""
-    return 4 * (_slots(plan) * _BLOCKS * plan.stage_words + epilogue.stage_words + STATE_WORDS)
+    """Dynamic shared memory of a CTA: the slots of X, what the epilogue stages."""
+    return 4 * (_slots(plan) * _BLOCKS * plan.stage_words + epilogue.stage_words)
 
 
 def _slots(plan: GemmPlan) -> int:
@@ -47,7 +46,7 @@ def _slots(plan: GemmPlan) -> int:
 
 
 def make_gemm_mma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool = False) -> Any:
-    """A projection's kernel of `CONSUMERS` threads. Its parameter `io` has `weights`, `x`, `partials`, `counters`,
+    """A projection's kernel of `CONSUMERS` threads. Its parameter `io` has `weights`, `x`, `partials`,
     `token_tiles` and what the epilogue reads and writes.
 
     `tile_tokens` is a multiple of 16, `stages` at least 4; x is float16.
@@ -59,7 +58,7 @@ def make_gemm_mma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool = F
     load, load_scales, convert, code_count = loads.load, loads.load_scales, loads.convert, loads.code_registers
     slot_bytes, stage_at = 4 * _BLOCKS * plan.stage_words, slots * _BLOCKS * plan.stage_words
     work, weights_start = schedule.work, make_weights_start(plan)
-    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, stage_at, stage_at + epilogue.stage_words)
+    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, stage_at)
     (fetch, advance), set_rows, multiply = _make_fetch(plan, schedule), _make_rows(), _make_multiply(plan)
     wait_copies = ptx.make_wait_copies(slots - 2)
 

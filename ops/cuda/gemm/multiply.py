@@ -2,15 +2,13 @@
 
 Scales. A is the bare codes. Between units (of one scale each) the accumulators are multiplied by s[u - 1] / s[u], after
 the last one by its s: the sum over units of s times the unit's products, without a second set of accumulators. A unit
-whose scale is 0 has no codes but 0, and takes the scale of the one before.
+whose scale is 0 has no codes but 0, and takes the scale of the one before; the first one's is 1.
 
-Order of a unit, per warpgroup, as it is written: while the second block of the last unit is multiplied, convert the
-first block (its registers of A are free) and wait for X; wait for the products; rescale; start the first block; convert
-the second, whose registers of A that wait freed; start it; wait until only it is under way. ptxas moves the wait for
-the products up to the one for X, and the first block's conversion behind it: only the other warpgroup's products run
-beside that conversion. Loads of a later unit are issued as soon as the codes are converted: the next unit's, or with
-two sets of registers (small tiles, whose units take less time than a load) those of the one after. The order of
-additions of an element does not depend on `tile_tokens`.
+Order of a unit, per warpgroup. Its codes are in registers. Wait for X and for the products of the last unit; rescale;
+convert the codes to A, whose registers that wait freed; start the products of both K blocks. While they are under way,
+read the codes of the next unit from the ring, and fill its slot again. What a warpgroup does between its products the
+other one's products run beside, if it takes no longer than they do: hence as little as possible comes there. The order
+of additions of an element does not depend on `tile_tokens`.
 """
 
 from typing import Any, NamedTuple
@@ -18,19 +16,19 @@ from typing import Any, NamedTuple
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.ring import WeightRing
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
 
-STAGE, PHASE, BEFORE = range(3)  # of `Registers.state`
+STAGE, PHASE, BEFORE, SLOT, STATE_REGISTERS = range(5)  # of `Registers.state`
 _ZERO, _ONE = f32(0.0), f32(1.0)
-_TWO_SETS = 128  # tokens of a tile, up to which there are registers for two units of weights
 _TURNS_FROM = 64  # tokens of a tile, from which warpgroups take turns
 _TURN_BARRIERS = 2  # the first of the named barriers at which warpgroups wait for their turn
 
 
 class Pipeline(NamedTuple):
-    """Shared memory: `words` and `barriers`, views of all of it; addresses of the stages of X and of their barriers.
-    Number of the warpgroup: 0 or 1.
+    """Shared memory: `words` and `barriers`, views of all of it; addresses of the stages of X and of their barriers;
+    word at which the warp's slots of weights begin. Numbers of the lane, the warp, and the warpgroup: 0 or 1.
     """
 
     words: Any
@@ -38,6 +36,9 @@ class Pipeline(NamedTuple):
     stages: Any
     full: Any
     empty: Any
+    slots: Any
+    lane: Any
+    warp: Any
     warpgroup: Any
 
 
@@ -47,38 +48,21 @@ class Registers(NamedTuple):
     Attributes:
         sums: float32 [tile_tokens / 2], the accumulators.
         a, b: uint32 [A_REGISTERS], A of the first and of the second K block of a unit.
-        factors: float32 [2], what the sums of rows g and g + 8 are yet to be multiplied by; 0: nothing was summed.
-        state: int32 [3]: the stage that is read next and its phase's parity, and the stage that a batch of products
-            which may be under way reads, or -1.
+        codes, scales: of the next unit, as `WeightRing.read` has them.
+        factors: float32 [2], what the sums of rows g and g + 8 are yet to be multiplied by.
+        state: int32 [STATE_REGISTERS]: the stage that is read next and its phase's parity; the stage that a batch of
+            products which may be under way reads, or -1; the slot of the next unit's weights.
+        cursor: what `WeightRing.refill` copies next.
     """
 
     sums: Any
     a: Any
     b: Any
+    codes: Any
+    scales: Any
     factors: Any
     state: Any
-
-
-class Weights(NamedTuple):
-    """Local arrays of a thread: codes and scales of the next unit, and of the one after if there are two sets."""
-
-    codes_0: Any
-    scales_0: Any
-    codes_1: Any
-    scales_1: Any
-
-
-class Units(NamedTuple):
-    """Units `first` to `last` - 1 of the prepacked tile that begins at word `start`."""
-
-    start: Any
-    first: Any
-    last: Any
-
-
-def register_sets(plan: GemmPlan) -> int:
-    """How many units of weights a thread holds."""
-    return 2 if plan.tile_tokens <= _TWO_SETS else 1
+    cursor: Any
 
 
 def make_turns(plan: GemmPlan) -> tuple[Any, Any]:
@@ -102,98 +86,71 @@ def make_turns(plan: GemmPlan) -> tuple[Any, Any]:
     return wait_for_turn, pass_turn
 
 
-def make_multiply(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, Any]:
+def make_multiply(plan: GemmPlan, loads: WeightLoads, ring: WeightRing) -> tuple[Any, Any, Any, Any]:
     """Device functions of a warpgroup.
 
+    read_next: (io, pipeline, registers): the codes of the next unit; fill its slot again. Before the first unit.
     begin: (registers): a tile's sums are 0.
-    multiply_tile: (io, pipeline, registers, weights, units, following, lane): add the products of `units`, whose first
-    are loaded; afterwards the first of `following` are.
-    finish: (pipeline, registers, weights, lane): wait for all products, and scale them.
+    multiply_unit: (io, pipeline, registers): start the products of the unit whose codes are read and whose X is in the
+    next two stages; then `read_next`.
+    finish: (pipeline, registers): wait for all products, and scale them.
     """
-    sums_count, sets, code_registers = plan.tile_tokens // 2, register_sets(plan), loads.code_registers
-    scaled, wait_all = plan.layout.format.scaled, ptx.make_wgmma_wait(0, ptx.Registers(sums_count))
-    release, rescale, multiply_unit = _make_multiply_unit(plan, loads)
+    sums_count, scaled = plan.tile_tokens // 2, plan.layout.format.scaled
+    wait_all = ptx.make_wgmma_wait(0, ptx.Registers(sums_count))
+    read_next = _make_read_next(plan, ring)
+    release, rescale, multiply_unit = _make_multiply_unit(plan, loads, read_next)
 
     @ptx.device_function
     def begin(registers):
         for i in range(sums_count):
             registers.sums[i] = _ZERO
-        registers.factors[0], registers.factors[1] = _ZERO, _ZERO
+        registers.factors[0], registers.factors[1] = _ONE, _ONE
 
     @ptx.device_function
-    def finish(pipeline, registers, weights, lane):
+    def finish(pipeline, registers):
         wait_all(registers.sums)
-        release(pipeline, registers.state[BEFORE], lane)
+        release(pipeline, registers.state[BEFORE])
         registers.state[BEFORE] = i32(-1)
         if scaled:
             rescale(registers.sums, registers.factors[0], registers.factors[1])
 
-    @ptx.device_function
-    def after(unit, units, following):
-        """Where unit number `unit` is, counted on from `units` into `following`; within the latter."""
-        beyond = i32(following.first + unit - units.last)
-        beyond = beyond if beyond < following.last else i32(following.last - 1)
-        return (units.start, unit) if unit < units.last else (following.start, beyond if beyond > 0 else i32(0))
-
-    @ptx.device_function
-    def multiply_with_one_set(io, pipeline, registers, weights, units, following, lane):
-        unit = units.first
-        while unit < units.last:
-            unit = i32(unit + 1)
-            start, ahead = after(unit, units, following)
-            multiply_unit(
-                io, pipeline, registers, weights.codes_0, weights.scales_0, weights.codes_0, start, ahead, lane
-            )
-
-    @ptx.device_function
-    def multiply_with_two_sets(io, pipeline, registers, weights, units, following, lane):
-        unit = units.first
-        while unit < units.last:
-            unit = i32(unit + 1)
-            start, ahead = after(i32(unit + 1), units, following)
-            multiply_unit(
-                io, pipeline, registers, weights.codes_0, weights.scales_0, weights.codes_1, start, ahead, lane
-            )
-            if unit < units.last:
-                unit = i32(unit + 1)
-                start, ahead = after(i32(unit + 1), units, following)
-                multiply_unit(
-                    io, pipeline, registers, weights.codes_1, weights.scales_1, weights.codes_0, start, ahead, lane
-                )
-        if units.last - units.first & 1:  # the next unit is in the second set
-            for i in range(code_registers):
-                weights.codes_0[i], weights.codes_1[i] = weights.codes_1[i], weights.codes_0[i]
-            for i in range(2):
-                weights.scales_0[i], weights.scales_1[i] = weights.scales_1[i], weights.scales_0[i]
-
-    return begin, multiply_with_two_sets if sets == 2 else multiply_with_one_set, finish
+    return read_next, begin, multiply_unit, finish
 
 
-def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, Any]:
+def _make_read_next(plan: GemmPlan, ring: WeightRing) -> Any:
+    """`make_multiply`'s."""
+    read, refill, slots = ring.read, ring.refill, plan.ring
+
+    @ptx.large_device_function
+    def read_next(io, pipeline, registers):
+        words, state = pipeline.words, registers.state
+        read(words, pipeline.slots, state[SLOT], pipeline.lane, registers.codes, registers.scales)
+        refill(io, words, pipeline.slots, state[SLOT], registers.cursor, pipeline.lane, pipeline.warp)
+        state[SLOT] = i32(state[SLOT] + 1) if state[SLOT] < slots - 1 else i32(0)
+
+    return read_next
+
+
+def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads, read_next: Any) -> tuple[Any, Any, Any]:
     """Device functions.
 
-    release: (pipeline, stage, lane): this warp has multiplied the stage (none if it is -1).
+    release: (pipeline, stage): this warp has multiplied the stage (none if it is -1).
     rescale: (sums, factor_0, factor_1): of rows g and g + 8.
-    multiply_unit: (io, pipeline, registers, codes, scales, next_codes, start, ahead, lane): start the products of the
-    unit whose weights are given and of X in the next two stages; load unit `ahead` of the tile at `start` in their
-    place. `next_codes`: of the unit after.
+    multiply_unit: as `make_multiply` has it.
     """
     sums_count, stages, stage_bytes = plan.tile_tokens // 2, plan.stages, 4 * plan.stage_words
-    load, load_scales, convert, half = loads.load, loads.load_scales, loads.convert, loads.code_registers // 2
-    scaled = plan.layout.format.scaled
+    convert, scaled = loads.convert, plan.layout.format.scaled
     step_0, step_1, step_2, step_3 = (ptx.make_wgmma(plan.tile_tokens, a_first=4 * step) for step in range(4))
     all_sums, all_a = ptx.Registers(sums_count), ptx.Registers(A_REGISTERS)
-    first_codes, second_codes = ptx.Registers(half), ptx.Registers(half, half)
-    fence_a, fence_both = ptx.make_wgmma_fence(all_a), ptx.make_wgmma_fence(all_sums, all_a)
-    # A is named so that it is converted before the wait, in PTX at least; codes, because what is converted next goes
-    # into registers that the batch was reading.
-    wait_all = ptx.make_wgmma_wait(0, all_sums, all_a, second_codes)
-    wait_before_next = ptx.make_wgmma_wait(1, first_codes)
+    fence_sums, fence_a = ptx.make_wgmma_fence(all_sums, all_a), ptx.make_wgmma_fence(all_a)
+    # Codes are named because they are converted into registers that the products before were reading.
+    wait_all = ptx.make_wgmma_wait(0, all_sums, ptx.Registers(loads.code_registers))
+    wait_for_first_block = ptx.make_wgmma_wait(1)
     wait_for_turn, pass_turn = make_turns(plan)
 
     @ptx.device_function
-    def release(pipeline, stage, lane):
-        if stage >= 0 and lane == 0:
+    def release(pipeline, stage):
+        if stage >= 0 and pipeline.lane == 0:
             ptx.barrier_arrive(pipeline.barriers, u32(pipeline.empty + u32(8) * u32(stage)))
 
     @ptx.device_function
@@ -228,34 +185,30 @@ def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads) -> tuple[Any, Any, A
             state[STAGE], state[PHASE] = i32(0), i32(state[PHASE] ^ 1)
 
     @ptx.large_device_function
-    def multiply_unit(io, pipeline, registers, codes, scales, next_codes, start, ahead, lane):
-        sums, a, b, factors, state = registers
+    def multiply_unit(io, pipeline, registers):
+        sums, a, b, codes, scales, factors, state, _ = registers
         live_0, live_1 = scales[0] != _ZERO, scales[1] != _ZERO
-        old_0 = factors[0] if factors[0] != _ZERO else scales[0] if live_0 else _ONE
-        old_1 = factors[1] if factors[1] != _ZERO else scales[1] if live_1 else _ONE
-        factors[0], factors[1] = scales[0] if live_0 else old_0, scales[1] if live_1 else old_1
-        ratio_0, ratio_1 = ptx.divide(old_0, factors[0]), ptx.divide(old_1, factors[1])
-        convert(codes, 0, a, live_0, live_1)
-        load(io.weights, start, ahead, 0, lane, codes)
-        load_scales(io.weights, start, ahead, lane, scales)
+        ratio_0, ratio_1 = factors[0], factors[1]
+        factors[0], factors[1] = scales[0] if live_0 else factors[0], scales[1] if live_1 else factors[1]
+        ratio_0, ratio_1 = ratio_0 * ptx.reciprocal(factors[0]), ratio_1 * ptx.reciprocal(factors[1])
         await_stage(pipeline, state)
-        wait_all(sums, a, codes)
-        release(pipeline, state[BEFORE], lane)
+        wait_all(sums, codes)
+        release(pipeline, state[BEFORE])
         if scaled:
             rescale(sums, ratio_0, ratio_1)
+        convert(codes, 0, a, live_0, live_1)
+        convert(codes, 1, b, live_0, live_1)
         wait_for_turn(pipeline.warpgroup)
-        fence_both(sums, a)
+        fence_sums(sums, a)
         start_products(pipeline, sums, a, state)
         next_stage(state)
-
-        convert(codes, 1, b, live_0, live_1)
-        load(io.weights, start, ahead, 1, lane, codes)
         await_stage(pipeline, state)
         fence_a(b)
         start_products(pipeline, sums, b, state)
         pass_turn(pipeline.warpgroup)
-        wait_before_next(next_codes)
-        release(pipeline, state[BEFORE], lane)
+        read_next(io, pipeline, registers)
+        wait_for_first_block()
+        release(pipeline, state[BEFORE])
         next_stage(state)
 
     return release, rescale, multiply_unit

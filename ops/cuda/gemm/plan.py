@@ -1,6 +1,6 @@
 """How a GEMM is tiled: rows and tokens of a CTA's tile, pipeline stages, and what CTAs that share a tile need."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_BYTES, BLOCK_WORDS, ActivationTiles
@@ -9,10 +9,10 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 TILE_ROWS = 128  # weight rows of a CTA's tile: 8 tiles of 16 of the prepacked layout, one for each consumer warp
 UNIT = 128  # of K: what the schedule counts in: a group of FP8 weights; two K blocks of float16 activations
-SHARED_COUNTERS = 2  # of a shared tile
 SM_90 = (9, 0)
 MOST_STAGES = 12
 SHARED_SM_TOKENS = 16  # of a tile, up to which an SM has room for two CTAs
+_RING_UNITS, _FEWER_RING_UNITS = 4, 3  # of the ring of weights: up to 128 tokens of a tile; more, or float16 weights
 _MMA_STAGES = 8  # of the pipeline with `mma.sync`: four units
 _MISCELLANEOUS_BYTES = 2048  # of shared memory: alignment, barriers, a flag
 MOST_PADDING = 64  # tokens, by which a projection's tiles may exceed the number of tokens
@@ -33,6 +33,7 @@ class GemmPlan:
         fixup_units: a tile is shared by CTAs only if that saves the time of so many units.
         min_units: that a CTA takes at least of a shared tile.
         instructions: of the tensor cores: `wgmma`, or `mma.sync`.
+        ring: units of weights that a CTA copies ahead into shared memory (`wgmma` with float16 activations).
     """
 
     layout: PrepackedLayout
@@ -43,6 +44,7 @@ class GemmPlan:
     fixup_units: int = 0
     min_units: int = 1
     instructions: Literal["wgmma", "mma"] = "wgmma"
+    ring: int = 3
 
     @property
     def row_tiles(self) -> int:
@@ -75,19 +77,25 @@ class GemmPlan:
         return FP8_SLOT_WORDS if self.x.bits == 8 else 0
 
     @property
+    def slot_words(self) -> int:
+        """32-bit words of a unit of a prepacked tile in the ring: its codes, and two scales of each lane."""
+        scales = 64 if self.layout.format.scaled else 0
+        return UNIT * 16 * self.layout.format.bits // 32 + scales
+
+    @property
+    def ring_words(self) -> int:
+        """32-bit words of the ring."""
+        return self.ring * TILE_ROWS // 16 * self.slot_words if self.x.bits == 16 else 0
+
+    @property
     def tile_elements(self) -> int:
         """Sums of a CTA's tile."""
         return TILE_ROWS * self.tile_tokens
 
     @property
     def partials(self) -> int:
-        """Float32 of scratch: every CTA's part of up to two shared tiles."""
+        """Float32 of scratch, 0 between launches: every CTA's part of up to two shared tiles."""
         return 2 * self.ctas * self.tile_elements
-
-    @property
-    def counters(self) -> int:
-        """Uint32 of scratch: those of each tile that may be shared."""
-        return SHARED_COUNTERS * self.ctas
 
 
 def choose_gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tokens: int, chip: Chip) -> GemmPlan:
@@ -126,8 +134,9 @@ def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chi
         if tile_tokens <= SHARED_SM_TOKENS:
             available -= chip.shared_bytes // 2
     fixup_units = round(fixup_us(tile_tokens) / unit_us(tile_tokens, x.bits))
-    stages = min(MOST_STAGES, available // stage_bytes)
-    return GemmPlan(layout, x, tile_tokens, stages, chip.sms, fixup_units, min_units=2)
+    ring = _RING_UNITS if tile_tokens <= 128 and layout.format.bits == 8 else _FEWER_RING_UNITS
+    plan = GemmPlan(layout, x, tile_tokens, 0, chip.sms, fixup_units, min_units=2, ring=ring)
+    return replace(plan, stages=min(MOST_STAGES, (available - 4 * plan.ring_words) // stage_bytes))
 
 
 def mma_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip: Chip) -> GemmPlan:

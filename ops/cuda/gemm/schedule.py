@@ -28,8 +28,8 @@ class Schedule(NamedTuple):
     Attributes:
         work: (number, token_tiles) -> (tile, first, last): work number 0, 1, 2, ... of this CTA: units first to
             last - 1 of a tile; tile -1: there is no more.
-        sharers: (tile, token_tiles) -> (counter, slot, count): of a tile that is shared: its counter, the first slot of
-            its partial sums, and the number of CTAs, which have the slots from there on.
+        sharers: (tile, token_tiles) -> (slot, count): of a tile that is shared: the first slot of its partial sums, and
+            the number of CTAs, which have the slots from there on in the order of K.
         slot: (tile, token_tiles) -> this CTA's slot of a shared tile.
     """
 
@@ -83,10 +83,10 @@ def make_schedule(plan: GemmPlan) -> Schedule:
     @ptx.large_device_function
     def sharers(tile, token_tiles):
         waves, rest, sharing = split(token_tiles)
-        counter = i32(tile - waves * ctas)
-        first = share_of(counter * units, rest * units, sharing)
-        last = share_of(counter * units + units - 1, rest * units, sharing)
-        return counter, i32(first + counter), i32(last - first + 1)
+        number = i32(tile - waves * ctas)  # among the shared ones
+        first = share_of(number * units, rest * units, sharing)
+        last = share_of(number * units + units - 1, rest * units, sharing)
+        return i32(first + number), i32(last - first + 1)
 
     @ptx.large_device_function
     def slot(tile, token_tiles):

@@ -40,6 +40,23 @@ class WeightLoads(NamedTuple):
     code_registers: int
 
 
+def make_piece_offset(layout: PrepackedLayout) -> Any:
+    """Device function (unit, piece) -> word in the prepacked tile at which a piece of a unit begins: 16 bytes of each
+    lane. A unit has as many as a weight has bits / 2; `WeightLoads.load` puts piece i into codes 4 i to 4 i + 3.
+    """
+    codes_at, _ = make_offsets(layout)
+
+    @ptx.device_function
+    def fp8_piece(unit, piece):
+        return codes_at(unit, piece // 2, piece % 2)
+
+    @ptx.device_function
+    def fp16_piece(unit, piece):
+        return codes_at(2 * unit + piece // 4, piece // 2 % 2, piece % 2)
+
+    return fp16_piece if layout.format.bits == 16 else fp8_piece
+
+
 def make_weight_loads(layout: PrepackedLayout) -> WeightLoads:
     """For FP8 or float16 weights in any order of k-tiles."""
     return _make_fp16(layout) if layout.format.bits == 16 else _make_fp8(layout)

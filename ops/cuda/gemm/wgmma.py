@@ -16,22 +16,21 @@ from typing import Any
 from numba import cuda, float32, int32, uint32, uint64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.consumer import CONSUMER_WARPS, make_tile_writer, make_weights_start
+from numba_atomflow.ops.cuda.gemm.consumer import CONSUMER_WARPS, make_tile_writer
 from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue
-from numba_atomflow.ops.cuda.gemm.fixup import STATE_WORDS
 from numba_atomflow.ops.cuda.gemm.multiply import (
     BEFORE,
     PHASE,
+    SLOT,
     STAGE,
+    STATE_REGISTERS,
     Pipeline,
     Registers,
-    Units,
-    Weights,
     make_multiply,
     make_turns,
-    register_sets,
 )
 from numba_atomflow.ops.cuda.gemm.plan import SHARED_SM_TOKENS, GemmPlan
+from numba_atomflow.ops.cuda.gemm.ring import CURSOR_WORDS, make_weight_ring
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads, make_weight_loads
 from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import COPY_THREADS, make_copy_weights, make_fp8_consumer
@@ -45,17 +44,17 @@ _SPANS_AHEAD = 2  # of weights that are prefetched into L2: from the one whose X
 
 class Shared:
     """Layout of shared memory, in words from the first multiple of `ALIGNMENT`: stages of X, their scales and weights
-    (FP8), the epilogue's stage, `full` and `empty` barriers, the fix-up's state.
+    (FP8), the ring of weights (float16), the epilogue's stage, `full` and `empty` barriers.
     """
 
     def __init__(self, plan: GemmPlan, epilogue_words: int) -> None:
         self.scales = plan.stages * plan.stage_words
         self.weights = self.scales + plan.stages * plan.stage_scales
-        self.epilogue = self.weights + plan.stages * plan.stage_weights
+        self.ring = self.weights + plan.stages * plan.stage_weights
+        self.epilogue = self.ring + plan.ring_words
         self.full = self.epilogue + epilogue_words
         self.empty = self.full + 2 * plan.stages
-        self.state = self.empty + 2 * plan.stages
-        self.bytes = 4 * (self.state + STATE_WORDS) + ALIGNMENT
+        self.bytes = 4 * (self.empty + 2 * plan.stages) + ALIGNMENT
 
 
 def resident_ctas(plan: GemmPlan) -> int:
@@ -71,7 +70,7 @@ def wgmma_shared_bytes(plan: GemmPlan, epilogue: GemmEpilogue) -> int:
 
 
 def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool = False) -> Any:
-    """A projection's kernel of `THREADS` threads. Its parameter `io` has `weights`, `x`, `partials`, `counters`,
+    """A projection's kernel of `THREADS` threads. Its parameter `io` has `weights`, `x`, `partials`,
     `token_tiles` and what the epilogue reads and writes.
     """
     schedule, loads, shared = make_schedule(plan), make_weight_loads(plan.layout), Shared(plan, epilogue.stage_words)
@@ -126,6 +125,7 @@ def _make_producer(
     """
     work, prefetch_span, span_units = schedule.work, loads.prefetch, loads.span_units
     prefetch_for_epilogue = epilogue.prefetch
+    prefetches = plan.x.bits == 8  # with float16 activations, the ring copies weights far ahead
     tiles, tile_words, stages = plan.layout.tiles, plan.layout.tile_words, plan.stages
     stage_words, unit_blocks, block_words = plan.stage_words, plan.unit_blocks, plan.x.block_words
     stage_bytes, scale_bytes = 4 * stage_words, 4 * plan.stage_scales
@@ -158,9 +158,10 @@ def _make_producer(
         number = i32(1)
         tile, first, last = work(i32(0), io.token_tiles)
         next_tile, next_first, next_last = work(number, io.token_tiles)
-        for ahead in range(_SPANS_AHEAD):
-            span = i32(i32(u32(first) // u32(span_units)) + ahead)
-            prefetch(io, lane, (tile, first, last), (next_tile, next_first, next_last), span)
+        if prefetches:
+            for ahead in range(_SPANS_AHEAD):
+                span = i32(i32(u32(first) // u32(span_units)) + ahead)
+                prefetch(io, lane, (tile, first, last), (next_tile, next_first, next_last), span)
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
@@ -187,7 +188,7 @@ def _make_producer(
                 ptx.sync_warp()
                 prefetch_for_epilogue(io, row_tile, token_tile * tile_tokens, unit, lane)
                 span = i32(u32(unit) // u32(span_units))
-                if unit == first or span * span_units == unit:
+                if prefetches and (unit == first or span * span_units == unit):
                     span = i32(span + _SPANS_AHEAD)
                     prefetch(io, lane, (tile, first, last), (next_tile, next_first, next_last), span)
             number = i32(number + 1)
@@ -204,69 +205,45 @@ def _make_consumer(
 
     `skipped`: words of shared memory before the first stage; `full`, `empty`: addresses of shared memory.
     """
-    work, weights_start = schedule.work, make_weights_start(plan)
-    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue, shared.state)
-    sums_count, code_registers, sets = plan.tile_tokens // 2, loads.code_registers, register_sets(plan)
-    load_unit = _make_load_unit(loads)
-    begin, multiply_tile, finish = make_multiply(plan, loads)
+    work, ring = schedule.work, make_weight_ring(plan, schedule)
+    fill, ring_at, slots_words = ring.fill, shared.ring, plan.ring * plan.slot_words
+    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue)
+    sums_count, code_registers = plan.tile_tokens // 2, loads.code_registers
+    read_next, begin, multiply_unit, finish = make_multiply(plan, loads, ring)
     wait_for_turn, pass_turn = make_turns(plan)
 
     @ptx.device_function
     def consume(io, words, barriers, skipped, full, empty, thread):
         sums = cuda.local.array(sums_count, float32)
         a, b = cuda.local.array(A_REGISTERS, uint32), cuda.local.array(A_REGISTERS, uint32)
-        codes_0, codes_1 = cuda.local.array(code_registers, uint32), cuda.local.array(code_registers, uint32)
-        scales_0, scales_1 = cuda.local.array(2, float32), cuda.local.array(2, float32)
-        factors, state = cuda.local.array(2, float32), cuda.local.array(3, int32)
-        lane, warp = i32(thread & 31), i32(thread >> 5)
-        warpgroup = i32(thread >> 7)
-        pipeline = Pipeline(words, barriers, u32(ptx.shared_address(words, skipped)), full, empty, warpgroup)
-        registers = Registers(sums, a, b, factors, state)
-        held = Weights(codes_0, scales_0, codes_1, scales_1)
-        state[STAGE], state[PHASE], state[BEFORE] = i32(0), i32(0), i32(-1)
+        codes, scales = cuda.local.array(code_registers, uint32), cuda.local.array(2, float32)
+        factors, state = cuda.local.array(2, float32), cuda.local.array(STATE_REGISTERS, int32)
+        cursor = cuda.local.array(CURSOR_WORDS, int32)
+        lane, warp, warpgroup = i32(thread & 31), i32(thread >> 5), i32(thread >> 7)
+        slots = i32(skipped + ring_at + warp * slots_words)
+        stages = u32(ptx.shared_address(words, skipped))
+        pipeline = Pipeline(words, barriers, stages, full, empty, slots, lane, warp, warpgroup)
+        registers = Registers(sums, a, b, codes, scales, factors, state, cursor)
+        state[STAGE], state[PHASE], state[BEFORE], state[SLOT] = i32(0), i32(0), i32(-1), i32(0)
         number, shared_from = i32(0), i32(-1)
-        tile, first, last = work(number, io.token_tiles)
-        start = weights_start(tile if tile > 0 else i32(0), warp, io.token_tiles)
-        loaded = i32(0)  # whether the first units of the tile are loaded, or on their way
+        fill(io, words, slots, cursor, lane, warp)
         if dependent:
             ptx.let_next_kernel_start()
-        waited = False
+            ptx.wait_for_previous_kernel()
+        read_next(io, pipeline, registers)
         if warpgroup == 1:
             pass_turn(warpgroup)
+        tile, first, last = work(number, io.token_tiles)
         while tile >= 0:
-            number = i32(number + 1)
-            next_tile, next_first, next_last = work(number, io.token_tiles)
-            next_start = weights_start(next_tile if next_tile > 0 else i32(0), warp, io.token_tiles)
-            if loaded == 0:
-                load_unit(io.weights, start, first, lane, codes_0, scales_0)
-                if sets == 2:
-                    load_unit(io.weights, start, first + 1 if first + 1 < last else first, lane, codes_1, scales_1)
-            if dependent and not waited:
-                ptx.wait_for_previous_kernel()
-                waited = True
             begin(registers)
-            multiply_tile(
-                io, pipeline, registers, held, Units(start, first, last), Units(next_start, next_first, next_last), lane
-            )
-            finish(pipeline, registers, held, lane)
-            shared_from = write(io, words, skipped, i32(number - 1), shared_from, tile, first, last, sums, thread)
-            loaded = i32(last - first >= sets)
-            tile, first, last, start = next_tile, next_first, next_last, next_start
+            for _ in range(first, last):
+                multiply_unit(io, pipeline, registers)
+            finish(pipeline, registers)
+            shared_from = write(io, words, skipped, number, shared_from, tile, first, last, sums, thread)
+            number = i32(number + 1)
+            tile, first, last = work(number, io.token_tiles)
         if warpgroup == 0:
             wait_for_turn(warpgroup)  # the other's last pass
         finish_tiles(io, words, skipped, shared_from, thread)
 
     return consume
-
-
-def _make_load_unit(loads: WeightLoads) -> Any:
-    """Device function (weights, start, unit, lane, codes, scales): load a whole unit."""
-    load, load_scales = loads.load, loads.load_scales
-
-    @ptx.large_device_function
-    def load_unit(weights, start, unit, lane, codes, scales):
-        load_scales(weights, start, unit, lane, scales)
-        load(weights, start, unit, 0, lane, codes)
-        load(weights, start, unit, 1, lane, codes)
-
-    return load_unit

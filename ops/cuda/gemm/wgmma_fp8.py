@@ -205,7 +205,7 @@ def make_fp8_consumer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue
     if plan.layout.format.bits != 8 or plan.layout.format.converter != "cvt":
         raise ValueError(f"{plan.layout.format} has no E4M3 codes in their order along K")
     work, (read, read_scales) = schedule.work, make_read_weights(plan.layout)
-    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue, shared.state)
+    write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue)
     start, wait, promote, passes = make_group_products(plan.tile_tokens)
     tile_tokens, stages, stage_bytes = plan.tile_tokens, plan.stages, 4 * plan.stage_words
     sums_count, accumulators, scales_at = tile_tokens // 2, pass_tokens(tile_tokens) // 2, shared.scales

@@ -140,15 +140,14 @@ class PrefillKernels:
         return -(-bucket_for(tokens) // self.gemm_plan(kind, tokens).tile_tokens)
 
     @cached_property
-    def scratch(self) -> tuple[int, int]:
-        """Float32 partial results, and counters, for the kernels of every bucket."""
+    def scratch(self) -> tuple[int, int, int]:
+        """Partial sums of projections, float32 results and counters of attention, for the kernels of every bucket."""
         heads = [bucket for bucket in self.buckets if bucket <= self.head_rows]
         layers = ("qkv", "o", "gate_up", "down")
         plans = [self.gemm_plan(kind, bucket) for kind in layers for bucket in self.buckets]
         plans += [self.gemm_plan("lm_head", bucket) for bucket in heads]
         attention = self._attention_plan
-        partials = max(attention.partials, *(plan.partials for plan in plans))
-        return partials, max(attention.counters, *(plan.counters for plan in plans))
+        return max(plan.partials for plan in plans), attention.partials, attention.counters
 
     @cached_property
     def _attention_plan(self) -> PrefillAttentionPlan:
