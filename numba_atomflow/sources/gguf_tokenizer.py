@@ -21,6 +21,7 @@ from numba_atomflow.sources.pre_tokenizers import GPT2, PreTokenizer
 from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.text.tokenizers_library import translate_errors
 
+_BYTE_LEVEL, _BPE, _UNIGRAM = "gpt2", "llama", "t5"  # tokenizer.ggml.model; the last two are SentencePiece's
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 
 # A file names one EOS token, but a chat model may end a turn with another. As in llama.cpp, tokens of these names end a
@@ -49,6 +50,10 @@ _NAMED_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _ID_SUFFIX = "_token_id"  # of keys that name a token
 _SENTENCEPIECE_IDS = {"unknown": (0, "<unk>"), "bos": (1, "<s>"), "eos": (2, "</s>")}  # if the file names none
 _UNDERSCORES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_ONE_SPACE: tuple[dict[str, Any], ...] = (  # instead of several, and none around a text
+    {"type": "Strip", "strip_left": True, "strip_right": True},
+    {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "},
+)
 # Every split of a token is tested as a merge; SentencePiece's own limit is 16 characters.
 _MAX_PIECE = 256
 
@@ -71,21 +76,21 @@ def assets_from_gguf(values: Mapping[str, Any], where: object = "The GGUF file")
     chat_template = fields.value("tokenizer.chat_template", str) or None
     if kind in (None, "no_vocab", "none"):
         return TextAssets(chat_template=chat_template)
-    if kind not in ("gpt2", "llama"):
+    if kind not in (_BYTE_LEVEL, _BPE, _UNIGRAM):
         raise SourceError(
-            f"{where} has a tokenizer of the model {quote(kind)}, which is not supported; supported are 'gpt2' and "
-            "'llama'."
+            f"{where} has a tokenizer of the model {quote(kind)}, which is not supported; supported are 'gpt2', "
+            "'llama' and 't5'."
         )
     vocabulary = _vocabulary(fields, kind)
     eos_ids = _eos_ids(vocabulary)
     _mark_chat_markers(vocabulary)
-    if kind == "gpt2":
+    if kind == _BYTE_LEVEL:
         pre_tokenizer = _pre_tokenizer(vocabulary)
         body = _byte_level(vocabulary, pre_tokenizer)
         adds_bos = pre_tokenizer.adds_bos
     else:
-        body = _sentencepiece(vocabulary)
-        adds_bos = True
+        body = _sentencepiece(vocabulary, kind)
+        adds_bos = kind == _BPE
     return TextAssets(
         tokenizer_json=_tokenizer_json(body, vocabulary),
         chat_template=chat_template,
@@ -95,7 +100,7 @@ def assets_from_gguf(values: Mapping[str, Any], where: object = "The GGUF file")
         pad_token=vocabulary.special("padding"),
         eos_ids=eos_ids,
         add_bos=_adds_bos(vocabulary, adds_bos),
-        warnings=(*_ignored_settings(fields), *vocabulary.warnings),
+        warnings=(*_ignored_settings(fields, kind), *vocabulary.warnings),
     )
 
 
@@ -166,7 +171,7 @@ def _name_tokens(vocabulary: _Vocabulary, kind: str) -> None:
             vocabulary.ids[key.removeprefix(prefix).removesuffix(_ID_SUFFIX)] = token_id
         else:
             vocabulary.warn(f"has {short(key)} {token_id}, outside its {len(vocabulary.tokens)} tokens: ignored")
-    if kind == "llama":
+    if kind != _BYTE_LEVEL:
         for name, (token_id, text) in _SENTENCEPIECE_IDS.items():
             if name not in vocabulary.ids and vocabulary.by_text.get(text) == token_id:
                 vocabulary.ids[name] = token_id
@@ -231,13 +236,14 @@ def _adds_bos(vocabulary: _Vocabulary, default: bool) -> bool:
     return add_bos and "bos" in vocabulary.ids
 
 
-def _ignored_settings(fields: GgufFields) -> list[str]:
+def _ignored_settings(fields: GgufFields, kind: str) -> list[str]:
     """Warnings about settings that are ignored for generative models."""
     reasons = {
         "add_eos_token": "a prompt that is to be continued has no EOS at its end",
         "add_sep_token": "separators are for models that compare texts",
-        "remove_extra_whitespaces": "spaces are kept, as llama.cpp does",
     }
+    if kind != _UNIGRAM:
+        reasons["remove_extra_whitespaces"] = "spaces are kept, as llama.cpp does"
     return [
         f"{fields.label} sets tokenizer.ggml.{name}, which is ignored: {reason}."
         for name, reason in reasons.items()
@@ -298,8 +304,8 @@ def _byte_level(vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer) -> dict[st
     }
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
-    """tokenizer.json's entries for SentencePiece BPE (Llama 2, TinyLlama, Mistral): scores, and ``▁`` for a space.
+def _sentencepiece(vocabulary: _Vocabulary, kind: str) -> dict[str, Any]:
+    """tokenizer.json's entries for SentencePiece (Llama 2, TinyLlama, Mistral): scores, and ``▁`` for a space.
 
     A space is inserted before every segment of text between control tokens, even if the segment starts with one, as in
     SentencePiece, llama.cpp and the models' own tokenizer.json. Mistral from its third version on (whose vocabulary has
@@ -313,11 +319,21 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
         )
     if any(map(math.isnan, scores)):
         raise SourceError(f"{fields.label} has a token whose score is not a number; get the file again.")
+    if fields.items("tokenizer.ggml.precompiled_charsmap", int):
+        raise SourceError(
+            f"{fields.label} replaces characters (tokenizer.ggml.precompiled_charsmap), which is not supported; take a "
+            "folder with tokenizer.json."
+        )
     prefix_space = fields.value("tokenizer.ggml.add_space_prefix", bool, True)
     instruction = vocabulary.by_text.get("[INST]")
     first_only = instruction is not None and vocabulary.types[instruction] == _CONTROL
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    prepended = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _UNDERSCORES]}
+    removed = kind == _UNIGRAM and fields.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)
+    normalizers: list[dict[str, Any]] = list(_ONE_SPACE) if removed else []
+    if prefix_space and not first_only:
+        normalizers.append({"type": "Prepend", "prepend": "▁"})
+    if not (prefix_space and first_only):
+        normalizers.append(_UNDERSCORES)
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
@@ -326,15 +342,35 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
     if prefix_space:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
-        "normalizer": _UNDERSCORES if not prefix_space else None if first_only else prepended,
+        "normalizer": _in_sequence(normalizers),
         "pre_tokenizer": metaspace if prefix_space and first_only else None,
         "decoder": {"type": "Sequence", "decoders": steps},
-        "model": _bpe(vocabulary, _merges_from_scores(vocabulary, scores))
-        | {
-            "unk_token": vocabulary.special("unknown"),
-            "fuse_unk": True,
-            "byte_fallback": "<0x00>" in vocabulary.by_text,
-        },
+        "model": (_unigram if kind == _UNIGRAM else _bpe_of_scores)(vocabulary, scores),
+    }
+
+
+def _in_sequence(normalizers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if len(normalizers) > 1:
+        return {"type": "Sequence", "normalizers": normalizers}
+    return normalizers[0] if normalizers else None
+
+
+def _bpe_of_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> dict[str, Any]:
+    return _bpe(vocabulary, _merges_from_scores(vocabulary, scores)) | {
+        "unk_token": vocabulary.special("unknown"),
+        "fuse_unk": True,
+        "byte_fallback": "<0x00>" in vocabulary.by_text,
+    }
+
+
+def _unigram(vocabulary: _Vocabulary, scores: Sequence[float]) -> dict[str, Any]:
+    """Tokens with their log-probabilities: a text becomes those whose sum is the largest."""
+    tokens = [token or f"[PAD{i}]" for i, token in enumerate(vocabulary.tokens)]
+    return {
+        "type": "Unigram",
+        "unk_id": vocabulary.ids.get("unknown"),
+        "vocab": [list(pair) for pair in zip(tokens, scores, strict=True)],
+        "byte_fallback": "<0x00>" in vocabulary.by_text,
     }
 
 

@@ -1,7 +1,7 @@
 """tokenizer.model: SentencePiece's own file of a tokenizer, as the metadata that a GGUF file has of it.
 
 Messages and their defaults: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto. Token
-types of GGUF are those numbers. Only BPE is supported, which is what Llama, Mistral, Gemma and Phi-3 have.
+types of GGUF are those numbers. Supported are BPE, which is what Llama, Mistral, Gemma and Phi-3 have, and Unigram.
 """
 
 import struct
@@ -18,9 +18,10 @@ _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of the model
 _PIECE, _SCORE, _TYPE = 1, 2, 3  # of a piece
 _MODEL_TYPE, _SUFFIX = 3, 24  # of the trainer: kind of model; ▁ ends words
 _IDS = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (43, -1)}  # of the trainer, with defaults
-_NAME, _CHARACTER_MAP, _PREFIX = 1, 2, 3  # of the normalizer
+_NAME, _CHARACTER_MAP, _PREFIX, _SPACES = 1, 2, 3, 4  # of the normalizer; the last: spaces are removed
 
-_KINDS = {1: "Unigram", 2: "BPE", 3: "words", 4: "characters"}
+_UNIGRAM, _BPE = 1, 2
+_KINDS = {3: "words", 4: "characters"}  # others
 _NORMAL = 1
 _SCORE_LAYOUT = struct.Struct("<f")
 MAX_PIECES = 1 << 20  # four times the largest vocabulary
@@ -50,11 +51,11 @@ def sentencepiece_fields(path: Path, data: bytes) -> dict[str, Any]:
         pieces, trainer, normalizer = _model(data)
     except (ValueError, struct.error) as error:
         raise SourceError(f"{path} is not a SentencePiece model, or damaged ({error}); get the file again.") from error
-    kind = trainer.get(_MODEL_TYPE, 1)
-    if kind != 2:
+    kind = trainer.get(_MODEL_TYPE, _UNIGRAM)
+    if kind not in (_UNIGRAM, _BPE):
         raise SourceError(
-            f"{path} is a SentencePiece model of the kind {_KINDS.get(kind, quote(kind))}, where only BPE is "
-            f"supported; {advice}."
+            f"{path} is a SentencePiece model of the kind {_KINDS.get(kind, quote(kind))}, where only BPE and Unigram "
+            f"are supported; {advice}."
         )
     if normalizer.get(_CHARACTER_MAP):
         name = normalizer.get(_NAME, b"").decode(errors="replace")
@@ -62,8 +63,15 @@ def sentencepiece_fields(path: Path, data: bytes) -> dict[str, Any]:
     if trainer.get(_SUFFIX):
         raise SourceError(f"{path} puts spaces at the ends of words, which is not supported; {advice}.")
     ids = {name: _signed(trainer.get(number, default)) for name, (number, default) in _IDS.items()}
+    settings: dict[str, Any] = {"tokenizer.ggml.model": "llama"}
+    if kind == _UNIGRAM:
+        settings = {
+            "tokenizer.ggml.model": "t5",  # so called in GGUF files
+            "tokenizer.ggml.add_bos_token": True,
+            "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer.get(_SPACES, 1)),
+        }
     return {
-        "tokenizer.ggml.model": "llama",
+        **settings,
         "tokenizer.ggml.tokens": [piece.text for piece in pieces],
         "tokenizer.ggml.scores": [piece.score for piece in pieces],
         "tokenizer.ggml.token_type": [piece.type for piece in pieces],
@@ -94,7 +102,7 @@ def _model(data: bytes) -> tuple[list[_Piece], Mapping[int, Any], Mapping[int, A
     integers = {_MODEL_TYPE, _SUFFIX, *(number for number, _ in _IDS.values())}
     for record, numbers, kind in (
         (trainer, integers, int),
-        (normalizer, {_PREFIX}, int),
+        (normalizer, {_PREFIX, _SPACES}, int),
         (normalizer, {_NAME, _CHARACTER_MAP}, bytes),
     ):
         for number in numbers & record.keys():

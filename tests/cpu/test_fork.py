@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from child_processes import run
 from cli_runner import environment
+from tiny_models import tiny_geometry
 
-from numba_atomflow import home
+from numba_atomflow import Engine, home
 from numba_atomflow.errors import BackendError
 from numba_atomflow.host.pool import own_pool
 from numba_atomflow.memory.arena import HostArena
@@ -76,6 +77,26 @@ def test_a_child_has_a_kv_cache_of_its_own() -> None:
         os._exit(int(cache[0]))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     assert cache[0] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_an_engine_goes_on_in_a_child_and_in_the_parent() -> None:
+    with Engine.random(tiny_geometry(), "cpu", 32) as engine:
+        engine.feed([5, 6, 7])
+        expected = engine.feed([8])
+        engine.rewind(3)
+        lost = own_pool() is None and sys.platform == "linux" and numba.threading_layer() == "omp"
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                code = WORKED if np.array_equal(engine.feed([8]), expected) else 1
+            except BackendError as error:
+                code = REFUSED if "forked" in str(error) else 1
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (REFUSED if lost else WORKED)
+        assert engine.position == 3
+        np.testing.assert_array_equal(engine.feed([8]), expected)
 
 
 def test_a_process_that_forks_before_its_first_kernel_has_children_that_work(tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def test_a_file_without_tokenizer_gives_assets_without_one(fields: dict[str, Any
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"tokenizer.ggml.model": "t5"}, "'t5'"),
+        ({"tokenizer.ggml.model": "bert"}, "'bert'"),
         ({"tokenizer.ggml.pre": "kimi-k2"}, "'kimi-k2'"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),

@@ -10,7 +10,7 @@ import pytest
 from text_samples import SAMPLES
 from tiny_models import write_json
 from tokenizers import Tokenizer
-from toy_tokenizers import byte_level, sentencepiece, sentencepiece_file
+from toy_tokenizers import byte_level, sentencepiece, sentencepiece_file, unigram
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.sources.huggingface_text import folder_text
@@ -79,12 +79,47 @@ def test_a_model_without_prefix(tmp_path: Path) -> None:
         assert codec.decode(codec.encode(text)) == text
 
 
+def most_likely(text: str, scores: dict[str, float]) -> list[str]:
+    """The pieces of a text with the largest sum of scores, by dynamic programming (Kudo, 2018)."""
+    best: list[tuple[float, list[str]]] = [(0.0, [])]
+    for end in range(1, len(text) + 1):
+        pieces = ((best[start], text[start:end]) for start in range(max(0, end - 20), end) if text[start:end] in scores)
+        best.append(max((before[0] + scores[piece], [*before[1], piece]) for before, piece in pieces))
+    return best[-1][1]
+
+
+def test_tokens_of_a_unigram_model_are_those_of_the_original(tmp_path: Path) -> None:
+    original, fields = unigram()
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(fields, {3: 1}, {4: 0}))
+    text = assets(tmp_path)
+    codec = TextCodec(text)
+    for sample in SAMPLES:
+        assert codec.encode(sample, add_special=False) == original.encode(sample).ids, sample
+    assert (text.bos_token, text.eos_ids, text.add_bos, text.warnings) == ("<s>", (2,), True, ())
+    learned = slice(259, None)  # after special tokens and bytes
+    tokens, scores = (fields[f"tokenizer.ggml.{key}"][learned] for key in ("tokens", "scores"))
+    words = "the other sentence is not there"
+    expected = most_likely("▁" + words.replace(" ", "▁"), dict(zip(tokens, scores, strict=True)))
+    assert [fields["tokenizer.ggml.tokens"][i] for i in codec.encode(words, add_special=False)] == expected
+    assert codec.decode(codec.encode("  twice  ")) == "  twice  "
+    assert codec.decode(codec.encode("\u732b")) == "\u732b"  # by bytes
+
+
+def test_a_unigram_model_that_removes_spaces(tmp_path: Path) -> None:
+    """Its default: none around a text, one between words."""
+    _, fields = unigram()
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(fields, {3: 1}))
+    codec = TextCodec(assets(tmp_path))
+    assert codec.decode(codec.encode("  a   b\n ")) == "a b"
+    assert codec.encode("  a   b ") == codec.encode("a b")
+    assert codec.encode("   ", add_special=False) == []
+
+
 @pytest.mark.parametrize(
     ("trainer", "normalizer", "fragment"),
     [
-        ({3: 1}, {}, "of the kind Unigram, where only BPE is supported"),
-        ({3: 4}, {}, "of the kind characters, where only BPE is supported"),
-        ({3: 77}, {}, "of the kind 77, where only BPE is supported"),
+        ({3: 4}, {}, "of the kind characters, where only BPE and Unigram are supported"),
+        ({3: 77}, {}, "of the kind 77, where only BPE and Unigram are supported"),
         ({24: 1}, {}, "puts spaces at the ends of words"),
         ({}, {1: "nmt_nfkc", 2: b"map"}, "replaces characters ('nmt_nfkc')"),
         ({3: b"x"}, {}, "damaged (setting 3 has another type)"),

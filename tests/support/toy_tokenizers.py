@@ -1,7 +1,9 @@
 """Small tokenizers, trained at test time, and their GGUF metadata; without downloads and transformers."""
 
 import json
+import math
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,6 +150,38 @@ def sentencepiece(further_control: Sequence[str] = ()) -> tuple[Tokenizer, dict[
         "tokenizer.ggml.scores": [0.0] * (len(control) + 256)
         + [-1000.0] * len(letters)
         + [-float(rank) for rank in reversed(range(len(merged)))],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    return tokenizer, fields
+
+
+def unigram() -> tuple[Tokenizer, dict[str, Any]]:
+    """A SentencePiece tokenizer of the kind Unigram, and the same as GGUF fields, whose scores are float32.
+
+    Its tokens are those of `sentencepiece` up to the bytes, then frequent parts of words. (The library's trainer makes
+    other ones in every process.)
+    """
+    words = [f"▁{word}" for text in SAMPLES if text.isascii() for word in text.split()]
+    counts = Counter(
+        word[start:end] for word in words for start in range(len(word)) for end in range(start + 1, start + 5)
+    )
+    frequent = sorted(piece for piece, count in counts.items() if count > 3 or len(piece) == 1)
+    scores = [math.log(counts[piece] / len(words)) - 4 - i / 4096 for i, piece in enumerate(frequent)]
+    learned = [
+        (piece, struct.unpack("<f", struct.pack("<f", score))[0]) for piece, score in zip(frequent, scores, strict=True)
+    ]
+    control = ["<unk>", "<s>", "</s>"]
+    others = [(token, 0.0) for token in (*control, *(f"<0x{byte:02X}>" for byte in range(256)))]
+    vocabulary = others + learned
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    tokenizer.add_special_tokens(control)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fields = {
+        "tokenizer.ggml.tokens": [token for token, _ in vocabulary],
+        "tokenizer.ggml.token_type": [2, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(learned),
+        "tokenizer.ggml.scores": [score for _, score in vocabulary],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
