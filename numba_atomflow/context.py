@@ -194,6 +194,13 @@ class Context:
         self.token_ids.append(tokens[0])
         return logits
 
+    def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
+        """As `Backend.verify_greedy`, of tokens that are as those of `verify`."""
+        self.backend.seek(len(self.token_ids))
+        chosen = self.backend.verify_greedy(tokens)
+        self.token_ids.append(tokens[0])
+        return chosen
+
     def decode(self, token: int) -> None:
         """Request the decode step that takes the token sampled last into the KV cache."""
         self.backend.decode()

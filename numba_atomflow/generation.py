@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Self, TypeVar
 
@@ -269,7 +269,8 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
 
     With a drafter, a step also has the logits after each of the proposed tokens. As long as the token that is chosen is
     the one that was proposed, the next one is chosen from the same step's logits: every token is chosen as without a
-    drafter, from logits of the same bits, with the same draw.
+    drafter, from logits of the same bits, with the same draw. Where only the most likely tokens are asked for, the
+    backend chooses them, and copies no logits.
 
     Args:
         context: holds the first `reused` tokens of the prompt, which are not computed again.
@@ -278,7 +279,8 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
     sampler = Sampler(request.params, context.vocabulary, request.prompt, request.constraint)
     speculator = Speculator(request.drafter, context.backend.verification.width, context.vocabulary, request.eos_ids)
-    rows = _prompt_logits(state, context, request, reused)
+    rows: Iterable[NDArray[np.float32] | int] = _prompt_logits(state, context, request, reused)
+    step = context.verify_greedy if _takes_the_most_likely(request) else context.verify
     text, proposed, step_seconds = list(request.prompt), list[int](), 0.0
     while True:
         accepted = 0
@@ -298,10 +300,17 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
             speculator.observe(len(proposed), accepted, step_seconds)
         started = time.perf_counter()
         proposed = speculator.propose(text, _room(context, request, stats.tokens))
-        rows = context.verify([token, *proposed])
+        rows = step([token, *proposed])
         step_seconds = time.perf_counter() - started
         stats.steps += 1
         stats.proposed += len(proposed)
+
+
+def _takes_the_most_likely(request: Request) -> bool:
+    """Whether each token is the most likely one, and nothing but its number is of interest."""
+    params = request.params
+    asks_more = any(option is not None for option in (params.logprobs, params.constraint))
+    return params.greedy and params.repetition_penalty == 1.0 and not asks_more
 
 
 def _prompt_logits(state: GenerationState, context: Context, request: Request, reused: int) -> NDArray[np.float32]:
@@ -314,12 +323,12 @@ def _prompt_logits(state: GenerationState, context: Context, request: Request, r
 
 
 def _choose(
-    state: GenerationState, context: Context, request: Request, sampler: Sampler, row: NDArray[np.float32]
+    state: GenerationState, context: Context, request: Request, sampler: Sampler, row: NDArray[np.float32] | int
 ) -> int:
-    """The next token by logits [V], recorded with what is said of it and with the time."""
+    """The next token by logits [V], or as the backend has chosen it, recorded with what is said of it and the time."""
     stats, top = state.stats, request.params.logprobs
-    token = sampler.choose(row)
-    if top is not None:
+    token = row if isinstance(row, int) else sampler.choose(row)
+    if top is not None and not isinstance(row, int):
         state.logprobs.append(token_logprobs(row, token, top))
     elapsed = time.perf_counter() - request.started
     if stats.tokens == 0:

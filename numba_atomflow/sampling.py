@@ -6,7 +6,7 @@ computed without the earlier ones.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -176,6 +176,31 @@ def penalise(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: floa
     return np.where(seen, penalised, logits)
 
 
+def accepted_tokens(tokens: Sequence[int], most_likely: Callable[[int], int]) -> list[int]:
+    """Greedy decoding over proposed tokens: those that are accepted, and the token after them.
+
+    Args:
+        tokens: the last token of the text, and those that are proposed after it.
+        most_likely: gives the most likely token after number i of them; not asked for any after a rejected one.
+    """
+    chosen = [most_likely(0)]
+    while len(chosen) < len(tokens) and tokens[len(chosen)] == chosen[-1]:
+        chosen.append(most_likely(len(chosen)))
+    return chosen
+
+
+def most_likely_token(logits: NDArray[np.float32]) -> int:
+    """The most likely token by logits [V].
+
+    Raises:
+        CheckpointError: the logits hold a NaN or an infinity.
+    """
+    best = int(np.argmax(logits))  # a NaN, if there is one
+    if not np.isfinite(logits[best]):
+        raise non_finite_logits()
+    return best
+
+
 def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Tokens that may be drawn and their probabilities.
 
@@ -259,9 +284,7 @@ class Sampler:
             CheckpointError: the logits hold a NaN or an infinity, or would after the repetition penalty.
         """
         logits = penalise(logits, self.seen, self.params.repetition_penalty)
-        best = int(np.argmax(logits))  # a NaN, if there is one
-        if not np.isfinite(logits[best]):
-            raise non_finite_logits()
+        best = most_likely_token(logits)
         allowed = self._allowed(len(logits))
         if allowed is not None:
             logits = logits[allowed]

@@ -27,6 +27,7 @@ from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
 
 PROMPT_TOKENS = 32
+_PHASES = ["tokens", "op", "adds to the step", "waits for input", "for weights", "computes"]
 
 
 class ScriptedDrafter:
@@ -63,10 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps = {position: _steps(backend, position, given.repeats) for position in given.positions}
             replies = _replies(engine, given)
             device = backend.device
+            phases = {position: _phases(backend, position) for position in given.positions} if given.trace else {}
     except AtomFlowError as error:
         print(error, file=sys.stderr)
         return 2
     record: dict[str, Any] = {"geometry": given.geometry, "device": device, "steps": steps, "replies": replies}
+    if given.trace:
+        record["phases"] = phases
     if given.json:
         print(json_text(record | {"machine": machine_record(), "commit": commit()}))
         return 0
@@ -75,6 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("microseconds of the kernel (ratio to one token); of a whole step with its copies")
     rows = [[str(position), *(_cell(times, width) for width in widths)] for position, times in steps.items()]
     print(render("table", ["position", *(f"{width} tokens" for width in widths)], rows))
+    for position, rows in phases.items():
+        print(f"position {position}, us per op: mean over CTAs and layers; the kernels with timestamps")
+        print(
+            render(
+                "table", _PHASES, [[str(row[0]), row[1], *(f"{time * 1e6:.1f}" for time in row[2:])] for row in rows]
+            )
+        )
     print("replies")
     header = ["tokens per step", "acceptance", "tok/s", "ratio", "mean accepted length"]
     print(render("table", header, [[str(reply[name]) for name in header] for reply in replies]), end="")
@@ -95,6 +106,16 @@ def _steps(backend: CudaBackend, position: int, repeats: int) -> dict[str, dict[
             times.append(time.perf_counter() - started)
         whole[width] = median(times)
     return {"kernel": kernel, "whole": whole}
+
+
+def _phases(backend: CudaBackend, position: int) -> list[tuple[Any, ...]]:
+    """Where the time of the kernels' ops goes: rows of `_PHASES`."""
+    backend.seek(position)
+    rows = [(width, row) for width, trace in backend.trace_widths(5).items() for row in trace.phases()]
+    return [
+        (width, row.kind, row.seconds, row.staging_seconds, row.copy_wait_seconds, row.compute_seconds)
+        for width, row in rows
+    ]
 
 
 def _replies(engine: Engine, given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -141,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--acceptance", type=list_of(float, "0.6,0.8"), default=[0.6, 0.8, 0.9])
     parser.add_argument("--tokens", type=int, default=400, help="of a reply")
     parser.add_argument("-r", "--repeats", type=int, default=20)
+    parser.add_argument("--trace", action="store_true", help="show where the time of the kernels goes, op by op")
     parser.add_argument("--json", action="store_true", help="print a record")
     return parser
 

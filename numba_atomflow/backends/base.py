@@ -242,6 +242,15 @@ class Backend(Protocol):
             IndexError: there are more tokens, or they do not fit into the KV cache.
         """
 
+    def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
+        """`verify` for greedy decoding: those of the tokens after the first that are the most likely ones, up to the
+        first that is not, and the most likely token after them.
+
+        Raises:
+            IndexError: as `verify`.
+            CheckpointError: logits contain NaN or Inf.
+        """
+
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` with an observer; for one token and `SAMPLE`, `decode` with an observer.
 

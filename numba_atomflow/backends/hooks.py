@@ -31,7 +31,7 @@ from numba_atomflow.memory.bounds import check_range
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.activations import Activation, select
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Embed, Head, LmHead, Op
-from numba_atomflow.sampling import Sampler
+from numba_atomflow.sampling import Sampler, most_likely_token
 from numba_atomflow.utils.progress import OpenBar, Progress
 
 Rows = NDArray[np.float32]  # [tokens, width]
@@ -254,6 +254,10 @@ class EditedBackend:
         logits = self.logits(0, 1)
         self.seek(position)
         return logits
+
+    def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
+        """The most likely token after one token at the current position, which stays."""
+        return [most_likely_token(self.verify(tokens)[0])]
 
     def _observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         self._edits.begin(self._position)

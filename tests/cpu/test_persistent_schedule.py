@@ -161,6 +161,7 @@ def test_the_mailbox_holds_everything_side_by_side(geometry: ModelGeometry, ctas
         "partials": shape.kv_splits * geometry.q_dim,
         "softmax_stats": shape.kv_splits * geometry.heads * 2,
         "best_keys": 0,  # of several ranks
+        "down_sums": 0,
     }
     assert [name for name, _ in places[:-1]] == list(sizes)
     for (name, start), (_, following) in pairwise(places):

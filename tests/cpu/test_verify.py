@@ -77,6 +77,20 @@ def test_every_width_has_the_bits_of_decode_steps(engine: Engine, position: int)
         np.testing.assert_array_equal(cache_rows(engine.backend, position, position + width), cache[:, :width])
 
 
+def test_the_most_likely_tokens_are_accepted(engine: Engine) -> None:
+    backend, tokens = engine.backend, some_tokens(engine, 12)
+    engine.feed(tokens)
+    likely = tokens[:1]
+    for position in range(12, 17):
+        backend.seek(position)
+        likely += backend.verify_greedy(likely[-1:])
+    backend.seek(12)
+    assert backend.verify_greedy(likely[:-1]) == likely[1:]
+    likely[3] = (likely[3] + 1) % engine.geometry.vocabulary  # rejected, and what follows it is not looked at
+    assert backend.verify_greedy(likely[:-1])[:2] == likely[1:3]
+    assert len(backend.verify_greedy(likely[:-1])) == 3
+
+
 def test_the_position_stays(engine: Engine) -> None:
     """The same tokens twice give the same logits; after a seek, a step continues behind what was accepted."""
     backend, tokens = engine.backend, some_tokens(engine, 20)

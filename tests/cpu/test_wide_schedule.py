@@ -17,7 +17,6 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_WARPS,
     DOWN,
     MAX_COLUMNS,
-    MAX_QUERY_GROUP,
     O_PROJ,
     PersistentShape,
 )
@@ -77,15 +76,30 @@ def test_shared_memory_holds_everything_side_by_side(shape: PersistentShape) -> 
     ]
     for (start, words), (following, _) in zip(parts, [*parts[1:], (shape.dynamic_shared_bytes // 4, 0)], strict=True):
         assert start + words <= following
-    results = shape.partial_results * shape.query_group * (shape.head_dim + 2)
-    assert MAX_QUERY_GROUP * shape.query_pitch + columns * shape.head_dim + results <= shape.x_words
+    assert shape.query_group <= shape.attention_rows <= shape.query_rows
+    results = shape.partial_results * shape.attention_rows * (shape.head_dim + 2)
+    assert shape.query_rows * shape.query_pitch + columns * shape.head_dim + results <= shape.x_words
     assert shape.dynamic_shared_bytes <= H200.shared_bytes
     assert shape.x_pitch % 128 == 64, "columns would have bank conflicts"
-    assert max(layout.padded_in_features for layout in shape.layouts[:-1]) <= 2 * shape.x_pitch
+    assert max(plan.staged_features for plan in shape.plans.values()) <= 2 * shape.x_pitch
     for plan in shape.plans.values():
         assert plan.round_work_tiles * plan.work_tile_stages * 16 * columns <= shape.partial_words
     if columns == MAX_COLUMNS:
         assert not any(shape.plans[kind].half_tiles for kind in (O_PROJ, DOWN))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_halves_along_k_are_work_tiles_of_different_ctas(shape: PersistentShape) -> None:
+    """All work tiles of a CTA have the same half of K, which is staged once."""
+    plan = shape.plans[DOWN]
+    assert plan.k_halves == (shape.columns == MAX_COLUMNS and shape.hidden != 576)  # SmolLM2's K is not whole k-tiles
+    if plan.k_halves:
+        assert shape.sms % 2 == 0
+        assert plan.work_tiles == 2 * plan.layout.tiles
+        assert 2 * plan.work_tile_stages == plan.layout.k_tiles
+        assert shape.mailbox.end - shape.mailbox.down_sums == shape.columns * shape.hidden
+    else:
+        assert shape.mailbox.end == shape.mailbox.down_sums
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,4 +114,5 @@ def test_the_mailbox_holds_all_columns(shape: PersistentShape) -> None:
     }
     for (name, start), (_, following) in pairwise(places):
         assert start % 16 == 0
-        assert following - start >= shape.columns * sizes.get(name, 1)
+        least = 0 if name in {"best_keys", "down_sums"} else 1
+        assert following - start >= shape.columns * sizes.get(name, least)

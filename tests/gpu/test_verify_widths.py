@@ -14,7 +14,7 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead
-from numba_atomflow.sampling import Sampler
+from numba_atomflow.sampling import Sampler, accepted_tokens
 
 CONTEXTS = (1, 100, 222, 1790, 4000)  # 222 and 1790: columns on both sides of a change of the KV splits
 COUNTS = (1, 2, 3, 4, 5, 8)
@@ -99,6 +99,24 @@ def test_steps_of_any_width_have_the_bits_of_decode_steps(engine: Engine) -> Non
             assert differing.size == 0, f"context {context}, {count} tokens: logits of columns {differing}"
             cache = cache_rows(backend, context, context + count)
             assert np.array_equal(cache, expected_cache[:, :count]), f"context {context}, {count} tokens: KV cache"
+            likely = expected.argmax(axis=1).tolist()
+            assert backend.verify_greedy(proposed[:count]) == accepted_tokens(proposed[:count], likely.__getitem__)
+
+
+def test_the_most_likely_tokens_are_accepted(engine: Engine) -> None:
+    backend = engine.backend
+    tokens = np.random.default_rng(4).integers(0, 4096, 32).tolist()
+    engine.feed(tokens)
+    backend.seek(len(tokens))
+    likely = [7]
+    for position in range(len(tokens), len(tokens) + backend.verification.width):
+        backend.seek(position)
+        likely += backend.verify_greedy(likely[-1:])
+    proposed = likely[:-1]
+    backend.seek(len(tokens))
+    assert backend.verify_greedy(proposed) == likely[1:]
+    proposed[-1] = (proposed[-1] + 1) % engine.geometry.vocabulary
+    assert backend.verify_greedy(proposed) == likely[1:-1]
 
 
 def test_a_step_at_the_end_of_the_context(engine: Engine) -> None:
@@ -129,10 +147,11 @@ class Continuation:
         pass
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_reply_is_the_same_with_and_without_a_drafter(temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "logprobs"), [(0.0, 0), (0.8, 0), (0.0, None)])
+def test_a_reply_is_the_same_with_and_without_a_drafter(temperature: float, logprobs: int | None) -> None:
+    """With log-probabilities each token is chosen on the host, without them the most likely one on the device."""
     geometry = replace(GEOMETRIES["SmolLM2"], vocabulary=4096)
-    params = SamplingParams(max_tokens=120, temperature=temperature, seed=3, logprobs=0)  # chosen on the host
+    params = SamplingParams(max_tokens=120, temperature=temperature, seed=3, logprobs=logprobs)
     prompt = list(range(5, 60))
     with Engine.random(geometry, "cuda", max_seq_len=512, decode="persistent") as engine:
         plain = engine.generate_tokens(prompt, params).finish().token_ids

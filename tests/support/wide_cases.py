@@ -14,6 +14,7 @@ from persistent_cases import SPARE, Memory, Model, PersistentCase
 
 from numba_atomflow.ops.cuda.persistent.schedule import CTA_THREADS, PersistentShape
 from numba_atomflow.ops.cuda.persistent.wide_kernel import WideArguments, make_wide
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.ops.rope import rope_table
 
 STEPS = 21845  # completed before, as in `persistent_cases.py`
@@ -42,12 +43,16 @@ CASES = (
     WideCase(PersistentCase(80, 520, 1, 1, 80, position=13, stages=12, fp16_head=True), 4),  # k-tiles of 4 and 1 groups
 )
 CASES_OF_MANY_CTAS = (
-    WideCase(PersistentCase(64, 72, 2, 1, 32, position=223, sms=3), 2),  # a column at each side of a change of splits
+    # Two columns that are one split each, and two that share the keys of three splits.
+    WideCase(PersistentCase(64, 72, 3, 1, 32, position=223, sms=3), 4),
 )
 LARGE_CASES = (  # minutes in the simulator, where they pass as well
-    WideCase(PersistentCase(64, 72, 2, 1, 32, position=223, sms=3), 4),  # columns with one KV split, and with three
+    WideCase(
+        PersistentCase(64, 72, 3, 1, 32, position=334, sms=5), 4
+    ),  # that share keys, with three splits and with four
     WideCase(PersistentCase(64, 2048, 8, 1, 128, position=5, sms=3), 4),  # 8-row tiles
     WideCase(PersistentCase(64, 1024, 2, 1, 32, position=5, sms=3), 8),  # 8-row tiles for one column, 16 for eight
+    WideCase(PersistentCase(64, 2048, 2, 1, 32, position=5, sms=2), 8),  # tiles of `down` in halves along K
 )
 
 
@@ -103,6 +108,7 @@ def _wide_step(
     for start, end in ((at.residual_in, at.residual_in_exact), (at.residual_mid, at.residual_mid_exact)):
         mailbox[start:end] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
     logits = poisoned(case.columns * case.model.vocabulary + SPARE)
+    best, choices = np.full(case.columns, LOWEST_KEY, np.int64), np.zeros(case.columns, np.uint64)
     arguments = WideArguments(
         weights=memory.weights,
         table=memory.model.table,
@@ -115,6 +121,8 @@ def _wide_step(
         cosines=memory.cosines.reshape(-1),
         sines=memory.sines.reshape(-1),
         logits=logits,
+        best=best,
+        choices=choices,
         fault=fault,
         timestamps=np.zeros(1, np.int64),
         kv_stride=memory.kv_stride,
@@ -127,4 +135,7 @@ def _wide_step(
     assert memory.position[0] == case.model.position
     count = case.columns * case.model.vocabulary
     assert np.array_equal(logits[count:].view(np.uint32), poisoned(SPARE).view(np.uint32)), "logits are out of bounds"
-    return logits[:count].reshape(case.columns, -1), cache
+    rows = logits[:count].reshape(case.columns, -1)
+    assert choices.tolist() == [1 << 32 | int(token) for token in rows.argmax(axis=1)]
+    assert (best == LOWEST_KEY).all()
+    return rows, cache

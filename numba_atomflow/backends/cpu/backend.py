@@ -39,7 +39,7 @@ from numba_atomflow.model.step import (
     build_step,
 )
 from numba_atomflow.ops import attention, projection
-from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.sampling import Sampler, SamplingParams, accepted_tokens, most_likely_token
 from numba_atomflow.utils.progress import OpenBar, Progress
 
 PREFILL_CHUNK = 512  # tokens per prefill step: so many that converting the weights is a small part of it
@@ -236,6 +236,11 @@ class CpuBackend:
         self.prefill(tokens, ALL_LOGITS)
         self.seek(position)
         return self._logits[:1] if count == 1 else self._logits[:count].copy()
+
+    def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
+        """Those of the tokens after the first that are the most likely ones, and the most likely token after them."""
+        logits = self.verify(tokens)
+        return accepted_tokens(tokens, lambda row: most_likely_token(logits[row]))
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the same bound list, one op at a time."""

@@ -19,6 +19,7 @@ from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path, most_chunk_tokens
 from numba_atomflow.backends.cuda.queue import GraphSteps, PromptStaging, StepQueue, TokenRing
 from numba_atomflow.backends.cuda.verify import WideSteps
+from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.logprobs import TokenLogprobs
@@ -30,7 +31,7 @@ from numba_atomflow.ops.cuda.runtime.chip import chip_of
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec
-from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.sampling import Sampler, SamplingParams, accepted_tokens, most_likely_token
 from numba_atomflow.utils.progress import OpenBar, Progress
 
 
@@ -135,9 +136,7 @@ class CudaBackend:
             self._graphs.prepare(self.prefill_chunk)
             self._queue = StepQueue(GraphSteps(model, self._graphs, owner), self._ring, self._max_seq_len)
             if self._graphs.persistent is not None:
-                self._wide_steps = WideSteps(
-                    model, self._graphs.persistent, loaded, self._prompts, self._queue, owner.resources
-                )
+                self._wide_steps = WideSteps(model, self._graphs.persistent, loaded, self._queue, owner.resources)
             self.measure = CudaMeasurements(model, self._graphs, self._queue, self._gpu, owner)
             self.device_edits = DeviceEdits(
                 model, self._graphs, loaded, owner, self._gpu.capability, capture=self._capture
@@ -229,19 +228,36 @@ class CudaBackend:
         if self._wide_steps is not None:
             self._check(tokens)
             with self._owner.current():
-                return self._wide_steps.run(tokens)
+                return self._wide_steps.run(tokens, self._queue.position)
         position = self._queue.position
         self.prefill(tokens, NO_LOGITS)
         logits = self.logits(0, 1)
         self.seek(position)
         return logits
 
+    def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
+        """Those of the tokens after the first that are the most likely ones, and the most likely token after them. The
+        persistent kernel chooses them.
+        """
+        if self._wide_steps is None:
+            logits = self.verify(tokens)
+            return accepted_tokens(tokens, lambda row: most_likely_token(logits[row]))
+        check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
+        self._check(tokens)
+        with self._owner.current():
+            return self._wide_steps.choose(tokens, self._queue.position)
+
     def time_widths(self, repeats: int) -> dict[int, float]:
         """Median seconds of the kernel of a step that verifies, at the current position, by its number of tokens;
         nothing where no step takes several.
         """
         with self._owner.current():
-            return {} if self._wide_steps is None else self._wide_steps.seconds(repeats)
+            return {} if self._wide_steps is None else self._wide_steps.seconds(repeats, self._queue.position)
+
+    def trace_widths(self, repeats: int) -> dict[int, StepTrace]:
+        """When each CTA of these kernels did what, at the current position, by the number of tokens."""
+        with self._owner.current():
+            return {} if self._wide_steps is None else self._wide_steps.traces(repeats, self._queue.position)
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""

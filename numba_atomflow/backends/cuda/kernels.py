@@ -276,3 +276,7 @@ class ModelKernels:
     def persistent_traced(self) -> Planned:
         """The persistent kernel that also writes timestamps; not among `planned`, because only a trace needs it."""
         return persistent_kernel(replace(self.persistent_shape, trace=True))
+
+    def wide_traced(self, columns: int) -> Planned:
+        """The persistent kernel for so many tokens that also writes timestamps."""
+        return wide_kernel(replace(self.wide_shapes[columns], trace=True))

@@ -1,7 +1,7 @@
 """The persistent kernel bound to a model's memory: the whole decode step, or some of its ops, as a launch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +50,30 @@ def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
     """Buffers of the steps that verify. Each width has a mailbox of its own, so that each step overwrites all of it."""
     width = max(kernels.wide_shapes, default=1)
     buffers = [
-        Buffer("workspace", "verify.tokens", (width,), "int32"),
+        Buffer("workspace", "verify.step", (2 + (width + 1) // 2,), "int64"),
         Buffer("workspace", "verify.logits", (width, kernels.geometry.vocabulary), "float32"),
-        Buffer("workspace", "verify.best", (1,), "int64"),
+        Buffer("workspace", "verify.best", (width,), "int64"),
+        Buffer("workspace", "verify.seen", (-(-kernels.geometry.vocabulary // 32),), "uint32"),
+        Buffer("workspace", "verify.options", (5,), "float64"),
     ]
     for columns, shape in kernels.wide_shapes.items():
         buffers.append(Buffer("workspace", f"verify.mailbox_x{columns}", (shape.mailbox.end,), "uint64"))
         buffers.append(Buffer("workspace", f"verify.steps_x{columns}", (2,), "int64"))
     return buffers
+
+
+class StepViews(NamedTuple):
+    """What a step that verifies reads and writes beside the buffers of the model.
+
+    Attributes:
+        position: [1]; of the first token. posted: [1]; 0 before the step. tokens: [width].
+        choices: [width], pinned; the most likely token after each, as `post_token` posts token number 1.
+    """
+
+    position: View
+    posted: View
+    tokens: View
+    choices: View
 
 
 class PersistentStep:
@@ -133,8 +149,8 @@ class PersistentStep:
         kernel = traced or self._loaded["persistent"]
         return Launch(kernel, self.shape.sms, arguments._replace(**replaced or {}), self._stream)
 
-    def wide_launch(self, columns: int) -> Launch:
-        """A step of so many tokens, which chooses none and leaves the position as it is."""
+    def wide_launch(self, columns: int, views: StepViews, traced: Kernel | None = None) -> Launch:
+        """A step of so many tokens, which leaves the position as it is; by the kernel `traced`, if given."""
         b, planned = self._buffers, self._kernels.planned[f"persistent_x{columns}"]
         cache = b[KV_CACHE]
         arguments = WideArguments(
@@ -143,19 +159,21 @@ class PersistentStep:
             cache16=cache,
             cache=cache,
             mailbox=b[f"verify.mailbox_x{columns}"],
-            tokens=b["verify.tokens"],
-            position=b["position"],
+            tokens=views.tokens,
+            position=views.position,
             steps=b[f"verify.steps_x{columns}"],
             cosines=b["rope.cosines"],
             sines=b["rope.sines"],
             logits=b["verify.logits"],
+            best=b["verify.best"],
+            choices=views.choices,
             fault=b["persistent.fault"],
             timestamps=b["persistent.timestamps"],
             kv_stride=self._kv_stride,
             first_op=0,
             end_op=self.shape.ops,
         )
-        return Launch(self._loaded[planned.spec.name], planned.ctas, arguments, self._stream)
+        return Launch(traced or self._loaded[planned.spec.name], planned.ctas, arguments, self._stream)
 
     def publish(self, layer: int) -> Launch:
         """The mailbox words that let an op of this layer run by itself; the number of layers: the LM head."""

@@ -182,6 +182,7 @@ class StepQueue:
         self._queued = 0  # number of the last sampling step that is queued, from 1 on
         self._requested = 0  # number of the last one whose tokens the host has requested
         self._exact = True  # whether these numbers are right: not after Ctrl-C between a launch and its count
+        self._moved = False  # the device's position is still another one: steps that verify do not read it
 
     # --- queueing; the GPU's context is current ----------------------------------------------------------------------
 
@@ -194,14 +195,22 @@ class StepQueue:
     def launching(self, tokens: int, head: Head) -> Iterator[None]:
         """The body launches a step; afterwards the step is counted, and its tokens are requested."""
         self._exact = False
+        self._write_position()
         yield
         self.count(tokens, head)
         self._requested = self._queued
 
     def _launch(self, tokens: int, head: Head) -> None:
         self._exact = False
+        self._write_position()
         self._steps.run(tokens, head)
         self.count(tokens, head)
+
+    def _write_position(self) -> None:
+        """Move the device to the host's position."""
+        if self._moved:
+            self._steps.set_position(self.position)
+            self._moved = False
 
     def count(self, tokens: int, head: Head) -> None:
         """Take note of a step that has been launched."""
@@ -253,13 +262,12 @@ class StepQueue:
         if nothing_ahead and position == self.position:
             return
         check_range("position", position, 0, self._max_seq_len)
-        with self._steps.current():
-            if nothing_ahead:
-                self._exact = False
-                self._steps.set_position(position)
-                self.position = position
-                self._exact = True
-            else:
+        if self._steps.closed:
+            raise closed_error()
+        if nothing_ahead:
+            self.position, self._moved = position, True
+        else:
+            with self._steps.current():
                 self._settle(position)
 
     def distrust(self) -> None:
@@ -273,6 +281,7 @@ class StepQueue:
         check_range("positions", position, tokens, self._max_seq_len)
         self._exact = False
         with self._steps.current():
+            self._write_position()
             yield
             self._settle(position)
 
@@ -280,6 +289,7 @@ class StepQueue:
         """Wait for all queued steps, count their tokens as received, and set the position."""
         self._exact = False
         self._steps.settle(position)
+        self._moved = False
         self._queued = self._requested = self._steps.posted_tokens()
         self.position = position
         self._exact = True

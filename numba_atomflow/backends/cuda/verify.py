@@ -1,5 +1,11 @@
-"""Steps of several tokens that verify a proposal: logits after each, with the bits of single decode steps."""
+"""Steps of several tokens that verify a proposal: logits after each, with the bits of single decode steps, or the most
+likely token after each, which the kernel chooses.
 
+Of the host a step takes one copy to the device and one launch. Where the kernel chooses, it posts the tokens to pinned
+memory, which the host polls; otherwise the logits are copied to the host.
+"""
+
+import time
 from collections.abc import Sequence
 from itertools import repeat
 
@@ -7,22 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.model import DeviceModel
-from numba_atomflow.backends.cuda.persistent import PersistentStep, watchdog_error
-from numba_atomflow.backends.cuda.queue import PromptStaging, StepQueue
+from numba_atomflow.backends.cuda.persistent import PersistentStep, StepViews, watchdog_error
+from numba_atomflow.backends.cuda.queue import StepQueue, stream_finished
+from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
-from numba_atomflow.memory.device import PinnedArray
+from numba_atomflow.errors import BackendError, non_finite_logits
+from numba_atomflow.memory.device import PinnedArray, copy_to_device
 from numba_atomflow.memory.view import View
+from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.ops.cuda.runtime.graph import time_launches
-from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
+from numba_atomflow.sampling import accepted_tokens
+
+_POLLS = 2000  # of the tokens (some 100 us) between checks of the stream
+_ID_BITS = 31
 
 
 class WideSteps:
     """Runs steps of 1 to `verification.width` tokens in the persistent kernel.
 
     Args:
-        loaded: kernels by name. resources: owns the pinned memory that logits are copied to.
+        loaded: kernels by name. resources: owns the pinned memory.
     """
 
     def __init__(
@@ -30,20 +44,32 @@ class WideSteps:
         model: DeviceModel,
         persistent: PersistentStep,
         loaded: LoadedKernels,
-        staging: PromptStaging,
         queue: StepQueue,
         resources: Resources,
     ) -> None:
         self._model, self._persistent, self._loaded = model, persistent, loaded
-        self._staging, self._queue, self._resources = staging, queue, resources
+        self._queue, self._resources = queue, resources
         self._widths = (1, *model.kernels.wide_shapes)
         self._launches: dict[int, Launch] = {}
-        shape = model.buffers["verify.logits"].shape
-        self._logits = PinnedArray(shape, "float32", resources)
+        self._pending = False  # a step has been launched, and the host has not seen its end
+        width, step = self._widths[-1], model.buffers["verify.step"]
+        self._step = PinnedArray(step.shape, "int64", resources)  # position, tokens posted, tokens
+        self._tokens = self._step.array[2:].view(np.int32)
+        self._choices = PinnedArray((width,), "uint64", resources)
+        self._views = StepViews(
+            View("verify.position", step.address, (1,), "int64"),
+            View("verify.posted", step.address + 8, (1,), "int64"),
+            View("verify.tokens", step.address + 16, (width,), "int32"),
+            self._choices.view,
+        )
+        self._logits = PinnedArray(model.buffers["verify.logits"].shape, "float32", resources)
         self._fault = PinnedArray((1,), "int32", resources)
+        no_penalty = np.ones(model.buffers["verify.options"].shape)
+        model.memory.write(model.buffers["verify.options"], no_penalty)
+        self._reset_best()
 
-    def run(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [len(tokens), V] after each of the tokens at the current position; valid until the next call. The
+    def run(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
+        """Logits [len(tokens), V] after each of the tokens, the first at this position; valid until the next call. The
         GPU's context is current.
 
         The first call for several tokens compiles the kernels of all widths, or loads them from the cache.
@@ -53,38 +79,130 @@ class WideSteps:
         """
         logits, fault = self._logits.array, self._fault.array
         buffers, stream, count = self._model.buffers, self._model.stream, len(tokens)
-        width = next(width for width in self._widths if width >= count)
-        self._staging.send([*tokens, *repeat(tokens[-1], width - count)], buffers["verify.tokens"])
-        self._launch(width).run()
+        self._start(tokens, position)
         _copy_to_host(logits[:count], buffers["verify.logits"], stream)
         _copy_to_host(fault, buffers["persistent.fault"], stream)
         call("cuStreamSynchronize", stream)
+        self._pending = False
         if fault[0]:
-            self._queue.distrust()
+            self._distrust()
             raise watchdog_error()
         return logits[:count]
 
-    def seconds(self, repeats: int) -> dict[int, float]:
-        """Median seconds of the kernel, by the number of tokens. The GPU's context is current.
+    def choose(self, tokens: Sequence[int], position: int) -> list[int]:
+        """As `Backend.verify_greedy`, the first token at this position. The GPU's context is current.
+
+        Raises:
+            CheckpointError: logits contain NaN or Inf.
+            BackendError: as `run`.
+        """
+        choices, polls = self._choices.array[: len(tokens)], 0
+        self._start(tokens, position)
+        while not choices.all():
+            polls += 1
+            if polls % _POLLS == 0:
+                self._check()
+                time.sleep(0)  # let other threads run
+        self._pending = False
+        return accepted_tokens(tokens, self._choice)
+
+    def _choice(self, index: int) -> int:
+        """The most likely token after number `index`."""
+        entry = int(self._choices.array[index])
+        if entry >> _ID_BITS & 1:
+            self._distrust()
+            self._queue.check_watchdog()
+            raise non_finite_logits()
+        return entry & ((1 << _ID_BITS) - 1)
+
+    def seconds(self, repeats: int, position: int) -> dict[int, float]:
+        """Median seconds of the kernel at this position, by the number of tokens. The GPU's context is current.
 
         Raises:
             BackendError: the watchdog tripped.
         """
-        stream, resources = self._model.stream, self._resources
-        seconds = {width: time_launches([self._launch(width)], stream, repeats, resources) for width in self._widths}
+        stream, resources, seconds = self._model.stream, self._resources, {}
+        self._send([], position)
+        for width in self._widths:
+            launch = self._launch(width) if width > 1 else self._bind(width, in_place=True)
+            seconds[width] = time_launches([launch], stream, repeats, resources)
+        self._reset_best()
         self._queue.check_watchdog()
         return seconds
 
+    def traces(self, repeats: int, position: int) -> dict[int, StepTrace]:
+        """When each CTA of the kernel did what, by the number of tokens: of `repeats` runs the median by length. The
+        traced kernels are compiled first. The GPU's context is current.
+
+        Raises:
+            BackendError: the watchdog tripped.
+        """
+        kernels, memory, times = self._model.kernels, self._model.memory, self._model.buffers["persistent.timestamps"]
+        ops, median = self._model.step(1, SAMPLE), {}
+        traced = [kernels.persistent_traced, *(kernels.wide_traced(width) for width in self._widths[1:])]
+        built = self._loaded.build_apart([kernel.spec for kernel in traced])
+        self._send([], position)
+        for width, kernel in zip(self._widths, built, strict=True):
+            launch, traces = self._bind(width, kernel, in_place=True), []
+            for _ in range(repeats + 1):
+                memory.write(times, np.zeros(times.shape, np.int64))
+                launch.run()
+                traces.append(self._persistent.trace(ops, memory.read(times)))
+            median[width] = sorted(traces[1:], key=lambda trace: trace.ends[-1])[(repeats - 1) // 2]
+        self._reset_best()
+        self._queue.check_watchdog()
+        return median
+
+    def _start(self, tokens: Sequence[int], position: int) -> None:
+        """Launch a step of these tokens."""
+        if self._pending:  # a step was interrupted (Ctrl-C): it may still read its tokens, and post others
+            call("cuStreamSynchronize", self._model.stream)
+        self._choices.array[:] = 0
+        self._pending = True
+        width = next(width for width in self._widths if width >= len(tokens))
+        self._send([*tokens, *repeat(tokens[-1], width - len(tokens))], position)
+        self._launch(width).run()
+
+    def _send(self, tokens: Sequence[int], position: int) -> None:
+        """Copy a step's tokens and position to the device. The copy before has ended: the host waits for each step."""
+        self._step.array[:2] = position, 0
+        self._tokens[: len(tokens)] = tokens
+        copy_to_device(self._views.position.address, self._step.array, self._model.stream)
+
     def _launch(self, width: int) -> Launch:
         if width not in self._launches:
-            planned, buffers = self._model.kernels.planned, self._model.buffers
-            if width == 1:
-                own = {name: buffers[f"verify.{name}"] for name in ("tokens", "logits", "best")}
-                self._launches[1] = self._persistent.launch(0, self._persistent.shape.ops, replaced=own)
-            else:
+            if width > 1:
+                planned = self._model.kernels.planned
                 self._loaded.require(planned[f"persistent_x{columns}"].spec for columns in self._widths[1:])
-                self._launches[width] = self._persistent.wide_launch(width)
+            self._launches[width] = self._bind(width)
         return self._launches[width]
+
+    def _bind(self, width: int, traced: Kernel | None = None, *, in_place: bool = False) -> Launch:
+        """The kernel for so many tokens, or `traced`, with its views. in_place: that for one token does not move the
+        position, nor does it post a token or clear `verify.best`.
+        """
+        if width > 1:
+            return self._persistent.wide_launch(width, self._views, traced)
+        views, buffers = self._views, self._model.buffers
+        own = {name: buffers[f"verify.{name}"] for name in ("logits", "best", "seen", "options")}
+        own |= {"tokens": views.tokens, "position": views.position}
+        own |= {"token_ring": views.choices, "tokens_posted": views.posted}
+        end = self._persistent.shape.ops
+        return self._persistent.launch(0, end, greedy=not in_place, traced=traced, replaced=own)
+
+    def _check(self) -> None:
+        """Raise if the GPU has failed, or has finished the step without posting its tokens."""
+        if stream_finished(self._model.stream) and not self._choices.array.any():
+            raise BackendError("the GPU has finished a step without its tokens")
+
+    def _distrust(self) -> None:
+        """A step has failed."""
+        self._queue.distrust()
+        self._reset_best()
+
+    def _reset_best(self) -> None:
+        best = self._model.buffers["verify.best"]
+        self._model.memory.write(best, np.full(best.shape, LOWEST_KEY, np.int64))
 
 
 def _copy_to_host(target: NDArray[np.generic], source: View, stream: object) -> None:

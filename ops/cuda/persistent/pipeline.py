@@ -40,6 +40,7 @@ class WeightCopies(NamedTuple):
         tile_words, k_tile_words: from one 16-row tile to the next, and from one k-tile to the next.
         stages: that a work tile takes.
         half_tiles: 1 if work tiles have 8 rows, else 0; then a stage takes two copies, of the same rows of two k-tiles.
+        k_halves: 1 if work tiles are halves of tiles along K, else 0.
         copy_bytes, last_copy_bytes: of a copy, and of the work tile's last one.
     """
 
@@ -48,6 +49,7 @@ class WeightCopies(NamedTuple):
     k_tile_words: Any
     stages: Any
     half_tiles: Any
+    k_halves: Any
     copy_bytes: Any
     last_copy_bytes: Any
 
@@ -95,6 +97,8 @@ def make_weight_copies(shape: PersistentShape) -> tuple[Any, Any]:
     table_start = shape.table_start
     stages_of = shape.by_kind(lambda plan: plan.work_tile_stages)
     half_tiles_of = shape.by_kind(lambda plan: int(plan.half_tiles))
+    k_halves_of = shape.by_kind(lambda plan: int(plan.k_halves))
+    any_k_halves = any(plan.k_halves for plan in shape.plans.values())
     tile_words_of = shape.by_kind(lambda plan: plan.layout.tile_words)
     k_tile_words_of = shape.by_kind(lambda plan: plan.layout.k_tile_words)
     last_words_of = shape.by_kind(lambda plan: plan.layout.last_k_tile_words)
@@ -106,11 +110,15 @@ def make_weight_copies(shape: PersistentShape) -> tuple[Any, Any]:
         copy_bytes = u32(4 * k_tile_words >> np.int64(half_tiles))
         last_copy_bytes = copy_bytes if half_tiles else u32(4 * last_words_of(kind))
         tile_words, stages = np.int64(tile_words_of(kind)), i32(stages_of(kind))
-        return WeightCopies(start, tile_words, k_tile_words, stages, half_tiles, copy_bytes, last_copy_bytes)
+        k_halves = i32(k_halves_of(kind))
+        return WeightCopies(start, tile_words, k_tile_words, stages, half_tiles, k_halves, copy_bytes, last_copy_bytes)
 
     @ptx.device_function
     def source_of(copies, work_tile):
         start, tile_words, half_tiles = copies.start, copies.tile_words, copies.half_tiles
+        if any_k_halves:
+            start += np.int64(work_tile & copies.k_halves) * copies.k_tile_words * copies.stages
+            work_tile = work_tile >> copies.k_halves
         tile = start + np.int64(work_tile >> half_tiles) * tile_words
         return tile + np.int64(work_tile & half_tiles) * (copies.k_tile_words // 2)
 

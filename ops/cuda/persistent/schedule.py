@@ -31,8 +31,8 @@ WARP_KEYS = 16  # keys per iteration of a warp in attention
 CTA_KEYS = WARP_KEYS * CONSUMER_WARPS
 ONE_SPLIT_KEYS = 2 * CTA_KEYS  # up to so many keys, one CTA takes less time than several and their combining
 _ROTATIONS = 32  # candidates for the rotation of the schedule
-_PARTIAL_SUMS = 64  # k-tiles whose sums are kept until they are reduced
-_PARTIAL_SUMS_OF_COLUMNS = 128  # the same times columns, where there are several
+_PARTIAL_SUMS = 64  # k-tiles whose sums are kept until they are reduced; for 4 and 8 columns half as many
+_MMA_ROWS = 16  # of a fragment
 MAX_COLUMNS = 8  # of a step: columns of the mma's B operand
 _REDUCTION_WORDS = 64  # scratch for reductions over the CTA
 OPS_PER_LAYER = 5
@@ -90,22 +90,30 @@ class ProjectionPlan:
 
     Attributes:
         half_tiles: a work tile has 8 rows instead of 16, and a stage holds them of two k-tiles.
+        k_halves: a work tile is one half of a tile along K: number 2 i is the first half of tile i, 2 i + 1 the second,
+            which continues the sums of the first.
         partial_sums: k-tiles whose sums are kept until they are reduced.
     """
 
     kind: int
     layout: PrepackedLayout
     half_tiles: bool
+    k_halves: bool = False
     partial_sums: int = _PARTIAL_SUMS
 
     @property
     def work_tiles(self) -> int:
-        return self.layout.tiles * (1 + self.half_tiles)
+        return self.layout.tiles * (1 + self.half_tiles) * (1 + self.k_halves)
 
     @property
     def work_tile_stages(self) -> int:
         """Pipeline stages that a work tile passes through: its k-tiles, or pairs of them."""
-        return self.layout.k_tiles // (1 + self.half_tiles)
+        return self.layout.k_tiles // (1 + self.half_tiles) // (1 + self.k_halves)
+
+    @property
+    def staged_features(self) -> int:
+        """Elements of the input that a CTA stages."""
+        return self.layout.padded_in_features // (1 + self.k_halves)
 
     @property
     def epilogue_bits(self) -> int:
@@ -128,6 +136,7 @@ class MailboxOffsets(NamedTuple):
         attn_out, intermediate: pairs of float16.
         partials, softmax_stats: of the KV splits: weighted sums of values, and (m, l) of each.
         best_keys: of each rank, the sort key of its most likely token, in two words; none with one GPU.
+        down_sums: of the down projection over the first half of K; there with `ProjectionPlan.k_halves`.
         end: words in all.
     """
 
@@ -143,6 +152,7 @@ class MailboxOffsets(NamedTuple):
     partials: int
     softmax_stats: int
     best_keys: int
+    down_sums: int
     end: int
 
 
@@ -224,7 +234,13 @@ class PersistentShape:
         """Of the projections, by kind."""
         layouts = zip((QKV, O_PROJ, GATE_UP, DOWN, LM_HEAD), self.layouts, strict=True)
         return {
-            kind: ProjectionPlan(kind, layout, self._takes_half_tiles(kind, layout), self._partial_sums)
+            kind: ProjectionPlan(
+                kind,
+                layout,
+                self._takes_half_tiles(kind, layout),
+                self._takes_k_halves(kind, layout),
+                self._partial_sums,
+            )
             for kind, layout in layouts
         }
 
@@ -232,10 +248,17 @@ class PersistentShape:
         """8 columns leave none of the mma's B operand for the second k-tile of a stage of 8-row tiles."""
         return kind in (O_PROJ, DOWN) and self.columns < MAX_COLUMNS and _has_half_tiles(layout)
 
+    def _takes_k_halves(self, kind: int, layout: PrepackedLayout) -> bool:
+        """The input of `down` is the widest: 8 of them would leave little room for the pipeline, and take long to
+        stage. With an even number of CTAs all work tiles of a CTA have the same half of K.
+        """
+        whole = layout.k_tiles % 2 == 0 and layout.in_features == layout.padded_in_features
+        return kind == DOWN and self.columns == MAX_COLUMNS and self.sms % 2 == 0 and whole and _is_whole(layout)
+
     @property
     def _partial_sums(self) -> int:
         """K-tiles whose sums are kept until they are reduced."""
-        return _PARTIAL_SUMS if self.columns == 1 else min(_PARTIAL_SUMS, _PARTIAL_SUMS_OF_COLUMNS // self.columns)
+        return max(_PARTIAL_SUMS // 2, _PARTIAL_SUMS * 2 // self.columns) if self.columns > 1 else _PARTIAL_SUMS
 
     def by_kind(self, size: Callable[[ProjectionPlan], int]) -> Any:
         """Device function (kind) -> a size of this kind's plan."""
@@ -273,6 +296,26 @@ class PersistentShape:
     def query_group(self) -> int:
         """Query heads per KV head (GQA)."""
         return self.heads // self.kv_heads
+
+    @property
+    def attention_columns(self) -> int:
+        """Columns that share the keys that are read: a power of two, with at most 16 rows of query heads."""
+        return min(self.columns, 1 << max(1, _MMA_ROWS // self.query_group).bit_length() - 1)
+
+    @property
+    def attention_rows(self) -> int:
+        """Query heads of these columns: rows of the fragments in attention."""
+        return self.attention_columns * self.query_group
+
+    @property
+    def attention_half_tile(self) -> bool:
+        """Whether they fit into an M/2 tile."""
+        return self.attention_rows <= _MMA_ROWS // 2
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of queries that shared memory has room for."""
+        return _MMA_ROWS // 2 if self.attention_half_tile else _MMA_ROWS
 
     @property
     def kv_splits(self) -> int:
@@ -325,18 +368,22 @@ class PersistentShape:
     @property
     def x_words(self) -> int:
         """The input of a projection, float16; or the working set of attention: queries, newest key and value, sums."""
-        widest = max(layout.padded_in_features for layout in self.layouts[:-1]) // 2
-        result_words = self.partial_results * self.query_group * (self.head_dim + 2)
-        attention = MAX_QUERY_GROUP * self.query_pitch + self.columns * self.head_dim + result_words
+        widest = self._widest_input // 2
+        result_words = self.partial_results * self.attention_rows * (self.head_dim + 2)
+        attention = self.query_rows * self.query_pitch + self.columns * self.head_dim + result_words
         inputs = widest if self.columns == 1 else self.columns * self.x_pitch
         return -(-max(inputs, attention) // 32) * 32
+
+    @property
+    def _widest_input(self) -> int:
+        return max(plan.staged_features for plan in self.plans.values())
 
     @property
     def x_pitch(self) -> int:
         """Words from the input of one column to that of the next: an odd multiple of 64, so that `swizzled` moves every
         other column to other banks.
         """
-        widest = max(layout.padded_in_features for layout in self.layouts[:-1]) // 2
+        widest = self._widest_input // 2
         return (-(-widest // 64) | 1) * 64
 
     @property
@@ -408,6 +455,7 @@ class PersistentShape:
             "partials": self.kv_splits * self.heads * self.head_dim,
             "softmax_stats": self.kv_splits * self.heads * 2,
             "best_keys": 0 if self.rank is None else 2 * self.ranks,
+            "down_sums": self.hidden * self.plans[DOWN].k_halves,
         }
         starts, end = {}, 0
         for name, size in sizes.items():
@@ -434,5 +482,10 @@ class PersistentShape:
 
 def _has_half_tiles(layout: PrepackedLayout) -> bool:
     """Whether the k-tiles of a tile make whole pairs, each of two 8-row parts without padding."""
-    whole = layout.k_tiles % 2 == 0 and layout.last_k_tile_groups == K_TILE_GROUPS
-    return layout.split_rows and whole and layout.k_tile_words == 2 * K_TILE_GROUPS * HALF_GROUP_WORDS
+    return layout.split_rows and layout.k_tiles % 2 == 0 and _is_whole(layout)
+
+
+def _is_whole(layout: PrepackedLayout) -> bool:
+    """Whether every k-tile has all groups."""
+    whole = layout.last_k_tile_groups == K_TILE_GROUPS
+    return whole and layout.k_tile_words == 2 * K_TILE_GROUPS * HALF_GROUP_WORDS

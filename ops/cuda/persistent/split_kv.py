@@ -53,14 +53,25 @@ class AttentionIo(NamedTuple):
     watchdog: Any
 
 
-def make_kv_split(shape: PersistentShape) -> Any:
-    """Device function (position) -> the CTA's `KvSplit`."""
+def make_split_keys(shape: PersistentShape) -> Any:
+    """Device function (position) -> keys of a KV split."""
     kv_splits = shape.kv_splits
 
     @ptx.device_function
-    def kv_split(position):
+    def split_keys(position):
         keys = ((position + kv_splits - 1) // kv_splits + WARP_KEYS - 1) // WARP_KEYS * WARP_KEYS
-        keys = max(keys, ONE_SPLIT_KEYS if position <= ONE_SPLIT_KEYS else CTA_KEYS)
+        return max(keys, ONE_SPLIT_KEYS if position <= ONE_SPLIT_KEYS else CTA_KEYS)
+
+    return split_keys
+
+
+def make_kv_split(shape: PersistentShape) -> Any:
+    """Device function (position) -> the CTA's `KvSplit`."""
+    kv_splits, split_keys = shape.kv_splits, make_split_keys(shape)
+
+    @ptx.device_function
+    def kv_split(position):
+        keys = split_keys(position)
         active = max((position + keys - 1) // keys, 1)
         cta = i32(cuda.blockIdx.x)
         return KvSplit(i32(cta // kv_splits), i32(cta % kv_splits), i32(keys), i32(active))
@@ -68,7 +79,7 @@ def make_kv_split(shape: PersistentShape) -> Any:
     return kv_split
 
 
-def _make_team(lanes: int) -> tuple[Any, Any]:
+def make_team(lanes: int) -> tuple[Any, Any]:
     """Device functions (x) -> the maximum, and the sum, of x over a team of `lanes` adjacent lanes, a power of two."""
     steps = lanes.bit_length() - 1
 
@@ -146,7 +157,7 @@ def make_combine_splits(shape: PersistentShape, poll_both: Any, store_out: Any) 
     head_words, pairs = head_dim // 2, query_group * head_dim // 2
     partials_start, stats_start = shape.mailbox.partials, shape.mailbox.softmax_stats
     team = 16 if kv_splits <= 16 else 32
-    team_max, team_sum = _make_team(team)
+    team_max, team_sum = make_team(team)
 
     @ptx.large_device_function
     def combine_splits(io, cta_split, thread):

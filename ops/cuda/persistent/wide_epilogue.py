@@ -13,19 +13,23 @@ from numba_atomflow.ops.cuda.gemv.epilogue import rope_pair, swiglu
 from numba_atomflow.ops.cuda.persistent.schedule import DOWN, GATE_UP, LM_HEAD, O_PROJ, QKV, PersistentShape
 from numba_atomflow.ops.cuda.persistent.wide_projection import make_row_sum
 from numba_atomflow.ops.cuda.scalars import u32
+from numba_atomflow.ops.cuda.token.order import sort_key
+
+_ZERO = np.float32(0.0)
 
 
 def make_load_ahead(shape: PersistentShape) -> Any:
     """Device function (kind, state, work_tile, entry, column, loaded). kind: that of `state`, as a constant where it is
     one.
     """
-    half_tiles_of, hidden = shape.by_kind(lambda plan: int(plan.half_tiles)), shape.hidden
+    half_tiles_of = shape.by_kind(lambda plan: int(plan.half_tiles))
+    k_halves_of, hidden = shape.by_kind(lambda plan: int(plan.k_halves)), shape.hidden
     residual_in, residual_mid = shape.mailbox.residual_in_exact, shape.mailbox.residual_mid_exact
 
     @ptx.device_function
     def load_ahead(kind, state, work_tile, entry, column, loaded):
         if kind == O_PROJ or kind == DOWN:  # noqa: SIM109 (numba makes a loop of `in`)
-            row = (work_tile * 16 >> u32(half_tiles_of(kind))) + 2 * entry
+            row = (work_tile >> u32(k_halves_of(kind)) << u32(4 - half_tiles_of(kind))) + 2 * entry
             start = residual_in if kind == O_PROJ else residual_mid
             w0, w1, w2, w3 = ptx.ll_load(state.mailbox, start + column * hidden + row)
             loaded[0], loaded[1], loaded[2], loaded[3] = w0, w1, w2, w3
@@ -64,7 +68,7 @@ def _make_store_qkv(shape: PersistentShape) -> Any:
 
     @ptx.large_device_function
     def store_qkv(state, tile, entry, column, floats, sums):
-        low, high = row_sum(floats, sums, entry, column), row_sum(floats, sums, entry + 8, column)
+        low, high = row_sum(floats, sums, entry, column, _ZERO), row_sum(floats, sums, entry + 8, column, _ZERO)
         head, i = tile // head_tiles, tile % head_tiles * 8 + entry
         if head < heads + kv_heads:
             table = rope_start + column * 2 * half + i
@@ -86,16 +90,42 @@ def _make_store_qkv(shape: PersistentShape) -> Any:
 
 
 def _make_add(shape: PersistentShape, kind: int, load_ahead: Any) -> Any:
-    """The residual stream plus the output of the o or down projection."""
-    rows, hidden = 16 >> int(shape.plans[kind].half_tiles), shape.hidden
+    """The residual stream plus the output of the o or down projection. Of the two halves of a tile along K, the first
+    passes its sums on, and the second continues them.
+    """
+    rows, k_halves, hidden = 16 >> int(shape.plans[kind].half_tiles), shape.plans[kind].k_halves, shape.hidden
     is_o, mailbox = kind == O_PROJ, shape.mailbox
     exact = mailbox.residual_mid_exact if is_o else mailbox.residual_in_exact
     pairs = mailbox.residual_mid if is_o else mailbox.residual_in
-    row_sum = make_row_sum(shape, kind)
+    row_sum, sums_start = make_row_sum(shape, kind), mailbox.down_sums
+
+    @ptx.device_function
+    def receive_sums(state, word):
+        """Two sums of the first half of K."""
+        w0, flag0, w1, flag1 = ptx.ll_load(state.mailbox, word)
+        polls = u32(0)
+        while flag0 != state.flag or flag1 != state.flag:
+            w0, flag0, w1, flag1 = ptx.ll_load(state.mailbox, word)
+            polls = u32(polls + u32(1))
+            if watchdog_trips(state.watchdog, polls):
+                break
+        return ptx.bits_f32(w0), ptx.bits_f32(w1)
 
     @ptx.large_device_function
     def add(state, work_tile, entry, column, loaded, floats, sums):
-        row = work_tile * rows + 2 * entry
+        low, high = _ZERO, _ZERO
+        row = (work_tile >> 1 if k_halves else work_tile) * rows + 2 * entry
+        if k_halves:
+            word = sums_start + column * hidden + row
+            if work_tile & 1 == 0:
+                low, high = (
+                    row_sum(floats, sums, 2 * entry, column, low),
+                    row_sum(floats, sums, 2 * entry + 1, column, high),
+                )
+                ptx.ll_store(state.mailbox, word, ptx.f32_bits(low), state.flag)
+                ptx.ll_store(state.mailbox, word + 1, ptx.f32_bits(high), state.flag)
+                return
+            low, high = receive_sums(state, word)
         addend_flag = state.input_flag if is_o else state.flag
         polls = u32(0)  # the words have nearly always arrived: the op's own input depends on all of them
         while loaded[1] != addend_flag or loaded[3] != addend_flag:
@@ -103,8 +133,8 @@ def _make_add(shape: PersistentShape, kind: int, load_ahead: Any) -> Any:
             polls = u32(polls + u32(1))
             if watchdog_trips(state.watchdog, polls):
                 break
-        low = ptx.bits_f32(loaded[0]) + row_sum(floats, sums, 2 * entry, column)
-        high = ptx.bits_f32(loaded[2]) + row_sum(floats, sums, 2 * entry + 1, column)
+        low = ptx.bits_f32(loaded[0]) + row_sum(floats, sums, 2 * entry, column, low)
+        high = ptx.bits_f32(loaded[2]) + row_sum(floats, sums, 2 * entry + 1, column, high)
         ll_store_pair(state.mailbox, pairs + (column * hidden + row) // 2, low, high, state.flag)
         word = exact + column * hidden + row
         ptx.ll_store(state.mailbox, word, ptx.f32_bits(low), state.flag)
@@ -120,7 +150,8 @@ def _make_store_swiglu(shape: PersistentShape) -> Any:
 
     @ptx.device_function
     def element(floats, sums, row, column):
-        return swiglu(row_sum(floats, sums, row, column), row_sum(floats, sums, row + 8, column))
+        gate, up = row_sum(floats, sums, row, column, _ZERO), row_sum(floats, sums, row + 8, column, _ZERO)
+        return swiglu(gate, up)
 
     @ptx.large_device_function
     def store_swiglu(state, tile, entry, column, floats, sums):
@@ -132,7 +163,7 @@ def _make_store_swiglu(shape: PersistentShape) -> Any:
 
 
 def _make_store_logits(shape: PersistentShape) -> Any:
-    """Logits, a row for each column."""
+    """Logits, a row for each column, and the largest of the thread's sort keys."""
     vocabulary = shape.lm_head.out_features
     row_sum = make_row_sum(shape, LM_HEAD)
 
@@ -140,6 +171,8 @@ def _make_store_logits(shape: PersistentShape) -> Any:
     def store_logits(state, tile, entry, column, floats, sums):
         row = int64(tile * 16 + entry)
         if row < vocabulary:
-            state.logits[column * vocabulary + row] = row_sum(floats, sums, entry, column)
+            logit = row_sum(floats, sums, entry, column, _ZERO)
+            state.logits[column * vocabulary + row] = logit
+            state.best[0] = max(state.best[0], sort_key(logit, row))
 
     return store_logits

@@ -4,7 +4,7 @@ to their logits, in one launch; weights are read once.
 It is the kernel of `kernel.py` (producer, pipeline, schedule, flagged words) with a vector of everything per column.
 Column c has the bits that a step of one token at its position gives, logits, keys and values alike: every sum has the
 same order, every result is rounded at the same place. Each column is written to the mailbox beside the others, under
-the same flags. The kernel chooses no token, and leaves the position as it is.
+the same flags. The most likely token after each column is posted to the host; the position is left as it is.
 
 Launch: `shape.sms` CTAs of `CTA_THREADS` threads with `shape.dynamic_shared_bytes` of dynamic shared memory.
 Cost model: the bytes of weights and KV cache, once; the columns' words, which every CTA reads from L2.
@@ -13,6 +13,7 @@ Cost model: the bytes of weights and KV cache, once; the columns' words, which e
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import cuda, int64, uint32
 
 from numba_atomflow.ops import ptx
@@ -23,20 +24,24 @@ from numba_atomflow.ops.cuda.persistent.projection import BUFFER, CONSUMED
 from numba_atomflow.ops.cuda.persistent.schedule import (
     ATTENTION,
     CONSUMER_THREADS,
+    CONSUMER_WARPS,
     CTA_THREADS,
+    LM_HEAD,
     TABLE_UNIT,
     PersistentShape,
     layer_of,
     make_kind_of,
 )
 from numba_atomflow.ops.cuda.persistent.staging import NormWeight, sync_consumers
-from numba_atomflow.ops.cuda.persistent.wide_attention import LayerPast, make_attend_columns
+from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_record_clocks, make_timestamp
+from numba_atomflow.ops.cuda.persistent.wide_attention import ColumnsIo, LayerPast, make_attend_columns
 from numba_atomflow.ops.cuda.persistent.wide_epilogue import make_epilogue, make_load_ahead
 from numba_atomflow.ops.cuda.persistent.wide_projection import ColumnsState, make_project_columns
 from numba_atomflow.ops.cuda.persistent.wide_staging import make_stage_columns
 from numba_atomflow.ops.cuda.runtime.spec import F32, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 from numba_atomflow.ops.cuda.scalars import i32, u32
 from numba_atomflow.ops.cuda.token.embedding import make_quad
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, NAN_KEY, NON_FINITE_KEY, make_warp_max_key, token_id
 
 
 class WideArguments(NamedTuple):
@@ -49,6 +54,9 @@ class WideArguments(NamedTuple):
         steps: [2]; as in `PersistentArguments`, of this kernel alone.
         tokens: [columns]. position: [1], of the first of them.
         logits: [columns, V].
+        best: [columns], `LOWEST_KEY` before the first step.
+        choices: [columns] in pinned host memory: the most likely token after each column, as `post_token` posts token
+            number 1.
     """
 
     weights: U32
@@ -62,6 +70,8 @@ class WideArguments(NamedTuple):
     cosines: F32
     sines: F32
     logits: F32
+    best: I64
+    choices: U64
     fault: I32
     timestamps: I64
     kv_stride: NUMBER
@@ -85,17 +95,22 @@ def _make_consume(shape: PersistentShape) -> Any:
     work_tiles_of, advance_of = shape.by_kind(lambda plan: plan.work_tiles), shape.by_kind(shape.schedule_advance)
     load_ahead = make_load_ahead(shape)
     project = make_project_columns(shape, load_ahead, make_epilogue(shape, load_ahead))
-    attend, stage, embed = make_attend_columns(shape), make_stage_columns(shape), _make_embed(shape)
-    end_step = _make_end_step(ctas)
+    timestamp, record_clocks = make_timestamp(shape), make_record_clocks(shape)
+    attend, stage = make_attend_columns(shape, timestamp), make_stage_columns(shape)
+    embed, reduce_best, end_step = _make_embed(shape), _make_reduce_best(shape), _make_end_step(shape)
 
     @ptx.large_device_function
     def consume(io, shared, thread):
-        words, floats, mailbox = shared.words, shared.floats, io.mailbox
+        words, floats, mailbox, timestamps = shared.words, shared.floats, io.mailbox, io.timestamps
         progress = cuda.local.array(2, uint32)
         limit = cuda.local.array(1, uint32)
+        best = cuda.local.array(1, int64)
         progress[BUFFER], progress[CONSUMED] = u32(0), u32(0)
-        limit[0] = u32(SPIN_LIMIT)
+        limit[0], best[0] = u32(SPIN_LIMIT), int64(LOWEST_KEY)
         watchdog = Watchdog(limit, io.fault)
+        tracing = thread == 0
+        if tracing:
+            record_clocks(timestamps, 0)
         epoch, position = u32(io.steps[0] * (layers + 1) + 1), io.position[0]
         entry = thread
         while entry < columns * half:
@@ -105,7 +120,7 @@ def _make_consume(shape: PersistentShape) -> Any:
             entry += CONSUMER_THREADS
         embed(io, words, epoch, thread)
 
-        offset = i32(0)
+        offset, work_tile = i32(0), i32(0)
         for op in range(1, ops):
             kind, layer = kind_of(op), layer_of(op)
             input_flag = u32(epoch + u32(layer))
@@ -113,22 +128,36 @@ def _make_consume(shape: PersistentShape) -> Any:
             keys_start = 2 * layer * io.kv_stride
             values_start = keys_start + io.kv_stride
             if kind == ATTENTION:
+                if tracing:
+                    timestamp(timestamps, op, BEGUN)
                 past = LayerPast(io.cache, keys_start // 2, values_start // 2, i32(position))
-                attend(mailbox, flag, watchdog, past, thread, shared)
+                attend(ColumnsIo(mailbox, timestamps, op, flag, watchdog), past, thread, shared)
+                if tracing:
+                    timestamp(timestamps, op, DONE)
                 continue
             work_tile = first_work_tile(offset)
             offset = (offset + advance_of(kind)) % i32(ctas)
             if work_tile < work_tiles_of(kind):
+                if tracing:
+                    timestamp(timestamps, op, BEGUN)
                 norm = NormWeight(io.weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT)
-                stage(kind, mailbox, input_flag, flag, norm, thread, shared, watchdog)
+                stage(kind, work_tile, mailbox, input_flag, flag, norm, thread, shared, watchdog)
+                if tracing:
+                    timestamp(timestamps, op, STAGED)
                 state = ColumnsState(
-                    *(mailbox, io.cache16, io.logits, kind, input_flag, flag, position),
-                    *(keys_start, values_start, watchdog),
+                    *(mailbox, io.cache16, io.logits, timestamps, op, kind, input_flag, flag, position),
+                    *(keys_start, values_start, best, watchdog),
                 )
                 project(state, work_tile, thread, shared, progress)
+                if tracing:
+                    timestamp(timestamps, op, DONE)
+        if tracing:
+            record_clocks(timestamps, 1)
+        if work_tile < work_tiles_of(LM_HEAD):
+            reduce_best(best[0], shared.keys, io, thread)
         sync_consumers()
         if thread == 0:
-            end_step(io.steps)
+            end_step(io)
 
     return consume
 
@@ -160,14 +189,46 @@ def _make_embed(shape: PersistentShape) -> Any:
     return embed
 
 
-def _make_end_step(ctas: int) -> Any:
-    """Device function (steps): a CTA has completed its step; the last one to do so counts the step."""
+def _make_reduce_best(shape: PersistentShape) -> Any:
+    """Device function (key, keys, io, thread): the largest of the CTA's sort keys of each column goes into `best`. A
+    thread's logits are all of one column.
+    """
+    columns, start = shape.columns, shape.partials_start // 2
+    largest_of_column = make_warp_max_key(columns)
 
     @ptx.device_function
-    def end_step(steps):
+    def reduce_best(key, keys, io, thread):
+        largest = largest_of_column(key)
+        sync_consumers()
+        if thread & 31 < columns:
+            keys[start + (thread >> 5) * columns + (thread & 31)] = largest
+        sync_consumers()
+        if thread < columns:
+            for warp in range(CONSUMER_WARPS):
+                largest = max(largest, keys[start + warp * columns + thread])
+            # The results of a CTA whose watchdog tripped are wrong: the token gets the key of a NaN logit.
+            cuda.atomic.max(io.best, thread, largest if io.fault[0] == 0 else int64(NAN_KEY))
+
+    return reduce_best
+
+
+def _make_end_step(shape: PersistentShape) -> Any:
+    """Device function (io): a CTA has completed its step; the last one to do so counts it and posts the tokens."""
+    ctas, columns = shape.sms, shape.columns
+
+    @ptx.device_function
+    def end_step(io):
+        steps, choices = io.steps, io.choices
+        cuda.threadfence()  # the CTA's largest keys are in `best` before the CTA is counted
         if cuda.atomic.add(steps, 1, 1) == ctas - 1:
             steps[0] += 1
             steps[1] = 0
+            cuda.threadfence()  # this CTA was counted last: the keys of the others are in `best`
+            for column in range(columns):
+                largest = cuda.atomic.exch(io.best, column, int64(LOWEST_KEY))
+                non_finite = int64(1) if largest >= NON_FINITE_KEY else int64(0)
+                choices[column] = np.uint64(int64(1) << 32 | non_finite << 31 | token_id(largest))
+            cuda.threadfence_system()
 
     return end_step
 

@@ -12,7 +12,7 @@ work tiles have 16 rows.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, float32, uint32
+from numba import cuda, float32, int64, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.layout.weights import HALF_GROUP_WORDS
@@ -27,6 +27,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     PersistentShape,
 )
 from numba_atomflow.ops.cuda.persistent.staging import swizzled, sync_consumers
+from numba_atomflow.ops.cuda.persistent.trace import EVENTS, WAITED
 from numba_atomflow.ops.cuda.scalars import u32
 
 _ZERO, _MINUS_ZERO = np.float32(0.0), np.float32(-0.0)
@@ -37,23 +38,27 @@ class ColumnsState(NamedTuple):
     """What the epilogue of a projection reads and writes beside its sums.
 
     Attributes:
-        mailbox, cache16, logits: as in `WideArguments`.
-        kind: of projection.
+        mailbox, cache16, logits, timestamps: as in `WideArguments`.
+        op: its number. kind: of projection.
         input_flag, flag: of the residual stream at the layer's start, and of the layer's results.
         position: of the first column.
         keys_start, values_start: elements of `cache16` at which the layer's keys and values begin.
+        best: the thread's own int64 [1], the largest sort key of its logits, which are all of one column.
         watchdog: `Watchdog`.
     """
 
     mailbox: Any
     cache16: Any
     logits: Any
+    timestamps: Any
+    op: Any
     kind: Any
     input_flag: Any
     flag: Any
     position: Any
     keys_start: Any
     values_start: Any
+    best: Any
     watchdog: Any
 
 
@@ -215,7 +220,7 @@ def make_project_columns(shape: PersistentShape, load_ahead: Any, epilogue: Any)
             while q < u32(round_size * k_tiles):
                 n = u32(progress[CONSUMED] + q)
                 target = u32(sums + q * u32(stage_sums))
-                consume_stage(state, sizes, lane, shared, full, empty, n, k_tile, target)
+                consume_stage(state, sizes, thread, lane, shared, full, empty, n, k_tile, target)
                 q = u32(q + u32(CONSUMER_WARPS))
                 k_tile = u32(k_tile + u32(CONSUMER_WARPS))
                 while k_tile >= k_tiles:
@@ -239,22 +244,26 @@ def make_project_columns(shape: PersistentShape, load_ahead: Any, epilogue: Any)
 
 
 def _make_consume_stage(shape: PersistentShape) -> Any:
-    """Device function (state, sizes, lane, shared, full, empty, n, k_tile, target): stage n of the CTA, which holds
-    this k-tile of a work tile: wait until it is full, multiply, release it; its partial sums to floats[target ..].
+    """Device function (state, sizes, thread, lane, shared, full, empty, n, k_tile, target): stage n of the CTA, which
+    holds this k-tile of a work tile: wait until it is full, multiply, release it; its sums to floats[target ..].
 
     Arguments: sizes, `StageSizes`; full and empty, addresses of the first full and the first empty barrier.
     """
-    stages, x_start, x_words = shape.stages, shape.x_start, _X_WORDS
+    stages, trace, ops, x_start, x_words = shape.stages, shape.trace, shape.ops, shape.x_start, _X_WORDS
     fp16 = shape.lm_head.format.bits == 16
     multiply = _make_multiply(shape, fp16=False)
     multiply_fp16 = _make_multiply(shape, fp16=True) if fp16 else multiply
 
     @ptx.device_function
-    def consume_stage(state, sizes, lane, shared, full, empty, n, k_tile, target):
+    def consume_stage(state, sizes, thread, lane, shared, full, empty, n, k_tile, target):
         words, floats, barriers = shared.words, shared.floats, shared.barriers
         phase = u32(n // u32(stages))
         stage = u32(n - phase * u32(stages))
+        begun = ptx.cycles() if trace else np.uint64(0)
         await_barrier(barriers, full + stage * u32(8), phase & u32(1), state.watchdog)
+        if trace and thread == 0:
+            index = (int64(cuda.blockIdx.x) * ops + state.op) * EVENTS + WAITED
+            state.timestamps[index] += int64(ptx.cycles() - begun)
         groups = sizes.last_groups if k_tile == u32(sizes.k_tiles - u32(1)) else np.int32(K_TILE_GROUPS)
         if fp16 and state.kind == LM_HEAD:
             x = u32(u32(x_start) + (k_tile * x_words >> u32(1)))
@@ -270,13 +279,14 @@ def _make_consume_stage(shape: PersistentShape) -> Any:
 
 
 def make_row_sum(shape: PersistentShape, kind: int) -> Any:
-    """Device function (floats, sums, row, column) -> the sum of a row and column over all k-tiles, in their order."""
+    """Device function (floats, sums, row, column, total) -> total plus the sums of a row and column over the k-tiles of
+    a work tile, in their order. total: 0, or over the k-tiles before them.
+    """
     plan, columns = shape.plans[kind], shape.columns
     stages, half_tiles = plan.work_tile_stages, plan.half_tiles
 
     @ptx.device_function
-    def row_sum(floats, sums, row, column):
-        total = _ZERO
+    def row_sum(floats, sums, row, column, total):
         for stage in range(stages):
             total += floats[sums + (stage * 16 + row) * columns + column]
             if half_tiles:

@@ -28,9 +28,24 @@ _LOADS = 20  # of 16 bytes, that a thread has in flight
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
-def _make_await_sample(shape: PersistentShape, quads: int, *, pairs: bool) -> Any:
-    """Device function (mailbox, start, flag, thread, watchdog): one warp polls a sample of 32 of `quads` quads (two
-    words each) until all have the flag, while the others wait: if every CTA polled all words, L2's queues would fill.
+def _make_word_of(quads: int, pitch: int) -> Any:
+    """Device function (quad) -> its first word of the mailbox, from that of the first column's first quad on.
+
+    Args:
+        quads: of a column, two words each. pitch: words from one column to the next.
+    """
+    gap = pitch - 2 * quads
+
+    @ptx.device_function
+    def word_of(quad):
+        return i32(2 * quad) if gap == 0 else i32(2 * quad + i32(u32(quad) // u32(quads)) * gap)
+
+    return word_of
+
+
+def _make_await_sample(shape: PersistentShape, quads: int, word_of: Any, *, pairs: bool) -> Any:
+    """Device function (mailbox, start, flag, thread, watchdog): one warp polls a sample of 32 of `quads` quads until
+    all have the flag, while the others wait: if every CTA polled all words, L2's queues would fill.
     """
     interval, stride = shape.poll_interval_ns, max(1, quads // 32)
 
@@ -41,7 +56,7 @@ def _make_await_sample(shape: PersistentShape, quads: int, *, pairs: bool) -> An
             missing, waiting = u32(32), True
             while missing > u32(0):
                 if waiting:
-                    _, high0, _, high1 = ptx.ll_load(mailbox, start + 2 * min(thread * stride, quads - 1))
+                    _, high0, _, high1 = ptx.ll_load(mailbox, start + word_of(min(thread * stride, quads - 1)))
                     if pairs:
                         waiting = not (has_pair_flag(high0, flag) and has_pair_flag(high1, flag))
                     else:
@@ -72,7 +87,7 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
     input_rounds, rounds = -(-quads // CONSUMER_THREADS), -(-all_quads // CONSUMER_THREADS)
     batch = min(columns, max(1, 1 << (_LOADS // input_rounds).bit_length() - 1)) if input_rounds <= _LOADS else 1
     gain_registers, registers = 4 * input_rounds, 4 * input_rounds * batch
-    await_sample = _make_await_sample(shape, columns * quads, pairs=True)
+    await_sample = _make_await_sample(shape, columns * quads, _make_word_of(quads, words_per_column), pairs=True)
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
 
     @ptx.device_function
@@ -146,9 +161,12 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
     return stage_norms
 
 
-def make_stage_copies(shape: PersistentShape, width: int, padded: int) -> Any:
+def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: int) -> Any:
     """Device function (mailbox, start, flag, thread, words, watchdog): x is, for every column, a vector of float16
     pairs, as received.
+
+    Args:
+        width, padded: elements of x without and with padding. pitch: words of the mailbox from one column to the next.
     """
     x_start, x_pitch, columns, interval = shape.x_start, shape.x_pitch, shape.columns, shape.poll_interval_ns
     quads, padding = width // 4, (padded - width) // 4
@@ -156,7 +174,8 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int) -> Any:
     all_quads = columns * quads
     loads = min(16, -(-all_quads // CONSUMER_THREADS))
     registers, step = 4 * loads, loads * CONSUMER_THREADS
-    await_sample = _make_await_sample(shape, all_quads, pairs=False)
+    word_of = _make_word_of(quads, pitch)
+    await_sample = _make_await_sample(shape, all_quads, word_of, pairs=False)
 
     @ptx.large_device_function
     def stage_copies(mailbox, start, flag, thread, words, watchdog):
@@ -169,7 +188,7 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int) -> Any:
                 waiting = False
                 for i in range(loads):
                     quad = min(i32(first + i * CONSUMER_THREADS), i32(all_quads - 1))
-                    w0, w1, w2, w3 = ptx.ll_load(mailbox, start + 2 * quad)
+                    w0, w1, w2, w3 = ptx.ll_load(mailbox, start + word_of(quad))
                     received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
                 for i in range(loads):
                     if received[4 * i + 1] != flag or received[4 * i + 3] != flag:
@@ -198,20 +217,23 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int) -> Any:
 
 
 def make_stage_columns(shape: PersistentShape) -> Any:
-    """Device function (kind, mailbox, input_flag, flag, norm, thread, shared, watchdog): stage the inputs of a
-    projection of this kind. The arguments are those of `staging.make_stage`.
+    """Device function (kind, work_tile, mailbox, input_flag, flag, norm, thread, shared, watchdog): stage the inputs of
+    a projection of this kind. work_tile: the CTA's first. The other arguments are those of `staging.make_stage`.
     """
-    offsets = shape.mailbox
+    offsets, attn_width, intermediate = shape.mailbox, shape.heads * shape.head_dim, shape.intermediate
+    k_halves, half_words = shape.plans[DOWN].k_halves, shape.intermediate // 4
     stage_norms = make_stage_norms(shape, shape.qkv.padded_in_features)
-    stage_attn_out = make_stage_copies(shape, shape.heads * shape.head_dim, shape.o.padded_in_features)
-    stage_intermediate = make_stage_copies(shape, shape.intermediate, shape.down.padded_in_features)
+    stage_attn_out = make_stage_copies(shape, attn_width, shape.o.padded_in_features, attn_width // 2)
+    down_width = intermediate // (1 + k_halves)
+    stage_intermediate = make_stage_copies(shape, down_width, shape.plans[DOWN].staged_features, intermediate // 2)
 
     @ptx.large_device_function
-    def stage(kind, mailbox, input_flag, flag, norm, thread, shared, watchdog):
+    def stage(kind, work_tile, mailbox, input_flag, flag, norm, thread, shared, watchdog):
         if kind == O_PROJ:
             stage_attn_out(mailbox, offsets.attn_out, flag, thread, shared.words, watchdog)
         elif kind == DOWN:
-            stage_intermediate(mailbox, offsets.intermediate, flag, thread, shared.words, watchdog)
+            start = offsets.intermediate + (work_tile & 1) * half_words if k_halves else offsets.intermediate
+            stage_intermediate(mailbox, start, flag, thread, shared.words, watchdog)
         else:
             start, norm_flag = (offsets.residual_mid, flag) if kind == GATE_UP else (offsets.residual_in, input_flag)
             stage_norms(mailbox, start, norm_flag, norm, thread, shared, watchdog)

@@ -1,7 +1,7 @@
 """A model's kernels on the device: each is compiled, or read from the cache, and loaded when a step first needs it."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 from numba_atomflow.device.resources import Resources
@@ -50,6 +50,11 @@ class LoadedKernels(Mapping[str, Kernel]):
         self.seconds += time.perf_counter() - started
         for spec in missing:
             self._loaded[spec.name] = Kernel(spec, codes[spec], self._resources)
+
+    def build_apart(self, specs: Sequence[KernelSpec]) -> list[Kernel]:
+        """Kernels that are not found by name, because others are called so: those that write timestamps."""
+        codes = build(specs, self._capability)
+        return [Kernel(spec, codes[spec], self._resources) for spec in specs]
 
     def __getitem__(self, name: str) -> Kernel:
         if name not in self._loaded:

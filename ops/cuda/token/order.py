@@ -4,6 +4,8 @@ A key is the logit's bits made monotone (NaN on top, as in NumPy's arg-max), the
 lower id wins a tie. The arg-max is the largest key: an atomic maximum, the same in any order of the CTAs.
 """
 
+from typing import Any
+
 from numba import int64
 
 from numba_atomflow.ops import ptx
@@ -61,12 +63,22 @@ def penalised(logits, seen, token, penalty):
     return penalise(logits[token], seen[token // 32], token, penalty)
 
 
-@ptx.device_function
-def warp_max_key(key):
-    """The largest key of the warp's lanes; `LOWEST_KEY` if all of them have that."""
-    for step in range(5):
-        high = int64(ptx.shuffle_xor_u32((key >> 31) & 0xFFFFFFFF, 16 >> step))
-        low = int64(ptx.shuffle_xor_u32(key & 0x7FFFFFFF, 16 >> step))
-        other = int64(LOWEST_KEY) if high == 0xFFFFFFFF else high << 31 | low
-        key = max(key, other)
-    return key
+def make_warp_max_key(columns: int) -> Any:
+    """Device function (key) -> the largest key of the warp's lanes whose number is the same modulo `columns`, a power
+    of two; `LOWEST_KEY` if all of them have that.
+    """
+    steps = 6 - columns.bit_length()
+
+    @ptx.device_function
+    def largest_key(key):
+        for step in range(steps):
+            high = int64(ptx.shuffle_xor_u32((key >> 31) & 0xFFFFFFFF, 16 >> step))
+            low = int64(ptx.shuffle_xor_u32(key & 0x7FFFFFFF, 16 >> step))
+            other = int64(LOWEST_KEY) if high == 0xFFFFFFFF else high << 31 | low
+            key = max(key, other)
+        return key
+
+    return largest_key
+
+
+warp_max_key = make_warp_max_key(1)

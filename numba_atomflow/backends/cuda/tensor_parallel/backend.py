@@ -25,7 +25,7 @@ from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.model.sharding import Sharding
 from numba_atomflow.model.step import NO_LOGITS, Head, Op
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
-from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.sampling import Sampler, SamplingParams, most_likely_token
 from numba_atomflow.utils.progress import OpenBar, Progress
 
 
@@ -179,6 +179,10 @@ class TensorParallelBackend:
         logits = self.logits(0, 1)
         self.seek(position)
         return logits
+
+    def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
+        """The most likely token after one token at the current position, which stays as it is."""
+        return [most_likely_token(self.verify(tokens)[0])]
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """Not possible: the persistent kernel of several GPUs runs whole steps.
