@@ -15,10 +15,13 @@ pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is no
 from numba_atomflow import Engine
 from numba_atomflow.backends.cuda.tensor_parallel import rank
 from numba_atomflow.backends.cuda.tensor_parallel.backend import TensorParallelBackend
+from numba_atomflow.backends.cuda.tensor_parallel.timeline import compare_clocks, merged
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.errors import AtomFlowError, BackendError, ClosedError
 from numba_atomflow.memory.kv_cache import layer_cache
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention
+from numba_atomflow.ops.cuda.persistent.schedule import ATTENTION, OPS_PER_LAYER
+from numba_atomflow.ops.cuda.persistent.trace import DONE, EVENTS, STAGED
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.upload import Uploader
 
@@ -181,8 +184,43 @@ def test_after_a_failure_all_gpus_are_given_back(pretended: PretendedDriver, fun
 
 
 def test_what_only_one_gpu_can_do_is_refused(pretended: PretendedDriver) -> None:
+    with load(2) as engine, pytest.raises(BackendError, match="Activations can be read and changed on one GPU only"):
+        engine.backend.observe([1], NO_LOGITS, None)  # type: ignore[arg-type]
+
+
+def test_a_traced_step_shows_the_ctas_of_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver, launched: list[tuple[str, Any]]
+) -> None:
     with load(2) as engine:
-        with pytest.raises(BackendError, match="Activations can be read and changed on one GPU only"):
-            engine.backend.observe([1], NO_LOGITS, None)  # type: ignore[arg-type]
-        with pytest.raises(BackendError, match="Single ops are timed on one GPU only"):
-            engine.backend.measure.time_ops(1)
+        shape = engine.backend._ranks[0].kernels.persistent_shape
+        times = np.arange(shape.ops * EVENTS, dtype=np.float64).reshape(1, shape.ops, EVENTS).repeat(shape.sms, 0)
+        monkeypatch.setattr(rank.Rank, "read_times", lambda self: times + 1e6 * self.number)
+        launched.clear()
+        trace = engine.backend.measure.trace_step(1)
+        assert [name for name, _ in launched] == ["persistent_rank_traced"] * 4, "one step to warm up, on both ranks"
+        assert trace.begun.shape == (2 * shape.sms, shape.ops)
+        np.testing.assert_array_equal(trace.begun[: shape.sms], trace.begun[shape.sms :])
+        assert [op.name for op, _ in engine.backend.measure.time_ops(1)] == list(trace.names)
+        assert engine.backend.measure.time_step(2) > 0
+
+
+@pytest.mark.parametrize("latencies", [(700.0, 700.0), (700.0, 900.0)])
+def test_clocks_are_set_by_causality(latencies: tuple[float, float]) -> None:
+    """Two ranks that wait for each other before each op; the second one's clock began 5 ms before."""
+    rng = np.random.default_rng(3)
+    times, there, back = np.full((2, 6, 12, EVENTS), np.nan), *latencies
+    staged = done = np.zeros(2)
+    for op in range(1, 12):
+        apart = (op - 1) % OPS_PER_LAYER == ATTENTION and op != 11
+        staged = done.copy() if apart else np.array([max(done[0] + 300, done[1] + back), max(done[0] + there, done[1])])
+        times[:, :, op, STAGED] = staged[:, None] + rng.uniform(0, 50, (2, 6)) + (rng.uniform(0, 200) if op > 2 else 0)
+        times[:, :, op, DONE] = times[:, :, op, STAGED] + rng.uniform(1000, 3000, (2, 6))
+        done = times[:, :, op, DONE].max(axis=1)
+    shifted = times.copy()
+    shifted[1] += 5e6
+    clock = compare_clocks(shifted[0], shifted[1])
+    assert clock.ahead == pytest.approx(5e6, abs=250)
+    assert 650 < clock.latency < 1100
+    together = merged([shifted[0], shifted[1]])
+    np.testing.assert_allclose(together[6:], times[1], atol=250)
+    np.testing.assert_array_equal(together[:6], times[0])

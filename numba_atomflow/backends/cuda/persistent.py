@@ -194,17 +194,7 @@ class PersistentStep:
 
     def trace(self, ops: Sequence[Op], timestamps: NDArray[np.int64]) -> StepTrace:
         """Of a traced launch of a whole step, from its `persistent.timestamps`: int64 [CTAs * ops * EVENTS]."""
-        count = self.shape.ops
-        times = to_nanoseconds(timestamps.reshape(self.shape.sms, count, EVENTS))
-        return StepTrace(
-            names=tuple(op.name for op in ops[:count]),
-            begun=times[..., BEGUN],
-            staged=times[..., STAGED],
-            done=times[..., DONE],
-            copy_begun=times[..., COPY_BEGUN],
-            copy_done=times[..., COPY_DONE],
-            waited=times[..., WAITED],
-        )
+        return step_trace(ops, to_nanoseconds(timestamps.reshape(self.shape.sms, self.shape.ops, EVENTS)))
 
     def reset(self, memory: DeviceMemory) -> None:
         """After a step that may be incomplete or have failed: the next one uses epochs of its own."""
@@ -222,6 +212,19 @@ class PersistentStep:
         """One op by itself, which reads the buffers instead of results of the same launch."""
         layer = self.shape.op_index.layer(index)
         return [self.publish(layer), self.launch(index, index + 1)]
+
+
+def step_trace(ops: Sequence[Op], times: NDArray[np.float64]) -> StepTrace:
+    """Of the ops that the kernel runs, with their times [CTAs, ops, EVENTS] in nanoseconds."""
+    return StepTrace(
+        names=tuple(op.name for op in ops[: times.shape[1]]),
+        begun=times[..., BEGUN],
+        staged=times[..., STAGED],
+        done=times[..., DONE],
+        copy_begun=times[..., COPY_BEGUN],
+        copy_done=times[..., COPY_DONE],
+        waited=times[..., WAITED],
+    )
 
 
 def weight_table(geometry: ModelGeometry, weights: Mapping[str, View]) -> NDArray[np.int64]:

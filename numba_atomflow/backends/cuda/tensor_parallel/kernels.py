@@ -95,9 +95,13 @@ class RankKernels:
         )
 
     @property
-    def _persistent(self) -> Planned:
+    def traced(self) -> Planned:
+        """The persistent kernel that also writes timestamps; not among `planned`, because only a trace needs it."""
+        return self._persistent(replace(self.persistent_shape, trace=True))
+
+    def _persistent(self, shape: PersistentShape) -> Planned:
         """Launched cooperatively, but on a shared GPU, where the CTAs of all ranks together are as many as its SMs."""
-        planned = persistent_kernel(self.persistent_shape)
+        planned = persistent_kernel(shape)
         return Planned(replace(planned.spec, cooperative=self.ranks_per_gpu == 1), planned.ctas)
 
     @cached_property
@@ -106,7 +110,7 @@ class RankKernels:
         vocabulary, dependent = self.geometry.vocabulary, self.chip.dependent_launch
         kernels = [
             prepack_kernel(self.chip.fp8_converter),
-            self._persistent,
+            self._persistent(self.persistent_shape),
             sample_kernel(vocabulary, dependent),
             logprobs_kernel(vocabulary, dependent),
             advance_kernel(TOKEN_RING, sampled=True, dependent=dependent),

@@ -1,15 +1,15 @@
-"""What is measured of several GPUs: whole steps, and how fast their memories are together."""
+"""What is measured of several GPUs: steps, traces of all GPUs together, and how fast their memories are."""
 
 import time
-from typing import NoReturn
 
 import numpy as np
 
 from numba_atomflow.backends.cuda.measure import measure_ceilings
+from numba_atomflow.backends.cuda.persistent import step_trace
 from numba_atomflow.backends.cuda.queue import StepQueue
 from numba_atomflow.backends.cuda.tensor_parallel.steps import RankSteps
+from numba_atomflow.backends.cuda.tensor_parallel.views import ModelViews
 from numba_atomflow.backends.trace import StepTrace
-from numba_atomflow.errors import BackendError
 from numba_atomflow.model.step import SAMPLE, Op
 from numba_atomflow.utils.progress import Progress
 
@@ -19,8 +19,9 @@ _STEPS_PER_RUN = 8  # queued at once, so that the host's part is hidden
 class RankMeasurements:
     """Times decode steps at the current position, which is the same afterwards."""
 
-    def __init__(self, steps: RankSteps, queue: StepQueue) -> None:
-        self._steps, self._queue = steps, queue
+    def __init__(self, steps: RankSteps, queue: StepQueue, views: ModelViews) -> None:
+        self._steps, self._queue, self._views = steps, queue, views
+        self._trace_ready = False
 
     def ceilings(self) -> dict[str, float]:
         """GB/s of reading the memories of all GPUs, each measured by itself, now."""
@@ -50,21 +51,24 @@ class RankMeasurements:
         return float(np.median(seconds[1:]))
 
     def time_ops(self, repeats: int) -> list[tuple[Op, float]]:
-        """Not possible yet.
+        """The ops of the persistent kernel, each with the seconds that it adds to a traced step of all ranks."""
+        trace = self.trace_step(repeats)
+        return list(zip(self._views.step(1, SAMPLE), trace.op_seconds, strict=False))
+
+    def trace_step(self, repeats: int, progress: Progress | None = None) -> StepTrace:
+        """When each CTA of all ranks did what, rank after rank, by one clock, in that of `repeats` runs which is the
+        median by length. The traced kernel is compiled, or loaded from the cache, on first use.
 
         Raises:
-            BackendError: always.
+            BackendError: it could not be compiled, or its watchdog tripped.
         """
-        _one_gpu_only()
-
-    def trace_step(self, repeats: int, progress: Progress | None = None) -> StepTrace | None:
-        """Not possible yet.
-
-        Raises:
-            BackendError: always.
-        """
-        _one_gpu_only()
-
-
-def _one_gpu_only() -> NoReturn:
-    raise BackendError("Single ops are timed on one GPU only; leave out --gpus.")
+        if not self._trace_ready:
+            self._steps.prepare_trace(progress)
+            self._trace_ready = True
+        ops, position, traces = self._views.step(1, SAMPLE), self._queue.position, []
+        with self._queue.measuring():
+            for _ in range(repeats + 1):
+                self._steps.set_position(position)
+                traces.append(step_trace(ops, self._steps.trace()))
+            self._queue.check_watchdog()
+        return sorted(traces[1:], key=lambda trace: trace.ends[-1])[(repeats - 1) // 2]

@@ -19,8 +19,10 @@ from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.model.rope_tables import rope_tables
 from numba_atomflow.ops.cuda.persistent.rank import APART, GREEDY, PROMPT, SAMPLED, RankArguments, peers_of
+from numba_atomflow.ops.cuda.persistent.trace import EVENTS, to_nanoseconds
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
+from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.runtime.upload import Uploader
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.logprobs import LogprobsArguments
@@ -100,8 +102,10 @@ class Rank:
         self._sampled = [step, sample, advance]
         self._with_logprobs = [step, sample, logprobs, advance]
 
-    def _step(self, others: Sequence["Rank"], first_op: int, end_op: int, ending: int) -> Launch:
-        b, shape, planned = self.buffers, self.kernels.persistent_shape, self.kernels.planned["persistent_rank"]
+    def _step(
+        self, others: Sequence["Rank"], first_op: int, end_op: int, ending: int, traced: Planned | None = None
+    ) -> Launch:
+        b, shape = self.buffers, self.kernels.persistent_shape
         cache = b[KV_CACHE]
         arguments = RankArguments(
             weights=all_weights(self.weight_views),
@@ -137,7 +141,14 @@ class Rank:
             steps_back=int(ending == APART),
             ending=ending,
         )
-        return Launch(self._loaded[planned.spec.name], shape.sms, arguments, self.stream)
+        kernel = self._loaded[traced.spec.name if traced else "persistent_rank"]
+        return Launch(kernel, shape.sms, arguments, self.stream)
+
+    def bind_traced(self, others: Sequence["Rank"], progress: Progress | None) -> None:
+        """Make the launch of a greedy step that is traced; compiles its kernel, or loads it from the cache."""
+        traced = self.kernels.traced
+        self._loaded.require([traced.spec], progress)
+        self._traced = [self._step(others, 0, self.kernels.persistent_shape.ops, GREEDY, traced)]
 
     def _sample_launches(self) -> list[Launch]:
         """The kernels `sample`, `logprobs` and `advance_sampled`."""
@@ -182,6 +193,20 @@ class Rank:
     def run_decode(self, *, greedy: bool, logprobs: bool) -> None:
         """A step with the next token."""
         _run(self._with_logprobs if logprobs else self._greedy if greedy else self._sampled)
+
+    def run_traced(self) -> None:
+        """A greedy step of the kernel that writes timestamps."""
+        _run(self._traced)
+
+    def clear_times(self) -> None:
+        """Before a traced step."""
+        times = self.buffers["persistent.timestamps"]
+        self.memory.write(times, np.zeros(times.shape, np.int64))
+
+    def read_times(self) -> NDArray[np.float64]:
+        """Of the last traced step, [CTAs, ops, EVENTS] in nanoseconds by this GPU's clock."""
+        shape, recorded = self.kernels.persistent_shape, self.memory.read(self.buffers["persistent.timestamps"])
+        return to_nanoseconds(recorded.reshape(shape.sms, shape.ops, EVENTS))
 
     def set_sampler(self, sampler: Sampler) -> None:
         """Options, seed and context of the tokens to sample from here on."""

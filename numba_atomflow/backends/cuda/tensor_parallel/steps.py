@@ -1,15 +1,20 @@
 """The steps of all ranks together, as a queue of steps runs them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+
+import numpy as np
+from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.graphs import is_decode
 from numba_atomflow.backends.cuda.persistent import watchdog_error
 from numba_atomflow.backends.cuda.queue import stream_finished
 from numba_atomflow.backends.cuda.tensor_parallel.rank import Rank
+from numba_atomflow.backends.cuda.tensor_parallel.timeline import merged
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.model.step import Head
 from numba_atomflow.utils.interrupts import deferred_interrupts
+from numba_atomflow.utils.progress import Progress
 
 
 class RankSteps:
@@ -34,15 +39,18 @@ class RankSteps:
         yield
 
     def run(self, tokens: int, head: Head) -> None:
-        """Launch a step of one token. Ctrl-C waits: a step that some ranks lack would end by the watchdog."""
-        decode = is_decode(tokens, head)
+        """Launch a step of one token."""
+        if is_decode(tokens, head):
+            self.on_all(lambda rank: rank.run_decode(greedy=self.greedy, logprobs=self.logprobs))
+        else:
+            self.on_all(Rank.run_prompt)
+
+    def on_all(self, launch: Callable[[Rank], None]) -> None:
+        """Launch something on every rank. Ctrl-C waits: a step that some ranks lack would end by the watchdog."""
         with deferred_interrupts():
             for rank in self.ranks:
                 with rank.owner.current():
-                    if decode:
-                        rank.run_decode(greedy=self.greedy, logprobs=self.logprobs)
-                    else:
-                        rank.run_prompt()
+                    launch(rank)
 
     def run_head(self) -> None:
         """The logits of the last step, on every rank; waits for them.
@@ -50,10 +58,7 @@ class RankSteps:
         Raises:
             BackendError: a watchdog tripped, in that step or before.
         """
-        with deferred_interrupts():
-            for rank in self.ranks:
-                with rank.owner.current():
-                    rank.run_head()
+        self.on_all(Rank.run_head)
         self.wait()
         self.check_watchdog()
 
@@ -72,6 +77,25 @@ class RankSteps:
         for rank in self.ranks:
             with rank.owner.current():
                 rank.wait()
+
+    def trace(self) -> NDArray[np.float64]:
+        """Run a traced step, which `prepare_trace` has made ready; times [CTAs of all ranks, ops, EVENTS]."""
+        for rank in self.ranks:
+            with rank.owner.current():
+                rank.clear_times()
+        self.on_all(Rank.run_traced)
+        self.wait()
+        times = []
+        for rank in self.ranks:
+            with rank.owner.current():
+                times.append(rank.read_times())
+        return merged(times)
+
+    def prepare_trace(self, progress: Progress | None) -> None:
+        """Load the kernel that writes timestamps on every rank."""
+        for rank in self.ranks:
+            with rank.owner.current():
+                rank.bind_traced([other for other in self.ranks if other is not rank], progress)
 
     def set_position(self, position: int) -> None:
         """The position at which the next token is written."""
