@@ -155,14 +155,17 @@ def mma_ctas_per_sm(layout: PrepackedLayout, tile_tokens: int) -> int:
 
 def unit_us(tile_tokens: int, bits: int = 16) -> float:
     """Time of a unit of a tile, measured on an H200 (docs/prompts.md): what a warpgroup does between its products, and
-    the products. With FP8 activations (`bits` 8): bytes from L2, or for few tokens those of the weights from memory.
+    its own products; or those of both warpgroups. With FP8 activations (`bits` 8): bytes from L2, or for few tokens
+    those of the weights from memory.
     """
-    return max(0.48 + tile_tokens * 0.0005, 0.29 + tile_tokens * 0.003) if bits == 8 else 0.6 + tile_tokens * 0.003
+    if bits == 8:
+        return max(0.48 + tile_tokens * 0.0005, 0.29 + tile_tokens * 0.003)
+    return max(0.62 + tile_tokens * 0.003, tile_tokens * 0.006)
 
 
 def fixup_us(tile_tokens: int) -> float:
-    """What a tile takes longer if several CTAs share it: barriers, partial sums to and from L2. Measured likewise."""
-    return 3.0 + 0.05 * tile_tokens
+    """What a tile takes longer if several CTAs share it: partial sums to and from L2. Measured likewise."""
+    return 0.5 + 0.058 * tile_tokens
 
 
 def modelled_us(plan: GemmPlan, tokens: int) -> float:
