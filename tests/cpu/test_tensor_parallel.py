@@ -121,6 +121,19 @@ def test_the_memory_of_a_rank() -> None:
     assert np.isclose(half["weights"], 2 * quarter["weights"], rtol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [("llama-3.2-3b", [2.13, 1.07, 0.54]), ("llama-3.1-8b", [4.68, 2.35, 1.18]), ("llama-3.3-70b", [37.7, 18.9, 9.4])],
+)
+def test_the_documented_memory_and_an_even_schedule(name: str, gigabytes: list[float]) -> None:
+    """docs/many-gpus.md; and no CTA has more than 2 % above its share of the weights."""
+    for ranks, planned in zip((2, 4, 8), gigabytes, strict=True):
+        kernels = RankKernels(Sharding(find_preset(name), ranks), HOPPER)
+        assert rank_plan(kernels, 8192).total / 1e9 == pytest.approx(planned, rel=0.006)
+        filled = kernels.persistent_shape.stages_filled(kernels.persistent_shape.rotation)
+        assert filled.max() < 1.02 * filled.mean()
+
+
 def test_models_and_gpus_without_the_kernel_are_refused() -> None:
     for geometry, chip, reason in (
         (replace(TINY, qk_norm=True), HOPPER, "because the model's RoPE is a kernel of its own; use --gpus 1."),
