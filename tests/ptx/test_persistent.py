@@ -19,9 +19,37 @@ from numba_atomflow.geometry import ModelGeometry  # noqa: E402
 from numba_atomflow.ops.cuda.persistent.schedule import DOWN  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec  # noqa: E402
 
 VECTORS = 3  # that are received: the residual stream, attn_out, intermediate
 SMOLLM2, LLAMA = PERSISTENT_MODELS.values()
+
+
+def _compiled(spec: KernelSpec, cc: tuple[int, int]) -> tuple[str, int]:
+    """PTX of a kernel that needs no memory for registers, and the number of these."""
+    ptx = make_ptx(spec.make(), spec, cc)
+    _, log = assemble(ptx, cc)
+    registers = number(r"Used (\d+) registers", log)
+    print(f"{spec.name}: {registers} registers")
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes stack frame", log) == 0
+    assert not re.search(r"\.local\b", ptx)
+    assert registers * spec.threads <= 65536
+    assert not float64_arithmetic(ptx)
+    return ptx, registers
+
+
+@pytest.mark.slow
+def test_machine_code_of_a_step_of_8_tokens() -> None:
+    """The widest: it has the fewest registers to spare."""
+    kernels = ModelKernels(LLAMA, Chip(SMS, SHARED_BYTES[9, 0], (9, 0)), persistent=True)
+    assert kernels.wide_shapes[8].plans[DOWN].k_halves
+    spec = kernels.planned["persistent_x8"].spec
+    ptx, registers = _compiled(spec, (9, 0))
+    assert spec.cooperative
+    assert ptx.count("vote.sync.ballot.b32") == VECTORS
+    assert not re.search(r"div\.[su]64", ptx)
+    check_registers("persistent_x8 of Llama 1B's layer", (9, 0), registers)
 
 
 @pytest.mark.sampled(1)
@@ -37,16 +65,7 @@ def test_machine_code(name: str, model: str, geometry: ModelGeometry, cc: tuple[
     assert kernels.persistent_shape.refusal() is None
     assert kernels.persistent_shape.plans[DOWN].half_tiles == (model == "Llama 1B")
     spec = kernels.planned[name].spec
-    ptx = make_ptx(spec.make(), spec, cc)
-    _, log = assemble(ptx, cc)
-    registers = number(r"Used (\d+) registers", log)
-    print(f"{name}: {registers} registers")
-
-    assert number(r"(\d+) bytes spill stores", log) == 0
-    assert number(r"(\d+) bytes stack frame", log) == 0
-    assert not re.search(r"\.local\b", ptx)
-    assert registers * spec.threads <= 65536
-    assert not float64_arithmetic(ptx)
+    ptx, registers = _compiled(spec, cc)
     if name == "persistent":
         assert spec.cooperative
         assert "L1::no_allocate" not in ptx
