@@ -79,6 +79,7 @@ CASES = (
     (PersistentCase(32, 32, 2, 2, 32, position=290, layers=2, sms=4), 2),  # two KV splits per head
     (PersistentCase(64, 32, 4, 4, 32, position=3, vocabulary=56, sms=4), 4),  # the last rank has half a tile of logits
 )
+SMALL = PersistentCase(32, 32, 2, 2, 32, position=1, sms=2)  # for two ranks
 
 
 @lru_cache(maxsize=2)
@@ -214,8 +215,7 @@ def test_a_step_has_the_bits_of_one_gpu(ready: Ready, case: PersistentCase, rank
 @pytest.mark.slow
 def test_a_rank_that_is_ahead_spoils_no_word_of_another(ready: Ready) -> None:
     """Two greedy steps: a rank's next one begins when its own last one has ended, whatever the others do."""
-    case = replace(CASES[0][0], position=1, layers=1)
-    several = ready(case, 2)
+    case, several = SMALL, ready(SMALL, 2)
     alone = Memory(case, several.whole.model, generator(case.ffn, case.position))
     for _ in range(2):
         alone.run(0, alone.shape.ops, greedy=True)
@@ -232,8 +232,7 @@ def test_a_rank_that_is_ahead_spoils_no_word_of_another(ready: Ready) -> None:
 
 @pytest.mark.slow
 def test_a_prompts_token_has_no_logits_until_they_are_asked_for(ready: Ready) -> None:
-    case, ranks = CASES[1]
-    several = ready(case, ranks)
+    case, several = SMALL, ready(SMALL, 2)
     head = several.case.shape.ops - 1
     several.run(0, head, PROMPT)
     check_bits(several, logits=False)
@@ -248,8 +247,7 @@ def test_a_prompts_token_has_no_logits_until_they_are_asked_for(ready: Ready) ->
 @pytest.mark.slow
 def test_a_rank_that_gives_up_makes_all_give_up(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank starts in the middle of the step; what is before it never arrives."""
-    case, ranks = CASES[1]
-    several = ready(case, ranks)
+    several = ready(SMALL, 2)
     monkeypatch.setattr(persistent, "SPIN_LIMIT", 2)
     several.memories[1].steps[0] += 1  # its words have other flags than the others wait for
     several.run(0, several.case.shape.ops, SAMPLED)
