@@ -5,6 +5,7 @@ tokenizer.json is added here and in `gguf_pre_tokenizer`, so that the GGUF file 
 tokens. Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -319,17 +320,11 @@ def _sentencepiece(vocabulary: _Vocabulary, kind: str) -> dict[str, Any]:
         )
     if any(map(math.isnan, scores)):
         raise SourceError(f"{fields.label} has a token whose score is not a number; get the file again.")
-    if fields.items("tokenizer.ggml.precompiled_charsmap", int):
-        raise SourceError(
-            f"{fields.label} replaces characters (tokenizer.ggml.precompiled_charsmap), which is not supported; take a "
-            "folder with tokenizer.json."
-        )
     prefix_space = fields.value("tokenizer.ggml.add_space_prefix", bool, True)
     instruction = vocabulary.by_text.get("[INST]")
     first_only = instruction is not None and vocabulary.types[instruction] == _CONTROL
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    removed = kind == _UNIGRAM and fields.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)
-    normalizers: list[dict[str, Any]] = list(_ONE_SPACE) if removed else []
+    normalizers = _clean_up(fields) if kind == _UNIGRAM else []
     if prefix_space and not first_only:
         normalizers.append({"type": "Prepend", "prepend": "▁"})
     if not (prefix_space and first_only):
@@ -347,6 +342,25 @@ def _sentencepiece(vocabulary: _Vocabulary, kind: str) -> dict[str, Any]:
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": (_unigram if kind == _UNIGRAM else _bpe_of_scores)(vocabulary, scores),
     }
+
+
+def _clean_up(fields: GgufFields) -> list[dict[str, Any]]:
+    """What a Unigram model does to a text first: replaces characters (NFKC, say) and removes spaces.
+
+    Raises:
+        SourceError: the map of characters is damaged.
+    """
+    key = "tokenizer.ggml.precompiled_charsmap"
+    steps: list[dict[str, Any]] = []
+    try:
+        characters = bytes(fields.items(key, int) or [])
+    except ValueError as error:
+        raise fields.unusable(key) from error
+    if characters:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(characters).decode()})
+    if fields.value("tokenizer.ggml.remove_extra_whitespaces", bool, False):
+        steps += _ONE_SPACE
+    return steps
 
 
 def _in_sequence(normalizers: list[dict[str, Any]]) -> dict[str, Any] | None:

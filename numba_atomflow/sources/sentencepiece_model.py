@@ -57,7 +57,7 @@ def sentencepiece_fields(path: Path, data: bytes) -> dict[str, Any]:
             f"{path} is a SentencePiece model of the kind {_KINDS.get(kind, quote(kind))}, where only BPE and Unigram "
             f"are supported; {advice}."
         )
-    if normalizer.get(_CHARACTER_MAP):
+    if kind == _BPE and normalizer.get(_CHARACTER_MAP):
         name = normalizer.get(_NAME, b"").decode(errors="replace")
         raise SourceError(f"{path} replaces characters ({quote(name)}), which is not supported; {advice}.")
     if trainer.get(_SUFFIX):
@@ -69,6 +69,7 @@ def sentencepiece_fields(path: Path, data: bytes) -> dict[str, Any]:
             "tokenizer.ggml.model": "t5",  # so called in GGUF files
             "tokenizer.ggml.add_bos_token": True,
             "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer.get(_SPACES, 1)),
+            "tokenizer.ggml.precompiled_charsmap": list(normalizer.get(_CHARACTER_MAP, b"")),
         }
     return {
         **settings,

@@ -5,6 +5,7 @@ file descriptor 2. A normalizer that multiplies the length of a text exhausts th
 `check_growth` rejects it beforehand.
 """
 
+import base64
 import json
 import os
 import sys
@@ -103,6 +104,17 @@ def _growth(step: dict[str, Any]) -> float:
             return max(1.0, len(new) / max(len(old), 1))
         case {"type": "Replace", "content": str(new)}:  # a regular expression, which may match one character
             return max(1.0, float(len(new)))
+        case {"type": "Precompiled", "precompiled_charsmap": str(encoded)}:  # SentencePiece's map of characters
+            return max(1.0, float(_longest_replacement(base64.b64decode(encoded))))
         case {"type": "Prepend", "prepend": str(new)}:  # relative to a text of one character
             return 1.0 + len(new)
     return 1.0
+
+
+def _longest_replacement(characters: bytes) -> int:
+    """Characters of the longest text that a map puts in place of a character.
+
+    The map is the length of its index, 4 bytes, the index, and the texts, each with a zero behind it.
+    """
+    texts = characters[4 + int.from_bytes(characters[:4], "little") :]
+    return max(len(text.decode(errors="replace")) for text in texts.split(b"\0"))

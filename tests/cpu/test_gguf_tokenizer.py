@@ -16,6 +16,7 @@ from toy_tokenizers import (
     USER_DEFINED,
     byte_level,
     sentencepiece,
+    unigram,
 )
 
 from numba_atomflow.errors import SourceError
@@ -157,6 +158,19 @@ def test_control_tokens_are_hidden_and_user_defined_tokens_shown() -> None:
     assert ids.count(think) == 1
     assert codec.decode(ids) == "ab<think>c"
     assert codec.decode(ids, skip_special=False) == "a<|im_end|>b<think>c"
+
+
+def test_a_unigram_model_of_a_gguf_file_is_that_of_its_folder() -> None:
+    """Its name there is t5; texts have no BOS unless the file asks for it."""
+    original, fields = unigram()
+    assets = assets_from_gguf(fields | {"tokenizer.ggml.model": "t5"})
+    codec = TextCodec(assets)
+    for sample in SAMPLES:
+        assert codec.encode(sample) == original.encode(sample).ids, sample
+    assert (assets.bos_token, assets.add_bos, assets.warnings) == ("<s>", False, ())
+    for damaged in ([300], [-1]):
+        with pytest.raises(SourceError, match="unusable value in the metadata field"):
+            assets_from_gguf(fields | {"tokenizer.ggml.model": "t5", "tokenizer.ggml.precompiled_charsmap": damaged})
 
 
 def test_sentencepiece_without_prefix_space() -> None:

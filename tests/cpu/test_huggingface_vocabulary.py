@@ -10,7 +10,7 @@ import pytest
 from text_samples import SAMPLES
 from tiny_models import write_json
 from tokenizers import Tokenizer
-from toy_tokenizers import byte_level, sentencepiece, sentencepiece_file, unigram
+from toy_tokenizers import byte_level, character_map, sentencepiece, sentencepiece_file, unigram
 
 from numba_atomflow.errors import SourceError
 from numba_atomflow.sources.huggingface_text import folder_text
@@ -115,6 +115,15 @@ def test_a_unigram_model_that_removes_spaces(tmp_path: Path) -> None:
     assert codec.encode("   ", add_special=False) == []
 
 
+def test_a_unigram_model_that_replaces_characters(tmp_path: Path) -> None:
+    _, fields = unigram()
+    characters = character_map({"\ufb01": "fi", "\u2460": "1", "\u3000": " ", "\n": " "})
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(fields, {3: 1}, {1: "nmt_nfkc", 2: characters}))
+    codec = TextCodec(assets(tmp_path))
+    assert codec.encode("\ufb01nd\u3000\n no \u2460\u2461") == codec.encode("find no 1\u2461")
+    assert codec.decode(codec.encode("\ufb01nd\u3000\n no \u2460\u2461")) == "find no 1\u2461"
+
+
 @pytest.mark.parametrize(
     ("trainer", "normalizer", "fragment"),
     [
@@ -122,6 +131,7 @@ def test_a_unigram_model_that_removes_spaces(tmp_path: Path) -> None:
         ({3: 77}, {}, "of the kind 77, where only BPE and Unigram are supported"),
         ({24: 1}, {}, "puts spaces at the ends of words"),
         ({}, {1: "nmt_nfkc", 2: b"map"}, "replaces characters ('nmt_nfkc')"),
+        ({3: 1}, {1: "nmt_nfkc", 2: b"map"}, "has a damaged tokenizer"),
         ({3: b"x"}, {}, "damaged (setting 3 has another type)"),
         ({41: 1.0}, {}, "damaged (setting 41 has another type)"),
     ],

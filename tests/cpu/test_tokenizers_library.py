@@ -1,5 +1,6 @@
 """Untrusted tokenizers: panics, exceptions and growth in the tokenizers library become errors."""
 
+import base64
 import json
 import os
 import sys
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 from tiny_models import tiny_tokenizer
+from toy_tokenizers import character_map
 
 from numba_atomflow.errors import SourceError, TextError
 from numba_atomflow.text import tokenizers_library
 from numba_atomflow.text.codec import TextAssets, TextCodec
 from numba_atomflow.text.tokenizers_library import translate_errors
 
+LONG_MAP = base64.b64encode(character_map({"a": "b" * 101})).decode()
 ASSETS = TextAssets(tokenizer_json=tiny_tokenizer().to_str().encode())
 
 
@@ -88,6 +91,7 @@ def test_a_template_that_names_an_unknown_token() -> None:
     [
         {"normalizer": replacing(*[("a", "a" * 1000)] * 4)},
         {"normalizer": replacing(("a", "a" * 60), ("aa", "a" * 60))},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": LONG_MAP}},
         {"normalizer": {"type": "Replace", "pattern": {"Regex": "."}, "content": "b" * 101}},
         {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "ab"}] * 5}},
         {"decoder": {"type": "Sequence", "decoders": replacing(*[("a", "a" * 1000)] * 40)["normalizers"]}},
