@@ -41,7 +41,7 @@ FAST = {
     ("down_x1", (12, 0)),
     ("sample", (9, 0)),
     ("logprobs", (9, 0)),
-    ("window_attention_x1 of Gemma 2", (8, 0)),
+    ("add_norm_x1 of Gemma 2", (8, 0)),
 }
 
 
