@@ -12,22 +12,20 @@ from tiny_models import tiny_geometry
 from numba_atomflow import Engine, SamplingParams
 
 LIMIT = 3e-3  # relative L2 of logits, as in test_backend.py
-WIDER: dict[str, dict[str, Any]] = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "heads": 4, "kv_heads": 2, "hidden": 512, "ffn": 1024},
-    "gemma3_text": {"head_dim": 256, "heads": 4, "kv_heads": 1, "hidden": 640, "ffn": 1000},
+    "gemma3_text": {},
     "olmo2": {"head_dim": 128, "heads": 8, "kv_heads": 8, "hidden": 1024, "ffn": 1100},
+    "phi3": {},
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
 
 
-@pytest.mark.parametrize("family", FIELDS)
-@pytest.mark.parametrize("wide", [False, True])
-def test_logits_and_tokens_are_those_of_the_cpu(family: str, wide: bool) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_tokens_are_those_of_the_cpu(family: str) -> None:
     """A prompt in steps of several tokens, then decode steps; windows of 16 begin to slide on the way."""
-    if wide and family not in WIDER:
-        pytest.skip("its sizes make no difference")
-    geometry = tiny_geometry(**(FIELDS[family] | (WIDER[family] if wide else {})))
+    geometry = tiny_geometry(**(FIELDS[family] | FAMILIES[family]))
     tokens = np.random.default_rng(0).integers(0, geometry.vocabulary, 45).tolist()
     with Engine.random(geometry, "cuda", 96) as gpu, Engine.random(geometry, "cpu", 96) as cpu:
         got, expected = (engine.feed(tokens, all_logits=True).astype(np.float64) for engine in (gpu, cpu))
@@ -39,19 +37,17 @@ def test_logits_and_tokens_are_those_of_the_cpu(family: str, wide: bool) -> None
         assert (best - chosen <= 4 * LIMIT * np.linalg.norm(logits, axis=1) / np.sqrt(geometry.vocabulary)).all()
 
 
-@pytest.mark.parametrize("head_dim", [32, 48, 112, 160, 192, 208, 256])
+@pytest.mark.parametrize("head_dim", [48, 192, 208, 256])
 def test_attention_of_other_head_sizes(head_dim: int) -> None:
-    for tokens, length in ((1, 700), (4, 129)):
-        check_attention(AttentionCase(head_dim, 4, 2, tokens, length, splits=8, warps=8))
+    for length in (129, 700):
+        check_attention(AttentionCase(head_dim, 4, 2, 3, length, splits=8, warps=8))
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
-@pytest.mark.parametrize("window", [1, 100, 4096])
+@pytest.mark.parametrize("window", [1, 600])
 def test_attention_in_a_window(head_dim: int, window: int) -> None:
-    for tokens, length in ((1, 1), (1, 513), (5, 900), (1, 5000)):
-        if length >= tokens:
-            check_attention(AttentionCase(head_dim, 4, 2, tokens, length, splits=16, warps=8, window=window))
-    check_attention(AttentionCase(head_dim, 4, 2, 3, 700, splits=16, warps=8, window=window, soft_cap=5.0))
+    for length in (5, 513, 900, 5000):
+        check_attention(AttentionCase(head_dim, 4, 2, 5, length, splits=16, warps=8, window=window, soft_cap=5.0))
 
 
 def test_other_kernels() -> None:
