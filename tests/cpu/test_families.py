@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from tiny_models import hf_config, random_weights, tiny_geometry, write_hf_folder, write_json
 
-from numba_atomflow.backends.cuda.families import beyond_fast_paths, sliding_window
+from numba_atomflow.backends.cuda.families import beyond_fast_paths, beyond_gemm, sliding_window
+from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
 from numba_atomflow.convert import convert
-from numba_atomflow.errors import OptionError
+from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.folding import original_heads, reordered_heads
+from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.sandbox.runner import check_family as check_sandbox
 from numba_atomflow.sources import open_source
 
+HOPPER = Chip(132, 232448, (9, 0))
 BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"post_norm": True}, "norms after attention"),
     ({"pre_norm": False}, "no norm before attention"),
@@ -28,11 +31,24 @@ BEYOND: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "named"), BEYOND)
-def test_what_only_the_gemv_kernels_can_do_is_named(changes: dict[str, Any], named: str) -> None:
+def test_what_the_fastest_kernels_cannot_do_is_named(changes: dict[str, Any], named: str) -> None:
     geometry = tiny_geometry(**changes)
     beyond = beyond_fast_paths(geometry, sliding_window(geometry, 128))
     assert beyond is not None
     assert named in beyond
+
+
+def test_prompts_of_all_families_run_on_the_gemm_path() -> None:
+    for changes, named in BEYOND:
+        geometry = tiny_geometry(**changes)
+        what: dict[str, Any] = {"beyond_gemm": beyond_gemm(geometry), "beyond_fp8": beyond_fast_paths(geometry, 64)}
+        assert choose_prefill_path("auto", HOPPER, 128, **what).name == "gemm"
+        with pytest.raises(BackendError, match=f"--prefill fp8 is not possible because the model has {named}"):
+            choose_prefill_path("fp8", HOPPER, 128, **what)
+    odd = beyond_gemm(tiny_geometry(hidden_act="gelu_tanh", ffn=20))
+    assert choose_prefill_path("auto", HOPPER, 128, beyond_gemm=odd).name == "gemv"
+    with pytest.raises(BackendError, match=r"GELU of 20 units.*use --prefill gemv"):
+        choose_prefill_path("gemm", HOPPER, 128, beyond_gemm=odd)
 
 
 def test_a_window_as_long_as_the_context_does_not_slide() -> None:

@@ -4,12 +4,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_launch import chip
 from family_geometries import FIELDS
-from family_kernel_cases import check_add_norm, check_cap_logits
+from family_kernel_cases import check_add_norm, check_cap_logits, check_tiles
 from kernel_cases import AttentionCase, RopeCase, check_attention, check_rope
+from prefill_attention_cases import PrefillAttentionCase, check_prefill_attention
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.ops.cuda.attention.prefill_plan import choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 
 LIMIT = 3e-3  # relative L2 of logits, as in test_backend.py
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -24,11 +28,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerforma
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_tokens_are_those_of_the_cpu(family: str) -> None:
-    """A prompt in steps of several tokens, then decode steps; windows of 16 begin to slide on the way."""
+    """A chunk on the GEMM path, a step of 5 tokens, then decode steps; windows of 16 begin to slide on the way."""
     geometry = tiny_geometry(**(FIELDS[family] | FAMILIES[family]))
     tokens = np.random.default_rng(0).integers(0, geometry.vocabulary, 45).tolist()
     with Engine.random(geometry, "cuda", 96) as gpu, Engine.random(geometry, "cpu", 96) as cpu:
-        got, expected = (engine.feed(tokens, all_logits=True).astype(np.float64) for engine in (gpu, cpu))
+        assert gpu.backend.prefill_path is not None
+        assert gpu.backend.prefill_path.name == "gemm"
+        got, expected = (
+            np.concatenate([engine.feed(piece, all_logits=True) for piece in (tokens[:40], tokens[40:])])
+            for engine in (gpu, cpu)
+        )
         assert np.linalg.norm(got - expected) <= LIMIT * np.linalg.norm(expected)
         reply = gpu.generate_tokens(tokens, SamplingParams(max_tokens=24)).finish().token_ids
         cpu.reset()
@@ -50,7 +59,17 @@ def test_attention_in_a_window(head_dim: int, window: int) -> None:
         check_attention(AttentionCase(head_dim, 4, 2, 5, length, splits=16, warps=8, window=window, soft_cap=5.0))
 
 
+@pytest.mark.parametrize(("head_dim", "window", "soft_cap"), [(256, 700, 50.0), (128, 300, 0.0), (96, 0, 5.0)])
+def test_attention_of_chunks(head_dim: int, window: int, soft_cap: float) -> None:
+    out = ActivationTiles(4 * head_dim, 2048)
+    plan = choose_prefill_attention_plan(4, 2, head_dim, out, chip(), window=window, soft_cap=soft_cap)
+    for position, count in ((0, 200), (1000, 70)):
+        sizes = head_dim, 4, 2, position, count, plan.query_tile, plan.key_block
+        check_prefill_attention(PrefillAttentionCase(*sizes, sms=plan.sms, window=window, soft_cap=soft_cap))
+
+
 def test_other_kernels() -> None:
+    check_tiles(1000, 5)
     check_add_norm(2304, 5)
     check_add_norm(5376, 1)
     check_cap_logits(50_000, 30.0)

@@ -1,4 +1,4 @@
-"""Steps of families beyond Llama on the GEMV kernels, in the simulator, beside the CPU backend."""
+"""Steps of families beyond Llama on the GEMV kernels and on the GEMM path, in the simulator, beside the CPU backend."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from numba_atomflow.backends.cuda.families import sliding_window
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.model.step import ALL_LOGITS
+from numba_atomflow.model.step import ALL_LOGITS, LAST_LOGITS
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 CHIP = Chip(sms=1, shared_bytes=30 << 10, capability=(9, 0))
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"layers": 1, "sliding_window": 2, "sliding_layers": (0,), "qk_norm": True, "qk_norm_of_all_heads": True},
-    "gemma3_text": {"sliding_window": 2, "sliding_layers": (1,), "head_dim": 48},
+    "gemma3_text": {"layers": 1, "sliding_window": 2, "sliding_layers": (0,), "head_dim": 48},
     "olmo2": {"layers": 1},
 }
 
@@ -59,4 +59,35 @@ def test_steps_equal_those_of_the_cpu(family: str) -> None:
         cpu.prefill(piece, ALL_LOGITS)
         expected = cpu.logits(0, len(piece)).astype(np.float64)
         assert relative_error(gpu.logits(0, len(piece)), expected) <= LIMIT, last
+    cpu.close()
+
+
+EVERYTHING: dict[str, Any] = {
+    "pre_norm": False,
+    "post_norm": True,
+    "qk_norm": True,
+    "qk_norm_of_all_heads": True,
+    "hidden_act": "gelu_tanh",
+    "sliding_window": 5,
+    "sliding_layers": (0,),
+    "attention_soft_cap": 5.0,
+    "logit_soft_cap": 3.0,
+    "head_dim": 48,
+}
+
+
+@pytest.mark.slow
+def test_a_chunk_equals_that_of_the_cpu() -> None:
+    """On the GEMM path, padded to 16 tokens."""
+    geometry = tiny_geometry(**(SIZES | {"layers": 1} | EVERYTHING))
+    weights = dict(WeightArrays(RandomModel(geometry)))
+    chip, window = Chip(sms=1, shared_bytes=166912, capability=(8, 0)), sliding_window(geometry, POSITIONS)
+    gpu = SimulatedBackend(ModelKernels(geometry, chip, dependent=False, window=window, chunk=16), weights)
+    cpu = CpuBackend(geometry, weights, POSITIONS, 1)
+    cpu.prepare(None)
+    tokens = generator().integers(0, geometry.vocabulary, 11).tolist()
+    gpu.prefill(tokens, last_logits=False)
+    cpu.prefill(tokens, LAST_LOGITS)
+    expected = cpu.logits(0, len(tokens)).astype(np.float64)
+    assert relative_error(gpu.logits(0, len(tokens)), expected) <= LIMIT
     cpu.close()

@@ -1,7 +1,7 @@
 """Every GPU kernel in numba's CUDA simulator against its NumPy reference (checks: tests/support/kernel_cases.py)."""
 
 import pytest
-from family_kernel_cases import check_add_norm, check_cap_logits
+from family_kernel_cases import check_add_norm, check_cap_logits, check_tiles
 from kernel_cases import (
     ATTENTIONS,
     FP16_LAYOUTS,
@@ -89,6 +89,10 @@ def test_advance() -> None:
 
 def test_add_norm() -> None:
     check_add_norm(300, 2)
+
+
+def test_tiles() -> None:
+    check_tiles(152, 3)
 
 
 def test_cap_logits() -> None:

@@ -11,10 +11,14 @@ MMA = (
     PrefillAttentionCase(128, 2, 1, position=30, count=3, query_tile=16, key_block=16),
     PrefillAttentionCase(64, 2, 1, position=120, count=9, query_tile=16, key_block=16, sms=5),  # 129 keys, two splits
     PrefillAttentionCase(64, 1, 1, position=5, count=71, query_tile=128, key_block=32),  # two row blocks of a warp
+    PrefillAttentionCase(64, 1, 1, position=40, count=20, query_tile=16, key_block=16, window=20),
+    PrefillAttentionCase(64, 2, 1, position=150, count=9, query_tile=16, key_block=16, sms=5, window=120, soft_cap=9.0),
+    PrefillAttentionCase(48, 1, 1, position=5, count=40, query_tile=128, key_block=32, window=3),
+    PrefillAttentionCase(256, 1, 1, position=9, count=9, query_tile=16, key_block=16, soft_cap=30.0),
 )
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", MMA, ids=str)
 def test_mma(case: PrefillAttentionCase) -> None:
     check_prefill_attention(case)

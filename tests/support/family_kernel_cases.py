@@ -1,8 +1,10 @@
 """The kernels of `ops/cuda/token/family.py` against float64, in the simulator and on a GPU."""
 
 import numpy as np
-from kernel_cases import EPS, generator, launch, relative_error, within
+from kernel_cases import EPS, generator, launch, poisoned, relative_error, within
 
+from numba_atomflow.ops.activation import gelu_reference
+from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.token import family
 from numba_atomflow.ops.rms_norm import rms_norm_reference
 
@@ -16,6 +18,26 @@ def check_add_norm(width: int, tokens: int) -> None:
     arguments = family.AddNormArguments(x.reshape(-1), weight, residual.reshape(-1))
     launch(family.make_add_norm(width, EPS), tokens, family.THREADS, 0, arguments)
     within("add_norm", relative_error(residual, expected), 1e-6)
+
+
+def check_tiles(width: int, tokens: int) -> None:
+    """Rounded and gated rows: relative L2 error 5e-4, of rounding to float16; padding is zero."""
+    rng, tiles = generator(width, tokens), ActivationTiles(width, tokens // 8 * 8 + 8)
+    rows = rng.standard_normal((tokens, width)).astype(np.float32)
+    whole = ActivationTiles(tiles.blocks * tiles.block_elements, tiles.tokens)
+    words = poisoned(tiles.words, dtype=np.uint32)
+    launch(
+        family.make_round_tiles(tiles), tokens, family.THREADS, 0, family.RoundTilesArguments(rows.reshape(-1), words)
+    )
+    np.testing.assert_array_equal(whole.unpack(words)[:tokens, :width], rows.astype(np.float16))
+    assert (whole.unpack(words)[:tokens, width:] == 0).all()
+    gate, up = (rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(2))
+    paired = np.stack([gate.reshape(tokens, -1, 8), up.reshape(tokens, -1, 8)], axis=2).reshape(-1)
+    words = poisoned(tiles.words, dtype=np.uint32)
+    launch(family.make_geglu_tiles(tiles), tokens, family.THREADS, 0, family.GegluTilesArguments(paired, words))
+    expected = gelu_reference(gate.astype(np.float64)) * up
+    within("GELU to float16", relative_error(whole.unpack(words)[:tokens, :width], expected), 5e-4)
+    assert (whole.unpack(words)[:tokens, width:] == 0).all()
 
 
 def check_cap_logits(count: int, cap: float) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from kernel_cases import generator, launch, poisoned, relative_error, within
 from numpy.typing import NDArray
 
-from numba_atomflow.ops.attention import attend_reference
+from numba_atomflow.ops.attention import NO_WINDOW, attend_reference
 from numba_atomflow.ops.cuda.attention.prefill import PrefillAttentionArguments, prefill_attention_kernel
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
@@ -29,6 +29,8 @@ class PrefillAttentionCase:
     instructions: Literal["wgmma", "mma"] = "mma"
     sms: int = 1
     bits: int = 16  # of the output
+    window: int = 0
+    soft_cap: float = 0.0
 
     @property
     def plan(self) -> PrefillAttentionPlan:
@@ -43,6 +45,8 @@ class PrefillAttentionCase:
             key_block=self.key_block,
             stages=self.stages,
             sms=self.sms,
+            window=self.window,
+            soft_cap=self.soft_cap,
         )
 
 
@@ -76,7 +80,7 @@ def check_prefill_attention(case: PrefillAttentionCase) -> None:
         results.append(rows[: case.count])
     np.testing.assert_array_equal(results[0], results[1])
     exact = (array.astype(np.float64) for array in (q[: case.count], cache[0], cache[1]))
-    expected = attend_reference(*exact, case.position, case.head_dim)
+    expected = attend_reference(*exact, case.position, case.head_dim, case.window or NO_WINDOW, case.soft_cap)
     if case.bits == 8:
         check_rounded(plan, out, expected)
         return

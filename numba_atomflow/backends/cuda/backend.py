@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.base import Decode, Observer, Prefill
 from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
 from numba_atomflow.backends.cuda.edits import DeviceEdits
-from numba_atomflow.backends.cuda.families import beyond_fast_paths, sliding_window
+from numba_atomflow.backends.cuda.families import beyond_fast_paths, beyond_gemm, sliding_window
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
 from numba_atomflow.backends.cuda.measure import CudaMeasurements
@@ -85,8 +85,13 @@ class CudaBackend:
             head: HeadFormat = "fp8" if f"{head_part(geometry)}.scale" in weights else "fp16"
             chip = chip_of(self._gpu)
             window = sliding_window(geometry, max_seq_len)
-            beyond = beyond_fast_paths(geometry, window)
-            self.prefill_path = choose_prefill_path(prefill, chip, max_seq_len, beyond=beyond)
+            self.prefill_path = choose_prefill_path(
+                prefill,
+                chip,
+                max_seq_len,
+                beyond_gemm=beyond_gemm(geometry),
+                beyond_fp8=beyond_fast_paths(geometry, window),
+            )
             self.kernels, self.decode_path = kernels_for(
                 geometry,
                 chip,

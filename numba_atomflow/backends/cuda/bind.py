@@ -53,7 +53,7 @@ class Binder:
             NotImplementedError: there is no kernel for the op.
         """
         if self._prefill is not None and self._kernels.on_gemm_path(_tokens(op)):
-            return self._prefill.bind(op)
+            return self._prefill.bind(op) + (self._cap_logits(op) if isinstance(op, LmHead) else [])
         match op:
             case Embed():
                 arguments = EmbedArguments(weights=op.embedding.codes, tokens=op.tokens, residual=op.residual)

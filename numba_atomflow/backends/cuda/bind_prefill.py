@@ -19,6 +19,7 @@ from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.token.embedding import EmbedChunkArguments
+from numba_atomflow.ops.cuda.token.family import AddNormArguments, GegluTilesArguments, RoundTilesArguments
 from numba_atomflow.ops.cuda.token.quantize_tiles import QuantizeTilesArguments
 from numba_atomflow.ops.cuda.token.rms_norm import RmsNormTilesArguments
 from numba_atomflow.ops.cuda.token.rope import RopeChunkArguments
@@ -47,7 +48,7 @@ class PrefillBinder:
                 )
                 return [self._launch("embed", op.residual, arguments)]
             case Qkv():
-                return [self._norm("norm", op), *self._bind_qkv(op)]
+                return [self._input(op), *self._bind_qkv(op)]
             case Attention():
                 attention = PrefillAttentionArguments(
                     q=op.q,
@@ -59,18 +60,22 @@ class PrefillBinder:
                     counters=self._scratch.counters,
                     out=op.attn_out,
                 )
-                return [self._launch("attention", op.q, attention)]
+                windowed = op.window is not None and self._model.kernels.window is not None
+                return [self._launch("window_attention" if windowed else "attention", op.q, attention)]
             case ProjectAdd():
                 return self._bind_add(op)
             case GateUp():
-                gated = GemmSwigluArguments(**self._gemm(op, op.x_norm), intermediate=op.y)
-                return [self._norm("norm", op), self._launch("gate_up", op.residual, gated)]
+                return [self._input(op), *self._bind_gate_up(op)]
             case LmHead():
                 stored = GemmStoreArguments(**self._gemm(op, op.x_norm), y=op.logits)
                 return [self._norm("final_norm", op), self._launch("lm_head", op.residual, stored)]
         raise NotImplementedError(f"the GEMM path has no kernel for {op.name}")
 
     def _bind_add(self, op: ProjectAdd) -> list[Launch]:
+        if op.norm_weight is not None and op.projected is not None:
+            projected = GemmStoreArguments(**self._gemm(op, op.x), y=op.projected)
+            normed = AddNormArguments(x=op.projected, norm_weight=op.norm_weight, residual=op.residual)
+            return [self._launch(op.kind, op.residual, projected), self._launch("add_norm", op.residual, normed)]
         if op.kind not in self._kernels.quantized:
             added = GemmAddArguments(**self._gemm(op, op.x), residual=op.residual)
             return [self._launch(op.kind, op.residual, added)]
@@ -82,13 +87,32 @@ class PrefillBinder:
 
     def _bind_qkv(self, op: Qkv) -> list[Launch]:
         rotation = rotation_views(op) | {"count": self._count}
-        inputs = self._gemm(op, op.x_norm)
+        inputs = self._gemm(op, self._tiles(op))
         if op.qkv is None:
             return [self._launch("qkv", op.residual, GemmQkvArguments(**inputs, **rotation))]
         return [
             self._launch("qkv", op.residual, GemmStoreArguments(**inputs, y=op.qkv)),
             self._launch("rope", op.residual, RopeChunkArguments(qkv=op.qkv, **vector_views(op), **rotation)),
         ]
+
+    def _bind_gate_up(self, op: GateUp) -> list[Launch]:
+        inputs = self._gemm(op, self._tiles(op))
+        if op.gate_up is None:
+            return [self._launch("gate_up", op.residual, GemmSwigluArguments(**inputs, intermediate=op.y))]
+        return [
+            self._launch("gate_up", op.residual, GemmStoreArguments(**inputs, y=op.gate_up)),
+            self._launch("geglu", op.residual, GegluTilesArguments(gate_up=op.gate_up, intermediate=op.y)),
+        ]
+
+    def _tiles(self, op: Qkv | GateUp) -> View:
+        """What the projection multiplies; in a model without norms before projections, x_norm is the residual."""
+        return op.x_norm if op.norm_weight is not None else self._model.buffers["tiles.x_norm"]
+
+    def _input(self, op: Qkv | GateUp) -> Launch:
+        """What makes the projection's x."""
+        if op.norm_weight is not None:
+            return self._norm("norm", op)
+        return self._launch("round", op.residual, RoundTilesArguments(residual=op.residual, x=self._tiles(op)))
 
     def _norm(self, kind: str, op: Qkv | GateUp | LmHead) -> Launch:
         arguments = RmsNormTilesArguments(residual=op.residual, norm_weight=op.norm_weight, x=op.x_norm)

@@ -4,7 +4,7 @@ from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.features import beyond_qwen
 
-_HEAD_DIMS = (64, 80, 96, 128)  # of the persistent kernel, and of attention on the GEMM path
+_HEAD_DIMS = (64, 80, 96, 128)  # of the persistent kernel, and of attention with FP8 activations
 
 
 def sliding_window(geometry: ModelGeometry, max_seq_len: int) -> int | None:
@@ -28,7 +28,7 @@ def check_no_window(geometry: ModelGeometry, max_seq_len: int) -> None:
 
 
 def beyond_fast_paths(geometry: ModelGeometry, window: int | None) -> str | None:
-    """What neither the persistent kernel nor the GEMM path can do, as a clause; None if it is nothing.
+    """What neither the persistent kernel nor FP8 activations can do, as a clause; None if it is nothing.
 
     Args:
         window: of `sliding_window`.
@@ -39,3 +39,10 @@ def beyond_fast_paths(geometry: ModelGeometry, window: int | None) -> str | None
     if window is not None:
         missing.append(f"a sliding window of {window:,} positions, which is shorter than the context")
     return f"the model has {missing[0]}" if missing else None
+
+
+def beyond_gemm(geometry: ModelGeometry) -> str | None:
+    """What the GEMM path cannot do, as a clause; None if it is nothing."""
+    if geometry.hidden_act != "silu" and geometry.ffn % 8:
+        return f"the model has GELU of {geometry.ffn} units, which is not a multiple of 8"
+    return None

@@ -186,6 +186,7 @@ class ModelKernels:
             dependent=self.dependent,
             separate_rope=self.separate_rope_kernel,
             fp8=fp8,
+            window=self.window,
         )
 
     def _shared_bytes(self, tokens: int) -> int:

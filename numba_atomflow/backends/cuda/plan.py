@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, Self
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
-from numba_atomflow.backends.cuda.families import beyond_fast_paths, sliding_window
+from numba_atomflow.backends.cuda.families import beyond_gemm, sliding_window
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers, verification_buffers
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path, most_chunk_tokens
@@ -125,7 +125,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         pad_multiple=GROUP,
         spare_positions=width - 1,  # of the padding tokens of GEMV kernels
         keep_qkv=kernels.separate_rope_kernel,
-        keep_gate_up=False,
+        keep_gate_up=prefill is not None,
     )
     buffers = [
         *weight_buffers(g, kernels.layout_of),
@@ -153,7 +153,7 @@ def plan_for_this_gpu(geometry: ModelGeometry, head: HeadFormat, max_seq_len: in
     with DeviceResources() as owner:
         device = owner.open()
         chip = chip_of(device)
-        prefill = choose_prefill_path("auto", chip, max_seq_len, beyond=beyond_fast_paths(geometry, window))
+        prefill = choose_prefill_path("auto", chip, max_seq_len, beyond_gemm=beyond_gemm(geometry))
         chunk = most_chunk_tokens(prefill, None, max_seq_len)
         kernels, decode = kernels_for(geometry, chip, head, "auto", chunk=chunk, window=window)
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}

@@ -12,18 +12,27 @@ _MIN_CAPABILITY = (8, 0)  # cp.async
 _FP8_CAPABILITY = (9, 0)  # wgmma
 
 
-def choose_prefill_path(requested: Prefill, chip: Chip, max_seq_len: int, *, beyond: str | None = None) -> PrefillPath:
+def choose_prefill_path(
+    requested: Prefill,
+    chip: Chip,
+    max_seq_len: int,
+    *,
+    beyond_gemm: str | None = None,
+    beyond_fp8: str | None = None,
+) -> PrefillPath:
     """The requested prefill path; "auto" is "gemm" where it can run. A KV cache of at most `MAX_GEMV_WIDTH` positions
     never has a chunk for its kernels.
 
     Args:
-        beyond: what the model has that the GEMM path cannot do, as a clause.
+        beyond_gemm: what the model has that the GEMM path cannot do, as a clause; beyond_fp8: not with FP8 activations.
 
     Raises:
         BackendError: the requested path cannot run.
     """
     wanted: Literal["gemv", "gemm", "fp8"] = "gemm" if requested == "auto" else requested
-    obstacle = None if wanted == "gemv" else _obstacle(wanted, chip) or beyond
+    obstacle = None if wanted == "gemv" else _obstacle(wanted, chip) or beyond_gemm
+    if wanted == "fp8":
+        obstacle = obstacle or beyond_fp8
     if obstacle is not None and requested == "auto":
         return PrefillPath("gemv", obstacle)
     if obstacle is not None:

@@ -9,15 +9,23 @@ cores' rate: ldmatrix reads K and V once per warp, as many bytes per operation a
 queries per warp.
 """
 
+import math
 from typing import Any
 
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan
-from numba_atomflow.ops.cuda.attention.prefill_softmax import MASKED, make_mask, make_softmax, make_store_rows
+from numba_atomflow.ops.cuda.attention.prefill_softmax import (
+    MASKED,
+    make_mask,
+    make_mask_window,
+    make_softmax,
+    make_store_rows,
+)
 from numba_atomflow.ops.cuda.attention.prefill_split import make_combine_splits, make_find_work
 from numba_atomflow.ops.cuda.attention.prefill_tiles import make_copy_rows
+from numba_atomflow.ops.cuda.elementwise import make_soft_cap
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 _ZERO = f32(0.0)
@@ -37,7 +45,9 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
     wait_copies = ptx.make_wait_copies(0)
     copy_q = make_copy_rows(head_dim, heads * head_dim, query_tile, plan.threads)
     copy_kv = make_copy_rows(head_dim, plan.kv_heads * head_dim, key_block, plan.threads)
-    mask = make_mask(key_block)
+    window, soft_cap, root = plan.window, plan.soft_cap, math.sqrt(head_dim)
+    mask, mask_window = make_mask(key_block), make_mask_window(key_block, window)
+    capped = make_soft_cap(soft_cap or 1.0, 1.0 / root, root)  # softmax divides by the root
     softmax = make_softmax(key_block, head_dim)
     store_rows = make_store_rows(plan)
     shared_keys = plan.sms > 1
@@ -151,6 +161,14 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
             if block > end:
                 copy_kv(shared, k_at, io.keys, kv_start, (block - 1) * key_block, length, thread)
                 ptx.commit_copies()
+            if soft_cap > 0:
+                for i in range(scores_size):
+                    s[i] = capped(s[i])
+            if window > 0 and block * key_block < position + first + query_tile - window:
+                last = i32(position + first + row + g - block * key_block)
+                mask_window(s, 0, last, i32(t))
+                if row_blocks > 1:
+                    mask_window(s, score_registers, i32(last + 16), i32(t))
             if (block + 1) * key_block > position + first + 1:
                 last = i32(position + first + row + g - block * key_block)
                 mask(s, 0, last, i32(t))

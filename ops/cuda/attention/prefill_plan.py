@@ -17,6 +17,7 @@ from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 WARPGROUP_ROWS = 64  # queries of a warpgroup: M of wgmma
+WGMMA_HEAD_DIMS = (64, 80, 96, 128)
 COLUMN_BLOCK = 64  # elements of a head in a row of a tile: 128 bytes
 _ALIGNMENT = {"wgmma": 1024, "mma": 128}  # of tiles in shared memory
 _TWO_CTAS_BYTES = 80 * 1024  # shared memory per CTA with which two fit on an SM of sm_80
@@ -34,6 +35,7 @@ class PrefillAttentionPlan:
         stages: of the pipeline of K and V in shared memory: 2 or more with wgmma, 1 with mma.
         turns: two consumer warpgroups issue their wgmmas by turns, so that one computes its softmax while the tensor
             cores work for the other. Without, they do as they happen to.
+        window, soft_cap: as in `AttentionShape`; only with mma.
     """
 
     heads: int
@@ -46,11 +48,15 @@ class PrefillAttentionPlan:
     stages: int = 1
     turns: bool = True
     sms: int = 1
+    window: int = 0
+    soft_cap: float = 0.0
 
     def __post_init__(self) -> None:
         rows = WARPGROUP_ROWS if self.instructions == "wgmma" else 16
         if self.query_tile % rows or self.key_block % 16 or self.head_dim % 16 or self.heads % self.kv_heads:
             raise ValueError(f"prefill attention cannot be tiled like this: {self}")
+        if self.instructions == "wgmma" and (self.head_dim > 128 or self.window or self.soft_cap):
+            raise ValueError("prefill attention with wgmma has heads of 128 at most, no window and no soft cap")
         if (self.stages > 1) != (self.instructions == "wgmma"):
             raise ValueError(f"prefill attention with {self.instructions} cannot have {self.stages} stages")
         if self.sms > 1 and self.row_blocks > 1:
@@ -130,18 +136,34 @@ class PrefillAttentionPlan:
 
 
 def choose_prefill_attention_plan(
-    heads: int, kv_heads: int, head_dim: int, out: ActivationTiles, chip: Chip
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    out: ActivationTiles,
+    chip: Chip,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> PrefillAttentionPlan:
     """The plan for a chip.
 
     wgmma on sm_90: 128 queries, 128 keys, three stages (225 KB with heads of 128). With two, V would be needed some
     2,000 cycles after its stage is free, which is about what loading it takes.
     mma: 4 warps and 64 keys; 128 queries where shared memory has room for two such CTAs per SM, else 64. 32 keys for
-    128 queries and heads of 128, whose outputs take 128 registers of a thread.
+    128 queries and heads of 112 and 128, whose outputs take 128 registers of a thread; 64 queries and 32 keys for
+    larger heads, 16 keys before sm_90, where ptxas needs more registers. On sm_90 too, it does what wgmma's kernel does
+    not: windows, soft caps, other sizes of heads.
     """
-    if chip.capability[0] == 9:
+    if head_dim > 128:
+        key_block = 32 if chip.capability[0] >= 9 else 16
+        return PrefillAttentionPlan(
+            heads, kv_heads, head_dim, out, "mma", 64, key_block, sms=chip.sms, window=window, soft_cap=soft_cap
+        )
+    if chip.capability[0] == 9 and head_dim in WGMMA_HEAD_DIMS and not window and not soft_cap:
         return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=3, sms=chip.sms)
     query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES else 64
     sms = chip.sms if query_tile == 64 else 1
-    key_block = 32 if query_tile == 128 and head_dim == 128 else 64
-    return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "mma", query_tile, key_block, sms=sms)
+    key_block = 32 if query_tile == 128 and head_dim >= 112 else 64
+    return PrefillAttentionPlan(
+        heads, kv_heads, head_dim, out, "mma", query_tile, key_block, sms=sms, window=window, soft_cap=soft_cap
+    )

@@ -54,6 +54,26 @@ def make_mask(keys: int) -> Any:
     return mask
 
 
+def make_mask_window(keys: int, window: int) -> Any:
+    """Device function (s, start, last, t): masks the scores of keys before a window of so many positions; arguments as
+    in `make_mask`.
+    """
+    tiles = keys // 8
+
+    @ptx.device_function
+    def mask_window(s, start, last, t):
+        before_0 = i32(last - 2 * t - window)  # the last key before the window of row g
+        before_1 = i32(before_0 + 8)
+        for j in range(tiles):
+            i = start + 4 * j
+            s[i] = MASKED if i32(8 * j) <= before_0 else s[i]
+            s[i + 1] = MASKED if i32(8 * j + 1) <= before_0 else s[i + 1]
+            s[i + 2] = MASKED if i32(8 * j) <= before_1 else s[i + 2]
+            s[i + 3] = MASKED if i32(8 * j + 1) <= before_1 else s[i + 3]
+
+    return mask_window
+
+
 def make_softmax(keys: int, head_dim: int) -> Any:
     """Device function (s, start, maxima, row_sums, row) -> (rescale_0, rescale_1): one step of online softmax.
 

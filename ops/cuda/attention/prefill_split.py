@@ -31,11 +31,17 @@ def make_find_work(plan: PrefillAttentionPlan) -> Any:
     has no work.
     """
     heads, query_tile, key_block, sms = plan.heads, plan.query_tile, plan.key_block, plan.sms
+    window = plan.window
 
     @ptx.device_function
     def divide(a, b):
         """a // b of numbers that are not negative, in 32 bits: in 64 bits it would be a call."""
         return i32(u32(a) // u32(b))
+
+    @ptx.device_function
+    def first_block(position, tile):
+        """The first block with a key that the tile's first token sees."""
+        return divide(max(0, position + tile * query_tile + 1 - window), key_block) if window > 0 else 0
 
     @ptx.device_function
     def find_work(cta, ctas, position, count):
@@ -45,11 +51,12 @@ def make_find_work(plan: PrefillAttentionPlan) -> Any:
         split, late_tiles = cta - counter * splits, divide(counter, heads)
         head, tile = counter - late_tiles * heads, tiles - 1 - late_tiles
         keys = max(0, min(position + (tile + 1) * query_tile, position + count))
-        blocks = divide(keys + key_block - 1, key_block)
+        begin = first_block(position, tile)
+        blocks = divide(keys + key_block - 1, key_block) - begin
         share = max(_LEAST_BLOCKS, divide(blocks + splits - 1, splits))
         active = divide(blocks + share - 1, share)
-        block = blocks - 1 - split * share
-        end = max(0, block - share + 1)
+        block = begin + blocks - 1 - split * share
+        end = max(begin, block - share + 1)
         if split >= active or count < 1:
             tile = -1
         return tile, head, split, counter, active, block, end
@@ -58,7 +65,7 @@ def make_find_work(plan: PrefillAttentionPlan) -> Any:
     def find_whole(cta, ctas, position, count):
         head, tile = cta % heads, (count + query_tile - 1) // query_tile - 1 - cta // heads
         block = (min(position + (tile + 1) * query_tile, position + count) - 1) // key_block
-        return tile, head, 0, 0, 1, block, 0
+        return tile, head, 0, 0, 1, block, first_block(position, tile)
 
     return find_work if sms > 1 else find_whole
 

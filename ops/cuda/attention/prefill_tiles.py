@@ -25,7 +25,7 @@ def make_copy_rows(head_dim: int, pitch: int, tile_rows: int, threads: int, *, a
         all_exist: all rows of the tile exist, so that `rows` is not read: a copy takes one instruction.
     """
     chunks = head_dim // 8
-    row_shift = 3 if chunks <= 8 else 4  # 8 or 16 threads per row, of 16 bytes each
+    row_shift = 3 if chunks <= 8 else 4 if chunks <= 16 else 5  # 8 to 32 threads per row, of 16 bytes each
     row_lanes = 1 << row_shift
     pass_rows = threads // row_lanes
     passes = -(-tile_rows // pass_rows)

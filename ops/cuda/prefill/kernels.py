@@ -31,6 +31,7 @@ from numba_atomflow.ops.cuda.prefill.buckets import bucket_for, buckets_up_to
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.embedding import embed_chunk_kernel, embed_ctas
+from numba_atomflow.ops.cuda.token.family import add_norm_kernel, geglu_tiles_kernel, round_tiles_kernel
 from numba_atomflow.ops.cuda.token.quantize_tiles import quantize_tiles_ctas, quantize_tiles_kernel
 from numba_atomflow.ops.cuda.token.rms_norm import rms_norm_tiles_kernel
 from numba_atomflow.ops.cuda.token.rope import rope_chunk_kernel, rope_ctas
@@ -48,6 +49,8 @@ class DecoderSizes(ModelSizes, Protocol):
     def qk_norm(self) -> bool: ...
     @property
     def qk_norm_of_all_heads(self) -> bool: ...
+    @property
+    def attention_soft_cap(self) -> float | None: ...
 
 
 class PrefillKernels:
@@ -59,6 +62,7 @@ class PrefillKernels:
         dependent: programmatic dependent launch.
         separate_rope: RoPE is a kernel of its own.
         fp8: the layers' projections take FP8 activations.
+        window: positions of the sliding window; None if it is not shorter than the KV cache.
 
     Attributes:
         capacity: tokens that activations have room for, padding included.
@@ -76,9 +80,10 @@ class PrefillKernels:
         dependent: bool,
         separate_rope: bool,
         fp8: bool = False,
+        window: int | None = None,
     ) -> None:
         self._geometry, self._chip, self._layouts, self._dependent = geometry, chip, layouts, dependent
-        self._separate_rope = separate_rope
+        self._separate_rope, self._window = separate_rope, window
         self.buckets = buckets_up_to(chunk)
         self.capacity = self.buckets[-1] + MOST_PADDING
         g, head_bits = geometry, layouts["lm_head"].format.bits
@@ -105,9 +110,16 @@ class PrefillKernels:
     @property
     def layer_kinds(self) -> list[str]:
         """The kinds of the kernels that a step's embedding and layers take."""
-        rope = ["rope"] if self._separate_rope else []
-        quantize = [f"quantize_{kind}" for kind in self.quantized]
-        return ["embed", "norm", "qkv", *rope, "attention", "o", "gate_up", "down", *quantize]
+        g = self._geometry
+        kinds = ["embed", "norm" if g.pre_norm else "round", "qkv", "attention", "o", "gate_up", "down"]
+        others = {
+            "rope": self._separate_rope,
+            "window_attention": self._window is not None,
+            "geglu": g.hidden_act != "silu",
+            "add_norm": g.post_norm,
+        }
+        kinds += [kind for kind, has in others.items() if has]
+        return kinds + [f"quantize_{kind}" for kind in self.quantized]
 
     @property
     def head_kinds(self) -> list[str]:
@@ -146,13 +158,16 @@ class PrefillKernels:
         layers = ("qkv", "o", "gate_up", "down")
         plans = [self.gemm_plan(kind, bucket) for kind in layers for bucket in self.buckets]
         plans += [self.gemm_plan("lm_head", bucket) for bucket in heads]
-        attention = self._attention_plan
-        return max(plan.partials for plan in plans), attention.partials, attention.counters
+        attentions = [self._attention_plan(window) for window in (0, self._window or 0)]
+        attention_partials = max(plan.partials for plan in attentions)
+        return max(plan.partials for plan in plans), attention_partials, max(plan.counters for plan in attentions)
 
-    @cached_property
-    def _attention_plan(self) -> PrefillAttentionPlan:
-        g = self._geometry
-        return choose_prefill_attention_plan(g.heads, g.kv_heads, g.head_dim, self.tiles["attn_out"], self._chip)
+    def _attention_plan(self, window: int) -> PrefillAttentionPlan:
+        g, out = self._geometry, self.tiles["attn_out"]
+        cap = g.attention_soft_cap or 0.0
+        return choose_prefill_attention_plan(
+            g.heads, g.kv_heads, g.head_dim, out, self._chip, window=window, soft_cap=cap
+        )
 
     def _plan(self, kind: str, bucket: int) -> Planned:
         g, dependent = self._geometry, self._dependent
@@ -169,9 +184,15 @@ class PrefillKernels:
                 return replace(planned, ctas=quantize_tiles_ctas(y, bucket))
             case "rope":
                 return replace(self._rope(), ctas=rope_ctas(g.heads, g.kv_heads, bucket))
-            case "attention":
-                plan = self._attention_plan
-                return replace(prefill_attention_kernel("attention_chunk", plan, dependent), ctas=plan.ctas(bucket))
+            case "attention" | "window_attention":
+                plan = self._attention_plan(0 if kind == "attention" else self._window or 0)
+                return replace(prefill_attention_kernel(f"{kind}_chunk", plan, dependent), ctas=plan.ctas(bucket))
+            case "round":
+                return round_tiles_kernel(self.tiles["x_norm"], bucket, dependent=dependent)
+            case "geglu":
+                return geglu_tiles_kernel(self.tiles["intermediate"], bucket, dependent=dependent)
+            case "add_norm":
+                return add_norm_kernel("add_norm_chunk", g.hidden, g.norm_eps, bucket, dependent=dependent)
         return self.projection(kind, self.gemm_plan(kind, bucket))
 
     def projection(self, kind: str, plan: GemmPlan) -> Planned:
@@ -181,9 +202,9 @@ class PrefillKernels:
         match kind:
             case "qkv" if not self._separate_rope:
                 factory, options = make_gemm_qkv, {"heads": g.heads, "kv_heads": g.kv_heads}
-            case "gate_up":
+            case "gate_up" if g.hidden_act == "silu":
                 factory, options = make_gemm_swiglu, {"intermediate": self.tiles["intermediate"]}
-            case "o" | "down":
+            case "o" | "down" if not g.post_norm:
                 factory = make_gemm_add
             case _:
                 factory = make_gemm_store
