@@ -13,7 +13,7 @@ on it.
 from typing import Any, NamedTuple
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.consumer import CONSUMER_WARPS, make_weights_start
+from numba_atomflow.ops.cuda.gemm.consumer import make_weights_start
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
 from numba_atomflow.ops.cuda.gemm.weights import make_piece_offset
@@ -36,13 +36,11 @@ class WeightRing(NamedTuple):
         refill: (io, words, slots, slot, cursor, lane, warp): copy the next unit, if there is one, to a slot.
         read: (words, slots, slot, lane, codes, scales): wait for the oldest unit, which is in this slot: its codes,
             uint32 [16 for FP8, 32 for float16] in the order of `WeightLoads.load`, and scales of rows g and g + 8.
-        bytes: of shared memory.
     """
 
     fill: Any
     refill: Any
     read: Any
-    bytes: int
 
 
 def make_weight_ring(plan: GemmPlan, schedule: Schedule) -> WeightRing:
@@ -122,4 +120,4 @@ def make_weight_ring(plan: GemmPlan, schedule: Schedule) -> WeightRing:
             scales[0] = _ONE if len(words) > 0 else _ZERO
             scales[1] = scales[0]
 
-    return WeightRing(fill, refill, read, 4 * CONSUMER_WARPS * plan.ring * slot_words)
+    return WeightRing(fill, refill, read)
