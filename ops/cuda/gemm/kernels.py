@@ -22,7 +22,7 @@ from numba_atomflow.ops.cuda.gemm.epilogue import (
 from numba_atomflow.ops.cuda.gemm.mma import make_gemm_mma, mma_shared_bytes
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.staged import choose_add_epilogue, choose_qkv_epilogue
-from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, wgmma_shared_bytes
+from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, resident_ctas, wgmma_shared_bytes
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.runtime.spec import Planned, kernel_spec
 
@@ -66,7 +66,8 @@ def gemm_kernel(name: str, factory: Callable[..., Any], plan: GemmPlan, dependen
         dependent=dependent,
         **options,
     )
-    return Planned(replace(spec, arch_specific=wgmma, whole_carveout=not wgmma), plan.ctas)
+    several = not wgmma or resident_ctas(plan) > 1  # CTAs on an SM
+    return Planned(replace(spec, arch_specific=wgmma, whole_carveout=several), plan.ctas)
 
 
 def _main_loop(plan: GemmPlan) -> Callable[..., Any]:

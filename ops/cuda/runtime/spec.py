@@ -39,8 +39,8 @@ class KernelSpec:
             does not fit, which would deadlock.
         arch_specific: it has instructions that only this architecture has (wgmma and setmaxnreg on sm_90: compiled for
             sm_90a).
-        whole_carveout: its CTAs wait for each other, several to an SM, but are not launched cooperatively: SMs give all
-            memory that they can to shared memory, so that all CTAs are resident.
+        whole_carveout: several CTAs are to be on an SM, because they wait for each other, or those of the next kernel
+            start early: SMs give all memory that they can to shared memory.
     """
 
     name: str
