@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from numba_atomflow.ops.cuda.token.edit import THREADS, EditArguments, HalfEditArguments, make_edit
 
-DIRECTION = np.linspace(-1, 1, 700).astype(np.float32)
+# Multiples of 2^-9: products with positions are exact, whether or not the compiler fuses them with the addition.
+DIRECTION = (np.arange(-350, 350) / 512).astype(np.float32)
 
 
 @cuda.jit(device=True)
