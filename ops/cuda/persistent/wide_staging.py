@@ -172,7 +172,8 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: in
     quads, padding = width // 4, (padded - width) // 4
     padding_or_one = max(padding, 1)  # a divisor, also where there is none
     all_quads = columns * quads
-    loads = min(16, -(-all_quads // CONSUMER_THREADS))
+    all_loads = -(-all_quads // CONSUMER_THREADS)
+    loads = -(-all_loads // -(-all_loads // _LOADS))  # as many in each round
     registers, step = 4 * loads, loads * CONSUMER_THREADS
     word_of = _make_word_of(quads, pitch)
     await_sample = _make_await_sample(shape, all_quads, word_of, pairs=False)
