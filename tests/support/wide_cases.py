@@ -52,6 +52,7 @@ LARGE_CASES = (  # minutes in the simulator, where they pass as well
     ),  # that share keys, with three splits and with four
     WideCase(PersistentCase(64, 2048, 8, 1, 128, position=5, sms=3), 4),  # 8-row tiles
     WideCase(PersistentCase(64, 1024, 2, 1, 32, position=5, sms=3), 8),  # 8-row tiles for one column, 16 for eight
+    WideCase(PersistentCase(1920, 128, 1, 1, 32, position=2), 8),  # inputs whose norms are received in two batches
     WideCase(PersistentCase(64, 2048, 2, 1, 32, position=5, sms=2), 8),  # tiles of `down` in halves along K
 )
 

@@ -25,6 +25,7 @@ from numba_atomflow.ops.cuda.persistent.staging import swizzled, sync_consumers
 from numba_atomflow.ops.cuda.scalars import i32, u32
 
 _LOADS = 20  # of 16 bytes, that a thread has in flight
+_PAIR_LOADS = 32  # the same of two batches of columns that are normalised
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
@@ -86,36 +87,90 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
     quads, all_quads = width // 4, padded // 4
     input_rounds, rounds = -(-quads // CONSUMER_THREADS), -(-all_quads // CONSUMER_THREADS)
     batch = min(columns, max(1, 1 << (_LOADS // input_rounds).bit_length() - 1)) if input_rounds <= _LOADS else 1
+    # Two batches are received together where registers are enough, so that there are two round trips to L2 less.
+    pair = columns > batch and 2 * batch * input_rounds <= _PAIR_LOADS
     gain_registers, registers = 4 * input_rounds, 4 * input_rounds * batch
+    more_registers = registers if pair else 1
     await_sample = _make_await_sample(shape, columns * quads, _make_word_of(quads, words_per_column), pairs=True)
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
 
     @ptx.device_function
-    def receive(mailbox, start, flag, thread, received, watchdog):
+    def load_words(mailbox, start, thread, received):
         """The words of `batch` columns."""
+        for column in range(batch):
+            for i in range(input_rounds):
+                quad = min(i * CONSUMER_THREADS + thread, quads - 1)
+                w0, w1, w2, w3 = ptx.ll_load(mailbox, start + column * words_per_column + 2 * quad)
+                base = 4 * (column * input_rounds + i)
+                received[base], received[base + 1], received[base + 2], received[base + 3] = w0, w1, w2, w3
+
+    @ptx.device_function
+    def is_missing(received, flag):
+        """Whether a word of `batch` columns has not arrived."""
+        missing = False
+        for load in range(batch * input_rounds):
+            if not (has_pair_flag(received[4 * load + 1], flag) and has_pair_flag(received[4 * load + 3], flag)):
+                missing = True
+        return missing
+
+    @ptx.device_function
+    def receive(mailbox, start, flag, thread, received, more, watchdog):
+        """The words of `batch` columns, and with `pair` of as many more."""
         polls, waiting = u32(0), True
         while waiting:
-            waiting = False
-            for column in range(batch):
-                for i in range(input_rounds):
-                    quad = min(i * CONSUMER_THREADS + thread, quads - 1)
-                    w0, w1, w2, w3 = ptx.ll_load(mailbox, start + column * words_per_column + 2 * quad)
-                    base = 4 * (column * input_rounds + i)
-                    received[base], received[base + 1], received[base + 2], received[base + 3] = w0, w1, w2, w3
-            for load in range(batch * input_rounds):
-                if not (has_pair_flag(received[4 * load + 1], flag) and has_pair_flag(received[4 * load + 3], flag)):
-                    waiting = True
+            load_words(mailbox, start, thread, received)
+            if pair:
+                load_words(mailbox, start + batch * words_per_column, thread, more)
+            waiting = is_missing(received, flag)
+            if pair and is_missing(more, flag):
+                waiting = True
             polls = u32(polls + u32(1))
             if waiting:
                 ptx.nanosleep(u32(interval))
                 if watchdog_trips(watchdog, polls):
                     waiting = False
 
+    @ptx.device_function
+    def store_squares(received, first, thread, floats):
+        """Each warp's sum of squares of `batch` columns."""
+        for column in range(batch):
+            squares = _ZERO
+            for i in range(input_rounds):
+                base = 4 * (column * input_rounds + i)
+                a, b = unpack_pair(received[base], received[base + 1])
+                c, d = unpack_pair(received[base + 2], received[base + 3])
+                if i * CONSUMER_THREADS + thread < quads:
+                    squares += (a * a + b * b) + (c * c + d * d)
+            squares = ptx.warp_sum(squares)
+            if thread & 31 == 0:
+                floats[reduction_start + (first + column) * CONSUMER_WARPS + (thread >> 5)] = squares
+
+    @ptx.device_function
+    def store_norms(received, gains, first, thread, shared):
+        words, floats = shared.words, shared.floats
+        for column in range(batch):
+            squares = _ZERO
+            for warp in range(CONSUMER_WARPS):
+                squares += floats[reduction_start + (first + column) * CONSUMER_WARPS + warp]
+            factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
+            for i in range(rounds):
+                quad = i * CONSUMER_THREADS + thread
+                index = x_start + swizzled((first + column) * x_pitch + 2 * quad)
+                if i < input_rounds and quad < quads:
+                    base = 4 * (column * input_rounds + i)
+                    a, b = unpack_pair(received[base], received[base + 1])
+                    words[index] = ptx.pack_f16x2(a * factor * gains[4 * i], b * factor * gains[4 * i + 1])
+                    a, b = unpack_pair(received[base + 2], received[base + 3])
+                    words[index + 1] = ptx.pack_f16x2(a * factor * gains[4 * i + 2], b * factor * gains[4 * i + 3])
+                elif quad < all_quads:
+                    words[index] = u32(0)
+                    words[index + 1] = u32(0)
+
     @ptx.large_device_function
     def stage_norms(mailbox, start, flag, norm, thread, shared, watchdog):
-        words, floats = shared.words, shared.floats
         gains = cuda.local.array(gain_registers, float32)
         received = cuda.local.array(registers, uint32)
+        more = cuda.local.array(more_registers, uint32)
         for i in range(input_rounds):
             quad = i * CONSUMER_THREADS + thread
             if quad < quads:
@@ -125,37 +180,15 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
         await_sample(mailbox, start, flag, thread, watchdog)
         first = i32(0)
         while first < columns:
-            receive(mailbox, start + first * words_per_column, flag, thread, received, watchdog)
-            for column in range(batch):
-                squares = _ZERO
-                for i in range(input_rounds):
-                    base = 4 * (column * input_rounds + i)
-                    a, b = unpack_pair(received[base], received[base + 1])
-                    c, d = unpack_pair(received[base + 2], received[base + 3])
-                    if i * CONSUMER_THREADS + thread < quads:
-                        squares += (a * a + b * b) + (c * c + d * d)
-                squares = ptx.warp_sum(squares)
-                if thread & 31 == 0:
-                    floats[reduction_start + (first + column) * CONSUMER_WARPS + (thread >> 5)] = squares
+            receive(mailbox, start + first * words_per_column, flag, thread, received, more, watchdog)
+            store_squares(received, first, thread, shared.floats)
+            if pair:
+                store_squares(more, i32(first + batch), thread, shared.floats)
             sync_consumers()
-            for column in range(batch):
-                squares = _ZERO
-                for warp in range(CONSUMER_WARPS):
-                    squares += floats[reduction_start + (first + column) * CONSUMER_WARPS + warp]
-                factor = _ONE / np.float32(math.sqrt(squares * inverse_width + epsilon))
-                for i in range(rounds):
-                    quad = i * CONSUMER_THREADS + thread
-                    index = x_start + swizzled((first + column) * x_pitch + 2 * quad)
-                    if i < input_rounds and quad < quads:
-                        base = 4 * (column * input_rounds + i)
-                        a, b = unpack_pair(received[base], received[base + 1])
-                        words[index] = ptx.pack_f16x2(a * factor * gains[4 * i], b * factor * gains[4 * i + 1])
-                        a, b = unpack_pair(received[base + 2], received[base + 3])
-                        words[index + 1] = ptx.pack_f16x2(a * factor * gains[4 * i + 2], b * factor * gains[4 * i + 3])
-                    elif quad < all_quads:
-                        words[index] = u32(0)
-                        words[index + 1] = u32(0)
-            first = i32(first + batch)
+            store_norms(received, gains, first, thread, shared)
+            if pair:
+                store_norms(more, gains, i32(first + batch), thread, shared)
+            first = i32(first + batch * (1 + pair))
         sync_consumers()
 
     return stage_norms
