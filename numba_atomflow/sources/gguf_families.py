@@ -164,7 +164,8 @@ def _window(fields: GgufFields, arch: str, family: GgufFamily, sizes: Sizes) -> 
 
 def _linear_scaling(fields: GgufFields, arch: str) -> LinearScaling | None:
     kind = fields.value(f"{arch}.rope.scaling.type", str, "linear")
-    factor = _number(fields, f"{arch}.rope.scaling.factor", 1.0)
+    name = "scaling.factor" if f"{arch}.rope.scaling.factor" in fields else "scale_linear"  # the older key
+    factor = _number(fields, f"{arch}.rope.{name}", 1.0)
     if kind == "none" or factor in (0.0, 1.0):
         return None
     if kind != "linear":

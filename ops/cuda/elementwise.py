@@ -1,7 +1,8 @@
 """Functions of single elements that some families have in place of, or beside, others: soft caps and GELU.
 
 Both are made of exp2 (`ex2.approx`, 2 ulp), not of `tanh.approx`, whose error of 2^-11 would be that of a float16:
-tanh(x) = 1 - 2 / (1 + e^2x), with an absolute error of some 1e-7, times the cap; where e^2x is infinite, it is 1.
+tanh(x) = 1 - 2 / (1 + e^2x), with an absolute error of some 1e-7, times the cap; where e^2x is infinite, it is 1. The
+reciprocal is `rcp.approx` (1 ulp): the exact division is a subroutine, around which scores would be spilled.
 """
 
 import math
@@ -21,7 +22,7 @@ def make_soft_cap(cap: float, scale: float = 1.0, unit: float = 1.0) -> Any:
 
     @ptx.device_function
     def soft_cap(x):
-        return outer * (_ONE - _TWO / (_ONE + ptx.exp2(x * inner)))
+        return outer * (_ONE - _TWO * ptx.reciprocal(_ONE + ptx.exp2(x * inner)))
 
     return soft_cap
 
@@ -30,4 +31,4 @@ def make_soft_cap(cap: float, scale: float = 1.0, unit: float = 1.0) -> Any:
 def geglu(gate, up):
     """gelu(gate) * up, of GELU's approximation by tanh: x * sigmoid(2 u), which equals x * (1 + tanh(u)) / 2."""
     cubed = gate + _GELU_CUBE * gate * gate * gate
-    return gate / (_ONE + ptx.exp2(cubed * _GELU_SCALE)) * up
+    return gate * ptx.reciprocal(_ONE + ptx.exp2(cubed * _GELU_SCALE)) * up

@@ -12,7 +12,7 @@ from tiny_models import write_hf_folder
 
 from numba_atomflow.errors import AtomFlowError, SourceError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.rope_scaling import LongRopeScaling
+from numba_atomflow.rope_scaling import LinearScaling, LongRopeScaling
 from numba_atomflow.sources import open_source
 
 SIZES: dict[str, Any] = {"hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 48, "vocabulary": 40}
@@ -66,6 +66,8 @@ def test_defaults_are_those_of_llama_cpp(tmp_path: Path) -> None:
     assert opened(path, "gemma2", geometry, attention__sliding_window_pattern=flags).sliding_layers == (1, 2)
     small = geometry_of("gemma3_text")
     assert opened(path, "gemma3_text", small, rope__freq_base_swa=5000.0).local_rope_theta == 5000.0
+    old = {"rope__scaling__factor": None, "rope__scaling__type": None, "rope__scale_linear": 4.0}
+    assert opened(path, "gemma3_text", small, **old).rope_scaling == LinearScaling(4.0)
     assert opened(path, "gemma3_text", small, attention__sliding_window=None).sliding_layers == ()
 
 

@@ -20,6 +20,20 @@ H200 = Chip(132, 232448, (9, 0))
 RTX_5090 = Chip(170, 101376, (12, 0))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "head_dim"), [(A100, 128), (A100, 256), (RTX_4090, 256), (H200, 256)], ids=str)
+def test_mma_with_a_window_and_a_soft_cap(chip: Chip, head_dim: int) -> None:
+    tiles = ActivationTiles(8 * head_dim, 2048)
+    plan = choose_prefill_attention_plan(8, 4, head_dim, tiles, chip, window=4096, soft_cap=50.0)
+    assert plan.instructions == "mma"
+    spec = prefill_attention_kernel("prefill_attention", plan, dependent=chip.dependent_launch).spec
+    ptx = make_ptx(spec.make(), spec, chip.capability)
+    _, log = assemble(ptx, chip.capability)
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes stack frame", log) == 0
+    assert not float64_arithmetic(ptx)
+
+
 @pytest.mark.parametrize(
     ("chip", "head_dim"),
     [
