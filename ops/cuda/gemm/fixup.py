@@ -71,9 +71,9 @@ def make_fixup(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, threa
         end = i32(first + 1)
         if ptx.SIMULATED:
             first = i32(0) if end == count else end
-        if first < end:
-            fragment = i32(u32(first * fragments) // u32(count))
-            sum_slice(io, stage, tile, first_slot, count, fragment, i32(u32(end * fragments) // u32(count)), thread)
+        fragment, last = i32(u32(first * fragments) // u32(count)), i32(u32(end * fragments) // u32(count))
+        if fragment < last:  # of more CTAs than fragments, some have none
+            sum_slice(io, stage, tile, first_slot, count, fragment, last, thread)
 
     @ptx.device_function
     def settle(io, stage, number, thread):
