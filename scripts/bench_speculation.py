@@ -4,14 +4,15 @@
     python scripts/bench_speculation.py --geometry llama-3.1-8b --acceptance 0.8 --json
 
 The weights are random. Steps: median time of the kernel for each number of tokens, at several positions, and of a whole
-step with copies to and from the host. Replies: a drafter proposes the true continuation, each token right with a
-probability, as many as the step takes; the replies must have the same tokens with and without.
+step, with the logits copied to the host or with tokens that the kernel chooses. Replies: a drafter proposes the true
+continuation, each token right with a probability, as many as the step takes; the replies must have the same tokens with
+and without.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -76,16 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     print(f"{given.geometry}, random weights, {device}, commit {commit()}\n")
     widths = list(next(iter(steps.values()))["kernel"])
-    print("microseconds of the kernel (ratio to one token); of a whole step with its copies")
+    print("microseconds: the kernel (ratio to one token); a step with logits; a step whose tokens the kernel chooses")
     rows = [[str(position), *(_cell(times, width) for width in widths)] for position, times in steps.items()]
     print(render("table", ["position", *(f"{width} tokens" for width in widths)], rows))
-    for position, rows in phases.items():
+    for position, phase_rows in phases.items():
         print(f"position {position}, us per op: mean over CTAs and layers; the kernels with timestamps")
-        print(
-            render(
-                "table", _PHASES, [[str(row[0]), row[1], *(f"{time * 1e6:.1f}" for time in row[2:])] for row in rows]
-            )
-        )
+        cells = [[str(width), kind, *(f"{time * 1e6:.1f}" for time in times)] for width, kind, *times in phase_rows]
+        print(render("table", _PHASES, cells))
     print("replies")
     header = ["tokens per step", "acceptance", "tok/s", "ratio", "mean accepted length"]
     print(render("table", header, [[str(reply[name]) for name in header] for reply in replies]), end="")
@@ -93,19 +91,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _steps(backend: CudaBackend, position: int, repeats: int) -> dict[str, dict[int, float]]:
-    """Seconds by the number of tokens: of the kernel, and of a whole step."""
+    """Seconds by the number of tokens: of the kernel, of a whole step with logits, and of one whose tokens the kernel
+    chooses.
+    """
     backend.seek(position)
-    kernel, whole = backend.time_widths(repeats), {}
-    for width in kernel:
-        times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            backend.seek(position)
-            backend.verify([1] * width)
-            backend.seek(position + 1)
-            times.append(time.perf_counter() - started)
-        whole[width] = median(times)
-    return {"kernel": kernel, "whole": whole}
+    kernel = backend.time_widths(repeats)
+    logits = {width: _median_step(backend, position, width, backend.verify, repeats) for width in kernel}
+    greedy = {width: _median_step(backend, position, width, backend.verify_greedy, repeats) for width in kernel}
+    return {"kernel": kernel, "logits": logits, "greedy": greedy}
+
+
+def _median_step(
+    backend: CudaBackend, position: int, width: int, step: Callable[[list[int]], object], repeats: int
+) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        backend.seek(position)
+        step([1] * width)
+        backend.seek(position + 1)
+        times.append(time.perf_counter() - started)
+    return median(times)
 
 
 def _phases(backend: CudaBackend, position: int) -> list[tuple[Any, ...]]:
@@ -151,8 +157,8 @@ def _result(width: int, acceptance: float, speed: float, plain: float, length: f
 
 
 def _cell(times: dict[str, dict[int, float]], width: int) -> str:
-    kernel, whole = times["kernel"], times["whole"]
-    return f"{kernel[width] * 1e6:.0f} ({kernel[width] / kernel[1]:.2f}); {whole[width] * 1e6:.0f}"
+    kernel, logits, greedy = (times[name][width] * 1e6 for name in ("kernel", "logits", "greedy"))
+    return f"{kernel:.0f} ({times['kernel'][width] / times['kernel'][1]:.2f}); {logits:.0f}; {greedy:.0f}"
 
 
 def _parser() -> argparse.ArgumentParser:
