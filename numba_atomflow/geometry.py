@@ -123,6 +123,9 @@ class ModelGeometry:
                 )
         if self.qk_norm_of_all_heads and not self.qk_norm:
             raise GeometryError("The model has qk_norm_of_all_heads, but no qk_norm.")
+        folded = (self.attention_scale or 0.0) * math.sqrt(self.head_dim), self.logit_scale / self.embedding_scale
+        if max(folded) > float(np.finfo(np.float32).max):  # of weights, by `model.folding`
+            raise GeometryError("The model's attention_scale or logit_scale gives a factor that is no float32.")
         self._check_rope()
 
     def _check_rope(self) -> None:

@@ -109,9 +109,12 @@ class GgufSource:
             (values,) = reordered_rows(self.geometry, start, stop, lambda a, b: (_read_rows(tensor, a, b),))
         else:
             values = _read_rows(self._tensors[name], start, stop)
-        check_finite(self._tensors[name].path, name, values)
         factor = factor_of(self.geometry, name)
-        return values if factor == 1.0 else values * np.float32(factor)
+        if factor != 1.0:
+            with np.errstate(over="ignore"):  # what overflows is refused, too
+                values = values * np.float32(factor)
+        check_finite(self._tensors[name].path, name, values)
+        return values
 
     def read_fp8(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """None: GGUF has no FP8."""

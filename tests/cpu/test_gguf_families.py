@@ -93,6 +93,8 @@ def test_a_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
         ("phi3", {"rope.dimension_count": 32}),
         ("granite", {"residual_scale": float("nan")}),
         ("granite", {"rope.dimension_count": 24}),
+        ("granite", {"attention.scale": 1e38}),
+        ("granite", {"logit_scale": 1e-45}),
         ("smollm3", {"embedding_scale": 2.0}),
         ("olmo2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0}),
     ],
