@@ -1,13 +1,17 @@
 """Plans of GEMM kernels: what fits on an SM, few kernels for many numbers of tokens, tiles for the number of tokens."""
 
+from dataclasses import replace
+
 import pytest
 
-from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, choose_gemm_plan, gemm_plan, modelled_us
+from numba_atomflow.ops.cuda.gemm.kernels import gemm_kernel, make_gemm_swiglu
+from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, choose_gemm_plan, gemm_plan, mma_ctas_per_sm, modelled_us
 from numba_atomflow.ops.cuda.gemm.wgmma import Shared
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.prefill.buckets import buckets_up_to
 from numba_atomflow.ops.cuda.runtime.chip import Chip
+from numba_atomflow.ops.formats import FP16
 
 H200 = Chip(132, 232448, (9, 0))
 QKV, OUT, GATE_UP, DOWN = (  # Llama 3.2 3B
@@ -59,3 +63,30 @@ def test_tiles_never_exceed_the_activations() -> None:
     assert 512 % choose_gemm_plan(OUT, x, 512, H200).tile_tokens == 0
     with pytest.raises(ValueError, match="520 tokens do not fit into tiles for at most 512"):
         choose_gemm_plan(OUT, x, 520, H200)
+
+
+@pytest.mark.parametrize(
+    "chip",
+    [
+        Chip(108, 166912, (8, 0)),
+        Chip(82, 101376, (8, 6)),
+        Chip(128, 101376, (8, 9)),
+        H200,
+        Chip(148, 232448, (10, 0)),
+        Chip(170, 101376, (12, 0)),
+    ],
+    ids=lambda chip: "sm_{}{}".format(*chip.capability),
+)
+def test_all_ctas_of_a_grid_are_resident(chip: Chip) -> None:
+    """They wait for each other. An SM has 1,024 bytes more than a CTA may have, and keeps as many for each CTA."""
+    for layout in (GATE_UP, replace(GATE_UP, format=FP16)):
+        x = ActivationTiles(layout.in_features, 2048 + MOST_PADDING, weight_bits=layout.format.bits)
+        for plan in {choose_gemm_plan(layout, x, tokens, chip) for tokens in BUCKETS}:
+            options = {"intermediate": ActivationTiles(8192, 2048)}  # staged: the epilogue with the most memory
+            planned = gemm_kernel("gate_up", make_gemm_swiglu, plan, chip.dependent_launch, **options)
+            spec, ctas = planned.spec, planned.ctas
+            per_sm = 1 if plan.instructions == "wgmma" else mma_ctas_per_sm(layout, plan.tile_tokens)
+            assert ctas == chip.sms * per_sm
+            assert per_sm * (spec.shared_bytes + 1024) <= chip.shared_bytes + 1024
+            assert per_sm == 1 or spec.whole_carveout
+            assert spec.dependent == dict(spec.arguments)["dependent"] == (chip.dependent_launch and per_sm == 1)

@@ -134,9 +134,10 @@ GEMMS = (
     *(GemmSweep("swiglu", 400, 330, tile) for tile in TILES),
     *(GemmSweep("store", 3072, 3072, tile, k_tile=0) for tile in (16, 128, 256)),  # whole-K tiles of weights
     *(GemmSweep("add", 3072, 8192, tile) for tile in (16, 64, 128)),  # tiles that CTAs share
+    GemmSweep("add", 200, 8192, 128),  # a tile has 32 CTAs, more than fragments
 )
 FP8_GEMMS = (
-    *(GemmSweep("store", 200, 576, tile, bits=8) for tile in (*TILES, 104, 192)),
+    *(GemmSweep("store", 200, 576, tile, bits=8) for tile in (*TILES, 104, 176, 192)),
     GemmSweep("add", 576, 1536, 64, bits=8),
     GemmSweep("swiglu", 400, 330, 128, bits=8),
     GemmSweep("add", 3072, 8192, 128, bits=8),

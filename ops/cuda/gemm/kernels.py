@@ -20,7 +20,7 @@ from numba_atomflow.ops.cuda.gemm.epilogue import (
     make_swiglu_epilogue,
 )
 from numba_atomflow.ops.cuda.gemm.mma import make_gemm_mma, mma_shared_bytes
-from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, mma_ctas_per_sm
 from numba_atomflow.ops.cuda.gemm.staged import choose_add_epilogue, choose_qkv_epilogue
 from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, resident_ctas, wgmma_shared_bytes
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
@@ -52,10 +52,13 @@ def gemm_kernel(name: str, factory: Callable[..., Any], plan: GemmPlan, dependen
 
     Args:
         factory: one of this module; `options` are its arguments beside the plan.
-        dependent: launched with programmatic dependent launch.
+        dependent: launched with programmatic dependent launch, unless its CTAs wait for each other and an SM must hold
+            two: beside a CTA of the kernel before, with the shared memory that its SM was given for that, there may be
+            room for one only.
     """
     signature, make_epilogue = _KINDS[factory]
     epilogue, wgmma = make_epilogue(plan, **options), plan.instructions == "wgmma"
+    dependent = dependent and (wgmma or mma_ctas_per_sm(plan.layout, plan.tile_tokens) == 1)
     spec = kernel_spec(
         name,
         factory,
