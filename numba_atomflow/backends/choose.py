@@ -10,6 +10,7 @@ from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.model.sharding import check_ranks
 from numba_atomflow.utils.arguments import whole_number
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class BackendChoice:
             raise OptionError(f"--decode {self.decode} does not exist; choose auto, graph or persistent.")
         if self.prefill not in get_args(Prefill):
             raise OptionError(f"--prefill {self.prefill} does not exist; choose auto, gemv, gemm or fp8.")
+        self._set_gpus()
         for option in self._gpu_options():
             if self.name == "cpu":
                 raise OptionError(f"{option} is for the CUDA backend; leave it out, or use --backend cuda.")
@@ -84,19 +86,29 @@ class BackendChoice:
         if not SMALLEST_CHUNK <= chunk <= LARGEST_CHUNK:
             raise OptionError(f"--prefill-chunk is {chunk}; it must be from {SMALLEST_CHUNK} to {LARGEST_CHUNK}.")
 
-    def _check_gpus(self) -> None:
-        if isinstance(self.gpus, int) and self.gpus >= 1 and not isinstance(self.gpus, bool):
-            several = self.gpus > 1
-        elif isinstance(self.gpus, list | tuple) and self.gpus and self.device_ordinal == 0:
-            several = [whole_number("a GPU of gpus", number) for number in self.gpus] != [0]
-        elif self.gpus == "all":
-            several = True
+    def _set_gpus(self) -> None:
+        """Check `gpus`, and convert it to Python's types."""
+        gpus: Gpus
+        if isinstance(self.gpus, list | tuple) and self.gpus and self.device_ordinal == 0:
+            gpus = tuple(whole_number("a GPU of gpus", number) for number in self.gpus)
+        elif isinstance(self.gpus, str) and self.gpus == "all":
+            gpus = self.gpus
         else:
+            try:
+                gpus = whole_number("gpus", self.gpus)
+            except OptionError:
+                gpus = 0
+        if isinstance(gpus, int) and gpus < 1:
             raise OptionError(
                 f"gpus is {quote(self.gpus)}; it must be a whole number from 1 on, 'all', or, without `device`, a list "
                 "of numbers of GPUs."
             )
-        if not several:
+        if isinstance(gpus, int) and gpus > 1:
+            check_ranks(gpus)
+        object.__setattr__(self, "gpus", gpus)
+
+    def _check_gpus(self) -> None:
+        if self.gpus == 1 or (isinstance(self.gpus, tuple) and len(self.gpus) == 1):
             return
         for option, value in (("--decode", self.decode), ("--prefill", self.prefill)):
             if value not in ("auto", "persistent"):
@@ -112,11 +124,13 @@ class BackendChoice:
             BackendError: there is no driver.
         """
         first = self.device_ordinal
-        if self.gpus == "all":
+        if isinstance(self.gpus, int):
+            return tuple(range(first, first + self.gpus))
+        if isinstance(self.gpus, str):
             from numba_atomflow.device.driver import gpu_count
 
             return tuple(range(first, max(gpu_count(), first + 1)))
-        return tuple(range(first, first + self.gpus)) if isinstance(self.gpus, int) else tuple(map(int, self.gpus))
+        return tuple(self.gpus)
 
     @property
     def gpu_count(self) -> int:
@@ -176,7 +190,8 @@ def make_backend(
         from numba_atomflow.device.resources import DeviceResources  # the CPU backend does without
 
         with DeviceResources() as probe:  # kept open meanwhile, so that the context is not created twice
-            if choice.needs_gpu and len(ordinals := choice.gpu_ordinals) > 1:
+            ordinals = choice.gpu_ordinals
+            if len(ordinals) > 1:
                 from numba_atomflow.backends.cuda.tensor_parallel.backend import TensorParallelBackend
 
                 return TensorParallelBackend(geometry, weights, max_seq_len, ordinals=ordinals)
@@ -187,7 +202,7 @@ def make_backend(
                     geometry,
                     weights,
                     max_seq_len,
-                    device_ordinal=choice.device_ordinal,
+                    device_ordinal=ordinals[0],
                     decode=choice.decode,
                     prefill=choice.prefill,
                     prefill_chunk=choice.prefill_chunk,

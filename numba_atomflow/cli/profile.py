@@ -64,7 +64,8 @@ def profile(
             check_plot(path, option)
     if depth >= chosen_model.geometry.max_positions:
         raise OptionError(f"--depth is {depth}; this model allows 0 to {chosen_model.geometry.max_positions - 1}.")
-    with chosen_model.open(engine_options, depth + 1) as engine, output.steps_bar() as progress:
+    positions = min(depth + profiler.MOST_POSITIONS, chosen_model.geometry.max_positions)
+    with chosen_model.open(engine_options, positions) as engine, output.steps_bar() as progress:
         if timeline is not None:
             profiler.check_timeline(engine)
         report = profiler.profile(engine, depth, repeats, progress)

@@ -30,8 +30,7 @@ class Sharding:
     ranks: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.ranks <= MAX_RANKS:
-            raise OptionError(f"--gpus is {self.ranks}; a model can be divided among 2 to {MAX_RANKS} GPUs.")
+        check_ranks(self.ranks)
         obstacle = _obstacle(self.geometry, self.ranks)
         if obstacle:
             possible = [n for n in range(2, MAX_RANKS + 1) if _obstacle(self.geometry, n) is None]
@@ -75,6 +74,14 @@ class Sharding:
                 first, last = (min(i * self.vocabulary_rows, g.vocabulary) for i in (rank, rank + 1))
                 return (slice(first, last),)
         raise ValueError(f"{part} is no matrix")
+
+
+def check_ranks(ranks: int) -> None:
+    """Raises:
+    OptionError: no model can be divided among so many GPUs.
+    """
+    if not 2 <= ranks <= MAX_RANKS:
+        raise OptionError(f"--gpus is {ranks}; a model can be divided among 2 to {MAX_RANKS} GPUs.")
 
 
 def _obstacle(geometry: ModelGeometry, ranks: int) -> str | None:

@@ -27,6 +27,7 @@ from numba_atomflow.utils.progress import Progress
 from numba_atomflow.utils.stats import faster_half
 
 WARM_UP = 2  # discarded runs
+MOST_POSITIONS = 8  # from the depth on that are used: of several GPUs, steps are timed that are queued together
 TURNS = 5  # in which ops and step alternate, so that a slow phase of the machine affects both
 
 

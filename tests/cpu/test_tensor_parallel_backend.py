@@ -24,6 +24,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import ATTENTION, OPS_PER_LAYER
 from numba_atomflow.ops.cuda.persistent.trace import DONE, EVENTS, STAGED
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.upload import Uploader
+from numba_atomflow.perf.profile import profile
 
 SMALL = tiny_geometry(layers=1, hidden=256, heads=8, kv_heads=4, vocabulary=300)
 
@@ -156,6 +157,11 @@ def test_gpus_that_are_not_there(pretended: PretendedDriver, gpus: Any, reason: 
     assert not pretended.live
 
 
+def test_a_list_of_one_gpu_means_that_one(pretended: PretendedDriver) -> None:
+    with load([3]) as engine:
+        assert engine.backend._gpu.ordinal == 3
+
+
 def test_gpus_that_are_not_connected_or_not_alike(pretended: PretendedDriver) -> None:
     pretended.peer_access = 0
     with pytest.raises(BackendError, match="GPU 0 cannot access the memory of GPU 1; choose GPUs that NVLink connects"):
@@ -183,6 +189,22 @@ def test_after_a_failure_all_gpus_are_given_back(pretended: PretendedDriver, fun
     assert not pretended.live
 
 
+def test_closing_waits_for_every_gpu(monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver) -> None:
+    """After one has failed, too: the steps of the others may write to its memory."""
+    wait, waited = rank.Rank.wait, list[int]()
+
+    def fails(self: rank.Rank) -> None:
+        wait(self)
+        waited.append(self.number)
+        raise BackendError("the GPU failed")
+
+    with load(2) as engine:
+        engine.backend.prefill([7], NO_LOGITS)
+        monkeypatch.setattr(rank.Rank, "wait", fails)
+    assert waited == [0, 1]
+    assert not pretended.live
+
+
 def test_what_only_one_gpu_can_do_is_refused(pretended: PretendedDriver) -> None:
     with load(2) as engine, pytest.raises(BackendError, match="Activations can be read and changed on one GPU only"):
         engine.backend.observe([1], NO_LOGITS, None)  # type: ignore[arg-type]
@@ -202,6 +224,18 @@ def test_a_traced_step_shows_the_ctas_of_all_ranks(
         np.testing.assert_array_equal(trace.begun[: shape.sms], trace.begun[shape.sms :])
         assert [op.name for op, _ in engine.backend.measure.time_ops(1)] == list(trace.names)
         assert engine.backend.measure.time_step(2) > 0
+
+
+@pytest.mark.parametrize("depth", [0, 20, 31])
+def test_a_profile_at_any_depth(monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver, depth: int) -> None:
+    """At the last position, too, where fewer steps fit than are otherwise timed together."""
+    with load(2) as engine:
+        shape = engine.backend._ranks[0].kernels.persistent_shape
+        times = np.arange(shape.ops * EVENTS, dtype=np.float64).reshape(1, shape.ops, EVENTS).repeat(shape.sms, 0)
+        monkeypatch.setattr(rank.Rank, "read_times", lambda _self: times)
+        report = profile(engine, depth, repeats=1)
+        assert report.to_dict()["depth"] == depth
+        assert engine.backend._queue.position == depth
 
 
 @pytest.mark.parametrize("latencies", [(700.0, 700.0), (700.0, 900.0)])

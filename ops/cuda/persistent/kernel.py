@@ -124,13 +124,7 @@ def _make_consume(shape: PersistentShape) -> Any:
     project, attend = make_project(shape, load_ahead, make_epilogue(shape, load_ahead)), make_attend(shape, timestamp)
     stage, reduce_best = make_stage(shape), _make_reduce_best(shape)
     parts = _one_gpu(shape, reduce_best) if shape.rank is None else rank.make_parts(shape, reduce_best)
-    mailbox_of, logits_of, epoch_of, embed, end = (
-        parts.mailbox_of,
-        parts.logits_of,
-        parts.epoch_of,
-        parts.embed,
-        parts.end,
-    )
+    mailbox_of, logits_of, epoch_of = parts.mailbox_of, parts.logits_of, parts.epoch_of
     embed, end, patience = parts.embed, parts.end, parts.patience
 
     @ptx.large_device_function

@@ -86,7 +86,7 @@ class TensorParallelBackend:
         self._views = ModelViews(kernels, max_seq_len)
         self._steps = RankSteps(self._ranks)
         self._queue = StepQueue(self._steps, self._ranks[0].ring, max_seq_len)
-        self.measure = RankMeasurements(self._steps, self._queue, self._views)
+        self.measure = RankMeasurements(self._steps, self._queue, self._views, max_seq_len)
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 

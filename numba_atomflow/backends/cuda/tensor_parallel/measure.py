@@ -13,14 +13,14 @@ from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.model.step import SAMPLE, Op
 from numba_atomflow.utils.progress import Progress
 
-_STEPS_PER_RUN = 8  # queued at once, so that the host's part is hidden
+_STEPS_PER_RUN = 8  # queued at once, so that the host's part is hidden; fewer where the KV cache ends
 
 
 class RankMeasurements:
     """Times decode steps at the current position, which is the same afterwards."""
 
-    def __init__(self, steps: RankSteps, queue: StepQueue, views: ModelViews) -> None:
-        self._steps, self._queue, self._views = steps, queue, views
+    def __init__(self, steps: RankSteps, queue: StepQueue, views: ModelViews, max_seq_len: int) -> None:
+        self._steps, self._queue, self._views, self._max_seq_len = steps, queue, views, max_seq_len
         self._trace_ready = False
 
     def ceilings(self) -> dict[str, float]:
@@ -38,15 +38,15 @@ class RankMeasurements:
 
     def time_step(self, repeats: int) -> float:
         """Median seconds of a decode step, by the host's clock over a few steps that are queued together."""
-        seconds = []
+        seconds, count = [], max(1, min(_STEPS_PER_RUN, self._max_seq_len - self._queue.position))
         for _ in range(repeats + 1):
-            with self._queue.measuring(_STEPS_PER_RUN):
+            with self._queue.measuring(count):
                 self._steps.wait()
                 begun = time.perf_counter()
-                for _ in range(_STEPS_PER_RUN):
+                for _ in range(count):
                     self._steps.run(1, SAMPLE)
                 self._steps.wait()
-                seconds.append((time.perf_counter() - begun) / _STEPS_PER_RUN)
+                seconds.append((time.perf_counter() - begun) / count)
                 self._queue.check_watchdog()
         return float(np.median(seconds[1:]))
 

@@ -137,7 +137,8 @@ class RankSteps:
 
     def close(self) -> None:
         """Wait for all ranks before the memory of any is freed: peers write to it."""
-        with suppress(AtomFlowError):  # after a failure every call reports it
-            self.wait()
+        for rank in self.ranks:
+            with suppress(AtomFlowError), rank.owner.current():  # after a failure every call reports it
+                rank.wait()
         for rank in self.ranks:
             rank.owner.close()
