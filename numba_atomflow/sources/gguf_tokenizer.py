@@ -51,8 +51,8 @@ _NAMED_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _ID_SUFFIX = "_token_id"  # of keys that name a token
 _SENTENCEPIECE_IDS = {"unknown": (0, "<unk>"), "bos": (1, "<s>"), "eos": (2, "</s>")}  # if the file names none
 _UNDERSCORES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-_ONE_SPACE: tuple[dict[str, Any], ...] = (  # instead of several, and none around a text
-    {"type": "Strip", "strip_left": True, "strip_right": True},
+_ONE_SPACE: tuple[dict[str, Any], ...] = (  # instead of several, and none around a text; line breaks are no spaces
+    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
     {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "},
 )
 # Every split of a token is tested as a merge; SentencePiece's own limit is 16 characters.

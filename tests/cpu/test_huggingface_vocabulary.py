@@ -106,11 +106,11 @@ def test_tokens_of_a_unigram_model_are_those_of_the_original(tmp_path: Path) -> 
 
 
 def test_a_unigram_model_that_removes_spaces(tmp_path: Path) -> None:
-    """Its default: none around a text, one between words."""
+    """Its default: none around a text, one between words; line breaks are kept."""
     _, fields = unigram()
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(fields, {3: 1}))
     codec = TextCodec(assets(tmp_path))
-    assert codec.decode(codec.encode("  a   b\n ")) == "a b"
+    assert codec.decode(codec.encode("  a   b\n  c\n ")) == "a b\n c\n"
     assert codec.encode("  a   b ") == codec.encode("a b")
     assert codec.encode("   ", add_special=False) == []
 
