@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,10 @@ class Timed:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print a table or JSON; the exit code."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if find_spec("jsonschema") is None:
+        parser.error("Replies are checked with the package jsonschema; install it by pip install jsonschema.")
     try:
         with Engine.load(given.model, backend="cpu", max_seq_len=512, threads=given.threads) as engine:
             calls, replies = _measure(engine, given.replies, given.temperature)

@@ -76,8 +76,9 @@ print(*times)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print lines or JSON; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    parser.add_argument("--geometry", choices=PRESETS, help="of a model with random weights, in place of MODEL")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("model", nargs="?", default=DEFAULT_MODEL)
+    which.add_argument("--geometry", choices=PRESETS, help="of a model with random weights, in place of MODEL")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--clients", type=int, default=200)

@@ -29,6 +29,9 @@ def test_bad_input_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-model" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         serve_overhead.main(["--geometry", "no-such-geometry"])
+    with pytest.raises(SystemExit, match="2"):
+        serve_overhead.main(["a-model", "--geometry", "smollm2-135m"])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_every_token_of_random_weights_has_a_spelling() -> None:
