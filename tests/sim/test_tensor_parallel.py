@@ -200,7 +200,7 @@ def check_bits(ranks: Ranks, *, logits: bool = True) -> None:
         assert memory.steps.tolist() == [STEPS + 1, 0]
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "ranks"), CASES, ids=str)
 def test_a_step_has_the_bits_of_one_gpu(ready: Ready, case: PersistentCase, ranks: int) -> None:
     several = ready(case, ranks)
@@ -230,7 +230,6 @@ def test_a_rank_that_is_ahead_spoils_no_word_of_another(ready: Ready) -> None:
         np.testing.assert_array_equal(memory.logits[: case.vocabulary], alone.logits[: case.vocabulary])
 
 
-@pytest.mark.slow
 def test_a_prompts_token_has_no_logits_until_they_are_asked_for(ready: Ready) -> None:
     case, several = SMALL, ready(SMALL, 2)
     head = several.case.shape.ops - 1
