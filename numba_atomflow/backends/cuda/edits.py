@@ -6,6 +6,7 @@ kernel follows the op's, so that steps run ahead of the host as they do without 
 the graph path, kernel after kernel, also where others run in the persistent kernel.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -28,6 +29,8 @@ from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.token.edit import EditArguments, HalfEditArguments, edit_spec, make_edit
 
 _ROWS = 64  # of a prompt's chunk, edited at a time
+_CAUSE = re.compile(r"(?:\w+Error: |(?<=ptxas error   : )).*")
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
 class DeviceEdit:
@@ -155,11 +158,19 @@ def compile_edit(edit: DeviceEdit, least: float | None, capability: tuple[int, i
         ptx = make_ptx(make_edit(edit.function, least, half=half), edit_spec(half=half), capability)
         return assemble(ptx, capability)[0]
     except Exception as error:  # whatever numba and the assembler find in the caller's function
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise OptionError(
-            f"The device function of {edit.activation.name} cannot be compiled ({short(reason)}); it must take "
+            f"The device function of {edit.activation.name} cannot be compiled ({short(_reason(error))}); it must take "
             "(row, column, position) and return a number."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of a compiler's message that names the cause."""
+    text = _COLOURS.sub("", str(error))
+    if cause := _CAUSE.search(text):
+        return cause[0].rstrip('". ')
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if line and not line.startswith("Failed in")), type(error).__name__)
 
 
 class DeviceEdits:
