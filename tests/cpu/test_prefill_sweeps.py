@@ -84,12 +84,12 @@ def test_a_write_beside_the_positions_of_a_step_fails(where: slice, message: str
         check_gemm(SWEEPS[-1], 17, H200)
 
 
-def test_a_counter_that_is_not_reset_and_other_bits_fail(damage: Any) -> None:
-    def count(io: Any) -> None:
-        io.counters[0] = 1
+def test_partial_sums_that_are_not_reset_and_other_bits_fail(damage: Any) -> None:
+    def leave(io: Any) -> None:
+        io.partials[0] = 1
 
-    damage(count)
-    with pytest.raises(AssertionError, match="counter"):
+    damage(leave)
+    with pytest.raises(AssertionError, match="partial sums are not zero"):
         check_gemm(SWEEPS[0], 17, H200)
     runs = iter(range(100))
 
@@ -133,4 +133,4 @@ def test_every_kernel_of_the_checks_can_be_planned(capability: str) -> None:
     kernels = all_kernels(chip)
     assert len({kernel.spec for kernel in kernels}) == len(kernels) >= 60
     assert all(kernel.spec.shared_bytes <= chip.shared_bytes for kernel in kernels)
-    assert {kernel.spec.dependent for kernel in kernels} == {chip.dependent_launch}
+    assert any(kernel.spec.dependent for kernel in kernels) == chip.dependent_launch
