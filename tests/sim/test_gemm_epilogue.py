@@ -32,9 +32,7 @@ def test_the_residual_of_a_tile_is_prefetched_once(monkeypatch: pytest.MonkeyPat
 
     nothing = np.zeros(1, np.uint32)
     residual = np.zeros(1, np.float32)
-    arguments = GemmAddArguments(
-        weights=nothing, x=nothing, partials=residual, counters=nothing, token_tiles=2, residual=residual
-    )
+    arguments = GemmAddArguments(weights=nothing, x=nothing, partials=residual, token_tiles=2, residual=residual)
     launch(prefetch_tile, 1, 1, 0, arguments)
     lines = [token * rows + row for token in range(tokens, 2 * tokens) for row in range(128, rows, 32)]
     assert sorted(found) == lines
