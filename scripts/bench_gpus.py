@@ -6,9 +6,10 @@
     python scripts/bench_gpus.py --nccl                                 # and what its all-reduces alone would take
     python scripts/bench_gpus.py --gpus 0,0 --layers 4                  # two ranks on one GPU: no speed, but all checks
 
-Weights are random. Each engine generates from a prompt of one token, greedily, past the greatest depth; the tokens must
-be the same (exit code 1 if not). Steps are then timed at each depth, the engines in turns. `--nccl` needs torch and a
-process per GPU: all-reduces of one token's residual stream, two for each layer, in a captured graph.
+Weights are random. Each engine generates from a prompt of one token, greedily, 300 tokens at the most; the tokens must
+be the same (exit code 1 if not). Steps are timed at each depth, first of one GPU, then of several: the engines may not
+fit side by side. `--nccl` needs torch and a process per GPU: all-reduces of one token's residual stream, two for each
+layer, in a captured graph.
 """
 
 import argparse
@@ -135,6 +136,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     geometry = PRESETS[args.geometry]
+    if min(args.depths) < 0 or args.repeats < 1 or (args.layers is not None and args.layers < 1):
+        parser.error("--depths must be 0 or more, and --repeats and --layers 1 or more")
     if args.layers:
         geometry = replace(geometry, layers=args.layers)
     gpus: Gpus = args.gpus if len(args.gpus) > 1 else args.gpus[0]
