@@ -114,38 +114,8 @@ class PersistentStep:
         greedy: the most likely token is the next one, and the step ends with this launch. replaced: views in place of
         those of a decode step, by the names of `PersistentArguments`.
         """
-        b = self._buffers
-        cache = b[KV_CACHE]
-        arguments = PersistentArguments(
-            weights=all_weights(self._weights),
-            table=b["persistent.table"],
-            cache16=cache,
-            cache=cache,
-            mailbox=b["persistent.mailbox"],
-            tokens=b["tokens"],
-            position=b["position"],
-            steps=b["persistent.steps"],
-            cosines=b["rope.cosines"],
-            sines=b["rope.sines"],
-            residual=b["residual"],
-            x_norm=b["x_norm"],
-            final_x_norm=b["final_x_norm"],
-            q=b["q"],
-            attn_out=b["attn_out"],
-            intermediate=b["intermediate"],
-            logits=b["logits"],
-            seen=b["sampling.seen"],
-            options=b["sampling.options"],
-            best=b["sampling.best"],
-            token_ring=self._token_ring,
-            tokens_posted=b["sampling.tokens_posted"],
-            fault=b["persistent.fault"],
-            timestamps=b["persistent.timestamps"],
-            kv_stride=self._kv_stride,
-            first_op=first_op,
-            end_op=end_op,
-            greedy=int(greedy),
-        )
+        views = step_views(self._buffers, self._weights, self._token_ring)
+        arguments = PersistentArguments(**views, first_op=first_op, end_op=end_op, greedy=int(greedy))
         kernel = traced or self._loaded["persistent"]
         return Launch(kernel, self.shape.sms, arguments._replace(**replaced or {}), self._stream)
 
@@ -212,6 +182,42 @@ class PersistentStep:
         """One op by itself, which reads the buffers instead of results of the same launch."""
         layer = self.shape.op_index.layer(index)
         return [self.publish(layer), self.launch(index, index + 1)]
+
+
+def step_views(buffers: Mapping[str, View], weights: Mapping[str, View], token_ring: View) -> dict[str, Any]:
+    """The arguments of a decode step that the kernels of one GPU and of several have, by name.
+
+    Args:
+        buffers, weights, token_ring: as those of `PersistentStep`.
+    """
+    b, cache = buffers, buffers[KV_CACHE]
+    return {
+        "weights": all_weights(weights),
+        "table": b["persistent.table"],
+        "cache16": cache,
+        "cache": cache,
+        "mailbox": b["persistent.mailbox"],
+        "tokens": b["tokens"],
+        "position": b["position"],
+        "steps": b["persistent.steps"],
+        "cosines": b["rope.cosines"],
+        "sines": b["rope.sines"],
+        "residual": b["residual"],
+        "x_norm": b["x_norm"],
+        "final_x_norm": b["final_x_norm"],
+        "q": b["q"],
+        "attn_out": b["attn_out"],
+        "intermediate": b["intermediate"],
+        "logits": b["logits"],
+        "seen": b["sampling.seen"],
+        "options": b["sampling.options"],
+        "best": b["sampling.best"],
+        "token_ring": token_ring,
+        "tokens_posted": b["sampling.tokens_posted"],
+        "fault": b["persistent.fault"],
+        "timestamps": b["persistent.timestamps"],
+        "kv_stride": kv_stride(cache),
+    }
 
 
 def step_trace(ops: Sequence[Op], times: NDArray[np.float64]) -> StepTrace:

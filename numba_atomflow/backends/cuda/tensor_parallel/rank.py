@@ -8,14 +8,13 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
 from numba_atomflow.backends.cuda.model import write_sampler
-from numba_atomflow.backends.cuda.persistent import all_weights, kv_stride, weight_table
+from numba_atomflow.backends.cuda.persistent import step_views, weight_table
 from numba_atomflow.backends.cuda.plan import SamplingState
 from numba_atomflow.backends.cuda.queue import PromptStaging, TokenRing
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.device.driver import Device, call
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
-from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.model.rope_tables import rope_tables
 from numba_atomflow.ops.cuda.persistent.rank import APART, GREEDY, PROMPT, SAMPLED, RankArguments, peers_of
@@ -106,35 +105,10 @@ class Rank:
         self, others: Sequence["Rank"], first_op: int, end_op: int, ending: int, traced: Planned | None = None
     ) -> Launch:
         b, shape = self.buffers, self.kernels.persistent_shape
-        cache = b[KV_CACHE]
         arguments = RankArguments(
-            weights=all_weights(self.weight_views),
-            table=b["persistent.table"],
-            cache16=cache,
-            cache=cache,
-            mailbox=b["persistent.mailbox"],
-            tokens=b["tokens"],
-            position=b["position"],
-            steps=b["persistent.steps"],
-            cosines=b["rope.cosines"],
-            sines=b["rope.sines"],
-            residual=b["residual"],
-            x_norm=b["x_norm"],
-            final_x_norm=b["final_x_norm"],
-            q=b["q"],
-            attn_out=b["attn_out"],
-            intermediate=b["intermediate"],
-            logits=b["logits"],
-            seen=b["sampling.seen"],
-            options=b["sampling.options"],
-            best=b["sampling.best"],
-            token_ring=self.ring.view,
-            tokens_posted=b["sampling.tokens_posted"],
-            fault=b["persistent.fault"],
-            timestamps=b["persistent.timestamps"],
+            **step_views(b, self.weight_views, self.ring.view),
             **peers_of("mailbox", [other.buffers["persistent.mailbox"] for other in others], b["persistent.mailbox"]),
             **peers_of("logits", [other.buffers["logits"] for other in others], b["logits"]),
-            kv_stride=kv_stride(cache),
             first_op=first_op,
             end_op=end_op,
             rank=self.number,
