@@ -9,7 +9,6 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,12 +17,21 @@ from numba_atomflow.errors import SourceError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.sources import gguf_pre_tokenizer
 from numba_atomflow.sources.gguf_fields import GgufFields
+from numba_atomflow.sources.gguf_vocabulary import (
+    BPE,
+    BYTE_LEVEL,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    mark_control_if_bracketed,
+    read_vocabulary,
+)
 from numba_atomflow.sources.pre_tokenizers import GPT2, PreTokenizer
 from numba_atomflow.text.codec import TextAssets
 from numba_atomflow.text.tokenizers_library import translate_errors
-
-_BYTE_LEVEL, _BPE, _UNIGRAM = "gpt2", "llama", "t5"  # tokenizer.ggml.model; the last two are SentencePiece's
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 
 # A file names one EOS token, but a chat model may end a turn with another. As in llama.cpp, tokens of these names end a
 # generation, of any type. The tokens of llama.cpp's list that separate the files of a repository (fill in the middle)
@@ -48,8 +56,6 @@ _EOS_TEXTS = frozenset(
 )
 _EOS_IF_CONTROL = frozenset({"</s>", "<eos>", "[EOT]", "[EOS]"})  # may also be ordinary text
 _NAMED_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-_ID_SUFFIX = "_token_id"  # of keys that name a token
-_SENTENCEPIECE_IDS = {"unknown": (0, "<unk>"), "bos": (1, "<s>"), "eos": (2, "</s>")}  # if the file names none
 _UNDERSCORES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _ONE_SPACE: tuple[dict[str, Any], ...] = (  # instead of several, and none around a text; line breaks are no spaces
     {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
@@ -77,21 +83,21 @@ def assets_from_gguf(values: Mapping[str, Any], where: object = "The GGUF file")
     chat_template = fields.value("tokenizer.chat_template", str) or None
     if kind in (None, "no_vocab", "none"):
         return TextAssets(chat_template=chat_template)
-    if kind not in (_BYTE_LEVEL, _BPE, _UNIGRAM):
+    if kind not in (BYTE_LEVEL, BPE, UNIGRAM):
         raise SourceError(
             f"{where} has a tokenizer of the model {quote(kind)}, which is not supported; supported are 'gpt2', "
             "'llama' and 't5'."
         )
-    vocabulary = _vocabulary(fields, kind)
+    vocabulary = read_vocabulary(fields, kind)
     eos_ids = _eos_ids(vocabulary)
     _mark_chat_markers(vocabulary)
-    if kind == _BYTE_LEVEL:
+    if kind == BYTE_LEVEL:
         pre_tokenizer = _pre_tokenizer(vocabulary)
         body = _byte_level(vocabulary, pre_tokenizer)
         adds_bos = pre_tokenizer.adds_bos
     else:
         body = _sentencepiece(vocabulary, kind)
-        adds_bos = kind == _BPE
+        adds_bos = kind == BPE
     return TextAssets(
         tokenizer_json=_tokenizer_json(body, vocabulary),
         chat_template=chat_template,
@@ -105,94 +111,15 @@ def assets_from_gguf(values: Mapping[str, Any], where: object = "The GGUF file")
     )
 
 
-@dataclass
-class _Vocabulary:
-    """The tokens by id, and their properties.
-
-    Attributes:
-        types: token types, corrected for tokens whose name implies another type.
-        ids: of the tokens that the file names, such as "bos"; all are valid.
-        by_text: id of every token except padding.
-        warnings: sentences for the user.
-    """
-
-    fields: GgufFields
-    tokens: list[str]
-    types: list[int]
-    ids: dict[str, int] = field(default_factory=dict)
-    by_text: dict[str, int] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def special(self, name: str) -> str | None:
-        """Text of the token that the file names ``<name>_token_id``, or None."""
-        return self.tokens[self.ids[name]] if name in self.ids else None
-
-    def warn(self, what: str) -> None:
-        self.warnings.append(f"{self.fields.label} {what}.")
-
-    def make_control(self, token_id: int, why: str) -> None:
-        """Change a token of another type to a control token: never split, and omitted from decoded text."""
-        if self.types[token_id] in (_NORMAL, _USER_DEFINED):
-            self.types[token_id] = _CONTROL
-            self.warn(f"does not mark token {token_id} ({short(self.tokens[token_id])}) as a control token; {why}")
-
-
-def _vocabulary(fields: GgufFields, kind: str) -> _Vocabulary:
-    """The vocabulary, with the tokens that the file names.
-
-    Raises:
-        SourceError: lists of different lengths, or two tokens with the same text.
-    """
-    tokens = fields.required_items("tokenizer.ggml.tokens", str)
-    types = list(fields.items("tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens))
-    if len(types) != len(tokens):
-        raise SourceError(f"{fields.label} has {len(tokens)} tokens but {len(types)} token types; get the file again.")
-    vocabulary = _Vocabulary(fields, tokens, types)
-    for i, token in enumerate(tokens):
-        if token == "" or (types[i] == _UNUSED and token == f"[PAD{i}]"):
-            continue  # padding of the embedding, without text
-        first = vocabulary.by_text.setdefault(token, i)
-        if first != i:
-            raise SourceError(
-                f"{fields.label} has two tokens with the text {short(token)}, {first} and {i}; take another file."
-            )
-    _name_tokens(vocabulary, kind)
-    return vocabulary
-
-
-def _name_tokens(vocabulary: _Vocabulary, kind: str) -> None:
-    """Fill in `ids`. An id outside the vocabulary (such as -1 for "none") is ignored with a warning."""
-    fields = vocabulary.fields
-    prefix = "tokenizer.ggml."
-    for key in fields.values:
-        if not key.startswith(prefix) or not key.endswith(_ID_SUFFIX):
-            continue
-        token_id = fields.value(key, int, -1)
-        if 0 <= token_id < len(vocabulary.tokens):
-            vocabulary.ids[key.removeprefix(prefix).removesuffix(_ID_SUFFIX)] = token_id
-        else:
-            vocabulary.warn(f"has {short(key)} {token_id}, outside its {len(vocabulary.tokens)} tokens: ignored")
-    if kind != _BYTE_LEVEL:
-        for name, (token_id, text) in _SENTENCEPIECE_IDS.items():
-            if name not in vocabulary.ids and vocabulary.by_text.get(text) == token_id:
-                vocabulary.ids[name] = token_id
-        if "unknown" in vocabulary.ids and vocabulary.types[vocabulary.ids["unknown"]] == _NORMAL:
-            vocabulary.types[vocabulary.ids["unknown"]] = _UNKNOWN
-    elif "bos" not in vocabulary.ids and "<|begin_of_text|>" in vocabulary.by_text:
-        vocabulary.ids["bos"] = vocabulary.by_text["<|begin_of_text|>"]
-    if "bos" in vocabulary.ids:
-        _mark_control_if_bracketed(vocabulary, vocabulary.ids["bos"], "it begins texts, so it is treated as one")
-
-
-def _eos_ids(vocabulary: _Vocabulary) -> tuple[int, ...]:
+def _eos_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
     """Every id that ends a generation, ascending: those that the file names, and those with a known text."""
     ends = {vocabulary.ids[name] for name in _NAMED_ENDS if name in vocabulary.ids}
     for token_id in sorted(ends):
-        _mark_control_if_bracketed(vocabulary, token_id, "it ends replies, so it is treated as one")
+        mark_control_if_bracketed(vocabulary, token_id, "it ends replies, so it is treated as one")
     for token in _EOS_TEXTS & vocabulary.by_text.keys():
         ends.add(vocabulary.by_text[token])
     for token in _EOS_IF_CONTROL & vocabulary.by_text.keys():
-        if vocabulary.types[vocabulary.by_text[token]] == _CONTROL:
+        if vocabulary.types[vocabulary.by_text[token]] == CONTROL:
             ends.add(vocabulary.by_text[token])
     if {"<|return|>", "<|call|>"} <= vocabulary.by_text.keys():  # gpt-oss: <|end|> ends a message, not a reply
         ends.discard(vocabulary.by_text.get("<|end|>", -1))
@@ -202,7 +129,7 @@ def _eos_ids(vocabulary: _Vocabulary) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
-def _mark_chat_markers(vocabulary: _Vocabulary) -> None:
+def _mark_chat_markers(vocabulary: Vocabulary) -> None:
     """Make tokens of the form ``<|name|>`` control tokens: no vocabulary learns such tokens from text.
 
     llama.cpp's converter does the same for added tokens. Other converters may write them as normal tokens; the markers
@@ -211,10 +138,10 @@ def _mark_chat_markers(vocabulary: _Vocabulary) -> None:
     markers = [
         i
         for token, i in vocabulary.by_text.items()
-        if token.startswith("<|") and token.endswith("|>") and vocabulary.types[i] == _NORMAL and len(token) > 4
+        if token.startswith("<|") and token.endswith("|>") and vocabulary.types[i] == NORMAL and len(token) > 4
     ]
     for i in markers:
-        vocabulary.types[i] = _CONTROL
+        vocabulary.types[i] = CONTROL
     if markers:
         vocabulary.warn(
             f"does not mark {len(markers)} tokens such as {short(vocabulary.tokens[markers[0]])} as control tokens; "
@@ -222,14 +149,7 @@ def _mark_chat_markers(vocabulary: _Vocabulary) -> None:
         )
 
 
-def _mark_control_if_bracketed(vocabulary: _Vocabulary, token_id: int, why: str) -> None:
-    """A token that the file names is a control token, unless it looks like text: then its id is a mistake."""
-    token = vocabulary.tokens[token_id]
-    if len(token) > 2 and token[0] + token[-1] in ("<>", "[]"):
-        vocabulary.make_control(token_id, why)
-
-
-def _adds_bos(vocabulary: _Vocabulary, default: bool) -> bool:
+def _adds_bos(vocabulary: Vocabulary, default: bool) -> bool:
     stated = vocabulary.fields.value("tokenizer.ggml.add_bos_token", bool)
     add_bos = default if stated is None else stated
     if add_bos and "bos" not in vocabulary.ids:
@@ -243,7 +163,7 @@ def _ignored_settings(fields: GgufFields, kind: str) -> list[str]:
         "add_eos_token": "a prompt that is to be continued has no EOS at its end",
         "add_sep_token": "separators are for models that compare texts",
     }
-    if kind != _UNIGRAM:
+    if kind != UNIGRAM:
         reasons["remove_extra_whitespaces"] = "spaces are kept, as llama.cpp does"
     return [
         f"{fields.label} sets tokenizer.ggml.{name}, which is ignored: {reason}."
@@ -252,7 +172,7 @@ def _ignored_settings(fields: GgufFields, kind: str) -> list[str]:
     ]
 
 
-def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
+def _pre_tokenizer(vocabulary: Vocabulary) -> PreTokenizer:
     """The pre-tokenizer of a byte-level vocabulary: named by the file, or detected from the vocabulary.
 
     Raises:
@@ -287,7 +207,7 @@ def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
     return GPT2
 
 
-def _byte_level(vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer) -> dict[str, Any]:
+def _byte_level(vocabulary: Vocabulary, pre_tokenizer: PreTokenizer) -> dict[str, Any]:
     """tokenizer.json's entries for byte-level BPE (GPT-2, Llama 3, Qwen2, ...)."""
     merges = [merge.split(" ") for merge in vocabulary.fields.required_items("tokenizer.ggml.merges", str)]
     ids = vocabulary.by_text
@@ -305,7 +225,7 @@ def _byte_level(vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer) -> dict[st
     }
 
 
-def _sentencepiece(vocabulary: _Vocabulary, kind: str) -> dict[str, Any]:
+def _sentencepiece(vocabulary: Vocabulary, kind: str) -> dict[str, Any]:
     """tokenizer.json's entries for SentencePiece (Llama 2, TinyLlama, Mistral): scores, and ``▁`` for a space.
 
     A space is inserted before every segment of text between control tokens, even if the segment starts with one, as in
@@ -322,9 +242,9 @@ def _sentencepiece(vocabulary: _Vocabulary, kind: str) -> dict[str, Any]:
         raise SourceError(f"{fields.label} has a token whose score is not a number; get the file again.")
     prefix_space = fields.value("tokenizer.ggml.add_space_prefix", bool, True)
     instruction = vocabulary.by_text.get("[INST]")
-    first_only = instruction is not None and vocabulary.types[instruction] == _CONTROL
+    first_only = instruction is not None and vocabulary.types[instruction] == CONTROL
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    normalizers = _clean_up(fields) if kind == _UNIGRAM else []
+    normalizers = _clean_up(fields) if kind == UNIGRAM else []
     if prefix_space and not first_only:
         normalizers.append({"type": "Prepend", "prepend": "▁"})
     if not (prefix_space and first_only):
@@ -340,7 +260,7 @@ def _sentencepiece(vocabulary: _Vocabulary, kind: str) -> dict[str, Any]:
         "normalizer": _in_sequence(normalizers),
         "pre_tokenizer": metaspace if prefix_space and first_only else None,
         "decoder": {"type": "Sequence", "decoders": steps},
-        "model": (_unigram if kind == _UNIGRAM else _bpe_of_scores)(vocabulary, scores),
+        "model": (_unigram if kind == UNIGRAM else _bpe_of_scores)(vocabulary, scores),
     }
 
 
@@ -369,7 +289,7 @@ def _in_sequence(normalizers: list[dict[str, Any]]) -> dict[str, Any] | None:
     return normalizers[0] if normalizers else None
 
 
-def _bpe_of_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> dict[str, Any]:
+def _bpe_of_scores(vocabulary: Vocabulary, scores: Sequence[float]) -> dict[str, Any]:
     return _bpe(vocabulary, _merges_from_scores(vocabulary, scores)) | {
         "unk_token": vocabulary.special("unknown"),
         "fuse_unk": True,
@@ -377,7 +297,7 @@ def _bpe_of_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> dict[str
     }
 
 
-def _unigram(vocabulary: _Vocabulary, scores: Sequence[float]) -> dict[str, Any]:
+def _unigram(vocabulary: Vocabulary, scores: Sequence[float]) -> dict[str, Any]:
     """Tokens with their log-probabilities: a text becomes those whose sum is the largest."""
     tokens = [token or f"[PAD{i}]" for i, token in enumerate(vocabulary.tokens)]
     return {
@@ -388,7 +308,7 @@ def _unigram(vocabulary: _Vocabulary, scores: Sequence[float]) -> dict[str, Any]
     }
 
 
-def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[list[str]]:
+def _merges_from_scores(vocabulary: Vocabulary, scores: Sequence[float]) -> list[list[str]]:
     """Merges, best first: all pairs of tokens whose concatenation is a normal token, by the score of that token.
 
     SentencePiece merges the adjacent pair with the best score first, which is this order.
@@ -396,7 +316,7 @@ def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> lis
     ids = vocabulary.by_text
     ranked = []
     for token, i in ids.items():
-        if vocabulary.types[i] != _NORMAL:
+        if vocabulary.types[i] != NORMAL:
             continue
         if len(token) > _MAX_PIECE:
             raise SourceError(f"{vocabulary.fields.label} has a token of {len(token)} characters; get the file again.")
@@ -408,7 +328,7 @@ def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> lis
     return [[left, right] for *_, left, right in ranked]
 
 
-def _bpe(vocabulary: _Vocabulary, merges: list[list[str]]) -> dict[str, Any]:
+def _bpe(vocabulary: Vocabulary, merges: list[list[str]]) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
@@ -423,7 +343,7 @@ def _bpe(vocabulary: _Vocabulary, merges: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def _tokenizer_json(body: dict[str, Any], vocabulary: _Vocabulary) -> bytes:
+def _tokenizer_json(body: dict[str, Any], vocabulary: Vocabulary) -> bytes:
     """The complete tokenizer.json, validated by loading it.
 
     Raises:
@@ -432,11 +352,11 @@ def _tokenizer_json(body: dict[str, Any], vocabulary: _Vocabulary) -> bytes:
     # Gemma's runs of spaces are tokens that are found before anything is merged, once spaces are ▁.
     runs = body["normalizer"] == _UNDERSCORES
     added = [
-        {"id": i, "content": token, "special": vocabulary.types[i] != _USER_DEFINED}
+        {"id": i, "content": token, "special": vocabulary.types[i] != USER_DEFINED}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-        | {"normalized": runs and vocabulary.types[i] == _USER_DEFINED and not token.strip(" ▁")}
+        | {"normalized": runs and vocabulary.types[i] == USER_DEFINED and not token.strip(" ▁")}
         for token, i in vocabulary.by_text.items()
-        if vocabulary.types[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        if vocabulary.types[i] in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     common = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": None}
     data = json.dumps(common | body, ensure_ascii=False).encode()
