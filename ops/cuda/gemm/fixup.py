@@ -96,7 +96,8 @@ def _make_sum_slice(plan: GemmPlan, epilogue: GemmEpilogue, threads: int) -> Any
     staged, held_count = epilogue.stage_words > 0, max(1, epilogue.held)
     batch = min(_FRAGMENTS, (epilogue.stage_tokens if staged else tile_tokens) // 8)
     loaded_count, sums_count = 4 * _PARTS * batch, 4 * batch
-    polls_first = tile_tokens > _POLLED_TOKENS
+    # The kernel with `mma.sync` has no registers for it beside those of 128 tokens.
+    polls_first = tile_tokens > _POLLED_TOKENS and plan.instructions == "wgmma"
 
     @ptx.large_device_function
     def store_fragment(io, stage, prepacked, lane, token, in_stage, c0, c1, c2, c3):
