@@ -51,6 +51,12 @@ def test_prompts_of_all_families_run_on_the_gemm_path() -> None:
         choose_prefill_path("gemm", HOPPER, 128, beyond_gemm=odd)
 
 
+def test_prompts_of_qwen_and_smollm3_may_have_fp8_activations() -> None:
+    for changes in ({"qkv_bias": True}, {"qk_norm": True}, {"no_rope_layers": (1,)}):
+        geometry = tiny_geometry(**changes)
+        assert choose_prefill_path("fp8", HOPPER, 128, beyond_fp8=beyond_fast_paths(geometry, None)).name == "fp8"
+
+
 def test_a_window_as_long_as_the_context_does_not_slide() -> None:
     geometry = tiny_geometry(sliding_window=64, sliding_layers=(0,))
     assert [sliding_window(geometry, length) for length in (63, 64, 65)] == [None, None, 64]
