@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from pretended_gpu import PretendedDriver, pretend_compiler
 from tiny_models import tiny_geometry
@@ -55,3 +56,16 @@ def test_an_engine_takes_the_gpu_with_the_given_number(
             assert engine.backend._gpu.ordinal == device  # type: ignore[attr-defined]
     with pytest.raises(BackendError, match="There is no GPU number 2"):
         Engine.random(GEOMETRY, backend, 8, device=2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ordinals"), [(2, (0, 1)), (np.int64(2), (0, 1)), ([3, np.int64(1)], (3, 1)), ((2,), (2,))], ids=str
+)
+def test_gpus_as_a_number_or_a_list(gpus: Any, ordinals: tuple[int, ...]) -> None:
+    assert BackendChoice(gpus=gpus).gpu_ordinals == ordinals
+
+
+@pytest.mark.parametrize("gpus", [0, True, 1.0, None, "2", [], {0, 1}, np.array([0, 1]), 9, 10**30, [0.5]], ids=str)
+def test_other_gpus_are_refused_at_once(gpus: Any) -> None:
+    with pytest.raises(OptionError, match=r"gpus is|among 2 to 8 GPUs|a GPU of gpus"):
+        BackendChoice(gpus=gpus)
