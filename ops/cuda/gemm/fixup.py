@@ -24,6 +24,7 @@ from numba_atomflow.ops.cuda.gemm.schedule import Schedule
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
 _PARTS, _FRAGMENTS = 4, 4  # that a thread loads before it adds the first: 16 loads of 16 bytes
+_MMA_FRAGMENTS = 2  # with `mma.sync`: two CTAs on an SM have 128 registers for each thread
 _POLLED_TOKENS = 64  # of a tile, up to which all of a batch is polled; of larger ones it would be too much
 _POLL_NANOSECONDS = 64  # between two looks at what has not been written yet
 _ZERO, _MINUS_ZERO, _ONES = f32(0.0), u32(0x80000000), u32(0xFFFFFFFF)  # the last two: bits
@@ -94,10 +95,11 @@ def _make_sum_slice(plan: GemmPlan, epilogue: GemmEpilogue, threads: int) -> Any
     tile_elements, tile_tokens = plan.tile_elements, plan.tile_tokens
     store, fetch, flush, stage_barrier = epilogue.store, epilogue.fetch, epilogue.flush, make_stage_barrier(epilogue)
     staged, held_count = epilogue.stage_words > 0, max(1, epilogue.held)
-    batch = min(_FRAGMENTS, (epilogue.stage_tokens if staged else tile_tokens) // 8)
+    wgmma = plan.instructions == "wgmma"
+    batch = min(_FRAGMENTS if wgmma else _MMA_FRAGMENTS, (epilogue.stage_tokens if staged else tile_tokens) // 8)
     loaded_count, sums_count = 4 * _PARTS * batch, 4 * batch
     # The kernel with `mma.sync` has no registers for it beside those of 128 tokens.
-    polls_first = tile_tokens > _POLLED_TOKENS and plan.instructions == "wgmma"
+    polls_first = tile_tokens > _POLLED_TOKENS and wgmma
 
     @ptx.large_device_function
     def store_fragment(io, stage, prepacked, lane, token, in_stage, c0, c1, c2, c3):
