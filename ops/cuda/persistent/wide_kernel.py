@@ -34,8 +34,9 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
 )
 from numba_atomflow.ops.cuda.persistent.staging import NormWeight, sync_consumers
 from numba_atomflow.ops.cuda.persistent.trace import BEGUN, DONE, STAGED, make_record_clocks, make_timestamp
-from numba_atomflow.ops.cuda.persistent.wide_attention import ColumnsIo, LayerPast, make_attend_columns
+from numba_atomflow.ops.cuda.persistent.wide_attention import make_attend_columns
 from numba_atomflow.ops.cuda.persistent.wide_epilogue import make_epilogue, make_load_ahead
+from numba_atomflow.ops.cuda.persistent.wide_groups import ColumnsIo, LayerPast
 from numba_atomflow.ops.cuda.persistent.wide_projection import ColumnsState, make_project_columns
 from numba_atomflow.ops.cuda.persistent.wide_staging import make_stage_columns
 from numba_atomflow.ops.cuda.runtime.spec import F32, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
