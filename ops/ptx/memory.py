@@ -165,12 +165,6 @@ def load_relaxed_f32(array, index):
     return np.float32(array[index])
 
 
-@instruction("ld.relaxed.gpu.global.u32 $0, [$1];", (u32,), (ADDRESS,), memory=True)
-def load_relaxed_u32(array, index):
-    """A word that other CTAs of this launch write, read from L2."""
-    return np.uint32(array[index])
-
-
 @instruction("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", (f32,) * 4, (ADDRESS,), memory=True)
 def load_relaxed_f32x4(array, index):
     """Four float32 that another CTA of this launch wrote, read from L2."""
