@@ -382,7 +382,7 @@ print(peak())
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_one_layer(tmp_path: Path, text_file: Path) -> None:
     peaks, sizes = [], []
-    for layers in (2, 10):
+    for layers in (2, 6):
         g = geometry(layers=layers, hidden=512, heads=8, ffn=2048)
         write_hf_folder(tmp_path / f"{layers}", g, dtype="BF16")
         sizes.append(2 * g.parameter_count())
@@ -394,5 +394,5 @@ def test_memory_is_that_of_one_layer(tmp_path: Path, text_file: Path) -> None:
             text=True,
         )
         peaks.append(int(completed.stdout))
-    assert peaks[1] < sizes[1] / 10 * 3 + 1e9
+    assert peaks[1] < sizes[1] / 6 * 3 + 1e9
     assert peaks[1] - peaks[0] < 0.5 * (sizes[1] - sizes[0])  # in float32, the other layers take twice their size
