@@ -4,6 +4,7 @@ GEMV kernels exist for two widths: 1 token, and up to 8. Fewer tokens than a wid
 padding tokens are discarded: weights are read once, however many tokens there are.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -139,24 +140,7 @@ class ModelKernels:
     @cached_property
     def persistent_shape(self) -> PersistentShape:
         """How the persistent kernel is cut for this model and chip; its `refusal` says whether it can run."""
-        g, layouts = self.geometry, self._layouts(K_TILE_GROUPS)
-        return PersistentShape(
-            layers=g.layers,
-            hidden=g.hidden,
-            intermediate=g.ffn,
-            heads=g.heads,
-            kv_heads=g.kv_heads,
-            head_dim=g.head_dim,
-            eps=g.norm_eps,
-            sms=self.chip.sms,
-            shared_bytes=self.chip.shared_bytes,
-            qkv=layouts["qkv"],
-            o=layouts["o"],
-            gate_up=layouts["gate_up"],
-            down=layouts["down"],
-            lm_head=layouts["lm_head"],
-            embedding=layouts["embedding"],
-        )
+        return persistent_shape(self.geometry, self._layouts(K_TILE_GROUPS), self.chip)
 
     @cached_property
     def wide_shapes(self) -> dict[int, PersistentShape]:
@@ -281,3 +265,28 @@ class ModelKernels:
     def wide_traced(self, columns: int) -> Planned:
         """The persistent kernel for so many tokens that also writes timestamps."""
         return wide_kernel(replace(self.wide_shapes[columns], trace=True))
+
+
+def persistent_shape(g: ModelGeometry, layouts: Mapping[str, PrepackedLayout], chip: Chip) -> PersistentShape:
+    """How the persistent kernel of one GPU is cut for a model.
+
+    Args:
+        layouts: of the weights in small k-tiles, by kind of projection.
+    """
+    return PersistentShape(
+        layers=g.layers,
+        hidden=g.hidden,
+        intermediate=g.ffn,
+        heads=g.heads,
+        kv_heads=g.kv_heads,
+        head_dim=g.head_dim,
+        eps=g.norm_eps,
+        sms=chip.sms,
+        shared_bytes=chip.shared_bytes,
+        qkv=layouts["qkv"],
+        o=layouts["o"],
+        gate_up=layouts["gate_up"],
+        down=layouts["down"],
+        lm_head=layouts["lm_head"],
+        embedding=layouts["embedding"],
+    )

@@ -26,7 +26,7 @@ from numba_atomflow.model.step import SAMPLE, Head
 RUN_AHEAD = 3  # decode steps that are queued before they are requested; at a generation's end they are discarded
 _STAGED_TOKENS = LARGEST_CHUNK  # of prompts, that may wait for their copy to the device
 _STAGED_CHUNKS = 256
-_POLLS = 2000  # of the ring (some 100 us) between checks of the stream
+POLLS = 2000  # of pinned memory (some 100 us) between checks of the stream
 _ID_BITS = 31
 
 
@@ -87,12 +87,21 @@ class TokenRing:
             if entry >> 32 == tag:
                 break
             polls += 1
-            if polls % _POLLS == 0:
+            if polls % POLLS == 0:
                 check()
                 time.sleep(0)  # let other threads run
-        if entry >> _ID_BITS & 1:
-            raise non_finite_logits()
-        return entry & ((1 << _ID_BITS) - 1)
+        return posted_token(entry)
+
+
+def posted_token(entry: int) -> int:
+    """The token in the lower half of what the device has posted.
+
+    Raises:
+        CheckpointError: its logits contain NaN or Inf.
+    """
+    if entry >> _ID_BITS & 1:
+        raise non_finite_logits()
+    return entry & ((1 << _ID_BITS) - 1)
 
 
 class DeviceSteps(Protocol):

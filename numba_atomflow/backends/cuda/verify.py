@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.persistent import PersistentStep, StepViews, watchdog_error
-from numba_atomflow.backends.cuda.queue import StepQueue, stream_finished
+from numba_atomflow.backends.cuda.queue import POLLS, StepQueue, posted_token, stream_finished
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
-from numba_atomflow.errors import BackendError, non_finite_logits
+from numba_atomflow.errors import BackendError, CheckpointError
 from numba_atomflow.memory.device import PinnedArray, copy_to_device
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import SAMPLE
@@ -27,9 +27,6 @@ from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.sampling import accepted_tokens
-
-_POLLS = 2000  # of the tokens (some 100 us) between checks of the stream
-_ID_BITS = 31
 
 
 class WideSteps:
@@ -100,7 +97,7 @@ class WideSteps:
         self._start(tokens, position)
         while not choices.all():
             polls += 1
-            if polls % _POLLS == 0:
+            if polls % POLLS == 0:
                 self._check()
                 time.sleep(0)  # let other threads run
         self._pending = False
@@ -108,12 +105,12 @@ class WideSteps:
 
     def _choice(self, index: int) -> int:
         """The most likely token after number `index`."""
-        entry = int(self._choices.array[index])
-        if entry >> _ID_BITS & 1:
+        try:
+            return posted_token(int(self._choices.array[index]))
+        except CheckpointError:
             self._distrust()
             self._queue.check_watchdog()
-            raise non_finite_logits()
-        return entry & ((1 << _ID_BITS) - 1)
+            raise
 
     def seconds(self, repeats: int, position: int) -> dict[int, float]:
         """Median seconds of the kernel at this position, by the number of tokens. The GPU's context is current.

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from numba_atomflow.backends.cuda.decode_path import model_obstacle
-from numba_atomflow.backends.cuda.kernels import TOKEN_RING
+from numba_atomflow.backends.cuda.kernels import TOKEN_RING, persistent_shape
 from numba_atomflow.backends.cuda.plan import weight_buffers
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.plan import Buffer
@@ -74,25 +74,9 @@ class RankKernels:
     @cached_property
     def persistent_shape(self) -> PersistentShape:
         """How the persistent kernel is cut for a rank."""
-        own, layouts = self.sharding.rank_geometry, self.layouts
-        return PersistentShape(
-            layers=own.layers,
-            hidden=own.hidden,
-            intermediate=own.ffn,
-            heads=own.heads,
-            kv_heads=own.kv_heads,
-            head_dim=own.head_dim,
-            eps=own.norm_eps,
-            sms=self.chip.sms // self.ranks_per_gpu,
-            shared_bytes=self.chip.shared_bytes,
-            qkv=layouts["qkv"],
-            o=layouts["o"],
-            gate_up=layouts["gate_up"],
-            down=layouts["down"],
-            lm_head=layouts["lm_head"],
-            embedding=layouts["embedding"],
-            rank=RankShape(self.sharding.ranks, self.chip.sms, self.geometry.vocabulary),
-        )
+        whole = persistent_shape(self.sharding.rank_geometry, self.layouts, self.chip)
+        rank = RankShape(self.sharding.ranks, self.chip.sms, self.geometry.vocabulary)
+        return replace(whole, sms=self.chip.sms // self.ranks_per_gpu, rank=rank)
 
     @property
     def traced(self) -> Planned:
