@@ -13,13 +13,14 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed
 pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is none for macOS")
 
 from numba_atomflow import Engine
+from numba_atomflow.backends.base import Memory
 from numba_atomflow.backends.cuda.tensor_parallel import rank
 from numba_atomflow.backends.cuda.tensor_parallel.backend import TensorParallelBackend
 from numba_atomflow.backends.cuda.tensor_parallel.timeline import compare_clocks, merged
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.errors import AtomFlowError, BackendError, ClosedError
+from numba_atomflow.errors import AtomFlowError, BackendError, ClosedError, OptionError
 from numba_atomflow.memory.kv_cache import layer_cache
-from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, Op
 from numba_atomflow.ops.cuda.persistent.schedule import ATTENTION, OPS_PER_LAYER
 from numba_atomflow.ops.cuda.persistent.trace import DONE, EVENTS, STAGED
 from numba_atomflow.ops.cuda.runtime.launch import Launch
@@ -132,6 +133,8 @@ def test_the_kv_cache_is_one_to_the_engine(pretended: PretendedDriver) -> None:
             np.testing.assert_array_equal(own.memory.read(values.rows(3, 8)), rows[:, 128:192])
         with pytest.raises(NotImplementedError, match="residual"):
             memory.read(replace(op.q, name="residual"))
+        with pytest.raises(NotImplementedError, match=r"cannot read or write sampling\.seen"):
+            memory.read(replace(op.q, name="sampling.seen"))
 
 
 def test_bytes_per_token_are_the_models(pretended: PretendedDriver) -> None:
@@ -205,9 +208,69 @@ def test_closing_waits_for_every_gpu(monkeypatch: pytest.MonkeyPatch, pretended:
     assert not pretended.live
 
 
-def test_what_only_one_gpu_can_do_is_refused(pretended: PretendedDriver) -> None:
-    with load(2) as engine, pytest.raises(BackendError, match="Activations can be read and changed on one GPU only"):
-        engine.backend.observe([1], NO_LOGITS, None)  # type: ignore[arg-type]
+class Watching:
+    """An observer that notes the ops, and how often kernels had been launched when each began."""
+
+    def __init__(self, launched: list[tuple[str, Any]]) -> None:
+        self._launched, self.ops = launched, dict[str, list[str]]()
+
+    def before(self, op: Op, memory: Memory) -> None:
+        self._launched.clear()
+
+    def after(self, op: Op, memory: Memory) -> None:
+        self.ops[op.kind] = [name for name, _ in self._launched]
+
+
+def test_an_observed_step_runs_op_by_op_on_every_rank(
+    pretended: PretendedDriver, launched: list[tuple[str, Any]]
+) -> None:
+    with load(2) as engine:
+        for head in (SAMPLE, NO_LOGITS):
+            observer = Watching(launched)
+            engine.backend.observe([7], head, observer)
+            step, publish = ["persistent_rank"] * 2, ["publish"] * 2
+            projections = dict.fromkeys(("qkv", "attention", "o", "gate_up", "down"), publish + step)
+            if head == SAMPLE:
+                chosen = {"sample": step + ["argmax", "sample"] * 2, "advance": ["advance_sampled"] * 2}
+                assert observer.ops == {"embed": step, **projections, "lm_head": publish + step, **chosen}
+            else:
+                assert observer.ops == {"embed": step, **projections, "advance": step}
+        assert engine.backend._queue.position == 2
+        observer = Watching(launched)
+        assert engine.backend.logits(0, 1, observer).shape == (1, 300)
+        assert observer.ops == {"lm_head": publish + step}
+
+
+def test_activations_are_captured_and_edited(pretended: PretendedDriver) -> None:
+    seen: list[tuple[tuple[int, ...], int]] = []
+    with load(2) as engine:
+        assert engine.capture([1, 2, 3], "layer.0.q")["layer.0.q"].shape == (3, 512)
+        assert engine.unembed(np.ones((2, 256), np.float32)).shape == (2, 300)
+        with engine.edit({"layer.0.attention": lambda rows, position: seen.append((rows.shape, position))}):
+            engine.feed([4, 5])
+        assert seen == [((1, 512), 3), ((1, 512), 4)]
+        numba_cuda = pytest.importorskip("numba.cuda")
+        function = numba_cuda.jit(device=True)(lambda row, position, index: row[index])
+        with pytest.raises(OptionError, match="load the model on one GPU"), engine.edit({"layer.0.q": function}):
+            pass
+
+
+@pytest.mark.parametrize("name", ["residual", "q", "attn_out", "y", "x_norm", "logits"])
+def test_a_view_of_the_whole_model_is_that_of_all_ranks(pretended: PretendedDriver, name: str) -> None:
+    geometry = replace(SMALL, heads=4, ffn=352)  # a rank's part of the MLP is no multiple of 128: there is padding
+    with load(2, geometry) as engine, engine.backend.memory() as memory:
+        view = next(view for op in engine.backend.step(1, SAMPLE) if (view := getattr(op, name, None)))
+        values = np.arange(view.shape[-1], dtype=view.dtype)[None]
+        memory.write(view, values)
+        np.testing.assert_array_equal(memory.read(view), values)
+        own = engine.backend._ranks[1]
+        buffer = own.buffers[view.name]
+        with own.owner.current():
+            part = own.memory.read(buffer)
+        if name in ("q", "attn_out", "y"):
+            values = values[:, view.shape[-1] // 2 :]
+        np.testing.assert_array_equal(part[:, : values.shape[1]], values)
+        assert not part[:, values.shape[1] :].any(), "padding is still zero"
 
 
 def test_a_traced_step_shows_the_ctas_of_all_ranks(

@@ -12,8 +12,9 @@ from device_launch import capability
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.backends.base import Memory
 from numba_atomflow.errors import BackendError
-from numba_atomflow.model.step import NO_LOGITS, Attention
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead, Op
 
 POSITIONS = 400
 GEOMETRY = tiny_geometry(  # 8-row tiles of "o" and "down", three query heads per key, as Llama 3.2 3B has
@@ -91,3 +92,33 @@ def test_after_a_step_that_failed_the_next_one_is_right(two: Engine) -> None:
         two.feed([4])
     two.reset()
     np.testing.assert_array_equal(two.feed([1, 2, 3]), expected)
+
+
+class _Logits:
+    """An observer that reads and puts back what each op has written, and keeps the logits."""
+
+    row: np.ndarray
+
+    def before(self, op: Op, memory: Memory) -> None:
+        """No effect."""
+
+    def after(self, op: Op, memory: Memory) -> None:
+        for view in op.writes:
+            memory.write(view, memory.read(view))
+        if isinstance(op, LmHead):
+            self.row = memory.read(op.logits)[0]
+
+
+def test_steps_op_by_op_have_the_bits_of_whole_ones(two: Engine) -> None:
+    prompt = [5, 3999, 17, 2001]
+    two.reset()
+    expected = two.feed(prompt, all_logits=True)
+    cache = keys_and_values(two, len(prompt))
+    two.backend.seek(0)
+    for token, logits in zip(prompt, expected, strict=True):
+        observer = _Logits()
+        two.backend.observe([token], SAMPLE, observer)
+        np.testing.assert_array_equal(observer.row, logits)
+        assert two.backend.sampled_tokens() == (int(logits.argmax()),)
+    for before, after in zip(cache, keys_and_values(two, len(prompt)), strict=True):
+        np.testing.assert_array_equal(before.view(np.uint16), after.view(np.uint16))

@@ -14,19 +14,34 @@ from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels  # 
 from numba_atomflow.model.sharding import Sharding  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
+from numba_atomflow.ops.cuda.runtime.spec import KernelSpec  # noqa: E402
+
+CC = (9, 0)
+LLAMA = replace(PERSISTENT_MODELS["Llama 1B"], layers=1)
+
+
+def compiled(spec: KernelSpec) -> str:
+    """PTX. There are no spills, no stack, no local memory and no float64."""
+    ptx = make_ptx(spec.make(), spec, CC)
+    _, log = assemble(ptx, CC)
+    assert number(r"(\d+) bytes spill stores", log) == number(r"(\d+) bytes stack frame", log) == 0
+    assert not re.search(r"\.local\b", ptx)
+    assert not float64_arithmetic(ptx)
+    return ptx
 
 
 @pytest.mark.slow
 def test_machine_code() -> None:
-    """No spills, stack or local memory. Words that cross have system scope, those of q, k, v and KV splits have not."""
-    llama = replace(PERSISTENT_MODELS["Llama 1B"], layers=1)
-    cc = (9, 0)
-    spec = RankKernels(Sharding(llama, 2), Chip(SMS, SHARED_BYTES[cc], cc)).planned["persistent_rank"].spec
-    ptx = make_ptx(spec.make(), spec, cc)
-    _, log = assemble(ptx, cc)
-    assert number(r"(\d+) bytes spill stores", log) == number(r"(\d+) bytes stack frame", log) == 0
-    assert not re.search(r"\.local\b", ptx)
-    assert not float64_arithmetic(ptx)
+    """Words that cross have system scope, those of q, k, v and KV splits have not."""
+    ptx = compiled(RankKernels(Sharding(LLAMA, 2), Chip(SMS, SHARED_BYTES[CC], CC)).planned["persistent_rank"].spec)
     for access in ("st.relaxed.sys.global.b64", "ld.relaxed.sys.global.v2.b64", "st.relaxed.gpu", "ld.relaxed.gpu"):
         assert access in ptx
     assert ptx.count("st.relaxed.sys") % 2 == 0, "each word goes to both ranks"
+
+
+def test_what_an_observed_op_reads_goes_to_the_ranks_that_read_it() -> None:
+    kernels = RankKernels(Sharding(LLAMA, 2), Chip(SMS, SHARED_BYTES[CC], CC))
+    ptx = compiled(kernels.of_observed_steps["publish"].spec)
+    words = {"to all": 4, "own": 5}  # residual stream twice, attention, MLP; the same exactly twice, q, k, v
+    assert ptx.count("st.relaxed.sys.global") == kernels.sharding.ranks * words["to all"]
+    assert ptx.count("st.relaxed.gpu.global") == words["own"]

@@ -1,7 +1,8 @@
 """Mailbox words from the buffers of a step: what lets a single op of the persistent kernel run by itself.
 
 Validators that run a step op by op may change the buffers that an op reads, which all ways of running a step share.
-Before such an op, this kernel writes the words that it could poll for. It is not part of a decode step.
+Before such an op, this kernel writes the words that it could poll for. It is not part of a decode step. With several
+GPUs each rank writes what it has: the words that every rank reads to all of them.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 from numba import cuda, int64
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.comm.flagged import ll_store_pair
+from numba_atomflow.ops.cuda.comm.exchange import make_exchange
+from numba_atomflow.ops.cuda.persistent.rank import mailboxes_of
 from numba_atomflow.ops.cuda.persistent.schedule import PersistentShape
 from numba_atomflow.ops.cuda.runtime.spec import F32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 from numba_atomflow.ops.cuda.scalars import u32
@@ -39,9 +41,40 @@ class PublishArguments(NamedTuple):
     layer: NUMBER
 
 
+class RankPublishArguments(NamedTuple):
+    """The kernel's parameter on a rank. Fields are those of `PublishArguments` but these:
+
+    Attributes:
+        residual: [hidden], of which the rank's rows are read. q, cache, attn_out, intermediate: the rank's part.
+        mailbox_1 ..., rank, steps_back: as in `RankArguments`.
+    """
+
+    residual: F32
+    q: U16
+    cache: U16
+    attn_out: U32
+    intermediate: U32
+    mailbox: U64
+    position: I64
+    steps: I64
+    mailbox_1: U64
+    mailbox_2: U64
+    mailbox_3: U64
+    mailbox_4: U64
+    mailbox_5: U64
+    mailbox_6: U64
+    mailbox_7: U64
+    kv_stride: NUMBER
+    layer: NUMBER
+    rank: NUMBER
+    steps_back: NUMBER
+
+
 def make_publish(shape: PersistentShape) -> Any:
-    """Kernel (`PublishArguments`). Launch: any number of CTAs of `THREADS` threads."""
-    layers, hidden, half = shape.layers, shape.hidden, shape.head_dim // 2
+    """Kernel (`PublishArguments`, or with `shape.rank` `RankPublishArguments`). Launch: any number of CTAs of `THREADS`
+    threads.
+    """
+    layers, rows, half = shape.layers, shape.hidden // shape.ranks, shape.head_dim // 2
     q_words, kv_words = shape.heads * half, shape.kv_heads * half
     intermediate_words, kv_width = shape.intermediate // 2, shape.kv_heads * shape.head_dim
     offsets = shape.mailbox
@@ -49,7 +82,10 @@ def make_publish(shape: PersistentShape) -> Any:
     residual_mid, residual_mid_exact = offsets.residual_mid, offsets.residual_mid_exact
     q_start, k_start, v_start = offsets.q, offsets.k, offsets.v
     attn_out_start, intermediate_start = offsets.attn_out, offsets.intermediate
-    words = max(hidden, q_words, intermediate_words)
+    words = max(rows, q_words, intermediate_words)
+    mailbox_of, step_of = _one_gpu() if shape.rank is None else _rank()
+    exchange = make_exchange(shape.ranks)
+    store, store_own, store_pair, of_model = exchange.store, exchange.store_own, exchange.store_pair, exchange.of_model
 
     @ptx.device_function
     def packed_pair(array, start, word):
@@ -58,32 +94,61 @@ def make_publish(shape: PersistentShape) -> Any:
 
     @ptx.kernel(THREADS, 1)
     def publish(io):
-        input_flag = u32(io.steps[0] * (layers + 1) + 1 + io.layer)
+        mailbox = mailbox_of(io)
+        input_flag = u32(step_of(io) * (layers + 1) + 1 + io.layer)
         flag = u32(input_flag + u32(1))
         word = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         while word < words:
-            if word < hidden:
-                bits = ptx.f32_bits(io.residual[word])
-                ptx.ll_store(io.mailbox, residual_in_exact + word, bits, input_flag)
-                ptx.ll_store(io.mailbox, residual_mid_exact + word, bits, flag)
-            if word < hidden // 2:
-                low, high = io.residual[2 * word], io.residual[2 * word + 1]
-                ll_store_pair(io.mailbox, residual_in + word, low, high, input_flag)
-                ll_store_pair(io.mailbox, residual_mid + word, low, high, flag)
+            if word < rows:
+                row = of_model(mailbox, word, rows)
+                bits = ptx.f32_bits(io.residual[row])
+                store_own(mailbox, residual_in_exact + row, bits, input_flag)
+                store_own(mailbox, residual_mid_exact + row, bits, flag)
+            if word < rows // 2:
+                pair = of_model(mailbox, word, rows // 2)
+                low, high = io.residual[2 * pair], io.residual[2 * pair + 1]
+                store_pair(mailbox, residual_in + pair, low, high, input_flag)
+                store_pair(mailbox, residual_mid + pair, low, high, flag)
             if word < q_words:
-                ptx.ll_store(io.mailbox, q_start + word, packed_pair(io.q, int64(0), word), flag)
-                ptx.ll_store(io.mailbox, attn_out_start + word, io.attn_out[word], flag)
+                store_own(mailbox, q_start + word, packed_pair(io.q, int64(0), word), flag)
+                store(mailbox, attn_out_start + of_model(mailbox, word, q_words), io.attn_out[word], flag)
             if word < kv_words and io.layer < layers:
                 keys = 2 * io.layer * io.kv_stride + io.position[0] * kv_width
-                ptx.ll_store(io.mailbox, k_start + word, packed_pair(io.cache, keys, word), flag)
-                ptx.ll_store(io.mailbox, v_start + word, packed_pair(io.cache, keys + io.kv_stride, word), flag)
+                store_own(mailbox, k_start + word, packed_pair(io.cache, keys, word), flag)
+                store_own(mailbox, v_start + word, packed_pair(io.cache, keys + io.kv_stride, word), flag)
             if word < intermediate_words:
-                ptx.ll_store(io.mailbox, intermediate_start + word, io.intermediate[word], flag)
+                place = intermediate_start + of_model(mailbox, word, intermediate_words)
+                store(mailbox, place, io.intermediate[word], flag)
             word += cuda.gridDim.x * THREADS
 
     return publish
 
 
+def _one_gpu() -> tuple[Any, Any]:
+    """Device functions (io): the mailbox, and the number of steps before the one that the words are of."""
+
+    @ptx.device_function
+    def mailbox_of(io):
+        return io.mailbox
+
+    @ptx.device_function
+    def step_of(io):
+        return io.steps[0]
+
+    return mailbox_of, step_of
+
+
+def _rank() -> tuple[Any, Any]:
+    """The same of a rank."""
+
+    @ptx.device_function
+    def step_of(io):
+        return io.steps[0] - io.steps_back
+
+    return mailboxes_of, step_of
+
+
 def publish_kernel(shape: PersistentShape) -> Planned:
     """The kernel of `make_publish`."""
-    return Planned(kernel_spec("publish", make_publish, PublishArguments, THREADS, shape=shape), _CTAS)
+    signature = PublishArguments if shape.rank is None else RankPublishArguments
+    return Planned(kernel_spec("publish", make_publish, signature, THREADS, shape=shape), _CTAS)

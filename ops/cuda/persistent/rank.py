@@ -126,11 +126,12 @@ def make_parts(shape: PersistentShape, reduce_best: Any) -> Parts:
     def epoch_of(io):
         return u32((io.steps[0] - io.steps_back) * (layers + 1) + 1)
 
-    return Parts(_mailboxes_of, _logits_of, epoch_of, _make_embed(shape), _make_end(shape, reduce_best), _PATIENCE)
+    return Parts(mailboxes_of, _logits_of, epoch_of, _make_embed(shape), _make_end(shape, reduce_best), _PATIENCE)
 
 
 @ptx.device_function
-def _mailboxes_of(io):
+def mailboxes_of(io):
+    """The mailboxes of all ranks, of any kernel's parameter that has them by these names."""
     return RankArrays(
         *(io.rank, io.mailbox, io.mailbox_1, io.mailbox_2, io.mailbox_3),
         *(io.mailbox_4, io.mailbox_5, io.mailbox_6, io.mailbox_7),
@@ -154,7 +155,7 @@ def _make_embed(shape: PersistentShape) -> Any:
 
     @ptx.large_device_function
     def embed(io, words, epoch, thread):
-        mailbox, residual, row_start = _mailboxes_of(io), io.residual, int64(words[table_start]) * TABLE_UNIT
+        mailbox, residual, row_start = mailboxes_of(io), io.residual, int64(words[table_start]) * TABLE_UNIT
         row = int64(io.tokens[0]) - mailbox.rank * rows
         quad = i32(cuda.blockIdx.x) * CONSUMER_THREADS + thread
         while 0 <= row < rows and quad < quads:
@@ -183,7 +184,7 @@ def _make_end(shape: PersistentShape, reduce_best: Any) -> Any:
                 reduce_best(best[0], keys, io, thread)
             sync_consumers()
             if thread == 0:
-                end_step(io, _mailboxes_of(io), epoch, watchdog)
+                end_step(io, mailboxes_of(io), epoch, watchdog)
 
     return end
 

@@ -13,6 +13,7 @@ from numba_atomflow.backends.cuda.queue import StepQueue
 from numba_atomflow.backends.cuda.tensor_parallel.gpus import connect, open_all, ranks_per_gpu
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.backends.cuda.tensor_parallel.measure import RankMeasurements
+from numba_atomflow.backends.cuda.tensor_parallel.observe import ObservedSteps
 from numba_atomflow.backends.cuda.tensor_parallel.plan import DECODE, PREFILL, rank_plan
 from numba_atomflow.backends.cuda.tensor_parallel.rank import Rank, upload
 from numba_atomflow.backends.cuda.tensor_parallel.steps import RankSteps
@@ -52,7 +53,7 @@ class TensorParallelBackend:
     decode_path, prefill_path = DECODE, PREFILL
     prefill_chunk = 1
     prompt_lengths = (1,)
-    device_edits = None  # steps are not cut where an activation could be edited
+    device_edits = None  # edits are functions of the host
     verification = Verification(1, "several GPUs run steps of one token only")
 
     def __init__(
@@ -87,6 +88,7 @@ class TensorParallelBackend:
         self._steps = RankSteps(self._ranks)
         self._queue = StepQueue(self._steps, self._ranks[0].ring, max_seq_len)
         self.measure = RankMeasurements(self._steps, self._queue, self._views, max_seq_len)
+        self._observed = ObservedSteps(self._steps, self._queue, self._views)
 
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -135,11 +137,14 @@ class TensorParallelBackend:
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Run one token at the current position, and advance it. Does not wait."""
+        self._check(tokens)
+        self._steps.send(tokens[0])
+        self._queue.run(1, head)
+
+    def _check(self, tokens: Sequence[int]) -> None:
         check_range("tokens of a prompt's step", 0, len(tokens), self.prefill_chunk)
         check_range("positions", self._queue.position, len(tokens), self._max_seq_len)
         check_indices("tokens", np.asarray(tokens), self.geometry.vocabulary)
-        self._steps.send(tokens[0])
-        self._queue.run(1, head)
 
     def decode(self) -> None:
         """Run the tokens that were sampled last, sample the next ones, and advance. Does not wait."""
@@ -155,9 +160,9 @@ class TensorParallelBackend:
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
         """Logits [stop - start, V] of the last prefill's token (a copy)."""
-        if observer is not None:
-            raise _one_gpu_only()
         check_range("rows of logits", start, stop - start, 1)
+        if observer is not None:
+            return self._observed.logits(observer)[: stop - start]
         try:
             self._steps.run_head()
         except BackendError:
@@ -185,13 +190,6 @@ class TensorParallelBackend:
         return [most_likely_token(self.verify(tokens)[0])]
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
-        """Not possible: the persistent kernel of several GPUs runs whole steps.
-
-        Raises:
-            BackendError: always.
-        """
-        raise _one_gpu_only()
-
-
-def _one_gpu_only() -> BackendError:
-    return BackendError("Activations can be read and changed on one GPU only; load the model without --gpus.")
+        """`prefill` or `decode` with an observer: the ops of the persistent kernel, one at a time on all ranks."""
+        self._check(tokens)
+        self._observed.run(tokens[0], head, observer)

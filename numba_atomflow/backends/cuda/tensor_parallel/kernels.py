@@ -14,10 +14,12 @@ from numba_atomflow.ops.cuda.gemv.projections import kind_of, projection_layouts
 from numba_atomflow.ops.cuda.layout.prepack import prepack_fp16_kernel, prepack_kernel
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
+from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
 from numba_atomflow.ops.cuda.persistent.schedule import K_TILE_GROUPS, PersistentShape, RankShape
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.advance import advance_kernel
+from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
 from numba_atomflow.ops.cuda.token.logprobs import logprobs_kernel
 from numba_atomflow.ops.cuda.token.sample import sample_kernel
 
@@ -77,6 +79,13 @@ class RankKernels:
         whole = persistent_shape(self.sharding.rank_geometry, self.layouts, self.chip)
         rank = RankShape(self.sharding.ranks, self.chip.sms, self.geometry.vocabulary)
         return replace(whole, sms=self.chip.sms // self.ranks_per_gpu, rank=rank)
+
+    @cached_property
+    def of_observed_steps(self) -> dict[str, Planned]:
+        """Kernels that only steps under an observer need, by name."""
+        vocabulary, chip = self.geometry.vocabulary, self.chip
+        kernels = publish_kernel(self.persistent_shape), argmax_kernel(vocabulary, chip.sms, chip.dependent_launch)
+        return {kernel.spec.name: kernel for kernel in kernels}
 
     @property
     def traced(self) -> Planned:

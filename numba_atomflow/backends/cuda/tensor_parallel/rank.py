@@ -8,15 +8,18 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
 from numba_atomflow.backends.cuda.model import write_sampler
-from numba_atomflow.backends.cuda.persistent import step_views, weight_table
+from numba_atomflow.backends.cuda.persistent import kv_stride, step_views, weight_table
 from numba_atomflow.backends.cuda.plan import SamplingState
 from numba_atomflow.backends.cuda.queue import PromptStaging, TokenRing
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.device.driver import Device, call
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.memory.device import DeviceArena, DeviceMemory
+from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import MemoryPlan
+from numba_atomflow.memory.view import View
 from numba_atomflow.model.rope_tables import rope_tables
+from numba_atomflow.ops.cuda.persistent.publish import RankPublishArguments
 from numba_atomflow.ops.cuda.persistent.rank import APART, GREEDY, PROMPT, SAMPLED, RankArguments, peers_of
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS, to_nanoseconds
 from numba_atomflow.ops.cuda.runtime.launch import Launch
@@ -24,6 +27,7 @@ from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.runtime.upload import Uploader
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
+from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.logprobs import LogprobsArguments
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.ops.cuda.token.sample import SampleArguments
@@ -92,37 +96,54 @@ class Rank:
 
     def bind(self, others: Sequence["Rank"]) -> None:
         """Make the launches, which need the addresses of all ranks."""
+        self._others = others
         end = self.kernels.persistent_shape.ops
-        self._prompt = [self._step(others, 0, end - 1, PROMPT)]
-        self._head = [self._step(others, end - 1, end, APART)]
-        self._greedy = [self._step(others, 0, end, GREEDY)]
+        self._prompt = [self._step(0, end - 1, PROMPT)]
+        self._head = [self._step(end - 1, end, APART, steps_back=1)]
+        self._greedy = [self._step(0, end, GREEDY)]
         sample, logprobs, advance = self._sample_launches()
-        step = self._step(others, 0, end, SAMPLED)
+        step = self._step(0, end, SAMPLED)
         self._sampled = [step, sample, advance]
         self._with_logprobs = [step, sample, logprobs, advance]
 
     def _step(
-        self, others: Sequence["Rank"], first_op: int, end_op: int, ending: int, traced: Planned | None = None
+        self, first_op: int, end_op: int, ending: int, traced: Planned | None = None, *, steps_back: int = 0
     ) -> Launch:
         b, shape = self.buffers, self.kernels.persistent_shape
         arguments = RankArguments(
             **step_views(b, self.weight_views, self.ring.view),
-            **peers_of("mailbox", [other.buffers["persistent.mailbox"] for other in others], b["persistent.mailbox"]),
-            **peers_of("logits", [other.buffers["logits"] for other in others], b["logits"]),
+            **self._of_others("mailbox", "persistent.mailbox"),
+            **self._of_others("logits", "logits"),
             first_op=first_op,
             end_op=end_op,
             rank=self.number,
-            steps_back=int(ending == APART),
+            steps_back=steps_back,
             ending=ending,
         )
         kernel = self._loaded[traced.spec.name if traced else "persistent_rank"]
         return Launch(kernel, shape.sms, arguments, self.stream)
 
-    def bind_traced(self, others: Sequence["Rank"], progress: Progress | None) -> None:
+    def _of_others(self, field: str, buffer: str) -> dict[str, View]:
+        """The other ranks' arguments of a kernel."""
+        return peers_of(field, [other.buffers[buffer] for other in self._others], self.buffers[buffer])
+
+    def bind_traced(self, progress: Progress | None) -> None:
         """Make the launch of a greedy step that is traced; compiles its kernel, or loads it from the cache."""
         traced = self.kernels.traced
         self._loaded.require([traced.spec], progress)
-        self._traced = [self._step(others, 0, self.kernels.persistent_shape.ops, GREEDY, traced)]
+        self._traced = [self._step(0, self.kernels.persistent_shape.ops, GREEDY, traced)]
+
+    def bind_ops(self) -> None:
+        """Make the launches of ops by themselves; compiles their kernels, or loads them from the cache."""
+        planned, state = self.kernels.of_observed_steps, self._sampling
+        self._loaded.require(kernel.spec for kernel in planned.values())
+        head = self.kernels.persistent_shape.op_index.lm_head
+        self._ops = [self._step(op, op + 1, APART) for op in range(head + 1)]
+        self._ends = {ending: self._step(head, head, ending) for ending in (SAMPLED, PROMPT)}
+        arguments = ArgmaxArguments(self.buffers["logits"], state.seen, state.options, state.best)
+        argmax = Launch(self._loaded["argmax"], planned["argmax"].ctas, arguments, self.stream)
+        sample, logprobs, self._post = self._sample_launches()
+        self._choices = {False: [argmax, sample], True: [argmax, sample, logprobs]}
 
     def _sample_launches(self) -> list[Launch]:
         """The kernels `sample`, `logprobs` and `advance_sampled`."""
@@ -167,6 +188,44 @@ class Rank:
     def run_decode(self, *, greedy: bool, logprobs: bool) -> None:
         """A step with the next token."""
         _run(self._with_logprobs if logprobs else self._greedy if greedy else self._sampled)
+
+    def run_op(self, op: int) -> None:
+        """One op, which reads what has been published; its step does not end."""
+        _run([self._ops[op]])
+
+    def publish(self, layer: int, *, steps_back: int = 0) -> None:
+        """What the views hold, to the mailboxes of the ranks that read it in this layer, or in the LM head, whose layer
+        is the number of layers. steps_back: 1 for that of the step that was completed last.
+        """
+        b, planned = self.buffers, self.kernels.of_observed_steps["publish"]
+        arguments = RankPublishArguments(
+            residual=b["residual"],
+            q=b["q"],
+            cache=b[KV_CACHE],
+            attn_out=b["attn_out"],
+            intermediate=b["intermediate"],
+            mailbox=b["persistent.mailbox"],
+            position=b["position"],
+            steps=b["persistent.steps"],
+            **self._of_others("mailbox", "persistent.mailbox"),
+            kv_stride=kv_stride(b[KV_CACHE]),
+            layer=layer,
+            rank=self.number,
+            steps_back=steps_back,
+        )
+        _run([Launch(self._loaded["publish"], planned.ctas, arguments, self.stream)])
+
+    def end_step(self, ending: int) -> None:
+        """A step whose ops have run by themselves ends, as `RankArguments.ending` says."""
+        _run([self._ends[ending]])
+
+    def choose_token(self, *, logprobs: bool) -> None:
+        """The next token, of the logits that this rank has."""
+        _run(self._choices[logprobs])
+
+    def post_token(self) -> None:
+        """The chosen token to the host; the position moves."""
+        _run([self._post])
 
     def run_traced(self) -> None:
         """A greedy step of the kernel that writes timestamps."""

@@ -95,7 +95,7 @@ class RankSteps:
         """Load the kernel that writes timestamps on every rank."""
         for rank in self.ranks:
             with rank.owner.current():
-                rank.bind_traced([other for other in self.ranks if other is not rank], progress)
+                rank.bind_traced(progress)
 
     def set_position(self, position: int) -> None:
         """The position at which the next token is written."""

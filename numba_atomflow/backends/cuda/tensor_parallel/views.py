@@ -18,7 +18,9 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.model.buffers import step_buffers
 from numba_atomflow.model.step import Head, Op, Weight, Weights, build_step
 
-_ON_EVERY_RANK = ("logits", "position", "tokens")
+_ON_EVERY_RANK = ("logits", "position", "tokens", "x_norm", "final_x_norm")
+_DIVIDED = (KV_CACHE, "q", "attn_out", "intermediate")  # each rank has its part of every row, and no more
+_BY_ROWS = "residual"  # every rank has room for all of it, and its own part is valid
 
 
 class ModelViews:
@@ -51,7 +53,7 @@ class ModelViews:
 
 
 class ModelMemory:
-    """Reads and writes rows of the KV cache, which ranks have by heads, and what every rank has."""
+    """Reads and writes views of the whole model: what every rank has, and what they have in parts."""
 
     def __init__(self, views: ModelViews, ranks: Sequence[Rank]) -> None:
         self._views, self._ranks = views, ranks
@@ -60,15 +62,13 @@ class ModelMemory:
         """The view's contents (a copy); waits for the steps before.
 
         Raises:
-            NotImplementedError: it is of another buffer, or not of whole rows.
+            NotImplementedError: it is of another buffer, or does not begin where a row does.
         """
         if view.name in _ON_EVERY_RANK:
-            with self._ranks[0].owner.current():
-                return self._ranks[0].memory.read(self._on_rank(self._ranks[0], view))
-        parts = []
-        for rank in self._ranks:
-            with rank.owner.current():
-                parts.append(rank.memory.read(self._on_rank(rank, view)))
+            return self._read(self._ranks[0], view)
+        parts = [self._read(rank, view) for rank in self._ranks]
+        if view.name == _BY_ROWS:
+            parts = [self._part(rank, whole) for rank, whole in zip(self._ranks, parts, strict=True)]
         return np.concatenate(parts, axis=-1)
 
     def write(self, view: View, values: NDArray[Any]) -> None:
@@ -79,20 +79,29 @@ class ModelMemory:
         """
         values = np.broadcast_to(values, view.shape)
         for rank in self._ranks:
-            part = self._on_rank(rank, view)
-            own = values
-            if view.name == KV_CACHE:
-                own = values[..., rank.number * part.shape[-1] : (rank.number + 1) * part.shape[-1]]
+            own = self._part(rank, values) if view.name in _DIVIDED else values
             with rank.owner.current():
-                rank.memory.write(part, own)
+                rank.memory.write(self._on_rank(rank, view), own)
+
+    def _read(self, rank: Rank, view: View) -> NDArray[Any]:
+        with rank.owner.current():
+            return rank.memory.read(self._on_rank(rank, view))
+
+    def _part(self, rank: Rank, rows: NDArray[Any]) -> NDArray[Any]:
+        """A rank's part of every row."""
+        width = rows.shape[-1] // len(self._ranks)
+        return rows[..., rank.number * width : (rank.number + 1) * width]
 
     def _on_rank(self, rank: Rank, view: View) -> View:
         """A rank's part of a view, or its copy of one that every rank has."""
         whole, own = self._views.buffers.get(view.name), rank.buffers.get(view.name)
-        divisible = view.name in (KV_CACHE, *_ON_EVERY_RANK)
-        if whole is None or own is None or view.pitch or view.shape[-1] != whole.shape[-1] or not divisible:
-            raise NotImplementedError(f"several GPUs cannot read or write {view.name}{list(view.shape)}")
-        row_bytes = whole.shape[-1] * np.dtype(whole.dtype).itemsize
-        first_row = (view.address - whole.address) // row_bytes
-        address = own.address + first_row * own.shape[-1] * np.dtype(own.dtype).itemsize
-        return View(view.name, address, (*view.shape[:-1], own.shape[-1]), view.dtype)
+        if whole is None or own is None or view.name not in (*_ON_EVERY_RANK, *_DIVIDED, _BY_ROWS):
+            raise NotImplementedError(f"several GPUs cannot read or write {view.name}")
+        itemsize = np.dtype(whole.dtype).itemsize
+        row, rest = divmod(view.address - whole.address, whole.shape[-1] * itemsize)
+        if rest or (view.pitch or view.shape[-1]) != whole.shape[-1]:
+            raise NotImplementedError(f"several GPUs cannot read or write a part of the rows of {view.name}")
+        width = view.shape[-1] // len(self._ranks) if view.name in _DIVIDED else view.shape[-1]
+        address = own.address + row * own.shape[-1] * itemsize
+        pitch = own.shape[-1] if width != own.shape[-1] else 0
+        return View(view.name, address, (*view.shape[:-1], width), view.dtype, pitch=pitch)
