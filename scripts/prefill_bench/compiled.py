@@ -71,7 +71,7 @@ def _engine_specs(case: Case, chip: Chip) -> Iterator[KernelSpec]:
     planned = list(kernels.start)
     for start in range(0, case.tokens, kernels.prefill_chunk):
         tokens = min(case.tokens - start, kernels.prefill_chunk)
-        planned += kernels.layer_kernels(kernels.width_for(tokens))
+        planned += kernels.chunk_kernels(tokens)
     yield from dict.fromkeys(kernel.spec for kernel in planned)
 
 

@@ -11,6 +11,7 @@ from tiny_models import tiny_geometry
 from wide_cases import CASES, CASES_OF_MANY_CTAS, LARGE_CASES, WideCase, check_bits
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.backends.base import Prefill
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead
@@ -131,6 +132,33 @@ def test_a_step_at_the_end_of_the_context(engine: Engine) -> None:
     assert np.array_equal(got.view(np.uint32), expected.view(np.uint32))
     with pytest.raises(IndexError):
         backend.verify(tokens[: count + 1])
+
+
+@pytest.mark.parametrize("prefill", ["gemm", "gemv"])
+def test_a_prompt_of_a_few_tokens_leaves_what_decode_steps_leave(prefill: Prefill) -> None:
+    """After a prefix that is in the KV cache: keys, values, all logits, and the token that is chosen."""
+    with Engine.random(GEOMETRIES["3B"], "cuda", max_seq_len=4096, decode="persistent", prefill=prefill) as engine:
+        backend = engine.backend
+        assert isinstance(backend, CudaBackend)
+        assert backend.kernels.prompt_widths == (2, 4)
+        tokens = np.random.default_rng(5).integers(0, 4096, 4096).tolist()
+        engine.feed(tokens[:2100])
+        for context in (2096, 222, 1):
+            expected = decode_steps(engine, context, tokens[context : context + 4])
+            expected_cache = cache_rows(backend, context, context + 4)
+            for count in (2, 3, 4):
+                prompt = tokens[: context + count]
+                engine.rewind(context)
+                rows = engine.feed(prompt[context:], all_logits=True)
+                assert np.array_equal(rows.view(np.uint32), expected[:count].view(np.uint32)), (context, count)
+                cache = cache_rows(backend, context, context + count)
+                assert np.array_equal(cache, expected_cache[:, :count]), (context, count)
+                for logprobs in (None, 0):
+                    engine.rewind(context)
+                    params = SamplingParams(max_tokens=1, ignore_eos=True, logprobs=logprobs)
+                    reply = engine.generate_tokens(prompt, params).finish()
+                    assert reply.stats.reused_tokens == context
+                    assert reply.token_ids == [int(expected[count - 1].argmax())], (context, count)
 
 
 class Continuation:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer
-from numba_atomflow.backends.cuda import bind, bind_prefill, model
+from numba_atomflow.backends.cuda import bind, bind_prefill, model, persistent
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.kernels import TOKEN_RING, ModelKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
@@ -90,7 +90,7 @@ class BoundedArena(HostArena):
         """From the first byte of the view on."""
         for buffer in self._views.values():
             if buffer.address <= view.address < buffer.address + buffer.extent:
-                end = buffer.address + buffer.extent
+                end = max(buffer.address + buffer.extent, view.address + view.extent)  # of all weights, as one array
                 return View(view.name, view.address, (end - view.address,), "uint8").host_array()
         return view.host_array().view(np.uint8)  # the ring
 
@@ -199,5 +199,5 @@ def simulate_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace what needs a device: the arena, access to it, and launches."""
     monkeypatch.setattr(model, "DeviceArena", BoundedArena)
     monkeypatch.setattr(model, "DeviceMemory", HostMemory)
-    for module in (bind, bind_prefill):
+    for module in (bind, bind_prefill, persistent):
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numba_atomflow.backends.cuda.queue import GraphSteps, PromptStaging, StepQu
 from numba_atomflow.backends.cuda.verify import WideSteps
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.resources import DeviceResources
+from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.memory.bounds import check_indices, check_range
@@ -79,6 +81,7 @@ class CudaBackend:
         self._capture = graphs
         self.compile_seconds = 0.0
         self._wide_steps: WideSteps | None = None
+        self._in_wide_step = False  # the last step was a prompt's of several tokens in the persistent kernel
         self._owner = DeviceResources()  # of everything on the GPU; it must not refer to the backend
         try:
             self._gpu = self._owner.open(device_ordinal)
@@ -191,25 +194,42 @@ class CudaBackend:
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Run up to `prefill_chunk` tokens at the current position, and advance it. Does not wait."""
         with self._owner.current():
-            self._send(tokens)
+            columns = self.kernels.prompt_columns(len(tokens))
+            self._send(tokens, columns or 0)
+            self._in_wide_step = columns is not None
             self._queue.run(len(tokens), head)
 
     def decode(self) -> None:
         """Run the tokens that were sampled last, sample the next ones, and advance. Does not wait: some more steps are
         queued ahead, so that the GPU never waits for the host.
         """
+        self._in_wide_step = False
         self._queue.decode()
 
     def sampled_tokens(self) -> tuple[int, ...]:
         """The tokens that the last step has sampled, in order; waits for them."""
-        return self._queue.receive()
+        tokens = self._queue.receive()
+        if self._in_wide_step:
+            self._check_wide_step()
+        return tokens
 
     def sampled_logprobs(self) -> tuple[TokenLogprobs, ...]:
         """How likely the tokens of `sampled_tokens` were, which must have returned them."""
         return (self._logprob_ring.read(self._queue.requested, self._top_logprobs),)
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
-        """Logits [stop - start, V] of these rows of the last prefill (a copy)."""
+        """Logits [stop - start, V] of these rows of the last prefill (a copy).
+
+        An observer sees the LM head run by itself, reading the residual stream that the last observed step, or the
+        observer, has left.
+
+        Raises:
+            BackendError: the watchdog of the persistent kernel tripped.
+        """
+        if self._in_wide_step and observer is None:
+            self._check_wide_step()
+            with self._owner.current():
+                return self._model.memory.read(self._model.wide_logits(start, stop))
         logits = []
         with self._owner.current():
             for first, last in self._head_rows(start, stop):
@@ -230,6 +250,7 @@ class CudaBackend:
         The array is valid until the next `verify`.
         """
         check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
+        self._in_wide_step = False
         if self._wide_steps is not None:
             self._check(tokens)
             with self._owner.current():
@@ -249,6 +270,7 @@ class CudaBackend:
             return accepted_tokens(tokens, lambda row: most_likely_token(logits[row]))
         check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
         self._check(tokens)
+        self._in_wide_step = False
         with self._owner.current():
             return self._wide_steps.choose(tokens, self._queue.position)
 
@@ -267,20 +289,34 @@ class CudaBackend:
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
         """`prefill` or `decode` with an observer: the launches that the graph was captured from, one op at a time."""
         count = len(tokens)
+        self._in_wide_step = False
         with self._owner.current():
             self._send(tokens)
             with self._queue.launching(count, head):
                 for index, op in enumerate(self.step(count, head)):
                     self._run_observed(op, self._graphs.op_launches(op, index, count, head), observer)
 
-    def _send(self, tokens: Sequence[int]) -> None:
+    def _send(self, tokens: Sequence[int], columns: int = 0) -> None:
         """Copy a step's tokens to the device, after checking that its kernels stay inside the cache and the embedding.
+
+        Args:
+            columns: the number that they are padded to, as those of `verify` are; 0: the kernels pad them.
 
         Raises:
             IndexError: they would not.
         """
         self._check(tokens)
-        self._prompts.send(tokens, self._model.buffers["tokens"], self._model.buffers.get("count"))
+        padded = [*tokens, *repeat(tokens[-1], columns - len(tokens))] if columns else tokens
+        self._prompts.send(padded, self._model.buffers["tokens"], self._model.buffers.get("count"))
+
+    def _check_wide_step(self) -> None:
+        """Raise if the watchdog tripped in a prompt's step: unlike in a decode step, its token does not show that."""
+        try:
+            with self._owner.current():
+                self._queue.check_watchdog()
+        except BackendError:
+            self._queue.distrust()
+            raise
 
     def _check(self, tokens: Sequence[int]) -> None:
         check_range("positions", self._queue.position, len(tokens), self._max_seq_len)

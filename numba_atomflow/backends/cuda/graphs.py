@@ -4,6 +4,7 @@ A graph refers to the model's static buffers and is never patched: what changes 
 Few graphs are needed, because a prefill chunk is padded to a GEMV width or a bucket: the layers of all shorter chunks
 replay the graph of that size, and the step's tail, which depends on the number of tokens, is launched after it: the LM
 head of the chosen rows, sampling, and the advance of the position. These few launches are queued while the layers run.
+A chunk of a few tokens may run in the persistent kernel instead, which has the LM head for all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,12 +27,14 @@ class _Step(NamedTuple):
     Attributes:
         fused_sampling: the persistent kernel also samples, which makes the launch the whole step.
         logprobs: those of the sampled token are computed, too.
+        wide: the layers of several tokens run in the persistent kernel, which also has the LM head.
     """
 
     tokens: int
     head: Head | None
     fused_sampling: bool = False
     logprobs: bool = False
+    wide: bool = False
 
 
 class StepGraphs:
@@ -98,7 +101,7 @@ class StepGraphs:
         elif key in self._graphs or is_decode(tokens, head):
             self._graph(key).replay()
         else:
-            self._graph(_Step(self._kernels.width_for(tokens), None)).replay()
+            self._graph(self._chunk(tokens)).replay()
             for launch in self._tail(key.tokens, head, logprobs=key.logprobs):
                 launch.run()
 
@@ -111,8 +114,8 @@ class StepGraphs:
         return self._bound(self._key(tokens, head))
 
     def chunk_launches(self, tokens: int) -> Sequence[Launch]:
-        """The launches of a padded chunk's embedding and layers."""
-        return self._bound(_Step(self._kernels.width_for(tokens), None))
+        """The launches of a padded chunk's embedding and layers; where they are one, the LM head is part of it."""
+        return self._bound(self._chunk(tokens))
 
     def op_launches(self, op: Op, index: int, tokens: int, head: Head) -> list[Launch]:
         """Op number `index` of a step by itself, reading what the views hold."""
@@ -137,6 +140,13 @@ class StepGraphs:
         fused = is_decode(tokens, head) and self.samples_in_kernel
         return _Step(tokens, head, fused, head.sample and self.logprobs)
 
+    def _chunk(self, tokens: int) -> _Step:
+        """The layers of a chunk, padded."""
+        columns = self._kernels.prompt_columns(tokens)
+        if columns is not None:
+            return _Step(columns, None, wide=True)
+        return _Step(self._kernels.width_for(tokens), None)
+
     def _ready(self, key: _Step) -> None:
         if self._capture:
             self._graph(key)
@@ -155,6 +165,8 @@ class StepGraphs:
 
     def _bind_step(self, key: _Step) -> list[Launch]:
         tokens, head = key.tokens, key.head
+        if key.wide and self.persistent is not None:
+            return [self.persistent.prompt_launch(tokens)]
         if head is None:
             self._loaded.require(kernel.spec for kernel in self._kernels.layer_kernels(tokens))
             layers, _ = split_tail(self._model.step(tokens, NO_LOGITS))
@@ -164,14 +176,13 @@ class StepGraphs:
             launches = [self.persistent.launch(0, kernel_ops, greedy=key.fused_sampling)]
             ops = [] if key.fused_sampling else self._model.step(tokens, head)[kernel_ops:]
             return launches + self._bind_ops(ops, sampled=True, argmax_done=True, logprobs=key.logprobs)
-        padded = self._bound(_Step(self._kernels.width_for(tokens), None))
-        return padded + self._tail(tokens, head, logprobs=key.logprobs)
+        return self._bound(self._chunk(tokens)) + self._tail(tokens, head, logprobs=key.logprobs)
 
     def _bind_ops(self, ops: Sequence[Op], **how: bool) -> list[Launch]:
         return [launch for op in ops for launch in self.bind(op, **how)]
 
     def _tail(self, tokens: int, head: Head, *, logprobs: bool) -> list[Launch]:
-        """The launches after the layers: LM head, sampling, and the advance of the position."""
+        """The launches after the layers: LM head, if they do not have it, sampling, and the advance of the position."""
         key = tokens, head, logprobs
         if key not in self._tails:
             ops = self._model.tail(tokens, head)

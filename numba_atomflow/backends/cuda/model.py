@@ -81,8 +81,19 @@ class DeviceModel:
         return build_step(self.geometry, self.weights, buffers, tokens, head)
 
     def tail(self, tokens: int, head: Head) -> list[Op]:
-        """The ops of a step that come after its layers."""
-        return build_tail(self.geometry, self.weights, self.buffers, tokens, head)
+        """The ops of a step that are launched after its layers: without the LM head where the persistent kernel has
+        computed all logits.
+        """
+        if self.kernels.prompt_columns(tokens) is None:
+            return build_tail(self.geometry, self.weights, self.buffers, tokens, head)
+        rows = head.rows(tokens)
+        buffers = self.buffers | {"logits": self.wide_logits(rows.start, rows.stop)}
+        ops = build_tail(self.geometry, self.weights, buffers, tokens, head)
+        return [op for op in ops if not isinstance(op, LmHead)]
+
+    def wide_logits(self, start: int, stop: int) -> View:
+        """Logits [stop - start, V] of these rows of the last step of several tokens in the persistent kernel."""
+        return self.buffers["verify.logits"].rows(start, stop)
 
     def head(self, start: int, stop: int) -> LmHead:
         """The LM head of rows start .. stop - 1 of the last step."""

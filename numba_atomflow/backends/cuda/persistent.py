@@ -47,7 +47,7 @@ def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
 
 
 def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
-    """Buffers of the steps that verify. Each width has a mailbox of its own, so that each step overwrites all of it."""
+    """Buffers of steps of several tokens. Each width has a mailbox of its own: each step overwrites all of it."""
     width = max(kernels.wide_shapes, default=1)
     buffers = [
         Buffer("workspace", "verify.step", (2 + (width + 1) // 2,), "int64"),
@@ -55,6 +55,7 @@ def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
         Buffer("workspace", "verify.best", (width,), "int64"),
         Buffer("workspace", "verify.seen", (-(-kernels.geometry.vocabulary // 32),), "uint32"),
         Buffer("workspace", "verify.options", (5,), "float64"),
+        Buffer("workspace", "prompt.choices", (width,), "uint64"),
     ]
     for columns, shape in kernels.wide_shapes.items():
         buffers.append(Buffer("workspace", f"verify.mailbox_x{columns}", (shape.mailbox.end,), "uint64"))
@@ -62,16 +63,15 @@ def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
     return buffers
 
 
-class StepViews(NamedTuple):
-    """What a step that verifies reads and writes beside the buffers of the model.
+class WideViews(NamedTuple):
+    """What a step of several tokens reads, and where it posts the most likely tokens.
 
     Attributes:
-        position: [1]; of the first token. posted: [1]; 0 before the step. tokens: [width].
-        choices: [width], pinned; the most likely token after each, as `post_token` posts token number 1.
+        position: [1]; of the first token. tokens: [width].
+        choices: [width]; the most likely token after each, as `post_token` posts token number 1.
     """
 
     position: View
-    posted: View
     tokens: View
     choices: View
 
@@ -119,7 +119,7 @@ class PersistentStep:
         kernel = traced or self._loaded["persistent"]
         return Launch(kernel, self.shape.sms, arguments._replace(**replaced or {}), self._stream)
 
-    def wide_launch(self, columns: int, views: StepViews, traced: Kernel | None = None) -> Launch:
+    def wide_launch(self, columns: int, views: WideViews, traced: Kernel | None = None) -> Launch:
         """A step of so many tokens, which leaves the position as it is; by the kernel `traced`, if given."""
         b, planned = self._buffers, self._kernels.planned[f"persistent_x{columns}"]
         cache = b[KV_CACHE]
@@ -144,6 +144,11 @@ class PersistentStep:
             end_op=self.shape.ops,
         )
         return Launch(traced or self._loaded[planned.spec.name], planned.ctas, arguments, self._stream)
+
+    def prompt_launch(self, columns: int) -> Launch:
+        """A prompt's step of so many tokens, at the position of the next token. The most likely ones are not read."""
+        b = self._buffers
+        return self.wide_launch(columns, WideViews(b["position"], b["tokens"], b["prompt.choices"]))
 
     def publish(self, layer: int) -> Launch:
         """The mailbox words that let an op of this layer run by itself; the number of layers: the LM head."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.model import DeviceModel
-from numba_atomflow.backends.cuda.persistent import PersistentStep, StepViews, watchdog_error
+from numba_atomflow.backends.cuda.persistent import PersistentStep, WideViews, watchdog_error
 from numba_atomflow.backends.cuda.queue import POLLS, StepQueue, posted_token, stream_finished
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.driver import call
@@ -53,9 +53,9 @@ class WideSteps:
         self._step = PinnedArray(step.shape, "int64", resources)  # position, tokens posted, tokens
         self._tokens = self._step.array[2:].view(np.int32)
         self._choices = PinnedArray((width,), "uint64", resources)
-        self._views = StepViews(
+        self._posted = View("verify.posted", step.address + 8, (1,), "int64")
+        self._views = WideViews(
             View("verify.position", step.address, (1,), "int64"),
-            View("verify.posted", step.address + 8, (1,), "int64"),
             View("verify.tokens", step.address + 16, (width,), "int32"),
             self._choices.view,
         )
@@ -183,7 +183,7 @@ class WideSteps:
         views, buffers = self._views, self._model.buffers
         own = {name: buffers[f"verify.{name}"] for name in ("logits", "best", "seen", "options")}
         own |= {"tokens": views.tokens, "position": views.position}
-        own |= {"token_ring": views.choices, "tokens_posted": views.posted}
+        own |= {"token_ring": views.choices, "tokens_posted": self._posted}
         end = self._persistent.shape.ops
         return self._persistent.launch(0, end, greedy=not in_place, traced=traced, replaced=own)
 
