@@ -16,6 +16,7 @@ from numba_atomflow.model.step import NO_LOGITS, Head
 from numba_atomflow.utils.arguments import whole_number
 
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
+_BLOCK = 256  # tokens that are compared at once
 
 
 class Context:
@@ -83,13 +84,9 @@ class Context:
 
         At least one token of the prompt is left to be fed. Under edits, nothing is kept that was computed without.
         """
-        shared = 0
         if self._edits and self._edits[-1].start > 0:
             token_ids = ()
-        for cached, requested in zip(self.token_ids, token_ids[:-1], strict=False):
-            if cached != requested:
-                break
-            shared += 1
+        shared = _common_prefix(self.token_ids, token_ids[:-1])
         self.rewind(shared)
         return shared
 
@@ -233,6 +230,18 @@ def choose_max_seq_len(geometry: ModelGeometry, requested: int | None) -> int:
             f"max_seq_len is {quote(positions)}; this model allows 1 to {geometry.max_positions} positions."
         )
     return positions
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens at the beginning that are the same: blocks of them are compared first, which is faster."""
+    length = min(len(first), len(second))
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        block, other = list(first[start:end]), list(second[start:end])
+        if block != other:
+            pairs = zip(block, other, strict=True)
+            return start + next(i for i, (token, another) in enumerate(pairs) if token != another)
+    return length
 
 
 def _whole_numbers(token_ids: Sequence[int]) -> list[int]:
