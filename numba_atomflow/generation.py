@@ -37,6 +37,7 @@ class GenerationStats:
     steps: int = 0  # decode steps, after that of the first token
     proposed: int = 0  # tokens that the drafter proposed, and a step checked
     accepted: int = 0  # of them, those that are part of the reply
+    drafting_seconds: float = 0.0  # of `decode_seconds`, spent on proposals
 
     @property
     def tokens_per_second(self) -> float:
@@ -298,10 +299,12 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
             context.token_ids.append(token)  # the step has put it into the KV cache
         if stats.steps:
             speculator.observe(len(proposed), accepted, step_seconds)
-        started = time.perf_counter()
+        asked = time.perf_counter()
         proposed = speculator.propose(text, _room(context, request, stats.tokens))
+        started = time.perf_counter()
         rows = step([token, *proposed])
         step_seconds = time.perf_counter() - started
+        stats.drafting_seconds += started - asked
         stats.steps += 1
         stats.proposed += len(proposed)
 

@@ -20,7 +20,7 @@ from numba_atomflow.utils.arguments import real_number, truth_value, whole_numbe
 if TYPE_CHECKING:
     from numba_atomflow.constraints.base import Constraint, ConstraintState
 
-Speculate = Literal["auto", "off", "lookup"]
+Speculate = Literal["auto", "off", "lookup", "draft"]
 
 _MASK = (1 << 64) - 1
 _LARGEST_TOP_K = (1 << 63) - 1
@@ -58,7 +58,8 @@ class SamplingParams:
             is computed then, whatever the KV cache holds of it.
         speculate: speculative decoding, which changes the speed and nothing else (docs/speculation.md). "lookup": what
             followed the last tokens earlier in prompt or reply is proposed, and several tokens are checked in one step;
-            "off": a step for each token; "auto": "lookup" on the CPU, "off" on a GPU.
+            "draft": what the engine's draft model would generate is; "off": a step for each token; "auto": "draft" if
+            the engine has a draft model, else "lookup" on the CPU and "off" on a GPU.
 
     None means an option's default. Numbers may be Python's or NumPy's; they are converted to Python's, and `stop` to a
     tuple.
@@ -92,7 +93,7 @@ class SamplingParams:
             (0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "between 0.01 and 100"),
             (self.seed is None or 0 <= self.seed <= _MASK, "seed", "between 0 and 2^64 - 1"),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
-            (self.speculate in get_args(Speculate), "speculate", '"auto", "off" or "lookup"'),
+            (self.speculate in get_args(Speculate), "speculate", '"auto", "off", "lookup" or "draft"'),
             *(
                 (
                     number is None or 0 <= number <= MOST_LOGPROBS,

@@ -17,6 +17,7 @@ from numba_atomflow.errors import ClosedError
 from numba_atomflow.generation import BaseGeneration
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import SAMPLE
+from numba_atomflow.speculation.draft_model import DraftModel
 from numba_atomflow.speculation.step_cost import StepCost
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.text.token_table import TokenTable
@@ -37,6 +38,7 @@ class EngineCore:
         self.load_seconds = 0.0
         self.compile_seconds = 0.0  # of them, for compiling or loading kernels; first prompts may need more
         self._step_cost = StepCost()  # as far as generations have measured it
+        self._draft_model: DraftModel | None = None
         self._calls = ExclusiveCalls(survives_fork=backend.name == "cpu")
         # In progress, continuing what the KV cache holds. One that the caller has dropped cannot go on.
         self._generation: weakref.ref[BaseGeneration[Any]] | None = None

@@ -1,10 +1,11 @@
 """`Engine`: all calls together, and how an engine is made."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from numba_atomflow.backends.base import Decode, Prefill
+from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.backends.choose import BackendChoice, BackendName, Gpus, make_backend
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL, find_checkpoint
@@ -12,6 +13,7 @@ from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.context import choose_max_seq_len
 from numba_atomflow.engine.activations import Activations
+from numba_atomflow.engine.drafts import Drafts, check_same_tokens, check_several_tokens
 from numba_atomflow.engine.replies import Replies
 from numba_atomflow.engine.saved_states import SavedStates
 from numba_atomflow.engine.scores import Scores
@@ -22,7 +24,7 @@ from numba_atomflow.utils.arguments import truth_value
 from numba_atomflow.utils.progress import Progress
 
 
-class Engine(Replies, Scores, SavedStates, Activations):
+class Engine(Replies, Scores, SavedStates, Activations, Drafts):
     """One model on one backend, with one KV cache.
 
     Threads may take turns. A call while another thread's call runs, or while another thread's generation is in
@@ -46,6 +48,7 @@ class Engine(Replies, Scores, SavedStates, Activations):
         prefill: Prefill = "auto",
         prefill_chunk: int | None = None,
         gpus: Gpus = 1,
+        draft: str | Path | None = None,
     ) -> "Engine":
         """Open a checkpoint and make its backend ready to run.
 
@@ -68,18 +71,38 @@ class Engine(Replies, Scores, SavedStates, Activations):
             gpus: how many GPUs of this machine share the model, each with its part of every matrix (docs/many-gpus.md):
                 a number, counted from `device` on; "all"; or the GPUs' numbers. They give the bits of one GPU, and run
                 prompts a token at a time.
+            draft: a smaller model of the same tokens, whose proposals this one checks (docs/speculation.md): as
+                `path_or_name`. It runs on the same device, with as many positions as it allows.
 
         Raises:
             CheckpointError: no such checkpoint, or a damaged one, or one that changed while it was loaded.
             OptionError: a number is out of range, or `decode` or `prefill` is set for the CPU, or so many GPUs cannot
-                share the model.
+                share the model, or `draft` has other tokens, or nothing could check its proposals.
+            TextError: the draft model has another tokenizer than this one, and one of them cannot be used.
             BackendError: the backend cannot run here, or not in the way that `decode` or `prefill` requires.
         """
         started = time.perf_counter()
         choice = BackendChoice(backend, threads, decode, device, prefill, prefill_chunk, gpus)
         private = truth_value("private_copy", private_copy)
         checkpoint = Checkpoint.open(find_checkpoint(path_or_name), private_copy=private)
-        return cls._make_ready(checkpoint, choice, max_seq_len, progress, started)
+        if draft is None:
+            return cls._make_ready(checkpoint, choice, max_seq_len, progress, started)
+        with ExitStack() as on_error:
+            on_error.callback(checkpoint.close)
+            smaller = Checkpoint.open(find_checkpoint(draft), private_copy=private)
+            on_error.callback(smaller.close)
+            check_same_tokens(checkpoint, smaller)
+            engine = cls._make_ready(checkpoint, choice, max_seq_len, progress, started, check_several_tokens)
+            on_error.callback(engine.close)
+            positions = min(engine.max_seq_len, smaller.geometry.max_positions)
+            name: BackendName = "cpu" if engine.backend.name == "cpu" else "cuda"
+            same_device = BackendChoice(name, choice.threads, device_ordinal=device)
+            proposing = cls._make_ready(smaller, same_device, positions, progress, started)
+            on_error.callback(proposing.close)
+            engine._own_draft(proposing)  # noqa: SLF001
+            on_error.pop_all()
+        engine.load_seconds = time.perf_counter() - started
+        return engine
 
     @classmethod
     def random(
@@ -117,6 +140,7 @@ class Engine(Replies, Scores, SavedStates, Activations):
         max_seq_len: int | None,
         progress: Progress | None,
         started: float,
+        check_backend: Callable[[Backend], None] = lambda backend: None,
     ) -> "Engine":
         with ExitStack() as on_error:
             on_error.callback(checkpoint.close)
@@ -124,6 +148,7 @@ class Engine(Replies, Scores, SavedStates, Activations):
             weights, check = WeightArrays(checkpoint), checkpoint.check_unchanged
             backend = make_backend(choice, checkpoint.geometry, weights, positions, check)
             on_error.callback(backend.close)
+            check_backend(backend)
             try:
                 backend.prepare(progress)
             except AtomFlowError:  # the cause may be that another program is writing the weights

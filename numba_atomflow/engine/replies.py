@@ -62,7 +62,7 @@ class Replies(EngineCore):
         Args:
             prompt: the text, or its token ids.
             params: how tokens are sampled, and when the reply ends.
-            drafter: what proposes tokens in place of prompt lookup (docs/speculation.md).
+            drafter: what proposes tokens in place of prompt lookup or a draft model (docs/speculation.md).
 
         Raises:
             ContextError: the prompt leaves no room for a token.
@@ -137,9 +137,12 @@ class Replies(EngineCore):
     def _request(self, prompt: list[int], params: SamplingParams, started: float, drafter: Drafter | None) -> Request:
         eos_ids = () if params.ignore_eos else self.checkpoint.text.eos_ids
         verification, speculate = self.backend.verification, params.speculate
-        if speculate == "auto" and drafter is None and not verification.automatic:
-            speculate = "off"
-        drafter = choose_drafter(speculate, drafter, verification.reason, self._step_cost)
+        if speculate == "auto" and drafter is None:
+            if self._draft_model is not None and not verification.reason:
+                speculate = "draft"
+            elif not verification.automatic:
+                speculate = "off"
+        drafter = choose_drafter(speculate, drafter, verification.reason, self._step_cost, self._draft_model)
         return Request(prompt, params, eos_ids, started, self._constraint_state(params), drafter)
 
     def _constraint_state(self, params: SamplingParams) -> ConstraintState | None:

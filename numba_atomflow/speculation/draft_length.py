@@ -15,10 +15,10 @@ def best_length(rate: float, slope: float, limit: int) -> int:
 
     Args:
         rate: the probability that a token is accepted, if the one before it was.
-        slope: what each proposed token adds to the cost of a step.
+        slope: what each proposed token adds to the cost of a step, the drafter's own time included.
         limit: most tokens.
     """
-    return max(range(limit + 1), key=lambda length: expected_tokens(rate, length) / (1 + slope * length))
+    return max(range(max(limit, 0) + 1), key=lambda length: expected_tokens(rate, length) / (1 + slope * length))
 
 
 class Balance:
@@ -35,6 +35,11 @@ class Balance:
         """Record a step of this cost that generated `tokens` tokens."""
         self._steps = min(self._steps + tokens * (1 + _ALLOWED_LOSS) - cost, _LARGEST_BALANCE)
 
-    def affordable(self, slope: float) -> int:
-        """The most proposed tokens whose rejection would not make the balance negative."""
-        return max(0, int(self._steps / slope))
+    def affordable(self, slope: float, fixed: float = 0.0) -> int:
+        """The most proposed tokens whose rejection would not make the balance negative.
+
+        Args:
+            slope: what each of them costs, in steps.
+            fixed: what proposing any costs besides.
+        """
+        return max(0, int((self._steps - fixed) / slope))

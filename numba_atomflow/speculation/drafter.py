@@ -10,7 +10,7 @@ class StepResult(NamedTuple):
     Attributes:
         proposed: tokens that were checked; 0 in a step of one token.
         accepted: of them, those that the model chose, too. The step has generated one token more.
-        seconds: that the step took.
+        seconds: that the step took, without the drafter's own time.
     """
 
     proposed: int

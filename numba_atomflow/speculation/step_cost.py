@@ -28,11 +28,16 @@ class StepCost:
             self._several.append((tokens, seconds))
 
     @property
+    def single_seconds(self) -> float | None:
+        """Seconds of a step of one token; None before enough of them are measured."""
+        return median(self._single) if len(self._single) >= _ENOUGH else None
+
+    @property
     def slope(self) -> float:
         """What each token after the first adds to the cost of a step."""
-        if len(self._single) < _ENOUGH or len(self._several) < _ENOUGH:
+        single = self.single_seconds
+        if single is None or len(self._several) < _ENOUGH:
             return _EXPECTED_SLOPE
-        single = median(self._single)
         slope = median((seconds / single - 1) / (tokens - 1) for tokens, seconds in self._several)
         return min(max(slope, _SLOPES[0]), _SLOPES[1])
 

@@ -109,6 +109,10 @@ class TextCodec:
         """Number of tokens, added ones included; the embedding may have more rows."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
     @cached_property
     def longest_token(self) -> int:
         """Characters of the longest token: n tokens stand for at most n times as many.

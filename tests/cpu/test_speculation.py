@@ -1,12 +1,18 @@
 """What proposes tokens: the n-gram index, how many tokens pay, and when nothing is proposed."""
 
+import random
+from collections.abc import Iterator, Sequence
+
 import pytest
 
 from numba_atomflow.speculation.acceptance_rates import AcceptanceRates
+from numba_atomflow.speculation.draft_cost import DraftCost
 from numba_atomflow.speculation.draft_length import Balance, best_length, expected_tokens
+from numba_atomflow.speculation.draft_model import DraftModel, GreedyTokens, ModelDrafter
 from numba_atomflow.speculation.drafter import StepResult
 from numba_atomflow.speculation.ngram_index import LENGTHS, Match, NgramIndex
 from numba_atomflow.speculation.prompt_lookup import PromptLookup
+from numba_atomflow.speculation.recent_rate import RecentRate
 from numba_atomflow.speculation.step_cost import StepCost
 
 # --- the index -------------------------------------------------------------------------------------------------------
@@ -147,3 +153,126 @@ def test_a_text_in_which_every_proposal_is_wrong_loses_two_percent_at_most() -> 
     steps, cost = decode([1, 2, 3, 4], reply)
     assert cost < 1.02 * len(reply)
     assert cost > steps  # something was proposed
+
+
+# --- a draft model ---------------------------------------------------------------------------------------------------
+
+STEP = 0.01  # seconds of a step of one token
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class ScriptedModel:
+    """Proposes the true reply, each token with a probability; its time passes on the clock."""
+
+    def __init__(self, clock: Clock, rate: float, ratio: float, feeding: float = 0.0) -> None:
+        self._clock, self._rate, self._ratio, self._feeding = clock, rate, ratio, feeding
+        self._random, self._held = random.Random(1), 0
+        self.max_seq_len, self.text, self.asked = 10**6, list[int](), 0
+
+    def continue_greedily(self, token_ids: Sequence[int], count: int) -> GreedyTokens:
+        self.asked += 1
+        fed, started = len(token_ids) - self._held, self._clock.now
+        self._clock.now += STEP * (self._ratio + (fed * self._feeding if fed > 8 else 0))
+        first, self._held = self._clock.now - started, len(token_ids)
+        self._clock.now += STEP * self._ratio * (count - 1)
+        right = self.text[len(token_ids) : len(token_ids) + count]
+        return GreedyTokens([token if self._random.random() < self._rate else -1 for token in right], fed, first)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr("numba_atomflow.speculation.draft_model.time", clock)
+    return clock
+
+
+def generate(draft: DraftModel, clock: Clock, model: ScriptedModel, slope: float, prompt: int, reply: int) -> float:
+    """Generate a reply; its cost in steps of one token, the draft model's time included."""
+    model.text = [*range(prompt + reply)]
+    drafter, length, started = ModelDrafter(draft), prompt + 1, clock.now
+    while length < len(model.text):
+        proposed = drafter.propose(model.text[:length], min(7, len(model.text) - length - 1))
+        accepted = 0
+        while accepted < len(proposed) and proposed[accepted] == length + accepted:
+            accepted += 1
+        seconds = STEP * (1 + slope * len(proposed))
+        clock.now += seconds
+        drafter.observe(StepResult(len(proposed), accepted, seconds))
+        length += accepted + 1
+    return (clock.now - started) / STEP
+
+
+def draft_model(model: ScriptedModel, expected_ratio: float = 0.1) -> DraftModel:
+    return DraftModel(model, 10**6, StepCost(), expected_ratio)
+
+
+@pytest.mark.parametrize(("rate", "ratio", "gain"), [(0.8, 0.1, 1.6), (0.9, 0.1, 2.1), (0.8, 0.4, 1.05)])
+def test_a_draft_model_that_is_often_right_pays(clock: Clock, rate: float, ratio: float, gain: float) -> None:
+    model = ScriptedModel(clock, rate, ratio)
+    assert 600 / generate(draft_model(model), clock, model, slope=0.1, prompt=20, reply=600) > gain
+
+
+@pytest.mark.parametrize(("rate", "ratio", "expected"), [(0.0, 0.1, 0.1), (0.2, 0.3, 0.1), (0.99, 1.5, 0.01)])
+def test_a_draft_model_that_does_not_pay_loses_a_step_and_one_percent(
+    clock: Clock, rate: float, ratio: float, expected: float
+) -> None:
+    """Also one that is right and slower than it was thought to be, and one that has to take in a lot of text again."""
+    for feeding in (0.0, 0.05):
+        model = ScriptedModel(clock, rate, ratio, feeding)
+        cost = generate(draft_model(model, expected), clock, model, slope=0.2, prompt=8, reply=2000)
+        assert cost < 1.01 * 2000 + 1 + 7 * ratio  # the first proposal goes by the expected ratio
+        assert model.asked > 0
+
+
+def test_a_draft_model_that_is_as_slow_as_the_other_is_never_asked(clock: Clock) -> None:
+    model = ScriptedModel(clock, rate=1.0, ratio=1.0)
+    assert generate(draft_model(model, 1.0), clock, model, slope=0.2, prompt=8, reply=200) == pytest.approx(199)
+    assert model.asked == 0
+
+
+def test_the_prompt_of_a_draft_model_is_not_held_against_it(clock: Clock) -> None:
+    model = ScriptedModel(clock, rate=0.9, ratio=0.1, feeding=0.02)
+    cost = generate(draft_model(model), clock, model, slope=0.1, prompt=5000, reply=600)
+    assert 100 < cost < 100 + 600 / 2
+
+
+def test_steps_of_one_token_are_measured_again_and_again(clock: Clock) -> None:
+    model = ScriptedModel(clock, rate=1.0, ratio=0.05)
+    draft = draft_model(model)
+    generate(draft, clock, model, slope=0.1, prompt=8, reply=2000)
+    assert len(draft.steps._single) == 3 + model.asked // 64 >= 5
+    assert draft.cost.per_token(STEP) == pytest.approx(0.05)
+
+
+def test_a_rate_follows_the_recent_text_and_returns_to_what_is_expected() -> None:
+    rate = RecentRate()
+    expected = rate.rate
+    for _ in range(50):
+        rate.count(4, 0)
+    assert rate.rate < 0.05
+    for _ in range(500):
+        rate.count(0, 0)
+    assert rate.rate == pytest.approx(expected, abs=0.1)
+    for _ in range(50):
+        rate.count(4, 4)
+    assert rate.rate > 0.95
+
+
+def test_what_a_draft_model_costs_is_measured() -> None:
+    cost = DraftCost(0.2)
+    assert cost.per_token(STEP) == 0.2
+    assert cost.of_feeding(100, STEP) == pytest.approx(100 * 0.2 / 4)
+    for seconds in (0.002, 0.5, 0.002):
+        cost.observe_proposal(2, 2 * seconds)
+        cost.observe_feeding(50, seconds)
+    assert cost.per_token(STEP) == pytest.approx(0.2)
+    assert cost.of_feeding(100, STEP) == pytest.approx(0.4)

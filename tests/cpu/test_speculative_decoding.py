@@ -268,7 +268,7 @@ def test_what_is_no_drafter_is_refused(engine: Engine, drafter: Any) -> None:
 def test_contradictions_are_refused(engine: Engine) -> None:
     with pytest.raises(OptionError, match='There is a drafter, but speculate is "off"'):
         engine.generate_tokens(PROMPT, SamplingParams(speculate="off"), drafter=Fixed())
-    with pytest.raises(OptionError, match=r'speculate is .often.; it must be "auto", "off" or "lookup"'):
+    with pytest.raises(OptionError, match=r'speculate is .often.; it must be "auto", "off", "lookup" or "draft"'):
         SamplingParams(speculate="often")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="speculate is 7"):
         SamplingParams(speculate=7)  # type: ignore[arg-type]
