@@ -3,7 +3,7 @@
 All calls use the current context of the calling thread.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import Tiling, View
 
 _HEADROOM = 64 << 20  # bytes for the driver: code and launches
+_STAGED_ALIGNMENT = 16  # bytes: that of any element
 
 
 class DeviceArena:
@@ -138,3 +139,29 @@ class PinnedArray:
         self.view = View("pinned", address, shape, dtype)
         self.array = View("pinned", pointer, shape, dtype).host_array()
         self.array[:] = 0
+
+
+class StagedWrites:
+    """Writes to device memory, in stream order, that the host does not wait for. Values are copied from pinned memory,
+    which `resources` owns; only when it is full, a write waits for those before it.
+
+    Args:
+        nbytes: of that memory; no write has more.
+    """
+
+    def __init__(self, nbytes: int, stream: Any, resources: Resources) -> None:
+        self._stream = stream
+        self._pinned = PinnedArray((nbytes,), "uint8", resources)
+        self._used = 0
+
+    def write(self, view: View, values: Sequence[int] | NDArray[Any]) -> None:
+        """Copy values to the first elements of a view, which is contiguous."""
+        count = len(values)
+        nbytes = count * np.dtype(view.dtype).itemsize
+        if self._used + nbytes > len(self._pinned.array):
+            call("cuStreamSynchronize", self._stream)  # every copy is done then
+            self._used = 0
+        staged = self._pinned.array[self._used : self._used + nbytes].view(view.dtype)
+        staged[:] = values
+        self._used += -(-nbytes // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
+        copy_to_device(view.address, staged, self._stream)

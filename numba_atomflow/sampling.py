@@ -256,7 +256,7 @@ class Sampler:
     """Samples the tokens of one generation.
 
     Attributes:
-        seed: of the draws.
+        seed: of the draws; 0 if nothing is drawn and none was given.
         seen: bool [V], the tokens in the context.
         constraint_seconds: spent in the constraint so far.
     """
@@ -271,9 +271,9 @@ class Sampler:
         self.params = params
         self._constraint = constraint
         self.constraint_seconds = 0.0
-        self.seed = (
-            int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if params.seed is None else params.seed
-        )
+        self.seed = params.seed or 0
+        if params.seed is None and not params.greedy:
+            self.seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
         self._draws = 0
         self.seen = np.zeros(vocabulary, np.bool_)
         self.seen[np.asarray(context, np.int64)] = True

@@ -18,7 +18,7 @@ from numba_atomflow.backends.cuda.measure import CudaMeasurements
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.plan import cuda_plan
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path, most_chunk_tokens
-from numba_atomflow.backends.cuda.queue import GraphSteps, PromptStaging, StepQueue, TokenRing
+from numba_atomflow.backends.cuda.queue import GraphSteps, StepQueue, TokenRing
 from numba_atomflow.backends.cuda.verify import WideSteps
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.resources import DeviceResources
@@ -120,7 +120,6 @@ class CudaBackend:
         resources = self._owner.resources
         self.stream = resources.stream()
         self._model = DeviceModel(self.kernels, self.plan, self.stream, resources)
-        self._prompts = PromptStaging(self.stream, resources)
         self._ring = TokenRing(resources)
         self._logprob_ring = LogprobRing(resources)
 
@@ -307,7 +306,10 @@ class CudaBackend:
         """
         self._check(tokens)
         padded = [*tokens, *repeat(tokens[-1], columns - len(tokens))] if columns else tokens
-        self._prompts.send(padded, self._model.buffers["tokens"], self._model.buffers.get("count"))
+        buffers, staged = self._model.buffers, self._model.staged
+        staged.write(buffers["tokens"], padded)
+        if "count" in buffers:
+            staged.write(buffers["count"], [len(padded)])
 
     def _check_wide_step(self) -> None:
         """Raise if the watchdog tripped in a prompt's step: unlike in a decode step, its token does not show that."""

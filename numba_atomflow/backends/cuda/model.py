@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numba_atomflow.backends.choose import LARGEST_CHUNK
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.plan import AttentionScratch, SamplingState
 from numba_atomflow.device.resources import Resources
-from numba_atomflow.memory.device import DeviceArena, DeviceMemory
+from numba_atomflow.memory.device import DeviceArena, DeviceMemory, StagedWrites
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.rope_tables import rope_tables, tables_of
@@ -23,6 +24,8 @@ from numba_atomflow.utils.progress import Progress
 if TYPE_CHECKING:
     from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels
 
+STAGED_BYTES = 8 * LARGEST_CHUNK  # of prompts and options of sampling, that may wait for their copy to the device
+
 
 class DeviceModel:
     """The static buffers of a model's steps: their addresses never change.
@@ -31,7 +34,7 @@ class DeviceModel:
         resources: owns the arena.
 
     Attributes:
-        memory: reads and writes views.
+        memory: reads and writes views. staged: writes without waiting.
         buffers: all views but the weights, by name. weight_views: those of the weights.
         sampling, attention: views of the workspace that kernels take beside an op's own.
 
@@ -43,7 +46,7 @@ class DeviceModel:
         self.kernels, self.geometry = kernels, kernels.geometry
         self.stream = stream
         self._arena = DeviceArena(plan, resources)
-        self.memory = DeviceMemory(stream)
+        self.memory, self.staged = DeviceMemory(stream), StagedWrites(STAGED_BYTES, stream, resources)
         self.buffers = {b.name: self._arena[b.name] for b in plan.buffers if b.pool != "weights"}
         self.weight_views = {b.name: self._arena[b.name] for b in plan.buffers if b.pool == "weights"}
         self.weights = self._weights()
@@ -125,12 +128,12 @@ class DeviceModel:
         self.reset_argmax()
 
     def set_sampler(self, sampler: Sampler) -> None:
-        """Options, seed and context of the tokens to sample from here on."""
-        write_sampler(self.memory, self.sampling, sampler)
+        """Options, seed and context of the tokens to sample from here on. Does not wait."""
+        write_sampler(self.staged, self.sampling, sampler)
 
     def set_position(self, position: int) -> None:
-        """The position at which the next token is written."""
-        self.memory.write(self.buffers["position"], np.array([position]))
+        """The position at which the next token is written. Does not wait."""
+        self.staged.write(self.buffers["position"], [position])
 
     def reset_argmax(self) -> None:
         """Clear the running arg-max of the logits."""
@@ -141,13 +144,16 @@ class DeviceModel:
         return int(self.memory.read(self.sampling.tokens_posted)[0])
 
 
-def write_sampler(memory: DeviceMemory, sampling: SamplingState, sampler: Sampler) -> None:
-    """Options, seed and context of the tokens to sample, as the kernels read them."""
+def write_sampler(staged: StagedWrites, sampling: SamplingState, sampler: Sampler) -> None:
+    """Options, seed and context of the tokens to sample, as the kernels read them. Without a penalty it makes no
+    difference which tokens are in the context.
+    """
     params = sampler.params
     temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature else 0.0
     options = [temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
-    seen, bitmap = np.packbits(sampler.seen, bitorder="little"), np.zeros(sampling.seen.shape, np.uint32)
-    bitmap.view(np.uint8)[: len(seen)] = seen
-    memory.write(sampling.options, np.array(options, np.float64))
-    memory.write(sampling.generator, np.array([sampler.seed, 0], np.uint64))
-    memory.write(sampling.seen, bitmap)
+    staged.write(sampling.options, np.array(options, np.float64))
+    staged.write(sampling.generator, np.array([sampler.seed, 0], np.uint64))
+    if params.repetition_penalty != 1.0:
+        seen, bitmap = np.packbits(sampler.seen, bitorder="little"), np.zeros(sampling.seen.shape, np.uint32)
+        bitmap.view(np.uint8)[: len(seen)] = seen
+        staged.write(sampling.seen, bitmap)

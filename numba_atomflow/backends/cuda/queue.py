@@ -1,16 +1,16 @@
 """Asynchronous run-ahead: steps are queued on the GPU before the host needs their tokens.
 
-To the device, a prompt's chunks are copied from pinned memory in stream order. To the host, a step's last kernel posts
+To the device, a prompt's chunks are copied from pinned memory in stream order, and so are the options of sampling and
+the position: the host waits for none of them. To the host, a step's last kernel posts
 each sampled token, with its number, to a ring in pinned memory that the host polls: no synchronisation with the stream.
 Run-ahead counts sampling steps, not tokens; today a step samples one token, so that the token's number is the step's.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-from numba_atomflow.backends.choose import LARGEST_CHUNK
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.kernels import TOKEN_RING
 from numba_atomflow.backends.cuda.model import DeviceModel
@@ -19,40 +19,13 @@ from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import DeviceResources, Resources, closed_error
 from numba_atomflow.errors import CheckpointError, non_finite_logits
 from numba_atomflow.memory.bounds import check_range
-from numba_atomflow.memory.device import PinnedArray, copy_to_device
+from numba_atomflow.memory.device import PinnedArray
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import SAMPLE, Head
 
 RUN_AHEAD = 3  # decode steps that are queued before they are requested; at a generation's end they are discarded
-_STAGED_TOKENS = LARGEST_CHUNK  # of prompts, that may wait for their copy to the device
-_STAGED_CHUNKS = 256
 POLLS = 2000  # of pinned memory (some 100 us) between checks of the stream
 _ID_BITS = 31
-
-
-class PromptStaging:
-    """Pinned memory from which prompts are copied to the device. `resources` owns it."""
-
-    def __init__(self, stream: Any, resources: Resources) -> None:
-        self._stream = stream
-        self._pinned = PinnedArray((_STAGED_TOKENS,), "int32", resources)
-        self._counts = PinnedArray((_STAGED_CHUNKS,), "int64", resources)
-        self._used = self._chunks = 0
-
-    def send(self, tokens: Sequence[int], target: View, count: View | None = None) -> None:
-        """Copy a chunk's tokens to `target`, and their number to `count`, in stream order."""
-        if self._used + len(tokens) > _STAGED_TOKENS or self._chunks == _STAGED_CHUNKS:
-            call("cuStreamSynchronize", self._stream)  # every copy is done then
-            self._used = self._chunks = 0
-        staged = self._pinned.array[self._used : self._used + len(tokens)]
-        staged[:] = tokens
-        self._used += len(tokens)
-        copy_to_device(target.address, staged, self._stream)
-        if count is not None:
-            number = self._counts.array[self._chunks : self._chunks + 1]
-            number[:] = len(tokens)
-            self._chunks += 1
-            copy_to_device(count.address, number, self._stream)
 
 
 class TokenRing:

@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
-from numba_atomflow.backends.cuda.model import write_sampler
+from numba_atomflow.backends.cuda.model import STAGED_BYTES, write_sampler
 from numba_atomflow.backends.cuda.persistent import kv_stride, step_views, weight_table
 from numba_atomflow.backends.cuda.plan import SamplingState
-from numba_atomflow.backends.cuda.queue import PromptStaging, TokenRing
+from numba_atomflow.backends.cuda.queue import TokenRing
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.device.driver import Device, call
 from numba_atomflow.device.resources import DeviceResources
-from numba_atomflow.memory.device import DeviceArena, DeviceMemory
+from numba_atomflow.memory.device import DeviceArena, DeviceMemory, StagedWrites
 from numba_atomflow.memory.kv_cache import NAME as KV_CACHE
 from numba_atomflow.memory.plan import MemoryPlan
 from numba_atomflow.memory.view import View
@@ -59,7 +59,7 @@ class Rank:
             self._arena = DeviceArena(plan, resources)
             self.memory = DeviceMemory(self.stream)
             self.ring, self.logprob_ring = TokenRing(resources), LogprobRing(resources)
-            self._staging = PromptStaging(self.stream, resources)
+            self._staged = StagedWrites(STAGED_BYTES, self.stream, resources)
         self.buffers = {b.name: self._arena[b.name] for b in plan.buffers if b.pool != "weights"}
         self.weight_views = {b.name: self._arena[b.name] for b in plan.buffers if b.pool == "weights"}
         self._sampling = SamplingState.of(self.buffers)
@@ -175,7 +175,7 @@ class Rank:
 
     def send(self, token: int) -> None:
         """The token of the next step, which the host has chosen."""
-        self._staging.send([token], self.buffers["tokens"])
+        self._staged.write(self.buffers["tokens"], [token])
 
     def run_prompt(self) -> None:
         """A step without logits."""
@@ -243,11 +243,11 @@ class Rank:
 
     def set_sampler(self, sampler: Sampler) -> None:
         """Options, seed and context of the tokens to sample from here on."""
-        write_sampler(self.memory, self._sampling, sampler)
+        write_sampler(self._staged, self._sampling, sampler)
 
     def set_position(self, position: int) -> None:
         """The position at which the next token is written."""
-        self.memory.write(self.buffers["position"], np.array([position]))
+        self._staged.write(self.buffers["position"], [position])
 
     def reset_argmax(self) -> None:
         """Clear the running arg-max of the logits."""
