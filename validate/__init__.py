@@ -11,6 +11,7 @@
 """
 
 from numba_atomflow.validate.compare import check
+from numba_atomflow.validate.gpus import GpusReport, StepBits, compare_gpus, record_steps
 from numba_atomflow.validate.ground_truth import check_fits, open_ground_truth, save_ground_truth
 from numba_atomflow.validate.html import html_page
 from numba_atomflow.validate.hugging_face import make_ground_truth, original_logits
@@ -25,6 +26,7 @@ from numba_atomflow.validate.widths import WidthResult, WidthsReport, check_widt
 
 __all__ = [
     "Fault",
+    "GpusReport",
     "LogitsResult",
     "Precision",
     "Probe",
@@ -34,12 +36,14 @@ __all__ = [
     "ReplayedPart",
     "Report",
     "SignFlip",
+    "StepBits",
     "WidthResult",
     "WidthsReport",
     "all_probes",
     "check",
     "check_fits",
     "check_widths",
+    "compare_gpus",
     "html_page",
     "inject",
     "junit_xml",
@@ -47,6 +51,7 @@ __all__ = [
     "open_ground_truth",
     "original_logits",
     "record",
+    "record_steps",
     "replay",
     "save_ground_truth",
 ]

@@ -20,6 +20,7 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead, Op
 from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.utils.progress import Progress
+from numba_atomflow.validate.bits import compare_bits
 
 POSITIONS = 64  # that are compared
 
@@ -196,17 +197,8 @@ def _read(backend: Backend, start: int, cache: Sequence[Attention]) -> dict[str,
 
 
 def _compared(width: int, expected: _Bits, actual: _Bits, start: int) -> WidthResult:
-    """Two runs, bit by bit: NaN equals NaN, and 0 is not -0."""
-    elements = different = 0
-    first: tuple[int, str] | None = None
-    pairs = [(name, expected.cache[name], rows) for name, rows in actual.cache.items()]
-    for name, ours, theirs in [*pairs, ("logits", expected.logits, actual.logits)]:
-        bits = np.dtype(f"u{ours.dtype.itemsize}")
-        differs = np.ascontiguousarray(ours).view(bits) != np.ascontiguousarray(theirs).view(bits)
-        elements, different = elements + differs.size, different + int(differs.sum())
-        if differs.any():
-            row = int(differs.any(axis=1).argmax())
-            first = (row, name) if first is None or row < first[0] else first
-    if first is None:
-        return WidthResult(width, elements)
-    return WidthResult(width, elements, different, start + first[0], first[1])
+    """Two runs, bit by bit."""
+    parts = [(name, expected.cache[name], rows) for name, rows in actual.cache.items()]
+    found = compare_bits([*parts, ("logits", expected.logits, actual.logits)])
+    position = None if found.row is None else start + found.row
+    return WidthResult(width, found.elements, found.different, position, found.part)

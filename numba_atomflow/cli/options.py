@@ -5,7 +5,7 @@ Ranges are checked in one place, by `SamplingParams` and `Engine.load`.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -177,6 +177,10 @@ class EngineOptions(OptionGroup):
     def on_cpu(self) -> "EngineOptions":
         """The same for the CPU backend, without what only the CUDA backend has."""
         return EngineOptions(BackendChoice.CPU, threads=self.threads, private_copy=self.private_copy)
+
+    def on_one_gpu(self) -> "EngineOptions":
+        """The same on one GPU, in the kernel that several have."""
+        return replace(self, gpus="1", decode=DecodeChoice.PERSISTENT, prefill=PrefillChoice.GEMV)
 
 
 def gpus_of(text: str) -> int | Literal["all"]:

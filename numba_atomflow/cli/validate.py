@@ -1,6 +1,7 @@
 """``numba-atomflow validate``: every layer compared with a reference, down to the first op that diverges."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -8,6 +9,7 @@ import typer
 
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
 from numba_atomflow.cli import options, output
+from numba_atomflow.cli.diff_gpus import check_several_gpus, show_diff_gpus
 from numba_atomflow.cli.ground_truth import read_prompt
 from numba_atomflow.cli.report_files import ReportFiles
 from numba_atomflow.cli.widths import parse_widths, show_widths
@@ -30,6 +32,7 @@ Examples:
   numba-atomflow validate --ground-truth truth.safetensors --added --html report.html --junit report.xml
   numba-atomflow validate --replay 3 --prompt "The capital of France is"
   numba-atomflow validate --widths 1,2,4,8 --prompt "The capital of France is"
+  numba-atomflow validate my-model.safetensors --gpus 2 --diff-gpus --prompt "The capital of France is"
 
 \b
 Exit code: 0 all probes pass, 1 some fail, 2 the validation could not run.
@@ -52,6 +55,9 @@ def validate(
     diff_chunks: Annotated[
         bool,
         typer.Option("--diff-chunks", help="Compare a prompt in chunks with the same prompt token by token."),
+    ] = False,
+    diff_gpus: Annotated[
+        bool, typer.Option("--diff-gpus", help="Compare every bit of the decode steps of --gpus N with those of one.")
     ] = False,
     replay: Annotated[
         int | None,
@@ -109,22 +115,27 @@ def validate(
 
     The reference is a run of transformers (a ground truth), the CPU backend, or the same backend token by token. The
     last line names the first probe that fails, and the op at fault. --replay has no reference: it runs one prompt
-    several times. Nor has --widths: it runs one text in steps of different numbers of tokens.
+    several times. Nor has --widths: it runs one text in steps of different numbers of tokens. That of --diff-gpus is
+    one GPU.
     """
-    _check_combination(ground_truth, diff_backends, diff_chunks, replay, widths, engine_options)
+    whole_runs = {"--replay": replay is not None, "--widths": widths is not None, "--diff-gpus": diff_gpus}
+    _check_combination([ground_truth is not None, diff_backends, diff_chunks], whole_runs, engine_options)
     layer_range = _parse_layers(layers)
     files = ReportFiles(plot, junit, html)
     files.check()
     text = None if prompt is None else read_prompt(prompt)
-    if (replay is not None or widths is not None) and (
-        isolate or added or layers is not None or block is not None or inject or plot
-    ):
+    whole_run = next((name for name, given in whole_runs.items() if given), None)
+    if whole_run and (isolate or added or layers is not None or block is not None or inject or plot):
         raise OptionError(
-            "--replay and --widths compare whole runs; leave --isolate, --added, --layers, --block and --plot out."
+            f"{whole_run} compares whole runs; leave --isolate, --added, --layers, --block and --plot out."
         )
-    if widths is not None:
-        if junit or html:
-            raise OptionError("--widths writes no report files; leave --junit and --html out, and take --json.")
+    if whole_run in ("--widths", "--diff-gpus") and (junit or html):
+        raise OptionError(f"{whole_run} writes no report files; leave --junit and --html out, and take --json.")
+    if diff_gpus:
+        check_several_gpus(engine_options)
+        ids = _encode(model, text, decode_steps, "--diff-gpus")
+        passed = show_diff_gpus(model, ids, decode_steps, engine_options, as_json=as_json)
+    elif widths is not None:
         ids = _encode(model, text, 0, "--widths")
         passed = show_widths(model, ids, parse_widths(widths), engine_options, as_json=as_json)
     elif replay is not None:
@@ -142,20 +153,15 @@ def validate(
 
 
 def _check_combination(
-    ground_truth: Path | None,
-    diff_backends: bool,
-    diff_chunks: bool,
-    replay: int | None,
-    widths: str | None,
-    engine_options: options.EngineOptions,
+    references: Sequence[bool], whole_runs: Mapping[str, bool], engine_options: options.EngineOptions
 ) -> None:
-    whole_runs = (replay is not None) + (widths is not None)
-    if (ground_truth is not None) + diff_backends + diff_chunks + whole_runs != 1:
+    """Which references, and which checks of whole runs, are asked for."""
+    if sum([*references, *whole_runs.values()]) != 1:
         raise OptionError(
-            "A validation needs one reference; give --ground-truth, --diff-backends, --diff-chunks, --replay or "
-            "--widths."
+            "A validation needs one reference; give --ground-truth, --diff-backends, --diff-chunks, --replay, --widths "
+            "or --diff-gpus."
         )
-    if engine_options.prefill is options.PrefillChoice.FP8 and not whole_runs:
+    if engine_options.prefill is options.PrefillChoice.FP8 and not any(whole_runs.values()):
         raise OptionError(
             "validate allows for no rounding of activations to FP8; use --prefill gemm, and perplexity to measure fp8."
         )

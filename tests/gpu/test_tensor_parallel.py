@@ -15,6 +15,8 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Memory
 from numba_atomflow.errors import BackendError
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead, Op
+from numba_atomflow.sampling import Sampler
+from numba_atomflow.validate import compare_gpus, record_steps
 
 POSITIONS = 400
 GEOMETRY = tiny_geometry(  # 8-row tiles of "o" and "down", three query heads per key, as Llama 3.2 3B has
@@ -112,6 +114,7 @@ class _Logits:
 def test_steps_op_by_op_have_the_bits_of_whole_ones(two: Engine) -> None:
     prompt = [5, 3999, 17, 2001]
     two.reset()
+    two.backend.start(Sampler(SamplingParams(), GEOMETRY.vocabulary, prompt))
     expected = two.feed(prompt, all_logits=True)
     cache = keys_and_values(two, len(prompt))
     two.backend.seek(0)
@@ -122,3 +125,18 @@ def test_steps_op_by_op_have_the_bits_of_whole_ones(two: Engine) -> None:
         assert two.backend.sampled_tokens() == (int(logits.argmax()),)
     for before, after in zip(cache, keys_and_values(two, len(prompt)), strict=True):
         np.testing.assert_array_equal(before.view(np.uint16), after.view(np.uint16))
+
+
+def test_the_check_of_all_bits_passes_and_finds_a_wrong_weight(one: Engine, two: Engine) -> None:
+    prompt = [int(token) for token in np.random.default_rng(6).integers(GEOMETRY.vocabulary, size=20)]
+    expected = record_steps(one.backend, GEOMETRY, prompt, 40)
+    assert compare_gpus(expected, record_steps(two.backend, GEOMETRY, prompt, 40)).passed
+    rank = two.backend._ranks[1]  # type: ignore[attr-defined]
+    with rank.owner.current():
+        view = rank.weight_views["layer.1.down"]
+        words = rank.memory.read(view)
+        rank.memory.write(view, words ^ np.uint32(0x80))  # other signs of some weights
+    report = compare_gpus(expected, record_steps(two.backend, GEOMETRY, prompt, 40))
+    with rank.owner.current():
+        rank.memory.write(view, words)
+    assert (report.passed, report.part, report.position) == (False, "layer.2.k", 0)
