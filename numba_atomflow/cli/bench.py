@@ -24,6 +24,7 @@ Examples:
   numba-atomflow bench --compare before.json
   numba-atomflow bench --backend cuda --decode graph            a CUDA graph instead of the persistent kernel
   numba-atomflow bench --workload prompts.jsonl                 real text, with and without speculation
+  numba-atomflow bench large.safetensors --draft small.safetensors --workload prompts.jsonl
 
 \b
 Every figure is a median, with the 10th and 90th percentile in brackets.
@@ -60,6 +61,7 @@ def bench(
             'for each, with "chat": true for a message to answer.',
         ),
     ] = None,
+    draft: options.Draft = None,
     engine_options: options.EngineOptions,
     report_options: ReportOptions,
 ) -> None:
@@ -73,8 +75,10 @@ def bench(
             raise OptionError(
                 "--workload takes neither --geometry, --compare, --depths nor --prompt-tokens; leave them out."
             )
-        _bench_workload(chosen_model, workload, decode_tokens, repeats, engine_options, report_options.format)
+        _bench_workload(chosen_model, workload, decode_tokens, repeats, draft, engine_options, report_options.format)
         return
+    if draft is not None:
+        raise OptionError("--draft needs real text, which random tokens are not; give --workload FILE as well.")
 
     from numba_atomflow.perf import bench as benchmark
 
@@ -108,6 +112,7 @@ def _bench_workload(
     path: Path,
     decode_tokens: int,
     repeats: int,
+    draft: str | None,
     engine_options: options.EngineOptions,
     form: Format,
 ) -> None:
@@ -118,7 +123,7 @@ def _bench_workload(
 
     prompts = read_workload(path)
     positions = choose_max_seq_len(model.geometry, None)
-    with model.open(engine_options, positions) as engine, output.steps_bar() as progress:
+    with model.open(engine_options, positions, draft) as engine, output.steps_bar() as progress:
         report = measure_workload(engine, path, prompts, decode_tokens, repeats, progress)
     workload_report.show(report, form)
 

@@ -34,6 +34,7 @@ def chat(
     sampling: options.SamplingOptions,
     template_var: options.TemplateVar = None,
     max_seq_len: options.MaxSeqLen = None,
+    draft: options.Draft = None,
     engine_options: options.EngineOptions,
     raw_output: options.RawOutput = False,
     as_json: Annotated[
@@ -45,6 +46,7 @@ def chat(
     if as_json and sys.stdin.isatty():
         raise OptionError("--json is for a conversation through a pipe; give the messages on standard input.")
 
+    sampling.check_draft(draft)
     variables = options.template_variables(template_var)
 
     from numba_atomflow.text import template_process
@@ -53,5 +55,5 @@ def chat(
         from numba_atomflow.cli.chat_session import ChatSession
 
         params = sampling.params()
-        with engine_options.load(model, max_seq_len) as engine:
+        with engine_options.load(model, max_seq_len, draft) as engine:
             ChatSession(engine, params, system, variables, quiet=quiet, as_json=as_json, raw_output=raw_output).run()

@@ -30,6 +30,7 @@ Examples:
   numba-atomflow generate --file book-and-question.txt --load-state book.kv
   numba-atomflow generate --chat "Invent a person." --json-schema person.json
   numba-atomflow generate "The capital of France is" --max-tokens 3 --logprobs 5
+  numba-atomflow generate --model large.safetensors --draft small.safetensors "Once upon a time"
   numba-atomflow generate "1, 2, 3," --json | jq .stats.tokens_per_second
 """
 
@@ -59,6 +60,7 @@ def generate(
     ignore_eos: options.IgnoreEos = False,
     template_var: options.TemplateVar = None,
     max_seq_len: options.MaxSeqLen = None,
+    draft: options.Draft = None,
     state: options.StateOptions,
     engine_options: options.EngineOptions,
     raw_output: options.RawOutput = False,
@@ -75,13 +77,14 @@ def generate(
     if variables and not chat:
         raise OptionError("--template-var is for chat templates; give --chat as well.")
     state.check()
+    sampling.check_draft(draft)
     constraint = constraints.constraint()
 
     from numba_atomflow.text import template_process
 
     with template_process.prestarted() if chat else nullcontext():  # starts while numba is imported
         params = replace(sampling.params(ignore_eos, constraint), **vars(logprobs))
-        with engine_options.load(model, max_seq_len) as engine:
+        with engine_options.load(model, max_seq_len, draft) as engine:
             state.load(engine)
             generation = (
                 engine.chat([{"role": "user", "content": text}], params, template_variables=variables)
@@ -143,12 +146,16 @@ def _report(engine: "Engine", generation: "Generation") -> str:
             f"accepted {stats.accepted} of {stats.proposed} proposed tokens, "
             f"{stats.mean_accepted_length:.2f} tokens per step\n"
         )
+    draft = ""
+    if engine.draft is not None:
+        name = engine.draft.checkpoint.path.stem
+        draft = f"draft    {name}, {stats.drafting_seconds:.2f} of {stats.decode_seconds:.2f} s of decoding\n"
     backend = engine.backend
     cached = f", {stats.reused_tokens} of them cached" if stats.reused_tokens else ""
     return (
         f"\nbackend  {backend.name} ({backend.device}), loaded in {engine.load_seconds:.2f} s\n"
         f"prompt   {stats.prompt_tokens} tokens{cached}, TTFT {stats.ttft:.3f} s\n"
-        f"decode   {stats.tokens} tokens, {speed}\n{accepted}{constraint}"
+        f"decode   {stats.tokens} tokens, {speed}\n{accepted}{draft}{constraint}"
         f"finish   {generation.finish_reason}"
     )
 
@@ -164,6 +171,7 @@ def _record(engine: "Engine", generation: "Generation", params: "SamplingParams"
             "path": str(engine.checkpoint.path),
             "parameters": engine.geometry.parameter_count(),
             "max_seq_len": engine.max_seq_len,
+            "draft": None if engine.draft is None else str(engine.draft.checkpoint.path),
         },
         "sampling": {name: getattr(params, name) for name in (*sampling, "ignore_eos")},
         "backend": {"name": engine.backend.name, "device": engine.backend.device},

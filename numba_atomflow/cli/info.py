@@ -23,6 +23,7 @@ Examples:
   numba-atomflow info my-model.safetensors --verify    read every weight
   numba-atomflow info my-model.safetensors --max-seq-len 2048 --backend cuda --json
   numba-atomflow info my-model.safetensors --gpus 4    the memory plan of each of four GPUs
+  numba-atomflow info large.safetensors --draft small.safetensors
 """
 
 Table = list[tuple[str, str]]
@@ -37,6 +38,7 @@ def info(
     verify: Annotated[bool, typer.Option("--verify", help="Read and check every weight.")] = False,
     backend: options.Backend = options.BackendChoice.AUTO,
     gpus: options.Gpus = "1",
+    draft: options.Draft = None,
     as_json: options.Json = False,
 ) -> None:
     """Show a checkpoint, or this machine.
@@ -49,11 +51,15 @@ def info(
             "--max-seq-len": max_seq_len,
             "--backend": backend != "auto",
             "--gpus": gpus != "1",
+            "--draft": draft is not None,
         }
         for option in (name for name, value in given.items() if value):
             raise OptionError(f"{option} needs a model; name a checkpoint.")
         _show(_machine(), as_json, _machine_table)
         return
+
+    if draft is not None and gpus != "1":
+        raise OptionError("--draft is for one GPU; leave it out, or use --gpus 1.")
 
     from numba_atomflow.checkpoint.find import find_checkpoint
     from numba_atomflow.checkpoint.format import Checkpoint
@@ -61,7 +67,10 @@ def info(
     with Checkpoint.open(find_checkpoint(model)) as checkpoint:
         if verify:
             checkpoint.verify()
-        _show(_model(checkpoint, max_seq_len, verify, backend, gpus), as_json, _model_table)
+        record = _model(checkpoint, max_seq_len, verify, backend, gpus)
+        if draft is not None:
+            record["draft"] = _draft(checkpoint, draft, record["memory_plan"]["max_seq_len"], backend, gpus)
+        _show(record, as_json, _model_table)
 
 
 def _show(record: dict[str, Any], as_json: bool, table: Any) -> None:
@@ -98,6 +107,28 @@ def _model(
         "verified": verified,
         "memory_plan": _memory_plan(checkpoint, max_seq_len, backend, gpus),
     }
+
+
+def _draft(
+    checkpoint: "Checkpoint", draft: str, max_seq_len: int, backend: options.BackendChoice, gpus: str
+) -> dict[str, Any]:
+    """A draft model of the checkpoint, and its memory plan.
+
+    Raises:
+        OptionError: it has other tokens.
+    """
+    from numba_atomflow.checkpoint.find import find_checkpoint
+    from numba_atomflow.checkpoint.format import Checkpoint
+    from numba_atomflow.engine.drafts import check_same_tokens
+
+    with Checkpoint.open(find_checkpoint(draft)) as smaller:
+        check_same_tokens(checkpoint, smaller)
+        positions = min(max_seq_len, smaller.geometry.max_positions)
+        return {
+            "path": str(smaller.path),
+            "parameters": smaller.geometry.parameter_count(),
+            "memory_plan": _memory_plan(smaller, positions, backend, gpus),
+        }
 
 
 def _memory_plan(
@@ -169,14 +200,35 @@ def _model_table(record: dict[str, Any]) -> Table:
         ("source", f"{source.get('path', 'unknown')} ({source.get('kind', 'unknown')})"),
         *(("  SHA-256", f"{digest}  {name}") for name, digest in source.get("sha256", {}).items()),
         ("", ""),
-        ("memory plan", f"{plan['backend']} backend, {plan['max_seq_len']:,} positions (--max-seq-len)"),
+        *_plan_table("memory plan", plan, " (--max-seq-len)"),
+        *_paths(plan),
+        *_draft_table(record),
+    ]
+
+
+def _plan_table(title: str, plan: dict[str, Any], note: str = "") -> Table:
+    return [
+        (title, f"{plan['backend']} backend, {plan['max_seq_len']:,} positions{note}"),
         *(
             (f"  {pool}", f"{output.size(count):>10}  mapped from the file")
             for pool, count in plan["mapped_bytes"].items()
         ),
         *((f"  {pool}", f"{output.size(count):>10}") for pool, count in plan["allocated_bytes"].items()),
         ("  allocated", f"{output.size(plan['allocated_total']):>10}  {_of_device(plan)}"),
-        *_paths(plan),
+    ]
+
+
+def _draft_table(record: dict[str, Any]) -> Table:
+    """The memory plan of the draft model, and of both."""
+    draft = record.get("draft")
+    if draft is None:
+        return []
+    both = record["memory_plan"]["allocated_total"] + draft["memory_plan"]["allocated_total"]
+    return [
+        ("", ""),
+        ("draft model", f"{draft['path']}, {draft['parameters']:,} parameters"),
+        *_plan_table("its memory plan", draft["memory_plan"]),
+        ("both allocated", f"{output.size(both):>10}"),
     ]
 
 

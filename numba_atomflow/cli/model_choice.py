@@ -77,14 +77,17 @@ class ChosenModel:
         """The checkpoint's path, or a geometry."""
         return self._path or self.geometry
 
-    def open(self, engine_options: options.EngineOptions, max_seq_len: int) -> "Engine":
+    def open(self, engine_options: options.EngineOptions, max_seq_len: int, draft: str | None = None) -> "Engine":
         """An engine that is ready to run, with a progress bar until then.
+
+        Args:
+            draft: a draft model, for a checkpoint only.
 
         Raises:
             OptionError: --private-copy without a file.
         """
         if self._path is not None:
-            return engine_options.load(self._path, max_seq_len)
+            return engine_options.load(self._path, max_seq_len, draft)
         if engine_options.private_copy:
             raise OptionError("--private-copy is for a model's file, and random weights have none; leave it out.")
         from numba_atomflow.engine import Engine

@@ -47,6 +47,7 @@ class SpeculateChoice(StrEnum):
     AUTO = "auto"
     OFF = "off"
     LOOKUP = "lookup"
+    DRAFT = "draft"
 
 
 class PrefillChoice(StrEnum):
@@ -134,6 +135,14 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", help="CPU threads.  [default: one per core, or the CPU quota]"),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="MODEL",
+        help="A smaller model of the same tokens, whose proposals are checked: the same text, sooner if it is good.",
+    ),
+]
 PrivateCopy = Annotated[
     bool,
     typer.Option(
@@ -154,8 +163,8 @@ class EngineOptions(OptionGroup):
     private_copy: PrivateCopy = False
     gpus: Gpus = "1"
 
-    def load(self, model: str | Path, max_seq_len: int | None) -> "Engine":
-        """An engine that is ready to run, with a progress bar until then."""
+    def load(self, model: str | Path, max_seq_len: int | None, draft: str | None = None) -> "Engine":
+        """An engine that is ready to run, with a draft model if one is named, and a progress bar until then."""
         from numba_atomflow.engine import Engine
 
         with output.loading_bar() as progress:
@@ -170,8 +179,11 @@ class EngineOptions(OptionGroup):
                 prefill=self.prefill.value,
                 prefill_chunk=self.prefill_chunk,
                 gpus=gpus_of(self.gpus),
+                draft=draft,
             )
         engine.backend.show_compiling(output.steps_bar)
+        if engine.draft is not None:
+            engine.draft.backend.show_compiling(output.steps_bar)
         return engine
 
     def on_cpu(self) -> "EngineOptions":
@@ -228,8 +240,8 @@ Speculate = Annotated[
     SpeculateChoice,
     typer.Option(
         "--speculate",
-        help="Check several proposed tokens per step: what followed the last tokens earlier (lookup), or none (off). "
-        "The text is the same, sooner; auto: lookup on a CPU.",
+        help="Check several proposed tokens per step: what followed the last tokens earlier (lookup), what --draft "
+        "generates (draft), or none (off). The text is the same, sooner; auto: draft if given, else lookup on a CPU.",
     ),
 ]
 IgnoreEos = Annotated[
@@ -269,6 +281,17 @@ class SamplingOptions(OptionGroup):
 
         rest = {"stop": tuple(self.stop or ()), "ignore_eos": ignore_eos, "constraint": constraint}
         return SamplingParams(**vars(self) | rest)
+
+    def check_draft(self, draft: str | None) -> None:
+        """Refuse a draft model that would not be used, or a missing one, before a model is loaded.
+
+        Raises:
+            OptionError: --speculate and --draft contradict each other.
+        """
+        if draft is None and self.speculate is SpeculateChoice.DRAFT:
+            raise OptionError("--speculate draft needs a draft model; give --draft MODEL as well.")
+        if draft is not None and self.speculate in (SpeculateChoice.OFF, SpeculateChoice.LOOKUP):
+            raise OptionError(f"--draft is not for --speculate {self.speculate}; leave one of them out.")
 
 
 JsonSchemaFile = Annotated[

@@ -63,6 +63,7 @@ def stats_record(engine: "Engine", stats: "GenerationStats") -> dict[str, float]
         "proposed_tokens": stats.proposed,
         "accepted_tokens": stats.accepted,
         "mean_accepted_length": stats.mean_accepted_length,
+        "drafting_seconds": stats.drafting_seconds,
         "constraint_seconds": stats.constraint_seconds,
         "weight_bytes_per_token": engine.weight_bytes_per_token,
         "weight_bytes_per_second": engine.weight_bytes_per_token * stats.steps_per_second,

@@ -73,6 +73,7 @@ def serve(
     ] = 512.0,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line on standard error per request.")] = False,
     max_seq_len: options.MaxSeqLen = None,
+    draft: options.Draft = None,
     engine_options: options.EngineOptions,
     quiet: options.Quiet = False,
 ) -> None:
@@ -97,7 +98,7 @@ def serve(
         loopback_only = is_loopback(bound.getsockname()[0])
         if key is None and not loopback_only and not quiet:
             output.warn(f"Every machine that reaches {address} can use the model; --api-key or {API_KEY} sets a key.")
-        with engine_options.load(model, max_seq_len) as engine:
+        with engine_options.load(model, max_seq_len, draft) as engine:
             server_options = ServerOptions(
                 model_name=name or engine.checkpoint.path.stem,
                 api_key=key,

@@ -9,17 +9,10 @@ from numba_atomflow.utils.tables import render
 if TYPE_CHECKING:
     from numba_atomflow.perf.workload import PromptResult, WorkloadReport
 
-HEADERS = (
-    "prompt",
-    "tokens",
-    "off tok/s",
-    "lookup tok/s",
-    "ratio",
-    "steps",
-    "proposed",
-    "accepted",
-    "tokens per step",
-)
+
+def _headers(report: "WorkloadReport") -> list[str]:
+    speeds = ["off tok/s", f"{report.speculation} tok/s"]
+    return ["prompt", "tokens", *speeds, "ratio", "steps", "proposed", "accepted", "tokens per step"]
 
 
 def show(report: "WorkloadReport", form: Format) -> None:
@@ -29,18 +22,24 @@ def show(report: "WorkloadReport", form: Format) -> None:
         return
     if form is Format.CSV:
         numbers = [_numbers(str(number), result) for number, result in enumerate(report.results, 1)]
-        output.emit(render("csv", HEADERS, numbers))
+        output.emit(render("csv", _headers(report), numbers))
         return
     bullet = "- " if form is Format.MD else ""
     lines = [
         *origin(report),
         f"workload: {report.workload}, {report.decode_tokens} tokens at most, {report.repeats} turns of each kind",
-        f"speculation: off, because {report.obstacle}" if report.obstacle else "speculation: lookup",
+        f"speculation: {_speculation(report)}",
     ]
     rows = [_row(str(number), result) for number, result in enumerate(report.results, 1)]
     rows.append(_row("all", report.total))
-    table = render("md" if form is Format.MD else "table", HEADERS, rows)
+    table = render("md" if form is Format.MD else "table", _headers(report), rows)
     output.emit("".join(f"{bullet}{line}\n" for line in lines) + "\n" + table)
+
+
+def _speculation(report: "WorkloadReport") -> str:
+    if report.obstacle:
+        return f"off, because {report.obstacle}"
+    return report.speculation if report.draft is None else f"draft, by {report.draft}"
 
 
 def _numbers(name: str, result: "PromptResult") -> list[str]:

@@ -74,6 +74,8 @@ class WorkloadReport:
     decode_tokens: int
     repeats: int
     obstacle: str  # why nothing is proposed, as a clause; "" if it is
+    speculation: Speculate  # what proposes: "lookup" or "draft"
+    draft: str | None  # the draft model's path
     results: list[PromptResult]
     decode: DecodePath | None = None  # None on the CPU
     random_weights: bool = False
@@ -177,9 +179,15 @@ def measure_workload(
         decode_tokens=decode_tokens,
         repeats=repeats,
         obstacle=backend.verification.reason,
+        speculation=_speculation(engine),
+        draft=None if engine.draft is None else str(engine.draft.checkpoint.path),
         results=results,
         decode=backend.decode_path,
     )
+
+
+def _speculation(engine: Engine) -> Speculate:
+    return "lookup" if engine.draft is None else "draft"
 
 
 def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
@@ -206,7 +214,7 @@ def _measure_prompt(
     Raises:
         AtomFlowError: the tokens differ between turns.
     """
-    how: Speculate = "auto" if engine.backend.verification.reason else "lookup"
+    how: Speculate = "auto" if engine.backend.verification.reason else _speculation(engine)
     plain, speculative = (SamplingParams(max_tokens=decode_tokens, speculate=what) for what in ("off", how))
     engine.reset()
     engine.generate_tokens(tokens, SamplingParams(max_tokens=1)).finish()  # later turns find the prompt in the cache

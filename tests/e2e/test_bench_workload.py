@@ -49,6 +49,14 @@ def test_json_and_csv_have_the_counts(cli: InProcess, tiny_checkpoint: Path, wor
     assert cli("bench", tiny_checkpoint, "--workload", workload, *FAST, "--format", "md").out.count("| ") > 20
 
 
+def test_a_draft_model_is_compared_with_plain_decoding(cli: InProcess, tiny_checkpoint: Path, workload: Path) -> None:
+    command = ("bench", tiny_checkpoint, "--draft", tiny_checkpoint)
+    outcome = cli(*command, "--workload", workload, *FAST)
+    assert f"speculation: draft, by {tiny_checkpoint}" in outcome.out.splitlines()
+    assert "draft tok/s" in outcome.out
+    assert_refused(cli(*command), "--draft needs real text")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

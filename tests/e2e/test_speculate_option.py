@@ -1,10 +1,10 @@
-"""`--speculate` of `generate` and `chat`: the same text, and the counts in reports."""
+"""`--speculate` and `--draft`: the same text, the counts in reports, and what is refused."""
 
 import json
 from pathlib import Path
 
 import pytest
-from cli_runner import InProcess
+from cli_runner import InProcess, assert_refused
 
 from numba_atomflow.backends.base import Verification
 from numba_atomflow.backends.cpu import CpuBackend
@@ -44,3 +44,38 @@ def test_a_choice_that_does_not_exist_is_refused(cli: InProcess, tiny_checkpoint
     outcome = cli(*RUN, "--model", tiny_checkpoint, "--speculate", "always")
     assert outcome.code == 2
     assert "--speculate" in outcome.err
+
+
+def test_a_draft_model_changes_no_text_and_is_named(cli: InProcess, tiny_checkpoint: Path) -> None:
+    run = (*RUN, "--model", tiny_checkpoint)
+    off = json.loads(cli(*run, "--speculate", "off", "--json").out)
+    drafted = json.loads(cli(*run, "--draft", tiny_checkpoint, "--json").out)
+    assert (off["text"], off["token_ids"]) == (drafted["text"], drafted["token_ids"])
+    assert (off["model"]["draft"], drafted["model"]["draft"]) == (None, str(tiny_checkpoint))
+    assert drafted["stats"]["drafting_seconds"] > 0
+    outcome = cli(*run, "--draft", tiny_checkpoint, "--speculate", "draft")
+    assert outcome.out.rstrip() == off["text"].rstrip()
+    assert f"draft    {tiny_checkpoint.stem}, 0." in outcome.err
+
+
+def test_memory_of_a_draft_model_is_shown_beside_the_other(cli: InProcess, tiny_checkpoint: Path) -> None:
+    command = ("info", tiny_checkpoint, "--backend", "cpu", "--draft", tiny_checkpoint)
+    record = json.loads(cli(*command, "--json").out)
+    assert record["draft"]["memory_plan"] == record["memory_plan"]
+    lines = cli(*command).out.splitlines()
+    assert f"draft model           {tiny_checkpoint}, {record['parameters']:,} parameters" in lines
+    total = 2 * record["memory_plan"]["allocated_total"]
+    assert lines[-1].split() == ["both", "allocated", *f"{total / 1e6:.1f} MB".split()]
+    assert_refused(cli(*command, "--gpus", 2), "--draft is for one GPU")
+    assert_refused(cli("info", "--draft", tiny_checkpoint), "--draft needs a model")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_contradictions_are_refused_before_a_model_is_loaded(cli: InProcess, command: str) -> None:
+    prompt = ("x",) if command == "generate" else ()
+    for options, message in (
+        (("--speculate", "draft"), "--speculate draft needs a draft model; give --draft MODEL as well"),
+        (("--speculate", "off", "--draft", "none"), "--draft is not for --speculate off"),
+        (("--speculate", "lookup", "--draft", "none"), "--draft is not for --speculate lookup"),
+    ):
+        assert_refused(cli(command, *prompt, "--model", "none", *options), message)
