@@ -151,17 +151,15 @@ class StagedWrites:
 
     def __init__(self, nbytes: int, stream: Any, resources: Resources) -> None:
         self._stream = stream
-        self._pinned = PinnedArray((nbytes,), "uint8", resources)
-        self._used = 0
+        self._memory = PinnedArray((nbytes,), "uint8", resources).array
+        self._address, self._used = int(self._memory.ctypes.data), 0
 
     def write(self, view: View, values: Sequence[int] | NDArray[Any]) -> None:
         """Copy values to the first elements of a view, which is contiguous."""
-        count = len(values)
-        nbytes = count * np.dtype(view.dtype).itemsize
-        if self._used + nbytes > len(self._pinned.array):
+        nbytes = len(values) * np.dtype(view.dtype).itemsize
+        if self._used + nbytes > len(self._memory):
             call("cuStreamSynchronize", self._stream)  # every copy is done then
             self._used = 0
-        staged = self._pinned.array[self._used : self._used + nbytes].view(view.dtype)
-        staged[:] = values
+        self._memory[self._used : self._used + nbytes].view(view.dtype)[:] = values
+        call("cuMemcpyHtoDAsync", view.address, self._address + self._used, nbytes, self._stream)
         self._used += -(-nbytes // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
-        copy_to_device(view.address, staged, self._stream)

@@ -246,13 +246,16 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _whole_numbers(token_ids: Sequence[int]) -> list[int]:
     """Token ids of any integer type, as a list."""
-    wrong = f"Token ids must be a flat list of whole numbers, not {quote(token_ids)}."
     if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Iterable):
-        raise OptionError(wrong)
+        raise _no_whole_numbers(token_ids)
     try:
         ids = list(token_ids)
         if all(type(token) is int for token in ids):  # the fast path of a long prompt
             return ids
         return [whole_number("a token", token) for token in ids]
     except (TypeError, OptionError):  # an array without dimensions cannot be iterated over
-        raise OptionError(wrong) from None
+        raise _no_whole_numbers(token_ids) from None
+
+
+def _no_whole_numbers(token_ids: object) -> OptionError:
+    return OptionError(f"Token ids must be a flat list of whole numbers, not {quote(token_ids)}.")
