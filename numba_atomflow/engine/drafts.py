@@ -8,7 +8,7 @@ from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.context import Context
 from numba_atomflow.engine.core import EngineCore
-from numba_atomflow.errors import OptionError
+from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.sampling import most_likely_token
 from numba_atomflow.speculation.draft_model import DraftModel, GreedyTokens
@@ -82,12 +82,23 @@ class Drafts(EngineCore):
         is left to run beside the steps of another engine. A generation in progress ends here.
 
         Args:
-            token_ids: at least one.
-            count: at least 1; all but the last are kept in the KV cache, and must fit there.
+            token_ids: whole numbers from 0 on, at least one of them.
+            count: at least 1.
 
         Returns:
             The tokens; none if a token of the text is beyond this model's vocabulary.
+
+        Raises:
+            OptionError: there are no tokens, or none are asked for.
+            ContextError: text and tokens, without the last, do not fit into the KV cache, where they are kept.
         """
+        if len(token_ids) < 1 or count < 1:
+            raise OptionError(f"There are {len(token_ids)} tokens to continue by {count}; give at least one of each.")
+        if len(token_ids) + count - 1 > self.max_seq_len:
+            raise ContextError(
+                f"{len(token_ids)} tokens and {count - 1} after them do not fit into the context, which holds "
+                f"{self.max_seq_len}; ask for fewer."
+            )
 
         def generate() -> GreedyTokens:
             started = time.perf_counter()

@@ -6,40 +6,20 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
-from step_costs import UnmeasuredCost
+from step_costs import with_cheap_draft
 from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Verification
 from numba_atomflow.convert import convert
-from numba_atomflow.errors import CheckpointError, ClosedError, OptionError
-from numba_atomflow.speculation.draft_cost import DraftCost
-from numba_atomflow.speculation.draft_model import DraftModel
+from numba_atomflow.errors import CheckpointError, ClosedError, ContextError, OptionError
 
 PROMPT = [40, 50, 60, 70, 80, 40, 50, 60]
 SAMPLED = {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 11}
 POSITIONS = 128
-
-
-class Free(DraftCost):
-    """Costs of a draft model that do not depend on the clock: it always pays to ask it."""
-
-    def __init__(self) -> None:
-        super().__init__(expected_ratio=0.01)
-
-    def observe_proposal(self, tokens: int, seconds: float) -> None:
-        pass
-
-    def observe_feeding(self, tokens: int, seconds: float) -> None:
-        pass
-
-
-class SingleMeasured(UnmeasuredCost):
-    """Steps of one token count as measured."""
-
-    single_seconds = 0.01
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +55,6 @@ def draft(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Itera
         yield engine
 
 
-def with_draft(target: Engine, draft: Engine) -> Engine:
-    """The target with this draft model, whatever the clock says."""
-    target.reset()
-    target.use_draft(draft)
-    target._draft_model = DraftModel(draft, target.geometry.vocabulary, SingleMeasured(), 0.01)
-    target._draft_model.cost = Free()
-    return target
-
-
 def plain(target: Engine, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
     target.reset()
     tokens = target.generate_tokens(prompt, SamplingParams(speculate="off", **options)).finish().token_ids
@@ -98,7 +69,7 @@ def plain(target: Engine, prompt: Sequence[int] = PROMPT, **options: Any) -> lis
 def test_the_tokens_are_those_without(target: Engine, draft: Engine, options: dict[str, Any]) -> None:
     options = options | {"max_tokens": 60, "ignore_eos": True}
     expected = plain(target, **options)
-    engine = with_draft(target, draft)
+    engine = with_cheap_draft(target, draft)
     for speculate in ("draft", "auto"):
         engine.reset()
         reply = engine.generate_tokens(PROMPT, SamplingParams(speculate=speculate, **options)).finish()
@@ -110,7 +81,7 @@ def test_the_tokens_are_those_without(target: Engine, draft: Engine, options: di
 
 def test_a_model_as_its_own_draft_is_always_right(target: Engine, checkpoints: dict[str, Path]) -> None:
     with Engine.load(checkpoints["target"], "cpu", POSITIONS, threads=1) as draft:
-        engine = with_draft(target, draft)
+        engine = with_cheap_draft(target, draft)
         stats = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=90, ignore_eos=True)).finish().stats
     assert stats.accepted == stats.proposed
     assert stats.steps <= 1 + -(-89 // 7)
@@ -121,7 +92,7 @@ def test_a_draft_that_is_always_wrong_is_asked_less_and_less(
 ) -> None:
     expected = plain(target, ignore_eos=True)
     with Engine.load(checkpoints["target"], "cpu", POSITIONS, threads=1) as draft:
-        engine, asked = with_draft(target, draft), list[int]()
+        engine, asked = with_cheap_draft(target, draft), list[int]()
 
         def wrong(token_ids: Sequence[int], count: int) -> Any:
             asked.append(count)
@@ -148,7 +119,7 @@ def test_stop_strings_eos_and_max_tokens_end_a_reply_as_without(
         target.reset()
         expected = target.generate(PROMPT, replace(params, speculate="off")).finish()
         position = target.position
-        engine = with_draft(target, draft)
+        engine = with_cheap_draft(target, draft)
         reply = engine.generate(PROMPT, params).finish()
         assert (reply.text, reply.token_ids) == (expected.text, expected.token_ids)
         assert (reply.finish_reason, engine.position) == (expected.finish_reason, position)
@@ -158,7 +129,7 @@ def test_log_probabilities_are_those_without(target: Engine, draft: Engine) -> N
     options: dict[str, Any] = {**SAMPLED, "max_tokens": 30, "ignore_eos": True, "logprobs": 3, "prompt_logprobs": 1}
     target.reset()
     expected = target.generate_tokens(PROMPT, SamplingParams(**options, speculate="off")).finish()
-    reply = with_draft(target, draft).generate_tokens(PROMPT, SamplingParams(**options)).finish()
+    reply = with_cheap_draft(target, draft).generate_tokens(PROMPT, SamplingParams(**options)).finish()
     assert (reply.logprobs, reply.prompt_logprobs) == (expected.logprobs, expected.prompt_logprobs)
 
 
@@ -167,7 +138,7 @@ def test_log_probabilities_are_those_without(target: Engine, draft: Engine) -> N
 
 def test_the_draft_takes_in_what_is_new(target: Engine, draft: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt once, then what was accepted: in a conversation, the rest of each turn."""
-    engine, fed = with_draft(target, draft), list[int]()
+    engine, fed = with_cheap_draft(target, draft), list[int]()
 
     def counted(token_ids: Sequence[int], count: int) -> Any:
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(draft.token_ids, token_ids[:-1], strict=False))
@@ -192,18 +163,32 @@ def test_the_draft_takes_in_what_is_new(target: Engine, draft: Engine, monkeypat
 
 def test_other_uses_of_the_draft_engine_change_nothing(target: Engine, draft: Engine) -> None:
     expected = plain(target, max_tokens=30, ignore_eos=True)
-    engine = with_draft(target, draft)
+    engine = with_cheap_draft(target, draft)
     reply = engine.generate_tokens(PROMPT, SamplingParams(max_tokens=30, ignore_eos=True))
     tokens = [next(reply) for _ in range(10)]
     draft.generate_tokens([9, 8, 7], SamplingParams(max_tokens=9)).finish()
     assert [*tokens, *reply] == expected
 
 
+def test_a_greedy_continuation_is_that_of_greedy_decoding(target: Engine) -> None:
+    expected = plain(target, max_tokens=POSITIONS - len(PROMPT) + 1, ignore_eos=True)
+    assert target.continue_greedily(PROMPT, 5) == (expected[:5], len(PROMPT), ANY)
+    text = [*PROMPT, *expected[:5]]
+    assert target.continue_greedily(text, 3)[:2] == (expected[5:8], 1)
+    assert target.token_ids == [*text, *expected[5:7]]
+    assert target.continue_greedily([*PROMPT, *expected[:-1]], 1).tokens == expected[-1:]
+    for text, count in (([], 1), (PROMPT, 0)):
+        with pytest.raises(OptionError, match="give at least one of each"):
+            target.continue_greedily(text, count)
+    with pytest.raises(ContextError, match="8 tokens and 121 after them do not fit into the context, which holds 128"):
+        target.continue_greedily(PROMPT, POSITIONS - len(PROMPT) + 2)
+
+
 def test_a_draft_with_fewer_positions_stops_proposing(target: Engine, checkpoints: dict[str, Path]) -> None:
     expected = plain(target, ignore_eos=True)
     with Engine.load(checkpoints["short"], "cpu", threads=1) as draft:
         assert draft.max_seq_len == 40
-        engine = with_draft(target, draft)
+        engine = with_cheap_draft(target, draft)
         reply = engine.generate_tokens(PROMPT, SamplingParams(ignore_eos=True)).finish()
         assert (reply.token_ids, reply.finish_reason) == (expected, "context")
         assert 0 < reply.stats.proposed <= 40 - len(PROMPT)
@@ -216,12 +201,12 @@ def test_padding_of_the_vocabulary_is_never_proposed_and_never_read(
 ) -> None:
     with Engine.load(checkpoints["padded"], "cpu", POSITIONS, threads=1) as padded:
         expected = plain(target, max_tokens=40, ignore_eos=True)
-        reply = with_draft(target, padded).generate_tokens(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True))
+        reply = with_cheap_draft(target, padded).generate_tokens(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True))
         assert reply.finish().token_ids == expected
         beyond = [*PROMPT, SMALLEST_VOCABULARY + 3]
         with Engine.load(checkpoints["target"], "cpu", POSITIONS, threads=1) as smaller:
             assert smaller.continue_greedily(beyond, 3).tokens == []
-            engine = with_draft(padded, smaller)
+            engine = with_cheap_draft(padded, smaller)
             reply = engine.generate_tokens(beyond, SamplingParams(max_tokens=20, ignore_eos=True)).finish()
             assert reply.stats.proposed == 0
 
