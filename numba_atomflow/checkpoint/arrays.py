@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint.format import TOKENIZER, Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
+from numba_atomflow.utils.repeated import RepeatedBytes
 
 
 class WeightArrays(Mapping[str, NDArray[Any]]):
@@ -18,6 +19,10 @@ class WeightArrays(Mapping[str, NDArray[Any]]):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._checkpoint.array(name)
+
+    def repeated(self, name: str) -> RepeatedBytes | None:
+        """The array of this name, if it is random codes, as a part of their pool; else None."""
+        return self._checkpoint.codes(name) if isinstance(self._checkpoint, RandomModel) else None
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

@@ -17,14 +17,15 @@ from numba_atomflow.backends.base import Memory
 from numba_atomflow.backends.cuda.tensor_parallel import rank
 from numba_atomflow.backends.cuda.tensor_parallel.backend import TensorParallelBackend
 from numba_atomflow.backends.cuda.tensor_parallel.timeline import compare_clocks, merged
-from numba_atomflow.checkpoint.random_weights import RandomModel
+from numba_atomflow.checkpoint.random_weights import POOL_BYTES, RandomModel
 from numba_atomflow.errors import AtomFlowError, BackendError, ClosedError, OptionError
 from numba_atomflow.memory.kv_cache import layer_cache
+from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, Op
+from numba_atomflow.ops.cuda.layout.prepack import prepack_arguments
 from numba_atomflow.ops.cuda.persistent.schedule import ATTENTION, OPS_PER_LAYER
 from numba_atomflow.ops.cuda.persistent.trace import DONE, EVENTS, STAGED
 from numba_atomflow.ops.cuda.runtime.launch import Launch
-from numba_atomflow.ops.cuda.runtime.upload import Uploader
 from numba_atomflow.perf.profile import profile
 
 SMALL = tiny_geometry(layers=1, hidden=256, heads=8, kv_heads=4, vocabulary=300)
@@ -94,31 +95,55 @@ def test_every_rank_launches_every_step(pretended: PretendedDriver, launched: li
         assert launched == [(name, stream) for stream in streams for name in names]
 
 
-def test_each_rank_has_its_rows(monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver) -> None:
-    seen: dict[str, list[np.ndarray]] = {}
-    place: dict[int, str] = {}
-    uploaded = rank.Rank.upload_projection
+def read(address: int, nbytes: int) -> np.ndarray:
+    """Bytes of the pretended device's memory."""
+    return View("bytes", address, (nbytes,), "uint8").host_array().copy()
 
-    def recorded(self: rank.Rank, part: str, stored: Any) -> None:
-        place[self.weight_views[part].address] = part
-        uploaded(self, part, stored)
 
-    def projection(self: Uploader, layout: Any, stored: Any, words: Any, progress: Any) -> None:
-        del self, progress
-        assert [len(array) for array in stored] == [layout.out_features] * 2
-        seen.setdefault(place[words.address], []).append(stored[0])
+@pytest.fixture
+def prepacked(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Codes and scales, as bytes, that the kernels which prepack find in memory, in turns."""
+    staged: list[np.ndarray] = []
 
-    monkeypatch.setattr(rank.Rank, "upload_projection", recorded)
-    monkeypatch.setattr(Uploader, "projection", projection)
-    model = RandomModel(SMALL)
-    with load(2):
-        for part in ("embedding", "layer.0.o", "layer.0.down", "vocabulary"):
-            np.testing.assert_array_equal(np.concatenate(seen[part]), model.array(f"{part}.weight"), err_msg=part)
-        gate_up = model.array("layer.0.gate_up.weight")
-        np.testing.assert_array_equal(seen["layer.0.gate_up"][1][:160], gate_up[160:320])
-        np.testing.assert_array_equal(seen["layer.0.gate_up"][1][160:], gate_up[480:])
-        qkv = model.array("layer.0.qkv.weight")
-        np.testing.assert_array_equal(seen["layer.0.qkv"][0], np.concatenate([qkv[:256], qkv[512:640], qkv[768:896]]))
+    def recorded(layout: Any, spans: Any, target: Any) -> Any:
+        staged.extend(read(span.address, span.extent) for span in spans)
+        return prepack_arguments(layout, spans, target)
+
+    monkeypatch.setattr("numba_atomflow.ops.cuda.runtime.upload.prepack_arguments", recorded)
+    return staged
+
+
+@pytest.mark.parametrize("positions", [32, 65536], ids=["codes of the host", "codes of the device"])
+def test_each_rank_has_its_rows(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver, prepacked: list[np.ndarray], positions: int
+) -> None:
+    """Random codes are made on the device where there is room for their pool, which is copied once to each GPU."""
+    copied, copy = list[int](), PretendedDriver._cuMemcpyHtoDAsync
+
+    def counted(self: PretendedDriver, address: int, source: int, nbytes: int, stream: int) -> None:
+        copied.append(nbytes)
+        copy(self, address, source, nbytes, stream)
+
+    monkeypatch.setattr(PretendedDriver, "_cuMemcpyHtoDAsync", counted)
+    geometry, model = replace(SMALL, max_positions=positions), RandomModel(SMALL)
+    with Engine.random(geometry, "cuda", positions, gpus=2) as engine:
+        parts = [name for name, view in engine.backend._ranks[0].weight_views.items() if view.dtype != "float32"]
+        sharding = engine.backend._ranks[0].kernels.sharding
+    expected = []
+    for part in parts:
+        for number in range(2):
+            for kind in ("weight", "scale"):
+                array = model.array(f"{part}.{kind}")
+                expected.append(np.concatenate([array[span] for span in sharding.rows(part, number)]))
+    assert len(prepacked) == len(expected), "a piece for each matrix"
+    for found, rows in zip(prepacked, expected, strict=True):
+        np.testing.assert_array_equal(found, rows.reshape(-1).view(np.uint8))
+    codes = {rows.nbytes for rows in expected if rows.dtype == np.uint8}
+    if positions > 32:
+        assert copied.count(POOL_BYTES) == 2
+        assert not codes & set(copied)
+    else:
+        assert POOL_BYTES not in copied
 
 
 def test_the_kv_cache_is_one_to_the_engine(pretended: PretendedDriver) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from pretended_gpu import PretendedDriver, pretend_compiler
 
 from numba_atomflow.backends.cuda.tensor_parallel import rank, steps
@@ -16,6 +15,7 @@ from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_reference
 from numba_atomflow.ops.cuda.runtime.launch import Kernel
 from numba_atomflow.ops.cuda.runtime.upload import Uploader
+from numba_atomflow.utils.repeated import RepeatedBytes
 
 SideBySide = Callable[..., AbstractContextManager[None]]
 
@@ -83,7 +83,11 @@ def simulate_ranks(monkeypatch: pytest.MonkeyPatch, side_by_side: SideBySide, gp
     return machine
 
 
-def _prepack(self: Uploader, layout: PrepackedLayout, stored: list[NDArray[Any]], words: View, progress: Any) -> None:
+def _prepack(
+    self: Uploader, layout: PrepackedLayout, stored: list[Any], words: View, progress: Any, rows: list[slice]
+) -> None:
     del self, progress
-    packed = prepack_reference(*stored, layout)
-    View("words", words.address, packed.shape, "uint32").host_array()[:] = packed.astype(np.uint32)
+    codes, scales = (part.array() if isinstance(part, RepeatedBytes) else part for part in stored)
+    own = (np.concatenate([array[span] for span in rows]) for array in (codes, scales))
+    packed = prepack_reference(*own, layout)
+    View("words", words.address, packed.shape, "uint32").host_array()[:] = packed

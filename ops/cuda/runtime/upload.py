@@ -1,12 +1,13 @@
 """Weights from the mapped checkpoint to prepacked weights in device memory.
 
 Each projection is copied in pieces from the mapping to a staging area, the memory after the weights that the KV cache
-and activations use later, and is prepacked from there: no second copy of the weights, on the host or the device.
+and activations use later, and is prepacked from there: no second copy of the weights, on the host or the device. Random
+codes, which repeat a pool, are made on the device of a copy of the pool at the end of the staging area.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,28 @@ from numba_atomflow.ops.cuda.layout.prepack import prepack_arguments, prepack_ct
 from numba_atomflow.ops.cuda.layout.weights import TILE_ROWS, PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.launch import DeviceArray, Kernel, Launch
 from numba_atomflow.utils.progress import Progress
+from numba_atomflow.utils.repeated import RepeatedBytes
 
 ALIGNMENT = 128  # bytes, of what is staged
 _MAX_PIECE_BYTES = 64 << 20  # small enough that the progress bar moves
+Matrix = NDArray[Any] | RepeatedBytes
+
+
+@runtime_checkable
+class RandomArrays(Protocol):
+    """A checkpoint's arrays by name, of which some may repeat a pool."""
+
+    def repeated(self, name: str) -> RepeatedBytes | None: ...
+
+
+def stored_matrices(arrays: Mapping[str, NDArray[Any]], part: str) -> list[Matrix]:
+    """A projection, or the embedding, as the checkpoint has it: codes and scales, or float16 weights alone."""
+    matrices: list[Matrix] = []
+    for name in (f"{part}.weight", f"{part}.scale"):
+        if name in arrays:
+            codes = arrays.repeated(name) if isinstance(arrays, RandomArrays) else None
+            matrices.append(arrays[name] if codes is None else codes)
+    return matrices
 
 
 @dataclass(frozen=True)
@@ -89,13 +109,15 @@ class Uploader:
 
     def __init__(self, loaded: Mapping[str, Kernel], staging: tuple[int, int], stream: Any) -> None:
         self._loaded, self._staging, self._stream = loaded, staging, stream
+        self._pool: tuple[NDArray[np.uint8], int] | None = None  # and its address on the device
 
     def projection(
         self,
         layout: PrepackedLayout,
-        parts: Sequence[NDArray[Any]],
+        parts: Sequence[Matrix],
         words: DeviceArray,
         progress: Callable[[int], None],
+        rows: Sequence[slice] | None = None,
     ) -> None:
         """Copy and prepack a projection [N, K].
 
@@ -103,16 +125,19 @@ class Uploader:
             parts: codes uint8 [N, K] and scales float32 [N, groups]; or float16 [N, K] alone.
             words: the prepacked weights.
             progress: called with the bytes of each piece.
+            rows: of `parts`, which make up the projection in this order; None: all.
         """
+        spans = [slice(0, layout.out_features)] if rows is None else rows
+        self._place_pool(parts)
         kernel = self._loaded["prepack" if layout.format.scaled else "prepack_fp16"]
         address, staging_bytes = self._staging
         for piece in pieces(layout, staging_bytes):
             staged, next_address = [], address
             for array in parts:
                 staged.append(_Span(next_address, piece.layout.out_features * array.shape[1] * array.itemsize))
-                for rows in piece.rows:
-                    self._copy(next_address, array[rows])
-                    next_address += array[rows].nbytes
+                for span in (span for local in piece.rows for span in rows_within(spans, local)):
+                    self._copy(next_address, array[span])
+                    next_address += array[span].nbytes
                 next_address = -(-next_address // ALIGNMENT) * ALIGNMENT
             target = _Span(words.address + 4 * piece.first_tile * layout.tile_words, 4 * piece.layout.words)
             arguments = prepack_arguments(piece.layout, staged, target)
@@ -123,10 +148,40 @@ class Uploader:
         """Copy a norm's weights or a bias."""
         self._copy(target.address, values)
 
-    def _copy(self, address: int, values: NDArray[Any]) -> None:
-        """From pageable memory: the driver has staged it when this returns."""
+    def _copy(self, address: int, values: Matrix) -> None:
+        """From pageable memory: the driver has staged it when this returns. What repeats the pool: from there."""
+        if isinstance(values, RepeatedBytes):
+            if self._pool is not None and self._pool[0] is values.pool:
+                for run in values.runs():
+                    source, nbytes = self._pool[1] + run.start, run.stop - run.start
+                    call("cuMemcpyDtoDAsync", address, source, nbytes, self._stream)
+                    address += nbytes
+                return
+            values = values.array()
         if values.nbytes:
             call("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
+
+    def _place_pool(self, parts: Sequence[Matrix]) -> None:
+        """Copy the pool that a part repeats to the end of the staging area, once, if that leaves enough of it."""
+        pool = next((part.pool for part in parts if isinstance(part, RepeatedBytes)), None)
+        if pool is None or self._pool is not None:
+            return
+        address, staging_bytes = self._staging
+        left = (staging_bytes - len(pool)) // ALIGNMENT * ALIGNMENT
+        if left >= len(pool):
+            self._staging = address, left
+            self._pool = pool, address + left
+            call("cuMemcpyHtoDAsync", address + left, pool.ctypes.data, len(pool), self._stream)
+
+
+def rows_within(spans: Sequence[slice], rows: slice) -> Iterator[slice]:
+    """Where rows rows.start .. rows.stop - 1 are, counted over all spans, one after the other."""
+    first = 0
+    for span in spans:
+        start, stop = max(span.start, span.start + rows.start - first), min(span.stop, span.start + rows.stop - first)
+        if start < stop:
+            yield slice(start, stop)
+        first += span.stop - span.start
 
 
 def upload(
@@ -154,6 +209,5 @@ def upload(
         if part in arrays:
             uploader.vector(arrays[part], target)
             continue
-        stored = [arrays[name] for name in (f"{part}.weight", f"{part}.scale") if name in arrays]
-        uploader.projection(layout_of(part), stored, target, moved)
+        uploader.projection(layout_of(part), stored_matrices(arrays, part), target, moved)
     moved(total)

@@ -25,7 +25,7 @@ from numba_atomflow.ops.cuda.persistent.trace import EVENTS, to_nanoseconds
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.runtime.spec import Planned
-from numba_atomflow.ops.cuda.runtime.upload import Uploader
+from numba_atomflow.ops.cuda.runtime.upload import Matrix, Uploader, stored_matrices
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.logprobs import LogprobsArguments
@@ -79,11 +79,13 @@ class Rank:
         """Copy a norm's weights."""
         self._uploader.vector(values, self.weight_views[part])
 
-    def upload_projection(self, part: str, stored: Sequence[NDArray[Any]]) -> None:
-        """Copy and prepack this rank's rows of a projection: codes and scales, or float16 weights."""
-        self._uploader.projection(
-            self.kernels.layout_of(part, len(stored[0])), stored, self.weight_views[part], _ignore
-        )
+    def upload_projection(self, part: str, stored: Sequence[Matrix]) -> None:
+        """Copy and prepack this rank's rows of a projection, of which `stored` has all: codes and scales, or float16
+        weights.
+        """
+        rows = self.kernels.sharding.rows(part, self.number)
+        layout = self.kernels.layout_of(part, sum(span.stop - span.start for span in rows))
+        self._uploader.projection(layout, stored, self.weight_views[part], _ignore, rows)
 
     def initialise(self, max_seq_len: int) -> None:
         """Everything but the weights, which have been uploaded."""
@@ -293,26 +295,19 @@ def upload(ranks: Sequence[Rank], arrays: Mapping[str, NDArray[Any]], progress: 
         arrays: of the checkpoint, by name.
         progress: called with a text, MB done and MB in total.
     """
-    kernels = ranks[0].kernels
     total, done = sum(view.nbytes for rank in ranks for view in rank.weight_views.values()), 0
     for part in ranks[0].weight_views:
         vector = arrays.get(part)
-        stored = [arrays[name] for name in (f"{part}.weight", f"{part}.scale") if name in arrays]
+        stored = [] if vector is not None else stored_matrices(arrays, part)
         for rank in ranks:
             with rank.owner.current():
                 if vector is not None:
                     rank.upload_vector(part, vector)
                 else:
-                    rows = kernels.sharding.rows(part, rank.number)
-                    rank.upload_projection(part, [_rows_of(array, rows) for array in stored])
+                    rank.upload_projection(part, stored)
                 done += rank.weight_views[part].nbytes
                 if progress:
                     progress("weights to the GPUs", done >> 20, total >> 20)
-
-
-def _rows_of(array: NDArray[Any], rows: Sequence[slice]) -> NDArray[Any]:
-    """A view where the rows are adjacent, else a copy."""
-    return array[rows[0]] if len(rows) == 1 else np.concatenate([array[span] for span in rows])
 
 
 def _run(launches: Sequence[Launch]) -> None:
