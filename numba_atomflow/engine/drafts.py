@@ -70,10 +70,17 @@ class Drafts(EngineCore):
         self._closes_draft = False
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """As `EngineCore.warm_up`, and the same for the draft model."""
+        """As `EngineCore.warm_up`, and the same for the draft model and the steps that check its tokens."""
         super().warm_up(progress)
         if self._draft is not None:
             self._draft.warm_up(progress)
+            self._calls.run(self._check_once)
+
+    def _check_once(self) -> None:
+        """Run a step of as many tokens as possible: on a GPU the first of them compiles their kernels."""
+        context = self._open_context()
+        context.verify([0] * min(context.backend.verification.width, context.max_seq_len))
+        context.rewind(0)
 
     def continue_greedily(self, token_ids: Sequence[int], count: int) -> GreedyTokens:
         """The `count` most likely tokens after a text: what a draft model proposes.

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from numba_atomflow.errors import TextError
 from numba_atomflow.files.untrusted import load_json, quote
 from numba_atomflow.text.codec import TextAssets, TextCodec
 
@@ -37,5 +38,10 @@ class _Tokens(NamedTuple):
 
 def _tokens(assets: TextAssets, tokenizer_json: bytes) -> _Tokens:
     ids = TextCodec(assets).vocabulary()  # which checks the file as well
-    merges: list[Any] = load_json(tokenizer_json)["model"].get("merges") or []
+    try:
+        merges: list[Any] = load_json(tokenizer_json)["model"].get("merges") or []
+    except ValueError as error:
+        raise TextError(
+            f"A model's tokenizer.json cannot be compared, because {error}; fetch the model again."
+        ) from error
     return _Tokens(ids, [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges])
