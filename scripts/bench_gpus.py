@@ -1,4 +1,4 @@
-"""One GPU against several that share a model: the same tokens, seconds of a decode step, and NCCL beside it.
+"""One GPU against several that share a model: the same bits, seconds of a decode step, and NCCL beside it.
 
     python scripts/bench_gpus.py                                        # 3B on 2 GPUs
     python scripts/bench_gpus.py --geometry llama-3.1-8b --gpus 4 --depths 16,8192
@@ -7,7 +7,8 @@
     python scripts/bench_gpus.py --gpus 0,0 --layers 4                  # two ranks on one GPU: no speed, but all checks
 
 Weights are random. Each engine generates from a prompt of one token, greedily, 300 tokens at the most; the tokens must
-be the same (exit code 1 if not). Steps are timed at each depth, first of one GPU, then of several: the engines may not
+be the same, and the keys, values and logits of 32 steps, as `validate --diff-gpus` compares them (exit code 1 if they
+are not). Steps are timed at each depth, first of one GPU, then of several: the engines may not
 fit side by side. `--nccl` needs torch and a process per GPU: all-reduces of one token's residual stream, two for each
 layer, in a captured graph.
 """
@@ -28,8 +29,10 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.utils.json_text import json_text
+from numba_atomflow.validate import StepBits, compare_gpus, record_steps
 
 Gpus = int | list[int]
+STEPS = 31  # after a prompt of one token, whose bits are compared
 
 
 def generated(engine: Engine, count: int) -> list[int]:
@@ -54,15 +57,16 @@ def compare(
 ) -> dict[str, Any]:
     """Tokens, step times, loading times and memory of one GPU and of several."""
     positions, count = max(depths) + 64, min(max(depths) + 1, 300)
-    record: dict[str, Any] = {"device": "", "same_tokens": None, "engines": {}}
-    expected: list[int] | None = None
+    record: dict[str, Any] = {"device": "", "same_tokens": None, "bits": None, "engines": {}}
+    expected: tuple[list[int], StepBits] | None = None
     engines: dict[str, Gpus] = ({"one": 1} if single else {}) | {"several": gpus}
     for name, which in engines.items():
         with Engine.random(geometry, "cuda", positions, gpus=which) as engine:
-            tokens = generated(engine, count)
+            tokens, bits = generated(engine, count), record_steps(engine.backend, geometry, [17], STEPS)
+            engine.reset()
             if expected is not None:
-                record["same_tokens"] = tokens == expected
-            expected = tokens
+                record["same_tokens"], record["bits"] = tokens == expected[0], compare_gpus(expected[1], bits).to_dict()
+            expected = tokens, bits
             record["device"] = engine.backend.device
             record["engines"][name] = {
                 "load_seconds": engine.load_seconds,
@@ -118,6 +122,7 @@ def show(record: dict[str, Any]) -> None:
             print(f"  after {depth:>6} tokens {microseconds:9.1f} us, {1e6 / microseconds:7.1f} tok/s, x{ratio:.2f}")
     if record["same_tokens"] is not None:
         print("the same tokens" if record["same_tokens"] else "OTHER TOKENS")
+        print(record["bits"]["verdict"])
     if "nccl_microseconds" in record:
         print(f"NCCL: {record['nccl_microseconds']:.0f} us for two all-reduces in each layer")
 
@@ -153,7 +158,7 @@ def main() -> int:
         print(json_text(record | {"geometry": args.geometry, "machine": machine_record()}))
     else:
         show(record)
-    return 1 if record["same_tokens"] is False else 0
+    return 0 if record["bits"] is None or (record["same_tokens"] and record["bits"]["passed"]) else 1
 
 
 if __name__ == "__main__":

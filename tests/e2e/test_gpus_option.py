@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from cli_runner import InProcess
 from pretended_gpu import PretendedDriver, pretend_compiler
+from tiny_models import tiny_geometry
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
 pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is none for macOS")
+
+import bench_gpus
 
 from numba_atomflow.backends.cuda.queue import TokenRing
 from numba_atomflow.backends.cuda.tensor_parallel import rank
@@ -58,6 +61,7 @@ def test_bench(cli: InProcess, tiny_checkpoint: Path) -> None:
     assert json.loads(outcome.out)["device"] == DEVICE
 
 
+@pytest.mark.slow
 def test_profile_with_a_timeline(cli: InProcess, tiny_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need it")
     picture = tmp_path / "timeline.png"
@@ -72,3 +76,15 @@ def test_validate(cli: InProcess, tiny_checkpoint: Path) -> None:
     outcome = cli("validate", tiny_checkpoint, "--gpus", "2", *given)
     assert outcome.code == 0, outcome
     assert DEVICE in outcome.out
+
+
+def test_the_comparison_with_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Kernels that compute nothing leave what was in memory: only tokens are the same."""
+    record = bench_gpus.compare(tiny_geometry(max_positions=80), 2, [0], 1, single=True)
+    assert record["same_tokens"]
+    assert (record["bits"]["reference"], record["bits"]["backend"]) == (
+        "cuda (Pretended GPU, CUDA 13.0)",
+        f"cuda ({DEVICE})",
+    )
+    bench_gpus.show(record)
+    assert record["bits"]["verdict"] in capsys.readouterr().out
