@@ -198,6 +198,15 @@ class Context:
         self.token_ids.append(tokens[0])
         return chosen
 
+    def verify_sampled(self, tokens: Sequence[int]) -> list[int]:
+        """As `Backend.verify_sampled`, which must exist, of tokens that are as those of `verify`."""
+        self.backend.seek(len(self.token_ids))
+        sample = self.backend.verify_sampled
+        assert sample is not None  # noqa: S101
+        chosen = sample(tokens)
+        self.token_ids.append(tokens[0])
+        return chosen
+
     def decode(self, token: int) -> None:
         """Request the decode step that takes the token sampled last into the KV cache."""
         self.backend.decode()

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Self, TypeVar
 
@@ -270,8 +270,8 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
 
     With a drafter, a step also has the logits after each of the proposed tokens. As long as the token that is chosen is
     the one that was proposed, the next one is chosen from the same step's logits: every token is chosen as without a
-    drafter, from logits of the same bits, with the same draw. Where only the most likely tokens are asked for, the
-    backend chooses them, and copies no logits.
+    drafter, from logits of the same bits, with the same draw. Where nothing is asked for but the tokens, a GPU chooses
+    them, and copies no logits.
 
     Args:
         context: holds the first `reused` tokens of the prompt, which are not computed again.
@@ -280,8 +280,13 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
     sampler = Sampler(request.params, context.vocabulary, request.prompt, request.constraint)
     speculator = Speculator(request.drafter, context.backend.verification.width, context.vocabulary, request.eos_ids)
-    rows: Iterable[NDArray[np.float32] | int] = _prompt_logits(state, context, request, reused)
-    step = context.verify_greedy if _takes_the_most_likely(request) else context.verify
+    rows: Iterable[NDArray[np.float32] | int]
+    step: Callable[[Sequence[int]], Iterable[NDArray[np.float32] | int]]
+    if _backend_samples(context, request):
+        rows, step = _sample_after_prompt(context, request, sampler, reused), context.verify_sampled
+    else:
+        rows = _prompt_logits(state, context, request, reused)
+        step = context.verify_greedy if _takes_the_most_likely(request) else context.verify
     text, proposed, step_seconds = list(request.prompt), list[int](), 0.0
     while True:
         accepted = 0
@@ -309,11 +314,28 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
         stats.proposed += len(proposed)
 
 
+def _needs_tokens_only(request: Request) -> bool:
+    """Whether the host needs to see no logits of the reply."""
+    return request.params.logprobs is None and request.params.constraint is None
+
+
 def _takes_the_most_likely(request: Request) -> bool:
     """Whether each token is the most likely one, and nothing but its number is of interest."""
     params = request.params
-    asks_more = any(option is not None for option in (params.logprobs, params.constraint))
-    return params.greedy and params.repetition_penalty == 1.0 and not asks_more
+    return params.greedy and params.repetition_penalty == 1.0 and _needs_tokens_only(request)
+
+
+def _backend_samples(context: Context, request: Request) -> bool:
+    """Whether the backend samples tokens in steps that verify, and the host needs nothing else."""
+    can = context.backend.verify_sampled is not None and request.params.prompt_logprobs is None
+    return can and _needs_tokens_only(request) and not _takes_the_most_likely(request)
+
+
+def _sample_after_prompt(context: Context, request: Request, sampler: Sampler, reused: int) -> Sequence[int]:
+    """Feed the prompt from token `reused` on, as `token_loop` does; the first token of the reply."""
+    context.backend.start(sampler)
+    context.prefill(request.prompt[reused:], SAMPLE)
+    return context.backend.sampled_tokens()
 
 
 def _prompt_logits(state: GenerationState, context: Context, request: Request, reused: int) -> NDArray[np.float32]:
@@ -330,7 +352,11 @@ def _choose(
 ) -> int:
     """The next token by logits [V], or as the backend has chosen it, recorded with what is said of it and the time."""
     stats, top = state.stats, request.params.logprobs
-    token = row if isinstance(row, int) else sampler.choose(row)
+    if isinstance(row, int):
+        token = row
+        sampler.note(token)
+    else:
+        token = sampler.choose(row)
     if top is not None and not isinstance(row, int):
         state.logprobs.append(token_logprobs(row, token, top))
     elapsed = time.perf_counter() - request.started

@@ -257,7 +257,7 @@ class Sampler:
 
     Attributes:
         seed: of the draws; 0 if nothing is drawn and none was given.
-        seen: bool [V], the tokens in the context.
+        seen: bool [V], the tokens in the context. draws: random numbers used so far.
         constraint_seconds: spent in the constraint so far.
     """
 
@@ -274,7 +274,7 @@ class Sampler:
         self.seed = params.seed or 0
         if params.seed is None and not params.greedy:
             self.seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-        self._draws = 0
+        self.draws = 0
         self.seen = np.zeros(vocabulary, np.bool_)
         self.seen[np.asarray(context, np.int64)] = True
 
@@ -296,6 +296,11 @@ class Sampler:
         self.seen[token] = True
         self._accept(token)
         return token
+
+    def note(self, token: int) -> None:
+        """Take note of a token that a device has sampled with these parameters, without a constraint."""
+        self.draws += not self.params.greedy
+        self.seen[token] = True
 
     def _allowed(self, vocabulary: int) -> NDArray[np.int64] | None:
         """The tokens that the constraint allows, in ascending order; None: all.
@@ -322,8 +327,8 @@ class Sampler:
     def _draw(self, logits: NDArray[np.float32]) -> int:
         """A draw from the distribution of `logits`, as an index into them."""
         tokens, probabilities = candidates(logits, self.params)
-        draw = uniform(self.seed, self._draws)
-        self._draws += 1
+        draw = uniform(self.seed, self.draws)
+        self.draws += 1
         index = int(np.searchsorted(np.cumsum(probabilities), draw, side="right"))
         return int(tokens[min(index, len(tokens) - 1)])
 

@@ -10,8 +10,8 @@ A model with random weights answers the same prompt greedily, many times. Every 
 first, and the same last logits, bit for bit: these depend on all that was computed before. Exit code 1 if not.
 
 With --speculate, steps check 0 to 7 proposed tokens, as many as the backend can, some of them wrong; replies are greedy
-without and with log-probabilities, and sampled. Every reply must have the tokens, and leave the keys and values, of one
-without speculation.
+without and with log-probabilities, and sampled with and without filters and penalty. Every reply must have the tokens,
+and leave the keys and values, of one without speculation.
 """
 
 import argparse
@@ -90,7 +90,12 @@ def soak_speculation(engine: Engine, steps: int, prompt: list[int], reply_tokens
     """
     ways = [
         SamplingParams(max_tokens=reply_tokens, ignore_eos=True, **way)
-        for way in ({}, {"logprobs": 0}, {"temperature": 0.8, "seed": 1}, {"temperature": 1.0, "seed": 2, "top_p": 0.9})
+        for way in (
+            {},
+            {"logprobs": 0},
+            {"temperature": 0.8, "seed": 1},
+            {"temperature": 1.0, "seed": 2, "top_p": 0.9, "repetition_penalty": 1.2},
+        )
     ]
     random, started = np.random.default_rng(0), time.perf_counter()
     expected = []

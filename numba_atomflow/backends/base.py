@@ -1,6 +1,6 @@
 """What the engine expects of a backend: to run a model, and to be measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -245,6 +245,17 @@ class Backend(Protocol):
     def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
         """`verify` for greedy decoding: those of the tokens after the first that are the most likely ones, up to the
         first that is not, and the most likely token after them.
+
+        Raises:
+            IndexError: as `verify`.
+            CheckpointError: logits contain NaN or Inf.
+        """
+
+    @property
+    def verify_sampled(self) -> Callable[[Sequence[int]], list[int]] | None:
+        """`verify` with the sampler of `start`: those of the tokens after the first that it chooses, up to the first
+        that it does not, and the token that it chooses after them: what `decode` would sample. The sampler knows what
+        came before (`Sampler.note`); it is not changed. None where the host samples, from the logits of `verify`.
 
         Raises:
             IndexError: as `verify`.

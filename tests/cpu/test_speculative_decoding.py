@@ -1,5 +1,6 @@
 """Generation with proposed tokens: the same tokens as without, whatever is proposed, and where they end."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Verification
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import OptionError
+from numba_atomflow.sampling import Sampler, accepted_tokens
 from numba_atomflow.speculation.drafter import StepResult
 from numba_atomflow.speculation.prompt_lookup import PromptLookup
 
@@ -80,6 +82,54 @@ def test_a_drafter_changes_the_number_of_steps_only(engine: Engine, options: dic
     assert stats.mean_accepted_length == (stats.tokens - 1) / stats.steps
     assert (stats.steps, stats.accepted == stats.proposed) == (-(-59 // 8), True) if not wrong else stats.steps > 8
     assert engine.token_ids == [*PROMPT, *expected[:-1]]
+
+
+class SamplingBackend:
+    """Lets a CPU backend sample in steps that verify, as a GPU does: by a copy of the sampler."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._backend, self._start = engine.backend, engine.backend.start
+        self.steps = 0
+        monkeypatch.setattr(engine.backend, "start", self.start)
+        monkeypatch.setattr(engine.backend, "verify_sampled", self.verify_sampled)
+
+    def start(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._start(copy.deepcopy(sampler))
+
+    def verify_sampled(self, tokens: Sequence[int]) -> list[int]:
+        self.steps += 1
+        logits, sampler = self._backend.verify(tokens), copy.deepcopy(self._sampler)
+        return accepted_tokens(tokens, lambda row: sampler.choose(logits[row]))
+
+
+@pytest.mark.parametrize("options", [SAMPLED, {"repetition_penalty": 1.3}, {"temperature": 1.0, "seed": 4}])
+@pytest.mark.parametrize("wrong", [(), (5, 6, 17)], ids=["right", "few"])
+def test_a_backend_that_samples_generates_the_same(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], wrong: Sequence[int]
+) -> None:
+    options = options | {"max_tokens": 60, "ignore_eos": True}
+    expected = plain(engine, **options)
+    backend = SamplingBackend(engine, monkeypatch)
+    drafter = Script(PROMPT, expected, wrong)
+    reply = engine.generate_tokens(PROMPT, SamplingParams(**options), drafter=drafter).finish()
+    assert reply.token_ids == expected
+    assert reply.stats.steps == backend.steps
+    assert reply.stats.steps + reply.stats.accepted == reply.stats.tokens - 1
+    assert engine.token_ids == [*PROMPT, *expected[:-1]]
+
+
+@pytest.mark.parametrize("options", [{"logprobs": 2}, {"prompt_logprobs": 0}])
+def test_what_needs_logits_is_not_sampled_by_the_backend(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    options = options | {"temperature": 1.0, "seed": 4, "max_tokens": 10}
+    expected = plain(engine, **options)
+    backend = SamplingBackend(engine, monkeypatch)
+    drafter = Script(PROMPT, expected)
+    reply = engine.generate_tokens(PROMPT, SamplingParams(**options), drafter=drafter).finish()
+    assert (reply.token_ids, backend.steps) == (expected, 0)
+    assert len(reply.prompt_logprobs) == (len(PROMPT) if "prompt_logprobs" in options else 0)
 
 
 def test_the_kv_cache_after_rejections_is_that_of_single_steps(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,11 +176,23 @@ class Continuation:
         pass
 
 
-@pytest.mark.parametrize(("temperature", "logprobs"), [(0.0, 0), (0.8, 0), (0.0, None)])
-def test_a_reply_is_the_same_with_and_without_a_drafter(temperature: float, logprobs: int | None) -> None:
-    """With log-probabilities each token is chosen on the host, without them the most likely one on the device."""
-    geometry = replace(GEOMETRIES["SmolLM2"], vocabulary=4096)
-    params = SamplingParams(max_tokens=120, temperature=temperature, seed=3, logprobs=logprobs)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logprobs": 0},
+        {"logprobs": 0, "temperature": 0.8},
+        {},
+        {"temperature": 0.8},
+        {"temperature": 1.2, "top_k": 50, "min_p": 0.02},
+        {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3},
+        {"repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_a_reply_is_the_same_with_and_without_a_drafter(options: dict[str, Any]) -> None:
+    """With log-probabilities each token is chosen on the host, without them on the device."""
+    geometry, temperature = replace(GEOMETRIES["SmolLM2"], vocabulary=4096), options.get("temperature", 0.0)
+    params = SamplingParams(max_tokens=120, seed=3, **options)
     prompt = list(range(5, 60))
     with Engine.random(geometry, "cuda", max_seq_len=512, decode="persistent") as engine:
         plain = engine.generate_tokens(prompt, params).finish().token_ids
@@ -188,7 +201,7 @@ def test_a_reply_is_the_same_with_and_without_a_drafter(temperature: float, logp
         reply = engine.generate_tokens(prompt, params, drafter=drafter).finish()
         assert reply.token_ids == plain
         assert reply.stats.accepted > 60
-        if temperature == 0.0:
+        if temperature == 0.0 and "repetition_penalty" not in options:
             engine.reset()
             device = engine.generate_tokens(prompt, SamplingParams(max_tokens=120)).finish().token_ids
             assert device == plain

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Observer
-from numba_atomflow.backends.cuda import bind, bind_prefill, model, persistent
+from numba_atomflow.backends.cuda import bind, bind_prefill, model, persistent, wide_sampling
 from numba_atomflow.backends.cuda.graphs import StepGraphs
 from numba_atomflow.backends.cuda.kernels import TOKEN_RING, ModelKernels
 from numba_atomflow.backends.cuda.model import DeviceModel
@@ -43,6 +43,25 @@ class HostMemory:
     def write(self, view: View, values: NDArray[Any]) -> None:
         assert view.tiling is None
         view.host_array()[...] = values
+
+
+class HostWrites:
+    """In place of `StagedWrites`."""
+
+    def __init__(self, _nbytes: int, stream: Any, resources: Any) -> None:
+        assert stream is resources is None
+
+    def write(self, view: View, values: Sequence[int] | NDArray[Any]) -> None:
+        view.host_array().reshape(-1)[: len(values)] = values
+
+
+class HostPinned:
+    """In place of `PinnedArray`."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, resources: Any) -> None:
+        assert resources is None
+        self.array = np.zeros(shape, dtype)
+        self.view = view_of("pinned", self.array)
 
 
 def words_of(view: View) -> NDArray[np.uint32]:
@@ -199,5 +218,7 @@ def simulate_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace what needs a device: the arena, access to it, and launches."""
     monkeypatch.setattr(model, "DeviceArena", BoundedArena)
     monkeypatch.setattr(model, "DeviceMemory", HostMemory)
-    for module in (bind, bind_prefill, persistent):
+    monkeypatch.setattr(model, "StagedWrites", HostWrites)
+    monkeypatch.setattr(wide_sampling, "PinnedArray", HostPinned)
+    for module in (bind, bind_prefill, persistent, wide_sampling):
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)

@@ -1,6 +1,6 @@
 """The CUDA backend: its lifecycle, and what the engine calls."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import repeat
 from typing import Any
@@ -184,6 +184,7 @@ class CudaBackend:
 
     def start(self, sampler: Sampler) -> None:
         """Use this sampler for the following steps."""
+        self._sampler = sampler
         with self._owner.current():
             self._model.set_sampler(sampler)
         self._graphs.greedy = sampler.params.greedy
@@ -272,6 +273,19 @@ class CudaBackend:
         self._in_wide_step = False
         with self._owner.current():
             return self._wide_steps.choose(tokens, self._queue.position)
+
+    @property
+    def verify_sampled(self) -> Callable[[Sequence[int]], list[int]] | None:
+        """Where steps of several tokens run, the kernels of decode steps sample from each row of their logits."""
+        return None if self._wide_steps is None else self._verify_sampled
+
+    def _verify_sampled(self, tokens: Sequence[int]) -> list[int]:
+        assert self._wide_steps is not None  # noqa: S101
+        check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
+        self._check(tokens)
+        self._in_wide_step = False
+        with self._owner.current():
+            return self._wide_steps.sample(tokens, self._queue.position, self._sampler)
 
     def time_widths(self, repeats: int) -> dict[int, float]:
         """Median seconds of the kernel of a step that verifies, at the current position, by its number of tokens;

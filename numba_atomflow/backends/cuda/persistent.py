@@ -55,6 +55,9 @@ def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
         Buffer("workspace", "verify.best", (width,), "int64"),
         Buffer("workspace", "verify.seen", (-(-kernels.geometry.vocabulary // 32),), "uint32"),
         Buffer("workspace", "verify.options", (5,), "float64"),
+        Buffer("workspace", "verify.sampling", (width, 3), "uint64"),
+        Buffer("workspace", "verify.sampled", (width,), "int32"),
+        Buffer("workspace", "verify.seen_rows", (width, -(-kernels.geometry.vocabulary // 32)), "uint32"),
         Buffer("workspace", "prompt.choices", (width,), "uint64"),
     ]
     for columns, shape in kernels.wide_shapes.items():

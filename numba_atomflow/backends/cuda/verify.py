@@ -1,12 +1,12 @@
-"""Steps of several tokens that verify a proposal: logits after each, with the bits of single decode steps, or the most
-likely token after each, which the kernel chooses.
+"""Steps of several tokens that verify a proposal: logits after each, with the bits of single decode steps; or the most
+likely token after each, which the kernel chooses; or a token sampled from each.
 
-Of the host a step takes one copy to the device and one launch. Where the kernel chooses, it posts the tokens to pinned
-memory, which the host polls; otherwise the logits are copied to the host.
+Of the host a step takes one copy to the device and one launch, and those of sampling. Tokens are posted to pinned
+memory, which the host polls; logits are copied to the host.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.persistent import PersistentStep, WideViews, watchdog_error
 from numba_atomflow.backends.cuda.queue import POLLS, StepQueue, posted_token, stream_finished
+from numba_atomflow.backends.cuda.wide_sampling import WideSampling
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
@@ -26,7 +27,7 @@ from numba_atomflow.ops.cuda.runtime.graph import time_launches
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
-from numba_atomflow.sampling import accepted_tokens
+from numba_atomflow.sampling import Sampler, accepted_tokens
 
 
 class WideSteps:
@@ -61,6 +62,7 @@ class WideSteps:
         )
         self._logits = PinnedArray(model.buffers["verify.logits"].shape, "float32", resources)
         self._fault = PinnedArray((1,), "int32", resources)
+        self._sampling = WideSampling(model, loaded, width, resources)
         no_penalty = np.ones(model.buffers["verify.options"].shape)
         model.memory.write(model.buffers["verify.options"], no_penalty)
         self._reset_best()
@@ -93,20 +95,47 @@ class WideSteps:
             CheckpointError: logits contain NaN or Inf.
             BackendError: as `run`.
         """
-        choices, polls = self._choices.array[: len(tokens)], 0
+        choices = self._choices.array[: len(tokens)]
         self._start(tokens, position)
-        while not choices.all():
+        self._poll(choices.all)
+        self._pending = False
+        return accepted_tokens(tokens, lambda row: self._token(choices[row]))
+
+    def sample(self, tokens: Sequence[int], position: int, sampler: Sampler) -> list[int]:
+        """As `Backend.verify_sampled`, the first token at this position. The GPU's context is current.
+
+        Raises:
+            CheckpointError: logits contain NaN or Inf.
+            BackendError: as `run`.
+        """
+        self._end_interrupted()
+        self._sampling.send(tokens, sampler)
+        self._start(tokens, position)
+        self._sampling.run(len(tokens))
+        chosen = accepted_tokens(tokens, self._sampled)
+        self._pending = False  # the step itself has ended; sampling of what was rejected may go on
+        return chosen
+
+    def _sampled(self, row: int) -> int:
+        """The token that was sampled after number `row`."""
+        self._poll(lambda: self._sampling.posted(row) is not None)
+        self._token(self._choices.array[row])  # what the kernel itself posts shows that its watchdog tripped
+        return self._token(self._sampling.posted(row) or 0)
+
+    def _poll(self, posted: Callable[[], object]) -> None:
+        """Wait until the device has posted its tokens."""
+        polls = 0
+        while not posted():
             polls += 1
             if polls % POLLS == 0:
-                self._check()
+                if stream_finished(self._model.stream) and not posted():
+                    raise BackendError("the GPU has finished a step without its tokens")
                 time.sleep(0)  # let other threads run
-        self._pending = False
-        return accepted_tokens(tokens, self._choice)
 
-    def _choice(self, index: int) -> int:
-        """The most likely token after number `index`."""
+    def _token(self, entry: int) -> int:
+        """The token that was posted."""
         try:
-            return posted_token(int(self._choices.array[index]))
+            return posted_token(int(entry))
         except CheckpointError:
             self._distrust()
             self._queue.check_watchdog()
@@ -152,13 +181,17 @@ class WideSteps:
 
     def _start(self, tokens: Sequence[int], position: int) -> None:
         """Launch a step of these tokens."""
-        if self._pending:  # a step was interrupted (Ctrl-C): it may still read its tokens, and post others
-            call("cuStreamSynchronize", self._model.stream)
+        self._end_interrupted()
         self._choices.array[:] = 0
         self._pending = True
         width = next(width for width in self._widths if width >= len(tokens))
         self._send([*tokens, *repeat(tokens[-1], width - len(tokens))], position)
         self._launch(width).run()
+
+    def _end_interrupted(self) -> None:
+        """Wait for a step that was interrupted (Ctrl-C): it may still read its tokens, and post others."""
+        if self._pending:
+            call("cuStreamSynchronize", self._model.stream)
 
     def _send(self, tokens: Sequence[int], position: int) -> None:
         """Copy a step's tokens and position to the device. The copy before has ended: the host waits for each step."""
@@ -186,11 +219,6 @@ class WideSteps:
         own |= {"token_ring": views.choices, "tokens_posted": self._posted}
         end = self._persistent.shape.ops
         return self._persistent.launch(0, end, greedy=not in_place, traced=traced, replaced=own)
-
-    def _check(self) -> None:
-        """Raise if the GPU has failed, or has finished the step without posting its tokens."""
-        if stream_finished(self._model.stream) and not self._choices.array.any():
-            raise BackendError("the GPU has finished a step without its tokens")
 
     def _distrust(self) -> None:
         """A step has failed."""

@@ -54,6 +54,7 @@ class TensorParallelBackend:
     prefill_chunk = 1
     prompt_lengths = (1,)
     device_edits = None  # edits are functions of the host
+    verify_sampled = None
     verification = Verification(1, "several GPUs run steps of one token only")
 
     def __init__(
