@@ -28,7 +28,8 @@ class Drafts(EngineCore):
         return self._draft
 
     def use_draft(self, draft: "Drafts | None") -> None:
-        """Let the model of another engine propose tokens from the next generation on; None: no other model.
+        """Let the model of another engine propose tokens from now on; None: no other model. A generation in progress
+        ends here.
 
         That engine belongs to the caller, who may use it for other texts meanwhile and closes it; its KV cache then
         holds what it was used for last.
@@ -50,6 +51,7 @@ class Drafts(EngineCore):
             model = DraftModel(draft, self.geometry.vocabulary, self._step_cost, ratio)
 
         def use() -> None:
+            self._end_generation()
             self._close_draft()
             self._draft, self._draft_model = draft, model
 

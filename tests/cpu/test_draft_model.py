@@ -223,15 +223,22 @@ def test_an_engine_is_loaded_and_closed_with_its_draft(checkpoints: dict[str, Pa
         tokens = engine.generate("Hello", SamplingParams(max_tokens=4, speculate="draft")).finish().token_ids
         assert tokens == engine.generate("Hello", SamplingParams(max_tokens=4, speculate="off")).finish().token_ids
         engine.warm_up()
+        reply = engine.generate("Hello", SamplingParams(speculate="draft", ignore_eos=True))
+        next(reply)
+        assert engine.draft is draft
     with pytest.raises(ClosedError):
         draft.feed([5])
+    assert reply.finish_reason == "interrupted"
 
 
 def test_a_draft_of_the_caller_stays_open(target: Engine, draft: Engine) -> None:
     target.use_draft(draft)
     assert target.draft is draft
+    reply = target.generate_tokens(PROMPT)
+    next(reply)
     target.use_draft(None)
     assert target.draft is None
+    assert reply.finish_reason == "interrupted"
     draft.reset()
     assert draft.feed([5]).shape == (SMALLEST_VOCABULARY,)
     with pytest.raises(OptionError, match='speculate is "draft", but the engine has no draft model'):
