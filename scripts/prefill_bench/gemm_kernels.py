@@ -13,7 +13,7 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from prefill_bench.expectations import CHUNK
 
-_TILES = (16, 32, 64, 104, 128, 176, 192, 256)
+_TILES = (16, 32, 64, 104, 128, 160, 176, 192, 208, 224, 256)
 _LARGEST_MMA_TILE = 128  # of main loops with mma.sync
 
 

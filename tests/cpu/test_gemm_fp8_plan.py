@@ -31,7 +31,7 @@ def test_stages_with_their_scales_and_the_epilogue_fit_in_shared_memory(tokens: 
     assert resident_ctas(plan) * (shared.bytes + 1024) <= H200.shared_bytes + 1024
 
 
-@pytest.mark.parametrize("tile_tokens", [8, 64, 104, 128, 176, 192, 256])
+@pytest.mark.parametrize("tile_tokens", [8, 64, 104, 128, 160, 176, 192, 208, 224, 256])
 def test_sums_and_accumulators_leave_registers_for_the_rest(tile_tokens: int) -> None:
     assert tile_tokens % pass_tokens(tile_tokens) == 0
     assert tile_tokens // 2 + pass_tokens(tile_tokens) // 2 <= 192

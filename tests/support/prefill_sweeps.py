@@ -131,13 +131,13 @@ def _qkv(head_dim: int, ratio: int, tile_tokens: int, in_features: int = 576) ->
 GEMMS = (
     *(GemmSweep("store", 200, 576, tile) for tile in TILES),  # neither rows nor K fill a tile
     *(GemmSweep("add", 576, 1536, tile) for tile in TILES),
-    *(GemmSweep("swiglu", 400, 330, tile) for tile in TILES),
+    *(GemmSweep("swiglu", 400, 330, tile) for tile in (*TILES, 208)),
     *(GemmSweep("store", 3072, 3072, tile, k_tile=0) for tile in (16, 128, 256)),  # whole-K tiles of weights
     *(GemmSweep("add", 3072, 8192, tile) for tile in (16, 64, 128)),  # tiles that CTAs share
     GemmSweep("add", 200, 8192, 128),  # a tile has 32 CTAs, more than fragments
 )
 FP8_GEMMS = (
-    *(GemmSweep("store", 200, 576, tile, bits=8) for tile in (*TILES, 104, 176, 192)),
+    *(GemmSweep("store", 200, 576, tile, bits=8) for tile in (*TILES, 104, 176, 192, 224)),
     GemmSweep("add", 576, 1536, 64, bits=8),
     GemmSweep("swiglu", 400, 330, 128, bits=8),
     GemmSweep("add", 3072, 8192, 128, bits=8),
@@ -153,7 +153,7 @@ MMA_GEMMS = (
 )
 QKVS = (
     *(_qkv(head_dim, ratio, 64) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS),
-    *(_qkv(head_dim, 3, tile) for head_dim, tile in zip(HEAD_DIMS, (128, 176, 192, 256), strict=True)),  # staged
+    *(_qkv(head_dim, 3, tile) for head_dim, tile in zip(HEAD_DIMS, (128, 176, 224, 256), strict=True)),  # staged
 )
 
 
