@@ -95,6 +95,18 @@ class MappedFile:
         view.flags.writeable = False
         return view
 
+    def release(self, offset: int, count: int) -> None:
+        """Give back the memory of whole pages within these bytes; using them again reads them from the file again.
+
+        A private copy, and systems that cannot, keep it.
+        """
+        advice = getattr(mmap, "MADV_DONTNEED", None)
+        if self._map is None or self._private_copy or advice is None:
+            return
+        start, stop = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + count) // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < stop:
+            self._map.madvise(advice, start, stop - start)
+
     def check_unchanged(self) -> None:
         """Check that the file was not written to or truncated since it was opened. Costs one system call.
 

@@ -24,6 +24,11 @@ class WeightArrays(Mapping[str, NDArray[Any]]):
         """The array of this name, if it is random codes, as a part of their pool; else None."""
         return self._checkpoint.codes(name) if isinstance(self._checkpoint, RandomModel) else None
 
+    def release(self, name: str) -> None:
+        """The array of this name has been copied elsewhere, and its memory is not needed any more."""
+        if isinstance(self._checkpoint, Checkpoint):
+            self._checkpoint.release(name)
+
     def __contains__(self, name: object) -> bool:
         return name in self._names
 

@@ -168,6 +168,11 @@ class Checkpoint:
         entry = self._entries[name]
         return self._file.array(DTYPES[entry.dtype], entry.shape, entry.offset)
 
+    def release(self, name: str) -> None:
+        """Give back the memory of a tensor that is not needed for now; its arrays stay valid."""
+        entry = self._entries[name]
+        self._file.release(entry.offset, entry.nbytes)
+
     def matrix(self, part: str) -> NDArray[np.float32]:
         """A projection or the embedding, dequantized: float32 [N, K], a copy."""
         weights = self.array(part + ".weight")

@@ -97,6 +97,17 @@ def test_the_file_must_be_the_one_whose_header_was_read(file: Path) -> None:
         MappedFile(file, stamp, CheckpointError)
 
 
+@pytest.mark.parametrize("private_copy", [False, True])
+def test_released_pages_are_read_again(file: Path, private_copy: bool) -> None:
+    opened = mapped(file, private_copy=private_copy)
+    opened.release(0, 100)  # before there is anything
+    array = opened.array(BYTES, (65536,), 0)
+    before = array.copy()
+    opened.release(100, 65000)
+    np.testing.assert_array_equal(array, before)
+    opened.close()
+
+
 def test_a_private_copy_does_not_change(file: Path) -> None:
     opened = mapped(file, private_copy=True)
     array = opened.array(BYTES, (1000,), 0)

@@ -25,20 +25,34 @@ Matrix = NDArray[Any] | RepeatedBytes
 
 
 @runtime_checkable
-class RandomArrays(Protocol):
-    """A checkpoint's arrays by name, of which some may repeat a pool."""
+class WeightSource(Protocol):
+    """A checkpoint's arrays by name, with more than a mapping tells."""
 
-    def repeated(self, name: str) -> RepeatedBytes | None: ...
+    def repeated(self, name: str) -> RepeatedBytes | None:
+        """The array, if it repeats a pool of bytes."""
+
+    def release(self, name: str) -> None:
+        """The array has been copied, and its memory on the host is not needed any more."""
 
 
 def stored_matrices(arrays: Mapping[str, NDArray[Any]], part: str) -> list[Matrix]:
     """A projection, or the embedding, as the checkpoint has it: codes and scales, or float16 weights alone."""
     matrices: list[Matrix] = []
-    for name in (f"{part}.weight", f"{part}.scale"):
-        if name in arrays:
-            codes = arrays.repeated(name) if isinstance(arrays, RandomArrays) else None
-            matrices.append(arrays[name] if codes is None else codes)
+    for name in _matrix_names(arrays, part):
+        codes = arrays.repeated(name) if isinstance(arrays, WeightSource) else None
+        matrices.append(arrays[name] if codes is None else codes)
     return matrices
+
+
+def release_matrices(arrays: Mapping[str, NDArray[Any]], part: str) -> None:
+    """A projection, or the embedding, has been copied to the device."""
+    if isinstance(arrays, WeightSource):
+        for name in _matrix_names(arrays, part):
+            arrays.release(name)
+
+
+def _matrix_names(arrays: Mapping[str, NDArray[Any]], part: str) -> list[str]:
+    return [name for name in (f"{part}.weight", f"{part}.scale") if name in arrays]
 
 
 @dataclass(frozen=True)
@@ -210,4 +224,5 @@ def upload(
             uploader.vector(arrays[part], target)
             continue
         uploader.projection(layout_of(part), stored_matrices(arrays, part), target, moved)
+        release_matrices(arrays, part)
     moved(total)

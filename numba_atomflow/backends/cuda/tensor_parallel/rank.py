@@ -25,7 +25,7 @@ from numba_atomflow.ops.cuda.persistent.trace import EVENTS, to_nanoseconds
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.runtime.spec import Planned
-from numba_atomflow.ops.cuda.runtime.upload import Matrix, Uploader, stored_matrices
+from numba_atomflow.ops.cuda.runtime.upload import Matrix, Uploader, release_matrices, stored_matrices
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.logprobs import LogprobsArguments
@@ -308,6 +308,7 @@ def upload(ranks: Sequence[Rank], arrays: Mapping[str, NDArray[Any]], progress: 
                 done += rank.weight_views[part].nbytes
                 if progress:
                     progress("weights to the GPUs", done >> 20, total >> 20)
+        release_matrices(arrays, part)
 
 
 def _run(launches: Sequence[Launch]) -> None:
