@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from step_costs import with_cheap_draft
 from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
 
@@ -131,6 +133,37 @@ def test_log_probabilities_are_those_without(target: Engine, draft: Engine) -> N
     expected = target.generate_tokens(PROMPT, SamplingParams(**options, speculate="off")).finish()
     reply = with_cheap_draft(target, draft).generate_tokens(PROMPT, SamplingParams(**options)).finish()
     assert (reply.logprobs, reply.prompt_logprobs) == (expected.logprobs, expected.prompt_logprobs)
+
+
+class Half:
+    """Allows half of the tokens, other ones at every place."""
+
+    def __init__(self) -> None:
+        self.words = np.zeros(-(-SMALLEST_VOCABULARY // 32), "<u4")
+        self.came = 0
+
+    def start(self, tokens: Any) -> "Half":
+        return Half()
+
+    def allowed(self) -> NDArray[np.uint32]:
+        self.words[:] = 0x55555555 << self.came % 2
+        return self.words
+
+    def accept(self, token: int) -> None:
+        self.came += 1
+
+    def is_complete(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_constraints_hold_for_accepted_tokens(target: Engine, draft: Engine, options: dict[str, Any]) -> None:
+    options = options | {"max_tokens": 40, "constraint": Half()}
+    expected = plain(target, **options)
+    reply = with_cheap_draft(target, draft).generate_tokens(PROMPT, SamplingParams(**options)).finish()
+    assert reply.token_ids == expected
+    assert all(token % 2 == place % 2 for place, token in enumerate(expected))
+    assert reply.stats.proposed > 0
 
 
 # --- the draft model's KV cache --------------------------------------------------------------------------------------

@@ -63,6 +63,15 @@ def test_a_chat_gets_the_engines_reply(live: Live, expected: dict[str, Any]) -> 
     assert usage["total_tokens"] == usage["prompt_tokens"] + 12
 
 
+def test_a_draft_model_changes_no_reply(tiny_checkpoint: Path, expected: dict[str, Any]) -> None:
+    with Engine.load(tiny_checkpoint, "cpu", threads=1, draft=tiny_checkpoint) as engine, live_server(engine) as live:
+        for _ in range(2):
+            answer = live.post("/v1/chat/completions", chat()).body
+            assert answer["choices"][0]["message"]["content"] == expected["chat"]
+            other = live.post("/v1/completions", completion()).body
+            assert expected["text"].endswith(other["choices"][0]["text"])
+
+
 def test_a_stream_has_the_same_text_and_then_the_usage(live: Live, expected: dict[str, Any]) -> None:
     body = chat(stream=True, stream_options={"include_usage": True})
     answer = live.post("/v1/chat/completions", body)
