@@ -23,7 +23,7 @@ import numba
 from llvmlite import binding
 from llvmlite.binding import Linkage
 from numba.core import config
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.runtime import _nrt_python
@@ -86,10 +86,27 @@ def _prune(current: Path, target: str) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
+class _Locator(UserProvidedCacheLocator):  # type: ignore[misc]
+    """Where a kernel's code is kept: the same place for every checkout and installation with this state of ``ops/``."""
+
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        """The sub-folder of `config.CACHE_DIR`; numba's own has a hash of the path of the source file's folder."""
+        if Path(py_file).resolve().parent == Path(__file__).resolve().parent:
+            return "ops"
+        return str(super().get_suitable_cache_subpath(py_file))
+
+
+class _KernelCacheFiles(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_Locator,)
+
+
 class _KernelCache(FunctionCache):  # type: ignore[misc]
     """numba's cache, except that a damaged or full one costs a compilation instead of an exception, and that loading
     from it is fast: numba's own prepares the compiler first, which imports a hundred modules, some of them scipy's.
     """
+
+    _impl_class = _KernelCacheFiles
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled code of a signature, or None: compile it."""
