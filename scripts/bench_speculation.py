@@ -2,6 +2,7 @@
 
     python scripts/bench_speculation.py --geometry llama-3.2-3b
     python scripts/bench_speculation.py --geometry llama-3.1-8b --acceptance 0.8 --json
+    python scripts/bench_speculation.py --temperature 0.8
 
 The weights are random. Steps: median time of the kernel for each number of tokens, at several positions, and of a whole
 step, with the logits copied to the host or with tokens that the kernel chooses. Replies: a drafter proposes the true
@@ -126,7 +127,8 @@ def _phases(backend: CudaBackend, position: int) -> list[tuple[Any, ...]]:
 
 def _replies(engine: Engine, given: argparse.Namespace) -> list[dict[str, Any]]:
     """The speed of replies: plain, and with each number of tokens per step and acceptance."""
-    vocabulary, params = engine.geometry.vocabulary, SamplingParams(max_tokens=given.tokens)
+    vocabulary = engine.geometry.vocabulary
+    params = SamplingParams(max_tokens=given.tokens, temperature=given.temperature, seed=1)
     prompt = np.random.default_rng(1).integers(0, vocabulary, PROMPT_TOKENS).tolist()
     engine.generate_tokens(prompt, params).finish()  # from here on, replies find the prompt in the cache
     expected = engine.generate_tokens(prompt, params).finish().token_ids
@@ -167,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--positions", type=list_of(int, "0,200,1000"), default=[0, 200, 1000, 4000])
     parser.add_argument("--acceptance", type=list_of(float, "0.6,0.8"), default=[0.6, 0.8, 0.9])
     parser.add_argument("--tokens", type=int, default=400, help="of a reply")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of replies; 0: greedy")
     parser.add_argument("-r", "--repeats", type=int, default=20)
     parser.add_argument("--trace", action="store_true", help="show where the time of the kernels goes, op by op")
     parser.add_argument("--json", action="store_true", help="print a record")

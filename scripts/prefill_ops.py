@@ -2,9 +2,11 @@
 
     python scripts/prefill_ops.py --geometry llama-3.2-3b --tokens 16,512,2048
     python scripts/prefill_ops.py --geometry llama-3.1-8b --prefill fp8 --depth 4096 --json
+    python scripts/prefill_ops.py --geometry llama-3.2-3b --tokens 2,4,5,8
 
 A model with random weights. Launches of a kernel run one after the other, each with its own weights; the chunk runs as
-its CUDA graph, without the LM head and what follows it.
+its CUDA graph, without the LM head and what follows it; but a chunk of 2 to 4 tokens that runs in the persistent kernel
+has the LM head, too.
 """
 
 import argparse
