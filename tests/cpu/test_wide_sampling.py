@@ -72,9 +72,9 @@ def test_tokens_up_to_the_first_that_was_not_proposed(pretended: PretendedDriver
         post(backend, *sampled)
         first = len(pretended.calls)
         assert verify_sampled(backend, [5, 6, 7]) == accepted
-        # The step, and for each row arg-max, sampling and the post; one copy of tokens, one of random numbers.
-        assert pretended.calls[first:].count("cuLaunchKernelEx") == 1 + 3 * 3
-        assert pretended.calls[first:].count("cuMemcpyHtoDAsync") == 2
+        # The step, arg-max, sampling and the post; copies of tokens, random numbers and the numbers of tokens.
+        assert pretended.calls[first:].count("cuLaunchKernelEx") == 4
+        assert pretended.calls[first:].count("cuMemcpyHtoDAsync") == 3
         assert "cuStreamSynchronize" not in pretended.calls[first:]
     assert backend._queue.position == 0
 
@@ -85,9 +85,9 @@ def test_each_row_has_its_draw_and_the_tokens_before_it(backend: CudaBackend) ->
     post(backend, 100, 101)
     verify_sampled(backend, [5, 100])
     with backend.memory() as memory:
-        numbers = memory.read(backend._model.buffers["verify.sampling"])[:2]
+        generators = memory.read(backend._model.buffers["verify.generators"])[:2]
         rows = memory.read(backend._model.buffers["verify.seen_rows"])[:2]
-    np.testing.assert_array_equal(numbers, np.array([[1024, 2**64 - 3, 1], [1024, 2**64 - 3, 2]], np.uint64))
+    np.testing.assert_array_equal(generators, np.array([[2**64 - 3, 1], [2**64 - 3, 2]], np.uint64))
     seen = np.unpackbits(rows.view(np.uint8), axis=1, bitorder="little")
     assert [np.flatnonzero(row).tolist() for row in seen] == [[1, 5, 40], [1, 5, 40, 100]]
     assert sampler.draws == 1

@@ -37,10 +37,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedBackend:
     sizes = {"layers": 1, "hidden": 64, "heads": 1, "kv_heads": 1, "head_dim": 32, "ffn": 64, "vocabulary": VOCABULARY}
     geometry = tiny_geometry(**sizes)
     kernels = ModelKernels(geometry, CHIP, dependent=False, persistent=True)
-    spec = kernels.planned["sample"].spec  # with few threads, which cost time in the simulator
-    few = dict(spec.arguments) | {"threads": 32, "bins": 32, "capacity": 8}
-    small = replace(spec, arguments=tuple(few.items()), threads=32, shared_bytes=sample_shared_bytes(32, 8))
-    kernels.planned["sample"] = replace(kernels.planned["sample"], spec=small)
+    for name in ("sample", "sample_rows"):  # with few threads, which cost time in the simulator
+        spec = kernels.planned[name].spec
+        few = dict(spec.arguments) | {"threads": 32, "bins": 32, "capacity": 8}
+        small = replace(spec, arguments=tuple(few.items()), threads=32, shared_bytes=sample_shared_bytes(32, 8))
+        kernels.planned[name] = replace(kernels.planned[name], spec=small)
     gpu = SimulatedBackend(kernels, dict(WeightArrays(RandomModel(geometry))))
     gpu.array(gpu.model.buffers["verify.best"])[:] = LOWEST_KEY
     return gpu

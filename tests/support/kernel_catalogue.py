@@ -79,7 +79,7 @@ class Entry:
     @property
     def doubles(self) -> bool:
         """Whether it may use float64."""
-        return self.spec.name == "sample"
+        return self.spec.name in ("sample", "sample_rows")
 
 
 def catalogue(capability: tuple[int, int]) -> list[Entry]:
@@ -103,6 +103,8 @@ def catalogue(capability: tuple[int, int]) -> list[Entry]:
     entries.append(Entry("read", bandwidth.read_kernel(SMS).spec))
     if capability >= TMA:
         entries.append(Entry("bulk_read", bandwidth.bulk_read_kernel(SMS).spec))
+        planned = ModelKernels(LLAMA, chip, persistent=True).planned
+        entries += [Entry(name, planned[name].spec) for name in ("argmax_rows", "sample_rows", "post_rows")]
     return entries
 
 

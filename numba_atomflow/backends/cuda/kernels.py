@@ -31,13 +31,13 @@ from numba_atomflow.ops.cuda.persistent.wide_kernel import wide_kernel
 from numba_atomflow.ops.cuda.prefill.buckets import bucket_for
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
-from numba_atomflow.ops.cuda.token.advance import advance_kernel
-from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
+from numba_atomflow.ops.cuda.token.advance import advance_kernel, post_rows_kernel
+from numba_atomflow.ops.cuda.token.argmax import argmax_kernel, argmax_rows_kernel
 from numba_atomflow.ops.cuda.token.embedding import embed_kernel
 from numba_atomflow.ops.cuda.token.family import add_norm_kernel, cap_logits_kernel
 from numba_atomflow.ops.cuda.token.logprobs import logprobs_kernel
 from numba_atomflow.ops.cuda.token.rope import rope_kernel
-from numba_atomflow.ops.cuda.token.sample import sample_kernel
+from numba_atomflow.ops.cuda.token.sample import sample_kernel, sample_rows_kernel
 
 if TYPE_CHECKING:
     from numba_atomflow.ops.cuda.prefill.kernels import PrefillKernels
@@ -246,6 +246,11 @@ class ModelKernels:
         if self.persistent:
             kernels += [persistent_kernel(self.persistent_shape), publish_kernel(self.persistent_shape)]
             kernels += [wide_kernel(shape) for shape in self.wide_shapes.values()]
+            kernels += [
+                argmax_rows_kernel(vocabulary, self.chip.sms, dependent),
+                sample_rows_kernel(vocabulary, dependent),
+                post_rows_kernel(TOKEN_RING, vocabulary, dependent),
+            ]
         return {kernel.spec.name: kernel for kernel in kernels}
 
     def _step_kernels(self, width: int) -> list[Planned]:

@@ -53,21 +53,38 @@ def post_token(token, best, seen, token_ring, size, tokens_posted):
     cuda.threadfence_system()
 
 
-def make_advance(ring: int, *, sampled: bool, dependent: bool = False) -> Any:
+def make_advance(ring: int, *, sampled: bool, row_words: int = 0, dependent: bool = False) -> Any:
     """Kernel (`AdvanceArguments`): the step's last one. The position moves; if the step chose a token, the token is
     posted and `best` is reset for the next arg-max.
 
-    Launch: one CTA of one thread.
+    Launch: one CTA of one thread; one for each row, if `row_words` is not 0.
 
     Args:
         ring: entries of the token ring.
+        row_words: 0, or ceil(V / 32): then there are several rows, each with arguments of its own, but for the
+            position; a row's `token_ring` begins one entry after that of the row before.
     """
+
+    @ptx.device_function
+    def of_row(io, row):
+        """The arguments of one row."""
+        return AdvanceArguments(
+            io.token[row : row + 1],
+            io.best[row : row + 1],
+            io.position,
+            io.seen[row * row_words : (row + 1) * row_words],
+            io.token_ring[row:],
+            io.tokens_posted[row : row + 1],
+            io.tokens,
+        )
 
     @ptx.kernel(_THREADS, 1)
     def advance(io):
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
+        if row_words:
+            io = of_row(io, int64(cuda.blockIdx.x))
         io.position[0] += io.tokens
         if sampled:
             post_token(int64(io.token[0]), io.best[0], io.seen, io.token_ring, ring, io.tokens_posted)
@@ -80,3 +97,9 @@ def advance_kernel(ring: int, *, sampled: bool, dependent: bool) -> Planned:
     """The spec of the kernel of `make_advance`."""
     name, options = "advance_sampled" if sampled else "advance", {"ring": ring, "sampled": sampled}
     return Planned(kernel_spec(name, make_advance, AdvanceArguments, 1, dependent=dependent, **options), 1)
+
+
+def post_rows_kernel(ring: int, vocabulary: int, dependent: bool) -> Planned:
+    """That of several rows, with a CTA for each."""
+    options = {"ring": ring, "sampled": True, "row_words": -(-vocabulary // 32), "dependent": dependent}
+    return Planned(kernel_spec("post_rows", make_advance, AdvanceArguments, 1, **options), 1)

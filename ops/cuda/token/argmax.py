@@ -32,11 +32,25 @@ class ArgmaxArguments(NamedTuple):
     best: I64
 
 
-def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
+def make_argmax(vocabulary: int, *, row_ctas: int = 0, dependent: bool = False) -> Any:
     """Kernel (`ArgmaxArguments`): best[0] = max(best[0], key of every token).
 
-    Launch: any number of CTAs of `THREADS` threads, no shared memory.
+    Launch: any number of CTAs of `THREADS` threads, no shared memory; `row_ctas` for each row, if that is not 0.
+
+    Args:
+        row_ctas: 0, or the CTAs of a row: then there are several rows of logits, each with its `seen` and `best`.
     """
+    words = -(-vocabulary // 32)
+
+    @ptx.device_function
+    def of_row(io, row):
+        """The arguments of one row."""
+        return ArgmaxArguments(
+            io.logits[row * vocabulary : (row + 1) * vocabulary],
+            io.seen[row * words : (row + 1) * words],
+            io.options,
+            io.best[row : row + 1],
+        )
 
     @ptx.kernel(THREADS, 4)
     def argmax(io):
@@ -46,10 +60,14 @@ def make_argmax(vocabulary: int, *, dependent: bool = False) -> Any:
         thread = cuda.threadIdx.x
         penalty = f32(io.options[PENALTY])
         largest = int64(LOWEST_KEY)
-        token = cuda.blockIdx.x * THREADS + thread
+        block, blocks = cuda.blockIdx.x, cuda.gridDim.x
+        if row_ctas:
+            io = of_row(io, int64(block // row_ctas))
+            block, blocks = block % row_ctas, row_ctas
+        token = block * THREADS + thread
         while token < vocabulary:
             largest = max(largest, sort_key(penalised(io.logits, io.seen, token, penalty), token))
-            token += cuda.gridDim.x * THREADS
+            token += blocks * THREADS
         largest = warp_max_key(largest)
         if thread & 31 == 0:
             cuda.atomic.max(io.best, 0, largest)
@@ -62,3 +80,10 @@ def argmax_kernel(vocabulary: int, sms: int, dependent: bool) -> Planned:
     options = {"vocabulary": vocabulary, "dependent": dependent}
     spec = kernel_spec("argmax", make_argmax, ArgmaxArguments, THREADS, **options)
     return Planned(spec, min(-(-vocabulary // THREADS), _CTAS_PER_SM * sms))
+
+
+def argmax_rows_kernel(vocabulary: int, sms: int, dependent: bool) -> Planned:
+    """The same for several rows, and its CTAs for each."""
+    ctas = argmax_kernel(vocabulary, sms, dependent).ctas
+    options = {"vocabulary": vocabulary, "dependent": dependent, "row_ctas": ctas}
+    return Planned(kernel_spec("argmax_rows", make_argmax, ArgmaxArguments, THREADS, **options), ctas)

@@ -95,15 +95,18 @@ def make_sample(
     threads: int = THREADS,
     bins: int = BINS,
     capacity: int = CAPACITY,
+    by_row: bool = False,
     dependent: bool = False,
 ) -> Any:
     """Kernel (`SampleArguments`): token[0] = the next token; a draw is counted.
 
-    Launch: one CTA of `threads` threads with `sample_shared_bytes(bins, capacity)` of dynamic shared memory.
+    Launch: one CTA of `threads` threads with `sample_shared_bytes(bins, capacity)` of dynamic shared memory; one for
+    each row, if it is `by_row`.
 
     Args:
         bins: of the histogram, a multiple of 32.
         capacity: tokens that are ranked in shared memory.
+        by_row: there are several rows of logits, each with arguments of its own, but for `options`.
     """
     # Shared memory, int64: masses and numbers of the histogram, of the digits, and of strides of 32 bins; keys and
     # masses of the listed tokens; scalars.
@@ -120,6 +123,20 @@ def make_sample(
 
     id_shift = max(0, (vocabulary - 1).bit_length() - bins.bit_length() + 1)  # ids fall into bins in their own order
     last_bin = bins - 1
+
+    words = -(-vocabulary // 32)
+
+    @ptx.device_function
+    def of_row(io, row):
+        """The arguments of one row."""
+        return SampleArguments(
+            io.logits[row * vocabulary : (row + 1) * vocabulary],
+            io.seen[row * words : (row + 1) * words],
+            io.options,
+            io.generator[2 * row : 2 * row + 2],
+            io.best[row : row + 1],
+            io.token[row : row + 1],
+        )
 
     @ptx.device_function
     def measure(d, token):
@@ -273,6 +290,8 @@ def make_sample(
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
+        if by_row:
+            io = of_row(io, int64(cuda.blockIdx.x))
         thread = cuda.threadIdx.x
         temperature, top_k = io.options[TEMPERATURE], int64(io.options[TOP_K])
         top_p, min_p, penalty = io.options[TOP_P], io.options[MIN_P], f32(io.options[PENALTY])
@@ -331,3 +350,10 @@ def sample_kernel(vocabulary: int, dependent: bool) -> Planned:
     """The spec of the kernel of `make_sample`."""
     shared_bytes, options = sample_shared_bytes(BINS, CAPACITY), {"vocabulary": vocabulary, "dependent": dependent}
     return Planned(kernel_spec("sample", make_sample, SampleArguments, THREADS, shared_bytes, **options), 1)
+
+
+def sample_rows_kernel(vocabulary: int, dependent: bool) -> Planned:
+    """The same for several rows, with a CTA for each."""
+    shared_bytes = sample_shared_bytes(BINS, CAPACITY)
+    options = {"vocabulary": vocabulary, "dependent": dependent, "by_row": True}
+    return Planned(kernel_spec("sample_rows", make_sample, SampleArguments, THREADS, shared_bytes, **options), 1)
