@@ -79,6 +79,19 @@ def test_tokens_up_to_the_first_that_was_not_proposed(pretended: PretendedDriver
     assert backend._queue.position == 0
 
 
+def test_the_first_step_of_several_tokens_loads_all_that_such_steps_need(
+    pretended: PretendedDriver, backend: CudaBackend
+) -> None:
+    """So that after `Engine.warm_up` no request waits for them."""
+    backend.verify([1, 2])
+    modules = pretended.counts()["module"]
+    start(backend, PENALTY)
+    for count in range(1, 9):
+        post(backend, *[0] * count)
+        verify_sampled(backend, [1] * count)
+    assert pretended.counts()["module"] == modules
+
+
 def test_each_row_has_its_draw_and_the_tokens_before_it(backend: CudaBackend) -> None:
     sampler = start(backend, PENALTY)
     sampler.note(5)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.persistent import PersistentStep, WideViews, watchdog_error
 from numba_atomflow.backends.cuda.queue import POLLS, StepQueue, posted_token, stream_finished
-from numba_atomflow.backends.cuda.wide_sampling import WideSampling
+from numba_atomflow.backends.cuda.wide_sampling import KERNELS, WideSampling
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
@@ -71,7 +71,8 @@ class WideSteps:
         """Logits [len(tokens), V] after each of the tokens, the first at this position; valid until the next call. The
         GPU's context is current.
 
-        The first call for several tokens compiles the kernels of all widths, or loads them from the cache.
+        The first call for several tokens compiles the kernels of all widths, and those that sample, or loads them from
+        the cache.
 
         Raises:
             BackendError: the watchdog tripped, or the GPU failed.
@@ -203,7 +204,8 @@ class WideSteps:
         if width not in self._launches:
             if width > 1:
                 planned = self._model.kernels.planned
-                self._loaded.require(planned[f"persistent_x{columns}"].spec for columns in self._widths[1:])
+                names = [*(f"persistent_x{columns}" for columns in self._widths[1:]), *KERNELS]
+                self._loaded.require(planned[name].spec for name in names)
             self._launches[width] = self._bind(width)
         return self._launches[width]
 

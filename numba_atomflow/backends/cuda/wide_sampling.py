@@ -26,6 +26,7 @@ from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.sample import SampleArguments
 from numba_atomflow.sampling import Sampler
 
+KERNELS = ("argmax_rows", "sample_rows", "post_rows")
 _STEPS = 1 << 22  # after which the numbers of tokens begin again
 
 
@@ -82,13 +83,11 @@ class WideSampling:
             tokens_posted=buffers["verify.tokens_posted"],
             tokens=0,
         )
-        named = {
-            "argmax_rows": ArgmaxArguments(**common),
-            "sample_rows": SampleArguments(**common, generator=buffers["verify.generators"], token=token),
-            "post_rows": post,
-        }
-        self._loaded.require(planned[name].spec for name in named)
-        return [Launch(self._loaded[name], rows * planned[name].ctas, of, model.stream) for name, of in named.items()]
+        sample = SampleArguments(**common, generator=buffers["verify.generators"], token=token)
+        named = zip(KERNELS, (ArgmaxArguments(**common), sample, post), strict=True)
+        return [
+            Launch(self._loaded[name], rows * planned[name].ctas, arguments, model.stream) for name, arguments in named
+        ]
 
 
 def _seen_rows(sampler: Sampler, tokens: Sequence[int]) -> NDArray[np.uint32]:
