@@ -3,7 +3,7 @@
 import pytest
 
 from numba_atomflow.ops.cuda.gemm.plan import FP8_SLOT_WORDS, choose_gemm_plan
-from numba_atomflow.ops.cuda.gemm.wgmma import Shared, resident_ctas
+from numba_atomflow.ops.cuda.gemm.wgmma import Shared
 from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import pass_tokens
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
@@ -28,7 +28,7 @@ def test_stages_with_their_scales_and_the_epilogue_fit_in_shared_memory(tokens: 
     shared = Shared(plan, plan.tile_tokens * BLOCK_WORDS)  # SwiGLU's stage
     assert shared.weights - shared.scales == plan.stages * plan.tile_tokens
     assert shared.epilogue - shared.weights == plan.stages * FP8_SLOT_WORDS
-    assert resident_ctas(plan) * (shared.bytes + 1024) <= H200.shared_bytes + 1024
+    assert plan.resident * (shared.bytes + 1024) <= H200.shared_bytes + 1024
 
 
 @pytest.mark.parametrize("tile_tokens", [8, 64, 104, 128, 160, 176, 192, 208, 224, 256])

@@ -94,8 +94,13 @@ def test_all_ctas_of_a_grid_are_resident(chip: Chip) -> None:
             options = {"intermediate": ActivationTiles(8192, 2048)}  # staged: the epilogue with the most memory
             planned = gemm_kernel("gate_up", make_gemm_swiglu, plan, chip.dependent_launch, **options)
             spec, ctas = planned.spec, planned.ctas
-            per_sm = 1 if plan.instructions == "wgmma" else mma_ctas_per_sm(layout, plan.tile_tokens)
+            wgmma = plan.instructions == "wgmma"
+            per_sm = plan.resident if wgmma else mma_ctas_per_sm(layout, plan.tile_tokens)
             assert ctas == chip.sms * per_sm
             assert per_sm * (spec.shared_bytes + 1024) <= chip.shared_bytes + 1024
             assert per_sm == 1 or spec.whole_carveout
-            assert spec.dependent == dict(spec.arguments)["dependent"] == (chip.dependent_launch and per_sm == 1)
+            assert (
+                spec.dependent
+                == dict(spec.arguments)["dependent"]
+                == (chip.dependent_launch and (wgmma or per_sm == 1))
+            )

@@ -27,6 +27,15 @@ def test_a_chosen_plan_fits_the_chip(capability: tuple[int, int], head_dim: int)
         assert plan.threads == 128
 
 
+def test_few_tokens_have_one_consumer_warpgroup() -> None:
+    chip, out = Chip(132, 232448, (9, 0)), ActivationTiles(8 * 128, 2048)
+    plan = choose_prefill_attention_plan(8, 2, 128, out, chip, few=True)
+    assert (plan.instructions, plan.query_tile, plan.consumer_warps) == ("wgmma", 64, 4)
+    assert plan.shared_bytes <= chip.shared_bytes
+    fp8 = ActivationTiles(8 * 128, 2048, 8)
+    assert choose_prefill_attention_plan(8, 2, 128, fp8, chip, few=True).query_tile == 128
+
+
 def test_the_grid_covers_the_tokens_of_every_head() -> None:
     plan = PrefillAttentionPlan(6, 2, 64, OUT, "mma", query_tile=16, key_block=32)
     assert [plan.ctas(tokens) for tokens in (1, 16, 17, 40)] == [6, 6, 12, 18]

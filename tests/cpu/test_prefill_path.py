@@ -294,6 +294,15 @@ def test_the_kernels_of_a_chunk_are_timed_and_nothing_is_left_of_it(
         backend.measure.time_chunk(MAX_SEQ_LEN - 19, repeats=1)
 
 
+def test_beside_any_kernel_of_a_chunk_two_ctas_of_a_gemm_find_room(backend: CudaBackend) -> None:
+    """With programmatic dependent launch they start beside it, and wait for each other."""
+    prefill = backend.kernels.prefill
+    assert prefill is not None
+    few = [prefill.kernel(kind, 16) for kind in prefill.layer_kinds]
+    assert backend.prefill_path.name == "fp8" or any(kernel.ctas == 2 * 132 for kernel in few)
+    assert all(kernel.spec.whole_carveout for kernel in few)
+
+
 def test_a_start_without_the_gemm_path_does_not_import_it() -> None:
     program = "import sys; import numba_atomflow.backends.cuda.backend; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -62,9 +62,16 @@ def test_mma(chip: Chip, head_dim: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("head_dim", "bits"), [(128, 16), pytest.param(128, 8, marks=pytest.mark.slow)])
-def test_wgmma(head_dim: int, bits: int) -> None:
-    plan = choose_prefill_attention_plan(24, 8, head_dim, ActivationTiles(24 * head_dim, 2048, bits), H200)
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "few"),
+    [
+        (128, 16, False),
+        pytest.param(128, 8, False, marks=pytest.mark.slow),
+        pytest.param(128, 16, True, marks=pytest.mark.slow),
+    ],
+)
+def test_wgmma(head_dim: int, bits: int, few: bool) -> None:
+    plan = choose_prefill_attention_plan(24, 8, head_dim, ActivationTiles(24 * head_dim, 2048, bits), H200, few=few)
     spec = prefill_attention_kernel("prefill_attention", plan, dependent=True).spec
     assert spec.arch_specific
     code, log = assemble_arch_specific(spec.make(), spec, H200.capability)

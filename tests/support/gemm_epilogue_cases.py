@@ -1,6 +1,6 @@
 """Epilogues of a GEMM behind a kernel that only reads fragments, against float64: in the simulator, or on a GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,13 @@ class EpilogueCase:
     kv_heads: int = 1
     count: int = 0
     staged: bool = False  # by 4-byte words, as for wide tiles
+    resident: int = 1
 
     @property
     def plan(self) -> GemmPlan:
         half = {"swiglu": self.out_features // 2, "qkv": self.head_dim // 2}.get(self.kind, 0)
         layout = PrepackedLayout(self.out_features, 128, half)
-        return GemmPlan(layout, ActivationTiles(128, self.tokens), self.tile_tokens, 2, 1)
+        return GemmPlan(layout, ActivationTiles(128, self.tokens), self.tile_tokens, 2, 1, resident=self.resident)
 
 
 def qkv_case(
@@ -63,7 +64,7 @@ EPILOGUES = (
     EpilogueCase("swiglu", 160, 16, 16),  # 80 units: of the second K block 16 are there
     EpilogueCase("swiglu", 42, 24, 8),  # 21 units
     qkv_case(16, 16, 64, 2, 1, count=11),
-    qkv_case(16, 8, 80, 1, 1, count=1),
+    replace(qkv_case(16, 8, 80, 1, 1, count=1), resident=2),  # angles are prefetched
     EpilogueCase("add", 148, 48, 48, staged=True),  # 8 tokens at a time; of a second tile of rows there are 20
     qkv_case(80, 80, 64, 2, 1, count=70, staged=True),  # 16 at a time
     qkv_case(48, 48, 80, 1, 1, count=3, staged=True),  # 8 at a time; heads begin within a warpgroup's rows
@@ -74,7 +75,7 @@ def fragments_kernel(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
     """Kernel (arguments of the epilogue): a GEMM whose accumulators are read from `io.partials` [rows, tokens]."""
     tokens, tile_tokens, row_tiles = plan.x.tokens, plan.tile_tokens, plan.row_tiles
     store, fetch, flush, stage_barrier = epilogue.store, epilogue.fetch, epilogue.flush, make_stage_barrier(epilogue)
-    staged, held_count = epilogue.stage_words > 0, max(1, epilogue.held)
+    staged, held_count, prepare = epilogue.stage_words > 0, max(1, epilogue.held), epilogue.prepare
     together = epilogue.stage_tokens if staged else tile_tokens
 
     @ptx.kernel(CONSUMERS, 1)
@@ -82,6 +83,7 @@ def fragments_kernel(plan: GemmPlan, epilogue: GemmEpilogue) -> Any:
         stage, held = cuda.shared.array(0, uint32), cuda.local.array(held_count, float32)
         thread = cuda.threadIdx.x
         lane, warp = thread & 31, thread >> 5
+        prepare(io, thread)
         for number in range(cuda.blockIdx.x, row_tiles * io.token_tiles, cuda.gridDim.x):
             row_tile, first = number % row_tiles, number // row_tiles * tile_tokens
             for begin in range(0, tile_tokens, together):

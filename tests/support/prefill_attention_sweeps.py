@@ -24,9 +24,10 @@ class AttentionSweep:
     ratio: int
     kv_heads: int = 2
     capacity: int = SHORT_CAPACITY
+    few: bool = False  # the plan of chunks of few tokens
 
     def __str__(self) -> str:
-        return f"{self.heads}of{self.kv_heads}x{self.head_dim}"
+        return f"{self.heads}of{self.kv_heads}x{self.head_dim}{'-few' * self.few}"
 
     @property
     def heads(self) -> int:
@@ -34,13 +35,17 @@ class AttentionSweep:
 
     def plan(self, chip: Chip) -> PrefillAttentionPlan:
         tiles = ActivationTiles(self.heads * self.head_dim, self.capacity)
-        return choose_prefill_attention_plan(self.heads, self.kv_heads, self.head_dim, tiles, chip)
+        return choose_prefill_attention_plan(self.heads, self.kv_heads, self.head_dim, tiles, chip, few=self.few)
 
     def planned(self, chip: Chip) -> Planned:
-        return prefill_attention_kernel("attention_chunk", self.plan(chip), chip.dependent_launch)
+        name = "attention_few" if self.few else "attention_chunk"
+        return prefill_attention_kernel(name, self.plan(chip), chip.dependent_launch)
 
 
-ATTENTIONS = tuple(AttentionSweep(head_dim, ratio) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS)
+ATTENTIONS = (
+    *(AttentionSweep(head_dim, ratio) for head_dim in HEAD_DIMS for ratio in GQA_RATIOS),
+    *(AttentionSweep(head_dim, 3, few=True) for head_dim in (64, 128)),
+)
 CHUNKS = (*((tokens, 0) for tokens in SHORT), *((tokens, start) for tokens in (1, 16, 70, 129) for start in STARTS))
 LONG_ATTENTIONS = tuple(AttentionSweep(head_dim, 3, capacity=LONG_CAPACITY) for head_dim in (64, 128))
 LONG_CHUNKS = ((2048, 0), (2048, 2048), (4097, 0), (511, 7000))

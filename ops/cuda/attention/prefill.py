@@ -39,4 +39,4 @@ def prefill_attention_kernel(name: str, plan: PrefillAttentionPlan, dependent: b
     factory = make_prefill_attention_wgmma if wgmma else make_prefill_attention_mma
     options = {"plan": plan, "dependent": dependent}
     spec = kernel_spec(name, factory, PrefillAttentionArguments, plan.threads, plan.shared_bytes, **options)
-    return Planned(replace(spec, arch_specific=wgmma), 0)
+    return Planned(replace(spec, arch_specific=wgmma, whole_carveout=wgmma), 0)

@@ -121,13 +121,13 @@ def make_prefill_attention_mma(plan: PrefillAttentionPlan, dependent: bool = Fal
         row_sums = cuda.local.array(stats_size, float32)
         a_offsets = cuda.local.array(4, uint32)
         b_offsets = cuda.local.array(4, uint32)
-        if dependent:
-            ptx.let_next_kernel_start()
-            ptx.wait_for_previous_kernel()
         thread = cuda.threadIdx.x
         lane, warp = thread & 31, thread >> 5
         g, t = lane >> 2, lane & 3
-        count, position = io.count[0], io.position[0]
+        count, position = io.count[0], io.position[0]  # no kernel of a step writes them before its end
+        if dependent:
+            ptx.let_next_kernel_start()
+            ptx.wait_for_previous_kernel()
         tile, head, _, _, _, block, end = find_work(cuda.blockIdx.x, cuda.gridDim.x, position, count)
         if tile < 0:
             return

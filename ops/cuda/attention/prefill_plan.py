@@ -18,6 +18,7 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 WARPGROUP_ROWS = 64  # queries of a warpgroup: M of wgmma
 WGMMA_HEAD_DIMS = (64, 80, 96, 128)
+FEW_QUERIES = 64  # of a chunk: one consumer warpgroup's
 COLUMN_BLOCK = 64  # elements of a head in a row of a tile: 128 bytes
 _ALIGNMENT = {"wgmma": 1024, "mma": 128}  # of tiles in shared memory
 _TWO_CTAS_BYTES = 80 * 1024  # shared memory per CTA with which two fit on an SM of sm_80
@@ -144,8 +145,9 @@ def choose_prefill_attention_plan(
     *,
     window: int = 0,
     soft_cap: float = 0.0,
+    few: bool = False,
 ) -> PrefillAttentionPlan:
-    """The plan for a chip.
+    """The plan for a chip. `few`: for chunks of at most `FEW_QUERIES` tokens.
 
     wgmma on sm_90: 128 queries, 128 keys, three stages (225 KB with heads of 128). With two, V would be needed some
     2,000 cycles after its stage is free, which is about what loading it takes.
@@ -153,6 +155,7 @@ def choose_prefill_attention_plan(
     128 queries and heads of 112 and 128, whose outputs take 128 registers of a thread; 64 queries and 32 keys for
     larger heads, 16 keys before sm_90, where ptxas needs more registers. On sm_90 too, it does what wgmma's kernel does
     not: windows, soft caps, other sizes of heads.
+    few: one consumer warpgroup, because the second would multiply padding, and two stages.
     """
     if head_dim > 128:
         key_block = 32 if chip.capability[0] >= 9 else 16
@@ -160,7 +163,10 @@ def choose_prefill_attention_plan(
             heads, kv_heads, head_dim, out, "mma", 64, key_block, sms=chip.sms, window=window, soft_cap=soft_cap
         )
     if chip.capability[0] == 9 and head_dim in WGMMA_HEAD_DIMS and not window and not soft_cap:
-        return PrefillAttentionPlan(heads, kv_heads, head_dim, out, "wgmma", 128, 128, stages=3, sms=chip.sms)
+        query_tile, stages = (FEW_QUERIES, 2) if few and out.bits == 16 else (128, 3)
+        return PrefillAttentionPlan(
+            heads, kv_heads, head_dim, out, "wgmma", query_tile, 128, stages=stages, sms=chip.sms
+        )
     query_tile = 128 if chip.shared_bytes >= 2 * _TWO_CTAS_BYTES else 64
     sms = chip.sms if query_tile == 64 else 1
     key_block = 32 if query_tile == 128 and head_dim >= 112 else 64

@@ -277,11 +277,11 @@ def make_prefill_attention_wgmma(plan: PrefillAttentionPlan, dependent: bool = F
                 ptx.barrier_init(barriers, u32(base + full_start + 8 * i), u32(_WARPGROUP))
                 ptx.barrier_init(barriers, u32(base + empty_start + 8 * i), u32(consumer_warps))
             ptx.fence_barriers()
+        count, position = io.count[0], io.position[0]  # no kernel of a step writes them before its end
         cuda.syncthreads()
         if dependent:
             ptx.let_next_kernel_start()
             ptx.wait_for_previous_kernel()
-        count, position = io.count[0], io.position[0]
         cta = cuda.blockIdx.x
         tile, head, split, counter, active, block, end = find_work(cta, cuda.gridDim.x, position, count)
         if tile < 0:

@@ -20,6 +20,7 @@ _UNITS = TILE_ROWS // 2  # of SwiGLU in a CTA's tile
 _TOKEN_VECTORS = BLOCK_WORDS // 4  # 16 bytes each, of a token in a K block
 _LOG2_E = f32(math.log2(math.e))
 _ZERO, _ONE = f32(0.0), f32(1.0)
+_LINE = 32  # float32 of a cache line
 _STAGE_BARRIERS = 8  # the first of two named barriers
 _EVEN_LANE, _ODD_LANE = u32(0x5410), u32(0x3276)  # selectors: the low halves of (own, other); the high of (other, own)
 
@@ -32,6 +33,11 @@ def _no_fetch(io, row_tile, token, first, end, thread, held):
 @ptx.device_function
 def _no_prefetch(io, row_tile, token, unit, lane):
     """The epilogue reads nothing that may be in device memory."""
+
+
+@ptx.device_function
+def _no_prepare(io, thread):
+    """The epilogue reads nothing that is there before the previous kernel has ended."""
 
 
 @ptx.device_function
@@ -58,6 +64,8 @@ class GemmEpilogue(NamedTuple):
         held: float32 registers of `held`, by which `fetch` passes it on.
         prefetch: (io, row_tile, token, unit, lane), called by all lanes of the producer warp of a `wgmma` kernel for
             each unit of a tile, before it is multiplied: bring into L2 what the epilogue reads; a part for each unit.
+        prepare: (io, thread), called by all consumers of a `wgmma` kernel with float16 activations before the previous
+            kernel has ended: bring into L2 what `store` reads and no kernel of a step writes.
     """
 
     store: Any
@@ -68,6 +76,7 @@ class GemmEpilogue(NamedTuple):
     fetch: Any = _no_fetch
     held: int = 0
     prefetch: Any = _no_prefetch
+    prepare: Any = _no_prepare
 
 
 def make_stage_barrier(epilogue: GemmEpilogue) -> Any:
@@ -205,4 +214,23 @@ def make_qkv_epilogue(plan: GemmPlan, heads: int, kv_heads: int) -> GemmEpilogue
         cosine, sine = ptx.load_constant_f32(io.cosines, angle), ptx.load_constant_f32(io.sines, angle)
         return rope_pair(low, high, _ONE if is_value else cosine, _ZERO if is_value else sine)
 
-    return GemmEpilogue(store)
+    epilogue = GemmEpilogue(store)
+    return epilogue._replace(prepare=_make_prefetch_angles(plan)) if plan.resident > 1 else epilogue
+
+
+def _make_prefetch_angles(plan: GemmPlan) -> Any:
+    """`GemmEpilogue.prepare` of the first tile of tokens: their angles were last read a layer ago, before all its
+    weights, and would come from device memory at the very end of the kernel.
+    """
+    half, lines, tile_tokens = plan.layout.half, -(-plan.layout.half // _LINE), plan.tile_tokens
+
+    @ptx.device_function
+    def prepare(io, thread):
+        token, line = i32(u32(thread) // u32(lines)), i32(u32(thread) % u32(lines))
+        if token < tile_tokens:
+            last = i32(ptx.load_constant_i64(io.count, 0) - 1)
+            angle = u32((i32(ptx.load_constant_i64(io.position, 0)) + min(token, last)) * half + line * _LINE)
+            ptx.prefetch_l2(io.cosines, angle)
+            ptx.prefetch_l2(io.sines, angle)
+
+    return prepare

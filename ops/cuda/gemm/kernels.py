@@ -22,7 +22,7 @@ from numba_atomflow.ops.cuda.gemm.epilogue import (
 from numba_atomflow.ops.cuda.gemm.mma import make_gemm_mma, mma_shared_bytes
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan, mma_ctas_per_sm
 from numba_atomflow.ops.cuda.gemm.staged import choose_add_epilogue, choose_qkv_epilogue
-from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, resident_ctas, wgmma_shared_bytes
+from numba_atomflow.ops.cuda.gemm.wgmma import THREADS, make_gemm_wgmma, wgmma_shared_bytes
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.runtime.spec import Planned, kernel_spec
 
@@ -69,7 +69,7 @@ def gemm_kernel(name: str, factory: Callable[..., Any], plan: GemmPlan, dependen
         dependent=dependent,
         **options,
     )
-    several = not wgmma or resident_ctas(plan) > 1  # CTAs on an SM
+    several = not wgmma or plan.resident > 1  # CTAs on an SM
     return Planned(replace(spec, arch_specific=wgmma, whole_carveout=several), plan.ctas)
 
 

@@ -11,9 +11,10 @@ TILE_ROWS = 128  # weight rows of a CTA's tile: 8 tiles of 16 of the prepacked l
 UNIT = 128  # of K: what the schedule counts in: a group of FP8 weights; two K blocks of float16 activations
 SM_90 = (9, 0)
 MOST_STAGES = 12
-SHARED_SM_TOKENS = 16  # of a tile, up to which an SM has room for two CTAs
+_SHARED_SM_TOKENS = 16  # of a tile, up to which an SM has room for two CTAs
 _RING_UNITS, _FEWER_RING_UNITS = 4, 3  # of the ring of weights: up to 128 tokens of a tile; more, or float16 weights
 _MMA_STAGES = 8  # of the pipeline with `mma.sync`: four units
+_RESERVED_BYTES = 1024  # of shared memory, by the system for each CTA
 _MISCELLANEOUS_BYTES = 2048  # of shared memory: alignment, barriers, a flag
 MOST_PADDING = 64  # tokens, by which a projection's tiles may exceed the number of tokens
 _EPILOGUE_US = 4.0
@@ -21,6 +22,7 @@ _EPILOGUE_US = 4.0
 # halves. With every size allowed, the modelled time is 0.2 % less, averaged over presets and buckets; it is 2.2 % more
 # without 160, 208 and 224.
 _SM_90_TILES = (256, 224, 208, 192, 176, 160, 128, 104, 64, 32, 16, 8)
+_SHARED_UNIT_US = 1.0  # of a unit of one of two CTAs on an SM: twice its bytes of weights at 4.4 TB/s
 FP8_SLOT_WORDS = 8 * (GROUP_WORDS + 16)  # of weights that FP8 activations are multiplied by: codes and scales of a unit
 
 
@@ -38,6 +40,10 @@ class GemmPlan:
         min_units: that a CTA takes at least of a shared tile.
         instructions: of the tensor cores: `wgmma`, or `mma.sync`.
         ring: units of weights that a CTA copies ahead into shared memory (`wgmma` with float16 activations).
+        resident: CTAs for which an SM has room with `wgmma`. With float16 activations the grid has as many: a
+            warpgroup has little to do for the tensor cores between what it does itself, and four warpgroups take turns
+            better than two. With FP8 activations it has one per SM; room for two lets those of the next kernel start,
+            and prefetch their weights, while those of this one still run (programmatic dependent launch).
     """
 
     layout: PrepackedLayout
@@ -49,6 +55,7 @@ class GemmPlan:
     min_units: int = 1
     instructions: Literal["wgmma", "mma"] = "wgmma"
     ring: int = 3
+    resident: int = 1
 
     @property
     def row_tiles(self) -> int:
@@ -131,15 +138,17 @@ def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chi
     """The plan with tiles of so many tokens."""
     if chip.capability != SM_90:
         return mma_plan(layout, x, tile_tokens, chip)
+    fp8 = x.bits == 8
+    resident = 2 if tile_tokens <= _SHARED_SM_TOKENS and layout.format.bits == 8 else 1
     stage_bytes = tile_tokens * BLOCK_BYTES
-    available = chip.shared_bytes - _MISCELLANEOUS_BYTES - stage_bytes  # one more for the epilogue
-    if x.bits == 8:
+    available = (chip.shared_bytes + _RESERVED_BYTES) // resident - _RESERVED_BYTES
+    available -= _MISCELLANEOUS_BYTES + stage_bytes  # one more for the epilogue
+    if fp8:
         stage_bytes += 4 * tile_tokens + 4 * FP8_SLOT_WORDS  # scales of X, and weights with theirs
-        if tile_tokens <= SHARED_SM_TOKENS:
-            available -= chip.shared_bytes // 2
     fixup_units = round(fixup_us(tile_tokens) / unit_us(tile_tokens, x.bits))
     ring = _RING_UNITS if tile_tokens <= 128 and layout.format.bits == 8 else _FEWER_RING_UNITS
-    plan = GemmPlan(layout, x, tile_tokens, 0, chip.sms, fixup_units, min_units=2, ring=ring)
+    ctas, min_units = (chip.sms, 2) if fp8 or resident == 1 else (resident * chip.sms, 4)
+    plan = GemmPlan(layout, x, tile_tokens, 0, ctas, fixup_units, min_units, ring=ring, resident=resident)
     return replace(plan, stages=min(MOST_STAGES, (available - 4 * plan.ring_words) // stage_bytes))
 
 
@@ -176,6 +185,8 @@ def modelled_us(plan: GemmPlan, tokens: int) -> float:
     """Time of the projection: waves of whole tiles, and what is left over by whole or by shared tiles."""
     waves, rest = divmod(plan.row_tiles * -(-tokens // plan.tile_tokens), plan.ctas)
     unit = unit_us(plan.tile_tokens, plan.x.bits)
+    if plan.resident > 1 and plan.x.bits == 16:
+        unit = max(unit, _SHARED_UNIT_US)
     us = waves * (plan.units * unit + _EPILOGUE_US)
     if rest:
         shared = plan.units * rest / plan.ctas * unit + fixup_us(plan.tile_tokens)

@@ -29,7 +29,7 @@ from numba_atomflow.ops.cuda.gemm.multiply import (
     make_multiply,
     make_turns,
 )
-from numba_atomflow.ops.cuda.gemm.plan import SHARED_SM_TOKENS, GemmPlan
+from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.ring import CURSOR_WORDS, make_weight_ring
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads, make_weight_loads
@@ -38,7 +38,8 @@ from numba_atomflow.ops.cuda.scalars import i32, u32
 
 THREADS = CONSUMERS + 128
 ALIGNMENT = ptx.SWIZZLE_ATOM_BYTES
-_REGISTERS = {1: (232, 40), 2: (96, 40)}  # of a consumer and a producer thread, by CTAs for which an SM has room
+# Of a consumer and a producer thread, by bits of activations and CTAs for which an SM has room:
+_REGISTERS = {(16, 1): (232, 40), (16, 2): (104, 32), (8, 1): (232, 40), (8, 2): (96, 40)}
 _SPANS_AHEAD = 2  # of weights that are prefetched into L2: from the one whose X is copied
 
 
@@ -55,13 +56,6 @@ class Shared:
         self.full = self.epilogue + epilogue_words
         self.empty = self.full + 2 * plan.stages
         self.bytes = 4 * (self.empty + 2 * plan.stages) + ALIGNMENT
-
-
-def resident_ctas(plan: GemmPlan) -> int:
-    """CTAs for which an SM has room. The grid has one per SM; room for two lets those of the next kernel start, and
-    prefetch their weights, while those of this one still run (programmatic dependent launch).
-    """
-    return 2 if plan.tile_tokens <= SHARED_SM_TOKENS and plan.layout.format.bits == 8 else 1
 
 
 def wgmma_shared_bytes(plan: GemmPlan, epilogue: GemmEpilogue) -> int:
@@ -82,12 +76,11 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
     else:
         consume = _make_consumer(plan, schedule, loads, epilogue, shared, dependent)
     stages, full_at, empty_at, unaligned = plan.stages, shared.full // 2, shared.empty // 2, ALIGNMENT - 1
-    resident = resident_ctas(plan)
-    consumer_registers, producer_registers = _REGISTERS[resident]
+    consumer_registers, producer_registers = _REGISTERS[plan.x.bits, plan.resident]
     fewer_registers = ptx.make_set_registers("dec", producer_registers)
     more_registers = ptx.make_set_registers("inc", consumer_registers)
 
-    @ptx.kernel(THREADS, resident)
+    @ptx.kernel(THREADS, plan.resident)
     def gemm(io):
         words = cuda.shared.array(0, uint32)
         barriers = cuda.shared.array(0, uint64)
@@ -211,6 +204,7 @@ def _make_consumer(
     sums_count, code_registers = plan.tile_tokens // 2, loads.code_registers
     read_next, begin, multiply_unit, finish = make_multiply(plan, loads, ring)
     wait_for_turn, pass_turn = make_turns(plan)
+    prepare = epilogue.prepare
 
     @ptx.device_function
     def consume(io, words, barriers, skipped, full, empty, thread):
@@ -229,6 +223,8 @@ def _make_consumer(
         fill(io, words, slots, cursor, lane, warp)
         if dependent:
             ptx.let_next_kernel_start()
+        prepare(io, thread)
+        if dependent:
             ptx.wait_for_previous_kernel()
         read_next(io, pipeline, registers)
         if warpgroup == 1:

@@ -15,7 +15,11 @@ from typing import Any, Protocol
 
 from numba_atomflow.ops.cuda.attention.prefill import prefill_attention_kernel
 from numba_atomflow.ops.cuda.attention.prefill_fp8 import HEAD_DIM as FP8_HEAD_DIM
-from numba_atomflow.ops.cuda.attention.prefill_plan import PrefillAttentionPlan, choose_prefill_attention_plan
+from numba_atomflow.ops.cuda.attention.prefill_plan import (
+    FEW_QUERIES,
+    PrefillAttentionPlan,
+    choose_prefill_attention_plan,
+)
 from numba_atomflow.ops.cuda.gemm.kernels import (
     gemm_kernel,
     make_gemm_add,
@@ -23,7 +27,7 @@ from numba_atomflow.ops.cuda.gemm.kernels import (
     make_gemm_store,
     make_gemm_swiglu,
 )
-from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, GemmPlan, choose_gemm_plan
+from numba_atomflow.ops.cuda.gemm.plan import MOST_PADDING, SM_90, GemmPlan, choose_gemm_plan
 from numba_atomflow.ops.cuda.gemv.projections import ModelSizes
 from numba_atomflow.ops.cuda.layout.activations import ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
@@ -130,7 +134,10 @@ class PrefillKernels:
         """The kernel of a kind, with its grid for a step of `tokens` tokens, which are padded to a bucket."""
         key = kind, bucket_for(tokens)
         if key not in self._kernels:
-            self._kernels[key] = self._plan(*key)
+            planned = self._plan(*key)
+            if self._chip.capability == SM_90:  # else a GEMM's second CTA might find no room on its SM, and never run
+                planned = replace(planned, spec=replace(planned.spec, whole_carveout=True))
+            self._kernels[key] = planned
         return self._kernels[key]
 
     def gemm_plan(self, kind: str, tokens: int) -> GemmPlan:
@@ -158,15 +165,16 @@ class PrefillKernels:
         layers = ("qkv", "o", "gate_up", "down")
         plans = [self.gemm_plan(kind, bucket) for kind in layers for bucket in self.buckets]
         plans += [self.gemm_plan("lm_head", bucket) for bucket in heads]
-        attentions = [self._attention_plan(window) for window in (0, self._window or 0)]
+        windows = (0, self._window or 0)
+        attentions = [self._attention_plan(window, bucket) for window in windows for bucket in self.buckets]
         attention_partials = max(plan.partials for plan in attentions)
         return max(plan.partials for plan in plans), attention_partials, max(plan.counters for plan in attentions)
 
-    def _attention_plan(self, window: int) -> PrefillAttentionPlan:
+    def _attention_plan(self, window: int, bucket: int) -> PrefillAttentionPlan:
         g, out = self._geometry, self.tiles["attn_out"]
-        cap = g.attention_soft_cap or 0.0
+        cap, few = g.attention_soft_cap or 0.0, bucket <= FEW_QUERIES
         return choose_prefill_attention_plan(
-            g.heads, g.kv_heads, g.head_dim, out, self._chip, window=window, soft_cap=cap
+            g.heads, g.kv_heads, g.head_dim, out, self._chip, window=window, soft_cap=cap, few=few
         )
 
     def _plan(self, kind: str, bucket: int) -> Planned:
@@ -185,8 +193,10 @@ class PrefillKernels:
             case "rope":
                 return replace(self._rope(), ctas=rope_ctas(g.heads, g.kv_heads, bucket))
             case "attention" | "window_attention":
-                plan = self._attention_plan(0 if kind == "attention" else self._window or 0)
-                return replace(prefill_attention_kernel(f"{kind}_chunk", plan, dependent), ctas=plan.ctas(bucket))
+                window = 0 if kind == "attention" else self._window or 0
+                plan, most = (self._attention_plan(window, size) for size in (bucket, self.buckets[-1]))
+                name = f"{kind}_chunk" if plan == most else f"{kind}_few"
+                return replace(prefill_attention_kernel(name, plan, dependent), ctas=plan.ctas(bucket))
             case "round":
                 return round_tiles_kernel(self.tiles["x_norm"], bucket, dependent=dependent)
             case "geglu":

@@ -40,7 +40,8 @@ class KernelSpec:
         arch_specific: it has instructions that only this architecture has (wgmma and setmaxnreg on sm_90: compiled for
             sm_90a).
         whole_carveout: several CTAs are to be on an SM, because they wait for each other, or those of the next kernel
-            start early: SMs give all memory that they can to shared memory.
+            start early: SMs give all memory that they can to shared memory. An SM keeps what it gave to a kernel as
+            long as one of its CTAs runs.
     """
 
     name: str
