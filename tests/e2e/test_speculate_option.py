@@ -55,7 +55,7 @@ def test_a_draft_model_changes_no_text_and_is_named(cli: InProcess, tiny_checkpo
     assert drafted["stats"]["drafting_seconds"] > 0
     outcome = cli(*run, "--draft", tiny_checkpoint, "--speculate", "draft")
     assert outcome.out.rstrip() == off["text"].rstrip()
-    assert f"draft    {tiny_checkpoint.stem}, 0." in outcome.err
+    assert f"draft    {tiny_checkpoint.stem}, " in outcome.err
 
 
 def test_memory_of_a_draft_model_is_shown_beside_the_other(cli: InProcess, tiny_checkpoint: Path) -> None:
