@@ -2,7 +2,7 @@
 
 Every projection is divided by its output rows, so that each row's sum is computed by one rank, in the order of one GPU:
 
-- q, k and v by key/value heads, with the query heads that share them; the KV cache likewise.
+- q, k and v, and their bias, by key/value heads, with the query heads that share them; the KV cache likewise.
 - gate and up by units of the MLP, o and down by elements of the residual stream.
 - the LM head, and the embedding, by tokens of the vocabulary, in whole tiles of 16: the last rank may have fewer.
 - norms are on every rank.
@@ -57,11 +57,11 @@ class Sharding:
         """The rows that a rank has of a part of the checkpoint, in the order in which it has them.
 
         Args:
-            part: a matrix, such as ``layer.3.qkv`` or ``embedding``.
+            part: of the checkpoint, such as ``layer.3.qkv`` or ``embedding``.
         """
         g, n = self.geometry, self.ranks
         match part.rpartition(".")[2]:
-            case "qkv":
+            case "qkv" | "qkv_bias":
                 q, kv = g.q_dim // n, g.kv_dim // n
                 starts = (0, q), (g.q_dim, kv), (g.q_dim + g.kv_dim, kv)
                 return tuple(slice(start + rank * rows, start + (rank + 1) * rows) for start, rows in starts)
@@ -73,7 +73,9 @@ class Sharding:
             case "embedding" | "vocabulary":
                 first, last = (min(i * self.vocabulary_rows, g.vocabulary) for i in (rank, rank + 1))
                 return (slice(first, last),)
-        raise ValueError(f"{part} is no matrix")
+            case name if name.endswith("_norm"):
+                return (slice(None),)
+        raise ValueError(f"{part} is no part of a model")
 
 
 def check_ranks(ranks: int) -> None:

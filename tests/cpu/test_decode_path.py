@@ -27,18 +27,19 @@ from numba_atomflow.perf.profile import profile
 HOPPER, ADA = Chip(132, 232448, (9, 0)), Chip(128, 101376, (8, 9))
 BLACKWELL = Chip(170, 101376, (12, 0))
 LLAMA, QWEN2, QWEN3 = tiny_geometry(), tiny_geometry(qkv_bias=True), tiny_geometry(qk_norm=True)
+OLMO2 = tiny_geometry(qk_norm=True, qk_norm_of_all_heads=True, pre_norm=False, post_norm=True)
 GRAPH = DecodePath("graph", "the moon is full")
 
+NORMS = "the model has norms after attention and after the MLP"
 CAPABILITY = "this GPU's compute capability is 8.9, and bulk copies need 9.0"
-APART = "the model's RoPE is a kernel of its own"
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chip", [HOPPER, BLACKWELL])
-def test_auto_and_persistent_are_persistent_where_everything_is_there(chip: Chip) -> None:
-    kernels = ModelKernels(LLAMA, chip)
+@pytest.mark.parametrize(("chip", "geometry"), [(HOPPER, LLAMA), (BLACKWELL, LLAMA), (HOPPER, QWEN2), (HOPPER, QWEN3)])
+def test_auto_and_persistent_are_persistent_where_everything_is_there(chip: Chip, geometry: Any) -> None:
+    kernels = ModelKernels(geometry, chip)
     for wanted in ("auto", "persistent"):
         path = choose_decode_path(kernels, wanted)
         assert (path.name, path.reason, str(path)) == ("persistent", "", "persistent")
@@ -51,7 +52,7 @@ def test_a_graph_that_is_asked_for_is_made(chip: Chip, geometry: Any) -> None:
 
 @pytest.mark.parametrize(
     ("chip", "geometry", "reason"),
-    [(ADA, LLAMA, CAPABILITY), (ADA, QWEN3, CAPABILITY), (HOPPER, QWEN2, APART), (HOPPER, QWEN3, APART)],
+    [(ADA, LLAMA, CAPABILITY), (ADA, QWEN3, CAPABILITY), (HOPPER, OLMO2, NORMS)],
 )
 def test_chip_and_model_may_stand_in_the_way(chip: Chip, geometry: Any, reason: str) -> None:
     assert_impossible(ModelKernels(geometry, chip), reason)

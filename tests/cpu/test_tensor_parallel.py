@@ -24,7 +24,8 @@ from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 HOPPER = Chip(132, 232448, (9, 0))
 TINY = tiny_geometry(kv_heads=4, heads=8, hidden=256)
-DIVISIBLE = [TINY, *(PRESETS[name] for name in PRESETS if name.startswith("llama"))]
+QWEN = replace(TINY, qkv_bias=True, qk_norm=True)
+DIVISIBLE = [TINY, QWEN, *(PRESETS[name] for name in PRESETS if name.startswith("llama"))]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -36,7 +37,8 @@ def test_every_row_has_one_rank(geometry: ModelGeometry, ranks: int) -> None:
     sharding, shapes = Sharding(geometry, ranks), geometry.parameters()
     for part, tensors in fusion(replace(geometry, layers=1)).items():
         rows = sum(shapes[name][0] for name in tensors)
-        if len(shapes[tensors[0]]) == 1:
+        if part.endswith("_norm"):
+            assert sharding.rows(part, ranks - 1) == (slice(None),), "every rank has all of it"
             continue
         owned = [row for rank in range(ranks) for span in sharding.rows(part, rank) for row in range(rows)[span]]
         assert sorted(owned) == list(range(rows)), part
@@ -107,6 +109,16 @@ def test_ranks_that_share_a_gpu_have_its_splits() -> None:
     assert (shared.sms, shared.kv_splits, shared.kv_heads) == (66, 16, 4)
 
 
+def test_a_rank_has_the_bias_of_its_heads() -> None:
+    kernels = RankKernels(Sharding(QWEN, 2), HOPPER)
+    assert kernels.persistent_shape.rope_in_attention
+    assert kernels.layouts["qkv"].half == 0
+    buffers = {buffer.name: buffer for buffer in rank_plan(kernels, 96).buffers}
+    assert buffers["layer.1.qkv_bias"].shape == (256 + 2 * 128,)
+    assert buffers["layer.1.q_norm"].shape == (64,)
+    assert buffers["persistent.table"].shape == (kernels.persistent_shape.table_entries,)
+
+
 def test_the_memory_of_a_rank() -> None:
     kernels = RankKernels(Sharding(TINY, 2), HOPPER)
     buffers = {buffer.name: buffer for buffer in rank_plan(kernels, 96).buffers}
@@ -136,7 +148,7 @@ def test_the_documented_memory_and_an_even_schedule(name: str, gigabytes: list[f
 
 def test_models_and_gpus_without_the_kernel_are_refused() -> None:
     for geometry, chip, reason in (
-        (replace(TINY, qk_norm=True), HOPPER, "because the model's RoPE is a kernel of its own; use --gpus 1."),
+        (replace(TINY, post_norm=True), HOPPER, "because the model has norms after attention and after the MLP; use"),
         (TINY, Chip(128, 101376, (8, 9)), "because this GPU's compute capability is 8.9"),
         (TINY, Chip(132, 99 << 8, (9, 0)), "leave no room for a pipeline of weights; use --gpus 1."),
     ):

@@ -1,5 +1,6 @@
 """How the persistent kernel for several tokens is cut: its shared memory, its mailbox, and which widths there are."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -30,6 +31,7 @@ WIDTHS = {  # tokens of a step, on an H200
     "1B": (PRESETS["llama-3.2-1b"], [2, 4, 8]),
     "3B": (PRESETS["llama-3.2-3b"], [2, 4, 8]),
     "8B": (PRESETS["llama-3.1-8b"], [2, 4]),
+    "Qwen": (replace(SMOLLM2, qkv_bias=True, qk_norm=True), [2, 4, 8]),
 }
 SHAPES = [
     pytest.param(shape, id=f"{name}-{columns}")
@@ -71,7 +73,7 @@ def test_shared_memory_holds_everything_side_by_side(shape: PersistentShape) -> 
         (shape.partials_start, 2 * shape.partial_words),
         (shape.reduction_start, columns * CONSUMER_WARPS),
         (shape.rope_start, columns * shape.head_dim),
-        (shape.table_start, 2 * shape.ops),
+        (shape.table_start, shape.table_entries),
         (2 * shape.full_start, 4 * shape.stages),
     ]
     for (start, words), (following, _) in zip(parts, [*parts[1:], (shape.dynamic_shared_bytes // 4, 0)], strict=True):
@@ -109,9 +111,12 @@ def test_the_mailbox_holds_all_columns(shape: PersistentShape) -> None:
         "residual_in_exact": shape.hidden,
         "q": shape.heads * shape.head_dim // 2,
         "k": shape.kv_heads * shape.head_dim // 2,
+        "v": shape.kv_heads * shape.head_dim // 2,
         "intermediate": shape.intermediate // 2,
         "partials": shape.kv_splits * shape.heads * shape.head_dim,
     }
+    if shape.rope_in_attention:
+        sizes |= {"q": shape.qkv.out_features, "k": 0, "v": 0}
     for (name, start), (_, following) in pairwise(places):
         assert start % 16 == 0
         least = 0 if name in {"best_keys", "down_sums"} else 1

@@ -14,7 +14,7 @@ from numba_atomflow.backends.cuda.families import sliding_window
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.model.step import ALL_LOGITS, LAST_LOGITS
+from numba_atomflow.model.step import ALL_LOGITS, LAST_LOGITS, SAMPLE
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 CHIP = Chip(sms=1, shared_bytes=30 << 10, capability=(9, 0))
@@ -59,6 +59,26 @@ def test_steps_equal_those_of_the_cpu(family: str) -> None:
         cpu.prefill(piece, ALL_LOGITS)
         expected = cpu.logits(0, len(piece)).astype(np.float64)
         assert relative_error(gpu.logits(0, len(piece)), expected) <= LIMIT, last
+    cpu.close()
+
+
+def test_a_persistent_step_with_bias_and_head_norms_equals_that_of_the_cpu() -> None:
+    """Op by op, after a step of two tokens on the GEMV kernels, which share weights with it."""
+    geometry = tiny_geometry(**(SIZES | {"layers": 1, "qkv_bias": True, "qk_norm": True}))
+    weights = dict(WeightArrays(RandomModel(geometry)))
+    chip = Chip(sms=1, shared_bytes=100 << 10, capability=(9, 0))
+    gpu = SimulatedBackend(ModelKernels(geometry, chip, dependent=False, persistent=True), weights)
+    cpu = CpuBackend(geometry, weights, POSITIONS, 1)
+    cpu.prepare(None)
+    tokens = generator().integers(0, geometry.vocabulary, 3).tolist()
+    gpu.prefill(tokens[:2], last_logits=False)
+    cpu.prefill(tokens, LAST_LOGITS)
+    gpu.array(gpu.model.buffers["tokens"])[0] = tokens[2]
+    for index, op in enumerate(gpu.step(1, SAMPLE)[: gpu.kernels.persistent_shape.ops]):
+        for launch in gpu.graphs.op_launches(op, index, 1, SAMPLE):
+            launch.run()
+    logits, expected = gpu.array(gpu.model.buffers["logits"])[0], cpu.logits(2, 3)[0].astype(np.float64)
+    assert relative_error(logits, expected) <= LIMIT
     cpu.close()
 
 

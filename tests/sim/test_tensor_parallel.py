@@ -78,6 +78,7 @@ class RankCase(PersistentCase):
 CASES = (
     (PersistentCase(32, 32, 2, 2, 32, position=290, layers=2, sms=4), 2),  # two KV splits per head
     (PersistentCase(64, 32, 4, 4, 32, position=3, vocabulary=56, sms=4), 4),  # the last rank has half a tile of logits
+    (PersistentCase(32, 32, 2, 2, 32, position=2, sms=2, qkv_bias=True, qk_norm=True), 2),
 )
 SMALL = PersistentCase(32, 32, 2, 2, 32, position=1, sms=2)  # for two ranks
 
@@ -105,6 +106,8 @@ def part_of(whole: Model, case: RankCase, rank: int) -> Model:
         for kind in ("qkv", "o", "gate_up", "down"):
             add(f"{layer}.{kind}", kind)
     for name, values in whole.norms.items():
+        if name.endswith("bias"):
+            values = np.concatenate([values[span] for span in case.sharding.rows(PART_OF["qkv"], rank)])
         part._place(f"{name}_norm", values.view(np.uint32))
     return part
 

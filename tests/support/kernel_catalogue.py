@@ -22,6 +22,18 @@ OTHER = replace(LLAMA, heads=32, kv_heads=32, head_dim=80, qkv_bias=True, qk_nor
 PERSISTENT_MODELS = {
     "SmolLM2": tiny_geometry(layers=1, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocabulary=49152),
     "Llama 1B": tiny_geometry(layers=1, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocabulary=4096),
+    # Qwen2.5 0.5B, with the head norms of Qwen3: attention finishes q, k and v.
+    "Qwen": tiny_geometry(
+        layers=1,
+        hidden=896,
+        heads=14,
+        kv_heads=2,
+        head_dim=64,
+        ffn=4864,
+        vocabulary=4096,
+        qkv_bias=True,
+        qk_norm=True,
+    ),
 }
 # Gemma 2 2B: heads of 256, GELU, soft caps, a sliding window, norms of what is added.
 GEMMA = replace(

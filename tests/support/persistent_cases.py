@@ -55,6 +55,12 @@ class PersistentCase:
     sms: int = 1
     stages: int = 7  # of the pipeline: so few that each is used many times
     fp16_head: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def rope_in_attention(self) -> bool:
+        return self.qkv_bias or self.qk_norm
 
     @property
     def q_dim(self) -> int:
@@ -66,7 +72,7 @@ class PersistentCase:
 
     def layout(self, kind: str) -> PrepackedLayout:
         out_features, in_features, half = {
-            "qkv": (self.q_dim + 2 * self.kv_dim, self.hidden, self.head_dim // 2),
+            "qkv": (self.q_dim + 2 * self.kv_dim, self.hidden, 0 if self.rope_in_attention else self.head_dim // 2),
             "o": (self.hidden, self.q_dim, 0),
             "gate_up": (2 * self.ffn, self.hidden, self.ffn),
             "down": (self.hidden, self.ffn, 0),
@@ -94,6 +100,8 @@ class PersistentCase:
                 embedding=self.layout("lm_head"),
                 sms=self.sms,
                 shared_bytes=shared_bytes,
+                qkv_bias=self.qkv_bias,
+                qk_norm=self.qk_norm,
             )
 
         generous = cut(1 << 20)
@@ -106,11 +114,14 @@ class PersistentCase:
 CASES = (
     PersistentCase(64, 128, 2, 1, 64, position=0, layers=2),  # the first token; K padded to one group
     PersistentCase(80, 520, 1, 1, 80, position=131, stages=12, fp16_head=True),  # k-tiles of 4 groups and of 1
+    PersistentCase(64, 72, 2, 1, 32, position=5, qkv_bias=True, qk_norm=True),  # heads that attention finishes
 )
 CASES_OF_MANY_CTAS = (
     PersistentCase(64, 72, 1, 1, 96, position=300, layers=2, sms=3, fp16_head=True),  # three KV splits
     PersistentCase(64, 72, 4, 2, 32, position=290, sms=5),  # two splits per head; a CTA idles
     PersistentCase(80, 520, 1, 1, 32, position=5, layers=2, sms=3),  # the schedule skips a CTA after a layer
+    PersistentCase(64, 72, 8, 1, 32, position=240, sms=2, qk_norm=True),  # more heads than warps, two splits
+    PersistentCase(64, 72, 4, 4, 64, position=3, sms=5, qkv_bias=True),
     PersistentCase(
         64, 2048, 8, 1, 128, position=5, sms=3
     ),  # 8-row tiles of "o" and "down", which takes two stages for each
@@ -144,6 +155,10 @@ class Model:
                 model.add(f"{layer}.{kind}", case.layout(kind), rng)
             for kind in ("qkv", "gate_up"):
                 model.add_norm(f"{layer}.{kind}", rng)
+            if case.qkv_bias:
+                model.add_vector(f"{layer}.bias", rng.standard_normal(case.q_dim + 2 * case.kv_dim))
+            for kind in ("q", "k") if case.qk_norm else ():
+                model.add_vector(f"{layer}.{kind}", rng.uniform(0.5, 1.5, case.head_dim))
         model.add_norm("lm_head", rng)
         return model
 
@@ -161,7 +176,10 @@ class Model:
         self._place(name, words)
 
     def add_norm(self, name: str, rng: np.random.Generator) -> None:
-        self.norms[name] = rng.uniform(0.5, 1.5, self.case.hidden).astype(np.float32)
+        self.add_vector(name, rng.uniform(0.5, 1.5, self.case.hidden))
+
+    def add_vector(self, name: str, values: Matrix) -> None:
+        self.norms[name] = values.astype(np.float32)
         self._place(f"{name}_norm", self.norms[name].view(np.uint32))
 
     def _place(self, name: str, words: NDArray[np.uint32]) -> None:
@@ -177,7 +195,12 @@ class Model:
                 name = f"{layer}.{kind}"
                 entries.append((self.places.get(name, 0), self.places.get(f"{name}_norm", 0)))
         entries.append((self.places["embedding"], self.places["lm_head_norm"]))
-        return np.array(entries, np.int64).reshape(-1)
+        vectors = [
+            self.places.get(f"{layer}.{kind}_norm", 0)
+            for layer in range(self.case.layers if self.case.rope_in_attention else 0)
+            for kind in ("bias", "q", "k")
+        ]
+        return np.concatenate([np.array(entries, np.int64).reshape(-1), np.array(vectors, np.int64)])
 
 
 class Memory:
@@ -369,7 +392,8 @@ def check_ops(case: PersistentCase) -> None:
             before = alone.stream
             alone.publish(layer)
             op = alone.shape.op_index.of_layer(layer, number)
-            alone.run(op, op + 1)
+            for ops in alone.shape.launches_of(op):
+                alone.run(*ops)
             check(alone, layer, before)
     alone.publish(case.layers)
     alone.run(alone.shape.ops - 1, alone.shape.ops)
@@ -395,13 +419,30 @@ def check_normed(memory: Memory, view: str, norm: str, before: NDArray[np.float3
 def check_qkv(memory: Memory, layer: int, before: NDArray[np.float32]) -> None:
     case = memory.case
     x_norm = check_normed(memory, "x_norm", f"{layer}.qkv", before)
-    q, k, v = np.split(memory.model.matrices[f"{layer}.qkv"] @ x_norm, [case.q_dim, case.q_dim + case.kv_dim])
+    q, k, v = qkv_reference(memory, layer, x_norm)
     for got, expected in (
-        (memory.halves("q", case.q_dim), rotate(memory, q)),
-        (memory.cache[layer, 0, case.position], rotate(memory, k)),
+        (memory.halves("q", case.q_dim), q),
+        (memory.cache[layer, 0, case.position], k),
         (memory.cache[layer, 1, case.position], v),
     ):
         within("persistent q, k, v", relative_error(got, expected), 5e-4)
+
+
+def qkv_reference(memory: Memory, layer: int, x_norm: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """q, k and v of the token, rotated."""
+    case, norms = memory.case, memory.model.norms
+    qkv = memory.model.matrices[f"{layer}.qkv"] @ x_norm
+    if case.qkv_bias:
+        qkv += norms[f"{layer}.bias"]
+    q, k, v = np.split(qkv, [case.q_dim, case.q_dim + case.kv_dim])
+    if case.qk_norm:
+        q, k = (
+            rms_norm_reference(x.reshape(-1, case.head_dim), norms[f"{layer}.{kind}"].astype(np.float64), EPS).reshape(
+                -1
+            )
+            for kind, x in (("q", q), ("k", k))
+        )
+    return rotate(memory, q), rotate(memory, k), v
 
 
 def rotate(memory: Memory, x: Matrix) -> Matrix:
@@ -467,12 +508,16 @@ def check_mailbox(memory: Memory) -> None:
     expected = {
         "residual_in": pairs_reference(memory.stream, epoch),
         "residual_in_exact": words_of(memory.stream.view(np.uint32), epoch),
-        "q": words_of(rotated_pairs(pairs_of_heads[0]), epoch),
-        "k": words_of(rotated_pairs(keys), epoch),
-        "v": words_of(rotated_pairs(values), epoch),
         "attn_out": words_of(memory.attn_out[:-SPARE], epoch),
         "intermediate": words_of(memory.intermediate[:-SPARE], epoch),
     }
+    if case.rope_in_attention:
+        sums = memory.mailbox[memory.shape.mailbox.q :][: case.q_dim + 2 * case.kv_dim].astype(np.uint32)
+        assert np.isfinite(sums.view(np.float32)).all()
+        expected["q"] = words_of(sums, epoch)
+    else:
+        expected["q"] = words_of(rotated_pairs(pairs_of_heads[0]), epoch)
+        expected |= {"k": words_of(rotated_pairs(keys), epoch), "v": words_of(rotated_pairs(values), epoch)}
     places = memory.shape.mailbox._asdict()
     ends = dict(zip(places, [*list(places.values())[1:], None], strict=True))
     for name, words in expected.items():
@@ -510,13 +555,13 @@ def step_reference(model: Model, memory: Memory) -> tuple[Matrix, Matrix]:
     x, written = weights["embedding"][memory.token].copy(), []
     for layer in range(case.layers):
         x_norm = rms_norm_reference(x, model.norms[f"{layer}.qkv"].astype(np.float64), EPS)
-        q, k, v = np.split(weights[f"{layer}.qkv"] @ x_norm, [case.q_dim, case.q_dim + case.kv_dim])
-        written.append((rotate(memory, k), v))
+        q, *new = qkv_reference(memory, layer, x_norm)
+        written.append(new)
         keys, values = (
             np.vstack([past[: case.position], new])
             for past, new in zip(memory.past[layer].astype(np.float64), written[-1], strict=True)
         )
-        attn_out = attend_reference(rotate(memory, q)[None], keys, values, case.position, case.head_dim)[0]
+        attn_out = attend_reference(q[None], keys, values, case.position, case.head_dim)[0]
         x += weights[f"{layer}.o"] @ attn_out
         x_norm = rms_norm_reference(x, model.norms[f"{layer}.gate_up"].astype(np.float64), EPS)
         gate, up = np.split(weights[f"{layer}.gate_up"] @ x_norm, 2)

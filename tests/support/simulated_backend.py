@@ -106,7 +106,7 @@ class BoundedArena(HostArena):
     last: "BoundedArena"
 
     def words(self, view: View) -> NDArray[np.uint8]:
-        """From the first byte of the view on."""
+        """From the first byte of the view on; a view of all weights ends where it says."""
         for buffer in self._views.values():
             if buffer.address <= view.address < buffer.address + buffer.extent:
                 end = max(buffer.address + buffer.extent, view.address + view.extent)  # of all weights, as one array

@@ -41,6 +41,7 @@ class WideCase:
 CASES = (
     WideCase(PersistentCase(64, 128, 2, 1, 64, position=0, layers=2), 2),  # from the first token on
     WideCase(PersistentCase(80, 520, 1, 1, 80, position=13, stages=12, fp16_head=True), 4),  # k-tiles of 4 and 1 groups
+    WideCase(PersistentCase(64, 72, 2, 1, 32, position=3, qkv_bias=True, qk_norm=True), 2),
 )
 CASES_OF_MANY_CTAS = (
     # Two columns that are one split each, and two that share the keys of three splits.
@@ -54,6 +55,8 @@ LARGE_CASES = (  # minutes in the simulator, where they pass as well
     WideCase(PersistentCase(64, 1024, 2, 1, 32, position=5, sms=3), 8),  # 8-row tiles for one column, 16 for eight
     WideCase(PersistentCase(1920, 128, 1, 1, 32, position=2), 8),  # inputs whose norms are received in two batches
     WideCase(PersistentCase(64, 2048, 2, 1, 32, position=5, sms=2), 8),  # tiles of `down` in halves along K
+    WideCase(PersistentCase(64, 72, 3, 1, 32, position=334, sms=5, qkv_bias=True), 4),
+    WideCase(PersistentCase(64, 72, 8, 2, 128, position=300, layers=2, sms=6, qk_norm=True), 8),  # two rounds of heads
 )
 
 

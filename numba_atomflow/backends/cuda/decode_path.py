@@ -2,7 +2,7 @@
 
 from numba_atomflow.backends.base import Decode, DecodePath, Verification
 from numba_atomflow.backends.cuda.families import beyond_fast_paths
-from numba_atomflow.backends.cuda.kernels import ModelKernels, has_separate_rope
+from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.formats import HeadFormat
@@ -77,8 +77,6 @@ def model_obstacle(geometry: ModelGeometry, chip: Chip, window: int | None) -> s
     beyond = beyond_fast_paths(geometry, window)
     if beyond is not None:
         return beyond
-    if has_separate_rope(geometry):
-        return "the model's RoPE is a kernel of its own"
     if len(tables_of(geometry)) > 1:
         return "the model's layers have different RoPE"
     return None

@@ -316,4 +316,6 @@ def persistent_shape(g: ModelGeometry, layouts: Mapping[str, PrepackedLayout], c
         down=layouts["down"],
         lm_head=layouts["lm_head"],
         embedding=layouts["embedding"],
+        qkv_bias=g.qkv_bias,
+        qk_norm=g.qk_norm,
     )

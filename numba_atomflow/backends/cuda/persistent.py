@@ -39,7 +39,7 @@ def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
     events = shape.sms * shape.ops * EVENTS
     return [
         Buffer("workspace", "persistent.mailbox", (shape.mailbox.end,), "uint64"),
-        Buffer("workspace", "persistent.table", (2 * shape.ops,), "int64"),
+        Buffer("workspace", "persistent.table", (shape.table_entries,), "int64"),
         Buffer("workspace", "persistent.steps", (2,), "int64"),
         Buffer("workspace", "persistent.fault", (1,), "int32"),
         Buffer("workspace", "persistent.timestamps", (events,), "int64"),
@@ -190,7 +190,7 @@ class PersistentStep:
     def op_launches(self, index: int) -> list[Launch]:
         """One op by itself, which reads the buffers instead of results of the same launch."""
         layer = self.shape.op_index.layer(index)
-        return [self.publish(layer), self.launch(index, index + 1)]
+        return [self.publish(layer), *(self.launch(first, end) for first, end in self.shape.launches_of(index))]
 
 
 def step_views(buffers: Mapping[str, View], weights: Mapping[str, View], token_ring: View) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def step_trace(ops: Sequence[Op], times: NDArray[np.float64]) -> StepTrace:
 
 
 def weight_table(geometry: ModelGeometry, weights: Mapping[str, View]) -> NDArray[np.int64]:
-    """int64 [2 * ops]: for each op the offsets of its weights and of its norm weight, in units of 128 bytes."""
+    """int64 [shape.table_entries]: as in `PersistentArguments`."""
     base = all_weights(weights).address
 
     def offset(name: str) -> int:
@@ -260,7 +260,12 @@ def weight_table(geometry: ModelGeometry, weights: Mapping[str, View]) -> NDArra
         entries.append((offset(f"layer.{i}.gate_up"), offset(f"layer.{i}.ffn_norm")))
         entries.append((offset(f"layer.{i}.down"), 0))
     entries.append((offset("embedding" if geometry.tied_embeddings else "vocabulary"), offset("final_norm")))
-    return np.array(entries, np.int64).reshape(-1)
+    vectors = [
+        offset(name) if (name := f"layer.{i}.{vector}") in weights else 0
+        for i in range(geometry.layers if geometry.qkv_bias or geometry.qk_norm else 0)
+        for vector in ("qkv_bias", "q_norm", "k_norm")
+    ]
+    return np.concatenate([np.array(entries, np.int64).reshape(-1), np.array(vectors, np.int64)])
 
 
 def all_weights(weights: Mapping[str, View]) -> View:

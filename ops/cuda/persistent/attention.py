@@ -18,6 +18,7 @@ from numba_atomflow.ops.cuda.attention.combine import make_combine
 from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
 from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
 from numba_atomflow.ops.cuda.comm.exchange import make_exchange
+from numba_atomflow.ops.cuda.persistent.heads import make_receive_heads
 from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_THREADS,
     CONSUMER_WARPS,
@@ -47,7 +48,7 @@ class LayerCache(NamedTuple):
 
 
 def _make_receive_token(shape: PersistentShape, token_start: int, poll: Any) -> Any:
-    """Device function (io, kv_head, newest, thread, halves): q of the CTA's heads and, with `newest`, the token's key
+    """Device function (io, kv_head, newest, thread, shared): q of the CTA's heads and, with `newest`, the token's key
     and value, from the mailbox to shared memory.
     """
     head_dim, query_group, pitch, x_start = shape.head_dim, shape.query_group, shape.query_pitch, shape.x_start
@@ -80,7 +81,22 @@ def _make_receive_token(shape: PersistentShape, token_start: int, poll: Any) -> 
             scatter(halves, start, word % half + 1, received[1])
             entry += CONSUMER_THREADS
 
-    return receive_token
+    @ptx.device_function
+    def receive(io, kv_head, newest, thread, shared):
+        receive_token(io, kv_head, newest, thread, shared.halves)
+
+    return receive
+
+
+def _make_receive_sums(shape: PersistentShape, token_start: int) -> Any:
+    """The same where q, k and v are finished here; with `newest` they are stored, too."""
+    receive_heads = make_receive_heads(shape, token_start)
+
+    @ptx.device_function
+    def receive(io, kv_head, newest, thread, shared):
+        receive_heads(io, kv_head, i32(0), i32(1), newest, newest, thread, shared)
+
+    return receive
 
 
 def _make_add_newest(shape: PersistentShape, token_start: int, out_start: int, stats_start: int, scale: Any) -> Any:
@@ -205,7 +221,10 @@ def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
     stats_start = out_start + shape.partial_results * query_group * head_dim
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
     (poll, poll_both), store_out = make_poll(make_exchange(shape.ranks).load_own), make_store_out(shape)
-    receive_token = _make_receive_token(shape, token_start, poll)
+    if shape.rope_in_attention:
+        receive = _make_receive_sums(shape, token_start)
+    else:
+        receive = _make_receive_token(shape, token_start, poll)
     add_newest = _make_add_newest(shape, token_start, out_start, stats_start, scale)
     multiply_queries = make_multiply_queries(shape)
     store_result = make_store_result(shape, out_start, stats_start, store_out)
@@ -241,7 +260,7 @@ def make_attend(shape: PersistentShape, timestamp: Any) -> Any:
             if base < end:
                 load_keys(cache.pairs, cache.keys_start, base, last, kv_head, g, t, k_regs)
                 load_values(cache.pairs, cache.values_start, base, last, kv_head, g, t, v_regs)
-            receive_token(io, kv_head, split == 0, thread, shared.halves)
+            receive(io, kv_head, split == 0, thread, shared)
             sync_consumers()
             if thread == 0:
                 timestamp(io.timestamps, io.op, STAGED)

@@ -44,7 +44,8 @@ def make_load_ahead(shape: PersistentShape) -> Any:
 def make_epilogue(shape: PersistentShape, load_ahead: Any) -> Any:
     """Device function (state, work_tile, entry, loaded, floats, sums)."""
     add_o, add_down = (_make_add(shape, kind, load_ahead) for kind in (O_PROJ, DOWN))
-    store_qkv, store_swiglu, store_logits = _make_store_qkv(shape), _make_store_swiglu(shape), _make_store_logits(shape)
+    store_qkv = _make_store_sums(shape) if shape.rope_in_attention else _make_store_qkv(shape)
+    store_swiglu, store_logits = _make_store_swiglu(shape), _make_store_logits(shape)
 
     @ptx.device_function
     def epilogue(state, work_tile, entry, loaded, floats, sums):
@@ -93,6 +94,20 @@ def _make_store_qkv(shape: PersistentShape) -> Any:
             store(state.cache16, layer_start + state.position * kv_width + kv_head * 2 * half + i, low, high)
 
     return store_qkv
+
+
+def _make_store_sums(shape: PersistentShape) -> Any:
+    """q, k and v as they are projected, which attention finishes."""
+    start, row_sum, publish = shape.mailbox.q, make_row_sum(shape, QKV), make_exchange(shape.ranks).store_own
+
+    @ptx.large_device_function
+    def store_sums(state, tile, entry, loaded, floats, sums):
+        word = start + tile * 16 + 2 * entry
+        low, high = row_sum(floats, sums, 2 * entry), row_sum(floats, sums, 2 * entry + 1)
+        publish(state.mailbox, word, ptx.f32_bits(low), state.flag)
+        publish(state.mailbox, word + 1, ptx.f32_bits(high), state.flag)
+
+    return store_sums
 
 
 def _make_add(shape: PersistentShape, kind: int, load_ahead: Any) -> Any:

@@ -19,7 +19,7 @@ def make_frame(shape: PersistentShape, consume: Any) -> Any:
     Args:
         consume: device function (io, shared, thread): what the consumer warps do.
     """
-    ops, stages, table_start, full_start = shape.ops, shape.stages, shape.table_start, shape.full_start
+    entries, stages, table_start, full_start = shape.table_entries, shape.stages, shape.table_start, shape.full_start
     produce = make_produce(shape)
 
     @ptx.kernel(CTA_THREADS, 1)
@@ -31,7 +31,7 @@ def make_frame(shape: PersistentShape, consume: Any) -> Any:
         barriers = cuda.shared.array(0, uint64)
         thread = i32(cuda.threadIdx.x)
         entry = thread
-        while entry < 2 * ops:
+        while entry < entries:
             words[table_start + entry] = u32(io.table[entry])
             entry += CTA_THREADS
         if thread == 0:

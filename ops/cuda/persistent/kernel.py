@@ -30,6 +30,7 @@ from numba_atomflow.ops.cuda.persistent import rank
 from numba_atomflow.ops.cuda.persistent.attention import LayerCache, make_attend
 from numba_atomflow.ops.cuda.persistent.epilogue import make_epilogue, make_load_ahead
 from numba_atomflow.ops.cuda.persistent.frame import make_frame
+from numba_atomflow.ops.cuda.persistent.heads import make_heads_of
 from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile
 from numba_atomflow.ops.cuda.persistent.projection import BUFFER, CONSUMED, OpState, make_project
 from numba_atomflow.ops.cuda.persistent.schedule import (
@@ -58,7 +59,9 @@ class PersistentArguments(NamedTuple):
 
     Attributes:
         weights: all weights of the model, 32-bit words.
-        table: [2 * ops]; for each op the offsets of its weights and of its norm weight, in units of 128 bytes.
+        table: [shape.table_entries]; for each op the offsets of its weights and of its norm weight, in units of 128
+            bytes; then, with `shape.rope_in_attention`, for each layer those of its bias of q, k and v, its norm of q
+            and its norm of k.
         cache16, cache: the KV cache [layer][k, v][positions][kv_heads * head_dim] float16, as elements and as pairs.
         mailbox: [shape.mailbox.end] words of `comm/flagged.py`; zero before the first step.
         tokens: [1]. position: [1].
@@ -120,7 +123,7 @@ def _make_consume(shape: PersistentShape) -> Any:
     first_work_tile, kind_of = make_first_work_tile(ctas), make_kind_of(shape)
     work_tiles_of, advance_of = shape.by_kind(lambda plan: plan.work_tiles), shape.by_kind(shape.schedule_advance)
     timestamp, record_clocks, kv_split = make_timestamp(shape), make_record_clocks(shape), make_kv_split(shape)
-    load_ahead = make_load_ahead(shape)
+    load_ahead, heads_of = make_load_ahead(shape), make_heads_of(shape)
     project, attend = make_project(shape, load_ahead, make_epilogue(shape, load_ahead)), make_attend(shape, timestamp)
     stage, reduce_best = make_stage(shape), _make_reduce_best(shape)
     parts = _one_gpu(shape, reduce_best) if shape.rank is None else rank.make_parts(shape, reduce_best)
@@ -161,7 +164,8 @@ def _make_consume(shape: PersistentShape) -> Any:
                     if tracing:
                         timestamp(timestamps, op, BEGUN)
                     cache = LayerCache(io.cache, keys_start // 2, (keys_start + io.kv_stride) // 2)
-                    attention_io = AttentionIo(mailbox, io.attn_out, timestamps, op, flag, watchdog)
+                    heads = heads_of(io, words, layer, position, op)
+                    attention_io = AttentionIo(mailbox, io.attn_out, timestamps, op, flag, watchdog, heads)
                     attend(attention_io, i32(position), cta_split, cache, thread, shared)
                     if tracing:
                         timestamp(timestamps, op, DONE)

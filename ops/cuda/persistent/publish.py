@@ -80,17 +80,12 @@ def make_publish(shape: PersistentShape) -> Any:
     offsets = shape.mailbox
     residual_in, residual_in_exact = offsets.residual_in, offsets.residual_in_exact
     residual_mid, residual_mid_exact = offsets.residual_mid, offsets.residual_mid_exact
-    q_start, k_start, v_start = offsets.q, offsets.k, offsets.v
     attn_out_start, intermediate_start = offsets.attn_out, offsets.intermediate
     words = max(rows, q_words, intermediate_words)
     mailbox_of, step_of = _one_gpu() if shape.rank is None else _rank()
     exchange = make_exchange(shape.ranks)
     store, store_own, store_pair, of_model = exchange.store, exchange.store_own, exchange.store_pair, exchange.of_model
-
-    @ptx.device_function
-    def packed_pair(array, start, word):
-        index = start + word // half * 2 * half + word % half
-        return u32(u32(array[index]) | u32(array[index + half]) << u32(16))
+    publish_q, publish_kv = (_make_sums if shape.rope_in_attention else _make_pairs)(shape, store_own)
 
     @ptx.kernel(THREADS, 1)
     def publish(io):
@@ -110,12 +105,11 @@ def make_publish(shape: PersistentShape) -> Any:
                 store_pair(mailbox, residual_in + pair, low, high, input_flag)
                 store_pair(mailbox, residual_mid + pair, low, high, flag)
             if word < q_words:
-                store_own(mailbox, q_start + word, packed_pair(io.q, int64(0), word), flag)
+                publish_q(io, mailbox, word, flag)
                 store(mailbox, attn_out_start + of_model(mailbox, word, q_words), io.attn_out[word], flag)
             if word < kv_words and io.layer < layers:
                 keys = 2 * io.layer * io.kv_stride + io.position[0] * kv_width
-                store_own(mailbox, k_start + word, packed_pair(io.cache, keys, word), flag)
-                store_own(mailbox, v_start + word, packed_pair(io.cache, keys + io.kv_stride, word), flag)
+                publish_kv(io, mailbox, word, keys, flag)
             if word < intermediate_words:
                 place = intermediate_start + of_model(mailbox, word, intermediate_words)
                 store(mailbox, place, io.intermediate[word], flag)
@@ -146,6 +140,59 @@ def _rank() -> tuple[Any, Any]:
         return io.steps[0] - io.steps_back
 
     return mailboxes_of, step_of
+
+
+def _make_pairs(shape: PersistentShape, store_own: Any) -> tuple[Any, Any]:
+    """Device functions (io, mailbox, word, flag) and (io, mailbox, word, keys, flag): pair number `word` of q, and those
+    of the token's key and value. keys: element of the cache at which the key begins.
+    """
+    half, q_start, k_start, v_start = shape.head_dim // 2, shape.mailbox.q, shape.mailbox.k, shape.mailbox.v
+
+    @ptx.device_function
+    def packed_pair(array, start, word):
+        index = start + word // half * 2 * half + word % half
+        return u32(u32(array[index]) | u32(array[index + half]) << u32(16))
+
+    @ptx.device_function
+    def publish_q(io, mailbox, word, flag):
+        store_own(mailbox, q_start + word, packed_pair(io.q, int64(0), word), flag)
+
+    @ptx.device_function
+    def publish_kv(io, mailbox, word, keys, flag):
+        store_own(mailbox, k_start + word, packed_pair(io.cache, keys, word), flag)
+        store_own(mailbox, v_start + word, packed_pair(io.cache, keys + io.kv_stride, word), flag)
+
+    return publish_q, publish_kv
+
+
+def _make_sums(shape: PersistentShape, store_own: Any) -> tuple[Any, Any]:
+    """The same where attention finishes q, k and v: two elements each, as float32. The results of KV splits that an
+    earlier launch of the same step has left lose their flag: attention is part of two ops then, and waits for its own.
+    """
+    q_start, q_width, kv_width = shape.mailbox.q, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    stats_start, stats_words = shape.mailbox.softmax_stats, shape.kv_splits * shape.heads * 2
+
+    @ptx.device_function
+    def store_both(mailbox, start, array, element, flag):
+        for i in range(2):
+            value, _ = ptx.unpack_f16x2(u32(array[element + i]))
+            store_own(mailbox, start + i, ptx.f32_bits(value), flag)
+
+    @ptx.device_function
+    def publish_q(io, mailbox, word, flag):
+        store_both(mailbox, q_start + 2 * word, io.q, 2 * word, flag)
+        stale = word
+        while stale < stats_words:
+            store_own(mailbox, stats_start + stale, u32(0), u32(flag - u32(1)))
+            stale += q_width // 2
+
+    @ptx.device_function
+    def publish_kv(io, mailbox, word, keys, flag):
+        start = q_start + q_width + 2 * word
+        store_both(mailbox, start, io.cache, keys + 2 * word, flag)
+        store_both(mailbox, start + kv_width, io.cache, keys + io.kv_stride + 2 * word, flag)
+
+    return publish_q, publish_kv
 
 
 def publish_kernel(shape: PersistentShape) -> Planned:

@@ -39,6 +39,7 @@ OPS_PER_LAYER = 5
 QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(6)  # kinds of ops after the embedding
 _EPILOGUE_BITS = {QKV: 3, O_PROJ: 3, GATE_UP: 2, DOWN: 3, LM_HEAD: 4}  # 2^bits threads for a 16-row tile
 TABLE_UNIT = 32  # words: offsets in the table of weights count 128 bytes
+HEAD_VECTORS = 3  # of a layer, in the table: bias of q, k and v, norm of q, norm of k
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class MailboxOffsets(NamedTuple):
     Attributes:
         residual_in, residual_mid: the residual stream before attention and before the MLP, as pairs of 24-bit floats.
         residual_in_exact, residual_mid_exact: the same as float32.
-        q, k, v: of the token, rotated; pairs of float16 that RoPE rotates together.
+        q, k, v: of the token, rotated; pairs of float16 that RoPE rotates together. With `rope_in_attention`, `q` has
+            the float32 sums of the whole QKV projection, row after row, and `k` and `v` are empty.
         attn_out, intermediate: pairs of float16.
         partials, softmax_stats: of the KV splits: weighted sums of values, and (m, l) of each.
         best_keys: of each rank, the sort key of its most likely token, in two words; none with one GPU.
@@ -189,6 +191,7 @@ class PersistentShape:
         trace: every CTA writes timestamps.
         columns: tokens of a step, one after the other: 1, or 2, 4 or 8 for the kernel of `wide_kernel.py`.
         rank: what there is beside this rank's part; None: one GPU has the whole model.
+        qkv_bias, qk_norm: whether the model has a bias of q, k and v, and a norm of each head of q and k.
     """
 
     layers: int
@@ -213,6 +216,8 @@ class PersistentShape:
     trace: bool = False
     columns: int = 1
     rank: RankShape | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     # --- ops and their work tiles ------------------------------------------------------------------------------------
 
@@ -223,6 +228,17 @@ class PersistentShape:
     @property
     def ops(self) -> int:
         return self.op_index.count
+
+    def launches_of(self, op: int) -> tuple[tuple[int, int], ...]:
+        """The launches that run an op by itself: of each the first op, and the one after the last.
+
+        With `rope_in_attention`, attention is part of the QKV op. The projection first runs alone: attention would take
+        words that `publish.py` has made of finished heads for its sums.
+        """
+        layer = self.op_index.layer(op)
+        if self.rope_in_attention and layer < self.layers and op == self.op_index.of_layer(layer, QKV):
+            return (op, op + 1), (op, op + 2)
+        return ((op, op + 1),)
 
     @property
     def layouts(self) -> tuple[PrepackedLayout, ...]:
@@ -296,6 +312,13 @@ class PersistentShape:
     def query_group(self) -> int:
         """Query heads per KV head (GQA)."""
         return self.heads // self.kv_heads
+
+    @property
+    def rope_in_attention(self) -> bool:
+        """Whether q, k and v are finished by attention (`heads.py`), not by the epilogue of the QKV projection, whose
+        rows are then in plain order.
+        """
+        return self.qkv_bias or self.qk_norm
 
     @property
     def attention_columns(self) -> int:
@@ -398,8 +421,13 @@ class PersistentShape:
         return stages * 16 * self.columns
 
     @property
+    def table_entries(self) -> int:
+        """Of the table of weights: two for each op; then, with `rope_in_attention`, `HEAD_VECTORS` for each layer."""
+        return 2 * self.ops + (HEAD_VECTORS * self.layers if self.rope_in_attention else 0)
+
+    @property
     def table_words(self) -> int:
-        return -(-2 * self.ops // 4) * 4
+        return -(-self.table_entries // 4) * 4
 
     @property
     def x_start(self) -> int:
@@ -442,14 +470,17 @@ class PersistentShape:
     @property
     def mailbox(self) -> MailboxOffsets:
         """Offsets of the mailbox; every part begins at a multiple of 128 bytes, and has one column after the other."""
+        q_words, kv_words = self.heads * self.head_dim // 2, self.kv_heads * self.head_dim // 2
+        if self.rope_in_attention:
+            q_words, kv_words = self.qkv.out_features, 0
         sizes = {
             "residual_in": self.hidden // 2,
             "residual_in_exact": self.hidden,
             "residual_mid": self.hidden // 2,
             "residual_mid_exact": self.hidden,
-            "q": self.heads * self.head_dim // 2,
-            "k": self.kv_heads * self.head_dim // 2,
-            "v": self.kv_heads * self.head_dim // 2,
+            "q": q_words,
+            "k": kv_words,
+            "v": kv_words,
             "attn_out": self.o.in_features // 2,
             "intermediate": self.down.in_features // 2,
             "partials": self.kv_splits * self.heads * self.head_dim,

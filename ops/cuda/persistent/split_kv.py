@@ -43,6 +43,7 @@ class AttentionIo(NamedTuple):
     Attributes:
         mailbox, attn_out, timestamps: as in `PersistentArguments`. op: its number. flag: of the layer's results.
         watchdog: `Watchdog`.
+        heads: of `heads.make_heads_of`.
     """
 
     mailbox: Any
@@ -51,6 +52,7 @@ class AttentionIo(NamedTuple):
     op: Any
     flag: Any
     watchdog: Any
+    heads: Any
 
 
 def make_split_keys(shape: PersistentShape) -> Any:

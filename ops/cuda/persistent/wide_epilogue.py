@@ -40,7 +40,8 @@ def make_load_ahead(shape: PersistentShape) -> Any:
 def make_epilogue(shape: PersistentShape, load_ahead: Any) -> Any:
     """Device function (state, work_tile, entry, column, loaded, floats, sums)."""
     add_o, add_down = (_make_add(shape, kind, load_ahead) for kind in (O_PROJ, DOWN))
-    store_qkv, store_swiglu, store_logits = _make_store_qkv(shape), _make_store_swiglu(shape), _make_store_logits(shape)
+    store_qkv = _make_store_sums(shape) if shape.rope_in_attention else _make_store_qkv(shape)
+    store_swiglu, store_logits = _make_store_swiglu(shape), _make_store_logits(shape)
 
     @ptx.device_function
     def epilogue(state, work_tile, entry, column, loaded, floats, sums):
@@ -87,6 +88,20 @@ def _make_store_qkv(shape: PersistentShape) -> Any:
             state.cache16[element + half] = np.uint16(ptx.f16_bits(high))
 
     return store_qkv
+
+
+def _make_store_sums(shape: PersistentShape) -> Any:
+    """q, k and v as they are projected, which attention finishes."""
+    start, pitch, row_sum = shape.mailbox.q, shape.qkv.out_features, make_row_sum(shape, QKV)
+
+    @ptx.large_device_function
+    def store_sums(state, tile, entry, column, floats, sums):
+        word = start + column * pitch + tile * 16 + 2 * entry
+        low, high = row_sum(floats, sums, 2 * entry, column, _ZERO), row_sum(floats, sums, 2 * entry + 1, column, _ZERO)
+        ptx.ll_store(state.mailbox, word, ptx.f32_bits(low), state.flag)
+        ptx.ll_store(state.mailbox, word + 1, ptx.f32_bits(high), state.flag)
+
+    return store_sums
 
 
 def _make_add(shape: PersistentShape, kind: int, load_ahead: Any) -> Any:

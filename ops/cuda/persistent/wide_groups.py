@@ -18,7 +18,7 @@ class ColumnsIo(NamedTuple):
 
     Attributes:
         mailbox, timestamps: as in `WideArguments`. op: its number. flag: of the layer's results.
-        watchdog: `Watchdog`.
+        watchdog: `Watchdog`. heads: of `heads.make_heads_of`.
     """
 
     mailbox: Any
@@ -26,6 +26,7 @@ class ColumnsIo(NamedTuple):
     op: Any
     flag: Any
     watchdog: Any
+    heads: Any
 
 
 class Group(NamedTuple):

@@ -19,6 +19,7 @@ from numba import cuda, int64, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.comm.flagged import SPIN_LIMIT, Watchdog, ll_store_pair
 from numba_atomflow.ops.cuda.persistent.frame import make_frame
+from numba_atomflow.ops.cuda.persistent.heads import make_heads_of
 from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile
 from numba_atomflow.ops.cuda.persistent.projection import BUFFER, CONSUMED
 from numba_atomflow.ops.cuda.persistent.schedule import (
@@ -94,7 +95,7 @@ def _make_consume(shape: PersistentShape) -> Any:
     table_start, rope_start, half = shape.table_start, shape.rope_start, shape.head_dim // 2
     first_work_tile, kind_of = make_first_work_tile(ctas), make_kind_of(shape)
     work_tiles_of, advance_of = shape.by_kind(lambda plan: plan.work_tiles), shape.by_kind(shape.schedule_advance)
-    load_ahead = make_load_ahead(shape)
+    load_ahead, heads_of = make_load_ahead(shape), make_heads_of(shape)
     project = make_project_columns(shape, load_ahead, make_epilogue(shape, load_ahead))
     timestamp, record_clocks = make_timestamp(shape), make_record_clocks(shape)
     attend, stage = make_attend_columns(shape, timestamp), make_stage_columns(shape)
@@ -132,7 +133,8 @@ def _make_consume(shape: PersistentShape) -> Any:
                 if tracing:
                     timestamp(timestamps, op, BEGUN)
                 past = LayerPast(io.cache, keys_start // 2, values_start // 2, i32(position))
-                attend(ColumnsIo(mailbox, timestamps, op, flag, watchdog), past, thread, shared)
+                heads = heads_of(io, words, layer, position, op)
+                attend(ColumnsIo(mailbox, timestamps, op, flag, watchdog, heads), past, thread, shared)
                 if tracing:
                     timestamp(timestamps, op, DONE)
                 continue

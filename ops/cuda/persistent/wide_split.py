@@ -10,6 +10,7 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
 from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
 from numba_atomflow.ops.cuda.comm.flagged import watchdog_trips
+from numba_atomflow.ops.cuda.persistent.heads import make_receive_heads
 from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_THREADS,
     CONSUMER_WARPS,
@@ -28,7 +29,7 @@ _MASKED = np.float32(-np.inf)
 
 
 def _make_receive_tokens(shape: PersistentShape, token_start: int) -> Any:
-    """Device function (io, group, with_keys, thread, halves): the group's q of the CTA's heads and, `with_keys`, the
+    """Device function (io, group, with_keys, thread, shared): the group's q of the CTA's heads and, `with_keys`, the
     keys and values of all columns, from the mailbox to shared memory; all loads are issued together.
     """
     head_dim, query_group, pitch, x_start = shape.head_dim, shape.query_group, shape.query_pitch, shape.x_start
@@ -82,7 +83,25 @@ def _make_receive_tokens(shape: PersistentShape, token_start: int) -> Any:
             scatter(halves, start, pair, received[4 * i])
             scatter(halves, start, pair + 1, received[4 * i + 2])
 
-    return receive_tokens
+    @ptx.device_function
+    def receive(io, group, with_keys, thread, shared):
+        receive_tokens(io, group, with_keys, thread, shared.halves)
+
+    return receive
+
+
+def _make_receive_sums(shape: PersistentShape, token_start: int) -> Any:
+    """The same where q, k and v are finished here. Keys and values are stored by the CTA that has the first split of
+    the first column.
+    """
+    receive_heads = make_receive_heads(shape, token_start)
+
+    @ptx.device_function
+    def receive(io, group, with_keys, thread, shared):
+        stores = group.first == 0 and group.split == 0
+        receive_heads(io, group.kv_head, group.first, group.count, with_keys, stores, thread, shared)
+
+    return receive
 
 
 def _make_add_newest(shape: PersistentShape, token_start: int, out_start: int, stats_start: int, scale: Any) -> Any:
@@ -235,7 +254,8 @@ def make_attend_group(shape: PersistentShape) -> Any:
     out_start = token_start + shape.columns * head_dim
     stats_start = out_start + shape.partial_results * rows * head_dim
     scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))
-    receive_tokens = _make_receive_tokens(shape, token_start)
+    make_receive = _make_receive_sums if shape.rope_in_attention else _make_receive_tokens
+    receive = make_receive(shape, token_start)
     add_newest = _make_add_newest(shape, token_start, out_start, stats_start, scale)
     multiply_queries = _make_multiply_queries(shape)
     store_result = make_store_result(shape, out_start, stats_start)
@@ -279,7 +299,7 @@ def make_attend_group(shape: PersistentShape) -> Any:
         if base < end:
             load_keys(past, base, last, kv_head, g, t, k_regs)
             load_values(past, base, last, kv_head, g, t, v_regs)
-        receive_tokens(io, group, with_keys, thread, shared.halves)
+        receive(io, group, with_keys, thread, shared)
         sync_consumers()
         if base < end and min(base + WARP_KEYS, end) > past.positions:
             load_token_keys(past, words, base, last, g, t, k_regs)

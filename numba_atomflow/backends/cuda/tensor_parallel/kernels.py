@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from numba_atomflow.backends.cuda.decode_path import model_obstacle
-from numba_atomflow.backends.cuda.kernels import TOKEN_RING, persistent_shape
+from numba_atomflow.backends.cuda.kernels import TOKEN_RING, has_separate_rope, persistent_shape
 from numba_atomflow.backends.cuda.plan import weight_buffers
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.plan import Buffer
@@ -58,7 +58,9 @@ class RankKernels:
             "down": sharding.hidden_rows,
             "lm_head": sharding.vocabulary_rows,
         }
-        whole = projection_layouts(g, self.chip, head=HEAD_FORMATS[self.head], k_tile=K_TILE_GROUPS)
+        separate_rope = has_separate_rope(g)
+        head = HEAD_FORMATS[self.head]
+        whole = projection_layouts(g, self.chip, head=head, separate_rope=separate_rope, k_tile=K_TILE_GROUPS)
         layouts = {kind: replace(layout, out_features=rows[kind]) for kind, layout in whole.items()}
         layouts["gate_up"] = replace(layouts["gate_up"], half=own.ffn)
         return layouts
@@ -71,7 +73,10 @@ class RankKernels:
     @cached_property
     def weight_buffers(self) -> list[Buffer]:
         """A rank's weights, as buffers of its plan."""
-        return weight_buffers(self.geometry, self.layout_of)
+        own = self.sharding.rank_geometry
+        buffers = weight_buffers(self.geometry, self.layout_of)
+        bias = (own.q_dim + 2 * own.kv_dim,)
+        return [replace(b, shape=bias) if b.name.endswith(".qkv_bias") else b for b in buffers]
 
     @cached_property
     def persistent_shape(self) -> PersistentShape:

@@ -76,8 +76,9 @@ class Rank:
         return self._loaded.seconds
 
     def upload_vector(self, part: str, values: NDArray[np.float32]) -> None:
-        """Copy a norm's weights."""
-        self._uploader.vector(values, self.weight_views[part])
+        """Copy a norm's weights, or this rank's rows of a bias, of which `values` has all."""
+        rows = [values[span] for span in self.kernels.sharding.rows(part, self.number)]
+        self._uploader.vector(np.concatenate(rows) if len(rows) > 1 else rows[0], self.weight_views[part])
 
     def upload_projection(self, part: str, stored: Sequence[Matrix]) -> None:
         """Copy and prepack this rank's rows of a projection, of which `stored` has all: codes and scales, or float16
@@ -139,8 +140,8 @@ class Rank:
         """Make the launches of ops by themselves; compiles their kernels, or loads them from the cache."""
         planned, state = self.kernels.of_observed_steps, self._sampling
         self._loaded.require(kernel.spec for kernel in planned.values())
-        head = self.kernels.persistent_shape.op_index.lm_head
-        self._ops = [self._step(op, op + 1, APART) for op in range(head + 1)]
+        shape, head = self.kernels.persistent_shape, self.kernels.persistent_shape.op_index.lm_head
+        self._ops = [[self._step(*ops, APART) for ops in shape.launches_of(op)] for op in range(head + 1)]
         self._ends = {ending: self._step(head, head, ending) for ending in (SAMPLED, PROMPT)}
         arguments = ArgmaxArguments(self.buffers["logits"], state.seen, state.options, state.best)
         argmax = Launch(self._loaded["argmax"], planned["argmax"].ctas, arguments, self.stream)
@@ -193,7 +194,7 @@ class Rank:
 
     def run_op(self, op: int) -> None:
         """One op, which reads what has been published; its step does not end."""
-        _run([self._ops[op]])
+        _run(self._ops[op])
 
     def publish(self, layer: int, *, steps_back: int = 0) -> None:
         """What the views hold, to the mailboxes of the ranks that read it in this layer, or in the LM head, whose layer
