@@ -143,8 +143,8 @@ def _rank() -> tuple[Any, Any]:
 
 
 def _make_pairs(shape: PersistentShape, store_own: Any) -> tuple[Any, Any]:
-    """Device functions (io, mailbox, word, flag) and (io, mailbox, word, keys, flag): pair number `word` of q, and those
-    of the token's key and value. keys: element of the cache at which the key begins.
+    """Device functions (io, mailbox, word, flag) and (io, mailbox, word, keys, flag): pair number `word` of q, and
+    those of the token's key and value. keys: element of the cache at which the key begins.
     """
     half, q_start, k_start, v_start = shape.head_dim // 2, shape.mailbox.q, shape.mailbox.k, shape.mailbox.v
 
