@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_launch import chip
+from device_launch import capability, chip
 from family_geometries import FIELDS
 from family_kernel_cases import check_add_norm, check_cap_logits, check_tiles
 from kernel_cases import AttentionCase, RopeCase, check_attention, check_rope
@@ -21,6 +21,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {},
     "olmo2": {"head_dim": 128, "heads": 8, "kv_heads": 8, "hidden": 1024, "ffn": 1100},
     "phi3": {},
+    "qwen2": {"qkv_bias": True, "head_dim": 64, "heads": 14, "kv_heads": 2, "hidden": 896, "ffn": 1280},
+    "qwen3": {"qk_norm": True, "head_dim": 128, "heads": 16, "kv_heads": 8, "hidden": 1024, "ffn": 1536},
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
@@ -29,11 +31,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerforma
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_tokens_are_those_of_the_cpu(family: str) -> None:
     """A chunk on the GEMM path, a step of 5 tokens, then decode steps; windows of 16 begin to slide on the way."""
-    geometry = tiny_geometry(**(FIELDS[family] | FAMILIES[family]))
+    geometry = tiny_geometry(**(FIELDS.get(family, {}) | FAMILIES[family]))
     tokens = np.random.default_rng(0).integers(0, geometry.vocabulary, 45).tolist()
     with Engine.random(geometry, "cuda", 96) as gpu, Engine.random(geometry, "cpu", 96) as cpu:
         assert gpu.backend.prefill_path is not None
         assert gpu.backend.prefill_path.name == "gemm"
+        if family.startswith("qwen") and capability() >= (9, 0):
+            assert str(gpu.backend.decode_path) == "persistent"
         got, expected = (
             np.concatenate([engine.feed(piece, all_logits=True) for piece in (tokens[:40], tokens[40:])])
             for engine in (gpu, cpu)

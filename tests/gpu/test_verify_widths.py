@@ -26,6 +26,7 @@ GEOMETRIES = {
     ),
     "3B": replace(PRESETS["llama-3.2-3b"], layers=2),
     "8B": replace(PRESETS["llama-3.1-8b"], layers=1),
+    "Qwen3": replace(PRESETS["llama-3.2-3b"], layers=1, heads=32, qk_norm=True),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
