@@ -383,7 +383,7 @@ print(peak())
 def test_memory_is_that_of_one_layer(tmp_path: Path, text_file: Path) -> None:
     peaks, sizes = [], []
     for layers in (2, 6):
-        g = geometry(layers=layers, hidden=512, heads=8, ffn=2048)
+        g = geometry(layers=layers, hidden=704, heads=11, kv_heads=11, ffn=704)  # many weights, and no wide input
         write_hf_folder(tmp_path / f"{layers}", g, dtype="BF16")
         sizes.append(2 * g.parameter_count())
         completed = subprocess.run(
