@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         names = set(named.read_text().splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in names])
         items[:] = [item for item in items if item.nodeid not in names]
+    items.sort(key=lambda item: "ptx" not in item.path.parts)  # the longest first, to share the cores to the end
     if not config.getoption("--fast"):
         return
     out = {item for item in items if item.get_closest_marker("slow")}
