@@ -154,7 +154,7 @@ class StagedWrites:
         self._memory = PinnedArray((nbytes,), "uint8", resources).array
         self._address, self._used = int(self._memory.ctypes.data), 0
 
-    def write(self, view: View, values: Sequence[int] | NDArray[Any]) -> None:
+    def write(self, view: View, values: Sequence[float] | NDArray[Any]) -> None:
         """Copy values to the first elements of a view, which is contiguous."""
         nbytes = len(values) * np.dtype(view.dtype).itemsize
         if self._used + nbytes > len(self._memory):

@@ -257,7 +257,7 @@ class Sampler:
 
     Attributes:
         seed: of the draws; 0 if nothing is drawn and none was given.
-        seen: bool [V], the tokens in the context. draws: random numbers used so far.
+        seen: bool [V], the tokens in the context; [0] without a repetition penalty. draws: random numbers used so far.
         constraint_seconds: spent in the constraint so far.
     """
 
@@ -275,8 +275,9 @@ class Sampler:
         if params.seed is None and not params.greedy:
             self.seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
         self.draws = 0
-        self.seen = np.zeros(vocabulary, np.bool_)
-        self.seen[np.asarray(context, np.int64)] = True
+        self._penalised = params.repetition_penalty != 1.0
+        self.seen = np.zeros(vocabulary if self._penalised else 0, np.bool_)
+        self._see(context)
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token, from logits float32 [V].
@@ -293,14 +294,18 @@ class Sampler:
         token = best if self.params.greedy else self._draw(logits)
         if allowed is not None:
             token = int(allowed[token])
-        self.seen[token] = True
+        self._see(token)
         self._accept(token)
         return token
 
     def note(self, token: int) -> None:
         """Take note of a token that a device has sampled with these parameters, without a constraint."""
         self.draws += not self.params.greedy
-        self.seen[token] = True
+        self._see(token)
+
+    def _see(self, tokens: int | Sequence[int]) -> None:
+        if self._penalised:
+            self.seen[np.asarray(tokens, np.int64)] = True
 
     def _allowed(self, vocabulary: int) -> NDArray[np.int64] | None:
         """The tokens that the constraint allows, in ascending order; None: all.

@@ -51,6 +51,7 @@ class DeviceModel:
         self.weight_views = {b.name: self._arena[b.name] for b in plan.buffers if b.pool == "weights"}
         self.weights = self._weights()
         self.sampling = SamplingState.of(self.buffers)
+        self._sampler_writer = SamplerWriter(self.staged, self.sampling)
         self.attention = AttentionScratch.of(self.buffers)
         self._tiled_inputs, self._tiled_head = dict[str, View](), dict[str, View]()
         if kernels.prefill is not None:
@@ -129,7 +130,7 @@ class DeviceModel:
 
     def set_sampler(self, sampler: Sampler) -> None:
         """Options, seed and context of the tokens to sample from here on. Does not wait."""
-        write_sampler(self.staged, self.sampling, sampler)
+        self._sampler_writer.write(sampler)
 
     def set_position(self, position: int) -> None:
         """The position at which the next token is written. Does not wait."""
@@ -144,16 +145,26 @@ class DeviceModel:
         return int(self.memory.read(self.sampling.tokens_posted)[0])
 
 
-def write_sampler(staged: StagedWrites, sampling: SamplingState, sampler: Sampler) -> None:
-    """Options, seed and context of the tokens to sample, as the kernels read them. Without a penalty it makes no
-    difference which tokens are in the context.
+class SamplerWriter:
+    """Writes options, seed and context of the tokens to sample, as the kernels read them; what would make no difference
+    it leaves out: options that are there already, the seed if nothing is drawn, and without a penalty the context.
     """
-    params = sampler.params
-    temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature else 0.0
-    options = [temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
-    staged.write(sampling.options, np.array(options, np.float64))
-    staged.write(sampling.generator, np.array([sampler.seed, 0], np.uint64))
-    if params.repetition_penalty != 1.0:
-        seen, bitmap = np.packbits(sampler.seen, bitorder="little"), np.zeros(sampling.seen.shape, np.uint32)
-        bitmap.view(np.uint8)[: len(seen)] = seen
-        staged.write(sampling.seen, bitmap)
+
+    def __init__(self, staged: StagedWrites, sampling: SamplingState) -> None:
+        self._staged, self._sampling = staged, sampling
+        self._options: list[float] = []  # on the device
+
+    def write(self, sampler: Sampler) -> None:
+        """Of this sampler. Does not wait."""
+        params, sampling = sampler.params, self._sampling
+        temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature else 0.0
+        options = [temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty]
+        if options != self._options:
+            self._staged.write(sampling.options, options)
+            self._options = options
+        if not params.greedy:
+            self._staged.write(sampling.generator, np.array([sampler.seed, 0], np.uint64))
+        if params.repetition_penalty != 1.0:
+            seen, bitmap = np.packbits(sampler.seen, bitorder="little"), np.zeros(sampling.seen.shape, np.uint32)
+            bitmap.view(np.uint8)[: len(seen)] = seen
+            self._staged.write(sampling.seen, bitmap)

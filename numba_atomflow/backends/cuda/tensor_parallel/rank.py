@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.logprob_ring import LogprobRing
-from numba_atomflow.backends.cuda.model import STAGED_BYTES, write_sampler
+from numba_atomflow.backends.cuda.model import STAGED_BYTES, SamplerWriter
 from numba_atomflow.backends.cuda.persistent import kv_stride, step_views, weight_table
 from numba_atomflow.backends.cuda.plan import SamplingState
 from numba_atomflow.backends.cuda.queue import TokenRing
@@ -63,6 +63,7 @@ class Rank:
         self.buffers = {b.name: self._arena[b.name] for b in plan.buffers if b.pool != "weights"}
         self.weight_views = {b.name: self._arena[b.name] for b in plan.buffers if b.pool == "weights"}
         self._sampling = SamplingState.of(self.buffers)
+        self._sampler_writer = SamplerWriter(self._staged, self._sampling)
 
     # --- loading -----------------------------------------------------------------------------------------------------
 
@@ -246,7 +247,7 @@ class Rank:
 
     def set_sampler(self, sampler: Sampler) -> None:
         """Options, seed and context of the tokens to sample from here on."""
-        write_sampler(self._staged, self._sampling, sampler)
+        self._sampler_writer.write(sampler)
 
     def set_position(self, position: int) -> None:
         """The position at which the next token is written."""
