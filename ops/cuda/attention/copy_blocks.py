@@ -7,6 +7,7 @@ chunk's part to its KV blocks. The array is one layer's, and every layer uses it
 Cost model: 2 * kv_dim * 2 bytes read and written for each position, in 16 bytes a thread.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from numba import cuda
@@ -104,10 +105,15 @@ def _make_copy(kv_dim: int, block_size: int, stride: int, dependent: bool, posit
 
 
 def copy_blocks_kernels(kv_dim: int, block_size: int, stride: int, ctas: int, *, dependent: bool) -> list[Planned]:
-    """The kernels ``gather_blocks<block_size>`` and ``scatter_blocks<block_size>``."""
+    """The kernels ``gather_blocks<block_size>`` and ``scatter_blocks<block_size>``.
+
+    Between kernels of a chunk they leave room for the CTAs of a GEMM that start beside them, as those do
+    (`PrefillKernels.kernel`).
+    """
     makers = {"gather": make_gather_blocks, "scatter": make_scatter_blocks}
     options = {"kv_dim": kv_dim, "block_size": block_size, "stride": stride, "dependent": dependent}
-    return [
-        Planned(kernel_spec(f"{name}_blocks{block_size}", maker, CopyBlocksArguments, THREADS, **options), ctas)
+    specs = [
+        kernel_spec(f"{name}_blocks{block_size}", maker, CopyBlocksArguments, THREADS, **options)
         for name, maker in makers.items()
     ]
+    return [Planned(replace(spec, whole_carveout=dependent), ctas) for spec in specs]
