@@ -11,7 +11,7 @@ from simulated_backend import HostWrites, SimulatedBackend, simulate_launches
 from tiny_models import tiny_geometry
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
-from numba_atomflow.backends.cuda.model import write_sampler
+from numba_atomflow.backends.cuda.model import SamplerWriter
 from numba_atomflow.backends.cuda.queue import posted_token
 from numba_atomflow.backends.cuda.wide_sampling import WideSampling
 from numba_atomflow.checkpoint.arrays import WeightArrays
@@ -50,7 +50,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedBackend:
 def plain_tokens(gpu: SimulatedBackend, logits: NDArray[np.float32], sampler: Sampler) -> list[int]:
     """The tokens that the tails of decode steps sample from rows of logits."""
     buffers = gpu.model.buffers
-    write_sampler(HostWrites(0, None, None), gpu.model.sampling, sampler)  # type: ignore[arg-type]
+    SamplerWriter(HostWrites(0, None, None), gpu.model.sampling).write(sampler)  # type: ignore[arg-type]
     gpu.array(buffers["sampling.generator"])[1] = sampler.draws
     tokens = []
     for number, row in enumerate(logits):
