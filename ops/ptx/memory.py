@@ -223,6 +223,20 @@ def ll_store_sys(array, index, low, high):
     array[index] = int(low) | int(high) << 32
 
 
+@instruction("ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (ADDRESS,), memory=True)
+def load_relaxed_16(array, index):
+    """Four 32-bit words that other CTAs of this launch may be writing, read from L2; each is read by one access."""
+    words = tuple(int(array[index + i]) for i in range(4))
+    back_off(int(index), words)
+    return words
+
+
+@instruction("st.relaxed.gpu.global.b32 [$0], $1;", (), (ADDRESS, u32), memory=True)
+def store_relaxed_u32(array, index, value):
+    """A 32-bit word for readers in other CTAs of this launch."""
+    array[index] = value
+
+
 @instruction("prefetch.global.L2 [$0];", (), (ADDRESS,), effect=True)
 def prefetch_l2(array, index):
     """Prefetch the cache line of an element into L2. A hint without a result."""

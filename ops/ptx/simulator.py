@@ -126,7 +126,7 @@ def f16_pair(word: int) -> tuple[float, float]:
     return low, high
 
 
-def back_off(index: int, words: tuple[int, int]) -> None:
+def back_off(index: int, words: tuple[int, ...]) -> None:
     """Sleep, twice as long each time, while this thread polls an unchanged value: the writers need the interpreter."""
     polls = vars(threading.current_thread()).setdefault("atomflow_polls", {})
     before, nap = polls.get(index, (None, 0.0))

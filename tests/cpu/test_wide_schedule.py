@@ -112,12 +112,15 @@ def test_the_mailbox_holds_all_columns(shape: PersistentShape) -> None:
         "q": shape.heads * shape.head_dim // 2,
         "k": shape.kv_heads * shape.head_dim // 2,
         "v": shape.kv_heads * shape.head_dim // 2,
-        "intermediate": shape.intermediate // 2,
         "partials": shape.kv_splits * shape.heads * shape.head_dim,
     }
     if shape.rope_in_attention:
         sizes |= {"q": shape.qkv.out_features, "k": 0, "v": 0}
     for (name, start), (_, following) in pairwise(places):
         assert start % 16 == 0
-        least = 0 if name in {"best_keys", "down_sums"} else 1
+        least = 0 if name in {"attn_out", "intermediate", "best_keys", "down_sums"} else 1
         assert following - start >= shape.columns * sizes.get(name, least)
+    assert shape.mailbox.attn_out == shape.mailbox.partials, "vectors are not in the mailbox"
+    assert 2 * shape.vector_words == shape.columns * (shape.heads * shape.head_dim + shape.intermediate)
+    assert shape.attn_out_words % (4 * shape.columns) == 0, "loads of 16 bytes are not aligned"
+    assert shape.vector_words % (4 * shape.columns) == 0, "loads of 16 bytes are not aligned"

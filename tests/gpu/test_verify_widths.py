@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from device_launch import capability
+from kernel_cases import launch
+from numba import cuda
 from numpy.typing import NDArray
 from tiny_models import tiny_geometry
 from wide_cases import CASES, CASES_OF_MANY_CTAS, LARGE_CASES, WideCase, check_bits
@@ -16,6 +18,8 @@ from numba_atomflow.backends.base import Prefill
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.model.presets import PRESETS
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead
+from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.persistent.wide_vectors import ABSENT
 from numba_atomflow.sampling import Sampler, accepted_tokens
 
 CONTEXTS = (1, 100, 222, 1790, 4000)  # 222 and 1790: columns on both sides of a change of the KV splits
@@ -104,6 +108,39 @@ def test_steps_of_any_width_have_the_bits_of_decode_steps(engine: Engine) -> Non
             assert np.array_equal(cache, expected_cache[:, :count]), f"context {context}, {count} tokens: KV cache"
             likely = expected.argmax(axis=1).tolist()
             assert backend.verify_greedy(proposed[:count]) == accepted_tokens(proposed[:count], likely.__getitem__)
+
+
+NANS = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF800001], np.uint32).view(np.float32)
+
+
+def test_no_nan_is_the_mark_of_what_has_not_arrived() -> None:
+    @ptx.kernel(32, 1)
+    def convert(values, out):
+        i = cuda.threadIdx.x
+        if i < len(values):
+            out[i] = ptx.pack_f16x2(values[i], values[len(values) - 1 - i])
+
+    out = np.zeros(len(NANS), np.uint32)
+    launch(convert, 1, 32, 0, NANS, out)
+    assert (out == 0x7FFF7FFF).all()
+    assert ABSENT != 0x7FFF7FFF
+
+
+def test_a_step_takes_nothing_from_steps_before_one_that_failed() -> None:
+    """The number of steps may then be wrong, and with it which half of the vectors is the next step's."""
+    tokens = np.random.default_rng(6).integers(0, 4096, 64).tolist()
+    with Engine.random(GEOMETRIES["SmolLM2"], "cuda", max_seq_len=512, decode="persistent") as engine:
+        backend = engine.backend
+        engine.feed(tokens)
+        expected = decode_steps(engine, len(tokens), tokens[:4])
+        for steps_before in (1, 2):
+            for _ in range(steps_before):
+                backend.seek(len(tokens))
+                backend.verify(tokens[10:14])
+            backend._queue.distrust()
+            backend.seek(len(tokens))
+            got = backend.verify(tokens[:4])
+            assert np.array_equal(got.view(np.uint32), expected.view(np.uint32))
 
 
 def test_the_most_likely_tokens_are_accepted(engine: Engine) -> None:

@@ -14,6 +14,7 @@ from persistent_cases import SPARE, Memory, Model, PersistentCase
 
 from numba_atomflow.ops.cuda.persistent.schedule import CTA_THREADS, PersistentShape
 from numba_atomflow.ops.cuda.persistent.wide_kernel import WideArguments, make_wide
+from numba_atomflow.ops.cuda.persistent.wide_vectors import ABSENT
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.ops.rope import rope_table
 
@@ -111,6 +112,8 @@ def _wide_step(
     at = shape.mailbox
     for start, end in ((at.residual_in, at.residual_in_exact), (at.residual_mid, at.residual_mid_exact)):
         mailbox[start:end] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
+    vectors = np.full((2, case.model.layers, shape.vector_words), ABSENT, np.uint32)
+    vectors[(STEPS + 1) % 2] = 0  # of the step before
     logits = poisoned(case.columns * case.model.vocabulary + SPARE)
     best, choices = np.full(case.columns, LOWEST_KEY, np.int64), np.zeros(case.columns, np.uint64)
     arguments = WideArguments(
@@ -119,6 +122,7 @@ def _wide_step(
         cache16=cache.reshape(-1).view(np.uint16),
         cache=memory.cache.reshape(-1).copy().view(np.uint32),  # what it writes, it need not read
         mailbox=mailbox,
+        vectors=vectors.reshape(-1),
         tokens=tokens,
         position=memory.position,
         steps=steps,
@@ -135,6 +139,8 @@ def _wide_step(
     )
     launch(_kernel(shape), shape.sms, CTA_THREADS, shape.dynamic_shared_bytes, arguments)
     assert fault[0] == 0
+    assert (vectors[STEPS % 2] != ABSENT).all()
+    assert (vectors[(STEPS + 1) % 2] == ABSENT).all(), "the next step would take this one's results"
     assert steps.tolist() == [STEPS + 1, 0]
     assert memory.position[0] == case.model.position
     count = case.columns * case.model.vocabulary

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.trace import StepTrace
+from numba_atomflow.device.driver import call
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.device import DeviceMemory
@@ -29,6 +30,7 @@ from numba_atomflow.ops.cuda.persistent.trace import (
     to_nanoseconds,
 )
 from numba_atomflow.ops.cuda.persistent.wide_kernel import WideArguments
+from numba_atomflow.ops.cuda.persistent.wide_vectors import ABSENT
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 
 _BYTES = 4 * TABLE_UNIT  # unit of the offsets in the table
@@ -63,6 +65,8 @@ def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
     ]
     for columns, shape in kernels.wide_shapes.items():
         buffers.append(Buffer("workspace", f"verify.mailbox_x{columns}", (shape.mailbox.end,), "uint64"))
+        vectors = (2, shape.layers, shape.vector_words)
+        buffers.append(Buffer("workspace", f"verify.vectors_x{columns}", vectors, "uint32"))
         buffers.append(Buffer("workspace", f"verify.steps_x{columns}", (2,), "int64"))
     return buffers
 
@@ -133,6 +137,7 @@ class PersistentStep:
             cache16=cache,
             cache=cache,
             mailbox=b[f"verify.mailbox_x{columns}"],
+            vectors=b[f"verify.vectors_x{columns}"],
             tokens=views.tokens,
             position=views.position,
             steps=b[f"verify.steps_x{columns}"],
@@ -181,6 +186,13 @@ class PersistentStep:
             steps = int(memory.read(self._buffers[name])[0])
             memory.write(self._buffers[name], np.array([steps + 1, 0]))
         memory.write(self._buffers["persistent.fault"], np.zeros(1, np.int32))
+        self.clear_vectors()
+
+    def clear_vectors(self) -> None:
+        """As steps of several tokens need their vectors: of no step (`wide_vectors.py`)."""
+        for columns in self._kernels.wide_shapes:
+            view = self._buffers[f"verify.vectors_x{columns}"]
+            call("cuMemsetD32Async", view.address, ABSENT, view.nbytes // 4, self._stream)
 
     @property
     def _kv_stride(self) -> int:

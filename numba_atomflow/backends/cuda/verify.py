@@ -65,6 +65,7 @@ class WideSteps:
         self._sampling = WideSampling(model, loaded, width, resources)
         no_penalty = np.ones(model.buffers["verify.options"].shape)
         model.memory.write(model.buffers["verify.options"], no_penalty)
+        persistent.clear_vectors()
         self._reset_best()
 
     def run(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:

@@ -135,7 +135,7 @@ class MailboxOffsets(NamedTuple):
         residual_in_exact, residual_mid_exact: the same as float32.
         q, k, v: of the token, rotated; pairs of float16 that RoPE rotates together. With `rope_in_attention`, `q` has
             the float32 sums of the whole QKV projection, row after row, and `k` and `v` are empty.
-        attn_out, intermediate: pairs of float16.
+        attn_out, intermediate: pairs of float16; none with several columns (`wide_vectors.py`).
         partials, softmax_stats: of the KV splits: weighted sums of values, and (m, l) of each.
         best_keys: of each rank, the sort key of its most likely token, in two words; none with one GPU.
         down_sums: of the down projection over the first half of K; there with `ProjectionPlan.k_halves`.
@@ -473,6 +473,7 @@ class PersistentShape:
         q_words, kv_words = self.heads * self.head_dim // 2, self.kv_heads * self.head_dim // 2
         if self.rope_in_attention:
             q_words, kv_words = self.qkv.out_features, 0
+        single = self.columns == 1
         sizes = {
             "residual_in": self.hidden // 2,
             "residual_in_exact": self.hidden,
@@ -481,8 +482,8 @@ class PersistentShape:
             "q": q_words,
             "k": kv_words,
             "v": kv_words,
-            "attn_out": self.o.in_features // 2,
-            "intermediate": self.down.in_features // 2,
+            "attn_out": self.o.in_features // 2 * single,
+            "intermediate": self.down.in_features // 2 * single,
             "partials": self.kv_splits * self.heads * self.head_dim,
             "softmax_stats": self.kv_splits * self.heads * 2,
             "best_keys": 0 if self.rank is None else 2 * self.ranks,
@@ -493,6 +494,16 @@ class PersistentShape:
             starts[name] = end
             end += -(-size * self.columns // 16) * 16
         return MailboxOffsets(**starts, end=end)
+
+    @property
+    def attn_out_words(self) -> int:
+        """Of all columns, in `wide_vectors.LayerVectors`."""
+        return self.columns * self.o.in_features // 2
+
+    @property
+    def vector_words(self) -> int:
+        """Of a layer, in `wide_vectors.LayerVectors`."""
+        return self.attn_out_words + self.columns * self.down.in_features // 2
 
     # --- what does not work ------------------------------------------------------------------------------------------
 

@@ -160,7 +160,7 @@ def _make_add(shape: PersistentShape, kind: int, load_ahead: Any) -> Any:
 
 def _make_store_swiglu(shape: PersistentShape) -> Any:
     """silu(gate) * up, two elements per thread."""
-    start, pitch = shape.mailbox.intermediate, shape.intermediate // 2
+    start, pitch = shape.attn_out_words, shape.intermediate // 2
     row_sum = make_row_sum(shape, GATE_UP)
 
     @ptx.device_function
@@ -171,8 +171,8 @@ def _make_store_swiglu(shape: PersistentShape) -> Any:
     @ptx.large_device_function
     def store_swiglu(state, tile, entry, column, floats, sums):
         low, high = element(floats, sums, 2 * entry, column), element(floats, sums, 2 * entry + 1, column)
-        word = start + column * pitch + tile * 4 + entry
-        ptx.ll_store(state.mailbox, word, ptx.pack_f16x2(low, high), state.flag)
+        word = state.vectors.start + start + column * pitch + tile * 4 + entry
+        ptx.store_relaxed_u32(state.vectors.words, word, ptx.pack_f16x2(low, high))
 
     return store_swiglu
 

@@ -17,11 +17,12 @@ class ColumnsIo(NamedTuple):
     """What the attention of all columns reads and writes.
 
     Attributes:
-        mailbox, timestamps: as in `WideArguments`. op: its number. flag: of the layer's results.
-        watchdog: `Watchdog`. heads: of `heads.make_heads_of`.
+        mailbox, timestamps: as in `WideArguments`. vectors: `LayerVectors`. op: its number.
+        flag: of the layer's results. watchdog: `Watchdog`. heads: of `heads.make_heads_of`.
     """
 
     mailbox: Any
+    vectors: Any
     timestamps: Any
     op: Any
     flag: Any

@@ -4,7 +4,8 @@ to their logits, in one launch; weights are read once.
 It is the kernel of `kernel.py` (producer, pipeline, schedule, flagged words) with a vector of everything per column.
 Column c has the bits that a step of one token at its position gives, logits, keys and values alike: every sum has the
 same order, every result is rounded at the same place. Each column is written to the mailbox beside the others, under
-the same flags. The most likely token after each column is posted to the host; the position is left as it is.
+the same flags; the inputs of `o` and `down` have none (`wide_vectors.py`). The most likely token after each column is
+posted to the host; the position is left as it is.
 
 Launch: `shape.sms` CTAs of `CTA_THREADS` threads with `shape.dynamic_shared_bytes` of dynamic shared memory.
 Cost model: the bytes of weights and KV cache, once; the columns' words, which every CTA reads from L2.
@@ -40,6 +41,7 @@ from numba_atomflow.ops.cuda.persistent.wide_epilogue import make_epilogue, make
 from numba_atomflow.ops.cuda.persistent.wide_groups import ColumnsIo, LayerPast
 from numba_atomflow.ops.cuda.persistent.wide_projection import ColumnsState, make_project_columns
 from numba_atomflow.ops.cuda.persistent.wide_staging import make_stage_columns
+from numba_atomflow.ops.cuda.persistent.wide_vectors import LayerVectors, make_clear_layer
 from numba_atomflow.ops.cuda.runtime.spec import F32, I32, I64, NUMBER, U16, U32, U64, Planned, kernel_spec
 from numba_atomflow.ops.cuda.scalars import i32, u32
 from numba_atomflow.ops.cuda.token.embedding import make_quad
@@ -53,6 +55,7 @@ class WideArguments(NamedTuple):
         weights, table, cache16, cache, cosines, sines, fault, timestamps, kv_stride, first_op, end_op: as in
             `PersistentArguments`.
         mailbox: [shape.mailbox.end] words, of this kernel alone; zero before the first step.
+        vectors: [2, layers, shape.vector_words] words, of this kernel alone; `ABSENT` before the first step.
         steps: [2]; as in `PersistentArguments`, of this kernel alone.
         tokens: [columns]. position: [1], of the first of them.
         logits: [columns, V].
@@ -66,6 +69,7 @@ class WideArguments(NamedTuple):
     cache16: U16
     cache: U32
     mailbox: U64
+    vectors: U32
     tokens: I32
     position: I64
     steps: I64
@@ -99,6 +103,7 @@ def _make_consume(shape: PersistentShape) -> Any:
     project = make_project_columns(shape, load_ahead, make_epilogue(shape, load_ahead))
     timestamp, record_clocks = make_timestamp(shape), make_record_clocks(shape)
     attend, stage = make_attend_columns(shape, timestamp), make_stage_columns(shape)
+    clear_layer, vector_words, step_words = make_clear_layer(shape), shape.vector_words, layers * shape.vector_words
     embed, reduce_best, end_step = _make_embed(shape), _make_reduce_best(shape), _make_end_step(shape)
 
     @ptx.large_device_function
@@ -114,6 +119,7 @@ def _make_consume(shape: PersistentShape) -> Any:
         if tracing:
             record_clocks(timestamps, 0)
         epoch, position = u32(io.steps[0] * (layers + 1) + 1), io.position[0]
+        own_vectors = i32(step_words if io.steps[0] & 1 else 0)
         entry = thread
         while entry < columns * half:
             column, i = entry // half, entry % half
@@ -127,6 +133,7 @@ def _make_consume(shape: PersistentShape) -> Any:
             kind, layer = kind_of(op), layer_of(op)
             input_flag = u32(epoch + u32(layer))
             flag = u32(input_flag + u32(1))
+            vectors = LayerVectors(io.vectors, i32(own_vectors + layer * vector_words))
             keys_start = 2 * layer * io.kv_stride
             values_start = keys_start + io.kv_stride
             if kind == ATTENTION:
@@ -134,9 +141,10 @@ def _make_consume(shape: PersistentShape) -> Any:
                     timestamp(timestamps, op, BEGUN)
                 past = LayerPast(io.cache, keys_start // 2, values_start // 2, i32(position))
                 heads = heads_of(io, words, layer, position, op)
-                attend(ColumnsIo(mailbox, timestamps, op, flag, watchdog, heads), past, thread, shared)
+                attend(ColumnsIo(mailbox, vectors, timestamps, op, flag, watchdog, heads), past, thread, shared)
                 if tracing:
                     timestamp(timestamps, op, DONE)
+                clear_layer(io.vectors, i32(step_words - own_vectors + layer * vector_words), thread)
                 continue
             work_tile = first_work_tile(offset)
             offset = (offset + advance_of(kind)) % i32(ctas)
@@ -144,11 +152,11 @@ def _make_consume(shape: PersistentShape) -> Any:
                 if tracing:
                     timestamp(timestamps, op, BEGUN)
                 norm = NormWeight(io.weights, int64(words[table_start + 2 * op + 1]) * TABLE_UNIT)
-                stage(kind, work_tile, mailbox, input_flag, flag, norm, thread, shared, watchdog)
+                stage(kind, work_tile, mailbox, vectors, input_flag, flag, norm, thread, shared, watchdog)
                 if tracing:
                     timestamp(timestamps, op, STAGED)
                 state = ColumnsState(
-                    *(mailbox, io.cache16, io.logits, timestamps, op, kind, input_flag, flag, position),
+                    *(mailbox, vectors, io.cache16, io.logits, timestamps, op, kind, input_flag, flag, position),
                     *(keys_start, values_start, best, watchdog),
                 )
                 project(state, work_tile, thread, shared, progress)

@@ -39,6 +39,7 @@ class ColumnsState(NamedTuple):
 
     Attributes:
         mailbox, cache16, logits, timestamps: as in `WideArguments`.
+        vectors: `LayerVectors`.
         op: its number. kind: of projection.
         input_flag, flag: of the residual stream at the layer's start, and of the layer's results.
         position: of the first column.
@@ -48,6 +49,7 @@ class ColumnsState(NamedTuple):
     """
 
     mailbox: Any
+    vectors: Any
     cache16: Any
     logits: Any
     timestamps: Any

@@ -1,4 +1,4 @@
-"""Results of the attention of several columns: of one KV split, or combined from several, to the mailbox."""
+"""Results of the attention of several columns: of one KV split, or combined from several, for all CTAs."""
 
 from typing import Any
 
@@ -23,11 +23,12 @@ _COMBINED = 4  # pairs of elements whose partial results a thread receives at on
 
 def make_store_out(shape: PersistentShape) -> Any:
     """Device function (io, head, pair, low, high): two elements of a result; head: KV head, counted over columns."""
-    start, pairs = shape.mailbox.attn_out, shape.query_group * shape.head_dim // 2
+    pairs = shape.query_group * shape.head_dim // 2
 
     @ptx.device_function
     def store_out(io, head, pair, low, high):
-        ptx.ll_store(io.mailbox, start + head * pairs + pair, ptx.pack_f16x2(low, high), io.flag)
+        vectors = io.vectors
+        ptx.store_relaxed_u32(vectors.words, vectors.start + head * pairs + pair, ptx.pack_f16x2(low, high))
 
     return store_out
 

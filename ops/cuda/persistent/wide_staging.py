@@ -2,7 +2,8 @@
 from one to the next.
 
 A column has the bits that `staging.py` gives to a step of one token: a thread has the same elements of it, and the sums
-of the norm have the same order. The words of several columns are loaded together, so that their latencies overlap.
+of the norm have the same order. The inputs of `o` and `down` are copied. The words of several columns are loaded
+together, so that their latencies overlap.
 """
 
 import math
@@ -22,6 +23,7 @@ from numba_atomflow.ops.cuda.persistent.schedule import (
     PersistentShape,
 )
 from numba_atomflow.ops.cuda.persistent.staging import swizzled, sync_consumers
+from numba_atomflow.ops.cuda.persistent.wide_vectors import all_arrived
 from numba_atomflow.ops.cuda.scalars import i32, u32
 
 _LOADS = 20  # of 16 bytes, that a thread has in flight
@@ -29,39 +31,23 @@ _PAIR_LOADS = 32  # the same of two batches of columns that are normalised
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
-def _make_word_of(quads: int, pitch: int) -> Any:
-    """Device function (quad) -> its first word of the mailbox, from that of the first column's first quad on.
+def _make_await_sample(shape: PersistentShape, has_arrived: Any) -> Any:
+    """Device function (words, start, flag, thread, watchdog): one warp polls a sample of 32 until all have arrived,
+    while the others wait: if every CTA polled all words, L2's queues would fill.
 
     Args:
-        quads: of a column, two words each. pitch: words from one column to the next.
+        has_arrived: device function (words, start, flag, i): whether number i of the sample has.
     """
-    gap = pitch - 2 * quads
+    interval = shape.poll_interval_ns
 
     @ptx.device_function
-    def word_of(quad):
-        return i32(2 * quad) if gap == 0 else i32(2 * quad + i32(u32(quad) // u32(quads)) * gap)
-
-    return word_of
-
-
-def _make_await_sample(shape: PersistentShape, quads: int, word_of: Any, *, pairs: bool) -> Any:
-    """Device function (mailbox, start, flag, thread, watchdog): one warp polls a sample of 32 of `quads` quads until
-    all have the flag, while the others wait: if every CTA polled all words, L2's queues would fill.
-    """
-    interval, stride = shape.poll_interval_ns, max(1, quads // 32)
-
-    @ptx.device_function
-    def await_sample(mailbox, start, flag, thread, watchdog):
+    def await_sample(words, start, flag, thread, watchdog):
         polls = u32(0)
         if thread < 32:
             missing, waiting = u32(32), True
             while missing > u32(0):
                 if waiting:
-                    _, high0, _, high1 = ptx.ll_load(mailbox, start + word_of(min(thread * stride, quads - 1)))
-                    if pairs:
-                        waiting = not (has_pair_flag(high0, flag) and has_pair_flag(high1, flag))
-                    else:
-                        waiting = high0 != flag or high1 != flag
+                    waiting = not has_arrived(words, start, flag, thread)
                 polls = u32(polls + u32(1))
                 if waiting and watchdog_trips(watchdog, polls):
                     waiting = False
@@ -91,8 +77,15 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
     pair = columns > batch and 2 * batch * input_rounds <= _PAIR_LOADS
     gain_registers, registers = 4 * input_rounds, 4 * input_rounds * batch
     more_registers = registers if pair else 1
-    await_sample = _make_await_sample(shape, columns * quads, _make_word_of(quads, words_per_column), pairs=True)
+    stride = max(1, columns * quads // 32)
     inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
+
+    @ptx.device_function
+    def has_arrived(mailbox, start, flag, i):
+        _, high0, _, high1 = ptx.ll_load(mailbox, start + 2 * min(i * stride, columns * quads - 1))
+        return has_pair_flag(high0, flag) and has_pair_flag(high1, flag)
+
+    await_sample = _make_await_sample(shape, has_arrived)
 
     @ptx.device_function
     def load_words(mailbox, start, thread, received):
@@ -195,26 +188,36 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
 
 
 def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: int) -> Any:
-    """Device function (mailbox, start, flag, thread, words, watchdog): x is, for every column, a vector of float16
-    pairs, as received.
+    """Device function (vectors, start, thread, words, watchdog): x is, for every column, a vector of `LayerVectors`.
+
+    Arguments: vectors, words of all layers; start, of the first column's vector.
 
     Args:
-        width, padded: elements of x without and with padding. pitch: words of the mailbox from one column to the next.
+        width, padded: elements of x without and with padding. pitch: words from one column's vector to the next.
     """
     x_start, x_pitch, columns, interval = shape.x_start, shape.x_pitch, shape.columns, shape.poll_interval_ns
-    quads, padding = width // 4, (padded - width) // 4
+    quads, padding, gap = width // 8, (padded - width) // 8, pitch - width // 2  # quads: of words
     padding_or_one = max(padding, 1)  # a divisor, also where there is none
     all_quads = columns * quads
     all_loads = -(-all_quads // CONSUMER_THREADS)
     loads = -(-all_loads // -(-all_loads // _LOADS))  # as many in each round
-    registers, step = 4 * loads, loads * CONSUMER_THREADS
-    word_of = _make_word_of(quads, pitch)
-    await_sample = _make_await_sample(shape, all_quads, word_of, pairs=False)
+    registers, step, stride = 4 * loads, loads * CONSUMER_THREADS, max(1, all_quads // 32)
+
+    @ptx.device_function
+    def word_of(quad):
+        return i32(4 * quad) if gap == 0 else i32(4 * quad + i32(u32(quad) // u32(quads)) * gap)
+
+    @ptx.device_function
+    def has_arrived(vectors, start, flag, i):
+        w0, w1, w2, w3 = ptx.load_relaxed_16(vectors, start + word_of(min(i * stride, all_quads - 1)))
+        return all_arrived(w0, w1, w2, w3)
+
+    await_sample = _make_await_sample(shape, has_arrived)
 
     @ptx.large_device_function
-    def stage_copies(mailbox, start, flag, thread, words, watchdog):
+    def stage_copies(vectors, start, thread, words, watchdog):
         received = cuda.local.array(registers, uint32)
-        await_sample(mailbox, start, flag, thread, watchdog)
+        await_sample(vectors, start, u32(0), thread, watchdog)
         first = i32(thread)
         while first < all_quads:
             polls, waiting = u32(0), True
@@ -222,10 +225,11 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: in
                 waiting = False
                 for i in range(loads):
                     quad = min(i32(first + i * CONSUMER_THREADS), i32(all_quads - 1))
-                    w0, w1, w2, w3 = ptx.ll_load(mailbox, start + word_of(quad))
+                    w0, w1, w2, w3 = ptx.load_relaxed_16(vectors, start + word_of(quad))
                     received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
                 for i in range(loads):
-                    if received[4 * i + 1] != flag or received[4 * i + 3] != flag:
+                    w0, w1, w2, w3 = received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3]
+                    if not all_arrived(w0, w1, w2, w3):
                         waiting = True
                 polls = u32(polls + u32(1))
                 if waiting:
@@ -236,14 +240,15 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: in
                 quad = i32(first + i * CONSUMER_THREADS)
                 if quad < all_quads:
                     column = i32(u32(quad) // u32(quads))
-                    index = x_start + swizzled(column * x_pitch + 2 * (quad - column * quads))
-                    words[index], words[index + 1] = received[4 * i], received[4 * i + 2]
+                    index = x_start + swizzled(column * x_pitch + 4 * (quad - column * quads))
+                    w0, w1, w2, w3 = received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3]
+                    ptx.store_shared_16(words, index, w0, w1, w2, w3)
             first = i32(first + step)
         entry = i32(thread)
         while entry < columns * padding:
             column = i32(entry // padding_or_one)
-            index = x_start + swizzled(column * x_pitch + 2 * (quads + entry - column * padding))
-            words[index], words[index + 1] = u32(0), u32(0)
+            index = x_start + swizzled(column * x_pitch + 4 * (quads + entry - column * padding))
+            ptx.store_shared_16(words, index, u32(0), u32(0), u32(0), u32(0))
             entry = i32(entry + CONSUMER_THREADS)
         sync_consumers()
 
@@ -251,23 +256,26 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: in
 
 
 def make_stage_columns(shape: PersistentShape) -> Any:
-    """Device function (kind, work_tile, mailbox, input_flag, flag, norm, thread, shared, watchdog): stage the inputs of
-    a projection of this kind. work_tile: the CTA's first. The other arguments are those of `staging.make_stage`.
+    """Device function (kind, work_tile, mailbox, vectors, input_flag, flag, norm, thread, shared, watchdog): stage the
+    inputs of a projection of this kind. work_tile: the CTA's first; vectors: `LayerVectors`. The other arguments are
+    those of `staging.make_stage`.
     """
     offsets, attn_width, intermediate = shape.mailbox, shape.heads * shape.head_dim, shape.intermediate
-    k_halves, half_words = shape.plans[DOWN].k_halves, shape.intermediate // 4
+    k_halves, half_words, intermediate_start = shape.plans[DOWN].k_halves, shape.intermediate // 4, shape.attn_out_words
     stage_norms = make_stage_norms(shape, shape.qkv.padded_in_features)
     stage_attn_out = make_stage_copies(shape, attn_width, shape.o.padded_in_features, attn_width // 2)
     down_width = intermediate // (1 + k_halves)
     stage_intermediate = make_stage_copies(shape, down_width, shape.plans[DOWN].staged_features, intermediate // 2)
 
     @ptx.large_device_function
-    def stage(kind, work_tile, mailbox, input_flag, flag, norm, thread, shared, watchdog):
+    def stage(kind, work_tile, mailbox, vectors, input_flag, flag, norm, thread, shared, watchdog):
         if kind == O_PROJ:
-            stage_attn_out(mailbox, offsets.attn_out, flag, thread, shared.words, watchdog)
+            stage_attn_out(vectors.words, vectors.start, thread, shared.words, watchdog)
         elif kind == DOWN:
-            start = offsets.intermediate + (work_tile & 1) * half_words if k_halves else offsets.intermediate
-            stage_intermediate(mailbox, start, flag, thread, shared.words, watchdog)
+            start = vectors.start + intermediate_start
+            if k_halves:
+                start += (work_tile & 1) * half_words
+            stage_intermediate(vectors.words, start, thread, shared.words, watchdog)
         else:
             start, norm_flag = (offsets.residual_mid, flag) if kind == GATE_UP else (offsets.residual_in, input_flag)
             stage_norms(mailbox, start, norm_flag, norm, thread, shared, watchdog)
