@@ -58,6 +58,7 @@ LARGE_CASES = (  # minutes in the simulator, where they pass as well
     WideCase(PersistentCase(64, 2048, 2, 1, 32, position=5, sms=2), 8),  # tiles of `down` in halves along K
     WideCase(PersistentCase(64, 72, 3, 1, 32, position=334, sms=5, qkv_bias=True), 4),
     WideCase(PersistentCase(64, 72, 8, 2, 128, position=300, layers=2, sms=6, qk_norm=True), 8),  # two rounds of heads
+    WideCase(PersistentCase(64, 512, 1, 1, 32, position=5), 8),  # early inputs of `down`
 )
 
 

@@ -505,6 +505,13 @@ class PersistentShape:
         """Of a layer, in `wide_vectors.LayerVectors`."""
         return self.attn_out_words + self.columns * self.down.in_features // 2
 
+    @property
+    def early_intermediate(self) -> int:
+        """Elements of `intermediate` that no CTA computes in its last round of gate_up: those of the first tiles."""
+        plan = self.plans[GATE_UP]
+        before = (-(-plan.work_tiles // self.sms) - 1) // plan.round_work_tiles * plan.round_work_tiles
+        return min(self.intermediate, before * self.sms * _MMA_ROWS // 2)
+
     # --- what does not work ------------------------------------------------------------------------------------------
 
     def refusal(self) -> str | None:

@@ -187,63 +187,91 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
     return stage_norms
 
 
-def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: int) -> Any:
+def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: int, early: int = 0) -> Any:
     """Device function (vectors, start, thread, words, watchdog): x is, for every column, a vector of `LayerVectors`.
 
     Arguments: vectors, words of all layers; start, of the first column's vector.
 
     Args:
         width, padded: elements of x without and with padding. pitch: words from one column's vector to the next.
+        early: elements of each column that have arrived before the rest; they are loaded while the rest is awaited.
     """
     x_start, x_pitch, columns, interval = shape.x_start, shape.x_pitch, shape.columns, shape.poll_interval_ns
-    quads, padding, gap = width // 8, (padded - width) // 8, pitch - width // 2  # quads: of words
+    quads, padding = width // 8, (padded - width) // 8  # quads: of words
     padding_or_one = max(padding, 1)  # a divisor, also where there is none
+    piece = math.gcd(quads, 32)  # quads of a column that are loaded side by side, before those of the next column
     all_quads = columns * quads
     all_loads = -(-all_quads // CONSUMER_THREADS)
-    loads = -(-all_loads // -(-all_loads // _LOADS))  # as many in each round
-    registers, step, stride = 4 * loads, loads * CONSUMER_THREADS, max(1, all_quads // 32)
+    rounds = -(-all_loads // _LOADS)
+    loads = -(-all_loads // rounds)  # as many in each round
+    registers, step = 4 * loads, loads * CONSUMER_THREADS
+    early_loads = min(loads, early // 8 // piece * piece * columns // CONSUMER_THREADS)
+    awaited = early_loads * CONSUMER_THREADS  # the first quad of the rest
+    stride = max(1, (all_quads - awaited) // 32)
 
     @ptx.device_function
-    def word_of(quad):
-        return i32(4 * quad) if gap == 0 else i32(4 * quad + i32(u32(quad) // u32(quads)) * gap)
+    def place(unit):
+        """Column and quad: all columns of a part of K before those of the next."""
+        row = u32(unit) // u32(piece)
+        column = i32(row % u32(columns))
+        return column, i32(u32(row // u32(columns)) * u32(piece) + u32(unit) % u32(piece))
+
+    @ptx.device_function
+    def word_of(unit):
+        column, quad = place(unit)
+        return i32(column * pitch + 4 * quad)
 
     @ptx.device_function
     def has_arrived(vectors, start, flag, i):
-        w0, w1, w2, w3 = ptx.load_relaxed_16(vectors, start + word_of(min(i * stride, all_quads - 1)))
+        unit = min(i32(awaited + i * stride), i32(all_quads - 1))
+        w0, w1, w2, w3 = ptx.load_relaxed_16(vectors, start + word_of(unit))
         return all_arrived(w0, w1, w2, w3)
 
     await_sample = _make_await_sample(shape, has_arrived)
 
+    @ptx.device_function
+    def load(vectors, start, first, load_start, load_end, received):
+        for i in range(load_start, load_end):
+            unit = min(i32(first + i * CONSUMER_THREADS), i32(all_quads - 1))
+            w0, w1, w2, w3 = ptx.load_relaxed_16(vectors, start + word_of(unit))
+            received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
+
+    @ptx.device_function
+    def is_missing(received):
+        missing = False
+        for i in range(loads):
+            if not all_arrived(received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3]):
+                missing = True
+        return missing
+
+    @ptx.device_function
+    def store(first, received, words):
+        for i in range(loads):
+            unit = i32(first + i * CONSUMER_THREADS)
+            if unit < all_quads:
+                column, quad = place(unit)
+                index = x_start + swizzled(column * x_pitch + 4 * quad)
+                w0, w1, w2, w3 = received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3]
+                ptx.store_shared_16(words, index, w0, w1, w2, w3)
+
     @ptx.large_device_function
     def stage_copies(vectors, start, thread, words, watchdog):
         received = cuda.local.array(registers, uint32)
+        first, polls = i32(thread), u32(0)
+        load(vectors, start, first, 0, early_loads, received)
         await_sample(vectors, start, u32(0), thread, watchdog)
-        first = i32(thread)
+        load(vectors, start, first, early_loads, loads, received)
         while first < all_quads:
-            polls, waiting = u32(0), True
+            waiting = is_missing(received)
             while waiting:
-                waiting = False
-                for i in range(loads):
-                    quad = min(i32(first + i * CONSUMER_THREADS), i32(all_quads - 1))
-                    w0, w1, w2, w3 = ptx.load_relaxed_16(vectors, start + word_of(quad))
-                    received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
-                for i in range(loads):
-                    w0, w1, w2, w3 = received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3]
-                    if not all_arrived(w0, w1, w2, w3):
-                        waiting = True
+                ptx.nanosleep(u32(interval))
+                load(vectors, start, first, 0, loads, received)
                 polls = u32(polls + u32(1))
-                if waiting:
-                    ptx.nanosleep(u32(interval))
-                    if watchdog_trips(watchdog, polls):
-                        waiting = False
-            for i in range(loads):
-                quad = i32(first + i * CONSUMER_THREADS)
-                if quad < all_quads:
-                    column = i32(u32(quad) // u32(quads))
-                    index = x_start + swizzled(column * x_pitch + 4 * (quad - column * quads))
-                    w0, w1, w2, w3 = received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3]
-                    ptx.store_shared_16(words, index, w0, w1, w2, w3)
+                waiting = is_missing(received) and not watchdog_trips(watchdog, polls)
+            store(first, received, words)
             first = i32(first + step)
+            if rounds > 1 and first < all_quads:
+                load(vectors, start, first, 0, loads, received)
         entry = i32(thread)
         while entry < columns * padding:
             column = i32(entry // padding_or_one)
@@ -265,7 +293,10 @@ def make_stage_columns(shape: PersistentShape) -> Any:
     stage_norms = make_stage_norms(shape, shape.qkv.padded_in_features)
     stage_attn_out = make_stage_copies(shape, attn_width, shape.o.padded_in_features, attn_width // 2)
     down_width = intermediate // (1 + k_halves)
-    stage_intermediate = make_stage_copies(shape, down_width, shape.plans[DOWN].staged_features, intermediate // 2)
+    # Of two halves of K the second comes later: what arrives early of it is little, while all of the first has.
+    early = max(0, shape.early_intermediate - intermediate + down_width)
+    staged = shape.plans[DOWN].staged_features
+    stage_intermediate = make_stage_copies(shape, down_width, staged, intermediate // 2, early)
 
     @ptx.large_device_function
     def stage(kind, work_tile, mailbox, vectors, input_flag, flag, norm, thread, shared, watchdog):
