@@ -507,7 +507,7 @@ class PersistentShape:
 
     @property
     def early_intermediate(self) -> int:
-        """Elements of `intermediate` that no CTA computes in its last round of gate_up: those of the first tiles."""
+        """Elements of `intermediate` whose tiles come before the last round of gate_up in every CTA that has them."""
         plan = self.plans[GATE_UP]
         before = (-(-plan.work_tiles // self.sms) - 1) // plan.round_work_tiles * plan.round_work_tiles
         return min(self.intermediate, before * self.sms * _MMA_ROWS // 2)
