@@ -5,9 +5,9 @@
     python scripts/bench_speculation.py --temperature 0.8
 
 The weights are random. Steps: median time of the kernel for each number of tokens, at several positions, and of a whole
-step, with the logits copied to the host or with tokens that the kernel chooses. Replies: a drafter proposes the true
-continuation, each token right with a probability, as many as the step takes; the replies must have the same tokens with
-and without.
+step, with the logits copied to the host, with tokens that the kernel chooses, or with sampled ones. Replies: a drafter
+proposes the true continuation, each token right with a probability, as many as the step takes; the replies must have
+the same tokens with and without.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from numba_atomflow import AtomFlowError, Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.host.machine import commit, machine_record
 from numba_atomflow.model.presets import PRESETS
+from numba_atomflow.sampling import Sampler
 from numba_atomflow.speculation.drafter import StepResult
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
@@ -78,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     print(f"{given.geometry}, random weights, {device}, commit {commit()}\n")
     widths = list(next(iter(steps.values()))["kernel"])
-    print("microseconds: the kernel (ratio to one token); a step with logits; a step whose tokens the kernel chooses")
+    print(
+        "microseconds: the kernel (ratio to one token); a step with logits; with the most likely tokens; with sampled"
+    )
     rows = [[str(position), *(_cell(times, width) for width in widths)] for position, times in steps.items()]
     print(render("table", ["position", *(f"{width} tokens" for width in widths)], rows))
     for position, phase_rows in phases.items():
@@ -92,14 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _steps(backend: CudaBackend, position: int, repeats: int) -> dict[str, dict[int, float]]:
-    """Seconds by the number of tokens: of the kernel, of a whole step with logits, and of one whose tokens the kernel
-    chooses.
+    """Seconds by the number of tokens: of the kernel, of a whole step with logits, of one whose tokens the kernel
+    chooses, and of one whose tokens are sampled.
     """
+    sample = backend.verify_sampled
+    assert sample is not None
+    backend.start(Sampler(SamplingParams(temperature=0.8, seed=1), backend.geometry.vocabulary, ()))
     backend.seek(position)
     kernel = backend.time_widths(repeats)
     logits = {width: _median_step(backend, position, width, backend.verify, repeats) for width in kernel}
     greedy = {width: _median_step(backend, position, width, backend.verify_greedy, repeats) for width in kernel}
-    return {"kernel": kernel, "logits": logits, "greedy": greedy}
+    sampled = {width: _median_step(backend, position, width, sample, repeats) for width in kernel}
+    return {"kernel": kernel, "logits": logits, "greedy": greedy, "sampled": sampled}
 
 
 def _median_step(
@@ -159,8 +166,8 @@ def _result(width: int, acceptance: float, speed: float, plain: float, length: f
 
 
 def _cell(times: dict[str, dict[int, float]], width: int) -> str:
-    kernel, logits, greedy = (times[name][width] * 1e6 for name in ("kernel", "logits", "greedy"))
-    return f"{kernel:.0f} ({times['kernel'][width] / times['kernel'][1]:.2f}); {logits:.0f}; {greedy:.0f}"
+    steps = "; ".join(f"{times[name][width] * 1e6:.0f}" for name in ("logits", "greedy", "sampled"))
+    return f"{times['kernel'][width] * 1e6:.0f} ({times['kernel'][width] / times['kernel'][1]:.2f}); {steps}"
 
 
 def _parser() -> argparse.ArgumentParser:
