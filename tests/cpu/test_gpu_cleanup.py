@@ -305,7 +305,7 @@ def test_weights_that_are_missing_or_damaged(pretended: PretendedDriver, monkeyp
 
 def test_options_that_are_refused(pretended: PretendedDriver) -> None:
     """The case that used to end the process: the finaliser of a refused engine came to a context that was gone."""
-    for geometry in (tiny_geometry(qk_norm=True), tiny_geometry(heads=18, kv_heads=2)):
+    for geometry in (tiny_geometry(post_norm=True), tiny_geometry(heads=18, kv_heads=2)):
         with pytest.raises(BackendError, match="--decode persistent is not possible"):
             Engine.random(geometry, "cuda", decode="persistent")
         gc.collect()

@@ -11,7 +11,7 @@ from tiny_models import tiny_geometry  # noqa: E402
 from numba_atomflow import Engine  # noqa: E402
 from numba_atomflow.errors import BackendError  # noqa: E402
 
-REFUSED = tiny_geometry(qk_norm=True)  # by the persistent kernel
+REFUSED = tiny_geometry(post_norm=True)  # by the persistent kernel
 
 
 def refuse() -> None:

@@ -167,7 +167,7 @@ class Ways:
         gc.collect()
 
     def refuse_an_option(self) -> None:
-        Engine.random(tiny_geometry(qk_norm=True), "cuda", 16, decode="persistent")
+        Engine.random(tiny_geometry(post_norm=True), "cuda", 16, decode="persistent")
 
     def ask_for_too_much(self) -> None:
         Engine.random(tiny_geometry(layers=40, kv_heads=4, max_positions=10**9), "cuda", 10**8)

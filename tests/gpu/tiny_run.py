@@ -20,7 +20,7 @@ FAMILIES = (
     ({}, "auto", "gemv"),
     (QWEN, "graph", "gemv"),
     ({}, "auto", "gemm"),
-    (QWEN, "graph", "gemm"),
+    (QWEN, "auto", "gemm"),
 )
 CHUNK = 256  # of the GEMM path: a prompt is a chunk and a short one
 
