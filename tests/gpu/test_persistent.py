@@ -2,7 +2,15 @@
 
 import pytest
 from device_launch import capability
-from persistent_cases import CASES, CASES_OF_MANY_CTAS, PersistentCase, check_greedy, check_ops, check_watchdog
+from persistent_cases import (
+    CASES,
+    CASES_OF_MANY_CTAS,
+    LARGE_CASES,
+    PersistentCase,
+    check_greedy,
+    check_ops,
+    check_watchdog,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -11,7 +19,7 @@ def _bulk_copies() -> None:
         pytest.skip("this GPU has no TMA bulk copies (sm_90 and later have)")
 
 
-@pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_CTAS], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *CASES_OF_MANY_CTAS, *LARGE_CASES], ids=str)
 def test_a_step_op_by_op_and_as_a_whole(case: PersistentCase) -> None:
     check_ops(case)
 
