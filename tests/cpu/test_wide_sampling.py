@@ -16,6 +16,7 @@ from numba_atomflow import Engine
 from numba_atomflow.backends.cuda.backend import CudaBackend
 from numba_atomflow.backends.cuda.verify import WideSteps
 from numba_atomflow.errors import BackendError, CheckpointError
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.sampling import Sampler, SamplingParams
 
 VOCABULARY, NOT_A_NUMBER = 288, 1 << 31
@@ -151,6 +152,28 @@ def test_a_gpu_that_posts_nothing_is_an_error(backend: CudaBackend, monkeypatch:
         verify_sampled(backend, [5, 6])
     post(backend, 6, 7)
     assert verify_sampled(backend, [5, 6]) == [6, 7]
+
+
+def test_an_interrupted_step_leaves_no_largest_logit_behind(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the arg-max of a penalised row and the kernel that clears it."""
+    start(backend, PENALTY)
+    best = backend._model.buffers["verify.best"]
+
+    def interrupted(_rows: int) -> None:
+        with backend.memory() as memory:
+            memory.write(best, np.full(best.shape, 1 << 40))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wide_steps(backend)._sampling, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            verify_sampled(backend, [5, 6])
+    post(backend, 6, 7)
+    assert verify_sampled(backend, [5, 6]) == [6, 7]
+    with backend.memory() as memory:
+        assert memory.read(best).tolist() == [LOWEST_KEY] * best.shape[0]
 
 
 def test_too_many_tokens_are_refused(backend: CudaBackend) -> None:

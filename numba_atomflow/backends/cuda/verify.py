@@ -191,9 +191,13 @@ class WideSteps:
         self._launch(width).run()
 
     def _end_interrupted(self) -> None:
-        """Wait for a step that was interrupted (Ctrl-C): it may still read its tokens, and post others."""
+        """Wait for a step that was interrupted (Ctrl-C): it may still read its tokens, and post others. It may have
+        ended between its arg-max and its end.
+        """
         if self._pending:
             call("cuStreamSynchronize", self._model.stream)
+            self._reset_best()
+            self._pending = False
 
     def _send(self, tokens: Sequence[int], position: int) -> None:
         """Copy a step's tokens and position to the device. The copy before has ended: the host waits for each step."""
