@@ -32,7 +32,8 @@ class Drafts(EngineCore):
         ends here.
 
         That engine belongs to the caller, who may use it for other texts meanwhile and closes it; its KV cache then
-        holds what it was used for last.
+        holds what it was used for last. While another thread uses it, a reply that asks it for tokens raises
+        EngineBusyError. One that `load` has made for this engine still is this engine's when it is given again.
 
         Raises:
             OptionError: it is no engine, or this one; or this backend cannot check several tokens in one step; or the
@@ -52,7 +53,8 @@ class Drafts(EngineCore):
 
         def use() -> None:
             self._end_generation()
-            self._close_draft()
+            if draft is not self._draft:
+                self._close_draft()
             self._draft, self._draft_model = draft, model
 
         self._calls.run(use)

@@ -259,6 +259,8 @@ def test_an_engine_is_loaded_and_closed_with_its_draft(checkpoints: dict[str, Pa
         reply = engine.generate("Hello", SamplingParams(speculate="draft", ignore_eos=True))
         next(reply)
         assert engine.draft is draft
+        engine.use_draft(draft)  # once more
+        assert draft.feed([5]).shape == (SMALLEST_VOCABULARY,)
     with pytest.raises(ClosedError):
         draft.feed([5])
     assert reply.finish_reason == "interrupted"
