@@ -13,7 +13,9 @@ from enum import IntEnum
 from itertools import count
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from numba_atomflow.device import driver
 
@@ -71,7 +73,7 @@ class PretendedDriver:
         self.live: dict[int, tuple[str, int]] = {}
         self.misuses: list[str] = []
         self._handles = count(0x1000)
-        self._blocks: dict[int, ctypes.Array[Any]] = {}
+        self._blocks: dict[int, NDArray[np.uint8]] = {}
         self._current = threading.local()
         self._capturing: set[int] = set()
         self._busy: dict[int, set[int]] = {}  # streams, each with itself and the modules and graphs that it works with
@@ -239,8 +241,8 @@ class PretendedDriver:
         return self._block("pinned", nbytes)
 
     def _block(self, kind: str, nbytes: int) -> int:
-        block = (ctypes.c_uint8 * nbytes)()
-        address = self._make(kind, ctypes.addressof(block))
+        block = np.zeros(nbytes, np.uint8)  # the system clears what is used, when it is
+        address = self._make(kind, block.ctypes.data)
         self._blocks[address] = block
         return address
 
