@@ -105,7 +105,8 @@ class MappedFile:
             return
         start, stop = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + count) // mmap.PAGESIZE * mmap.PAGESIZE
         if start < stop:
-            self._map.madvise(advice, start, stop - start)
+            with suppress(OSError):  # pages that are locked in memory stay there
+                self._map.madvise(advice, start, stop - start)
 
     def check_unchanged(self) -> None:
         """Check that the file was not written to or truncated since it was opened. Costs one system call.

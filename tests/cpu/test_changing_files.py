@@ -1,5 +1,6 @@
 """Files that other programs change during use. Faults are triggered in separate processes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -105,6 +106,18 @@ def test_released_pages_are_read_again(file: Path, private_copy: bool) -> None:
     before = array.copy()
     opened.release(100, 65000)
     np.testing.assert_array_equal(array, before)
+    opened.close()
+
+
+def test_pages_that_are_locked_are_not_released(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Locked:
+        def madvise(self, *_arguments: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    opened = mapped(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(opened, "_map", Locked())
+        opened.release(0, 65536)
     opened.close()
 
 
