@@ -8,11 +8,20 @@ from numba_atomflow.errors import OptionError
 
 def check_several_gpus(engine_options: options.EngineOptions) -> None:
     """Raises:
-    OptionError: the model is not on several GPUs.
+    OptionError: the model is not on several GPUs, or options are given that are not for several.
     """
     from numba_atomflow.backends.choose import BackendChoice
 
-    if BackendChoice("auto", gpus=options.gpus_of(engine_options.gpus)).gpu_count < 2:
+    given = engine_options
+    choice = BackendChoice(
+        given.backend.value,
+        given.threads,
+        given.decode.value,
+        prefill=given.prefill.value,
+        prefill_chunk=given.prefill_chunk,
+        gpus=options.gpus_of(given.gpus),
+    )
+    if choice.gpu_count < 2:
         raise OptionError("--diff-gpus compares several GPUs with one; give --gpus N, from 2 on.")
 
 
