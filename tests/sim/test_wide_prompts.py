@@ -11,6 +11,7 @@ from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.checkpoint.arrays import WeightArrays
 from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.model.step import SAMPLE
+from numba_atomflow.ops.cuda.persistent.wide_vectors import ABSENT
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 
@@ -29,6 +30,7 @@ def test_a_prompt_leaves_what_decode_steps_leave(monkeypatch: pytest.MonkeyPatch
     gpu = SimulatedBackend(kernels, dict(WeightArrays(RandomModel(geometry))))
     buffers = {name: gpu.array(view) for name, view in gpu.model.buffers.items()}
     buffers["verify.best"][:] = LOWEST_KEY
+    buffers["verify.vectors_x4"][:] = ABSENT
     buffers["sampling.options"][:] = [0.0, 0, 1.0, 0.0, 1.0]
     cache, count = buffers["kv_cache"], len(TOKENS)
 
