@@ -54,7 +54,7 @@ def test_bits_of_a_mask_are_tokens() -> None:
 def test_greedy_takes_the_most_likely_allowed_token() -> None:
     logits, allowed = logits_of(0), [3, 40, 69]
     constraint = Listed(allowed)
-    sampler = Sampler(SamplingParams(), VOCABULARY, (), constraint)
+    sampler = Sampler(SamplingParams(repetition_penalty=1.1), VOCABULARY, (), constraint)
     token = sampler.choose(logits)
     assert token == max(allowed, key=lambda i: logits[i])
     assert constraint.accepted == [token]
