@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backend = engine.backend
             if not isinstance(backend, CudaBackend) or backend.verification.width == 1:
                 parser.error(f"no step takes several tokens here, because {backend.verification.reason}")
+            cached = max(1, *given.positions)  # keys that were never written could be NaN
+            engine.feed(np.random.default_rng(2).integers(0, engine.geometry.vocabulary, cached).tolist())
             steps = {position: _steps(backend, position, given.repeats) for position in given.positions}
             replies = _replies(engine, given)
             device = backend.device
