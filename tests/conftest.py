@@ -4,7 +4,7 @@ import gc
 import importlib.util
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,28 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 # --- fixtures -------------------------------------------------------------------------------------------------------
+
+
+_pools: dict[int, Any] = {}  # by seed
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _random_codes_drawn_once() -> Iterator[None]:
+    """Random models of one seed share their pool: to draw it takes ten times as long as all else of a tiny model."""
+    from numba_atomflow.checkpoint.random_weights import RandomModel
+
+    draw = vars(RandomModel)["_pool"].func
+
+    def pool(model: RandomModel) -> Any:
+        if model._seed not in _pools:
+            while len(_pools) >= 4:  # each is of 16 MiB
+                del _pools[next(iter(_pools))]
+            _pools[model._seed] = draw(model)
+        return _pools[model._seed]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RandomModel, "_pool", property(pool))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,11 @@ from numba_atomflow.ops.fp8 import dequantize_groups
 PROMPT = [5, 6, 7, 8]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _random_codes_drawn_once() -> None:
+    """Not here: each model draws its own."""
+
+
 @pytest.fixture(scope="module")
 def model() -> RandomModel:
     return RandomModel(tiny_geometry(), seed=3)
