@@ -307,8 +307,8 @@ class ChatSession:
             DestinationError: the file exists and is not one of this session, or has a KV cache and --kv is missing, or
             cannot be written.
         """
-        with_cache = f" {argument}".endswith(f" {_KV_OPTION}")
-        path = _path(argument.removesuffix(_KV_OPTION).rstrip() if with_cache else argument)
+        name, with_cache = _kv_option(argument)
+        path = _path(name)
         if path is None:
             output.say(f"Name the file: /save FILE, or /save FILE {_KV_OPTION}")
             return
@@ -353,6 +353,15 @@ class ChatSession:
             self._own_files.add(Path(os.path.realpath(path)))
         reply = "; the last has no reply, /retry asks for one" if messages[-1].get("role") == "user" else ""
         output.say(f"[loaded {len(messages)} messages from {path}{reply}]")
+
+
+def _kv_option(argument: str) -> tuple[str, bool]:
+    """The argument of /save without --kv, and whether it had it, before or after the name."""
+    first, _, rest = argument.partition(" ")
+    if first == _KV_OPTION:
+        return rest.strip(), True
+    name, _, last = argument.rpartition(" ")
+    return (name.strip(), True) if last == _KV_OPTION else (argument, False)
 
 
 def _path(text: str) -> Path | None:

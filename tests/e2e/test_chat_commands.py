@@ -183,7 +183,7 @@ def test_a_kv_cache_is_saved_with_it(talk: Talk, tmp_path: Path) -> None:
     contents = file.read_bytes()
     assert_of_last_line(talk(f"/load {file}", f"/save {file}"), f"{file} holds a KV cache as well; add --kv")
     assert file.read_bytes() == contents
-    assert talk(f"/load {file}", f"/save {file} --kv").code == 0
+    assert talk(f"/load {file}", f"/save --kv {file}").code == 0  # on either side of the name
 
 
 def assert_of_last_line(outcome: Outcome, text: str) -> None:
