@@ -162,7 +162,8 @@ def _checked(result: object, activation: Activation, view: View) -> NDArray[Any]
     """What an edit has returned, in the view's dtype.
 
     Raises:
-        OptionError: it is no array of numbers of the view's shape, or holds NaN, infinity, or what the dtype cannot.
+        OptionError: it is no array of numbers of the view's shape, or holds NaN, infinity, or what the dtype cannot, or
+            forbids every token.
     """
     what = f"The edit of {activation.name} returned"
     array = np.asarray(result)
@@ -176,6 +177,8 @@ def _checked(result: object, activation: Activation, view: View) -> NDArray[Any]
         values[np.isneginf(values)] = LEAST_LOGIT
     if not np.isfinite(values).all():
         raise OptionError(f"{what} NaN, infinity, or a number too large for {view.dtype}; it must return finite ones.")
+    if activation.name == "logits" and (values <= LEAST_LOGIT).all(axis=-1).any():
+        raise OptionError(f"{what} -inf for every token; at least one must remain.")
     return values
 
 

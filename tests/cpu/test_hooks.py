@@ -417,6 +417,19 @@ def test_what_a_function_returns_is_checked(engine: Engine, function: Callable[.
         engine.feed(PROMPT)
 
 
+def test_logits_that_forbid_every_token_are_refused(engine: Engine) -> None:
+    def first_half(rows: Rows, _position: int) -> Rows:
+        return np.where(np.arange(rows.shape[-1]) < rows.shape[-1] // 2, -np.inf, rows)
+
+    def second_half(rows: Rows, _position: int) -> Rows:
+        return np.where(np.arange(rows.shape[-1]) < rows.shape[-1] // 2, rows, -np.inf)
+
+    with engine.edit({"logits": first_half}):
+        engine.feed(PROMPT)
+        with engine.edit({"logits": second_half}), pytest.raises(OptionError, match=r"edit of logits .* every token"):
+            engine.feed(PROMPT[:1])
+
+
 def test_a_change_in_place_is_refused_as_it_would_be_lost(engine: Engine) -> None:
     with engine.edit({"layer.1.output": changed_in_place}), pytest.raises(ValueError, match="read-only"):
         engine.feed(PROMPT)
