@@ -224,15 +224,20 @@ class Server:
 
     def _fitting(self, prompt: list[int], param: str) -> list[int]:
         """The prompt, if the engine can take it."""
-        most, vocabulary = self._engine.max_seq_len, self._engine.geometry.vocabulary
+        most = self._engine.max_seq_len
         if not prompt:
             raise ApiError(400, f"The {param} has no tokens; give some text.", param=param)
         if len(prompt) > most:
             message = f"The {param} has {len(prompt)} tokens, but the context of this server holds {most}; shorten it."
             raise ApiError(400, message, param=param, code="context_length_exceeded")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise ApiError(400, f"The {param} holds a token outside the vocabulary of {vocabulary}.", param=param)
+        self._check_tokens(prompt, param)
         return prompt
+
+    def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Refuse ids that no token of the model has."""
+        vocabulary = self._engine.geometry.vocabulary
+        if not 0 <= min(tokens, default=0) <= max(tokens, default=0) < vocabulary:
+            raise ApiError(400, f"The {param} holds a token outside the vocabulary of {vocabulary}.", param=param)
 
     # --- tokens --------------------------------------------------------------------------------------------------
 
@@ -253,6 +258,7 @@ class Server:
         body = await read_body(request, self.options.limits)
         fields = DetokenizeRequest.parse(body)
         self._check_model(fields.model)
+        self._check_tokens(fields.tokens, "list of tokens")
         text = await self._workers.run(lambda: self._text.decode(fields.tokens, skip_special=False), len(body))
         return JSONResponse({"prompt": text})
 

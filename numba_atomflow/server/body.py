@@ -22,4 +22,4 @@ class Body(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise of_validation(error) from None
+            raise of_validation(error, data) from None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails, from_json
 
 from numba_atomflow.errors import AtomFlowError, ContextError, OptionError, TextError
 from numba_atomflow.files.untrusted import quote
@@ -39,7 +40,6 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-_BRANCHES = frozenset({"str", "int"})
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -57,16 +57,14 @@ def of_engine(error: AtomFlowError) -> ApiError:
     return ApiError(500, str(error))  # the model's file was changed, for example
 
 
-def of_validation(error: ValidationError) -> ApiError:
-    """One sentence about the first thing that pydantic found."""
+def of_validation(error: ValidationError, data: bytes) -> ApiError:
+    """One sentence about the first thing that pydantic found in a body."""
     found = error.errors(include_url=False)
     first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
     # Of a union there is an error for each branch, which names the branch as well: ("stop", "list[str]", 0).
     same = [item for item in found if item["loc"][:1] == first["loc"][:1]]
     first = max(same, key=lambda item: len(item["loc"]))
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    path = [part for part in path if part not in _BRANCHES]
-    param = ".".join(path) or None
+    param = _path(first, data)
     match first["type"]:
         case "json_invalid":
             return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
@@ -84,5 +82,26 @@ def of_validation(error: ValidationError) -> ApiError:
             return ApiError(400, f"{first['ctx']['error']}", param=param)
         case "model_type" | "model_attributes_type":
             return ApiError(400, f"{param or 'The body'} must be a JSON object.", param=param)
-    message = first["msg"].removeprefix("Input should be ")
-    return ApiError(400, f"{param} is {quote(first['input'])}; it must be {message}.", param=param)
+    _, should, rule = first["msg"].partition(" should ")
+    must = f"it must {rule}" if should else first["msg"]
+    return ApiError(400, f"{param} is {quote(first['input'])}; {must}.", param=param)
+
+
+def _path(found: ErrorDetails, data: bytes) -> str | None:
+    """The names and indices that lead through a body to what was found, without pydantic's names of union branches."""
+    *parents, last = found["loc"] or ("",)
+    here: Any = from_json(data) if parents else None
+    path = []
+    for part in parents:
+        if _holds(here, part):
+            here = here[part]
+            path.append(part)
+    if found["type"] in ("missing", "extra_forbidden") or not parents or _holds(here, last):
+        path.append(last)
+    return ".".join(map(str, path)) or None
+
+
+def _holds(here: Any, part: str | int) -> bool:
+    if isinstance(here, dict):
+        return part in here
+    return isinstance(here, list) and isinstance(part, int) and part < len(here)

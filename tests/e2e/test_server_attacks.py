@@ -144,8 +144,9 @@ def test_a_prompt_longer_than_the_context_or_of_foreign_tokens_is_refused(live: 
         answer = live.request("POST", "/v1/completions", {"prompt": prompt}, AUTHORIZED)
         assert answer.status == 400, answer
         assert answer.body["error"]["code"] == code or prompt == []
-    answer = live.request("POST", "/detokenize", {"tokens": [10**12]}, AUTHORIZED)
-    assert answer.status == 400
+    for tokens in ([10**12], [-1], [0, 10**6]):
+        answer = live.request("POST", "/detokenize", {"tokens": tokens}, AUTHORIZED)
+        assert (answer.status, "outside the vocabulary" in answer.body["error"]["message"]) == (400, True)
 
 
 @pytest.mark.parametrize("allow_special", [False, True])
