@@ -11,6 +11,12 @@ import pytest
 import simulated_lanes
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+COMPILING = {"CpuBackend", "CpuRunner", "Engine"}  # those that import one of these need compiled kernels
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They come last: by then the process beside this one has compiled the kernels that are not in the cache yet."""
+    items.sort(key=lambda item: not COMPILING.isdisjoint(vars(item.getparent(pytest.Module).obj)))
 
 
 def _run_block(manager: Any, grid_point: tuple[int, ...], *args: Any) -> None:
