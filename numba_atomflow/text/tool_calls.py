@@ -17,7 +17,9 @@ from typing import NamedTuple
 from numba_atomflow.files.untrusted import load_json
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_LONGEST_HEAD = 512  # characters: JSON of a reply that begins with "{" is no call if it is longer up to here
+# Characters before the arguments. With more, a call of Hermes is looked at when it has ended, not with each piece, and
+# JSON of a reply that begins with "{" is no call.
+_LONGEST_HEAD = 512
 
 
 class ToolNotation(NamedTuple):
@@ -132,7 +134,7 @@ class ToolCallParser:
 
     def _head(self) -> bool:
         """From the beginning of a call to its arguments."""
-        head = _HEAD.match(self._pending)
+        head = _HEAD.match(self._pending, 0, _LONGEST_HEAD)
         name = _name(head[1]) if head else None
         if head and name in self._names:
             self._events.append(CallDelta(self._calls, name, ""))

@@ -103,6 +103,13 @@ def test_arguments_are_passed_on_as_they_arrive() -> None:
     assert parser.flush() == []
 
 
+def test_a_long_head_is_not_looked_at_with_each_piece() -> None:
+    """Otherwise the time of a reply would grow with the square of its length."""
+    parser = ToolCallParser(HERMES, NAMES)
+    assert parser.push('<tool_call>{"name": "say",' + " " * 600 + '"arguments": {"a": 1}') == []
+    assert parser.push("}</tool_call>") == [CallDelta(0, "say", ""), CallDelta(0, None, '{"a": 1}')]
+
+
 def test_text_is_not_held_back_for_long() -> None:
     parser = ToolCallParser(HERMES, NAMES)
     assert parser.push("a < b ") == ["a < b"]
