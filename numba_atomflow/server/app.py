@@ -204,8 +204,8 @@ class Server:
         if len(text) > self._most_characters:
             raise ApiError(
                 400,
-                f"The {param} has {len(text)} characters, but the context of this server, {self._engine.max_seq_len} "
-                f"tokens, holds at most {self._most_characters}; shorten it.",
+                f"The request has {len(text)} characters, but the context of this server, {self._engine.max_seq_len} "
+                f"tokens, holds at most {self._most_characters}; shorten the {param}.",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -228,7 +228,10 @@ class Server:
         if not prompt:
             raise ApiError(400, f"The {param} has no tokens; give some text.", param=param)
         if len(prompt) > most:
-            message = f"The {param} has {len(prompt)} tokens, but the context of this server holds {most}; shorten it."
+            message = (
+                f"The request has {len(prompt)} tokens, but the context of this server holds {most}; "
+                f"shorten the {param}."
+            )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         self._check_tokens(prompt, param)
         return prompt

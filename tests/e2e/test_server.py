@@ -212,7 +212,11 @@ def test_an_echoed_prompt_is_scored(live: Live, engine: Engine) -> None:
         ({"messages": [{"role": "wizard", "content": "a"}]}, 400, "unknown role 'wizard'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "of type 'image_url'"),
         ({"messages": "Hello"}, 400, "messages is 'Hello'"),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "the context of this server holds 512"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 600}]},
+            400,
+            "tokens, but the context of this server holds 512; shorten the messages.",
+        ),
         ({"chat_template_kwargs": {"messages": 1}}, 400, "reserved"),
     ],
 )
