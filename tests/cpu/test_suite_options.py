@@ -7,7 +7,7 @@ from pathlib import Path
 from child_processes import run
 from cli_runner import ROOT
 
-TESTS = ("tests/cpu/test_json_text.py", "tests/cpu/test_stop_strings.py")
+TESTS = ("tests/cpu/test_json_text.py", "tests/cpu/test_atomic.py")
 
 
 def run_pytest(*arguments: str | Path) -> tuple[int, str]:
