@@ -15,6 +15,7 @@ from numba_atomflow.server.structure import NamedTool, ResponseFormat, Tool
 
 MOST_PROMPTS = 256  # of one request to /v1/completions
 MOST_STOPS = 64  # texts in `stop`: each is looked for after every token
+LONGEST_STOP = 1024  # characters: so many may be held back, and are compared with each text after every token
 
 # Values that change nothing, by the name of a field that is refused with any other value.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -76,6 +77,9 @@ class Sampling(Body):
             raise unsupported(name, f"is not supported by this server{only}")
         if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
             raise unsupported("stop", f"holds {len(self.stop)} texts; give at most {MOST_STOPS}")
+        longest = max(map(len, [self.stop] if isinstance(self.stop, str) else self.stop or ()), default=0)
+        if longest > LONGEST_STOP:
+            raise unsupported("stop", f"holds a text of {longest} characters; give at most {LONGEST_STOP}")
         if self.stream_options is not None and not self.stream:
             raise unsupported("stream_options", "is for streams; set stream to true or leave it out")
         return self

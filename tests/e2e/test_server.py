@@ -204,6 +204,8 @@ def test_an_echoed_prompt_is_scored(live: Live, engine: Engine) -> None:
         ({"stop": [1]}, 400, "stop.0 is 1; it must be a valid string."),
         ({"stop": [""]}, 400, "stop holds an empty string"),
         ({"stop": ["a"] * 65}, 400, "stop holds 65 texts; give at most 64."),
+        ({"stop": "a" * 1025}, 400, "stop holds a text of 1025 characters; give at most 1024."),
+        ({"stop": ["a", "b" * 1025]}, 400, "stop holds a text of 1025 characters; give at most 1024."),
         ({"response_format": {"type": "xml"}}, 400, "response_format.type is 'xml'; it must be one of 'text', "),
         ({"response_format": {}}, 400, "The field response_format.type is missing."),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options is for streams"),
