@@ -32,7 +32,7 @@ def test_only_what_makes_a_difference_is_written() -> None:
         "options": np.zeros(5),
         "generator": np.zeros(2, np.uint64),
     }
-    arrays |= {"best": np.zeros(1, np.int64), "tokens_posted": np.zeros(1, np.int64)}
+    arrays |= {"best": np.zeros(1, np.int64), "sums": np.zeros(1, np.int64), "tokens_posted": np.zeros(1, np.int64)}
     staged = HostWrites()
     writer = SamplerWriter(staged, SamplingState(*(view_of(name, arrays[name]) for name in SamplingState._fields)))  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
-from numba_atomflow.ops.cuda.token.sample import sample_shared_bytes
+from numba_atomflow.ops.cuda.token.sample_select import SampleLayout
 from numba_atomflow.sampling import Sampler, SamplingParams
 
 CHIP = Chip(sms=1, shared_bytes=232448, capability=(9, 0))
@@ -40,8 +40,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedBackend:
     for name in ("sample", "sample_rows"):  # with few threads, which cost time in the simulator
         spec = kernels.planned[name].spec
         few = dict(spec.arguments) | {"threads": 32, "bins": 32, "capacity": 8}
-        small = replace(spec, arguments=tuple(few.items()), threads=32, shared_bytes=sample_shared_bytes(32, 8))
-        kernels.planned[name] = replace(kernels.planned[name], spec=small)
+        few |= {"row_ctas": 2} if name == "sample_rows" else {}
+        small = replace(spec, arguments=tuple(few.items()), threads=32, shared_bytes=SampleLayout(32, 8).shared_bytes)
+        kernels.planned[name] = replace(kernels.planned[name], spec=small, ctas=2)
     gpu = SimulatedBackend(kernels, dict(WeightArrays(RandomModel(geometry))))
     gpu.array(gpu.model.buffers["verify.best"])[:] = LOWEST_KEY
     return gpu

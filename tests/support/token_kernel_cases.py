@@ -14,6 +14,7 @@ from numba_atomflow.logprobs import log_sum_exp, token_logprobs
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_fp16_reference, prepack_reference
 from numba_atomflow.ops.cuda.token import advance, argmax, embedding, logprobs, sample
 from numba_atomflow.ops.cuda.token.order import ID_BITS, ID_MASK, LOWEST_KEY
+from numba_atomflow.ops.cuda.token.sample_select import SampleLayout
 from numba_atomflow.ops.embedding import embed_reference
 from numba_atomflow.ops.formats import FP8_E4M3_BITS, FP16
 from numba_atomflow.sampling import SamplingParams, candidates, penalise, uniform
@@ -152,23 +153,23 @@ def expected_token(logits: NDArray[np.float32], params: SamplingParams, seed: in
     return int(tokens[min(index, len(tokens) - 1)])
 
 
-def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: int = 8) -> None:
+def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: int = 8, ctas: int = 3) -> None:
     """The tokens of `numba_atomflow.sampling` for the same seed and counter.
 
-    Few bins and a short list: most draws must narrow a bin down.
+    Few bins and a short list: most draws must narrow a bin down. What the CTAs add up is zero again after each.
     """
     rng = generator(4)
     seed = int(rng.integers(0, 2**63)) * 2 + 1  # beyond the range of int64
     kernel = sample.make_sample(VOCABULARY, threads=threads, bins=bins, capacity=capacity)
-    shared_bytes = sample.sample_shared_bytes(bins, capacity)
+    layout = SampleLayout(bins, capacity)
+    sums = np.zeros(layout.sums_words, np.int64)
     for draw in range(case.draws):
         logits, seen = make_logits(case.logits, rng), rng.random(VOCABULARY) < 0.3
         best = run_argmax(logits, seen, case)
         state, token = np.array([seed, draw], np.uint64), np.array([-1], np.int32)
-        arguments = sample.SampleArguments(
-            logits=logits, seen=bitmap(seen), options=case.options, generator=state, best=best, token=token
-        )
-        launch(kernel, 1, threads, shared_bytes, arguments)
+        arguments = sample.SampleArguments(logits, bitmap(seen), case.options, state, best, sums, token)
+        launch(kernel, ctas, threads, layout.shared_bytes, arguments)
+        assert not sums.any()
         expected = expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
         assert token[0] == expected, f"draw {draw}"
         assert state.tolist() == [seed, draw + (not case.params.greedy)]
@@ -208,18 +209,17 @@ def check_same_logits(kind: str, params: SamplingParams, draws: int, vocabulary:
     """From the same logits the kernel as it is shipped, its reference and the CPU's sampler draw the same tokens."""
     rng = np.random.default_rng(5)
     case = TokenCase(kind, params.temperature, params.top_k, params.top_p, params.min_p)
-    kernel, shared = _large_sample(vocabulary), sample.sample_shared_bytes(sample.BINS, sample.CAPACITY)
+    kernel, shared = _large_sample(vocabulary), sample.LAYOUT.shared_bytes
     nothing = np.zeros(vocabulary, np.bool_)
     logits = logits_of(kind, vocabulary, rng)
     likely = int(np.argmax(logits))  # its logit is not negative
     key = (0x80000000 + int(logits[likely].view(np.uint32))) << ID_BITS | (ID_MASK - likely)
-    best = np.array([key], np.int64)
+    best, sums = np.array([key], np.int64), np.zeros(sample.LAYOUT.sums_words, np.int64)
     for draw in range(draws):
         state, token = np.array([7, draw], np.uint64), np.array([-1], np.int32)
-        arguments = sample.SampleArguments(
-            logits=logits, seen=bitmap(nothing), options=case.options, generator=state, best=best.copy(), token=token
-        )
-        launch(kernel, 1, sample.THREADS, shared, arguments)
+        arguments = sample.SampleArguments(logits, bitmap(nothing), case.options, state, best.copy(), sums, token)
+        launch(kernel, sample.sample_kernel(vocabulary, False).ctas, sample.THREADS, shared, arguments)
+        assert not sums.any()
         assert token[0] == device_token(logits, params, 7, draw) == expected_token(logits, params, 7, draw), draw
 
 

@@ -120,7 +120,7 @@ class Binder:
         state = self._model.sampling
         common = {"logits": op.logits, "seen": state.seen, "options": state.options, "best": state.best}
         launches = [] if argmax_done else [self._launch("argmax", ArgmaxArguments(**common))]
-        sample = SampleArguments(**common, generator=state.generator, token=op.token)
+        sample = SampleArguments(**common, generator=state.generator, sums=state.sums, token=op.token)
         launches.append(self._launch("sample", sample))
         if logprobs:
             record = LogprobsArguments(op.logits, op.token, state.tokens_posted, self._logprob_ring)

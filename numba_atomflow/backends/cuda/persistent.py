@@ -32,6 +32,7 @@ from numba_atomflow.ops.cuda.persistent.trace import (
 from numba_atomflow.ops.cuda.persistent.wide_kernel import WideArguments
 from numba_atomflow.ops.cuda.persistent.wide_vectors import ABSENT
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
+from numba_atomflow.ops.cuda.token.sample import LAYOUT
 
 _BYTES = 4 * TABLE_UNIT  # unit of the offsets in the table
 
@@ -59,6 +60,7 @@ def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
         Buffer("workspace", "verify.options", (5,), "float64"),
         Buffer("workspace", "verify.tokens_posted", (width,), "int64"),
         Buffer("workspace", "verify.generators", (width, 2), "uint64"),
+        Buffer("workspace", "verify.sums", (width, LAYOUT.sums_words), "int64"),
         Buffer("workspace", "verify.sampled", (width,), "int32"),
         Buffer("workspace", "verify.seen_rows", (width, -(-kernels.geometry.vocabulary // 32)), "uint32"),
         Buffer("workspace", "prompt.choices", (width,), "uint64"),

@@ -19,6 +19,7 @@ from numba_atomflow.model.formats import GPU_KV, HeadFormat
 from numba_atomflow.ops.cuda.attention.shape import AttentionShape
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
+from numba_atomflow.ops.cuda.token.sample import LAYOUT
 
 MIN_STAGING_BYTES = 4 << 20  # of memory after the weights, where loading stages what it prepacks
 
@@ -31,6 +32,7 @@ class SamplingState(NamedTuple):
         options: float64: temperature, top-k, top-p, min-p, repetition penalty.
         generator: uint64: seed, and the number of draws so far.
         best: int64: the arg-max so far, as a key that orders by logit and then by token id.
+        sums: int64: where the CTAs of the sampling kernel add up; zero between its launches.
         tokens_posted: int64: tokens posted to the host so far.
     """
 
@@ -38,6 +40,7 @@ class SamplingState(NamedTuple):
     options: View
     generator: View
     best: View
+    sums: View
     tokens_posted: View
 
     @staticmethod
@@ -48,6 +51,7 @@ class SamplingState(NamedTuple):
             "options": (5, "float64"),
             "generator": (2, "uint64"),
             "best": (1, "int64"),
+            "sums": (LAYOUT.sums_words, "int64"),
             "tokens_posted": (1, "int64"),
         }
         return [Buffer("workspace", f"sampling.{name}", (size,), dtype) for name, (size, dtype) in sizes.items()]

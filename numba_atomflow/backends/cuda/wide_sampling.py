@@ -83,7 +83,8 @@ class WideSampling:
             tokens_posted=buffers["verify.tokens_posted"],
             tokens=0,
         )
-        sample = SampleArguments(**common, generator=buffers["verify.generators"], token=token)
+        generator, sums = buffers["verify.generators"], buffers["verify.sums"]
+        sample = SampleArguments(**common, generator=generator, sums=sums, token=token)
         named = zip(KERNELS, (ArgmaxArguments(**common), sample, post), strict=True)
         return [
             Launch(self._loaded[name], rows * planned[name].ctas, arguments, model.stream) for name, arguments in named

@@ -159,6 +159,7 @@ class Rank:
                 options=state.options,
                 generator=state.generator,
                 best=state.best,
+                sums=state.sums,
                 token=b["tokens"],
             ),
             "logprobs": LogprobsArguments(b["logits"], b["tokens"], state.tokens_posted, self.logprob_ring.view),
