@@ -1,7 +1,7 @@
 """What a draft model gains on the CPU, by the number of tokens that it proposes in each step.
 
     python scripts/bench_draft.py large.safetensors small.safetensors                       # tests/workloads/chat.jsonl
-    python scripts/bench_draft.py large.safetensors small.safetensors --workload prompts.jsonl --lengths 0,1,2,4,7
+    python scripts/bench_draft.py large.safetensors small.safetensors --workload prompts.jsonl --lengths 1,2,4,7
 
 Each prompt is decoded greedily with every number of tokens and with the number that the engine chooses, by turns; the
 replies must be the same. Times are CPU time of the process, divided by its threads: other load on the machine disturbs

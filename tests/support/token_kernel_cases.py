@@ -98,6 +98,8 @@ SAMPLES = (
     TokenCase(temperature=0.0),
     TokenCase(top_k=1),
     TokenCase("minus infinity", top_p=0.9),
+    TokenCase("nothing", temperature=0.5),
+    TokenCase("nothing", top_k=9, min_p=0.1),
 )
 
 
@@ -121,6 +123,8 @@ def make_logits(kind: str, rng: np.random.Generator) -> NDArray[np.float32]:
         logits[[99, 7]] = np.inf
     elif kind == "minus infinity":
         logits[::3] = -np.inf
+    elif kind == "nothing":  # the CPU refuses such logits
+        logits[:] = -np.inf
     return logits
 
 
@@ -170,9 +174,10 @@ def check_sample(case: TokenCase, threads: int = 64, bins: int = 64, capacity: i
         arguments = sample.SampleArguments(logits, bitmap(seen), case.options, state, best, sums, token)
         launch(kernel, ctas, threads, layout.shared_bytes, arguments)
         assert not sums.any()
-        expected = expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
+        nothing = case.logits == "nothing"
+        expected = 0 if nothing else expected_token(penalise(logits, seen, case.penalty), case.params, seed, draw)
         assert token[0] == expected, f"draw {draw}"
-        assert state.tolist() == [seed, draw + (not case.params.greedy)]
+        assert state.tolist() == [seed, draw + (not case.params.greedy and not nothing)]
 
 
 LOGPROBS = ("normal", "negative", "ties", "equal", "wide", "signed zeros", "minus infinity", "few threads")

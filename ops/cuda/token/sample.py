@@ -20,9 +20,8 @@ Without filters the order is that of the ids, and only the draw looks for an off
 Sums are added in device memory, where L2 has atomics of 64 bits. In shared memory such an addition is a loop of
 compare-and-swap, in which threads that add to the same bin wait for each other.
 
-Cost model, 128,256 tokens: the histogram 4 us, most of it `exp` in double precision; 5 us until the last CTA has it in
-shared memory; per filter and for the draw 3 us to find the bin, and 6 to look for its tokens, which are a few ids
-without filters: 15 us without, 20 to 40 with filters.
+Cost, 128,256 tokens, H200: 50 us more than a greedy step without filters; with filters some 100 us for each offset, of
+which the vocabulary is searched by one SM, and more where more tokens share a bin than are ranked.
 """
 
 import math
@@ -148,13 +147,13 @@ def make_sample(
         best_key = io.best[0]
         best_token = token_id(best_key)
         some_k = top_k > 0 and top_k < vocabulary
-        # +Inf and NaN leave no probabilities to draw from.
-        if temperature == 0.0 or top_k == 1 or best_key >= NON_FINITE_KEY:
+        most_likely = penalised(io.logits, io.seen, best_token, penalty)
+        # +Inf and NaN leave no probabilities to draw from, nor does -Inf of all tokens.
+        if temperature == 0.0 or top_k == 1 or best_key >= NON_FINITE_KEY or most_likely == f32(-math.inf):
             if thread == 0 and cta == 0:
                 io.token[0] = best_token
             return
         by_id = not some_k and top_p >= 1.0 and min_p <= 0.0
-        most_likely = penalised(io.logits, io.seen, best_token, penalty)
         bins_per_logit = BINS_PER_TEMPERATURE / f32(temperature)
         d = Distribution(io.logits, io.seen, penalty, most_likely, temperature, bins_per_logit, by_id)
 

@@ -140,7 +140,7 @@ def make_measures(vocabulary: int, bins: int) -> Measures:
     @ptx.device_function
     def bin_of(d, token, logit):
         """The token's bin of the histogram; without mass, NaN and -infinity among them, the last one."""
-        distance = (d.most_likely - logit) * d.bins_per_logit
+        distance = max((d.most_likely - logit) * d.bins_per_logit, f32(0.0))
         nearness = int64(distance) if distance < f32(last_bin) else int64(last_bin)
         return token >> id_shift if d.by_id else nearness
 
@@ -370,8 +370,9 @@ def make_select(vocabulary: int, layout: SampleLayout, threads: int) -> Any:
                     mass, key = mass_of(d, logit), key_of(d, other, logit)
                     if mass > 0 and key >> shift == prefix:
                         index = int64(cuda.atomic.add(halves, 2 * list_size, u32(1)))
-                        shared[keys_start + index] = key
-                        shared[masses_start + index] = mass
+                        if index < capacity:
+                            shared[keys_start + index] = key
+                            shared[masses_start + index] = mass
                 found >>= 1
                 other += threads
             token += _IN_FLIGHT * threads
