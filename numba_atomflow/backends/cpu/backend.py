@@ -18,6 +18,7 @@ from numba_atomflow.backends.cpu.bind import Action, CpuBinder
 from numba_atomflow.backends.cpu.measure import CpuMeasurements
 from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.host.library_pages import release_llvm_pages
 from numba_atomflow.host.machine import cpu_name
 from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn, use_threads
 from numba_atomflow.logprobs import TokenLogprobs
@@ -112,6 +113,7 @@ class CpuBackend:
         self._binder = CpuBinder(geometry, self._buffers, Sampler(SamplingParams(), geometry.vocabulary, ()))
         self._bound: dict[tuple[int, Head], _BoundStep] = {}
         self._closed = False
+        self._ran_whole_chunk = False
         self.compile_seconds = 0.0
 
     def _array(self, name: str) -> NDArray[Any]:
@@ -163,6 +165,7 @@ class CpuBackend:
                 progress(f"compiling {kind.__name__}", done, len(kinds))
             with kernel_turn():
                 self._binder.bind(op)()
+        release_llvm_pages()
         if progress:
             progress("compiled", len(kinds), len(kinds))
         self.compile_seconds = time.perf_counter() - started
@@ -190,6 +193,9 @@ class CpuBackend:
         actions = self.bound_step(len(tokens), head)
         self._check_step(len(tokens))
         self._run(actions)
+        if len(tokens) == self.prefill_chunk and not self._ran_whole_chunk:  # kernels of chunks were loaded for it
+            self._ran_whole_chunk = True
+            release_llvm_pages()
 
     def decode(self) -> None:
         """Run the token that was sampled last, sample the next one, and advance."""
