@@ -32,7 +32,10 @@ def test_every_phase_has_a_row(tmp_path: Path) -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[0] for row in rows] == list(memory_phases.phases("", 9, None))
     resident = [int(row[1]) for row in rows]
-    assert resident[0] < resident[3] < resident[-1]
+    assert resident[0] < resident[3]  # a tiny model is smaller than LLVM, which leaves the process when it is loaded
+    peaks = [int(row[-1]) for row in rows]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1]
     assert all(abs(int(all_) - int(private) - int(files)) <= 1 for _, all_, private, files, *_ in rows)
 
 
