@@ -242,25 +242,6 @@ def make_select(vocabulary: int, layout: SampleLayout, threads: int) -> Any:
     found_entry, chosen_token, mass_reached = layout.found_entry, layout.chosen_token, layout.mass_reached
 
     @ptx.device_function
-    def choose(shared, size, target, by_count, thread):
-        """The listed token with which the running sum reaches `target`, and the mass up to it."""
-        entry = thread
-        while entry < size:
-            key, mass = shared[keys_start + entry], shared[masses_start + entry]
-            mass_up_to, count_up_to = shared[mass_before], shared[count_before]
-            for i in range(size):
-                if shared[keys_start + i] > key:
-                    mass_up_to += shared[masses_start + i]
-                    count_up_to += 1
-            sum_before = count_up_to if by_count else mass_up_to
-            increment = int64(1) if by_count else mass
-            if sum_before < target and sum_before + increment >= target:
-                shared[chosen_token] = token_id(key)
-                shared[mass_reached] = mass_up_to + mass
-            entry += threads
-        cuda.syncthreads()
-
-    @ptx.device_function
     def first_reaching(shared, masses, counts, size, target, by_count):
         """The first of `size` entries with which the running sum reaches `target`; thread 0 only.
 
@@ -378,6 +359,25 @@ def make_select(vocabulary: int, layout: SampleLayout, threads: int) -> Any:
             token += _IN_FLIGHT * threads
         cuda.syncthreads()
         return size
+
+    @ptx.device_function
+    def choose(shared, size, target, by_count, thread):
+        """The listed token with which the running sum reaches `target`, and the mass up to it."""
+        entry = thread
+        while entry < size:
+            key, mass = shared[keys_start + entry], shared[masses_start + entry]
+            mass_up_to, count_up_to = shared[mass_before], shared[count_before]
+            for i in range(size):
+                if shared[keys_start + i] > key:
+                    mass_up_to += shared[masses_start + i]
+                    count_up_to += 1
+            sum_before = count_up_to if by_count else mass_up_to
+            increment = int64(1) if by_count else mass
+            if sum_before < target and sum_before + increment >= target:
+                shared[chosen_token] = token_id(key)
+                shared[mass_reached] = mass_up_to + mass
+            entry += threads
+        cuda.syncthreads()
 
     @ptx.device_function
     def select(d, sums, shared, target, by_count, thread):
