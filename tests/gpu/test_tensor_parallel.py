@@ -1,7 +1,7 @@
 """Several GPUs that share a model have the bits of one.
 
-Two ranks share one GPU here, each with half of its SMs: all but the link between GPUs is as with two. A prompt of one
-token runs in the persistent kernel on one GPU, too.
+Two ranks share one GPU, each with half of its SMs, where all but the link between GPUs is as with two; or have one
+each, where there are two. A prompt of one token runs in the persistent kernel on one GPU, too.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Memory
+from numba_atomflow.device.driver import gpu_count
 from numba_atomflow.errors import BackendError
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead, Op
 from numba_atomflow.sampling import Sampler
@@ -36,9 +37,11 @@ def one() -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Engine]:
-    with Engine.random(GEOMETRY, "cuda", POSITIONS, gpus=[0, 0]) as engine:
+@pytest.fixture(scope="module", params=[[0, 0], [0, 1]], ids=["shared GPU", "two GPUs"])
+def two(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    if max(request.param) >= gpu_count():
+        pytest.skip("there is one GPU")
+    with Engine.random(GEOMETRY, "cuda", POSITIONS, gpus=request.param) as engine:
         yield engine
 
 
