@@ -16,15 +16,17 @@ layer, in a captured graph.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from number_lists import list_of
 
 from numba_atomflow import Engine, SamplingParams
-from numba_atomflow.errors import AtomFlowError
+from numba_atomflow.errors import AtomFlowError, BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.host.machine import machine_record
 from numba_atomflow.model.presets import PRESETS
@@ -33,6 +35,7 @@ from numba_atomflow.validate import StepBits, compare_gpus, record_steps
 
 Gpus = int | list[int]
 STEPS = 31  # after a prompt of one token, whose bits are compared
+NCCL_SECONDS = 120  # until all-reduces must have ended
 
 
 def generated(engine: Engine, count: int) -> list[int]:
@@ -76,28 +79,38 @@ def compare(
     return record
 
 
-def nccl_microseconds(gpus: int, hidden: int, operations: int) -> float:
-    """All-reduces of a float16 vector in a graph, on so many GPUs: median microseconds of all `operations` together."""
+def nccl_microseconds(ordinals: Sequence[int], hidden: int, operations: int) -> float:
+    """All-reduces of a float16 vector in a graph, on these GPUs: median microseconds of all `operations` together."""
     import torch.multiprocessing as processes
 
-    context = processes.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes.spawn(_all_reduce, (gpus, hidden, operations, queue), gpus)
-    return float(queue.get())
+    queue = processes.get_context("spawn").Queue()
+    workers = processes.spawn(
+        _all_reduce, (tuple(ordinals), hidden, operations, queue), len(ordinals), join=False, daemon=True
+    )
+    started = time.monotonic()
+    try:
+        while not workers.join(timeout=1):  # raises what a process has raised
+            if time.monotonic() - started > NCCL_SECONDS:
+                raise BackendError(f"NCCL's all-reduces did not end in {NCCL_SECONDS} s; try NCCL_DEBUG=INFO.")
+    finally:
+        for process in workers.processes:
+            process.kill()
+    return float(queue.get(timeout=1))
 
 
-def _all_reduce(rank: int, gpus: int, hidden: int, operations: int, queue: Any) -> None:
+def _all_reduce(rank: int, ordinals: tuple[int, ...], hidden: int, operations: int, queue: Any) -> None:
     import torch
     import torch.distributed as dist
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "NCCL_GRAPH_MIXING_SUPPORT": "0"}
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", rank=rank, world_size=gpus)
-    vector = torch.zeros(hidden, dtype=torch.float16, device="cuda")
+    device = torch.device("cuda", ordinals[rank])
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", rank=rank, world_size=len(ordinals), device_id=device)
+    vector = torch.zeros(hidden, dtype=torch.float16, device=device)
     dist.all_reduce(vector)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog thread calls the driver, too
         for _ in range(operations):
             dist.all_reduce(vector)
     times = []
@@ -110,6 +123,7 @@ def _all_reduce(rank: int, gpus: int, hidden: int, operations: int, queue: Any) 
         times.append(start.elapsed_time(end) * 1e3)
     if rank == 0:
         queue.put(float(np.median(times[2:])))
+    graph.reset()  # a communicator is not destroyed before the graphs that use it
     dist.destroy_process_group()
 
 
@@ -143,17 +157,23 @@ def main() -> int:
     geometry = PRESETS[args.geometry]
     if min(args.depths) < 0 or args.repeats < 1 or (args.layers is not None and args.layers < 1):
         parser.error("--depths must be 0 or more, and --repeats and --layers 1 or more")
+    if min(args.gpus) < 0 or args.gpus == [0]:
+        parser.error("--gpus must be a number from 1 on, or the numbers of GPUs, from 0 on, with commas")
+    if args.nccl and find_spec("torch") is None:
+        parser.error("--nccl needs torch: pip install torch")
+    if args.nccl and len(set(args.gpus)) < len(args.gpus):
+        parser.error("--nccl takes a GPU for each process: name each once")
     if args.layers:
         geometry = replace(geometry, layers=args.layers)
     gpus: Gpus = args.gpus if len(args.gpus) > 1 else args.gpus[0]
     try:
         record = compare(geometry, gpus, args.depths, args.repeats, single=not args.no_single)
+        if args.nccl:
+            ordinals = range(gpus) if isinstance(gpus, int) else gpus
+            record["nccl_microseconds"] = nccl_microseconds(ordinals, geometry.hidden, 2 * geometry.layers)
     except AtomFlowError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.nccl:
-        ranks = gpus if isinstance(gpus, int) else len(gpus)
-        record["nccl_microseconds"] = nccl_microseconds(ranks, geometry.hidden, 2 * geometry.layers)
     if args.json:
         print(json_text(record | {"geometry": args.geometry, "machine": machine_record()}))
     else:
