@@ -202,7 +202,8 @@ def check_gemm(sweep: GemmSweep, tokens: int, chip: Chip) -> None:
     rng = generator(sweep.out_features, tokens)
     plan, planned = sweep.plan(chip), sweep.planned(chip)
     words, matrix = _gemm_weights(plan.layout)
-    x_words, x = _activations(plan.x, rng.standard_normal((tokens, sweep.in_features)))
+    spread = 0.25 if sweep.kind == "swiglu" else 1.0  # its results, products of two sums, fit into float16
+    x_words, x = _activations(plan.x, spread * rng.standard_normal((tokens, sweep.in_features)))
     padded = -(-tokens // plan.tile_tokens) * plan.tile_tokens
     rows = np.arange(tokens) if tokens <= _CHECKED_ROWS else np.sort(rng.choice(tokens, _CHECKED_ROWS, replace=False))
     product = x[rows].astype(np.float64) @ matrix.T
