@@ -165,6 +165,12 @@ def load_relaxed_f32(array, index):
     return np.float32(array[index])
 
 
+@instruction("ld.relaxed.gpu.global.b64 $0, [$1];", (i64,), (ADDRESS,), memory=True)
+def load_relaxed_i64(array, index):
+    """The same of an int64."""
+    return int(array[index])
+
+
 @instruction("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", (f32,) * 4, (ADDRESS,), memory=True)
 def load_relaxed_f32x4(array, index):
     """Four float32 that another CTA of this launch wrote, read from L2."""

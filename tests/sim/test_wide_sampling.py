@@ -19,7 +19,7 @@ from numba_atomflow.checkpoint.random_weights import RandomModel
 from numba_atomflow.model.step import SAMPLE
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
-from numba_atomflow.ops.cuda.token.sample_select import SampleLayout
+from numba_atomflow.ops.cuda.token.sample_layout import SampleLayout
 from numba_atomflow.sampling import Sampler, SamplingParams
 
 CHIP = Chip(sms=1, shared_bytes=232448, capability=(9, 0))

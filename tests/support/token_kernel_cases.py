@@ -14,7 +14,7 @@ from numba_atomflow.logprobs import log_sum_exp, token_logprobs
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_fp16_reference, prepack_reference
 from numba_atomflow.ops.cuda.token import advance, argmax, embedding, logprobs, sample
 from numba_atomflow.ops.cuda.token.order import ID_BITS, ID_MASK, LOWEST_KEY
-from numba_atomflow.ops.cuda.token.sample_select import SampleLayout
+from numba_atomflow.ops.cuda.token.sample_layout import SampleLayout
 from numba_atomflow.ops.embedding import embed_reference
 from numba_atomflow.ops.formats import FP8_E4M3_BITS, FP16
 from numba_atomflow.sampling import SamplingParams, candidates, penalise, uniform
@@ -95,6 +95,9 @@ SAMPLES = (
     TokenCase("wide", temperature=3.0, top_p=0.95),
     TokenCase(top_k=5000, top_p=0.7),  # more than there are tokens
     TokenCase(top_p=1e-9),  # the most likely token alone
+    TokenCase(temperature=20.0, top_p=0.9),  # bins of a few tokens, which are listed
+    TokenCase("ties", temperature=20.0, top_k=100, top_p=0.8),  # and narrowed down, at last by their ids
+    TokenCase("wide", temperature=100.0, top_k=250, penalty=1.3, draws=6),
     TokenCase(temperature=0.0),
     TokenCase(top_k=1),
     TokenCase("minus infinity", top_p=0.9),

@@ -11,17 +11,20 @@ Tokens below one unit are never drawn.
 1. All CTAs make a histogram of mass and number over 2,048 bins of the logit, in device memory, each of a part of the
    vocabulary. The CTA that is done last (an atomic counter) goes on alone, and leaves the histogram as it was: zero.
 2. Top-k, top-p and the draw each look for an offset in the order: the k-th token; where the mass reaches p; where the
-   random number falls. The histogram gives the bin, whose tokens are then listed and ranked among themselves.
-3. If more tokens than fit into shared memory share a bin (equal logits), a radix select on digits of the key narrows
-   them down first.
+   random number falls. The histogram gives the bin, and `sample_select.py` the token.
 
 Without filters the order is that of the ids, and only the draw looks for an offset.
 
 Sums are added in device memory, where L2 has atomics of 64 bits. In shared memory such an addition is a loop of
 compare-and-swap, in which threads that add to the same bin wait for each other.
 
-Cost, 128,256 tokens, H200: 50 us more than a greedy step without filters; with filters some 100 us for each offset, of
-which the vocabulary is searched by one SM, and more where more tokens share a bin than are ranked.
+Cost model, 128,256 tokens, H200, beside the launch (predicted): 3 us for the histogram, 3 us until it is in shared
+memory; then on one SM, for each offset:
+
+- 8 us where a list is made: 250 tokens per thread, 16 loads in flight, 7 instructions each (12 with a penalty);
+- 2 us for up to 256 tokens that are ranked;
+- 4 us for each digit by which a bin of up to 4,096 tokens is narrowed down; one digit unless many logits are equal;
+- some 150 us for each pass over the vocabulary where a bin has more tokens: two passes and a list if they differ.
 """
 
 import math
@@ -42,19 +45,15 @@ from numba_atomflow.ops.cuda.token.order import (
     penalised,
     token_id,
 )
-from numba_atomflow.ops.cuda.token.sample_select import (
-    BINS_PER_TEMPERATURE,
-    Distribution,
-    SampleLayout,
-    make_add_to_histogram,
-    make_select,
-    make_take_histogram,
-)
+from numba_atomflow.ops.cuda.token.sample_histogram import make_add_to_histogram, make_take_histogram
+from numba_atomflow.ops.cuda.token.sample_layout import MIN_P_SUMS, SampleLayout
+from numba_atomflow.ops.cuda.token.sample_measures import BINS_PER_TEMPERATURE, Distribution
+from numba_atomflow.ops.cuda.token.sample_select import make_select
 
 THREADS = 512
-LAYOUT = SampleLayout(bins=2048, capacity=1024)
+LAYOUT = SampleLayout(bins=2048, capacity=256)
 
-_TOKENS_PER_CTA = 4096
+_TOKENS_PER_CTA = 2048
 _TOP_K_STAGE, _TOP_P_STAGE, _DRAW_STAGE = range(3)
 
 
@@ -103,8 +102,8 @@ def make_sample(
     take_histogram = make_take_histogram(layout, threads)
     select = make_select(vocabulary, layout, threads)
     words, all_sums = -(-vocabulary // 32), layout.sums_words
-    strides, strides_start, stride_counts_start = layout.strides, layout.stride_masses, layout.stride_counts
-    ctas_done, found_entry, min_p_mass = layout.ctas_done, layout.found_entry, layout.min_p_mass
+    ctas_done, found_entry, min_p_sums = layout.ctas_done, layout.found_entry, layout.min_p_sums
+    first_listed, last_listed = layout.first_listed_bin, layout.last_listed_bin
     chosen_token, mass_reached = layout.chosen_token, layout.mass_reached
 
     @ptx.device_function
@@ -155,18 +154,18 @@ def make_sample(
             return
         by_id = not some_k and top_p >= 1.0 and min_p <= 0.0
         bins_per_logit = BINS_PER_TEMPERATURE / f32(temperature)
-        d = Distribution(io.logits, io.seen, penalty, most_likely, temperature, bins_per_logit, by_id)
+        exponent = float(most_likely) / temperature
+        d = Distribution(io.logits, io.seen, penalty, most_likely, temperature, exponent, bins_per_logit, by_id)
 
         add_to_histogram(d, min_p, io.sums, cta, ctas, thread)
         if not is_last(io.sums, shared, ctas, thread):
             return
-        take_histogram(min_p, io.sums, shared, thread)
-        total, total_count = int64(0), int64(0)
-        for i in range(strides):
-            total += shared[strides_start + i]
-            total_count += shared[stride_counts_start + i]
+        if thread == 0:
+            shared[first_listed], shared[last_listed] = 0, -1  # no list yet
+        take_histogram(io.sums, shared, thread)
+        total_mass, total_count = shared[bins - 1], shared[2 * bins - 1]
 
-        kept_mass = total  # mass that top-k leaves, then that all filters leave
+        kept_mass = total_mass  # mass that top-k leaves, then that all filters leave
         for stage in range(3):
             by_count = stage == _TOP_K_STAGE
             target = int64(0)  # 0: this filter is off
@@ -176,7 +175,10 @@ def make_sample(
                 target = min(max(int64(math.ceil(top_p * float(kept_mass))), int64(1)), kept_mass)
             if stage == _DRAW_STAGE:
                 if min_p > 0.0:
-                    kept_mass = min(kept_mass, shared[min_p_mass])
+                    min_p_mass = int64(0)
+                    for i in range(MIN_P_SUMS):
+                        min_p_mass += shared[min_p_sums + i]
+                    kept_mass = min(kept_mass, min_p_mass)
                 uniform = float(ptx.random_53_bits(io.generator[0], io.generator[1])) * 2.0**-53
                 target = min(int64(uniform * float(kept_mass)) + 1, kept_mass)
             if target > 0:
