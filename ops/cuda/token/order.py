@@ -52,7 +52,7 @@ def token_id(key):
 @ptx.device_function
 def penalise(logit, seen, token, penalty):
     """A token's logit after the repetition penalty; `seen`: the word of the bitmap that has its bit."""
-    if (int64(seen) >> (token & 31)) & 1:
+    if (int64(seen) >> (token % 32)) & 1:
         logit = logit / penalty if logit > f32(0.0) else logit * penalty
     return logit
 
@@ -60,7 +60,7 @@ def penalise(logit, seen, token, penalty):
 @ptx.device_function
 def penalised(logits, seen, token, penalty):
     """The token's logit after the repetition penalty; `seen`: the whole bitmap."""
-    return penalise(logits[token], seen[token >> 5], token, penalty)
+    return penalise(logits[token], seen[token // 32], token, penalty)
 
 
 def make_warp_max_key(columns: int) -> Any:

@@ -21,10 +21,10 @@ compare-and-swap, in which threads that add to the same bin wait for each other.
 Cost model, 128,256 tokens, H200, beside the launch (predicted): 3 us for the histogram, 3 us until it is in shared
 memory; then on one SM, for each offset:
 
-- 8 us where a list is made: 250 tokens per thread, 16 loads in flight, 7 instructions each (12 with a penalty);
+- 8 us where ids are listed: 250 tokens per thread, 16 loads in flight, 7 instructions each (12 with a penalty);
 - 2 us for up to 256 tokens that are ranked;
-- 4 us for each digit by which a bin of up to 4,096 tokens is narrowed down; one digit unless many logits are equal;
-- some 150 us for each pass over the vocabulary where a bin has more tokens: two passes and a list if they differ.
+- 5 us more for up to 4,096 that are narrowed down by a digit; few bins need a second one;
+- 15 to 100 us for each visit to the tokens of a bin that has more, which are three or four.
 """
 
 import math

@@ -95,6 +95,6 @@ def make_load_logits(vocabulary: int, count: int, *, clamped: bool) -> Any:
             for i in range(count):
                 words[i] = d.seen[index_of(token >> 5, stride >> 5, i, last_token >> 5)]
             for i in range(count):
-                logits[i] = penalise(logits[i], words[i], token, d.penalty)  # the same bit of each word
+                logits[i] = penalise(logits[i], words[i], token & 31, d.penalty)  # the same bit of each word
 
     return load_logits
