@@ -28,8 +28,11 @@ from token_kernel_cases import (
     check_argmax,
     check_embedding,
     check_logprobs,
+    check_same_logits,
     check_sample,
 )
+
+from numba_atomflow.sampling import SamplingParams
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -71,6 +74,19 @@ def test_argmax(case: TokenCase) -> None:
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_sample(case: TokenCase) -> None:
     check_sample(case)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("kind", "vocabulary"),
+    [("flat", 20_011), ("peaked", 20_011), ("tail", 20_011), ("tail", 90_001), ("equal", 20_011)],
+)
+@pytest.mark.parametrize(
+    "params", [SamplingParams(0.7, top_k=50), SamplingParams(1.0, top_p=0.95)], ids=["top-k", "top-p"]
+)
+def test_sample_with_the_layout_of_the_product(kind: str, vocabulary: int, params: SamplingParams) -> None:
+    """Bins of some tokens, of more than are ranked, and of more than are listed: different logits, or equal ones."""
+    check_same_logits(kind, params, draws=1, vocabulary=vocabulary)
 
 
 @pytest.mark.sampled(3)
