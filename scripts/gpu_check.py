@@ -207,7 +207,9 @@ def check_fp8(report: Report, options: argparse.Namespace) -> None:
 
 
 def check_sanitizer(report: Report, options: argparse.Namespace) -> None:
-    """memcheck and racecheck over prompts and decoding of a tiny model."""
+    """memcheck, racecheck and synccheck over prompts and decoding of a tiny model; racecheck without the persistent
+    kernel, whose CTAs poll for each other.
+    """
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         report.add("sanitizer", "compute-sanitizer", "not run: it is not installed (it comes with the CUDA toolkit)")
@@ -215,7 +217,8 @@ def check_sanitizer(report: Report, options: argparse.Namespace) -> None:
     program = ROOT / "tests" / "gpu" / "tiny_run.py"
     subprocess.run([sys.executable, program], cwd=ROOT, check=True, capture_output=True)  # compiles, unobserved
     for name in ("memcheck", "racecheck", "synccheck"):
-        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, str(program)]
+        decode = ["graph"] if name == "racecheck" else []
+        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, str(program), *decode]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         (options.logs / f"{name}.log").write_text(done.stdout + done.stderr)
         summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line] or [done.stderr[-200:]]

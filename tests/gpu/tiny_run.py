@@ -1,7 +1,11 @@
-"""Prompts and generations of a tiny model, greedy and sampled, with graphs and without: run by compute-sanitizer."""
+"""Prompts and generations of a tiny model, greedy and sampled, with graphs and without: run by compute-sanitizer.
+
+python tests/gpu/tiny_run.py          # decode steps in the persistent kernel, too
+python tests/gpu/tiny_run.py graph    # without: under racecheck, CTAs that poll for each other take minutes
+"""
 
 from pathlib import Path
-from sys import path
+from sys import argv, path
 
 path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
 
@@ -26,7 +30,8 @@ CHUNK = 256  # of the GEMM path: a prompt is a chunk and a short one
 
 
 def main() -> None:
-    for family, decode, prefill in FAMILIES:
+    for family, chosen, prefill in FAMILIES:
+        decode = argv[1] if len(argv) > 1 else chosen
         for graphs in (True, False):
             model = RandomModel(tiny_geometry(**family))
             options = {"graphs": graphs, "decode": decode, "prefill": prefill}
