@@ -243,6 +243,20 @@ def store_relaxed_u32(array, index, value):
     array[index] = value
 
 
+@instruction("ld.relaxed.sys.global.v4.b32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (ADDRESS,), memory=True)
+def load_relaxed_16_sys(array, index):
+    """`load_relaxed_16` of words that other GPUs may be writing."""
+    words = tuple(int(array[index + i]) for i in range(4))
+    back_off(int(index), words)
+    return words
+
+
+@instruction("st.relaxed.sys.global.b32 [$0], $1;", (), (ADDRESS, u32), memory=True)
+def store_relaxed_u32_sys(array, index, value):
+    """`store_relaxed_u32` for readers on other GPUs, too; the array may be another GPU's."""
+    array[index] = value
+
+
 @instruction("prefetch.global.L2 [$0];", (), (ADDRESS,), effect=True)
 def prefetch_l2(array, index):
     """Prefetch the cache line of an element into L2. A hint without a result."""

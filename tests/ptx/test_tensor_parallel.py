@@ -11,13 +11,17 @@ skip_without_compiler()
 from kernel_catalogue import PERSISTENT_MODELS, SHARED_BYTES, SMS  # noqa: E402
 
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels  # noqa: E402
+from numba_atomflow.model.presets import PRESETS  # noqa: E402
 from numba_atomflow.model.sharding import Sharding  # noqa: E402
+from numba_atomflow.ops.cuda.persistent.schedule import DOWN  # noqa: E402
+from numba_atomflow.ops.cuda.persistent.wide_kernel import wide_kernel  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec  # noqa: E402
 
 CC = (9, 0)
 LLAMA = replace(PERSISTENT_MODELS["Llama 1B"], layers=1)
+LLAMA_3B = replace(PRESETS["llama-3.2-3b"], layers=1)
 
 
 def compiled(spec: KernelSpec) -> str:
@@ -37,6 +41,26 @@ def test_machine_code() -> None:
     for access in ("st.relaxed.sys.global.b64", "ld.relaxed.sys.global.v2.b64", "st.relaxed.gpu", "ld.relaxed.gpu"):
         assert access in ptx
     assert ptx.count("st.relaxed.sys") % 2 == 0, "each word goes to both ranks"
+
+
+@pytest.mark.slow
+def test_machine_code_of_several_columns() -> None:
+    """With 8 columns, the widest kernel. The inputs of o and down are loaded 16 bytes at a time, and cleared so, in the
+    rank's own memory; their words are stored one by one, to both ranks.
+    """
+    kernels = RankKernels(Sharding(LLAMA_3B, 2), Chip(SMS, SHARED_BYTES[CC], CC))
+    shape = replace(kernels.persistent_shape, columns=8)
+    assert shape.refusal() is None
+    assert shape.plans[DOWN].k_halves
+    ptx = compiled(wide_kernel(shape).spec)
+    words = {"attention": 2, "attention in KV splits": 4, "gate_up": 1}
+    assert ptx.count("st.relaxed.sys.global.b32") == kernels.sharding.ranks * sum(words.values())
+    assert ptx.count("st.relaxed.sys.global.b64") % kernels.sharding.ranks == 0, "each flagged word, too"
+    for access in ("ld.relaxed.sys.global.v4.b32", "ld.relaxed.sys.global.v2.b64", "st.global.v4.u32"):
+        assert access in ptx
+    for access in ("ld.relaxed.gpu.global.v2.b64", "st.relaxed.gpu.global.b64"):
+        assert access in ptx, "q, k, v, KV splits, and the sums of half of K"
+    assert not re.search(r"relaxed\.gpu\.global\.(v4\.)?b32", ptx)
 
 
 def test_what_an_observed_op_reads_goes_to_the_ranks_that_read_it() -> None:

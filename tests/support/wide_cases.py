@@ -71,7 +71,7 @@ def check_bits(case: WideCase, columns: Sequence[int] | None = None) -> None:
     """A step of all columns, beside a single step for each of some, or of all: it finds the columns before it in the
     cache, as the step of all has left them.
     """
-    memory, tokens = _memory(case)
+    memory, tokens = draw(case)
     logits, written = _wide_step(case, memory, tokens)
     assert np.isfinite(logits).all()
     assert np.isfinite(written[:, :, : case.model.position + case.columns]).all()
@@ -89,17 +89,27 @@ def check_bits(case: WideCase, columns: Sequence[int] | None = None) -> None:
         assert np.array_equal(rows.view(np.uint16), single_rows.view(np.uint16)), f"column {column}: keys and values"
 
 
-def _memory(case: WideCase) -> tuple[Memory, NDArray[np.int32]]:
-    """A model's memory with room for the columns, and their tokens."""
+def draw(case: WideCase, steps: int = 1) -> tuple[Memory, NDArray[np.int32]]:
+    """A model's memory with room for the columns of so many steps, and their tokens."""
     model = case.model
     rng = generator(model.hidden, model.position, case.columns)
     memory = Memory(model, Model.draw(model, rng), rng)
-    positions = model.position + case.columns + 1
+    positions = model.position + steps * case.columns + 1
     memory.cache = rng.standard_normal((model.layers, 2, positions, model.kv_dim)).astype(np.float16)
     memory.cache[:, :, model.position :] = np.nan
     angles = 10000.0 ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
     memory.cosines, memory.sines = rope_table(angles, positions)
     return memory, rng.integers(model.vocabulary, size=case.columns).astype(np.int32)
+
+
+def stale_mailbox(shape: PersistentShape) -> NDArray[np.uint64]:
+    """A mailbox of NaN, of the step before."""
+    before = STEPS * (shape.layers + 1)
+    mailbox = np.full(shape.mailbox.end, before << 32 | 0xFFFFFFFF, np.uint64)
+    at = shape.mailbox
+    for start, end in ((at.residual_in, at.residual_in_exact), (at.residual_mid, at.residual_mid_exact)):
+        mailbox[start:end] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
+    return mailbox
 
 
 def _wide_step(
@@ -108,11 +118,6 @@ def _wide_step(
     """Logits [columns, V], and the cache afterwards; `memory` stays as it is."""
     shape, fault, cache = case.shape, np.zeros(1, np.int32), memory.cache.copy()
     steps = np.array([STEPS, 0], np.int64)
-    before = STEPS * (case.model.layers + 1)
-    mailbox = np.full(shape.mailbox.end, before << 32 | 0xFFFFFFFF, np.uint64)  # NaN, of the step before
-    at = shape.mailbox
-    for start, end in ((at.residual_in, at.residual_in_exact), (at.residual_mid, at.residual_mid_exact)):
-        mailbox[start:end] = (before & 0xFFFF) << 48 | 0xFFFFFFFFFFFF
     vectors = np.full((2, case.model.layers, shape.vector_words), ABSENT, np.uint32)
     vectors[(STEPS + 1) % 2] = 0  # of the step before
     logits = poisoned(case.columns * case.model.vocabulary + SPARE)
@@ -122,7 +127,7 @@ def _wide_step(
         table=memory.model.table,
         cache16=cache.reshape(-1).view(np.uint16),
         cache=memory.cache.reshape(-1).copy().view(np.uint32),  # what it writes, it need not read
-        mailbox=mailbox,
+        mailbox=stale_mailbox(shape),
         vectors=vectors.reshape(-1),
         tokens=tokens,
         position=memory.position,

@@ -42,25 +42,33 @@ class RankArrays(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """Device functions. `words` is the mailbox of one GPU, or with several GPUs the `RankArrays` of them.
+    """Device functions. `words` is the mailbox of one GPU, or with several GPUs the `RankArrays` of them; `vectors`
+    likewise, of words without flags (`persistent/wide_vectors.py`).
 
     Attributes:
         load: (words, index) -> two words as `ptx.ll_load`, which other ranks may be writing.
         load_own: the same of words that this GPU alone writes.
+        load_vector: (vectors, index) -> four words as `ptx.load_relaxed_16`, which other ranks may be writing.
         store: (words, index, low, high): a word that every rank reads.
         store_own: a word that only this GPU reads.
         store_pair: (words, index, low, high, flag): as `flagged.ll_store_pair`, a word that every rank reads.
+        store_vector: (vectors, index, value): a word of 32 bits that every rank reads.
         store_float: (arrays, index, value): a float32 for every rank, of the logits.
         of_model: (words, index, count) -> index among all ranks' of what has this index among the `count` of a rank.
+        of_columns: (words, index, column, count) -> the same where every column has `count` of a rank, one column after
+            the other: index counts those of the columns before, too.
     """
 
     load: Any
     load_own: Any
+    load_vector: Any
     store: Any
     store_own: Any
     store_pair: Any
+    store_vector: Any
     store_float: Any
     of_model: Any
+    of_columns: Any
 
 
 def make_exchange(ranks: int) -> Exchange:
@@ -70,14 +78,30 @@ def make_exchange(ranks: int) -> Exchange:
 
 def _of_one_gpu() -> Exchange:
     @ptx.device_function
-    def store_float(array, index, value):
-        array[index] = value
-
-    @ptx.device_function
     def of_model(words, index, count):
         return index
 
-    return Exchange(ptx.ll_load, ptx.ll_load, ptx.ll_store, ptx.ll_store, ll_store_pair, store_float, of_model)
+    @ptx.device_function
+    def of_columns(words, index, column, count):
+        return index
+
+    return Exchange(
+        load=ptx.ll_load,
+        load_own=ptx.ll_load,
+        load_vector=ptx.load_relaxed_16,
+        store=ptx.ll_store,
+        store_own=ptx.ll_store,
+        store_pair=ll_store_pair,
+        store_vector=ptx.store_relaxed_u32,
+        store_float=_put,
+        of_model=of_model,
+        of_columns=of_columns,
+    )
+
+
+@ptx.device_function
+def _put(array, index, value):
+    array[index] = value
 
 
 def _of_ranks(ranks: int) -> Exchange:
@@ -88,6 +112,10 @@ def _of_ranks(ranks: int) -> Exchange:
     @ptx.device_function
     def load_own(words, index):
         return ptx.ll_load(words.own, index)
+
+    @ptx.device_function
+    def load_vector(vectors, index):
+        return ptx.load_relaxed_16_sys(vectors.own, index)
 
     @ptx.device_function
     def store_own(words, index, low, high):
@@ -116,24 +144,49 @@ def _of_ranks(ranks: int) -> Exchange:
         store(words, index, first, second)
 
     @ptx.device_function
-    def store_float(arrays, index, value):
-        arrays.own[index] = value
-        arrays.peer_1[index] = value
-        if ranks > 2:
-            arrays.peer_2[index] = value
-        if ranks > 3:
-            arrays.peer_3[index] = value
-        if ranks > 4:
-            arrays.peer_4[index] = value
-        if ranks > 5:
-            arrays.peer_5[index] = value
-        if ranks > 6:
-            arrays.peer_6[index] = value
-        if ranks > 7:
-            arrays.peer_7[index] = value
-
-    @ptx.device_function
     def of_model(words, index, count):
         return index + words.rank * count
 
-    return Exchange(load, load_own, store, store_own, store_pair, store_float, of_model)
+    @ptx.device_function
+    def of_columns(words, index, column, count):
+        return index + (column * (ranks - 1) + words.rank) * count
+
+    return Exchange(
+        load=load,
+        load_own=load_own,
+        load_vector=load_vector,
+        store=store,
+        store_own=store_own,
+        store_pair=store_pair,
+        store_vector=_to_all(ranks, ptx.store_relaxed_u32_sys),
+        store_float=_to_all(ranks, _put),
+        of_model=of_model,
+        of_columns=of_columns,
+    )
+
+
+def _to_all(ranks: int, put: Any) -> Any:
+    """Device function (arrays, index, value): put it into every rank's array.
+
+    Args:
+        put: device function (array, index, value).
+    """
+
+    @ptx.device_function
+    def to_all(arrays, index, value):
+        put(arrays.own, index, value)
+        put(arrays.peer_1, index, value)
+        if ranks > 2:
+            put(arrays.peer_2, index, value)
+        if ranks > 3:
+            put(arrays.peer_3, index, value)
+        if ranks > 4:
+            put(arrays.peer_4, index, value)
+        if ranks > 5:
+            put(arrays.peer_5, index, value)
+        if ranks > 6:
+            put(arrays.peer_6, index, value)
+        if ranks > 7:
+            put(arrays.peer_7, index, value)
+
+    return to_all

@@ -24,7 +24,7 @@ from numba_atomflow.ops.cuda.token.advance import post_token
 from numba_atomflow.ops.cuda.token.embedding import make_quad
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY, NAN_KEY, token_id
 
-_PATIENCE = 4  # times as many polls as on one GPU before the watchdog trips: launches of ranks may be far apart
+PATIENCE = 4  # times as many polls as on one GPU before the watchdog trips: launches of ranks may be far apart
 # How a launch ends (`RankArguments.ending`): with no exchange, for the LM head by itself; the step ends, and leaves the
 # arg-max to kernels that choose the token; the most likely token is taken; a prompt's token is done.
 APART, SAMPLED, GREEDY, PROMPT = range(4)
@@ -126,7 +126,7 @@ def make_parts(shape: PersistentShape, reduce_best: Any) -> Parts:
     def epoch_of(io):
         return u32((io.steps[0] - io.steps_back) * (layers + 1) + 1)
 
-    return Parts(mailboxes_of, _logits_of, epoch_of, _make_embed(shape), _make_end(shape, reduce_best), _PATIENCE)
+    return Parts(mailboxes_of, logits_of, epoch_of, _make_embed(shape), _make_end(shape, reduce_best), PATIENCE)
 
 
 @ptx.device_function
@@ -139,7 +139,8 @@ def mailboxes_of(io):
 
 
 @ptx.device_function
-def _logits_of(io):
+def logits_of(io):
+    """The logits of all ranks, likewise."""
     return RankArrays(
         *(io.rank, io.logits, io.logits_1, io.logits_2, io.logits_3),
         *(io.logits_4, io.logits_5, io.logits_6, io.logits_7),

@@ -137,7 +137,8 @@ class MailboxOffsets(NamedTuple):
             the float32 sums of the whole QKV projection, row after row, and `k` and `v` are empty.
         attn_out, intermediate: pairs of float16; none with several columns (`wide_vectors.py`).
         partials, softmax_stats: of the KV splits: weighted sums of values, and (m, l) of each.
-        best_keys: of each rank, the sort key of its most likely token, in two words; none with one GPU.
+        best_keys: of each rank, for each column, the sort key of its most likely token, in two words; none with one
+            GPU.
         down_sums: of the down projection over the first half of K; there with `ProjectionPlan.k_halves`.
         end: words in all.
     """
@@ -487,7 +488,7 @@ class PersistentShape:
             "partials": self.kv_splits * self.heads * self.head_dim,
             "softmax_stats": self.kv_splits * self.heads * 2,
             "best_keys": 0 if self.rank is None else 2 * self.ranks,
-            "down_sums": self.hidden * self.plans[DOWN].k_halves,
+            "down_sums": self.hidden * self.plans[DOWN].k_halves,  # a rank takes those of its own rows
         }
         starts, end = {}, 0
         for name, size in sizes.items():

@@ -7,6 +7,9 @@ same order, every result is rounded at the same place. Each column is written to
 the same flags; the inputs of `o` and `down` have none (`wide_vectors.py`). The most likely token after each column is
 posted to the host; the position is left as it is.
 
+With `shape.rank` it is the kernel of one of several GPUs: what crosses between them goes through `comm/exchange.py`, as
+in the kernel for one column, and `wide_rank.py` has how the step begins and ends.
+
 Launch: `shape.sms` CTAs of `CTA_THREADS` threads with `shape.dynamic_shared_bytes` of dynamic shared memory.
 Cost model: the bytes of weights and KV cache, once; the columns' words, which every CTA reads from L2.
 """
@@ -19,6 +22,7 @@ from numba import cuda, int64, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.comm.flagged import SPIN_LIMIT, Watchdog, ll_store_pair
+from numba_atomflow.ops.cuda.persistent import wide_rank
 from numba_atomflow.ops.cuda.persistent.frame import make_frame
 from numba_atomflow.ops.cuda.persistent.heads import make_heads_of
 from numba_atomflow.ops.cuda.persistent.pipeline import make_first_work_tile
@@ -86,7 +90,7 @@ class WideArguments(NamedTuple):
 
 
 def make_wide(shape: PersistentShape) -> Any:
-    """Kernel (`WideArguments`)."""
+    """Kernel (`WideArguments`, or with `shape.rank` `RankWideArguments`)."""
     return make_frame(shape, _make_consume(shape))
 
 
@@ -104,16 +108,18 @@ def _make_consume(shape: PersistentShape) -> Any:
     timestamp, record_clocks = make_timestamp(shape), make_record_clocks(shape)
     attend, stage = make_attend_columns(shape, timestamp), make_stage_columns(shape)
     clear_layer, vector_words, step_words = make_clear_layer(shape), shape.vector_words, layers * shape.vector_words
-    embed, reduce_best, end_step = _make_embed(shape), _make_reduce_best(shape), _make_end_step(shape)
+    parts = _one_gpu(shape) if shape.rank is None else wide_rank.make_parts(shape)
+    mailbox_of, vectors_of, logits_of = parts.mailbox_of, parts.vectors_of, parts.logits_of
+    embed, reduce_best, end_step, patience = parts.embed, _make_reduce_best(shape), parts.end_step, parts.patience
 
     @ptx.large_device_function
     def consume(io, shared, thread):
-        words, floats, mailbox, timestamps = shared.words, shared.floats, io.mailbox, io.timestamps
+        words, floats, mailbox, timestamps = shared.words, shared.floats, mailbox_of(io), io.timestamps
         progress = cuda.local.array(2, uint32)
         limit = cuda.local.array(1, uint32)
         best = cuda.local.array(1, int64)
         progress[BUFFER], progress[CONSUMED] = u32(0), u32(0)
-        limit[0], best[0] = u32(SPIN_LIMIT), int64(LOWEST_KEY)
+        limit[0], best[0] = u32(SPIN_LIMIT * patience), int64(LOWEST_KEY)
         watchdog = Watchdog(limit, io.fault)
         tracing = thread == 0
         if tracing:
@@ -133,7 +139,7 @@ def _make_consume(shape: PersistentShape) -> Any:
             kind, layer = kind_of(op), layer_of(op)
             input_flag = u32(epoch + u32(layer))
             flag = u32(input_flag + u32(1))
-            vectors = LayerVectors(io.vectors, i32(own_vectors + layer * vector_words))
+            vectors = LayerVectors(vectors_of(io), i32(own_vectors + layer * vector_words))
             keys_start = 2 * layer * io.kv_stride
             values_start = keys_start + io.kv_stride
             if kind == ATTENTION:
@@ -156,7 +162,7 @@ def _make_consume(shape: PersistentShape) -> Any:
                 if tracing:
                     timestamp(timestamps, op, STAGED)
                 state = ColumnsState(
-                    *(mailbox, vectors, io.cache16, io.logits, timestamps, op, kind, input_flag, flag, position),
+                    *(mailbox, vectors, io.cache16, logits_of(io), timestamps, op, kind, input_flag, flag, position),
                     *(keys_start, values_start, best, watchdog),
                 )
                 project(state, work_tile, thread, shared, progress)
@@ -168,13 +174,29 @@ def _make_consume(shape: PersistentShape) -> Any:
             reduce_best(best[0], shared.keys, io, thread)
         sync_consumers()
         if thread == 0:
-            end_step(io)
+            end_step(io, epoch, watchdog)
 
     return consume
 
 
+def _one_gpu(shape: PersistentShape) -> wide_rank.WideParts:
+    @ptx.device_function
+    def mailbox_of(io):
+        return io.mailbox
+
+    @ptx.device_function
+    def vectors_of(io):
+        return io.vectors
+
+    @ptx.device_function
+    def logits_of(io):
+        return io.logits
+
+    return wide_rank.WideParts(mailbox_of, vectors_of, logits_of, _make_embed(shape), _make_end_step(shape), 1)
+
+
 def _make_embed(shape: PersistentShape) -> Any:
-    """Device function (io, words, epoch, thread): the tokens' rows of the embedding, to the mailbox."""
+    """As in `WideParts`."""
     quads, columns, hidden, table_start = shape.hidden // 4, shape.columns, shape.hidden, shape.table_start
     pairs, exact = shape.mailbox.residual_in, shape.mailbox.residual_in_exact
     look_up = make_quad(shape.embedding)
@@ -224,11 +246,11 @@ def _make_reduce_best(shape: PersistentShape) -> Any:
 
 
 def _make_end_step(shape: PersistentShape) -> Any:
-    """Device function (io): a CTA has completed its step; the last one to do so counts it and posts the tokens."""
+    """As in `WideParts`."""
     ctas, columns = shape.sms, shape.columns
 
     @ptx.device_function
-    def end_step(io):
+    def end_step(io, epoch, watchdog):
         steps, choices = io.steps, io.choices
         cuda.threadfence()  # the CTA's largest keys are in `best` before the CTA is counted
         if cuda.atomic.add(steps, 1, 1) == ctas - 1:
@@ -246,6 +268,7 @@ def _make_end_step(shape: PersistentShape) -> Any:
 
 def wide_kernel(shape: PersistentShape) -> Planned:
     """The kernel of `make_wide`."""
-    name, shared_bytes = f"persistent_x{shape.columns}", shape.dynamic_shared_bytes
-    spec = kernel_spec(name, make_wide, WideArguments, CTA_THREADS, shared_bytes, shape=shape)
+    name = f"{'persistent' if shape.rank is None else 'persistent_rank'}_x{shape.columns}"
+    signature = WideArguments if shape.rank is None else wide_rank.RankWideArguments
+    spec = kernel_spec(name, make_wide, signature, CTA_THREADS, shape.dynamic_shared_bytes, shape=shape)
     return Planned(replace(spec, cooperative=True), shape.sms)

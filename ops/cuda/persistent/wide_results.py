@@ -7,6 +7,7 @@ from numba import cuda, uint32
 
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.combine import make_combine
+from numba_atomflow.ops.cuda.comm.exchange import make_exchange
 from numba_atomflow.ops.cuda.comm.flagged import watchdog_trips
 from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_THREADS,
@@ -22,13 +23,21 @@ _COMBINED = 4  # pairs of elements whose partial results a thread receives at on
 
 
 def make_store_out(shape: PersistentShape) -> Any:
-    """Device function (io, head, pair, low, high): two elements of a result; head: KV head, counted over columns."""
-    pairs = shape.query_group * shape.head_dim // 2
+    """Device function (io, column, head, pair, low, high): two elements of a result; head: KV head, counted over
+    columns.
+    """
+    pairs, own_pairs, exchange = (
+        shape.query_group * shape.head_dim // 2,
+        shape.heads * shape.head_dim // 2,
+        make_exchange(shape.ranks),
+    )
+    store_vector, of_columns = exchange.store_vector, exchange.of_columns
 
     @ptx.device_function
-    def store_out(io, head, pair, low, high):
+    def store_out(io, column, head, pair, low, high):
         vectors = io.vectors
-        ptx.store_relaxed_u32(vectors.words, vectors.start + head * pairs + pair, ptx.pack_f16x2(low, high))
+        word = of_columns(vectors.words, vectors.start + head * pairs + pair, column, own_pairs)
+        store_vector(vectors.words, word, ptx.pack_f16x2(low, high))
 
     return store_out
 
@@ -41,6 +50,7 @@ def make_store_result(shape: PersistentShape, out_start: int, stats_start: int) 
     kv_heads, row_quads, rows = shape.kv_heads, head_dim // 4, shape.attention_rows
     mailbox_partials, mailbox_stats = shape.mailbox.partials, shape.mailbox.softmax_stats
     combine, store_out = make_combine(head_dim, rows, out_start, stats_start), make_store_out(shape)
+    publish = make_exchange(shape.ranks).store_own
 
     @ptx.large_device_function
     def store_result(io, group, floats, thread):
@@ -57,18 +67,18 @@ def make_store_result(shape: PersistentShape, out_start: int, stats_start: int) 
             if active == 1:
                 inverse = _ONE / row_sum
                 pair = i32((head_row * row_quads + quad) * 2)
-                store_out(io, head, pair, o0 * inverse, o1 * inverse)
-                store_out(io, head, pair + 1, o2 * inverse, o3 * inverse)
+                store_out(io, column, head, pair, o0 * inverse, o1 * inverse)
+                store_out(io, column, head, pair + 1, o2 * inverse, o3 * inverse)
             elif split < active:
                 unit = (head * kv_splits + split) * query_group + head_row
                 index = mailbox_partials + unit * head_dim + d
-                ptx.ll_store(io.mailbox, index, ptx.f32_bits(o0), io.flag)
-                ptx.ll_store(io.mailbox, index + 1, ptx.f32_bits(o1), io.flag)
-                ptx.ll_store(io.mailbox, index + 2, ptx.f32_bits(o2), io.flag)
-                ptx.ll_store(io.mailbox, index + 3, ptx.f32_bits(o3), io.flag)
+                publish(io.mailbox, index, ptx.f32_bits(o0), io.flag)
+                publish(io.mailbox, index + 1, ptx.f32_bits(o1), io.flag)
+                publish(io.mailbox, index + 2, ptx.f32_bits(o2), io.flag)
+                publish(io.mailbox, index + 3, ptx.f32_bits(o3), io.flag)
                 if d == 0:
-                    ptx.ll_store(io.mailbox, mailbox_stats + unit * 2, ptx.f32_bits(m), io.flag)
-                    ptx.ll_store(io.mailbox, mailbox_stats + unit * 2 + 1, ptx.f32_bits(row_sum), io.flag)
+                    publish(io.mailbox, mailbox_stats + unit * 2, ptx.f32_bits(m), io.flag)
+                    publish(io.mailbox, mailbox_stats + unit * 2 + 1, ptx.f32_bits(row_sum), io.flag)
             entry = i32(entry + CONSUMER_THREADS)
 
     return store_result
@@ -85,6 +95,7 @@ def make_combine_splits(shape: PersistentShape) -> Any:
     team = 16 if kv_splits <= 16 else 32
     team_max, team_sum = make_team(team)
     store_out, registers, teams = make_store_out(shape), 8 * _COMBINED, CONSUMER_THREADS // team
+    load = make_exchange(shape.ranks).load_own
 
     @ptx.device_function
     def split_pair(group, pair):
@@ -114,9 +125,9 @@ def make_combine_splits(shape: PersistentShape) -> Any:
                     part = min(lane, i32(active_splits(group, column) - 1))
                     unit = i32(((column * kv_heads + group.kv_head) * kv_splits + part) * query_group + head_row)
                     d = i32(2 * (head_pair - head_row * head_words))
-                    w0, w1, w2, w3 = ptx.ll_load(mailbox, stats_start + unit * 2)
+                    w0, w1, w2, w3 = load(mailbox, stats_start + unit * 2)
                     received[8 * i], received[8 * i + 1], received[8 * i + 2], received[8 * i + 3] = w0, w1, w2, w3
-                    w0, w1, w2, w3 = ptx.ll_load(mailbox, partials_start + unit * head_dim + d)
+                    w0, w1, w2, w3 = load(mailbox, partials_start + unit * head_dim + d)
                     received[8 * i + 4], received[8 * i + 5], received[8 * i + 6], received[8 * i + 7] = w0, w1, w2, w3
                 for i in range(4 * _COMBINED):
                     if received[2 * i + 1] != flag:
@@ -135,7 +146,8 @@ def make_combine_splits(shape: PersistentShape) -> Any:
                 low = team_sum(ptx.bits_f32(received[8 * i + 4]) * rescale)
                 high = team_sum(ptx.bits_f32(received[8 * i + 6]) * rescale)
                 if lane == 0 and team_pair < end:
-                    store_out(io, i32(column * kv_heads + group.kv_head), head_pair, low / total, high / total)
+                    head = i32(column * kv_heads + group.kv_head)
+                    store_out(io, column, head, head_pair, low / total, high / total)
             warp_pair = i32(warp_pair + _COMBINED * step)
 
     return combine_splits

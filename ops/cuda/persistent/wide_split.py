@@ -9,6 +9,7 @@ from numba import cuda, float32, uint32
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.attention.fragments import make_head_fragments
 from numba_atomflow.ops.cuda.attention.softmax import LOWEST, make_softmax_step, quad_sum
+from numba_atomflow.ops.cuda.comm.exchange import make_exchange
 from numba_atomflow.ops.cuda.comm.flagged import watchdog_trips
 from numba_atomflow.ops.cuda.persistent.heads import make_receive_heads
 from numba_atomflow.ops.cuda.persistent.schedule import (
@@ -39,7 +40,7 @@ def _make_receive_tokens(shape: PersistentShape, token_start: int) -> Any:
     q_loads, kv_loads = query_group * half // 2, half // 2  # of a column, and of its key
     most = shape.attention_columns * q_loads + 2 * columns * kv_loads
     rounds = -(-most // CONSUMER_THREADS)
-    registers = 4 * rounds
+    registers, load = 4 * rounds, make_exchange(shape.ranks).load_own
 
     @ptx.device_function
     def scatter(halves, start, i, pair):
@@ -70,7 +71,7 @@ def _make_receive_tokens(shape: PersistentShape, token_start: int) -> Any:
             waiting = False
             for i in range(rounds):
                 index, _, _ = place(group, all_q_loads, min(u32(i * CONSUMER_THREADS + thread), last))
-                w0, w1, w2, w3 = ptx.ll_load(mailbox, index)
+                w0, w1, w2, w3 = load(mailbox, index)
                 received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
             for i in range(rounds):
                 if received[4 * i + 1] != flag or received[4 * i + 3] != flag:

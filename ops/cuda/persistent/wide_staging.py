@@ -13,6 +13,7 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
+from numba_atomflow.ops.cuda.comm.exchange import make_exchange
 from numba_atomflow.ops.cuda.comm.flagged import has_pair_flag, unpack_pair, watchdog_trips
 from numba_atomflow.ops.cuda.persistent.schedule import (
     CONSUMER_THREADS,
@@ -78,11 +79,11 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
     gain_registers, registers = 4 * input_rounds, 4 * input_rounds * batch
     more_registers = registers if pair else 1
     stride = max(1, columns * quads // 32)
-    inverse_width, epsilon = np.float32(1.0 / width), np.float32(shape.eps)
+    inverse_width, epsilon, load = np.float32(1.0 / width), np.float32(shape.eps), make_exchange(shape.ranks).load
 
     @ptx.device_function
     def has_arrived(mailbox, start, flag, i):
-        _, high0, _, high1 = ptx.ll_load(mailbox, start + 2 * min(i * stride, columns * quads - 1))
+        _, high0, _, high1 = load(mailbox, start + 2 * min(i * stride, columns * quads - 1))
         return has_pair_flag(high0, flag) and has_pair_flag(high1, flag)
 
     await_sample = _make_await_sample(shape, has_arrived)
@@ -93,7 +94,7 @@ def make_stage_norms(shape: PersistentShape, padded: int) -> Any:
         for column in range(batch):
             for i in range(input_rounds):
                 quad = min(i * CONSUMER_THREADS + thread, quads - 1)
-                w0, w1, w2, w3 = ptx.ll_load(mailbox, start + column * words_per_column + 2 * quad)
+                w0, w1, w2, w3 = load(mailbox, start + column * words_per_column + 2 * quad)
                 base = 4 * (column * input_rounds + i)
                 received[base], received[base + 1], received[base + 2], received[base + 3] = w0, w1, w2, w3
 
@@ -207,7 +208,7 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: in
     registers, step = 4 * loads, loads * CONSUMER_THREADS
     early_loads = min(loads, early // 8 // piece * piece * columns // CONSUMER_THREADS)
     awaited = early_loads * CONSUMER_THREADS  # the first quad of the rest
-    stride = max(1, (all_quads - awaited) // 32)
+    stride, load_vector = max(1, (all_quads - awaited) // 32), make_exchange(shape.ranks).load_vector
 
     @ptx.device_function
     def place(unit):
@@ -224,7 +225,7 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: in
     @ptx.device_function
     def has_arrived(vectors, start, flag, i):
         unit = min(i32(awaited + i * stride), i32(all_quads - 1))
-        w0, w1, w2, w3 = ptx.load_relaxed_16(vectors, start + word_of(unit))
+        w0, w1, w2, w3 = load_vector(vectors, start + word_of(unit))
         return all_arrived(w0, w1, w2, w3)
 
     await_sample = _make_await_sample(shape, has_arrived)
@@ -233,7 +234,7 @@ def make_stage_copies(shape: PersistentShape, width: int, padded: int, pitch: in
     def load(vectors, start, first, load_start, load_end, received):
         for i in range(load_start, load_end):
             unit = min(i32(first + i * CONSUMER_THREADS), i32(all_quads - 1))
-            w0, w1, w2, w3 = ptx.load_relaxed_16(vectors, start + word_of(unit))
+            w0, w1, w2, w3 = load_vector(vectors, start + word_of(unit))
             received[4 * i], received[4 * i + 1], received[4 * i + 2], received[4 * i + 3] = w0, w1, w2, w3
 
     @ptx.device_function
@@ -288,8 +289,8 @@ def make_stage_columns(shape: PersistentShape) -> Any:
     inputs of a projection of this kind. work_tile: the CTA's first; vectors: `LayerVectors`. The other arguments are
     those of `staging.make_stage`.
     """
-    offsets, attn_width, intermediate = shape.mailbox, shape.heads * shape.head_dim, shape.intermediate
-    k_halves, half_words, intermediate_start = shape.plans[DOWN].k_halves, shape.intermediate // 4, shape.attn_out_words
+    offsets, attn_width, intermediate = shape.mailbox, shape.o.in_features, shape.down.in_features
+    k_halves, half_words, intermediate_start = shape.plans[DOWN].k_halves, intermediate // 4, shape.attn_out_words
     stage_norms = make_stage_norms(shape, shape.qkv.padded_in_features)
     stage_attn_out = make_stage_copies(shape, attn_width, shape.o.padded_in_features, attn_width // 2)
     down_width = intermediate // (1 + k_halves)

@@ -11,6 +11,22 @@ reads its own; what a step has read of a word is therefore `ABSENT`, which the e
 this step's result. Nothing is inferred of another word, and no order of two results matters, so there is no fence. A
 step always writes every word, also one whose watchdog tripped. A step that did not end leaves both halves unknown: the
 host then sets them to `ABSENT` (`PersistentStep.reset`), as it does before the first step.
+
+Several GPUs. Each has a copy for all columns and all of the model's elements; a word is stored to every copy, with
+system scope, and each GPU polls, and clears, its own copy. A clear must come after the last store and the last load of
+the step before, and before the first store of the step after:
+
+- Half h is written and read in step n. In step n + 1, which uses the other half, its GPU clears it. No peer's store of
+  step n comes later: it comes before a fence of system scope and the count of the peer's CTA, these before the peer's
+  key, and every GPU awaits all keys before its step n ends (`wide_rank.py`). The GPU's own loads of step n have ended
+  with its launch.
+- A peer stores into h again in step n + 2, which it begins when its step n + 1 has ended, after the key of this GPU.
+  All CTAs of this GPU have cleared their part before that key: each by plain stores, then a barrier of its consumer
+  warps, a fence of system scope by one of their threads, and the count that the last CTA reads before it sends the key.
+
+So a peer may be one step ahead at most, in the half that this GPU does not clear in its own step: what it stores there
+before this GPU's step begins is a result of that step, and is found when it begins. Parity is that of steps of this
+number of columns, which all GPUs count alike.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +45,7 @@ class LayerVectors(NamedTuple):
     """Of a layer, for every column: attn_out, then intermediate, in pairs of float16.
 
     Attributes:
-        words: of all layers, [2, layers, shape.vector_words].
+        words: of all layers, [2, layers, shape.vector_words]; with several GPUs the `RankArrays` of them.
         start: word at which this layer's begin.
     """
 
