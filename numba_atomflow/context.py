@@ -134,7 +134,7 @@ class Context:
 
     def capture(self, token_ids: Sequence[int], chosen: Sequence[Activation]) -> dict[str, NDArray[np.float32]]:
         """Feed a prompt from position 0 on; its activations [len(token_ids), width] by name."""
-        backend, chunk = self.backend, self.backend.prefill_chunk
+        backend, chunk = self.backend, self.backend.observed_chunk
         self.rewind(0)
         recorder = Recorder(backend, chosen, len(token_ids))
         for start in range(0, len(token_ids), chunk):

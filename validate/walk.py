@@ -18,8 +18,8 @@ def walk(
 ) -> None:
     """Run `tokens` from position 0.
 
-    The chunks are those of `prefill`. Single tokens run the ops of `decode`, and the sampled token is discarded. Logits
-    of the other rows of a chunk are computed by `Backend.logits`.
+    The chunks are those of `prefill`, if steps under an observer take as many tokens. Single tokens run the ops of
+    `decode`, and the sampled token is discarded. Logits of the other rows of a chunk are computed by `Backend.logits`.
 
     Args:
         backend: of the model; its KV cache is overwritten.
@@ -29,7 +29,7 @@ def walk(
         block: tokens per step of the prompt; the backend's own if None, 1 to take it as decode steps.
         progress: called with a description, tokens done and total tokens.
     """
-    width = backend.prefill_chunk if block is None else min(block, backend.prefill_chunk)
+    width = backend.observed_chunk if block is None else min(block, backend.observed_chunk)
     starts = [*range(0, prompt_tokens, width), *range(prompt_tokens, len(tokens))]
     stops = [*starts[1:], len(tokens)]
     backend.seek(0)

@@ -163,6 +163,10 @@ class Backend(Protocol):
     compile_seconds: float
 
     @property
+    def observed_chunk(self) -> int:
+        """Most tokens of one step of `observe`, and most rows of `logits` with an observer."""
+
+    @property
     def decode_path(self) -> DecodePath | None:
         """How decode steps run, where there is more than one way; None on the CPU."""
 
@@ -263,7 +267,8 @@ class Backend(Protocol):
         """
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
-        """`prefill` with an observer; for one token and `SAMPLE`, `decode` with an observer.
+        """`prefill` of up to `observed_chunk` tokens with an observer; for one token and `SAMPLE`, `decode` with an
+        observer.
 
         It executes the list that `prefill` and `decode` run, and finishes each op before the observer sees it.
         """

@@ -146,7 +146,7 @@ class _Stream:
 
 def unembed(backend: Backend, rows: Rows) -> Rows:
     """Logits [n, V] of any rows [n, hidden] of a residual stream: final norm and LM head."""
-    chunk = backend.prefill_chunk
+    chunk = backend.observed_chunk
     parts = [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
     return np.concatenate([backend.logits(0, len(part), _Stream(backend, part)) for part in parts])
 
@@ -215,7 +215,8 @@ class EditedBackend:
         self._backend, self._edits, self._captured = backend, _Edits(backend, edits), captured
         self._position = 0  # at which the next token is written
         self.name, self.device, self.plan = backend.name, backend.device, backend.plan
-        self.prefill_chunk, self.compile_seconds = backend.prefill_chunk, backend.compile_seconds
+        self.prefill_chunk = self.observed_chunk = backend.observed_chunk
+        self.compile_seconds = backend.compile_seconds
 
     # --- under edits -------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ class EditedBackend:
         self._position = position
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
-        """Run up to `prefill_chunk` tokens at the current position, and advance it."""
+        """Run up to `prefill_chunk` tokens at the current position, and advance it: as many as under an observer."""
         self._observe(tokens, head, self._edits)
 
     def decode(self) -> None:

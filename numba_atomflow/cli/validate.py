@@ -295,12 +295,16 @@ def _check_chunks(backend: "Backend", reference: "Reference", block: int | None)
     """Refuse a prompt that is not in chunks: then the backend would be compared with itself."""
     from numba_atomflow.ops.cuda.gemv.projections import MAX_GEMV_WIDTH
 
+    if backend.observed_chunk == 1:
+        raise OptionError(
+            "--diff-chunks is not possible here: steps under observation take one token; use --widths, or --diff-gpus."
+        )
     path = backend.prefill_path
     if path is None:
         gemv_tokens = backend.verification.width
     else:
         gemv_tokens = 1 if path.name == "gemv" else MAX_GEMV_WIDTH
-    longest = min(block or backend.prefill_chunk, reference.prompt_tokens)
+    longest = min(block or backend.observed_chunk, reference.prompt_tokens)
     if longest <= gemv_tokens:
         raise OptionError(
             f"--diff-chunks needs a chunk of more than {gemv_tokens} tokens, and the longest one here has {longest}; "

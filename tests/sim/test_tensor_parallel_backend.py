@@ -1,4 +1,6 @@
-"""The backend of several GPUs in numba's simulator, under observers: whole steps, the validator, and a fault."""
+"""The backend of several GPUs in numba's simulator: steps of one token and of several, and under observers, with the
+validator and a fault.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +15,7 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed
 
 from numba_atomflow import Engine, validate
 from numba_atomflow.backends.base import Backend, Memory
-from numba_atomflow.model.step import SAMPLE, Attention, LmHead, Op
+from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead, Op
 
 pytestmark = pytest.mark.slow  # tests/cpu/test_tensor_parallel_backend.py has what needs no kernels
 SMALL = tiny_geometry(layers=1, hidden=32, heads=2, kv_heads=2, head_dim=64, ffn=32, vocabulary=40)
@@ -48,11 +50,11 @@ class ReadsAndWrites:
             self.logits = memory.read(op.logits)
 
 
-def keys_and_values(backend: Backend) -> list[NDArray[np.uint16]]:
-    """Of the first position."""
+def keys_and_values(backend: Backend, positions: int = 1) -> list[NDArray[np.uint16]]:
+    """Of the first position, or of more."""
     (op,) = (op for op in backend.step(1, SAMPLE) if isinstance(op, Attention))
     with backend.memory() as memory:
-        return [memory.read(view.rows(0, 1)).view(np.uint16) for view in (op.keys, op.values)]
+        return [memory.read(view.rows(0, positions)).view(np.uint16) for view in (op.keys, op.values)]
 
 
 def test_an_observed_step_has_the_bits_of_a_whole_one(engine: Engine) -> None:
@@ -79,3 +81,40 @@ def test_the_validator_finds_a_fault_of_one_rank(engine: Engine) -> None:
     report = validate.check(engine.backend, reference)
     assert report.fault is not None
     assert (report.fault.op, report.fault.probe) == ("layer.0.o", "layer.0.after_attention")
+
+
+def test_steps_of_several_tokens_have_the_bits_of_single_ones(engine: Engine) -> None:
+    """Verified, and as a prompt: padded from 3 to 4, the padding behind the position."""
+    backend, tokens = engine.backend, [TOKEN, 2, 39]
+    expected = np.stack([engine.feed([token]) for token in tokens])
+    cache, chosen = keys_and_values(backend, 3), expected.argmax(axis=1).tolist()
+    blank = [np.full_like(rows, 0x7E00) for rows in cache]
+
+    def forget() -> None:
+        """Keys and values become NaN."""
+        (op,) = (op for op in backend.step(1, SAMPLE) if isinstance(op, Attention))
+        with backend.memory() as memory:
+            for view, rows in zip((op.keys, op.values), blank, strict=True):
+                memory.write(view.rows(0, 3), rows.view(np.float16))
+        backend.seek(0)
+
+    forget()
+    np.testing.assert_array_equal(backend.verify(tokens), expected)
+    np.testing.assert_array_equal(keys_and_values(backend, 3), cache)
+    np.testing.assert_array_equal(backend.verify(tokens[:1]), expected[:1])
+    assert backend.verify_greedy(tokens[:1]) == chosen[:1]
+    assert backend.verify_greedy([tokens[0], chosen[0]])[0] == chosen[0]
+
+    forget()
+    backend.prefill(tokens, NO_LOGITS)
+    np.testing.assert_array_equal(backend.logits(0, 3), expected)
+    np.testing.assert_array_equal(keys_and_values(backend, 3), cache)
+
+    forget()
+    backend.prefill(tokens, SAMPLE)
+    assert backend.sampled_tokens() == (chosen[2],)
+    backend.decode()
+    following = backend.sampled_tokens()
+    backend.seek(3)
+    backend.prefill([chosen[2]], SAMPLE)
+    assert backend.sampled_tokens() == following, "the position moved by the tokens, without the padding"

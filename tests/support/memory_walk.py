@@ -80,11 +80,11 @@ def walk_engine(geometry: ModelGeometry, context: int, check: Callable[[], None]
             pass
         else:
             raise AssertionError("a token after the last position was accepted")
-        for start in range(0, context, backend.prefill_chunk):
+        for start in range(0, context, backend.observed_chunk):
             backend.seek(start)
-            backend.observe(tokens[start : start + backend.prefill_chunk], SAMPLE, ReadingObserver())
+            backend.observe(tokens[start : start + backend.observed_chunk], SAMPLE, ReadingObserver())
             check()
-        backend.logits(0, min(backend.prefill_chunk, context), ReadingObserver())
+        backend.logits(0, min(backend.observed_chunk, context), ReadingObserver())
         backend.seek(context - 1)
         backend.measure.time_ops(2)
         backend.measure.time_step(2)

@@ -274,6 +274,12 @@ class PretendedDriver:
         self.cleared.append((address, nbytes))
         ctypes.memset(self._inside(address, nbytes), value, nbytes)
 
+    def _cuMemsetD32Async(self, address: int, value: int, count: int, stream: int) -> None:
+        self._alive(stream, "stream")
+        self._inside(address, 4 * count)
+        words = (ctypes.c_uint32 * count).from_address(int(address))
+        np.frombuffer(words, np.uint32)[:] = value
+
     # --- streams, graphs, kernels ---
 
     def _cuStreamCreate(self, _flags: Any) -> int:

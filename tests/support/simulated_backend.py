@@ -191,6 +191,10 @@ class SimulatedBackend:
     def prefill_chunk(self) -> int:
         return self.kernels.prefill_chunk
 
+    @property
+    def observed_chunk(self) -> int:
+        return self.prefill_chunk
+
     def step(self, tokens: int, head: Head) -> list[Op]:
         return self.model.step(tokens, head)
 

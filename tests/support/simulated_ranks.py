@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pretended_gpu import PretendedDriver, pretend_compiler
 
-from numba_atomflow.backends.cuda.tensor_parallel import rank, steps
+from numba_atomflow.backends.cuda.tensor_parallel import columns, rank, steps
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_reference
 from numba_atomflow.ops.cuda.runtime.launch import Kernel
@@ -43,7 +43,7 @@ class _Launch:
     @property
     def waits(self) -> bool:
         """Whether it waits for the other ranks' launches."""
-        return self.spec.name == "persistent_rank"
+        return self.spec.name.startswith("persistent_rank")
 
     def run(self) -> None:
         _Launch.waiting.setdefault(self._stream, []).append(self)
@@ -66,7 +66,8 @@ def simulate_ranks(monkeypatch: pytest.MonkeyPatch, side_by_side: SideBySide, gp
     machine.install(monkeypatch)
     machine.gpus = gpus
     _Launch.waiting = {}
-    monkeypatch.setattr(rank, "Launch", _Launch)
+    for module in (rank, columns):
+        monkeypatch.setattr(module, "Launch", _Launch)
     monkeypatch.setattr(Uploader, "projection", _prepack)
     on_all = steps.RankSteps.on_all
 

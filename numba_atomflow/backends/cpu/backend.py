@@ -120,6 +120,11 @@ class CpuBackend:
         return self._buffers[name].host_array()
 
     @property
+    def observed_chunk(self) -> int:
+        """As many as a prefill step takes."""
+        return self.prefill_chunk
+
+    @property
     def prompt_lengths(self) -> list[int]:
         """There are kernels for one token, for few and for many."""
         lengths = (1, 2, projection.GEMV_TOKENS + 1)

@@ -164,6 +164,11 @@ class CudaBackend:
         self._owner.close()
 
     @property
+    def observed_chunk(self) -> int:
+        """As many as a prefill step takes."""
+        return self.prefill_chunk
+
+    @property
     def prompt_lengths(self) -> list[int]:
         """One for each width of the GEMV kernels and each bucket of the GEMM path."""
         return self.kernels.prompt_lengths(self.prefill_chunk)

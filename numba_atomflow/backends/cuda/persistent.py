@@ -65,7 +65,13 @@ def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
         Buffer("workspace", "verify.seen_rows", (width, -(-kernels.geometry.vocabulary // 32)), "uint32"),
         Buffer("workspace", "prompt.choices", (width,), "uint64"),
     ]
-    for columns, shape in kernels.wide_shapes.items():
+    return buffers + width_buffers(kernels.wide_shapes)
+
+
+def width_buffers(shapes: Mapping[int, PersistentShape]) -> list[Buffer]:
+    """Those that each width has for itself, of shapes by their number of columns."""
+    buffers = []
+    for columns, shape in shapes.items():
         buffers.append(Buffer("workspace", f"verify.mailbox_x{columns}", (shape.mailbox.end,), "uint64"))
         vectors = (2, shape.layers, shape.vector_words)
         buffers.append(Buffer("workspace", f"verify.vectors_x{columns}", vectors, "uint32"))

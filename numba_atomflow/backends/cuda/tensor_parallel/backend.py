@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Observer, Verification
+from numba_atomflow.backends.base import Observer
 from numba_atomflow.backends.cuda.families import check_no_window
 from numba_atomflow.backends.cuda.queue import StepQueue
 from numba_atomflow.backends.cuda.tensor_parallel.gpus import connect, open_all, ranks_per_gpu
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.backends.cuda.tensor_parallel.measure import RankMeasurements
 from numba_atomflow.backends.cuda.tensor_parallel.observe import ObservedSteps
-from numba_atomflow.backends.cuda.tensor_parallel.plan import DECODE, PREFILL, rank_plan
+from numba_atomflow.backends.cuda.tensor_parallel.plan import DECODE, prefill_path, rank_plan
 from numba_atomflow.backends.cuda.tensor_parallel.rank import Rank, upload
 from numba_atomflow.backends.cuda.tensor_parallel.steps import RankSteps
+from numba_atomflow.backends.cuda.tensor_parallel.verify import VerifyingSteps
 from numba_atomflow.backends.cuda.tensor_parallel.views import ModelMemory, ModelViews
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
@@ -24,16 +25,16 @@ from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.memory.bounds import check_indices, check_range
 from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.model.sharding import Sharding
-from numba_atomflow.model.step import NO_LOGITS, Head, Op
+from numba_atomflow.model.step import Head, Op
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
-from numba_atomflow.sampling import Sampler, SamplingParams, most_likely_token
+from numba_atomflow.sampling import Sampler, SamplingParams
 from numba_atomflow.utils.progress import OpenBar, Progress
 
 
 class TensorParallelBackend:
     """Runs a checkpoint's ops on several NVIDIA GPUs of one machine, with the bits of one.
 
-    Prompts run in the same steps as replies, a token at a time.
+    Prompts run in the same steps as replies, up to 8 tokens at a time.
 
     Args:
         geometry: of the model.
@@ -50,12 +51,10 @@ class TensorParallelBackend:
     """
 
     name = "cuda"
-    decode_path, prefill_path = DECODE, PREFILL
-    prefill_chunk = 1
-    prompt_lengths = (1,)
+    decode_path = DECODE
+    observed_chunk = 1
     device_edits = None  # edits are functions of the host
-    verify_sampled = None
-    verification = Verification(1, "several GPUs run steps of one token only")
+    verify_sampled = None  # the host samples, from the logits of `verify`
 
     def __init__(
         self,
@@ -76,6 +75,8 @@ class TensorParallelBackend:
         try:
             connect(devices)
             kernels = RankKernels(sharding, chip_of(devices[0]), head, ranks_per_gpu=shared)
+            self.prefill_path, self.verification = prefill_path(kernels), kernels.verification
+            self.prefill_chunk = min(kernels.most_columns, max_seq_len)
             self.plan = rank_plan(kernels, max_seq_len)
             gpus = zip(devices, owners, strict=True)
             self._ranks = [Rank(number, kernels, self.plan, *gpu) for number, gpu in enumerate(gpus)]
@@ -83,6 +84,8 @@ class TensorParallelBackend:
             for owner in owners:
                 owner.close()
             raise
+        self.prompt_lengths = sorted({min(width, self.prefill_chunk) for width in (1, *kernels.wide_shapes)})
+        self._rows = 0  # of the last prompt's step, if it had several tokens
         gpu = devices[0]
         self.device = f"{len(ordinals)} x {gpu.name}, CUDA {'.'.join(map(str, gpu.driver_version))}"
         self._views = ModelViews(kernels, max_seq_len)
@@ -94,7 +97,10 @@ class TensorParallelBackend:
     # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Compile all kernels or load them from the cache, and upload each rank's rows of the weights."""
+        """Compile what every reply needs or load it from the cache, and upload each rank's rows of the weights.
+
+        Kernels of several tokens follow when a prompt, or a step that verifies, first needs them.
+        """
         if self._arrays is None:
             raise RuntimeError("prepare was called before")
         for rank in self._ranks:
@@ -105,6 +111,7 @@ class TensorParallelBackend:
             with rank.owner.current():
                 rank.initialise(self._max_seq_len)
                 rank.bind([other for other in self._ranks if other is not rank])
+        self._verifying = VerifyingSteps(self._steps, self._queue)
         self._steps.wait()
         self.start(Sampler(SamplingParams(), self.geometry.vocabulary, ()))
         self._arrays = None
@@ -115,7 +122,8 @@ class TensorParallelBackend:
         self._steps.close()
 
     def show_compiling(self, open_bar: OpenBar) -> None:
-        """Nothing is compiled after `prepare`."""
+        """Open a bar whenever kernels are compiled from now on."""
+        self._steps.open_bar = open_bar
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -137,33 +145,45 @@ class TensorParallelBackend:
         self._top_logprobs = sampler.params.logprobs or 0
 
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
-        """Run one token at the current position, and advance it. Does not wait."""
+        """Run up to `prefill_chunk` tokens at the current position, and advance it. Does not wait, but for the first of
+        a width, whose kernel it loads.
+        """
+        check_range("tokens of a prompt's step", 0, len(tokens), self.prefill_chunk)
         self._check(tokens)
-        self._steps.send(tokens[0])
-        self._queue.run(1, head)
+        self._rows = len(tokens) if len(tokens) > 1 else 0
+        self._steps.send(tokens)
+        self._queue.run(len(tokens), head)
 
     def _check(self, tokens: Sequence[int]) -> None:
-        check_range("tokens of a prompt's step", 0, len(tokens), self.prefill_chunk)
         check_range("positions", self._queue.position, len(tokens), self._max_seq_len)
         check_indices("tokens", np.asarray(tokens), self.geometry.vocabulary)
 
     def decode(self) -> None:
         """Run the tokens that were sampled last, sample the next ones, and advance. Does not wait."""
+        self._rows = 0
         self._queue.decode()
 
     def sampled_tokens(self) -> tuple[int, ...]:
         """The tokens that the last step has sampled, in order; waits for them."""
-        return self._queue.receive()
+        tokens = self._queue.receive()
+        if self._rows:
+            self._check_wide_step()
+        return tokens
 
     def sampled_logprobs(self) -> tuple[TokenLogprobs, ...]:
         """How likely the tokens of `sampled_tokens` were, which must have returned them."""
         return (self._ranks[0].logprob_ring.read(self._queue.requested, self._top_logprobs),)
 
     def logits(self, start: int, stop: int, observer: Observer | None = None) -> NDArray[np.float32]:
-        """Logits [stop - start, V] of the last prefill's token (a copy)."""
-        check_range("rows of logits", start, stop - start, 1)
+        """Logits [stop - start, V] of these rows of the last prefill (a copy); with an observer of one row."""
+        check_range("rows of logits", start, stop - start, 1 if observer is not None else max(self._rows, 1))
         if observer is not None:
             return self._observed.logits(observer)[: stop - start]
+        if self._rows:
+            self._check_wide_step()
+            first = self._ranks[0]
+            with first.owner.current():
+                return first.memory.read(first.buffers["verify.logits"].rows(start, stop))
         try:
             self._steps.run_head()
         except BackendError:
@@ -178,19 +198,39 @@ class TensorParallelBackend:
         """Access to views of the whole model, of which each rank has a part."""
         yield ModelMemory(self._views, self._ranks)
 
+    def _check_wide_step(self) -> None:
+        """Raise if a watchdog tripped in a prompt's step of several tokens: unlike in a decode step, its token does not
+        show that.
+        """
+        try:
+            self._steps.check_watchdog()
+        except BackendError:
+            self._queue.distrust()
+            raise
+
     def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [1, V] after one token at the current position, which stays as it is."""
-        position = self._queue.position
-        self.prefill(tokens, NO_LOGITS)
-        logits = self.logits(0, 1)
-        self.seek(position)
-        return logits
+        """Logits [len(tokens), V] after each of the tokens at the current position, which stays as it is.
+
+        The array is valid until the next `verify`.
+        """
+        self._check_verified(tokens)
+        return self._verifying.run(tokens, self._queue.position)
 
     def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
-        """The most likely token after one token at the current position, which stays as it is."""
-        return [most_likely_token(self.verify(tokens)[0])]
+        """Those of the tokens after the first that are the most likely ones, and the most likely token after them."""
+        self._check_verified(tokens)
+        return self._verifying.choose(tokens, self._queue.position)
+
+    def _check_verified(self, tokens: Sequence[int]) -> None:
+        check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
+        self._check(tokens)
+        self._rows = 0
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:
-        """`prefill` or `decode` with an observer: the ops of the persistent kernel, one at a time on all ranks."""
+        """`prefill` or `decode` of one token with an observer: the ops of the persistent kernel, one at a time on all
+        ranks.
+        """
+        check_range("tokens of a step under an observer", 0, len(tokens), self.observed_chunk)
         self._check(tokens)
+        self._rows = 0
         self._observed.run(tokens[0], head, observer)

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from functools import cached_property
 
+from numba_atomflow.backends.base import Verification
 from numba_atomflow.backends.cuda.decode_path import model_obstacle
-from numba_atomflow.backends.cuda.kernels import TOKEN_RING, has_separate_rope, persistent_shape
+from numba_atomflow.backends.cuda.kernels import TOKEN_RING, WIDE_COLUMNS, has_separate_rope, persistent_shape
 from numba_atomflow.backends.cuda.plan import weight_buffers
 from numba_atomflow.errors import BackendError
 from numba_atomflow.memory.plan import Buffer
@@ -16,6 +17,7 @@ from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout
 from numba_atomflow.ops.cuda.persistent.kernel import persistent_kernel
 from numba_atomflow.ops.cuda.persistent.publish import publish_kernel
 from numba_atomflow.ops.cuda.persistent.schedule import K_TILE_GROUPS, PersistentShape, RankShape
+from numba_atomflow.ops.cuda.persistent.wide_kernel import wide_kernel
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.advance import advance_kernel
@@ -86,29 +88,52 @@ class RankKernels:
         return replace(whole, sms=self.chip.sms // self.ranks_per_gpu, rank=rank)
 
     @cached_property
-    def of_observed_steps(self) -> dict[str, Planned]:
-        """Kernels that only steps under an observer need, by name."""
-        vocabulary, chip = self.geometry.vocabulary, self.chip
-        kernels = publish_kernel(self.persistent_shape), argmax_kernel(vocabulary, chip.sms, chip.dependent_launch)
-        return {kernel.spec.name: kernel for kernel in kernels}
+    def wide_shapes(self) -> dict[int, PersistentShape]:
+        """How it is cut for steps of several tokens, by their number: as many as shared memory has room for."""
+        shapes = {columns: replace(self.persistent_shape, columns=columns) for columns in WIDE_COLUMNS}
+        return {columns: shape for columns, shape in shapes.items() if shape.refusal() is None}
+
+    @property
+    def most_columns(self) -> int:
+        """Most tokens of a step."""
+        return max(self.wide_shapes, default=1)
+
+    @property
+    def verification(self) -> Verification:
+        """What steps can verify; as on one GPU, not without being asked for."""
+        if not self.wide_shapes:
+            return Verification(1, "shared memory has no room for the inputs of two tokens")
+        return Verification(self.most_columns, automatic=False)
+
+    @cached_property
+    def wide(self) -> dict[int, Planned]:
+        """The persistent kernel for several tokens, by their number; not among `planned`: each is compiled when a
+        prompt, or a step that verifies, first needs it.
+        """
+        return {columns: self._launched(wide_kernel(shape)) for columns, shape in self.wide_shapes.items()}
+
+    @cached_property
+    def publish(self) -> Planned:
+        """What steps under an observer need beside `planned`."""
+        return publish_kernel(self.persistent_shape)
 
     @property
     def traced(self) -> Planned:
         """The persistent kernel that also writes timestamps; not among `planned`, because only a trace needs it."""
-        return self._persistent(replace(self.persistent_shape, trace=True))
+        return self._launched(persistent_kernel(replace(self.persistent_shape, trace=True)))
 
-    def _persistent(self, shape: PersistentShape) -> Planned:
-        """Launched cooperatively, but on a shared GPU, where the CTAs of all ranks together are as many as its SMs."""
-        planned = persistent_kernel(shape)
+    def _launched(self, planned: Planned) -> Planned:
+        """Cooperatively, but on a shared GPU, where the CTAs of all ranks together are as many as its SMs."""
         return Planned(replace(planned.spec, cooperative=self.ranks_per_gpu == 1), planned.ctas)
 
     @cached_property
     def planned(self) -> dict[str, Planned]:
-        """All kernels by name."""
-        vocabulary, dependent = self.geometry.vocabulary, self.chip.dependent_launch
+        """The kernels that every reply needs, by name."""
+        vocabulary, chip, dependent = self.geometry.vocabulary, self.chip, self.chip.dependent_launch
         kernels = [
             prepack_kernel(self.chip.fp8_converter),
-            self._persistent(self.persistent_shape),
+            self._launched(persistent_kernel(self.persistent_shape)),
+            argmax_kernel(vocabulary, chip.sms, dependent),
             sample_kernel(vocabulary, dependent),
             logprobs_kernel(vocabulary, dependent),
             advance_kernel(TOKEN_RING, sampled=True, dependent=dependent),

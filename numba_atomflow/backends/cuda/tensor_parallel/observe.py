@@ -40,7 +40,7 @@ class ObservedSteps:
             BackendError: a watchdog tripped, or a kernel could not be compiled.
         """
         self._prepare()
-        self._steps.send(token)
+        self._steps.send([token])
         with self._queue.launching(1, head):
             for index, op in enumerate(self._views.step(1, head)):
                 observer.before(op, self._memory)

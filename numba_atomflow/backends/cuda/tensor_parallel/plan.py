@@ -5,23 +5,29 @@ from typing import Any
 
 from numba_atomflow.backends.base import DecodePath, PrefillPath
 from numba_atomflow.backends.cuda.families import check_no_window
-from numba_atomflow.backends.cuda.persistent import persistent_buffers
+from numba_atomflow.backends.cuda.persistent import persistent_buffers, width_buffers
 from numba_atomflow.backends.cuda.plan import SamplingState, with_staging
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
-from numba_atomflow.memory.plan import MemoryPlan, plan_memory
+from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
 from numba_atomflow.model.buffers import StepSizes, step_buffers
 from numba_atomflow.model.formats import GPU_KV, HeadFormat
 from numba_atomflow.model.sharding import Sharding
 from numba_atomflow.ops.cuda.runtime.chip import chip_of
 
 DECODE = DecodePath("persistent")
-PREFILL = PrefillPath("gemv", "several GPUs run prompts in decode steps, one token at a time")
 
 
-def step_sizes(max_seq_len: int) -> StepSizes:
-    """Of a step of one token."""
+def prefill_path(kernels: RankKernels) -> PrefillPath:
+    """How prompts run."""
+    tokens = kernels.most_columns
+    at_a_time = "one token at a time" if tokens == 1 else f"up to {tokens} tokens at a time"
+    return PrefillPath("gemv", f"several GPUs run prompts in decode steps, {at_a_time}")
+
+
+def step_sizes(kernels: RankKernels, max_seq_len: int) -> StepSizes:
+    """Of a step of one token, and of the KV cache, which has room for the padding of steps of several."""
     return StepSizes(
         max_seq_len=max_seq_len,
         step_tokens=1,
@@ -29,8 +35,22 @@ def step_sizes(max_seq_len: int) -> StepSizes:
         activation="float16",
         cache=GPU_KV,
         pad_multiple=GROUP,
+        spare_positions=kernels.most_columns - 1,
         keep_qkv=False,
     )
+
+
+def verification_buffers(kernels: RankKernels) -> list[Buffer]:
+    """Of steps of several tokens, and of those of one that verify."""
+    width, vocabulary = kernels.most_columns, kernels.geometry.vocabulary
+    return [
+        Buffer("workspace", "verify.step", (2 + (width + 1) // 2,), "int64"),
+        Buffer("workspace", "verify.logits", (width, vocabulary), "float32"),
+        Buffer("workspace", "verify.best", (width,), "int64"),
+        Buffer("workspace", "verify.seen", (-(-vocabulary // 32),), "uint32"),
+        Buffer("workspace", "verify.options", (5,), "float64"),
+        *width_buffers(kernels.wide_shapes),
+    ]
 
 
 def rank_plan(kernels: RankKernels, max_seq_len: int) -> MemoryPlan:
@@ -40,9 +60,10 @@ def rank_plan(kernels: RankKernels, max_seq_len: int) -> MemoryPlan:
     """
     buffers = [
         *kernels.weight_buffers,
-        *step_buffers(kernels.sharding.rank_geometry, step_sizes(max_seq_len)),
+        *step_buffers(kernels.sharding.rank_geometry, step_sizes(kernels, max_seq_len)),
         *SamplingState.plan(kernels.geometry.vocabulary),
         *persistent_buffers(kernels.persistent_shape),
+        *verification_buffers(kernels),
     ]
     return plan_memory(with_staging(buffers))
 
@@ -63,5 +84,5 @@ def plan_for_gpus(
         device = owner.open()
         kernels = RankKernels(sharding, chip_of(device), head)
         record = {"name": device.name, "memory_bytes": device.memory_bytes, "free_bytes": device.free_bytes()}
-        record |= {"decode": asdict(DECODE), "prefill": asdict(PREFILL)}
+        record |= {"decode": asdict(DECODE), "prefill": asdict(prefill_path(kernels))}
         return rank_plan(kernels, max_seq_len), record

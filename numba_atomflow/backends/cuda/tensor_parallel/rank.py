@@ -11,6 +11,7 @@ from numba_atomflow.backends.cuda.model import STAGED_BYTES, SamplerWriter
 from numba_atomflow.backends.cuda.persistent import kv_stride, step_views, weight_table
 from numba_atomflow.backends.cuda.plan import SamplingState
 from numba_atomflow.backends.cuda.queue import TokenRing
+from numba_atomflow.backends.cuda.tensor_parallel.columns import RankColumns
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.device.driver import Device, call
 from numba_atomflow.device.resources import DeviceResources
@@ -43,6 +44,8 @@ class Rank:
 
     Attributes:
         buffers: all views but the weights, by name. weight_views: those of the weights.
+        memory: reads and writes views. staged: writes without waiting.
+        loaded: kernels by name, after `load_kernels`. columns: steps of several tokens, after `bind`.
         ring, logprob_ring: to which this rank posts tokens, and what is said of them; the host reads rank 0's.
 
     Raises:
@@ -59,22 +62,23 @@ class Rank:
             self._arena = DeviceArena(plan, resources)
             self.memory = DeviceMemory(self.stream)
             self.ring, self.logprob_ring = TokenRing(resources), LogprobRing(resources)
-            self._staged = StagedWrites(STAGED_BYTES, self.stream, resources)
+            self.staged = StagedWrites(STAGED_BYTES, self.stream, resources)
         self.buffers = {b.name: self._arena[b.name] for b in plan.buffers if b.pool != "weights"}
         self.weight_views = {b.name: self._arena[b.name] for b in plan.buffers if b.pool == "weights"}
         self._sampling = SamplingState.of(self.buffers)
-        self._sampler_writer = SamplerWriter(self._staged, self._sampling)
+        self._sampler_writer = SamplerWriter(self.staged, self._sampling)
 
     # --- loading -----------------------------------------------------------------------------------------------------
 
     def load_kernels(self, progress: Progress | None) -> float:
-        """Compile all kernels, or read them from the cache; all, because a kernel that waits for another rank's may
-        keep the driver from loading one. Returns the seconds that this took.
+        """Compile the kernels that every reply needs, or read them from the cache. Others are loaded while no rank runs
+        a step: a kernel that waits for another rank's may keep the driver from loading one. Returns the seconds that
+        this took.
         """
-        self._loaded = LoadedKernels(self.kernels.planned, self.device.capability, self.owner.resources)
-        self._loaded.require([planned.spec for planned in self.kernels.planned.values()], progress)
-        self._uploader = Uploader(self._loaded, self._arena.space_after("weights"), self.stream)
-        return self._loaded.seconds
+        self.loaded = LoadedKernels(self.kernels.planned, self.device.capability, self.owner.resources)
+        self.loaded.require([planned.spec for planned in self.kernels.planned.values()], progress)
+        self._uploader = Uploader(self.loaded, self._arena.space_after("weights"), self.stream)
+        return self.loaded.seconds
 
     def upload_vector(self, part: str, values: NDArray[np.float32]) -> None:
         """Copy a norm's weights, or this rank's rows of a bias, of which `values` has all."""
@@ -102,59 +106,77 @@ class Rank:
         """Make the launches, which need the addresses of all ranks."""
         self._others = others
         end = self.kernels.persistent_shape.ops
-        self._prompt = [self._step(0, end - 1, PROMPT)]
-        self._head = [self._step(end - 1, end, APART, steps_back=1)]
-        self._greedy = [self._step(0, end, GREEDY)]
-        sample, logprobs, advance = self._sample_launches()
-        step = self._step(0, end, SAMPLED)
+        self._prompt = [self.step_launch(0, end - 1, PROMPT)]
+        self._head = [self.step_launch(end - 1, end, APART, steps_back=1)]
+        self._greedy = [self.step_launch(0, end, GREEDY)]
+        sample, logprobs, advance = self.sample_launches(self.buffers["logits"])
+        step = self.step_launch(0, end, SAMPLED)
         self._sampled = [step, sample, advance]
         self._with_logprobs = [step, sample, logprobs, advance]
+        self.columns = RankColumns(self)
+        self.columns.restart(0)
 
-    def _step(
-        self, first_op: int, end_op: int, ending: int, traced: Planned | None = None, *, steps_back: int = 0
+    def step_launch(
+        self,
+        first_op: int,
+        end_op: int,
+        ending: int,
+        traced: Planned | None = None,
+        *,
+        steps_back: int = 0,
+        replaced: Mapping[str, View] | None = None,
     ) -> Launch:
+        """Ops first_op .. end_op - 1 of a step of one token, by the kernel `traced`, if given; `ending` and
+        `steps_back` are those of `RankArguments`. replaced: views in place of those of decode steps, by its names.
+        """
         b, shape = self.buffers, self.kernels.persistent_shape
         arguments = RankArguments(
             **step_views(b, self.weight_views, self.ring.view),
-            **self._of_others("mailbox", "persistent.mailbox"),
-            **self._of_others("logits", "logits"),
+            **self.of_others("mailbox", "persistent.mailbox"),
+            **self.of_others("logits", "logits"),
             first_op=first_op,
             end_op=end_op,
             rank=self.number,
             steps_back=steps_back,
             ending=ending,
         )
-        kernel = self._loaded[traced.spec.name if traced else "persistent_rank"]
-        return Launch(kernel, shape.sms, arguments, self.stream)
+        kernel = self.loaded[traced.spec.name if traced else "persistent_rank"]
+        return Launch(kernel, shape.sms, arguments._replace(**replaced or {}), self.stream)
 
-    def _of_others(self, field: str, buffer: str) -> dict[str, View]:
+    def of_others(self, field: str, buffer: str) -> dict[str, View]:
         """The other ranks' arguments of a kernel."""
         return peers_of(field, [other.buffers[buffer] for other in self._others], self.buffers[buffer])
 
     def bind_traced(self, progress: Progress | None) -> None:
         """Make the launch of a greedy step that is traced; compiles its kernel, or loads it from the cache."""
         traced = self.kernels.traced
-        self._loaded.require([traced.spec], progress)
-        self._traced = [self._step(0, self.kernels.persistent_shape.ops, GREEDY, traced)]
+        self.loaded.require([traced.spec], progress)
+        self._traced = [self.step_launch(0, self.kernels.persistent_shape.ops, GREEDY, traced)]
 
     def bind_ops(self) -> None:
         """Make the launches of ops by themselves; compiles their kernels, or loads them from the cache."""
-        planned, state = self.kernels.of_observed_steps, self._sampling
-        self._loaded.require(kernel.spec for kernel in planned.values())
+        self.loaded.require([self.kernels.publish.spec])
         shape, head = self.kernels.persistent_shape, self.kernels.persistent_shape.op_index.lm_head
-        self._ops = [[self._step(*ops, APART) for ops in shape.launches_of(op)] for op in range(head + 1)]
-        self._ends = {ending: self._step(head, head, ending) for ending in (SAMPLED, PROMPT)}
-        arguments = ArgmaxArguments(self.buffers["logits"], state.seen, state.options, state.best)
-        argmax = Launch(self._loaded["argmax"], planned["argmax"].ctas, arguments, self.stream)
-        sample, logprobs, self._post = self._sample_launches()
+        self._ops = [[self.step_launch(*ops, APART) for ops in shape.launches_of(op)] for op in range(head + 1)]
+        self._ends = {ending: self.step_launch(head, head, ending) for ending in (SAMPLED, PROMPT)}
+        logits = self.buffers["logits"]
+        argmax, (sample, logprobs, self._post) = self.argmax_launch(logits), self.sample_launches(logits)
         self._choices = {False: [argmax, sample], True: [argmax, sample, logprobs]}
 
-    def _sample_launches(self) -> list[Launch]:
-        """The kernels `sample`, `logprobs` and `advance_sampled`."""
+    def argmax_launch(self, logits: View) -> Launch:
+        """The kernel that finds the most likely token, with which sampling begins."""
+        state = self._sampling
+        arguments = ArgmaxArguments(logits, state.seen, state.options, state.best)
+        return Launch(self.loaded["argmax"], self.kernels.planned["argmax"].ctas, arguments, self.stream)
+
+    def sample_launches(self, logits: View, tokens: int = 1) -> list[Launch]:
+        """The kernels `sample`, `logprobs` and `advance_sampled`, of the logits of one token; the position then moves
+        by `tokens`.
+        """
         b, state = self.buffers, self._sampling
         arguments = {
             "sample": SampleArguments(
-                logits=b["logits"],
+                logits=logits,
                 seen=state.seen,
                 options=state.options,
                 generator=state.generator,
@@ -162,7 +184,7 @@ class Rank:
                 sums=state.sums,
                 token=b["tokens"],
             ),
-            "logprobs": LogprobsArguments(b["logits"], b["tokens"], state.tokens_posted, self.logprob_ring.view),
+            "logprobs": LogprobsArguments(logits, b["tokens"], state.tokens_posted, self.logprob_ring.view),
             "advance_sampled": AdvanceArguments(
                 token=b["tokens"],
                 best=state.best,
@@ -170,17 +192,17 @@ class Rank:
                 seen=state.seen,
                 token_ring=self.ring.view,
                 tokens_posted=state.tokens_posted,
-                tokens=1,
+                tokens=tokens,
             ),
         }
         planned = self.kernels.planned
-        return [Launch(self._loaded[name], planned[name].ctas, a, self.stream) for name, a in arguments.items()]
+        return [Launch(self.loaded[name], planned[name].ctas, a, self.stream) for name, a in arguments.items()]
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def send(self, token: int) -> None:
         """The token of the next step, which the host has chosen."""
-        self._staged.write(self.buffers["tokens"], [token])
+        self.staged.write(self.buffers["tokens"], [token])
 
     def run_prompt(self) -> None:
         """A step without logits."""
@@ -202,7 +224,7 @@ class Rank:
         """What the views hold, to the mailboxes of the ranks that read it in this layer, or in the LM head, whose layer
         is the number of layers. steps_back: 1 for that of the step that was completed last.
         """
-        b, planned = self.buffers, self.kernels.of_observed_steps["publish"]
+        b, planned = self.buffers, self.kernels.publish
         arguments = RankPublishArguments(
             residual=b["residual"],
             q=b["q"],
@@ -212,13 +234,13 @@ class Rank:
             mailbox=b["persistent.mailbox"],
             position=b["position"],
             steps=b["persistent.steps"],
-            **self._of_others("mailbox", "persistent.mailbox"),
+            **self.of_others("mailbox", "persistent.mailbox"),
             kv_stride=kv_stride(b[KV_CACHE]),
             layer=layer,
             rank=self.number,
             steps_back=steps_back,
         )
-        _run([Launch(self._loaded["publish"], planned.ctas, arguments, self.stream)])
+        _run([Launch(self.loaded["publish"], planned.ctas, arguments, self.stream)])
 
     def end_step(self, ending: int) -> None:
         """A step whose ops have run by themselves ends, as `RankArguments.ending` says."""
@@ -252,22 +274,23 @@ class Rank:
 
     def set_position(self, position: int) -> None:
         """The position at which the next token is written."""
-        self._staged.write(self.buffers["position"], [position])
+        self.staged.write(self.buffers["position"], [position])
 
     def reset_argmax(self) -> None:
         """Clear the running arg-max of the logits."""
         self.memory.write(self._sampling.best, np.array([LOWEST_KEY]))
 
     def steps(self) -> int:
-        """Steps completed."""
-        return int(self.memory.read(self.buffers["persistent.steps"])[0])
+        """Steps completed, of that kind of which there were most."""
+        return max(int(self.memory.read(self.buffers["persistent.steps"])[0]), self.columns.steps())
 
     def restart(self, steps: int, position: int) -> None:
-        """After a step that may have failed."""
+        """After a step that may have failed; steps: more than any rank has completed."""
         self.set_position(position)
         self.reset_argmax()
         self.memory.write(self.buffers["persistent.steps"], np.array([steps, 0]))
         self.memory.write(self.buffers["persistent.fault"], np.zeros(1, np.int32))
+        self.columns.restart(steps)
 
     def faulty(self) -> bool:
         """Whether a watchdog tripped."""

@@ -1,7 +1,7 @@
 """The steps of all ranks together, as a queue of steps runs them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numba_atomflow.backends.cuda.tensor_parallel.timeline import merged
 from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.model.step import Head
 from numba_atomflow.utils.interrupts import deferred_interrupts
-from numba_atomflow.utils.progress import Progress
+from numba_atomflow.utils.progress import OpenBar, Progress
 
 
 class RankSteps:
@@ -22,11 +22,14 @@ class RankSteps:
 
     Attributes:
         greedy: the most likely token is the next one. logprobs: steps that sample compute log-probabilities, too.
+        open_bar: opens a progress bar for kernels that are compiled when they are first needed.
     """
 
     def __init__(self, ranks: Sequence[Rank]) -> None:
         self.ranks = ranks
         self.greedy, self.logprobs = True, False
+        self.open_bar: OpenBar = nullcontext
+        self._ready = set[int]()  # widths whose kernels are loaded
 
     @property
     def closed(self) -> bool:
@@ -39,8 +42,10 @@ class RankSteps:
         yield
 
     def run(self, tokens: int, head: Head) -> None:
-        """Launch a step of one token."""
-        if is_decode(tokens, head):
+        """Launch a step of one token; or of several, a prompt's, which `send` has made ready."""
+        if tokens > 1:
+            self.on_all(lambda rank: rank.columns.run_prompt(tokens, head, logprobs=self.logprobs))
+        elif is_decode(tokens, head):
             self.on_all(lambda rank: rank.run_decode(greedy=self.greedy, logprobs=self.logprobs))
         else:
             self.on_all(Rank.run_prompt)
@@ -62,11 +67,27 @@ class RankSteps:
         self.wait()
         self.check_watchdog()
 
-    def send(self, token: int) -> None:
-        """The token of the next step."""
+    def send(self, tokens: Sequence[int]) -> None:
+        """The tokens of the next step, a prompt's. The first of several of a width loads its kernel."""
+        if len(tokens) > 1:
+            self.prepare_widths([self.ranks[0].columns.width_for(len(tokens))])
         for rank in self.ranks:
             with rank.owner.current():
-                rank.send(token)
+                if len(tokens) > 1:
+                    rank.columns.send(tokens, 0)
+                else:
+                    rank.send(tokens[0])
+
+    def prepare_widths(self, widths: Sequence[int]) -> None:
+        """Load the kernels of steps of so many tokens on every rank, unless they are; no step runs meanwhile."""
+        missing = [width for width in widths if width > 1 and width not in self._ready]
+        if not missing:
+            return
+        self.wait()
+        for rank in self.ranks:
+            with rank.owner.current():
+                rank.columns.load(missing, self.open_bar)
+        self._ready |= set(missing)
 
     def wait(self) -> None:
         """Wait for all steps.
@@ -114,6 +135,7 @@ class RankSteps:
             with rank.owner.current():
                 rank.restart(steps + 1, position)
                 rank.set_posted_tokens(posted)
+        self.wait()  # a peer's next step must not store into vectors that are not clear yet
 
     def posted_tokens(self) -> int:
         """Tokens posted to the host so far, by rank 0."""

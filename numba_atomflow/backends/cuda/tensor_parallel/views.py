@@ -32,7 +32,7 @@ class ModelViews:
 
     def __init__(self, kernels: RankKernels, max_seq_len: int) -> None:
         self._geometry, ranks = kernels.geometry, kernels.sharding.ranks
-        plan = plan_memory(step_buffers(self._geometry, step_sizes(max_seq_len)))
+        plan = plan_memory(step_buffers(self._geometry, step_sizes(kernels, max_seq_len)))
         self.buffers = {
             buffer.name: View(buffer.name, offset, buffer.shape, buffer.dtype)
             for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)

@@ -1,0 +1,96 @@
+"""Steps of several GPUs that verify a proposal: logits after each token, with the bits of single decode steps of one
+GPU; or the most likely token after each, which the kernels choose.
+
+All ranks choose the same tokens and have all logits; the host reads those of rank 0.
+"""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numba_atomflow.backends.cuda.queue import POLLS, StepQueue, posted_token, stream_finished
+from numba_atomflow.backends.cuda.tensor_parallel.steps import RankSteps
+from numba_atomflow.device.driver import call
+from numba_atomflow.errors import BackendError, CheckpointError
+from numba_atomflow.memory.device import PinnedArray
+from numba_atomflow.sampling import accepted_tokens
+
+
+class VerifyingSteps:
+    """Runs steps of 1 to `RankKernels.most_columns` tokens that leave the position as it is. Kernels are bound."""
+
+    def __init__(self, steps: RankSteps, queue: StepQueue) -> None:
+        self._steps, self._queue, self._first = steps, queue, steps.ranks[0]
+        self._pending = False  # a step has been launched, and the host has not seen its end
+        with self._first.owner.current():
+            self._logits = PinnedArray(
+                self._first.buffers["verify.logits"].shape, "float32", self._first.owner.resources
+            )
+
+    def run(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
+        """Logits [len(tokens), V] after each of the tokens, the first at this position; valid until the next call.
+
+        The first call for several tokens compiles the kernels of all widths, or loads them from the cache.
+
+        Raises:
+            BackendError: a watchdog tripped, or a GPU failed.
+        """
+        logits, first = self._logits.array[: len(tokens)], self._first
+        self._start(tokens, position)
+        with first.owner.current():
+            source = first.buffers["verify.logits"]
+            call("cuMemcpyDtoHAsync", logits.ctypes.data, source.address, logits.nbytes, first.stream)
+            first.wait()
+        self._pending = False
+        for entry in first.columns.choices.array[: len(tokens)]:
+            try:
+                posted_token(int(entry))
+            except CheckpointError:  # of a watchdog, on any rank; else the logits say it
+                self._queue.distrust()
+                self._steps.check_watchdog()
+        return logits
+
+    def choose(self, tokens: Sequence[int], position: int) -> list[int]:
+        """As `Backend.verify_greedy`, the first token at this position.
+
+        Raises:
+            CheckpointError: logits contain NaN or Inf.
+            BackendError: as `run`.
+        """
+        self._start(tokens, position)
+        choices, polls = self._first.columns.choices.array[: len(tokens)], 0
+        while not choices.all():
+            polls += 1
+            if polls % POLLS == 0:
+                with self._first.owner.current():
+                    if stream_finished(self._first.stream) and not choices.all():
+                        raise BackendError("the GPUs have finished a step without its tokens")
+                time.sleep(0)  # let other threads run
+        self._pending = False
+        return accepted_tokens(tokens, lambda row: self._token(int(choices[row])))
+
+    def _token(self, entry: int) -> int:
+        """The token that was posted."""
+        try:
+            return posted_token(entry)
+        except CheckpointError:
+            self._queue.distrust()
+            self._steps.check_watchdog()
+            raise
+
+    def _start(self, tokens: Sequence[int], position: int) -> None:
+        """Launch a step of these tokens on every rank."""
+        if self._pending:  # it was interrupted (Ctrl-C), and may still post tokens
+            self._steps.wait()
+            self._pending = False
+        count = len(tokens)
+        if count > 1:
+            self._steps.prepare_widths(self._first.columns.widths)
+        self._first.columns.choices.array[:] = 0
+        for rank in self._steps.ranks:
+            with rank.owner.current():
+                rank.columns.send(tokens, position)
+        self._pending = True
+        self._steps.on_all(lambda rank: rank.columns.verify(count))
