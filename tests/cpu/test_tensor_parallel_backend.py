@@ -1,6 +1,7 @@
 """The backend of several GPUs over a driver that is only pretended: what it loads, launches, refuses and frees."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +13,25 @@ from tiny_models import tiny_geometry
 pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
 pytest.importorskip("numba_cuda", reason="the CUDA backend needs it; there is none for macOS")
 
-from numba_atomflow import Engine
-from numba_atomflow.backends.base import Memory
-from numba_atomflow.backends.cuda.tensor_parallel import rank
+from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.backends.base import Memory, Verification
+from numba_atomflow.backends.cuda.queue import TokenRing
+from numba_atomflow.backends.cuda.tensor_parallel import columns, rank
 from numba_atomflow.backends.cuda.tensor_parallel.backend import TensorParallelBackend
 from numba_atomflow.backends.cuda.tensor_parallel.timeline import compare_clocks, merged
 from numba_atomflow.checkpoint.random_weights import POOL_BYTES, RandomModel
-from numba_atomflow.errors import AtomFlowError, BackendError, ClosedError, OptionError
+from numba_atomflow.errors import AtomFlowError, BackendError, CheckpointError, ClosedError, OptionError
 from numba_atomflow.memory.kv_cache import layer_cache
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, Op
 from numba_atomflow.ops.cuda.layout.prepack import prepack_arguments
 from numba_atomflow.ops.cuda.persistent.schedule import ATTENTION, OPS_PER_LAYER
 from numba_atomflow.ops.cuda.persistent.trace import DONE, EVENTS, STAGED
+from numba_atomflow.ops.cuda.persistent.wide_vectors import ABSENT
 from numba_atomflow.ops.cuda.runtime.launch import Launch
+from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
 from numba_atomflow.perf.profile import profile
+from numba_atomflow.sampling import Sampler
 
 SMALL = tiny_geometry(layers=1, hidden=256, heads=8, kv_heads=4, vocabulary=300)
 
@@ -93,6 +98,231 @@ def test_every_rank_launches_every_step(pretended: PretendedDriver, launched: li
         backend.prefill([7], SAMPLE)
         names = ("persistent_rank", "sample", "advance_sampled")
         assert launched == [(name, stream) for stream in streams for name in names]
+
+
+# --- several tokens in a step ----------------------------------------------------------------------------------------
+
+
+def streams_of(pretended: PretendedDriver) -> list[int]:
+    """One for each rank."""
+    return [handle for handle, (kind, _) in pretended.live.items() if kind == "stream"]
+
+
+def steps_of(launched: list[tuple[str, Any]], stream: int) -> list[str]:
+    """Kernels that were launched in a stream."""
+    return [name for name, of in launched if of == stream]
+
+
+def test_a_prompt_takes_eight_tokens_a_step(pretended: PretendedDriver, launched: list[tuple[str, Any]]) -> None:
+    """Rests of 2 to 8 are padded, a single token is a decode step; what the reply begins with follows the last one."""
+    with load(2) as engine:
+        assert engine.backend.prefill_chunk == 8
+        assert engine.backend.prompt_lengths == [1, 2, 4, 8]
+        sampled = ["argmax", "sample", "advance_sampled"]
+        for tokens, head, expected in (
+            (11, NO_LOGITS, ["x8", "x4"]),
+            (11, SAMPLE, ["x8", "x4", *sampled]),
+            (9, NO_LOGITS, ["x8", ""]),
+            (5, NO_LOGITS, ["x8"]),
+            (2, SAMPLE, ["x2", *sampled]),
+        ):
+            engine.reset()
+            launched.clear()
+            engine._open_context().prefill([*range(1, tokens + 1)], head)
+            names = [f"persistent_rank_{x}".rstrip("_") if x[:1] in ("x", "") else x for x in expected]
+            for stream in streams_of(pretended):
+                assert steps_of(launched, stream) == names, (tokens, head)
+            assert engine.backend._queue.position == tokens
+        engine.backend.start(Sampler(SamplingParams(logprobs=1), 300, ()))
+        launched.clear()
+        engine.backend.prefill([1, 2, 3], SAMPLE)
+        assert steps_of(launched, streams_of(pretended)[1])[1:] == ["argmax", "sample", "logprobs", "advance_sampled"]
+
+
+def test_the_tokens_of_a_step_are_padded(pretended: PretendedDriver) -> None:
+    with load(2) as engine:
+        engine.backend.prefill([7, 8, 9], NO_LOGITS)
+        for rank_ in engine.backend._ranks:
+            step = rank_.buffers["verify.step"].host_array()
+            assert step[2:].view(np.int32)[:4].tolist() == [7, 8, 9, 9]
+        assert engine.backend.logits(1, 3).shape == (2, 300)
+        with pytest.raises(IndexError):
+            engine.backend.logits(0, 4)
+        with pytest.raises(IndexError):
+            engine.backend.prefill([1] * 9, NO_LOGITS)
+
+
+def test_kernels_of_several_tokens_are_loaded_when_they_are_needed_and_nothing_runs(pretended: PretendedDriver) -> None:
+    """Those of a prompt one by one; those of steps that verify together."""
+    with load(2) as engine:
+        streams, opened = len(streams_of(pretended)), list[int]()
+
+        @contextmanager
+        def bar() -> Iterator[None]:
+            opened.append(1)
+            yield
+
+        engine.backend.show_compiling(bar)
+
+        def loads() -> tuple[int, list[str]]:
+            """Modules that a call has loaded, and the calls before the first of them."""
+            first = pretended.calls.index("cuModuleLoadData") if "cuModuleLoadData" in pretended.calls else 0
+            found = pretended.calls.count("cuModuleLoadData"), pretended.calls[:first]
+            pretended.calls.clear()
+            return found
+
+        pretended.calls.clear()
+        engine.feed([1])
+        assert loads()[0] == 0
+        engine.feed([1, 2, 3])
+        count, before = loads()
+        assert count == streams
+        assert before.count("cuStreamSynchronize") >= streams
+        assert opened
+        engine.feed([1, 2, 3, 4])
+        assert loads()[0] == 0
+        engine.backend.verify([1])
+        assert loads()[0] == 0
+        engine.backend.verify([1, 2])
+        count, before = loads()
+        assert count == 2 * streams, "those of 2 and 8 tokens"
+        assert before.count("cuStreamSynchronize") >= streams
+
+
+NOT_FINITE = 1 << 31
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What every rank posts as the most likely tokens of steps that verify."""
+    posted: list[int] = []
+    verify = columns.RankColumns.verify
+
+    def verify_and_post(self: columns.RankColumns, tokens: int) -> None:
+        verify(self, tokens)
+        self.choices.array[: len(posted)] = [1 << 32 | token for token in posted]
+
+    monkeypatch.setattr(columns.RankColumns, "verify", verify_and_post)
+    return posted
+
+
+def test_steps_that_verify_leave_the_position(
+    pretended: PretendedDriver, launched: list[tuple[str, Any]], chosen: list[int]
+) -> None:
+    with load(2) as engine:
+        backend = engine.backend
+        assert backend.verification == Verification(8, automatic=False)
+        engine.feed([1, 2, 3, 4, 5])
+        for count, kernel in ((1, "persistent_rank"), (2, "persistent_rank_x2"), (7, "persistent_rank_x8")):
+            tokens = [*range(10, 10 + count)]
+            launched.clear()
+            assert backend.verify(tokens).shape == (count, 300)
+            assert launched == [(kernel, stream) for stream in streams_of(pretended)]
+            for rank_ in backend._ranks:
+                step = rank_.buffers["verify.step"].host_array()
+                assert step[:2].tolist() == [5, 0]
+                assert step[2:].view(np.int32)[:count].tolist() == tokens
+            assert backend._queue.position == 5
+        chosen[:] = [11, 12, 99, 14]
+        assert backend.verify_greedy([10, 11, 12, 13]) == [11, 12, 99]
+        assert backend.verify_greedy([10]) == [11]
+        with pytest.raises(IndexError):
+            backend.verify([1] * 9)
+        with pytest.raises(IndexError):
+            backend.verify_greedy([300])
+        engine.rewind(0)
+        engine.feed([1] * 30)
+        with pytest.raises(IndexError):
+            backend.verify([1, 2, 3])
+
+
+def test_proposals_are_checked_where_it_is_asked_for(pretended: PretendedDriver, chosen: list[int]) -> None:
+    chosen[:] = [5] * 8
+    with load(2) as engine:
+        params = SamplingParams(max_tokens=12, speculate="lookup", ignore_eos=True)
+        reply = engine.generate_tokens([5, 5, 5, 5], params).finish()
+        assert reply.token_ids[1:] == [5] * 11, "the first comes from the prompt's logits"
+        assert 0 < reply.stats.accepted <= reply.stats.proposed
+        sampled = engine.generate_tokens([5, 5, 5, 5], replace(params, temperature=0.5, seed=1)).finish()
+        assert len(sampled.token_ids) == 12
+
+
+@pytest.mark.parametrize("method", ["verify", "verify_greedy"])
+def test_logits_that_are_not_finite_may_be_of_a_watchdog(
+    pretended: PretendedDriver, chosen: list[int], method: str
+) -> None:
+    """On any rank. All ranks then begin anew: other epochs, and vectors of no step."""
+    chosen[:] = [11, NOT_FINITE]
+    with load(2) as engine:
+        backend, ranks = engine.backend, engine.backend._ranks
+        verify = getattr(backend, method)
+        if method == "verify":
+            assert verify([10, 11]).shape == (2, 300), "the caller sees what they are"
+        else:
+            with pytest.raises(CheckpointError):
+                verify([10, 11])
+        engine.reset()
+        ranks[1].buffers["persistent.fault"].host_array()[:] = 1
+        ranks[1].buffers["verify.steps_x4"].host_array()[:] = 7, 3
+        ranks[0].buffers["verify.vectors_x2"].host_array()[:] = 5
+        with pytest.raises(BackendError, match="watchdog"):
+            verify([10, 11])
+        engine.reset()
+        for rank_ in ranks:
+            assert not rank_.buffers["persistent.fault"].host_array().any()
+            for name in ("persistent.steps", "verify.steps_x2", "verify.steps_x4", "verify.steps_x8"):
+                assert rank_.buffers[name].host_array().tolist() == [8, 0]
+            for width in (2, 4, 8):
+                assert (rank_.buffers[f"verify.vectors_x{width}"].host_array() == ABSENT).all()
+            assert (rank_.buffers["verify.best"].host_array() == LOWEST_KEY).all()
+
+
+def test_a_prompt_of_several_tokens_shows_that_a_watchdog_tripped(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver
+) -> None:
+    monkeypatch.setattr(TokenRing, "receive", lambda _self, _number, _check: 40)
+    with load(2) as engine:
+        for step in (
+            lambda: engine.feed([1, 2, 3]),
+            lambda: engine.generate_tokens([1, 2, 3], SamplingParams(max_tokens=1)).finish(),
+        ):
+            engine.reset()
+            engine.backend._ranks[1].buffers["persistent.fault"].host_array()[:] = 1
+            with pytest.raises(BackendError, match="watchdog"):
+                step()
+
+
+def test_a_step_that_was_interrupted_is_awaited(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver, chosen: list[int]
+) -> None:
+    """It might post its tokens when the next one has begun."""
+    with load(2) as engine:
+
+        def interrupt(_stream: Any) -> bool:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("numba_atomflow.backends.cuda.tensor_parallel.verify.stream_finished", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.backend.verify_greedy([10, 11])
+        chosen[:] = [11, 12]
+        pretended.calls.clear()
+        assert engine.backend.verify_greedy([10, 11]) == [11, 12]
+        assert pretended.calls.count("cuStreamSynchronize") == 2
+
+
+def test_observers_see_a_token_at_a_time(pretended: PretendedDriver) -> None:
+    with load(2) as engine:
+        assert engine.backend.observed_chunk == 1
+        with pytest.raises(IndexError):
+            engine.backend.observe([1, 2], NO_LOGITS, Watching([]))
+        assert engine.capture([1, 2, 3, 4, 5, 6, 7, 8, 9], "layer.0.q")["layer.0.q"].shape == (9, 512)
+        with engine.edit({"layer.0.attention": lambda rows, position: None}):
+            assert engine.backend.prefill_chunk == 1
+            assert engine.feed([4, 5]).shape == (300,)
+
+
+# --- weights and views -----------------------------------------------------------------------------------------------
 
 
 def read(address: int, nbytes: int) -> np.ndarray:
