@@ -8,9 +8,9 @@
 
 Weights are random. Each engine generates from a prompt of one token, greedily, 300 tokens at the most; the tokens must
 be the same, and the keys, values and logits of 32 steps, as `validate --diff-gpus` compares them (exit code 1 if they
-are not). Steps are timed at each depth, first of one GPU, then of several: the engines may not
-fit side by side. `--nccl` needs torch and a process per GPU: all-reduces of one token's residual stream, two for each
-layer, in a captured graph.
+are not). Steps are timed at each depth, of one token and of several that are verified, and a prompt of 512 tokens;
+first of one GPU, then of several: the engines may not fit side by side. `--nccl` needs torch and a process per GPU:
+all-reduces of one token's residual stream, two for each layer, in a captured graph.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.validate import StepBits, compare_gpus, record_steps
 
 Gpus = int | list[int]
+PROMPT = 512  # tokens that are timed; fewer where the KV cache ends
 STEPS = 31  # after a prompt of one token, whose bits are compared
 NCCL_SECONDS = 120  # until all-reduces must have ended
 
@@ -55,6 +56,29 @@ def step_seconds(engine: Engine, depths: Sequence[int], repeats: int) -> dict[in
     return seconds
 
 
+def wide_step_seconds(engine: Engine, depths: Sequence[int], repeats: int) -> dict[int, dict[int, float]]:
+    """The same of steps that verify, by the number of their tokens; those of one GPU without the host's part."""
+    seconds = {}
+    for depth in depths:
+        engine.backend.seek(depth)
+        seconds[depth] = engine.backend.time_widths(repeats)
+    engine.backend.seek(0)
+    engine.reset()
+    return seconds
+
+
+def prompt_seconds(engine: Engine, repeats: int) -> tuple[int, float]:
+    """Tokens of a prompt, and the median seconds until it has the logits of its last."""
+    prompt, seconds = [17] * min(PROMPT, engine.max_seq_len), []
+    for _ in range(repeats + 1):
+        engine.reset()
+        begun = time.perf_counter()
+        engine.feed(prompt)
+        seconds.append(time.perf_counter() - begun)
+    engine.reset()
+    return len(prompt), float(np.median(seconds[1:]))
+
+
 def compare(
     geometry: ModelGeometry, gpus: Gpus, depths: Sequence[int], repeats: int, *, single: bool
 ) -> dict[str, Any]:
@@ -71,10 +95,17 @@ def compare(
                 record["same_tokens"], record["bits"] = tokens == expected[0], compare_gpus(expected[1], bits).to_dict()
             expected = tokens, bits
             record["device"] = engine.backend.device
+            prompt_tokens, seconds = prompt_seconds(engine, repeats)
             record["engines"][name] = {
                 "load_seconds": engine.load_seconds,
                 "gigabytes_per_gpu": engine.backend.plan.total / 1e9,
                 "step_microseconds": {d: s * 1e6 for d, s in step_seconds(engine, depths, repeats).items()},
+                "wide_step_microseconds": {
+                    depth: {width: taken * 1e6 for width, taken in by_width.items()}
+                    for depth, by_width in wide_step_seconds(engine, depths, repeats).items()
+                },
+                "prompt_tokens": prompt_tokens,
+                "prompt_milliseconds": seconds * 1e3,
             }
     return record
 
@@ -134,6 +165,9 @@ def show(record: dict[str, Any]) -> None:
         for depth, microseconds in found["step_microseconds"].items():
             ratio = engines["one"]["step_microseconds"][depth] / microseconds if "one" in engines else 1.0
             print(f"  after {depth:>6} tokens {microseconds:9.1f} us, {1e6 / microseconds:7.1f} tok/s, x{ratio:.2f}")
+            wide = found["wide_step_microseconds"][depth]
+            print("    verified:", ", ".join(f"{width}: {taken:.1f} us" for width, taken in wide.items()))
+        print(f"  a prompt of {found['prompt_tokens']} tokens: {found['prompt_milliseconds']:.1f} ms")
     if record["same_tokens"] is not None:
         print("the same tokens" if record["same_tokens"] else "OTHER TOKENS")
         print(record["bits"]["verdict"])

@@ -10,16 +10,17 @@ from tiny_models import tiny_geometry
 
 pytest.importorskip("numba_cuda", reason="the CUDA backend is made of it; there is none for macOS")
 
+from numba_atomflow.backends.base import Verification
 from numba_atomflow.backends.choose import BackendChoice
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
-from numba_atomflow.backends.cuda.tensor_parallel.plan import plan_for_gpus, rank_plan
+from numba_atomflow.backends.cuda.tensor_parallel.plan import plan_for_gpus, prefill_path, rank_plan
 from numba_atomflow.checkpoint.format import fusion
 from numba_atomflow.cli.options import gpus_of
 from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.presets import PRESETS, find_preset
 from numba_atomflow.model.sharding import Sharding
-from numba_atomflow.ops.cuda.persistent.schedule import LM_HEAD, PersistentShape
+from numba_atomflow.ops.cuda.persistent.schedule import DOWN, LM_HEAD, PersistentShape
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 
 HOPPER = Chip(132, 232448, (9, 0))
@@ -144,6 +145,36 @@ def test_the_documented_memory_and_an_even_schedule(name: str, gigabytes: list[f
         assert rank_plan(kernels, 8192).total / 1e9 == pytest.approx(planned, rel=0.006)
         filled = kernels.persistent_shape.stages_filled(kernels.persistent_shape.rotation)
         assert filled.max() < 1.02 * filled.mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "widths", "halves"),
+    [
+        ("llama-3.2-3b", 2, [2, 4, 8], [8]),
+        ("llama-3.1-8b", 8, [2, 4, 8], [8]),
+        ("llama-3.3-70b", 4, [2, 4], [4]),  # of 4, half of the inputs of down fit
+    ],
+)
+def test_how_many_tokens_a_step_takes(name: str, ranks: int, widths: list[int], halves: list[int]) -> None:
+    kernels = RankKernels(Sharding(find_preset(name), ranks), HOPPER)
+    assert list(kernels.wide_shapes) == widths
+    assert [columns for columns, shape in kernels.wide_shapes.items() if shape.plans[DOWN].k_halves] == halves
+    assert kernels.verification == Verification(widths[-1], automatic=False)
+    buffers = {buffer.name: buffer for buffer in rank_plan(kernels, 96).buffers}
+    for columns, shape in kernels.wide_shapes.items():
+        assert buffers[f"verify.mailbox_x{columns}"].shape == (shape.mailbox.end,)
+        vectors = columns * (shape.o.in_features + shape.down.in_features) // 2
+        assert buffers[f"verify.vectors_x{columns}"].shape == (2, shape.layers, vectors), "of all ranks"
+        keys = next(place for place in shape.mailbox if place > shape.mailbox.best_keys) - shape.mailbox.best_keys
+        assert keys >= 2 * ranks * columns
+
+
+def test_without_room_for_two_inputs_prompts_take_a_token_at_a_time() -> None:
+    kernels = RankKernels(Sharding(replace(TINY, ffn=16384), 2), Chip(131, 118 << 10, (9, 0)))
+    assert kernels.wide_shapes == {}
+    assert kernels.verification.reason == "shared memory has no room for the inputs of two tokens"
+    assert prefill_path(kernels).reason.endswith("in decode steps, one token at a time")
+    assert {b.name: b for b in rank_plan(kernels, 96).buffers}["kv_cache"].shape[2] == 96
 
 
 def test_models_and_gpus_without_the_kernel_are_refused() -> None:

@@ -14,7 +14,6 @@ from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels  # 
 from numba_atomflow.model.presets import PRESETS  # noqa: E402
 from numba_atomflow.model.sharding import Sharding  # noqa: E402
 from numba_atomflow.ops.cuda.persistent.schedule import DOWN  # noqa: E402
-from numba_atomflow.ops.cuda.persistent.wide_kernel import wide_kernel  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.build import assemble, make_ptx  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.chip import Chip  # noqa: E402
 from numba_atomflow.ops.cuda.runtime.spec import KernelSpec  # noqa: E402
@@ -49,10 +48,8 @@ def test_machine_code_of_several_columns() -> None:
     rank's own memory; their words are stored one by one, to both ranks.
     """
     kernels = RankKernels(Sharding(LLAMA_3B, 2), Chip(SMS, SHARED_BYTES[CC], CC))
-    shape = replace(kernels.persistent_shape, columns=8)
-    assert shape.refusal() is None
-    assert shape.plans[DOWN].k_halves
-    ptx = compiled(wide_kernel(shape).spec)
+    assert kernels.wide_shapes[8].plans[DOWN].k_halves
+    ptx = compiled(kernels.wide[8].spec)
     words = {"attention": 2, "attention in KV splits": 4, "gate_up": 1}
     assert ptx.count("st.relaxed.sys.global.b32") == kernels.sharding.ranks * sum(words.values())
     assert ptx.count("st.relaxed.sys.global.b64") % kernels.sharding.ranks == 0, "each flagged word, too"
@@ -61,6 +58,16 @@ def test_machine_code_of_several_columns() -> None:
     for access in ("ld.relaxed.gpu.global.v2.b64", "st.relaxed.gpu.global.b64"):
         assert access in ptx, "q, k, v, KV splits, and the sums of half of K"
     assert not re.search(r"relaxed\.gpu\.global\.(v4\.)?b32", ptx)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [2, 4])
+def test_machine_code_of_a_large_model(columns: int) -> None:
+    """70B: with 4 columns, half of the inputs of down fit into shared memory."""
+    large = replace(PRESETS["llama-3.3-70b"], layers=1)
+    kernels = RankKernels(Sharding(large, 2), Chip(SMS, SHARED_BYTES[CC], CC))
+    assert kernels.wide_shapes[columns].plans[DOWN].k_halves == (columns == 4)
+    compiled(kernels.wide[columns].spec)
 
 
 def test_what_an_observed_op_reads_goes_to_the_ranks_that_read_it() -> None:

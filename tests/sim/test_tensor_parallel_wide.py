@@ -28,8 +28,9 @@ CASES = (
     (WideCase(PersistentCase(32, 32, 2, 2, 32, position=223, layers=2, sms=4), 4), 2),
     (WideCase(PersistentCase(64, 64, 4, 4, 32, position=3, vocabulary=56, sms=4), 2), 4),
     (WideCase(PersistentCase(32, 32, 4, 2, 32, position=2, sms=2, qkv_bias=True, qk_norm=True), 2), 2),
-    # The tiles of `down` in halves along K, of which two CTAs of a rank pass sums on.
+    # The tiles of `down` in halves along K, of which a CTA of each rank passes sums on.
     (WideCase(PersistentCase(32, 1024, 2, 2, 32, position=1, sms=4), 8), 2),
+    (WideCase(PersistentCase(32, 1024, 2, 2, 32, position=1, sms=4), 4, k_halves=True), 2),
 )
 SMALL = WideCase(PersistentCase(32, 32, 2, 2, 32, position=1, sms=2), 2)  # for two ranks
 
@@ -138,7 +139,7 @@ class Ranks:
 @pytest.mark.parametrize(("case", "ranks"), CASES, ids=str)
 def test_columns_have_the_bits_of_single_steps_of_one_gpu(case: WideCase, ranks: int, side_by_side: SideBySide) -> None:
     several = Ranks(case, ranks, side_by_side)
-    assert several.ranks[0].shape.plans[DOWN].k_halves == (case.columns == 8)
+    assert several.ranks[0].shape.plans[DOWN].k_halves == (case.model.ffn == 1024)
     several.run()
     several.check()
     assert [rank.position[0] for rank in several.ranks] == [case.model.position] * ranks

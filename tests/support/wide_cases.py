@@ -27,11 +27,12 @@ class WideCase:
 
     model: PersistentCase
     columns: int
+    k_halves: bool = False
 
     @cached_property
     def shape(self) -> PersistentShape:
         """With as many stages as the model's kernel for one column."""
-        generous = replace(self.model.shape, columns=self.columns, shared_bytes=1 << 20)
+        generous = replace(self.model.shape, columns=self.columns, k_halves=self.k_halves, shared_bytes=1 << 20)
         rest = (1 << 20) - 4 * (generous.stages - self.model.stages) * (generous.stage_words + 4)
         shape = replace(generous, shared_bytes=rest)
         assert shape.stages == self.model.stages
@@ -56,6 +57,7 @@ LARGE_CASES = (  # minutes in the simulator, where they pass as well
     WideCase(PersistentCase(64, 1024, 2, 1, 32, position=5, sms=3), 8),  # 8-row tiles for one column, 16 for eight
     WideCase(PersistentCase(1920, 128, 1, 1, 32, position=2), 8),  # inputs whose norms are received in two batches
     WideCase(PersistentCase(64, 2048, 2, 1, 32, position=5, sms=2), 8),  # tiles of `down` in halves along K
+    WideCase(PersistentCase(64, 2048, 2, 1, 32, position=5, sms=2), 4, k_halves=True),
     WideCase(PersistentCase(64, 72, 3, 1, 32, position=334, sms=5, qkv_bias=True), 4),
     WideCase(PersistentCase(64, 72, 8, 2, 128, position=300, layers=2, sms=6, qk_norm=True), 8),  # two rounds of heads
     WideCase(PersistentCase(64, 512, 1, 1, 32, position=5), 8),  # early inputs of `down`

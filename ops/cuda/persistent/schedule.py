@@ -191,6 +191,8 @@ class PersistentShape:
         poll_interval_ns: between two polls of the mailbox.
         trace: every CTA writes timestamps.
         columns: tokens of a step, one after the other: 1, or 2, 4 or 8 for the kernel of `wide_kernel.py`.
+        k_halves: with 2 or 4 columns, too, tiles of `down` are cut in halves along K: half of its inputs take less
+            shared memory.
         rank: what there is beside this rank's part; None: one GPU has the whole model.
         qkv_bias, qk_norm: whether the model has a bias of q, k and v, and a norm of each head of q and k.
     """
@@ -216,6 +218,7 @@ class PersistentShape:
     poll_interval_ns: int = 30
     trace: bool = False
     columns: int = 1
+    k_halves: bool = False
     rank: RankShape | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -262,15 +265,19 @@ class PersistentShape:
         }
 
     def _takes_half_tiles(self, kind: int, layout: PrepackedLayout) -> bool:
-        """8 columns leave none of the mma's B operand for the second k-tile of a stage of 8-row tiles."""
-        return kind in (O_PROJ, DOWN) and self.columns < MAX_COLUMNS and _has_half_tiles(layout)
+        """8 columns leave none of the mma's B operand for the second k-tile of a stage of 8-row tiles. Halves along K
+        are not cut again.
+        """
+        takes = kind in (O_PROJ, DOWN) and self.columns < MAX_COLUMNS and _has_half_tiles(layout)
+        return takes and not self._takes_k_halves(kind, layout)
 
     def _takes_k_halves(self, kind: int, layout: PrepackedLayout) -> bool:
         """The input of `down` is the widest: 8 of them would leave little room for the pipeline, and take long to
         stage. With an even number of CTAs all work tiles of a CTA have the same half of K.
         """
+        asked = self.columns == MAX_COLUMNS or (self.columns > 1 and self.k_halves)
         whole = layout.k_tiles % 2 == 0 and layout.in_features == layout.padded_in_features
-        return kind == DOWN and self.columns == MAX_COLUMNS and self.sms % 2 == 0 and whole and _is_whole(layout)
+        return kind == DOWN and asked and self.sms % 2 == 0 and whole and _is_whole(layout)
 
     @property
     def _partial_sums(self) -> int:

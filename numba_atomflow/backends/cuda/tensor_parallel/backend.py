@@ -17,7 +17,7 @@ from numba_atomflow.backends.cuda.tensor_parallel.observe import ObservedSteps
 from numba_atomflow.backends.cuda.tensor_parallel.plan import DECODE, prefill_path, rank_plan
 from numba_atomflow.backends.cuda.tensor_parallel.rank import Rank, upload
 from numba_atomflow.backends.cuda.tensor_parallel.steps import RankSteps
-from numba_atomflow.backends.cuda.tensor_parallel.verify import VerifyingSteps
+from numba_atomflow.backends.cuda.tensor_parallel.verify import TIMED, VerifyingSteps
 from numba_atomflow.backends.cuda.tensor_parallel.views import ModelMemory, ModelViews
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
@@ -220,6 +220,11 @@ class TensorParallelBackend:
         """Those of the tokens after the first that are the most likely ones, and the most likely token after them."""
         self._check_verified(tokens)
         return self._verifying.choose(tokens, self._queue.position)
+
+    def time_widths(self, repeats: int) -> dict[int, float]:
+        """Median seconds of a step that verifies, at the current position, by its number of tokens."""
+        check_range("positions", self._queue.position, TIMED, self._max_seq_len)
+        return self._verifying.seconds(repeats, self._queue.position)
 
     def _check_verified(self, tokens: Sequence[int]) -> None:
         check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)

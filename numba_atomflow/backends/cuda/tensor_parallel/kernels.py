@@ -89,9 +89,16 @@ class RankKernels:
 
     @cached_property
     def wide_shapes(self) -> dict[int, PersistentShape]:
-        """How it is cut for steps of several tokens, by their number: as many as shared memory has room for."""
-        shapes = {columns: replace(self.persistent_shape, columns=columns) for columns in WIDE_COLUMNS}
-        return {columns: shape for columns, shape in shapes.items() if shape.refusal() is None}
+        """How it is cut for steps of several tokens, by their number: as many as shared memory has room for, with half
+        of the inputs of `down` where it has none for all of them.
+        """
+        shapes = {}
+        for columns in WIDE_COLUMNS:
+            cuts = (replace(self.persistent_shape, columns=columns, k_halves=halves) for halves in (False, True))
+            fitting = next((shape for shape in cuts if shape.refusal() is None), None)
+            if fitting is not None:
+                shapes[columns] = fitting
+        return shapes
 
     @property
     def most_columns(self) -> int:

@@ -17,6 +17,8 @@ from numba_atomflow.errors import BackendError, CheckpointError
 from numba_atomflow.memory.device import PinnedArray
 from numba_atomflow.sampling import accepted_tokens
 
+TIMED = 8  # steps that are queued together, so that the host's part is hidden
+
 
 class VerifyingSteps:
     """Runs steps of 1 to `RankKernels.most_columns` tokens that leave the position as it is. Kernels are bound."""
@@ -71,6 +73,30 @@ class VerifyingSteps:
         self._pending = False
         return accepted_tokens(tokens, lambda row: self._token(int(choices[row])))
 
+    def seconds(self, repeats: int, position: int) -> dict[int, float]:
+        """Median seconds of a step at this position, by the number of its tokens: by the host's clock, over a few steps
+        that are queued together. Compiles the kernels of all widths first.
+
+        Raises:
+            BackendError: a watchdog tripped.
+        """
+        steps, widths, seconds = self._steps, self._first.columns.widths, dict[int, float]()
+        self._await_interrupted()
+        steps.prepare_widths(widths)
+        for width in (1, *widths):
+            times = []
+            for _ in range(repeats + 1):
+                self._send([0] * width, position)
+                steps.wait()
+                begun = time.perf_counter()
+                for _ in range(TIMED):
+                    steps.on_all(lambda rank, width=width: rank.columns.verify(width))  # type: ignore[misc]
+                steps.wait()
+                times.append((time.perf_counter() - begun) / TIMED)
+            seconds[width] = float(np.median(times[1:]))
+        steps.check_watchdog()
+        return seconds
+
     def _token(self, entry: int) -> int:
         """The token that was posted."""
         try:
@@ -82,15 +108,22 @@ class VerifyingSteps:
 
     def _start(self, tokens: Sequence[int], position: int) -> None:
         """Launch a step of these tokens on every rank."""
-        if self._pending:  # it was interrupted (Ctrl-C), and may still post tokens
-            self._steps.wait()
-            self._pending = False
         count = len(tokens)
+        self._await_interrupted()
         if count > 1:
             self._steps.prepare_widths(self._first.columns.widths)
         self._first.columns.choices.array[:] = 0
+        self._send(tokens, position)
+        self._pending = True
+        self._steps.on_all(lambda rank: rank.columns.verify(count))
+
+    def _send(self, tokens: Sequence[int], position: int) -> None:
         for rank in self._steps.ranks:
             with rank.owner.current():
                 rank.columns.send(tokens, position)
-        self._pending = True
-        self._steps.on_all(lambda rank: rank.columns.verify(count))
+
+    def _await_interrupted(self) -> None:
+        """Wait for a step that was interrupted (Ctrl-C): it may still post tokens."""
+        if self._pending:
+            self._steps.wait()
+            self._pending = False
