@@ -78,6 +78,29 @@ def test_validate(cli: InProcess, tiny_checkpoint: Path) -> None:
     assert DEVICE in outcome.out
 
 
+def test_widths_are_compared_with_decode_steps(cli: InProcess, tiny_checkpoint: Path) -> None:
+    """Kernels that compute nothing write no keys."""
+    outcome = cli("validate", tiny_checkpoint, "--gpus", "2", "--widths", "1,2,8", "-p", "Hi")
+    assert outcome.code == 1, outcome
+    assert "FAIL: steps of 1 tokens differ from decode steps, first in layer.0.k" in outcome.out
+
+
+def test_chunks_cannot_be_compared(cli: InProcess, tiny_checkpoint: Path) -> None:
+    given = ("--diff-chunks", "-p", "The river begins in the Alps")
+    outcome = cli("validate", tiny_checkpoint, "--gpus", "2", *given)
+    assert outcome.code != 0
+    assert "steps under observation take one token; use --widths, or --diff-gpus" in " ".join(outcome.err.split())
+
+
+def test_proposals_are_checked(cli: InProcess, tiny_checkpoint: Path) -> None:
+    """Sampled by the host, of equal logits; what the kernels would choose is not posted here."""
+    how = ("--speculate", "lookup", "--temperature", "1", "--seed", "1", "-n", "20", "--json")
+    outcome = cli("generate", "--model", tiny_checkpoint, "--gpus", "2", *how, "ha ha ha ha ha ha ha ha")
+    assert outcome.code == 0, outcome
+    record = json.loads(outcome.out)
+    assert len(record["token_ids"]) == 20
+
+
 def test_the_comparison_with_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """Kernels that compute nothing leave what was in memory: only tokens are the same."""
     record = bench_gpus.compare(tiny_geometry(max_positions=80), 2, [0], 1, single=True)

@@ -72,7 +72,7 @@ def test_machine_code_of_a_large_model(columns: int) -> None:
 
 def test_what_an_observed_op_reads_goes_to_the_ranks_that_read_it() -> None:
     kernels = RankKernels(Sharding(LLAMA, 2), Chip(SMS, SHARED_BYTES[CC], CC))
-    ptx = compiled(kernels.of_observed_steps["publish"].spec)
+    ptx = compiled(kernels.publish.spec)
     words = {"to all": 4, "own": 5}  # residual stream twice, attention, MLP; the same exactly twice, q, k, v
     assert ptx.count("st.relaxed.sys.global") == kernels.sharding.ranks * words["to all"]
     assert ptx.count("st.relaxed.gpu.global") == words["own"]
