@@ -19,6 +19,7 @@ from numba_atomflow.backends.cuda.queue import TokenRing
 from numba_atomflow.backends.cuda.tensor_parallel import columns, rank
 from numba_atomflow.backends.cuda.tensor_parallel.backend import TensorParallelBackend
 from numba_atomflow.backends.cuda.tensor_parallel.timeline import compare_clocks, merged
+from numba_atomflow.backends.cuda.wide_sampling import WideSampling
 from numba_atomflow.checkpoint.random_weights import POOL_BYTES, RandomModel
 from numba_atomflow.errors import AtomFlowError, BackendError, CheckpointError, ClosedError, OptionError
 from numba_atomflow.memory.kv_cache import layer_cache
@@ -185,7 +186,7 @@ def test_kernels_of_several_tokens_are_loaded_when_they_are_needed_and_nothing_r
         assert loads()[0] == 0
         engine.backend.verify([1, 2])
         count, before = loads()
-        assert count == 2 * streams, "those of 2 and 8 tokens"
+        assert count == 2 * streams + 3, "those of 2 and 8 tokens, and of one rank what samples from several rows"
         assert before.count("cuStreamSynchronize") >= streams
 
 
@@ -243,8 +244,31 @@ def test_proposals_are_checked_where_it_is_asked_for(pretended: PretendedDriver,
         reply = engine.generate_tokens([5, 5, 5, 5], params).finish()
         assert reply.token_ids[1:] == [5] * 11, "the first comes from the prompt's logits"
         assert 0 < reply.stats.accepted <= reply.stats.proposed
-        sampled = engine.generate_tokens([5, 5, 5, 5], replace(params, temperature=0.5, seed=1)).finish()
-        assert len(sampled.token_ids) == 12
+
+
+def test_the_first_rank_samples_from_steps_that_verify(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver, launched: list[tuple[str, Any]], chosen: list[int]
+) -> None:
+    """Their tokens are read up to the first that was not proposed; NaN in what the kernel posts is a watchdog's."""
+    sampled = [11, 12, 99, 14]
+    monkeypatch.setattr(WideSampling, "posted", lambda _self, row: 1 << 32 | sampled[row])
+    with load(2) as engine:
+        backend, (first, second) = engine.backend, streams_of(pretended)
+        backend.start(Sampler(SamplingParams(temperature=1.0, seed=5), 300, ()))
+        backend.seek(3)
+        launched.clear()
+        assert backend.verify_sampled([10, 11, 12, 13]) == [11, 12, 99]
+        rows = ["argmax_rows", "sample_rows", "post_rows"]
+        assert steps_of(launched, first) == ["persistent_rank_x4", *rows]
+        assert steps_of(launched, second) == ["persistent_rank_x4"]
+        launched.clear()
+        assert backend.verify_sampled([10]) == [11]
+        assert steps_of(launched, first) == ["persistent_rank", *rows]
+        assert backend._queue.position == 3
+        chosen[:] = [11, NOT_FINITE]
+        backend._ranks[1].buffers["persistent.fault"].host_array()[:] = 1
+        with pytest.raises(BackendError, match="watchdog"):
+            backend.verify_sampled([10, 11])
 
 
 @pytest.mark.parametrize("method", ["verify", "verify_greedy"])

@@ -16,6 +16,7 @@ import bench_gpus
 
 from numba_atomflow.backends.cuda.queue import TokenRing
 from numba_atomflow.backends.cuda.tensor_parallel import rank
+from numba_atomflow.backends.cuda.wide_sampling import WideSampling
 from numba_atomflow.ops.cuda.persistent.trace import EVENTS
 
 DEVICE = "2 x Pretended GPU, CUDA 13.0"
@@ -92,13 +93,13 @@ def test_chunks_cannot_be_compared(cli: InProcess, tiny_checkpoint: Path) -> Non
     assert "steps under observation take one token; use --widths, or --diff-gpus" in " ".join(outcome.err.split())
 
 
-def test_proposals_are_checked(cli: InProcess, tiny_checkpoint: Path) -> None:
-    """Sampled by the host, of equal logits; what the kernels would choose is not posted here."""
+def test_proposals_are_checked(cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WideSampling, "posted", lambda _self, _row: 1 << 32 | 40)
     how = ("--speculate", "lookup", "--temperature", "1", "--seed", "1", "-n", "20", "--json")
     outcome = cli("generate", "--model", tiny_checkpoint, "--gpus", "2", *how, "ha ha ha ha ha ha ha ha")
     assert outcome.code == 0, outcome
     record = json.loads(outcome.out)
-    assert len(record["token_ids"]) == 20
+    assert record["token_ids"] == [40] * 20
 
 
 def test_the_comparison_with_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:

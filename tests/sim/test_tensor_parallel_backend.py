@@ -16,6 +16,7 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed
 from numba_atomflow import Engine, validate
 from numba_atomflow.backends.base import Backend, Memory
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead, Op
+from numba_atomflow.sampling import Sampler, SamplingParams
 
 pytestmark = pytest.mark.slow  # tests/cpu/test_tensor_parallel_backend.py has what needs no kernels
 SMALL = tiny_geometry(layers=1, hidden=32, heads=2, kv_heads=2, head_dim=64, ffn=32, vocabulary=40)
@@ -104,6 +105,17 @@ def test_steps_of_several_tokens_have_the_bits_of_single_ones(engine: Engine) ->
     np.testing.assert_array_equal(backend.verify(tokens[:1]), expected[:1])
     assert backend.verify_greedy(tokens[:1]) == chosen[:1]
     assert backend.verify_greedy([tokens[0], chosen[0]])[0] == chosen[0]
+
+    params = SamplingParams(temperature=1.0, seed=3)
+    backend.start(Sampler(params, SMALL.vocabulary, ()))
+    backend.prefill(tokens[:1], SAMPLE)
+    sampled = list(backend.sampled_tokens())
+    backend.decode()
+    sampled += backend.sampled_tokens()
+    backend.seek(0)
+    backend.start(Sampler(params, SMALL.vocabulary, ()))
+    assert backend.verify_sampled([tokens[0], sampled[0]]) == sampled
+    backend.start(Sampler(SamplingParams(), SMALL.vocabulary, ()))
 
     forget()
     backend.prefill(tokens, NO_LOGITS)

@@ -80,7 +80,8 @@ def test_rows_are_sampled_as_in_decode_steps(gpu: SimulatedBackend, params: Samp
     sampler = Sampler(params, VOCABULARY, CONTEXT)
     sampler.note(20)  # the first token of the reply, sampled after the prompt
     first, second, third = plain_tokens(gpu, rows, sampler)
-    sampling = WideSampling(gpu.model, gpu.graphs._loaded, 8, None)  # type: ignore[arg-type]
+    model = gpu.model
+    sampling = WideSampling(model.buffers, model.staged, None, gpu.graphs._loaded, gpu.kernels.planned, None)  # type: ignore[arg-type]
 
     assert sampled(gpu, sampling, [20, first, second], sampler) == [first, second, third]
     wrong = (first + 1) % VOCABULARY

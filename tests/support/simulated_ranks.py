@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pretended_gpu import PretendedDriver, pretend_compiler
 
+from numba_atomflow.backends.cuda import wide_sampling
 from numba_atomflow.backends.cuda.tensor_parallel import columns, rank, steps
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.layout.weights import PrepackedLayout, prepack_reference
@@ -36,7 +37,8 @@ class _Launch:
     def __init__(self, kernel: Kernel, ctas: int, arguments: tuple[Any, ...], stream: Any) -> None:
         assert isinstance(arguments, kernel.spec.signature)
         self.spec, self._stream = kernel.spec, stream
-        self._ctas = ctas if self.waits else 1  # others take any number of CTAs
+        of_rows = self.spec.name.endswith("_rows")
+        self._ctas = ctas if self.waits or of_rows else 1  # others take any number of CTAs
         values = zip(self.spec.element_types, arguments, strict=True)
         self._parameter = self.spec.signature(*(_plain(kind, value) for kind, value in values))
 
@@ -66,7 +68,7 @@ def simulate_ranks(monkeypatch: pytest.MonkeyPatch, side_by_side: SideBySide, gp
     machine.install(monkeypatch)
     machine.gpus = gpus
     _Launch.waiting = {}
-    for module in (rank, columns):
+    for module in (rank, columns, wide_sampling):
         monkeypatch.setattr(module, "Launch", _Launch)
     monkeypatch.setattr(Uploader, "projection", _prepack)
     on_all = steps.RankSteps.on_all
@@ -75,7 +77,7 @@ def simulate_ranks(monkeypatch: pytest.MonkeyPatch, side_by_side: SideBySide, gp
         on_all(self, launch)
         queues = list(_Launch.waiting.values())
         while any(queues):
-            first = [queue.pop(0) for queue in queues]
+            first = [queue.pop(0) for queue in queues if queue]
             with side_by_side(len(first)) if first[0].waits else side_by_side(1):
                 for each in first:
                     each.start()

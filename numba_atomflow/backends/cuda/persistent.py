@@ -49,28 +49,26 @@ def persistent_buffers(shape: PersistentShape) -> list[Buffer]:
     ]
 
 
-def verification_buffers(kernels: ModelKernels) -> list[Buffer]:
-    """Buffers of steps of several tokens. Each width has a mailbox of its own: each step overwrites all of it."""
-    width = max(kernels.wide_shapes, default=1)
+def verification_buffers(shapes: Mapping[int, PersistentShape], vocabulary: int) -> list[Buffer]:
+    """Buffers of steps of several tokens. Each width has a mailbox of its own: each step overwrites all of it.
+
+    Args:
+        shapes: by their number of columns.
+    """
+    width, seen_words = max(shapes, default=1), -(-vocabulary // 32)
     buffers = [
         Buffer("workspace", "verify.step", (2 + (width + 1) // 2,), "int64"),
-        Buffer("workspace", "verify.logits", (width, kernels.geometry.vocabulary), "float32"),
+        Buffer("workspace", "verify.logits", (width, vocabulary), "float32"),
         Buffer("workspace", "verify.best", (width,), "int64"),
-        Buffer("workspace", "verify.seen", (-(-kernels.geometry.vocabulary // 32),), "uint32"),
+        Buffer("workspace", "verify.seen", (seen_words,), "uint32"),
         Buffer("workspace", "verify.options", (5,), "float64"),
         Buffer("workspace", "verify.tokens_posted", (width,), "int64"),
         Buffer("workspace", "verify.generators", (width, 2), "uint64"),
         Buffer("workspace", "verify.sums", (width, LAYOUT.sums_words), "int64"),
         Buffer("workspace", "verify.sampled", (width,), "int32"),
-        Buffer("workspace", "verify.seen_rows", (width, -(-kernels.geometry.vocabulary // 32)), "uint32"),
+        Buffer("workspace", "verify.seen_rows", (width, seen_words), "uint32"),
         Buffer("workspace", "prompt.choices", (width,), "uint64"),
     ]
-    return buffers + width_buffers(kernels.wide_shapes)
-
-
-def width_buffers(shapes: Mapping[int, PersistentShape]) -> list[Buffer]:
-    """Those that each width has for itself, of shapes by their number of columns."""
-    buffers = []
     for columns, shape in shapes.items():
         buffers.append(Buffer("workspace", f"verify.mailbox_x{columns}", (shape.mailbox.end,), "uint64"))
         vectors = (2, shape.layers, shape.vector_words)

@@ -143,7 +143,7 @@ def cuda_plan(kernels: ModelKernels, max_seq_len: int) -> MemoryPlan:
         buffers += PrefillScratch.plan(*prefill.scratch)
     if kernels.persistent:
         buffers += persistent_buffers(kernels.persistent_shape)
-        buffers += verification_buffers(kernels)
+        buffers += verification_buffers(kernels.wide_shapes, g.vocabulary)
     return plan_memory(with_staging(buffers))
 
 

@@ -62,7 +62,9 @@ class WideSteps:
         )
         self._logits = PinnedArray(model.buffers["verify.logits"].shape, "float32", resources)
         self._fault = PinnedArray((1,), "int32", resources)
-        self._sampling = WideSampling(model, loaded, width, resources)
+        self._sampling = WideSampling(
+            *(model.buffers, model.staged, model.stream, loaded, model.kernels.planned, resources)
+        )
         no_penalty = np.ones(model.buffers["verify.options"].shape)
         model.memory.write(model.buffers["verify.options"], no_penalty)
         persistent.clear_vectors()

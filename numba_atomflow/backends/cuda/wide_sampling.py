@@ -8,19 +8,20 @@ were accepted; what comes after a rejected one is posted, and not read.
 Cost, 128,256 tokens, H200, 1 to 8 rows: some 120 us more than a step whose tokens the kernel chooses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.kernels import TOKEN_RING
-from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
-from numba_atomflow.memory.device import PinnedArray
+from numba_atomflow.memory.device import PinnedArray, StagedWrites
 from numba_atomflow.memory.view import View
 from numba_atomflow.ops.cuda.runtime.launch import Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
+from numba_atomflow.ops.cuda.runtime.spec import Planned
 from numba_atomflow.ops.cuda.token.advance import AdvanceArguments
 from numba_atomflow.ops.cuda.token.argmax import ArgmaxArguments
 from numba_atomflow.ops.cuda.token.sample import SampleArguments
@@ -31,15 +32,25 @@ _STEPS = 1 << 22  # after which the numbers of tokens begin again
 
 
 class WideSampling:
-    """Samples the tokens of steps of up to `width` tokens.
+    """Samples the tokens of steps that verify.
 
     Args:
-        loaded: kernels by name. width: most tokens of a step. resources: owns the pinned memory.
+        buffers: all views but the weights, by name. staged: writes to them, in the order of `stream`.
+        loaded: kernels by name, of which `planned` are these. resources: owns the pinned memory.
     """
 
-    def __init__(self, model: DeviceModel, loaded: LoadedKernels, width: int, resources: Resources) -> None:
-        self._model, self._loaded = model, loaded
-        self._ring = PinnedArray((width,), "uint64", resources)
+    def __init__(
+        self,
+        buffers: Mapping[str, View],
+        staged: StagedWrites,
+        stream: Any,
+        loaded: LoadedKernels,
+        planned: Mapping[str, Planned],
+        resources: Resources,
+    ) -> None:
+        self._buffers, self._staged, self._stream = buffers, staged, stream
+        self._loaded, self._planned = loaded, planned
+        self._ring = PinnedArray(buffers["verify.sampled"].shape, "uint64", resources)
         self._launches: dict[int, list[Launch]] = {}  # by the number of rows
         self._step = 0  # number of the last one
 
@@ -47,9 +58,9 @@ class WideSampling:
         """Copy what sampling in a step of these tokens depends on to the device, in stream order."""
         self._step = (self._step + 1) % _STEPS
         if self._step == 0:  # a row that was not used for so long would hold a token of the same number
-            call("cuStreamSynchronize", self._model.stream)
+            call("cuStreamSynchronize", self._stream)
             self._ring.array[:] = 0
-        rows, staged, buffers = range(len(tokens)), self._model.staged, self._model.buffers
+        rows, staged, buffers = range(len(tokens)), self._staged, self._buffers
         # The number after a multiple of the ring's size puts a row's token into the first entry of its own ring.
         staged.write(buffers["verify.tokens_posted"], [self._step * TOKEN_RING] * len(tokens))
         generators = np.array([(sampler.seed, sampler.draws + row) for row in rows], np.uint64)
@@ -71,9 +82,9 @@ class WideSampling:
         return entry if entry >> 32 == (self._step * TOKEN_RING + 1) & 0xFFFFFFFF else None
 
     def _bind(self, rows: int) -> list[Launch]:
-        model, buffers, planned = self._model, self._model.buffers, self._model.kernels.planned
+        buffers, planned, logits = self._buffers, self._planned, self._buffers["verify.logits"].rows(0, rows)
         seen, best, token = (buffers[f"verify.{name}"] for name in ("seen_rows", "best", "sampled"))
-        common = {"logits": model.wide_logits(0, rows), "seen": seen, "options": model.sampling.options, "best": best}
+        common = {"logits": logits, "seen": seen, "options": buffers["sampling.options"], "best": best}
         post = AdvanceArguments(
             token=token,
             best=best,
@@ -87,7 +98,7 @@ class WideSampling:
         sample = SampleArguments(**common, generator=generator, sums=sums, token=token)
         named = zip(KERNELS, (ArgmaxArguments(**common), sample, post), strict=True)
         return [
-            Launch(self._loaded[name], rows * planned[name].ctas, arguments, model.stream) for name, arguments in named
+            Launch(self._loaded[name], rows * planned[name].ctas, arguments, self._stream) for name, arguments in named
         ]
 
 

@@ -54,7 +54,6 @@ class TensorParallelBackend:
     decode_path = DECODE
     observed_chunk = 1
     device_edits = None  # edits are functions of the host
-    verify_sampled = None  # the host samples, from the logits of `verify`
 
     def __init__(
         self,
@@ -137,6 +136,7 @@ class TensorParallelBackend:
 
     def start(self, sampler: Sampler) -> None:
         """Use this sampler for the following steps: every rank samples by itself, of the same logits."""
+        self._sampler = sampler
         for rank in self._ranks:
             with rank.owner.current():
                 rank.set_sampler(sampler)
@@ -220,6 +220,13 @@ class TensorParallelBackend:
         """Those of the tokens after the first that are the most likely ones, and the most likely token after them."""
         self._check_verified(tokens)
         return self._verifying.choose(tokens, self._queue.position)
+
+    def verify_sampled(self, tokens: Sequence[int]) -> list[int]:
+        """The same with the sampler of `start`: those of the tokens after the first that it chooses, and the token that
+        it chooses after them. Kernels of decode steps sample from each row of the logits.
+        """
+        self._check_verified(tokens)
+        return self._verifying.sample(tokens, self._queue.position, self._sampler)
 
     def time_widths(self, repeats: int) -> dict[int, float]:
         """Median seconds of a step that verifies, at the current position, by its number of tokens."""

@@ -44,7 +44,6 @@ class RankColumns:
         self._posted = View("verify.posted", step.address + 8, (1,), "int64")
         self._tokens = View("verify.tokens", step.address + 16, (width,), "int32")
         self.choices = PinnedArray((width,), "uint64", rank.owner.resources)
-        self._prompt_choices = PinnedArray((width,), "uint64", rank.owner.resources)
         self._verifying: dict[int, Launch] = {1: self._bind_one()}
         self._prompts: dict[tuple[int, int], Launch] = {}  # by width, and by how far the position moves
         self._tails: dict[tuple[int, bool], list[Launch]] = {}  # by tokens, and with log-probabilities
@@ -133,7 +132,7 @@ class RankColumns:
         """A prompt's step of so many tokens, from 2 on, which were sent. Its kernel is loaded."""
         columns, advance = self.width_for(tokens), 0 if head.sample else tokens
         if (columns, advance) not in self._prompts:
-            position, choices = self._buffers["position"], self._prompt_choices.view
+            position, choices = self._buffers["position"], self._buffers["prompt.choices"]
             self._prompts[columns, advance] = self._bind(columns, position=position, choices=choices, advance=advance)
         self._prompts[columns, advance].run()
         if head.sample:

@@ -20,10 +20,10 @@ from numba_atomflow.ops.cuda.persistent.schedule import K_TILE_GROUPS, Persisten
 from numba_atomflow.ops.cuda.persistent.wide_kernel import wide_kernel
 from numba_atomflow.ops.cuda.runtime.chip import Chip
 from numba_atomflow.ops.cuda.runtime.spec import Planned
-from numba_atomflow.ops.cuda.token.advance import advance_kernel
-from numba_atomflow.ops.cuda.token.argmax import argmax_kernel
+from numba_atomflow.ops.cuda.token.advance import advance_kernel, post_rows_kernel
+from numba_atomflow.ops.cuda.token.argmax import argmax_kernel, argmax_rows_kernel
 from numba_atomflow.ops.cuda.token.logprobs import logprobs_kernel
-from numba_atomflow.ops.cuda.token.sample import sample_kernel
+from numba_atomflow.ops.cuda.token.sample import sample_kernel, sample_rows_kernel
 
 
 class RankKernels:
@@ -118,6 +118,17 @@ class RankKernels:
         prompt, or a step that verifies, first needs it.
         """
         return {columns: self._launched(wide_kernel(shape)) for columns, shape in self.wide_shapes.items()}
+
+    @cached_property
+    def sampled_rows(self) -> dict[str, Planned]:
+        """What samples from several rows of logits, after a step that verifies, by name; on one rank."""
+        vocabulary, chip, dependent = self.geometry.vocabulary, self.chip, self.chip.dependent_launch
+        kernels = (
+            argmax_rows_kernel(vocabulary, chip.sms, dependent),
+            sample_rows_kernel(vocabulary, dependent),
+            post_rows_kernel(TOKEN_RING, vocabulary, dependent),
+        )
+        return {kernel.spec.name: kernel for kernel in kernels}
 
     @cached_property
     def publish(self) -> Planned:

@@ -5,12 +5,12 @@ from typing import Any
 
 from numba_atomflow.backends.base import DecodePath, PrefillPath
 from numba_atomflow.backends.cuda.families import check_no_window
-from numba_atomflow.backends.cuda.persistent import persistent_buffers, width_buffers
+from numba_atomflow.backends.cuda.persistent import persistent_buffers, verification_buffers
 from numba_atomflow.backends.cuda.plan import SamplingState, with_staging
 from numba_atomflow.backends.cuda.tensor_parallel.kernels import RankKernels
 from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.geometry import GROUP, ModelGeometry
-from numba_atomflow.memory.plan import Buffer, MemoryPlan, plan_memory
+from numba_atomflow.memory.plan import MemoryPlan, plan_memory
 from numba_atomflow.model.buffers import StepSizes, step_buffers
 from numba_atomflow.model.formats import GPU_KV, HeadFormat
 from numba_atomflow.model.sharding import Sharding
@@ -40,19 +40,6 @@ def step_sizes(kernels: RankKernels, max_seq_len: int) -> StepSizes:
     )
 
 
-def verification_buffers(kernels: RankKernels) -> list[Buffer]:
-    """Of steps of several tokens, and of those of one that verify."""
-    width, vocabulary = kernels.most_columns, kernels.geometry.vocabulary
-    return [
-        Buffer("workspace", "verify.step", (2 + (width + 1) // 2,), "int64"),
-        Buffer("workspace", "verify.logits", (width, vocabulary), "float32"),
-        Buffer("workspace", "verify.best", (width,), "int64"),
-        Buffer("workspace", "verify.seen", (-(-vocabulary // 32),), "uint32"),
-        Buffer("workspace", "verify.options", (5,), "float64"),
-        *width_buffers(kernels.wide_shapes),
-    ]
-
-
 def rank_plan(kernels: RankKernels, max_seq_len: int) -> MemoryPlan:
     """A rank's rows of the weights, its heads' KV cache, and activations; the same sizes on every rank.
 
@@ -63,7 +50,7 @@ def rank_plan(kernels: RankKernels, max_seq_len: int) -> MemoryPlan:
         *step_buffers(kernels.sharding.rank_geometry, step_sizes(kernels, max_seq_len)),
         *SamplingState.plan(kernels.geometry.vocabulary),
         *persistent_buffers(kernels.persistent_shape),
-        *verification_buffers(kernels),
+        *verification_buffers(kernels.wide_shapes, kernels.geometry.vocabulary),
     ]
     return plan_memory(with_staging(buffers))
 

@@ -1,21 +1,23 @@
 """Steps of several GPUs that verify a proposal: logits after each token, with the bits of single decode steps of one
-GPU; or the most likely token after each, which the kernels choose.
+GPU; or the most likely token after each, which the kernels choose; or a token sampled from each.
 
-All ranks choose the same tokens and have all logits; the host reads those of rank 0.
+All ranks choose the same tokens and have all logits; the host reads those of rank 0, which alone samples.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.queue import POLLS, StepQueue, posted_token, stream_finished
+from numba_atomflow.backends.cuda.tensor_parallel.rank import Rank
 from numba_atomflow.backends.cuda.tensor_parallel.steps import RankSteps
+from numba_atomflow.backends.cuda.wide_sampling import WideSampling
 from numba_atomflow.device.driver import call
 from numba_atomflow.errors import BackendError, CheckpointError
 from numba_atomflow.memory.device import PinnedArray
-from numba_atomflow.sampling import accepted_tokens
+from numba_atomflow.sampling import Sampler, accepted_tokens
 
 TIMED = 8  # steps that are queued together, so that the host's part is hidden
 
@@ -26,15 +28,19 @@ class VerifyingSteps:
     def __init__(self, steps: RankSteps, queue: StepQueue) -> None:
         self._steps, self._queue, self._first = steps, queue, steps.ranks[0]
         self._pending = False  # a step has been launched, and the host has not seen its end
-        with self._first.owner.current():
-            self._logits = PinnedArray(
-                self._first.buffers["verify.logits"].shape, "float32", self._first.owner.resources
+        first, resources = self._first, self._first.owner.resources
+        with first.owner.current():
+            self._logits = PinnedArray(first.buffers["verify.logits"].shape, "float32", resources)
+            self._sampling = WideSampling(
+                *(first.buffers, first.staged, first.stream, first.loaded, first.kernels.sampled_rows, resources)
             )
+        self._samples = False  # whether the kernels that sample are loaded
 
     def run(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
         """Logits [len(tokens), V] after each of the tokens, the first at this position; valid until the next call.
 
-        The first call for several tokens compiles the kernels of all widths, or loads them from the cache.
+        The first call for several tokens compiles the kernels of all widths, and those that sample, or loads them from
+        the cache.
 
         Raises:
             BackendError: a watchdog tripped, or a GPU failed.
@@ -62,16 +68,48 @@ class VerifyingSteps:
             BackendError: as `run`.
         """
         self._start(tokens, position)
-        choices, polls = self._first.columns.choices.array[: len(tokens)], 0
-        while not choices.all():
+        choices = self._first.columns.choices.array[: len(tokens)]
+        self._poll(choices.all)
+        self._pending = False
+        return accepted_tokens(tokens, lambda row: self._token(int(choices[row])))
+
+    def sample(self, tokens: Sequence[int], position: int, sampler: Sampler) -> list[int]:
+        """As `Backend.verify_sampled`, the first token at this position.
+
+        Raises:
+            CheckpointError: logits contain NaN or Inf.
+            BackendError: as `run`.
+        """
+        self._await_interrupted()
+        self._prepare_sampling()
+        with self._first.owner.current():
+            self._sampling.send(tokens, sampler)
+        self._start(tokens, position)
+        self._steps.on_all(self._sample_on_first(len(tokens)))
+        chosen = accepted_tokens(tokens, self._sampled)
+        self._pending = False  # the step itself has ended; sampling of what was rejected may go on
+        return chosen
+
+    def _sample_on_first(self, rows: int) -> Callable[[Rank], None]:
+        """What samples from so many rows, on rank 0."""
+        return lambda rank: self._sampling.run(rows) if rank is self._first else None
+
+    def _sampled(self, row: int) -> int:
+        """The token that was sampled after number `row`."""
+        self._poll(lambda: self._sampling.posted(row) is not None)
+        self._token(int(self._first.columns.choices.array[row]))  # it shows that a watchdog tripped, on any rank
+        return self._token(self._sampling.posted(row) or 0)
+
+    def _poll(self, posted: Callable[[], object]) -> None:
+        """Wait until rank 0 has posted its tokens."""
+        polls = 0
+        while not posted():
             polls += 1
             if polls % POLLS == 0:
                 with self._first.owner.current():
-                    if stream_finished(self._first.stream) and not choices.all():
+                    if stream_finished(self._first.stream) and not posted():
                         raise BackendError("the GPUs have finished a step without its tokens")
                 time.sleep(0)  # let other threads run
-        self._pending = False
-        return accepted_tokens(tokens, lambda row: self._token(int(choices[row])))
 
     def seconds(self, repeats: int, position: int) -> dict[int, float]:
         """Median seconds of a step at this position, by the number of its tokens: by the host's clock, over a few steps
@@ -112,10 +150,19 @@ class VerifyingSteps:
         self._await_interrupted()
         if count > 1:
             self._steps.prepare_widths(self._first.columns.widths)
+            self._prepare_sampling()
         self._first.columns.choices.array[:] = 0
         self._send(tokens, position)
         self._pending = True
         self._steps.on_all(lambda rank: rank.columns.verify(count))
+
+    def _prepare_sampling(self) -> None:
+        """Load what samples from several rows, unless it is; no step runs meanwhile."""
+        if not self._samples:
+            self._steps.wait()
+            with self._first.owner.current():
+                self._first.loaded.require(kernel.spec for kernel in self._first.kernels.sampled_rows.values())
+            self._samples = True
 
     def _send(self, tokens: Sequence[int], position: int) -> None:
         for rank in self._steps.ranks:
