@@ -1,6 +1,6 @@
 """The tokens that the KV cache holds, and the steps that put them there."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -198,14 +198,17 @@ class Context:
         self.token_ids.append(tokens[0])
         return chosen
 
-    def verify_sampled(self, tokens: Sequence[int]) -> list[int]:
-        """As `Backend.verify_sampled`, which must exist, of tokens that are as those of `verify`."""
-        self.backend.seek(len(self.token_ids))
-        sample = self.backend.verify_sampled
-        assert sample is not None  # noqa: S101
-        chosen = sample(tokens)
-        self.token_ids.append(tokens[0])
-        return chosen
+    def launch_verification(self, tokens: Sequence[int], ahead: int, *, sampled: bool) -> Callable[[], list[int]]:
+        """As `Backend.launch_verification`, which must exist. Of the tokens, which are as those of `verify`, none is
+        appended to `token_ids`.
+
+        Args:
+            ahead: tokens that the KV cache holds, and `token_ids` does not yet.
+        """
+        launch = self.backend.launch_verification
+        assert launch is not None  # noqa: S101
+        self.backend.seek(len(self.token_ids) + ahead)
+        return launch(tokens, sampled=sampled)
 
     def decode(self, token: int) -> None:
         """Request the decode step that takes the token sampled last into the KV cache."""

@@ -243,7 +243,7 @@ def token_loop(state: GenerationState, context: Context, request: Request, reuse
         logprobs = () if request.params.logprobs is None else backend.sampled_logprobs()
         for number, token in enumerate(tokens, 1):
             state.logprobs.extend(logprobs[number - 1 : number])
-            _record(state, context, request, token)
+            record_token(state, context, request, token)
             yield token
             if state.finish_reason:
                 return
@@ -270,8 +270,8 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
 
     With a drafter, a step also has the logits after each of the proposed tokens. As long as the token that is chosen is
     the one that was proposed, the next one is chosen from the same step's logits: every token is chosen as without a
-    drafter, from logits of the same bits, with the same draw. Where nothing is asked for but the tokens, a GPU chooses
-    them, and copies no logits.
+    drafter, from logits of the same bits, with the same draw. Where a device can choose the tokens, and nothing else is
+    asked for, `overlapped_loop` generates.
 
     Args:
         context: holds the first `reused` tokens of the prompt, which are not computed again.
@@ -280,13 +280,10 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
     stats.prompt_tokens, stats.reused_tokens = len(request.prompt), reused
     sampler = Sampler(request.params, context.vocabulary, request.prompt, request.constraint)
     speculator = Speculator(request.drafter, context.backend.verification.width, context.vocabulary, request.eos_ids)
-    rows: Iterable[NDArray[np.float32] | int]
+    only_tokens = takes_the_most_likely(request)
+    rows: Iterable[NDArray[np.float32] | int] = prompt_logits(state, context, request, reused)
     step: Callable[[Sequence[int]], Iterable[NDArray[np.float32] | int]]
-    if _backend_samples(context, request):
-        rows, step = _sample_after_prompt(context, request, sampler, reused), context.verify_sampled
-    else:
-        rows = _prompt_logits(state, context, request, reused)
-        step = context.verify_greedy if _takes_the_most_likely(request) else context.verify
+    step = context.verify_greedy if only_tokens else context.verify
     text, proposed, step_seconds = list(request.prompt), list[int](), 0.0
     while True:
         accepted = 0
@@ -314,31 +311,25 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
         stats.proposed += len(proposed)
 
 
-def _needs_tokens_only(request: Request) -> bool:
+def tokens_are_enough(request: Request) -> bool:
     """Whether the host needs to see no logits of the reply."""
     return request.params.logprobs is None and request.params.constraint is None
 
 
-def _takes_the_most_likely(request: Request) -> bool:
+def takes_the_most_likely(request: Request) -> bool:
     """Whether each token is the most likely one, and nothing but its number is of interest."""
     params = request.params
-    return params.greedy and params.repetition_penalty == 1.0 and _needs_tokens_only(request)
+    return params.greedy and params.repetition_penalty == 1.0 and tokens_are_enough(request)
 
 
-def _backend_samples(context: Context, request: Request) -> bool:
-    """Whether the backend samples tokens in steps that verify, and the host needs nothing else."""
-    can = context.backend.verify_sampled is not None and request.params.prompt_logprobs is None
-    return can and _needs_tokens_only(request) and not _takes_the_most_likely(request)
-
-
-def _sample_after_prompt(context: Context, request: Request, sampler: Sampler, reused: int) -> Sequence[int]:
+def sample_after_prompt(context: Context, request: Request, sampler: Sampler, reused: int) -> Sequence[int]:
     """Feed the prompt from token `reused` on, as `token_loop` does; the first token of the reply."""
     context.backend.start(sampler)
     context.prefill(request.prompt[reused:], SAMPLE)
     return context.backend.sampled_tokens()
 
 
-def _prompt_logits(state: GenerationState, context: Context, request: Request, reused: int) -> NDArray[np.float32]:
+def prompt_logits(state: GenerationState, context: Context, request: Request, reused: int) -> NDArray[np.float32]:
     """Feed the prompt from token `reused` on; the logits [1, V] of its last token."""
     top, rest = request.params.prompt_logprobs, request.prompt[reused:]
     if top is not None:
@@ -364,7 +355,7 @@ def _choose(
         stats.ttft = elapsed
     stats.decode_seconds = elapsed - stats.ttft
     stats.constraint_seconds = sampler.constraint_seconds
-    _record(state, context, request, token)
+    record_token(state, context, request, token)
     return token
 
 
@@ -389,7 +380,7 @@ def _feed_prompt_with_logprobs(
     return context.last_logits(len(prompt))
 
 
-def _record(state: GenerationState, context: Context, request: Request, token: int) -> None:
+def record_token(state: GenerationState, context: Context, request: Request, token: int) -> None:
     """Count a generated token, and say whether it is the last one, and why."""
     state.token_ids.append(token)
     state.stats.tokens += 1

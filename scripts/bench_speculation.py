@@ -100,8 +100,12 @@ def _steps(backend: CudaBackend, position: int, repeats: int) -> dict[str, dict[
     """Seconds by the number of tokens: of the kernel, of a whole step with logits, of one whose tokens the kernel
     chooses, and of one whose tokens are sampled.
     """
-    sample = backend.verify_sampled
-    assert sample is not None
+    launch = backend.launch_verification
+    assert launch is not None
+
+    def sample(tokens: list[int]) -> list[int]:
+        return launch(tokens, sampled=True)()
+
     backend.start(Sampler(SamplingParams(temperature=0.8, seed=1), backend.geometry.vocabulary, ()))
     backend.seek(position)
     kernel = backend.time_widths(repeats)

@@ -69,6 +69,23 @@ class Verification:
     automatic: bool = True
 
 
+class LaunchVerification(Protocol):
+    """Launches a step that verifies."""
+
+    def __call__(self, tokens: Sequence[int], *, sampled: bool) -> Callable[[], list[int]]:
+        """Launch `Backend.verify` of these tokens, and return a function that waits for what was chosen: those of the
+        tokens after the first that are accepted, and the token after them. It is called before any other step.
+
+        Args:
+            sampled: by the sampler of `Backend.start`, which knows what came before (`Sampler.note`) and is not
+                changed: what `decode` would sample. Otherwise the most likely tokens.
+
+        Raises:
+            IndexError: as `verify`.
+            CheckpointError: logits contain NaN or Inf; when the result is waited for.
+        """
+
+
 class Memory(Protocol):
     """A backend's memory, as an observer sees it: by copies, because it may be on a device."""
 
@@ -256,14 +273,9 @@ class Backend(Protocol):
         """
 
     @property
-    def verify_sampled(self) -> Callable[[Sequence[int]], list[int]] | None:
-        """`verify` with the sampler of `start`: those of the tokens after the first that it chooses, up to the first
-        that it does not, and the token that it chooses after them: what `decode` would sample. The sampler knows what
-        came before (`Sampler.note`); it is not changed. None where the host samples, from the logits of `verify`.
-
-        Raises:
-            IndexError: as `verify`.
-            CheckpointError: logits contain NaN or Inf.
+    def launch_verification(self) -> LaunchVerification | None:
+        """What launches `verify` with tokens that the device chooses; None where the host computes, or samples from the
+        logits of `verify`.
         """
 
     def observe(self, tokens: Sequence[int], head: Head, observer: Observer) -> None:

@@ -207,7 +207,7 @@ class EditedBackend:
         captured: has these edits in the decode steps of `backend`; None: `decode` runs an op at a time, too.
     """
 
-    verify_sampled = None
+    launch_verification = None
 
     def __init__(
         self, backend: Backend, edits: Sequence[tuple[Activation, Edit]], captured: DeviceEdits | None = None

@@ -20,6 +20,7 @@ from numba_atomflow.generation import (
     text_pieces,
     token_loop,
 )
+from numba_atomflow.overlapped_generation import device_chooses, overlapped_loop
 from numba_atomflow.sampling import SamplingParams
 from numba_atomflow.speculation.choose import choose_drafter
 from numba_atomflow.speculation.drafter import Drafter
@@ -154,8 +155,12 @@ class Replies(EngineCore):
 
     def _token_loop(self, state: GenerationState, request: Request, reused: int) -> Iterator[int]:
         """The loop that generates; refers to the engine, which therefore lives as long as its generation runs."""
-        loop = host_sampled_loop if needs_logits(request) else token_loop
-        yield from loop(state, self._open_context(), request, reused)
+        context, loop = self._open_context(), token_loop
+        if device_chooses(context, request):
+            loop = overlapped_loop
+        elif needs_logits(request):
+            loop = host_sampled_loop
+        yield from loop(state, context, request, reused)
 
     def _begin(self, request: Request, start: Callable[[int], NewGeneration]) -> NewGeneration:
         """The generation that `start` returns, given how much of the prompt is in the KV cache already."""

@@ -1,7 +1,8 @@
 """Generation with proposed tokens: the same tokens as without, whatever is proposed, and where they end."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Verification
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import OptionError
-from numba_atomflow.sampling import Sampler, accepted_tokens
+from numba_atomflow.generation import TokenGeneration
+from numba_atomflow.sampling import Sampler, accepted_tokens, most_likely_token
 from numba_atomflow.speculation.drafter import StepResult
 from numba_atomflow.speculation.prompt_lookup import PromptLookup
 
@@ -85,25 +87,30 @@ def test_a_drafter_changes_the_number_of_steps_only(engine: Engine, options: dic
 
 
 class SamplingBackend:
-    """Lets a CPU backend sample in steps that verify, as a GPU does: by a copy of the sampler."""
+    """Lets a CPU backend choose tokens in steps that verify, as a GPU does: by a copy of the sampler, while the caller
+    does other things.
+    """
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self._backend, self._start = engine.backend, engine.backend.start
         self.steps = 0
         monkeypatch.setattr(engine.backend, "start", self.start)
-        monkeypatch.setattr(engine.backend, "verify_sampled", self.verify_sampled)
+        monkeypatch.setattr(engine.backend, "launch_verification", self.launch)
 
     def start(self, sampler: Sampler) -> None:
         self._sampler = sampler
         self._start(copy.deepcopy(sampler))
 
-    def verify_sampled(self, tokens: Sequence[int]) -> list[int]:
+    def launch(self, tokens: Sequence[int], *, sampled: bool) -> Callable[[], list[int]]:
         self.steps += 1
-        logits, sampler = self._backend.verify(tokens), copy.deepcopy(self._sampler)
-        return accepted_tokens(tokens, lambda row: sampler.choose(logits[row]))
+        logits = self._backend.verify(tokens)
+        if not sampled:
+            return lambda: accepted_tokens(tokens, lambda row: most_likely_token(logits[row]))
+        sampler = copy.deepcopy(self._sampler)
+        return lambda: accepted_tokens(tokens, lambda row: sampler.choose(logits[row]))
 
 
-@pytest.mark.parametrize("options", [SAMPLED, {"repetition_penalty": 1.3}, {"temperature": 1.0, "seed": 4}])
+@pytest.mark.parametrize("options", [{}, SAMPLED, {"repetition_penalty": 1.3}, {"temperature": 1.0, "seed": 4}])
 @pytest.mark.parametrize("wrong", [(), (5, 6, 17)], ids=["right", "few"])
 def test_a_backend_that_samples_generates_the_same(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], wrong: Sequence[int]
@@ -117,6 +124,53 @@ def test_a_backend_that_samples_generates_the_same(
     assert reply.stats.steps == backend.steps
     assert reply.stats.steps + reply.stats.accepted == reply.stats.tokens - 1
     assert engine.token_ids == [*PROMPT, *expected[:-1]]
+
+
+@pytest.mark.parametrize("taken", [*range(1, 13), 30])
+def test_a_caller_that_leaves_while_a_step_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
+    """The context has what was taken, and continues as if no step had been launched."""
+    expected = plain(engine, max_tokens=60, ignore_eos=True)
+    backend = SamplingBackend(engine, monkeypatch)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    reply = engine.generate_tokens(PROMPT, params, drafter=Script(PROMPT, expected, (5, 6, 17)))
+    assert [next(reply) for _ in range(taken)] == expected[:taken]
+    assert backend.steps == reply.stats.steps + (taken > 1)  # the next one runs from a step's first token on
+    reply.close()
+    assert engine.token_ids == [*PROMPT, *expected[: taken - 1]]
+    prompt = [*PROMPT, *expected[:taken]]
+    rest = engine.generate_tokens(prompt, SamplingParams(max_tokens=60 - taken, ignore_eos=True)).finish()
+    assert (rest.token_ids, rest.stats.reused_tokens) == (expected[taken:], len(prompt) - 1)
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("length", [1, 2, 9, 10, 16, 17])
+def test_no_step_is_launched_beyond_the_end(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], length: int
+) -> None:
+    """Of max_tokens, at EOS, and where the context is full."""
+    expected = plain(engine, max_tokens=120, ignore_eos=True, **options)
+    backend = SamplingBackend(engine, monkeypatch)
+
+    def reply(**end: Any) -> TokenGeneration:
+        engine.reset()
+        backend.steps = 0
+        params = SamplingParams(**{"ignore_eos": True} | options | end)
+        return engine.generate_tokens(PROMPT, params, drafter=Script(PROMPT, expected, (5, 6, 17))).finish()
+
+    found = reply(max_tokens=length)
+    assert (found.token_ids, found.finish_reason, found.stats.steps) == (
+        expected[:length],
+        "max_tokens",
+        backend.steps,
+    )
+    first = expected.index(expected[length])
+    text = replace(engine.checkpoint.text, eos_ids=(expected[length],))
+    monkeypatch.setattr(engine.checkpoint, "text", text)
+    found = reply(max_tokens=60, ignore_eos=False)
+    assert (found.token_ids, found.finish_reason, found.stats.steps) == (expected[: first + 1], "eos", backend.steps)
+    full = reply(max_tokens=None)
+    assert (len(full.token_ids), full.finish_reason) == (128 - len(PROMPT) + 1, "context")
+    assert (full.token_ids[:120], full.stats.steps) == (expected, backend.steps)
 
 
 @pytest.mark.parametrize("options", [{"logprobs": 2}, {"prompt_logprobs": 0}])

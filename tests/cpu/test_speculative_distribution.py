@@ -39,7 +39,7 @@ class TableBackend:
     """Logits by the last token."""
 
     name, prefill_chunk, verification = "table", 8, Verification(8)
-    verify_sampled = None
+    launch_verification = None
 
     def __init__(self) -> None:
         self.rows = TABLE[:0]

@@ -257,18 +257,18 @@ def test_the_first_rank_samples_from_steps_that_verify(
         backend.start(Sampler(SamplingParams(temperature=1.0, seed=5), 300, ()))
         backend.seek(3)
         launched.clear()
-        assert backend.verify_sampled([10, 11, 12, 13]) == [11, 12, 99]
+        assert backend.launch_verification([10, 11, 12, 13], sampled=True)() == [11, 12, 99]
         rows = ["argmax_rows", "sample_rows", "post_rows"]
         assert steps_of(launched, first) == ["persistent_rank_x4", *rows]
         assert steps_of(launched, second) == ["persistent_rank_x4"]
         launched.clear()
-        assert backend.verify_sampled([10]) == [11]
+        assert backend.launch_verification([10], sampled=True)() == [11]
         assert steps_of(launched, first) == ["persistent_rank", *rows]
         assert backend._queue.position == 3
         chosen[:] = [11, NOT_FINITE]
         backend._ranks[1].buffers["persistent.fault"].host_array()[:] = 1
         with pytest.raises(BackendError, match="watchdog"):
-            backend.verify_sampled([10, 11])
+            backend.launch_verification([10, 11], sampled=True)()
 
 
 @pytest.mark.parametrize("method", ["verify", "verify_greedy"])

@@ -50,9 +50,9 @@ def post(backend: CudaBackend, *entries: int) -> None:
 
 
 def verify_sampled(backend: CudaBackend, tokens: list[int]) -> list[int]:
-    verify = backend.verify_sampled
-    assert verify is not None
-    return verify(tokens)
+    launch = backend.launch_verification
+    assert launch is not None
+    return launch(tokens, sampled=True)()
 
 
 def start(backend: CudaBackend, params: SamplingParams) -> Sampler:
@@ -64,7 +64,7 @@ def start(backend: CudaBackend, params: SamplingParams) -> Sampler:
 def test_only_steps_of_several_tokens_sample(pretended: PretendedDriver) -> None:
     assert pretended.gpus == 1
     with Engine.random(tiny_geometry(), "cuda", 64, decode="graph", prefill="gemv") as engine:
-        assert engine.backend.verify_sampled is None
+        assert engine.backend.launch_verification is None
 
 
 def test_tokens_up_to_the_first_that_was_not_proposed(pretended: PretendedDriver, backend: CudaBackend) -> None:

@@ -114,7 +114,7 @@ def test_steps_of_several_tokens_have_the_bits_of_single_ones(engine: Engine) ->
     sampled += backend.sampled_tokens()
     backend.seek(0)
     backend.start(Sampler(params, SMALL.vocabulary, ()))
-    assert backend.verify_sampled([tokens[0], sampled[0]]) == sampled
+    assert backend.launch_verification([tokens[0], sampled[0]], sampled=True)() == sampled
     backend.start(Sampler(SamplingParams(), SMALL.vocabulary, ()))
 
     forget()

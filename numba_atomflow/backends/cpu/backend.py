@@ -78,7 +78,7 @@ class CpuBackend:
     name = "cpu"
     decode_path = prefill_path = None  # there is only one
     device_edits = None  # functions of numba.cuda cannot run here
-    verify_sampled = None
+    launch_verification = None
     verification = Verification(projection.GEMV_TOKENS)
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.base import Decode, Observer, Prefill
+from numba_atomflow.backends.base import Decode, LaunchVerification, Observer, Prefill
 from numba_atomflow.backends.cuda.decode_path import kernels_for, verification_of
 from numba_atomflow.backends.cuda.edits import DeviceEdits
 from numba_atomflow.backends.cuda.families import beyond_fast_paths, beyond_gemm, sliding_window
@@ -273,24 +273,28 @@ class CudaBackend:
         if self._wide_steps is None:
             logits = self.verify(tokens)
             return accepted_tokens(tokens, lambda row: most_likely_token(logits[row]))
-        check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
-        self._check(tokens)
-        self._in_wide_step = False
-        with self._owner.current():
-            return self._wide_steps.choose(tokens, self._queue.position)
+        return self._launch_verification(tokens, sampled=False)()
 
     @property
-    def verify_sampled(self) -> Callable[[Sequence[int]], list[int]] | None:
-        """Where steps of several tokens run, the kernels of decode steps sample from each row of their logits."""
-        return None if self._wide_steps is None else self._verify_sampled
+    def launch_verification(self) -> LaunchVerification | None:
+        """Where steps of several tokens run: their kernel chooses the most likely tokens, or the kernels of decode
+        steps sample from each row of their logits.
+        """
+        return None if self._wide_steps is None else self._launch_verification
 
-    def _verify_sampled(self, tokens: Sequence[int]) -> list[int]:
+    def _launch_verification(self, tokens: Sequence[int], *, sampled: bool) -> Callable[[], list[int]]:
         assert self._wide_steps is not None  # noqa: S101
         check_range("tokens of a step that verifies", 0, len(tokens), self.verification.width)
         self._check(tokens)
         self._in_wide_step = False
         with self._owner.current():
-            return self._wide_steps.sample(tokens, self._queue.position, self._sampler)
+            wait = self._wide_steps.launch(tokens, self._queue.position, self._sampler if sampled else None)
+
+        def wait_in_context() -> list[int]:
+            with self._owner.current():
+                return wait()
+
+        return wait_in_context
 
     def time_widths(self, repeats: int) -> dict[int, float]:
         """Median seconds of the kernel of a step that verifies, at the current position, by its number of tokens;

@@ -92,33 +92,35 @@ class WideSteps:
             raise watchdog_error()
         return logits[:count]
 
-    def choose(self, tokens: Sequence[int], position: int) -> list[int]:
-        """As `Backend.verify_greedy`, the first token at this position. The GPU's context is current.
+    def launch(self, tokens: Sequence[int], position: int, sampler: Sampler | None) -> Callable[[], list[int]]:
+        """As `LaunchVerification`, the first token at this position. The GPU's context is current, also when the result
+        is waited for.
+
+        Args:
+            sampler: None takes the most likely tokens.
 
         Raises:
-            CheckpointError: logits contain NaN or Inf.
-            BackendError: as `run`.
-        """
-        choices = self._choices.array[: len(tokens)]
-        self._start(tokens, position)
-        self._poll(choices.all)
-        self._pending = False
-        return accepted_tokens(tokens, lambda row: self._token(choices[row]))
-
-    def sample(self, tokens: Sequence[int], position: int, sampler: Sampler) -> list[int]:
-        """As `Backend.verify_sampled`, the first token at this position. The GPU's context is current.
-
-        Raises:
-            CheckpointError: logits contain NaN or Inf.
-            BackendError: as `run`.
+            CheckpointError: logits contain NaN or Inf; when the result is waited for.
+            BackendError: as `run`; likewise.
         """
         self._end_interrupted()
-        self._sampling.send(tokens, sampler)
+        if sampler is not None:
+            self._sampling.send(tokens, sampler)
         self._start(tokens, position)
-        self._sampling.run(len(tokens))
-        chosen = accepted_tokens(tokens, self._sampled)
-        self._pending = False  # the step itself has ended; sampling of what was rejected may go on
-        return chosen
+        if sampler is not None:
+            self._sampling.run(len(tokens))
+        choices = self._choices.array[: len(tokens)]
+
+        def wait() -> list[int]:
+            if sampler is not None:
+                chosen = accepted_tokens(tokens, self._sampled)
+            else:
+                self._poll(choices.all)
+                chosen = accepted_tokens(tokens, lambda row: self._token(choices[row]))
+            self._pending = False  # the step itself has ended; sampling of what was rejected may go on
+            return chosen
+
+        return wait
 
     def _sampled(self, row: int) -> int:
         """The token that was sampled after number `row`."""
@@ -152,6 +154,7 @@ class WideSteps:
             BackendError: the watchdog tripped.
         """
         stream, resources, seconds = self._model.stream, self._resources, {}
+        self._end_interrupted()
         self._send([], position)
         for width in self._widths:
             launch = self._launch(width) if width > 1 else self._bind(width, in_place=True)
@@ -171,6 +174,7 @@ class WideSteps:
         ops, median = self._model.step(1, SAMPLE), {}
         traced = [kernels.persistent_traced, *(kernels.wide_traced(width) for width in self._widths[1:])]
         built = self._loaded.build_apart([kernel.spec for kernel in traced])
+        self._end_interrupted()
         self._send([], position)
         for width, kernel in zip(self._widths, built, strict=True):
             launch, traces = self._bind(width, kernel, in_place=True), []
@@ -193,8 +197,8 @@ class WideSteps:
         self._launch(width).run()
 
     def _end_interrupted(self) -> None:
-        """Wait for a step that was interrupted (Ctrl-C): it may still read its tokens, and post others. It may have
-        ended between its arg-max and its end.
+        """Wait for a step whose result was not waited for (Ctrl-C, or a reply that its caller has left): it may still
+        read its tokens, and post others. It may have ended between its arg-max and its end.
         """
         if self._pending:
             call("cuStreamSynchronize", self._model.stream)

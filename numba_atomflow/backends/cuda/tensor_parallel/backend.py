@@ -1,6 +1,6 @@
 """The backend of several GPUs that share a model: what the engine calls."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -217,16 +217,13 @@ class TensorParallelBackend:
         return self._verifying.run(tokens, self._queue.position)
 
     def verify_greedy(self, tokens: Sequence[int]) -> list[int]:
-        """Those of the tokens after the first that are the most likely ones, and the most likely token after them."""
-        self._check_verified(tokens)
-        return self._verifying.choose(tokens, self._queue.position)
+        """The tokens after the first that are the most likely ones, and the most likely token after them."""
+        return self.launch_verification(tokens, sampled=False)()
 
-    def verify_sampled(self, tokens: Sequence[int]) -> list[int]:
-        """The same with the sampler of `start`: those of the tokens after the first that it chooses, and the token that
-        it chooses after them. Kernels of decode steps sample from each row of the logits.
-        """
+    def launch_verification(self, tokens: Sequence[int], *, sampled: bool) -> Callable[[], list[int]]:
+        """Launch `verify` on all ranks; their kernels choose the most likely tokens, or the first rank samples."""
         self._check_verified(tokens)
-        return self._verifying.sample(tokens, self._queue.position, self._sampler)
+        return self._verifying.launch(tokens, self._queue.position, self._sampler if sampled else None)
 
     def time_widths(self, repeats: int) -> dict[int, float]:
         """Median seconds of a step that verifies, at the current position, by its number of tokens."""

@@ -60,35 +60,36 @@ class VerifyingSteps:
                 self._steps.check_watchdog()
         return logits
 
-    def choose(self, tokens: Sequence[int], position: int) -> list[int]:
-        """As `Backend.verify_greedy`, the first token at this position.
+    def launch(self, tokens: Sequence[int], position: int, sampler: Sampler | None) -> Callable[[], list[int]]:
+        """As `LaunchVerification`, the first token at this position.
+
+        Args:
+            sampler: None takes the most likely tokens.
 
         Raises:
-            CheckpointError: logits contain NaN or Inf.
-            BackendError: as `run`.
+            CheckpointError: logits contain NaN or Inf; when the result is waited for.
+            BackendError: as `run`; likewise.
         """
+        self._end_interrupted()
+        if sampler is not None:
+            self._prepare_sampling()
+            with self._first.owner.current():
+                self._sampling.send(tokens, sampler)
         self._start(tokens, position)
+        if sampler is not None:
+            self._steps.on_all(self._sample_on_first(len(tokens)))
         choices = self._first.columns.choices.array[: len(tokens)]
-        self._poll(choices.all)
-        self._pending = False
-        return accepted_tokens(tokens, lambda row: self._token(int(choices[row])))
 
-    def sample(self, tokens: Sequence[int], position: int, sampler: Sampler) -> list[int]:
-        """As `Backend.verify_sampled`, the first token at this position.
+        def wait() -> list[int]:
+            if sampler is not None:
+                chosen = accepted_tokens(tokens, self._sampled)
+            else:
+                self._poll(choices.all)
+                chosen = accepted_tokens(tokens, lambda row: self._token(int(choices[row])))
+            self._pending = False  # the step itself has ended; sampling of what was rejected may go on
+            return chosen
 
-        Raises:
-            CheckpointError: logits contain NaN or Inf.
-            BackendError: as `run`.
-        """
-        self._await_interrupted()
-        self._prepare_sampling()
-        with self._first.owner.current():
-            self._sampling.send(tokens, sampler)
-        self._start(tokens, position)
-        self._steps.on_all(self._sample_on_first(len(tokens)))
-        chosen = accepted_tokens(tokens, self._sampled)
-        self._pending = False  # the step itself has ended; sampling of what was rejected may go on
-        return chosen
+        return wait
 
     def _sample_on_first(self, rows: int) -> Callable[[Rank], None]:
         """What samples from so many rows, on rank 0."""
@@ -119,7 +120,7 @@ class VerifyingSteps:
             BackendError: a watchdog tripped.
         """
         steps, widths, seconds = self._steps, self._first.columns.widths, dict[int, float]()
-        self._await_interrupted()
+        self._end_interrupted()
         steps.prepare_widths(widths)
         for width in (1, *widths):
             times = []
@@ -147,7 +148,7 @@ class VerifyingSteps:
     def _start(self, tokens: Sequence[int], position: int) -> None:
         """Launch a step of these tokens on every rank."""
         count = len(tokens)
-        self._await_interrupted()
+        self._end_interrupted()
         if count > 1:
             self._steps.prepare_widths(self._first.columns.widths)
             self._prepare_sampling()
@@ -169,8 +170,8 @@ class VerifyingSteps:
             with rank.owner.current():
                 rank.columns.send(tokens, position)
 
-    def _await_interrupted(self) -> None:
-        """Wait for a step that was interrupted (Ctrl-C): it may still post tokens."""
+    def _end_interrupted(self) -> None:
+        """Wait for a step whose result was not waited for: it may still post tokens."""
         if self._pending:
             self._steps.wait()
             self._pending = False
