@@ -30,6 +30,7 @@ from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
 
 PROMPT_TOKENS = 32
+_REPLIES = 5  # with each acceptance, of another seed each; figures are of all together
 _PHASES = ["tokens", "op", "adds to the step", "waits for input", "for weights", "computes"]
 
 
@@ -37,12 +38,12 @@ class ScriptedDrafter:
     """Proposes the known continuation of a prompt, each token right with a given probability.
 
     Args:
-        tokens: of the continuation. length: most tokens to propose.
+        tokens: of the continuation. length: most tokens to propose. seed: of which ones are right.
     """
 
-    def __init__(self, tokens: list[int], length: int, acceptance: float, vocabulary: int) -> None:
+    def __init__(self, tokens: list[int], length: int, acceptance: float, vocabulary: int, seed: int) -> None:
         self._tokens, self._length, self._acceptance, self._vocabulary = tokens, length, acceptance, vocabulary
-        self._random = np.random.default_rng(0)
+        self._random = np.random.default_rng(seed)
 
     def propose(self, token_ids: Sequence[int], limit: int) -> list[int]:
         """The continuation, with some tokens replaced by others."""
@@ -149,15 +150,16 @@ def _replies(engine: Engine, given: argparse.Namespace) -> list[dict[str, Any]]:
     results = [_result(1, 0.0, plain, plain, 1.0)]
     for width in (width for width in (4, 8) if width <= engine.backend.verification.width):
         for acceptance in given.acceptance:
-            speeds, lengths = [], []
-            for _ in range(3):
-                drafter = ScriptedDrafter(expected, width - 1, acceptance, vocabulary)
+            replies = []
+            for seed in range(_REPLIES):
+                drafter = ScriptedDrafter(expected, width - 1, acceptance, vocabulary, seed)
                 reply = engine.generate_tokens(prompt, params, drafter=drafter).finish()
                 if reply.token_ids != expected:
                     raise AtomFlowError(f"A reply with {width} tokens per step differs from the plain one.")
-                speeds.append(reply.stats.tokens_per_second)
-                lengths.append(reply.stats.mean_accepted_length)
-            results.append(_result(width, acceptance, median(speeds), plain, median(lengths)))
+                replies.append(reply.stats)
+            tokens, seconds = (sum(stats.tokens - 1 for stats in replies), sum(s.decode_seconds for s in replies))
+            length = tokens / sum(stats.steps for stats in replies)
+            results.append(_result(width, acceptance, tokens / seconds, plain, length))
     return results
 
 
