@@ -3,6 +3,7 @@
 A failure is a bug of this program; files and options are validated elsewhere.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -22,3 +23,11 @@ def check_indices(what: str, indices: NDArray[Any], limit: int) -> None:
     """
     if indices.size and not 0 <= indices.min() <= indices.max() < limit:
         raise IndexError(f"{what} {indices.min()} to {indices.max()} of {limit}")
+
+
+def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
+    """Raises:
+    IndexError: a token is not in 0 .. vocabulary - 1.
+    """
+    if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocabulary:  # of a list, faster than NumPy's
+        raise IndexError(f"tokens {min(tokens)} to {max(tokens)} of {vocabulary}")

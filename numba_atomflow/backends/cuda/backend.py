@@ -25,7 +25,7 @@ from numba_atomflow.device.resources import DeviceResources
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.logprobs import TokenLogprobs
-from numba_atomflow.memory.bounds import check_indices, check_range
+from numba_atomflow.memory.bounds import check_range, check_tokens
 from numba_atomflow.memory.device import DeviceMemory
 from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.model.step import NO_LOGITS, Head, Op
@@ -345,7 +345,7 @@ class CudaBackend:
 
     def _check(self, tokens: Sequence[int]) -> None:
         check_range("positions", self._queue.position, len(tokens), self._max_seq_len)
-        check_indices("tokens", np.asarray(tokens), self.geometry.vocabulary)
+        check_tokens(tokens, self.geometry.vocabulary)
 
     def _head_rows(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows of logits, cut into what one pass over the LM head computes.

@@ -22,7 +22,7 @@ from numba_atomflow.backends.cuda.tensor_parallel.views import ModelMemory, Mode
 from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.logprobs import TokenLogprobs
-from numba_atomflow.memory.bounds import check_indices, check_range
+from numba_atomflow.memory.bounds import check_range, check_tokens
 from numba_atomflow.model.formats import HeadFormat, head_part
 from numba_atomflow.model.sharding import Sharding
 from numba_atomflow.model.step import Head, Op
@@ -156,7 +156,7 @@ class TensorParallelBackend:
 
     def _check(self, tokens: Sequence[int]) -> None:
         check_range("positions", self._queue.position, len(tokens), self._max_seq_len)
-        check_indices("tokens", np.asarray(tokens), self.geometry.vocabulary)
+        check_tokens(tokens, self.geometry.vocabulary)
 
     def decode(self) -> None:
         """Run the tokens that were sampled last, sample the next ones, and advance. Does not wait."""
