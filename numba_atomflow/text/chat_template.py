@@ -61,7 +61,7 @@ class ChatTemplate:
         Args:
             messages: ``{"role": ..., "content": ...}`` each, as in OpenAI's interface; roles are those of `ROLES`.
                 The content is a text or a list of text parts, which are joined; it may be missing or None beside
-                ``tool_calls``. Other fields reach the template as plain data.
+                ``tool_calls``, and is "" then for a template that cannot take None. Other fields reach the template as plain data.
             add_generation_prompt: end with the opening of the assistant's reply.
             template_variables: further template variables, such as ``{"enable_thinking": False}``, or the ``tools``
                 that the model may call.
@@ -80,12 +80,17 @@ class ChatTemplate:
         variables = plain_variables({} if template_variables is None else template_variables)
         if replace is not None:
             plain, variables = replace([plain, variables])
-        return self._request(
-            {"tools": None, "documents": None}
-            | variables
-            | self._special_tokens
-            | {"messages": plain, "add_generation_prompt": bool(add_generation_prompt)}
-        )
+        variables = {"tools": None, "documents": None} | variables | self._special_tokens
+        variables["add_generation_prompt"] = bool(add_generation_prompt)
+        texts = [message | {"content": ""} if message.get("content") is None else message for message in plain]
+        try:
+            return self._request(variables | {"messages": plain})
+        except template_process.TemplateExcessError:
+            raise
+        except TextError:
+            if texts == plain:
+                raise
+        return self._request(variables | {"messages": texts})  # a template that joins texts fails at None
 
     def try_question(self) -> str | None:
         """Render a conversation of one question.

@@ -272,6 +272,9 @@ def test_a_python_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyP
             )
         ),
         ({"tool_calls": [{"id": "1"}]}, "{{ messages[0].content is defined }}", "False"),
+        # A template that joins texts, as ChatML's, fails at None.
+        ({"content": None, "tool_calls": [{"id": "1"}]}, "{{ '<' + messages[0].content + '>' }}", "<>"),
+        ({"tool_calls": [{"id": "1"}]}, "{{ '<' + messages[0]['content'] + '>' }}", "<>"),
     ],
 )
 def test_messages_in_the_shape_of_openai(message: dict[str, Any], source: str, rendered: str) -> None:
