@@ -61,7 +61,8 @@ class ChatTemplate:
         Args:
             messages: ``{"role": ..., "content": ...}`` each, as in OpenAI's interface; roles are those of `ROLES`.
                 The content is a text or a list of text parts, which are joined; it may be missing or None beside
-                ``tool_calls``, and is "" then for a template that cannot take None. Other fields reach the template as plain data.
+                ``tool_calls``, and is "" then for a template that cannot take None. Other fields reach the template as
+                plain data.
             add_generation_prompt: end with the opening of the assistant's reply.
             template_variables: further template variables, such as ``{"enable_thinking": False}``, or the ``tools``
                 that the model may call.
