@@ -34,6 +34,7 @@ FACTORIES: dict[str, tuple[Any, int, int, dict[str, Any]]] = {  # factory, rows,
     [
         ("swiglu", 256, 4, FP8_E4M3),  # the most registers between tiles
         pytest.param("qkv", 256, 4, FP8_E4M3, marks=pytest.mark.slow),  # and at their end
+        pytest.param("swiglu", 64, 4, FP8_E4M3, marks=pytest.mark.slow),  # the fewest tokens with copied weights
         pytest.param("qkv", 16, 0, FP8_E4M3, marks=pytest.mark.slow),  # two CTAs share an SM
     ],
 )
@@ -54,3 +55,5 @@ def test_machine_code(kind: str, tile_tokens: int, k_tile: int, weights: WeightF
     assert found.count("HGMMA") == 2 * 4  # two K blocks of four k-steps
     assert found.count("DEPBAR") == 2 + 1  # before either block of a unit, and at the end of a tile
     assert not {"STL", "LDL"} & set(found)
+    if plan.copies_weights:  # a warp's four prepacked tiles in four pieces each, a warp's scales; no consumer copies
+        assert found.count("LDGSTS") == 4 * 4 + 1

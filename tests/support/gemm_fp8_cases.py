@@ -11,8 +11,9 @@ from numba_atomflow.ops import ptx
 from numba_atomflow.ops.activation import silu_reference
 from numba_atomflow.ops.cuda.gemm import arguments as gemm
 from numba_atomflow.ops.cuda.gemm.kernels import gemm_kernel, make_gemm_add, make_gemm_store, make_gemm_swiglu
-from numba_atomflow.ops.cuda.gemm.plan import FP8_SLOT_WORDS, GemmPlan
-from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import A_WORDS, make_group_products, make_read_weights, pass_tokens
+from numba_atomflow.ops.cuda.gemm.plan import FP8_SLOT_WORDS, FP8_TILE_WORDS, GemmPlan
+from numba_atomflow.ops.cuda.gemm.weight_copies import make_read_scales
+from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import A_WORDS, make_group_products, pass_tokens, read_fragments
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_WORDS, ActivationTiles
 from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, PrepackedLayout, make_offsets, prepack_reference
 from numba_atomflow.ops.fp8 import dequantize_groups
@@ -26,10 +27,10 @@ def group_by_group_kernel(plan: GemmPlan) -> Any:
     groups, tokens, tile_words = plan.layout.groups, plan.tile_tokens, plan.layout.tile_words
     x_words, scales_start, last_tile = tokens * BLOCK_WORDS, plan.x.scales_start, plan.layout.tiles - 1
     codes_at, scale_at = make_offsets(plan.layout)
-    read, read_scales = make_read_weights(plan.layout)
+    read_scales = make_read_scales(plan.layout)
     start_pass, wait, promote, passes = make_group_products(tokens)
     accumulators, sums_count, slot = pass_tokens(tokens) // 2, tokens // 2, x_words + tokens
-    warp_words, chunk_rows = FP8_SLOT_WORDS // 8, 4 if plan.layout.split_rows else 2
+    chunk_rows = 4 if plan.layout.split_rows else 2
 
     @ptx.kernel(256, 1)
     def group_by_group(weights, x, y):
@@ -48,7 +49,7 @@ def group_by_group_kernel(plan: GemmPlan) -> Any:
                 words[i] = x[group * x_words + i]
             if thread < tokens:
                 words[x_words + thread] = x[scales_start + group * tokens + thread]
-            at = slot + warp * warp_words
+            at = slot + warp * FP8_TILE_WORDS
             for i in range(lane, GROUP_WORDS, 32):
                 words[at + i] = weights[start + codes_at(group, i // 256, i // 128 % 2) + i % 128]
             if lane < 16:
@@ -56,7 +57,7 @@ def group_by_group_kernel(plan: GemmPlan) -> Any:
                 words[at + GROUP_WORDS + lane] = weights[source]
             ptx.fence_async_shared()
             cuda.syncthreads()
-            read(words, at, lane, a)
+            read_fragments(words, at, lane, a)
             w0, w1 = read_scales(words, at, lane)
             for number in range(passes):
                 start_pass(products, a, words, descriptor, number)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,11 @@ WGMMAS = (
     ),  # 6 units for 3 CTAs, of which one has the end of a tile and the start of the next; k-tiles of 2 and of 1
     WgmmaCase("staged add", 36, 256, 32, token_tiles=3, ctas=2),  # a tile for each CTA, and one that they share
 )
+COPIED = (  # beside those of `WGMMAS` with FP8 weights
+    WgmmaCase("store", 130, 500, 8),  # two tiles of 4 units for one CTA: more than one round of the ring
+    WgmmaCase("store", 40, 200, 8, ctas=2, min_units=2),  # a CTA without work
+    WgmmaCase("add", 130, 640, 8, ctas=2, k_tile=4),  # a tile for each CTA, whose last unit is in a k-tile of its own
+)
 
 
 def gemm_weights(layout: PrepackedLayout, rng: np.random.Generator) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
@@ -72,15 +78,15 @@ def gemm_weights(layout: PrepackedLayout, rng: np.random.Generator) -> tuple[NDA
     return prepack_reference(codes, scales, layout), dequantize_groups(codes, scales).astype(np.float64)
 
 
-def check_wgmma(case: WgmmaCase) -> None:
+def check_wgmma(case: WgmmaCase, *, dependent: bool = False) -> NDArray[Any]:
     """`check_gemm` of a kernel with `wgmma`."""
-    check_gemm(case, run)
+    return check_gemm(case, partial(run, dependent=dependent))
 
 
-def check_gemm(case: WgmmaCase, run: Callable[..., None]) -> None:
+def check_gemm(case: WgmmaCase, run: Callable[..., None]) -> NDArray[Any]:
     """Relative L2 error against float64: 1e-5 for float32 outputs, 5e-4 for those rounded to float16.
 
-    run: (case, epilogue, arguments) launches the kernel.
+    run: (case, epilogue, arguments) launches the kernel. Returns what it wrote.
     """
     rng, plan = generator(case.out_features, case.in_features, case.tile_tokens), case.plan
     words, matrix = gemm_weights(plan.layout, rng)
@@ -101,6 +107,7 @@ def check_gemm(case: WgmmaCase, run: Callable[..., None]) -> None:
         run(case, make_store_epilogue(plan), gemm.GemmStoreArguments(**common, y=y.reshape(-1)))
         within("GEMM", relative_error(y[rows], product[rows]), 1e-5)
         assert np.isnan(y[done:]).all(), "wrote tokens that are not computed"
+        output = y
     elif case.kind.endswith("add"):
         make = make_staged_add_epilogue if case.kind == "staged add" else make_add_epilogue
         before = rng.standard_normal(shape).astype(np.float32)
@@ -108,16 +115,20 @@ def check_gemm(case: WgmmaCase, run: Callable[..., None]) -> None:
         run(case, make(plan), gemm.GemmAddArguments(**common, residual=residual.reshape(-1)))
         within("GEMM", relative_error(residual[rows], (before + product)[rows]), 1e-5)
         assert (residual[done:] == before[done:]).all(), "wrote tokens that are not computed"
+        output = residual
     else:
         units = case.out_features // 2
         tiles = ActivationTiles(units, case.capacity)
         intermediate = poisoned(tiles.words, dtype=np.uint32)
         run(case, make_swiglu_epilogue(plan, tiles), gemm.GemmSwigluArguments(**common, intermediate=intermediate))
         expected = silu_reference(product[:, :units]) * product[:, units:]
-        within("SwiGLU to float16", relative_error(tiles.unpack(intermediate)[rows], expected[rows]), 5e-4)
+        output = tiles.unpack(intermediate)
+        within("SwiGLU to float16", relative_error(output[rows], expected[rows]), 5e-4)
     assert not partials.any(), "partial sums are not zero for the next launch"
+    return output[rows]
 
 
-def run(case: WgmmaCase, epilogue: Any, io: Any) -> None:
+def run(case: WgmmaCase, epilogue: Any, io: Any, *, dependent: bool = False) -> None:
     plan = case.plan
-    launch(make_gemm_wgmma(plan, epilogue), plan.ctas, THREADS, wgmma_shared_bytes(plan, epilogue), io)
+    kernel = make_gemm_wgmma(plan, epilogue, dependent=dependent)
+    launch(kernel, plan.ctas, THREADS, wgmma_shared_bytes(plan, epilogue), io)

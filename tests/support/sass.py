@@ -9,14 +9,22 @@ from itertools import pairwise
 import numpy as np
 
 # HGMMA with A from shared memory and from registers, QGMMA (FP8) with A from registers.
-_OPERATIONS = {0x9F0: "HGMMA", 0xDF0: "HGMMA", 0xDF3: "QGMMA", 0x308: "MUFU", 0x387: "STL", 0x983: "LDL"}
+_OPERATIONS = {
+    0x9F0: "HGMMA",
+    0xDF0: "HGMMA",
+    0xDF3: "QGMMA",
+    0x308: "MUFU",
+    0x387: "STL",
+    0x983: "LDL",
+    0xFAE: "LDGSTS",
+}
 _WARPGROUP = 0x9C5  # one operation
 _DEPBAR = 1 << 47  # of it: wait for wgmmas; without this bit: fence (ARRIVE)
 
 
 def operations(code: bytes) -> list[str]:
     """Of the only kernel of a cubin, those that are looked for: HGMMA, QGMMA, MUFU, ARRIVE (fence of wgmmas), DEPBAR
-    (wait for them), LDL and STL (local memory); "" for every other.
+    (wait for them), LDL and STL (local memory), LDGSTS (`cp.async`); "" for every other.
     """
     (table,), (size, count, names) = struct.unpack_from("<Q", code, 40), struct.unpack_from("<HHH", code, 58)
     headers = [struct.unpack_from("<IIQQQQ", code, table + size * i) for i in range(count)]

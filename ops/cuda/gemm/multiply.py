@@ -6,9 +6,9 @@ whose scale is 0 has no codes but 0, and takes the scale of the one before; the 
 
 Order of a unit, per warpgroup. Its codes are in registers. Wait for X and for the products of the last unit; rescale;
 convert the codes to A, whose registers that wait freed; start the products of both K blocks. While they are under way,
-read the codes of the next unit from the ring, and fill its slot again. What a warpgroup does between its products the
-other one's products run beside, if it takes no longer than they do: hence as little as possible comes there. The order
-of additions of an element does not depend on `tile_tokens`.
+read the codes of the next unit from shared memory (`WeightSource.read_next`). What a warpgroup does between its
+products the other one's products run beside, if it takes no longer than they do: hence as little as possible comes
+there. The order of additions of an element does not depend on `tile_tokens`.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
-from numba_atomflow.ops.cuda.gemm.ring import WeightRing
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
 
-STAGE, PHASE, BEFORE, SLOT, STATE_REGISTERS = range(5)  # of `Registers.state`
+STAGE, PHASE, BEFORE, STATE_REGISTERS = range(4)  # of `Registers.state`
 _ZERO, _ONE = f32(0.0), f32(1.0)
 _TURNS_FROM = 64  # tokens of a tile, from which warpgroups take turns
 _TURN_BARRIERS = 2  # the first of the named barriers at which warpgroups wait for their turn
@@ -28,7 +27,8 @@ _TURN_BARRIERS = 2  # the first of the named barriers at which warpgroups wait f
 
 class Pipeline(NamedTuple):
     """Shared memory: `words` and `barriers`, views of all of it; addresses of the stages of X and of their barriers;
-    word at which the warp's slots of weights begin. Numbers of the lane, the warp, and the warpgroup: 0 or 1.
+    word at which the warp's part of the slots of weights begins. Numbers of the lane, of the warp, and of the
+    warpgroup: 0 or 1.
     """
 
     words: Any
@@ -48,11 +48,11 @@ class Registers(NamedTuple):
     Attributes:
         sums: float32 [tile_tokens / 2], the accumulators.
         a, b: uint32 [A_REGISTERS], A of the first and of the second K block of a unit.
-        codes, scales: of the next unit, as `WeightRing.read` has them.
+        codes, scales: of the next unit, as `WeightSource.read_next` has them.
         factors: float32 [2], what the sums of rows g and g + 8 are yet to be multiplied by.
         state: int32 [STATE_REGISTERS]: the stage that is read next and its phase's parity; the stage that a batch of
-            products which may be under way reads, or -1; the slot of the next unit's weights.
-        cursor: what `WeightRing.refill` copies next.
+            products which may be under way reads, or -1.
+        cursor: int32 [WeightSource.cursor_words], where in the weights the thread is.
     """
 
     sums: Any
@@ -86,10 +86,9 @@ def make_turns(plan: GemmPlan) -> tuple[Any, Any]:
     return wait_for_turn, pass_turn
 
 
-def make_multiply(plan: GemmPlan, loads: WeightLoads, ring: WeightRing) -> tuple[Any, Any, Any, Any]:
-    """Device functions of a warpgroup.
+def make_multiply(plan: GemmPlan, loads: WeightLoads, read_next: Any) -> tuple[Any, Any, Any]:
+    """Device functions of a warpgroup. `read_next`: `WeightSource`'s, to be called once before the first unit.
 
-    read_next: (io, pipeline, registers): the codes of the next unit; fill its slot again. Before the first unit.
     begin: (registers): a tile's sums are 0.
     multiply_unit: (io, pipeline, registers): start the products of the unit whose codes are read and whose X is in the
     next two stages; then `read_next`.
@@ -97,7 +96,6 @@ def make_multiply(plan: GemmPlan, loads: WeightLoads, ring: WeightRing) -> tuple
     """
     sums_count, scaled = plan.tile_tokens // 2, plan.layout.format.scaled
     wait_all = ptx.make_wgmma_wait(0, ptx.Registers(sums_count))
-    read_next = _make_read_next(plan, ring)
     release, rescale, multiply_unit = _make_multiply_unit(plan, loads, read_next)
 
     @ptx.device_function
@@ -114,21 +112,7 @@ def make_multiply(plan: GemmPlan, loads: WeightLoads, ring: WeightRing) -> tuple
         if scaled:
             rescale(registers.sums, registers.factors[0], registers.factors[1])
 
-    return read_next, begin, multiply_unit, finish
-
-
-def _make_read_next(plan: GemmPlan, ring: WeightRing) -> Any:
-    """`make_multiply`'s."""
-    read, refill, slots = ring.read, ring.refill, plan.ring
-
-    @ptx.large_device_function
-    def read_next(io, pipeline, registers):
-        words, state = pipeline.words, registers.state
-        read(words, pipeline.slots, state[SLOT], pipeline.lane, registers.codes, registers.scales)
-        refill(io, words, pipeline.slots, state[SLOT], registers.cursor, pipeline.lane, pipeline.warp)
-        state[SLOT] = i32(state[SLOT] + 1) if state[SLOT] < slots - 1 else i32(0)
-
-    return read_next
+    return begin, multiply_unit, finish
 
 
 def _make_multiply_unit(plan: GemmPlan, loads: WeightLoads, read_next: Any) -> tuple[Any, Any, Any]:

@@ -23,7 +23,9 @@ _EPILOGUE_US = 4.0
 # without 160, 208 and 224.
 _SM_90_TILES = (256, 224, 208, 192, 176, 160, 128, 104, 64, 32, 16, 8)
 _SHARED_UNIT_US = 1.0  # of a unit of one of two CTAs on an SM: twice its bytes of weights at 4.4 TB/s
-FP8_SLOT_WORDS = 8 * (GROUP_WORDS + 16)  # of weights that FP8 activations are multiplied by: codes and scales of a unit
+FP8_TILE_WORDS = GROUP_WORDS + 16  # codes and scales of a unit of a prepacked tile, as `weight_copies.py` copies them
+FP8_SLOT_WORDS = TILE_ROWS // 16 * FP8_TILE_WORDS  # of all prepacked tiles of a CTA
+COPIED_FROM = 64  # tokens of a tile, from which FP8 weights are copied by warps that do nothing else
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class GemmPlan:
         fixup_units: a tile is shared by CTAs only if that saves the time of so many units.
         min_units: that a CTA takes at least of a shared tile.
         instructions: of the tensor cores: `wgmma`, or `mma.sync`.
-        ring: units of weights that a CTA copies ahead into shared memory (`wgmma` with float16 activations).
+        ring: units of weights for which there is shared memory (`wgmma` with float16 activations).
         resident: CTAs for which an SM has room with `wgmma`. With float16 activations the grid has as many: a
             warpgroup has little to do for the tensor cores between what it does itself, and four warpgroups take turns
             better than two. With FP8 activations it has one per SM; room for two lets those of the next kernel start,
@@ -88,8 +90,20 @@ class GemmPlan:
         return FP8_SLOT_WORDS if self.x.bits == 8 else 0
 
     @property
+    def copies_weights(self) -> bool:
+        """Whether the ring is filled by warps of the producer's warpgroup (`weight_copies.py`); else the consumers fill
+        it themselves (`ring.py`). With FP8 activations there is no ring.
+        """
+        fp8_weights, wgmma = self.x.bits == 16 and self.layout.format.bits == 8, self.instructions == "wgmma"
+        return fp8_weights and wgmma and self.tile_tokens >= COPIED_FROM and self.resident == 1
+
+    @property
     def slot_words(self) -> int:
-        """32-bit words of a unit of a prepacked tile in the ring: its codes, and two scales of each lane."""
+        """32-bit words of a unit of a prepacked tile in the ring: its codes and its scales. Consumers that copy for
+        themselves have two scales for each lane.
+        """
+        if self.copies_weights:
+            return FP8_TILE_WORDS
         scales = 64 if self.layout.format.scaled else 0
         return UNIT * 16 * self.layout.format.bits // 32 + scales
 
@@ -145,11 +159,11 @@ def gemm_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chi
     available -= _MISCELLANEOUS_BYTES + stage_bytes  # one more for the epilogue
     if fp8:
         stage_bytes += 4 * tile_tokens + 4 * FP8_SLOT_WORDS  # scales of X, and weights with theirs
-    fixup_units = round(fixup_us(tile_tokens) / unit_us(tile_tokens, x.bits))
     ring = _RING_UNITS if tile_tokens <= 128 and layout.format.bits == 8 else _FEWER_RING_UNITS
     ctas, min_units = (chip.sms, 2) if fp8 or resident == 1 else (resident * chip.sms, 4)
-    plan = GemmPlan(layout, x, tile_tokens, 0, ctas, fixup_units, min_units, ring=ring, resident=resident)
-    return replace(plan, stages=min(MOST_STAGES, (available - 4 * plan.ring_words) // stage_bytes))
+    plan = GemmPlan(layout, x, tile_tokens, 0, ctas, min_units=min_units, ring=ring, resident=resident)
+    stages = min(MOST_STAGES, (available - 4 * plan.ring_words) // stage_bytes)
+    return replace(plan, stages=stages, fixup_units=round(fixup_us(tile_tokens) / unit_us(plan)))
 
 
 def mma_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip: Chip) -> GemmPlan:
@@ -157,8 +171,8 @@ def mma_plan(layout: PrepackedLayout, x: ActivationTiles, tile_tokens: int, chip
     unit_bytes, ctas_per_sm = 2 * tile_tokens * BLOCK_BYTES, mma_ctas_per_sm(layout, tile_tokens)
     available = chip.shared_bytes // ctas_per_sm - _MISCELLANEOUS_BYTES - unit_bytes // 2  # for the epilogue
     stages = min(_MMA_STAGES, 2 * (available // unit_bytes))
-    fixup_units = round(fixup_us(tile_tokens) / unit_us(tile_tokens, x.bits))
-    return GemmPlan(layout, x, tile_tokens, stages, chip.sms * ctas_per_sm, fixup_units, 2, "mma")
+    plan = GemmPlan(layout, x, tile_tokens, stages, chip.sms * ctas_per_sm, min_units=2, instructions="mma")
+    return replace(plan, fixup_units=round(fixup_us(tile_tokens) / unit_us(plan)))
 
 
 def mma_ctas_per_sm(layout: PrepackedLayout, tile_tokens: int) -> int:
@@ -166,14 +180,17 @@ def mma_ctas_per_sm(layout: PrepackedLayout, tile_tokens: int) -> int:
     return 2 if tile_tokens * layout.format.bits // 8 <= 32 else 1
 
 
-def unit_us(tile_tokens: int, bits: int = 16) -> float:
-    """Time of a unit of a tile, measured on an H200 (docs/prompts.md): what a warpgroup does between its products, and
-    its own products; or those of both warpgroups. With FP8 activations (`bits` 8): bytes from L2, or for few tokens
-    those of the weights from memory.
+def unit_us(plan: GemmPlan) -> float:
+    """Time of a unit of a tile, measured on an H200 (docs/prompts.md): what a warpgroup does between its products, less
+    if it need not copy weights, and its own products; or those of both warpgroups. With FP8 activations: bytes from L2,
+    or for few tokens those of the weights from memory. Two CTAs on an SM have a time of their own.
     """
-    if bits == 8:
-        return max(0.48 + tile_tokens * 0.0005, 0.29 + tile_tokens * 0.003)
-    return max(0.62 + tile_tokens * 0.003, tile_tokens * 0.006)
+    tokens = plan.tile_tokens
+    if plan.x.bits == 8:
+        return max(0.48 + tokens * 0.0005, 0.29 + tokens * 0.003)
+    if plan.copies_weights:
+        return max(0.57 + tokens * 0.003, tokens * 0.0058)
+    return max(0.62 + tokens * 0.003, tokens * 0.006)
 
 
 def fixup_us(tile_tokens: int) -> float:
@@ -184,7 +201,7 @@ def fixup_us(tile_tokens: int) -> float:
 def modelled_us(plan: GemmPlan, tokens: int) -> float:
     """Time of the projection: waves of whole tiles, and what is left over by whole or by shared tiles."""
     waves, rest = divmod(plan.row_tiles * -(-tokens // plan.tile_tokens), plan.ctas)
-    unit = unit_us(plan.tile_tokens, plan.x.bits)
+    unit = unit_us(plan)
     if plan.resident > 1 and plan.x.bits == 16:
         unit = max(unit, _SHARED_UNIT_US)
     us = waves * (plan.units * unit + _EPILOGUE_US)

@@ -1,5 +1,8 @@
 """Weights of the `wgmma` main loop on their way through shared memory: a ring of units for each consumer lane.
 
+For float16 weights, and for tiles of few tokens. From `plan.COPIED_FROM` tokens on, other warps copy FP8 weights
+(`weight_copies.py`).
+
 A lane multiplies the very 16 bytes that it loads (`layout/weights.py`), so that it needs no other thread for them: it
 copies its part of a unit into a slot of its own (`cp.async`), as many units ahead as there are slots, waits for its own
 copies, reads the slot back, converts it, and fills it again. No barrier is involved. Loads into registers would do the
@@ -10,41 +13,24 @@ The ring runs on from one tile to the next. It is filled before the previous ker
 on it.
 """
 
-from typing import Any, NamedTuple
-
 from numba_atomflow.ops import ptx
 from numba_atomflow.ops.cuda.gemm.consumer import make_weights_start
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
-from numba_atomflow.ops.cuda.gemm.weights import make_piece_offset
+from numba_atomflow.ops.cuda.gemm.weights import WeightSource, make_piece_offset
 from numba_atomflow.ops.cuda.layout.weights import TILE_ROWS, make_offsets
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32
 
-NUMBER, START, UNIT, LAST, CODES, SCALES, HALF, CURSOR_WORDS = range(8)  # of a cursor
+# Of a cursor: the slot that is read and filled next; and what is copied next: number of the work after it, word at
+# which its prepacked tile begins, unit, and its last unit + 1; words at which the lane's codes and its scale of row g
+# begin, and from rows 0-7 to rows 8-15 (where these are split).
+SLOT, NUMBER, START, UNIT, LAST, CODES, SCALES, HALF, CURSOR_WORDS = range(9)
 _PIECE_WORDS = 128  # 16 bytes of each lane of a warp
 _ONE, _ZERO = f32(1.0), f32(0.0)
 
 
-class WeightRing(NamedTuple):
-    """Device functions of a consumer thread. `slots`: word of shared memory at which its warp's slots begin.
-
-    Attributes:
-        fill: (io, words, slots, cursor, lane, warp): copy the first units of this CTA's work to all slots. `cursor`:
-            int32 [CURSOR_WORDS], what is copied next: number of the work after it, word at which its prepacked tile
-            begins, unit, and its last unit + 1; words at which the lane's codes and its scale of row g begin, and from
-            rows 0-7 to rows 8-15 (where these are split).
-        refill: (io, words, slots, slot, cursor, lane, warp): copy the next unit, if there is one, to a slot.
-        read: (words, slots, slot, lane, codes, scales): wait for the oldest unit, which is in this slot: its codes,
-            uint32 [16 for FP8, 32 for float16] in the order of `WeightLoads.load`, and scales of rows g and g + 8.
-    """
-
-    fill: Any
-    refill: Any
-    read: Any
-
-
-def make_weight_ring(plan: GemmPlan, schedule: Schedule) -> WeightRing:
-    """The ring of `plan.ring` units."""
+def make_weight_ring(plan: GemmPlan, schedule: Schedule) -> WeightSource:
+    """The ring of `plan.ring` units. `begin` fills it; `read_next` reads the oldest unit, and fills its slot again."""
     work, weights_start, count = schedule.work, make_weights_start(plan), plan.ring
     layout, slot_words, pieces = plan.layout, plan.slot_words, plan.layout.format.bits // 2
     scaled, split, k_tile_groups = layout.format.scaled, layout.split_rows, layout.k_tile_groups
@@ -87,6 +73,7 @@ def make_weight_ring(plan: GemmPlan, schedule: Schedule) -> WeightRing:
 
     @ptx.device_function
     def refill(io, words, slots, slot, cursor, lane, warp):
+        """Copy the next unit, if there is one, to a slot. `slots`: word at which those of the warp begin."""
         if cursor[UNIT] < cursor[LAST]:
             copy(io, words, u32(ptx.shared_address(words, slots + slot * slot_words)), cursor, lane)
             cursor[UNIT] = i32(cursor[UNIT] + 1)
@@ -99,14 +86,16 @@ def make_weight_ring(plan: GemmPlan, schedule: Schedule) -> WeightRing:
         ptx.commit_copies()  # perhaps of nothing: a group for every unit, so that waiting is counting
 
     @ptx.device_function
-    def fill(io, words, slots, cursor, lane, warp):
-        cursor[NUMBER] = i32(0)
+    def begin(io, pipeline, registers):
+        cursor, lane, warp = registers.cursor, pipeline.lane, pipeline.warp
+        cursor[SLOT], cursor[NUMBER] = i32(0), i32(0)
         next_work(io, cursor, lane, warp)
         for slot in range(count):
-            refill(io, words, slots, i32(slot), cursor, lane, warp)
+            refill(io, pipeline.words, pipeline.slots, i32(slot), cursor, lane, warp)
 
     @ptx.large_device_function
     def read(words, slots, slot, lane, codes, scales):
+        """Wait for the oldest unit, which is in this slot."""
         wait_for_oldest()
         at = i32(slots + slot * slot_words)
         if scaled:
@@ -120,4 +109,11 @@ def make_weight_ring(plan: GemmPlan, schedule: Schedule) -> WeightRing:
             scales[0] = _ONE if len(words) > 0 else _ZERO
             scales[1] = scales[0]
 
-    return WeightRing(fill, refill, read)
+    @ptx.large_device_function
+    def read_next(io, pipeline, registers):
+        words, cursor, lane = pipeline.words, registers.cursor, pipeline.lane
+        read(words, pipeline.slots, cursor[SLOT], lane, registers.codes, registers.scales)
+        refill(io, words, pipeline.slots, cursor[SLOT], cursor, lane, pipeline.warp)
+        cursor[SLOT] = i32(cursor[SLOT] + 1) if cursor[SLOT] < count - 1 else i32(0)
+
+    return WeightSource(begin, read_next, CURSOR_WORDS, count * slot_words)

@@ -3,6 +3,9 @@
 The warp reads the order that the GEMV kernels read (`layout/weights.py`): a lane's 16 bytes are its own part of the
 fragments, so that weights go straight from global memory to registers. A unit is 128 along K, two K blocks of 64, each
 of which is 4 k-steps of 16: 16 registers of A, [k-step, (row g low, row g + 8 low, row g high, row g + 8 high)].
+
+Straight to registers they go with `mma.sync`. With `wgmma` they pass through shared memory (`WeightSource`): in slots
+that a lane fills for itself (`ring.py`), or in slots that other warps fill (`weight_copies.py`).
 """
 
 from typing import Any, NamedTuple
@@ -38,6 +41,24 @@ class WeightLoads(NamedTuple):
     prefetch: Any
     span_units: int
     code_registers: int
+
+
+class WeightSource(NamedTuple):
+    """How a consumer of the `wgmma` main loop with float16 activations gets the codes of one unit after the other.
+
+    Attributes:
+        begin: (io, pipeline, registers): before the first unit, and before the previous kernel has ended.
+        read_next: (io, pipeline, registers): wait for the next unit of this CTA's work, and read it to
+            `registers.codes`, uint32 [16 for FP8, 32 for float16] in the order of `WeightLoads.load`, and
+            `registers.scales`, of rows g and g + 8. After the last unit: anything.
+        cursor_words: int32 that it keeps in `registers.cursor`.
+        warp_words: of shared memory, from a warp's part to the next warp's; `pipeline.slots` is where a warp's begins.
+    """
+
+    begin: Any
+    read_next: Any
+    cursor_words: int
+    warp_words: int
 
 
 def make_piece_offset(layout: PrepackedLayout) -> Any:

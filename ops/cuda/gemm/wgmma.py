@@ -1,14 +1,16 @@
 """The GEMM of sm_90: `wgmma` with FP8 weights that are converted in registers, warp-specialised and persistent.
 
 A CTA's tile is 128 weight rows by `tile_tokens`. Two consumer warpgroups have 64 rows each, a warp one prepacked tile;
-they load weights themselves, one unit ahead, and multiply them by X from shared memory. A producer warp copies X, whose
-tiled order a plain bulk copy brings swizzled into a pipeline stage, and prefetches the weights of later units into L2.
-It has a warpgroup of its own, because registers can only be given away by whole warpgroups.
+they read weights from shared memory, one unit ahead, and multiply them by X there. A producer warp copies X, whose
+tiled order a plain bulk copy brings swizzled into a pipeline stage. It has a warpgroup of its own, because registers
+can only be given away by whole warpgroups; its three other warps copy FP8 weights (`weight_copies.py`), if the tile has
+`plan.COPIED_FROM` tokens or more. With fewer, and of float16 weights, a consumer lane copies its own part (`ring.py`).
 
 Each stage has two mbarriers: `full` completes a phase when the bytes have arrived, `empty` when all consumer warps have
-multiplied them. Stage n % stages waits for phase n // stages.
+multiplied them. Stage n % stages waits for phase n // stages. Slots of copied weights have two likewise.
 
-What a warpgroup does with the weights and X: `multiply.py`.
+What a warpgroup does with the weights and X: `multiply.py`. FP8 activations have another consumer (`wgmma_fp8.py`), and
+weights in the stages of X; only with them the producer also prefetches the weights of later units into L2.
 """
 
 from typing import Any
@@ -21,7 +23,6 @@ from numba_atomflow.ops.cuda.gemm.epilogue import CONSUMERS, GemmEpilogue
 from numba_atomflow.ops.cuda.gemm.multiply import (
     BEFORE,
     PHASE,
-    SLOT,
     STAGE,
     STATE_REGISTERS,
     Pipeline,
@@ -30,10 +31,11 @@ from numba_atomflow.ops.cuda.gemm.multiply import (
     make_turns,
 )
 from numba_atomflow.ops.cuda.gemm.plan import GemmPlan
-from numba_atomflow.ops.cuda.gemm.ring import CURSOR_WORDS, make_weight_ring
+from numba_atomflow.ops.cuda.gemm.ring import make_weight_ring
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule, make_schedule
+from numba_atomflow.ops.cuda.gemm.weight_copies import COPY_THREADS, make_copied_weights, make_copy_weights
 from numba_atomflow.ops.cuda.gemm.weights import A_REGISTERS, WeightLoads, make_weight_loads
-from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import COPY_THREADS, make_copy_weights, make_fp8_consumer
+from numba_atomflow.ops.cuda.gemm.wgmma_fp8 import make_fp8_consumer
 from numba_atomflow.ops.cuda.scalars import i32, u32
 
 THREADS = CONSUMERS + 128
@@ -44,18 +46,21 @@ _SPANS_AHEAD = 2  # of weights that are prefetched into L2: from the one whose X
 
 
 class Shared:
-    """Layout of shared memory, in words from the first multiple of `ALIGNMENT`: stages of X, their scales and weights
-    (FP8), the ring of weights (float16), the epilogue's stage, `full` and `empty` barriers.
+    """Layout of shared memory, in words from the first multiple of `ALIGNMENT`: stages of X, their scales (of FP8), the
+    weights of stages (with FP8 activations) or of the ring (with float16), the epilogue's stage, and the barriers of
+    stages. If other warps fill the ring, its slots have barriers of their own; else weights have those of stages.
     """
 
     def __init__(self, plan: GemmPlan, epilogue_words: int) -> None:
         self.scales = plan.stages * plan.stage_words
         self.weights = self.scales + plan.stages * plan.stage_scales
-        self.ring = self.weights + plan.stages * plan.stage_weights
-        self.epilogue = self.ring + plan.ring_words
+        self.epilogue = self.weights + plan.stages * plan.stage_weights + plan.ring_words
         self.full = self.epilogue + epilogue_words
         self.empty = self.full + 2 * plan.stages
-        self.bytes = 4 * (self.empty + 2 * plan.stages) + ALIGNMENT
+        self.weights_full, self.weights_empty, end = self.full, self.empty, self.empty + 2 * plan.stages
+        if plan.copies_weights:
+            self.weights_full, self.weights_empty, end = end, end + 2 * plan.ring, end + 4 * plan.ring
+        self.bytes = 4 * end + ALIGNMENT
 
 
 def wgmma_shared_bytes(plan: GemmPlan, epilogue: GemmEpilogue) -> int:
@@ -69,13 +74,13 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
     """
     schedule, loads, shared = make_schedule(plan), make_weight_loads(plan.layout), Shared(plan, epilogue.stage_words)
     produce = _make_producer(plan, schedule, loads, epilogue, shared, dependent)
-    fp8, arrivals = plan.x.bits == 8, 1
-    if fp8:
-        copy_weights, arrivals = make_copy_weights(plan, schedule, shared), 1 + COPY_THREADS
-        consume = make_fp8_consumer(plan, schedule, epilogue, shared, dependent)
-    else:
-        consume = _make_consumer(plan, schedule, loads, epilogue, shared, dependent)
+    fp8, own_slots = plan.x.bits == 8, plan.ring if plan.copies_weights else 0
+    copies, arrivals = fp8 or own_slots > 0, 1 + COPY_THREADS if fp8 else 1
+    copy_weights = make_copy_weights(plan, schedule, shared)
+    make_consumer = make_fp8_consumer if fp8 else _make_consumer
+    consume = make_consumer(plan, schedule, epilogue, shared, dependent)
     stages, full_at, empty_at, unaligned = plan.stages, shared.full // 2, shared.empty // 2, ALIGNMENT - 1
+    weights_full_at, weights_empty_at = shared.weights_full // 2, shared.weights_empty // 2
     consumer_registers, producer_registers = _REGISTERS[plan.x.bits, plan.resident]
     fewer_registers = ptx.make_set_registers("dec", producer_registers)
     more_registers = ptx.make_set_registers("inc", consumer_registers)
@@ -93,15 +98,20 @@ def make_gemm_wgmma(plan: GemmPlan, epilogue: GemmEpilogue, *, dependent: bool =
             for stage in range(stages):
                 ptx.barrier_init(barriers, u32(full + u32(8 * stage)), u32(arrivals))
                 ptx.barrier_init(barriers, u32(empty + u32(8 * stage)), u32(CONSUMER_WARPS))
+            for slot in range(own_slots):
+                at = u32(address + u32(skipped) + u32(8 * slot))
+                ptx.barrier_init(barriers, u32(at + u32(8 * weights_full_at)), u32(COPY_THREADS))
+                ptx.barrier_init(barriers, u32(at + u32(8 * weights_empty_at)), u32(CONSUMER_WARPS))
             ptx.fence_barriers()
         cuda.syncthreads()
         if thread >= CONSUMERS:
             fewer_registers()
             if thread < CONSUMERS + 32:
                 produce(io, words, barriers, u32(address + u32(skipped)), full, empty, i32(thread - CONSUMERS))
-            elif fp8:
+            elif copies:
                 at = u32(address + u32(skipped))
-                copy_weights(io, words, barriers, at, full, empty, i32(thread - CONSUMERS - 32))
+                weights_full, weights_empty = u32(at + u32(8 * weights_full_at)), u32(at + u32(8 * weights_empty_at))
+                copy_weights(io, words, barriers, at, weights_full, weights_empty, i32(thread - CONSUMERS - 32))
         else:
             more_registers()
             consume(io, words, barriers, i32(skipped >> 2), full, empty, thread)
@@ -118,7 +128,7 @@ def _make_producer(
     """
     work, prefetch_span, span_units = schedule.work, loads.prefetch, loads.span_units
     prefetch_for_epilogue = epilogue.prefetch
-    prefetches = plan.x.bits == 8  # with float16 activations, the ring copies weights far ahead
+    prefetches = plan.x.bits == 8  # with float16 activations, weights are copied far ahead
     tiles, tile_words, stages = plan.layout.tiles, plan.layout.tile_words, plan.stages
     stage_words, unit_blocks, block_words = plan.stage_words, plan.unit_blocks, plan.x.block_words
     stage_bytes, scale_bytes = 4 * stage_words, 4 * plan.stage_scales
@@ -191,18 +201,17 @@ def _make_producer(
     return produce
 
 
-def _make_consumer(
-    plan: GemmPlan, schedule: Schedule, loads: WeightLoads, epilogue: GemmEpilogue, shared: Shared, dependent: bool
-) -> Any:
+def _make_consumer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, shared: Shared, dependent: bool) -> Any:
     """Device function (io, words, barriers, skipped, full, empty, thread): what a consumer thread does.
 
     `skipped`: words of shared memory before the first stage; `full`, `empty`: addresses of shared memory.
     """
-    work, ring = schedule.work, make_weight_ring(plan, schedule)
-    fill, ring_at, slots_words = ring.fill, shared.ring, plan.ring * plan.slot_words
+    work, loads, weights_at = schedule.work, make_weight_loads(plan.layout), shared.weights
+    source = make_copied_weights(plan, shared) if plan.copies_weights else make_weight_ring(plan, schedule)
+    begin_weights, read_next, cursor_words, warp_words = source
     write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue)
     sums_count, code_registers = plan.tile_tokens // 2, loads.code_registers
-    read_next, begin, multiply_unit, finish = make_multiply(plan, loads, ring)
+    begin, multiply_unit, finish = make_multiply(plan, loads, read_next)
     wait_for_turn, pass_turn = make_turns(plan)
     prepare = epilogue.prepare
 
@@ -212,15 +221,15 @@ def _make_consumer(
         a, b = cuda.local.array(A_REGISTERS, uint32), cuda.local.array(A_REGISTERS, uint32)
         codes, scales = cuda.local.array(code_registers, uint32), cuda.local.array(2, float32)
         factors, state = cuda.local.array(2, float32), cuda.local.array(STATE_REGISTERS, int32)
-        cursor = cuda.local.array(CURSOR_WORDS, int32)
+        cursor = cuda.local.array(cursor_words, int32)
         lane, warp, warpgroup = i32(thread & 31), i32(thread >> 5), i32(thread >> 7)
-        slots = i32(skipped + ring_at + warp * slots_words)
+        slots = i32(skipped + weights_at + warp * warp_words)
         stages = u32(ptx.shared_address(words, skipped))
         pipeline = Pipeline(words, barriers, stages, full, empty, slots, lane, warp, warpgroup)
         registers = Registers(sums, a, b, codes, scales, factors, state, cursor)
-        state[STAGE], state[PHASE], state[BEFORE], state[SLOT] = i32(0), i32(0), i32(-1), i32(0)
+        state[STAGE], state[PHASE], state[BEFORE] = i32(0), i32(0), i32(-1)
         number, shared_from = i32(0), i32(-1)
-        fill(io, words, slots, cursor, lane, warp)
+        begin_weights(io, pipeline, registers)
         if dependent:
             ptx.let_next_kernel_start()
         prepare(io, thread)

@@ -9,8 +9,7 @@ relative 1.3e-4 over 128 products and 2e-3 over 8,192 (`scripts/fp8_activations.
 The weights' words are the A fragments as they are: lane 4 g + t loads K 16 t to 16 t + 15 of 64, four words, and k-step
 s of 32 takes words 2 (s % 2) and 2 (s % 2) + 1 of half s // 2, for rows g and g + 8. X is tiled in that order. A stage
 of the pipeline holds the weights, too, as they are in memory, so that a group's are in registers only while it is
-multiplied. The three warps of the producer's warpgroup that do not copy X copy them, with `cp.async`: pieces of 512
-bytes, of which bulk copies would take 70 ns each.
+multiplied. The three warps of the producer's warpgroup that do not copy X copy them (`weight_copies.py`).
 
 Order of a group: tiles of more than 128 tokens are multiplied in two passes, for whose halves there are accumulators. A
 warpgroup waits for a pass, and adds it while the other warpgroup's is multiplied. With that of the last pass it reads
@@ -27,18 +26,16 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, uint32
 
 from numba_atomflow.ops import ptx
-from numba_atomflow.ops.cuda.gemm.consumer import CONSUMER_WARPS, make_tile_writer
+from numba_atomflow.ops.cuda.gemm.consumer import make_tile_writer
 from numba_atomflow.ops.cuda.gemm.epilogue import GemmEpilogue
-from numba_atomflow.ops.cuda.gemm.plan import FP8_SLOT_WORDS, GemmPlan
+from numba_atomflow.ops.cuda.gemm.plan import FP8_SLOT_WORDS, FP8_TILE_WORDS, GemmPlan
 from numba_atomflow.ops.cuda.gemm.schedule import Schedule
+from numba_atomflow.ops.cuda.gemm.weight_copies import make_read_scales
 from numba_atomflow.ops.cuda.layout.activations import BLOCK_BYTES
-from numba_atomflow.ops.cuda.layout.weights import GROUP_WORDS, PrepackedLayout, make_offsets
 from numba_atomflow.ops.cuda.scalars import f32, i32, u32, u64
 
 K_STEPS = 4  # instructions of a group
 A_WORDS = 16  # of a group, in a thread
-COPY_THREADS = 96  # that copy weights: of the producer's warpgroup
-_WARP_WORDS = FP8_SLOT_WORDS // CONSUMER_WARPS
 _ZERO = f32(0.0)
 
 
@@ -107,91 +104,14 @@ def make_group_products(tile_tokens: int) -> GroupProducts:
     return GroupProducts(start, wait, promote, passes)
 
 
-def make_read_weights(layout: PrepackedLayout) -> tuple[Any, Any]:
-    """Device functions of a warp's weights of a unit; `at`: word of shared memory where they begin.
-
-    read: (words, at, lane, a): fragments. read_scales: (words, at, lane) -> w0, w1: scales of rows g and g + 8.
-    """
-    split = layout.split_rows
-
-    @ptx.large_device_function
-    def read(words, at, lane, a):
-        for block in range(2):
-            for half in range(2):
-                w0, w1, w2, w3 = ptx.load_shared_16(words, at + 128 * (2 * block + half) + lane * 4)
-                i = 8 * block + half
-                a[i], a[i + 2], a[i + 4], a[i + 6] = w0, w1, w2, w3
-
-    @ptx.device_function
-    def read_scales(words, at, lane):
-        row = at + GROUP_WORDS + (lane >> 2)
-        if split:
-            return ptx.bits_f32(words[u32(row)]), ptx.bits_f32(words[u32(row + 8)])
-        low, high = ptx.load_8(words, row + (lane >> 2))  # the scales of rows g and g + 8 are neighbours
-        return ptx.bits_f32(low), ptx.bits_f32(high)
-
-    return read, read_scales
-
-
-def make_copy_weights(plan: GemmPlan, schedule: Schedule, shared: Any) -> Any:
-    """Device function (io, words, barriers, stages_start, full, empty, thread): what `COPY_THREADS` threads do.
-
-    They copy the weights of every unit: two warps the codes, four prepacked tiles each; one warp the scales of all.
-    `stages_start`, `full`, `empty`: addresses of shared memory.
-    """
-    work, layout = schedule.work, plan.layout
-    codes_at, scale_at = make_offsets(layout)
-    tiles, tile_words, stages = layout.tiles, layout.tile_words, plan.stages
-    weights_at, slot_bytes, warp_bytes = 4 * shared.weights, 4 * FP8_SLOT_WORDS, 4 * _WARP_WORDS
-    whole = tiles % CONSUMER_WARPS == 0
-    chunk_rows = 4 if layout.split_rows else 2  # from 16 bytes of scales to the next
-
-    @ptx.device_function
-    def nbytes(prepacked):
-        """Of a copy: none of a tile beyond the last, for which zeros are written."""
-        return u32(16) if whole or prepacked < tiles else u32(0)
-
-    @ptx.large_device_function
-    def copy_codes(io, words, target, first, unit, lane):
-        """Of four prepacked tiles from `first` on."""
-        place, start = u32(target + u32(lane * 16)), first * tile_words + lane * 4
-        for tile in range(4):
-            for part in range(4):
-                at = start + tile * tile_words + codes_at(unit, part // 2, part % 2)
-                copied = u32(place + u32(tile * warp_bytes + part * 512))
-                ptx.copy_async_16(words, copied, io.weights, at, nbytes(first + tile))
-
-    @ptx.large_device_function
-    def copy_scales(io, words, target, first, unit, lane):
-        """Of eight prepacked tiles."""
-        tile, chunk = lane >> 2, lane & 3
-        place = u32(target + u32(tile * warp_bytes) + u32(4 * GROUP_WORDS) + u32(chunk * 16))
-        at = (first + tile) * tile_words + scale_at(unit, chunk * chunk_rows)
-        ptx.copy_async_16(words, place, io.weights, at, nbytes(first + tile))
-
-    @ptx.device_function
-    def copy_weights(io, words, barriers, stages_start, full, empty, thread):
-        lane, warp = i32(thread & 31), i32(thread >> 5)
-        stage, phase, number = i32(0), u32(0), i32(0)
-        tile, first, last = work(number, io.token_tiles)
-        while tile >= 0:
-            prepacked = i32(i32(u32(tile) // u32(io.token_tiles)) * CONSUMER_WARPS)
-            for unit in range(first, last):
-                ptx.barrier_wait(barriers, u32(empty + u32(8) * u32(stage)), u32(phase ^ u32(1)))
-                target = u32(stages_start + u32(weights_at) + u32(stage) * u32(slot_bytes))
-                if warp < 2:
-                    target = u32(target + u32(warp * (4 * warp_bytes)))
-                    copy_codes(io, words, target, i32(prepacked + warp * 4), unit, lane)
-                else:
-                    copy_scales(io, words, target, prepacked, unit, lane)
-                ptx.barrier_arrive_on_copies(barriers, u32(full + u32(8) * u32(stage)))
-                stage = i32(stage + 1)
-                if stage == stages:
-                    stage, phase = i32(0), u32(phase ^ u32(1))
-            number = i32(number + 1)
-            tile, first, last = work(number, io.token_tiles)
-
-    return copy_weights
+@ptx.large_device_function
+def read_fragments(words, at, lane, a):
+    """A warp's A fragments of a unit: of a prepacked tile whose slot of shared memory begins at word `at`."""
+    for block in range(2):
+        for half in range(2):
+            w0, w1, w2, w3 = ptx.load_shared_16(words, at + 128 * (2 * block + half) + lane * 4)
+            i = 8 * block + half
+            a[i], a[i + 2], a[i + 4], a[i + 6] = w0, w1, w2, w3
 
 
 def make_fp8_consumer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue, shared: Any, dependent: bool) -> Any:
@@ -204,7 +124,7 @@ def make_fp8_consumer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue
     """
     if plan.layout.format.bits != 8 or plan.layout.format.converter != "cvt":
         raise ValueError(f"{plan.layout.format} has no E4M3 codes in their order along K")
-    work, (read, read_scales) = schedule.work, make_read_weights(plan.layout)
+    work, read_scales = schedule.work, make_read_scales(plan.layout)
     write, finish_tiles = make_tile_writer(plan, schedule, epilogue, shared.epilogue)
     start, wait, promote, passes = make_group_products(plan.tile_tokens)
     tile_tokens, stages, stage_bytes = plan.tile_tokens, plan.stages, 4 * plan.stage_words
@@ -213,7 +133,7 @@ def make_fp8_consumer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue
 
     @ptx.device_function
     def weights_of(skipped, stage, warp):
-        return i32(skipped + i32(weights_at) + stage * i32(slot_words) + warp * i32(_WARP_WORDS))
+        return i32(skipped + i32(weights_at) + stage * i32(slot_words) + warp * i32(FP8_TILE_WORDS))
 
     @ptx.device_function
     def x_of(stages_start, stage):
@@ -237,7 +157,7 @@ def make_fp8_consumer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue
             for i in range(accumulators):  # so that they need no registers between tiles
                 products[i] = _ZERO
             ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
-            read(words, weights_of(skipped, stage, warp), lane, a)
+            read_fragments(words, weights_of(skipped, stage, warp), lane, a)
             unit = first
             while unit < last:
                 unit = i32(unit + 1)
@@ -256,7 +176,7 @@ def make_fp8_consumer(plan: GemmPlan, schedule: Schedule, epilogue: GemmEpilogue
                     ptx.barrier_wait(barriers, u32(full + u32(8) * u32(stage)), phase)
                 wait(products)
                 following = stage if unit < last else now  # a branch would keep it from what follows
-                read(words, weights_of(skipped, following, warp), lane, a)
+                read_fragments(words, weights_of(skipped, following, warp), lane, a)
                 promote(sums, products, words, x_scales, lane, w0, w1, passes - 1)
                 ptx.sync_warp()  # all lanes have read the scales
                 if lane == 0:
