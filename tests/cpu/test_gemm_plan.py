@@ -52,6 +52,14 @@ def test_sharing_tiles_makes_a_projection_with_few_of_them_faster() -> None:
     assert modelled_us(plan, 256) < 0.5 * alone
 
 
+def test_idle_warps_copy_fp8_weights_of_wide_tiles() -> None:
+    fp16 = replace(DOWN, format=FP16)
+    assert [gemm_plan(DOWN, x_of(DOWN), tokens, H200).copies_weights for tokens in (16, 32, 64, 256)] == [0, 0, 1, 1]
+    assert not gemm_plan(fp16, replace(x_of(fp16), weight_bits=16), 128, H200).copies_weights
+    assert not gemm_plan(DOWN, replace(x_of(DOWN), bits=8), 128, H200).copies_weights  # in the stages of X
+    assert not gemm_plan(DOWN, x_of(DOWN), 64, Chip(108, 166912, (8, 0))).copies_weights
+
+
 def test_one_wave_of_odd_tiles_is_taken_where_it_fills_the_gpu() -> None:
     """120 tiles of 176 tokens, in place of 80 of 256 or 160 of 128."""
     assert choose_gemm_plan(QKV, x_of(QKV), 512, H200).tile_tokens == 176
