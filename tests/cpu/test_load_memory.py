@@ -48,6 +48,8 @@ class ForgetfulDriver(PretendedDriver):
     def _cuMemsetD8Async(self, address, value, nbytes, stream):
         pass
 
+    _cuMemsetD32Async = _cuMemsetD8Async
+
 patch = pytest.MonkeyPatch()
 pretend_compiler(patch)
 machine = ForgetfulDriver().install(patch)
