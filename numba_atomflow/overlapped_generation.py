@@ -47,10 +47,14 @@ def overlapped_loop(state: GenerationState, context: Context, request: Request, 
     if state.finish_reason is None:
         steps.launch(state, tokens)
     while state.finish_reason is None:
-        context.token_ids.append(tokens[-1])  # the step has put it into the KV cache
-        tokens = steps.wait(state)
-        if not _is_last(state, context, request, tokens):
-            steps.launch(state, tokens)
+        last, tokens = tokens[-1], steps.wait(state)
+        context.token_ids.append(last)  # the step has put it into the KV cache
+        try:
+            if not _is_last(state, context, request, tokens):
+                steps.launch(state, tokens)
+        except Exception:  # of the drafter, for example: the tokens are right
+            yield from _take(state, context, request, tokens, len(tokens) - 1)
+            raise
         yield from _take(state, context, request, tokens, len(tokens) - 1)
 
 
@@ -65,12 +69,14 @@ class _Steps:
         self._text = list(request.prompt)
         self._proposed: list[int] = []
         self._wait: Callable[[], list[int]]
-        self._started = 0.0
+        self._started = self._seconds = 0.0  # when the last step was launched, and how long it took
 
     def launch(self, state: GenerationState, tokens: Sequence[int]) -> None:
         """The step after these tokens, all but the last of which are in the KV cache. Those that the caller has not
         taken yet are counted neither in `state` nor in the context.
         """
+        if state.stats.steps:
+            self._speculator.observe(len(self._proposed), len(tokens) - 1, self._seconds)
         asked, context = time.perf_counter(), self._context
         self._text += tokens
         ahead = len(self._text) - 1 - len(context.token_ids)
@@ -83,9 +89,9 @@ class _Steps:
     def wait(self, state: GenerationState) -> list[int]:
         """The tokens that the step has chosen; those before the last had been proposed."""
         tokens = self._wait()
+        self._seconds = time.perf_counter() - self._started
         for token in tokens:
             self._sampler.note(token)
-        self._speculator.observe(len(self._proposed), len(tokens) - 1, time.perf_counter() - self._started)
         state.stats.steps += 1
         state.stats.proposed += len(self._proposed)
         return tokens

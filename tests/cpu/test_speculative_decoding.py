@@ -14,7 +14,7 @@ from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.backends.base import Verification
 from numba_atomflow.convert import convert
-from numba_atomflow.errors import OptionError
+from numba_atomflow.errors import BackendError, OptionError
 from numba_atomflow.generation import TokenGeneration
 from numba_atomflow.sampling import Sampler, accepted_tokens, most_likely_token
 from numba_atomflow.speculation.drafter import StepResult
@@ -140,6 +140,57 @@ def test_a_caller_that_leaves_while_a_step_runs(engine: Engine, monkeypatch: pyt
     prompt = [*PROMPT, *expected[:taken]]
     rest = engine.generate_tokens(prompt, SamplingParams(max_tokens=60 - taken, ignore_eos=True)).finish()
     assert (rest.token_ids, rest.stats.reused_tokens) == (expected[taken:], len(prompt) - 1)
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_failing_drafter_loses_no_token_of_the_steps_before(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Its error comes after the tokens, and not at all to a caller that leaves before."""
+    options = options | {"max_tokens": 60, "ignore_eos": True}
+    expected = plain(engine, **options)
+    SamplingBackend(engine, monkeypatch)
+
+    class Failing(Script):
+        def propose(self, token_ids: Sequence[int], limit: int) -> list[int]:
+            return [SMALLEST_VOCABULARY] if len(self.results) == 2 else super().propose(token_ids, limit)
+
+    def begin() -> TokenGeneration:
+        engine.reset()
+        return engine.generate_tokens(PROMPT, SamplingParams(**options), drafter=Failing(PROMPT, expected, (5,)))
+
+    reply = begin()
+    with pytest.raises(OptionError, match="The drafter proposed token 259"):
+        reply.finish()
+    assert reply.token_ids == expected[:14]  # the first, 5 of a step, and 8
+    assert engine.token_ids == [*PROMPT, *expected[:13]]
+    assert (reply.stats.steps, reply.stats.accepted) == (2, 11)
+    leaving = begin()
+    assert [next(leaving) for _ in range(14)] == expected[:14]
+    leaving.close()
+    assert engine.token_ids == [*PROMPT, *expected[:13]]
+
+
+def test_the_token_of_a_step_that_fails_is_not_in_the_context(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys and values may be missing or wrong."""
+    expected = plain(engine, max_tokens=60, ignore_eos=True)
+    backend = SamplingBackend(engine, monkeypatch)
+    launch = backend.launch
+
+    def launch_failing(tokens: Sequence[int], *, sampled: bool) -> Callable[[], list[int]]:
+        def fail() -> list[int]:
+            raise BackendError("a test")
+
+        wait = launch(tokens, sampled=sampled)
+        return wait if backend.steps < 3 else fail
+
+    monkeypatch.setattr(engine.backend, "launch_verification", launch_failing)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    reply = engine.generate_tokens(PROMPT, params, drafter=Script(PROMPT, expected, (5,)))
+    with pytest.raises(BackendError, match="a test"):
+        reply.finish()
+    assert reply.token_ids == expected[:14]
+    assert engine.token_ids == [*PROMPT, *expected[:13]]
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
@@ -314,8 +365,13 @@ def test_a_reply_that_is_closed_within_accepted_tokens_can_be_continued(engine: 
 # --- what a drafter is told and may do -------------------------------------------------------------------------------
 
 
-def test_a_drafter_hears_of_every_step(engine: Engine) -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_drafter_hears_of_every_step_but_the_last(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, overlapped: bool
+) -> None:
     expected = plain(engine, max_tokens=20, ignore_eos=True)
+    if overlapped:
+        SamplingBackend(engine, monkeypatch)
     drafter = Script(PROMPT, expected, wrong=(2,), count=3)
     engine.generate_tokens(PROMPT, SamplingParams(max_tokens=20, ignore_eos=True), drafter=drafter).finish()
     assert [(result.proposed, result.accepted) for result in drafter.results] == [(3, 1), *[(3, 3)] * 4]
