@@ -2,8 +2,9 @@
 
 The device chooses the tokens, so that the host has them all when a step has ended. It then proposes, and launches the
 next step, before it yields the first of them (overlap scheduling): detokenizing, streaming and whatever else the caller
-does take no time of the device. A step whose result nobody waits for, because the caller has left, changes nothing: it
-writes keys and values beyond the context, which are overwritten before they are read.
+does take no time of the device, as long as they take less than a step. A step whose result is not waited for, because
+the caller has left, changes nothing: it writes keys and values beyond the context, which are overwritten before they
+are read.
 """
 
 import time

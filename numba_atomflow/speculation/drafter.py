@@ -10,7 +10,8 @@ class StepResult(NamedTuple):
     Attributes:
         proposed: tokens that were checked; 0 in a step of one token.
         accepted: of them, those that the model chose, too. The step has generated one token more.
-        seconds: that the step took, without the drafter's own time.
+        seconds: that the step took, without the drafter's own time. On a GPU it runs while the caller takes the tokens
+            of the step before; if that takes longer, it is that time.
     """
 
     proposed: int
