@@ -335,6 +335,30 @@ def test_a_step_that_was_interrupted_is_awaited(
         assert pretended.calls.count("cuStreamSynchronize") == 2
 
 
+def test_timed_steps_that_were_interrupted_are_awaited(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver, chosen: list[int]
+) -> None:
+    """They, too, might post their tokens when the next step has begun."""
+    with load(2) as engine:
+        engine.backend.verify([10, 11])
+
+        def interrupt() -> float:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("numba_atomflow.backends.cuda.tensor_parallel.verify.time.perf_counter", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.backend.time_widths(1)
+        chosen[:] = [11, 12]
+        pretended.calls.clear()
+        assert engine.backend.verify_greedy([10, 11]) == [11, 12]
+        assert pretended.calls.count("cuStreamSynchronize") == 2
+        assert sorted(engine.backend.time_widths(1)) == [1, 2, 4, 8]
+        pretended.calls.clear()
+        assert engine.backend.verify_greedy([10, 11]) == [11, 12]
+        assert "cuStreamSynchronize" not in pretended.calls
+
+
 def test_observers_see_a_token_at_a_time(pretended: PretendedDriver) -> None:
     with load(2) as engine:
         assert engine.backend.observed_chunk == 1

@@ -122,6 +122,7 @@ class VerifyingSteps:
         steps, widths, seconds = self._steps, self._first.columns.widths, dict[int, float]()
         self._end_interrupted()
         steps.prepare_widths(widths)
+        self._pending = True
         for width in (1, *widths):
             times = []
             for _ in range(repeats + 1):
@@ -133,6 +134,7 @@ class VerifyingSteps:
                 steps.wait()
                 times.append((time.perf_counter() - begun) / TIMED)
             seconds[width] = float(np.median(times[1:]))
+        self._pending = False
         steps.check_watchdog()
         return seconds
 
