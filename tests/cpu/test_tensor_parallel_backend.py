@@ -1,5 +1,6 @@
 """The backend of several GPUs over a driver that is only pretended: what it loads, launches, refuses and frees."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -333,6 +334,31 @@ def test_a_step_that_was_interrupted_is_awaited(
         pretended.calls.clear()
         assert engine.backend.verify_greedy([10, 11]) == [11, 12]
         assert pretended.calls.count("cuStreamSynchronize") == 2
+
+
+@pytest.mark.parametrize("failing", [1, 3], ids=["second rank", "sampling"])
+def test_after_a_step_that_some_ranks_lack_all_begin_anew(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDriver, failing: int
+) -> None:
+    """A rank that waits for one without the step ends by its watchdog, and has counted it."""
+    monkeypatch.setattr(WideSampling, "posted", lambda _self, _row: 1 << 32 | 11)
+    with load(2) as engine:
+        backend, ranks = engine.backend, engine.backend._ranks
+        backend.start(Sampler(SamplingParams(temperature=1.0, seed=5), 300, ()))
+        backend.verify([10, 11])
+        launches = itertools.count()
+
+        def fail(_number: int, name: str) -> Status | None:
+            return Status.CUDA_ERROR_UNKNOWN if name == "cuLaunchKernelEx" and next(launches) == failing else None
+
+        pretended.before = fail
+        with pytest.raises(AtomFlowError):
+            backend.launch_verification([10, 11], sampled=True)
+        pretended.behave()
+        ranks[0].buffers["verify.steps_x2"].host_array()[:] = 7, 0
+        engine.reset()
+        for rank_ in ranks:
+            assert rank_.buffers["verify.steps_x2"].host_array().tolist() == [8, 0]
 
 
 def test_timed_steps_that_were_interrupted_are_awaited(

@@ -77,7 +77,7 @@ class VerifyingSteps:
                 self._sampling.send(tokens, sampler)
         self._start(tokens, position)
         if sampler is not None:
-            self._steps.on_all(self._sample_on_first(len(tokens)))
+            self._on_all(self._sample_on_first(len(tokens)))
         choices = self._first.columns.choices.array[: len(tokens)]
 
         def wait() -> list[int]:
@@ -157,7 +157,15 @@ class VerifyingSteps:
         self._first.columns.choices.array[:] = 0
         self._send(tokens, position)
         self._pending = True
-        self._steps.on_all(lambda rank: rank.columns.verify(count))
+        self._on_all(lambda rank: rank.columns.verify(count))
+
+    def _on_all(self, launch: Callable[[Rank], None]) -> None:
+        """Launch something on every rank. If one fails, some ranks lack it: they begin anew before the next step."""
+        try:
+            self._steps.on_all(launch)
+        except Exception:
+            self._queue.distrust()
+            raise
 
     def _prepare_sampling(self) -> None:
         """Load what samples from several rows, unless it is; no step runs meanwhile."""
