@@ -23,6 +23,8 @@ from numba_atomflow.generation import (
 from numba_atomflow.sampling import Sampler
 from numba_atomflow.speculation.speculator import Speculator
 
+_WAITED = 0.25  # part of a step's time for which the host waits, at least, where that time is known
+
 
 def device_chooses(context: Context, request: Request) -> bool:
     """Whether `overlapped_loop` can generate: the device chooses the tokens, and nothing else of a step is needed."""
@@ -70,7 +72,8 @@ class _Steps:
         self._text = list(request.prompt)
         self._proposed: list[int] = []
         self._wait: Callable[[], list[int]]
-        self._started = self._seconds = 0.0  # when the last step was launched, and how long it took
+        self._started = 0.0
+        self._seconds: float | None = None  # of the last step, if they are known
 
     def launch(self, state: GenerationState, tokens: Sequence[int]) -> None:
         """The step after these tokens, all but the last of which are in the KV cache. Those that the caller has not
@@ -89,8 +92,12 @@ class _Steps:
 
     def wait(self, state: GenerationState) -> list[int]:
         """The tokens that the step has chosen; those before the last had been proposed."""
+        asked = time.perf_counter()
         tokens = self._wait()
-        self._seconds = time.perf_counter() - self._started
+        ended = time.perf_counter()
+        # A step that ended while the caller had the tokens of the one before has taken an unknown part of that time.
+        known = ended - asked > _WAITED * (ended - self._started)
+        self._seconds = ended - self._started if known else None
         for token in tokens:
             self._sampler.note(token)
         state.stats.steps += 1

@@ -104,7 +104,8 @@ class ModelDrafter:
     def observe(self, result: StepResult) -> None:
         """Count what was accepted, and what it cost."""
         draft, width = self._draft, 1 + result.proposed
-        draft.steps.observe(width, result.seconds)
+        if result.seconds is not None:
+            draft.steps.observe(width, result.seconds)
         draft.steps_since_single = draft.steps_since_single + 1 if result.proposed else 0
         self._balance.add(1 + result.accepted, self._cost + draft.steps.of(width))
         draft.acceptance.count(result.proposed, result.accepted)

@@ -10,13 +10,13 @@ class StepResult(NamedTuple):
     Attributes:
         proposed: tokens that were checked; 0 in a step of one token.
         accepted: of them, those that the model chose, too. The step has generated one token more.
-        seconds: that the step took, without the drafter's own time. On a GPU it runs while the caller takes the tokens
-            of the step before; if that takes longer, it is that time.
+        seconds: that the step took, without the drafter's own time. None if that is not known: on a GPU a step runs
+            while the caller takes the tokens of the step before, and may end meanwhile.
     """
 
     proposed: int
     accepted: int
-    seconds: float
+    seconds: float | None
 
 
 class Drafter(Protocol):

@@ -40,7 +40,8 @@ class PromptLookup:
 
     def observe(self, result: StepResult) -> None:
         """Count what was accepted, and what it cost."""
-        self._cost.observe(1 + result.proposed, result.seconds)
+        if result.seconds is not None:
+            self._cost.observe(1 + result.proposed, result.seconds)
         self._balance.add(1 + result.accepted, self._cost.of(1 + result.proposed))
         if self._match is not None and result.proposed:
             self._rates.count(self._match, result.proposed, result.accepted)

@@ -52,7 +52,7 @@ class Speculator:
             tokens.append(token)
         return tokens
 
-    def observe(self, proposed: int, accepted: int, seconds: float) -> None:
-        """Report a step."""
+    def observe(self, proposed: int, accepted: int, seconds: float | None) -> None:
+        """Report a step, as `StepResult` says."""
         if self._drafter is not None:
             self._drafter.observe(StepResult(proposed, accepted, seconds))
