@@ -30,7 +30,7 @@ from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
 
 PROMPT_TOKENS = 32
-_REPLIES = 5  # with each acceptance, of another seed each; figures are of all together
+_REPLIES = 20  # with each acceptance, of another seed each; figures are of all together
 _PHASES = ["tokens", "op", "adds to the step", "waits for input", "for weights", "computes"]
 
 
