@@ -5,15 +5,14 @@ layers were rounded. Memory holds one layer in float32, the statistics of its in
 calibration tokens.
 """
 
-import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numba_atomflow.checkpoint.format import fusion
 from numba_atomflow.geometry import ModelGeometry
+from numba_atomflow.host.free_memory import return_free_memory
 from numba_atomflow.quantize.calibration import Calibration
 from numba_atomflow.quantize.forward import LayerForward
 from numba_atomflow.quantize.inputs import Inputs
@@ -52,7 +51,7 @@ def quantize_layers(
             report(f"layer {i}: {projection}", (i + 1) * per_layer - left, g.layers * per_layer)
 
         job.save(i, _quantize(source, i, stream, method, on_projection), stream)
-        _return_freed_memory()
+        return_free_memory()  # fragments would add to the next peak
     return stream
 
 
@@ -62,7 +61,7 @@ def _quantize(
     """Calibrate and quantize layer i; updates the stream in place. Frees all memory but the result."""
     layer = _read_layer(source, i)
     inputs = _calibrate(source.geometry, layer, stream)
-    _return_freed_memory()
+    return_free_memory()
     with cores_for_kernels():
         return quantize_layer(source.geometry, layer, inputs, method, on_projection)
 
@@ -80,12 +79,6 @@ def _calibrate(
     for statistics in inputs.values():
         statistics.finish()
     return inputs
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory to the system: glibc keeps fragments, which would add to the next peak."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _layer_weights(geometry: ModelGeometry) -> int:
