@@ -100,6 +100,15 @@ class _Locator(UserProvidedCacheLocator):  # type: ignore[misc]
 class _KernelCacheFiles(CompileResultCacheImpl):  # type: ignore[misc]
     _locator_classes = (_Locator,)
 
+    def reduce(self, cres: Any) -> Any:
+        """What the cache keeps of a compiled kernel: numba's own, without the environments of numba's functions.
+
+        Code uses the environment of its function only to handle Python objects, which kernels do not, and to make one
+        known imports the function's module: those that allocate arrays import 5 MB.
+        """
+        *kept, environments = super().reduce(cres)
+        return (*kept, tuple(e for e in environments if not e.globals["__name__"].startswith("numba.")))
+
 
 class _KernelCache(FunctionCache):  # type: ignore[misc]
     """numba's cache, except that a damaged or full one costs a compilation instead of an exception, and that loading

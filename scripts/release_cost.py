@@ -31,7 +31,7 @@ def measure(model: str, prompt: int, release: bool) -> dict[str, float]:
     from numba_atomflow import Engine, SamplingParams
 
     if not release:
-        vars(backend)["release_llvm_pages"] = lambda: None
+        vars(backend)["release_library_pages"] = lambda: None
     seconds: dict[str, float] = {}
 
     def timed(name: str, do: Callable[[], object], units: int = 1) -> None:

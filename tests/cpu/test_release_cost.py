@@ -29,7 +29,7 @@ def test_every_turn_measures_both_kinds(tmp_path: Path) -> None:
 def test_only_one_kind_gives_pages_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_checkpoint(tmp_path, tiny_geometry())
     calls: list[int] = []
-    monkeypatch.setattr(release_cost.backend, "release_llvm_pages", lambda: calls.append(1))
+    monkeypatch.setattr(release_cost.backend, "release_library_pages", lambda: calls.append(1))
     release_cost.measure(str(path), 9, release=True)
     assert len(calls) == 1  # after loading: a prompt of 9 tokens is no whole chunk
     release_cost.measure(str(path), 9, release=False)

@@ -92,6 +92,51 @@ def test_loading_a_kernel_does_not_prepare_the_compiler(tmp_path: Path) -> None:
     assert record(tmp_path, lines) == ([], [False, False, False])
 
 
+ALLOCATING_KERNEL = """
+import numpy as np
+from numba_atomflow.ops.projection import project_tokens
+x, y = np.ones((2, 128), np.float32), np.empty((2, 3), np.float32)
+project_tokens(np.full((3, 128), 56, np.int8), np.ones((3, 1), np.float32), x, y, False)
+result = [y.tolist(), "numba.np.arrayobj" in sys.modules]
+"""
+
+
+def test_loading_a_kernel_imports_no_implementations_of_what_it_calls(tmp_path: Path) -> None:
+    result = [[128.0] * 3] * 2
+    assert record(tmp_path, ALLOCATING_KERNEL)[1] == [result, True]
+    assert record(tmp_path, ALLOCATING_KERNEL) == ([], [result, False])
+
+
+# An allocation that fails raises in numba's function, whose environment the cache does not keep.
+FAILING_KERNEL = """
+import numpy as np
+from failing import kernel
+result = [kernel(3)]
+try:
+    kernel(1 << 60)
+except MemoryError as error:
+    result.append(str(error))
+"""
+FAILING_SOURCE = """
+import numpy as np
+from numba_atomflow.ops.jit import cpu_kernel
+
+@cpu_kernel(parallel=False)
+def kernel(n):
+    values = np.empty(n, np.float32)
+    values[n - 1] = n
+    return values[n - 1]
+"""
+
+
+def test_a_loaded_kernel_raises_what_a_compiled_one_does(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING_SOURCE)
+    first, result = record(tmp_path, "sys.path.insert(0, '.')\n" + FAILING_KERNEL)
+    assert "failing.kernel" in first
+    assert result == [3.0, "Allocation failed (probably too large)."]
+    assert record(tmp_path, "sys.path.insert(0, '.')\n" + FAILING_KERNEL) == ([], result)
+
+
 BLAS_KERNEL = """
 import numpy as np
 import scipy.linalg.cython_blas

@@ -18,7 +18,7 @@ from numba_atomflow.backends.cpu.bind import Action, CpuBinder
 from numba_atomflow.backends.cpu.measure import CpuMeasurements
 from numba_atomflow.errors import CheckpointError, ClosedError
 from numba_atomflow.geometry import ModelGeometry
-from numba_atomflow.host.library_pages import release_llvm_pages
+from numba_atomflow.host.library_pages import release_library_pages
 from numba_atomflow.host.machine import cpu_name
 from numba_atomflow.host.threads import choose_threads, describe_threads, kernel_turn, use_threads
 from numba_atomflow.logprobs import TokenLogprobs
@@ -35,6 +35,7 @@ from numba_atomflow.model.step import (
     SAMPLE,
     Head,
     Op,
+    Qkv,
     Weights,
     build_head,
     build_step,
@@ -170,7 +171,7 @@ class CpuBackend:
                 progress(f"compiling {kind.__name__}", done, len(kinds))
             with kernel_turn():
                 self._binder.bind(op)()
-        release_llvm_pages()
+        release_library_pages()
         if progress:
             progress("compiled", len(kinds), len(kinds))
         self.compile_seconds = time.perf_counter() - started
@@ -195,12 +196,15 @@ class CpuBackend:
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Run up to `prefill_chunk` tokens at the current position, and advance it."""
         self._tokens[: len(tokens)] = tokens
-        actions = self.bound_step(len(tokens), head)
+        bound = self._bound_step(len(tokens), head)
         self._check_step(len(tokens))
-        self._run(actions)
-        if len(tokens) == self.prefill_chunk and not self._ran_whole_chunk:  # kernels of chunks were loaded for it
+        done = 0
+        if len(tokens) == self.prefill_chunk and not self._ran_whole_chunk:  # kernels of chunks are loaded for it
             self._ran_whole_chunk = True
-            release_llvm_pages()
+            done = _end_of_first_layer(bound.ops)
+            self._run(bound.actions[:done])
+            release_library_pages()
+        self._run(bound.actions[done:])
 
     def decode(self) -> None:
         """Run the token that was sampled last, sample the next one, and advance."""
@@ -311,6 +315,12 @@ class _BoundStep(NamedTuple):
 
     ops: list[Op]
     actions: list[Action]
+
+
+def _end_of_first_layer(ops: Sequence[Op]) -> int:
+    """How many ops there are before the second layer's first: among them one of every kind that a layer has."""
+    starts = [i for i, op in enumerate(ops) if isinstance(op, Qkv)]
+    return starts[1] if len(starts) > 1 else len(ops)
 
 
 def _run_observed(bound: _BoundStep, observer: Observer, check: Action = lambda: None) -> None:
