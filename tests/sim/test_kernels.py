@@ -70,6 +70,9 @@ def test_argmax(case: TokenCase) -> None:
     check_argmax(case)
 
 
+TOP_K, TOP_P = SamplingParams(0.7, top_k=50), SamplingParams(1.0, top_p=0.95)
+
+
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_sample(case: TokenCase) -> None:
@@ -78,11 +81,15 @@ def test_sample(case: TokenCase) -> None:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
-    ("kind", "vocabulary"),
-    [("flat", 20_011), ("peaked", 20_011), ("tail", 20_011), ("tail", 90_001), ("equal", 20_011)],
-)
-@pytest.mark.parametrize(
-    "params", [SamplingParams(0.7, top_k=50), SamplingParams(1.0, top_p=0.95)], ids=["top-k", "top-p"]
+    ("kind", "vocabulary", "params"),
+    [
+        ("flat", 20_011, TOP_P),
+        ("peaked", 20_011, TOP_K),
+        ("tail", 20_011, TOP_P),
+        ("tail", 90_001, TOP_K),
+        ("equal", 20_011, TOP_P),
+        ("equal", 20_011, TOP_K),
+    ],
 )
 def test_sample_with_the_layout_of_the_product(kind: str, vocabulary: int, params: SamplingParams) -> None:
     """Bins of some tokens, of more than are ranked, and of more than are listed: different logits, or equal ones."""

@@ -110,11 +110,13 @@ class Ranks:
         return np.concatenate([rank.cache for rank in self.ranks], axis=-1)
 
     def check(self, *, steps: int = 1) -> None:
-        """The last of the steps has given each column the bits of a step of one token on one GPU, on every rank."""
+        """The last of the steps has given each column the bits of a step of one token on one GPU, on every rank; of 8,
+        four are compared.
+        """
         case, one, written = self.case, self.one, self.written
         first, count = case.model.position + (steps - 1) * case.columns, case.columns * case.model.vocabulary
         assert np.isnan(written[:, :, first + case.columns :]).all()
-        for column in range(case.columns):
+        for column in sorted({0, 1, case.columns // 2, case.columns - 1}):
             position = first + column
             one.cache[:, :, :position], one.cache[:, :, position:] = written[:, :, :position], np.nan
             one.tokens[0], one.position[0] = self.tokens[column], position
