@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 WIDE_COLUMNS = (2, 4, 8)  # that the persistent kernel is compiled for, beside 1
 
-# Most tokens of a prompt's step that the persistent kernel takes, where decode steps run in it. On an H200, 3B, with
-# the LM head: the kernels for 2, 4 and 8 tokens take 1.10, 1.34 and 1.74 ms, the GEMV kernels for up to 8 take 1.57.
+# Most tokens of a prompt's step that the persistent kernel takes, where decode steps run in it: docs/prompts.md has the
+# measurements, "Prompts of 2 to 8 tokens".
 PROMPT_COLUMNS = 4
 TOKEN_RING = 1024  # entries of the host ring; more than tokens that the host has not read yet
 

@@ -8,7 +8,7 @@ the next. `full` completes a phase when the bytes have arrived, `empty` when all
 With FP8 activations a slot belongs to a stage of the pipeline of X, and has its barriers. With float16 activations, and
 tiles of `plan.COPIED_FROM` tokens and more, slots have barriers of their own, because consumers read a unit ahead: they
 need its codes before its X. A consumer that copies for itself (`ring.py`) executes some 245 instructions for a unit in
-place of 210; a unit takes 3 to 7 % longer then (docs/prompts.md).
+place of 210: copies by other warps save 3 to 7 % of a unit's time (docs/prompts.md).
 """
 
 from typing import Any

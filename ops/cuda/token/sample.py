@@ -18,9 +18,9 @@ Without filters the order is that of the ids, and only the draw looks for an off
 Sums are added in device memory, where L2 has atomics of 64 bits. In shared memory such an addition is a loop of
 compare-and-swap, in which threads that add to the same bin wait for each other.
 
-Cost, 128,256 tokens, H200, measured beside a greedy graph: 27 us without filters; 37 to 120 us with any of them, unless
-thousands of logits are equal (0.8 to 2.1 ms). By count of instructions it should be a half to a quarter of that:
-3 us for the histogram, 3 us until it is in shared memory; then on one SM, for each offset:
+Cost, 128,256 tokens, H200, beyond a greedy graph's (docs/lab/2026-11-gpu-kernels.md): 27 us without filters; 41 to 116
+us with any of them, unless thousands of logits are equal (0.8 to 2.1 ms). By count of instructions it should be a half
+to a quarter of that: 3 us for the histogram, 3 us until it is in shared memory; then on one SM, for each offset:
 
 - 8 us where ids are listed: 250 tokens per thread, 16 loads in flight, 7 instructions each (12 with a penalty);
 - 2 us for up to 256 tokens that are ranked;
