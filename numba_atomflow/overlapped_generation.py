@@ -23,7 +23,7 @@ from numba_atomflow.generation import (
 from numba_atomflow.sampling import Sampler
 from numba_atomflow.speculation.speculator import Speculator
 
-_WAITED = 0.25  # part of a step's time for which the host waits, at least, where that time is known
+_WAITED = 0.25  # a step's time is known if the host has waited for it during at least this part
 
 
 def device_chooses(context: Context, request: Request) -> bool:
@@ -76,8 +76,8 @@ class _Steps:
         self._seconds: float | None = None  # of the last step, if they are known
 
     def launch(self, state: GenerationState, tokens: Sequence[int]) -> None:
-        """The step after these tokens, all but the last of which are in the KV cache. Those that the caller has not
-        taken yet are counted neither in `state` nor in the context.
+        """Propose and launch the step after these tokens, all but the last of which are in the KV cache. Those that the
+        caller has not taken yet are counted neither in `state` nor in the context.
         """
         if state.stats.steps:
             self._speculator.observe(len(self._proposed), len(tokens) - 1, self._seconds)
@@ -91,11 +91,11 @@ class _Steps:
         self._wait = context.launch_verification([tokens[-1], *self._proposed], ahead, sampled=self._sampled)
 
     def wait(self, state: GenerationState) -> list[int]:
-        """The tokens that the step has chosen; those before the last had been proposed."""
+        """Wait for the tokens that the step has chosen; those before the last had been proposed."""
         asked = time.perf_counter()
         tokens = self._wait()
         ended = time.perf_counter()
-        # A step that ended while the caller had the tokens of the one before has taken an unknown part of that time.
+        # When a step ended is not known if the caller still had the tokens of the one before.
         known = ended - asked > _WAITED * (ended - self._started)
         self._seconds = ended - self._started if known else None
         for token in tokens:

@@ -5,8 +5,8 @@ all, and the CTA of a rank that is done last exchanges a sort key for each colum
 tokens, and all have all logits. The inputs of `o` and `down` go to all ranks without flags: `wide_vectors.py` says why
 their memory is ready for that.
 
-Cost model: an exchange more than with one GPU, whose keys are polled for all columns at once; 4 * V bytes for each
-column over each link, while the LM head's weights stream.
+Cost model: one exchange more than on one GPU, in which the keys of all columns are polled together; 4 * V bytes of
+logits for each column over each link, while the LM head's weights stream.
 """
 
 from typing import Any, NamedTuple

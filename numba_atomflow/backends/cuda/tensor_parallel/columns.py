@@ -157,12 +157,12 @@ class RankColumns:
         return [self._buffers[f"verify.steps_x{columns}"] for columns in self.widths]
 
     def steps(self) -> int:
-        """Steps completed, of that width which has completed most."""
+        """Completed steps of the width that has completed most."""
         return max((int(self._rank.memory.read(view)[0]) for view in self._counters), default=0)
 
     def restart(self, steps: int) -> None:
-        """After a step that may have failed, and before the first: epochs that no rank has used, and vectors of no
-        step. All ranks must have finished before, and must wait for each other afterwards.
+        """Before the first step, and after one that may have failed: go on with epochs that no rank has used, and
+        mark all vectors as not written. All ranks must have finished before, and must wait for each other afterwards.
         """
         memory, best = self._rank.memory, self._buffers["verify.best"]
         for view in self._counters:

@@ -107,7 +107,7 @@ class RankKernels:
 
     @property
     def verification(self) -> Verification:
-        """What steps can verify; as on one GPU, not without being asked for."""
+        """How many tokens a step can verify. As on one GPU, speculation must be asked for."""
         if not self.wide_shapes:
             return Verification(1, "shared memory has no room for the inputs of two tokens")
         return Verification(self.most_columns, automatic=False)
@@ -141,7 +141,7 @@ class RankKernels:
         return self._launched(persistent_kernel(replace(self.persistent_shape, trace=True)))
 
     def _launched(self, planned: Planned) -> Planned:
-        """Cooperatively, but on a shared GPU, where the CTAs of all ranks together are as many as its SMs."""
+        """A cooperative launch, except on a shared GPU, where the CTAs of all ranks together are as many as its SMs."""
         return Planned(replace(planned.spec, cooperative=self.ranks_per_gpu == 1), planned.ctas)
 
     @cached_property

@@ -56,8 +56,8 @@ class RankMeasurements:
         return list(zip(self._views.step(1, SAMPLE), trace.op_seconds, strict=False))
 
     def trace_step(self, repeats: int, progress: Progress | None = None) -> StepTrace:
-        """When each CTA of all ranks did what, rank after rank, by one clock, in that of `repeats` runs which is the
-        median by length. The traced kernel is compiled, or loaded from the cache, on first use.
+        """When each CTA of all ranks did what, rank after rank, by one clock, in the run of median length of
+        `repeats`. The traced kernel is compiled, or loaded from the cache, on first use.
 
         Raises:
             BackendError: it could not be compiled, or its watchdog tripped.

@@ -34,7 +34,7 @@ class ObservedSteps:
         self._ready = False
 
     def run(self, token: int, head: Head, observer: Observer) -> None:
-        """A step of this token, which is counted in the queue.
+        """Run a step of this token op by op; the queue counts it.
 
         Raises:
             BackendError: a watchdog tripped, or a kernel could not be compiled.

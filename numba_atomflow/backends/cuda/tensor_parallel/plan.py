@@ -27,7 +27,7 @@ def prefill_path(kernels: RankKernels) -> PrefillPath:
 
 
 def step_sizes(kernels: RankKernels, max_seq_len: int) -> StepSizes:
-    """Of a step of one token, and of the KV cache, which has room for the padding of steps of several."""
+    """Sizes of a step of one token, and of the KV cache, which has room for the padding of steps of several."""
     return StepSizes(
         max_seq_len=max_seq_len,
         step_tokens=1,

@@ -281,11 +281,11 @@ class Rank:
         self.memory.write(self._sampling.best, np.array([LOWEST_KEY]))
 
     def steps(self) -> int:
-        """Steps completed, of that kind of which there were most."""
+        """Completed steps of the kind, by number of tokens, that has completed most."""
         return max(int(self.memory.read(self.buffers["persistent.steps"])[0]), self.columns.steps())
 
     def restart(self, steps: int, position: int) -> None:
-        """After a step that may have failed; steps: more than any rank has completed."""
+        """Go on after a step that may have failed, with a count of steps greater than any rank's."""
         self.set_position(position)
         self.reset_argmax()
         self.memory.write(self.buffers["persistent.steps"], np.array([steps, 0]))

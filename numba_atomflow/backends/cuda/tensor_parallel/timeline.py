@@ -1,9 +1,9 @@
 """One picture of a step on several GPUs: the clock of each is set by what cannot have come before its cause.
 
 GPUs' timers have different zeros. A CTA has staged its input when it has the last result of the op before, of every
-rank. So for each exchange, rank b stages after rank a is done, and the other way around. The smallest distance in each
-direction is the time that a word takes at least, plus or minus the difference of the clocks: half of the difference of
-the two distances is that of the clocks, half of their sum the time of a word.
+rank. So in each exchange rank b stages after rank a is done, and rank a after rank b. The smallest distance in each
+direction is the least time that a word takes, plus or minus the offset of the clocks: the offset is half of the
+difference of the two distances, the time of a word half of their sum.
 """
 
 from collections.abc import Sequence

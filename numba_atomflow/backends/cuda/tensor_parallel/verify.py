@@ -55,7 +55,7 @@ class VerifyingSteps:
         for entry in first.columns.choices.array[: len(tokens)]:
             try:
                 posted_token(int(entry))
-            except CheckpointError:  # of a watchdog, on any rank; else the logits say it
+            except CheckpointError:  # a watchdog tripped, on any rank, or the logits have NaN or Inf
                 self._queue.distrust()
                 self._steps.check_watchdog()
         return logits
@@ -98,7 +98,7 @@ class VerifyingSteps:
     def _sampled(self, row: int) -> int:
         """The token that was sampled after number `row`."""
         self._poll(lambda: self._sampling.posted(row) is not None)
-        self._token(int(self._first.columns.choices.array[row]))  # it shows that a watchdog tripped, on any rank
+        self._token(int(self._first.columns.choices.array[row]))  # raises if a watchdog tripped, on any rank
         return self._token(self._sampling.posted(row) or 0)
 
     def _poll(self, posted: Callable[[], object]) -> None:
