@@ -146,7 +146,7 @@ class StagedWrites:
     which `resources` owns; only when it is full, a write waits for those before it.
 
     Args:
-        nbytes: of that memory; no write has more.
+        nbytes: of that memory; what is larger is written in pieces.
     """
 
     def __init__(self, nbytes: int, stream: Any, resources: Resources) -> None:
@@ -156,10 +156,16 @@ class StagedWrites:
 
     def write(self, view: View, values: Sequence[float] | NDArray[Any]) -> None:
         """Copy values to the first elements of a view, which is contiguous."""
-        nbytes = len(values) * np.dtype(view.dtype).itemsize
+        itemsize = np.dtype(view.dtype).itemsize
+        most = len(self._memory) // itemsize
+        for start in range(0, len(values), most):
+            self._write_piece(view.address + start * itemsize, view.dtype, values[start : start + most])
+
+    def _write_piece(self, address: int, dtype: str, values: Sequence[float] | NDArray[Any]) -> None:
+        nbytes = len(values) * np.dtype(dtype).itemsize
         if self._used + nbytes > len(self._memory):
             call("cuStreamSynchronize", self._stream)  # every copy is done then
             self._used = 0
-        self._memory[self._used : self._used + nbytes].view(view.dtype)[:] = values
-        call("cuMemcpyHtoDAsync", view.address, self._address + self._used, nbytes, self._stream)
+        self._memory[self._used : self._used + nbytes].view(dtype)[:] = values
+        call("cuMemcpyHtoDAsync", address, self._address + self._used, nbytes, self._stream)
         self._used += -(-nbytes // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
