@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_models import hf_config, random_weights, tiny_geometry, write_hf_folder, write_json
 
-from numba_atomflow.backends.cuda.families import beyond_fast_paths, beyond_gemm, sliding_window
+from numba_atomflow.backends.cuda.families import MOST_TOKENS, beyond_fast_paths, beyond_gemm, sliding_window
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path
 from numba_atomflow.convert import convert
 from numba_atomflow.errors import BackendError, OptionError
@@ -55,6 +55,21 @@ def test_prompts_of_qwen_and_smollm3_may_have_fp8_activations() -> None:
     for changes in ({"qkv_bias": True}, {"qk_norm": True}, {"no_rope_layers": (1,)}):
         geometry = tiny_geometry(**changes)
         assert choose_prefill_path("fp8", HOPPER, 128, beyond_fp8=beyond_fast_paths(geometry, None)).name == "fp8"
+
+
+def test_the_mass_of_all_tokens_of_a_vocabulary_fits_into_64_bits() -> None:
+    sample_measures = pytest.importorskip("numba_atomflow.ops.cuda.token.sample_measures")
+    unit = int(sample_measures.UNIT)
+    assert MOST_TOKENS * unit < 1 << 63 <= (MOST_TOKENS + 1) * unit
+
+
+def test_a_vocabulary_that_the_sampling_kernel_cannot_add_up_is_refused() -> None:
+    pytest.importorskip("numba_cuda", reason="the CUDA backend's; there is none for macOS")
+    from numba_atomflow.backends.cuda import plan
+
+    assert {buffer.name for buffer in plan.SamplingState.plan(MOST_TOKENS)} >= {"sampling.seen"}
+    with pytest.raises(BackendError, match=r"vocabulary has 524,288 tokens, .* at most 524,287; use --backend cpu"):
+        plan.SamplingState.plan(MOST_TOKENS + 1)
 
 
 def test_a_window_as_long_as_the_context_does_not_slide() -> None:

@@ -5,6 +5,22 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.features import beyond_qwen
 
 _HEAD_DIMS = (64, 80, 96, 128)  # of the persistent kernel, and of attention with FP8 activations
+MOST_TOKENS = (
+    1 << 19
+) - 1  # of a vocabulary: their mass (ops/cuda/token/sample.py) is below 2^63, if all are as likely
+
+
+def check_vocabulary(vocabulary: int) -> None:
+    """Check that the sampling kernel can add up the mass of all tokens.
+
+    Raises:
+        BackendError: it cannot.
+    """
+    if vocabulary > MOST_TOKENS:
+        raise BackendError(
+            f"The model's vocabulary has {vocabulary:,} tokens, and sampling on a GPU takes at most {MOST_TOKENS:,}; "
+            "use --backend cpu."
+        )
 
 
 def sliding_window(geometry: ModelGeometry, max_seq_len: int) -> int | None:

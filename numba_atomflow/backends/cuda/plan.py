@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, Self
 
 from numba_atomflow.backends.cuda.decode_path import kernels_for
-from numba_atomflow.backends.cuda.families import beyond_gemm, sliding_window
+from numba_atomflow.backends.cuda.families import beyond_gemm, check_vocabulary, sliding_window
 from numba_atomflow.backends.cuda.kernels import ModelKernels
 from numba_atomflow.backends.cuda.persistent import persistent_buffers, verification_buffers
 from numba_atomflow.backends.cuda.prefill_path import choose_prefill_path, most_chunk_tokens
@@ -45,7 +45,12 @@ class SamplingState(NamedTuple):
 
     @staticmethod
     def plan(vocabulary: int) -> list[Buffer]:
-        """The buffers of these views."""
+        """The buffers of these views.
+
+        Raises:
+            BackendError: the vocabulary is too large.
+        """
+        check_vocabulary(vocabulary)
         sizes = {
             "seen": (-(-vocabulary // 32), "uint32"),
             "options": (5, "float64"),
