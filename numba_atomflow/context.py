@@ -50,7 +50,7 @@ class Context:
             ContextError: they do not fit after `used` others.
             OptionError: there are none, or one is not a token of this model.
         """
-        ids = _whole_numbers(token_ids)
+        ids = whole_numbers(token_ids)
         if not ids:
             raise OptionError(f"The {what} is empty; give at least one token.")
         for token in (min(ids), max(ids)):
@@ -256,8 +256,12 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def _whole_numbers(token_ids: Sequence[int]) -> list[int]:
-    """Token ids of any integer type, as a list."""
+def whole_numbers(token_ids: Sequence[int]) -> list[int]:
+    """Token ids of any integer type, as a list.
+
+    Raises:
+        OptionError: one is no whole number, or they are not flat.
+    """
     if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Iterable):
         raise _no_whole_numbers(token_ids)
     try:

@@ -11,15 +11,17 @@ from numba_atomflow.utils.arguments import file_path
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-def find_checkpoint(path_or_name: str | Path) -> Path:
+def find_checkpoint(path_or_name: str | Path, what: str = "model") -> Path:
     """The file of a checkpoint. A name without a folder is looked up in the models folder first.
+
+    Args:
+        what: the option that names it, for messages.
 
     Raises:
         CheckpointError: it does not exist, or is not a regular file.
+        OptionError: it is no valid name of a file.
     """
-    file_path(
-        "model", path_or_name
-    )  # checks it; its result is a Path, which drops the ./ that tells a path from a name
+    file_path(what, path_or_name)  # only checks: its result is a Path, which drops the ./ that tells a path from a name
     text = os.fspath(path_or_name)
     path = home.expand_user(text)
     is_name = Path(text).name == text

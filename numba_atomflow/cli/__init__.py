@@ -40,6 +40,7 @@ _OPTIONS = frozenset(
         "max_sequences",
         "block_size",
         "blocks",
+        "draft",
         "actors",
         "rows_per_shard",
     }
@@ -69,6 +70,9 @@ def run(arguments: Sequence[str]) -> int:
         return invoke(arguments)
     except AtomFlowError as error:
         return _fail(_as_typed(error), WRONG_INPUT)
+    except MemoryError as error:
+        cause = f" ({error})" if str(error) else ""
+        return _fail(f"There is too little free memory for this{cause}; ask for less, or free some.", WRONG_INPUT)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -121,7 +121,7 @@ def _draft(
     from numba_atomflow.checkpoint.format import Checkpoint
     from numba_atomflow.engine.drafts import check_same_tokens
 
-    with Checkpoint.open(find_checkpoint(draft)) as smaller:
+    with Checkpoint.open(find_checkpoint(draft, "draft")) as smaller:
         check_same_tokens(checkpoint, smaller)
         positions = min(max_seq_len, smaller.geometry.max_positions)
         return {

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from numba_atomflow.backends.base import Backend
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.context import Context
+from numba_atomflow.context import Context, whole_numbers
 from numba_atomflow.engine.core import EngineCore
 from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.sampling import most_likely_token
 from numba_atomflow.speculation.draft_model import DraftModel, GreedyTokens
 from numba_atomflow.text.same_tokens import difference_of_tokens
+from numba_atomflow.utils.arguments import whole_number
 from numba_atomflow.utils.progress import Progress
 
 
@@ -93,21 +94,27 @@ class Drafts(EngineCore):
         is left to run beside the steps of another engine. A generation in progress ends here.
 
         Args:
-            token_ids: whole numbers from 0 on, at least one of them.
+            token_ids: whole numbers from 0 on, at least one of them; quickest as a list, of which only what the KV
+                cache does not hold is checked.
             count: at least 1.
 
         Returns:
             The tokens; none if a token of the text is beyond this model's vocabulary.
 
         Raises:
-            OptionError: there are no tokens, or none are asked for.
+            OptionError: there are no tokens, or one is no whole number from 0 on, or none are asked for.
             ContextError: text and tokens, without the last, do not fit into the KV cache, where they are kept.
         """
+        count = whole_number("count", count)
+        if not isinstance(token_ids, list):
+            token_ids = whole_numbers(token_ids)
         if len(token_ids) < 1 or count < 1:
-            raise OptionError(f"There are {len(token_ids)} tokens to continue by {count}; give at least one of each.")
+            raise OptionError(
+                f"There are {len(token_ids)} tokens to continue by {quote(count)}; give at least one of each."
+            )
         if len(token_ids) + count - 1 > self.max_seq_len:
             raise ContextError(
-                f"{len(token_ids)} tokens and {count - 1} after them do not fit into the context, which holds "
+                f"{len(token_ids)} tokens and {quote(count - 1)} after them do not fit into the context, which holds "
                 f"{self.max_seq_len}; ask for fewer."
             )
 
@@ -115,7 +122,9 @@ class Drafts(EngineCore):
             started = time.perf_counter()
             context = self._open_context()
             self._end_generation()
-            rest = token_ids[context.rewind_to_common_prefix(token_ids) :]
+            rest = whole_numbers(token_ids[context.rewind_to_common_prefix(token_ids) :])
+            if min(rest) < 0:
+                raise OptionError(f"Token {quote(min(rest))} does not exist; token ids are whole numbers from 0 on.")
             if max(rest) >= context.vocabulary:
                 return GreedyTokens([], 0, 0.0)
             tokens = [_next(context, rest)]

@@ -89,7 +89,7 @@ class Engine(Replies, Scores, SavedStates, Activations, Drafts):
             return cls._make_ready(checkpoint, choice, max_seq_len, progress, started)
         with ExitStack() as on_error:
             on_error.callback(checkpoint.close)
-            smaller = Checkpoint.open(find_checkpoint(draft), private_copy=private)
+            smaller = Checkpoint.open(find_checkpoint(draft, "draft"), private_copy=private)
             on_error.callback(smaller.close)
             check_same_tokens(checkpoint, smaller)
             engine = cls._make_ready(checkpoint, choice, max_seq_len, progress, started, check_several_tokens)

@@ -217,6 +217,40 @@ def test_a_greedy_continuation_is_that_of_greedy_decoding(target: Engine) -> Non
         target.continue_greedily(PROMPT, POSITIONS - len(PROMPT) + 2)
 
 
+@pytest.mark.parametrize("prefix", [[], PROMPT], ids=["a text", "the end of a text"])
+@pytest.mark.parametrize("token", [True, 4.0, "4", None, [4], np.float32(4)])
+def test_tokens_to_continue_are_whole_numbers(target: Engine, prefix: list[int], token: Any) -> None:
+    target.reset()
+    for text in ([*prefix, token, 5], (*prefix, token)):
+        with pytest.raises(OptionError, match="Token ids must be a flat list of whole numbers"):
+            target.continue_greedily(text, 2)
+
+
+@pytest.mark.parametrize("text", [5, None, "text", b"text", {1: 2}, np.zeros((2, 2), np.int64)])
+def test_a_text_to_continue_is_a_flat_list(target: Engine, text: Any) -> None:
+    with pytest.raises(OptionError, match="Token ids must be a flat list of whole numbers"):
+        target.continue_greedily(text, 2)
+
+
+def test_a_token_to_continue_is_not_negative(target: Engine) -> None:
+    expected = target.continue_greedily(PROMPT, 3).tokens
+    with pytest.raises(OptionError, match="Token -1 does not exist"):
+        target.continue_greedily([*PROMPT, -1], 2)
+    assert target.token_ids == PROMPT
+    assert target.continue_greedily(np.array(PROMPT, np.int32), 3).tokens == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [2.0, True, "2", None])
+def test_a_number_of_tokens_to_continue_by_is_whole(target: Engine, count: Any) -> None:
+    with pytest.raises(OptionError, match=r"count is .*; it must be a whole number"):
+        target.continue_greedily(PROMPT, count)
+
+
+def test_a_draft_without_a_name_is_no_model(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(OptionError, match=r"^draft is ''; it must be the path of a file"):
+        Engine.load(checkpoints["target"], "cpu", POSITIONS, threads=1, draft="")
+
+
 def test_a_draft_with_fewer_positions_stops_proposing(target: Engine, checkpoints: dict[str, Path]) -> None:
     expected = plain(target, ignore_eos=True)
     with Engine.load(checkpoints["short"], "cpu", threads=1) as draft:

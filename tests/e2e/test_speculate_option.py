@@ -68,6 +68,7 @@ def test_memory_of_a_draft_model_is_shown_beside_the_other(cli: InProcess, tiny_
     assert lines[-1].split() == ["both", "allocated", *f"{total / 1e6:.1f} MB".split()]
     assert_refused(cli(*command, "--gpus", 2), "--draft is for one GPU")
     assert_refused(cli("info", "--draft", tiny_checkpoint), "--draft needs a model")
+    assert_refused(cli(*command[:-1], ""), "--draft is ''; it must be the path of a file")
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
