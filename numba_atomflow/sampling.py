@@ -98,7 +98,7 @@ class SamplingParams:
                 (
                     number is None or 0 <= number <= MOST_LOGPROBS,
                     name,
-                    f"between 0 and {MOST_LOGPROBS}, or None for none",
+                    f"between 0 and {MOST_LOGPROBS}",
                 )
                 for name, number in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs))
             ),

@@ -14,37 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from numba_atomflow.cli import output
-from numba_atomflow.errors import AtomFlowError, OptionError
+from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.text import tokenizers_library
 
 DEBUG = "NUMBA_ATOMFLOW_DEBUG"  # environment variable: show the traceback of an unexpected exception
 
 UNEXPECTED, WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
-
-# Names in messages that are options on a command line: top_p is --top-p.
-_OPTIONS = frozenset(
-    {
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "seed",
-        "max_tokens",
-        "stop",
-        "max_seq_len",
-        "threads",
-        "context",
-        "stride",
-        "token_budget",
-        "max_sequences",
-        "block_size",
-        "blocks",
-        "draft",
-        "actors",
-        "rows_per_shard",
-    }
-)
 
 
 def main() -> None:
@@ -69,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
 
         return invoke(arguments)
     except AtomFlowError as error:
-        return _fail(_as_typed(error), WRONG_INPUT)
+        return _fail(str(error), WRONG_INPUT)
     except MemoryError as error:
         cause = f" ({error})" if str(error) else ""
         return _fail(f"There is too little free memory for this{cause}; ask for less, or free some.", WRONG_INPUT)
@@ -114,12 +89,3 @@ def _fail(message: str, code: int) -> int:
     line = " ".join(message.split("\n"))  # one line, even if a file's name has several
     output.say(f"error: {line}")
     return code
-
-
-def _as_typed(error: AtomFlowError) -> str:
-    """The message, with an option's name as on the command line: ``--top-p`` for ``top_p``."""
-    message = str(error)
-    name, _, rest = message.partition(" ")
-    if isinstance(error, OptionError) and name in _OPTIONS:
-        return f"--{name.replace('_', '-')} {rest}"
-    return message

@@ -31,6 +31,7 @@ from numba_atomflow.cli.ground_truth import ground_truth
 from numba_atomflow.cli.info import EXAMPLES as INFO_EXAMPLES
 from numba_atomflow.cli.info import info
 from numba_atomflow.cli.option_groups import with_groups
+from numba_atomflow.cli.parameters import as_typed, names_as_typed, refuse_empty_paths
 from numba_atomflow.cli.perplexity import EXAMPLES as PERPLEXITY_EXAMPLES
 from numba_atomflow.cli.perplexity import perplexity
 from numba_atomflow.cli.profile import EXAMPLES as PROFILE_EXAMPLES
@@ -94,8 +95,12 @@ _TEXTS = {"prompt": "The prompt", "system": "--system", "stop": "--stop", "templ
 
 
 def _prepared(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its groups of options, with ``~`` in paths replaced, and texts as Unicode in every locale."""
+    """The command with its groups of options, with ``~`` in paths replaced, and texts as Unicode in every locale; its
+    errors name options as on the command line.
+    """
     command = with_groups(command)
+    refuse_empty_paths(command)
+    names = names_as_typed(command)
 
     def prepare(name: str, value: Any) -> Any:
         if isinstance(value, Path):
@@ -109,7 +114,10 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**values: Any) -> None:
         numba_settings.check_import()
-        command(**{name: prepare(name, value) for name, value in values.items()})
+        try:
+            command(**{name: prepare(name, value) for name, value in values.items()})
+        except OptionError as error:
+            raise OptionError(as_typed(str(error), names)) from error
 
     return run
 
