@@ -34,6 +34,8 @@ from numba_atomflow.utils.tables import render
 
 WORKLOAD = Path(__file__).parents[1] / "tests" / "workloads" / "chat.jsonl"
 ADAPTIVE = "chosen"
+SHORT, PROPOSALS, PROPOSED = 100, 90, 4  # of `_overhead`: tokens of the shorter text, and how much it grows
+MOST_POSITIONS = SHORT + PROPOSALS + PROPOSED - 1
 
 
 class FixedLength:
@@ -71,11 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Engine.load(given.model, "cpu", threads=given.threads) as engine,
         ):
             engine.use_draft(draft)
+            _check_positions(draft)
             results = _results(engine, draft, prompts, given)
-            overheads = {length: _overhead(draft, length) for length in (100, draft.max_seq_len - 100)}
+            overheads = {length: _overhead(draft, length) for length in (SHORT, draft.max_seq_len - SHORT)}
             device = engine.backend.device
     except AtomFlowError as error:
-        print(error, file=sys.stderr)
+        print(f"bench_draft: {error}", file=sys.stderr)
         return 2
     if given.json:
         record: dict[str, Any] = {"device": device, "machine": machine_record(), "commit": commit()}
@@ -85,8 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header = list(results[0])
     print(render("table", header, [[_cell(row[name]) for name in header] for row in results]))
     for length, seconds in overheads.items():
-        print(f"the host's part of 4 proposed tokens after a text of {length}: {seconds * 1e6:.0f} us")
+        print(f"the host's part of {PROPOSED} proposed tokens after a text of {length}: {seconds * 1e6:.0f} us")
     return 0
+
+
+def _check_positions(draft: Engine) -> None:
+    """Raise before anything is measured, if the texts of `_overhead` would not fit."""
+    if draft.max_seq_len < MOST_POSITIONS:
+        raise AtomFlowError(
+            f"The draft model {draft.checkpoint.path} has {draft.max_seq_len} positions, and measuring what the host "
+            f"adds takes {MOST_POSITIONS}; choose one with more."
+        )
 
 
 def _results(
@@ -150,17 +162,17 @@ def _row(way: int | str, rows: list[list[Decoded]], seconds: float, plain: float
 
 
 def _overhead(draft: Engine, length: int) -> float:
-    """Seconds of a proposal of 4 tokens after a text of so many, without the steps of the model: the least of many."""
+    """Seconds of a proposal after a text of so many tokens, without the steps of the model: the least of many."""
     text, backend = [1] * length, draft.backend
     draft.reset()
     draft.continue_greedily(text, 1)
     backend.verify_greedy = lambda tokens: [1]  # type: ignore[method-assign]
     try:
         times = []
-        for _ in range(90):
+        for _ in range(PROPOSALS):
             text.append(1)
             started = time.perf_counter()
-            draft.continue_greedily(text, 4)
+            draft.continue_greedily(text, PROPOSED)
             times.append(time.perf_counter() - started)
     finally:
         del backend.verify_greedy

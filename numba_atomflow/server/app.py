@@ -240,7 +240,7 @@ class Server:
         """Refuse ids that no token of the model has."""
         vocabulary = self._engine.geometry.vocabulary
         if not 0 <= min(tokens, default=0) <= max(tokens, default=0) < vocabulary:
-            raise ApiError(400, f"The {param} holds a token outside the vocabulary of {vocabulary}.", param=param)
+            raise ApiError(400, f"{param} holds a token outside the vocabulary of {vocabulary}.", param=param)
 
     # --- tokens --------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class Server:
         def encode() -> list[int]:
             if fields.messages is not None:
                 return self._conversation(fields.messages, fields.chat_template_kwargs)
-            return self._encode(fields.prompt or "", fields.add_special_tokens)
+            return self._encode(fields.prompt or "", fields.add_special_tokens is not False)
 
         tokens = await self._workers.run(encode, len(body))
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._engine.max_seq_len})
@@ -261,7 +261,7 @@ class Server:
         body = await read_body(request, self.options.limits)
         fields = DetokenizeRequest.parse(body)
         self._check_model(fields.model)
-        self._check_tokens(fields.tokens, "list of tokens")
+        self._check_tokens(fields.tokens, "tokens")
         text = await self._workers.run(lambda: self._text.decode(fields.tokens, skip_special=False), len(body))
         return JSONResponse({"prompt": text})
 

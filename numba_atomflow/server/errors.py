@@ -1,5 +1,6 @@
 """Errors that a client gets, in the shape of OpenAI's API: ``{"error": {"message", "type", "param", "code"}}``."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,12 @@ def of_validation(error: ValidationError, data: bytes) -> ApiError:
             return ApiError(400, f"{param or 'The body'} must be a JSON object.", param=param)
     _, should, rule = first["msg"].partition(" should ")
     must = f"it must {rule}" if should else first["msg"]
-    return ApiError(400, f"{param} is {quote(first['input'])}; {must}.", param=param)
+    return ApiError(400, f"{param} is {_as_json(first['input'])}; {must}.", param=param)
+
+
+def _as_json(value: Any) -> str:
+    """A value of a body, for a message; Python writes some of JSON's in another way."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else quote(value)
 
 
 def _path(found: ErrorDetails, data: bytes) -> str | None:

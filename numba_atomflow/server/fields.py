@@ -38,7 +38,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 class StreamOptions(Body):
     """Of a streamed reply. `include_obfuscation` is a hint: there is no padding here."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -87,7 +87,7 @@ class Sampling(Body):
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that holds the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def params(self, max_tokens: int | None, **more: Any) -> SamplingParams:
         """The options for the engine; the defaults are OpenAI's.
@@ -185,7 +185,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import bench_draft
 import pytest
+from tiny_models import SMALLEST_VOCABULARY, tiny_geometry, write_hf_folder
+
+from numba_atomflow.convert import convert
 
 
 def test_a_row_for_each_length(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +27,20 @@ def test_a_row_for_each_length(tiny_checkpoint: Path, tmp_path: Path, capsys: py
     assert "the host's part of 4 proposed tokens after a text of 100" in capsys.readouterr().out
     assert bench_draft.main([str(tiny_checkpoint), "no-such-model"]) == 2
     assert "no-such-model" in capsys.readouterr().err
+
+
+def test_a_draft_with_too_few_positions_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_hf_folder(tmp_path / "hf", tiny_geometry(vocabulary=SMALLEST_VOCABULARY, max_positions=192))
+    short = str(convert(tmp_path / "hf", tmp_path / "short.safetensors"))
+    assert bench_draft.main([short, short]) == 2
+    captured = capsys.readouterr()
+    assert f"The draft model {short} has 192 positions" in captured.err
+    assert "takes 193; choose one with more." in captured.err
+    assert captured.out == ""
+
+
+def test_the_text_grows_to_the_positions_that_are_asked_for() -> None:
+    longest = bench_draft.SHORT + bench_draft.PROPOSALS
+    assert longest + bench_draft.PROPOSED - 1 == bench_draft.MOST_POSITIONS == 193

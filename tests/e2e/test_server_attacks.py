@@ -147,6 +147,24 @@ def test_a_prompt_longer_than_the_context_or_of_foreign_tokens_is_refused(live: 
     for tokens in ([10**12], [-1], [0, 10**6]):
         answer = live.request("POST", "/detokenize", {"tokens": tokens}, AUTHORIZED)
         assert (answer.status, "outside the vocabulary" in answer.body["error"]["message"]) == (400, True)
+        assert answer.body["error"]["param"] == "tokens"
+
+
+def test_null_means_the_default_of_every_optional_field(live: Live) -> None:
+    for path, body in (
+        ("/tokenize", {"prompt": "a", "add_special_tokens": None}),
+        (
+            "/v1/completions",
+            {"prompt": "a", "max_tokens": 1, "stream": True, "stream_options": {"include_usage": None}},
+        ),
+    ):
+        assert live.request("POST", path, body, AUTHORIZED).status == 200
+
+
+def test_values_are_called_as_in_json(live: Live) -> None:
+    for value, said in ((None, "prompt is null"), (True, "prompt is true"), ({}, "prompt is {}")):
+        answer = live.request("POST", "/v1/completions", {"prompt": value}, AUTHORIZED)
+        assert (answer.status, answer.body["error"]["message"].partition(";")[0]) == (400, said)
 
 
 @pytest.mark.parametrize("allow_special", [False, True])
