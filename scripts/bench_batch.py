@@ -8,14 +8,16 @@ batch of a row for each actor, and is not part of the speeds. On a busy machine 
 """
 
 import argparse
+import sys
 import tempfile
 import threading
 import time
 from typing import Any, NamedTuple
 
 import psutil
+from number_lists import at_least
 
-from numba_atomflow import SamplingParams
+from numba_atomflow import AtomFlowError, SamplingParams
 from numba_atomflow.batch import ActorOptions, EngineOptions, generate_batch
 from numba_atomflow.batch.rows import read_rows
 from numba_atomflow.batch.run import ROWS_PER_SHARD
@@ -146,19 +148,24 @@ def measure(model: str, count: int, max_tokens: int, actors: int) -> dict[str, A
     }
 
 
-def main() -> None:
+def main() -> int:
+    """Parse options, measure, print; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    parser.add_argument("--prompts", type=int, default=2000)
-    parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--actors", type=int, default=default_threads(), help="and threads of the one process")
+    parser.add_argument("--prompts", type=at_least(1), default=2000)
+    parser.add_argument("--max-tokens", type=at_least(1), default=16)
+    parser.add_argument("--actors", type=at_least(1), default=default_threads(), help="and threads of the one process")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    find_checkpoint(options.model)
-    found = measure(options.model, options.prompts, options.max_tokens, options.actors)
+    try:
+        find_checkpoint(options.model)
+        found = measure(options.model, options.prompts, options.max_tokens, options.actors)
+    except AtomFlowError as error:
+        print(f"bench_batch: {error}", file=sys.stderr)
+        return 2
     if options.json:
         print(json_text(found, indent=2))
-        return
+        return 0
     for name in ("start", "batch", "one_process"):
         print(f"{name:<12}", ", ".join(f"{what} {value:.1f}" for what, value in found[name].items()))
     print(f"batch / one process: {found['speed_ratio']:.2f} by the clock, {found['cpu_ratio']:.2f} by CPU time")
@@ -167,7 +174,8 @@ def main() -> None:
         f"memory of all actors: {found['actors_pss_bytes'] / 1e6:.0f} MB; {found['actors_rss_bytes'] / 1e6:.0f} MB if "
         "what they share is counted for each"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,7 @@ shares cores between sessions before it does between processes (autogroups), so 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from protocol import Answer, Task
 
 from numba_atomflow import AtomFlowError
 from numba_atomflow.host.machine import machine_record
-from numba_atomflow.host.threads import default_threads
+from numba_atomflow.host.threads import choose_threads, default_threads
 from numba_atomflow.model.presets import PRESETS, find_preset
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
@@ -118,7 +119,10 @@ def main() -> int:
     options = parser.parse_args()
     if min(options.tokens, options.repeats, options.rounds) < 1 or min(options.competing) < 0:
         parser.error("-n, -r and --rounds must be at least 1, and --competing at least 0.")
+    if options.llama_bench and not shutil.which(options.llama_bench):
+        parser.error(f"--llama-bench {options.llama_bench} is no program; give the path of llama.cpp's llama-bench.")
     try:
+        choose_threads(options.threads)
         geometry = find_preset(options.geometry)
     except AtomFlowError as error:
         parser.error(str(error))

@@ -18,10 +18,12 @@ from typing import Any
 
 import numba
 import numpy as np
+from number_lists import at_least
 from numpy.typing import NDArray
 
 from numba_atomflow import AtomFlowError, Engine, SamplingParams, __version__
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
+from numba_atomflow.errors import OptionError
 from numba_atomflow.geometry import rope_inverse_frequencies
 from numba_atomflow.host.machine import commit, cpu_name
 from numba_atomflow.ops.bandwidth import read_bandwidth
@@ -134,6 +136,10 @@ def measure(model: str, tokens: int, prompt_tokens: int, repeats: int) -> dict[s
     with Engine.load(model) as engine:
         baseline = NumpyModel(engine)
         prompt = engine.text.encode(PROMPT)
+        if len(prompt) + tokens > engine.max_seq_len:
+            raise OptionError(
+                f"--tokens is {tokens}; the context holds {engine.max_seq_len - len(prompt)} beside the prompt."
+            )
         decode_turn(engine, baseline, prompt, 2)  # warm up
         prefill_turn(engine, prompt_tokens)
         turns, prefills, bandwidths, products = [], [], [], []
@@ -203,9 +209,11 @@ def main() -> int:
     """Parse options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="checkpoint, or the name of one")
-    parser.add_argument("-n", "--tokens", type=int, default=64, help="tokens to decode (default: 64)")
-    parser.add_argument("-p", "--prompt-tokens", type=int, default=512, help="prompt length to time (default: 512)")
-    parser.add_argument("-r", "--repeats", type=int, default=5, help="interleaved turns (default: 5)")
+    parser.add_argument("-n", "--tokens", type=at_least(1), default=64, help="tokens to decode (default: 64)")
+    parser.add_argument(
+        "-p", "--prompt-tokens", type=at_least(1), default=512, help="prompt length to time (default: 512)"
+    )
+    parser.add_argument("-r", "--repeats", type=at_least(1), default=5, help="interleaved turns (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     try:

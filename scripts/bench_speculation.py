@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from number_lists import list_of
+from number_lists import at_least, list_of
 
 from numba_atomflow import AtomFlowError, Engine, SamplingParams
 from numba_atomflow.backends.cuda.backend import CudaBackend
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print tables or JSON; the exit code."""
     parser = _parser()
     given = parser.parse_args(arguments)
+    if min(given.positions) < 0 or not all(0 <= rate <= 1 for rate in given.acceptance):
+        parser.error("--positions are 0 or more, --acceptance 0 to 1")
     try:
         with Engine.random(PRESETS[given.geometry], "cuda", max(given.positions) + given.tokens + 64) as engine:
             backend = engine.backend
@@ -183,9 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--geometry", choices=list(PRESETS), default="llama-3.2-3b")
     parser.add_argument("--positions", type=list_of(int, "0,200,1000"), default=[0, 200, 1000, 4000])
     parser.add_argument("--acceptance", type=list_of(float, "0.6,0.8"), default=[0.6, 0.8, 0.9])
-    parser.add_argument("--tokens", type=int, default=400, help="of a reply")
+    parser.add_argument("--tokens", type=at_least(2), default=400, help="of a reply")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of replies; 0: greedy")
-    parser.add_argument("-r", "--repeats", type=int, default=20)
+    parser.add_argument("-r", "--repeats", type=at_least(1), default=20)
     parser.add_argument("--trace", action="store_true", help="show where the time of the kernels goes, op by op")
     parser.add_argument("--json", action="store_true", help="print a record")
     return parser

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from number_lists import at_least
+
 from numba_atomflow import AtomFlowError, Engine
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.errors import OptionError
@@ -36,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", default="llama-3.2-3b", help="a preset (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs", help="a folder")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=at_least(1), default=20)
     args = parser.parse_args()
     try:
         geometry = find_preset(args.geometry)

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from number_lists import at_least
 from numpy.typing import NDArray
 from quality import read_texts
 
@@ -263,7 +264,7 @@ def main() -> int:
     """Parse options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a checkpoint, or the name of one")
-    parser.add_argument("--windows", type=int, default=7, help="of each text, at most (default: 7)")
+    parser.add_argument("--windows", type=at_least(1), default=7, help="of each text, at most (default: 7)")
     parser.add_argument("--sums", action="store_true", help="the tensor cores' sums instead, by a model of them")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args()

@@ -35,6 +35,7 @@ from fuzzing.minimise import minimise
 from fuzzing.mutate import mutate
 from fuzzing.targets import USES, Files, make_bases, make_fixtures
 from fuzzing.worker import Outcome, Worker
+from number_lists import at_least
 
 from numba_atomflow.utils.json_text import json_text
 
@@ -189,11 +190,13 @@ def run(fuzzer: Fuzzer, count: int | None, seconds: float | None, progress: Call
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, metavar="N", help="cases to run")
+    parser.add_argument("--count", type=at_least(1), metavar="N", help="cases to run")
     parser.add_argument(
         "--seconds", type=float, metavar="S", help=f"how long to run (default: {SECONDS:.0f}, without --count)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of all cases (default: random; it is printed)")
+    parser.add_argument(
+        "--seed", type=at_least(0), metavar="N", help="seed of all cases (default: random; it is printed)"
+    )
     parser.add_argument(
         "--targets", metavar="A,B", default=",".join(USES), help="kinds of files (default: %(default)s)"
     )

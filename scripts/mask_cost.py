@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from number_lists import at_least
 from numpy.typing import NDArray
 
 from numba_atomflow import AtomFlowError, Engine, Generation, SamplingParams
@@ -151,18 +152,11 @@ def _measure(engine: Engine, count: int, temperature: float) -> tuple[dict[str, 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    parser.add_argument("--replies", type=_count, default=10)
+    parser.add_argument("--replies", type=at_least(1), default=10)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true", help="print a record")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of replies; there must be at least one")
-    return number
 
 
 if __name__ == "__main__":

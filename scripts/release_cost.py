@@ -20,6 +20,7 @@ import numpy as np
 
 from numba_atomflow.backends.cpu import backend
 from numba_atomflow.checkpoint.find import DEFAULT_MODEL
+from numba_atomflow.errors import AtomFlowError
 from numba_atomflow.utils.json_text import json_text
 from numba_atomflow.utils.tables import render
 
@@ -65,7 +66,9 @@ def in_turns(model: str, prompt: int, turns: int) -> dict[bool, list[dict[str, f
         for release in (True, False) if turn % 2 else (False, True):
             kind = "with" if release else "without"
             command = [sys.executable, __file__, model, "--prompt", str(prompt), "--child", kind]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if run.returncode:
+                raise SystemExit(run.returncode)  # it has said why
             if turn >= 0:
                 measured[release].append(json.loads(run.stdout))
     return measured
@@ -85,7 +88,11 @@ def main() -> int:
     if min(options.prompt, options.turns) < 1:
         parser.error("--prompt and --turns must be at least 1.")
     if options.child:
-        print(json_text(measure(options.model, options.prompt, options.child == "with")))
+        try:
+            print(json_text(measure(options.model, options.prompt, options.child == "with")))
+        except AtomFlowError as error:
+            print(f"release_cost: {error}", file=sys.stderr)
+            return 2
         return 0
     measured = in_turns(options.model, options.prompt, options.turns)
     if options.json:
