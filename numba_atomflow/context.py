@@ -1,6 +1,6 @@
 """The tokens that the KV cache holds, and the steps that put them there."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.activations import Activation
 from numba_atomflow.model.step import NO_LOGITS, Head
-from numba_atomflow.utils.arguments import whole_number
+from numba_atomflow.utils.arguments import whole_number, whole_numbers
 
 DEFAULT_MAX_SEQ_LEN = 4096  # positions, where the model allows as many
 _BLOCK = 256  # tokens that are compared at once
@@ -254,24 +254,3 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
             pairs = zip(block, other, strict=True)
             return start + next(i for i, (token, another) in enumerate(pairs) if token != another)
     return length
-
-
-def whole_numbers(token_ids: Sequence[int]) -> list[int]:
-    """Token ids of any integer type, as a list.
-
-    Raises:
-        OptionError: one is no whole number, or they are not flat.
-    """
-    if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Iterable):
-        raise _no_whole_numbers(token_ids)
-    try:
-        ids = list(token_ids)
-        if all(type(token) is int for token in ids):  # the fast path of a long prompt
-            return ids
-        return [whole_number("a token", token) for token in ids]
-    except (TypeError, OptionError):  # an array without dimensions cannot be iterated over
-        raise _no_whole_numbers(token_ids) from None
-
-
-def _no_whole_numbers(token_ids: object) -> OptionError:
-    return OptionError(f"Token ids must be a flat list of whole numbers, not {quote(token_ids)}.")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from numba_atomflow.errors import OptionError, non_finite_logits
 from numba_atomflow.files.untrusted import quote
-from numba_atomflow.utils.arguments import real_number, truth_value, whole_number
+from numba_atomflow.utils.arguments import one_of, real_number, truth_value, whole_number
 
 if TYPE_CHECKING:
     from numba_atomflow.constraints.base import Constraint, ConstraintState
@@ -93,7 +93,7 @@ class SamplingParams:
             (0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "between 0.01 and 100"),
             (self.seed is None or 0 <= self.seed <= _MASK, "seed", "between 0 and 2^64 - 1"),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
-            (self.speculate in get_args(Speculate), "speculate", '"auto", "off", "lookup" or "draft"'),
+            (one_of(self.speculate, get_args(Speculate)), "speculate", '"auto", "off", "lookup" or "draft"'),
             *(
                 (
                     number is None or 0 <= number <= MOST_LOGPROBS,

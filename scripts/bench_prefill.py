@@ -102,7 +102,7 @@ def cases_of(options: argparse.Namespace) -> tuple[list[Case], dict[str, float]]
     except ValueError:
         raise OptionError(f"--tokens {options.tokens} is no list of numbers; write 512,2048.") from None
     subjects = [text for text in options.only.split(",") if text]
-    if options.budget <= 0 or (options.case_seconds is not None and options.case_seconds <= 0):
+    if not options.budget > 0 or (options.case_seconds is not None and not options.case_seconds > 0):  # NaN is neither
         raise OptionError("--budget and --case-seconds must be positive.")
     cases = select(parts, models, paths, subjects, tokens, variants=options.variants)
     if not cases:

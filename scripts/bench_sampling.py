@@ -19,6 +19,7 @@ import numpy as np
 from number_lists import list_of
 from numpy.typing import NDArray
 
+from numba_atomflow.backends.cuda.families import MOST_TOKENS
 from numba_atomflow.device.driver import Device, call
 from numba_atomflow.device.resources import DeviceResources, Resources
 from numba_atomflow.errors import AtomFlowError
@@ -178,8 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=10, metavar="N", help="tokens that are compared")
     parser.add_argument("--json", action="store_true", help="print a record")
     given = parser.parse_args(arguments)
-    if min(given.vocabularies) < 2 or given.repeats < 1 or given.draws < 1:
-        parser.error("--vocabularies are 2 or more, --repeats and --draws 1 or more")
+    if not 2 <= min(given.vocabularies) <= max(given.vocabularies) <= MOST_TOKENS:
+        parser.error(f"--vocabularies are from 2 to {MOST_TOKENS}")
+    if given.repeats < 1 or given.draws < 1:
+        parser.error("--repeats and --draws are 1 or more")
     records: list[dict[str, Any]] = []
     try:
         with DeviceResources() as owner:

@@ -357,8 +357,12 @@ def main() -> int:
         parser.error(f"there is no section {unknown.pop()!r}; choose of {', '.join(SECTIONS)}")
     options.logs.mkdir(parents=True, exist_ok=True)
     report, started = Report(), time.perf_counter()
-    for name in options.sections or SECTIONS:
-        SECTIONS[name](report, options)
+    try:
+        for name in options.sections or SECTIONS:
+            SECTIONS[name](report, options)
+    except AtomFlowError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
     verdicts = {True: "met", False: "**missed**", None: ""}
     table = [[row.section, row.what, row.figure, row.target, verdicts[row.passed]] for row in report.rows]
     print("\n" + render("md", ["section", "what", "figure", "target", "verdict"], table))

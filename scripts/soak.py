@@ -148,11 +148,11 @@ def main() -> int:
     if options.steps < 1 or options.prompt < 1 or options.reply < 2:
         parser.error("--steps and --prompt must be 1 or more, and --reply 2 or more")
     geometry = PRESETS[options.geometry] if options.geometry else TINY
-    prompt = [PROMPT[i % len(PROMPT)] for i in range(options.prompt)]
-    length = len(prompt) + options.reply
+    length = options.prompt + options.reply
     try:
         how = {"decode": options.decode, "prefill": options.prefill, "gpus": options.gpus}
         with Engine.random(geometry, options.backend, length, **how) as engine:
+            prompt = [PROMPT[i % len(PROMPT)] for i in range(options.prompt)]
             run = soak_speculation if options.speculate else soak
             record = run(engine, options.steps, prompt, options.reply)
             path = engine.backend.decode_path

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend, Decode, Prefill
 from numba_atomflow.errors import BackendError, OptionError
-from numba_atomflow.files.untrusted import quote
+from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.sharding import check_ranks
-from numba_atomflow.utils.arguments import whole_number
+from numba_atomflow.utils.arguments import one_of, whole_number
 
 if TYPE_CHECKING:
     from numba_atomflow.device.resources import DeviceResources
@@ -52,12 +52,14 @@ class BackendChoice:
     gpus: Gpus = 1
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise BackendError(f"There is no backend {self.name!r}; choose auto, cpu or cuda.")
-        if self.decode not in get_args(Decode):
-            raise OptionError(f"--decode {self.decode} does not exist; choose auto, graph or persistent.")
-        if self.prefill not in get_args(Prefill):
-            raise OptionError(f"--prefill {self.prefill} does not exist; choose auto, gemv, gemm or fp8.")
+        if not one_of(self.name, NAMES):
+            raise BackendError(f"There is no backend {quote(self.name)}; choose auto, cpu or cuda.")
+        if not one_of(self.decode, get_args(Decode)):
+            raise OptionError(f"--decode {_shown(self.decode)} does not exist; choose auto, graph or persistent.")
+        if not one_of(self.prefill, get_args(Prefill)):
+            raise OptionError(f"--prefill {_shown(self.prefill)} does not exist; choose auto, gemv, gemm or fp8.")
+        if self.prefill_chunk is not None:
+            object.__setattr__(self, "prefill_chunk", whole_number("prefill_chunk", self.prefill_chunk))
         self._set_gpus()
         for option in self._gpu_options():
             if self.name == "cpu":
@@ -67,7 +69,7 @@ class BackendChoice:
         self._check_prefill_chunk()
         self._check_gpus()
         if whole_number("device", self.device_ordinal) != 0 and (self.name == "cpu" or self.threads is not None):
-            raise OptionError(f"device {self.device_ordinal} is a GPU; leave it out, or use the CUDA backend.")
+            raise OptionError(f"device {quote(self.device_ordinal)} is a GPU; leave it out, or use the CUDA backend.")
 
     def _gpu_options(self) -> list[str]:
         """The options for the CUDA backend that are not at their defaults."""
@@ -75,16 +77,18 @@ class BackendChoice:
         given = [f"{name} {value}" for name, value in options.items() if value != "auto"]
         if self.gpus != 1:
             given.append(f"--gpus {self.gpus if isinstance(self.gpus, int | str) else len(self.gpus)}")
-        return given if self.prefill_chunk is None else [*given, f"--prefill-chunk {self.prefill_chunk}"]
+        return given if self.prefill_chunk is None else [*given, f"--prefill-chunk {quote(self.prefill_chunk)}"]
 
     def _check_prefill_chunk(self) -> None:
         if self.prefill_chunk is None:
             return
-        chunk = whole_number("prefill_chunk", self.prefill_chunk)
+        chunk = self.prefill_chunk
         if self.prefill == "gemv":
-            raise OptionError(f"--prefill-chunk {chunk} is not for --prefill gemv; leave one of them out.")
+            raise OptionError(f"--prefill-chunk {quote(chunk)} is not for --prefill gemv; leave one of them out.")
         if not SMALLEST_CHUNK <= chunk <= LARGEST_CHUNK:
-            raise OptionError(f"--prefill-chunk is {chunk}; it must be from {SMALLEST_CHUNK} to {LARGEST_CHUNK}.")
+            raise OptionError(
+                f"--prefill-chunk is {quote(chunk)}; it must be from {SMALLEST_CHUNK} to {LARGEST_CHUNK}."
+            )
 
     def _set_gpus(self) -> None:
         """Check `gpus`, and convert it to Python's types."""
@@ -146,6 +150,11 @@ class BackendChoice:
     def allows_gpu(self) -> bool:
         """Whether the CUDA backend may be taken."""
         return self.needs_gpu or (self.name == "auto" and self.threads is None)
+
+
+def _shown(value: object) -> str:
+    """A value as it is typed on a command line, for a message."""
+    return short(value) if isinstance(value, str) else quote(value)
 
 
 def gpu_is_usable() -> bool:

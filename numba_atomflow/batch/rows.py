@@ -1,5 +1,6 @@
 """The rows of a batch: one JSON object each, from a JSON Lines file or from Python."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 
 from numba_atomflow.errors import OptionError, TextError
 from numba_atomflow.files.untrusted import load_json, quote
+
+MOST_LINE_BYTES = 1 << 26  # of a file; a device such as /dev/zero has one line without end
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def read_rows(source: object) -> list[Row]:
         source: a JSON Lines file in UTF-8, whose blank lines are skipped; or mappings of plain data.
 
     Raises:
-        TextError: the file cannot be read.
+        TextError: the file cannot be read, or has a line that is too long.
         OptionError: there are no rows, or `source` is neither.
     """
     rows: list[Row] = []
@@ -74,7 +77,15 @@ def _as_json(number: int, values: Any) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number in itertools.count(1):
+                line = file.readline(MOST_LINE_BYTES + 1)
+                if not line:
+                    return
+                if len(line) > MOST_LINE_BYTES:
+                    raise TextError(
+                        f"Line {number} of {path} has more than {MOST_LINE_BYTES >> 20} MiB; write one JSON object on "
+                        "each line."
+                    )
                 line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
                 if line:
                     yield number, line

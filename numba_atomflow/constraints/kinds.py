@@ -73,6 +73,7 @@ class Choice:
         if not texts or not all(isinstance(text, str) and text for text in texts):
             raise OptionError(f"The choice of texts is {quote(self.texts)}; give a list of texts that are not empty.")
         check_length("".join(texts), "The choice of texts")
+        _check_unicode("".join(texts), "The choice of texts")
         object.__setattr__(self, "texts", texts)
 
     def start(self, tokens: TokenTable) -> Matcher:
@@ -148,6 +149,14 @@ def _require_text(value: object, what: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise OptionError(f"{what} is {quote(value)}; give a text that is not empty.")
     check_length(value, what)
+    _check_unicode(value, what)
+
+
+def _check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise refused(what, "it holds half of a surrogate pair, which is no text") from None
 
 
 def json_text(schema: object, what: str) -> str:

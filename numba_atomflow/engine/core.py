@@ -21,7 +21,7 @@ from numba_atomflow.speculation.draft_model import DraftModel
 from numba_atomflow.speculation.step_cost import StepCost
 from numba_atomflow.text.codec import TextCodec
 from numba_atomflow.text.token_table import TokenTable
-from numba_atomflow.utils.arguments import whole_number
+from numba_atomflow.utils.arguments import truth_value, whole_number
 from numba_atomflow.utils.exclusive_calls import ExclusiveCalls
 from numba_atomflow.utils.progress import Progress
 
@@ -166,14 +166,15 @@ class EngineCore:
 
         Raises:
             ContextError: they do not fit after what the KV cache holds.
-            OptionError: there are none, or one is not a token of this model.
+            OptionError: there are none, or one is not a token of this model; or `all_logits` is no bool.
         """
+        every = truth_value("all_logits", all_logits)
 
         def feed() -> NDArray[np.float32]:
             context = self._open_context()
             ids = context.checked(token_ids, used=len(context.token_ids))
             self._end_generation()
-            return context.feed_all_logits(ids) if all_logits else context.feed(ids)
+            return context.feed_all_logits(ids) if every else context.feed(ids)
 
         return self._calls.run(feed)
 

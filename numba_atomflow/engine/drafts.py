@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from numba_atomflow.backends.base import Backend
 from numba_atomflow.checkpoint.format import Checkpoint
 from numba_atomflow.checkpoint.random_weights import RandomModel
-from numba_atomflow.context import Context, whole_numbers
+from numba_atomflow.context import Context
 from numba_atomflow.engine.core import EngineCore
 from numba_atomflow.errors import ContextError, OptionError
 from numba_atomflow.files.untrusted import quote, short
 from numba_atomflow.sampling import most_likely_token
 from numba_atomflow.speculation.draft_model import DraftModel, GreedyTokens
 from numba_atomflow.text.same_tokens import difference_of_tokens
-from numba_atomflow.utils.arguments import whole_number
+from numba_atomflow.utils.arguments import whole_number, whole_numbers
 from numba_atomflow.utils.progress import Progress
 
 

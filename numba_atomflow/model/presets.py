@@ -5,6 +5,7 @@ HuggingFaceTB/SmolLM2-135M.
 """
 
 from numba_atomflow.errors import OptionError
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.rope_scaling import Llama3Scaling
 
@@ -81,5 +82,5 @@ def find_preset(name: str) -> ModelGeometry:
         OptionError: there is none.
     """
     if name not in PRESETS:
-        raise OptionError(f"There is no geometry {name!r}; choose one of {', '.join(PRESETS)}.")
+        raise OptionError(f"There is no geometry {quote(name)}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]

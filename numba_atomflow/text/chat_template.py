@@ -145,8 +145,13 @@ def plain_variables(variables: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    no_list = TextError("A chat is a list of messages, each a mapping with 'role' and 'content'.")
     if isinstance(messages, Mapping | str) or not isinstance(messages, Iterable):
-        raise TextError("A chat is a list of messages, each a mapping with 'role' and 'content'.")
+        raise no_list
+    try:
+        messages = list(messages)
+    except TypeError:  # an array without dimensions
+        raise no_list from None
     return [_plain_message(number, message) for number, message in enumerate(messages, start=1)]
 
 
@@ -158,7 +163,8 @@ def _plain_message(number: int, message: Message) -> dict[str, Any]:
     """
     if not isinstance(message, Mapping):
         raise TextError(f"Message {number} of the chat is not a mapping with 'role' and 'content'.")
-    has_tool_calls = bool(message.get("tool_calls"))
+    calls = message.get("tool_calls")
+    has_tool_calls = isinstance(calls, Sequence) and len(calls) > 0
     for key in ("role", "content"):
         if message.get(key) is None and not (key == "content" and has_tool_calls):
             raise TextError(f"Message {number} of the chat has no {key!r}; each message needs 'role' and 'content'.")

@@ -15,6 +15,7 @@ from numba_atomflow.host.free_memory import return_free_memory
 from numba_atomflow.text.detokenizer import Detokenizer, TokenBytes
 from numba_atomflow.text.special_as_text import SpecialAsText
 from numba_atomflow.text.tokenizers_library import check_growth, translate_errors
+from numba_atomflow.utils.arguments import whole_numbers
 
 if TYPE_CHECKING:
     from numba_atomflow.text.chat_template import ChatTemplate
@@ -186,9 +187,10 @@ class TextCodec:
         """The text of a complete token sequence; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
+            OptionError: the ids are not whole numbers.
             TextError: an id is not that of a token, or the tokenizer fails.
         """
-        token_ids = [int(i) for i in ids]
+        token_ids = whole_numbers(ids)
         with translate_errors("The model's tokenizer cannot decode the tokens", "give token ids of this model"):
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special)
         return text

@@ -4,6 +4,7 @@ import math
 import numbers
 import operator
 import os
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,32 @@ def whole_number(name: str, value: object) -> int:
         except TypeError:
             pass
     raise OptionError(f"{name} is {quote(value)}; it must be a whole number.")
+
+
+def whole_numbers(token_ids: Iterable[int]) -> list[int]:
+    """Token ids of any integer type, as a list.
+
+    Raises:
+        OptionError: one is no whole number, or they are not flat.
+    """
+    if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Iterable):
+        raise _no_whole_numbers(token_ids)
+    try:
+        ids = list(token_ids)
+        if all(type(token) is int for token in ids):  # the fast path of a long prompt
+            return ids
+        return [whole_number("a token", token) for token in ids]
+    except (TypeError, OptionError):  # an array without dimensions cannot be iterated over
+        raise _no_whole_numbers(token_ids) from None
+
+
+def _no_whole_numbers(token_ids: object) -> OptionError:
+    return OptionError(f"Token ids must be a flat list of whole numbers, not {quote(token_ids)}.")
+
+
+def one_of(value: object, choices: Container[str]) -> bool:
+    """Whether it is one of these texts; an array is none, though NumPy compares it with each."""
+    return isinstance(value, str) and value in choices
 
 
 def real_number(name: str, value: object) -> float:

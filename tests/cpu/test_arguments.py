@@ -9,10 +9,11 @@ import pytest
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.constraints import Choice, Grammar, Regex
 from numba_atomflow.convert import convert
-from numba_atomflow.errors import OptionError
+from numba_atomflow.errors import AtomFlowError, BackendError, CheckpointError, OptionError
 from numba_atomflow.perf.bench import Settings
-from numba_atomflow.utils.arguments import file_path, real_number, truth_value, whole_number
+from numba_atomflow.utils.arguments import file_path, real_number, truth_value, whole_number, whole_numbers
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +185,56 @@ def test_arguments_of_a_conversion_are_checked(tmp_path: Path, options: dict[str
     with pytest.raises(OptionError, match=named):
         convert(**{"source": str(tmp_path / "source"), "destination": str(tmp_path / "made"), **options})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ids", [range(3), (0, 1, 2), iter([0, 1, 2]), np.arange(3), [np.int64(0), 1, np.uint8(2)]])
+def test_token_ids_of_every_kind(ids: Any) -> None:
+    found = whole_numbers(ids)
+    assert found == [0, 1, 2]
+    assert {type(token) for token in found} == {int}
+
+
+NO_TOKENS = [None, 5, "text", b"text", {1: 2}, [1.0], [True], ["1"], [[1]], [None], np.array(5), np.zeros((2, 2)), 1j]
+
+
+@pytest.mark.parametrize("ids", NO_TOKENS, ids=repr)
+def test_what_is_no_list_of_token_ids(ids: Any) -> None:
+    with pytest.raises(OptionError, match=r"^Token ids must be a flat list of whole numbers, not "):
+        whole_numbers(ids)
+
+
+def _arrays() -> list[Any]:
+    return [np.array([1, 2]), np.zeros((2, 2)), np.array([], int), np.array(5)]
+
+
+@pytest.mark.parametrize("value", _arrays(), ids=repr)
+def test_an_array_is_no_name(value: Any) -> None:
+    for option, error in (("backend", BackendError), ("decode", OptionError), ("prefill", OptionError)):
+        with pytest.raises(error):
+            Engine.random(tiny_geometry(), **{option: value})
+    with pytest.raises(OptionError, match=r"speculate is .*; it must be"):
+        SamplingParams(speculate=value)
+
+
+@pytest.mark.parametrize("value", _arrays(), ids=repr)
+def test_an_array_says_neither_yes_nor_no(engine: Engine, value: Any) -> None:
+    with pytest.raises(OptionError, match=r"all_logits is .*; it must be True or False"):
+        engine.feed([1], value)
+
+
+@pytest.mark.parametrize("value", ["a" * 100_000, [1] * 10_000, 10**5000], ids=["text", "list", "number"])
+def test_a_message_names_a_long_value_in_short(value: Any) -> None:
+    for option in ("backend", "decode", "prefill", "prefill_chunk", "device"):
+        with pytest.raises(AtomFlowError) as caught:
+            Engine.random(tiny_geometry(), **{"backend": "cpu", option: value})
+        assert len(str(caught.value)) < 200
+    if isinstance(value, str):
+        with pytest.raises(CheckpointError) as refused:
+            Engine.load(value)
+        assert "a" * 100 not in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [Regex, Grammar, lambda text: Choice([text])], ids=["Regex", "Grammar", "Choice"])
+def test_half_of_a_surrogate_pair_is_no_constraint(make: Any) -> None:
+    with pytest.raises(OptionError, match="half of a surrogate pair"):
+        make("a\ud800")

@@ -16,6 +16,7 @@ from tiny_models import names_in, tiny_geometry, write_checkpoint
 
 from numba_atomflow import Engine, SamplingParams
 from numba_atomflow.batch import cluster, generate_batch, perplexity_batch
+from numba_atomflow.batch import rows as batch_rows
 from numba_atomflow.batch.folder import BatchFolder, read_results
 from numba_atomflow.batch.rows import Row, read_rows
 from numba_atomflow.batch.shards import plan_shards
@@ -91,6 +92,18 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_rows, "MOST_LINE_BYTES", 1 << 20)
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n' + b" " * (1 << 20) + b"\n")
+    with pytest.raises(TextError, match=r"^Line 2 of .*in.jsonl has more than 1 MiB; write one JSON object on each"):
+        read_rows(path)
+    endless = Path("/dev/zero")
+    if endless.exists():
+        with pytest.raises(TextError, match=r"^Line 1 of /dev/zero"):
+            read_rows(endless)
 
 
 def test_rows_with_a_common_prefix_follow_each_other() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from toy_tokenizers import byte_level, sentencepiece
 
-from numba_atomflow.errors import AtomFlowError, CheckpointError, TextError
+from numba_atomflow.errors import AtomFlowError, CheckpointError, OptionError, TextError
 from numba_atomflow.sources.gguf_tokenizer import assets_from_gguf
 from numba_atomflow.text.codec import TextAssets, TextCodec
 from numba_atomflow.text.detokenizer import Detokenizer, TokenBytes, byte_alphabet
@@ -178,6 +179,13 @@ def test_truncation_and_padding_of_a_tokenizer_are_disabled() -> None:
 def test_a_lone_surrogate_is_reported_with_its_position() -> None:
     with pytest.raises(TextError, match="Character 3 "):
         BYTE_LEVEL.encode("ab\udce9")
+
+
+@CODECS
+@pytest.mark.parametrize("ids", [None, 5, "12", [1.5], [True], [[1]], np.array(5)], ids=repr)
+def test_ids_to_decode_are_whole_numbers(codec: TextCodec, ids: Any) -> None:
+    with pytest.raises(OptionError, match="Token ids must be a flat list of whole numbers"):
+        codec.decode(ids)
 
 
 def test_eos_ids_and_vocabulary_size() -> None:
@@ -364,6 +372,9 @@ def test_a_model_without_template_is_reported() -> None:
         ([{"role": "user", "content": ["x"]}], "'content' of message 1 .* no text part"),
         ([{"role": "wizard", "content": "x"}], "unknown role 'wizard'"),
         (["hi"], "Message 1 .* not a mapping"),
+        (np.array(5), "A chat is a list of messages"),
+        ([*USER, {"role": "assistant", "content": None, "tool_calls": np.array([1, 2])}], "Message 2 .* no 'content'"),
+        ([*USER, {"role": "assistant", "content": None, "tool_calls": []}], "Message 2 .* no 'content'"),
     ],
 )
 def test_a_malformed_message_is_reported(messages: Any, fault: str) -> None:

@@ -23,6 +23,8 @@ WRONG = [
     ("fuzz", "--count 0", "--count: '0'"),
     ("fuzz", "--seed -1", "--seed: '-1'"),
     ("mask_cost", "--replies x", "--replies: 'x'"),
+    ("bench_prefill", "--budget nan", "--budget and --case-seconds must be positive"),
+    ("soak", "--backend cpu --prompt 99999999999", "soak: max_seq_len is 100000000399"),
     ("release_cost", "no-such-model --turns 1", "release_cost: There is no model 'no-such-model'"),
 ]
 
@@ -35,6 +37,14 @@ def test_a_wrong_option_is_refused(script: str, arguments: str, said: str) -> No
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("vocabularies", ["1", "600000", "49152,99999999999"])
+def test_a_vocabulary_that_the_sampling_kernel_cannot_do_is_refused(vocabularies: str) -> None:
+    pytest.importorskip("numba_cuda", reason="the CUDA backend's; there is none for macOS")
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module("bench_sampling").main(["--vocabularies", vocabularies])
+    assert left.value.code == 2
 
 
 def test_a_whole_number_from_a_least_one_on() -> None:
