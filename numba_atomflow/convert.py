@@ -27,7 +27,7 @@ from numba_atomflow.sources.base import TEXT_RULES, slabs
 from numba_atomflow.sources.gguf_parts import part_names
 from numba_atomflow.text.chat_template import ChatTemplate
 from numba_atomflow.text.codec import TextAssets, TextCodec
-from numba_atomflow.utils.arguments import file_path
+from numba_atomflow.utils.arguments import file_path, one_of, truth_value
 from numba_atomflow.utils.progress import Progress
 
 
@@ -77,14 +77,15 @@ def convert(
     destination = home.expand_user(file_path("destination", destination))
     calibration = None if calibration is None else home.expand_user(file_path("calibration", calibration))
     source = file_path("source", source)
-    if method not in get_args(MethodName):
+    if not one_of(method, get_args(MethodName)):
         raise OptionError(f"There is no method {quote(method)}; choose {', '.join(get_args(MethodName))}.")
-    if head not in get_args(HeadFormat):
+    if not one_of(head, get_args(HeadFormat)):
         raise OptionError(f"head is {quote(head)}; choose {' or '.join(get_args(HeadFormat))}.")
     if method == "rtn" and calibration is not None:
         raise OptionError(
             "The method rtn uses no calibration text; choose another method, or leave the calibration out."
         )
+    overwrite = truth_value("overwrite", overwrite)
     check_destination(destination, overwrite)
     if calibration is not None:
         read_text_file(calibration)  # before a download that would be in vain

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.base import Backend
 from numba_atomflow.context import Context
+from numba_atomflow.errors import ContextError, OptionError
+from numba_atomflow.files.untrusted import quote
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.step import SAMPLE, Attention, LmHead
 from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.utils.arguments import whole_number
 from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.bits import compare_bits
 
@@ -95,17 +98,24 @@ def record_steps(
         progress: called with a description, positions done and all positions.
 
     Raises:
-        OptionError: an unusable prompt.
+        OptionError: an unusable prompt, or number of steps.
         ContextError: prompt and steps do not fit.
         MemoryError: there is too little for the logits.
     """
+    decode_steps = whole_number("decode_steps", decode_steps)
+    if decode_steps < 0:
+        raise OptionError(f"decode_steps is {quote(decode_steps)}; it must be 0 or more.")
     ops = backend.step(1, SAMPLE)
     cache = [op for op in ops if isinstance(op, Attention)]
     (head,) = (op for op in ops if isinstance(op, LmHead))
     context = Context(backend, geometry, cache[0].keys.shape[0])
     tokens = context.checked(prompt, used=0)
     count, positions = len(tokens), len(tokens) + decode_steps
-    context.checked([*tokens, *([tokens[0]] * decode_steps)], used=0)
+    if positions > context.max_seq_len:
+        raise ContextError(
+            f"{count} tokens of the prompt and {quote(decode_steps)} decode steps do not fit into the context, which "
+            f"holds {context.max_seq_len}; ask for fewer."
+        )
     context.rewind(0)
     backend.start(Sampler(SamplingParams(), context.vocabulary, tokens))
     logits, chosen = np.empty((positions, context.vocabulary), np.float32), list[int]()

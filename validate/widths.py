@@ -19,6 +19,7 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import NO_LOGITS, SAMPLE, Attention, LmHead, Op
 from numba_atomflow.sampling import Sampler, SamplingParams
+from numba_atomflow.utils.arguments import whole_numbers
 from numba_atomflow.utils.progress import Progress
 from numba_atomflow.validate.bits import compare_bits
 
@@ -103,6 +104,7 @@ def check_widths(
         OptionError: a width below 1, or an unusable prompt.
         ContextError: prompt and positions do not fit.
     """
+    widths = whole_numbers(widths)
     _check(backend, widths)
     cache = [op for op in backend.step(1, NO_LOGITS) if isinstance(op, Attention)]
     context = Context(backend, geometry, cache[0].keys.shape[0])

@@ -379,7 +379,8 @@ def edits_of(functions: Mapping[str, Edit], geometry: ModelGeometry) -> list[tup
     Raises:
         OptionError: a name stands for no activation, or for one that cannot be edited; or a value is no function.
     """
-    if not functions or not isinstance(functions, Mapping):
+    given: object = functions
+    if not isinstance(given, Mapping) or len(given) == 0:
         raise OptionError("Edits are a mapping from names of activations to functions, with at least one entry.")
     edits = []
     for name, function in functions.items():

@@ -100,6 +100,8 @@ def generate_batch(
         BackendError: there is no Ray at the address, or a process cannot run the model.
     """
     params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise OptionError(f"params is {quote(params)}; give SamplingParams(...), or nothing.")
     if params.constraint is not None:
         raise OptionError("params has a constraint; give it in each row, as constraint.")
     given = {field.name: getattr(params, field.name) for field in fields(params) if field.name != "constraint"}

@@ -12,7 +12,7 @@ from numba_atomflow.files.destination import check_destination_in_folder
 from numba_atomflow.files.untrusted import quote
 from numba_atomflow.state.snapshot import KvSnapshot, check_fits, put_snapshot, take_snapshot
 from numba_atomflow.state.state_file import StateFile, write_state
-from numba_atomflow.utils.arguments import file_path
+from numba_atomflow.utils.arguments import file_path, truth_value
 from numba_atomflow.utils.progress import Progress
 
 
@@ -76,6 +76,7 @@ class SavedStates(EngineCore):
             OptionError: the messages are not plain data.
         """
         file = file_path("path", path)
+        overwrite = truth_value("overwrite", overwrite)
         check_destination_in_folder(file, overwrite)
         write_state(file, self.snapshot(), messages, overwrite, progress)
 

@@ -9,11 +9,13 @@ import pytest
 from tiny_models import tiny_geometry
 
 from numba_atomflow import Engine, SamplingParams
+from numba_atomflow.batch import generate_batch
 from numba_atomflow.constraints import Choice, Grammar, Regex
 from numba_atomflow.convert import convert
-from numba_atomflow.errors import AtomFlowError, BackendError, CheckpointError, OptionError
+from numba_atomflow.errors import AtomFlowError, BackendError, CheckpointError, ContextError, OptionError
 from numba_atomflow.perf.bench import Settings
 from numba_atomflow.utils.arguments import file_path, real_number, truth_value, whole_number, whole_numbers
+from numba_atomflow.validate import check_widths, record_steps
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +240,34 @@ def test_a_message_names_a_long_value_in_short(value: Any) -> None:
 def test_half_of_a_surrogate_pair_is_no_constraint(make: Any) -> None:
     with pytest.raises(OptionError, match="half of a surrogate pair"):
         make("a\ud800")
+
+
+@pytest.mark.parametrize("value", [*_arrays(), None, 5, "x", [1]], ids=repr)
+def test_what_is_no_mapping_of_edits_or_no_yes_or_no(engine: Engine, tmp_path: Path, value: Any) -> None:
+    with pytest.raises(OptionError, match="Edits are a mapping"), engine.edit(value):
+        pass
+    with pytest.raises(OptionError, match=r"overwrite is .*; it must be True or False"):
+        engine.save_state(tmp_path / "s.kv", overwrite=value)
+    with pytest.raises(OptionError, match="head is "):
+        convert(tmp_path, tmp_path / "c.safetensors", head=value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [*_arrays(), 5, "x", [1], True], ids=repr)
+def test_what_are_no_options_of_a_batch(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(OptionError, match=r"params is .*; give SamplingParams"):
+        generate_batch([{"prompt": "a"}], tmp_path / "out", params=value)
+
+
+@pytest.mark.parametrize("widths", [None, 5, "12", [1.0], [True], np.array(5), np.zeros((2, 2))], ids=repr)
+def test_widths_to_check_are_whole_numbers(engine: Engine, widths: Any) -> None:
+    with pytest.raises(OptionError, match="flat list of whole numbers"):
+        check_widths(engine.backend, engine.geometry, [1], widths)
+
+
+@pytest.mark.parametrize("steps", [None, 1.0, True, "1", -1, np.array([1])], ids=repr)
+def test_steps_to_record_are_a_whole_number(engine: Engine, steps: Any) -> None:
+    with pytest.raises(OptionError, match="decode_steps is "):
+        record_steps(engine.backend, engine.geometry, [1], steps)
+    with pytest.raises(ContextError, match="do not fit into the context, which holds 32"):
+        record_steps(engine.backend, engine.geometry, [1], 10**30)
