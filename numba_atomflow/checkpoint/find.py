@@ -6,7 +6,6 @@ from pathlib import Path
 
 from numba_atomflow import home
 from numba_atomflow.errors import CheckpointError
-from numba_atomflow.files.untrusted import quote
 from numba_atomflow.utils.arguments import file_path
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -55,6 +54,6 @@ def _missing_file(path: Path) -> str:
 def _unknown_name(name: str) -> str:
     names = ", ".join(sorted(path.stem for path in home.models().glob("*.safetensors"))) or "none yet"
     return (
-        f"There is no model {quote(name)} in {home.models()} (there: {names}), and no file of that name here; "
+        f"There is no model {name!r} in {home.models()} (there: {names}), and no file of that name here; "
         "run `bash scripts/bootstrap.sh` for the default one, or `numba-atomflow convert SOURCE DEST`."
     )

@@ -479,6 +479,29 @@ def test_closed_standard_streams(cli_home: Path, tiny_checkpoint: Path) -> None:
     assert (prompt.returncode, prompt.stderr) == (2, "error: The prompt is empty; give some text.\n")
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            MemoryError("Unable to allocate 8.00 GiB"),
+            "too little free memory for this (Unable to allocate 8.00 GiB); ask",
+        ),
+        (MemoryError(), "too little free memory for this; ask for less"),
+    ],
+)
+def test_too_little_memory_is_no_bug(
+    cli: InProcess, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: MemoryError, said: str
+) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(numba_atomflow.engine.Engine, "load", fail)
+    assert_refused(cli("generate", "x", "--model", tiny_checkpoint), said)
+
+
 # --- mistakes of this program ---------------------------------------------------------------------------------------
 
 
