@@ -196,15 +196,14 @@ class CpuBackend:
     def prefill(self, tokens: Sequence[int], head: Head) -> None:
         """Run up to `prefill_chunk` tokens at the current position, and advance it."""
         self._tokens[: len(tokens)] = tokens
-        bound = self._bound_step(len(tokens), head)
+        actions, done = self.bound_step(len(tokens), head), 0
         self._check_step(len(tokens))
-        done = 0
         if len(tokens) == self.prefill_chunk and not self._ran_whole_chunk:  # kernels of chunks are loaded for it
             self._ran_whole_chunk = True
-            done = _end_of_first_layer(bound.ops)
-            self._run(bound.actions[:done])
+            done = _end_of_first_layer(self.step(len(tokens), head))
+            self._run(actions[:done])
             release_library_pages()
-        self._run(bound.actions[done:])
+        self._run(actions[done:])
 
     def decode(self) -> None:
         """Run the token that was sampled last, sample the next one, and advance."""

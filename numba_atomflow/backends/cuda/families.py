@@ -5,9 +5,8 @@ from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.model.features import beyond_qwen
 
 _HEAD_DIMS = (64, 80, 96, 128)  # of the persistent kernel, and of attention with FP8 activations
-MOST_TOKENS = (
-    1 << 19
-) - 1  # of a vocabulary: their mass (ops/cuda/token/sample.py) is below 2^63, if all are as likely
+# Of a vocabulary: their mass (ops/cuda/token/sample.py) is below 2^63, if all are as likely.
+MOST_TOKENS = (1 << 19) - 1
 
 
 def check_vocabulary(vocabulary: int) -> None:
