@@ -5,7 +5,6 @@ Of the host a step takes one copy to the device and one launch, and those of sam
 memory, which the host polls; logits are copied to the host.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from itertools import repeat
 
@@ -14,12 +13,12 @@ from numpy.typing import NDArray
 
 from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.persistent import PersistentStep, WideViews, watchdog_error
-from numba_atomflow.backends.cuda.queue import POLLS, StepQueue, posted_token, stream_finished
+from numba_atomflow.backends.cuda.posted_choices import PostedChoices
+from numba_atomflow.backends.cuda.queue import StepQueue, stream_finished
 from numba_atomflow.backends.cuda.wide_sampling import KERNELS, WideSampling
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import Resources
-from numba_atomflow.errors import BackendError, CheckpointError
 from numba_atomflow.memory.device import PinnedArray, copy_to_device
 from numba_atomflow.memory.view import View
 from numba_atomflow.model.step import SAMPLE
@@ -27,7 +26,7 @@ from numba_atomflow.ops.cuda.runtime.graph import time_launches
 from numba_atomflow.ops.cuda.runtime.launch import Kernel, Launch
 from numba_atomflow.ops.cuda.runtime.loaded import LoadedKernels
 from numba_atomflow.ops.cuda.token.order import LOWEST_KEY
-from numba_atomflow.sampling import Sampler, accepted_tokens
+from numba_atomflow.sampling import Sampler
 
 
 class WideSteps:
@@ -64,6 +63,9 @@ class WideSteps:
         self._fault = PinnedArray((1,), "int32", resources)
         self._sampling = WideSampling(
             *(model.buffers, model.staged, model.stream, loaded, model.kernels.planned, resources)
+        )
+        self._posted_choices = PostedChoices(
+            self._choices.array, self._sampling, lambda: stream_finished(model.stream), self._failed
         )
         no_penalty = np.ones(model.buffers["verify.options"].shape)
         model.memory.write(model.buffers["verify.options"], no_penalty)
@@ -109,43 +111,13 @@ class WideSteps:
         self._start(tokens, position)
         if sampler is not None:
             self._sampling.run(len(tokens))
-        choices = self._choices.array[: len(tokens)]
 
         def wait() -> list[int]:
-            if sampler is not None:
-                chosen = accepted_tokens(tokens, self._sampled)
-            else:
-                self._poll(choices.all)
-                chosen = accepted_tokens(tokens, lambda row: self._token(choices[row]))
+            chosen = self._posted_choices.accepted(tokens, sampled=sampler is not None)
             self._pending = False  # the step itself has ended; sampling of what was rejected may go on
             return chosen
 
         return wait
-
-    def _sampled(self, row: int) -> int:
-        """The token that was sampled after number `row`."""
-        self._poll(lambda: self._sampling.posted(row) is not None)
-        self._token(self._choices.array[row])  # what the kernel itself posts shows that its watchdog tripped
-        return self._token(self._sampling.posted(row) or 0)
-
-    def _poll(self, posted: Callable[[], object]) -> None:
-        """Wait until the device has posted its tokens."""
-        polls = 0
-        while not posted():
-            polls += 1
-            if polls % POLLS == 0:
-                if stream_finished(self._model.stream) and not posted():
-                    raise BackendError("the GPU has finished a step without its tokens")
-                time.sleep(0)  # let other threads run
-
-    def _token(self, entry: int) -> int:
-        """The token that was posted."""
-        try:
-            return posted_token(int(entry))
-        except CheckpointError:
-            self._distrust()
-            self._queue.check_watchdog()
-            raise
 
     def seconds(self, repeats: int, position: int) -> dict[int, float]:
         """Median seconds of the kernel at this position, by the number of tokens. The GPU's context is current.
@@ -232,6 +204,11 @@ class WideSteps:
         own |= {"token_ring": views.choices, "tokens_posted": self._posted}
         end = self._persistent.shape.ops
         return self._persistent.launch(0, end, greedy=not in_place, traced=traced, replaced=own)
+
+    def _failed(self) -> None:
+        """A token's logits were not finite, perhaps because the watchdog tripped."""
+        self._distrust()
+        self._queue.check_watchdog()
 
     def _distrust(self) -> None:
         """A step has failed."""

@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from numba_atomflow.backends.cuda.queue import POLLS, StepQueue, posted_token, stream_finished
+from numba_atomflow.backends.cuda.posted_choices import PostedChoices
+from numba_atomflow.backends.cuda.queue import StepQueue, posted_token, stream_finished
 from numba_atomflow.backends.cuda.tensor_parallel.rank import Rank
 from numba_atomflow.backends.cuda.tensor_parallel.steps import RankSteps
 from numba_atomflow.backends.cuda.wide_sampling import WideSampling
 from numba_atomflow.device.driver import call
-from numba_atomflow.errors import BackendError, CheckpointError
+from numba_atomflow.errors import CheckpointError
 from numba_atomflow.memory.device import PinnedArray
-from numba_atomflow.sampling import Sampler, accepted_tokens
+from numba_atomflow.sampling import Sampler
 
 TIMED = 8  # steps that are queued together, so that the host's part is hidden
 
@@ -34,6 +35,7 @@ class VerifyingSteps:
             self._sampling = WideSampling(
                 *(first.buffers, first.staged, first.stream, first.loaded, first.kernels.sampled_rows, resources)
             )
+        self._posted_choices = PostedChoices(first.columns.choices.array, self._sampling, self._finished, self._failed)
         self._samples = False  # whether the kernels that sample are loaded
 
     def run(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
@@ -55,9 +57,8 @@ class VerifyingSteps:
         for entry in first.columns.choices.array[: len(tokens)]:
             try:
                 posted_token(int(entry))
-            except CheckpointError:  # a watchdog tripped, on any rank, or the logits have NaN or Inf
-                self._queue.distrust()
-                self._steps.check_watchdog()
+            except CheckpointError:  # NaN or Inf are in the logits, too
+                self._failed()
         return logits
 
     def launch(self, tokens: Sequence[int], position: int, sampler: Sampler | None) -> Callable[[], list[int]]:
@@ -78,14 +79,9 @@ class VerifyingSteps:
         self._start(tokens, position)
         if sampler is not None:
             self._on_all(self._sample_on_first(len(tokens)))
-        choices = self._first.columns.choices.array[: len(tokens)]
 
         def wait() -> list[int]:
-            if sampler is not None:
-                chosen = accepted_tokens(tokens, self._sampled)
-            else:
-                self._poll(choices.all)
-                chosen = accepted_tokens(tokens, lambda row: self._token(int(choices[row])))
+            chosen = self._posted_choices.accepted(tokens, sampled=sampler is not None)
             self._pending = False  # the step itself has ended; sampling of what was rejected may go on
             return chosen
 
@@ -95,22 +91,15 @@ class VerifyingSteps:
         """What samples from so many rows, on rank 0."""
         return lambda rank: self._sampling.run(rows) if rank is self._first else None
 
-    def _sampled(self, row: int) -> int:
-        """The token that was sampled after number `row`."""
-        self._poll(lambda: self._sampling.posted(row) is not None)
-        self._token(int(self._first.columns.choices.array[row]))  # raises if a watchdog tripped, on any rank
-        return self._token(self._sampling.posted(row) or 0)
+    def _finished(self) -> bool:
+        """Whether rank 0, which posts the tokens, has ended all steps."""
+        with self._first.owner.current():
+            return stream_finished(self._first.stream)
 
-    def _poll(self, posted: Callable[[], object]) -> None:
-        """Wait until rank 0 has posted its tokens."""
-        polls = 0
-        while not posted():
-            polls += 1
-            if polls % POLLS == 0:
-                with self._first.owner.current():
-                    if stream_finished(self._first.stream) and not posted():
-                        raise BackendError("the GPUs have finished a step without its tokens")
-                time.sleep(0)  # let other threads run
+    def _failed(self) -> None:
+        """A token's logits were not finite, perhaps because a watchdog tripped, on any rank."""
+        self._queue.distrust()
+        self._steps.check_watchdog()
 
     def seconds(self, repeats: int, position: int) -> dict[int, float]:
         """Median seconds of a step at this position, by the number of its tokens: by the host's clock, over a few steps
@@ -137,15 +126,6 @@ class VerifyingSteps:
         self._pending = False
         steps.check_watchdog()
         return seconds
-
-    def _token(self, entry: int) -> int:
-        """The token that was posted."""
-        try:
-            return posted_token(entry)
-        except CheckpointError:
-            self._queue.distrust()
-            self._steps.check_watchdog()
-            raise
 
     def _start(self, tokens: Sequence[int], position: int) -> None:
         """Launch a step of these tokens on every rank."""
