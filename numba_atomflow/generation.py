@@ -302,7 +302,7 @@ def host_sampled_loop(state: GenerationState, context: Context, request: Request
         if stats.steps:
             speculator.observe(len(proposed), accepted, step_seconds)
         asked = time.perf_counter()
-        proposed = speculator.propose(text, _room(context, request, stats.tokens))
+        proposed = speculator.propose(text, room_for(context, request, stats.tokens))
         started = time.perf_counter()
         rows = step([token, *proposed])
         step_seconds = time.perf_counter() - started
@@ -359,10 +359,14 @@ def _choose(
     return token
 
 
-def _room(context: Context, request: Request, generated: int) -> int:
-    """The most tokens that the next step may generate: positions of the KV cache, and what `max_tokens` leaves."""
-    room = context.max_seq_len - len(context.token_ids)
-    return room if request.params.max_tokens is None else min(room, request.params.max_tokens - generated)
+def room_for(context: Context, request: Request, generated: int, ahead: int = 0) -> int:
+    """The most tokens that the next step may generate: positions of the KV cache, and what `max_tokens` leaves.
+
+    Args:
+        generated: tokens before the step. ahead: tokens in the KV cache that the context does not have yet.
+    """
+    positions = context.max_seq_len - len(context.token_ids) - ahead
+    return positions if request.params.max_tokens is None else min(positions, request.params.max_tokens - generated)
 
 
 def _feed_prompt_with_logprobs(

@@ -16,6 +16,7 @@ from numba_atomflow.generation import (
     Request,
     prompt_logits,
     record_token,
+    room_for,
     sample_after_prompt,
     takes_the_most_likely,
     tokens_are_enough,
@@ -85,7 +86,7 @@ class _Steps:
         self._text += tokens
         ahead = len(self._text) - 1 - len(context.token_ids)
         generated = len(self._text) - len(self._request.prompt)
-        self._proposed = self._speculator.propose(self._text, _room(context, self._request, ahead, generated))
+        self._proposed = self._speculator.propose(self._text, room_for(context, self._request, generated, ahead))
         self._started = time.perf_counter()
         state.stats.drafting_seconds += self._started - asked
         self._wait = context.launch_verification([tokens[-1], *self._proposed], ahead, sampled=self._sampled)
@@ -134,15 +135,5 @@ def _take(
 
 def _is_last(state: GenerationState, context: Context, request: Request, tokens: Sequence[int]) -> bool:
     """Whether the generation ends with these tokens, which are not recorded yet."""
-    room = _room(context, request, len(tokens) - 1, state.stats.tokens + len(tokens))
+    room = room_for(context, request, state.stats.tokens + len(tokens), len(tokens) - 1)
     return room < 1 or any(token in request.eos_ids for token in tokens)
-
-
-def _room(context: Context, request: Request, ahead: int, generated: int) -> int:
-    """The most tokens that the next step may generate: positions of the KV cache, and what `max_tokens` leaves.
-
-    Args:
-        ahead: tokens in the KV cache that the context does not have yet. generated: tokens before the step.
-    """
-    positions = context.max_seq_len - len(context.token_ids) - ahead
-    return positions if request.params.max_tokens is None else min(positions, request.params.max_tokens - generated)
