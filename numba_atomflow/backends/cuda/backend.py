@@ -22,7 +22,6 @@ from numba_atomflow.backends.cuda.queue import GraphSteps, StepQueue, TokenRing
 from numba_atomflow.backends.cuda.verify import WideSteps
 from numba_atomflow.backends.trace import StepTrace
 from numba_atomflow.device.resources import DeviceResources
-from numba_atomflow.errors import BackendError
 from numba_atomflow.geometry import ModelGeometry
 from numba_atomflow.logprobs import TokenLogprobs
 from numba_atomflow.memory.bounds import check_range, check_tokens
@@ -215,7 +214,7 @@ class CudaBackend:
         """The tokens that the last step has sampled, in order; waits for them."""
         tokens = self._queue.receive()
         if self._in_wide_step:
-            self._check_wide_step()
+            self._queue.check_wide_step()
         return tokens
 
     def sampled_logprobs(self) -> tuple[TokenLogprobs, ...]:
@@ -232,7 +231,7 @@ class CudaBackend:
             BackendError: the watchdog of the persistent kernel tripped.
         """
         if self._in_wide_step and observer is None:
-            self._check_wide_step()
+            self._queue.check_wide_step()
             with self._owner.current():
                 return self._model.memory.read(self._model.wide_logits(start, stop))
         logits = []
@@ -333,15 +332,6 @@ class CudaBackend:
         staged.write(buffers["tokens"], padded)
         if "count" in buffers:
             staged.write(buffers["count"], [len(padded)])
-
-    def _check_wide_step(self) -> None:
-        """Raise if the watchdog tripped in a prompt's step: unlike in a decode step, its token does not show that."""
-        try:
-            with self._owner.current():
-                self._queue.check_watchdog()
-        except BackendError:
-            self._queue.distrust()
-            raise
 
     def _check(self, tokens: Sequence[int]) -> None:
         check_range("positions", self._queue.position, len(tokens), self._max_seq_len)

@@ -17,7 +17,7 @@ from numba_atomflow.backends.cuda.model import DeviceModel
 from numba_atomflow.backends.cuda.persistent import watchdog_error
 from numba_atomflow.device.driver import call
 from numba_atomflow.device.resources import DeviceResources, Resources, closed_error
-from numba_atomflow.errors import CheckpointError, non_finite_logits
+from numba_atomflow.errors import BackendError, CheckpointError, non_finite_logits
 from numba_atomflow.memory.bounds import check_range
 from numba_atomflow.memory.device import PinnedArray
 from numba_atomflow.memory.view import View
@@ -255,6 +255,17 @@ class StepQueue:
     def distrust(self) -> None:
         """A step has failed: the next `seek` waits for all steps and counts what they have done."""
         self._exact = False
+
+    def check_wide_step(self) -> None:
+        """Raise if the watchdog tripped in a prompt's step of several tokens: unlike in a decode step, its token does
+        not show that.
+        """
+        try:
+            with self._steps.current():
+                self.check_watchdog()
+        except BackendError:
+            self.distrust()
+            raise
 
     @contextmanager
     def measuring(self, tokens: int = 1) -> Iterator[None]:

@@ -167,7 +167,7 @@ class TensorParallelBackend:
         """The tokens that the last step has sampled, in order; waits for them."""
         tokens = self._queue.receive()
         if self._rows:
-            self._check_wide_step()
+            self._queue.check_wide_step()
         return tokens
 
     def sampled_logprobs(self) -> tuple[TokenLogprobs, ...]:
@@ -180,7 +180,7 @@ class TensorParallelBackend:
         if observer is not None:
             return self._observed.logits(observer)[: stop - start]
         if self._rows:
-            self._check_wide_step()
+            self._queue.check_wide_step()
             first = self._ranks[0]
             with first.owner.current():
                 return first.memory.read(first.buffers["verify.logits"].rows(start, stop))
@@ -197,16 +197,6 @@ class TensorParallelBackend:
     def memory(self) -> Iterator[ModelMemory]:
         """Access to views of the whole model, of which each rank has a part."""
         yield ModelMemory(self._views, self._ranks)
-
-    def _check_wide_step(self) -> None:
-        """Raise if a watchdog tripped in a prompt's step of several tokens: unlike in a decode step, its token does not
-        show that.
-        """
-        try:
-            self._steps.check_watchdog()
-        except BackendError:
-            self._queue.distrust()
-            raise
 
     def verify(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(tokens), V] after each of the tokens at the current position, which stays as it is.
