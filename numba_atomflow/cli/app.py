@@ -100,7 +100,6 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
     """
     command = with_groups(command)
     refuse_empty_paths(command)
-    names = names_as_typed(command)
 
     def prepare(name: str, value: Any) -> Any:
         if isinstance(value, Path):
@@ -117,7 +116,7 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**{name: prepare(name, value) for name, value in values.items()})
         except OptionError as error:
-            raise OptionError(as_typed(str(error), names)) from error
+            raise OptionError(as_typed(str(error), names_as_typed(command))) from error
 
     return run
 
